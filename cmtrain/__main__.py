@@ -1,0 +1,7 @@
+"""`python -m cmtrain`, which is what `accelerate launch -m cmtrain` and torchrun start."""
+
+import sys
+
+from cmtrain.cli import main
+
+sys.exit(main())

@@ -1,0 +1,231 @@
+"""From configuration to objects. Below this module nothing sees a Config: arguments are flat."""
+
+import datetime
+import difflib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from pipelines.dataset import Manifest
+from pipelines.loader import DaliLoader, eval_loader, train_loader
+from torch import nn
+
+from cmtrain.config import Config
+from cmtrain.demo import demo_folder
+from cmtrain.errors import ConfigError
+from cmtrain.launch import cores_per_process
+from cmtrain.learner import Learner
+from cmtrain.mixing import MixSpec
+from cmtrain.optim import make_optimizer
+from cmtrain.schedule import Schedule, make_schedule
+from pipelines.plan import Plan
+from pipelines.spec import AugmentSpec, EvalSpec
+
+MIXED_PRECISION = {"fp32": "no", "fp16": "fp16", "bf16": "bf16"}
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run learns from and is measured on."""
+
+    train: Manifest
+    val: Manifest
+
+
+def make_accelerator(precision: str) -> Accelerator:
+    """Join the process group, if a launcher made one, and pick the device.
+
+    Raises:
+        ConfigError: fp16 without a GPU.
+    """
+    cuda = torch.cuda.is_available()
+    if precision == "auto":
+        precision = "fp16" if cuda else "fp32"
+    if precision == "fp16" and not cuda:
+        raise ConfigError("train.precision: fp16 needs a CUDA device, and there is none; use auto, bf16 or fp32")
+    # Statistics are averaged when they are needed (evaluate.average_running_statistics), not at every forward.
+    handlers: list[Any] = [DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)]
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # accelerate takes a backend as proof of a launcher
+        timeout = datetime.timedelta(minutes=10)
+        handlers.append(InitProcessGroupKwargs(backend="nccl" if cuda else "gloo", timeout=timeout))
+    return Accelerator(mixed_precision=MIXED_PRECISION[precision], cpu=not cuda, kwargs_handlers=handlers)
+
+
+def precision_of(accelerator: Accelerator) -> str:
+    return {value: name for name, value in MIXED_PRECISION.items()}[accelerator.mixed_precision]
+
+
+def cache_folder(config: Config) -> Path:
+    """Where manifests and demo images are kept: data.cache_dir, else the user's cache."""
+    if config.data.cache_dir:
+        return Path(config.data.cache_dir)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cmtrain"
+
+
+def split_threads(config: Config, accelerator: Accelerator) -> int:
+    """Share this process's cores between decoding and, on a CPU, the model; returns the decode threads.
+
+    Two pools that together want more threads than there are cores spin at each other's barriers: on 2 cores that cost
+    a factor of 30.
+    """
+    cores = cores_per_process(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    if accelerator.device.type == "cuda":
+        return config.data.threads or cores
+    threads = config.data.threads or max(1, cores // 4)
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, cores - threads))
+    return threads
+
+
+def open_data(config: Config, accelerator: Accelerator) -> Data:
+    """Index both splits. The first process of a host scans and fills the cache; the others read it.
+
+    Raises:
+        DataError: what is missing or unusable.
+    """
+    data, cache = config.data, cache_folder(config)
+    with accelerator.local_main_process_first():
+        name = data.root.removeprefix("demo:")
+        root = demo_folder(name, cache) if name != data.root else Path(data.root)
+        scan = {"cache_dir": cache, "max_bad_fraction": data.max_bad_fraction}
+        if data.train_list:
+            train = Manifest.from_list(root / data.train_list, root, **scan)
+        else:
+            train = Manifest.from_folder(root / data.train_dir, **scan)
+        if data.val_list:
+            val = Manifest.from_list(root / data.val_list, root, class_names=train.class_names, **scan)
+        else:
+            val = Manifest.from_folder(root / data.val_dir, class_names=train.class_names, **scan)
+    if data.fraction < 1:
+        train = train.fraction(data.fraction, config.run.seed)
+    return Data(train, val)
+
+
+def plan_steps(config: Config, num_samples: int, num_processes: int) -> Schedule:
+    """All arithmetic of the run. Raises ConfigError or DataError when the numbers do not fit."""
+    return make_schedule(
+        num_samples=num_samples,
+        world_size=num_processes,
+        global_batch_size=config.train.global_batch_size,
+        max_batch_per_gpu=config.train.max_batch_per_gpu,
+        lr=config.optim.lr,
+        **config.schedule.model_dump(),
+    )
+
+
+def make_train_loader(
+    config: Config, manifest: Manifest, schedule: Schedule, accelerator: Accelerator, threads: int
+) -> DaliLoader:
+    data, augment = config.data, config.augment
+    plan = Plan(
+        seed=config.run.seed,
+        num_samples=len(manifest),
+        global_batch_size=schedule.global_batch_size,
+        micro_batch_size=schedule.micro_batch_size,
+        repeats=augment.repeats,
+    )
+    spec = AugmentSpec(
+        image_px=data.image_px,
+        interpolation=data.interpolation,
+        scale=augment.scale,
+        ratio=augment.ratio,
+        hflip=augment.hflip,
+        color_jitter=augment.color_jitter,
+        rand_augment=augment.rand_augment,
+        mean=data.mean,
+        std=data.std,
+        fp16=accelerator.mixed_precision == "fp16",
+    )
+    return train_loader(
+        manifest,
+        plan,
+        spec,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+        device=accelerator.device,
+        decode=data.decode,
+        threads=threads,
+        prefetch_batches=data.prefetch_batches,
+    )
+
+
+def make_eval_loader(
+    config: Config, manifest: Manifest, schedule: Schedule, accelerator: Accelerator, threads: int
+) -> DaliLoader:
+    data = config.data
+    spec = EvalSpec(
+        image_px=data.image_px,
+        resize_px=data.eval_resize_px,
+        interpolation=data.eval_interpolation,
+        mean=data.mean,
+        std=data.std,
+        fp16=accelerator.mixed_precision == "fp16",
+    )
+    return eval_loader(
+        manifest,
+        spec,
+        batch_size=schedule.micro_batch_size,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+        device=accelerator.device,
+        decode=data.decode,
+        threads=threads,
+        prefetch_batches=data.prefetch_batches,
+    )
+
+
+def make_model(config: Config, num_classes: int, device: torch.device | str = "cpu") -> nn.Module:
+    """The model, initialised from run.seed, equal on all ranks.
+
+    Any timm model will do; position and shape options are passed on to CMT only.
+
+    Raises:
+        ConfigError: an unknown name, or options that the model refuses.
+    """
+    model = config.model
+    if not timm.is_model(model.name):
+        close = difflib.get_close_matches(model.name, timm.list_models(), n=1)
+        raise ConfigError(f"model.name: no model {model.name!r}" + (f", did you mean {close[0]}?" if close else ""))
+    options = model.model_dump(include={"drop_rate", "drop_path_rate"})
+    if model.name.startswith("cmt_"):
+        options |= model.model_dump(exclude={"name", "num_classes"}) | {"img_size": config.data.image_px}
+    torch.manual_seed(config.run.seed)
+    try:
+        built = timm.create_model(model.name, num_classes=num_classes, **options)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"model: {model.name}: {error}") from error
+    return built.to(device, memory_format=torch.channels_last)
+
+
+def num_classes_of(config: Config, manifest: Manifest) -> int:
+    """model.num_classes, or as many as the data has."""
+    found = len(manifest.class_names)
+    stated = config.model.num_classes
+    if stated is not None and stated < found:
+        raise ConfigError(f"model.num_classes: {stated}, but the training data has {found} classes")
+    return stated or found
+
+
+def make_learner(
+    config: Config, model: nn.Module, schedule: Schedule, num_classes: int, accelerator: Accelerator
+) -> Learner:
+    optim = config.optim
+    optimizer = make_optimizer(model, **optim.model_dump(exclude={"clip_grad"}))
+    if config.train.compile:
+        model.compile()
+    return Learner(
+        model,
+        optimizer,
+        accelerator,
+        ema_decay=config.ema.decay,
+        protect=config.guard.enabled,
+        mixing=MixSpec(num_classes=num_classes, **config.mixing.model_dump()),
+        accumulation=schedule.accumulation,
+        clip_grad=optim.clip_grad,
+        seed=config.run.seed,
+    )

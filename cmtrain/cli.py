@@ -1,0 +1,217 @@
+"""The command line. Whatever needs torch is imported inside a verb, so that help and mistakes answer at once."""
+
+import argparse
+import difflib
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from cmtrain import __version__
+from cmtrain.config import Config, config_schema, to_yaml
+from cmtrain.config_file import Resolved, load_config
+from cmtrain.errors import ConfigError
+from cmtrain.schedule import split_batch
+from pipelines.spec import DataError
+
+EXIT_OK, EXIT_CONFIG, EXIT_DATA, EXIT_INTERRUPTED = 0, 2, 3, 130
+
+HELP = """\
+usage: cmtrain [train] --config FILE [options] [--SECTION.KEY VALUE ...]
+       cmtrain VERB [options] [--SECTION.KEY VALUE ...]
+
+Trains CMT vision models (arXiv 2107.06263) from JPEG files.
+
+verbs:
+  train          train a configuration; the verb may be left out
+  demo           train a small CMT on images from installed packages: no GPU and no download needed
+  bench          time the loader, the model and training, and name the bottleneck
+  config show    print the resolved configuration and where each value comes from
+  config schema  print the JSON schema of configuration files: every key, its unit, range and default
+
+main options (cmtrain VERB --help lists those of a verb):
+  --config FILE         configuration file, or one that ships with cmtrain, such as configs/full_in1k.yaml
+  --SECTION.KEY VALUE   override one value of it, e.g. --optim.lr 4e-3 or --augment.scale '[0.2, 1]'
+  --resume WHAT         auto (default): go on from the run folder's newest checkpoint, if there is one; never; force:
+                        also where the recipe has changed; or the path of a checkpoint or run folder
+  --max-steps N         stop after N optimizer steps
+  --dry-run             print the plan of the run and stop
+  --version             print the version and stop
+
+examples:
+  cmtrain demo
+  cmtrain --config configs/full_in1k.yaml --data.root /data/imagenet
+  cmtrain --config configs/full_in1k.yaml --optim.lr 4e-3 --run.name lr4e-3
+  accelerate launch --num_machines 2 ... -m cmtrain --config configs/full_in1k.yaml
+  cmtrain config show --config configs/paper/cmt_ti.yaml
+
+exit codes:
+  0    done
+  2    the configuration or the command line is wrong; nothing was started
+  3    data or environment unusable
+  4    training diverged
+  5    the expected accuracy was not reached (expect.enforce)
+  130  stopped by Ctrl-C
+  143  stopped by SIGTERM or SIGUSR2, after a checkpoint
+"""
+
+Overrides = list[tuple[str, str]]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; `argv` without its name. Returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments:
+        sys.stderr.write(HELP)
+        return EXIT_CONFIG
+    if arguments[0] in ("-h", "--help"):
+        sys.stdout.write(HELP)
+        return EXIT_OK
+    if arguments[0] == "--version":
+        sys.stdout.write(f"cmtrain {__version__}\n")
+        return EXIT_OK
+    verb = "train" if arguments[0].startswith("-") else arguments.pop(0)
+    try:
+        if verb not in _VERBS:
+            hint = f" (verbs: {', '.join(_VERBS)}; a configuration file goes after --config)"
+            raise ConfigError(f"{verb}: unknown verb{_did_you_mean(verb, list(_VERBS)) or hint}")
+        return _VERBS[verb](arguments)
+    except ConfigError as error:
+        sys.stderr.write(f"{error}\n")
+        return EXIT_CONFIG
+    except DataError as error:
+        sys.stderr.write(f"{error}\n")
+        return EXIT_DATA
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+
+
+def _train(arguments: list[str]) -> int:
+    parser = _parser("train", "Train a configuration.")
+    parser.add_argument("--config", metavar="FILE", help="configuration file, or one that ships with cmtrain")
+    parser.add_argument("--resume", default="auto", metavar="WHAT", help="auto (default), never, force, or a path")
+    parser.add_argument("--max-steps", type=_positive, metavar="N", help="stop after N optimizer steps")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan of the run and stop")
+    options, overrides = _parse(parser, arguments)
+    config = _load("train", options.config, overrides).config
+    if options.dry_run:
+        sys.stdout.write(describe_plan(config))
+        return EXIT_OK
+    from cmtrain.train import train
+
+    return train(config, resume=options.resume, max_steps=options.max_steps)
+
+
+def _demo(arguments: list[str]) -> int:
+    parser = _parser("demo", "Train a small CMT on images from installed packages: no GPU and no download needed.")
+    parser.add_argument("--photos", action="store_true", help="12 colour photographs instead of handwritten digits")
+    options, overrides = _parse(parser, arguments)
+    from cmtrain.demo import demo
+
+    return demo(options.photos, overrides)
+
+
+def _bench(arguments: list[str]) -> int:
+    parser = _parser("bench", "Time the loader, the model and training, and name the bottleneck.")
+    parser.add_argument("--config", default="configs/demo.yaml", metavar="FILE", help="default: configs/demo.yaml")
+    parser.add_argument("--what", choices=("loader", "model", "train", "all"), default="all", help="default: all")
+    parser.add_argument("--steps", type=_positive, default=20, metavar="N", help="steps to time of each (default: 20)")
+    parser.add_argument("--json", metavar="FILE", help="write the figures there, too")
+    options, overrides = _parse(parser, arguments)
+    config = _load("bench", options.config, overrides).config
+    from cmtrain.bench import bench
+
+    return bench(options.what, config, steps=options.steps, json_path=options.json)
+
+
+def _config(arguments: list[str]) -> int:
+    what = arguments.pop(0) if arguments else ""
+    if what == "schema" and not arguments:
+        sys.stdout.write(json.dumps(config_schema(), indent=2) + "\n")
+        return EXIT_OK
+    if what != "show":
+        raise ConfigError("cmtrain config: must be `cmtrain config show --config FILE` or `cmtrain config schema`")
+    parser = _parser("config show", "Print the resolved configuration and where each value comes from.")
+    parser.add_argument("--config", metavar="FILE", help="configuration file, or one that ships with cmtrain")
+    options, overrides = _parse(parser, arguments)
+    resolved = _load("config show", options.config, overrides)
+    sys.stdout.write(to_yaml(resolved.config, resolved.origins))
+    return EXIT_OK
+
+
+_VERBS: dict[str, Callable[[list[str]], int]] = {"train": _train, "demo": _demo, "bench": _bench, "config": _config}
+
+
+def describe_plan(config: Config) -> str:
+    """What is known of a run before its data is: the arithmetic of the batch and of the learning rate."""
+    size, schedule = config.train.global_batch_size, config.schedule
+    lines = [
+        f"run      {config.run.dir}/{config.run.name}",
+        f"model    {config.model.name} ({config.model.variant}), {config.data.image_px} px, from {config.data.root}",
+        f"epochs   {schedule.epochs}, warm-up {schedule.warmup_epochs:g}, cool-down {schedule.cooldown_epochs}",
+        f"lr       {schedule.warmup_lr:g} -> {config.optim.lr:g} -> {schedule.min_lr:g} ({config.optim.opt})",
+        f"steps    training images // {size} in an epoch",
+    ]
+    # A launcher says how many processes there are; without one, show what would happen on one node.
+    launched = os.environ.get("WORLD_SIZE")
+    for world_size in [int(launched)] if launched else [1, 2, 4, 8]:
+        try:
+            micro_batch_size, accumulation = split_batch(size, config.train.max_batch_per_gpu, world_size)
+            split = f"{world_size} x {accumulation} x {micro_batch_size}"
+            lines.append(f"batch    {size} = {split} (processes x accumulation x images)")
+        except ConfigError as error:
+            if launched:
+                raise
+            lines.append(f"batch    {error}")
+    return "\n".join(lines) + "\n"
+
+
+def _load(verb: str, path: str | None, overrides: Overrides) -> Resolved:
+    if path is None:
+        raise ConfigError(f"cmtrain {verb}: --config is missing, e.g. cmtrain {verb} --config configs/demo.yaml")
+    return load_config(path, overrides)
+
+
+def _parser(verb: str, description: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(
+        prog=f"cmtrain {verb}",
+        description=description,
+        epilog="--SECTION.KEY VALUE overrides one value of the configuration; `cmtrain config schema` lists them all.",
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+
+
+def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[argparse.Namespace, Overrides]:
+    """The options of a verb, and whatever else looks like an option as an override: load_config knows what is right.
+
+    Raises:
+        ConfigError: in one line, what is wrong with the verb's own options.
+    """
+    try:
+        options, rest = parser.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        raise ConfigError(str(error).removeprefix("argument ")) from error
+    overrides: Overrides = []
+    while rest:
+        name, equals, value = rest.pop(0).partition("=")
+        if not name.startswith("--"):
+            raise ConfigError(f"{parser.prog}: unexpected argument {name}")
+        own = [option.replace("_", "-") for option in vars(options)]
+        if "." not in name and (close := _did_you_mean(name.strip("-"), own, "--")):
+            raise ConfigError(f"{name}: unknown option{close}")
+        if not equals and (not rest or rest[0].startswith("--")):
+            raise ConfigError(f"{name}: needs a value")
+        overrides.append((name.removeprefix("--"), value if equals else rest.pop(0)))
+    return options, overrides
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number >= 1, got {text}")
+    return int(text)
+
+
+def _did_you_mean(given: str, choices: Sequence[str], prefix: str = "") -> str:
+    close = difflib.get_close_matches(given, choices, n=1)
+    return f", did you mean {prefix}{close[0]}?" if close else ""

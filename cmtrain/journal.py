@@ -1,0 +1,250 @@
+"""Everything a run says, in one place: console, metrics and run folder are told the same things together."""
+
+import json
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pipelines.preview import contact_sheet
+
+from cmtrain.checkpoint import Loaded, save_checkpoint
+from cmtrain.console import Console, duration
+from cmtrain.evaluate import Evaluation
+from cmtrain.metrics import StepReport, TrainMetrics, serve
+from cmtrain.run_folder import RunFolder
+from pipelines.spec import Batch, Channels
+
+SAMPLE_NAME = "augmented.png"
+
+
+class Stopwatch:
+    """Where a step's wall time goes: waiting for data, or not. Host clocks only."""
+
+    def __init__(self) -> None:
+        self.last = time.perf_counter()
+        self.waited = 0.0
+
+    def waiting(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Pass `batches` on, and note how long each one let us wait."""
+        while True:
+            asked = time.perf_counter()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            self.waited += time.perf_counter() - asked
+            yield batch
+
+    def lap(self) -> tuple[float, float]:
+        """Seconds since the last lap, and how many of them were waiting."""
+        now = time.perf_counter()
+        lap = now - self.last, self.waited
+        self.last, self.waited = now, 0.0
+        return lap
+
+
+class Journal:
+    """Rank 0 writes the run folder and the console; every rank serves metrics.
+
+    Args:
+        path: the run folder; made here, on rank 0.
+        first_step, last_step: of this process's part of the run.
+        epochs: of the whole run.
+        address: (host, port) to serve metrics at, None for no metrics.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        rank: int,
+        world_size: int,
+        first_step: int,
+        last_step: int,
+        epochs: int,
+        address: tuple[str, int] | None,
+    ) -> None:
+        self.path, self.world_size, self.last_step, self.epochs = path, world_size, last_step, epochs
+        self.console = Console(enabled=rank == 0)
+        self.metrics = TrainMetrics(path.name, rank)
+        self.metrics_url: str | None = None
+        self.server: Any = None
+        if address:
+            try:
+                self.metrics_url, self.server = serve(self.metrics.registry, *address)
+            except OSError as error:
+                self.console.line(f"no metrics: {error}")
+        self.folder = RunFolder(path) if rank == 0 else None
+        self.best_top1, self.best_step = 0.0, -1
+        self.train_loss = math.nan
+        self.clock = Stopwatch()
+        self.window_steps, self.window_images, self.window_seconds, self.window_waited = 0, 0, 0.0, 0.0
+        self.first_step, self.begin = first_step, time.monotonic()
+        self.total_images, self.total_seconds = 0, 0.0
+
+    def start(self, config_yaml: str, facts: dict[str, str], checkpoint: Loaded | None, notes: Sequence[str]) -> None:
+        """Begin, or go on after `checkpoint`. `notes`: lines the user should see."""
+        metrics = self.metrics
+        metrics.one(metrics.steps_target).set(self.last_step)
+        metrics.one(metrics.run_info, *facts.values()).set(1)
+        if checkpoint:
+            metrics.resume(StepReport(**checkpoint.meta["report"]))
+            self.best_top1, self.best_step = checkpoint.meta["best_top1"], checkpoint.meta["best_step"]
+        if self.folder:
+            self.folder.write_config(config_yaml)
+            self.folder.rewind(self.first_step)
+            self.folder.status(
+                state="running", step=self.first_step, last_step=self.last_step, metrics_url=self.metrics_url,
+                exit_code=None, reason=None, result=None,
+            )  # fmt: skip
+        for note in notes:
+            self.console.line(note)
+            self.event("note", text=note)
+        self.event("resumed" if checkpoint else "started", step=self.first_step, **facts)
+        self.console.line(" ".join(f"{key} {value}" for key, value in facts.items()))
+        self.console.line(f"run folder {self.path}" + (f"  metrics {self.metrics_url}" if self.metrics_url else ""))
+        if checkpoint:
+            self.console.line(f"resumed from {checkpoint.path}")
+        self.console.start(self.first_step, self.last_step)
+        self.clock.lap()
+
+    def event(self, kind: str, **fields: Any) -> None:
+        if self.folder:
+            self.folder.event(kind, **fields)
+
+    def sample(self, batches: Iterator[Batch], mean: Channels, std: Channels) -> Iterator[Batch]:
+        """Pass `batches` on; the first one is also drawn into the run folder, for people to look at."""
+        first = next(batches)
+        if self.folder:
+            contact_sheet(first.images, mean, std, self.path / SAMPLE_NAME)
+        yield first
+        yield from batches
+
+    def count_step(self, step: int, num_images: int) -> None:
+        """After every step; `num_images` on this rank."""
+        seconds, waited = self.clock.lap()
+        self.metrics.count_step(num_images, seconds, waited)
+        self.window_steps += 1
+        self.window_images += num_images * self.world_size
+        self.window_seconds += seconds
+        self.window_waited += waited
+        self.console.advance(step)
+
+    def log(self, report: StepReport) -> None:
+        """At every log point."""
+        before = self.metrics.reported
+        self.metrics.report(report)
+        self.train_loss = report.loss
+        images_per_second = self.window_images / self.window_seconds
+        wait_share = self.window_waited / self.window_seconds
+        eta_seconds = self.window_seconds / self.window_steps * (self.last_step - report.step)
+        self.total_images += self.window_images
+        self.total_seconds += self.window_seconds
+        self.window_steps, self.window_images, self.window_seconds, self.window_waited = 0, 0, 0.0, 0.0
+        if self.folder:
+            record = {key: _finite(value) for key, value in asdict(report).items()}
+            speed = {"images_per_second": round(images_per_second, 1), "data_wait_ratio": round(wait_share, 4)}
+            self.folder.log(record | speed | {"time": time.time()})
+            self.folder.status(step=report.step, loss=record["loss"], eta_seconds=round(eta_seconds), **speed)
+        bad, restores = report.bad_steps - before.bad_steps, report.restores - before.restores
+        if bad or restores:
+            self.event(
+                "bad_steps",
+                step=report.step,
+                since=before.step,
+                bad=bad,
+                restores=restores,
+                loss_scale=report.loss_scale,
+            )
+        self.console.progress(
+            f"epoch {report.epoch + 1}/{self.epochs} step {report.step}/{self.last_step} loss {report.loss:.4f} "
+            f"lr {report.lr:.2e} grad {report.grad_norm:.2f} {images_per_second:,.0f} img/s data {wait_share:.0%} "
+            f"scale {report.loss_scale:g} skip {report.bad_steps} eta {duration(eta_seconds)}"
+        )
+
+    def evaluated(self, results: dict[str, Evaluation], *, epoch: int, step: int, lr: float) -> bool:
+        """Record the evaluations of `model` and, if there is one, `ema`. Returns whether top-1 is the run's best."""
+        metrics = self.metrics
+        row: dict[str, Any] = {"epoch": epoch, "step": step, "train_loss": _finite(self.train_loss), "lr": lr}
+        for weights, result in results.items():
+            metrics.one(metrics.eval_accuracy, "1", weights).set(result.top1)
+            metrics.one(metrics.eval_accuracy, "5", weights).set(result.top5)
+            metrics.one(metrics.eval_loss, weights).set(result.loss)
+            prefix = "eval" if weights == "model" else f"eval_{weights}"
+            row |= {f"{prefix}_loss": result.loss, f"{prefix}_top1": result.top1, f"{prefix}_top5": result.top5}
+            self.console.line(
+                f"epoch {epoch}/{self.epochs} {weights} top1 {result.top1:.4f} top5 {result.top5:.4f} "
+                f"loss {result.loss:.4f} on {result.num_images} images"
+            )
+        top1 = max(result.top1 for result in results.values())
+        best = top1 > self.best_top1 or self.best_step < 0
+        if best:
+            self.best_top1, self.best_step = top1, step
+        metrics.one(metrics.best_accuracy).set(self.best_top1)
+        if self.folder:
+            self.folder.summary(row)
+            self.folder.status(step=step, best_top1=self.best_top1, best_step=self.best_step)
+        self.clock.lap()
+        return best
+
+    def save(self, state: dict[str, Any], step: int, meta: dict[str, Any], *, keep: int) -> None:
+        """Publish a checkpoint, on rank 0. A failure (a full disk) is told and counted, and does not end the run."""
+        if self.folder:
+            begin = time.perf_counter()
+            meta = meta | {
+                "best_top1": self.best_top1,
+                "best_step": self.best_step,
+                "report": asdict(self.metrics.reported),
+            }
+            try:
+                path = save_checkpoint(self.folder.checkpoints, step, state, meta, keep=keep)
+            except (OSError, RuntimeError) as error:
+                self.metrics.one(self.metrics.checkpoint_failures).inc()
+                self.event("checkpoint_failed", step=step, error=str(error))
+                self.console.line(f"checkpoint at step {step} failed, training goes on: {error}")
+            else:
+                seconds = time.perf_counter() - begin
+                self.metrics.one(self.metrics.checkpoint_seconds).observe(seconds)
+                self.metrics.one(self.metrics.checkpoint_timestamp).set(time.time())
+                self.event("checkpoint", step=step, path=str(path), seconds=round(seconds, 3))
+                self.folder.status(resume_from=str(path))
+        self.clock.lap()
+
+    def finish(self, state: str, *, exit_code: int, reason: str, results: dict[str, Evaluation] | None = None) -> None:
+        """The last word: status.json, and for a finished run one JSON line on stdout."""
+        self.console.stop()
+        if self.folder:
+            result = self._result(state, results) if results else None
+            self.folder.status(state=state, exit_code=exit_code, reason=reason, result=result)
+            self.event(state, exit_code=exit_code, reason=reason)
+            self.console.line(f"{state}: {reason}")
+            if result:
+                print(json.dumps(result), flush=True)  # noqa: T201
+        if self.server:
+            self.server.shutdown()
+
+    def _result(self, state: str, results: dict[str, Evaluation]) -> dict[str, Any]:
+        measured = {
+            f"{'' if weights == 'model' else weights + '_'}{key}": getattr(evaluation, key)
+            for weights, evaluation in results.items()
+            for key in ("top1", "top5", "loss")
+        }
+        return {
+            "state": state,
+            **measured,
+            "num_images": results["model"].num_images,
+            "step": self.last_step,
+            "images_per_second": round(self.total_images / self.total_seconds, 1) if self.total_seconds else None,
+            "train_seconds": round(time.monotonic() - self.begin, 1),
+            "run_dir": str(self.path),
+            "metrics_url": self.metrics_url,
+            "augmented": str(self.path / SAMPLE_NAME),
+        }
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN: a window without one good step has no loss."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value

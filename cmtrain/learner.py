@@ -1,0 +1,183 @@
+"""What learns: everything that one optimizer step changes, and the step itself.
+
+    mix -> forward (autocast) -> loss -> backward -> propose        once a micro-batch
+    gradient norm -> settle -> clip -> update -> EMA                once a step
+
+The host never waits for the device. Whether a step counts is decided on the device by one flag: the norm of the
+gradient, reduced over all ranks, is finite. The same flag commits BatchNorm's statistics, lets the (fused) optimizer
+write, and moves the EMA; so all ranks agree without asking each other, and nothing depends on accelerate's
+`optimizer_step_was_skipped`, which is always False for fused optimizers (accelerate issue 4242).
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from cmtrain.ema import Ema
+from cmtrain.evaluate import all_reduce_sum, average_running_statistics
+from cmtrain.guard import Guard
+from cmtrain.metrics import StepReport
+from cmtrain.mixing import MixSpec, mix
+from cmtrain.optim import set_lr
+from pipelines.spec import Batch
+
+MIN_LOSS_SCALE = 1.0
+
+
+class Learner:
+    """Model, EMA, optimizer, guard, loss scaler, and the sums since the last log point.
+
+    Args:
+        model: on `accelerator.device`, not yet wrapped.
+        ema_decay: per step, None for no EMA.
+        protect: whether the guard refuses bad steps, or only counts them.
+        accumulation: micro-batches a step on this rank.
+        clip_grad: largest L2 norm of the gradient, None for no clipping.
+        seed: of the run; dropout, drop path and mixing are functions of (seed, step, micro-batch).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        accelerator: Accelerator,
+        *,
+        ema_decay: float | None,
+        protect: bool,
+        mixing: MixSpec,
+        accumulation: int,
+        clip_grad: float | None,
+        seed: int,
+    ) -> None:
+        self.model, self.optimizer, self.accelerator = model, optimizer, accelerator
+        self.guard = Guard(model, protect=protect)
+        # Copied before accelerate wraps the forward, or the copy would run the original's.
+        self.ema = Ema(model, ema_decay) if ema_decay else None
+        self.wrapped = accelerator.prepare_model(model)
+        self.mixing, self.accumulation, self.clip_grad, self.seed = mixing, accumulation, clip_grad, seed
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.loss_sum = torch.zeros((), device=accelerator.device)
+        self.good_steps = torch.zeros((), device=accelerator.device)
+        self.grad_norm = torch.zeros((), device=accelerator.device)
+
+    def step(self, batches: Iterator[Batch], step: int, lr: float) -> int:
+        """Do step number `step` (from 0) on the next `accumulation` micro-batches.
+
+        Returns:
+            The number of images this rank worked on.
+        """
+        set_lr(self.optimizer, lr)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss_of_step = torch.zeros((), device=self.accelerator.device)
+        num_images = 0
+        for turn in range(self.accumulation):
+            images, labels, _ = next(batches)
+            # The number of this micro-batch within the global batch, whichever rank works on it.
+            micro = self.accelerator.process_index + turn * self.accelerator.num_processes
+            torch.manual_seed(_seed_of(self.seed, step, micro))
+            images, targets = mix(images, labels, self.mixing, (self.seed, step, micro))
+            last = turn == self.accumulation - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
+                loss = F.cross_entropy(self.wrapped(images).float(), targets)
+                self.accelerator.backward(loss / self.accumulation)
+            self.guard.propose()
+            loss_of_step += loss.detach() / self.accumulation
+            num_images += len(labels)
+        self._update(loss_of_step)
+        return num_images
+
+    @torch.no_grad()
+    def _update(self, loss: Tensor) -> None:
+        scaler = self.accelerator.scaler
+        if scaler is not None:
+            scaler.unscale_(self.optimizer)
+        self.grad_norm = nn.utils.clip_grad_norm_(self.parameters, self.clip_grad or math.inf, foreach=True)
+        ok = torch.isfinite(self.grad_norm)
+        go = self.guard.settle(ok)
+        # Fused optimizers leave parameters and state alone where found_inf is 1. An unguarded fp16 run still skips, as
+        # any GradScaler run does.
+        self.optimizer.found_inf = (~(go if scaler is None else ok)).float()  # type: ignore[attr-defined]
+        self.optimizer.step()
+        if scaler is not None:
+            scaler.update()
+            # torch has no floor: after 165 overflows in a row the scale is 0, and the next good step writes NaN.
+            scaler._scale.clamp_(min=MIN_LOSS_SCALE)
+        if self.ema is not None:
+            self.ema.update(go)
+        self.loss_sum += torch.where(ok, loss, 0)
+        self.good_steps += ok
+
+    def report(self, step: int, epoch: int, lr: float, *, reset: bool) -> StepReport:
+        """Read the sums since the last log point; `reset` starts new ones. Synchronises; for all ranks together."""
+        loss_sum = self.loss_sum.clone()
+        all_reduce_sum(loss_sum)
+        guard, scaler = self.guard, self.accelerator.scaler
+        on_device = [
+            loss_sum,
+            self.good_steps,
+            self.grad_norm,
+            guard.bad_steps,
+            guard.bad_steps_in_a_row,
+            guard.restores,
+        ]
+        loss, good, norm, bad, bad_in_a_row, restores = torch.stack([t.double() for t in on_device]).tolist()
+        if reset:
+            self.loss_sum.zero_()
+            self.good_steps.zero_()
+        return StepReport(
+            step=step,
+            epoch=epoch,
+            loss=loss / self.accelerator.num_processes / good if good else math.nan,
+            lr=lr,
+            grad_norm=norm,
+            loss_scale=1.0 if scaler is None else scaler.get_scale(),
+            bad_steps=int(bad),
+            bad_steps_in_a_row=int(bad_in_a_row),
+            restores=int(restores),
+        )
+
+    @property
+    def weights(self) -> dict[str, nn.Module]:
+        """The models worth evaluating: `model`, and `ema` if there is one."""
+        return {"model": self.model} | ({"ema": self.ema.module} if self.ema else {})
+
+    def average_over_ranks(self) -> None:
+        """Make BatchNorm's running statistics equal on all ranks: before evaluating, before saving."""
+        average_running_statistics(*self.weights.values())
+        self.guard.resnapshot()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a step changes. Equal on all ranks; all ranks must call it together."""
+        self.average_over_ranks()
+        loss_sum = self.loss_sum.clone()
+        all_reduce_sum(loss_sum)
+        state = {name: module.state_dict() for name, module in self.weights.items()}
+        state |= {"optimizer": self.optimizer.state_dict(), "guard": self.guard.state_dict()}
+        state["window"] = {"loss_sum": loss_sum / self.accelerator.num_processes, "good_steps": self.good_steps}
+        if self.accelerator.scaler is not None:
+            state["scaler"] = self.accelerator.scaler.state_dict()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, module in self.weights.items():
+            module.load_state_dict(state[name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.guard.load_state_dict(state["guard"])
+        self.loss_sum.copy_(state["window"]["loss_sum"])
+        self.good_steps.copy_(state["window"]["good_steps"])
+        if self.accelerator.scaler is not None and "scaler" in state:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+
+
+def _seed_of(seed: int, step: int, micro: int) -> int:
+    """Spread (seed, step, micro) over 63 bits: neighbouring steps must not share generator states."""
+    mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + micro * 0x94D049BB133111EB) & (2**64 - 1)
+    mixed = ((mixed ^ (mixed >> 31)) * 0xD6E8FEB86659FD93) & (2**64 - 1)
+    return (mixed ^ (mixed >> 32)) >> 1

@@ -1,0 +1,118 @@
+"""What happens to a batch between the pipeline and the model: random erasing, then MixUp or CutMix, soft targets.
+
+Semantics are timm's (`timm.data.Mixup` in batch mode with its flipped partner and lambda correction,
+`timm.data.RandomErasing` in pixel mode). Two things differ: all draws come from a key that the caller gives, not from
+global state, so that a resumed run mixes as the uninterrupted one; and erasing works on the batch at once, not image by
+image.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+ERASE_AREA = (0.02, 1 / 3)
+ERASE_ASPECT = (0.3, 1 / 0.3)
+ERASE_ATTEMPTS = 10
+
+
+@dataclass(frozen=True)
+class MixSpec:
+    """timm's names. `mixup`, `cutmix`: Beta alphas, 0 is off. `reprob`, `recount`: random erasing."""
+
+    num_classes: int
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    mixup_prob: float = 1.0
+    mixup_switch_prob: float = 0.5
+    smoothing: float = 0.0
+    reprob: float = 0.0
+    recount: int = 1
+
+
+@dataclass(frozen=True)
+class MixDraw:
+    """One batch's draw. `lam`: weight of the image itself. `box`: CutMix rows and columns (y0, y1, x0, x1), or None."""
+
+    lam: float = 1.0
+    box: tuple[int, int, int, int] | None = None
+
+
+def mix(images: Tensor, labels: Tensor, spec: MixSpec, key: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Erase, mix and soften one batch.
+
+    Args:
+        images: (B, C, H, W) normalised; not modified.
+        labels: (B,) int64.
+        key: what the draws are a function of, e.g. (seed, step, micro-batch).
+
+    Returns:
+        images (B, C, H, W) and targets (B, num_classes) float32 that sum to 1.
+    """
+    rng = np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
+    if spec.reprob:
+        images = erase(images, spec, rng)
+    draw = draw_mix(spec, images.shape[-2], images.shape[-1], rng)
+    if draw.box is not None:
+        y0, y1, x0, x1 = draw.box
+        partner = images.flip(0)
+        images = images.clone()
+        images[:, :, y0:y1, x0:x1] = partner[:, :, y0:y1, x0:x1]
+    elif draw.lam < 1:
+        images = torch.lerp(images.flip(0), images, draw.lam)
+    return images, soft_targets(labels, spec, draw.lam)
+
+
+def draw_mix(spec: MixSpec, height: int, width: int, rng: np.random.Generator) -> MixDraw:
+    """Choose MixUp, CutMix or neither for a batch of (height, width) images."""
+    if not (spec.mixup or spec.cutmix) or rng.random() >= spec.mixup_prob:
+        return MixDraw()
+    use_cutmix = rng.random() < spec.mixup_switch_prob if spec.mixup and spec.cutmix else bool(spec.cutmix)
+    alpha = spec.cutmix if use_cutmix else spec.mixup
+    lam = float(rng.beta(alpha, alpha))
+    if not use_cutmix:
+        return MixDraw(lam)
+    side = math.sqrt(1 - lam)
+    half_height, half_width = int(height * side) // 2, int(width * side) // 2
+    y, x = int(rng.integers(height)), int(rng.integers(width))
+    y0, y1 = max(y - half_height, 0), min(y + half_height, height)
+    x0, x1 = max(x - half_width, 0), min(x + half_width, width)
+    # The box may be cut off by the border: weigh by what was really pasted.
+    return MixDraw(1 - (y1 - y0) * (x1 - x0) / (height * width), (y0, y1, x0, x1))
+
+
+def soft_targets(labels: Tensor, spec: MixSpec, lam: float) -> Tensor:
+    """(B,) int64 -> (B, num_classes) float32: smoothed one-hot rows, mixed with the flipped batch's."""
+    off = spec.smoothing / spec.num_classes
+    targets = torch.full((len(labels), spec.num_classes), off, device=labels.device)
+    targets.scatter_(1, labels[:, None], 1 - spec.smoothing + off)
+    return targets if lam == 1 else torch.lerp(targets.flip(0), targets, lam)
+
+
+def erase(images: Tensor, spec: MixSpec, rng: np.random.Generator) -> Tensor:
+    """Replace `recount` random boxes by normal noise in a share `reprob` of the images (timm's pixel mode)."""
+    batch, _, height, width = images.shape
+    mask = torch.zeros((batch, 1, height, width), dtype=torch.bool, device=images.device)
+    chosen = rng.random(batch) < spec.reprob
+    for _ in range(spec.recount):
+        top, left, box_height, box_width = draw_boxes(batch, height, width, spec.recount, rng) * chosen
+        edges = np.stack([top, top + box_height, left, left + box_width])
+        y0, y1, x0, x1 = torch.from_numpy(edges).to(images.device, non_blocking=True)[:, :, None, None, None]
+        rows = torch.arange(height, device=images.device)[:, None]
+        columns = torch.arange(width, device=images.device)
+        mask |= (rows >= y0) & (rows < y1) & (columns >= x0) & (columns < x1)
+    return torch.where(mask, torch.randn_like(images), images)
+
+
+def draw_boxes(batch: int, height: int, width: int, count: int, rng: np.random.Generator) -> np.ndarray:
+    """(4, batch) int64: top, left, height, width of one box an image, 0 x 0 where ten attempts did not fit."""
+    area = rng.uniform(*ERASE_AREA, size=(ERASE_ATTEMPTS, batch)) * height * width / count
+    aspect = np.exp(rng.uniform(math.log(ERASE_ASPECT[0]), math.log(ERASE_ASPECT[1]), size=(ERASE_ATTEMPTS, batch)))
+    box_height, box_width = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
+    fits = (box_height < height) & (box_width < width)
+    first = fits.argmax(0), np.arange(batch)
+    box_height, box_width = (box_height * fits)[first].astype(np.int64), (box_width * fits)[first].astype(np.int64)
+    # timm draws both ends inclusive.
+    return np.stack([rng.integers(height - box_height + 1), rng.integers(width - box_width + 1), box_height, box_width])

@@ -1,0 +1,176 @@
+"""YAML in which a value is what it looks like, and every value knows its line.
+
+Plain YAML 1.1 loaders read `6e-3` as text, `010` as 8 and `1:30` as 90, and let the last of two equal keys win. Here
+numbers are decimal, everything else that is not `true`, `false` or `null` is text, and duplicate keys, anchors,
+aliases and tags are errors. Values are built straight from the parser's events: nothing is executed and nothing is
+expanded, so neither a tag nor an alias bomb has anything to act on.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+import yaml
+
+MAX_DEPTH = 20
+
+# A value that was refused; the reason is among the problems.
+REFUSED = object()
+
+_INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]{0,17})")
+_FLOAT = re.compile(r"[-+]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?")
+_WORDS: dict[str, Any] = {
+    **dict.fromkeys(("", "~", "null", "Null", "NULL"), None),
+    **dict.fromkeys(("true", "True", "TRUE"), True),
+    **dict.fromkeys(("false", "False", "FALSE"), False),
+    # Resolved, so that the schema can refuse them as numbers that are not finite.
+    **dict.fromkeys((".inf", ".Inf", ".INF", "+.inf", "+.Inf", "+.INF"), math.inf),
+    **dict.fromkeys(("-.inf", "-.Inf", "-.INF"), -math.inf),
+    **dict.fromkeys((".nan", ".NaN", ".NAN"), math.nan),
+}
+_NEEDS_NO_QUOTES = re.compile(r"[A-Za-z_/.][A-Za-z0-9_/.:+@-]*(?<!:)")
+
+
+@dataclass(frozen=True)
+class Node:
+    """A value and the line where it, or its key, stands (1 is the first).
+
+    `value`: None, bool, int, float, str, a tuple of such values, a dict of Nodes, or REFUSED.
+    """
+
+    line: int
+    value: Any
+
+
+Problem = tuple[int, str]  # line, message
+
+
+def parse(text: str) -> tuple[Node | None, list[Problem]]:
+    """Read the one document in `text`.
+
+    Returns:
+        Its root, None where the text cannot be read to the end or holds no document; and all that is wrong with it.
+    """
+    root, problems = None, list[Problem]()
+    try:
+        events = yaml.parse(text, Loader=yaml.SafeLoader)
+        for event in events:
+            if isinstance(event, yaml.NodeEvent):
+                root = Node(_line(event), _build(events, event, 0, problems))
+            elif isinstance(event, yaml.DocumentStartEvent) and root is not None:
+                problems.append((_line(event), "a second document starts here; a file holds one"))
+                break
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        return None, [*problems, (line, f"not YAML: the character {text[error.position]!a} is not allowed")]
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        return None, [*problems, (mark.line + 1 if mark else 1, f"not YAML: {error.problem or error.context}")]
+    except (ValueError, OverflowError) as error:
+        # PyYAML's scanner lets these out for an escape beyond Unicode and a version of thousands of digits.
+        return None, [*problems, (1, f"not YAML: {error}")]
+    return root, problems
+
+
+def parse_argument(text: str) -> tuple[Any, str | None]:
+    """Read the value of a command-line option: as YAML where it opens a list, a mapping or quotes, else as it stands.
+
+    Returns:
+        the value (REFUSED if there is none), and what is wrong with it or None.
+    """
+    if text[:1] not in ("[", "{", '"', "'"):
+        return scalar(text), None
+    root, problems = parse(text)
+    if problems or root is None:
+        return REFUSED, problems[0][1]
+    return root.value, None
+
+
+def scalar(text: str) -> Any:
+    """The value of an unquoted scalar: None, bool, int, float, or the text itself."""
+    if text in _WORDS:
+        return _WORDS[text]
+    if _INTEGER.fullmatch(text):
+        return int(text)
+    return float(text) if _FLOAT.fullmatch(text) else text
+
+
+def emit(value: Any) -> str:
+    """`value` on one line, such that parse gives it back exactly. What was refused is shown as `...`."""
+    if value is REFUSED:
+        return "..."
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{emit(str(key))}: {emit(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(emit(item) for item in value) + "]"
+    if isinstance(value, Node):
+        return emit(value.value)
+    if isinstance(value, str):
+        plain = _NEEDS_NO_QUOTES.fullmatch(value) and scalar(value) == value
+        return value if plain else json.dumps(value, ensure_ascii=not value.isprintable())
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return ".nan" if math.isnan(value) else f"{'-' * (value < 0)}.inf"
+    return repr(value)
+
+
+def _line(event: yaml.Event) -> int:
+    return cast(yaml.Mark, event.start_mark).line + 1
+
+
+def _build(events: Iterator[yaml.Event], event: yaml.Event, depth: int, problems: list[Problem]) -> Any:
+    """The value that starts at `event`; takes its remaining events from `events`."""
+    if depth > MAX_DEPTH:
+        mark = cast(yaml.Mark, event.start_mark)
+        raise yaml.MarkedYAMLError(problem=f"nested deeper than {MAX_DEPTH} levels", problem_mark=mark)
+    if isinstance(event, yaml.AliasEvent):
+        problems.append((_line(event), f"aliases (*{event.anchor}) are not supported; write the value out"))
+        return REFUSED
+    assert isinstance(event, yaml.ScalarEvent | yaml.CollectionStartEvent)
+    refused = len(problems)
+    if event.anchor is not None:
+        problems.append((_line(event), f"anchors (&{event.anchor}) are not supported; write the value out"))
+    if event.tag is not None:
+        problems.append((_line(event), f"tags ({show(event.tag)}) are not supported"))
+    value: Any
+    if isinstance(event, yaml.ScalarEvent):
+        value = event.value if event.style else scalar(event.value)
+    elif isinstance(event, yaml.SequenceStartEvent):
+        value = _build_list(events, depth, problems)
+    else:
+        value = _build_mapping(events, depth, problems)
+    return REFUSED if len(problems) > refused and not isinstance(value, dict) else value
+
+
+def _build_list(events: Iterator[yaml.Event], depth: int, problems: list[Problem]) -> tuple[Any, ...]:
+    items = []
+    while not isinstance(event := next(events), yaml.SequenceEndEvent):
+        items.append(_build(events, event, depth + 1, problems))
+    return tuple(items)
+
+
+def _build_mapping(events: Iterator[yaml.Event], depth: int, problems: list[Problem]) -> dict[str, Node]:
+    nodes: dict[str, Node] = {}
+    while not isinstance(event := next(events), yaml.MappingEndEvent):
+        line, key = _line(event), None
+        if isinstance(event, yaml.ScalarEvent) and event.anchor is None and event.tag is None:
+            key = event.value  # a name, whatever it looks like: `1`, `null` and `true` stay text
+        else:
+            problems.append((line, "a key must be plain text"))
+            _build(events, event, depth + 1, [])
+        value = _build(events, next(events), depth + 1, problems)
+        if key in nodes:
+            problems.append((line, f"{show(key)}: duplicate key, first set in line {nodes[key].line}"))
+        elif key is not None:
+            nodes[key] = Node(line, value)
+    return nodes
+
+
+def show(value: Any) -> str:
+    """`value` for an error message: as YAML, on one line, without control characters, cut to 60 characters."""
+    text = emit(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,194 @@
+"""The training run. Read `train` from top to bottom: one batch's way from JPEG to metric is its loop."""
+
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+from signal import SIGINT
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from cmtrain import __version__, build
+from cmtrain.config import Config, to_yaml
+from cmtrain.evaluate import Evaluation, evaluate
+from cmtrain.journal import Journal
+from cmtrain.launch import StopRequest, leave_together
+from cmtrain.learner import Learner
+from cmtrain.resume import choose_start
+from cmtrain.schedule import Schedule
+from pipelines.spec import Batch, Loader
+
+EXIT_DONE, EXIT_DIVERGED, EXIT_EXPECTATION, EXIT_INTERRUPTED, EXIT_PREEMPTED = 0, 4, 5, 130, 143
+
+
+def train(config: Config, *, resume: str = "auto", max_steps: int | None = None) -> int:
+    """Train as `config` says, in this process; one of several if a launcher started it.
+
+    Args:
+        resume: `auto`, `never`, `force` or a path; see resume.choose_start.
+        max_steps: end the run after this many optimizer steps.
+
+    Returns:
+        The process exit code: 0 done, 4 diverged, 5 expected accuracy not met, 130 Ctrl-C, 143 another stop signal.
+
+    Raises:
+        ConfigError, DataError: before anything was written.
+    """
+    accelerator = build.make_accelerator(config.train.precision)
+    stop = StopRequest(accelerator.num_processes)
+
+    # Data, arithmetic, model, checkpoint: whatever can be wrong is found before anything is written.
+    threads = build.split_threads(config, accelerator)
+    data = build.open_data(config, accelerator)
+    schedule = build.plan_steps(config, len(data.train), accelerator.num_processes)
+    num_classes = build.num_classes_of(config, data.train)
+    model = build.make_model(config, num_classes, accelerator.device)
+    run_path = Path(config.run.dir) / str(config.run.name)
+    start = choose_start(run_path, resume, config, data.train.fingerprint, is_main=accelerator.is_main_process)
+    last_step = min(schedule.total_steps, max_steps or schedule.total_steps)
+
+    # The loaders are not prepared by accelerate: order, sharding and every random draw are the plan's.
+    train_loader = build.make_train_loader(config, data.train, schedule, accelerator, threads)
+    eval_loader = build.make_eval_loader(config, data.val, schedule, accelerator, threads)
+    learner = build.make_learner(config, model, schedule, num_classes, accelerator)
+    if start.checkpoint:
+        learner.load_state_dict(start.checkpoint.state)
+    journal = open_journal(config, run_path, accelerator, schedule, start.step, last_step)
+    journal.start(to_yaml(config), facts_of(config, accelerator), start.checkpoint, start.notes)
+
+    received, diverged, results = 0, False, dict[str, Evaluation]()
+    try:
+        batches = batches_from(start.step, train_loader, schedule)
+        batches = journal.clock.waiting(journal.sample(batches, config.data.mean, config.data.std))
+        for step in range(start.step, last_step):
+            lr = schedule.lr_at(step)
+            num_images = learner.step(batches, step, lr)
+            done, epoch = step + 1, step // schedule.steps_per_epoch
+            journal.count_step(done, num_images)
+            received = stop.agreed()
+
+            # Here host and device meet, and nowhere else in a step.
+            if done % config.train.log_every_steps == 0 or done == last_step:
+                report = learner.report(done, epoch, lr, reset=done % config.train.log_every_steps == 0)
+                journal.log(report)
+                diverged = report.bad_steps_in_a_row >= config.guard.max_bad_steps
+                if diverged:
+                    break
+
+            improved = False
+            if done == last_step or (schedule.ends_epochs(done, config.evaluate.every_epochs) and not received):
+                results = evaluate_weights(learner, eval_loader, len(data.val), accelerator)
+                improved = journal.evaluated(results, epoch=epoch + 1, step=done, lr=lr)
+
+            if done == last_step or improved or received or saves_at(done, config, schedule):
+                state = learner.state_dict() | {"progress": progress_at(done, schedule)}
+                meta = meta_of(config, data.train.fingerprint, schedule, accelerator)
+                journal.save(state, done, meta, keep=config.checkpoint.keep)
+            if received:
+                break
+
+        if not (results or received or diverged):  # it had finished before, and only its last words were lost
+            results = evaluate_weights(learner, eval_loader, len(data.val), accelerator)
+    except BaseException as error:
+        journal.finish("failed", exit_code=1, reason=f"{type(error).__name__}: {error}")
+        raise
+    train_loader.close()
+    eval_loader.close()
+    stop.close()
+
+    if received:
+        code = EXIT_INTERRUPTED if received == SIGINT else EXIT_PREEMPTED
+        journal.finish("preempted", exit_code=code, reason=f"signal {received}; the same command resumes")
+    elif diverged:
+        code = EXIT_DIVERGED
+        bad = f"{report.bad_steps_in_a_row} bad steps in a row, loss scale {report.loss_scale:g}"
+        reason = f"{bad}; lower optim.lr or set optim.clip_grad"
+        journal.finish("diverged", exit_code=code, reason=reason)
+    else:
+        code, reason = judge(config, results)
+        journal.finish("finished", exit_code=code, reason=reason, results=results)
+    leave_together()
+    return code
+
+
+def batches_from(step: int, loader: Loader, schedule: Schedule) -> Iterator[Batch]:
+    """This rank's micro-batches from optimizer step `step` on, epoch after epoch, without end."""
+    while True:
+        epoch, steps_into_epoch = divmod(step, schedule.steps_per_epoch)
+        yield from loader.epoch(epoch, start=steps_into_epoch * schedule.global_batch_size)
+        step = (epoch + 1) * schedule.steps_per_epoch
+
+
+def evaluate_weights(
+    learner: Learner, loader: Loader, num_images: int, accelerator: Accelerator
+) -> dict[str, Evaluation]:
+    """Evaluate the model and, if there is one, its EMA."""
+    learner.average_over_ranks()
+    return {
+        name: evaluate(
+            module, loader.epoch(0), autocast=accelerator.autocast(), device=accelerator.device, num_images=num_images
+        )
+        for name, module in learner.weights.items()
+    }
+
+
+def saves_at(done: int, config: Config, schedule: Schedule) -> bool:
+    every_steps = config.checkpoint.every_steps
+    return schedule.ends_epochs(done, config.checkpoint.every_epochs) or bool(every_steps and done % every_steps == 0)
+
+
+def progress_at(done: int, schedule: Schedule) -> dict[str, int]:
+    """Where the run stands after `done` steps; `samples` of `epoch` are consumed, by all ranks together."""
+    epoch, steps_into_epoch = divmod(done, schedule.steps_per_epoch)
+    return {"step": done, "epoch": epoch, "samples": steps_into_epoch * schedule.global_batch_size}
+
+
+def meta_of(config: Config, fingerprint: str, schedule: Schedule, accelerator: Accelerator) -> dict[str, Any]:
+    """What a checkpoint says about its origin."""
+    return {
+        "config": config.model_dump(mode="json"),
+        "fingerprint": fingerprint,
+        "micro_batch_size": schedule.micro_batch_size,
+        "world_size": accelerator.num_processes,
+        "versions": {"cmtrain": __version__, "torch": torch.__version__, "python": platform.python_version()},
+    }
+
+
+def facts_of(config: Config, accelerator: Accelerator) -> dict[str, str]:
+    return {
+        "model": config.model.name,
+        "precision": build.precision_of(accelerator),
+        "device": accelerator.device.type,
+        "world_size": str(accelerator.num_processes),
+        "version": __version__,
+    }
+
+
+def open_journal(
+    config: Config, path: Path, accelerator: Accelerator, schedule: Schedule, first_step: int, last_step: int
+) -> Journal:
+    metrics = config.metrics
+    return Journal(
+        path,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        first_step=first_step,
+        last_step=last_step,
+        epochs=schedule.total_epochs,
+        address=(metrics.host, metrics.port + accelerator.local_process_index) if metrics.enabled else None,
+    )
+
+
+def judge(config: Config, results: dict[str, Evaluation]) -> tuple[int, str]:
+    """Exit code and reason of a finished run: was the accuracy reached that the configuration expects?"""
+    top1 = max(result.top1 for result in results.values())
+    expect = config.expect
+    if expect.top1 is None:
+        return EXIT_DONE, f"top-1 {top1:.4f}"
+    reached = top1 >= expect.top1 - expect.tolerance
+    wanted = f"expected {expect.top1:.4f} within {expect.tolerance:g}" + (
+        f" ({expect.source})" if expect.source else ""
+    )
+    reason = f"top-1 {top1:.4f}, {wanted}: {'reached' if reached else 'missed'}"
+    return EXIT_EXPECTATION if expect.enforce and not reached else EXIT_DONE, reason

@@ -1,0 +1,224 @@
+"""The promises of a run, kept by the program as a user starts it: whole processes, real JPEGs, real signals."""
+
+import csv
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ENVIRONMENT, ROOT
+
+from cmtrain.checkpoint import checkpoint_steps, load_newest
+
+LOSSES = ("step", "epoch", "loss", "lr", "grad_norm", "bad_steps")
+
+
+def losses(job):
+    return [tuple(record[key] for key in LOSSES) for record in job.log()]
+
+
+def tensors(tree, prefix=""):
+    """Flatten nested dicts and lists to {dotted name: leaf}."""
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list | tuple) else None
+    if items is None:
+        return {prefix: tree}
+    return {k: v for key, value in items for k, v in tensors(value, f"{prefix}.{key}").items()}
+
+
+def final_state(job):
+    return tensors(load_newest(job.run / "checkpoints").state)
+
+
+def assert_same_state(a, b):
+    a, b = final_state(a), final_state(b)
+    assert a.keys() == b.keys()
+    for key, value in a.items():
+        same = torch.equal(value, b[key]) if isinstance(value, torch.Tensor) else value == b[key]
+        assert same, f"{key}: {value} != {b[key]}"
+
+
+def wait_for(condition, process, seconds=120):
+    """Wait by progress, never by time: on a busy machine the imports alone take many seconds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "no progress"
+        time.sleep(0.01)
+
+
+def logged(job, step):
+    return (job.run / "log.jsonl").exists() and any(
+        f'"step": {s},' in (job.run / "log.jsonl").read_text() for s in range(step, 99)
+    )
+
+
+def test_a_run_leaves_what_it_promises(make_job):
+    job = make_job(
+        schedule={"epochs": 6}, augment={"color_jitter": None}, mixing={"mixup": 0, "cutmix": 0, "reprob": 0}
+    )
+    result = job()
+    assert result["state"] == "finished"
+    assert result["step"] == 36
+    assert result["top1"] > 0.5  # chance is 0.33
+    assert result["run_dir"] == str(job.run.relative_to(job.folder))
+    status = job.status()
+    assert (status["state"], status["exit_code"], status["step"]) == ("finished", 0, 36)
+    assert status["result"] == result
+    assert [r["step"] for r in job.log()] == list(range(2, 37, 2))
+    rows = list(csv.DictReader((job.run / "summary.csv").read_text().splitlines()))
+    assert [int(row["epoch"]) for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert float(rows[-1]["eval_top1"]) == pytest.approx(result["top1"])
+    kinds = [event["event"] for event in job.events()]
+    assert kinds[0] == "started"
+    assert kinds[-1] == "finished"
+    assert kinds.count("checkpoint") >= 6
+    assert checkpoint_steps(job.run / "checkpoints")[-3:] == [24, 30, 36]
+    assert (job.run / "augmented.png").read_bytes()[:4] == b"\x89PNG"
+    assert "top1" in job.stderr.read_text()
+    # The same command again has nothing to do, and says the same.
+    again = job()
+    assert again["top1"] == result["top1"]
+    assert [r["step"] for r in job.log()] == list(range(2, 37, 2))
+    # The stored configuration is loadable and the same run.
+    stored = subprocess.run(
+        [sys.executable, "-m", "cmtrain", "config", "show", "--config", str(job.run / "config.yaml")],
+        capture_output=True, text=True, check=True, env=ENVIRONMENT,
+    ).stdout  # fmt: skip
+    assert "cmt_micro" in stored
+
+
+def test_kill_9_and_the_same_command_again_is_the_run_that_was_never_killed(make_job):
+    undisturbed, killed = make_job("undisturbed"), make_job("killed")
+    undisturbed()
+    process = killed.start("--checkpoint.every_steps", "4")
+    wait_for(lambda: logged(killed, 10), process)
+    process.kill()
+    process.communicate()
+    assert killed.status()["state"] == "running"
+    killed("--checkpoint.every_steps", "4")
+    assert [e["event"] for e in killed.events()].count("resumed") == 1
+    assert losses(killed) == losses(undisturbed)
+    assert_same_state(killed, undisturbed)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR2, 143)])
+def test_a_stop_signal_ends_with_a_checkpoint_at_that_step(make_job, number, code):
+    job = make_job(schedule={"epochs": 400})
+    process = job.start("--checkpoint.every_epochs", "400", "--evaluate.every_epochs", "400")
+    wait_for(lambda: logged(job, 4), process)
+    process.send_signal(number)
+    if number == signal.SIGTERM:
+        process.send_signal(number)  # launchers deliver it twice
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    status = job.status()
+    assert (status["state"], status["exit_code"]) == ("preempted", code)
+    steps = checkpoint_steps(job.run / "checkpoints")
+    assert len(steps) == 1
+    assert status["resume_from"].endswith(f"step-{steps[0]:09d}")
+    assert steps[0] >= 4
+
+
+def test_sigterm_and_resume_lose_no_step(make_job):
+    undisturbed, stopped = make_job("undisturbed"), make_job("stopped")
+    undisturbed()
+    process = stopped.start()
+    wait_for(lambda: logged(stopped, 8), process)
+    process.terminate()
+    process.communicate(timeout=60)
+    stopped()
+    assert losses(stopped) == losses(undisturbed)
+    assert_same_state(stopped, undisturbed)
+
+
+def test_two_ranks_are_one_rank_with_twice_the_accumulation(make_job):
+    """Also: torchrun, and an SGD run stopped on 1 rank and finished on 2."""
+    one, two = make_job("one", optim={"opt": "sgd", "lr": 0.02}), make_job("two", optim={"opt": "sgd", "lr": 0.02})
+    one()
+    two("--max-steps", "6")
+    two("--max-steps", "12", nproc=2)
+    two()
+    for mine, theirs in zip(losses(two), losses(one), strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-4)
+    a, b = final_state(one), final_state(two)
+    for key, value in a.items():
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            torch.testing.assert_close(b[key], value, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("nproc", [2, 3])
+def test_evaluation_is_exact_over_ranks(make_job, nproc):
+    """Every rank asserts that all 31 images were seen; the figures are those of one rank."""
+    job = make_job(train={"global_batch_size": 12, "max_batch_per_gpu": 12})
+    one = job("--max-steps", "4")
+    more = job("--max-steps", "4", nproc=nproc)
+    for key in ("top1", "ema_top1"):
+        assert more[key] == one[key]
+    assert more["loss"] == pytest.approx(one["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_inf_on_one_rank_poisons_nothing(make_job, monkeypatch, rank):
+    job = make_job(mixing={"mixup": 0, "cutmix": 0})
+    monkeypatch.setitem(ENVIRONMENT, "POISON_STEPS", "7")
+    monkeypatch.setitem(ENVIRONMENT, "POISON_RANK", str(rank))
+    result = job(nproc=2, module=str(ROOT / "tests" / "poisoned_train.py"))
+    assert all(torch.isfinite(v).all() for v in final_state(job).values() if isinstance(v, torch.Tensor))
+    assert result["loss"] < 10
+    assert job.log()[-1]["bad_steps"] == 1
+    assert [e["bad"] for e in job.events() if e["event"] == "bad_steps"] == [1]
+
+
+def test_without_the_guard_the_same_inf_poisons_the_run(make_job, monkeypatch):
+    job = make_job(guard={"enabled": False}, mixing={"mixup": 0, "cutmix": 0})
+    monkeypatch.setitem(ENVIRONMENT, "POISON_STEPS", "7")
+    monkeypatch.setitem(ENVIRONMENT, "POISON_RANK", "0")
+    job(module=str(ROOT / "tests" / "poisoned_train.py"))
+    state = final_state(job)
+    assert torch.isnan(state[next(k for k in state if k.startswith(".model.") and k.endswith("running_var"))]).any()
+    assert torch.isnan(state[next(k for k in state if k.startswith(".ema.") and k.endswith("running_var"))]).any()
+
+
+def test_a_run_of_bad_steps_ends_as_diverged(make_job, monkeypatch):
+    job = make_job(guard={"max_bad_steps": 4}, mixing={"mixup": 0, "cutmix": 0})
+    monkeypatch.setitem(ENVIRONMENT, "POISON_STEPS", ",".join(map(str, range(6, 18))))
+    monkeypatch.setitem(ENVIRONMENT, "POISON_RANK", "0")
+    job(module=str(ROOT / "tests" / "poisoned_train.py"), code=4)
+    status = job.status()
+    assert (status["state"], status["exit_code"]) == ("diverged", 4)
+    assert "4 bad steps in a row" in status["reason"]
+    assert checkpoint_steps(job.run / "checkpoints") == [6]
+
+
+def test_another_recipe_does_not_continue_a_run(make_job):
+    job = make_job()
+    job("--max-steps", "2")
+    job("--max-steps", "4", "--optim.lr", "1e-3", code=2)
+    assert "optim.lr: 0.002 -> 0.001" in job.stderr.read_text()
+    assert job.status()["step"] == 2
+    job("--max-steps", "4", "--optim.lr", "1e-3", "--resume", "force")
+    assert job.status()["step"] == 4
+    job("--max-steps", "4", "--resume", "never", code=2)
+    assert "already holds checkpoints" in job.stderr.read_text()
+
+
+def test_data_errors_leave_nothing_behind(make_job):
+    job = make_job()
+    job("--data.root", "NOWHERE", code=3)
+    assert len(job.stderr.read_text().splitlines()) == 1
+    assert "NOWHERE" in job.stderr.read_text()
+    job("--train.global_batch_size", "1000", code=3)
+    assert "96" in job.stderr.read_text()
+    job("--train.precision", "fp16", code=2) if not torch.cuda.is_available() else None
+    job("--model.name", "cmt_tiny", code=2)
+    assert "cmt_ti" in job.stderr.read_text()
+    assert sorted(p.name for p in job.folder.iterdir()) == ["job.yaml", "stderr.txt"]
+
+
+def test_an_expectation_that_is_not_met(make_job):
+    job = make_job(expect={"top1": 1.0, "tolerance": 0.0, "enforce": True}, optim={"lr": 1e-6, "weight_decay": 0})
+    job("--max-steps", "1", code=5)
+    assert job.status()["state"] == "finished"
+    assert "expected" in job.status()["reason"]
