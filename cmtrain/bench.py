@@ -13,15 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from pipelines.synthetic import SyntheticLoader
 from rich.console import Console
 from rich.table import Table
 
 from cmtrain import __version__, build
 from cmtrain.config import Config
+from cmtrain.learner import Learner
 from cmtrain.schedule import Schedule
-from pipelines.plan import Plan
 from pipelines.spec import Batch, Loader
 
 WARMUP_STEPS = 3
@@ -56,11 +54,11 @@ def bench(what: str, config: Config, *, steps: int, json_path: str | None) -> in
         learner = build.make_learner(config, model, schedule, num_classes, accelerator)
         lr = config.optim.lr
         if what in ("model", "all"):
-            synthetic = _synthetic_loader(config, schedule, num_classes, accelerator)
-            figures["model"] = _time_steps(learner, synthetic, lr, steps, schedule, accelerator)
+            synthetic = build.make_synthetic_loader(config, schedule, num_classes, accelerator)
+            figures["model"] = _time_steps(learner, synthetic, lr, steps, schedule)
         if what in ("train", "all"):
             loader = build.make_train_loader(config, data.train, schedule, accelerator, threads)
-            figures["train"] = _time_steps(learner, loader, lr, steps, schedule, accelerator)
+            figures["train"] = _time_steps(learner, loader, lr, steps, schedule)
             loader.close()
 
     report = {
@@ -108,13 +106,11 @@ def _time_loader(loader: Loader, steps: int, schedule: Schedule) -> dict[str, fl
     return {"images_per_second": images / (time.perf_counter() - begin)}
 
 
-def _time_steps(
-    learner: Any, loader: Loader, lr: float, steps: int, schedule: Schedule, accelerator: Accelerator
-) -> dict[str, float]:
+def _time_steps(learner: Learner, loader: Loader, lr: float, steps: int, schedule: Schedule) -> dict[str, float]:
     batches = _endless(loader)
     for step in range(WARMUP_STEPS):
         learner.step(batches, step, lr)
-    if accelerator.device.type == "cuda":
+    if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     _drain()
     begin, images, laps = time.perf_counter(), 0, []
@@ -129,7 +125,7 @@ def _time_steps(
         "step_ms_mean": 1000 * seconds / steps,
         "host_ms_median": 1000 * statistics.median(laps),
     }
-    if accelerator.device.type == "cuda":
+    if torch.cuda.is_available():
         figures["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
     return figures
 
@@ -139,21 +135,6 @@ def _endless(loader: Loader) -> Iterator[Batch]:
     while True:
         yield from loader.epoch(epoch)
         epoch += 1
-
-
-def _synthetic_loader(
-    config: Config, schedule: Schedule, num_classes: int, accelerator: Accelerator
-) -> SyntheticLoader:
-    plan = Plan(config.run.seed, 8 * schedule.global_batch_size, schedule.global_batch_size, schedule.micro_batch_size)
-    return SyntheticLoader(
-        plan,
-        config.data.image_px,
-        num_classes,
-        rank=accelerator.process_index,
-        world=accelerator.num_processes,
-        device=accelerator.device,
-        fp16=accelerator.mixed_precision == "fp16",
-    )
 
 
 def _drain() -> None:

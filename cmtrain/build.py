@@ -11,20 +11,21 @@ import timm
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
-from pipelines.dataset import Manifest
-from pipelines.loader import DaliLoader, eval_loader, train_loader
 from torch import nn
 
 from cmtrain.config import Config
-from cmtrain.demo import demo_folder
+from cmtrain.demo_data import demo_folder
 from cmtrain.errors import ConfigError
 from cmtrain.launch import cores_per_process
 from cmtrain.learner import Learner
 from cmtrain.mixing import MixSpec
 from cmtrain.optim import make_optimizer
 from cmtrain.schedule import Schedule, make_schedule
+from pipelines.dataset import Manifest
+from pipelines.loader import DaliLoader, eval_loader, train_loader
 from pipelines.plan import Plan
 from pipelines.spec import AugmentSpec, EvalSpec
+from pipelines.synthetic import SyntheticLoader
 
 MIXED_PRECISION = {"fp32": "no", "fp16": "fp16", "bf16": "bf16"}
 
@@ -92,7 +93,7 @@ def open_data(config: Config, accelerator: Accelerator) -> Data:
     with accelerator.local_main_process_first():
         name = data.root.removeprefix("demo:")
         root = demo_folder(name, cache) if name != data.root else Path(data.root)
-        scan = {"cache_dir": cache, "max_bad_fraction": data.max_bad_fraction}
+        scan: dict[str, Any] = {"cache_dir": cache, "max_bad_fraction": data.max_bad_fraction}
         if data.train_list:
             train = Manifest.from_list(root / data.train_list, root, **scan)
         else:
@@ -151,6 +152,22 @@ def make_train_loader(
         decode=data.decode,
         threads=threads,
         prefetch_batches=data.prefetch_batches,
+    )
+
+
+def make_synthetic_loader(
+    config: Config, schedule: Schedule, num_classes: int, accelerator: Accelerator
+) -> SyntheticLoader:
+    """Batches of the recipe's shape without files: eight steps an epoch."""
+    plan = Plan(config.run.seed, 8 * schedule.global_batch_size, schedule.global_batch_size, schedule.micro_batch_size)
+    return SyntheticLoader(
+        plan,
+        config.data.image_px,
+        num_classes,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+        device=accelerator.device,
+        fp16=accelerator.mixed_precision == "fp16",
     )
 
 

@@ -101,9 +101,6 @@ class Data(_Section):
     fraction: float = Field(
         default=1.0, gt=0, le=1, description="share of the training images to use, equal in every class"
     )
-    loader: Literal["dali", "synthetic"] = Field(
-        default="dali", description="synthetic: random images, to time the rest alone"
-    )
     decode: Literal["auto", "mixed", "cpu"] = Field(
         default="auto", description="where JPEGs are decoded; mixed: on the GPU; auto: mixed where there is a GPU"
     )

@@ -1,115 +1,38 @@
-"""`cmtrain demo`: real JPEGs from images that ship inside PyPI wheels, trained through the production path.
+"""`cmtrain demo`: the production path, from JPEG files to a trained model, in minutes and on any machine."""
 
-`demo:digits`  scikit-learn's 1,797 handwritten digits (UCI, CC BY 4.0), 64 px; a fifth of them held out.
-`demo:photos`  12 colour photographs from scikit-image and scikit-learn (public domain, CC0, CC BY), 150 crops each; the
-               left 65 % of every photograph is for training, the right 35 % held out, so no validation pixel was seen.
-"""
-
-import os
-import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
+from cmtrain.config_file import find_config, load_config
+from cmtrain.run_folder import read_status
 
-from pipelines.spec import DataError
-
-PHOTOS = (
-    "astronaut", "cat", "coffee", "rocket", "hubble_deep_field", "retina", "immunohistochemistry", "grass", "gravel",
-    "brick",
-)  # fmt: skip
-NUM_TRAIN_DIGITS = 1437
-
-
-def demo_folder(name: str, cache: Path) -> Path:
-    """The image folder of `demo:<name>` under `cache`, written first if it is not there.
-
-    Safe with several processes at once: each writes a folder of its own, and the first rename wins.
-
-    Raises:
-        DataError: no such demo data, or the packages that carry the images are not installed.
-    """
-    writers = {"digits": _digits, "photos": _photos}
-    if name not in writers:
-        raise DataError(f"demo:{name}: no such demo data; there are {', '.join(f'demo:{w}' for w in writers)}")
-    folder = cache / f"demo-{name}"
-    if folder.exists():
-        return folder
-    temporary = cache / f".demo-{name}.{os.getpid()}"
-    try:
-        for relative, image in writers[name]():
-            path = temporary / relative
-            path.parent.mkdir(parents=True, exist_ok=True)
-            image.save(path, quality=90)
-    except ImportError as error:
-        raise DataError(f"demo:{name}: needs {error.name}; pip install 'cmtrain[demo]'") from error
-    try:
-        temporary.rename(folder)
-    except OSError:
-        if not folder.exists():
-            raise
-        shutil.rmtree(temporary)
-    return folder
-
-
-def _digits() -> Iterator[tuple[str, Image.Image]]:
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    order = np.random.default_rng(0).permutation(len(digits.target))
-    for position, index in enumerate(order):
-        split = "train" if position < NUM_TRAIN_DIGITS else "val"
-        pixels = (digits.images[index] * 255 / 16).astype(np.uint8)  # (8, 8), 0..16 in the source
-        image = Image.fromarray(pixels).resize((64, 64), Image.Resampling.BICUBIC).convert("RGB")
-        yield f"{split}/{digits.target[index]}/{index:04d}.jpg", image
-
-
-def _photos() -> Iterator[tuple[str, Image.Image]]:
-    from skimage import data
-    from sklearn.datasets import load_sample_image
-
-    photographs = {name: getattr(data, name)() for name in PHOTOS}
-    photographs |= {name: load_sample_image(f"{name}.jpg") for name in ("china", "flower")}
-    rng = np.random.default_rng(0)
-    for name, photograph in photographs.items():
-        pixels = photograph if photograph.ndim == 3 else np.repeat(photograph[:, :, None], 3, axis=2)
-        height, width = pixels.shape[:2]
-        border = int(width * 0.65)
-        for split, left, right, count in (("train", 0, border, 120), ("val", border, width, 30)):
-            for index in range(count):
-                side = int(rng.integers(96, min(160, right - left, height) + 1))
-                x = int(rng.integers(left, right - side + 1))
-                y = int(rng.integers(0, height - side + 1))
-                yield f"{split}/{name}/{index:03d}.jpg", Image.fromarray(pixels[y : y + side, x : x + side])
+PHOTOS = [
+    ("data.root", "demo:photos"),
+    ("data.image_px", "64"),
+    ("data.eval_resize_px", "72"),
+    ("augment.hflip", "0.5"),
+    ("expect.top1", "0.85"),
+]
 
 
 def demo(photos: bool, overrides: Sequence[tuple[str, str]]) -> int:
     """Train configs/demo.yaml on the digits or the photographs. Returns the process exit code.
 
     An interrupted demo goes on where it stopped; a finished one is left alone and a new run folder is taken.
-    """
-    from cmtrain.config_file import find_config, load_config
-    from cmtrain.run_folder import read_status
-    from cmtrain.train import train
 
-    given = (
-        [
-            ("data.root", "demo:photos"),
-            ("data.image_px", "64"),
-            ("data.eval_resize_px", "72"),
-            ("augment.hflip", "0.5"),
-            ("expect.top1", "0.85"),
-        ]
-        if photos
-        else []
-    )
-    name = "demo-photos" if photos else "demo"
-    named = any(key == "run.name" for key, _ in overrides)
-    for attempt in range(1, 1000):
-        run_name = name if attempt == 1 else f"{name}-{attempt}"
-        config = load_config(find_config("configs/demo.yaml"), [*given, ("run.name", run_name), *overrides]).config
+    Raises:
+        ConfigError: what is wrong with `overrides`.
+    """
+    given = PHOTOS if photos else []
+    base = "demo-photos" if photos else "demo"
+    attempt = 1
+    while True:
+        name = base if attempt == 1 else f"{base}-{attempt}"
+        config = load_config(find_config("configs/demo.yaml"), [*given, ("run.name", name), *overrides]).config
         status = read_status(Path(config.run.dir) / str(config.run.name))
-        if named or status is None or status.get("state") != "finished":
+        if status is None or status.get("state") != "finished" or any(key == "run.name" for key, _ in overrides):
             break
+        attempt += 1
+    from cmtrain.train import train  # torch is loaded here, after the mistakes
+
     return train(config)

@@ -110,4 +110,11 @@ def split_batch(global_batch_size: int, max_batch_per_gpu: int, world_size: int)
         )
     fewest = math.ceil(share / max_batch_per_gpu)
     accumulation = next(count for count in range(fewest, share + 1) if share % count == 0)
-    return share // accumulation, accumulation
+    micro_batch_size = share // accumulation
+    if micro_batch_size == 1 < min(share, max_batch_per_gpu):
+        raise ConfigError(
+            f"train.global_batch_size: {global_batch_size} leaves each of {world_size} processes {share} samples, which "
+            f"only batches of 1 share evenly below {max_batch_per_gpu}, and BatchNorm needs more; "
+            f"use {max_batch_per_gpu * fewest * world_size}"
+        )
+    return micro_batch_size, accumulation

@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -43,7 +44,7 @@ def test_pipelines_do_not_know_the_trainer():
     for name, imported in GRAPH.items():
         if name.startswith("pipelines"):
             assert not {i for i in imported if i.startswith("cmtrain")}, name
-            assert "torch.distributed" not in MODULES[name].read_text(), name
+            assert "torch.distributed" not in code_of(MODULES[name]), name
 
 
 def test_only_entry_points_import_the_training_run():
@@ -69,7 +70,7 @@ def test_libraries_stay_behind_few_modules(library, allowed):
     ("torch.load", {"cmtrain.checkpoint"}), ("pickle", set()), ("shell=True", set()), ("load_state(", set()),
 ])  # fmt: skip
 def test_dangerous_calls_exist_in_one_place(call, allowed):
-    users = {name for name, path in MODULES.items() if call in code_of(path)}
+    users = {name for name, path in MODULES.items() if re.search(rf"(?<![\w.]){re.escape(call)}", code_of(path))}
     assert users <= allowed
     if call == "torch.load":
         assert "weights_only=True" in MODULES["cmtrain.checkpoint"].read_text()

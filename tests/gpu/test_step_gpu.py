@@ -1,0 +1,93 @@
+"""What only a GPU can show of a training step. Skips itself without one."""
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device", allow_module_level=True)
+
+import timm
+from accelerate import Accelerator
+
+import cmtrain.models  # noqa: F401
+from cmtrain.learner import Learner
+from cmtrain.mixing import MixSpec
+from cmtrain.optim import make_optimizer
+from pipelines.plan import Plan
+from pipelines.synthetic import SyntheticLoader
+
+pytestmark = pytest.mark.gpu
+
+
+def make_learner(opt="adamw", precision="fp16", **mixing):
+    accelerator = Accelerator(mixed_precision=precision)
+    torch.manual_seed(0)
+    model = timm.create_model("cmt_ti", img_size=160, num_classes=10, drop_path_rate=0.1)
+    model = model.to("cuda", memory_format=torch.channels_last)
+    optimizer = make_optimizer(
+        model, opt=opt, lr=1e-3, weight_decay=0.05, momentum=0.9, nesterov=True, betas=(0.9, 0.999), eps=1e-8
+    )
+    spec = MixSpec(10, mixup=0.8, cutmix=1.0, smoothing=0.1, reprob=0.25, **mixing)
+    return Learner(
+        model, optimizer, accelerator,
+        ema_decay=0.999, protect=True, mixing=spec, accumulation=2, clip_grad=5.0, seed=0,
+    )  # fmt: skip
+
+
+def batches(fp16=True):
+    plan = Plan(0, 1024, 128, 64)
+    loader = SyntheticLoader(plan, 160, 10, rank=0, world=1, device=torch.device("cuda"), fp16=fp16)
+    epoch = 0
+    while True:
+        yield from loader.epoch(epoch)
+        epoch += 1
+
+
+@pytest.mark.parametrize("opt", ["sgd", "adamw"])
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_a_step_never_synchronises_with_the_host(opt, precision):
+    learner, stream = make_learner(opt, precision), batches(precision == "fp16")
+    for step in range(3):
+        learner.step(stream, step, 1e-3)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for step in range(3, 6):
+            learner.step(stream, step, 1e-3)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    report = learner.report(6, 0, 1e-3, reset=True)
+    assert report.loss == report.loss
+    assert report.bad_steps_in_a_row < 6
+
+
+def test_an_overflow_in_fp16_changes_nothing_but_the_scale():
+    learner, stream = make_learner(), batches()
+    for step in range(4):
+        learner.step(stream, step, 1e-3)
+    learner.report(4, 0, 1e-3, reset=True)
+    before = {k: v.clone() for k, v in learner.model.state_dict().items()}
+    scale = learner.accelerator.scaler.get_scale()
+
+    def poisoned():
+        for images, labels, indices in batches():
+            yield type(next(stream))(images * float("inf"), labels, indices)
+
+    learner.step(poisoned(), 4, 1e-3)
+    for key, value in learner.model.state_dict().items():
+        assert torch.equal(value, before[key]), key
+    assert learner.accelerator.scaler.get_scale() == scale / 2
+    assert int(learner.guard.bad_steps_in_a_row) == 1
+
+
+def test_fp16_learns():
+    learner, stream = make_learner(), batches()
+    for step in range(10):
+        learner.step(stream, step, 1e-3)
+    first = learner.report(10, 0, 1e-3, reset=True).loss
+    for step in range(10, 80):
+        learner.step(stream, step, 1e-3)
+    learner.report(80, 0, 1e-3, reset=True)
+    for step in range(80, 90):
+        learner.step(stream, step, 1e-3)
+    assert learner.report(90, 0, 1e-3, reset=True).loss < first
