@@ -1,6 +1,7 @@
 """Exponential moving average of the weights, which a bad step cannot touch."""
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,22 +22,34 @@ class Ema:
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
         self.module = copy.deepcopy(model).eval().requires_grad_(False)
-        self.average, self.source = [], []
-        self.count_average, self.count_source = [], []
-        for average, source in zip(self.module.state_dict().values(), model.state_dict().values(), strict=True):
-            if average.is_floating_point():
-                self.average.append(average)
-                self.source.append(source)
-            else:
-                self.count_average.append(average)
-                self.count_source.append(source)
+        self.average, self.source = _places(self.module), _places(model)
 
     @torch.no_grad()
     def update(self, ok: Tensor) -> None:
         """Move towards the model where `ok` (bool scalar on the device), else stay exactly where it is."""
+        average, average_counts = _split(self.average)
+        source, source_counts = _split(self.source)
         # The model is finite here, refused step or not, so 0 * difference is 0 and x + 0 is x, bit for bit.
-        difference = torch._foreach_sub(self.source, self.average)
+        difference = torch._foreach_sub(source, average)
         torch._foreach_mul_(difference, (1 - self.decay) * ok)
-        torch._foreach_add_(self.average, difference)
-        if self.count_average:
-            torch._foreach_copy_(self.count_average, self.count_source)
+        torch._foreach_add_(average, difference)
+        if source_counts:
+            torch._foreach_copy_(average_counts, source_counts)
+
+
+def _places(model: nn.Module) -> list[tuple[dict[str, Any], str]]:
+    """Where `model` keeps its state: the dict and the key, not the tensor, which DDP and .to() replace."""
+    places: list[tuple[dict[str, Any], str]] = []
+    for module in model.modules():
+        places += [(module._parameters, name) for name, value in module._parameters.items() if value is not None]
+        unsaved = module._non_persistent_buffers_set
+        places += [
+            (module._buffers, n) for n, value in module._buffers.items() if value is not None and n not in unsaved
+        ]
+    return places
+
+
+def _split(places: list[tuple[dict[str, Any], str]]) -> tuple[list[Tensor], list[Tensor]]:
+    """The tensors at `places`: floating point, and the rest."""
+    tensors = [holder[name] for holder, name in places]
+    return [t for t in tensors if t.is_floating_point()], [t for t in tensors if not t.is_floating_point()]

@@ -10,6 +10,7 @@ write, and moves the EMA; so all ranks agree without asking each other, and noth
 """
 
 import math
+import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
@@ -60,7 +61,10 @@ class Learner:
         self.guard = Guard(model, protect=protect)
         # Copied before accelerate wraps the forward, or the copy would run the original's.
         self.ema = Ema(model, ema_decay) if ema_decay else None
-        self.wrapped = accelerator.prepare_model(model)
+        with warnings.catch_warnings():
+            # torch 2.15 renames the argument that build.make_accelerator sets; older versions do not know the new name.
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            self.wrapped = accelerator.prepare_model(model)
         self.mixing, self.accumulation, self.clip_grad, self.seed = mixing, accumulation, clip_grad, seed
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.loss_sum = torch.zeros((), device=accelerator.device)

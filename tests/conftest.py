@@ -1,11 +1,17 @@
 """Shared fixtures: small trees of real JPEG files, and the program started as a user starts it."""
 
 import json
+import multiprocessing
 import os
+import runpy
+import signal
+import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +23,73 @@ SHARED = ROOT.parent / "shared"
 
 # One thread each: several ranks on few cores spin at each other's barriers otherwise. The proxy setting keeps
 # requests to the metrics port on this machine.
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+os.environ |= {"OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+
+# Processes forked from one that has imported everything: each is a process of its own with its own signals and exit
+# code, without the five seconds of imports. Tests that are about starting use a real command line instead.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["cmtrain.train", "cmtrain.cli"])
+
+
+class Forked:
+    """The program in one or more forked processes; what subprocess.Popen offers, as far as tests need it."""
+
+    def __init__(self, command: list[str], folder: Path, environment: dict[str, str], nproc: int) -> None:
+        self.outputs = folder / "stdout.txt", folder / "stderr.txt"
+        for path in self.outputs:
+            path.write_text("")
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        self.processes = []
+        for rank in range(nproc):
+            ranks = {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(nproc),
+                "LOCAL_WORLD_SIZE": str(nproc),
+            }
+            ranks |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            arguments = (command, folder, environment | (ranks if nproc > 1 else {}), self.outputs)
+            self.processes.append(FORKS.Process(target=_become, args=arguments))
+            self.processes[-1].start()
+
+    def poll(self) -> int | None:
+        codes = [process.exitcode for process in self.processes]
+        return None if None in codes else max(codes, key=abs)
+
+    @property
+    def returncode(self) -> int | None:
+        return self.poll()
+
+    def communicate(self, timeout: float = 120) -> tuple[str, str]:
+        for process in self.processes:
+            process.join(timeout)
+            assert process.exitcode is not None, f"still running; {self.outputs[1].read_text()}"
+        return self.outputs[0].read_text(), self.outputs[1].read_text()
+
+    def send_signal(self, number: int) -> None:
+        for process in self.processes:
+            os.kill(process.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+
+def _become(command: list[str], folder: Path, environment: dict[str, str], outputs: tuple[Path, Path]) -> None:
+    """Turn this process into the program `command`, which begins with a module or a script."""
+    os.chdir(folder)
+    os.environ.update(environment)
+    for number, path in enumerate(outputs, start=1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
+    sys.argv = command
+    if command[0].endswith(".py"):
+        runpy.run_path(command[0], run_name="__main__")
+    else:
+        runpy.run_module(command[0], run_name="__main__")
 
 
 def write_tree(root: Path, num_train: int, num_val: int, num_classes: int = 3, side: int = 48) -> Path:
@@ -56,22 +128,21 @@ class Job:
     def run(self) -> Path:
         return self.folder / "runs" / "job"
 
-    def command(self, *arguments: str, nproc: int = 1, module: str = "cmtrain") -> list[str]:
-        python = [sys.executable]
-        if nproc > 1:
-            python += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(nproc)]
-        target = [module] if module.endswith(".py") else ["-m", module]
-        return [*python, *target, "--config", str(self.config), *arguments]
-
-    def start(self, *arguments: str, nproc: int = 1, module: str = "cmtrain") -> subprocess.Popen:
+    def start(
+        self, *arguments: str, nproc: int = 1, module: str = "cmtrain", launcher: Sequence[str] = (), **environment: str
+    ) -> "Forked | subprocess.Popen[str]":
+        """Start the program: forked, or by a `launcher` such as ("-m", "torch.distributed.run", ...) of Python."""
+        command = [module, "--config", str(self.config), *arguments]
+        if not launcher:
+            return Forked(command, self.folder, environment, nproc)
         return subprocess.Popen(
-            self.command(*arguments, nproc=nproc, module=module),
-            cwd=self.folder, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            [sys.executable, *launcher, *command],
+            cwd=self.folder, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
 
-    def __call__(self, *arguments: str, nproc: int = 1, module: str = "cmtrain", code: int = 0) -> dict:
+    def __call__(self, *arguments: str, code: int = 0, **how: Any) -> dict:
         """Run to the end, check the exit code, return the JSON line of stdout (or {})."""
-        process = self.start(*arguments, nproc=nproc, module=module)
+        process = self.start(*arguments, **how)
         out, err = process.communicate(timeout=240)
         assert process.returncode == code, f"exit code {process.returncode}, not {code}\n{out}\n{err}"
         self.stderr.write_text(err)
