@@ -1,0 +1,241 @@
+"""The parts of a CMT (arXiv 2107.06263), in the paper's and the seed's form, in the order a picture meets them.
+
+Letters: B batch, C channels, H x W map, N = H * W tokens (queries), K reduced tokens (keys), h heads, d = C / h,
+r reduction.
+
+Maps are (B, C, H, W) in channels-last memory from the stem to the head, so a map and its tokens (B, H, W, C) are two
+views of the same memory: no copy is made between convolution and attention.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath
+from torch import Tensor, nn
+
+from cmtrain.models.position import AbsolutePosition
+
+
+class PointwiseConv(nn.Module):
+    """1x1 convolution with a matrix for a weight: (B, C, H, W) -> (B, out, H, W).
+
+    A matrix has one memory layout, so its gradient and DDP's bucket cannot disagree about strides. On CUDA it is one
+    GEMM; on the CPU oneDNN's convolution is the faster kernel for the same sum (fp32, batch 32, one thread: 1.1 to 1.8
+    times F.linear on CMT-Ti's FFN shapes).
+    """
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_channels, in_channels))
+        self.bias = nn.Parameter(torch.zeros(out_channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.is_cuda:
+            return F.linear(x.permute(0, 2, 3, 1), self.weight, self.bias).permute(0, 3, 1, 2)
+        return F.conv2d(x, self.weight[:, :, None, None], self.bias)
+
+
+def depthwise_conv(channels: int, kernel: int, stride: int) -> nn.Conv2d:
+    """Depth-wise convolution. Its weight carries channels-last strides: those its gradient comes in, as DDP wants."""
+    conv = nn.Conv2d(channels, channels, kernel, stride, padding=kernel // 2 if stride == 1 else 0, groups=channels)
+    return conv.to(memory_format=torch.channels_last)
+
+
+def layer_norm(norm: nn.LayerNorm, tokens: Tensor) -> Tensor:
+    """LayerNorm of (..., C) that answers in the dtype it was asked in; statistics are fp32 inside the kernel anyway.
+
+    Autocast would compute and return fp32, and every residual add after it would stay fp32: twice the bytes in a model
+    that is bound by memory. The residual stream is the autocast dtype throughout.
+    """
+    if tokens.dtype == norm.weight.dtype:
+        return norm(tokens)
+    with torch.autocast(tokens.device.type, enabled=False):
+        weight, bias = norm.weight.to(tokens.dtype), norm.bias.to(tokens.dtype)
+        return F.layer_norm(tokens, norm.normalized_shape, weight, bias, norm.eps)
+
+
+def _tokens(x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, H, W, C), a view
+    return x.permute(0, 2, 3, 1)
+
+
+def _map(tokens: Tensor) -> Tensor:  # (B, H, W, C) -> (B, C, H, W), a view
+    return tokens.permute(0, 3, 1, 2)
+
+
+class Stem(nn.Module):
+    """Three 3x3 convolutions, the first with stride 2, each followed by GELU and BatchNorm in that order."""
+
+    def __init__(self, in_chans: int, channels: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_chans, channels, 3, stride=2, padding=1)
+        self.norm1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.norm2 = nn.BatchNorm2d(channels)
+        self.conv3 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.norm3 = nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, C, H/2, W/2)
+        x = self.norm1(F.gelu(self.conv1(x)))
+        x = self.norm2(F.gelu(self.conv2(x)))
+        return self.norm3(F.gelu(self.conv3(x)))
+
+
+class Attention(nn.Module):
+    """Lightweight multi-head self-attention: keys and values come from a map reduced r times per side (section 3.2).
+
+    The paper reduces by a depth-wise convolution and BatchNorm, the seed by a full convolution and LayerNorm.
+    Projections that read the same tokens are one matrix, its rows ordered q, k, v, then head, then channel.
+    """
+
+    def __init__(
+        self, dim: int, heads: int, reduction: int, *, seed: bool, qkv_bias: bool, attn_drop: float, proj_drop: float
+    ):
+        super().__init__()
+        self.heads, self.reduction, self.attn_drop = heads, reduction, attn_drop
+        if reduction > 1:
+            self.q = nn.Linear(dim, dim, bias=qkv_bias)
+            self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias)
+            self.reduce = (
+                nn.Conv2d(dim, dim, reduction, reduction) if seed else depthwise_conv(dim, reduction, reduction)
+            )
+            self.reduce_norm = nn.LayerNorm(dim, eps=1e-5) if seed else nn.BatchNorm2d(dim)
+        else:
+            self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def reduced(self, tokens: Tensor) -> Tensor:  # (B, H, W, C) -> (B, H/r, W/r, C)
+        x = self.reduce(_map(tokens))
+        if isinstance(self.reduce_norm, nn.LayerNorm):
+            return layer_norm(self.reduce_norm, _tokens(x))
+        return _tokens(self.reduce_norm(x))
+
+    def forward(self, tokens: Tensor, bias: Tensor | None) -> Tensor:  # (B, H, W, C), (h or 1, N, K) -> (B, H, W, C)
+        batch, height, width, dim = tokens.shape
+        heads = (self.heads, dim // self.heads)
+        if self.reduction > 1:
+            q = self.q(tokens).view(batch, height * width, *heads).transpose(1, 2)  # (B, h, N, d)
+            k, v = self.kv(self.reduced(tokens)).view(batch, -1, 2, *heads).permute(2, 0, 3, 1, 4)  # (B, h, K, d)
+        else:
+            q, k, v = self.qkv(tokens).view(batch, height * width, 3, *heads).permute(2, 0, 3, 1, 4)
+        if bias is not None:
+            # A mask of another dtype than q is silently wrong in some fused kernels, and one that requires a gradient
+            # rules most of them out even where no gradient is taken.
+            bias = bias.to(q.dtype)[None] if torch.is_grad_enabled() else bias.detach().to(q.dtype)[None]
+        dropout_prob = self.attn_drop if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_prob)  # (B, h, N, d)
+        mixed = mixed.transpose(1, 2).reshape(batch, height, width, dim)
+        return self.proj_drop(self.proj(mixed))
+
+
+class FeedForward(nn.Module):
+    """Inverted residual feed-forward network (section 3.2): widen, mix 3x3 per channel, narrow.
+
+    The paper adds the depth-wise branch before GELU and BatchNorm, the seed after them.
+    """
+
+    def __init__(self, dim: int, hidden: int, *, seed: bool, drop: float):
+        super().__init__()
+        self.residual_before_norm = not seed
+        self.expand = PointwiseConv(dim, hidden)
+        self.expand_norm = nn.BatchNorm2d(hidden)
+        self.depthwise = depthwise_conv(hidden, 3, 1)
+        self.depthwise_norm = nn.BatchNorm2d(hidden)
+        self.project = PointwiseConv(hidden, dim)
+        self.project_norm = nn.BatchNorm2d(dim)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, H, W)
+        x = self.drop(self.expand_norm(F.gelu(self.expand(x))))
+        if self.residual_before_norm:
+            x = self.depthwise_norm(F.gelu(x + self.depthwise(x)))
+        else:
+            x = x + self.depthwise_norm(F.gelu(self.depthwise(x)))
+        return self.drop(self.project_norm(self.project(x)))
+
+
+class Block(nn.Module):
+    """CMT block: local perception unit, attention, feed-forward network, each added to its input (section 3.2)."""
+
+    def __init__(
+        self,
+        dim: int,
+        hidden: int,
+        heads: int,
+        reduction: int,
+        bias: nn.Module | None,
+        *,
+        seed: bool,
+        qkv_bias: bool,
+        attn_drop: float,
+        proj_drop: float,
+        drop_path_prob: float,
+    ):
+        super().__init__()
+        eps = 1e-5 if seed else 1e-6
+        self.lpu = depthwise_conv(dim, 3, 1)
+        self.norm1 = nn.LayerNorm(dim, eps=eps)
+        self.attn = Attention(
+            dim, heads, reduction, seed=seed, qkv_bias=qkv_bias, attn_drop=attn_drop, proj_drop=proj_drop
+        )
+        self.bias = bias
+        self.norm2 = nn.LayerNorm(dim, eps=eps)
+        # The seed drops paths of the FFN branch only, and has no dropout inside the FFN.
+        self.ffn = FeedForward(dim, hidden, seed=seed, drop=0.0 if seed else proj_drop)
+        self.attn_drop_path = DropPath(0.0 if seed else drop_path_prob)
+        self.ffn_drop_path = DropPath(drop_path_prob)
+
+    def forward(self, x: Tensor, stage_bias: Tensor | None) -> Tensor:  # (B, C, H, W) -> (B, C, H, W)
+        bias = stage_bias if self.bias is None else self.bias()
+        x = x + self.lpu(x)
+        x = x + self.attn_drop_path(_map(self.attn(layer_norm(self.norm1, _tokens(x)), bias)))
+        return x + self.ffn_drop_path(self.ffn(_map(layer_norm(self.norm2, _tokens(x)))))
+
+
+class Stage(nn.Module):
+    """Patch aggregation (2x2 convolution, stride 2; the paper adds LayerNorm), then blocks at one resolution."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        dim: int,
+        *,
+        seed: bool,
+        absolute: AbsolutePosition | None,
+        bias: nn.Module | None,
+        blocks: Sequence[Block],
+    ):
+        super().__init__()
+        self.embed = nn.Conv2d(in_channels, dim, 2, stride=2)
+        self.norm = None if seed else nn.LayerNorm(dim, eps=1e-5)
+        self.absolute = absolute
+        self.bias = bias
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, C_in, 2H, 2W) -> (B, C, H, W)
+        x = self.embed(x)
+        if self.norm is not None:
+            x = _map(layer_norm(self.norm, _tokens(x)))
+        if self.absolute is not None:
+            x = self.absolute(x)
+        bias = None if self.bias is None else self.bias()
+        for block in self.blocks:
+            x = block(x, bias)
+        return x
+
+
+def init_weights(module: nn.Module) -> None:
+    """The references' scheme.
+
+    Linears: normal with standard deviation 0.02, DeiT's, whose recipe the paper follows. Convolutions: He's normal over
+    fan-out. BatchNorm follows most of them, so the scale matters for the depth-wise branches only: their fan-out counts
+    all channels, they start near zero, and the skip connections carry the signal. Biases zero (the seed leaves those of
+    convolutions at torch's default). LayerNorm and BatchNorm keep torch's ones and zeros.
+    """
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+    elif isinstance(module, nn.Conv2d | PointwiseConv):
+        nn.init.kaiming_normal_(module.weight, mode="fan_out")
+    if isinstance(module, nn.Linear | nn.Conv2d) and module.bias is not None:
+        nn.init.zeros_(module.bias)

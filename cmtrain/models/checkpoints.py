@@ -1,0 +1,266 @@
+"""Weights of the two public CMT implementations <-> ours, and position tables <-> another image size.
+
+The paper's release (huawei-noah/Efficient-AI-Backbones, cmt_pytorch) and the seed (FlyEgle/CMT-pytorch) name the same
+things differently and split the attention's projections differently; nothing is lost either way.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cmtrain.models.cmt import CMT
+from cmtrain.models.position import POSITION_MODULES
+
+# Our module inside a block -> theirs. Two names: our matrix holds the rows of both.
+PAPER_BLOCK = {
+    "lpu": ("proj",),
+    "norm1": ("norm1",),
+    "attn.q": ("attn.q",),
+    "attn.kv": ("attn.k", "attn.v"),
+    "attn.qkv": ("attn.q", "attn.k", "attn.v"),
+    "attn.proj": ("attn.proj",),
+    "attn.reduce": ("attn.sr.0",),
+    "attn.reduce_norm": ("attn.sr.1",),
+    "norm2": ("norm2",),
+    "ffn.expand": ("mlp.conv1.0",),
+    "ffn.expand_norm": ("mlp.conv1.2",),
+    "ffn.depthwise": ("mlp.proj",),
+    "ffn.depthwise_norm": ("mlp.proj_bn",),
+    "ffn.project": ("mlp.conv2.0",),
+    "ffn.project_norm": ("mlp.conv2.1",),
+}
+SEED_BLOCK = {
+    "lpu": ("LPU.conv_3x3_dw.conv",),
+    "norm1": ("norm1",),
+    "attn.q": ("LMHSA.q",),
+    "attn.kv": ("LMHSA.kv",),
+    "attn.qkv": ("LMHSA.q", "LMHSA.kv"),
+    "attn.proj": ("LMHSA.proj",),
+    "attn.reduce": ("LMHSA.sr",),
+    "attn.reduce_norm": ("LMHSA.norm",),
+    "bias": ("LMHSA.position_embeeding",),
+    "norm2": ("norm2",),
+    "ffn.expand": ("IRFFN.conv1x1_gelu_bn.conv3x3_gelu_bn.0",),
+    "ffn.expand_norm": ("IRFFN.conv1x1_gelu_bn.conv3x3_gelu_bn.2",),
+    "ffn.depthwise": ("IRFFN.conv3x3_dw.conv",),
+    "ffn.depthwise_norm": ("IRFFN.act.1",),
+    "ffn.project": ("IRFFN.conv1x1_pw.0",),
+    "ffn.project_norm": ("IRFFN.conv1x1_pw.1",),
+}
+PAPER_ENDS = {
+    **{f"stem.{kind}{i}": f"stem_{kind}{i}" for kind in ("conv", "norm") for i in (1, 2, 3)},
+    "fc": "_fc",
+    "fc_norm": "_bn",
+    "head": "head",
+}
+SEED_STEM = ("conv3x3_gelu_bn_downsample", "conv3x3_gelu_bn_list.0", "conv3x3_gelu_bn_list.1")
+SEED_ENDS = {
+    **{f"stem.conv{i}": f"stem.{name}.conv3x3_gelu_bn.0" for i, name in enumerate(SEED_STEM, 1)},
+    **{f"stem.norm{i}": f"stem.{name}.conv3x3_gelu_bn.2" for i, name in enumerate(SEED_STEM, 1)},
+    "stages.0.absolute": "absolute_pos_embed",
+    "fc": "fc",
+    "head": "classifier",
+}
+WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
+
+
+def resize_positions(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Copy of one of our own state_dicts with every position table at the image size `model` was built for.
+
+    Tables are resampled bicubically; one that fits already is passed on untouched. Use it before
+    `model.load_state_dict` to go on at another resolution. Raises ValueError for a table of another kind.
+    """
+    resized = dict(state_dict)
+    for name, module in model.named_modules():
+        key = f"{name}.table"
+        if isinstance(module, POSITION_MODULES) and key in resized and resized[key].shape != module.table.shape:
+            try:
+                resized[key] = module.resized(resized[key])
+            except ValueError as error:
+                raise ValueError(f"{key}: {error}") from error
+    return resized
+
+
+def to_reference_state_dict(model: CMT, tensors: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The model's weights and buffers under the names and shapes of its variant's reference.
+
+    tensors: anything keyed by our parameter names (all or some) to rename instead, such as gradients.
+    Raises ValueError when the model has an option that its reference does not know.
+    """
+    modules = _reference_modules(model)
+    reference: dict[str, Tensor] = {}
+    for key, tensor in (model.state_dict() if tensors is None else tensors).items():
+        parts = _unpack(model, key, tensor.detach())
+        reference.update(zip(_reference_keys(modules, key), parts, strict=True))
+    return reference
+
+
+def load_reference_checkpoint(model: CMT, state_dict: Mapping, *, skip_head: bool = False) -> None:
+    """Load weights released by the paper's authors or by the seed into a model of that variant, in place.
+
+    state_dict: the reference's own keys, also inside {"model": ...}, {"state_dict": ...}, {"model_ema": ...} or
+        {"state_dict_ema": ...} (averaged weights are taken where a file has both) and behind "module." prefixes.
+    skip_head: keep the model's own classifier, for another number of classes.
+
+    Position tables of another image size are resized. Anything else that does not fit - variant, options, missing and
+    unexpected keys, shapes - is told in one ValueError, and the model is left as it was.
+    """
+    given = _unwrap(state_dict)
+    variant = _variant_of(given)
+    if variant != model.variant:
+        raise ValueError(f"the checkpoint is of variant={variant!r}, the model was built with {model.variant!r}")
+    modules = _reference_modules(model)
+    own = model.state_dict()
+    expected = to_reference_state_dict(model)
+    if skip_head:
+        head = f"{modules['head'][0]}."
+        given = {key: tensor for key, tensor in given.items() if not key.startswith(head)}
+        expected = {key: tensor for key, tensor in expected.items() if not key.startswith(head)}
+
+    problems = _option_problems(model, given)
+    misshapen = []
+    converted: dict[str, Tensor] = {}
+    for key in own:
+        names = _reference_keys(modules, key)
+        if not all(name in given and name in expected for name in names):
+            continue
+        if key.endswith(".table"):
+            converted[key] = given[names[0]]
+            continue
+        wrong = [name for name in names if given[name].shape != expected[name].shape]
+        misshapen += [f"{name} {tuple(given[name].shape)}, not {tuple(expected[name].shape)}" for name in wrong]
+        if not wrong:
+            converted[key] = _pack(model, key, [given[name] for name in names])
+    try:
+        converted = resize_positions(converted, model)
+    except ValueError as error:
+        misshapen.append(str(error))
+    problems += _listed("missing", [key for key in expected if key not in given])
+    problems += _listed("unexpected", [key for key in given if key not in expected])
+    problems += _listed("wrong shape", misshapen)
+    if problems:
+        raise ValueError("the checkpoint does not fit the model: " + "; ".join(problems))
+    model.load_state_dict({**own, **converted})
+
+
+def _listed(what: str, items: list[str]) -> list[str]:
+    """One phrase naming the first of `items` and how many more there are; nothing for none."""
+    if not items:
+        return []
+    more = f" and {len(items) - 3} more" if len(items) > 3 else ""
+    return [f"{what}: {', '.join(items[:3])}{more}"]
+
+
+def _unwrap(state_dict: Mapping) -> dict[str, Tensor]:
+    for wrapper in WRAPPERS:
+        if isinstance(state_dict.get(wrapper), Mapping):
+            state_dict = state_dict[wrapper]
+            break
+    return {key.removeprefix("module."): tensor for key, tensor in state_dict.items()}
+
+
+def _variant_of(given: Mapping[str, Tensor]) -> str:
+    if "stem_conv1.weight" in given:
+        return "paper"
+    if f"stem.{SEED_STEM[0]}.conv3x3_gelu_bn.0.weight" in given:
+        return "seed"
+    if "stem.conv1.weight" in given:
+        raise ValueError("these are cmtrain's own weights: pass them through resize_positions to model.load_state_dict")
+    raise ValueError(f"neither the paper's nor the seed's weights; the first keys are {', '.join(list(given)[:3])}")
+
+
+def _option_problems(model: CMT, given: Mapping[str, Tensor]) -> list[str]:
+    """Options the checkpoint was visibly made with that differ from the model's."""
+    stage: Any = model.stages[0]
+    ours: dict[str, object] = {"qkv_bias": stage.blocks[0].attn.q.bias is not None}
+    if model.variant == "paper":
+        theirs: dict[str, object] = {"qkv_bias": "blocks_a.0.attn.q.bias" in given}
+    else:
+        table = given.get("stage1.block_list.0.LMHSA.position_embeeding")
+        # 2n - 1 offsets per side are odd; n * n queries are even, n being a multiple of 8 in the first stage.
+        kind = "none" if table is None else "relative" if len(table) % 2 else "pairwise"
+        theirs = {
+            "qkv_bias": "stage1.block_list.0.LMHSA.q.bias" in given,
+            "attention_bias": kind,
+            "absolute_position": "absolute_pos_embed" in given,
+        }
+        ours |= {"attention_bias": model.attention_bias, "absolute_position": stage.absolute is not None}
+    return [f"it was made with {k}={v!r}, the model has {k}={ours[k]!r}" for k, v in theirs.items() if v != ours[k]]
+
+
+def _reference_modules(model: CMT) -> dict[str, tuple[str, ...]]:
+    """Our module path -> the reference's (a position table's path is its key). ValueError for foreign options."""
+    seed = model.variant == "seed"
+    stages: Any = model.stages
+    if seed and model.attention_bias != "none" and model.attention_bias_scope == "stage":
+        raise ValueError("the seed has a table per block: attention_bias_scope='stage' has no counterpart there")
+    if not seed and (model.attention_bias, model.attention_bias_scope) != ("pairwise", "stage"):
+        raise ValueError(
+            "the paper's release has pairwise tables per stage: other attention biases have no counterpart"
+        )
+    if not seed and stages[0].absolute is not None:
+        raise ValueError("the paper's release has no absolute position embedding: absolute_position has no counterpart")
+
+    modules: dict[str, tuple[str, ...]] = {}
+    for ours, name in (SEED_ENDS if seed else PAPER_ENDS).items():
+        modules[ours] = (name,)
+    for i, stage in enumerate(stages):
+        letter = "abcd"[i]
+        if seed:
+            modules[f"stages.{i}.embed"] = (f"pool{i + 1}.patch_aggregation",)
+        else:
+            modules[f"stages.{i}.embed"] = (f"patch_embed_{letter}.proj",)
+            modules[f"stages.{i}.norm"] = (f"patch_embed_{letter}.norm",)
+            modules[f"stages.{i}.bias"] = (f"relative_pos_{letter}",)
+        for j in range(len(stage.blocks)):
+            block = f"stage{i + 1}.block_list.{j}" if seed else f"blocks_{letter}.{j}"
+            for ours, theirs in (SEED_BLOCK if seed else PAPER_BLOCK).items():
+                modules[f"stages.{i}.blocks.{j}.{ours}"] = tuple(f"{block}.{name}" for name in theirs)
+    return modules
+
+
+def _reference_keys(modules: Mapping[str, tuple[str, ...]], key: str) -> tuple[str, ...]:
+    module, _, leaf = key.rpartition(".")
+    return modules[module] if leaf == "table" else tuple(f"{name}.{leaf}" for name in modules[module])
+
+
+def _is_joint(key: str) -> bool:
+    return ".attn.kv." in key or ".attn.qkv." in key
+
+
+def _is_conv_matrix(model: CMT, key: str) -> bool:
+    """Whether the reference keeps this matrix as a 1x1 convolution (the seed's `fc` is a linear layer)."""
+    names = (".expand.weight", ".project.weight") + (("fc.weight",) if model.variant == "paper" else ())
+    return key.endswith(names)
+
+
+def _heads(model: CMT, key: str) -> int:
+    stage: Any = model.stages[int(key.split(".")[1])]
+    return stage.blocks[0].attn.heads
+
+
+def _unpack(model: CMT, key: str, tensor: Tensor) -> tuple[Tensor, ...]:
+    """One of our tensors as the reference's: rows split between its projections, matrices of convolutions 4-D."""
+    if _is_conv_matrix(model, key):
+        return (tensor[:, :, None, None],)
+    if not _is_joint(key):
+        return (tensor,)
+    parts = tensor.chunk(2 if ".kv." in key else 3)  # (q,) k, v
+    if model.variant == "paper":
+        return tuple(part.clone() for part in parts)
+    kv = torch.cat(parts[-2:]).unflatten(0, (2, _heads(model, key), -1))  # the seed's rows: channel, head, k or v
+    return (*(part.clone() for part in parts[:-2]), kv.transpose(0, 2).flatten(0, 2))
+
+
+def _pack(model: CMT, key: str, tensors: list[Tensor]) -> Tensor:
+    """The reference's tensors as one of ours: the inverse of _unpack."""
+    if _is_conv_matrix(model, key):
+        return tensors[0][:, :, 0, 0]
+    if not _is_joint(key):
+        return tensors[0]
+    if model.variant == "seed":
+        kv = tensors[-1].unflatten(0, (-1, _heads(model, key), 2)).transpose(0, 2).flatten(0, 2)
+        tensors = [*tensors[:-1], kv]
+    return torch.cat(tensors)

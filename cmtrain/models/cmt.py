@@ -1,0 +1,287 @@
+"""CMT: Convolutional Neural Networks Meet Vision Transformers (arXiv 2107.06263), in the paper's and the seed's form.
+
+The network, its sizes, and what timm asks of a model. Letters: B batch, C channels, H x W map, px image side in pixels.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+from cmtrain.models.blocks import Block, PointwiseConv, Stage, Stem, init_weights
+from cmtrain.models.position import POSITION_MODULES, AbsolutePosition, AttentionBiasKind, make_attention_bias
+
+Variant = Literal["paper", "seed"]
+BiasScope = Literal["stage", "block"]
+
+REDUCTIONS = (8, 4, 2, 1)  # of keys and values, per stage (paper, table 1)
+HEADS = (1, 2, 4, 8)
+
+
+@dataclass(frozen=True)
+class Size:
+    """One column of the paper's table 1. The seed widens the FFN of XS a little more: `seed_ffn_ratio`."""
+
+    image_px: int
+    stem_channels: int
+    dims: tuple[int, int, int, int]
+    depths: tuple[int, int, int, int]
+    ffn_ratio: float
+    seed_ffn_ratio: float
+    head_width: int = 1280
+
+
+SIZES = {
+    "cmt_micro": Size(32, 16, (16, 32, 64, 128), (1, 1, 2, 1), 2.0, 2.0, head_width=256),  # ours: demos and tests
+    "cmt_ti": Size(160, 16, (46, 92, 184, 368), (2, 2, 10, 2), 3.6, 3.6),
+    "cmt_xs": Size(192, 16, (52, 104, 208, 416), (3, 3, 12, 3), 3.77, 3.8),
+    "cmt_s": Size(224, 32, (64, 128, 256, 512), (3, 3, 16, 3), 4.0, 4.0),
+    "cmt_b": Size(256, 38, (76, 152, 304, 608), (4, 4, 20, 4), 4.0, 4.0),
+}
+
+
+def _choose(name: str, value: str, legal: Sequence[str]) -> None:
+    if value not in legal:
+        raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, legal))}")
+
+
+def _square_px(img_size: int | tuple[int, int]) -> int:
+    height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+    if height != width or height < 32 or height % 32:
+        raise ValueError(f"img_size={img_size} must be a square of a multiple of 32 pixels, such as 160 or 224")
+    return height
+
+
+class CMT(nn.Module):
+    """CMT classifier: (B, in_chans, img_size, img_size) -> (B, num_classes). Built by `timm.create_model("cmt_ti")`.
+
+    variant: "paper" is the authors' released network, "seed" the re-implementation whose ablations we reproduce.
+    img_size: pixels per side, a multiple of 32 (four halvings, and 8-fold reduced keys in the first stage).
+    attention_bias, attention_bias_scope: which table is added to the scores and whether a stage's blocks share it; None
+        is the variant's own (paper: pairwise per stage, seed: relative per block).
+    absolute_position: adds a learned vector per pixel before the first stage's blocks (the seed's `ape`).
+    drop_rate: dropout before the classifier. attn_drop_rate: dropout of attention weights. proj_drop_rate: dropout
+        after the attention's projection and, in the paper's variant only, twice in the FFN.
+    drop_path_rate: of the last block, growing linearly from 0 at the first; on both branches of a block (paper) or on
+        the FFN's only (seed).
+    global_pool: "avg", or "" for the unpooled map, which needs num_classes=0.
+
+    Raises ValueError for an illegal option, for an illegal size, and for an input of another size than img_size.
+    """
+
+    def __init__(
+        self,
+        size: Size,
+        *,
+        img_size: int | tuple[int, int] | None = None,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        variant: Variant = "paper",
+        attention_bias: AttentionBiasKind | None = None,
+        attention_bias_scope: BiasScope | None = None,
+        absolute_position: bool = False,
+        qkv_bias: bool = True,
+        drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ):
+        super().__init__()
+        _choose("variant", variant, get_args(Variant))
+        seed = variant == "seed"
+        bias_kind = attention_bias or ("relative" if seed else "pairwise")
+        bias_scope = attention_bias_scope or ("block" if seed else "stage")
+        _choose("attention_bias", bias_kind, get_args(AttentionBiasKind))
+        _choose("attention_bias_scope", bias_scope, get_args(BiasScope))
+
+        self.variant, self.attention_bias, self.attention_bias_scope = variant, bias_kind, bias_scope
+        self.img_size = _square_px(size.image_px if img_size is None else img_size)
+        self.drop_rate, self.global_pool = drop_rate, global_pool
+        self.num_features, self.head_hidden_size = size.dims[-1], size.head_width
+        self.feature_info = [
+            {"num_chs": dim, "reduction": 4 << i, "module": f"stages.{i}"} for i, dim in enumerate(size.dims)
+        ]
+
+        make_block = partial(Block, seed=seed, qkv_bias=qkv_bias, attn_drop=attn_drop_rate, proj_drop=proj_drop_rate)
+        ffn_ratio = size.seed_ffn_ratio if seed else size.ffn_ratio
+        num_blocks = sum(size.depths)
+        drop_path_probs = iter([drop_path_rate * i / (num_blocks - 1) for i in range(num_blocks)])
+        self.stem = Stem(in_chans, size.stem_channels)
+        self.stages = nn.ModuleList()
+        in_channels = size.stem_channels
+        for i, (dim, depth, heads, reduction) in enumerate(zip(size.dims, size.depths, HEADS, REDUCTIONS, strict=True)):
+            side = self.img_size // 4 >> i
+            make_bias = partial(
+                make_attention_bias, bias_kind, seed=seed, heads=heads, queries_per_side=side, reduction=reduction
+            )
+            blocks = [
+                make_block(
+                    dim,
+                    int(dim * ffn_ratio),
+                    heads,
+                    reduction,
+                    make_bias() if bias_scope == "block" else None,
+                    drop_path_prob=next(drop_path_probs),
+                )
+                for _ in range(depth)
+            ]
+            absolute = AbsolutePosition(dim, side) if absolute_position and i == 0 else None
+            stage_bias = make_bias() if bias_scope == "stage" else None
+            self.stages.append(Stage(in_channels, dim, seed=seed, absolute=absolute, bias=stage_bias, blocks=blocks))
+            in_channels = dim
+
+        self.fc: nn.Module = PointwiseConv(in_channels, size.head_width)
+        self.fc_norm = None if seed else nn.BatchNorm2d(size.head_width)
+        self.head: nn.Module = nn.Identity()
+        self.apply(init_weights)
+        if seed:  # a linear layer on the pooled vector there, so it starts as one
+            nn.init.trunc_normal_(self.fc.weight, std=0.02)
+        self.reset_classifier(num_classes)
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier by a new one for `num_classes` (0: none), and optionally the pooling."""
+        pool = self.global_pool if global_pool is None else global_pool
+        _choose("global_pool", pool, ("avg", ""))
+        if num_classes and not pool:
+            raise ValueError("global_pool='' gives a map and needs num_classes=0")
+        self.num_classes, self.global_pool = num_classes, pool
+        self.head = nn.Identity()
+        if num_classes:
+            like = next(self.fc.parameters())
+            self.head = nn.Linear(self.head_hidden_size, num_classes, device=like.device, dtype=like.dtype)
+            init_weights(self.head)
+
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the position tables: decay would pull them towards "no position", not a simpler function."""
+        return {f"{name}.table" for name, module in self.named_modules() if isinstance(module, POSITION_MODULES)}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Depth of a parameter for timm's layer-wise learning-rate decay: by stage, or by block."""
+        blocks = r"^stages\.(\d+)" if coarse else [(r"^stages\.(\d+)\.blocks\.(\d+)", None), (r"^stages\.(\d+)", (0,))]
+        return {"stem": r"^stem", "blocks": blocks}
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Stage outputs (B, C, H, W) at strides 4 to 32, the call timm's `features_only` makes.
+
+        `norm` has no effect: CMT has no norm after its last stage.
+        """
+        _choose("output_fmt", output_fmt, ("NCHW",))
+        take, last = feature_take_indices(len(self.stages), indices)
+        stages = self.stages[: last + 1] if stop_early else self.stages
+        x = self._enter(x)
+        intermediates = []
+        for i, stage in enumerate(stages):
+            x = stage(x)
+            if i in take:
+                intermediates.append(x)
+        return intermediates if intermediates_only else (x, intermediates)
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop what the stages in `indices` do not need, so that a backbone has no unused parameter."""
+        take, last = feature_take_indices(len(self.stages), indices)
+        self.stages = self.stages[: last + 1]
+        if prune_head:
+            self.reset_classifier(0, "")
+            self.fc, self.fc_norm = nn.Identity(), None
+        return take
+
+    def _enter(self, x: Tensor) -> Tensor:  # (B, in_chans, px, px) -> (B, C, px/2, px/2)
+        if x.shape[-2:] != (self.img_size, self.img_size):
+            raise ValueError(
+                f"input is {x.shape[-2]}x{x.shape[-1]} px, the model was built for img_size={self.img_size}"
+            )
+        return self.stem(x.contiguous(memory_format=torch.channels_last))
+
+    def forward_features(self, x: Tensor) -> Tensor:  # (B, in_chans, px, px) -> (B, C, px/32, px/32)
+        x = self._enter(x)
+        for stage in self.stages:
+            x = stage(x)
+        return x
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:  # (B, C, H, W) -> (B, num_classes)
+        if self.fc_norm is not None:  # paper: convolution, BatchNorm, Swish, then the average
+            x = F.silu(self.fc_norm(self.fc(x)))
+        x = x.mean((2, 3), keepdim=True) if self.global_pool else x
+        if self.fc_norm is None:  # seed: the average first, and no activation before the classifier
+            x = self.fc(x)
+        x = F.dropout(x.flatten(1) if self.global_pool else x, self.drop_rate, self.training)
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+def _cfg(size: Size) -> dict[str, Any]:
+    return {
+        "num_classes": 1000,
+        "input_size": (3, size.image_px, size.image_px),
+        "fixed_input_size": True,
+        "pool_size": (size.image_px // 32, size.image_px // 32),
+        "crop_pct": 224 / 256,  # the paper evaluates on the centre of int(256 / 224 * px)
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "stem.conv1",
+        "classifier": "head",
+    }
+
+
+default_cfgs = generate_default_cfgs({name: _cfg(size) for name, size in SIZES.items()})
+
+
+def _create(name: str, pretrained: bool, *, variant: Variant = "paper", **kwargs: Any) -> nn.Module:
+    # `variant` is bound here because timm's builder uses the word for the model's name.
+    features = {"out_indices": (0, 1, 2, 3), "feature_cls": "getter"}
+    build = partial(CMT, SIZES[name], variant=variant)
+    return build_model_with_cfg(build, name, pretrained, feature_cfg=features, **kwargs)
+
+
+@register_model
+def cmt_micro(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """A CMT small enough to train on a CPU, 32 px. Not the paper's."""
+    return _create("cmt_micro", pretrained, **kwargs)
+
+
+@register_model
+def cmt_ti(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """CMT-Ti, 160 px: 9.49 M parameters, 0.64 G multiply-adds (paper variant, 1000 classes)."""
+    return _create("cmt_ti", pretrained, **kwargs)
+
+
+@register_model
+def cmt_xs(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """CMT-XS, 192 px: 15.25 M parameters, 1.55 G multiply-adds (paper variant, 1000 classes)."""
+    return _create("cmt_xs", pretrained, **kwargs)
+
+
+@register_model
+def cmt_s(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """CMT-S, 224 px: 26.26 M parameters, 4.03 G multiply-adds (paper variant, 1000 classes)."""
+    return _create("cmt_s", pretrained, **kwargs)
+
+
+@register_model
+def cmt_b(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """CMT-B, 256 px: 45.72 M parameters, 9.32 G multiply-adds (paper variant, 1000 classes)."""
+    return _create("cmt_b", pretrained, **kwargs)

@@ -1,0 +1,205 @@
+"""Learned position tables: the attention bias in its four forms, and the absolute embedding.
+
+Letters: h heads, n queries per side of the map, N = n * n queries, r reduction, k = n / r keys per side, K = k * k keys
+(m, M, L: the same of a table from another image size).
+
+Every class holds one parameter, `table`, and answers two calls: `forward` gives what is added to the attention scores
+(or to the map), `resized` turns a table learned at another image size into one of this size.
+"""
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+AttentionBiasKind = Literal["none", "relative", "pairwise"]
+
+
+def resize_grid(grid: Tensor, side: int) -> Tensor:
+    """Resample square grids bicubically: (..., m, m) -> (..., side, side).
+
+    Antialiased, as timm resizes position embeddings, so that shrinking averages instead of picking. Half precision is
+    resampled in fp32. A grid of the wanted side is returned untouched, bit for bit.
+    """
+    if grid.shape[-1] == side:
+        return grid
+    wide = grid.to(torch.promote_types(grid.dtype, torch.float32))
+    planes = wide.reshape(1, -1, *grid.shape[-2:])
+    resized = F.interpolate(planes, size=(side, side), mode="bicubic", antialias=True)
+    return resized.reshape(*grid.shape[:-2], side, side).to(grid.dtype)
+
+
+def relative_windows(table: Tensor, queries_per_side: int, step: int) -> Tensor:
+    """Read a table of 2-D offsets as a bias: (..., a, b) -> (..., n, n, i, j), with i = (a - n) / step + 1.
+
+    Entry [y, x, i, j] is table[i * step - y + n - 1, j * step - x + n - 1]: the offset from query (y, x) to the key at
+    pixel (i * step, j * step). Neighbouring queries see shifted windows of the table, so strided views and one flip do
+    the work of an index table: nothing to keep in buffers, and the backward is free of index_put's atomic additions.
+    """
+    n = queries_per_side
+    windows = table.unfold(-2, n, step).unfold(-2, n, step)  # (..., i, j, n, n), query coordinates reversed
+    return windows.flip(-2, -1).movedim((-2, -1), (-4, -3))
+
+
+def _side(count: int) -> int | None:
+    """Side of a square of `count` cells, or None when `count` is not a square."""
+    side = math.isqrt(count)
+    return side if side * side == count else None
+
+
+def _resize_pairs(pairs: Tensor, queries_per_side: int, keys_per_side: int) -> Tensor | None:
+    """(h, M, L) -> (h, N, K): the query grid and the key grid are resampled one after the other."""
+    heads, old_queries, old_keys = pairs.shape
+    m, k = _side(old_queries), _side(old_keys)
+    if m is None or k is None:
+        return None
+    per_key = resize_grid(pairs.mT.reshape(heads, old_keys, m, m), queries_per_side).flatten(2)  # (h, L, N)
+    return resize_grid(per_key.mT.unflatten(2, (k, k)), keys_per_side).flatten(2)
+
+
+def _refuse(table: Tensor, wanted: Tensor) -> ValueError:
+    return ValueError(f"a table of shape {tuple(table.shape)} cannot be resized to {tuple(wanted.shape)}")
+
+
+class PairwiseBias(nn.Module):
+    """One learned number per (head, query, reduced key): the paper's released `relative_pos_*`.
+
+    Drawn from N(0, 1), as released: no smaller scale is documented for the paper's accuracies.
+    """
+
+    def __init__(self, heads: int, queries_per_side: int, reduction: int):
+        super().__init__()
+        self.queries_per_side, self.keys_per_side = queries_per_side, queries_per_side // reduction
+        self.table = nn.Parameter(torch.empty(heads, self.queries_per_side**2, self.keys_per_side**2))
+        nn.init.normal_(self.table)
+
+    def forward(self) -> Tensor:  # -> (h, N, K)
+        return self.table
+
+    def resized(self, table: Tensor) -> Tensor:
+        """Table of another image size at this one's. Raises ValueError when it is no table of this kind."""
+        if table.ndim != 3 or table.shape[0] != self.table.shape[0]:
+            raise _refuse(table, self.table)
+        pairs = _resize_pairs(table, self.queries_per_side, self.keys_per_side)
+        if pairs is None:
+            raise _refuse(table, self.table)
+        return pairs
+
+
+class RelativeBias(nn.Module):
+    """One learned number per (head, 2-D offset from a query to the origin of a reduced key's cell).
+
+    The paper asks for a relative bias (section 3.3) but released a pairwise table; this is the literal reading. Offsets
+    are counted in query pixels against the true key grid, 2n - r of them per axis. Drawn like the seed's table
+    (standard deviation 0.2), the only relative table with published accuracies.
+    """
+
+    def __init__(self, heads: int, queries_per_side: int, reduction: int):
+        super().__init__()
+        self.queries_per_side, self.reduction = queries_per_side, reduction
+        offsets = 2 * queries_per_side - reduction
+        self.table = nn.Parameter(torch.empty(heads, offsets, offsets))
+        nn.init.trunc_normal_(self.table, std=0.2)
+
+    def forward(self) -> Tensor:  # -> (h, N, K)
+        windows = relative_windows(self.table, self.queries_per_side, self.reduction)  # (h, n, n, k, k)
+        return windows.flatten(3, 4).flatten(1, 2)
+
+    def resized(self, table: Tensor) -> Tensor:
+        """Table of another image size at this one's. Raises ValueError when it is no table of this kind."""
+        if table.ndim != 3 or table.shape[0] != self.table.shape[0] or table.shape[1] != table.shape[2]:
+            raise _refuse(table, self.table)
+        return resize_grid(table, self.table.shape[-1])
+
+
+class SeedPairwiseBias(nn.Module):
+    """The seed's "no distance" table: (N, N) for all heads, of which the first K columns are read.
+
+    Key j of the reduced map reads column j, so those K columns are a pairwise table; the other columns have no effect,
+    are kept because the seed's checkpoints hold them, and receive a gradient of exactly zero.
+    """
+
+    def __init__(self, queries_per_side: int, reduction: int):
+        super().__init__()
+        self.queries_per_side, self.reduction = queries_per_side, reduction
+        self.table = nn.Parameter(torch.empty(queries_per_side**2, queries_per_side**2))
+        nn.init.trunc_normal_(self.table, std=0.2)
+
+    def forward(self) -> Tensor:  # -> (1, N, K)
+        return self.table[None, :, : self.table.shape[0] // self.reduction**2]
+
+    def resized(self, table: Tensor) -> Tensor:
+        """Table of another image size at this one's. Raises ValueError when it is no table of this kind."""
+        if table.ndim != 2 or table.shape[0] != table.shape[1] or table.shape[0] % self.reduction**2:
+            raise _refuse(table, self.table)
+        used = table[None, :, : table.shape[0] // self.reduction**2]
+        pairs = _resize_pairs(used, self.queries_per_side, self.queries_per_side // self.reduction)
+        if pairs is None:
+            raise _refuse(table, self.table)
+        return F.pad(pairs[0], (0, self.table.shape[1] - pairs.shape[2]))
+
+
+class SeedRelativeBias(nn.Module):
+    """The seed's relative table: (2n - 1, 2n - 1) for all heads, sliced to the first K keys.
+
+    Its key j is the j-th pixel of the unreduced map in reading order, so with a reduction the offsets are those to the
+    map's top rows, not to the reduced cell. The seed's accuracies were reached with that, so it stays.
+    """
+
+    def __init__(self, queries_per_side: int, reduction: int):
+        super().__init__()
+        self.queries_per_side, self.reduction = queries_per_side, reduction
+        self.table = nn.Parameter(torch.empty(2 * queries_per_side - 1, 2 * queries_per_side - 1))
+        nn.init.trunc_normal_(self.table, std=0.2)
+
+    def forward(self) -> Tensor:  # -> (1, N, K)
+        n = self.queries_per_side
+        num_keys = (n // self.reduction) ** 2
+        key_rows = -(-num_keys // n)  # only the rows of pixels that hold the first K of them
+        windows = relative_windows(self.table[: n - 1 + key_rows], n, step=1)  # (n, n, key_rows, n)
+        return windows.flatten(2).flatten(0, 1)[None, :, :num_keys]
+
+    def resized(self, table: Tensor) -> Tensor:
+        """Table of another image size at this one's. Raises ValueError when it is no table of this kind."""
+        if table.ndim != 2 or table.shape[0] != table.shape[1] or table.shape[0] % 2 == 0:
+            raise _refuse(table, self.table)
+        return resize_grid(table, self.table.shape[-1])
+
+
+class AbsolutePosition(nn.Module):
+    """One learned vector per pixel, added to the map (the seed's absolute embedding, its initialisation)."""
+
+    def __init__(self, dim: int, side: int):
+        super().__init__()
+        self.side = side
+        self.table = nn.Parameter(torch.empty(1, side**2, dim))
+        nn.init.trunc_normal_(self.table, std=0.2)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, H, W)
+        embedding = self.table.unflatten(1, (self.side, self.side)).permute(0, 3, 1, 2)  # (1, C, H, W)
+        return x + embedding.to(x.dtype)
+
+    def resized(self, table: Tensor) -> Tensor:
+        """Table of another image size at this one's. Raises ValueError when it is no table of this kind."""
+        side = _side(table.shape[1]) if table.ndim == 3 else None
+        if side is None or table.shape[::2] != self.table.shape[::2]:
+            raise _refuse(table, self.table)
+        planes = table.mT.unflatten(2, (side, side))  # (1, C, m, m)
+        return resize_grid(planes, self.side).flatten(2).mT
+
+
+POSITION_MODULES = (PairwiseBias, RelativeBias, SeedPairwiseBias, SeedRelativeBias, AbsolutePosition)
+
+
+def make_attention_bias(
+    kind: AttentionBiasKind, *, seed: bool, heads: int, queries_per_side: int, reduction: int
+) -> nn.Module | None:
+    """The bias of one stage or block: a module whose forward() gives (h or 1, N, K), or None for kind "none"."""
+    if kind == "none":
+        return None
+    if seed:
+        kinds = {"relative": SeedRelativeBias, "pairwise": SeedPairwiseBias}
+        return kinds[kind](queries_per_side, reduction)
+    return {"relative": RelativeBias, "pairwise": PairwiseBias}[kind](heads, queries_per_side, reduction)
