@@ -120,6 +120,7 @@ class Journal:
         first = next(batches)
         if self.folder:
             contact_sheet(first.images, mean, std, self.path / SAMPLE_NAME)
+        self.clock.lap()  # building the pipeline is not a step's time
         yield first
         yield from batches
 
@@ -173,6 +174,7 @@ class Journal:
             metrics.one(metrics.eval_accuracy, "1", weights).set(result.top1)
             metrics.one(metrics.eval_accuracy, "5", weights).set(result.top5)
             metrics.one(metrics.eval_loss, weights).set(result.loss)
+            metrics.one(metrics.images, "eval").inc(len(range(metrics.rank, result.num_images, self.world_size)))
             prefix = "eval" if weights == "model" else f"eval_{weights}"
             row |= {f"{prefix}_loss": result.loss, f"{prefix}_top1": result.top1, f"{prefix}_top5": result.top5}
             self.console.line(

@@ -54,7 +54,7 @@ class TrainMetrics:
         self.bad_in_a_row = self._make(Gauge, "guard_consecutive_skips", "Bad steps in a row up to now.")
         self.step = self._make(Gauge, "step", "Optimizer steps done.")
         self.steps_target = self._make(Gauge, "steps_target", "Optimizer steps of the whole run.")
-        self.epoch = self._make(Gauge, "epoch", "Epochs begun.")
+        self.epoch = self._make(Gauge, "epoch", "Epoch of the last step, from 0.")
         self.last_step_timestamp = self._make(Gauge, "last_step_timestamp_seconds", "Unix time of the last step.")
         self.start_timestamp = self._make(Gauge, "start_timestamp_seconds", "Unix time at which this process started.")
         self.train_loss = self._make(Gauge, "train_loss", "Mean loss since the last log point (nats).")

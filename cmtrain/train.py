@@ -60,7 +60,7 @@ def train(config: Config, *, resume: str = "auto", max_steps: int | None = None)
     received, diverged, results = 0, False, dict[str, Evaluation]()
     try:
         batches = batches_from(start.step, train_loader, schedule)
-        batches = journal.clock.waiting(journal.sample(batches, config.data.mean, config.data.std))
+        batches = journal.sample(journal.clock.waiting(batches), config.data.mean, config.data.std)
         for step in range(start.step, last_step):
             lr = schedule.lr_at(step)
             num_images = learner.step(batches, step, lr)
