@@ -10,12 +10,14 @@ import pytest
 import timm.data.auto_augment as timm_augment
 import torch
 from nvidia.dali import fn, pipeline_def, types
-from photographs import squares
+from photographs import squares, write_folder
 from PIL import Image
 from torchvision.transforms import functional as tv
 
 from pipelines import augment, graphs
-from pipelines.plan import JitterParams
+from pipelines.dataset import Manifest
+from pipelines.loader import train_loader
+from pipelines.plan import AugmentParams, JitterParams, Plan, augment_params
 from pipelines.policy import BRANCH_OF, Branch, LayerParams, op_params, parse
 from pipelines.spec import AugmentSpec
 
@@ -201,6 +203,58 @@ def test_the_contrast_of_a_gpu_graph_equals_that_of_a_cpu_graph(monkeypatch):
     error = np.abs(fast.astype(int) - slow)
     assert error.max() <= 1
     assert error.mean() < 0.01
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory) -> Manifest:
+    folder = tmp_path_factory.mktemp("augment")
+    return Manifest.from_folder(write_folder(folder / "in", 24), cache_dir=folder / "cache")
+
+
+def train_levels(manifest: Manifest, plan: Plan, spec: AugmentSpec) -> np.ndarray:
+    """The only batch of epoch 0 as levels, (B, H, W, 3)."""
+    loader = train_loader(
+        manifest, plan, spec, rank=0, world=1, device="cpu", decode="auto", threads=1, prefetch_batches=1
+    )
+    (batch,) = loader.epoch(0)
+    loader.close()
+    return (batch.images.permute(0, 2, 3, 1).numpy() * spec.std + spec.mean) * 255
+
+
+def planned(manifest: Manifest, plan: Plan, spec: AugmentSpec) -> tuple[np.ndarray, AugmentParams]:
+    (batch,) = plan.micro_batches(0, 0, 0, 1)
+    return batch.indices, augment_params(
+        plan, batch, manifest.heights[batch.indices], manifest.widths[batch.indices], spec
+    )
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_a_training_image_is_pillows_crop_resized_and_flipped(manifest, interpolation):
+    plan, spec = Plan(5, 24, 24, 24), AugmentSpec(64, interpolation)
+    indices, params = planned(manifest, plan, spec)
+    assert 0 < params.flips.sum() < 24
+    filters = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+    for index, window, flip, ours in zip(
+        indices, params.windows, params.flips, train_levels(manifest, plan, spec), strict=True
+    ):
+        top, left, height, width = window
+        with Image.open(manifest.file(index)) as image:
+            crop = image.convert("RGB").crop((left, top, left + width, top + height))
+        resized = np.asarray(crop.resize((64, 64), filters[interpolation]), np.float64)
+        assert np.abs(ours - (resized[:, ::-1] if flip else resized)).mean() < 0.3
+
+
+def test_the_graph_applies_its_layers_in_order_and_then_the_jitter(manifest):
+    """The whole graph against its pieces run one by one, each with the numbers the plan drew for it."""
+    plan, spec = Plan(5, 24, 24, 24), AugmentSpec(64, rand_augment="rand-m9-n3-p1-inc1", color_jitter=0.4)
+    expected = np.rint(train_levels(manifest, plan, AugmentSpec(64))).astype(np.uint8)
+    _, params = planned(manifest, plan, spec)
+    for layer in range(3):
+        expected = run_layer(
+            expected, LayerParams(*(np.ascontiguousarray(x[:, layer : layer + 1]) for x in params.layers))
+        )
+    expected = run_graph(augment.color_jitter, [expected, *params.jitter], ["HWC", "", ""])
+    assert np.array_equal(np.rint(train_levels(manifest, plan, spec)), expected)
 
 
 def test_a_flat_channel_survives_auto_contrast_and_equalize():

@@ -145,6 +145,13 @@ def test_the_next_epoch_is_under_way_when_one_ends(loaders, manifest):
     assert epochs == fresh
 
 
+@pytest.mark.parametrize("prefetch_batches", [1, 5])
+def test_the_depth_of_the_queue_changes_nothing(loaders, manifest, prefetch_batches):
+    plan = plan_for(manifest, micro_batch_size=4)
+    loader = train(loaders, manifest, plan, prefetch_batches=prefetch_batches)
+    assert [pixels(loader, epoch) for epoch in (0, 1)] == [pixels(train(loaders, manifest, plan), e) for e in (0, 1)]
+
+
 @pytest.mark.parametrize("request_after", [(1, 0), (0, 0), (5, 24), (1, 24), (0, 12)])
 def test_an_abandoned_epoch_leaves_no_trace(loaders, manifest, request_after):
     plan = plan_for(manifest)
@@ -258,6 +265,8 @@ def test_a_file_that_breaks_during_the_run_is_named(loaders, tmp_path):
     broken.unlink()
     with pytest.raises(DataError, match=f"{broken.name}: .*No such file"):
         list(loader.epoch(0))
+    with pytest.raises(DataError, match=f"{broken.name}: .*No such file"):
+        list(evaluation(loaders, manifest, 12).epoch(0))
     broken.write_bytes(whole)
     assert len(pixels(loader, 0)) == 12
 

@@ -1,14 +1,19 @@
 """The promises of a run, kept by the program as a user starts it: whole processes, real JPEGs, real signals."""
 
 import csv
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+import urllib.request
 
 import pytest
 import torch
 from conftest import ROOT
+from photographs import write_folder
+from PIL import Image
 
 from cmtrain.checkpoint import checkpoint_steps, load_newest
 
@@ -158,6 +163,53 @@ def test_evaluation_is_exact_over_ranks(make_job, nproc):
     for key in ("top1", "ema_top1"):
         assert more[key] == one[key]
     assert more["loss"] == pytest.approx(one["loss"], rel=1e-5)
+
+
+def test_a_folder_of_photographs_never_seen_before(make_job, tmp_path):
+    """Unicode names, grayscale, CMYK, a PNG named .jpg, odd sizes: trains and evaluates, on 1, 2 and 3 ranks."""
+    root = tmp_path / "photos"
+    for split, count in (("train", 36), ("val", 17)):
+        write_folder(root / split, count)
+        (root / split / "c2").rename(root / split / "\u732b \u00e9t\u00e9")
+        files = sorted(root.glob(f"{split}/*/*.jpg"))
+        Image.open(files[0]).convert("L").save(files[0])
+        Image.open(files[1]).convert("CMYK").save(files[1])
+        Image.open(files[2]).save(files[2], format="PNG")
+        Image.open(files[3]).resize((1, 1)).save(files[3])
+        Image.open(files[4]).resize((700, 9)).save(files[4], progressive=True)
+        files[5].rename(files[5].with_name("\u00fc\u0308 \u65e5\u672c.JPEG"))
+    sections = {
+        "data": {"root": str(root)},
+        "train": {"global_batch_size": 12},
+        "augment": {"rand_augment": "rand-m9-mstd0.5-inc1"},
+    }
+    jobs = [make_job(f"ranks{nproc}", **sections) for nproc in (1, 2, 3)]
+    results = [job(nproc=nproc) for nproc, job in enumerate(jobs, start=1)]
+    assert [(r["num_images"], r["step"]) for r in results] == [(17, 9)] * 3
+    # Two ranks of 6 images are the same micro-batches as one rank of 2 x 6; three of 4 are other ones.
+    for mine, theirs in zip(losses(jobs[0]), losses(jobs[1]), strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-3)
+
+
+def test_metrics_are_served_while_the_run_runs(make_job):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    job = make_job(schedule={"epochs": 400}, metrics={"enabled": True, "port": port})
+    process = job.start(nproc=2)
+    wait_for(lambda: logged(job, 4), process)
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    pages = [opener.open(f"http://127.0.0.1:{port + rank}/metrics", timeout=10).read().decode() for rank in (0, 1)]
+    process.terminate()
+    process.communicate()
+    for rank, page in enumerate(pages):
+        samples = dict(line.rsplit(" ", 1) for line in page.splitlines() if not line.startswith("#"))
+        assert float(samples[f'cmtrain_images_total{{rank="{rank}",run="job",split="train"}}']) >= 32
+        assert float(samples[f'cmtrain_steps_total{{rank="{rank}",result="applied",run="job"}}']) >= 4
+        assert float(samples[f'cmtrain_last_step_timestamp_seconds{{rank="{rank}",run="job"}}']) > time.time() - 60
+        assert 'world_size="2"' in page
+    if shutil.which("promtool"):
+        subprocess.run(["promtool", "check", "metrics"], input=pages[0].encode(), check=True, timeout=60)
 
 
 @pytest.mark.parametrize("rank", [0, 1])

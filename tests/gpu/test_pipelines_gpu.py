@@ -1,0 +1,113 @@
+"""The promises of the pipelines on a GPU: the same contract, the same pixels up to the decoder."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from photographs import write_folder
+
+from pipelines.dataset import Manifest
+from pipelines.loader import DaliLoader, eval_loader, train_loader
+from pipelines.plan import Plan
+from pipelines.spec import AugmentSpec, EvalSpec
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+SIDE = 96
+SPEC = AugmentSpec(SIDE, rand_augment="rand-m9-mstd0.5-inc1", color_jitter=0.4)
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory) -> Manifest:
+    folder = tmp_path_factory.mktemp("gpu")
+    return Manifest.from_folder(write_folder(folder / "in", 96), cache_dir=folder / "cache")
+
+
+def train(manifest: Manifest, spec=SPEC, device="cuda", decode="mixed", rank=0, world=1) -> DaliLoader:
+    plan = Plan(seed=3, num_samples=len(manifest), global_batch_size=48, micro_batch_size=8)
+    return train_loader(
+        manifest, plan, spec, rank=rank, world=world, device=device, decode=decode, threads=2, prefetch_batches=2
+    )
+
+
+def by_sample(loader: DaliLoader, epoch: int = 0) -> dict[int, torch.Tensor]:
+    images = {
+        index: image.float().cpu()
+        for batch in loader.epoch(epoch)
+        for index, image in zip(batch.indices.tolist(), batch.images, strict=True)
+    }
+    loader.close()
+    return images
+
+
+def mean_levels_apart(a: dict[int, torch.Tensor], b: dict[int, torch.Tensor]) -> float:
+    """Mean absolute difference in levels of 0..255, the standard deviation of the channels taken as 0.226."""
+    assert a.keys() == b.keys()
+    return float(torch.stack([(a[index] - b[index]).abs().mean() for index in a]).mean()) * 255 * 0.226
+
+
+@pytest.mark.parametrize("decode", ["mixed", "cpu"])
+def test_the_contract_on_the_device(manifest, decode):
+    loader = train(manifest, AugmentSpec(SIDE, rand_augment="seed", color_jitter=0.4, fp16=True), decode=decode)
+    for batch in loader.epoch(0):
+        assert all(tensor.is_cuda for tensor in batch)
+        assert batch.images.shape == (8, 3, SIDE, SIDE)
+        assert batch.images.dtype == torch.float16
+        assert batch.images.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(batch.labels.cpu(), torch.from_numpy(manifest.labels)[batch.indices.cpu()])
+    loader.close()
+
+
+def test_augmentation_on_the_gpu_is_that_of_the_cpu(manifest):
+    """Decoded on the CPU in both cases, so only the augmentation differs."""
+    gpu = by_sample(train(manifest, decode="cpu"))
+    cpu = by_sample(train(manifest, device="cpu", decode="cpu"))
+    assert mean_levels_apart(gpu, cpu) < 0.5
+
+
+def test_mixed_decoding_is_near_the_cpus(manifest):
+    plain = AugmentSpec(SIDE)
+    gpu = by_sample(train(manifest, plain))
+    cpu = by_sample(train(manifest, plain, device="cpu", decode="cpu"))
+    assert mean_levels_apart(gpu, cpu) < 1.0
+
+
+def test_pixels_do_not_depend_on_the_number_of_ranks(manifest):
+    alone = by_sample(train(manifest, decode="cpu"))
+    shared = by_sample(train(manifest, decode="cpu", rank=0, world=2))
+    shared |= by_sample(train(manifest, decode="cpu", rank=1, world=2))
+    assert alone.keys() == shared.keys()
+    assert all(torch.equal(alone[index], shared[index]) for index in alone)
+
+
+def test_kept_batches_are_not_written_to_again(manifest):
+    loader = train(manifest)
+    kept = [(batch.images, batch.images.float().sum().item()) for epoch in range(3) for batch in loader.epoch(epoch)]
+    torch.cuda.synchronize()
+    assert all(images.float().sum().item() == before for images, before in kept)
+    loader.close()
+
+
+@pytest.mark.parametrize("decode", ["mixed", "cpu"])
+def test_evaluation_sees_every_image_once_and_nearly_as_on_the_cpu(manifest, decode):
+    def evaluate(device: str, how) -> dict[int, torch.Tensor]:
+        return by_sample(
+            eval_loader(
+                manifest,
+                EvalSpec(SIDE, 110),
+                batch_size=7,
+                rank=0,
+                world=1,
+                device=device,
+                decode=how,
+                threads=2,
+                prefetch_batches=2,
+            )
+        )
+
+    gpu = evaluate("cuda", decode)
+    assert sorted(gpu) == list(range(96))
+    assert mean_levels_apart(gpu, evaluate("cpu", "cpu")) < (1.0 if decode == "mixed" else 0.3)
