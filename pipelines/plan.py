@@ -1,0 +1,235 @@
+"""Which samples, in which order, with which random numbers: all pure functions of (seed, epoch, sample).
+
+Nothing here depends on the number of ranks or on what ran before. That is what makes a run elastic: killed at any
+step it resumes on any number of GPUs with the same samples and the same augmented pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines.policy import NUM_LAYER_DRAWS, Branch, LayerParams, layer_params, parse
+from pipelines.spec import AugmentSpec
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+Words = NDArray[np.uint64]
+
+CROP_ATTEMPTS = 10  # torchvision's RandomResizedCrop gives up after ten
+
+# Streams of one sample, in order: changing this layout changes every augmented pixel of every run.
+_CROP_DRAWS = 2 * CROP_ATTEMPTS + 2
+_FLIP = _CROP_DRAWS
+_JITTER = _FLIP + 1
+_JITTER_DRAWS = 4
+_LAYERS = _JITTER + _JITTER_DRAWS
+
+# Domains keep the keys of unrelated uses of one seed apart.
+_ORDER_DOMAIN, _AUGMENT_DOMAIN = 1, 2
+
+# Brightness, contrast, saturation and their six orders.
+_JITTER_BRANCHES = np.array([Branch.SCALE, Branch.SCALE, Branch.SATURATE], np.int32)
+_CONTRAST = 1
+_JITTER_ORDERS = np.array([[0, 1, 2], [0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]])
+
+
+class MicroBatch(NamedTuple):
+    """One micro-batch of one global batch: its identity and its samples."""
+
+    epoch: int
+    step: int
+    slot: int
+    indices: Ints  # (B,) into the manifest
+    copies: Ints  # (B,) which of the `repeats` copies of the sample this is
+
+    @property
+    def identity(self) -> tuple[int, int, int]:
+        return self.epoch, self.step, self.slot
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The order of samples.
+
+    Global batch k of epoch e is `order(e)[k * G : (k + 1) * G]`, its micro-batch j is that slice's `[j::M]`, where
+    M = G / micro_batch_size; rank r of W handles j = r, r + W, ... The incomplete last global batch is dropped.
+    `repeats` > 1 is repeated augmentation (DeiT's sampler, arXiv 1902.05509): an epoch keeps `num_samples` samples,
+    holds num_samples / repeats distinct images, and the copies of one land in different micro-batches.
+
+    Raises ValueError when the batch sizes do not fit each other or the number of samples.
+    """
+
+    seed: int
+    num_samples: int
+    global_batch_size: int
+    micro_batch_size: int
+    repeats: int = 1
+
+    def __post_init__(self) -> None:
+        if self.micro_batch_size < 1 or self.global_batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"global_batch_size {self.global_batch_size} is no multiple of micro_batch_size {self.micro_batch_size}"
+            )
+        if not 1 <= self.global_batch_size <= self.num_samples:
+            raise ValueError(f"global_batch_size {self.global_batch_size} is not in 1..{self.num_samples} (samples)")
+        if self.repeats < 1:
+            raise ValueError(f"repeats {self.repeats} is below 1")
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.num_samples // self.global_batch_size
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Micro-batches of one global batch, over all ranks."""
+        return self.global_batch_size // self.micro_batch_size
+
+    def order(self, epoch: int) -> Ints:
+        """Sample indices of one epoch, (num_samples,), read-only."""
+        return _order(self.seed, epoch, self.num_samples, self.repeats)
+
+    def micro_batches(self, epoch: int, start: int, rank: int, world: int) -> Iterator[MicroBatch]:
+        """This rank's micro-batches of one epoch after `start` consumed samples (a multiple of global_batch_size).
+
+        Raises ValueError when `world` does not divide the micro-batches of a global batch or `start` is off the grid.
+        """
+        if self.num_micro_batches % world:
+            raise ValueError(
+                f"{world} ranks do not divide the {self.num_micro_batches} micro-batches of a global batch "
+                f"({self.global_batch_size} / {self.micro_batch_size})"
+            )
+        if start % self.global_batch_size or not 0 <= start <= self.num_samples:
+            raise ValueError(f"start {start} is no multiple of global_batch_size {self.global_batch_size} in the epoch")
+        return self._micro_batches(epoch, start // self.global_batch_size, rank, world)
+
+    def _micro_batches(self, epoch: int, first_step: int, rank: int, world: int) -> Iterator[MicroBatch]:
+        for step in range(first_step, self.steps_per_epoch):
+            for slot in range(rank, self.num_micro_batches, world):
+                begin = step * self.global_batch_size
+                positions = np.arange(begin + slot, begin + self.global_batch_size, self.num_micro_batches)
+                yield MicroBatch(epoch, step, slot, self.order(epoch)[positions], positions % self.repeats)
+
+    def uniforms(self, batch: MicroBatch, num_streams: int) -> Floats:
+        """Independent uniforms in [0, 1) for every sample of the batch, (B, num_streams)."""
+        # Keyed by sample and copy, never by position: a sample keeps its pixels wherever it lands.
+        copies = batch.copies.astype(np.uint64)
+        states = _mix(_states(self.seed, _AUGMENT_DOMAIN, batch.epoch, batch.indices) ^ _mix(copies))
+        return _uniforms(states, num_streams)
+
+
+class JitterParams(NamedTuple):
+    """The three enhancements of ColorJitter in the order a sample takes them; the kinds are RandAugment's."""
+
+    branches: NDArray[np.int32]  # (B, 3) Branch.SCALE or Branch.SATURATE
+    factors: NDArray[np.float32]  # (B, 3, 2) factor, 1 if it is about the image's mean
+
+
+class AugmentParams(NamedTuple):
+    """Everything random about a batch, as whole arrays ready for DALI."""
+
+    windows: NDArray[np.int32]  # (B, 4) top, left, height, width of the crop, in pixels of the stored image
+    flips: NDArray[np.int32]  # (B,) 1 mirrors left to right
+    jitter: JitterParams | None  # None when it is off
+    layers: LayerParams | None  # RandAugment, None when it is off
+
+
+def augment_params(
+    plan: Plan, batch: MicroBatch, heights: NDArray[np.int32], widths: NDArray[np.int32], spec: AugmentSpec
+) -> AugmentParams:
+    """Draws the augmentation of a batch; `heights` and `widths` are (B,) pixels as stored in the file.
+
+    Raises ValueError for a `rand_augment` string that `policy.parse` refuses.
+    """
+    policy = parse(spec.rand_augment) if spec.rand_augment is not None else None
+    num_layers = policy.num_layers if policy is not None else 0
+    u = plan.uniforms(batch, _LAYERS + NUM_LAYER_DRAWS * num_layers)  # (B, streams)
+    layers = None
+    if policy is not None:
+        draws = u[:, _LAYERS:].reshape(len(u), num_layers, NUM_LAYER_DRAWS)
+        layers = layer_params(policy, draws, spec.image_px)
+    return AugmentParams(
+        windows=crop_windows(u[:, :_CROP_DRAWS], heights, widths, spec.scale, spec.ratio),
+        flips=(u[:, _FLIP] < spec.hflip).astype(np.int32),
+        jitter=jitter_params(u[:, _JITTER:_LAYERS], spec.color_jitter) if spec.color_jitter else None,
+        layers=layers,
+    )
+
+
+def crop_windows(
+    u: Floats,
+    heights: NDArray[np.int32],
+    widths: NDArray[np.int32],
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+) -> NDArray[np.int32]:
+    """torchvision's RandomResizedCrop.get_params for a batch: (B, 22) uniforms -> (B, 4) top, left, height, width.
+
+    All ten attempts are made at once and the first that fits is taken; when none fits, the largest centre crop whose
+    aspect ratio is within `ratio`.
+    """
+    h, w = heights.astype(np.float64), widths.astype(np.float64)
+    area = (h * w)[:, None] * (scale[0] + (scale[1] - scale[0]) * u[:, :CROP_ATTEMPTS])  # (B, 10)
+    low, high = np.log(ratio[0]), np.log(ratio[1])
+    aspect = np.exp(low + (high - low) * u[:, CROP_ATTEMPTS : 2 * CROP_ATTEMPTS])
+    # rint rounds halves to even, as Python's round does
+    crop_w, crop_h = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
+    fits = (crop_w > 0) & (crop_w <= w[:, None]) & (crop_h > 0) & (crop_h <= h[:, None])
+    first, rows = fits.argmax(axis=1), np.arange(len(u))
+    chosen_w, chosen_h, chosen = crop_w[rows, first], crop_h[rows, first], fits[rows, first]
+    centre_w = np.where(w / h > ratio[1], np.rint(h * ratio[1]), w)
+    centre_h = np.where(w / h < ratio[0], np.rint(w / ratio[0]), h)
+    out_w, out_h = np.where(chosen, chosen_w, centre_w), np.where(chosen, chosen_h, centre_h)
+    top = np.where(chosen, np.floor(u[:, -2] * (h - out_h + 1)), (h - out_h) // 2)
+    left = np.where(chosen, np.floor(u[:, -1] * (w - out_w + 1)), (w - out_w) // 2)
+    return np.stack([top, left, out_h, out_w], axis=1).astype(np.int32)
+
+
+def jitter_params(u: Floats, strength: float) -> JitterParams:
+    """torchvision's ColorJitter(strength, strength, strength): (B, 4) uniforms, the last one for the order."""
+    low = max(0.0, 1.0 - strength)
+    factors = low + (1.0 + strength - low) * u[:, :3]  # (B, 3) of brightness, contrast, saturation
+    operations = _JITTER_ORDERS[(u[:, 3] * len(_JITTER_ORDERS)).astype(np.int64)]  # (B, 3)
+    pairs = [np.take_along_axis(factors, operations, axis=1), operations == _CONTRAST]
+    return JitterParams(_JITTER_BRANCHES[operations], np.stack(pairs, axis=2).astype(np.float32))
+
+
+def sample_keys(seed: int, domain: int, indices: Ints) -> Words:
+    """One 64-bit hash per index, for choices that belong to no epoch (a subset of the samples)."""
+    return _states(seed, domain, 0, indices)
+
+
+# Two entries: the epoch being trained and the one whose first batches are already in flight.
+@lru_cache(maxsize=2)
+def _order(seed: int, epoch: int, num_samples: int, repeats: int) -> Ints:
+    # Sorting by our own hash, because numpy does not promise that its permutations stay the same over versions.
+    keys = _states(seed, _ORDER_DOMAIN, epoch, np.arange(num_samples))
+    order = np.repeat(np.argsort(keys, kind="stable")[: -(-num_samples // repeats)], repeats)[:num_samples]
+    order.setflags(write=False)
+    return order
+
+
+def _states(seed: int, domain: int, epoch: int, indices: Ints) -> Words:
+    key = np.zeros(1, np.uint64)
+    for part in (seed, domain, epoch):
+        key = _mix(key ^ np.uint64(part))
+    return _mix(key ^ indices.astype(np.uint64))
+
+
+def _uniforms(states: Words, num_streams: int) -> Floats:
+    counters = np.arange(1, num_streams + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    words = _mix(states[:, None] + counters)  # (B,) -> (B, streams)
+    return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def _mix(x: Words) -> Words:
+    """The output function of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014), a bijection of 64-bit words."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

@@ -1,0 +1,198 @@
+"""RandAugment as numbers: which operation, how strong, in a form that a short DALI graph can execute.
+
+The sixteen named operations are seven kinds of pixel work (`Branch`). A layer of a sample is one kind plus its
+numbers, so a layer of the graph has seven branches. Meaning and ranges are those of timm's `rand_augment_transform`
+and of `nvidia.dali.auto_aug.rand_augment` (RandAugment: arXiv 1909.13719).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import cache
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+# Uniforms used by one layer of one sample: operation, gate, sign, and two for the noise of the magnitude.
+NUM_LAYER_DRAWS = 5
+_OP, _GATE, _SIGN, _NOISE_RADIUS, _NOISE_ANGLE = range(NUM_LAYER_DRAWS)
+
+# Pillow's ImageFilter.SMOOTH, the base of its sharpness enhancement.
+_SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]]) / 13
+_IDENTITY = np.array([[0, 0, 0], [0, 1, 0], [0, 0, 0]])
+
+
+class Branch(IntEnum):
+    """The kinds of pixel work in the graph."""
+
+    NONE = 0
+    WARP = 1
+    BITS = 2
+    SCALE = 3
+    SATURATE = 4
+    SHARPEN = 5
+    EQUALIZE = 6
+    AUTO_CONTRAST = 7
+
+
+BRANCH_OF = {
+    "AutoContrast": Branch.AUTO_CONTRAST,
+    "Equalize": Branch.EQUALIZE,
+    "Invert": Branch.BITS,
+    "Rotate": Branch.WARP,
+    "Posterize": Branch.BITS,
+    "Solarize": Branch.BITS,
+    "SolarizeAdd": Branch.BITS,
+    "Color": Branch.SATURATE,
+    "Contrast": Branch.SCALE,
+    "Brightness": Branch.SCALE,
+    "Sharpness": Branch.SHARPEN,
+    "ShearX": Branch.WARP,
+    "ShearY": Branch.WARP,
+    "TranslateX": Branch.WARP,
+    "TranslateY": Branch.WARP,
+    "Identity": Branch.NONE,
+}
+_TIMM_OPS = tuple(name for name in BRANCH_OF if name != "Identity")
+_DALI_OPS = tuple(name for name in BRANCH_OF if name not in {"Invert", "SolarizeAdd"})
+
+
+@dataclass(frozen=True)
+class Policy:
+    """`num_layers` operations drawn with replacement, each applied with `prob`.
+
+    `magnitude` and `magnitude_std` are fractions of the operations' ranges; an infinite std means uniform in
+    [0, magnitude]. `severity` says how posterise, solarise and the enhancements read a magnitude. `translate` is the
+    fraction of the image that a shift covers at full magnitude.
+    """
+
+    ops: tuple[str, ...]
+    num_layers: int
+    prob: float
+    magnitude: float
+    magnitude_std: float
+    severity: Literal["timm", "timm_increasing", "dali"]
+    translate: float
+
+
+class LayerParams(NamedTuple):
+    """The numbers of n layers for B samples. A branch reads only its own; the others hold anything finite."""
+
+    branches: NDArray[np.int32]  # (B, n) Branch
+    matrices: NDArray[np.float32]  # (B, n, 2, 3) destination to source pixels, origin at the corner of the image
+    bits: NDArray[np.uint8]  # (B, n, 4) mask, flip, highest value that is not inverted, addition below 128
+    factors: NDArray[np.float32]  # (B, n, 2) factor of the enhancement, 1 if it is about the image's mean
+    kernels: NDArray[np.float32]  # (B, n, 3, 3) sharpness filter
+
+
+@cache
+def parse(text: str) -> Policy:
+    """Reads "rand-m9-n2-p0.5-mstd0.5-inc1" (timm's meaning and defaults), "seed" or "dali-n2-m9".
+
+    "seed" is what the seed project trained with: magnitude 10, two layers, probability 0.5, no noise, not increasing.
+    Raises ValueError naming the part that is not understood.
+    """
+    if text == "seed":
+        return parse("rand-m10-n2-p0.5")
+    family, *parts = text.split("-")
+    known = {"rand": ("m", "n", "p", "mstd", "inc"), "dali": ("m", "n")}.get(family)
+    if known is None:
+        raise ValueError(f"{text!r} is none of 'rand-m9-mstd0.5-inc1' (timm), 'seed', 'dali-n2-m9'")
+    values = _parse_parts(text, parts, known)
+    num_layers = int(values.get("n", 2))
+    if family == "dali":
+        magnitude_bin = values.get("m", 9.0)
+        if magnitude_bin > 30:
+            raise ValueError(f"{text!r}: m{magnitude_bin:g} is not one of DALI's magnitude bins 0..30")
+        return Policy(_DALI_OPS, num_layers, 1.0, magnitude_bin / 30, 0.0, "dali", 100 / 224)
+    std = values.get("mstd", 0.0)
+    return Policy(
+        ops=_TIMM_OPS,
+        num_layers=num_layers,
+        prob=values.get("p", 0.5),
+        magnitude=values.get("m", 10.0) / 10,
+        magnitude_std=math.inf if std > 100 else std / 10,  # above 100 means uniform in timm
+        severity="timm_increasing" if values.get("inc", 0.0) else "timm",
+        translate=0.45,
+    )
+
+
+def _parse_parts(text: str, parts: list[str], known: tuple[str, ...]) -> dict[str, float]:
+    values: dict[str, float] = {}
+    for part in parts:
+        found = re.fullmatch(r"([a-z]+)(\d+(?:\.\d+)?)", part)
+        if found is None or found[1] not in known:
+            raise ValueError(f"{text!r}: unknown part {part!r}; known are {', '.join(known)}, each with its number")
+        if found[1] in {"m", "n", "inc"} and not found[2].isdigit():
+            raise ValueError(f"{text!r}: {part!r} needs a whole number")
+        values[found[1]] = float(found[2])
+    if values.get("n", 2.0) < 1 or values.get("p", 0.5) > 1:
+        raise ValueError(f"{text!r}: n must be at least 1 and p at most 1")
+    return values
+
+
+def layer_params(policy: Policy, draws: Floats, image_px: int) -> LayerParams:
+    """Turns uniforms (B, n, NUM_LAYER_DRAWS) into operations on square images of `image_px`."""
+    op = (draws[..., _OP] * len(policy.ops)).astype(np.int64)  # (B, n)
+    sign = np.where(draws[..., _SIGN] < 0.5, -1.0, 1.0)
+    if math.isinf(policy.magnitude_std):
+        magnitude = policy.magnitude * draws[..., _NOISE_ANGLE]
+    else:  # Box-Muller; 1 - u keeps the logarithm finite
+        radius = np.sqrt(-2.0 * np.log(1.0 - draws[..., _NOISE_RADIUS]))
+        noise = radius * np.cos(2.0 * np.pi * draws[..., _NOISE_ANGLE])
+        magnitude = policy.magnitude + policy.magnitude_std * noise
+    params = op_params(policy, op, np.clip(magnitude, 0.0, 1.0), sign, image_px)
+    applied = draws[..., _GATE] < policy.prob
+    return params._replace(branches=np.where(applied, params.branches, np.int32(Branch.NONE)))
+
+
+def op_params(policy: Policy, op: Ints, magnitude: Floats, sign: Floats, image_px: int) -> LayerParams:
+    """The numbers of operations `op` (places in `policy.ops`) at `magnitude` 0..1 and `sign` -1 or 1, all (B, n)."""
+    index_of = {name: index for index, name in enumerate(policy.ops)}
+    is_op = {name: op == index_of.get(name, -1) for name in BRANCH_OF}
+    factor = 1.8 * magnitude + 0.1 if policy.severity == "timm" else 1.0 + 0.9 * magnitude * sign
+    return LayerParams(
+        branches=np.array([BRANCH_OF[name] for name in policy.ops], np.int32)[op],
+        matrices=_matrices(is_op, magnitude * sign, policy.translate, image_px),
+        bits=_bits(is_op, magnitude, policy.severity),
+        factors=np.stack([factor, is_op["Contrast"]], axis=-1).astype(np.float32),
+        kernels=(_SMOOTH + factor[..., None, None] * (_IDENTITY - _SMOOTH)).astype(np.float32),
+    )
+
+
+def _matrices(is_op: dict[str, NDArray[np.bool_]], signed: Floats, translate: float, px: int) -> NDArray[np.float32]:
+    angle = -np.deg2rad(30.0) * signed * is_op["Rotate"]
+    cos, sin, shift = np.cos(angle), np.sin(angle), translate * px * signed
+    # Sums, because at most one operation's terms differ from the identity.
+    entries = [
+        cos,
+        sin + 0.3 * signed * is_op["ShearX"],
+        px / 2 * (1 - cos - sin) + shift * is_op["TranslateX"],
+        -sin + 0.3 * signed * is_op["ShearY"],
+        cos,
+        px / 2 * (1 - cos + sin) + shift * is_op["TranslateY"],
+    ]
+    return np.stack(entries, axis=-1).reshape(*signed.shape, 2, 3).astype(np.float32)
+
+
+def _bits(is_op: dict[str, NDArray[np.bool_]], magnitude: Floats, severity: str) -> NDArray[np.uint8]:
+    kept_bits, threshold = np.floor(magnitude * 4), np.floor(magnitude * 256)
+    if severity == "timm_increasing":
+        kept_bits, threshold = 4 - kept_bits, 256 - threshold
+    elif severity == "dali":
+        kept_bits, threshold = np.rint(8 - 4 * magnitude), np.ceil(256 - 256 * magnitude)
+    threshold = np.where(is_op["Solarize"], threshold, 256)
+    # Pillow refuses to keep no bit, which timm asks for at either end of its scale; older versions made a black image.
+    mask = np.where(is_op["Posterize"], 256 - 2.0 ** (8 - np.maximum(kept_bits, 1)), 255)
+    # "All values" needs a 257th threshold, which a byte does not have: that is a plain inversion.
+    flip = np.where(is_op["Invert"] | (threshold == 0), 255, 0)
+    highest_kept = np.where(threshold == 0, 255, threshold - 1)
+    addition = np.where(is_op["SolarizeAdd"], np.floor(magnitude * 110), 0)
+    return np.stack([mask, flip, highest_kept, addition], axis=-1).astype(np.uint8)

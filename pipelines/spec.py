@@ -1,0 +1,73 @@
+"""What a loader is asked for and what it gives: plain data. Importing this loads neither DALI nor torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Interpolation = Literal["bicubic", "bilinear"]
+Decode = Literal["auto", "mixed", "cpu"]
+Channels = tuple[float, float, float]
+
+IMAGENET_MEAN: Channels = (0.485, 0.456, 0.406)
+IMAGENET_STD: Channels = (0.229, 0.224, 0.225)
+
+
+class DataError(Exception):
+    """The data or the machine is at fault, not the configuration. One clear line (exit code 3)."""
+
+
+class Batch(NamedTuple):
+    """One micro-batch on the device."""
+
+    images: Tensor  # (B, 3, H, W) normalised, fp16 or fp32, channels-last memory
+    labels: Tensor  # (B,) int64
+    indices: Tensor  # (B,) int64 into the manifest, so that a bad sample can be named
+
+
+@dataclass(frozen=True)
+class AugmentSpec:
+    """Training transform: random resized crop, flip, RandAugment, colour jitter, normalise, in that order.
+
+    `color_jitter` is the strength of brightness, contrast and saturation (torchvision's ColorJitter).
+    `rand_augment` is a timm string ("rand-m9-mstd0.5-inc1"), "seed" or "dali-n2-m9" (see `policy.parse`).
+    """
+
+    image_px: int
+    interpolation: Interpolation = "bicubic"
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    hflip: float = 0.5
+    color_jitter: float | None = None
+    rand_augment: str | None = None
+    mean: Channels = IMAGENET_MEAN
+    std: Channels = IMAGENET_STD
+    fp16: bool = False
+
+
+@dataclass(frozen=True)
+class EvalSpec:
+    """Evaluation transform: shorter side to `resize_px`, centre crop of `image_px`, normalise."""
+
+    image_px: int
+    resize_px: int
+    interpolation: Interpolation = "bicubic"
+    mean: Channels = IMAGENET_MEAN
+    std: Channels = IMAGENET_STD
+    fp16: bool = False
+
+
+class Loader(Protocol):
+    """Makes batches. Keeps no position of its own: the trainer's progress is the truth."""
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """Batches of one epoch; `start` samples of it were already consumed by all ranks together."""
+        ...
+
+    def close(self) -> None:
+        """Frees threads and memory. The loader cannot be used again."""
+        ...
