@@ -8,13 +8,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pipelines.preview import contact_sheet
-
 from cmtrain.checkpoint import Loaded, save_checkpoint
 from cmtrain.console import Console, duration
 from cmtrain.evaluate import Evaluation
 from cmtrain.metrics import StepReport, TrainMetrics, serve
 from cmtrain.run_folder import RunFolder
+from pipelines.preview import contact_sheet
 from pipelines.spec import Batch, Channels
 
 SAMPLE_NAME = "augmented.png"

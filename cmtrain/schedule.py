@@ -113,8 +113,8 @@ def split_batch(global_batch_size: int, max_batch_per_gpu: int, world_size: int)
     micro_batch_size = share // accumulation
     if micro_batch_size == 1 < min(share, max_batch_per_gpu):
         raise ConfigError(
-            f"train.global_batch_size: {global_batch_size} leaves each of {world_size} processes {share} samples, which "
-            f"only batches of 1 share evenly below {max_batch_per_gpu}, and BatchNorm needs more; "
+            f"train.global_batch_size: {global_batch_size} leaves each of {world_size} processes {share} samples, "
+            f"which only batches of 1 share evenly below {max_batch_per_gpu}, and BatchNorm needs more; "
             f"use {max_batch_per_gpu * fewest * world_size}"
         )
     return micro_batch_size, accumulation

@@ -6,9 +6,8 @@ Environment: POISON_STEPS (comma-separated, from 0), POISON_RANK. Everything els
 import os
 import sys
 
-from cmtrain.cli import main
-
 import cmtrain.learner
+from cmtrain.cli import main
 
 STEPS = {int(step) for step in os.environ["POISON_STEPS"].split(",")}
 mix = cmtrain.learner.mix

@@ -1,6 +1,5 @@
 """A checkpoint exists whole or not at all; a damaged one is never loaded and never silently skipped to zero."""
 
-import json
 import os
 import resource
 
@@ -17,8 +16,10 @@ def save(root, step, *, keep=3, best=None):
 
 
 def flip(path):
+    """One bit, in the middle of the tensors or of the manifest's checksum."""
     data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
+    place = data.index(b'"sha256"') + 20 if path.suffix == ".json" else len(data) // 2
+    data[place] ^= 1
     path.write_bytes(data)
 
 
@@ -44,22 +45,11 @@ def test_round_trip(tmp_path):
 def test_a_damaged_newest_is_set_aside_and_the_one_before_is_used(tmp_path, damage, file):
     save(tmp_path, 1)
     DAMAGE[damage](save(tmp_path, 2) / file)
-    if (damage, file) == ("flipped bit", "manifest.json"):
-        json_text = (tmp_path / "step-000000002" / file).read_text(errors="replace")
-        if '"sha256"' in json_text and _still_valid(json_text):
-            pytest.skip("the flipped bit hit a field that does not matter")
     loaded = load_newest(tmp_path)
     assert loaded.state["progress"] == {"step": 1}
     assert len(loaded.rejected) == 1
     assert checkpoint_steps(tmp_path) == [1]
     assert len(list(tmp_path.glob(".corrupt-2-*"))) == 1
-
-
-def _still_valid(text):
-    try:
-        return "state.pt" in json.loads(text)["files"]
-    except (ValueError, KeyError):
-        return False
 
 
 def test_nothing_usable_is_an_error_and_not_a_fresh_start(tmp_path):
