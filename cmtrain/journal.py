@@ -226,6 +226,7 @@ class Journal:
                 print(json.dumps(result), flush=True)  # noqa: T201
         if self.server:
             self.server.shutdown()
+            self.server.server_close()
 
     def _result(self, state: str, results: dict[str, Evaluation]) -> dict[str, Any]:
         measured = {

@@ -10,16 +10,19 @@ import torch
 from accelerate import Accelerator
 
 from cmtrain import __version__, build
+from cmtrain.checkpoint import Loaded
 from cmtrain.config import Config, to_yaml
+from cmtrain.errors import ConfigError
 from cmtrain.evaluate import Evaluation, evaluate
 from cmtrain.journal import Journal
 from cmtrain.launch import StopRequest, leave_together
 from cmtrain.learner import Learner
 from cmtrain.resume import choose_start
 from cmtrain.schedule import Schedule
-from pipelines.spec import Batch, Loader
+from pipelines.spec import Batch, DataError, Loader
 
-EXIT_DONE, EXIT_DIVERGED, EXIT_EXPECTATION, EXIT_INTERRUPTED, EXIT_PREEMPTED = 0, 4, 5, 130, 143
+EXIT_DONE, EXIT_ERROR, EXIT_DATA, EXIT_DIVERGED, EXIT_EXPECTATION = 0, 1, 3, 4, 5
+EXIT_INTERRUPTED, EXIT_PREEMPTED = 130, 143
 
 
 def train(config: Config, *, resume: str = "auto", max_steps: int | None = None) -> int:
@@ -36,7 +39,6 @@ def train(config: Config, *, resume: str = "auto", max_steps: int | None = None)
         ConfigError, DataError: before anything was written.
     """
     accelerator = build.make_accelerator(config.train.precision)
-    stop = StopRequest(accelerator.num_processes)
 
     # Data, arithmetic, model, checkpoint: whatever can be wrong is found before anything is written.
     threads = build.split_threads(config, accelerator)
@@ -53,10 +55,11 @@ def train(config: Config, *, resume: str = "auto", max_steps: int | None = None)
     eval_loader = build.make_eval_loader(config, data.val, schedule, accelerator, threads)
     learner = build.make_learner(config, model, schedule, num_classes, accelerator)
     if start.checkpoint:
-        learner.load_state_dict(start.checkpoint.state)
+        restore(learner, start.checkpoint)
     journal = open_journal(config, run_path, accelerator, schedule, start.step, last_step)
     journal.start(to_yaml(config), facts_of(config, accelerator), start.checkpoint, start.notes)
 
+    stop = StopRequest(accelerator.num_processes)
     received, diverged, results = 0, False, dict[str, Evaluation]()
     try:
         batches = batches_from(start.step, train_loader, schedule)
@@ -65,23 +68,25 @@ def train(config: Config, *, resume: str = "auto", max_steps: int | None = None)
             lr = schedule.lr_at(step)
             num_images = learner.step(batches, step, lr)
             done, epoch = step + 1, step // schedule.steps_per_epoch
+            final = done == last_step
             journal.count_step(done, num_images)
-            received = stop.agreed()
+            received = 0 if final else stop.agreed()
 
             # Here host and device meet, and nowhere else in a step.
-            if done % config.train.log_every_steps == 0 or done == last_step:
-                report = learner.report(done, epoch, lr, reset=done % config.train.log_every_steps == 0)
+            logs = done % config.train.log_every_steps == 0
+            if logs or final:
+                report = learner.report(done, epoch, lr, reset=logs)
                 journal.log(report)
                 diverged = report.bad_steps_in_a_row >= config.guard.max_bad_steps
                 if diverged:
                     break
 
             improved = False
-            if done == last_step or (schedule.ends_epochs(done, config.evaluate.every_epochs) and not received):
+            if final or (schedule.ends_epochs(done, config.evaluate.every_epochs) and not received):
                 results = evaluate_weights(learner, eval_loader, len(data.val), accelerator)
                 improved = journal.evaluated(results, epoch=epoch + 1, step=done, lr=lr)
 
-            if done == last_step or improved or received or saves_at(done, config, schedule):
+            if final or improved or received or saves_at(done, config, schedule):
                 state = learner.state_dict() | {"progress": progress_at(done, schedule)}
                 meta = meta_of(config, data.train.fingerprint, schedule, accelerator)
                 journal.save(state, done, meta, keep=config.checkpoint.keep)
@@ -91,7 +96,7 @@ def train(config: Config, *, resume: str = "auto", max_steps: int | None = None)
         if not (results or received or diverged):  # it had finished before, and only its last words were lost
             results = evaluate_weights(learner, eval_loader, len(data.val), accelerator)
     except BaseException as error:
-        journal.finish("failed", exit_code=1, reason=f"{type(error).__name__}: {error}")
+        journal.finish("failed", exit_code=exit_code_of(error), reason=f"{type(error).__name__}: {error}")
         raise
     train_loader.close()
     eval_loader.close()
@@ -106,10 +111,18 @@ def train(config: Config, *, resume: str = "auto", max_steps: int | None = None)
         reason = f"{bad}; lower optim.lr or set optim.clip_grad"
         journal.finish("diverged", exit_code=code, reason=reason)
     else:
-        code, reason = judge(config, results)
+        code, reason = judge(config, results, whole=last_step == schedule.total_steps)
         journal.finish("finished", exit_code=code, reason=reason, results=results)
     leave_together()
     return code
+
+
+def restore(learner: Learner, checkpoint: Loaded) -> None:
+    """Load `checkpoint`, which `--resume force` may have chosen for another model."""
+    try:
+        learner.load_state_dict(checkpoint.state)
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise ConfigError(f"{checkpoint.path} does not fit this model: {str(error).splitlines()[0]}") from error
 
 
 def batches_from(step: int, loader: Loader, schedule: Schedule) -> Iterator[Batch]:
@@ -180,11 +193,15 @@ def open_journal(
     )
 
 
-def judge(config: Config, results: dict[str, Evaluation]) -> tuple[int, str]:
-    """Exit code and reason of a finished run: was the accuracy reached that the configuration expects?"""
+def exit_code_of(error: BaseException) -> int:
+    return {KeyboardInterrupt: EXIT_INTERRUPTED, DataError: EXIT_DATA}.get(type(error), EXIT_ERROR)
+
+
+def judge(config: Config, results: dict[str, Evaluation], *, whole: bool) -> tuple[int, str]:
+    """Exit code and reason: was the accuracy reached that the configuration expects of a `whole` run?"""
     top1 = max(result.top1 for result in results.values())
     expect = config.expect
-    if expect.top1 is None:
+    if expect.top1 is None or not whole:
         return EXIT_DONE, f"top-1 {top1:.4f}"
     reached = top1 >= expect.top1 - expect.tolerance
     wanted = f"expected {expect.top1:.4f} within {expect.tolerance:g}" + (

@@ -266,6 +266,6 @@ def test_data_errors_leave_nothing_behind(make_job):
 
 def test_an_expectation_that_is_not_met(make_job):
     job = make_job(expect={"top1": 1.0, "tolerance": 0.0, "enforce": True}, optim={"lr": 1e-6, "weight_decay": 0})
-    job("--max-steps", "1", code=5)
+    job("--schedule.epochs", "1", "--schedule.warmup_epochs", "0", code=5)
     assert job.status()["state"] == "finished"
     assert "expected" in job.status()["reason"]
