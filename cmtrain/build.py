@@ -3,6 +3,8 @@
 import datetime
 import difflib
 import os
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +22,13 @@ from cmtrain.launch import cores_per_process
 from cmtrain.learner import Learner
 from cmtrain.mixing import MixSpec
 from cmtrain.optim import make_optimizer
+from cmtrain.recovery import Recovery
 from cmtrain.schedule import Schedule, make_schedule
 from pipelines.dataset import Manifest
 from pipelines.loader import DaliLoader, eval_loader, train_loader
 from pipelines.plan import Plan
+from pipelines.quarantine import user_cache
+from pipelines.shards import is_packed
 from pipelines.spec import AugmentSpec, EvalSpec
 from pipelines.synthetic import SyntheticLoader
 
@@ -63,9 +68,7 @@ def precision_of(accelerator: Accelerator) -> str:
 
 def cache_folder(config: Config) -> Path:
     """Where manifests and demo images are kept: data.cache_dir, else the user's cache."""
-    if config.data.cache_dir:
-        return Path(config.data.cache_dir)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cmtrain"
+    return Path(config.data.cache_dir) if config.data.cache_dir else user_cache()
 
 
 def split_threads(config: Config, accelerator: Accelerator) -> int:
@@ -93,18 +96,22 @@ def open_data(config: Config, accelerator: Accelerator) -> Data:
     with accelerator.local_main_process_first():
         name = data.root.removeprefix("demo:")
         root = demo_folder(name, cache) if name != data.root else Path(data.root)
-        scan: dict[str, Any] = {"cache_dir": cache, "max_bad_fraction": data.max_bad_fraction}
-        if data.train_list:
-            train = Manifest.from_list(root / data.train_list, root, **scan)
-        else:
-            train = Manifest.from_folder(root / data.train_dir, **scan)
-        if data.val_list:
-            val = Manifest.from_list(root / data.val_list, root, class_names=train.class_names, **scan)
-        else:
-            val = Manifest.from_folder(root / data.val_dir, class_names=train.class_names, **scan)
+        train = _open_split(config, root, data.train_dir, data.train_list, None)
+        val = _open_split(config, root, data.val_dir, data.val_list, train.class_names)
     if data.fraction < 1:
         train = train.fraction(data.fraction, config.run.seed)
     return Data(train, val)
+
+
+def _open_split(
+    config: Config, root: Path, folder: str, list_file: str | None, class_names: Sequence[str] | None
+) -> Manifest:
+    if list_file is None and is_packed(root / folder):
+        return Manifest.from_shards(root / folder, class_names=class_names)
+    scan: dict[str, Any] = {"cache_dir": cache_folder(config), "max_bad_fraction": config.data.max_bad_fraction}
+    if list_file is not None:
+        return Manifest.from_list(root / list_file, root, class_names=class_names, **scan)
+    return Manifest.from_folder(root / folder, class_names=class_names, **scan)
 
 
 def plan_steps(config: Config, num_samples: int, num_processes: int) -> Schedule:
@@ -152,6 +159,8 @@ def make_train_loader(
         decode=data.decode,
         threads=threads,
         prefetch_batches=data.prefetch_batches,
+        max_bad_fraction=data.max_bad_fraction,
+        hw_decoder_load=data.hw_decoder_load,
     )
 
 
@@ -193,6 +202,8 @@ def make_eval_loader(
         decode=data.decode,
         threads=threads,
         prefetch_batches=data.prefetch_batches,
+        max_bad_fraction=data.max_bad_fraction,
+        hw_decoder_load=data.hw_decoder_load,
     )
 
 
@@ -217,6 +228,16 @@ def make_model(config: Config, num_classes: int, device: torch.device | str = "c
     except (TypeError, ValueError) as error:
         raise ConfigError(f"model: {model.name}: {error}") from error
     return built.to(device, memory_format=torch.channels_last)
+
+
+def make_recovery(config: Config, schedule: Schedule) -> Recovery:
+    guard = config.guard
+    return Recovery(
+        after_bad_steps=guard.rollback_after_bad_steps if guard.enabled else sys.maxsize,
+        max_rollbacks=guard.max_rollbacks,
+        lr_backoff=guard.lr_backoff,
+        backoff_steps=round(guard.lr_backoff_epochs * schedule.steps_per_epoch),
+    )
 
 
 def num_classes_of(config: Config, manifest: Manifest) -> int:

@@ -26,6 +26,10 @@ verbs:
   train          train a configuration; the verb may be left out
   demo           train a small CMT on images from installed packages: no GPU and no download needed
   bench          time the loader, the model and training, and name the bottleneck
+  data check     find the images that cannot be read; training leaves them out from then on
+  data pack      write an image folder as tar shards with an index: few large files instead of many small ones
+  data preview   draw augmented training images as a grid
+  data stats     count and measure the images of a configuration
   config show    print the resolved configuration and where each value comes from
   config schema  print the JSON schema of configuration files: every key, its unit, range and default
 
@@ -43,6 +47,7 @@ examples:
   cmtrain --config configs/full_in1k.yaml --data.root /data/imagenet
   cmtrain --config configs/full_in1k.yaml --optim.lr 4e-3 --run.name lr4e-3
   accelerate launch --num_machines 2 ... -m cmtrain --config configs/full_in1k.yaml
+  cmtrain data pack /data/imagenet /data/imagenet-256 --resize-shorter 256
   cmtrain config show --config configs/paper/cmt_ti.yaml
 
 exit codes:
@@ -139,7 +144,90 @@ def _config(arguments: list[str]) -> int:
     return EXIT_OK
 
 
-_VERBS: dict[str, Callable[[list[str]], int]] = {"train": _train, "demo": _demo, "bench": _bench, "config": _config}
+def _data(arguments: list[str]) -> int:
+    what = arguments.pop(0) if arguments else ""
+    if what not in _DATA_VERBS:
+        close = _did_you_mean(what, list(_DATA_VERBS)) or f"; there are {', '.join(_DATA_VERBS)}"
+        raise ConfigError(f"cmtrain data {what}: unknown verb{close}".replace("data :", "data:"))
+    return _DATA_VERBS[what](arguments)
+
+
+def _data_check(arguments: list[str]) -> int:
+    parser = _parser("data check", "Find the images that cannot be read; training leaves them out from then on.")
+    parser.add_argument("root", metavar="DIR", help="folder with train/ and val/, or one tree of class folders")
+    parser.add_argument("--headers-only", action="store_true", help="read headers, do not decode")
+    parser.add_argument("--processes", type=_positive, metavar="N", help="default: one per core")
+    parser.add_argument("--out", metavar="FILE", help="write the list there instead; training does not look there")
+    options = _parse_alone(parser, arguments)
+    from cmtrain.data_check import check
+
+    return check(options.root, full=not options.headers_only, processes=options.processes, out=options.out)
+
+
+def _data_pack(arguments: list[str]) -> int:
+    parser = _parser("data pack", "Write an image folder as tar shards with an index, readable by webdataset, too.")
+    parser.add_argument("source", metavar="SRC", help="folder with train/ and val/")
+    parser.add_argument("destination", metavar="DST", help="folder to write; the same command resumes")
+    parser.add_argument("--resize-shorter", type=_positive, metavar="PX", help="shrink the shorter side to PX pixels")
+    parser.add_argument("--quality", type=_positive, default=90, metavar="Q", help="of re-encoded JPEGs (default: 90)")
+    parser.add_argument("--shard-size", type=_positive, default=256, metavar="MIB", help="MiB a shard (default: 256)")
+    parser.add_argument("--processes", type=_positive, metavar="N", help="default: one per core")
+    parser.add_argument("--max-bad-fraction", type=float, metavar="X", help="unreadable share to refuse (default: 0.1)")
+    parser.add_argument("--train-list", metavar="FILE", help="list of training images below SRC, instead of train/")
+    parser.add_argument("--val-list", metavar="FILE", help="the same for validation")
+    options = _parse_alone(parser, arguments)
+    from cmtrain.data_pack import pack
+
+    return pack(
+        options.source,
+        options.destination,
+        resize_shorter=options.resize_shorter,
+        quality=options.quality,
+        shard_mib=options.shard_size,
+        processes=options.processes,
+        train_list=options.train_list,
+        val_list=options.val_list,
+        **({} if options.max_bad_fraction is None else {"max_bad_fraction": options.max_bad_fraction}),
+    )
+
+
+def _data_preview(arguments: list[str]) -> int:
+    parser = _parser("data preview", "Draw augmented training images: a row is one image, its columns are epochs.")
+    parser.add_argument("--config", metavar="FILE", help="configuration file, or one that ships with cmtrain")
+    parser.add_argument("--out", default="preview.png", metavar="FILE", help="PNG to write (default: preview.png)")
+    parser.add_argument("--rows", type=_positive, default=8, metavar="N", help="images (default: 8)")
+    parser.add_argument("--columns", type=_positive, default=8, metavar="N", help="epochs (default: 8)")
+    parser.add_argument("--epoch", type=int, default=0, metavar="N", help="the first one (default: 0)")
+    options, overrides = _parse(parser, arguments)
+    config = _load("data preview", options.config, overrides).config
+    from cmtrain.data_show import preview
+
+    return preview(config, out=options.out, rows=options.rows, columns=options.columns, epoch=options.epoch)
+
+
+def _data_stats(arguments: list[str]) -> int:
+    parser = _parser("data stats", "Count and measure the images of a configuration.")
+    parser.add_argument("--config", metavar="FILE", help="configuration file, or one that ships with cmtrain")
+    options, overrides = _parse(parser, arguments)
+    config = _load("data stats", options.config, overrides).config
+    from cmtrain.data_show import stats
+
+    return stats(config)
+
+
+_VERBS: dict[str, Callable[[list[str]], int]] = {
+    "train": _train,
+    "demo": _demo,
+    "bench": _bench,
+    "data": _data,
+    "config": _config,
+}
+_DATA_VERBS: dict[str, Callable[[list[str]], int]] = {
+    "check": _data_check,
+    "pack": _data_pack,
+    "preview": _data_preview,
+    "stats": _data_stats,
+}
 
 
 def describe_plan(config: Config) -> str:
@@ -204,6 +292,14 @@ def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[a
             raise ConfigError(f"{name}: needs a value")
         overrides.append((name.removeprefix("--"), value if equals else rest.pop(0)))
     return options, overrides
+
+
+def _parse_alone(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.Namespace:
+    """The options of a verb that has no configuration, and so no overrides."""
+    options, overrides = _parse(parser, arguments)
+    if overrides:
+        raise ConfigError(f"--{overrides[0][0]}: unknown option; see {parser.prog} --help")
+    return options
 
 
 def _positive(text: str) -> int:

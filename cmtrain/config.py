@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from cmtrain.strict_yaml import emit
+from pipelines.spec import MAX_BAD_FRACTION
 
 
 def _printable(text: str) -> str:
@@ -104,6 +105,9 @@ class Data(_Section):
     decode: Literal["auto", "mixed", "cpu"] = Field(
         default="auto", description="where JPEGs are decoded; mixed: on the GPU; auto: mixed where there is a GPU"
     )
+    hw_decoder_load: Fraction | None = Field(
+        default=None, description="share of JPEGs given to a GPU's JPEG engine with decode: mixed; null: DALI's default"
+    )
     threads: Count | None = Field(
         default=None, description="decoding threads of a process; null: its share of the cores"
     )
@@ -112,7 +116,8 @@ class Data(_Section):
         default=None, description="folder for indexes and demo images; null: the user's cache"
     )
     max_bad_fraction: Fraction = Field(
-        default=0.001, description="share of unreadable files above which the run is refused"
+        default=MAX_BAD_FRACTION,
+        description="share of unreadable files above which a run is refused, or ended if they turn up during it",
     )
     image_px: int = Field(
         default=160, ge=32, multiple_of=32, description="side of the training crop and of the evaluation crop"
@@ -189,7 +194,12 @@ class Ema(_Section):
 
 class Guard(_Section):
     enabled: bool = Field(default=True, description="undo what a non-finite step did to weights, statistics and EMA")
-    max_bad_steps: Count = Field(default=200, description="that many bad steps in a row end the run with exit code 4")
+    rollback_after_bad_steps: Count = Field(
+        default=20, description="that many bad steps in a row put the run back to a good state kept in memory"
+    )
+    max_rollbacks: int = Field(default=3, ge=0, description="one more ends the run with exit code 4")
+    lr_backoff: float = Field(default=0.25, gt=0, le=1, description="factor on the learning rate after a rollback")
+    lr_backoff_epochs: NotNegative = Field(default=1.0, description="how long that factor lasts")
 
 
 class Checkpoint(_Section):

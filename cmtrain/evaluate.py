@@ -10,17 +10,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cmtrain.guard import running_statistics
-from pipelines.spec import Batch
+from pipelines.spec import UNREADABLE, Batch
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`top1`, `top5`: shares 0..1. `loss`: mean cross entropy (nats). With fewer than 5 classes top5 is top-all: 1."""
+    """`top1`, `top5`: shares 0..1 of all images, of which `num_unreadable` could not be read and count as wrong.
+
+    `loss`: mean cross entropy (nats) of those that were read. With fewer than 5 classes top5 is top-all: 1.
+    """
 
     top1: float
     top5: float
     loss: float
     num_images: int
+    num_unreadable: int = 0
 
 
 def evaluate(
@@ -40,23 +44,24 @@ def evaluate(
     """
     was_training = model.training
     model.eval()
-    totals = torch.zeros(4, dtype=torch.float64, device=device)  # correct at 1, correct at 5, loss, images
+    totals = torch.zeros(5, dtype=torch.float64, device=device)  # as in _count
     with torch.no_grad(), autocast:
         for images, labels, _ in batches:
             totals += _count(model(images).float(), labels)
     model.train(was_training)
     all_reduce_sum(totals)
-    top1, top5, loss, seen = totals.tolist()
+    top1, top5, loss, seen, unreadable = totals.tolist()
     assert seen == num_images, f"evaluated {seen:.0f} images of {num_images}"
-    return Evaluation(top1 / seen, top5 / seen, loss / seen, num_images)
+    return Evaluation(top1 / seen, top5 / seen, loss / max(seen - unreadable, 1), num_images, int(unreadable))
 
 
 def _count(logits: Tensor, labels: Tensor) -> Tensor:
-    """(B, K), (B,) -> (4,) float64: correct at 1, correct at 5, summed loss, images."""
+    """(B, K), (B,) -> (5,) float64: correct at 1, correct at 5, summed loss, images, unreadable images."""
     hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]  # (B, 5)
-    loss = F.cross_entropy(logits, labels, reduction="sum")
+    loss = F.cross_entropy(logits, labels, reduction="sum", ignore_index=UNREADABLE)
     images = torch.full((), len(labels), device=logits.device)
-    return torch.stack([hits[:, 0].sum(), hits.sum(), loss, images]).double()
+    unreadable = (labels == UNREADABLE).sum()
+    return torch.stack([hits[:, 0].sum(), hits.sum(), loss, images, unreadable]).double()
 
 
 def all_reduce_sum(values: Tensor) -> None:

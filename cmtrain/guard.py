@@ -98,6 +98,14 @@ class Guard:
         return ok if self.protect else torch.ones_like(ok)
 
     @torch.no_grad()
+    def discard(self) -> None:
+        """Put the committed statistics back after a forward pass outside of any step."""
+        if self.batchnorms:
+            self._write(self.committed)
+            counts = [m.num_batches_tracked for m in self.batchnorms if m.num_batches_tracked is not None]
+            torch._foreach_sub_(counts, 1)
+
+    @torch.no_grad()
     def resnapshot(self) -> None:
         """Take the model's present statistics as committed: after a checkpoint was loaded or ranks were averaged."""
         if self.batchnorms:

@@ -13,10 +13,13 @@ from cmtrain.console import Console, duration
 from cmtrain.evaluate import Evaluation
 from cmtrain.metrics import StepReport, TrainMetrics, serve
 from cmtrain.run_folder import RunFolder
+from pipelines.dataset import BadFile
+from pipelines.judge import kind_of
 from pipelines.preview import contact_sheet
 from pipelines.spec import Batch, Channels
 
 SAMPLE_NAME = "augmented.png"
+NUM_NAMED = 3  # bad files named on the console; all of them are in events.jsonl
 
 
 class Stopwatch:
@@ -78,6 +81,7 @@ class Journal:
                 self.console.line(f"no metrics: {error}")
         self.folder = RunFolder(path) if rank == 0 else None
         self.best_top1, self.best_step = 0.0, -1
+        self.bad_paths: set[str] = set()
         self.train_loss = math.nan
         self.clock = Stopwatch()
         self.window_steps, self.window_images, self.window_seconds, self.window_waited = 0, 0, 0.0, 0.0
@@ -110,9 +114,31 @@ class Journal:
         self.console.start(self.first_step, self.last_step)
         self.clock.lap()
 
-    def event(self, kind: str, **fields: Any) -> None:
+    def event(self, kind: str, /, **fields: Any) -> None:
         if self.folder:
             self.folder.event(kind, **fields)
+
+    def left_out(self, files: Sequence[BadFile]) -> None:
+        """Say which files the run begins without; every rank knows the same ones, and rank 0 counts them."""
+        self.bad_files([files], quiet=True)
+        if files:
+            named = "; ".join(f"{file.path}: {file.reason}" for file in files[:NUM_NAMED])
+            more = f"; and {len(files) - NUM_NAMED:,} more in events.jsonl" if len(files) > NUM_NAMED else ""
+            self.console.line(f"{len(files):,} bad files are left out: {named}{more}")
+
+    def bad_files(self, by_rank: Sequence[Sequence[BadFile]], *, quiet: bool = False) -> None:
+        """Say each bad file once, whichever ranks met it; the first of them counts it."""
+        for rank, files in enumerate(by_rank):
+            for file in files:
+                if file.path in self.bad_paths:
+                    continue
+                self.bad_paths.add(file.path)
+                kind = kind_of(file.reason)
+                if rank == self.metrics.rank:
+                    self.metrics.one(self.metrics.decode_errors, kind).inc()
+                self.event("bad_file", path=file.path, reason=file.reason, kind=kind)
+                if not quiet:
+                    self.console.line(f"bad file, replaced from now on: {file.path}: {file.reason}")
 
     def sample(self, batches: Iterator[Batch], mean: Channels, std: Channels) -> Iterator[Batch]:
         """Pass `batches` on; the first one is also drawn into the run folder, for people to look at."""
@@ -179,6 +205,7 @@ class Journal:
             self.console.line(
                 f"epoch {epoch}/{self.epochs} {weights} top1 {result.top1:.4f} top5 {result.top5:.4f} "
                 f"loss {result.loss:.4f} on {result.num_images} images"
+                + (f", {result.num_unreadable} unreadable ones counted as wrong" if result.num_unreadable else "")
             )
         top1 = max(result.top1 for result in results.values())
         best = top1 > self.best_top1 or self.best_step < 0
@@ -190,6 +217,14 @@ class Journal:
             self.folder.status(step=step, best_top1=self.best_top1, best_step=self.best_step)
         self.clock.lap()
         return best
+
+    def rolled_back(self, step: int, cause: str, lr_factor: float, *, diverged: bool) -> None:
+        """A run of bad steps was answered, by a rollback or (`diverged`) by the end of the run."""
+        self.metrics.one(self.metrics.rollbacks).inc(not diverged)
+        if not diverged:
+            self.event("rollback", step=step, cause=cause, lr_factor=lr_factor)
+            self.console.line(f"step {step}: back to a good state, learning rate x {lr_factor:g} for a while; {cause}")
+        self.clock.lap()
 
     def save(self, state: dict[str, Any], step: int, meta: dict[str, Any], *, keep: int) -> None:
         """Publish a checkpoint, on rank 0. A failure (a full disk) is told and counted, and does not end the run."""
@@ -238,6 +273,7 @@ class Journal:
             "state": state,
             **measured,
             "num_images": results["model"].num_images,
+            "num_unreadable": results["model"].num_unreadable,
             "step": self.last_step,
             "images_per_second": round(self.total_images / self.total_seconds, 1) if self.total_seconds else None,
             "train_seconds": round(time.monotonic() - self.begin, 1),

@@ -4,10 +4,12 @@ import os
 import signal
 import threading
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+T = TypeVar("T")
 
 # SIGUSR2 is what batch systems send before the time limit (SIGUSR1 clashes with NCCL's tooling).
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
@@ -59,6 +61,25 @@ class StopRequest:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
         self.previous = {}
+
+
+def agree_on(finding: str | None) -> str:
+    """One line for all ranks out of what each of them found, named by rank; for all ranks together."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return finding or "every value of the last forward pass was finite"
+    findings: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(findings, finding)
+    named = [f"rank {rank}: {line}" for rank, line in enumerate(findings) if line]
+    return named[0] if named else "every value of the last forward pass was finite on all ranks"
+
+
+def gather_lists(mine: list[T], group: Any) -> list[list[T]]:
+    """The lists of all ranks, by rank, on every rank; `group` None is a single process."""
+    if group is None:
+        return [mine]
+    lists: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(lists, mine, group=group)
+    return lists
 
 
 def cores_per_process(num_local_processes: int) -> int:

@@ -70,6 +70,8 @@ class Learner:
         self.loss_sum = torch.zeros((), device=accelerator.device)
         self.good_steps = torch.zeros((), device=accelerator.device)
         self.grad_norm = torch.zeros((), device=accelerator.device)
+        self.fresh_scaler = None if accelerator.scaler is None else accelerator.scaler.state_dict()
+        self.last_forward: tuple[int, Tensor] | None = None  # random seed and images, for `replay`
 
     def step(self, batches: Iterator[Batch], step: int, lr: float) -> int:
         """Do step number `step` (from 0) on the next `accumulation` micro-batches.
@@ -85,8 +87,10 @@ class Learner:
             images, labels, _ = next(batches)
             # The number of this micro-batch within the global batch, whichever rank works on it.
             micro = self.accelerator.process_index + turn * self.accelerator.num_processes
-            torch.manual_seed(_seed_of(self.seed, step, micro))
+            seed = _seed_of(self.seed, step, micro)
+            torch.manual_seed(seed)
             images, targets = mix(images, labels, self.mixing, (self.seed, step, micro))
+            self.last_forward = seed, images
             last = turn == self.accumulation - 1
             with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
                 loss = F.cross_entropy(self.wrapped(images).float(), targets)
@@ -146,6 +150,23 @@ class Learner:
             bad_steps_in_a_row=int(bad_in_a_row),
             restores=int(restores),
         )
+
+    def roll_back(self, state: dict[str, Any]) -> None:
+        """Go back to an earlier state_dict of this process, with a fresh loss scale; what was counted stays counted."""
+        self.load_state_dict(state | {"guard": self.guard.state_dict()})
+        self.guard.bad_steps_in_a_row.zero_()
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(self.fresh_scaler)
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        """Run the last micro-batch through the model once more, for forward hooks to look at; nothing is changed."""
+        if self.last_forward is not None:
+            seed, images = self.last_forward
+            torch.manual_seed(seed)
+            with self.accelerator.autocast():
+                self.model(images)
+            self.guard.discard()
 
     @property
     def weights(self) -> dict[str, nn.Module]:

@@ -12,6 +12,8 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, start_http_server
 
+from pipelines.judge import KINDS
+
 disable_created_metrics()  # would double the number of counter series
 
 STEP_BUCKETS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1, 2, 5, 10, 30)
@@ -50,7 +52,9 @@ class TrainMetrics:
         self.steps = self._make(Counter, "steps", "Optimizer steps by result.", "result")
         self.step_seconds = self._make(Histogram, "step_duration_seconds", "Wall time of a step.", buckets=STEP_BUCKETS)
         self.data_wait_seconds = self._make(Counter, "data_wait_seconds", "Time the step waited for a batch.")
+        self.decode_errors = self._make(Counter, "data_decode_errors", "Unreadable image files by kind.", "kind")
         self.nonfinite = self._make(Counter, "nonfinite", "Non-finite values met by the guard.", "where", "action")
+        self.rollbacks = self._make(Counter, "rollbacks", "Times the run went back to a good state kept in memory.")
         self.bad_in_a_row = self._make(Gauge, "guard_consecutive_skips", "Bad steps in a row up to now.")
         self.step = self._make(Gauge, "step", "Optimizer steps done.")
         self.steps_target = self._make(Gauge, "steps_target", "Optimizer steps of the whole run.")
@@ -77,6 +81,8 @@ class TrainMetrics:
             self.images.labels(self.run, self.rank, split)
         for result in ("applied", "skipped"):
             self.steps.labels(self.run, self.rank, result)
+        for kind in KINDS:
+            self.decode_errors.labels(self.run, self.rank, kind)
         for where, action in (("gradient", "skip"), ("batchnorm", "restore")):
             self.nonfinite.labels(self.run, self.rank, where, action)
         self.one(self.start_timestamp).set(time.time())

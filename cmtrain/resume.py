@@ -15,8 +15,8 @@ from pipelines.spec import DataError
 # learned. (train.max_batch_per_gpu may, because another number of GPUs is allowed to need another accumulation.)
 FREE_SECTIONS = ("guard", "checkpoint", "evaluate", "metrics", "expect")
 FREE_KEYS = (
-    "run.name", "run.dir", "data.root", "data.decode", "data.threads", "data.prefetch_batches", "data.cache_dir",
-    "data.max_bad_fraction", "train.max_batch_per_gpu", "train.log_every_steps",
+    "run.name", "run.dir", "data.root", "data.decode", "data.hw_decoder_load", "data.threads", "data.prefetch_batches",
+    "data.cache_dir", "data.max_bad_fraction", "train.max_batch_per_gpu", "train.log_every_steps",
 )  # fmt: skip
 
 

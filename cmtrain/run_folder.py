@@ -38,7 +38,7 @@ class RunFolder:
         self._status |= fields | {"updated": time.time(), "pid": os.getpid()}
         _replace(self.path / "status.json", json.dumps(self._status, indent=1) + "\n")
 
-    def event(self, kind: str, **fields: Any) -> None:
+    def event(self, kind: str, /, **fields: Any) -> None:
         _append(self.path / "events.jsonl", {"time": time.time(), "event": kind} | fields)
 
     def log(self, record: dict[str, Any]) -> None:

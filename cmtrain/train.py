@@ -15,10 +15,12 @@ from cmtrain.config import Config, to_yaml
 from cmtrain.errors import ConfigError
 from cmtrain.evaluate import Evaluation, evaluate
 from cmtrain.journal import Journal
-from cmtrain.launch import StopRequest, leave_together
+from cmtrain.launch import StopRequest, agree_on, gather_lists, leave_together
 from cmtrain.learner import Learner
+from cmtrain.recovery import first_nonfinite
 from cmtrain.resume import choose_start
 from cmtrain.schedule import Schedule
+from pipelines.loader import DaliLoader
 from pipelines.spec import Batch, DataError, Loader
 
 EXIT_DONE, EXIT_ERROR, EXIT_DATA, EXIT_DIVERGED, EXIT_EXPECTATION = 0, 1, 3, 4, 5
@@ -58,14 +60,19 @@ def train(config: Config, *, resume: str = "auto", max_steps: int | None = None)
         restore(learner, start.checkpoint)
     journal = open_journal(config, run_path, accelerator, schedule, start.step, last_step)
     journal.start(to_yaml(config), facts_of(config, accelerator), start.checkpoint, start.notes)
+    journal.left_out(data.train.bad + data.val.bad)
 
+    recovery = build.make_recovery(config, schedule)
+    if start.checkpoint:
+        recovery.load_state_dict(start.checkpoint.state["recovery"])
+    recovery.keep(start.step, learner)
     stop = StopRequest(accelerator.num_processes)
     received, diverged, results = 0, False, dict[str, Evaluation]()
     try:
         batches = batches_from(start.step, train_loader, schedule)
         batches = journal.sample(journal.clock.waiting(batches), config.data.mean, config.data.std)
         for step in range(start.step, last_step):
-            lr = schedule.lr_at(step)
+            lr = schedule.lr_at(step) * recovery.lr_factor(step)
             num_images = learner.step(batches, step, lr)
             done, epoch = step + 1, step // schedule.steps_per_epoch
             final = done == last_step
@@ -77,9 +84,15 @@ def train(config: Config, *, resume: str = "auto", max_steps: int | None = None)
             if logs or final:
                 report = learner.report(done, epoch, lr, reset=logs)
                 journal.log(report)
-                diverged = report.bad_steps_in_a_row >= config.guard.max_bad_steps
-                if diverged:
-                    break
+                tell_bad_files(journal, [train_loader, eval_loader], stop)
+                if report.bad_steps_in_a_row >= recovery.after_bad_steps:
+                    cause = agree_on(first_nonfinite(learner))
+                    diverged = recovery.roll_back(done, learner) is None
+                    journal.rolled_back(done, cause, recovery.lr_factor(done), diverged=diverged)
+                    if diverged:
+                        break
+                elif report.bad_steps_in_a_row == 0:
+                    recovery.keep(done, learner)
 
             improved = False
             if final or (schedule.ends_epochs(done, config.evaluate.every_epochs) and not received):
@@ -87,7 +100,10 @@ def train(config: Config, *, resume: str = "auto", max_steps: int | None = None)
                 improved = journal.evaluated(results, epoch=epoch + 1, step=done, lr=lr)
 
             if final or improved or received or saves_at(done, config, schedule):
-                state = learner.state_dict() | {"progress": progress_at(done, schedule)}
+                state = learner.state_dict() | {
+                    "recovery": recovery.state_dict(),
+                    "progress": progress_at(done, schedule),
+                }
                 meta = meta_of(config, data.train.fingerprint, schedule, accelerator)
                 journal.save(state, done, meta, keep=config.checkpoint.keep)
             if received:
@@ -95,6 +111,7 @@ def train(config: Config, *, resume: str = "auto", max_steps: int | None = None)
 
         if not (results or received or diverged):  # it had finished before, and only its last words were lost
             results = evaluate_weights(learner, eval_loader, len(data.val), accelerator)
+        tell_bad_files(journal, [train_loader, eval_loader], stop)
     except BaseException as error:
         journal.finish("failed", exit_code=exit_code_of(error), reason=f"{type(error).__name__}: {error}")
         raise
@@ -107,8 +124,8 @@ def train(config: Config, *, resume: str = "auto", max_steps: int | None = None)
         journal.finish("preempted", exit_code=code, reason=f"signal {received}; the same command resumes")
     elif diverged:
         code = EXIT_DIVERGED
-        bad = f"{report.bad_steps_in_a_row} bad steps in a row, loss scale {report.loss_scale:g}"
-        reason = f"{bad}; lower optim.lr or set optim.clip_grad"
+        bad = f"{report.bad_steps_in_a_row} bad steps in a row after {config.guard.max_rollbacks} rollbacks"
+        reason = f"{bad}, loss scale {report.loss_scale:g}, {cause}; lower optim.lr or set optim.clip_grad"
         journal.finish("diverged", exit_code=code, reason=reason)
     else:
         code, reason = judge(config, results, whole=last_step == schedule.total_steps)
@@ -133,17 +150,26 @@ def batches_from(step: int, loader: Loader, schedule: Schedule) -> Iterator[Batc
         step = (epoch + 1) * schedule.steps_per_epoch
 
 
+def tell_bad_files(journal: Journal, loaders: list[DaliLoader], stop: StopRequest) -> None:
+    """Say which files could not be read since the last time, on any rank. For all ranks together."""
+    found = [file for loader in loaders for file in loader.take_bad_files()]
+    journal.bad_files(gather_lists(found, stop.group))
+
+
 def evaluate_weights(
     learner: Learner, loader: Loader, num_images: int, accelerator: Accelerator
 ) -> dict[str, Evaluation]:
     """Evaluate the model and, if there is one, its EMA."""
     learner.average_over_ranks()
-    return {
+    results = {
         name: evaluate(
             module, loader.epoch(0), autocast=accelerator.autocast(), device=accelerator.device, num_images=num_images
         )
         for name, module in learner.weights.items()
     }
+    if accelerator.device.type == "cuda":
+        loader.close()  # its memory is the training step's until the next evaluation
+    return results
 
 
 def saves_at(done: int, config: Config, schedule: Schedule) -> bool:

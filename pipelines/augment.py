@@ -9,12 +9,14 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from nvidia.dali import fn, types
 
 from pipelines.policy import Branch
 from pipelines.spec import Channels, Interpolation
 
 Node = Any  # nvidia.dali.data_node.DataNode, which ships without types
+Pixels = NDArray[np.uint8]  # (H, W, 3)
 
 # Both operators moved out of `experimental` between 1.34 and 2.x.
 _equalize, _filter = (getattr(fn, name, None) or getattr(fn.experimental, name) for name in ("equalize", "filter"))
@@ -31,10 +33,14 @@ def resize(image: Node, size: Any, interpolation: Interpolation) -> Node:
     return fn.resize(image, size=size, interp_type=_INTERPOLATIONS[interpolation], antialias=True)
 
 
-def normalise(image: Node, mean: Channels, std: Channels, fp16: bool) -> Node:
-    """uint8 levels to (x / 255 - mean) / std, still HWC, so that torch sees channels-last memory without a copy."""
+def normalise(image: Node, mean: Channels, std: Channels, fp16: bool, flips: Node | int = 0) -> Node:
+    """uint8 levels to (x / 255 - mean) / std, still HWC, so that torch sees channels-last memory without a copy.
+
+    Where `flips` is 1 the image is mirrored left to right in the same pass.
+    """
     return fn.crop_mirror_normalize(
         image,
+        mirror=flips,
         mean=[255.0 * value for value in mean],
         std=[255.0 * value for value in std],
         dtype=types.FLOAT16 if fp16 else types.FLOAT,
@@ -42,18 +48,21 @@ def normalise(image: Node, mean: Channels, std: Channels, fp16: bool) -> Node:
     )
 
 
-def warp(image: Node, matrix: Node, fill: tuple[int, int, int]) -> Node:
+def warp(image: Node, matrix: Node, background: Pixels) -> Node:
     """Pillow's affine transform with bilinear interpolation; `matrix` (2, 3) maps destination to source.
 
-    DALI interpolates linearly or not at all, so timm's bicubic warps come out slightly softer.
+    `background` (H, W, 3) shows where the source has no pixel. DALI interpolates linearly or not at all, so timm's
+    bicubic warps come out slightly softer.
     """
     # DALI's own fill is one number for all channels and bleeds into the border pixels. So: repeat the border, find
-    # what lies inside by warping a white image, and fill the rest.
+    # what lies inside by warping a white image, and fill the rest. The background has the size of the image because
+    # arithmetic that broadcasts is four times slower on a CPU.
     white = fn.color_space_conversion(image, image_type=types.RGB, output_type=types.GRAY) | _level(255)
     inside = fn.warp_affine(white, matrix=matrix, fill_value=0, interp_type=types.INTERP_NN, inverse_map=True)
+    inside = fn.color_space_conversion(inside, image_type=types.GRAY, output_type=types.RGB)
     warped = fn.warp_affine(image, matrix=matrix, interp_type=types.INTERP_LINEAR, inverse_map=True)
-    filling = beside(image, types.Constant(np.array(fill, np.uint8).reshape(1, 1, 3)))
-    return (warped & inside) | ((inside ^ _level(255)) & filling)
+    behind = types.Constant(background, device=image.device)
+    return ((warped ^ behind) & inside) ^ behind
 
 
 def bits(image: Node, numbers: Node) -> Node:
@@ -103,11 +112,11 @@ def auto_contrast(image: Node) -> Node:
 
 
 def rand_augment_layer(
-    image: Node, branch: Node, matrix: Node, numbers: Node, factors: Node, kernel: Node, fill: tuple[int, int, int]
+    image: Node, branch: Node, matrix: Node, numbers: Node, factors: Node, kernel: Node, background: Pixels
 ) -> Node:
     """One layer: every sample takes at most one of the seven branches (see `policy.LayerParams` for the numbers)."""
     if branch == int(Branch.WARP):
-        image = warp(image, matrix, fill)
+        image = warp(image, matrix, background)
     if branch == int(Branch.BITS):
         image = bits(image, numbers)
     if branch == int(Branch.SCALE):

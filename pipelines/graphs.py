@@ -10,12 +10,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from nvidia.dali import fn, pipeline_def, types
+import numpy as np
+import torch
+from nvidia.dali import backend, fn, pipeline_def, types
 from nvidia.dali.pipeline import Pipeline
 
 from pipelines import augment
 from pipelines.policy import parse
-from pipelines.spec import AugmentSpec, EvalSpec
+from pipelines.spec import AugmentSpec, DataError, Decode, EvalSpec
 
 # Called once per batch; returns the graph's inputs, whole arrays (B, ...) in the order the graph names them.
 Source = Callable[[], Sequence[Any]]
@@ -35,7 +37,11 @@ _EVAL_WINDOWS = [(types.FLOAT, 1), (types.INT32, 1)]
 
 @dataclass(frozen=True)
 class Execution:
-    """Where and how a graph runs. `decode` "mixed" decodes JPEG on the GPU and needs `device` "gpu"."""
+    """Where and how a graph runs. `decode` "mixed" decodes JPEG on the GPU and needs `device` "gpu".
+
+    `hw_decoder_load` is the share of a batch that goes to the GPU's JPEG engine, where it has one (A100 and later); the
+    rest is decoded by its general cores. None is DALI's default, 0.65 in 1.34 and 2.4.
+    """
 
     device: Literal["gpu", "cpu"]
     decode: Literal["mixed", "cpu"]
@@ -43,16 +49,47 @@ class Execution:
     batch_size: int
     threads: int
     prefetch_batches: int
+    reads_files: bool = READS_FILES  # False: the graph is given the bytes of images, not the paths of files
+    hw_decoder_load: float | None = None
+
+
+def execution(
+    device: torch.device,
+    decode: Decode,
+    batch_size: int,
+    threads: int,
+    prefetch_batches: int,
+    *,
+    reads_files: bool,
+    hw_decoder_load: float | None,
+) -> Execution:
+    """What `device` and `decode` mean on this machine. Raises DataError for "mixed" without a CUDA device."""
+    if decode == "mixed" and device.type != "cuda":
+        raise DataError("data.decode: mixed decodes on a GPU, and there is none; use auto or cpu")
+    on_gpu = device.type == "cuda"
+    return Execution(
+        device="gpu" if on_gpu else "cpu",
+        decode="mixed" if on_gpu and decode != "cpu" else "cpu",
+        device_id=(torch.cuda.current_device() if device.index is None else device.index) if on_gpu else None,
+        batch_size=batch_size,
+        threads=threads,
+        prefetch_batches=prefetch_batches,
+        reads_files=READS_FILES and reads_files,
+        # DALI takes the load for any decoder, but only the one on a GPU has an engine.
+        hw_decoder_load=hw_decoder_load if on_gpu and decode != "cpu" else None,
+    )
 
 
 def train_graph(source: Source, spec: AugmentSpec, run: Execution) -> Pipeline:
     """Crop window, resize, flip, RandAugment, colour jitter, normalise: one output, (B, H, W, 3).
 
-    `source` yields files (see `READS_FILES`), windows, flips, then JitterParams and LayerParams if the spec has them.
+    `source` yields files (see `Execution.reads_files`), windows, flips, then JitterParams and LayerParams if the spec
+    has them.
     """
     # The background colour of warps: the mean of the data for timm's presets, mid-grey for DALI's.
     policy = parse(spec.rand_augment) if spec.rand_augment is not None else None
-    red, green, blue = (128 if policy and policy.severity == "dali" else round(255 * value) for value in spec.mean)
+    fill = [128 if policy and policy.severity == "dali" else round(255 * value) for value in spec.mean]
+    background = np.full((spec.image_px, spec.image_px, 3), fill, np.uint8)
     num_layers = policy.num_layers if policy else 0
     jitters = bool(spec.color_jitter)
     inputs = [_FILES, *_WINDOWS_AND_FLIPS, *(_JITTER if jitters else []), *(_LAYERS if policy else [])]
@@ -61,17 +98,18 @@ def train_graph(source: Source, spec: AugmentSpec, run: Execution) -> Pipeline:
         files, windows, flips, *rest = _external_source(source, inputs)
         image = _decode(fn.decoders.image_slice, files, run, start=windows[:2], shape=windows[2:], axes=[0, 1])
         image = augment.resize(image, [spec.image_px, spec.image_px], spec.interpolation)
-        image = fn.flip(image, horizontal=flips)
+        if num_layers:  # what follows warps; otherwise normalising mirrors for nothing
+            image = fn.flip(image, horizontal=flips)
         image = _on_device(image, run)
         if num_layers:
             branches, matrices, bits, factors, kernels = rest[-5:]
             for k in range(num_layers):
                 image = augment.rand_augment_layer(
-                    image, branches[k], matrices[k], bits[k], factors[k], kernels[k], (red, green, blue)
+                    image, branches[k], matrices[k], bits[k], factors[k], kernels[k], background
                 )
         if jitters:
             image = augment.color_jitter(image, rest[0], rest[1])
-        return augment.normalise(image, spec.mean, spec.std, spec.fp16)
+        return augment.normalise(image, spec.mean, spec.std, spec.fp16, 0 if num_layers else flips)
 
     return _pipeline(graph, run, conditionals=jitters or num_layers > 0)
 
@@ -92,6 +130,22 @@ def eval_graph(source: Source, spec: EvalSpec, run: Execution) -> Pipeline:
     return _pipeline(graph, run, conditionals=False)
 
 
+def decode_graph(source: Source, run: Execution) -> Pipeline:
+    """Decodes whole images and keeps one pixel of each, (B, 1, 1, 3), to time nothing else. `source` yields files."""
+
+    def graph() -> Any:
+        (files,) = _external_source(source, [_FILES])
+        image = _decode(fn.decoders.image, files, run)
+        return fn.slice(image, start=[0, 0], shape=[1, 1], axes=[0, 1])
+
+    return _pipeline(graph, run, conditionals=False)
+
+
+def release_memory() -> None:
+    """Gives back GPU memory that no pipeline uses: DALI's pools never shrink by themselves (DALI issues 5087, 278)."""
+    backend.ReleaseUnusedMemory()  # type: ignore[attr-defined]
+
+
 def _external_source(source: Source, inputs: list[tuple[Any, int]]) -> Any:
     return fn.external_source(
         source=source,
@@ -104,11 +158,12 @@ def _external_source(source: Source, inputs: list[tuple[Any, int]]) -> Any:
 
 def _decode(decoder: Callable[..., Any], files: Any, run: Execution, **window: Any) -> Any:
     # Mapping a file that is then cut short ends the process; reading it ends one batch.
-    contents = fn.io.file.read(files, dont_use_mmap=True) if READS_FILES else files
+    contents = fn.io.file.read(files, dont_use_mmap=True) if run.reads_files else files
     # Pillow, torchvision and timm do not rotate by EXIF; the sizes in the manifest are those of the stored image.
     unrotated = {"adjust_orientation": False} if "adjust_orientation" in inspect.signature(decoder).parameters else {}
+    on_engine = {} if run.hw_decoder_load is None else {"hw_decoder_load": run.hw_decoder_load}
     # Without fancy upsampling a GPU interpolates colour more coarsely than libjpeg, and so than Pillow.
-    return decoder(contents, device=run.decode, jpeg_fancy_upsampling=True, **unrotated, **window)
+    return decoder(contents, device=run.decode, jpeg_fancy_upsampling=True, **unrotated, **on_engine, **window)
 
 
 def _on_device(image: Any, run: Execution) -> Any:

@@ -7,7 +7,6 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -17,10 +16,11 @@ from nvidia.dali.pipeline import Pipeline
 from nvidia.dali.plugin.pytorch import feed_ndarray, to_torch_type
 
 from pipelines import graphs
-from pipelines.dataset import Manifest
-from pipelines.headers import verify
+from pipelines.bad_files import BadFiles
+from pipelines.dataset import BadFile, Manifest
 from pipelines.plan import MicroBatch, Plan, augment_params
-from pipelines.spec import AugmentSpec, Batch, DataError, Decode, EvalSpec
+from pipelines.shards import SliceReader
+from pipelines.spec import MAX_BAD_FRACTION, UNREADABLE, AugmentSpec, Batch, DataError, Decode, EvalSpec
 
 
 def train_loader(
@@ -34,6 +34,8 @@ def train_loader(
     decode: Decode,
     threads: int,
     prefetch_batches: int,
+    max_bad_fraction: float = MAX_BAD_FRACTION,
+    hw_decoder_load: float | None = None,
 ) -> DaliLoader:
     """This rank's augmented micro-batches, in the plan's order.
 
@@ -42,19 +44,30 @@ def train_loader(
             is "mixed" where there is a GPU.
         threads: of DALI in this process.
         prefetch_batches: micro-batches in flight, those of the next epoch included.
+        hw_decoder_load: share of a batch that a GPU's JPEG engine decodes, 0..1; None is DALI's default.
+        max_bad_fraction: more files than this share of the manifest (but always one, unless it is 0) must not turn out
+            to be bad. A sample that cannot be decoded is replaced by another one, with that one's label and draws.
 
     Raises:
-        DataError: "mixed" without a CUDA device; from `epoch`, a file that cannot be decoded.
+        DataError: "mixed" without a CUDA device; from `epoch`, too many bad files.
         ValueError: a world that does not divide the plan, from `epoch`; a RandAugment string that is not understood.
     """
-    read = _file_reader(manifest, threads)
+    read = file_reader(manifest, threads)
 
     def inputs(batch: MicroBatch) -> Sequence[Any]:
         indices = batch.indices
         params = augment_params(plan, batch, manifest.heights[indices], manifest.widths[indices], spec)
         return [read(indices), params.windows, params.flips, *(params.jitter or ()), *(params.layers or ())]
 
-    run = _execution(torch.device(device), decode, plan.micro_batch_size, threads, prefetch_batches)
+    run = graphs.execution(
+        torch.device(device),
+        decode,
+        plan.micro_batch_size,
+        threads,
+        prefetch_batches,
+        reads_files=manifest.packed is None,
+        hw_decoder_load=hw_decoder_load,
+    )
     return DaliLoader(
         manifest,
         lambda epoch, start: plan.micro_batches(epoch, start, rank, world),
@@ -62,6 +75,8 @@ def train_loader(
         lambda source: graphs.train_graph(source, spec, run),
         torch.device(device),
         prefetch_batches,
+        BadFiles(manifest, max_bad_fraction, threads),
+        replaces_labels=True,
     )
 
 
@@ -76,15 +91,18 @@ def eval_loader(
     decode: Decode,
     threads: int,
     prefetch_batches: int,
+    max_bad_fraction: float = MAX_BAD_FRACTION,
+    hw_decoder_load: float | None = None,
 ) -> DaliLoader:
     """Every image of `manifest` once over all ranks: this rank's are `[rank::world]`, the last batch may be smaller.
 
+    An image that cannot be decoded keeps its place, with the pixels of another one and the label `UNREADABLE`.
     `epoch` ignores the epoch's number and takes no `start`. Arguments and errors as for `train_loader`; ValueError
     also when the crop is larger than the resized image.
     """
     if spec.resize_px < spec.image_px:
         raise ValueError(f"resize_px {spec.resize_px} is below image_px {spec.image_px}")
-    read = _file_reader(manifest, threads)
+    read = file_reader(manifest, threads)
 
     def micro_batches(epoch: int, start: int) -> Iterator[MicroBatch]:
         if start:
@@ -100,7 +118,15 @@ def eval_loader(
         sizes, offsets = eval_windows(heights, widths, spec.resize_px, spec.image_px)
         return [read(batch.indices), sizes.astype(np.float32), offsets]
 
-    run = _execution(torch.device(device), decode, batch_size, threads, prefetch_batches)
+    run = graphs.execution(
+        torch.device(device),
+        decode,
+        batch_size,
+        threads,
+        prefetch_batches,
+        reads_files=manifest.packed is None,
+        hw_decoder_load=hw_decoder_load,
+    )
     return DaliLoader(
         manifest,
         micro_batches,
@@ -108,6 +134,8 @@ def eval_loader(
         lambda source: graphs.eval_graph(source, spec, run),
         torch.device(device),
         prefetch_batches,
+        BadFiles(manifest, max_bad_fraction, threads),
+        replaces_labels=False,
     )
 
 
@@ -124,7 +152,13 @@ def eval_windows(
 
 
 class DaliLoader:
-    """A DALI pipeline fed from a plan. Built at the first batch; use `train_loader` or `eval_loader` to make one."""
+    """A DALI pipeline fed from a plan. Built at the first batch; use `train_loader` or `eval_loader` to make one.
+
+    One undecodable file fails DALI's batch and ends DALI's pipeline. Then the files of all batches in flight are
+    examined, and the pipeline is built again at the first batch that was not delivered. Whether a sample is replaced
+    depends on its file and its draws alone, not on the batches around it nor on what happened before: a file cut in
+    the middle still gives the crops above the cut, in a resumed run as in the one that found out.
+    """
 
     def __init__(
         self,
@@ -134,6 +168,9 @@ class DaliLoader:
         build: Callable[[graphs.Source], Pipeline],
         device: torch.device,
         prefetch_batches: int,
+        bad_files: BadFiles,
+        *,
+        replaces_labels: bool,
     ) -> None:
         self._manifest = manifest
         self._micro_batches = micro_batches
@@ -141,9 +178,12 @@ class DaliLoader:
         self._build = build
         self._device = device
         self._prefetch_batches = prefetch_batches
+        self._bad_files = bad_files
+        self._replaces_labels = replaces_labels
         self._pipeline: Pipeline | None = None
         self._upcoming: Iterator[MicroBatch] = iter(())
-        self._in_flight: deque[MicroBatch] = deque()
+        self._undelivered: deque[MicroBatch] = deque()  # taken from `_upcoming`, as planned
+        self._in_flight: deque[MicroBatch] = deque()  # the first of these as DALI was given them
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """This rank's batches after `start` consumed samples.
@@ -152,77 +192,132 @@ class DaliLoader:
         than the next epoch is served too, by throwing those away. A batch owns its memory.
 
         Raises:
-            DataError: a batch failed; names the files of it that Pillow cannot read either. The loader can go on.
+            DataError: too many bad files, or a batch fails twice although Pillow can read all of its files. The loader
+                can go on.
             RuntimeError: this epoch was left for another one and then continued.
         """
-        for position, wanted in enumerate(self._micro_batches(epoch, start)):
-            if position == 0 and not self._is_next(wanted):
-                with self._failures_named():
-                    self._redirect(epoch, start)
-            if not self._is_next(wanted):
+        for position, planned in enumerate(self._micro_batches(epoch, start)):
+            if position == 0 and not self._is_next(planned):
+                self._redirect(epoch, start)
+            if position and not self._is_next(planned):
                 raise RuntimeError(f"epoch {epoch} cannot go on: another epoch was begun on this loader")
-            with self._failures_named():
-                images = self._receive()
+            try:
+                images, given = self._receive()
+            except DataError:
+                self.close()
+                raise
+            labels, indices = self._manifest.labels[given.indices], given.indices
+            if not self._replaces_labels:
+                labels = np.where(given.indices == planned.indices, labels, UNREADABLE)
+                indices = planned.indices
             yield Batch(
                 images.to(self._device, non_blocking=True).permute(0, 3, 1, 2),  # (B, H, W, 3) -> (B, 3, H, W)
-                self._to_device(self._manifest.labels[wanted.indices]),
-                self._to_device(wanted.indices),
+                self._to_device(labels),
+                self._to_device(indices),
             )
 
-    def close(self) -> None:
-        """Frees the pipeline: its threads, its memory and the batches in flight."""
-        self._pipeline = None
-        self._in_flight.clear()
+    def take_bad_files(self) -> list[BadFile]:
+        """The files found to be bad since the last call, each once in the life of this loader."""
+        return self._bad_files.take_untold()
 
-    def _is_next(self, wanted: MicroBatch) -> bool:
-        return bool(self._in_flight) and self._in_flight[0].identity == wanted.identity
+    def close(self) -> None:
+        """Frees the pipeline: its threads, its memory and the batches in flight. The next epoch builds another one."""
+        self._rewind()
+        if self._device.type == "cuda":
+            graphs.release_memory()
+        self._undelivered.clear()
+        self._bad_files.close()
+
+    def _is_next(self, planned: MicroBatch) -> bool:
+        return bool(self._undelivered) and self._undelivered[0].identity == planned.identity
 
     def _redirect(self, epoch: int, start: int) -> None:
-        if self._pipeline is None:
-            self._pipeline = self._build(self._pull)
         self._upcoming = self._endless(epoch, start)
-        while self._in_flight:
-            self._pipeline.share_outputs()
-            self._pipeline.release_outputs()
-            self._in_flight.popleft()
-        # The very first call schedules a full queue at once.
-        while len(self._in_flight) < self._prefetch_batches:
-            self._pipeline.schedule_run()
+        try:
+            for _ in range(len(self._in_flight)):
+                assert self._pipeline is not None
+                self._pipeline.share_outputs()
+                self._pipeline.release_outputs()
+                self._in_flight.popleft()
+        except (RuntimeError, OSError):  # a bad file that nobody asked for any more
+            self._rewind()
+        self._undelivered.clear()
 
     def _endless(self, epoch: int, start: int) -> Iterator[MicroBatch]:
         yield from self._micro_batches(epoch, start)
         for following in itertools.count(epoch + 1):
             yield from self._micro_batches(following, 0)
 
+    def _receive(self) -> tuple[torch.Tensor, MicroBatch]:
+        """The next images and the batch that they are."""
+        tried_again = False
+        while True:
+            try:
+                self._fill()
+                assert self._pipeline is not None
+                images = _take_images(self._pipeline, self._device)
+                break
+            except (RuntimeError, OSError) as error:
+                # DALI seldom says which file, and with several batches in flight not even which batch.
+                suspects = {int(index) for batch in self._in_flight for index in batch.indices}
+                self._rewind()
+                found = self._bad_files.examine(suspects)
+                if tried_again and not found:
+                    what = f"a batch failed twice, but Pillow can read all of the {len(suspects)} images in flight"
+                    raise DataError(f"{what}; DALI: {' '.join(str(error).split())}") from error
+                tried_again = not found
+        given = self._in_flight.popleft()
+        self._undelivered.popleft()
+        try:
+            self._fill()
+        except (RuntimeError, OSError):  # the next call meets it again
+            self._rewind()
+        return images, given
+
+    def _fill(self) -> None:
+        """Keeps the queue full; the very first call schedules all of it at once."""
+        if not self._undelivered:
+            self._undelivered.append(next(self._upcoming))
+        if self._pipeline is None:
+            self._pipeline = self._build(self._pull)
+        while len(self._in_flight) < self._prefetch_batches:
+            self._pipeline.schedule_run()
+
+    def _rewind(self) -> None:
+        """Drops the pipeline: one that failed once fails for ever. What is undelivered comes again from the next."""
+        self._pipeline = None
+        self._in_flight.clear()
+
     def _pull(self) -> Sequence[Any]:
         """Called by DALI, on the thread that schedules a run, once per batch."""
-        self._in_flight.append(next(self._upcoming))
-        return self._inputs(self._in_flight[-1])
+        place = len(self._in_flight)
+        if place == len(self._undelivered):
+            self._undelivered.append(next(self._upcoming))
+        self._in_flight.append(self._undelivered[place])  # a suspect from here on
+        self._in_flight[place] = self._without_bad_files(self._undelivered[place])
+        return self._inputs(self._in_flight[place])
 
-    def _receive(self) -> torch.Tensor:
-        assert self._pipeline is not None
-        images = _take_images(self._pipeline, self._device)
-        self._in_flight.popleft()
-        self._pipeline.schedule_run()
-        return images
+    def _without_bad_files(self, batch: MicroBatch) -> MicroBatch:
+        indices = batch.indices.copy()
+        for place in self._bad_files.places(batch.indices):
+            if not self._is_made_alone(batch, place):
+                indices[place] = self._bad_files.stand_in(int(indices[place]))
+        return batch._replace(indices=indices)
+
+    def _is_made_alone(self, batch: MicroBatch, place: int) -> bool:
+        """Whether DALI can make this one sample: a bad file's crop may lie where it is whole."""
+        here = slice(place, place + 1)
+        alone = batch._replace(indices=batch.indices[here], copies=batch.copies[here])
+        try:
+            self._build(lambda: self._inputs(alone)).run()
+        except (RuntimeError, OSError):
+            return False
+        return True
 
     def _to_device(self, values: NDArray[np.int64]) -> torch.Tensor:
         host = torch.from_numpy(values)
         # Only from pinned memory does a copy not wait for the device.
         return host if self._device.type == "cpu" else host.pin_memory().to(self._device, non_blocking=True)
-
-    @contextmanager
-    def _failures_named(self) -> Iterator[None]:
-        """DALI says that a batch failed but seldom which file, and with several in flight not even which batch."""
-        try:
-            yield
-        except (RuntimeError, OSError) as error:
-            suspects = {int(index) for batch in self._in_flight for index in batch.indices}
-            self.close()  # a pipeline that failed once fails for ever; the next epoch builds a new one
-            reasons = {path: verify(path) for path in map(self._manifest.file, sorted(suspects))}
-            bad = [f"{path}: {reason}" for path, reason in reasons.items() if reason]
-            what = "; ".join(bad) or f"a batch failed, but Pillow can read all of the {len(suspects)} images in flight"
-            raise DataError(f"{what}; DALI: {' '.join(str(error).split())}") from error
 
 
 def _take_images(pipeline: Pipeline, device: torch.device) -> torch.Tensor:
@@ -240,22 +335,10 @@ def _take_images(pipeline: Pipeline, device: torch.device) -> torch.Tensor:
     return images
 
 
-def _execution(device: torch.device, decode: Decode, batch_size: int, threads: int, prefetch: int) -> graphs.Execution:
-    if decode == "mixed" and device.type != "cuda":
-        raise DataError("data.decode: mixed decodes on a GPU, and there is none; use auto or cpu")
-    on_gpu = device.type == "cuda"
-    return graphs.Execution(
-        device="gpu" if on_gpu else "cpu",
-        decode="mixed" if on_gpu and decode != "cpu" else "cpu",
-        device_id=(torch.cuda.current_device() if device.index is None else device.index) if on_gpu else None,
-        batch_size=batch_size,
-        threads=threads,
-        prefetch_batches=prefetch,
-    )
-
-
-def _file_reader(manifest: Manifest, threads: int) -> Callable[[NDArray[np.int64]], Any]:
+def file_reader(manifest: Manifest, threads: int) -> Callable[[NDArray[np.int64]], Any]:
     """What the graph is given per file: its path where DALI reads files itself, else its bytes."""
+    if manifest.packed is not None:
+        return SliceReader(manifest.packed)
     if graphs.READS_FILES:
         prefix = os.path.join(manifest.root, "")
         return lambda indices: manifest.paths.padded(indices, prefix)

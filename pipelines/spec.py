@@ -16,6 +16,12 @@ Channels = tuple[float, float, float]
 IMAGENET_MEAN: Channels = (0.485, 0.456, 0.406)
 IMAGENET_STD: Channels = (0.229, 0.224, 0.225)
 
+# The label of a validation image that cannot be read: it counts, as one that no answer is right for.
+UNREADABLE = -1
+
+# Share of a split's files that may be unreadable, unless stated: each of them is named, and more is another problem.
+MAX_BAD_FRACTION = 0.1
+
 
 class DataError(Exception):
     """The data or the machine is at fault, not the configuration. One clear line (exit code 3)."""
@@ -25,7 +31,7 @@ class Batch(NamedTuple):
     """One micro-batch on the device."""
 
     images: Tensor  # (B, 3, H, W) normalised, fp16 or fp32, channels-last memory
-    labels: Tensor  # (B,) int64
+    labels: Tensor  # (B,) int64; UNREADABLE in evaluation only
     indices: Tensor  # (B,) int64 into the manifest, so that a bad sample can be named
 
 
@@ -69,5 +75,5 @@ class Loader(Protocol):
         ...
 
     def close(self) -> None:
-        """Frees threads and memory. The loader cannot be used again."""
+        """Frees threads and memory."""
         ...

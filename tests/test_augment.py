@@ -73,8 +73,10 @@ def run_graph(body, arrays: list[np.ndarray], layouts: list[str], conditionals: 
 
 
 def run_layer(images: np.ndarray, params: LayerParams, fill=FILL) -> np.ndarray:
+    background = np.full(images.shape[1:], fill, np.uint8)
+
     def body(image, branches, matrices, bits, factors, kernels):
-        return augment.rand_augment_layer(image, branches[0], matrices[0], bits[0], factors[0], kernels[0], fill)
+        return augment.rand_augment_layer(image, branches[0], matrices[0], bits[0], factors[0], kernels[0], background)
 
     return run_graph(body, [images, *params], ["HWC", "", "", "", "", ""])
 

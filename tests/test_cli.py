@@ -31,10 +31,11 @@ def _empty_folder(tmp_path, monkeypatch):
 def calls(monkeypatch):
     """Replaces the modules behind the verbs; the list receives (verb, args, kwargs) of each call. They return 4."""
     received = []
-    for verb in ("train", "demo", "bench"):
-        module = ModuleType(f"cmtrain.{verb}")
+    verbs = {"train": "train", "demo": "demo", "bench": "bench", "check": "data_check", "pack": "data_pack"}
+    for verb, name in {**verbs, "preview": "data_show", "stats": "data_show"}.items():
+        module = sys.modules.get(f"cmtrain.{name}") if verb == "stats" else ModuleType(f"cmtrain.{name}")
         setattr(module, verb, lambda *args, verb=verb, **kwargs: received.append((verb, args, kwargs)) or 4)
-        monkeypatch.setitem(sys.modules, f"cmtrain.{verb}", module)
+        monkeypatch.setitem(sys.modules, f"cmtrain.{name}", module)
     return received
 
 
@@ -69,6 +70,18 @@ def test_overrides_may_stand_anywhere_and_use_either_spelling(calls):
     assert calls[0][2]["max_steps"] == 2
 
 
+def test_data_verbs_pass_their_options_on(calls):
+    assert main(["data", "check", "in", "--headers-only", "--processes", "3"]) == 4
+    assert main(["data", "pack", "in", "out", "--resize-shorter", "256", "--shard-size", "64"]) == 4
+    assert main(["data", "preview", "--config", "configs/demo.yaml", "--rows", "2", "--out", "x.png"]) == 4
+    assert main(["data", "stats", "--config", "configs/demo.yaml", "--data.threads", "2"]) == 4
+    assert [(verb, args[:2]) for verb, args, _ in calls[:2]] == [("check", ("in",)), ("pack", ("in", "out"))]
+    assert calls[0][2] == {"full": False, "processes": 3, "out": None}
+    assert (calls[1][2]["resize_shorter"], calls[1][2]["shard_mib"], calls[1][2]["quality"]) == (256, 64, 90)
+    assert calls[2][2] == {"out": "x.png", "rows": 2, "columns": 8, "epoch": 0}
+    assert calls[3][1][0].data.threads == 2
+
+
 def test_negative_value_is_a_value(capsys):
     line = refusal(capsys, "--config", "configs/demo.yaml", "--optim.lr", "-1")
     assert line == "--optim.lr: must be a number > 0, got -1"
@@ -86,7 +99,7 @@ def test_demo_and_bench_pass_their_options_on(calls):
     ("arguments", "line"),
     [
         (["tran"], "tran: unknown verb, did you mean train?"),
-        (["x.yaml"], "x.yaml: unknown verb (verbs: train, demo, bench, config; a configuration file goes after --config)"),
+        (["x.yaml"], "x.yaml: unknown verb (verbs: train, demo, bench, data, config; a configuration file goes after --config)"),
         (["train"], "cmtrain train: --config is missing, e.g. cmtrain train --config configs/demo.yaml"),
         (["--config"], "--config: expected one argument"),
         (["--config", "x.yaml"], "x.yaml: no such file"),

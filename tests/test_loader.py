@@ -251,26 +251,6 @@ def test_a_closed_loader_frees_its_pipeline(loaders, manifest):
     assert pipeline() is None
 
 
-def test_a_file_that_breaks_during_the_run_is_named(loaders, tmp_path):
-    manifest = Manifest.from_folder(write_folder(tmp_path / "in", 12), cache_dir=tmp_path / "cache")
-    broken = Path(manifest.file(5))
-    whole = broken.read_bytes()
-    loader = train(loaders, manifest, plan_for(manifest, micro_batch_size=4))
-    broken.write_bytes(b"<html>not found</html>" * 20)
-    with pytest.raises(DataError) as caught:
-        list(loader.epoch(0))
-    assert str(caught.value).startswith(f"{broken}: not a JPEG")
-    assert "DALI: " in str(caught.value)
-    assert "\n" not in str(caught.value)
-    broken.unlink()
-    with pytest.raises(DataError, match=f"{broken.name}: .*No such file"):
-        list(loader.epoch(0))
-    with pytest.raises(DataError, match=f"{broken.name}: .*No such file"):
-        list(evaluation(loaders, manifest, 12).epoch(0))
-    broken.write_bytes(whole)
-    assert len(pixels(loader, 0)) == 12
-
-
 def test_mixed_decoding_without_a_gpu_is_refused(manifest):
     with pytest.raises(DataError, match=r"data\.decode: mixed decodes on a GPU"):
         eval_loader(

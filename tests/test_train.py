@@ -231,7 +231,7 @@ def test_without_the_guard_the_same_inf_poisons_the_run(make_job):
 
 
 def test_a_run_of_bad_steps_ends_as_diverged(make_job):
-    job = make_job(guard={"max_bad_steps": 4}, mixing={"mixup": 0, "cutmix": 0})
+    job = make_job(guard={"rollback_after_bad_steps": 4, "max_rollbacks": 0}, mixing={"mixup": 0, "cutmix": 0})
     job(module=POISONED, POISON_STEPS=",".join(map(str, range(6, 18))), POISON_RANK="0", code=4)
     status = job.status()
     assert (status["state"], status["exit_code"]) == ("diverged", 4)
