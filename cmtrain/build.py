@@ -129,15 +129,35 @@ def plan_steps(config: Config, num_samples: int, num_processes: int) -> Schedule
 def make_train_loader(
     config: Config, manifest: Manifest, schedule: Schedule, accelerator: Accelerator, threads: int
 ) -> DaliLoader:
-    data, augment = config.data, config.augment
     plan = Plan(
         seed=config.run.seed,
         num_samples=len(manifest),
         global_batch_size=schedule.global_batch_size,
         micro_batch_size=schedule.micro_batch_size,
-        repeats=augment.repeats,
+        repeats=config.augment.repeats,
     )
-    spec = AugmentSpec(
+    return train_loader(manifest, plan, augment_spec(config, accelerator), **_placement(config, accelerator, threads))
+
+
+def make_eval_loader(
+    config: Config, manifest: Manifest, schedule: Schedule, accelerator: Accelerator, threads: int
+) -> DaliLoader:
+    data = config.data
+    spec = EvalSpec(
+        image_px=data.image_px,
+        resize_px=data.eval_resize_px,
+        interpolation=data.eval_interpolation,
+        mean=data.mean,
+        std=data.std,
+        fp16=accelerator.mixed_precision == "fp16",
+    )
+    batch_size = schedule.micro_batch_size
+    return eval_loader(manifest, spec, batch_size=batch_size, **_placement(config, accelerator, threads))
+
+
+def augment_spec(config: Config, accelerator: Accelerator) -> AugmentSpec:
+    data, augment = config.data, config.augment
+    return AugmentSpec(
         image_px=data.image_px,
         interpolation=data.interpolation,
         scale=augment.scale,
@@ -149,19 +169,21 @@ def make_train_loader(
         std=data.std,
         fp16=accelerator.mixed_precision == "fp16",
     )
-    return train_loader(
-        manifest,
-        plan,
-        spec,
-        rank=accelerator.process_index,
-        world=accelerator.num_processes,
-        device=accelerator.device,
-        decode=data.decode,
-        threads=threads,
-        prefetch_batches=data.prefetch_batches,
-        max_bad_fraction=data.max_bad_fraction,
-        hw_decoder_load=data.hw_decoder_load,
-    )
+
+
+def _placement(config: Config, accelerator: Accelerator, threads: int) -> dict[str, Any]:
+    """What both loaders need to know of this process and its machine."""
+    data = config.data
+    return {
+        "rank": accelerator.process_index,
+        "world": accelerator.num_processes,
+        "device": accelerator.device,
+        "decode": data.decode,
+        "threads": threads,
+        "prefetch_batches": data.prefetch_batches,
+        "max_bad_fraction": data.max_bad_fraction,
+        "hw_decoder_load": data.hw_decoder_load,
+    }
 
 
 def make_synthetic_loader(
@@ -177,33 +199,6 @@ def make_synthetic_loader(
         world=accelerator.num_processes,
         device=accelerator.device,
         fp16=accelerator.mixed_precision == "fp16",
-    )
-
-
-def make_eval_loader(
-    config: Config, manifest: Manifest, schedule: Schedule, accelerator: Accelerator, threads: int
-) -> DaliLoader:
-    data = config.data
-    spec = EvalSpec(
-        image_px=data.image_px,
-        resize_px=data.eval_resize_px,
-        interpolation=data.eval_interpolation,
-        mean=data.mean,
-        std=data.std,
-        fp16=accelerator.mixed_precision == "fp16",
-    )
-    return eval_loader(
-        manifest,
-        spec,
-        batch_size=schedule.micro_batch_size,
-        rank=accelerator.process_index,
-        world=accelerator.num_processes,
-        device=accelerator.device,
-        decode=data.decode,
-        threads=threads,
-        prefetch_batches=data.prefetch_batches,
-        max_bad_fraction=data.max_bad_fraction,
-        hw_decoder_load=data.hw_decoder_load,
     )
 
 
