@@ -7,7 +7,14 @@ BIN    := $(VENV)/bin
 CUDA := $(shell nvidia-smi 2>/dev/null | sed -n 's/.*CUDA Version: \([0-9]*\).*/\1/p')
 LOCK ?= $(if $(filter 12,$(CUDA)),requirements-cuda120.lock,$(if $(filter 11,$(CUDA)),requirements-cuda110.lock,requirements.lock))
 
-.PHONY: setup demo test test-nightly check bench lock clean
+# A second environment for the oldest DALI that is supported, the last one for CUDA 11 drivers: a layer over VENV that
+# differs in DALI alone. What it needs, at the version and hashes of its lock file:
+DALI110       := $(VENV)-dali110
+DALI110_NAMES := nvidia-dali-cuda110 dm-tree absl-py attrs wrapt
+SITE          := 'import sysconfig; print(sysconfig.get_path("purelib"))'
+DALI110_TESTS := plan dataset augment graphs loader elastic eval_parity synthetic shards bad_files
+
+.PHONY: setup demo test test-dali110 test-nightly check bench lock clean
 
 setup: $(VENV)/.installed
 
@@ -23,6 +30,22 @@ demo: setup  ## train on real JPEGs: no GPU, no download
 
 test: setup  ## what continuous integration runs, with `check`
 	$(BIN)/python -m pytest -m "not slow"
+
+# What 1.34 itself warns about, and nothing of ours.
+DALI110_WARNS := -W "ignore:invalid escape sequence:DeprecationWarning" \
+	-W "ignore:The distutils package is deprecated:DeprecationWarning" \
+	-W "ignore:distutils Version classes are deprecated:DeprecationWarning"
+test-dali110: $(DALI110)/.installed  ## the tests of the pipelines on DALI 1.34
+	$(DALI110)/bin/python -c 'import nvidia.dali as dali; print("DALI", dali.__version__); assert dali.__version__.startswith("1.34.")'
+	$(DALI110)/bin/python -m pytest -m "not slow" $(DALI110_WARNS) $(DALI110_TESTS:%=tests/test_%.py)
+
+$(DALI110)/.installed: $(VENV)/.installed requirements-cuda110.lock
+	rm -rf $(DALI110)
+	$(BIN)/uv venv -q --python $(BIN)/python $(DALI110)
+	for name in $(DALI110_NAMES); do sed -n "/^$$name==/,/[^\\]$$/p" requirements-cuda110.lock; done > $(DALI110)/requirements.txt
+	$(BIN)/uv pip install -q --python $(DALI110)/bin/python --no-deps --require-hashes -r $(DALI110)/requirements.txt
+	echo "import site; site.addsitedir('$$($(BIN)/python -c $(SITE))')" > $$($(DALI110)/bin/python -c $(SITE))/layer.pth
+	@touch $@
 
 test-nightly: setup
 	$(BIN)/python -m pytest
@@ -44,4 +67,4 @@ COMPILE := -q -U --extra demo --extra dev --universal --python-version 3.11 --ge
 	--no-emit-index-url --no-emit-find-links --no-annotate --no-header
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache dist
+	rm -rf $(VENV) $(DALI110) .pytest_cache .ruff_cache .mypy_cache dist

@@ -1,39 +1,75 @@
 #!/usr/bin/env bash
-# Everything a GPU can show and a CPU cannot, in one command of under ten minutes. Raw results go to benchmarks/results/
-# (or $OUT), named by device and date, with versions and the command line in every file.
+# Everything a GPU can show and a CPU cannot, in one command of under nine minutes. Raw results go to benchmarks/results/
+# (or $OUT), named by device and date, with versions and the command line beside them.
 #
 #   benchmarks/gpu.sh [folder with JPEGs in train/<class>/ and val/<class>/; the demo photographs if left out]
+#   STEPS=2 benchmarks/gpu.sh     # on a machine without a GPU: every line runs, the figures mean nothing
+#
+# On a machine without a package index, carry what its python3 lacks: `python3 -m pip list` there tells. Elsewhere, for
+# its Python version (here 3.12), one wheel for each missing name, with the versions of requirements.lock:
+#
+#   pip download --no-deps --only-binary=:all: --python-version 3.12 --implementation cp --platform manylinux_2_28_x86_64 \
+#     --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 -d wheels accelerate pydantic pydantic-core \
+#     annotated-types typing-extensions typing-inspection prometheus-client rich markdown-it-py mdurl pygments pyyaml \
+#     pillow safetensors timm pytest pytest-timeout pluggy iniconfig scikit-image scikit-learn
+#
+# and DALI with what it needs (nvidia-dali-cuda130, nvidia-nvimgcodec-cu13, nvidia-nvjpeg, nvidia-nvjpeg2k-cu13,
+# nvidia-nvtiff-cu13, nvidia-libnvcomp-cu13, nvidia-npp, nvtx, optree, makefun, libcst, astunparse, gast, six). These are
+# large; unpacked into one folder, without other Pythons' modules and other GPUs' code, they compress to some 60 MiB parts.
+# There:
+#
+#   cat part-* | tar -xJ -C /tmp/site
+#   python3 -m pip install --no-index --no-deps --target /tmp/site wheels/*.whl
+#   PYTHONPATH=/tmp/site benchmarks/gpu.sh
 set -uo pipefail
 cd "$(dirname "$0")/.."
 data=${1:-demo:photos}
 python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
-device=$($python -c 'import torch; print(torch.cuda.get_device_name().replace(" ", "-") if torch.cuda.is_available() else "cpu")')
+steps=${STEPS:-30}
+device=$($python -c 'import torch; print(torch.cuda.get_device_name().replace(" ", "-") if torch.cuda.is_available() else "cpu")') || exit
+gpu=$([ "$device" = cpu ] || echo yes)
 out=${OUT:-benchmarks/results}/$device-$(date +%Y%m%d-%H%M)
 mkdir -p "$out"
-steps=${STEPS:-30}
+failed=()
+left() { echo $((530 - SECONDS < $1 ? 530 - SECONDS : $1)); }  # seconds: at most $1, and never past nine minutes in all
 
 {
-  date -u; echo "command: $0 $*"; nvidia-smi 2>&1 | head -15
-  $python -c 'import torch, timm, accelerate; print("torch", torch.__version__, "timm", timm.__version__, "accelerate", accelerate.__version__)'
-  $python -c 'import nvidia.dali as d; print("dali", d.__version__)'
+  date -u; echo "command: $0 $*"; [ -z "$gpu" ] || nvidia-smi | head -15
+  for package in torch timm accelerate nvidia.dali; do
+    $python -c "import importlib; print('$package', importlib.import_module('$package').__version__)" || failed+=("$package")
+  done
 } > "$out/environment.txt" 2>&1
+cat "$out/environment.txt"
 
-echo "== tests/gpu"; timeout 150 $python -m pytest -q tests/gpu 2>&1 | tee "$out/tests_gpu.txt" | tail -5
+echo "== tests/gpu"
+timeout "$(left 150)" $python -m pytest -q -s tests/gpu > "$out/tests_gpu.txt" 2>&1 || failed+=(tests_gpu)
+tail -5 "$out/tests_gpu.txt"
 
-# bench NAME ARGUMENTS...: one JSON file a measurement; a failing one does not stop the others
+# bench SECONDS NAME ARGUMENTS...: one JSON file a measurement; a failing one does not stop the others
 bench() {
-  name=$1; shift
+  local limit=$1 name=$2; shift 2
   echo "== $name"
-  timeout 120 $python -m cmtrain bench --config configs/full_in1k.yaml --data.root "$data" --steps "$steps" --json "$out/$name.json" "$@" \
-    2> "$out/$name.log" | tail -c 400 || tail -3 "$out/$name.log"
+  if timeout "$(left "$limit")" $python -m cmtrain bench --config configs/full_in1k.yaml --data.root "$data" --steps "$steps" \
+    --json "$out/$name.json" "$@" > /dev/null 2> "$out/$name.log"; then tail -25 "$out/$name.log"
+  else failed+=("$name"); tail -3 "$out/$name.log"; fi
 }
-one_gpu=(--train.global_batch_size 512 --train.max_batch_per_gpu 512)
-bench train_fp16          --what all   "${one_gpu[@]}"
-bench model_bf16          --what model "${one_gpu[@]}" --train.precision bf16
-bench model_fp16_compiled --what model "${one_gpu[@]}" --train.compile true
-bench model_fp16_resnet50 --what model "${one_gpu[@]}" --model.name resnet50
-for threads in 4 8 16; do
-  bench "loader_mixed_threads$threads"         --what loader "${one_gpu[@]}" --data.decode mixed --data.threads "$threads"
-  bench "loader_mixed_threads${threads}_plain" --what loader "${one_gpu[@]}" --data.decode mixed --data.threads "$threads" --augment.rand_augment null --augment.color_jitter null
-done
-echo "results in $out"
+
+batch=512
+fp16=fp16 mixed=mixed compile=true
+# Without a GPU the same lines run in small, in the precision and with the decoder that a CPU has.
+[ -n "$gpu" ] || { batch=8; fp16=fp32 mixed=cpu compile=false; export OMP_NUM_THREADS=1; }
+one_gpu=(--train.global_batch_size "$batch" --train.max_batch_per_gpu "$batch" --augment.repeats 1)
+
+bench 60 train                --what all   "${one_gpu[@]}" --train.precision "$fp16"
+bench 40 model_bf16           --what model "${one_gpu[@]}" --train.precision bf16
+bench 90 model_fp16_compiled  --what model "${one_gpu[@]}" --train.precision "$fp16" --train.compile "$compile"
+bench 40 model_fp16_resnet50  --what model "${one_gpu[@]}" --train.precision "$fp16" --model.name resnet50
+bench 200 loader_beside_timm  --what loader "${one_gpu[@]}" --train.precision "$fp16" --data.decode "$mixed" --steps "$((steps / 6 + 1))"
+
+# The loader alone at many threads, with RandAugment and without, and at the loads of the JPEG engine.
+echo "== decoding"
+timeout "$(left 150)" $python benchmarks/decoding.py "$data" --batch "$batch" --batches "$((steps / 2))" --decode "$mixed" --json "$out/decoding.json" \
+  2> "$out/decoding.log" || { failed+=(decoding); tail -3 "$out/decoding.log"; }
+
+echo "results in $out${failed[*]:+; failed: ${failed[*]}}"
+[ ${#failed[@]} -eq 0 ]

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cmtrain import __version__, build
+from cmtrain.bench_loader import bench_loader
 from cmtrain.config import Config
 from cmtrain.learner import Learner
 from cmtrain.schedule import Schedule
@@ -27,10 +28,13 @@ WARMUP_STEPS = 3
 COMFORTABLE_RATIO = 1.2
 
 
-def bench(what: str, config: Config, *, steps: int, json_path: str | None) -> int:
+def bench(
+    what: str, config: Config, *, steps: int, json_path: str | None, rounds: int = 5, packed: str | None = None
+) -> int:
     """Measure `what` (loader, model, train or all) with the recipe of `config`, for `steps` steps each.
 
-    Prints a table on stderr and one JSON line on stdout; writes the JSON to `json_path` too, if given.
+    Prints a table on stderr and one JSON line on stdout; writes the JSON to `json_path` too, if given. "loader" is a
+    race against timm's, see `bench_loader`, which alone takes `rounds` and `packed`.
 
     Returns:
         The process exit code, 0.
@@ -38,6 +42,8 @@ def bench(what: str, config: Config, *, steps: int, json_path: str | None) -> in
     Raises:
         ConfigError, DataError: as training would.
     """
+    if what == "loader":
+        return bench_loader(config, steps=steps, rounds=rounds, packed=packed, json_path=json_path)
     accelerator = build.make_accelerator(config.train.precision)
     threads = build.split_threads(config, accelerator)
     data = build.open_data(config, accelerator)
@@ -45,7 +51,7 @@ def bench(what: str, config: Config, *, steps: int, json_path: str | None) -> in
     num_classes = build.num_classes_of(config, data.train)
 
     figures: dict[str, dict[str, float]] = {}
-    if what in ("loader", "all"):
+    if what == "all":
         loader = build.make_train_loader(config, data.train, schedule, accelerator, threads)
         figures["loader"] = _time_loader(loader, steps, schedule)
         loader.close()

@@ -121,12 +121,23 @@ def _bench(arguments: list[str]) -> int:
     parser.add_argument("--config", default="configs/demo.yaml", metavar="FILE", help="default: configs/demo.yaml")
     parser.add_argument("--what", choices=("loader", "model", "train", "all"), default="all", help="default: all")
     parser.add_argument("--steps", type=_positive, default=20, metavar="N", help="steps to time of each (default: 20)")
+    parser.add_argument(
+        "--rounds", type=_positive, default=5, metavar="N", help="turns of each side (with --what loader)"
+    )
+    parser.add_argument("--packed", metavar="DIR", help="packed copy of the data to time, too (with --what loader)")
     parser.add_argument("--json", metavar="FILE", help="write the figures there, too")
     options, overrides = _parse(parser, arguments)
     config = _load("bench", options.config, overrides).config
     from cmtrain.bench import bench
 
-    return bench(options.what, config, steps=options.steps, json_path=options.json)
+    return bench(
+        options.what,
+        config,
+        steps=options.steps,
+        rounds=options.rounds,
+        packed=options.packed,
+        json_path=options.json,
+    )
 
 
 def _config(arguments: list[str]) -> int:

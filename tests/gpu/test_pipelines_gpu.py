@@ -83,11 +83,19 @@ def test_pixels_do_not_depend_on_the_number_of_ranks(manifest):
     assert all(torch.equal(alone[index], shared[index]) for index in alone)
 
 
-def test_kept_batches_are_not_written_to_again(manifest):
-    loader = train(manifest)
-    kept = [(batch.images, batch.images.float().sum().item()) for epoch in range(3) for batch in loader.epoch(epoch)]
+@pytest.mark.parametrize("decode", ["mixed", "cpu"])
+def test_kept_batches_are_not_written_to_again(manifest, decode):
+    """Kept over three epochs, read by kernels that are queued behind others, on a stream that is not the default."""
+    loader = train(manifest, decode=decode)
+    kept = []
+    with torch.cuda.stream(torch.cuda.Stream()):
+        for epoch in range(3):
+            for batch in loader.epoch(epoch):
+                torch.cuda._sleep(2_000_000)  # about a millisecond in which DALI runs ahead
+                kept.append((batch.images, batch.images.float().sum()))
     torch.cuda.synchronize()
-    assert all(images.float().sum().item() == before for images, before in kept)
+    for images, before in kept:
+        assert images.float().sum().item() == before.item()
     loader.close()
 
 

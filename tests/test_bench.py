@@ -1,0 +1,112 @@
+"""The benchmark times what it says it times, and its ratios survive a noisy machine."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+from photographs import write_folder
+
+from cmtrain.bench import verdict
+from cmtrain.bench_contestants import Contestant, _cpu_seconds, serve
+from cmtrain.bench_loader import bench_loader, summarise
+from cmtrain.config_file import load_config
+from pipelines.dataset import Manifest
+from pipelines.spec import AugmentSpec
+
+
+@pytest.mark.parametrize(
+    ("loader", "model", "expected"),
+    [(900, 1000, "bound by the loader"), (1100, 1000, "balanced"), (2000, 1000, "bound by the model")],
+)
+def test_the_slower_of_loader_and_model_sets_the_pace(loader, model, expected):
+    figures = {"loader": {"images_per_second": loader}, "model": {"images_per_second": model}}
+    assert verdict(figures).startswith(expected)
+
+
+def test_a_ratio_compares_what_ran_in_the_same_round():
+    """The machine is four times slower in the second round and timm alone is disturbed in the third."""
+    rates = [(100, 200), (25, 50), (10, 190)]
+    rounds = [
+        {
+            "timm": {"images_per_second": timm, "cpu_ms_per_image": 8.0},
+            "dali": {"images_per_second": dali, "cpu_ms_per_image": ms},
+        }
+        for (timm, dali), ms in zip(rates, (4.0, 2.0, 5.0), strict=True)
+    ]
+    figures = summarise(rounds)
+    assert figures["dali"]["times_timm"] == 2.0
+    assert figures["dali"]["times_timm_by_cpu"] == 2.0
+    assert figures["dali"]["images_per_second"] == 190
+    assert figures["dali"]["cpu_ms_per_image_min"] == 2.0
+    assert "times_timm" not in figures["timm"]
+
+
+def test_the_time_of_workers_counts():
+    burn = "import time\nwhile time.process_time() < 0.5: pass\nprint(flush=True)\ninput()"
+    before = _cpu_seconds(os.getpid())
+    with subprocess.Popen([sys.executable, "-c", burn], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as worker:
+        worker.stdout.readline()
+        assert 0.4 < _cpu_seconds(os.getpid()) - before < 5
+        worker.stdin.close()
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bench")
+    write_folder(folder / "train", 64)
+    write_folder(folder / "val", 3)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["timm", "dali"])
+def test_a_contestant_and_its_workers_stay_on_their_core_and_end_with_the_pipe(root, tmp_path, kind):
+    manifest = Manifest.from_folder(root / "train", cache_dir=tmp_path)
+    context = multiprocessing.get_context("spawn")
+    pipe, theirs = context.Pipe()
+    process = context.Process(target=serve, args=(theirs, Contestant(kind, kind, manifest, "cpu", "cpu", 1)))
+    process.start()
+    theirs.close()
+    pipe.send(("prepare", AugmentSpec(32, rand_augment="rand-m9-mstd0.5-inc1")))
+    assert pipe.recv() == 2 * 64
+    family = [process.pid, *_children(process.pid)]
+    assert len(family) == (2 if kind == "timm" else 1)
+    for pid in family:
+        assert len(os.sched_getaffinity(pid)) == 1
+    pipe.send(("measure", 2))
+    figures = pipe.recv()
+    assert figures["images_per_second"] > 0
+    assert figures["cpu_ms_per_image"] >= 0
+    pipe.close()
+    process.join(30)
+    assert process.exitcode == 0
+    deadline = time.monotonic() + 10
+    while any(os.path.exists(f"/proc/{pid}") for pid in family[1:]):
+        assert time.monotonic() < deadline
+
+
+def _children(pid: int) -> list[int]:
+    found = []
+    for task in os.listdir(f"/proc/{pid}/task"):
+        with open(f"/proc/{pid}/task/{task}/children") as file:
+            found += [int(child) for child in file.read().split()]
+    return found
+
+
+def test_every_work_is_done_by_every_contestant(root, tmp_path, capsys):
+    overrides = {"data.root": str(root), "data.cache_dir": str(tmp_path), "data.threads": "1"}
+    config = load_config("configs/demo.yaml", list(overrides.items())).config
+    json_path = tmp_path / "figures.json"
+    assert bench_loader(config, steps=1, rounds=1, packed=None, json_path=str(json_path)) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report == json.loads(json_path.read_text())
+    assert list(report["cpu"]) == ["decode", "crop", "crop + jitter", "crop + randaugment"]
+    for figures in report["cpu"].values():
+        assert list(figures) == ["timm", "dali", "dali packed"]
+        assert figures["dali"]["times_timm"] > 0
+    assert report["overhead"]["draws_us_per_sample"] > 0
