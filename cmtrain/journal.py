@@ -218,12 +218,11 @@ class Journal:
         self.clock.lap()
         return best
 
-    def rolled_back(self, step: int, cause: str, lr_factor: float, *, diverged: bool) -> None:
-        """A run of bad steps was answered, by a rollback or (`diverged`) by the end of the run."""
-        self.metrics.one(self.metrics.rollbacks).inc(not diverged)
-        if not diverged:
-            self.event("rollback", step=step, cause=cause, lr_factor=lr_factor)
-            self.console.line(f"step {step}: back to a good state, learning rate x {lr_factor:g} for a while; {cause}")
+    def rolled_back(self, step: int, cause: str, lr_factor: float) -> None:
+        """A run of bad steps was answered by going back to a good state."""
+        self.metrics.one(self.metrics.rollbacks).inc()
+        self.event("rollback", step=step, cause=cause, lr_factor=lr_factor)
+        self.console.line(f"step {step}: back to a good state, learning rate x {lr_factor:g} for a while; {cause}")
         self.clock.lap()
 
     def save(self, state: dict[str, Any], step: int, meta: dict[str, Any], *, keep: int) -> None:

@@ -17,7 +17,8 @@ from cmtrain.evaluate import Evaluation, evaluate
 from cmtrain.journal import Journal
 from cmtrain.launch import StopRequest, agree_on, gather_lists, leave_together
 from cmtrain.learner import Learner
-from cmtrain.recovery import first_nonfinite
+from cmtrain.metrics import StepReport
+from cmtrain.recovery import Recovery, first_nonfinite
 from cmtrain.resume import choose_start
 from cmtrain.schedule import Schedule
 from pipelines.loader import DaliLoader
@@ -67,7 +68,7 @@ def train(config: Config, *, resume: str = "auto", max_steps: int | None = None)
         recovery.load_state_dict(start.checkpoint.state["recovery"])
     recovery.keep(start.step, learner)
     stop = StopRequest(accelerator.num_processes)
-    received, diverged, results = 0, False, dict[str, Evaluation]()
+    received, diverged, results = 0, "", dict[str, Evaluation]()
     try:
         batches = batches_from(start.step, train_loader, schedule)
         batches = journal.sample(journal.clock.waiting(batches), config.data.mean, config.data.std)
@@ -85,14 +86,9 @@ def train(config: Config, *, resume: str = "auto", max_steps: int | None = None)
                 report = learner.report(done, epoch, lr, reset=logs)
                 journal.log(report)
                 tell_bad_files(journal, [train_loader, eval_loader], stop)
-                if report.bad_steps_in_a_row >= recovery.after_bad_steps:
-                    cause = agree_on(first_nonfinite(learner))
-                    diverged = recovery.roll_back(done, learner) is None
-                    journal.rolled_back(done, cause, recovery.lr_factor(done), diverged=diverged)
-                    if diverged:
-                        break
-                elif report.bad_steps_in_a_row == 0:
-                    recovery.keep(done, learner)
+                diverged = keep_or_roll_back(report, learner, recovery, journal)
+                if diverged:
+                    break
 
             improved = False
             if final or (schedule.ends_epochs(done, config.evaluate.every_epochs) and not received):
@@ -100,10 +96,8 @@ def train(config: Config, *, resume: str = "auto", max_steps: int | None = None)
                 improved = journal.evaluated(results, epoch=epoch + 1, step=done, lr=lr)
 
             if final or improved or received or saves_at(done, config, schedule):
-                state = learner.state_dict() | {
-                    "recovery": recovery.state_dict(),
-                    "progress": progress_at(done, schedule),
-                }
+                state = learner.state_dict() | {"recovery": recovery.state_dict()}
+                state |= {"progress": progress_at(done, schedule)}
                 meta = meta_of(config, data.train.fingerprint, schedule, accelerator)
                 journal.save(state, done, meta, keep=config.checkpoint.keep)
             if received:
@@ -124,9 +118,7 @@ def train(config: Config, *, resume: str = "auto", max_steps: int | None = None)
         journal.finish("preempted", exit_code=code, reason=f"signal {received}; the same command resumes")
     elif diverged:
         code = EXIT_DIVERGED
-        bad = f"{report.bad_steps_in_a_row} bad steps in a row after {config.guard.max_rollbacks} rollbacks"
-        reason = f"{bad}, loss scale {report.loss_scale:g}, {cause}; lower optim.lr or set optim.clip_grad"
-        journal.finish("diverged", exit_code=code, reason=reason)
+        journal.finish("diverged", exit_code=code, reason=f"{diverged}; lower optim.lr or set optim.clip_grad")
     else:
         code, reason = judge(config, results, whole=last_step == schedule.total_steps)
         journal.finish("finished", exit_code=code, reason=reason, results=results)
@@ -148,6 +140,25 @@ def batches_from(step: int, loader: Loader, schedule: Schedule) -> Iterator[Batc
         epoch, steps_into_epoch = divmod(step, schedule.steps_per_epoch)
         yield from loader.epoch(epoch, start=steps_into_epoch * schedule.global_batch_size)
         step = (epoch + 1) * schedule.steps_per_epoch
+
+
+def keep_or_roll_back(report: StepReport, learner: Learner, recovery: Recovery, journal: Journal) -> str:
+    """At a log point: remember a good state, or answer a run of bad steps by going back to one.
+
+    Returns:
+        Why the run has diverged, or "" if it goes on. All ranks come to the same answer.
+    """
+    if report.bad_steps_in_a_row == 0:
+        recovery.keep(report.step, learner)
+        return ""
+    if report.bad_steps_in_a_row < recovery.after_bad_steps:
+        return ""
+    cause = agree_on(first_nonfinite(learner))
+    if recovery.roll_back(report.step, learner) is not None:
+        journal.rolled_back(report.step, cause, recovery.lr_factor(report.step))
+        return ""
+    bad = f"{report.bad_steps_in_a_row} bad steps in a row after {len(recovery.rollback_steps)} rollbacks"
+    return f"{bad}, loss scale {report.loss_scale:g}, {cause}"
 
 
 def tell_bad_files(journal: Journal, loaders: list[DaliLoader], stop: StopRequest) -> None:

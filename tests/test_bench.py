@@ -72,17 +72,19 @@ def test_a_contestant_and_its_workers_stay_on_their_core_and_end_with_the_pipe(r
     process = context.Process(target=serve, args=(theirs, Contestant(kind, kind, manifest, "cpu", "cpu", 1)))
     process.start()
     theirs.close()
-    pipe.send(("prepare", AugmentSpec(32, rand_augment="rand-m9-mstd0.5-inc1")))
-    assert pipe.recv() == 2 * 64
-    family = [process.pid, *_children(process.pid)]
-    assert len(family) == (2 if kind == "timm" else 1)
-    for pid in family:
-        assert len(os.sched_getaffinity(pid)) == 1
-    pipe.send(("measure", 2))
-    figures = pipe.recv()
-    assert figures["images_per_second"] > 0
-    assert figures["cpu_ms_per_image"] >= 0
-    pipe.close()
+    try:
+        pipe.send(("prepare", AugmentSpec(32, rand_augment="rand-m9-mstd0.5-inc1")))
+        assert pipe.recv() == 2 * 64
+        family = [process.pid, *_children(process.pid)]
+        assert len(family) == (2 if kind == "timm" else 1)
+        for pid in family:
+            assert len(os.sched_getaffinity(pid)) == 1
+        pipe.send(("measure", 2))
+        figures = pipe.recv()
+        assert figures["images_per_second"] > 0
+        assert figures["cpu_ms_per_image"] > 0
+    finally:
+        pipe.close()
     process.join(30)
     assert process.exitcode == 0
     deadline = time.monotonic() + 10
