@@ -296,8 +296,9 @@ def test_a_million_files_take_seconds_and_little_memory(tmp_path, cache, num_cla
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     num_files, first, second, memory_mb = map(float, done.stdout.split())
     assert num_files == num_classes * files_per_class
-    # Ceilings for 1.28 million files and in proportion: 10 s when sizes are known, 300 MB, 4,000 headers a second.
+    # Ceilings for 1.28 million files and in proportion: 300 MB, 10 s when sizes are known, 4,000 headers a second.
     share = num_files / 1_281_000
-    assert second < 1 + 10 * share
     assert memory_mb < 10 + 300 * share
-    assert first - second < 2 + num_files / 4000
+    if share > 0.5:  # nightly: a busy machine must not fail the short one
+        assert second < 1 + 10 * share
+        assert first - second < 2 + num_files / 4000
