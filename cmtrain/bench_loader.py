@@ -60,7 +60,7 @@ def bench_loader(config: Config, *, steps: int, rounds: int, packed: str | None,
     accelerator = build.make_accelerator(config.train.precision)
     threads = build.split_threads(config, accelerator)
     files = build.open_data(config, accelerator).train
-    crop = _spec(config)
+    crop = replace(build.augment_spec(config, accelerator), color_jitter=None, rand_augment=None, fp16=False)
     hardest = replace(crop, rand_augment=RAND_AUGMENT)
     works = {
         "decode": None,
@@ -116,19 +116,6 @@ def summarise(rounds: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, 
                 their["cpu_ms_per_image"] / ms for ms, their in zip(cpu_ms, theirs, strict=True)
             )
     return figures
-
-
-def _spec(config: Config) -> AugmentSpec:
-    data, augment = config.data, config.augment
-    return AugmentSpec(
-        image_px=data.image_px,
-        interpolation=data.interpolation,
-        scale=augment.scale,
-        ratio=augment.ratio,
-        hflip=augment.hflip,
-        mean=data.mean,
-        std=data.std,
-    )
 
 
 @contextmanager

@@ -74,8 +74,7 @@ def cache_folder(config: Config) -> Path:
 def split_threads(config: Config, accelerator: Accelerator) -> int:
     """Share this process's cores between decoding and, on a CPU, the model; returns the decode threads.
 
-    Two pools that together want more threads than there are cores spin at each other's barriers: on 2 cores that cost
-    a factor of 30.
+    Two pools that together want more threads than there are cores spin at each other's barriers.
     """
     cores = cores_per_process(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     if accelerator.device.type == "cuda":

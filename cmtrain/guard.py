@@ -8,7 +8,7 @@ Evaluation does, and is NaN for good: 0.9 * NaN is NaN.
 The cure: what a forward pass writes is only *proposed*. Once the gradients of all ranks are reduced, one device-side
 flag says whether the step was good; the statistics are committed or put back by the same flag that lets the optimizer
 and the EMA move. Everything happens in place and on the device: no host synchronisation, no second pass over
-activations, and about twenty kernels however deep the model is.
+activations, and 25 operations a step however deep the model is.
 """
 
 import torch

@@ -1,8 +1,8 @@
 """When skipping is not enough: go back to a state that was good, and go on more slowly.
 
 A skipped step protects the weights, but an overflow in the *forward* pass comes back at every step: the weights that
-cause it never change again, the loss scale falls to its floor, and the run is frozen for ever (measured by the project
-on SGD at the seed's learning rate 1.6 without warm-up: 143 of 150 steps skipped). Then the learner goes back to a copy
+cause it never change again, the loss scale falls to its floor, and the run is frozen for ever (cmt_micro, SGD at the
+seed's learning rate 1.6 without warm-up, fp16: 97 of 100 steps skipped). Then the learner goes back to a copy
 it kept in memory, with the learning rate lowered for a while; the data goes on, so the batches that broke it are behind
 (PaLM, arXiv 2204.02311, section 5.1, does the same by hand).
 """
