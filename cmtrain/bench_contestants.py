@@ -115,7 +115,7 @@ def _dali_batches(contestant: Contestant, spec: AugmentSpec | None) -> Counter:
         reads_files=manifest.packed is None,
         hw_decoder_load=None,
     )
-    pipeline = graphs.decode_graph(lambda: [read(next(upcoming))], run)
+    pipeline = graphs.decode_graph(lambda: [read(next(upcoming))], run, windows=False)
     return (len(pipeline.run()[0]) for _ in itertools.count())
 
 

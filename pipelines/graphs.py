@@ -1,4 +1,4 @@
-"""The two DALI graphs. Every input comes from `source`; the graphs hold no state and draw nothing.
+"""The DALI graphs. Every input comes from `source`; the graphs hold no state and draw nothing.
 
 One code base for DALI 1.34 and 2.x: features are looked for, versions are never compared.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -29,7 +29,8 @@ OUTPUTS_OWN_MEMORY = "exec_dynamic" in inspect.signature(Pipeline.__init__).para
 
 # Type and number of dimensions of one sample of an input.
 _FILES = (types.UINT8, 1)
-_WINDOWS_AND_FLIPS = [(types.INT32, 1), (types.INT32, 0)]
+_IMAGES = (types.UINT8, 3)
+_WINDOWS, _FLIPS = (types.INT32, 1), (types.INT32, 0)
 _JITTER = [(types.INT32, 1), (types.FLOAT, 2)]
 _LAYERS = [(types.INT32, 1), (types.FLOAT, 3), (types.UINT8, 2), (types.FLOAT, 2), (types.FLOAT, 3)]
 _EVAL_WINDOWS = [(types.FLOAT, 1), (types.INT32, 1)]
@@ -81,37 +82,19 @@ def execution(
 
 
 def train_graph(source: Source, spec: AugmentSpec, run: Execution) -> Pipeline:
-    """Crop window, resize, flip, RandAugment, colour jitter, normalise: one output, (B, H, W, 3).
+    """Crop window, resize, then as `augment_graph`: one output, (B, H, W, 3).
 
-    `source` yields files (see `Execution.reads_files`), windows, flips, then JitterParams and LayerParams if the spec
-    has them.
+    `source` yields files (see `Execution.reads_files`) and windows, then what `augment_graph` takes beside images.
     """
-    # The background colour of warps: the mean of the data for timm's presets, mid-grey for DALI's.
-    policy = parse(spec.rand_augment) if spec.rand_augment is not None else None
-    fill = [128 if policy and policy.severity == "dali" else round(255 * value) for value in spec.mean]
-    background = np.full((spec.image_px, spec.image_px, 3), fill, np.uint8)
-    num_layers = policy.num_layers if policy else 0
-    jitters = bool(spec.color_jitter)
-    inputs = [_FILES, *_WINDOWS_AND_FLIPS, *(_JITTER if jitters else []), *(_LAYERS if policy else [])]
+    inputs = [_FILES, _WINDOWS, *_augment_inputs(spec)]
 
     def graph() -> Any:
-        files, windows, flips, *rest = _external_source(source, inputs)
-        image = _decode(fn.decoders.image_slice, files, run, start=windows[:2], shape=windows[2:], axes=[0, 1])
+        files, windows, *params = _external_source(source, inputs)
+        image = _decode(files, run, windows)
         image = augment.resize(image, [spec.image_px, spec.image_px], spec.interpolation)
-        if num_layers:  # what follows warps; otherwise normalising mirrors for nothing
-            image = fn.flip(image, horizontal=flips)
-        image = _on_device(image, run)
-        if num_layers:
-            branches, matrices, bits, factors, kernels = rest[-5:]
-            for k in range(num_layers):
-                image = augment.rand_augment_layer(
-                    image, branches[k], matrices[k], bits[k], factors[k], kernels[k], background
-                )
-        if jitters:
-            image = augment.color_jitter(image, rest[0], rest[1])
-        return augment.normalise(image, spec.mean, spec.std, spec.fp16, 0 if num_layers else flips)
+        return _augmented(_on_device(image, run), params, spec)
 
-    return _pipeline(graph, run, conditionals=jitters or num_layers > 0)
+    return _pipeline(graph, run, conditionals=_has_conditionals(spec))
 
 
 def eval_graph(source: Source, spec: EvalSpec, run: Execution) -> Pipeline:
@@ -122,23 +105,46 @@ def eval_graph(source: Source, spec: EvalSpec, run: Execution) -> Pipeline:
 
     def graph() -> Any:
         files, sizes, offsets = _external_source(source, [_FILES, *_EVAL_WINDOWS])
-        image = _decode(fn.decoders.image, files, run)
-        image = augment.resize(image, sizes, spec.interpolation)
+        image = augment.resize(_decode(files, run), sizes, spec.interpolation)
         image = fn.slice(image, start=offsets, shape=[spec.image_px, spec.image_px], axes=[0, 1])
         return augment.normalise(_on_device(image, run), spec.mean, spec.std, spec.fp16)
 
     return _pipeline(graph, run, conditionals=False)
 
 
-def decode_graph(source: Source, run: Execution) -> Pipeline:
-    """Decodes whole images and keeps one pixel of each, (B, 1, 1, 3), to time nothing else. `source` yields files."""
+def decode_graph(source: Source, run: Execution, *, windows: bool) -> Pipeline:
+    """Decodes and does nothing else: one output, (h, w, 3) of every sample. `source` yields files, then `windows`."""
+    inputs = [_FILES, _WINDOWS] if windows else [_FILES]
 
     def graph() -> Any:
-        (files,) = _external_source(source, [_FILES])
-        image = _decode(fn.decoders.image, files, run)
-        return fn.slice(image, start=[0, 0], shape=[1, 1], axes=[0, 1])
+        given = _external_source(source, inputs)
+        return _decode(given[0], run, *given[1:])
 
     return _pipeline(graph, run, conditionals=False)
+
+
+def augment_graph(resized: Source, params: Source, spec: AugmentSpec, run: Execution) -> Pipeline:
+    """Flip, RandAugment, colour jitter, normalise: one output, (B, H, W, 3).
+
+    `resized` yields uint8 images (B, H, W, 3), which must stay as they are until the output is taken; `params` yields
+    flips, then JitterParams and LayerParams if the spec has them.
+    """
+
+    def graph() -> Any:
+        (image,) = _external_source(resized, [_IMAGES], no_copy=True)
+        return _augmented(image, _external_source(params, _augment_inputs(spec)), spec)
+
+    return _pipeline(graph, replace(run, prefetch_batches=1), conditionals=_has_conditionals(spec))
+
+
+def normalise_graph(resized: Source, spec: EvalSpec, run: Execution) -> Pipeline:
+    """Normalises: one output, (B, H, W, 3). `resized` as for `augment_graph`."""
+
+    def graph() -> Any:
+        (image,) = _external_source(resized, [_IMAGES], no_copy=True)
+        return augment.normalise(image, spec.mean, spec.std, spec.fp16)
+
+    return _pipeline(graph, replace(run, prefetch_batches=1), conditionals=False)
 
 
 def release_memory() -> None:
@@ -146,22 +152,54 @@ def release_memory() -> None:
     backend.ReleaseUnusedMemory()  # type: ignore[attr-defined]
 
 
-def _external_source(source: Source, inputs: list[tuple[Any, int]]) -> Any:
+def _augment_inputs(spec: AugmentSpec) -> list[tuple[Any, int]]:
+    return [_FLIPS, *(_JITTER if spec.color_jitter else []), *(_LAYERS if spec.rand_augment is not None else [])]
+
+
+def _has_conditionals(spec: AugmentSpec) -> bool:
+    return bool(spec.color_jitter) or spec.rand_augment is not None
+
+
+def _augmented(image: Any, params: Sequence[Any], spec: AugmentSpec) -> Any:
+    policy = parse(spec.rand_augment) if spec.rand_augment is not None else None
+    flips = params[0]
+    if policy:
+        # Before the warps; without them, normalising mirrors for nothing.
+        image, flips = fn.flip(image, horizontal=flips), 0
+        # The background colour of warps: the mean of the data for timm's presets, mid-grey for DALI's.
+        fill = [128 if policy.severity == "dali" else round(255 * value) for value in spec.mean]
+        background = np.full((spec.image_px, spec.image_px, 3), fill, np.uint8)
+        branches, matrices, bits, factors, kernels = params[-5:]
+        for k in range(policy.num_layers):
+            image = augment.rand_augment_layer(
+                image, branches[k], matrices[k], bits[k], factors[k], kernels[k], background
+            )
+    if spec.color_jitter:
+        image = augment.color_jitter(image, params[1], params[2])
+    return augment.normalise(image, spec.mean, spec.std, spec.fp16, flips)
+
+
+def _external_source(source: Source, inputs: list[tuple[Any, int]], no_copy: bool = False) -> Any:
     return fn.external_source(
         source=source,
         num_outputs=len(inputs),
         batch=True,
+        no_copy=no_copy,
         dtype=[dtype for dtype, _ in inputs],
         ndim=[ndim for _, ndim in inputs],
+        layout=["HWC" if given == _IMAGES else "" for given in inputs],
     )
 
 
-def _decode(decoder: Callable[..., Any], files: Any, run: Execution, **window: Any) -> Any:
+def _decode(files: Any, run: Execution, windows: Any = None) -> Any:
+    """Whole images, or of each its window: (top, left, height, width)."""
     # Mapping a file that is then cut short ends the process; reading it ends one batch.
     contents = fn.io.file.read(files, dont_use_mmap=True) if run.reads_files else files
+    decoder: Any = fn.decoders.image if windows is None else fn.decoders.image_slice
     # Pillow, torchvision and timm do not rotate by EXIF; the sizes in the manifest are those of the stored image.
     unrotated = {"adjust_orientation": False} if "adjust_orientation" in inspect.signature(decoder).parameters else {}
     on_engine = {} if run.hw_decoder_load is None else {"hw_decoder_load": run.hw_decoder_load}
+    window = {} if windows is None else {"start": windows[:2], "shape": windows[2:], "axes": [0, 1]}
     # Without fancy upsampling a GPU interpolates colour more coarsely than libjpeg, and so than Pillow.
     return decoder(contents, device=run.decode, jpeg_fancy_upsampling=True, **unrotated, **on_engine, **window)
 

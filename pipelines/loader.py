@@ -12,8 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from nvidia.dali.pipeline import Pipeline
-from nvidia.dali.plugin.pytorch import feed_ndarray, to_torch_type
 
 from pipelines import graphs
 from pipelines.bad_files import BadFiles
@@ -21,6 +19,7 @@ from pipelines.dataset import BadFile, Manifest
 from pipelines.plan import MicroBatch, Plan, augment_params
 from pipelines.shards import SliceReader
 from pipelines.spec import MAX_BAD_FRACTION, UNREADABLE, AugmentSpec, Batch, DataError, Decode, EvalSpec
+from pipelines.stages import Stages, eval_stages, train_stages
 
 
 def train_loader(
@@ -72,7 +71,7 @@ def train_loader(
         manifest,
         lambda epoch, start: plan.micro_batches(epoch, start, rank, world),
         inputs,
-        lambda source: graphs.train_graph(source, spec, run),
+        train_stages(spec, run),
         torch.device(device),
         prefetch_batches,
         BadFiles(manifest, max_bad_fraction, threads),
@@ -131,7 +130,7 @@ def eval_loader(
         manifest,
         micro_batches,
         inputs,
-        lambda source: graphs.eval_graph(source, spec, run),
+        eval_stages(spec, run),
         torch.device(device),
         prefetch_batches,
         BadFiles(manifest, max_bad_fraction, threads),
@@ -165,7 +164,7 @@ class DaliLoader:
         manifest: Manifest,
         micro_batches: Callable[[int, int], Iterator[MicroBatch]],
         inputs: Callable[[MicroBatch], Sequence[Any]],
-        build: Callable[[graphs.Source], Pipeline],
+        build: Callable[[graphs.Source], Stages],
         device: torch.device,
         prefetch_batches: int,
         bad_files: BadFiles,
@@ -180,7 +179,7 @@ class DaliLoader:
         self._prefetch_batches = prefetch_batches
         self._bad_files = bad_files
         self._replaces_labels = replaces_labels
-        self._pipeline: Pipeline | None = None
+        self._stages: Stages | None = None
         self._upcoming: Iterator[MicroBatch] = iter(())
         self._undelivered: deque[MicroBatch] = deque()  # taken from `_upcoming`, as planned
         self._in_flight: deque[MicroBatch] = deque()  # the first of these as DALI was given them
@@ -235,9 +234,8 @@ class DaliLoader:
         self._upcoming = self._endless(epoch, start)
         try:
             for _ in range(len(self._in_flight)):
-                assert self._pipeline is not None
-                self._pipeline.share_outputs()
-                self._pipeline.release_outputs()
+                assert self._stages is not None
+                self._stages.skip()
                 self._in_flight.popleft()
         except (RuntimeError, OSError):  # a bad file that nobody asked for any more
             self._rewind()
@@ -254,8 +252,8 @@ class DaliLoader:
         while True:
             try:
                 self._fill()
-                assert self._pipeline is not None
-                images = _take_images(self._pipeline, self._device)
+                assert self._stages is not None
+                images = self._stages.take()
                 break
             except (RuntimeError, OSError) as error:
                 # DALI seldom says which file, and with several batches in flight not even which batch.
@@ -278,14 +276,14 @@ class DaliLoader:
         """Keeps the queue full; the very first call schedules all of it at once."""
         if not self._undelivered:
             self._undelivered.append(next(self._upcoming))
-        if self._pipeline is None:
-            self._pipeline = self._build(self._pull)
+        if self._stages is None:
+            self._stages = self._build(self._pull)
         while len(self._in_flight) < self._prefetch_batches:
-            self._pipeline.schedule_run()
+            self._stages.schedule()
 
     def _rewind(self) -> None:
         """Drops the pipeline: one that failed once fails for ever. What is undelivered comes again from the next."""
-        self._pipeline = None
+        self._stages = None
         self._in_flight.clear()
 
     def _pull(self) -> Sequence[Any]:
@@ -309,7 +307,9 @@ class DaliLoader:
         here = slice(place, place + 1)
         alone = batch._replace(indices=batch.indices[here], copies=batch.copies[here])
         try:
-            self._build(lambda: self._inputs(alone)).run()
+            stages = self._build(lambda: self._inputs(alone))
+            stages.schedule()
+            stages.skip()
         except (RuntimeError, OSError):
             return False
         return True
@@ -318,21 +318,6 @@ class DaliLoader:
         host = torch.from_numpy(values)
         # Only from pinned memory does a copy not wait for the device.
         return host if self._device.type == "cpu" else host.pin_memory().to(self._device, non_blocking=True)
-
-
-def _take_images(pipeline: Pipeline, device: torch.device) -> torch.Tensor:
-    """The pipeline's next output as a tensor that DALI will not write to again, (B, H, W, 3)."""
-    if graphs.OUTPUTS_OWN_MEMORY:
-        stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
-        (output,) = pipeline.share_outputs(cuda_stream=stream)
-        images = torch.from_dlpack(output.as_tensor())
-    else:
-        (output,) = pipeline.share_outputs()
-        shared = output.as_tensor()
-        images = torch.empty(shared.shape(), dtype=to_torch_type[shared.dtype], device=device)
-        feed_ndarray(shared, images, cuda_stream=torch.cuda.current_stream(device) if images.is_cuda else None)
-    pipeline.release_outputs()
-    return images
 
 
 def file_reader(manifest: Manifest, threads: int) -> Callable[[NDArray[np.int64]], Any]:

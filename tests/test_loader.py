@@ -242,13 +242,13 @@ def test_the_contract(loaders, manifest, kind, fp16):
     loader.close()
 
 
-def test_a_closed_loader_frees_its_pipeline(loaders, manifest):
+def test_a_closed_loader_frees_its_graphs(loaders, manifest):
     loader = train(loaders, manifest, plan_for(manifest))
     next(loader.epoch(0))
-    pipeline = weakref.ref(loader._pipeline)
+    stages = weakref.ref(loader._stages)
     loader.close()
     gc.collect()
-    assert pipeline() is None
+    assert stages() is None
 
 
 def test_mixed_decoding_without_a_gpu_is_refused(manifest):
