@@ -1,4 +1,4 @@
-"""Images/s of the loader alone: decode threads 4, 8, 16, with RandAugment and without, shares of the JPEG engine.
+"""Images/s and GPU memory of the loader alone: threads 4, 8, 16; RandAugment; shares of the JPEG engine.
 
     python benchmarks/decoding.py FOLDER [--batch 512] [--batches 30] [--decode mixed|cpu] [--json FILE]
 
@@ -25,7 +25,8 @@ from pipelines.spec import AugmentSpec
 WARMUP_BATCHES = 4
 
 
-def images_per_second(manifest: Manifest, arguments: argparse.Namespace, rand_augment, threads, load) -> float:
+def measure(manifest: Manifest, arguments: argparse.Namespace, rand_augment, threads, load) -> tuple[float, float]:
+    """Images/s, and MiB of the GPU that the process and its CUDA context hold."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     spec = AugmentSpec(160, "bilinear", rand_augment=rand_augment, fp16=device == "cuda")
     size = min(arguments.batch, len(manifest))
@@ -44,8 +45,9 @@ def images_per_second(manifest: Manifest, arguments: argparse.Namespace, rand_au
     if device == "cuda":
         torch.cuda.synchronize()
     seconds = time.perf_counter() - begin
+    free_bytes, total_bytes = torch.cuda.mem_get_info() if device == "cuda" else (0, 0)
     loader.close()
-    return arguments.batches * size / seconds
+    return arguments.batches * size / seconds, (total_bytes - free_bytes) / 2**20
 
 
 def main() -> None:
@@ -64,13 +66,17 @@ def main() -> None:
         *itertools.product((None, "seed", "rand-m9-mstd0.5-inc1"), (4, 8, 16), (None,)),
         *((None, 8, load) for load in (0.0, 0.5, 0.8, 1.0)),
     ]
-    rates: dict[tuple, list[float]] = {setting: [] for setting in settings}
+    measured: dict[tuple, list[tuple[float, float]]] = {setting: [] for setting in settings}
     for setting in settings + settings[::-1]:
-        rates[setting].append(images_per_second(manifest, arguments, *setting))
+        measured[setting].append(measure(manifest, arguments, *setting))
     rows = [
-        {"rand_augment": ra, "threads": threads, "hw_decoder_load": load, "images_per_second": [round(r) for r in rate]}
-        for (ra, threads, load), rate in rates.items()
-    ]
+        {
+            "rand_augment": ra, "threads": threads, "hw_decoder_load": load,
+            "images_per_second": [round(rate) for rate, _ in figures],
+            "gpu_memory_mib": [round(mib) for _, mib in figures],
+        }
+        for (ra, threads, load), figures in measured.items()
+    ]  # fmt: skip
     for row in rows:
         print(row)
     if arguments.json:

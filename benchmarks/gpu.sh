@@ -64,7 +64,7 @@ bench 60 train                --what all   "${one_gpu[@]}" --train.precision "$f
 bench 40 model_bf16           --what model "${one_gpu[@]}" --train.precision bf16
 bench 90 model_fp16_compiled  --what model "${one_gpu[@]}" --train.precision "$fp16" --train.compile "$compile"
 bench 40 model_fp16_resnet50  --what model "${one_gpu[@]}" --train.precision "$fp16" --model.name resnet50
-bench 200 loader_beside_timm  --what loader "${one_gpu[@]}" --train.precision "$fp16" --data.decode "$mixed" --steps "$((steps / 6 + 1))"
+bench 200 loader_beside_timm  --what loader "${one_gpu[@]}" --train.precision "$fp16" --data.decode "$mixed" --steps "$((steps / 6 + 1))" --rounds 3
 
 # The loader alone at many threads, with RandAugment and without, and at the loads of the JPEG engine.
 echo "== decoding"

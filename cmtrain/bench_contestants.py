@@ -38,6 +38,7 @@ class Contestant:
     device: str
     decode: Decode
     cores: int
+    hw_decoder_load: float | None = None
 
 
 def serve(pipe: Connection, contestant: Contestant) -> None:
@@ -102,6 +103,7 @@ def _dali_batches(contestant: Contestant, spec: AugmentSpec | None) -> Counter:
             decode=contestant.decode,
             threads=contestant.cores,
             prefetch_batches=PREFETCH_BATCHES,
+            hw_decoder_load=contestant.hw_decoder_load,
         )
         return (len(batch.labels) for epoch in itertools.count() for batch in loader.epoch(epoch))
     read = file_reader(manifest, contestant.cores)
@@ -113,7 +115,7 @@ def _dali_batches(contestant: Contestant, spec: AugmentSpec | None) -> Counter:
         contestant.cores,
         PREFETCH_BATCHES,
         reads_files=manifest.packed is None,
-        hw_decoder_load=None,
+        hw_decoder_load=contestant.hw_decoder_load,
     )
     pipeline = graphs.decode_graph(lambda: [read(next(upcoming))], run, windows=False)
     return (len(pipeline.run()[0]) for _ in itertools.count())

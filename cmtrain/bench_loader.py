@@ -82,8 +82,9 @@ def bench_loader(config: Config, *, steps: int, rounds: int, packed: str | None,
         if accelerator.device.type == "cuda":
             report["device"] = torch.cuda.get_device_name()
             report["cores"] = threads
+            load = config.data.hw_decoder_load
             report["gpu"] = _race(
-                _contestants(files, shards, "cuda", config.data.decode, threads), works, steps, rounds
+                _contestants(files, shards, "cuda", config.data.decode, threads, load), works, steps, rounds
             )
     _show(report)
     print(json.dumps(report), flush=True)  # noqa: T201
@@ -131,13 +132,15 @@ def _packed_copy(files: Manifest, folder: Path | None) -> Iterator[Manifest | No
         yield Manifest.from_shards(Path(temporary, "train"))
 
 
-def _contestants(files: Manifest, shards: Manifest | None, device: str, decode: Decode, cores: int) -> list[Contestant]:
+def _contestants(
+    files: Manifest, shards: Manifest | None, device: str, decode: Decode, cores: int, load: float | None = None
+) -> list[Contestant]:
     contestants = [
         Contestant("timm", "timm", files, device, "cpu", cores),
-        Contestant("dali", "dali", files, device, decode, cores),
+        Contestant("dali", "dali", files, device, decode, cores, load),
     ]
     if shards is not None:
-        contestants.append(Contestant("dali packed", "dali", shards, device, decode, cores))
+        contestants.append(Contestant("dali packed", "dali", shards, device, decode, cores, load))
     return contestants
 
 

@@ -83,8 +83,21 @@ def scale(image: Node, factor: Node, about_mean: Node) -> Node:
 
 
 def saturate(image: Node, factor: Node) -> Node:
-    """Blend with the grey image."""
-    return fn.saturation(image, saturation=factor)
+    """Blend with the grey image: `factor * image + (1 - factor) * grey`."""
+    if on_gpu(image):
+        return fn.saturation(image, saturation=factor)
+    # Four times as fast there as DALI's matrix of colours, and half as far from Pillow.
+    grey = fn.color_space_conversion(image, image_type=types.RGB, output_type=types.GRAY)
+    grey = fn.color_space_conversion(grey, image_type=types.GRAY, output_type=types.RGB)
+    return fn.cast(_times(image, factor) + _times(grey, 1.0 - factor), dtype=types.UINT8)
+
+
+def _times(image: Node, factor: Node) -> Node:
+    """`factor * image` as int16, less half of what truncates a sum of two such. A shift counts in int16's range."""
+    shift = -_TRUNCATE / 2 / 32767
+    return fn.brightness_contrast(
+        image, contrast=factor, contrast_center=0.0, brightness_shift=shift, dtype=types.INT16
+    )
 
 
 def sharpen(image: Node, kernel: Node) -> Node:
@@ -103,12 +116,16 @@ def equalize(image: Node) -> Node:
 
 def auto_contrast(image: Node) -> Node:
     """Stretches every channel to 0..255; a channel of one value stays as it is."""
-    low = fn.reductions.min(image, axes=[0, 1], keep_dims=True)  # (1, 1, 3)
-    high = fn.reductions.max(image, axes=[0, 1], keep_dims=True)
+    gpu = on_gpu(image)
+    low = fn.reductions.min(image, axes=[0, 1], keep_dims=gpu)  # (3,), on a GPU (1, 1, 3)
+    high = fn.reductions.max(image, axes=[0, 1], keep_dims=gpu)
     flat = high == low
-    gain = 255.0 / (high - low + flat * _level(255))
-    offset = low * (flat ^ True) * gain + _TRUNCATE
-    return fn.cast(image * gain - offset, dtype=types.UINT8)
+    levels = (high - low + flat * _level(255)) / 255.0  # of the image that become one
+    centre = low * (flat ^ True) + _TRUNCATE * levels
+    if gpu:
+        return fn.cast((image - centre) / levels, dtype=types.UINT8)
+    # Twice as fast there as arithmetic that broadcasts, but its mean cannot come from a GPU.
+    return fn.crop_mirror_normalize(image, mean=centre, std=levels, dtype=types.UINT8, output_layout="HWC")
 
 
 def rand_augment_layer(

@@ -38,7 +38,7 @@ LIMITS = {
     "Brightness": (0.01, 1),
     "AutoContrast": (0.01, 1),
     "Contrast": (0.25, 1),
-    "Color": (0.6, 2),
+    "Color": (0.3, 2),
     "Equalize": (0.8, 6),
     "Sharpness": (0.6, 120),
     "Rotate": (0.5, 1),
