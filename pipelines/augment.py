@@ -84,9 +84,7 @@ def scale(image: Node, factor: Node, about_mean: Node) -> Node:
 
 def saturate(image: Node, factor: Node) -> Node:
     """Blend with the grey image: `factor * image + (1 - factor) * grey`."""
-    if on_gpu(image):
-        return fn.saturation(image, saturation=factor)
-    # Four times as fast there as DALI's matrix of colours, and half as far from Pillow.
+    # On a CPU four times as fast as DALI's matrix of colours, and half as far from Pillow.
     grey = fn.color_space_conversion(image, image_type=types.RGB, output_type=types.GRAY)
     grey = fn.color_space_conversion(grey, image_type=types.GRAY, output_type=types.RGB)
     return fn.cast(_times(image, factor) + _times(grey, 1.0 - factor), dtype=types.UINT8)
