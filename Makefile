@@ -12,7 +12,7 @@ LOCK ?= $(if $(filter 12,$(CUDA)),requirements-cuda120.lock,$(if $(filter 11,$(C
 DALI110       := $(VENV)-dali110
 DALI110_NAMES := nvidia-dali-cuda110 dm-tree absl-py attrs wrapt
 SITE          := 'import sysconfig; print(sysconfig.get_path("purelib"))'
-DALI110_TESTS := plan dataset augment graphs loader elastic eval_parity synthetic shards bad_files
+DALI110_TESTS := plan dataset scan_cache augment graphs loader elastic eval_parity synthetic shards bad_files
 
 .PHONY: setup demo test test-dali110 test-nightly check bench lock clean
 

@@ -86,17 +86,18 @@ def split_threads(config: Config, accelerator: Accelerator) -> int:
 
 
 def open_data(config: Config, accelerator: Accelerator) -> Data:
-    """Index both splits. The first process of a host scans and fills the cache; the others read it.
+    """Index both splits. Of the processes that share a cache one looks at the files; the others wait and read it.
 
     Raises:
         DataError: what is missing or unusable.
     """
     data, cache = config.data, cache_folder(config)
+    name = data.root.removeprefix("demo:")
     with accelerator.local_main_process_first():
-        name = data.root.removeprefix("demo:")
         root = demo_folder(name, cache) if name != data.root else Path(data.root)
-        train = _open_split(config, root, data.train_dir, data.train_list, None)
-        val = _open_split(config, root, data.val_dir, data.val_list, train.class_names)
+    # Outside: the others would wait at a barrier, which a first look at a large folder outlasts.
+    train = _open_split(config, root, data.train_dir, data.train_list, None)
+    val = _open_split(config, root, data.val_dir, data.val_list, train.class_names)
     if data.fraction < 1:
         train = train.fraction(data.fraction, config.run.seed)
     return Data(train, val)

@@ -169,10 +169,17 @@ def _data_check(arguments: list[str]) -> int:
     parser.add_argument("--headers-only", action="store_true", help="read headers, do not decode")
     parser.add_argument("--processes", type=_positive, metavar="N", help="default: one per core")
     parser.add_argument("--out", metavar="FILE", help="write the list there instead; training does not look there")
+    parser.add_argument("--cache-dir", metavar="DIR", help="data.cache_dir of the runs, if they have one")
     options = _parse_alone(parser, arguments)
     from cmtrain.data_check import check
 
-    return check(options.root, full=not options.headers_only, processes=options.processes, out=options.out)
+    return check(
+        options.root,
+        full=not options.headers_only,
+        processes=options.processes,
+        out=options.out,
+        cache_dir=options.cache_dir,
+    )
 
 
 def _data_pack(arguments: list[str]) -> int:

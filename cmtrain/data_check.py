@@ -12,7 +12,7 @@ import numpy as np
 from pipelines.check import Judges
 from pipelines.dataset import Manifest
 from pipelines.judge import kind_of
-from pipelines.listing import Listing, list_folder
+from pipelines.listing import Listing, classes_of_folder, list_folder
 from pipelines.progress import tracked
 from pipelines.quarantine import write_list
 from pipelines.spec import DataError
@@ -31,18 +31,20 @@ class Examined:
     seconds: float
 
 
-def check(root: str, *, full: bool, processes: int | None, out: str | None) -> int:
+def check(root: str, *, full: bool, processes: int | None, out: str | None, cache_dir: str | None = None) -> int:
     """Examine the images of `root`, in processes that a hostile file may kill, and list those that cannot be used.
 
     The list is written beside the data, or into the user's cache where the data is read-only; training leaves out what
     it names. That matters most for truncated files: DALI 1.34 decodes them to grey without a word. A check of headers
-    alone writes no list, since training reads all headers itself.
+    alone writes no list, since training reads all headers itself. Either way every header is read, and what the next
+    run remembers of the files is what they are now.
 
     Args:
         root: a folder with train/ and val/, each a tree of class folders, or one such tree.
         full: decode every image, not only its header.
         processes: decode in so many processes; None is one per core.
         out: write the list there instead, for people: training does not look there.
+        cache_dir: data.cache_dir of the runs, where they remember the files.
 
     Returns:
         The process exit code: 0 when every file is good, else 3.
@@ -67,7 +69,7 @@ def check(root: str, *, full: bool, processes: int | None, out: str | None) -> i
             _say(f"{len(reasons):,} bad files are listed in {written}")
     class_names = splits[0].listing.class_names
     for split in splits:
-        _describe(split, class_names)
+        _describe(split, class_names, cache_dir)
     for path, reason in list(reasons.items())[:NUM_SHOWN]:
         _say(f"  {path}: {reason}")
     if len(reasons) > NUM_SHOWN:
@@ -79,7 +81,7 @@ def _list_splits(folder: Path) -> Iterator[Listing]:
     class_names = None
     roots = [folder / name for name in SPLITS if (folder / name).is_dir()] or [folder]
     for root in roots:
-        listing = list_folder(root, class_names)
+        listing = classes_of_folder(list_folder(root), class_names)
         class_names = listing.class_names
         yield listing
 
@@ -93,7 +95,7 @@ def _examine(listing: Listing, judges: Judges) -> Examined:
     return Examined(listing, dict(sorted((listing.bad | found).items())), time.monotonic() - begin)
 
 
-def _describe(split: Examined, class_names: tuple[str, ...]) -> None:
+def _describe(split: Examined, class_names: tuple[str, ...], cache_dir: str | None) -> None:
     listing, num_bad = split.listing, len(split.reasons)
     kinds = Counter(kind_of(reason) for reason in split.reasons.values())
     by_kind = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
@@ -110,7 +112,9 @@ def _describe(split: Examined, class_names: tuple[str, ...]) -> None:
         f"median {np.median(counts):,.0f}"
     )
     try:
-        manifest = Manifest.from_folder(listing.root, class_names=class_names, max_bad_fraction=1.0)
+        manifest = Manifest.from_folder(
+            listing.root, class_names=class_names, cache_dir=cache_dir, max_bad_fraction=1.0, refresh=True
+        )
     except DataError:  # not one image is usable
         return
     _say(f"  fingerprint {manifest.fingerprint}")

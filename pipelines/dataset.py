@@ -20,11 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines import shards
-from pipelines.headers import scan_sizes
-from pipelines.listing import Listing, list_file, list_folder
+from pipelines.headers import Scan
+from pipelines.listing import Listing, classes_of_folder, classes_of_list, list_file, list_folder
 from pipelines.paths import Paths
 from pipelines.plan import sample_keys
-from pipelines.quarantine import user_cache
+from pipelines.quarantine import read_lists, user_cache
+from pipelines.scan_cache import list_digest, remembered
 from pipelines.shards import Slices
 from pipelines.spec import MAX_BAD_FRACTION, DataError
 
@@ -112,21 +113,31 @@ class Manifest:
         cache_dir: Path | str | None = None,
         max_bad_fraction: float = MAX_BAD_FRACTION,
         threads: int | None = None,
+        refresh: bool = False,
     ) -> Manifest:
         """Images below `root/<class>/`, at any depth; hidden files and folders are skipped, links are followed once.
 
         Args:
             root: the folder of one split.
             class_names: those of the training split, for a validation split; None takes the folders' names, sorted.
-            cache_dir: where image sizes are remembered; None is `$XDG_CACHE_HOME/cmtrain`.
+            cache_dir: where the list of images and their sizes are remembered; None is `$XDG_CACHE_HOME/cmtrain`.
             max_bad_fraction: more unusable files than this fraction are an error, fewer are left out (`bad`).
             threads: readers of file headers; None is four per core.
+            refresh: look at every file, whatever is remembered (see `scan_cache` for what is used otherwise).
 
         Raises:
             DataError: no such folder, no classes, an empty class, a class that training does not know, too many bad
                 files.
         """
-        return _manifest(list_folder(Path(root).absolute(), class_names), cache_dir, max_bad_fraction, threads)
+        folder, cache = Path(root).absolute(), Path(cache_dir or user_cache())
+
+        def look() -> Listing:
+            listing = list_folder(folder)
+            classes_of_folder(listing, class_names)  # a wrong class is told before all headers are read
+            return listing
+
+        found = remembered(look, f"{folder}", content="", cache_dir=cache, threads=threads, refresh=refresh)
+        return _manifest(found, classes_of_folder(found.listing, class_names), max_bad_fraction)
 
     @staticmethod
     def from_list(
@@ -137,6 +148,7 @@ class Manifest:
         cache_dir: Path | str | None = None,
         max_bad_fraction: float = MAX_BAD_FRACTION,
         threads: int | None = None,
+        refresh: bool = False,
     ) -> Manifest:
         """Images named in a text file, one `path,label` or `path label` a line, paths relative to `root`.
 
@@ -147,8 +159,18 @@ class Manifest:
             DataError: no such file or folder, a line that cannot be read, a label that training does not know, too
                 many bad files.
         """
-        listing = list_file(Path(path), Path(root).absolute(), class_names)
-        return _manifest(listing, cache_dir, max_bad_fraction, threads)
+        file, folder, cache = Path(path).absolute(), Path(root).absolute(), Path(cache_dir or user_cache())
+
+        def look() -> Listing:
+            listing = list_file(file, folder)
+            classes_of_list(listing, file, class_names)
+            return listing
+
+        content = list_digest(file)
+        found = remembered(
+            look, f"{folder}\0{file}", content=content, cache_dir=cache, threads=threads, refresh=refresh
+        )
+        return _manifest(found, classes_of_list(found.listing, file, class_names), max_bad_fraction)
 
     @staticmethod
     def from_shards(folder: Path | str, *, class_names: Sequence[str] | None = None) -> Manifest:
@@ -171,8 +193,8 @@ class Manifest:
         )
 
 
-def _manifest(listing: Listing, cache_dir: Path | str | None, max_bad_fraction: float, threads: int | None) -> Manifest:
-    sizes, reasons = scan_sizes(listing, Path(cache_dir) if cache_dir is not None else user_cache(), threads)  # (N, 2)
+def _manifest(found: Scan, listing: Listing, max_bad_fraction: float) -> Manifest:
+    sizes, reasons = _without_listed(found)
     if len(reasons) > max_bad_fraction * len(listing) or len(reasons) == len(listing):
         named = "; ".join(f"{listing.paths[place]}: {reasons[place]}" for place in list(reasons)[:3])
         raise DataError(
@@ -189,3 +211,16 @@ def _manifest(listing: Listing, cache_dir: Path | str | None, max_bad_fraction: 
         bad=tuple(BadFile(str(listing.root / listing.paths[place]), reason) for place, reason in reasons.items()),
     )
     return everything.select(np.flatnonzero(sizes[:, 0])) if reasons else everything
+
+
+def _without_listed(found: Scan) -> tuple[NDArray[np.int32], dict[int, str]]:
+    """Sizes and reasons when what `cmtrain data check` listed is unusable, too; its list is read anew every time."""
+    listed = read_lists(found.listing.root)
+    if not listed:
+        return found.sizes, found.reasons
+    entries, reasons = Paths.of(listed).find(found.listing.paths), list(listed.values())
+    places = np.flatnonzero(entries >= 0)
+    sizes = found.sizes.copy()
+    sizes[places] = 0
+    of_listed = {place: reasons[entry] for place, entry in zip(places.tolist(), entries[places].tolist(), strict=True)}
+    return sizes, dict(sorted((of_listed | found.reasons).items()))

@@ -308,6 +308,8 @@ def bad_job(make_job, tmp_path):
         path.write_bytes(b"never an image")
     for path in broken[::2]:
         cut(path)
+    for path in files:  # older than a tick, so that what is garbled below is remembered as it was
+        os.utime(path, (10**9, 10**9))
     Manifest.from_folder(root / "train", cache_dir=tmp_path / "cache", max_bad_fraction=0.1)
     for path in broken[1::2]:
         garble(path)

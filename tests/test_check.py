@@ -8,15 +8,16 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, write_tree
-from hostile_images import encoded, write_bad, write_good
+from hostile_images import PHOTO, encoded, write_bad, write_good
 
 from cmtrain.data_check import check
 from pipelines import check as pipelines_check
-from pipelines import judge
+from pipelines import headers, judge, scan_cache
 from pipelines.check import Judges
 from pipelines.dataset import Manifest
 from pipelines.quarantine import NAME, read_lists
@@ -103,6 +104,27 @@ def test_training_leaves_out_what_the_check_found(data):
         Manifest.from_folder(data / "train", max_bad_fraction=0.001)
     (data / NAME).write_text("")
     assert paths_of(Manifest.from_folder(data / "train")) == paths_of(before)
+
+
+def test_the_check_looks_at_everything_and_runs_remember_what_it_saw(data, tmp_path, monkeypatch):
+    """A file overwritten in place, of which runs see a sample only."""
+    monkeypatch.setattr(headers, "TICK_NS", 0)
+    monkeypatch.setattr(scan_cache, "NUM_SAMPLED", 1)
+    path, runs = data / "train" / "b" / "good.jpg", tmp_path / "runs"
+
+    def size_of() -> tuple[int, int]:
+        time.sleep(0.02)
+        manifest = Manifest.from_folder(data / "train", cache_dir=runs)
+        place = list(manifest.paths).index("b/good.jpg")
+        return manifest.heights[place], manifest.widths[place]
+
+    assert size_of() == (375, 500)
+    info = path.stat()
+    path.write_bytes(encoded(PHOTO.resize((20, 10))).ljust(info.st_size, b"\0"))
+    os.utime(path, ns=(info.st_atime_ns, info.st_mtime_ns))
+    assert size_of() == (375, 500)
+    assert check(str(data), full=False, processes=1, out=None, cache_dir=str(runs)) == 0
+    assert size_of() == (10, 20)
 
 
 def test_a_class_tree_of_its_own(data):

@@ -125,6 +125,7 @@ def test_sizes_are_those_of_the_stored_image_not_of_the_rotated_one(tmp_path, ca
 
 
 def test_the_second_scan_opens_no_file_and_a_changed_file_is_scanned_again(tmp_path, cache, monkeypatch):
+    monkeypatch.setattr(headers, "TICK_NS", 0)  # these files are no older than a tick
     root = write_folder(tmp_path / "in", 12)
     first = Manifest.from_folder(root, cache_dir=cache)
     opened = []
@@ -139,16 +140,7 @@ def test_the_second_scan_opens_no_file_and_a_changed_file_is_scanned_again(tmp_p
         third = Manifest.from_folder(root, cache_dir=cache)
         assert (third.heights[0], third.widths[0]) == (height, 9)
         assert third.fingerprint != first.fingerprint
-    assert len(opened) == 24
-
-
-def test_a_damaged_cache_is_scanned_again(tmp_path, cache):
-    root = write_folder(tmp_path / "in", 6)
-    first = Manifest.from_folder(root, cache_dir=cache)
-    (cache_file,) = cache.iterdir()
-    cache_file.write_bytes(cache_file.read_bytes()[:100])
-    assert Manifest.from_folder(root, cache_dir=cache).fingerprint == first.fingerprint
-    assert Manifest.from_folder(root, cache_dir=cache).fingerprint == first.fingerprint
+    assert len(opened) == 2
 
 
 def test_a_cache_that_cannot_be_written_costs_a_warning(tmp_path):
@@ -161,7 +153,7 @@ def test_a_cache_that_cannot_be_written_costs_a_warning(tmp_path):
 def test_the_cache_is_the_users_by_default(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     Manifest.from_folder(write_folder(tmp_path / "in", 3))
-    assert len(list((tmp_path / "xdg" / "cmtrain").glob("sizes-*.npz"))) == 1
+    assert len(list((tmp_path / "xdg" / "cmtrain").glob("files-*.npz"))) == 1
 
 
 @pytest.mark.parametrize("make", ["missing", "empty", "only files", "empty class"])
@@ -267,7 +259,10 @@ def test_paths_survive_their_buffer():
 
 SCALE = """
 import resource, sys, time
+from pipelines import headers
 from pipelines.dataset import Manifest
+
+headers.TICK_NS = 0  # the files are no older than a tick
 
 def peak_mb():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -296,9 +291,9 @@ def test_a_million_files_take_seconds_and_little_memory(tmp_path, cache, num_cla
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     num_files, first, second, memory_mb = map(float, done.stdout.split())
     assert num_files == num_classes * files_per_class
-    # Ceilings for 1.28 million files and in proportion: 300 MB, 10 s when sizes are known, 4,000 headers a second.
+    # Ceilings for 1.28 million files and in proportion: 300 MB, 4,000 headers a second, then 1 s from the cache.
     share = num_files / 1_281_000
     assert memory_mb < 10 + 300 * share
     if share > 0.5:  # nightly: a busy machine must not fail the short one
-        assert second < 1 + 10 * share
-        assert first - second < 2 + num_files / 4000
+        assert second < 1
+        assert first < 12 + num_files / 4000
