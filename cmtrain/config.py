@@ -207,7 +207,10 @@ class Checkpoint(_Section):
     every_steps: Count | None = Field(
         default=None, description="optimizer steps between two more checkpoints; null: none"
     )
-    keep: Count = Field(default=3, description="newest checkpoints kept, beside the best one")
+    keep: Count = Field(default=3, description="newest checkpoints kept, beside the best one and the milestones")
+    milestone_every_epochs: Count | None = Field(
+        default=None, description="epochs between two checkpoints that are kept for ever; null: none"
+    )
 
 
 class Evaluate(_Section):

@@ -8,11 +8,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from cmtrain.checkpoint import Loaded, save_checkpoint
+from cmtrain.checkpoint import Loaded
 from cmtrain.console import Console, duration
 from cmtrain.evaluate import Evaluation
+from cmtrain.final_gate import Verdict
 from cmtrain.metrics import StepReport, TrainMetrics, serve
 from cmtrain.run_folder import RunFolder
+from cmtrain.writer import PATIENCE_SECONDS, CheckpointWriter, Outcome
 from pipelines.dataset import BadFile
 from pipelines.judge import kind_of
 from pipelines.preview import contact_sheet
@@ -80,6 +82,8 @@ class Journal:
             except OSError as error:
                 self.console.line(f"no metrics: {error}")
         self.folder = RunFolder(path) if rank == 0 else None
+        self.writer = CheckpointWriter(path / "checkpoints")
+        self.unsaved = ""  # why the state that the run ends with has no checkpoint
         self.best_top1, self.best_step = 0.0, -1
         self.bad_paths: set[str] = set()
         self.train_loss = math.nan
@@ -158,6 +162,10 @@ class Journal:
         self.window_seconds += seconds
         self.window_waited += waited
         self.console.advance(step)
+        self._tell_saves()
+        if self.folder and self.folder.trouble:
+            self.console.line(f"step {step}: the run folder misses a record, training goes on: {self.folder.trouble}")
+            self.folder.trouble = ""
 
     def log(self, report: StepReport) -> None:
         """At every log point."""
@@ -225,32 +233,59 @@ class Journal:
         self.console.line(f"step {step}: back to a good state, learning rate x {lr_factor:g} for a while; {cause}")
         self.clock.lap()
 
-    def save(self, state: dict[str, Any], step: int, meta: dict[str, Any], *, keep: int) -> None:
-        """Publish a checkpoint, on rank 0. A failure (a full disk) is told and counted, and does not end the run."""
+    def save(
+        self, state: dict[str, Any], step: int, meta: dict[str, Any], verdict: Verdict, *, keep: int, last: bool
+    ) -> None:
+        """Have a checkpoint written, on rank 0, if `verdict` allows it; the `last` one is there when this returns.
+
+        A failure (a full disk) is told and counted, and does not end the run.
+        """
+        begin = time.perf_counter()
+        if verdict.healed:
+            self.metrics.one(self.metrics.nonfinite, "ema", "heal").inc()
+            self.event("ema_healed", step=step, tensors=list(verdict.healed))
+            self.console.line(f"step {step}: EMA not finite, taken from the model anew: {_named(verdict.healed)}")
         if self.folder:
-            begin = time.perf_counter()
-            meta = meta | {
-                "best_top1": self.best_top1,
-                "best_step": self.best_step,
-                "report": asdict(self.metrics.reported),
-            }
-            try:
-                path = save_checkpoint(self.folder.checkpoints, step, state, meta, keep=keep)
-            except (OSError, RuntimeError) as error:
-                self.metrics.one(self.metrics.checkpoint_failures).inc()
-                self.event("checkpoint_failed", step=step, error=str(error))
-                self.console.line(f"checkpoint at step {step} failed, training goes on: {error}")
+            if verdict.bad:
+                error = f"the model is not finite: {_named(verdict.bad)}"
+                self._save_ended(Outcome(step, None, 0.0, error))
             else:
-                seconds = time.perf_counter() - begin
-                self.metrics.one(self.metrics.checkpoint_seconds).observe(seconds)
-                self.metrics.one(self.metrics.checkpoint_timestamp).set(time.time())
-                self.event("checkpoint", step=step, path=str(path), seconds=round(seconds, 3))
-                self.folder.status(resume_from=str(path))
+                meta = meta | {
+                    "best_top1": self.best_top1,
+                    "best_step": self.best_step,
+                    "report": asdict(self.metrics.reported),
+                }
+                self.writer.save(step, state, meta, keep=keep, last=last)
+                self._tell_saves()
+        self.metrics.one(self.metrics.checkpoint_wait_seconds).inc(time.perf_counter() - begin)
         self.clock.lap()
+
+    def _tell_saves(self) -> None:
+        for outcome in self.writer.take_outcomes():
+            self._save_ended(outcome)
+
+    def _save_ended(self, outcome: Outcome) -> None:
+        metrics, step = self.metrics, outcome.step
+        self.unsaved = "" if outcome.path else outcome.error
+        if outcome.path is None:
+            metrics.one(metrics.checkpoint_failures).inc()
+            self.event("checkpoint_failed", step=step, error=outcome.error)
+            self.console.line(f"checkpoint at step {step} failed, older ones are untouched: {outcome.error}")
+            return
+        metrics.one(metrics.checkpoint_seconds).observe(outcome.seconds)
+        metrics.one(metrics.checkpoint_timestamp).set(time.time())
+        self.event("checkpoint", step=step, path=str(outcome.path), seconds=round(outcome.seconds, 3))
+        if self.folder:
+            self.folder.status(resume_from=str(outcome.path))
+        if outcome.error:
+            self.event("checkpoints_not_dropped", error=outcome.error)
+            self.console.line(f"checkpoints that are no longer needed could not be deleted: {outcome.error}")
 
     def finish(self, state: str, *, exit_code: int, reason: str, results: dict[str, Evaluation] | None = None) -> None:
         """The last word: status.json, and for a finished run one JSON line on stdout."""
         self.console.stop()
+        self.writer.wait(PATIENCE_SECONDS)
+        self._tell_saves()
         if self.folder:
             result = self._result(state, results) if results else None
             self.folder.status(state=state, exit_code=exit_code, reason=reason, result=result)
@@ -280,6 +315,11 @@ class Journal:
             "metrics_url": self.metrics_url,
             "augmented": str(self.path / SAMPLE_NAME),
         }
+
+
+def _named(tensors: Sequence[str]) -> str:
+    more = f" and {len(tensors) - 1} more tensors" if len(tensors) > 1 else ""
+    return f"{tensors[0]}{more}"
 
 
 def _finite(value: Any) -> Any:

@@ -69,6 +69,9 @@ class TrainMetrics:
         self.eval_loss = self._make(Gauge, "eval_loss", "Cross entropy on the validation set (nats).", "weights")
         self.best_accuracy = self._make(Gauge, "eval_best_accuracy_ratio", "Best top-1 of the run so far.")
         self.checkpoint_seconds = self._make(Histogram, "checkpoint_duration_seconds", "Time to publish a checkpoint.")
+        self.checkpoint_wait_seconds = self._make(
+            Counter, "checkpoint_wait_seconds", "Time training stood still for checkpoints."
+        )
         self.checkpoint_failures = self._make(Counter, "checkpoint_failures", "Checkpoints that could not be written.")
         self.checkpoint_timestamp = self._make(
             Gauge, "checkpoint_last_success_timestamp_seconds", "Unix time of the last published checkpoint."
@@ -83,7 +86,7 @@ class TrainMetrics:
             self.steps.labels(self.run, self.rank, result)
         for kind in KINDS:
             self.decode_errors.labels(self.run, self.rank, kind)
-        for where, action in (("gradient", "skip"), ("batchnorm", "restore")):
+        for where, action in (("gradient", "skip"), ("batchnorm", "restore"), ("ema", "heal")):
             self.nonfinite.labels(self.run, self.rank, where, action)
         self.one(self.start_timestamp).set(time.time())
         self.reported = StepReport(0, 0, 0.0, 0.0, 0.0, 1.0, 0, 0, 0)

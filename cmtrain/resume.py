@@ -5,10 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from torch import Tensor
 
-from cmtrain.checkpoint import CheckpointError, Loaded, checkpoint_steps, load_checkpoint, load_newest
+from cmtrain.checkpoint import Loaded, checkpoint_steps, load_checkpoint, load_newest
 from cmtrain.config import Config
 from cmtrain.errors import ConfigError
+from cmtrain.learner import Learner
+from cmtrain.metrics import StepReport
+from cmtrain.run_lock import RunLock
+from cmtrain.state_file import CheckpointError
 from pipelines.spec import DataError
 
 # What may differ between the run that wrote a checkpoint and the run that goes on from it without changing what is
@@ -29,11 +34,11 @@ class Start:
     notes: tuple[str, ...] = ()
 
 
-def choose_start(run_path: Path, resume: str, config: Config, fingerprint: str, *, is_main: bool) -> Start:
-    """Decide on rank 0, and make every rank start from the same checkpoint.
+def choose_start(lock: RunLock, resume: str, config: Config, fingerprint: str, *, is_main: bool) -> Start:
+    """Decide on rank 0, which takes the `lock`, and make every rank start from the same checkpoint.
 
     Args:
-        run_path: the run folder, which need not exist.
+        lock: of the run folder, which need not exist; not taken yet.
         resume: `auto` (newest checkpoint of the run folder, else from scratch), `never` (from scratch; refused if
             there are checkpoints), `force` (as auto, but configuration and data may have changed), or the path of a
             checkpoint or run folder to go on from.
@@ -41,12 +46,13 @@ def choose_start(run_path: Path, resume: str, config: Config, fingerprint: str, 
 
     Raises:
         ConfigError: the checkpoint belongs to another configuration or to other data, or `never` would mix two runs.
-        DataError: no usable checkpoint where there should be one.
+        DataError: no usable checkpoint where there should be one, or another trainer is at work in the run folder.
     """
     start, error = Start(), None
     if is_main:
         try:
-            start = _choose(run_path, resume, config, fingerprint)
+            lock.acquire()
+            start = _choose(lock.folder, resume, config, fingerprint)
         except (ConfigError, DataError) as raised:
             error = raised
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
@@ -69,13 +75,18 @@ def _choose(run_path: Path, resume: str, config: Config, fingerprint: str) -> St
         return Start()
     try:
         loaded = load_newest(checkpoints)
-        if resume not in ("auto", "force") and loaded is None:
-            loaded = _load_from(Path(resume))
     except CheckpointError as error:
-        raise DataError(f"{error}; move the folder away to start from scratch") from error
+        raise DataError(f"{error}; to start from scratch all the same, use --resume never") from error
+    except OSError as error:
+        raise DataError(f"{checkpoints}: {error}") from error
+    if resume not in ("auto", "force") and loaded is None:
+        try:
+            loaded = find_checkpoint(Path(resume))
+        except (CheckpointError, OSError) as error:
+            raise DataError(f"--resume {resume}: {error}") from error
     if loaded is None:
         return Start()
-    changes = _changes(loaded.meta, config, fingerprint)
+    changes = recipe_changes(loaded, config, fingerprint)
     if changes and resume != "force":
         raise ConfigError(
             f"{loaded.path} was made with another recipe: {'; '.join(changes)}; "
@@ -85,27 +96,86 @@ def _choose(run_path: Path, resume: str, config: Config, fingerprint: str) -> St
     return Start(loaded.state["progress"]["step"], replace(loaded, rejected=()), tuple(notes))
 
 
-def _load_from(path: Path) -> Loaded:
-    loaded = load_newest(path / "checkpoints") if (path / "checkpoints").is_dir() else load_checkpoint(path)
+def find_checkpoint(path: Path) -> Loaded:
+    """Load the checkpoint folder `path`, or the newest usable checkpoint of the run folder `path`; changes neither.
+
+    Raises:
+        CheckpointError: there is none. OSError: the machine cannot read it.
+    """
+    run = (path / "checkpoints").is_dir()
+    loaded = load_newest(path / "checkpoints", set_aside=False) if run else load_checkpoint(path)
     if loaded is None:
-        raise CheckpointError(f"--resume {path}: no checkpoint there")
+        raise CheckpointError(f"{path}: no checkpoint there")
     return loaded
 
 
 def _load(path: Path) -> Loaded:
     try:
         return load_checkpoint(path)
-    except CheckpointError as error:
+    except (CheckpointError, OSError) as error:
         raise DataError(f"{error}; run.dir must be on a file system that all nodes share") from error
 
 
-def _changes(meta: dict[str, Any], config: Config, fingerprint: str) -> list[str]:
-    """What differs from the recipe and data of a checkpoint, one `key: old -> new` each."""
-    old, new = _recipe(meta["config"]), _recipe(config.model_dump(mode="json"))
+def recipe_changes(loaded: Loaded, config: Config, fingerprint: str) -> list[str]:
+    """What differs from the recipe and data of a checkpoint, one `key: old -> new` each.
+
+    Raises:
+        DataError: a verified checkpoint that is none of a run of ours.
+    """
+    meta = loaded.meta
+    try:
+        old, new = _recipe(meta["config"]), _recipe(config.model_dump(mode="json"))
+        same_data = meta["fingerprint"] == fingerprint
+        StepReport(**meta["report"])
+        if not {"best_top1", "best_step"} <= meta.keys() or not loaded.state["progress"]["step"] >= 0:
+            raise ValueError("best_top1, best_step or the step is missing")
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise DataError(f"{loaded.path}: no checkpoint of a run: {type(error).__name__}: {error}") from error
     changes = [f"{key}: {old.get(key)} -> {new.get(key)}" for key in sorted(old | new) if old.get(key) != new.get(key)]
-    if meta["fingerprint"] != fingerprint:
-        changes.append("the training images (fingerprint) changed")
-    return changes
+    return changes if same_data else [*changes, "the training images (fingerprint) changed"]
+
+
+def restore(learner: Learner, checkpoint: Loaded) -> None:
+    """Load `checkpoint`, which `--resume force` may have chosen for another model.
+
+    Raises:
+        ConfigError: it does not fit; the first tensor that does not is named.
+    """
+    state = checkpoint.state
+    problem = _misfit(learner, state)
+    if problem is None:
+        try:
+            learner.load_state_dict(state)
+        except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+            problem = f"{type(error).__name__}: {error}".splitlines()[0]
+    if problem is not None:
+        raise ConfigError(f"{checkpoint.path} does not fit this model: {problem}")
+
+
+def _misfit(learner: Learner, state: dict[str, Any]) -> str | None:
+    """The first tensor of `state` that `learner` has no place for; torch looks at neither of the optimizer's shapes."""
+    for weights, module in learner.weights.items():
+        saved, wanted = state.get(weights), module.state_dict()
+        if not isinstance(saved, dict):
+            return f"it has no {weights} weights"
+        for name in [*wanted, *saved]:
+            mine, its = wanted.get(name), saved.get(name)
+            if not isinstance(mine, Tensor) or not isinstance(its, Tensor) or mine.shape != its.shape:
+                return f"{weights} {name} is {_shape(its)} in the checkpoint and {_shape(mine)} in the model"
+    try:
+        parameters = [p for group in learner.optimizer.param_groups for p in group["params"]]
+        for index, values in state["optimizer"]["state"].items():
+            for name, value in values.items():
+                if isinstance(value, Tensor) and value.shape not in ((), parameters[index].shape):
+                    shape = tuple(parameters[index].shape)
+                    return f"optimizer {name} {index} is {_shape(value)} and its parameter {shape}"
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        return f"its optimizer state is not one: {type(error).__name__}: {error}"
+    return None
+
+
+def _shape(value: Any) -> str:
+    return str(tuple(value.shape)) if isinstance(value, Tensor) else "missing"
 
 
 def _recipe(config: dict[str, Any]) -> dict[str, Any]:

@@ -9,9 +9,11 @@ checkpoints/   see checkpoint.py
 """
 
 import csv
+import io
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,36 +24,38 @@ SUMMARY_COLUMNS = (
 
 
 class RunFolder:
-    """Writes one run's files. Made on rank 0 only."""
+    """Writes one run's files. Made on rank 0 only.
+
+    A write that fails after `path` was made (a full disk) does not end the run: `trouble` says why the latest one did.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.checkpoints = path / "checkpoints"
+        self.trouble = ""
         self._status: dict[str, Any] = read_status(path) or {}
         path.mkdir(parents=True, exist_ok=True)
 
     def write_config(self, text: str) -> None:
-        _replace(self.path / "config.yaml", text)
+        self._try(_replace, "config.yaml", text)
 
     def status(self, **fields: Any) -> None:
         """Merge `fields` into status.json, atomically."""
         self._status |= fields | {"updated": time.time(), "pid": os.getpid()}
-        _replace(self.path / "status.json", json.dumps(self._status, indent=1) + "\n")
+        self._try(_replace, "status.json", json.dumps(self._status, indent=1) + "\n")
 
     def event(self, kind: str, /, **fields: Any) -> None:
-        _append(self.path / "events.jsonl", {"time": time.time(), "event": kind} | fields)
+        self._try(_append, "events.jsonl", json.dumps({"time": time.time(), "event": kind} | fields) + "\n")
 
     def log(self, record: dict[str, Any]) -> None:
-        _append(self.path / "log.jsonl", record)
+        self._try(_append, "log.jsonl", json.dumps(record) + "\n")
 
     def summary(self, row: dict[str, Any]) -> None:
-        path = self.path / "summary.csv"
-        new = not path.exists()
-        with open(path, "a", newline="") as file:
-            writer = csv.DictWriter(file, SUMMARY_COLUMNS, restval="")
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, SUMMARY_COLUMNS, restval="")
+        if not (self.path / "summary.csv").exists():
+            writer.writeheader()
+        writer.writerow(row)
+        self._try(_append, "summary.csv", text.getvalue())
 
     def rewind(self, step: int) -> None:
         """Forget log records and summary rows after `step`: the steps that a resumed run is about to do again."""
@@ -65,12 +69,18 @@ class RunFolder:
             kept = [row for row in rows if int(row.split(",")[1]) <= step]
             _replace(summary, "".join(f"{line}\n" for line in [header, *kept]))
 
+    def _try(self, write: Callable[[Path, str], None], name: str, text: str) -> None:
+        try:
+            write(self.path / name, text)
+        except OSError as error:
+            self.trouble = f"{name}: {error.strerror}"
+
 
 def read_status(path: Path) -> dict[str, Any] | None:
-    """status.json of the run folder `path`, or None."""
+    """status.json of the run folder `path`, or None: there is none, or a power failure left an empty file of it."""
     try:
         return json.loads((path / "status.json").read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):
         return None
 
 
@@ -82,12 +92,24 @@ def _step_of(line: str) -> float:
         return float("inf")
 
 
-def _append(path: Path, record: dict[str, Any]) -> None:
-    with open(path, "a") as file:
-        file.write(json.dumps(record) + "\n")
+def _append(path: Path, text: str) -> None:
+    """Append all of `text` or nothing: half a line would spoil the next one, too."""
+    rest = text.encode()
+    with open(path, "ab", buffering=0) as file:
+        end = file.tell()
+        try:
+            while rest:
+                rest = rest[file.write(rest) :]
+        except OSError:
+            file.truncate(end)
+            raise
 
 
 def _replace(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    temporary.replace(path)
+    try:
+        temporary.write_text(text)
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -2,6 +2,7 @@
 
 import platform
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from signal import SIGINT
 from typing import Any
@@ -10,16 +11,16 @@ import torch
 from accelerate import Accelerator
 
 from cmtrain import __version__, build
-from cmtrain.checkpoint import Loaded
 from cmtrain.config import Config, to_yaml
-from cmtrain.errors import ConfigError
 from cmtrain.evaluate import Evaluation, evaluate
+from cmtrain.final_gate import Verdict, inspect
 from cmtrain.journal import Journal
 from cmtrain.launch import StopRequest, agree_on, gather_lists, leave_together
 from cmtrain.learner import Learner
 from cmtrain.metrics import StepReport
 from cmtrain.recovery import Recovery, first_nonfinite
-from cmtrain.resume import choose_start
+from cmtrain.resume import choose_start, restore
+from cmtrain.run_lock import RunLock
 from cmtrain.schedule import Schedule
 from pipelines.loader import DaliLoader
 from pipelines.spec import Batch, DataError, Loader
@@ -41,6 +42,13 @@ def train(config: Config, *, resume: str = "auto", max_steps: int | None = None)
     Raises:
         ConfigError, DataError: before anything was written.
     """
+    lock = RunLock(Path(config.run.dir) / str(config.run.name))
+    with closing(lock):
+        return run(config, lock, resume, max_steps)
+
+
+def run(config: Config, lock: RunLock, resume: str, max_steps: int | None) -> int:
+    """`train`, in the run folder that `lock` guards."""
     accelerator = build.make_accelerator(config.train.precision)
 
     # Data, arithmetic, model, checkpoint: whatever can be wrong is found before anything is written.
@@ -49,8 +57,7 @@ def train(config: Config, *, resume: str = "auto", max_steps: int | None = None)
     schedule = build.plan_steps(config, len(data.train), accelerator.num_processes)
     num_classes = build.num_classes_of(config, data.train)
     model = build.make_model(config, num_classes, accelerator.device)
-    run_path = Path(config.run.dir) / str(config.run.name)
-    start = choose_start(run_path, resume, config, data.train.fingerprint, is_main=accelerator.is_main_process)
+    start = choose_start(lock, resume, config, data.train.fingerprint, is_main=accelerator.is_main_process)
     last_step = min(schedule.total_steps, max_steps or schedule.total_steps)
 
     # The loaders are not prepared by accelerate: order, sharding and every random draw are the plan's.
@@ -59,7 +66,7 @@ def train(config: Config, *, resume: str = "auto", max_steps: int | None = None)
     learner = build.make_learner(config, model, schedule, num_classes, accelerator)
     if start.checkpoint:
         restore(learner, start.checkpoint)
-    journal = open_journal(config, run_path, accelerator, schedule, start.step, last_step)
+    journal = open_journal(config, lock.folder, accelerator, schedule, start.step, last_step)
     journal.start(to_yaml(config), facts_of(config, accelerator), start.checkpoint, start.notes)
     journal.left_out(data.train.bad + data.val.bad)
 
@@ -99,7 +106,10 @@ def train(config: Config, *, resume: str = "auto", max_steps: int | None = None)
                 state = learner.state_dict() | {"recovery": recovery.state_dict()}
                 state |= {"progress": progress_at(done, schedule)}
                 meta = meta_of(config, data.train.fingerprint, schedule, accelerator)
-                journal.save(state, done, meta, keep=config.checkpoint.keep)
+                meta["milestone"] = is_milestone(done, config, schedule)
+                verdict = inspect(**learner.weights) if config.guard.enabled else Verdict()
+                last = final or received > 0
+                journal.save(state, done, meta, verdict, keep=config.checkpoint.keep, last=last)
             if received:
                 break
 
@@ -115,23 +125,17 @@ def train(config: Config, *, resume: str = "auto", max_steps: int | None = None)
 
     if received:
         code = EXIT_INTERRUPTED if received == SIGINT else EXIT_PREEMPTED
-        journal.finish("preempted", exit_code=code, reason=f"signal {received}; the same command resumes")
+        journal.finish("preempted", exit_code=code, reason=preemption_reason(received, journal.unsaved))
     elif diverged:
         code = EXIT_DIVERGED
         journal.finish("diverged", exit_code=code, reason=f"{diverged}; lower optim.lr or set optim.clip_grad")
     else:
         code, reason = judge(config, results, whole=last_step == schedule.total_steps)
+        if journal.unsaved:
+            code, reason = EXIT_DATA, f"{reason}, but its checkpoint is missing: {journal.unsaved}"
         journal.finish("finished", exit_code=code, reason=reason, results=results)
     leave_together()
     return code
-
-
-def restore(learner: Learner, checkpoint: Loaded) -> None:
-    """Load `checkpoint`, which `--resume force` may have chosen for another model."""
-    try:
-        learner.load_state_dict(checkpoint.state)
-    except (KeyError, RuntimeError, ValueError) as error:
-        raise ConfigError(f"{checkpoint.path} does not fit this model: {str(error).splitlines()[0]}") from error
 
 
 def batches_from(step: int, loader: Loader, schedule: Schedule) -> Iterator[Batch]:
@@ -185,7 +189,14 @@ def evaluate_weights(
 
 def saves_at(done: int, config: Config, schedule: Schedule) -> bool:
     every_steps = config.checkpoint.every_steps
-    return schedule.ends_epochs(done, config.checkpoint.every_epochs) or bool(every_steps and done % every_steps == 0)
+    if is_milestone(done, config, schedule) or (every_steps and done % every_steps == 0):
+        return True
+    return schedule.ends_epochs(done, config.checkpoint.every_epochs)
+
+
+def is_milestone(done: int, config: Config, schedule: Schedule) -> bool:
+    every_epochs = config.checkpoint.milestone_every_epochs
+    return every_epochs is not None and schedule.ends_epochs(done, every_epochs)
 
 
 def progress_at(done: int, schedule: Schedule) -> dict[str, int]:
@@ -228,6 +239,11 @@ def open_journal(
         epochs=schedule.total_epochs,
         address=(metrics.host, metrics.port + accelerator.local_process_index) if metrics.enabled else None,
     )
+
+
+def preemption_reason(signal: int, unsaved: str) -> str:
+    where = f" from an older checkpoint, since this one failed: {unsaved}" if unsaved else ""
+    return f"signal {signal}; the same command resumes{where}"
 
 
 def exit_code_of(error: BaseException) -> int:

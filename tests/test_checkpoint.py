@@ -6,13 +6,17 @@ import resource
 import pytest
 import torch
 
-from cmtrain.checkpoint import CheckpointError, checkpoint_steps, load_checkpoint, load_newest, save_checkpoint
+from cmtrain.checkpoint import checkpoint_steps, load_checkpoint, load_newest, save_checkpoint
+from cmtrain.retention import drop_old, remove_leftovers
+from cmtrain.state_file import CheckpointError
 
 STATE = {"model": {"weight": torch.arange(6.0)}, "progress": {"step": 1}}
 
 
 def save(root, step, *, keep=3, best=None):
-    return save_checkpoint(root, step, STATE | {"progress": {"step": step}}, {"best_step": best}, keep=keep)
+    path = save_checkpoint(root, step, STATE | {"progress": {"step": step}}, {"best_step": best})
+    drop_old(root, keep)
+    return path
 
 
 def flip(path):
@@ -80,7 +84,7 @@ def test_a_full_disk_leaves_nothing_half_written_and_the_next_save_works(tmp_pat
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
     try:
         with pytest.raises((OSError, RuntimeError)):
-            save_checkpoint(tmp_path, 2, {"big": torch.zeros(10000)}, {}, keep=3)
+            save_checkpoint(tmp_path, 2, {"big": torch.zeros(10000)}, {})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, previous)
@@ -95,7 +99,7 @@ def test_what_a_killed_writer_left_is_removed_and_never_loaded(tmp_path):
     half.mkdir()
     (half / "state.pt").write_bytes(b"half")
     assert load_newest(tmp_path).state["progress"] == {"step": 1}
-    save(tmp_path, 3)
+    remove_leftovers(tmp_path)
     assert not half.exists()
 
 
@@ -106,7 +110,7 @@ def test_a_hostile_checkpoint_does_not_run_code(tmp_path):
         def __reduce__(self):
             return os.system, (f"touch {canary}",)
 
-    path = save_checkpoint(tmp_path / "checkpoints", 1, {"model": Evil()}, {}, keep=1)
+    path = save_checkpoint(tmp_path / "checkpoints", 1, {"model": Evil()}, {})
     with pytest.raises(CheckpointError, match="step-000000001"):
         load_checkpoint(path)
     assert not canary.exists()
