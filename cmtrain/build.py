@@ -18,10 +18,11 @@ from torch import nn
 from cmtrain.config import Config
 from cmtrain.demo_data import demo_folder
 from cmtrain.errors import ConfigError
-from cmtrain.launch import cores_per_process
+from cmtrain.launch import control_group, cores_per_process, set_torch_defaults
 from cmtrain.learner import Learner
 from cmtrain.mixing import MixSpec
 from cmtrain.optim import make_optimizer
+from cmtrain.preflight import check_ranks
 from cmtrain.recovery import Recovery
 from cmtrain.schedule import Schedule, make_schedule
 from pipelines.dataset import Manifest
@@ -43,8 +44,28 @@ class Data:
     val: Manifest
 
 
-def make_accelerator(precision: str) -> Accelerator:
+def join_ranks(config: Config, run_path: Path) -> tuple[Accelerator, Any, list[str]]:
+    """Join the other ranks, if a launcher started several, and see that they fit together.
+
+    Returns:
+        The accelerator, a group of all ranks for what the host has to say (None for a single process), and warnings.
+
+    Raises:
+        ConfigError: fp16 without a GPU.
+        DataError: what does not fit; see preflight.check_ranks.
+    """
+    timeout_seconds = config.train.collective_timeout_seconds
+    set_torch_defaults(run_path)
+    accelerator = make_accelerator(config.train.precision, timeout_seconds)
+    control = control_group(accelerator.num_processes, timeout_seconds)
+    return accelerator, control, check_ranks(control, config, run_path)
+
+
+def make_accelerator(precision: str, collective_timeout_seconds: float = 600.0) -> Accelerator:
     """Join the process group, if a launcher made one, and pick the device.
+
+    Args:
+        collective_timeout_seconds: after which ranks that wait for one another give up.
 
     Raises:
         ConfigError: fp16 without a GPU.
@@ -57,7 +78,7 @@ def make_accelerator(precision: str) -> Accelerator:
     # Statistics are averaged when they are needed (evaluate.average_running_statistics), not at every forward.
     handlers: list[Any] = [DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)]
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # accelerate takes a backend as proof of a launcher
-        timeout = datetime.timedelta(minutes=10)
+        timeout = datetime.timedelta(seconds=collective_timeout_seconds)
         handlers.append(InitProcessGroupKwargs(backend="nccl" if cuda else "gloo", timeout=timeout))
     return Accelerator(mixed_precision=MIXED_PRECISION[precision], cpu=not cuda, kwargs_handlers=handlers)
 

@@ -6,15 +6,17 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from cmtrain import __version__
 from cmtrain.config import Config, config_schema, to_yaml
 from cmtrain.config_file import Resolved, load_config
-from cmtrain.errors import ConfigError
+from cmtrain.errors import EXIT_CONFIG, EXIT_DATA, EXIT_DONE, EXIT_INTERRUPTED, ConfigError
+from cmtrain.parent import run_ranks, visible_gpus
+from cmtrain.rank import PARENT, is_started_by_launcher, run_as_rank
+from cmtrain.run_folder import read_finished
 from cmtrain.schedule import split_batch
 from pipelines.spec import DataError
-
-EXIT_OK, EXIT_CONFIG, EXIT_DATA, EXIT_INTERRUPTED = 0, 2, 3, 130
 
 HELP = """\
 usage: cmtrain [train] --config FILE [options] [--SECTION.KEY VALUE ...]
@@ -39,6 +41,8 @@ main options (cmtrain VERB --help lists those of a verb):
   --resume WHAT         auto (default): go on from the run folder's newest checkpoint, if there is one; never; force:
                         also where the recipe has changed; or the path of a checkpoint or run folder
   --max-steps N         stop after N optimizer steps
+  --nproc N             processes to train in, one per GPU (default: as many as there are GPUs; on a CPU 1)
+  --max-restarts N      start all of them again when one fails, at most N times (default: 0)
   --dry-run             print the plan of the run and stop
   --version             print the version and stop
 
@@ -71,10 +75,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_CONFIG
     if arguments[0] in ("-h", "--help"):
         sys.stdout.write(HELP)
-        return EXIT_OK
+        return EXIT_DONE
     if arguments[0] == "--version":
         sys.stdout.write(f"cmtrain {__version__}\n")
-        return EXIT_OK
+        return EXIT_DONE
     verb = "train" if arguments[0].startswith("-") else arguments.pop(0)
     try:
         if verb not in _VERBS:
@@ -96,15 +100,34 @@ def _train(arguments: list[str]) -> int:
     parser.add_argument("--config", metavar="FILE", help="configuration file, or one that ships with cmtrain")
     parser.add_argument("--resume", default="auto", metavar="WHAT", help="auto (default), never, force, or a path")
     parser.add_argument("--max-steps", type=_positive, metavar="N", help="stop after N optimizer steps")
+    parser.add_argument("--nproc", type=_positive, metavar="N", help="processes to train in (default: one per GPU)")
+    parser.add_argument("--max-restarts", type=_count, default=0, metavar="N", help="restarts after failures (0)")
     parser.add_argument("--dry-run", action="store_true", help="print the plan of the run and stop")
     options, overrides = _parse(parser, arguments)
     config = _load("train", options.config, overrides).config
     if options.dry_run:
         sys.stdout.write(describe_plan(config))
-        return EXIT_OK
-    from cmtrain.train import train
+        return EXIT_DONE
+    run_path = Path(config.run.dir) / str(config.run.name)
+    finished = read_finished(run_path, to_yaml(config), options.max_steps) if options.resume == "auto" else None
+    if finished:
+        sys.stderr.write(f"{run_path}: finished before\n")
+        sys.stdout.write(json.dumps(finished["result"]) + "\n")
+        return int(finished["exit_code"])
+    if not is_started_by_launcher():
+        nproc = options.nproc or max(1, visible_gpus())
+        split_batch(config.train.global_batch_size, config.train.max_batch_per_gpu, nproc)
+        if nproc > 1 or options.max_restarts:
+            return run_ranks(sys.orig_argv, nproc, max_restarts=options.max_restarts, run_path=run_path)
+    elif PARENT not in os.environ and (options.nproc or options.max_restarts):
+        raise ConfigError("--nproc, --max-restarts: a launcher has started this process; give them to the launcher")
 
-    return train(config, resume=options.resume, max_steps=options.max_steps)
+    def work() -> int:
+        from cmtrain.train import train
+
+        return train(config, resume=options.resume, max_steps=options.max_steps)
+
+    return run_as_rank(work, run_path)
 
 
 def _demo(arguments: list[str]) -> int:
@@ -144,7 +167,7 @@ def _config(arguments: list[str]) -> int:
     what = arguments.pop(0) if arguments else ""
     if what == "schema" and not arguments:
         sys.stdout.write(json.dumps(config_schema(), indent=2) + "\n")
-        return EXIT_OK
+        return EXIT_DONE
     if what != "show":
         raise ConfigError("cmtrain config: must be `cmtrain config show --config FILE` or `cmtrain config schema`")
     parser = _parser("config show", "Print the resolved configuration and where each value comes from.")
@@ -152,7 +175,7 @@ def _config(arguments: list[str]) -> int:
     options, overrides = _parse(parser, arguments)
     resolved = _load("config show", options.config, overrides)
     sys.stdout.write(to_yaml(resolved.config, resolved.origins))
-    return EXIT_OK
+    return EXIT_DONE
 
 
 def _data(arguments: list[str]) -> int:
@@ -323,6 +346,12 @@ def _parse_alone(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> a
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number >= 1, got {text}")
+    return int(text)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a whole number >= 0, got {text}")
     return int(text)
 
 

@@ -184,6 +184,14 @@ class Train(_Section):
     )
     compile: bool = Field(default=False, description="compile the model with torch.compile")
     log_every_steps: Count = Field(default=50, description="optimizer steps between two log points")
+    step_timeout_seconds: Positive | None = Field(
+        default=900.0,
+        description="a step, a batch of an evaluation or a checkpoint that takes longer ends the process with its "
+        "stacks in the run folder; the first of each may take three times as long; null: never",
+    )
+    collective_timeout_seconds: Positive = Field(
+        default=600.0, description="how long ranks wait for one another in a collective operation"
+    )
 
 
 class Ema(_Section):

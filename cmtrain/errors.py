@@ -1,4 +1,7 @@
-"""The error that is the user's to fix in a configuration or on the command line."""
+"""The error that is the user's to fix in a configuration or on the command line, and every exit code."""
+
+EXIT_DONE, EXIT_ERROR, EXIT_CONFIG, EXIT_DATA, EXIT_DIVERGED, EXIT_EXPECTATION = 0, 1, 2, 3, 4, 5
+EXIT_INTERRUPTED, EXIT_PREEMPTED = 130, 143
 
 
 class ConfigError(Exception):

@@ -13,6 +13,7 @@ from cmtrain.console import Console, duration
 from cmtrain.evaluate import Evaluation
 from cmtrain.final_gate import Verdict
 from cmtrain.metrics import StepReport, TrainMetrics, serve
+from cmtrain.rank import num_restarts
 from cmtrain.run_folder import RunFolder
 from cmtrain.writer import PATIENCE_SECONDS, CheckpointWriter, Outcome
 from pipelines.dataset import BadFile
@@ -56,7 +57,7 @@ class Journal:
     Args:
         path: the run folder; made here, on rank 0.
         first_step, last_step: of this process's part of the run.
-        epochs: of the whole run.
+        epochs, total_steps: of the whole run.
         address: (host, port) to serve metrics at, None for no metrics.
     """
 
@@ -69,9 +70,11 @@ class Journal:
         first_step: int,
         last_step: int,
         epochs: int,
+        total_steps: int,
         address: tuple[str, int] | None,
     ) -> None:
         self.path, self.world_size, self.last_step, self.epochs = path, world_size, last_step, epochs
+        self.total_steps = total_steps
         self.console = Console(enabled=rank == 0)
         self.metrics = TrainMetrics(path.name, rank)
         self.metrics_url: str | None = None
@@ -90,6 +93,7 @@ class Journal:
         self.clock = Stopwatch()
         self.window_steps, self.window_images, self.window_seconds, self.window_waited = 0, 0, 0.0, 0.0
         self.first_step, self.begin = first_step, time.monotonic()
+        self.step = first_step
         self.total_images, self.total_seconds = 0, 0.0
 
     def start(self, config_yaml: str, facts: dict[str, str], checkpoint: Loaded | None, notes: Sequence[str]) -> None:
@@ -100,17 +104,18 @@ class Journal:
         if checkpoint:
             metrics.resume(StepReport(**checkpoint.meta["report"]))
             self.best_top1, self.best_step = checkpoint.meta["best_top1"], checkpoint.meta["best_step"]
+            self.train_loss = metrics.reported.loss
         if self.folder:
             self.folder.write_config(config_yaml)
             self.folder.rewind(self.first_step)
             self.folder.status(
-                state="running", step=self.first_step, last_step=self.last_step, metrics_url=self.metrics_url,
-                exit_code=None, reason=None, result=None,
+                state="running", step=self.first_step, last_step=self.last_step, total_steps=self.total_steps,
+                metrics_url=self.metrics_url, exit_code=None, reason=None, result=None,
             )  # fmt: skip
         for note in notes:
             self.console.line(note)
             self.event("note", text=note)
-        self.event("resumed" if checkpoint else "started", step=self.first_step, **facts)
+        self.event("resumed" if checkpoint else "started", step=self.first_step, restarts=num_restarts(), **facts)
         self.console.line(" ".join(f"{key} {value}" for key, value in facts.items()))
         self.console.line(f"run folder {self.path}" + (f"  metrics {self.metrics_url}" if self.metrics_url else ""))
         if checkpoint:
@@ -155,6 +160,7 @@ class Journal:
 
     def count_step(self, step: int, num_images: int) -> None:
         """After every step; `num_images` on this rank."""
+        self.step = step
         seconds, waited = self.clock.lap()
         self.metrics.count_step(num_images, seconds, waited)
         self.window_steps += 1
@@ -288,8 +294,8 @@ class Journal:
         self._tell_saves()
         if self.folder:
             result = self._result(state, results) if results else None
-            self.folder.status(state=state, exit_code=exit_code, reason=reason, result=result)
-            self.event(state, exit_code=exit_code, reason=reason)
+            self.folder.status(state=state, step=self.step, exit_code=exit_code, reason=reason, result=result)
+            self.event(state, step=self.step, exit_code=exit_code, reason=reason)
             self.console.line(f"{state}: {reason}")
             if result:
                 print(json.dumps(result), flush=True)  # noqa: T201

@@ -10,6 +10,7 @@ from torch import Tensor
 from cmtrain.checkpoint import Loaded, checkpoint_steps, load_checkpoint, load_newest
 from cmtrain.config import Config
 from cmtrain.errors import ConfigError
+from cmtrain.failure import settle
 from cmtrain.learner import Learner
 from cmtrain.metrics import StepReport
 from cmtrain.run_lock import RunLock
@@ -22,6 +23,7 @@ FREE_SECTIONS = ("guard", "checkpoint", "evaluate", "metrics", "expect")
 FREE_KEYS = (
     "run.name", "run.dir", "data.root", "data.decode", "data.hw_decoder_load", "data.threads", "data.prefetch_batches",
     "data.cache_dir", "data.max_bad_fraction", "train.max_batch_per_gpu", "train.log_every_steps",
+    "train.step_timeout_seconds", "train.collective_timeout_seconds",
 )  # fmt: skip
 
 
@@ -32,6 +34,11 @@ class Start:
     step: int = 0
     checkpoint: Loaded | None = None
     notes: tuple[str, ...] = ()
+
+    @property
+    def evaluation_due(self) -> bool:
+        """Whether a stop signal came before the evaluation that belongs to the checkpoint."""
+        return self.checkpoint is not None and self.checkpoint.state["progress"].get("evaluation_due", False)
 
 
 def choose_start(lock: RunLock, resume: str, config: Config, fingerprint: str, *, is_main: bool) -> Start:
@@ -68,11 +75,12 @@ def choose_start(lock: RunLock, resume: str, config: Config, fingerprint: str, *
 
 
 def _choose(run_path: Path, resume: str, config: Config, fingerprint: str) -> Start:
+    lost = settle(run_path)
     checkpoints = run_path / "checkpoints"
     if resume == "never":
         if checkpoint_steps(checkpoints):
             raise ConfigError(f"--resume never: {run_path} already holds checkpoints; choose another --run.name")
-        return Start()
+        return Start(notes=lost)
     try:
         loaded = load_newest(checkpoints)
     except CheckpointError as error:
@@ -85,7 +93,7 @@ def _choose(run_path: Path, resume: str, config: Config, fingerprint: str) -> St
         except (CheckpointError, OSError) as error:
             raise DataError(f"--resume {resume}: {error}") from error
     if loaded is None:
-        return Start()
+        return Start(notes=lost)
     changes = recipe_changes(loaded, config, fingerprint)
     if changes and resume != "force":
         raise ConfigError(
@@ -93,7 +101,7 @@ def _choose(run_path: Path, resume: str, config: Config, fingerprint: str) -> St
             "choose another --run.name, or --resume force to go on with the new recipe"
         )
     notes = [f"checkpoint rejected: {line}" for line in loaded.rejected] + [f"recipe changed: {c}" for c in changes]
-    return Start(loaded.state["progress"]["step"], replace(loaded, rejected=()), tuple(notes))
+    return Start(loaded.state["progress"]["step"], replace(loaded, rejected=()), (*lost, *notes))
 
 
 def find_checkpoint(path: Path) -> Loaded:

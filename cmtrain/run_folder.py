@@ -14,6 +14,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,28 @@ def read_status(path: Path) -> dict[str, Any] | None:
         return json.loads((path / "status.json").read_text())
     except (FileNotFoundError, ValueError):
         return None
+
+
+def read_finished(path: Path, config_yaml: str, max_steps: int | None) -> dict[str, Any] | None:
+    """status.json of the run folder `path`, if this very run has finished and the same command has nothing to do."""
+    status = read_status(path)
+    if status is None or status["state"] != "finished" or (path / "config.yaml").read_text() != config_yaml:
+        return None
+    whole = status["last_step"] >= min(status["total_steps"], max_steps or status["total_steps"])
+    return status if whole and Path(status["resume_from"]).is_dir() else None
+
+
+def read_events(path: Path) -> list[dict[str, Any]]:
+    """events.jsonl of the run folder `path`, without lines that a kill cut short."""
+    events = []
+    try:
+        lines = (path / "events.jsonl").read_text().splitlines()
+    except FileNotFoundError:
+        return []
+    for line in lines:
+        with suppress(ValueError):
+            events.append(json.loads(line))
+    return events
 
 
 def _step_of(line: str) -> float:

@@ -1,10 +1,9 @@
 """The training run. Read `train` from top to bottom: one batch's way from JPEG to metric is its loop."""
 
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
-from signal import SIGINT
 from typing import Any
 
 import torch
@@ -12,21 +11,29 @@ from accelerate import Accelerator
 
 from cmtrain import __version__, build
 from cmtrain.config import Config, to_yaml
+from cmtrain.errors import EXIT_DATA, EXIT_DIVERGED, EXIT_DONE, EXIT_ERROR, EXIT_EXPECTATION
 from cmtrain.evaluate import Evaluation, evaluate
+from cmtrain.failure import stop_code
 from cmtrain.final_gate import Verdict, inspect
 from cmtrain.journal import Journal
-from cmtrain.launch import StopRequest, agree_on, gather_lists, leave_together
+from cmtrain.launch import (
+    Stopped,
+    StopRequest,
+    agree_on,
+    gather,
+    leave_together,
+    tell_failure,
+)
 from cmtrain.learner import Learner
 from cmtrain.metrics import StepReport
+from cmtrain.rank import is_lost_contact
 from cmtrain.recovery import Recovery, first_nonfinite
 from cmtrain.resume import choose_start, restore
 from cmtrain.run_lock import RunLock
 from cmtrain.schedule import Schedule
+from cmtrain.watchdog import Watchdog
 from pipelines.loader import DaliLoader
-from pipelines.spec import Batch, DataError, Loader
-
-EXIT_DONE, EXIT_ERROR, EXIT_DATA, EXIT_DIVERGED, EXIT_EXPECTATION = 0, 1, 3, 4, 5
-EXIT_INTERRUPTED, EXIT_PREEMPTED = 130, 143
+from pipelines.spec import Batch, Loader
 
 
 def train(config: Config, *, resume: str = "auto", max_steps: int | None = None) -> int:
@@ -37,7 +44,8 @@ def train(config: Config, *, resume: str = "auto", max_steps: int | None = None)
         max_steps: end the run after this many optimizer steps.
 
     Returns:
-        The process exit code: 0 done, 4 diverged, 5 expected accuracy not met, 130 Ctrl-C, 143 another stop signal.
+        The process exit code: 0 done, 3 too many bad files, 4 diverged, 5 expected accuracy not met, 130 Ctrl-C, 143
+        another stop signal. Where several ranks run, that of the rank whose failure was the cause.
 
     Raises:
         ConfigError, DataError: before anything was written.
@@ -49,12 +57,13 @@ def train(config: Config, *, resume: str = "auto", max_steps: int | None = None)
 
 def run(config: Config, lock: RunLock, resume: str, max_steps: int | None) -> int:
     """`train`, in the run folder that `lock` guards."""
-    accelerator = build.make_accelerator(config.train.precision)
+    accelerator, control, warnings = build.join_ranks(config, lock.folder)
+    rank, world_size = accelerator.process_index, accelerator.num_processes
 
     # Data, arithmetic, model, checkpoint: whatever can be wrong is found before anything is written.
     threads = build.split_threads(config, accelerator)
     data = build.open_data(config, accelerator)
-    schedule = build.plan_steps(config, len(data.train), accelerator.num_processes)
+    schedule = build.plan_steps(config, len(data.train), world_size)
     num_classes = build.num_classes_of(config, data.train)
     model = build.make_model(config, num_classes, accelerator.device)
     start = choose_start(lock, resume, config, data.train.fingerprint, is_main=accelerator.is_main_process)
@@ -66,21 +75,34 @@ def run(config: Config, lock: RunLock, resume: str, max_steps: int | None) -> in
     learner = build.make_learner(config, model, schedule, num_classes, accelerator)
     if start.checkpoint:
         restore(learner, start.checkpoint)
+    stop = StopRequest(control)
     journal = open_journal(config, lock.folder, accelerator, schedule, start.step, last_step)
-    journal.start(to_yaml(config), facts_of(config, accelerator), start.checkpoint, start.notes)
+    journal.start(to_yaml(config), facts_of(config, accelerator), start.checkpoint, [*warnings, *start.notes])
     journal.left_out(data.train.bad + data.val.bad)
 
     recovery = build.make_recovery(config, schedule)
     if start.checkpoint:
         recovery.load_state_dict(start.checkpoint.state["recovery"])
     recovery.keep(start.step, learner)
-    stop = StopRequest(accelerator.num_processes)
+    watchdog = Watchdog(lock.folder, rank, world_size, timeout_seconds=config.train.step_timeout_seconds)
+
+    def val_batches() -> Iterator[Batch]:
+        batches = watchdog.over(eval_loader.epoch(0), "evaluation", journal.step)
+        return stop.interrupting(batches, len(data.val) // (world_size * schedule.micro_batch_size))
+
     received, diverged, results = 0, "", dict[str, Evaluation]()
     try:
         batches = batches_from(start.step, train_loader, schedule)
         batches = journal.sample(journal.clock.waiting(batches), config.data.mean, config.data.std)
-        for step in range(start.step, last_step):
+        if start.evaluation_due or start.step >= last_step:  # the evaluation, or its last words, were lost
+            results = evaluate_weights(learner, eval_loader, val_batches, len(data.val), accelerator)
+            received = 0 if results else stop.decision
+            if results and start.evaluation_due:
+                lr = schedule.lr_at(start.step - 1) * recovery.lr_factor(start.step - 1)
+                journal.evaluated(results, epoch=start.step // schedule.steps_per_epoch, step=start.step, lr=lr)
+        for step in range(start.step, start.step if received else last_step):
             lr = schedule.lr_at(step) * recovery.lr_factor(step)
+            watchdog.begin("step", step)
             num_images = learner.step(batches, step, lr)
             done, epoch = step + 1, step // schedule.steps_per_epoch
             final = done == last_step
@@ -97,14 +119,17 @@ def run(config: Config, lock: RunLock, resume: str, max_steps: int | None) -> in
                 if diverged:
                     break
 
-            improved = False
-            if final or (schedule.ends_epochs(done, config.evaluate.every_epochs) and not received):
-                results = evaluate_weights(learner, eval_loader, len(data.val), accelerator)
-                improved = journal.evaluated(results, epoch=epoch + 1, step=done, lr=lr)
+            evaluates = final or schedule.ends_epochs(done, config.evaluate.every_epochs)
+            results, improved = {}, False
+            if evaluates and not received:
+                results = evaluate_weights(learner, eval_loader, val_batches, len(data.val), accelerator)
+                improved = bool(results) and journal.evaluated(results, epoch=epoch + 1, step=done, lr=lr)
+                received = 0 if results else stop.decision
 
             if final or improved or received or saves_at(done, config, schedule):
                 state = learner.state_dict() | {"recovery": recovery.state_dict()}
-                state |= {"progress": progress_at(done, schedule)}
+                state["progress"] = progress_at(done, schedule) | {"evaluation_due": evaluates and not results}
+                watchdog.begin("checkpoint", done)
                 meta = meta_of(config, data.train.fingerprint, schedule, accelerator)
                 meta["milestone"] = is_milestone(done, config, schedule)
                 verdict = inspect(**learner.weights) if config.guard.enabled else Verdict()
@@ -113,18 +138,19 @@ def run(config: Config, lock: RunLock, resume: str, max_steps: int | None) -> in
             if received:
                 break
 
-        if not (results or received or diverged):  # it had finished before, and only its last words were lost
-            results = evaluate_weights(learner, eval_loader, len(data.val), accelerator)
         tell_bad_files(journal, [train_loader, eval_loader], stop)
     except BaseException as error:
-        journal.finish("failed", exit_code=exit_code_of(error), reason=f"{type(error).__name__}: {error}")
-        raise
+        cause = tell_failure(error, lock.folder, rank=rank, world_size=world_size, step=journal.step)
+        journal.finish("failed", exit_code=cause.exit_code, reason=cause.said())
+        if cause.exit_code == EXIT_ERROR and not is_lost_contact(error):
+            raise
+        return cause.exit_code
     train_loader.close()
     eval_loader.close()
     stop.close()
 
     if received:
-        code = EXIT_INTERRUPTED if received == SIGINT else EXIT_PREEMPTED
+        code = stop_code(received)
         journal.finish("preempted", exit_code=code, reason=preemption_reason(received, journal.unsaved))
     elif diverged:
         code = EXIT_DIVERGED
@@ -135,6 +161,7 @@ def run(config: Config, lock: RunLock, resume: str, max_steps: int | None) -> in
             code, reason = EXIT_DATA, f"{reason}, but its checkpoint is missing: {journal.unsaved}"
         journal.finish("finished", exit_code=code, reason=reason, results=results)
     leave_together()
+    watchdog.close()
     return code
 
 
@@ -168,20 +195,26 @@ def keep_or_roll_back(report: StepReport, learner: Learner, recovery: Recovery, 
 def tell_bad_files(journal: Journal, loaders: list[DaliLoader], stop: StopRequest) -> None:
     """Say which files could not be read since the last time, on any rank. For all ranks together."""
     found = [file for loader in loaders for file in loader.take_bad_files()]
-    journal.bad_files(gather_lists(found, stop.group))
+    journal.bad_files(gather(found, stop.group))
 
 
 def evaluate_weights(
-    learner: Learner, loader: Loader, num_images: int, accelerator: Accelerator
+    learner: Learner,
+    loader: Loader,
+    batches: Callable[[], Iterator[Batch]],
+    num_images: int,
+    accelerator: Accelerator,
 ) -> dict[str, Evaluation]:
-    """Evaluate the model and, if there is one, its EMA."""
+    """Evaluate the model and, if there is one, its EMA, each on the `batches` of `loader`; {} if a stop signal came."""
     learner.average_over_ranks()
-    results = {
-        name: evaluate(
-            module, loader.epoch(0), autocast=accelerator.autocast(), device=accelerator.device, num_images=num_images
-        )
-        for name, module in learner.weights.items()
-    }
+    device = accelerator.device
+    try:
+        results = {
+            name: evaluate(module, batches(), autocast=accelerator.autocast(), device=device, num_images=num_images)
+            for name, module in learner.weights.items()
+        }
+    except Stopped:
+        results = {}
     if accelerator.device.type == "cuda":
         loader.close()  # its memory is the training step's until the next evaluation
     return results
@@ -237,6 +270,7 @@ def open_journal(
         first_step=first_step,
         last_step=last_step,
         epochs=schedule.total_epochs,
+        total_steps=schedule.total_steps,
         address=(metrics.host, metrics.port + accelerator.local_process_index) if metrics.enabled else None,
     )
 
@@ -244,10 +278,6 @@ def open_journal(
 def preemption_reason(signal: int, unsaved: str) -> str:
     where = f" from an older checkpoint, since this one failed: {unsaved}" if unsaved else ""
     return f"signal {signal}; the same command resumes{where}"
-
-
-def exit_code_of(error: BaseException) -> int:
-    return {KeyboardInterrupt: EXIT_INTERRUPTED, DataError: EXIT_DATA}.get(type(error), EXIT_ERROR)
 
 
 def judge(config: Config, results: dict[str, Evaluation], *, whole: bool) -> tuple[int, str]:

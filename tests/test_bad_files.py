@@ -208,7 +208,8 @@ def test_a_file_that_two_ranks_met_is_told_and_counted_once(tmp_path):
     cut_file, gone = BadFile("a.jpg", "image file is truncated"), BadFile("b.jpg", "cannot be opened: No such file")
     counts = []
     for rank in (0, 1):
-        journal = Journal(tmp_path / "run", rank=rank, world_size=2, first_step=0, last_step=1, epochs=1, address=None)
+        steps = {"first_step": 0, "last_step": 1, "epochs": 1, "total_steps": 1}
+        journal = Journal(tmp_path / "run", rank=rank, world_size=2, address=None, **steps)
         journal.left_out([gone])
         journal.bad_files([[gone], [cut_file]])
         journal.bad_files([[cut_file], []])
