@@ -11,6 +11,7 @@ import signal
 import socket
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -71,11 +72,12 @@ def stop_code(number: int) -> int:
 
 
 def leave_word(run_path: Path, failure: Failure) -> None:
-    """Leave `failure` where the other processes look for it."""
+    """Leave `failure` where the other processes look for it, unless it is of the kind that makes writing fail."""
     path = run_path / f"failed-rank{failure.rank}.json"
     temporary = path.with_suffix(f".{os.getpid()}")
-    temporary.write_text(json.dumps(asdict(failure)) + "\n")
-    temporary.replace(path)
+    with suppress(OSError):
+        temporary.write_text(json.dumps(asdict(failure)) + "\n")
+        temporary.replace(path)
 
 
 def words_left(run_path: Path, since: float = 0) -> list[Failure]:
@@ -114,13 +116,10 @@ def cause_of(failures: Iterable[Failure]) -> Failure | None:
     return replace(ordered[0], step=steps[0] if steps else None)
 
 
-def conclude(
-    run_path: Path, deaths: Sequence[Failure] = (), *, since: float = 0, silent: bool = False
-) -> Failure | None:
+def conclude(run_path: Path, *, since: float = 0, silent: bool = False) -> Failure | None:
     """Make status.json of a run that nobody works on any more tell what happened, if it does not yet.
 
     Args:
-        deaths: what the caller knows beside what the processes left.
         since: Unix time; what was left before it belongs to an earlier attempt.
         silent: the caller knows that the run ended, so that "running" is wrong even where nobody left a word.
 
@@ -128,16 +127,17 @@ def conclude(
         The cause, None if there is nothing to tell.
     """
     status = read_status(run_path) or {}
-    cause = cause_of([*words_left(run_path, since), *deaths])
+    cause = cause_of(words_left(run_path, since))
     if cause is None and silent and status.get("state") == "running":
         cause = Failure(0, 1, "ended without a word: killed, or the machine went down", host="")
     reason = cause.said() if cause else ""
-    told = status.get("state") == "failed" and (status.get("reason") == reason or status["updated"] < since)
+    told = status.get("state") == "failed" and status.get("reason") == reason
     if cause and not told and status.get("state") in ("running", "failed"):
-        folder = RunFolder(run_path)
-        folder.status(state="failed", exit_code=cause.exit_code, reason=reason)
         step = cause.step if cause.step is not None else status.get("step")
-        folder.event("failed", exit_code=cause.exit_code, reason=reason, step=step)
+        with suppress(OSError):
+            folder = RunFolder(run_path)
+            folder.status(state="failed", step=step, exit_code=cause.exit_code, reason=reason)
+            folder.event("failed", step=step, exit_code=cause.exit_code, reason=reason)
     return cause
 
 

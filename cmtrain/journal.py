@@ -299,6 +299,15 @@ class Journal:
             self.console.line(f"{state}: {reason}")
             if result:
                 print(json.dumps(result), flush=True)  # noqa: T201
+        self._close()
+
+    def give_up(self, reason: str) -> None:
+        """The last word of a run that failed; launch.tell_failure has written it down."""
+        self.console.stop()
+        self.console.line(f"failed: {reason}")
+        self._close()
+
+    def _close(self) -> None:
         if self.server:
             self.server.shutdown()
             self.server.server_close()

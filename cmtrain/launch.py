@@ -143,16 +143,16 @@ def tell_failure(error: BaseException, run_path: Path, *, rank: int, world_size:
         The cause, which is another rank's where this one only lost contact.
     """
     lost = is_lost_contact(error)
-    failure = Failure(rank, world_size, _in_one_line(error), _exit_code_of(error), step, lost)
+    reason = "lost contact with another rank: " * lost + _in_one_line(error)
+    failure = Failure(rank, world_size, reason, _exit_code_of(error), step, lost)
     leave_word(run_path, failure)
     deadline = time.monotonic() + WORD_SECONDS
     while lost and all(word.lost_contact for word in words_left(run_path)) and time.monotonic() < deadline:
         time.sleep(0.1)
     cause = cause_of(words_left(run_path)) or failure
-    if rank != 0:  # rank 0 does both through its journal
-        conclude(run_path)
-        if cause.rank == rank:
-            sys.stderr.write(f"{cause.said()}\n")
+    conclude(run_path)
+    if cause.rank == rank != 0:  # rank 0 says it as the run's last word
+        sys.stderr.write(f"{cause.said()}\n")
     return cause
 
 

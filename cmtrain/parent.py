@@ -30,7 +30,7 @@ from cmtrain.errors import (
     EXIT_INTERRUPTED,
     EXIT_PREEMPTED,
 )
-from cmtrain.failure import STOP_SIGNALS, Failure, conclude, crash_loop, death, words_left
+from cmtrain.failure import STOP_SIGNALS, Failure, conclude, crash_loop, death, leave_word, words_left
 from cmtrain.rank import PARENT, RESTARTS
 from cmtrain.run_folder import read_status
 
@@ -112,7 +112,7 @@ def run_ranks(command: Sequence[str], nproc: int, *, max_restarts: int, run_path
     try:
         for restarts in range(max_restarts + 1):
             attempt = _start_ranks(command, nproc, restarts, start)
-            stopped = _watch(attempt, taken)
+            stopped = _watch(attempt, taken, run_path)
             code = _outcome(attempt, run_path)
             if code in FINAL or stopped:
                 break
@@ -137,7 +137,7 @@ def _start_ranks(command: Sequence[str], nproc: int, restarts: int, start: Start
     return Attempt({start(command, common | {"RANK": str(r), "LOCAL_RANK": str(r)}): r for r in range(nproc)})
 
 
-def _watch(attempt: Attempt, taken: set[signal.Signals]) -> bool:
+def _watch(attempt: Attempt, taken: set[signal.Signals], run_path: Path) -> bool:
     """Wait until all ranks have ended; when one fails, end the others. Returns whether a stop signal came."""
     stopped = False
     deadline = float("inf")
@@ -147,7 +147,7 @@ def _watch(attempt: Attempt, taken: set[signal.Signals]) -> bool:
             stopped = True
             _send(attempt, received.si_signo)
         failed_before = attempt.failed
-        _reap(attempt)
+        _reap(attempt, run_path)
         if attempt.failed and not failed_before:
             deadline = time.monotonic() + GRACE_SECONDS
             _send(attempt, signal.SIGTERM)  # for those that have not begun to train; the others take note
@@ -156,8 +156,8 @@ def _watch(attempt: Attempt, taken: set[signal.Signals]) -> bool:
     return stopped
 
 
-def _reap(attempt: Attempt) -> None:
-    """Take note of every child that has ended; until one has failed, of how."""
+def _reap(attempt: Attempt, run_path: Path) -> None:
+    """Take note of every child that has ended, and leave word for those that began to train and could not."""
     intact = not attempt.failed
     while True:
         try:
@@ -169,8 +169,15 @@ def _reap(attempt: Attempt) -> None:
         if pid in attempt.ranks:
             rank, code = attempt.ranks[pid], os.waitstatus_to_exitcode(status)
             attempt.exit_codes[rank] = code
-            if code and intact:
+            if code and intact:  # what ends later is a consequence, or was ended by us
                 attempt.deaths.append(death(rank, len(attempt.ranks), code))
+                if _has_begun(attempt, run_path) and rank not in {word.rank for word in words_left(run_path)}:
+                    leave_word(run_path, attempt.deaths[-1])
+
+
+def _has_begun(attempt: Attempt, run_path: Path) -> bool:
+    status = read_status(run_path) or {}
+    return status.get("state") in ("running", "failed") and status["updated"] >= attempt.began
 
 
 def _send(attempt: Attempt, number: int) -> None:
@@ -185,14 +192,12 @@ def _outcome(attempt: Attempt, run_path: Path) -> int:
     status = read_status(run_path) or {}
     if status.get("state") in ("finished", "preempted", "diverged") and status["updated"] >= attempt.began:
         return int(status["exit_code"])
-    told = {word.rank for word in words_left(run_path, attempt.began)}
-    deaths = [failure for failure in attempt.deaths if failure.rank not in told]
-    if deaths and deaths[0].exit_code in AGREED:  # stopped before training began
-        return deaths[0].exit_code
-    cause = conclude(run_path, deaths, since=attempt.began, silent=True)
-    if cause and cause.exit_code > 128:  # killed by a signal, and so unable to say it
+    cause = conclude(run_path, since=attempt.began) if _has_begun(attempt, run_path) else attempt.deaths[0]
+    if cause is None:
+        return EXIT_ERROR
+    if cause.exit_code not in FINAL and cause.exit_code > 128:  # killed, and so unable to say it
         _say(cause.said())
-    return cause.exit_code if cause else EXIT_ERROR
+    return cause.exit_code
 
 
 def _say(line: str) -> None:

@@ -34,13 +34,18 @@ SHARED_FOLDER_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class Facts:
-    """What one rank says about itself. `clock_offset_seconds`: its Unix time less rank 0's, at the same moment."""
+    """What one rank says about itself.
+
+    `run_dir`: absolute. `sees_run_dir`: whether what rank 0 writes to its own is there. `clock_offset_seconds`: its
+    Unix time less rank 0's, at the same moment.
+    """
 
     host: str
     code: str
     config: dict[str, Any]
+    run_dir: str = ""
+    sees_run_dir: bool = True
     clock_offset_seconds: float = 0.0
-    sees_run_folder: bool = True
 
 
 def check_ranks(group: Any, config: Config, run_path: Path) -> list[str]:
@@ -55,16 +60,21 @@ def check_ranks(group: Any, config: Config, run_path: Path) -> list[str]:
     """
     if group is None:
         return []
-    offset = clock_offset_seconds(group)
-    sees = sees_run_folder(group, run_path)
-    values = {key: value for key, value in flat(config) if key not in PER_HOST_KEYS}
-    facts = gather(Facts(socket.gethostname(), version_of_code(), values, offset, sees), group)
-    if found := contradictions(facts, run_path):
+    mine = Facts(
+        host=socket.gethostname(),
+        code=version_of_code(),
+        config={key: value for key, value in flat(config) if key not in PER_HOST_KEYS},
+        run_dir=str(run_path.parent.absolute()),
+        sees_run_dir=sees_run_dir(group, run_path.parent),
+        clock_offset_seconds=clock_offset_seconds(group),
+    )
+    facts = gather(mine, group)
+    if found := contradictions(facts):
         raise DataError(found[0])
     return clock_warnings(facts)
 
 
-def contradictions(facts: Sequence[Facts], run_path: Path) -> list[str]:
+def contradictions(facts: Sequence[Facts]) -> list[str]:
     """What makes ranks with these `facts` (by rank) unfit to train together, the gravest first."""
     first = facts[0]
     found = []
@@ -76,9 +86,10 @@ def contradictions(facts: Sequence[Facts], run_path: Path) -> list[str]:
             key = differing[0]
             mine, theirs = first.config[key], other.config.get(key)
             found.append(f"{key} is {theirs} for {who}, {mine} for rank 0 on {first.host}; start all ranks alike")
-        if not other.sees_run_folder:
+        if not other.sees_run_dir:
+            where = f"{first.run_dir}, which it knows as {other.run_dir}" * (first.run_dir != other.run_dir)
             found.append(
-                f"{who} does not see what rank 0 on {first.host} writes to {run_path.parent.absolute()}; "
+                f"{who} does not see what rank 0 on {first.host} writes to {where or first.run_dir}; "
                 "run.dir must be on a file system that all hosts share"
             )
     early, late = _clock_extremes(facts)
@@ -112,9 +123,8 @@ def clock_offset_seconds(group: Any) -> float:
     return statistics.median(offsets)
 
 
-def sees_run_folder(group: Any, run_path: Path) -> bool:
-    """Whether this rank sees a file that rank 0 writes beside the run folder. Nothing stays behind."""
-    folder = run_path.parent
+def sees_run_dir(group: Any, folder: Path) -> bool:
+    """Whether this rank sees a file that rank 0 writes to `folder`. Nothing stays behind."""
     token = gather(secrets.token_hex(8), group)[0]
     mine = torch.distributed.get_rank(group) == 0
     made: list[Path] = []

@@ -141,7 +141,7 @@ def run(config: Config, lock: RunLock, resume: str, max_steps: int | None) -> in
         tell_bad_files(journal, [train_loader, eval_loader], stop)
     except BaseException as error:
         cause = tell_failure(error, lock.folder, rank=rank, world_size=world_size, step=journal.step)
-        journal.finish("failed", exit_code=cause.exit_code, reason=cause.said())
+        journal.give_up(cause.said())
         if cause.exit_code == EXIT_ERROR and not is_lost_contact(error):
             raise
         return cause.exit_code

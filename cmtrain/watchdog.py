@@ -85,7 +85,7 @@ class Watchdog:
     def _end(self) -> None:
         reason = (
             f"hung: the {self.phase} after step {self.step} took longer than {self.limit_seconds:g} s "
-            f"(train.step_timeout_seconds); {self.path.name} says where"
+            "(train.step_timeout_seconds); hang-rank*.txt say where each rank stood"
         )
         failure = Failure(self.rank, self.world_size, reason, step=self.step)
         for file in (self.file, sys.stderr):
