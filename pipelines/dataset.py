@@ -48,6 +48,7 @@ class Manifest:
     labels: NDArray[np.int64]  # (N,)
     heights: NDArray[np.int32]  # (N,) as stored in the file, that is, before any EXIF rotation
     widths: NDArray[np.int32]
+    size_bytes: NDArray[np.int64]  # (N,) of the encoded images
     class_names: tuple[str, ...]
     bad: tuple[BadFile, ...] = ()
     packed: Slices | None = None  # where the images are, when they are not files of their own
@@ -102,6 +103,7 @@ class Manifest:
             labels=self.labels[indices],
             heights=self.heights[indices],
             widths=self.widths[indices],
+            size_bytes=self.size_bytes[indices],
             packed=self.packed and self.packed.select(indices),
         )
 
@@ -187,6 +189,7 @@ class Manifest:
             labels=index.labels if class_names is None else shards.relabel(index, class_names),
             heights=index.heights,
             widths=index.widths,
+            size_bytes=index.slices.size_bytes,
             class_names=index.class_names if class_names is None else tuple(class_names),
             bad=tuple(BadFile(path, reason) for path, reason in index.bad),
             packed=index.slices,
@@ -207,6 +210,7 @@ def _manifest(found: Scan, listing: Listing, max_bad_fraction: float) -> Manifes
         labels=listing.labels,
         heights=np.ascontiguousarray(sizes[:, 0]),
         widths=np.ascontiguousarray(sizes[:, 1]),
+        size_bytes=listing.size_bytes,
         class_names=listing.class_names,
         bad=tuple(BadFile(str(listing.root / listing.paths[place]), reason) for place, reason in reasons.items()),
     )

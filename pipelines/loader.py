@@ -183,6 +183,7 @@ class DaliLoader:
         self._upcoming: Iterator[MicroBatch] = iter(())
         self._undelivered: deque[MicroBatch] = deque()  # taken from `_upcoming`, as planned
         self._in_flight: deque[MicroBatch] = deque()  # the first of these as DALI was given them
+        self._num_bytes = 0
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """This rank's batches after `start` consumed samples.
@@ -205,6 +206,7 @@ class DaliLoader:
             except DataError:
                 self.close()
                 raise
+            self._num_bytes += int(self._manifest.size_bytes[given.indices].sum())
             labels, indices = self._manifest.labels[given.indices], given.indices
             if not self._replaces_labels:
                 labels = np.where(given.indices == planned.indices, labels, UNREADABLE)
@@ -218,6 +220,11 @@ class DaliLoader:
     def take_bad_files(self) -> list[BadFile]:
         """The files found to be bad since the last call, each once in the life of this loader."""
         return self._bad_files.take_untold()
+
+    def take_num_bytes(self) -> int:
+        """Encoded bytes of the images delivered since the last call."""
+        num_bytes, self._num_bytes = self._num_bytes, 0
+        return num_bytes
 
     def close(self) -> None:
         """Frees the pipeline: its threads, its memory and the batches in flight. The next epoch builds another one."""
