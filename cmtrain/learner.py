@@ -26,7 +26,9 @@ from cmtrain.evaluate import all_reduce_sum, average_running_statistics
 from cmtrain.guard import Guard
 from cmtrain.metrics import StepReport
 from cmtrain.mixing import MixSpec, mix
+from cmtrain.numerics import extremes
 from cmtrain.optim import set_lr
+from cmtrain.phases import Phases
 from pipelines.spec import Batch
 
 MIN_LOSS_SCALE = 1.0
@@ -71,6 +73,7 @@ class Learner:
         self.good_steps = torch.zeros((), device=accelerator.device)
         self.grad_norm = torch.zeros((), device=accelerator.device)
         self.fresh_scaler = None if accelerator.scaler is None else accelerator.scaler.state_dict()
+        self.phases = Phases(accelerator.device)
         self.last_forward: tuple[int, Tensor] | None = None  # random seed and images, for `replay`
 
     def step(self, batches: Iterator[Batch], step: int, lr: float) -> int:
@@ -84,7 +87,9 @@ class Learner:
         loss_of_step = torch.zeros((), device=self.accelerator.device)
         num_images = 0
         for turn in range(self.accumulation):
+            self.phases.begin("")
             images, labels, _ = next(batches)
+            self.phases.begin("forward")
             # The number of this micro-batch within the global batch, whichever rank works on it.
             micro = self.accelerator.process_index + turn * self.accelerator.num_processes
             seed = _seed_of(self.seed, step, micro)
@@ -94,11 +99,14 @@ class Learner:
             last = turn == self.accumulation - 1
             with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
                 loss = F.cross_entropy(self.wrapped(images).float(), targets)
+                self.phases.begin("backward")
                 self.accelerator.backward(loss / self.accumulation)
             self.guard.propose()
             loss_of_step += loss.detach() / self.accumulation
             num_images += len(labels)
+        self.phases.begin("optimizer")
         self._update(loss_of_step)
+        self.phases.end_step()
         return num_images
 
     @torch.no_grad()
@@ -134,8 +142,9 @@ class Learner:
             guard.bad_steps,
             guard.bad_steps_in_a_row,
             guard.restores,
+            *extremes(self.model),
         ]
-        loss, good, norm, bad, bad_in_a_row, restores = torch.stack([t.double() for t in on_device]).tolist()
+        loss, good, norm, bad, bad_in_a_row, restores, *largest = torch.stack([t.double() for t in on_device]).tolist()
         if reset:
             self.loss_sum.zero_()
             self.good_steps.zero_()
@@ -149,6 +158,9 @@ class Learner:
             bad_steps=int(bad),
             bad_steps_in_a_row=int(bad_in_a_row),
             restores=int(restores),
+            bn_mean_abs_max=largest[0],
+            bn_var_max=largest[1],
+            weight_norm=largest[2],
         )
 
     def roll_back(self, state: dict[str, Any]) -> None:
