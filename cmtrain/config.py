@@ -233,6 +233,9 @@ class Metrics(_Section):
         default="127.0.0.1", pattern=r"^[A-Za-z0-9.:_-]+$", description="address to serve at; 0.0.0.0: all"
     )
     port: int = Field(default=9410, ge=1, le=65535, description="port of local rank 0; local rank r serves at port + r")
+    stall_seconds: Positive = Field(
+        default=600.0, description="/-/healthy answers 503 when training has finished no step for that long"
+    )
 
 
 class Expect(_Section):

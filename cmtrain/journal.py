@@ -2,19 +2,26 @@
 
 import json
 import math
+import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from cmtrain.checkpoint import Loaded
 from cmtrain.console import Console, duration
+from cmtrain.device import gpu_identity, memory_bytes
 from cmtrain.evaluate import Evaluation
+from cmtrain.exporter import Exporter
 from cmtrain.final_gate import Verdict
-from cmtrain.metrics import StepReport, TrainMetrics, serve
+from cmtrain.metrics import StepReport, TrainMetrics
+from cmtrain.pages import make_pages
 from cmtrain.rank import num_restarts
 from cmtrain.run_folder import RunFolder
+from cmtrain.targets import forget_ranks, write_target
 from cmtrain.writer import PATIENCE_SECONDS, CheckpointWriter, Outcome
 from pipelines.dataset import BadFile
 from pipelines.judge import kind_of
@@ -59,6 +66,8 @@ class Journal:
         first_step, last_step: of this process's part of the run.
         epochs, total_steps: of the whole run.
         address: (host, port) to serve metrics at, None for no metrics.
+        stall_seconds: see pages.make_pages.
+        device: that this rank computes on.
     """
 
     def __init__(
@@ -72,21 +81,22 @@ class Journal:
         epochs: int,
         total_steps: int,
         address: tuple[str, int] | None,
+        stall_seconds: float,
+        device: torch.device,
     ) -> None:
         self.path, self.world_size, self.last_step, self.epochs = path, world_size, last_step, epochs
         self.total_steps = total_steps
         self.console = Console(enabled=rank == 0)
         self.metrics = TrainMetrics(path.name, rank)
-        self.metrics_url: str | None = None
-        self.server: Any = None
-        if address:
-            try:
-                self.metrics_url, self.server = serve(self.metrics.registry, *address)
-            except OSError as error:
-                self.console.line(f"no metrics: {error}")
         self.folder = RunFolder(path) if rank == 0 else None
         self.writer = CheckpointWriter(path / "checkpoints")
         self.unsaved = ""  # why the state that the run ends with has no checkpoint
+        self.device = device
+        self.metrics_url: str | None = None
+        self.exporter: Exporter | None = None
+        self.target: Path | None = None
+        if address:
+            self._serve(address, stall_seconds)
         self.best_top1, self.best_step = 0.0, -1
         self.bad_paths: set[str] = set()
         self.train_loss = math.nan
@@ -96,11 +106,34 @@ class Journal:
         self.step = first_step
         self.total_images, self.total_seconds = 0, 0.0
 
-    def start(self, config_yaml: str, facts: dict[str, str], checkpoint: Loaded | None, notes: Sequence[str]) -> None:
+    def _serve(self, address: tuple[str, int], stall_seconds: float) -> None:
+        """Serve metrics, or say why not: a run does without."""
+        try:
+            pages = make_pages(self.metrics, self.folder.snapshot if self.folder else dict, stall_seconds)
+            self.exporter = Exporter(pages, *address)
+            self.metrics_url = f"{self.exporter.url}/metrics"
+            self.target = write_target(self.path, self.metrics.rank, self.exporter.host, self.exporter.port)
+            if self.metrics.rank == 0:
+                forget_ranks(self.path, self.world_size)
+        except OSError as error:
+            self.console.line(f"{'no discovery of metrics' if self.exporter else 'no metrics'}: {error}")
+
+    def start(
+        self,
+        config_yaml: str,
+        facts: dict[str, str],
+        checkpoint: Loaded | None,
+        notes: Sequence[str],
+        *,
+        flops_per_image: int,
+    ) -> None:
         """Begin, or go on after `checkpoint`. `notes`: lines the user should see."""
         metrics = self.metrics
         metrics.one(metrics.steps_target).set(self.last_step)
         metrics.one(metrics.run_info, *facts.values()).set(1)
+        metrics.one(metrics.flops_per_image).set(flops_per_image)
+        if identity := gpu_identity(self.device):
+            metrics.one(metrics.gpu_info, *identity).set(1)
         if checkpoint:
             metrics.resume(StepReport(**checkpoint.meta["report"]))
             self.best_top1, self.best_step = checkpoint.meta["best_top1"], checkpoint.meta["best_step"]
@@ -110,7 +143,7 @@ class Journal:
             self.folder.rewind(self.first_step)
             self.folder.status(
                 state="running", step=self.first_step, last_step=self.last_step, total_steps=self.total_steps,
-                metrics_url=self.metrics_url, exit_code=None, reason=None, result=None,
+                metrics_url=self.metrics_url, exit_code=None, reason=None, result=None, host=socket.gethostname(),
             )  # fmt: skip
         for note in notes:
             self.console.line(note)
@@ -158,11 +191,13 @@ class Journal:
         yield first
         yield from batches
 
-    def count_step(self, step: int, num_images: int) -> None:
-        """After every step; `num_images` on this rank."""
+    def count_step(self, step: int, num_images: int, num_bytes: int, phases: Sequence[Mapping[str, float]]) -> None:
+        """After every step; `num_images` of `num_bytes` on this rank. `phases`: see TrainMetrics.count_step."""
         self.step = step
         seconds, waited = self.clock.lap()
-        self.metrics.count_step(num_images, seconds, waited)
+        self.metrics.count_step(
+            step, num_images=num_images, num_bytes=num_bytes, seconds=seconds, wait_seconds=waited, phases=phases
+        )
         self.window_steps += 1
         self.window_images += num_images * self.world_size
         self.window_seconds += seconds
@@ -177,10 +212,13 @@ class Journal:
         """At every log point."""
         before = self.metrics.reported
         self.metrics.report(report)
+        for kind, num_bytes in memory_bytes(self.device).items():
+            self.metrics.one(self.metrics.gpu_memory, kind).set(num_bytes)
         self.train_loss = report.loss
         images_per_second = self.window_images / self.window_seconds
         wait_share = self.window_waited / self.window_seconds
         eta_seconds = self.window_seconds / self.window_steps * (self.last_step - report.step)
+        self.metrics.one(self.metrics.eta_timestamp).set(time.time() + eta_seconds)
         self.total_images += self.window_images
         self.total_seconds += self.window_seconds
         self.window_steps, self.window_images, self.window_seconds, self.window_waited = 0, 0, 0.0, 0.0
@@ -229,6 +267,7 @@ class Journal:
         if self.folder:
             self.folder.summary(row)
             self.folder.status(step=step, best_top1=self.best_top1, best_step=self.best_step)
+        metrics.enter("train")
         self.clock.lap()
         return best
 
@@ -247,6 +286,7 @@ class Journal:
         A failure (a full disk) is told and counted, and does not end the run.
         """
         begin = time.perf_counter()
+        self.metrics.enter("checkpoint")
         if verdict.healed:
             self.metrics.one(self.metrics.nonfinite, "ema", "heal").inc()
             self.event("ema_healed", step=step, tensors=list(verdict.healed))
@@ -264,6 +304,7 @@ class Journal:
                 self.writer.save(step, state, meta, keep=keep, last=last)
                 self._tell_saves()
         self.metrics.one(self.metrics.checkpoint_wait_seconds).inc(time.perf_counter() - begin)
+        self.metrics.enter("train")
         self.clock.lap()
 
     def _tell_saves(self) -> None:
@@ -280,6 +321,7 @@ class Journal:
             return
         metrics.one(metrics.checkpoint_seconds).observe(outcome.seconds)
         metrics.one(metrics.checkpoint_timestamp).set(time.time())
+        metrics.one(metrics.checkpoint_bytes).set(sum(file.stat().st_size for file in outcome.path.iterdir()))
         self.event("checkpoint", step=step, path=str(outcome.path), seconds=round(outcome.seconds, 3))
         if self.folder:
             self.folder.status(resume_from=str(outcome.path))
@@ -308,9 +350,10 @@ class Journal:
         self._close()
 
     def _close(self) -> None:
-        if self.server:
-            self.server.shutdown()
-            self.server.server_close()
+        if self.target:
+            self.target.unlink(missing_ok=True)
+        if self.exporter:
+            self.exporter.close()
 
     def _result(self, state: str, results: dict[str, Evaluation]) -> dict[str, Any]:
         measured = {

@@ -44,6 +44,10 @@ class RunFolder:
         self._status |= fields | {"updated": time.time(), "pid": os.getpid()}
         self._try(_replace, "status.json", json.dumps(self._status, indent=1) + "\n")
 
+    def snapshot(self) -> dict[str, Any]:
+        """What status.json says; may be called from any thread."""
+        return dict(self._status)
+
     def event(self, kind: str, /, **fields: Any) -> None:
         self._try(_append, "events.jsonl", json.dumps({"time": time.time(), "event": kind} | fields) + "\n")
 

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 
 from cmtrain import __version__, build
 from cmtrain.config import Config, to_yaml
+from cmtrain.device import training_flops_per_image
 from cmtrain.errors import EXIT_DATA, EXIT_DIVERGED, EXIT_DONE, EXIT_ERROR, EXIT_EXPECTATION
 from cmtrain.evaluate import Evaluation, evaluate
 from cmtrain.failure import stop_code
@@ -66,6 +67,7 @@ def run(config: Config, lock: RunLock, resume: str, max_steps: int | None) -> in
     schedule = build.plan_steps(config, len(data.train), world_size)
     num_classes = build.num_classes_of(config, data.train)
     model = build.make_model(config, num_classes, accelerator.device)
+    flops_per_image = training_flops_per_image(model, config.data.image_px)
     start = choose_start(lock, resume, config, data.train.fingerprint, is_main=accelerator.is_main_process)
     last_step = min(schedule.total_steps, max_steps or schedule.total_steps)
 
@@ -77,7 +79,8 @@ def run(config: Config, lock: RunLock, resume: str, max_steps: int | None) -> in
         restore(learner, start.checkpoint)
     stop = StopRequest(control)
     journal = open_journal(config, lock.folder, accelerator, schedule, start.step, last_step)
-    journal.start(to_yaml(config), facts_of(config, accelerator), start.checkpoint, [*warnings, *start.notes])
+    facts, notes = facts_of(config, accelerator), [*warnings, *start.notes]
+    journal.start(to_yaml(config), facts, start.checkpoint, notes, flops_per_image=flops_per_image)
     journal.left_out(data.train.bad + data.val.bad)
 
     recovery = build.make_recovery(config, schedule)
@@ -106,7 +109,7 @@ def run(config: Config, lock: RunLock, resume: str, max_steps: int | None) -> in
             num_images = learner.step(batches, step, lr)
             done, epoch = step + 1, step // schedule.steps_per_epoch
             final = done == last_step
-            journal.count_step(done, num_images)
+            journal.count_step(done, num_images, train_loader.take_num_bytes(), learner.phases.take())
             received = 0 if final else stop.agreed()
 
             # Here host and device meet, and nowhere else in a step.
@@ -122,6 +125,7 @@ def run(config: Config, lock: RunLock, resume: str, max_steps: int | None) -> in
             evaluates = final or schedule.ends_epochs(done, config.evaluate.every_epochs)
             results, improved = {}, False
             if evaluates and not received:
+                journal.metrics.enter("evaluate")
                 results = evaluate_weights(learner, eval_loader, val_batches, len(data.val), accelerator)
                 improved = bool(results) and journal.evaluated(results, epoch=epoch + 1, step=done, lr=lr)
                 received = 0 if results else stop.decision
@@ -272,6 +276,8 @@ def open_journal(
         epochs=schedule.total_epochs,
         total_steps=schedule.total_steps,
         address=(metrics.host, metrics.port + accelerator.local_process_index) if metrics.enabled else None,
+        stall_seconds=metrics.stall_seconds,
+        device=accelerator.device,
     )
 
 

@@ -209,7 +209,8 @@ def test_a_file_that_two_ranks_met_is_told_and_counted_once(tmp_path):
     counts = []
     for rank in (0, 1):
         steps = {"first_step": 0, "last_step": 1, "epochs": 1, "total_steps": 1}
-        journal = Journal(tmp_path / "run", rank=rank, world_size=2, address=None, **steps)
+        serving = {"address": None, "stall_seconds": 600, "device": torch.device("cpu")}
+        journal = Journal(tmp_path / "run", rank=rank, world_size=2, **steps, **serving)
         journal.left_out([gone])
         journal.bad_files([[gone], [cut_file]])
         journal.bad_files([[cut_file], []])

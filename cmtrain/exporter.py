@@ -1,0 +1,239 @@
+"""The HTTP server of a rank: a few pages about the run, which no number of clients can slow it with.
+
+prometheus_client's own server has a thread a connection and makes its page anew for every request. Each of those
+threads wants the interpreter's lock, which the training thread gives up at every torch call and then has to wait for.
+Here one thread with an event loop serves everybody, and takes up so many requests a second and no more: under a storm
+clients wait, and training does not. The standard library's parser reads the requests.
+
+Served is what `routes` names, and nothing else: a path is looked up as it is, never on a disk.
+"""
+
+import asyncio
+import contextlib
+import errno
+import functools
+import io
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping
+from http.server import BaseHTTPRequestHandler
+from typing import NamedTuple
+
+PORT_ATTEMPTS = 32
+MAX_CONNECTIONS = 32
+MAX_HEAD_BYTES = 8192  # request line and headers
+TIMEOUT_SECONDS = 5.0  # for a request to arrive, and for an answer to be taken
+END_OF_HEAD = b"\r\n\r\n"
+
+# A turn is a new connection with its first request, or a further request: 0.4 ms on a slow core, so that the server
+# keeps the interpreter's lock from the training thread for 8 % of the time at most. A scraper needs one turn a scrape.
+TURNS_PER_SECOND = 200
+TURNS_AT_ONCE = 50
+
+TEXT = "text/plain; charset=utf-8"
+TOO_LONG = b"HTTP/1.1 431 Request Header Fields Too Large\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
+
+
+class Page(NamedTuple):
+    """An answer: its type, its bytes and its HTTP status."""
+
+    content_type: str
+    body: bytes
+    status: int = 200
+
+
+# Makes a page, given the request's Accept header. Called on the server's thread.
+Route = Callable[[str], Page]
+Routes = Mapping[str, Route]
+
+
+class Exporter:
+    """Serves `routes` from a thread of its own until `close`. The thread does not keep the process alive.
+
+    Connections stay open between requests (HTTP/1.1). When there are `MAX_CONNECTIONS` of them, a new one takes the
+    place of the one that has been silent for longest, so that connections on which nobody ever asks anything cannot
+    keep a scraper out.
+
+    Args:
+        routes: path -> function that makes the page.
+        host: name or address, IPv4 or IPv6, to listen at.
+        port: the first of 32 ports to try.
+
+    Raises:
+        OSError: none of them is free, or `host` is no address of this machine.
+    """
+
+    def __init__(self, routes: Routes, host: str, port: int) -> None:
+        self.routes = routes
+        self.listener = _listen(host, port)
+        self.host, self.port = host, int(self.listener.getsockname()[1])
+        self.idle: dict[asyncio.Task[None], None] = {}  # connections that wait for a request, the longest first
+        self.num_connections = 0
+        self.turns_taken_until = 0.0
+        self.loop = asyncio.new_event_loop()
+        self.serving = self.loop.create_task(self._serve())
+        self.thread = threading.Thread(target=self._run, name="exporter", daemon=True)
+        self.thread.start()
+
+    @property
+    def url(self) -> str:
+        """`http://host:port`, without a slash at the end."""
+        return f"http://{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}"
+
+    def close(self) -> None:
+        """Close all connections and end the thread."""
+        if self.thread.is_alive():
+            self.loop.call_soon_threadsafe(self.serving.cancel)
+            self.thread.join()
+        self.listener.close()
+
+    def _run(self) -> None:
+        with contextlib.closing(self.loop), contextlib.suppress(asyncio.CancelledError):
+            self.loop.run_until_complete(self.serving)
+
+    async def _serve(self) -> None:
+        async with asyncio.TaskGroup() as connections:
+            while True:
+                await self._turn()
+                try:
+                    connection, _ = await self.loop.sock_accept(self.listener)
+                except OSError:  # the client is gone already, or this process has no file descriptor left
+                    await asyncio.sleep(1)
+                    continue
+                if self.num_connections < MAX_CONNECTIONS or self._drop_silent():
+                    self.num_connections += 1
+                    conversation = connections.create_task(self._converse(connection))
+                    conversation.add_done_callback(functools.partial(self._ended, connection))
+                else:
+                    connection.close()
+
+    def _ended(self, connection: socket.socket, conversation: asyncio.Task[None]) -> None:
+        connection.close()
+        self.num_connections -= 1
+
+    def _drop_silent(self) -> bool:
+        """Whether there was a connection that could be dropped to make room."""
+        if not self.idle:
+            return False
+        silent = next(iter(self.idle))
+        del self.idle[silent]
+        return silent.cancel()
+
+    async def _converse(self, connection: socket.socket) -> None:
+        """Answer the requests of one connection until one side has had enough."""
+        try:
+            reader, writer = await asyncio.open_connection(sock=connection, limit=MAX_HEAD_BYTES)
+            writer.transport.set_write_buffer_limits(0)  # drain() returns when everything is sent
+            try:
+                goes_on = True
+                while goes_on:
+                    async with asyncio.timeout(TIMEOUT_SECONDS):
+                        head = await self._read_head(reader)
+                    answer, goes_on = answer_to(head, self.routes)
+                    writer.write(answer)
+                    async with asyncio.timeout(TIMEOUT_SECONDS):
+                        await writer.drain()
+                    if goes_on:
+                        await self._turn()
+            finally:
+                writer.transport.abort()  # without waiting for a client that takes nothing
+        except (OSError, TimeoutError, asyncio.IncompleteReadError):
+            pass  # the client is gone, or too slow
+
+    async def _read_head(self, reader: asyncio.StreamReader) -> bytes | None:
+        """Request line and headers, None if they are too long."""
+        task = asyncio.current_task()
+        assert task is not None
+        self.idle[task] = None
+        try:
+            return await reader.readuntil(END_OF_HEAD)
+        except asyncio.LimitOverrunError:
+            return None
+        finally:
+            self.idle.pop(task, None)
+
+    async def _turn(self) -> None:
+        """Wait for the next free turn; who asked first goes first."""
+        now = time.monotonic()
+        self.turns_taken_until = max(self.turns_taken_until, now) + 1 / TURNS_PER_SECOND
+        await asyncio.sleep(self.turns_taken_until - now - TURNS_AT_ONCE / TURNS_PER_SECOND)
+
+
+def answer_to(head: bytes | None, routes: Routes) -> tuple[bytes, bool]:
+    """The answer to a request, and whether another one may follow on its connection.
+
+    Args:
+        head: request line and headers with the empty line at their end; None if they were too long.
+    """
+    if head is None:
+        return TOO_LONG, False
+    exchange = _Exchange(head, routes)
+    return exchange.sent.getvalue(), not exchange.close_connection
+
+
+class _Exchange(BaseHTTPRequestHandler):
+    """One request and its answer, both in memory: the standard library's handler without its socket."""
+
+    protocol_version = "HTTP/1.1"
+    server_version, sys_version = "cmtrain", ""
+    error_message_format, error_content_type = "%(code)d %(message)s\n", TEXT
+
+    def __init__(self, head: bytes, routes: Routes) -> None:
+        self.rfile, self.sent = io.BytesIO(head), io.BytesIO()
+        self.wfile = self.sent
+        self.raw_requestline = self.rfile.readline()
+        if self.parse_request():  # otherwise it has answered what is wrong
+            self._answer(routes)
+
+    def _answer(self, routes: Routes) -> None:
+        if self.command in ("GET", "HEAD"):
+            page = _page(routes.get(self.path.partition("?")[0]), self.headers.get("Accept", ""))
+        else:
+            page = Page(TEXT, b"405 only GET and HEAD\n", 405)
+        # What follows the head of a request that has a body is not the next request.
+        has_body = "Content-Length" in self.headers or "Transfer-Encoding" in self.headers
+        self.close_connection = self.close_connection or has_body or page.status == 405
+        self.send_response(page.status)
+        self.send_header("Content-Type", page.content_type)
+        self.send_header("Content-Length", str(len(page.body)))
+        self.send_header("Cache-Control", "no-store")
+        self.send_header("X-Content-Type-Options", "nosniff")
+        if page.status == 405:
+            self.send_header("Allow", "GET, HEAD")
+        self.send_header("Connection", "close" if self.close_connection else "keep-alive")
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(page.body)
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+        """Say nothing: stderr is the run's."""
+
+
+def _page(route: Route | None, accept: str) -> Page:
+    if route is None:
+        return Page(TEXT, b"404 no such page\n", 404)
+    try:
+        return route(accept)
+    except Exception as error:  # a page that cannot be made must not end the server
+        return Page(TEXT, f"500 {type(error).__name__}\n".encode(), 500)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family, _, _, _, address = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    last = min(port + PORT_ATTEMPTS - 1, 65535)
+    for candidate in range(port, last + 1):
+        try:
+            listener = socket.create_server(
+                (str(address[0]), candidate),
+                family=family,
+                backlog=128,
+                dualstack_ipv6=host == "::" and socket.has_dualstack_ipv6(),
+            )
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+            continue
+        listener.setblocking(False)
+        return listener
+    raise OSError(f"metrics.port: {port}..{last} are all in use")
