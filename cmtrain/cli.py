@@ -27,6 +27,8 @@ Trains CMT vision models (arXiv 2107.06263) from JPEG files.
 verbs:
   train          train a configuration; the verb may be left out
   demo           train a small CMT on images from installed packages: no GPU and no download needed
+  status RUN     print how a run stands: its step, speed, time left, and whether its process is there
+  watch RUN      the same, until the run ends
   bench          time the loader, the model and training, and name the bottleneck
   data check     find the images that cannot be read; training leaves them out from then on
   data pack      write an image folder as tar shards with an index: few large files instead of many small ones
@@ -163,6 +165,25 @@ def _bench(arguments: list[str]) -> int:
     )
 
 
+def _status(arguments: list[str]) -> int:
+    parser = _parser("status", "Print how a run stands.")
+    parser.add_argument("run", metavar="RUN", help="run folder, such as runs/demo, or the name of one below runs")
+    parser.add_argument("--json", action="store_true", help="as one JSON object")
+    options = _parse_alone(parser, arguments)
+    from cmtrain.status import print_status
+
+    return print_status(options.run, as_json=options.json)
+
+
+def _watch(arguments: list[str]) -> int:
+    parser = _parser("watch", "Show how a run stands until it ends.")
+    parser.add_argument("run", metavar="RUN", help="run folder, such as runs/demo, or the name of one below runs")
+    options = _parse_alone(parser, arguments)
+    from cmtrain.status import watch
+
+    return watch(options.run)
+
+
 def _config(arguments: list[str]) -> int:
     what = arguments.pop(0) if arguments else ""
     if what == "schema" and not arguments:
@@ -259,6 +280,8 @@ def _data_stats(arguments: list[str]) -> int:
 _VERBS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "demo": _demo,
+    "status": _status,
+    "watch": _watch,
     "bench": _bench,
     "data": _data,
     "config": _config,
