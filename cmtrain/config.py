@@ -138,9 +138,9 @@ class Augment(_Section):
     )
     rand_augment: str | None = Field(
         default=None,
-        pattern=r"^(seed|dali(-[mn][0-9]+)*|rand(-([mn]|inc)[0-9]+|-(p|mstd)[0-9]+([.][0-9]+)?)*)$",
-        description="a timm string such as rand-m9-mstd0.5-inc1 (the paper's), seed (the seed's), or DALI's own suite "
-        "as dali-n2-m9 (operations, bin); null: off",
+        pattern=r"^(seed|3a|dali(-[mn][0-9]+)*|rand(-([mn]|inc)[0-9]+|-(p|mstd)[0-9]+([.][0-9]+)?)*)$",
+        description="a timm string such as rand-m9-mstd0.5-inc1 (the paper's) or 3a (DeiT III's grey, solarise or "
+        "blur), seed (the seed's), or DALI's own suite as dali-n2-m9 (operations, bin); null: off",
     )
     repeats: Count = Field(default=1, description="repeated augmentation: views of a sample in an epoch (the paper: 3)")
 

@@ -103,6 +103,12 @@ def sharpen(image: Node, kernel: Node) -> Node:
     return _filter(image, beside(image, kernel))
 
 
+def blur(image: Node, sigma_px: Node) -> Node:
+    """Gaussian blur. Pillow's is three box filters, which come near; at the border it repeats the last pixel, where
+    this mirrors the image."""
+    return fn.gaussian_blur(image, sigma=sigma_px)
+
+
 def equalize(image: Node) -> Node:
     """Pillow's histogram equalisation from OpenCV's.
 
@@ -127,9 +133,19 @@ def auto_contrast(image: Node) -> Node:
 
 
 def rand_augment_layer(
-    image: Node, branch: Node, matrix: Node, numbers: Node, factors: Node, kernel: Node, background: Pixels
+    image: Node,
+    branch: Node,
+    matrix: Node,
+    numbers: Node,
+    factors: Node,
+    kernel: Node,
+    background: Pixels,
+    blurs: bool = False,
 ) -> Node:
-    """One layer: every sample takes at most one of the seven branches (see `policy.LayerParams` for the numbers)."""
+    """One layer: every sample takes at most one of the branches (see `policy.LayerParams` for the numbers).
+
+    Without `blurs` the graph has no branch for it, and other policies pay nothing for it.
+    """
     if branch == int(Branch.WARP):
         image = warp(image, matrix, background)
     if branch == int(Branch.BITS):
@@ -144,6 +160,8 @@ def rand_augment_layer(
         image = equalize(image)
     if branch == int(Branch.AUTO_CONTRAST):
         image = auto_contrast(image)
+    if blurs and branch == int(Branch.BLUR):
+        image = blur(image, factors[0])
     return image
 
 

@@ -172,7 +172,7 @@ def _augmented(image: Any, params: Sequence[Any], spec: AugmentSpec) -> Any:
         branches, matrices, bits, factors, kernels = params[-5:]
         for k in range(policy.num_layers):
             image = augment.rand_augment_layer(
-                image, branches[k], matrices[k], bits[k], factors[k], kernels[k], background
+                image, branches[k], matrices[k], bits[k], factors[k], kernels[k], background, policy.blurs
             )
     if spec.color_jitter:
         image = augment.color_jitter(image, params[1], params[2])

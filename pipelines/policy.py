@@ -1,8 +1,9 @@
 """RandAugment as numbers: which operation, how strong, in a form that a short DALI graph can execute.
 
-The sixteen named operations are seven kinds of pixel work (`Branch`). A layer of a sample is one kind plus its
-numbers, so a layer of the graph has seven branches. Meaning and ranges are those of timm's `rand_augment_transform`
-and of `nvidia.dali.auto_aug.rand_augment` (RandAugment: arXiv 1909.13719).
+The named operations are eight kinds of pixel work (`Branch`). A layer of a sample is one kind plus its numbers, so a
+layer of the graph has eight branches, or seven where nothing blurs. Meaning and ranges are those of timm's
+`rand_augment_transform` and of `nvidia.dali.auto_aug.rand_augment` (RandAugment: arXiv 1909.13719), and of timm's
+`auto_augment_policy_3a` (three-augment: DeiT III, arXiv 2204.07118).
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ class Branch(IntEnum):
     SHARPEN = 5
     EQUALIZE = 6
     AUTO_CONTRAST = 7
+    BLUR = 8
 
 
 BRANCH_OF = {
@@ -59,9 +61,12 @@ BRANCH_OF = {
     "TranslateX": Branch.WARP,
     "TranslateY": Branch.WARP,
     "Identity": Branch.NONE,
+    "Desaturate": Branch.SATURATE,
+    "GaussianBlur": Branch.BLUR,
 }
-_TIMM_OPS = tuple(name for name in BRANCH_OF if name != "Identity")
-_DALI_OPS = tuple(name for name in BRANCH_OF if name not in {"Invert", "SolarizeAdd"})
+_TIMM_OPS = tuple(name for name in BRANCH_OF if name not in {"Identity", "Desaturate", "GaussianBlur"})
+_DALI_OPS = (*(name for name in _TIMM_OPS if name not in {"Invert", "SolarizeAdd"}), "Identity")
+_THREE_OPS = ("Solarize", "Desaturate", "GaussianBlur")
 
 
 @dataclass(frozen=True)
@@ -69,8 +74,8 @@ class Policy:
     """`num_layers` operations drawn with replacement, each applied with `prob`.
 
     `magnitude` and `magnitude_std` are fractions of the operations' ranges; an infinite std means uniform in
-    [0, magnitude]. `severity` says how posterise, solarise and the enhancements read a magnitude. `translate` is the
-    fraction of the image that a shift covers at full magnitude.
+    [0, magnitude]. `severity` says how posterise, solarise and the enhancements read a magnitude; of "3a" only the blur
+    reads it. `translate` is the fraction of the image that a shift covers at full magnitude.
     """
 
     ops: tuple[str, ...]
@@ -78,8 +83,12 @@ class Policy:
     prob: float
     magnitude: float
     magnitude_std: float
-    severity: Literal["timm", "timm_increasing", "dali"]
+    severity: Literal["timm", "timm_increasing", "dali", "3a"]
     translate: float
+
+    @property
+    def blurs(self) -> bool:
+        return "GaussianBlur" in self.ops
 
 
 class LayerParams(NamedTuple):
@@ -88,23 +97,26 @@ class LayerParams(NamedTuple):
     branches: NDArray[np.int32]  # (B, n) Branch
     matrices: NDArray[np.float32]  # (B, n, 2, 3) destination to source pixels, origin at the corner of the image
     bits: NDArray[np.uint8]  # (B, n, 4) mask, flip, highest value that is not inverted, addition below 128
-    factors: NDArray[np.float32]  # (B, n, 2) factor of the enhancement, 1 if it is about the image's mean
+    factors: NDArray[np.float32]  # (B, n, 2) factor of the enhancement or sigma_px, 1 if it is about the image's mean
     kernels: NDArray[np.float32]  # (B, n, 3, 3) sharpness filter
 
 
 @cache
 def parse(text: str) -> Policy:
-    """Reads "rand-m9-n2-p0.5-mstd0.5-inc1" (timm's meaning and defaults), "seed" or "dali-n2-m9".
+    """Reads "rand-m9-n2-p0.5-mstd0.5-inc1" (timm's meaning and defaults), "3a" (also timm's), "seed" or "dali-n2-m9".
 
+    "3a" is one of grey, solarise (from 128 on) and blur (sigma of 0.1 to 2 pixels) for every image.
     "seed" is what the seed project trained with: magnitude 10, two layers, probability 0.5, no noise, not increasing.
     Raises ValueError naming the part that is not understood.
     """
     if text == "seed":
         return parse("rand-m10-n2-p0.5")
+    if text == "3a":
+        return Policy(_THREE_OPS, 1, prob=1.0, magnitude=1.0, magnitude_std=math.inf, severity="3a", translate=0.0)
     family, *parts = text.split("-")
     known = {"rand": ("m", "n", "p", "mstd", "inc"), "dali": ("m", "n")}.get(family)
     if known is None:
-        raise ValueError(f"{text!r} is none of 'rand-m9-mstd0.5-inc1' (timm), 'seed', 'dali-n2-m9'")
+        raise ValueError(f"{text!r} is none of 'rand-m9-mstd0.5-inc1', '3a' (timm), 'seed', 'dali-n2-m9'")
     values = _parse_parts(text, parts, known)
     num_layers = int(values.get("n", 2))
     if family == "dali":
@@ -157,7 +169,11 @@ def op_params(policy: Policy, op: Ints, magnitude: Floats, sign: Floats, image_p
     """The numbers of operations `op` (places in `policy.ops`) at `magnitude` 0..1 and `sign` -1 or 1, all (B, n)."""
     index_of = {name: index for index, name in enumerate(policy.ops)}
     is_op = {name: op == index_of.get(name, -1) for name in BRANCH_OF}
-    factor = 1.8 * magnitude + 0.1 if policy.severity == "timm" else 1.0 + 0.9 * magnitude * sign
+    if policy.severity == "3a":
+        factor = np.where(is_op["GaussianBlur"], 0.1 + 1.9 * magnitude, 0.0)
+        magnitude = np.full_like(magnitude, 0.5)  # of solarise
+    else:
+        factor = 1.8 * magnitude + 0.1 if policy.severity == "timm" else 1.0 + 0.9 * magnitude * sign
     return LayerParams(
         branches=np.array([BRANCH_OF[name] for name in policy.ops], np.int32)[op],
         matrices=_matrices(is_op, magnitude * sign, policy.translate, image_px),

@@ -204,6 +204,19 @@ def test_rand_augment_draws_timms_operations_gates_and_magnitudes():
     assert (strength > 0).mean() == pytest.approx(0.5, abs=0.04)
 
 
+def test_three_augment_is_always_one_of_three_and_blurs_by_up_to_two_pixels():
+    u = PLAN.uniforms(batch_of(np.arange(30_000)), NUM_LAYER_DRAWS).reshape(-1, 1, NUM_LAYER_DRAWS)
+    params = layer_params(parse("3a"), u, 160)
+    counts = Counter(params.branches.ravel().tolist())
+    assert counts.keys() == {Branch.BITS, Branch.SATURATE, Branch.BLUR}
+    assert all(count == pytest.approx(10_000, rel=0.03) for count in counts.values())
+    factors = params.factors[..., 0]
+    sigma_px = factors[params.branches == Branch.BLUR]
+    assert largest_gap(sigma_px, np.linspace(0.1, 2.0, len(sigma_px))) < 1.4
+    assert not factors[params.branches == Branch.SATURATE].any()
+    assert (params.bits == [255, 0, 127, 0]).all(axis=-1)[params.branches == Branch.BITS].all()
+
+
 def test_layers_are_independent():
     u = PLAN.uniforms(batch_of(np.arange(20_000)), 2 * NUM_LAYER_DRAWS).reshape(-1, 2, NUM_LAYER_DRAWS)
     branches = layer_params(parse("dali-n2-m9"), u, 160).branches
@@ -221,6 +234,7 @@ def test_layers_are_independent():
         ("rand-n0", "at least 1"),
         ("rand-p1.5", "at most 1"),
         ("augmix-m5", "augmix-m5"),
+        ("3a-mstd0.5", "3a-mstd0.5"),
         ("dali-m31", "m31"),
         ("dali-n2-inc1", "'inc1'"),
     ],
