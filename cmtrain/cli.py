@@ -30,6 +30,7 @@ verbs:
   status RUN     print how a run stands: its step, speed, time left, and whether its process is there
   watch RUN      the same, until the run ends
   bench          time the loader, the model and training, and name the bottleneck
+  repair-bn      recompute the BatchNorm statistics of a checkpoint in which they are not finite
   data check     find the images that cannot be read; training leaves them out from then on
   data pack      write an image folder as tar shards with an index: few large files instead of many small ones
   data preview   draw augmented training images as a grid
@@ -184,6 +185,21 @@ def _watch(arguments: list[str]) -> int:
     return watch(options.run)
 
 
+def _repair_bn(arguments: list[str]) -> int:
+    parser = _parser("repair-bn", "Recompute the BatchNorm statistics of a checkpoint in which they are not finite.")
+    parser.add_argument("--config", metavar="FILE", help="the configuration that the checkpoint was made with")
+    parser.add_argument("--checkpoint", metavar="PATH", help="checkpoint or run folder; not changed")
+    parser.add_argument("--out", metavar="DIR", help="folder to write to (default: `repaired` in the run folder)")
+    parser.add_argument("--batches", type=_positive, default=200, metavar="N", help="to average over (default: 200)")
+    options, overrides = _parse(parser, arguments)
+    config = _load("repair-bn", options.config, overrides).config
+    if options.checkpoint is None:
+        raise ConfigError("cmtrain repair-bn: --checkpoint is missing, e.g. --checkpoint runs/full_in1k")
+    from cmtrain.repair_bn import repair_bn
+
+    return repair_bn(config, checkpoint=options.checkpoint, out=options.out, batches=options.batches)
+
+
 def _config(arguments: list[str]) -> int:
     what = arguments.pop(0) if arguments else ""
     if what == "schema" and not arguments:
@@ -283,6 +299,7 @@ _VERBS: dict[str, Callable[[list[str]], int]] = {
     "status": _status,
     "watch": _watch,
     "bench": _bench,
+    "repair-bn": _repair_bn,
     "data": _data,
     "config": _config,
 }

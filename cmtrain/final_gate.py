@@ -7,7 +7,6 @@ refuses saves nothing for the rest of the run, because an EMA never loses a NaN 
 that is not finite is refused.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -47,5 +46,8 @@ def floating_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def all_finite(tensors: list[Tensor]) -> list[bool]:
-    """Of each tensor, whether all of it is finite; one value of each is reduced on the device and read."""
-    return torch.stack(torch._foreach_norm(tensors, math.inf)).isfinite().tolist()
+    """Of each tensor, whether all of it is finite."""
+    # The sum of squares is the one reduction that is fused over tensors everywhere. It may overflow where no element
+    # does, so what it suspects is looked at again.
+    finite = torch.stack(torch._foreach_norm(tensors)).isfinite().tolist()
+    return [good or bool(tensor.isfinite().all()) for good, tensor in zip(finite, tensors, strict=True)]

@@ -53,9 +53,10 @@ def write_state(path: Path, state: dict[str, Any]) -> Digest:
     Raises:
         OSError, RuntimeError: the write failed (torch reports a full disk as RuntimeError).
     """
-    with open(path, "wb", buffering=0) as file:
+    with open(path, "wb") as file:
         hashing = _Hashing(file)
         torch.save(state, cast(IO[bytes], hashing))
+        file.flush()
         os.fsync(file.fileno())
         # Whoever reads it next reads what the disk holds, and the images keep their place in the page cache.
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -107,11 +108,10 @@ def open_regular(path: Path) -> io.BufferedReader:
             raise
         what = "is a symbolic link" if error.errno == errno.ELOOP else error.strerror
         raise CheckpointError(f"{path}: {what}") from error
-    file = open(descriptor, "rb")  # noqa: SIM115 - the caller closes it
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        file.close()
+        os.close(descriptor)
         raise CheckpointError(f"{path}: not a regular file")
-    return file
+    return open(descriptor, "rb")
 
 
 def _verify(file: io.BufferedReader, path: Path, expected: Digest) -> None:
@@ -159,17 +159,13 @@ def tensors_of(tree: Any) -> Iterator[Tensor]:
 class _Hashing:
     """Writes to `file`, and knows what was meant to be written."""
 
-    def __init__(self, file: io.FileIO) -> None:
+    def __init__(self, file: io.BufferedWriter) -> None:
         self.file, self.sha256, self.num_bytes = file, hashlib.sha256(), 0
 
     def write(self, data: bytes | memoryview) -> int:
-        view = memoryview(data).cast("B")
-        self.sha256.update(view)
-        self.num_bytes += len(view)
-        done = 0
-        while done < len(view):  # an unbuffered write may stop early, and the next one says why
-            done += self.file.write(view[done:])
-        return len(view)
+        self.sha256.update(data)
+        self.num_bytes += len(data)
+        return self.file.write(data)
 
     def flush(self) -> None:
         """torch.save asks for it."""

@@ -135,10 +135,9 @@ def run(config: Config, lock: RunLock, resume: str, max_steps: int | None) -> in
                 state["progress"] = progress_at(done, schedule) | {"evaluation_due": evaluates and not results}
                 watchdog.begin("checkpoint", done)
                 meta = meta_of(config, data.train.fingerprint, schedule, accelerator)
-                meta["milestone"] = is_milestone(done, config, schedule)
+                meta |= {"milestone": is_milestone(done, config, schedule)}
                 verdict = inspect(**learner.weights) if config.guard.enabled else Verdict()
-                last = final or received > 0
-                journal.save(state, done, meta, verdict, keep=config.checkpoint.keep, last=last)
+                journal.save(state, done, meta, verdict, keep=config.checkpoint.keep, last=final or received > 0)
             if received:
                 break
 
@@ -163,7 +162,8 @@ def run(config: Config, lock: RunLock, resume: str, max_steps: int | None) -> in
         code, reason = judge(config, results, whole=last_step == schedule.total_steps)
         if journal.unsaved:
             code, reason = EXIT_DATA, f"{reason}, but its checkpoint is missing: {journal.unsaved}"
-        journal.finish("finished", exit_code=code, reason=reason, results=results)
+        how = "failed" if journal.unsaved else "finished"
+        journal.finish(how, exit_code=code, reason=reason, results=results)
     leave_together()
     watchdog.close()
     return code

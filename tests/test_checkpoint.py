@@ -63,7 +63,31 @@ def test_nothing_usable_is_an_error_and_not_a_fresh_start(tmp_path):
         load_newest(tmp_path)
 
 
+def test_and_the_next_start_is_none_either(tmp_path):
+    """The damaged ones have been set aside by then: an empty-looking folder is not an empty one."""
+    flip(save(tmp_path, 1) / "state.pt")
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match="no usable checkpoint in"):
+            load_newest(tmp_path)
+
+
+@pytest.mark.parametrize("name", [".del-3-17", "step-7", "notes.txt"])
+def test_a_folder_that_is_not_empty_is_no_fresh_start(tmp_path, name):
+    (tmp_path / name).mkdir()
+    (tmp_path / ".tmp-1-17").mkdir()
+    with pytest.raises(CheckpointError, match=f"no usable checkpoint in .*, but {name}"):
+        load_newest(tmp_path)
+
+
+def test_another_runs_folder_is_read_and_not_changed(tmp_path):
+    save(tmp_path, 1)
+    flip(save(tmp_path, 2) / "state.pt")
+    assert load_newest(tmp_path, set_aside=False).state["progress"] == {"step": 1}
+    assert checkpoint_steps(tmp_path) == [1, 2]
+
+
 def test_no_checkpoint_is_none(tmp_path):
+    (tmp_path / ".tmp-1-17").mkdir()  # killed while the first one was written
     assert load_newest(tmp_path / "missing") is None
     assert load_newest(tmp_path) is None
 
