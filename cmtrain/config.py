@@ -19,14 +19,26 @@ def _printable(text: str) -> str:
     return text
 
 
+# What Linux allows a name, and a quarter of what it allows a path: paths are joined, and files come below.
+MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 1024
+
+
+def _path(text: str) -> str:
+    _printable(text)
+    if len(text.encode()) > MAX_PATH_BYTES or any(len(part.encode()) > MAX_NAME_BYTES for part in text.split("/")):
+        raise ValueError(f"must be a path of at most {MAX_PATH_BYTES} bytes, and {MAX_NAME_BYTES} between two slashes")
+    return text
+
+
 def _below_root(text: str) -> str:
     if text.startswith("/") or ".." in text.split("/"):
-        raise ValueError("must be a folder below data.root: not absolute, and without ..")
-    return _printable(text)
+        raise ValueError("must be below data.root: not absolute, and without ..")
+    return _path(text)
 
 
 Text = Annotated[str, AfterValidator(_printable)]
-FolderBelowRoot = Annotated[str, AfterValidator(_below_root)]
+AnyPath = Annotated[str, AfterValidator(_path)]
+PathBelowRoot = Annotated[str, AfterValidator(_below_root)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -50,7 +62,7 @@ class Run(_Section):
         pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}$",
         description="name of the run and of its folder below run.dir; null: the configuration file's name",
     )
-    dir: Text = Field(
+    dir: AnyPath = Field(
         default="runs", description="folder that holds the run folders; on several nodes, one that all share"
     )
     seed: int = Field(
@@ -87,18 +99,18 @@ class Model(_Section):
 
 
 class Data(_Section):
-    root: Text = Field(description="folder that holds the images, or demo:digits or demo:photos")
-    train_dir: FolderBelowRoot = Field(
+    root: AnyPath = Field(description="folder that holds the images, or demo:digits or demo:photos")
+    train_dir: PathBelowRoot = Field(
         default="train", description="<class>/<image> tree of the training images, below root"
     )
-    val_dir: FolderBelowRoot = Field(
+    val_dir: PathBelowRoot = Field(
         default="val", description="<class>/<image> tree of the validation images, below root"
     )
-    train_list: Text | None = Field(
+    train_list: PathBelowRoot | None = Field(
         default=None,
         description='file with one "path,label" or "path label" a line, used instead of train_dir; all below root',
     )
-    val_list: Text | None = Field(default=None, description="the same for validation, used instead of val_dir")
+    val_list: PathBelowRoot | None = Field(default=None, description="the same for validation, used instead of val_dir")
     fraction: float = Field(
         default=1.0, gt=0, le=1, description="share of the training images to use, equal in every class"
     )
@@ -112,7 +124,7 @@ class Data(_Section):
         default=None, description="decoding threads of a process; null: its share of the cores"
     )
     prefetch_batches: Count = Field(default=2, description="micro-batches prepared ahead")
-    cache_dir: Text | None = Field(
+    cache_dir: AnyPath | None = Field(
         default=None, description="folder for indexes and demo images; null: the user's cache"
     )
     max_bad_fraction: Fraction = Field(

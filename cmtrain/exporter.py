@@ -175,7 +175,7 @@ def answer_to(head: bytes | None, routes: Routes) -> tuple[bytes, bool]:
 class _Exchange(BaseHTTPRequestHandler):
     """One request and its answer, both in memory: the standard library's handler without its socket."""
 
-    protocol_version = "HTTP/1.1"
+    protocol_version, default_request_version = "HTTP/1.1", "HTTP/1.0"
     server_version, sys_version = "cmtrain", ""
     error_message_format, error_content_type = "%(code)d %(message)s\n", TEXT
 

@@ -69,7 +69,7 @@ class TrainMetrics:
         self.steps = self._make(Counter, "steps", "Optimizer steps by result.", "result")
         self.step_seconds = self._make(Histogram, "step_duration_seconds", "Wall time of a step.", buckets=STEP_BUCKETS)
         self.phase_seconds = self._make(
-            Histogram, "phase_duration_seconds", "Time a step spent in a phase; on a GPU, but for data_wait, GPU time.",
+            Histogram, "phase_duration_seconds", "Time of a step in one phase; GPU time on a GPU, except data_wait.",
             "phase", buckets=PHASE_BUCKETS,
         )  # fmt: skip
         self.data_wait_seconds = self._make(Counter, "data_wait_seconds", "Time the step waited for a batch.")
@@ -90,7 +90,9 @@ class TrainMetrics:
         self.grad_norm = self._make(Gauge, "grad_norm", "Global L2 norm of the gradient, before clipping.")
         self.weight_norm = self._make(Gauge, "weight_norm", "L2 norm of all trainable parameters together.")
         self.loss_scale = self._make(Gauge, "loss_scale", "Scale of the fp16 loss, 1 without a scaler.")
-        self.bn_mean_abs_max = self._make(Gauge, "bn_running_mean_abs_max", "Largest |running mean| of any BatchNorm.")
+        self.bn_mean_abs_max = self._make(
+            Gauge, "bn_running_mean_abs_max", "Largest absolute running mean of any BatchNorm."
+        )
         self.bn_var_max = self._make(Gauge, "bn_running_var_max", "Largest running variance of any BatchNorm.")
         self.eval_accuracy = self._make(Gauge, "eval_accuracy_ratio", "Accuracy on the validation set.", "k", "weights")
         self.eval_loss = self._make(Gauge, "eval_loss", "Cross entropy on the validation set (nats).", "weights")

@@ -4,6 +4,7 @@ status.json says what the run knew when it last wrote. A run that was killed can
 looked for on its own host, and its silence is told anywhere.
 """
 
+import contextlib
 import difflib
 import http.client
 import json
@@ -62,7 +63,7 @@ def find_run(run: str) -> Path:
         DataError: there is none.
     """
     for path in (Path(run), RUNS / run):
-        if read_status(path) is not None:
+        if _read(path) is not None:
             return path
     known = sorted(path.parent.name for path in RUNS.glob("*/status.json"))
     close = difflib.get_close_matches(Path(run).name, known, n=1)
@@ -72,7 +73,7 @@ def find_run(run: str) -> Path:
 
 def stand(path: Path) -> Standing:
     """How the run in the folder `path` stands at this moment."""
-    status = read_status(path) or {}
+    status = _read(path) or {}
     age_seconds = max(0.0, time.time() - status.get("updated", 0.0))
     if status.get("state") != "running":
         return Standing(path, status, None, None, age_seconds, "")
@@ -171,19 +172,26 @@ def _speed(status: dict[str, Any]) -> str:
     return f"{status['images_per_second']:,.0f} images/s, {status['data_wait_ratio']:.0%} of the time waiting for data"
 
 
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        status = read_status(path)
+    except (OSError, ValueError):
+        return None
+    return status if isinstance(status, dict) else None
+
+
 def _ask(status: dict[str, Any]) -> dict[str, Any] | None:
     """What the run's first rank says of itself; None if nobody answers, or another process has got its port."""
-    url = urlsplit(status.get("metrics_url") or "")
-    if url.scheme != "http" or not url.hostname:
-        return None
-    connection = http.client.HTTPConnection(url.hostname, url.port, timeout=ANSWER_SECONDS)
     try:
-        connection.request("GET", "/status.json")
-        answer = json.loads(connection.getresponse().read(MAX_ANSWER_BYTES))
+        url = urlsplit(str(status.get("metrics_url")))
+        if url.scheme != "http" or not url.hostname:
+            return None
+        connection = http.client.HTTPConnection(url.hostname, url.port, timeout=ANSWER_SECONDS)
+        with contextlib.closing(connection):
+            connection.request("GET", "/status.json")
+            answer = json.loads(connection.getresponse().read(MAX_ANSWER_BYTES))
     except (OSError, ValueError, http.client.HTTPException):
         return None
-    finally:
-        connection.close()
     same = isinstance(answer, dict) and all(answer.get(key) == status.get(key) for key in ("pid", "host"))
     return answer.get("now") if same else None
 

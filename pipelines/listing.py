@@ -220,7 +220,9 @@ def _read_list(path: Path) -> Iterator[tuple[int, str, str]]:
                     continue
                 found = _LIST_LINE.fullmatch(line)
                 if found is None:
-                    raise DataError(f"{path}:{number}: expected 'path,label' or 'path label', found {line!r}")
+                    raise DataError(f"{path}:{number}: expected 'path,label' or 'path label', found {line[:100]!r}")
+                if found[1].startswith("/") or ".." in found[1].split("/") or "\0" in line:
+                    raise DataError(f"{path}:{number}: must be below data.root: not absolute, without .. and NUL")
                 yield number, found[1], found[2].strip()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot read the list of images: {error}") from error

@@ -266,11 +266,21 @@ def test_damaged_files_end_in_config_errors_and_nothing_else():
     assert all(line.startswith("x.yaml:") for error in refused for line in error.split("\n"))
 
 
-def test_paths_stay_below_the_data_folder():
-    for value in ("../x", "/etc", "a/../../b"):
-        assert mistakes(GOOD, ("data.train_dir", value)) == [
-            f"--data.train_dir: must be a folder below data.root: not absolute, and without .., got {value}"
+@pytest.mark.parametrize("key", ["data.train_dir", "data.val_dir", "data.train_list", "data.val_list"])
+def test_paths_stay_below_the_data_folder(key):
+    for value in ("../x", "/etc", "a/../../b", ".."):
+        assert mistakes(GOOD, (key, value)) == [
+            f"--{key}: must be below data.root: not absolute, and without .., got {value}"
         ]
+
+
+@pytest.mark.parametrize("key", ["run.dir", "data.root", "data.cache_dir", "data.train_dir", "data.train_list"])
+def test_paths_are_ones_that_a_file_system_can_hold(key):
+    for value in ("x" * 256, "a/" + "é" * 128, "x/" * 513):
+        (line,) = mistakes(GOOD, (key, value))
+        assert line.startswith(f"--{key}: must be a path of at most 1024 bytes, and 255 between two slashes, got ")
+        assert len(line) < 200
+    load_config(write(GOOD), [(key, "x" * 255 + "/" + "é" * 127)])
 
 
 def test_missing_file_is_one_line_with_a_suggestion():

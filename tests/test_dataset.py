@@ -212,6 +212,11 @@ def test_lists_of_numbers_and_of_names(tmp_path, cache, separator):
         ("a.jpg,0\n\n# x\na.jpg,7\n", r"list.txt:4: label '7' is not one of the 3 classes"),
         ("a.jpg,wolf\n", r"list.txt:1: label 'wolf'"),
         ("# nothing\n", r"list.txt: names no images"),
+        ("a.jpg,0\n../../etc/a.jpg,0\n", r"list.txt:2: must be below data.root: not absolute, without .. and NUL$"),
+        ("/etc/a.jpg,0\n", r"list.txt:1: must be below data.root"),
+        ("x/../../a.jpg 0\n", r"list.txt:1: must be below data.root"),
+        ("x\0/a.jpg,0\n", r"list.txt:1: must be below data.root"),
+        ("x" * 100_000 + "\n", r"list.txt:1: expected 'path,label' or 'path label', found '.{100}'$"),
     ],
 )
 def test_a_bad_line_is_named_with_its_number(tmp_path, cache, text, message):

@@ -1,12 +1,14 @@
 """The promises of a run, kept by the program as a user starts it: whole processes, real JPEGs, real signals."""
 
 import csv
+import json
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 
 import pytest
@@ -16,6 +18,8 @@ from photographs import write_folder
 from PIL import Image
 
 from cmtrain.checkpoint import checkpoint_steps, load_newest
+from cmtrain.metrics import STATES
+from cmtrain.phases import PHASES
 
 POISONED = str(ROOT / "tests" / "poisoned_train.py")
 LOSSES = ("step", "epoch", "loss", "lr", "grad_norm", "bad_steps")
@@ -195,15 +199,48 @@ def test_metrics_are_served_while_the_run_runs(make_job):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    job = make_job(schedule={"epochs": 400}, metrics={"enabled": True, "port": port})
+    job = make_job(schedule={"epochs": 400}, metrics={"enabled": True, "port": port, "stall_seconds": 1e-3})
     process = job.start(nproc=2)
     wait_for(lambda: logged(job, 4), process)
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    pages = [opener.open(f"http://127.0.0.1:{port + rank}/metrics", timeout=10).read().decode() for rank in (0, 1)]
+
+    def page(rank, path):
+        return opener.open(f"http://127.0.0.1:{port + rank}{path}", timeout=10).read().decode()
+
+    def is_unhealthy():
+        try:
+            page(1, "/-/healthy")
+        except urllib.error.HTTPError as error:
+            return error.code == 503
+        return False
+
+    pages = [page(rank, "/metrics") for rank in (0, 1)]
+    statuses = [json.loads(page(rank, "/status.json")) for rank in (0, 1)]
+    assert "steps done" in page(1, "/-/ready")
+    wait_for(is_unhealthy, process)  # a step takes longer than a millisecond
+    targets = [json.loads((job.run.parent / ".targets" / f"job-{rank}.json").read_text()) for rank in (0, 1)]
     process.terminate()
     process.communicate()
+    assert targets == [[{"targets": [f"127.0.0.1:{port + rank}"], "labels": {}}] for rank in (0, 1)]
+    assert list((job.run.parent / ".targets").iterdir()) == []
+    assert (statuses[0]["state"], "state" in statuses[1]) == ("running", False)
+    assert [status["now"]["rank"] for status in statuses] == [0, 1]
     for rank, page in enumerate(pages):
         samples = dict(line.rsplit(" ", 1) for line in page.splitlines() if not line.startswith("#"))
+
+        def value(name, rank=rank, samples=samples, **labels):
+            labels = {"rank": str(rank), "run": "job"} | labels
+            return float(
+                samples[f"cmtrain_{name}{{{','.join(f'{k}={json.dumps(labels[k])}' for k in sorted(labels))}}}"]
+            )
+
+        phases = {name: value("phase_duration_seconds_sum", phase=name) for name in PHASES}
+        assert min(phases.values()) > 0
+        assert sum(phases.values()) < value("step_duration_seconds_sum")
+        assert value("phase_duration_seconds_count", phase="data_wait") == value("step_duration_seconds_count")
+        assert value("data_bytes_total") > 500 * value("images_total", split="train")  # JPEGs of 48 x 48 pixels
+        assert min(value(name) for name in ("flops_per_image", "weight_norm", "bn_running_var_max", "loss_scale")) > 0
+        assert sum(value("state", state=state) for state in STATES) == 1
         assert float(samples[f'cmtrain_images_total{{rank="{rank}",run="job",split="train"}}']) >= 32
         assert float(samples[f'cmtrain_steps_total{{rank="{rank}",result="applied",run="job"}}']) >= 4
         assert float(samples[f'cmtrain_last_step_timestamp_seconds{{rank="{rank}",run="job"}}']) > time.time() - 60
