@@ -248,11 +248,13 @@ def make_model(config: Config, num_classes: int, device: torch.device | str = "c
 
 def make_recovery(config: Config, schedule: Schedule) -> Recovery:
     guard = config.guard
+    epochs = guard.lr_backoff_epochs
     return Recovery(
         after_bad_steps=guard.rollback_after_bad_steps if guard.enabled else sys.maxsize,
         max_rollbacks=guard.max_rollbacks,
         lr_backoff=guard.lr_backoff,
-        backoff_steps=round(guard.lr_backoff_epochs * schedule.steps_per_epoch),
+        backoff_steps=None if epochs is None else round(epochs * schedule.steps_per_epoch),
+        on_spikes=guard.enabled and guard.spike_action == "rollback",
     )
 
 
@@ -278,6 +280,7 @@ def make_learner(
         accelerator,
         ema_decay=config.ema.decay,
         protect=config.guard.enabled,
+        spike_sigma=config.guard.spike_sigma,
         mixing=MixSpec(num_classes=num_classes, **config.mixing.model_dump()),
         accumulation=schedule.accumulation,
         clip_grad=optim.clip_grad,

@@ -219,7 +219,16 @@ class Guard(_Section):
     )
     max_rollbacks: int = Field(default=3, ge=0, description="one more ends the run with exit code 4")
     lr_backoff: float = Field(default=0.25, gt=0, le=1, description="factor on the learning rate after a rollback")
-    lr_backoff_epochs: NotNegative = Field(default=1.0, description="how long that factor lasts")
+    lr_backoff_epochs: NotNegative | None = Field(
+        default=None, description="epochs over which that factor comes back to 1, evenly; null: it stays"
+    )
+    spike_sigma: Positive = Field(
+        default=6.0,
+        description="standard deviations above the mean of the last steps that make a loss or gradient norm a spike",
+    )
+    spike_action: Literal["report", "rollback"] = Field(
+        default="report", description="rollback: go back on a spike, too, as long as max_rollbacks allows"
+    )
 
 
 class Checkpoint(_Section):

@@ -14,6 +14,7 @@ import torch
 from cmtrain.checkpoint import Loaded
 from cmtrain.console import Console, duration
 from cmtrain.device import gpu_identity, memory_bytes
+from cmtrain.diagnosis import Finding
 from cmtrain.evaluate import Evaluation
 from cmtrain.exporter import Exporter
 from cmtrain.final_gate import Verdict
@@ -21,6 +22,7 @@ from cmtrain.metrics import StepReport, TrainMetrics
 from cmtrain.pages import make_pages
 from cmtrain.rank import num_restarts
 from cmtrain.run_folder import RunFolder
+from cmtrain.spike import Spike
 from cmtrain.targets import forget_ranks, write_target
 from cmtrain.writer import PATIENCE_SECONDS, CheckpointWriter, Outcome
 from pipelines.dataset import BadFile
@@ -29,7 +31,7 @@ from pipelines.preview import contact_sheet
 from pipelines.spec import Batch, Channels
 
 SAMPLE_NAME = "augmented.png"
-NUM_NAMED = 3  # bad files named on the console; all of them are in events.jsonl
+NUM_NAMED = 3  # files named on the console; all of them are in events.jsonl
 
 
 class Stopwatch:
@@ -271,11 +273,30 @@ class Journal:
         self.clock.lap()
         return best
 
-    def rolled_back(self, step: int, cause: str, lr_factor: float) -> None:
-        """A run of bad steps was answered by going back to a good state."""
+    def spiked(self, spikes: Sequence[Spike], batch: Sequence[int], files: Sequence[str]) -> None:
+        """Loss spikes since the last log point; `batch`: the samples of the highest one, `files`: some of them."""
+        worst = max(spikes, key=lambda spike: spike.z)
+        first, last = spikes[0].step, spikes[-1].step
+        self.event(
+            "loss_spikes", first_step=first, last_step=last, count=len(spikes), worst=asdict(worst),
+            samples=list(batch), files=list(files),
+        )  # fmt: skip
+        self.console.line(
+            f"loss spikes: {len(spikes)} in steps {first}..{last}, the highest at step {worst.step}: "
+            f"loss {worst.loss:.4f} ({worst.loss_z:.1f} sigma), gradient norm {worst.grad_norm:.2f} "
+            f"({worst.grad_norm_z:.1f} sigma)"
+        )
+
+    def bad_batch(self, step: int, found: Finding, files: Sequence[str]) -> None:
+        """What the last of too many bad steps in a row was about; `files`: some of its samples."""
+        self.event("bad_batch", step=step, **asdict(found), files=list(files))
+        self.console.line(f"step {step}: too many bad steps; {found.cause}; of {'; '.join(files)}, ...")
+
+    def rolled_back(self, step: int, good_step: int, cause: str, lr_factor: float) -> None:
+        """Trouble was answered by going back to a good state."""
         self.metrics.one(self.metrics.rollbacks).inc()
-        self.event("rollback", step=step, cause=cause, lr_factor=lr_factor)
-        self.console.line(f"step {step}: back to a good state, learning rate x {lr_factor:g} for a while; {cause}")
+        self.event("rollback", step=step, good_step=good_step, cause=cause, lr_factor=lr_factor)
+        self.console.line(f"step {step}: back to the state of step {good_step}, learning rate x {lr_factor:g}")
         self.clock.lap()
 
     def save(

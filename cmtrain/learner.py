@@ -1,7 +1,7 @@
 """What learns: everything that one optimizer step changes, and the step itself.
 
     mix -> forward (autocast) -> loss -> backward -> propose        once a micro-batch
-    gradient norm -> settle -> clip -> update -> EMA                once a step
+    gradient norm -> settle -> clip -> update -> EMA -> record      once a step
 
 The host never waits for the device. Whether a step counts is decided on the device by one flag: the norm of the
 gradient, reduced over all ranks, is finite. The same flag commits BatchNorm's statistics, lets the (fused) optimizer
@@ -9,6 +9,7 @@ write, and moves the EMA; so all ranks agree without asking each other, and noth
 `optimizer_step_was_skipped`, which is always False for fused optimizers (accelerate issue 4242).
 """
 
+import copy
 import math
 import warnings
 from collections.abc import Iterator
@@ -22,25 +23,28 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from cmtrain.ema import Ema
-from cmtrain.evaluate import all_reduce_sum, average_running_statistics
+from cmtrain.evaluate import average_running_statistics
 from cmtrain.guard import Guard
 from cmtrain.metrics import StepReport
 from cmtrain.mixing import MixSpec, mix
 from cmtrain.numerics import extremes
 from cmtrain.optim import set_lr
 from cmtrain.phases import Phases
+from cmtrain.spike import Spike, SpikeDetector
+from cmtrain.window import Window
 from pipelines.spec import Batch
 
 MIN_LOSS_SCALE = 1.0
 
 
 class Learner:
-    """Model, EMA, optimizer, guard, loss scaler, and the sums since the last log point.
+    """Model, EMA, optimizer, guard, loss scaler, and what was measured since the last log point.
 
     Args:
         model: on `accelerator.device`, not yet wrapped.
         ema_decay: per step, None for no EMA.
         protect: whether the guard refuses bad steps, or only counts them.
+        spike_sigma: standard deviations above the mean of loss or gradient norm that make a step a spike.
         accumulation: micro-batches a step on this rank.
         clip_grad: largest L2 norm of the gradient, None for no clipping.
         seed: of the run; dropout, drop path and mixing are functions of (seed, step, micro-batch).
@@ -54,6 +58,7 @@ class Learner:
         *,
         ema_decay: float | None,
         protect: bool,
+        spike_sigma: float,
         mixing: MixSpec,
         accumulation: int,
         clip_grad: float | None,
@@ -69,12 +74,14 @@ class Learner:
             self.wrapped = accelerator.prepare_model(model)
         self.mixing, self.accumulation, self.clip_grad, self.seed = mixing, accumulation, clip_grad, seed
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.loss_sum = torch.zeros((), device=accelerator.device)
-        self.good_steps = torch.zeros((), device=accelerator.device)
-        self.grad_norm = torch.zeros((), device=accelerator.device)
+        self.window = Window(accelerator.num_processes)
+        self.detector = SpikeDetector(spike_sigma)
+        self.spikes: list[Spike] = []  # found by the last report, and this rank's samples of the highest one
+        self.spike_samples: list[int] = []
+        self.last_indices: list[Tensor] = []  # of the last step's samples, (B,) a micro-batch
         self.fresh_scaler = None if accelerator.scaler is None else accelerator.scaler.state_dict()
         self.phases = Phases(accelerator.device)
-        self.last_forward: tuple[int, Tensor] | None = None  # random seed and images, for `replay`
+        self.last_forward: tuple[int, Tensor] | None = None  # random seed and images of its last micro-batch
 
     def step(self, batches: Iterator[Batch], step: int, lr: float) -> int:
         """Do step number `step` (from 0) on the next `accumulation` micro-batches.
@@ -85,10 +92,10 @@ class Learner:
         set_lr(self.optimizer, lr)
         self.optimizer.zero_grad(set_to_none=True)
         loss_of_step = torch.zeros((), device=self.accelerator.device)
-        num_images = 0
+        self.last_indices = []
         for turn in range(self.accumulation):
             self.phases.begin("")
-            images, labels, _ = next(batches)
+            images, labels, indices = next(batches)
             self.phases.begin("forward")
             # The number of this micro-batch within the global batch, whichever rank works on it.
             micro = self.accelerator.process_index + turn * self.accelerator.num_processes
@@ -103,19 +110,19 @@ class Learner:
                 self.accelerator.backward(loss / self.accumulation)
             self.guard.propose()
             loss_of_step += loss.detach() / self.accumulation
-            num_images += len(labels)
+            self.last_indices.append(indices)
         self.phases.begin("optimizer")
         self._update(loss_of_step)
         self.phases.end_step()
-        return num_images
+        return sum(len(indices) for indices in self.last_indices)
 
     @torch.no_grad()
     def _update(self, loss: Tensor) -> None:
         scaler = self.accelerator.scaler
         if scaler is not None:
             scaler.unscale_(self.optimizer)
-        self.grad_norm = nn.utils.clip_grad_norm_(self.parameters, self.clip_grad or math.inf, foreach=True)
-        ok = torch.isfinite(self.grad_norm)
+        grad_norm = nn.utils.clip_grad_norm_(self.parameters, self.clip_grad or math.inf, foreach=True)
+        ok = torch.isfinite(grad_norm)
         go = self.guard.settle(ok)
         # Fused optimizers leave parameters and state alone where found_inf is 1. An unguarded fp16 run still skips, as
         # any GradScaler run does.
@@ -127,45 +134,48 @@ class Learner:
             scaler._scale.clamp_(min=MIN_LOSS_SCALE)
         if self.ema is not None:
             self.ema.update(go)
-        self.loss_sum += torch.where(ok, loss, 0)
-        self.good_steps += ok
+        self.window.add(loss, grad_norm, self.last_indices)
 
     def report(self, step: int, epoch: int, lr: float, *, reset: bool) -> StepReport:
-        """Read the sums since the last log point; `reset` starts new ones. Synchronises; for all ranks together."""
-        loss_sum = self.loss_sum.clone()
-        all_reduce_sum(loss_sum)
-        guard, scaler = self.guard, self.accelerator.scaler
-        on_device = [
-            loss_sum,
-            self.good_steps,
-            self.grad_norm,
-            guard.bad_steps,
-            guard.bad_steps_in_a_row,
-            guard.restores,
-            *extremes(self.model),
-        ]
-        loss, good, norm, bad, bad_in_a_row, restores, *largest = torch.stack([t.double() for t in on_device]).tolist()
+        """Judge the steps since the last log point, `step` being the last of them; `reset` makes this a log point, too.
+
+        Synchronises; for all ranks together.
+        """
+        measured = self.window.read()
+        detector = self.detector if reset else copy.copy(self.detector)
+        self.spikes = detector.judge(step - len(measured), measured)
+        self.spike_samples = []
+        if self.spikes:
+            self.spike_samples = self.window.samples(step - max(self.spikes, key=lambda spike: spike.z).step)
         if reset:
-            self.loss_sum.zero_()
-            self.good_steps.zero_()
+            self.window.clear()
+        guard, scaler = self.guard, self.accelerator.scaler
+        on_device = [guard.bad_steps, guard.bad_steps_in_a_row, guard.restores, *extremes(self.model)]
+        numbers = torch.stack([value.double() for value in on_device]).tolist()
+        bad, bad_in_a_row, restores, mean_abs_max, var_max, weight_norm = numbers
+        good = [loss for loss, grad_norm in measured if math.isfinite(grad_norm)]
         return StepReport(
             step=step,
             epoch=epoch,
-            loss=loss / self.accelerator.num_processes / good if good else math.nan,
+            loss=sum(good) / len(good) if good else math.nan,
             lr=lr,
-            grad_norm=norm,
+            grad_norm=measured[-1][1] if measured else math.nan,
             loss_scale=1.0 if scaler is None else scaler.get_scale(),
             bad_steps=int(bad),
             bad_steps_in_a_row=int(bad_in_a_row),
             restores=int(restores),
-            bn_mean_abs_max=largest[0],
-            bn_var_max=largest[1],
-            weight_norm=largest[2],
+            spikes=detector.num_spikes,
+            good_steps_in_a_row=detector.good_steps_in_a_row,
+            bn_mean_abs_max=mean_abs_max,
+            bn_var_max=var_max,
+            weight_norm=weight_norm,
         )
 
     def roll_back(self, state: dict[str, Any]) -> None:
         """Go back to an earlier state_dict of this process, with a fresh loss scale; what was counted stays counted."""
-        self.load_state_dict(state | {"guard": self.guard.state_dict()})
+        counted = {"num_spikes": self.detector.num_spikes, "good_steps_in_a_row": 0}
+        kept = {"guard": self.guard.state_dict(), "spikes": state["spikes"] | counted, "window": {"steps": []}}
+        self.load_state_dict(state | kept)
         self.guard.bad_steps_in_a_row.zero_()
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(self.fresh_scaler)
@@ -193,11 +203,9 @@ class Learner:
     def state_dict(self) -> dict[str, Any]:
         """Everything a step changes. Equal on all ranks; all ranks must call it together."""
         self.average_over_ranks()
-        loss_sum = self.loss_sum.clone()
-        all_reduce_sum(loss_sum)
         state = {name: module.state_dict() for name, module in self.weights.items()}
         state |= {"optimizer": self.optimizer.state_dict(), "guard": self.guard.state_dict()}
-        state["window"] = {"loss_sum": loss_sum / self.accelerator.num_processes, "good_steps": self.good_steps}
+        state |= {"spikes": self.detector.state_dict(), "window": self.window.state_dict()}
         if self.accelerator.scaler is not None:
             state["scaler"] = self.accelerator.scaler.state_dict()
         return state
@@ -207,8 +215,8 @@ class Learner:
             module.load_state_dict(state[name])
         self.optimizer.load_state_dict(state["optimizer"])
         self.guard.load_state_dict(state["guard"])
-        self.loss_sum.copy_(state["window"]["loss_sum"])
-        self.good_steps.copy_(state["window"]["good_steps"])
+        self.detector.load_state_dict(state["spikes"])
+        self.window.load_state_dict(state["window"])
         if self.accelerator.scaler is not None and "scaler" in state:
             self.accelerator.scaler.load_state_dict(state["scaler"])
 

@@ -38,7 +38,8 @@ class StepReport:
     """What one rank knows at a log point. Console, log.jsonl and metrics read the same object.
 
     `loss` is the mean over ranks and over the good steps since the last log point, NaN when there was none.
-    `bad_steps` and `restores` count since the start of the run; `bad_steps_in_a_row` ends at this step.
+    `bad_steps`, `restores` and `spikes` count since the start of the run; `bad_steps_in_a_row` and
+    `good_steps_in_a_row` (neither bad nor a spike) end at this step.
     `bn_mean_abs_max`, `bn_var_max`, `weight_norm`: of this rank, see numerics.extremes.
     """
 
@@ -50,7 +51,9 @@ class StepReport:
     loss_scale: float
     bad_steps: int
     bad_steps_in_a_row: int
+    good_steps_in_a_row: int
     restores: int
+    spikes: int
     bn_mean_abs_max: float = 0.0
     bn_var_max: float = 0.0
     weight_norm: float = 0.0
@@ -76,6 +79,7 @@ class TrainMetrics:
         self.data_bytes = self._make(Counter, "data_bytes", "Encoded bytes of the images that this rank trained on.")
         self.decode_errors = self._make(Counter, "data_decode_errors", "Unreadable image files by kind.", "kind")
         self.nonfinite = self._make(Counter, "nonfinite", "Non-finite values met by the guard.", "where", "action")
+        self.spikes = self._make(Counter, "loss_spikes", "Steps whose loss or gradient norm was far above the mean.")
         self.rollbacks = self._make(Counter, "rollbacks", "Times the run went back to a good state kept in memory.")
         self.bad_in_a_row = self._make(Gauge, "guard_consecutive_skips", "Bad steps in a row up to now.")
         self.in_state = self._make(Gauge, "state", "1 for what this rank is doing now, 0 for the rest.", "state")
@@ -132,7 +136,7 @@ class TrainMetrics:
         for phase in (DATA_WAIT, "forward", "backward", "optimizer"):
             self.one(self.phase_seconds, phase)
         self.one(self.start_timestamp).set(time.time())
-        self.reported = StepReport(0, 0, 0.0, 0.0, 0.0, 1.0, 0, 0, 0)
+        self.reported = StepReport(0, 0, 0.0, 0.0, 0.0, 1.0, 0, 0, 0, 0, 0)
         self.reached_step, self.num_steps = 0, 0  # of the run, of this process
         self.state = STATES[0]
         self.progress_at = self.entered_at = time.monotonic()
@@ -201,6 +205,7 @@ class TrainMetrics:
         self.one(self.steps, "applied").inc(now.step - before.step - skipped)
         self.one(self.nonfinite, "gradient", "skip").inc(skipped)
         self.one(self.nonfinite, "batchnorm", "restore").inc(now.restores - before.restores)
+        self.one(self.spikes).inc(now.spikes - before.spikes)
         self.one(self.bad_in_a_row).set(now.bad_steps_in_a_row)
         self.one(self.step).set(now.step)
         self.one(self.epoch).set(now.epoch)

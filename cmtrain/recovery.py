@@ -3,16 +3,15 @@
 A skipped step protects the weights, but an overflow in the *forward* pass comes back at every step: the weights that
 cause it never change again, the loss scale falls to its floor, and the run is frozen for ever (cmt_micro, SGD at the
 seed's learning rate 1.6 without warm-up, fp16: 97 of 100 steps skipped). Then the learner goes back to a copy
-it kept in memory, with the learning rate lowered for a while; the data goes on, so the batches that broke it are behind
+it kept in memory, with the learning rate lowered; the data goes on, so the batches that broke it are behind
 (PaLM, arXiv 2204.02311, section 5.1, does the same by hand).
 """
 
 import copy
-from collections.abc import Callable
+import math
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cmtrain.learner import Learner
 
@@ -23,36 +22,62 @@ class Recovery:
     """Copies of the learner's good states, and what is left of the patience.
 
     Args:
-        after_bad_steps: that many bad steps in a row call for a rollback.
+        after_bad_steps: that many bad steps in a row call for a rollback. A copy is trusted only between as many good
+            steps before it and as many steps after it: a run on its way out is finite for a while.
         max_rollbacks: after that many, the next call means that the run has diverged.
         lr_backoff: factor on the learning rate after a rollback; factors of several rollbacks multiply.
-        backoff_steps: how long a rollback's factor lasts.
+        backoff_steps: over how many steps a factor comes back to 1, evenly; None if it stays.
+        on_spikes: whether a loss spike calls for a rollback, too.
     """
 
-    def __init__(self, *, after_bad_steps: int, max_rollbacks: int, lr_backoff: float, backoff_steps: int) -> None:
+    def __init__(
+        self,
+        *,
+        after_bad_steps: int,
+        max_rollbacks: int,
+        lr_backoff: float,
+        backoff_steps: int | None,
+        on_spikes: bool,
+    ) -> None:
         self.after_bad_steps, self.max_rollbacks = after_bad_steps, max_rollbacks
         self.lr_backoff, self.backoff_steps = lr_backoff, backoff_steps
+        self.on_spikes = on_spikes
         self.rollback_steps: list[int] = []
         self.copies: list[tuple[int, dict[str, Any]]] = []
 
     def lr_factor(self, step: int) -> float:
         """What the schedule's learning rate is multiplied with at `step`."""
-        return self.lr_backoff ** sum(step < at + self.backoff_steps for at in self.rollback_steps)
+        return math.prod(self._factor(step - at) for at in self.rollback_steps)
+
+    def _factor(self, steps_since: int) -> float:
+        if self.backoff_steps is None:
+            return self.lr_backoff
+        come_back = min(1.0, steps_since / self.backoff_steps) if self.backoff_steps else 1.0
+        return self.lr_backoff + (1 - self.lr_backoff) * come_back
+
+    @property
+    def exhausted(self) -> bool:
+        return len(self.rollback_steps) >= self.max_rollbacks
 
     def keep(self, step: int, learner: Learner) -> None:
-        """Remember the learner's state after `step`; for all ranks together, after good steps only."""
+        """Remember the learner's state after `step`, unless the last copy is nearly as new; for all ranks together.
+
+        To be called after `after_bad_steps` good steps only.
+        """
+        if self.copies and step - self.copies[-1][0] < self.after_bad_steps:
+            return
         self.copies = [*self.copies[1 - KEEP :], (step, _clone(learner.state_dict()))]
 
-    def roll_back(self, step: int, learner: Learner) -> int | None:
+    def roll_back(self, step: int, learner: Learner, *, good_until: int) -> int | None:
         """Put the learner back to a good state. Returns the step of that state, None if patience is exhausted.
 
         The newest copy may have been taken on the way out already, so only one that was followed by `after_bad_steps`
-        more steps is trusted, where there is such a one. A copy that was used is spent: the next rollback goes further
-        back.
+        more steps up to `good_until`, the last step before the trouble, is trusted, where there is such a one. A copy
+        that was used is spent: the next rollback goes further back.
         """
-        if len(self.rollback_steps) >= self.max_rollbacks or not self.copies:
+        if self.exhausted or not self.copies:
             return None
-        trusted = [entry for entry in self.copies if step - entry[0] >= 2 * self.after_bad_steps] or self.copies[:1]
+        trusted = [entry for entry in self.copies if good_until - entry[0] >= self.after_bad_steps] or self.copies[:1]
         good_step, state = trusted[-1]
         older = [entry for entry in self.copies if entry[0] < good_step]
         self.copies = older or [(good_step, state)]
@@ -66,37 +91,6 @@ class Recovery:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.rollback_steps = list(state["rollback_steps"])
-
-
-@torch.no_grad()
-def first_nonfinite(learner: Learner) -> str | None:
-    """Run the model once more on its last batch and name the first module whose output is not finite.
-
-    Synchronises; meant for the moment before a rollback. BatchNorm's statistics are put back. Returns a line such as
-    `stem.conv2: not finite in 5 of 16 images, largest finite value 6.5e+04`, or None if all is finite.
-    """
-    found: list[str] = []
-
-    def look(name: str, output: Tensor) -> None:
-        if found or torch.isfinite(output).all():
-            return
-        bad = ~torch.isfinite(output).flatten(1).all(1)  # (B,)
-        finite = output[torch.isfinite(output)].abs()
-        largest = f"{finite.max().item():.1e}" if finite.numel() else "none"
-        share = f"{int(bad.sum())} of {len(output)} images"
-        found.append(f"{name}: not finite in {share}, largest finite value {largest}")
-
-    def hook_of(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        return lambda module, inputs, output: look(name, output)
-
-    leaves = [(name, module) for name, module in learner.model.named_modules() if not list(module.children())]
-    handles = [module.register_forward_hook(hook_of(name)) for name, module in leaves]
-    try:
-        learner.replay()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found[0] if found else None
 
 
 def _clone(tree: Any) -> Any:

@@ -1,7 +1,7 @@
 """The training run. Read `train` from top to bottom: one batch's way from JPEG to metric is its loop."""
 
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -12,27 +12,22 @@ from accelerate import Accelerator
 from cmtrain import __version__, build
 from cmtrain.config import Config, to_yaml
 from cmtrain.device import training_flops_per_image
+from cmtrain.diagnosis import conclude, examine
 from cmtrain.errors import EXIT_DATA, EXIT_DIVERGED, EXIT_DONE, EXIT_ERROR, EXIT_EXPECTATION
 from cmtrain.evaluate import Evaluation, evaluate
 from cmtrain.failure import stop_code
 from cmtrain.final_gate import Verdict, inspect
-from cmtrain.journal import Journal
-from cmtrain.launch import (
-    Stopped,
-    StopRequest,
-    agree_on,
-    gather,
-    leave_together,
-    tell_failure,
-)
+from cmtrain.journal import NUM_NAMED, Journal
+from cmtrain.launch import Stopped, StopRequest, gather, leave_together, tell_failure
 from cmtrain.learner import Learner
 from cmtrain.metrics import StepReport
 from cmtrain.rank import is_lost_contact
-from cmtrain.recovery import Recovery, first_nonfinite
+from cmtrain.recovery import Recovery
 from cmtrain.resume import choose_start, restore
 from cmtrain.run_lock import RunLock
 from cmtrain.schedule import Schedule
 from cmtrain.watchdog import Watchdog
+from pipelines.dataset import Manifest
 from pipelines.loader import DaliLoader
 from pipelines.spec import Batch, Loader
 
@@ -118,7 +113,7 @@ def run(config: Config, lock: RunLock, resume: str, max_steps: int | None) -> in
                 report = learner.report(done, epoch, lr, reset=logs)
                 journal.log(report)
                 tell_bad_files(journal, [train_loader, eval_loader], stop)
-                diverged = keep_or_roll_back(report, learner, recovery, journal)
+                diverged = keep_or_roll_back(report, learner, recovery, journal, data.train, stop)
                 if diverged:
                     break
 
@@ -177,23 +172,39 @@ def batches_from(step: int, loader: Loader, schedule: Schedule) -> Iterator[Batc
         step = (epoch + 1) * schedule.steps_per_epoch
 
 
-def keep_or_roll_back(report: StepReport, learner: Learner, recovery: Recovery, journal: Journal) -> str:
-    """At a log point: remember a good state, or answer a run of bad steps by going back to one.
+def keep_or_roll_back(
+    report: StepReport, learner: Learner, recovery: Recovery, journal: Journal, manifest: Manifest, stop: StopRequest
+) -> str:
+    """At a log point: remember a good state, or answer trouble (bad steps in a row, a spike) by going back to one.
 
     Returns:
         Why the run has diverged, or "" if it goes on. All ranks come to the same answer.
     """
-    if report.bad_steps_in_a_row == 0:
-        recovery.keep(report.step, learner)
+    cause = ""
+    if learner.spikes:
+        samples = [sample for share in gather(learner.spike_samples, stop.group) for sample in share]
+        journal.spiked(learner.spikes, samples, name_some(manifest, samples))
+        if recovery.on_spikes and not recovery.exhausted:
+            cause, good_until = "a loss spike", learner.spikes[0].step - 1
+    if report.bad_steps_in_a_row >= recovery.after_bad_steps:
+        found = conclude([finding for share in gather([examine(learner)], stop.group) for finding in share])
+        journal.bad_batch(report.step, found, name_some(manifest, found.suspects or found.samples))
+        cause, good_until = found.cause, report.step - report.bad_steps_in_a_row
+    if not cause:
+        if report.good_steps_in_a_row >= recovery.after_bad_steps:
+            recovery.keep(report.step, learner)
         return ""
-    if report.bad_steps_in_a_row < recovery.after_bad_steps:
-        return ""
-    cause = agree_on(first_nonfinite(learner))
-    if recovery.roll_back(report.step, learner) is not None:
-        journal.rolled_back(report.step, cause, recovery.lr_factor(report.step))
+    good_step = recovery.roll_back(report.step, learner, good_until=good_until)
+    if good_step is not None:
+        journal.rolled_back(report.step, good_step, cause, recovery.lr_factor(report.step))
         return ""
     bad = f"{report.bad_steps_in_a_row} bad steps in a row after {len(recovery.rollback_steps)} rollbacks"
     return f"{bad}, loss scale {report.loss_scale:g}, {cause}"
+
+
+def name_some(manifest: Manifest, samples: Sequence[int]) -> list[str]:
+    """The files of the first few `samples`."""
+    return [manifest.file(sample) for sample in samples[:NUM_NAMED]]
 
 
 def tell_bad_files(journal: Journal, loaders: list[DaliLoader], stop: StopRequest) -> None:

@@ -1,38 +1,69 @@
-"""fp16 training on a CPU: what Learner uses of accelerate's Accelerator, which refuses fp16 without a GPU."""
+"""Half precision on a CPU: what cmtrain uses of accelerate's Accelerator, which refuses fp16 without a GPU."""
 
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+
+class GpuArithmetic(TorchFunctionMode):
+    """Convolutions and matrix products of half-precision numbers, summed in fp32 and rounded at the end, as GPUs do it.
+
+    A CPU's own fp16 convolutions take four fifths of a step.
+    """
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.dtype = dtype
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function not in (F.conv2d, F.linear):
+            return function(*args, **(kwargs or {}))
+        with torch.autocast("cpu", enabled=False):
+            rounded = [a.to(self.dtype).float() if isinstance(a, Tensor) else a for a in args]
+            return function(*rounded, **(kwargs or {})).to(self.dtype)
 
 
 class HalfAccelerator:
-    """One process, fp16 autocast and a GradScaler, on the CPU."""
+    """One process on the CPU: fp16 with a GradScaler, or bf16 without."""
 
     device = torch.device("cpu")
-    process_index, num_processes = 0, 1
-    mixed_precision = "fp16"
+    process_index, local_process_index, num_processes = 0, 0, 1
+    is_main_process = True
 
-    def __init__(self, init_scale=2.0**16):
-        self.scaler = torch.amp.GradScaler("cpu", init_scale=init_scale)
+    def __init__(self, init_scale=2.0**16, precision="fp16"):
+        self.mixed_precision = precision
+        self.dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=init_scale) if precision == "fp16" else None
 
     def autocast(self):
-        return torch.autocast("cpu", torch.float16)
+        stack = ExitStack()
+        stack.enter_context(torch.autocast("cpu", self.dtype))
+        stack.enter_context(GpuArithmetic(self.dtype))
+        return stack
 
     def prepare_model(self, model):
-        class Wrapped(nn.Module):
-            def __init__(self, inner):
-                super().__init__()
-                self.inner = inner
-
-            def forward(self, x):
-                with torch.autocast("cpu", torch.float16):
-                    return self.inner(x).float()
-
-        return Wrapped(model)
+        return Wrapped(model, self.autocast)
 
     def no_sync(self, model):
         return nullcontext()
 
+    def local_main_process_first(self):
+        return nullcontext()
+
     def backward(self, loss):
-        self.scaler.scale(loss).backward()
+        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+
+
+class Wrapped(nn.Module):
+    """What accelerate makes of a model: it computes in half precision and answers in fp32."""
+
+    def __init__(self, inner, autocast):
+        super().__init__()
+        self.inner, self.autocast = inner, autocast
+
+    def forward(self, x):
+        with self.autocast():
+            return self.inner(x).float()

@@ -1,6 +1,7 @@
-"""cmtrain with a fault: at one step, on one rank, every image of the batch becomes inf.
+"""cmtrain with a fault: at some steps, on one rank, every image of the batch becomes inf, or the loss a large number.
 
-Environment: POISON_STEPS (comma-separated, from 0), POISON_RANK. Everything else is the program itself.
+Environment: POISON_STEPS (comma-separated, from 0), POISON_RANK, POISON_LOSS (what to multiply the loss with, instead
+of the images with inf). Everything else is the program itself.
 """
 
 import os
@@ -16,6 +17,8 @@ mix = cmtrain.learner.mix
 def poisoned_mix(images, labels, spec, key):
     images, targets = mix(images, labels, spec, key)
     if key[1] in STEPS and os.environ.get("RANK", "0") == os.environ["POISON_RANK"]:
+        if "POISON_LOSS" in os.environ:
+            return images, targets * float(os.environ["POISON_LOSS"])
         images = images * float("inf")
     return images, targets
 

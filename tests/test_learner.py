@@ -1,129 +1,173 @@
-"""The step in fp16 with a loss scaler, as it runs on a GPU, here on the CPU."""
+"""A step in half precision as it runs on a GPU, here on the CPU: one bad batch costs one update and nothing else."""
 
 import copy
 import itertools
 import math
+from collections import Counter
+from contextlib import nullcontext
 
 import pytest
 import timm
 import torch
 from half import HalfAccelerator
+from mini import POISON, Mini, accuracy, assert_same, batch, make_learner, snapshot, step
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import cmtrain.models  # noqa: F401
-from cmtrain.evaluate import evaluate
-from cmtrain.learner import MIN_LOSS_SCALE, Learner
-from cmtrain.mixing import MixSpec
-from cmtrain.optim import make_optimizer
-from pipelines.spec import Batch
+from cmtrain.learner import MIN_LOSS_SCALE
+
+NUM_STEPS = 5
+POSITIONS = {"first": 0, "middle": 2, "last before evaluation": NUM_STEPS - 1}
+CASES = list(itertools.product(["sgd", "adamw"], [1, 4], ["fp16", "bf16"]))
+faults: Counter[str] = Counter()
 
 
-def make_learner(opt="sgd", protect=True, accumulation=1, init_scale=2.0**10, **options):
-    torch.manual_seed(0)
-    model = timm.create_model("cmt_micro", num_classes=4, img_size=32, **options)
-    optimizer = make_optimizer(
-        model, opt=opt, lr=0.05, weight_decay=1e-4, momentum=0.9, nesterov=True, betas=(0.9, 0.999), eps=1e-8
-    )
-    return Learner(
-        model, optimizer, HalfAccelerator(init_scale),
-        ema_decay=0.9, protect=protect, mixing=MixSpec(4), accumulation=accumulation, clip_grad=None, seed=0,
-    )  # fmt: skip
+@pytest.fixture(scope="module", autouse=True)
+def _figures():
+    yield
+    print("\nfaults in single steps:", ", ".join(f"{count} {what}" for what, count in faults.items()))
 
 
-def batch(number, poison=1.0):
-    generator = torch.Generator().manual_seed(number)
-    labels = torch.randint(0, 4, (16,), generator=generator)
-    images = torch.randn(16, 3, 32, 32, generator=generator) * 0.3 + labels[:, None, None, None] - 1.5
-    return Batch(images * poison, labels, torch.arange(16))
+def learner_of(opt, accumulation, precision, **options):
+    accelerator = HalfAccelerator(2.0**10, precision)
+    return make_learner(opt, accumulation=accumulation, accelerator=accelerator, **options)
 
 
-def snapshot(learner):
-    state = {f"model.{k}": v.clone() for k, v in learner.model.state_dict().items()}
-    state |= {f"ema.{k}": v.clone() for k, v in learner.ema.module.state_dict().items()}
-    for i, slots in enumerate(learner.optimizer.state_dict()["state"].values()):
-        state |= {f"optimizer.{i}.{k}": v.clone() for k, v in slots.items()}
-    return state
+@pytest.mark.parametrize(("opt", "accumulation", "precision"), CASES)
+@pytest.mark.parametrize("position", POSITIONS)
+def test_a_poisoned_batch_is_a_batch_that_never_was(opt, accumulation, precision, position):
+    """Model, BatchNorm, EMA and optimizer end bit for bit where a run without that step ends."""
+    poisoned, without = (learner_of(opt, accumulation, precision) for _ in range(2))
+    bad_step = POSITIONS[position]
+    for number in range(NUM_STEPS):
+        head = poisoned.model.head.weight.clone()
+        step(poisoned, number, poison=POISON[precision] if number == bad_step else 1.0)
+        faults["good updates lost"] += number != bad_step and torch.equal(head, poisoned.model.head.weight)
+        if number != bad_step:
+            step(without, number)
+        elif scaler := without.accelerator.scaler:
+            scaler.scale(torch.zeros(()))  # which makes it, where this is the first step
+            scaler.update(2.0**9)  # an overflow halves the scale, and the scale decides the rounding
+    faults["injected"] += 1
+    for name, module in poisoned.weights.items():
+        assert math.isfinite(accuracy(poisoned, module)[1]), name
+    assert_same(snapshot(poisoned), snapshot(without))
+    report = poisoned.report(NUM_STEPS, 0, 0.05, reset=True)
+    assert (report.bad_steps, report.restores) == (1, 1)
+    if precision == "fp16":
+        assert report.loss_scale == 2.0**9
+    faults["survived"] += 1
+    assert not faults["good updates lost"]
 
 
-def accuracy(learner, module):
-    batches = [batch(1000), batch(1001)]
-    result = evaluate(
-        module, batches, autocast=learner.accelerator.autocast(), device=torch.device("cpu"), num_images=32
-    )
-    return result.top1, result.loss
-
-
-@pytest.mark.parametrize("opt", ["sgd", "adamw"])
-@pytest.mark.parametrize("accumulation", [1, 4])
-@pytest.mark.parametrize("bad_step", [0, 3])
-def test_an_fp16_overflow_changes_nothing_but_the_loss_scale(opt, accumulation, bad_step):
-    learner = make_learner(opt, accumulation=accumulation)
-    numbers = itertools.count()
-    for step in range(6):
-        before, scale = snapshot(learner), learner.accelerator.scaler.get_scale()
-        poison = 3e6 if step == bad_step else 1.0  # overflows fp16 inside the model, not in the input
-        learner.step((batch(next(numbers), poison) for _ in itertools.count()), step, 0.05)
-        after = snapshot(learner)
-        changed = [key for key in before if not torch.equal(before[key], after[key])]
-        if step == bad_step:
-            assert not changed
-            assert learner.accelerator.scaler.get_scale() == scale / 2
-        else:
-            assert changed
-    report = learner.report(6, 0, 0.05, reset=True)
-    assert (report.bad_steps, report.bad_steps_in_a_row) == (1, 0)
-    assert math.isfinite(report.loss)
-    assert all(math.isfinite(accuracy(learner, module)[1]) for module in learner.weights.values())
-
-
-def test_without_the_guard_training_looks_fine_and_evaluation_is_nan():
-    """The seed's failure (section 4.3), and pytorch issue 88474: nothing saves the statistics."""
-    learner = make_learner(protect=False)
-    for step in range(8):
-        learner.step(iter([batch(step, 3e6 if step == 4 else 1.0)]), step, 0.05)
-    report = learner.report(8, 0, 0.05, reset=True)
-    assert report.loss < 10
-    assert all(torch.isfinite(p).all() for p in learner.model.parameters())
+@pytest.mark.parametrize(("opt", "accumulation", "precision"), CASES)
+@pytest.mark.parametrize("position", POSITIONS)
+def test_without_the_guard_the_same_batch_is_the_end(opt, accumulation, precision, position):
+    """The seed's failure (section 4.3) and pytorch issue 88474: training looks fine, evaluation is NaN."""
+    learner = learner_of(opt, accumulation, precision, protect=False)
+    for number in range(NUM_STEPS):
+        step(learner, number, poison=POISON[precision] if number == POSITIONS[position] else 1.0)
     for module in learner.weights.values():
         assert math.isnan(accuracy(learner, module)[1])
+    if precision == "fp16":  # the loss scaler kept the weights
+        assert all(torch.isfinite(p).all() for p in learner.model.parameters())
+
+
+@pytest.mark.parametrize(("opt", "accumulation", "precision"), CASES)
+def test_the_guard_changes_no_bit_of_a_healthy_run(opt, accumulation, precision):
+    guarded, plain = (learner_of(opt, accumulation, precision, protect=protect) for protect in (True, False))
+    for number in range(NUM_STEPS):
+        step(guarded, number)
+        step(plain, number)
+    assert_same(snapshot(guarded), snapshot(plain))
+
+
+def test_an_overflow_inside_a_cmt_changes_nothing_but_the_loss_scale():
+    learner = make_learner(model=timm.create_model("cmt_micro", num_classes=4, img_size=32))
+    learner.step(iter([batch(0, side=32)]), 0, 0.05)
+    with torch.no_grad():
+        learner.model.stages[1].embed.weight *= 1e6
+    before = snapshot(learner)
+    learner.step(iter([batch(1, side=32)]), 1, 0.05)
+    assert_same(snapshot(learner), before)
+    assert learner.accelerator.scaler.get_scale() == 2.0**9
+    assert learner.report(2, 0, 0.05, reset=True).bad_steps == 1
 
 
 def test_the_loss_scale_has_a_floor():
-    """200 overflows would halve any scale to 0, and the next good step would divide by it."""
-    learner = make_learner()
-    for step in range(30):
-        learner.step(iter([batch(step, 3e6)]), step, 0.05)
+    """170 overflows would halve any scale to 0, and the next good step would divide by it."""
+    learner = make_learner(accelerator=HalfAccelerator())
+    for number in range(170):
+        step(learner, number, poison=POISON["fp16"])
+        assert learner.accelerator.scaler.get_scale() >= MIN_LOSS_SCALE
     assert learner.accelerator.scaler.get_scale() == MIN_LOSS_SCALE
     before = snapshot(learner)
-    learner.step(iter([batch(40)]), 30, 0.05)
+    step(learner, 170)
     after = snapshot(learner)
-    assert all(torch.isfinite(v).all() for v in after.values())
-    assert any(not torch.equal(before[k], after[k]) for k in before)
+    assert all(torch.isfinite(value).all() for value in after.values())
+    assert any(not torch.equal(before[key], after[key]) for key in before)
 
 
-def test_state_round_trips_with_the_scaler():
-    learner, other = make_learner("adamw"), make_learner("adamw", init_scale=4.0)
-    for step in range(3):
-        learner.step(iter([batch(step)]), step, 0.01)
+def test_torch_alone_has_no_floor():
+    """The test above has teeth: this is what torch's scaler does with as many overflows."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    scaler.scale(torch.zeros(()))
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(()))], 0.1)
+    for _ in range(170):
+        optimizer.param_groups[0]["params"][0].grad = torch.tensor(math.inf)
+        scaler.step(optimizer)
+        scaler.update()
+    assert scaler.get_scale() == 0
+
+
+def test_state_round_trips_in_the_middle_of_a_window():
+    learner = make_learner("adamw")
+    other = make_learner("adamw", accelerator=HalfAccelerator(4.0))
+    for number in range(3):
+        step(learner, number, lr=0.01)
     # Copied as a file copies: torch's optimizers keep the tensors that they are given.
     other.load_state_dict(copy.deepcopy(learner.state_dict()))
-    for step in range(3, 6):
+    for number in range(3, 6):
         for one in (learner, other):
-            one.step(iter([batch(step)]), step, 0.01)
-    a, b = snapshot(learner), snapshot(other)
-    assert all(torch.equal(a[key], b[key]) for key in a)
+            step(one, number, lr=0.01)
+    assert_same(snapshot(learner), snapshot(other))
     assert learner.report(6, 0, 0.01, reset=True) == other.report(6, 0, 0.01, reset=True)
 
 
 def test_dropout_is_a_function_of_seed_step_and_micro_batch():
     def losses(first_seed):
-        learner = make_learner(drop_rate=0.5, drop_path_rate=0.5)
+        learner = make_learner()
         torch.manual_seed(first_seed)
-        found = []
-        for step in range(3):
-            learner.step(iter([batch(7)]), step, 0.0)
-            found.append(learner.report(step, 0, 0.0, reset=True).loss)
-        return found
+        for number in range(3):
+            learner.step(iter([batch(7)]), number, 0.0)
+        return [loss for loss, _ in learner.window.read()]
 
     a, b = losses(1), losses(2)
     assert a == b
     assert len(set(a)) == 3
+
+
+@pytest.mark.parametrize("opt", ["sgd", "adamw"])
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_a_step_never_reads_the_device(opt, precision, monkeypatch):
+    """Under FakeTensorMode every .item() and bool() raises: no host synchronisation can hide."""
+    monkeypatch.setattr("cmtrain.ema.copy.deepcopy", lambda model: Mini())  # fake tensors cannot be copied deeply
+    with FakeTensorMode():
+        learner = learner_of(opt, 2, precision, clip_grad=1.0)
+        step(learner, 0)
+        step(learner, 1)
+
+
+def test_the_proof_above_has_teeth(monkeypatch):
+    """A loss scaler with an optimizer that is not fused reads the device, and so does a log point."""
+    monkeypatch.setattr("cmtrain.ema.copy.deepcopy", lambda model: Mini())
+    with FakeTensorMode():
+        learner = learner_of("adamw", 1, "fp16")
+        step(learner, 0)
+        with pytest.raises(DataDependentOutputException):
+            learner.report(1, 0, 0.05, reset=True)
+        for fused in (True, False):
+            optimizer, scaler = torch.optim.AdamW(Mini().parameters(), fused=fused), torch.amp.GradScaler("cpu")
+            scaler.scale(sum(p.sum() for p in optimizer.param_groups[0]["params"])).backward()
+            with nullcontext() if fused else pytest.raises(DataDependentOutputException):
+                scaler.step(optimizer)

@@ -11,7 +11,7 @@ from prometheus_client import generate_latest
 
 from cmtrain.metrics import STATES, StepReport, TrainMetrics
 
-REPORT = StepReport(step=10, epoch=1, loss=2.5, lr=0.1, grad_norm=3.0, loss_scale=65536.0, bad_steps=2, bad_steps_in_a_row=1, restores=1)  # fmt: skip  # noqa: E501
+REPORT = StepReport(step=10, epoch=1, loss=2.5, lr=0.1, grad_norm=3.0, loss_scale=65536.0, bad_steps=2, bad_steps_in_a_row=1, good_steps_in_a_row=0, restores=1, spikes=3)  # fmt: skip  # noqa: E501
 
 
 def value(metrics, name, **labels):

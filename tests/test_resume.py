@@ -16,7 +16,7 @@ from cmtrain.run_lock import RunLock
 from pipelines.spec import DataError
 
 CONFIG = load_config("configs/demo.yaml").config
-REPORT = asdict(StepReport(1, 0, 0.0, 0.0, 0.0, 1.0, 0, 0, 0))
+REPORT = asdict(StepReport(1, 0, 0.0, 0.0, 0.0, 1.0, 0, 0, 0, 0, 0))
 META = {"config": CONFIG.model_dump(mode="json"), "fingerprint": "f", "report": REPORT, "best_top1": 0, "best_step": -1}
 
 

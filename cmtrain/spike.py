@@ -1,0 +1,112 @@
+"""Loss spikes: steps that are finite, but whose loss or gradient norm stands far above those of the steps before.
+
+The rule is that of OLMo-core's and levanter's skip-step optimizers, more than 6 standard deviations above the mean of
+the last 128 steps, with two changes: of the logarithms, because the noise of both measurements grows with their size,
+and with exponential mean and variance, whose whole state is two numbers.
+
+A step only leaves its loss and its norm on the device (see window.py); the rule is applied to one step after the other
+at the log point that reads them. So the loss that is judged is the mean over ranks, which the log point reduces anyway
+and a step would need a collective of its own for; every rank comes to the same verdict; and float64 on the host gives
+the same verdict on every device and however often the run was stopped.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+MEMORY_STEPS = 128
+# Of finite steps seen before the first verdict: half the memory, as in OLMo-core.
+WARMUP_STEPS = 64
+# Of the logarithm: what is less than 1 % times sigma above the mean is no spike, however calm the run.
+MIN_DEVIATION = 0.01
+# A loss of exactly 0 has no logarithm.
+MIN_VALUE = 1e-12
+
+
+@dataclass(frozen=True)
+class Spike:
+    """`step` counts from 1, as log points do. `loss_z`, `grad_norm_z`: deviations above the mean."""
+
+    step: int
+    loss: float
+    grad_norm: float
+    loss_z: float
+    grad_norm_z: float
+
+    @property
+    def z(self) -> float:
+        return max(self.loss_z, self.grad_norm_z)
+
+
+@dataclass(frozen=True)
+class Trend:
+    """Exponential mean and variance of a measurement's logarithm over `steps` steps; the plain ones while few."""
+
+    steps: int = 0
+    mean: float = 0.0
+    variance: float = 0.0
+
+    def z(self, value: float) -> float:
+        """How many standard deviations `value` is above the mean; 0 as long as it is too early to say."""
+        if self.steps < WARMUP_STEPS:
+            return 0.0
+        return (math.log(max(value, MIN_VALUE)) - self.mean) / max(math.sqrt(self.variance), MIN_DEVIATION)
+
+    def with_value(self, value: float, max_z: float) -> "Trend":
+        """Take in one more step. What is further than `max_z` deviations from the mean counts as that far.
+
+        So one spike moves the trend little, and a new level that stays is learned in some tens of steps.
+        """
+        difference = math.log(max(value, MIN_VALUE)) - self.mean
+        if abs(z := self.z(value)) > max_z:
+            difference *= max_z / abs(z)
+        weight = max(1 / (self.steps + 1), 1 / MEMORY_STEPS)
+        variance = (1 - weight) * (self.variance + weight * difference**2)
+        return Trend(self.steps + 1, self.mean + weight * difference, variance)
+
+
+class SpikeDetector:
+    """Judges a run's steps in their order.
+
+    Args:
+        sigma: how many standard deviations above the mean are a spike.
+    """
+
+    def __init__(self, sigma: float) -> None:
+        self.sigma = sigma
+        self.loss, self.grad_norm = Trend(), Trend()
+        self.num_spikes = 0
+        self.good_steps_in_a_row = 0  # finite and no spike
+
+    def judge(self, steps_before: int, measured: Sequence[tuple[float, float]]) -> list[Spike]:
+        """The spikes among the steps after `steps_before`, given (loss, gradient norm) of each.
+
+        A step that is not finite is the guard's business: it is no spike and leaves no trace in the trends.
+        """
+        spikes = []
+        for step, (loss, grad_norm) in enumerate(measured, start=steps_before + 1):
+            if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+                self.good_steps_in_a_row = 0
+                continue
+            spike = Spike(step, loss, grad_norm, self.loss.z(loss), self.grad_norm.z(grad_norm))
+            self.loss = self.loss.with_value(loss, self.sigma)
+            self.grad_norm = self.grad_norm.with_value(grad_norm, self.sigma)
+            self.good_steps_in_a_row += 1
+            if spike.z > self.sigma:
+                self.good_steps_in_a_row = 0
+                spikes.append(spike)
+        self.num_spikes += len(spikes)
+        return spikes
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "loss": [self.loss.steps, self.loss.mean, self.loss.variance],
+            "grad_norm": [self.grad_norm.steps, self.grad_norm.mean, self.grad_norm.variance],
+            "num_spikes": self.num_spikes,
+            "good_steps_in_a_row": self.good_steps_in_a_row,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.loss, self.grad_norm = Trend(*state["loss"]), Trend(*state["grad_norm"])
+        self.num_spikes, self.good_steps_in_a_row = state["num_spikes"], state["good_steps_in_a_row"]
