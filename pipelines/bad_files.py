@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.check import Judges
 from pipelines.dataset import BadFile, Manifest
+from pipelines.plan import MicroBatch
 from pipelines.spec import DataError
+
+NUM_OTHERS = 7  # images that are tried to tell a fault of files from one of the file server or the GPU
+
+# What DALI says between the lines of its graph and those of its stack; both versions.
+_WORDS = re.compile(r"encountered:\s*(.*?)\s*(?:Stacktrace|Current pipeline|$)", re.DOTALL)
+_SOURCE_LINE = re.compile(r"\[\S+:\d+\]\s*")
 
 
 class BadFiles:
@@ -54,6 +63,33 @@ class BadFiles:
                 self._found(index, reason)
         return len(self._reasons) > before
 
+    def examine_alone(
+        self, batches: Sequence[MicroBatch], make: Callable[[MicroBatch], object], error: Exception
+    ) -> None:
+        """Finds the files that DALI cannot decode although Pillow can, when a batch fails and `examine` finds nothing.
+
+        DALI 2.4 does not decode a BMP of 16 bits a pixel, for one, and 1.34 no animated WebP.
+
+        Args:
+            batches: one of which failed; none if that happened before the first of them.
+            make: makes a part of a batch with DALI; raises RuntimeError or OSError when it cannot.
+            error: with which the batch failed.
+
+        Raises:
+            DataError: none fails alone, other images fail, too, or more files are bad than allowed.
+        """
+        num_suspects = len({index for batch in batches for index in batch.indices.tolist()})
+        what = f"a batch failed twice, but Pillow can read all of the {num_suspects} images in flight"
+        if not batches or not self._makes_another(batches[0], make):
+            raise DataError(f"{what}, and DALI can make no others either: {_words(error)}") from error
+        before = len(self._reasons)
+        for batch in batches:
+            for index, words in _failing_alone(batch, make):
+                if index not in self._reasons:
+                    self._found(index, f"Pillow can read it, DALI cannot: {words}")
+        if len(self._reasons) == before:
+            raise DataError(f"{what}, and DALI can make each one alone; together: {_words(error)}") from error
+
     def stand_in(self, index: int) -> int:
         """The sample to use instead of `index`. Raises DataError when there are more bad files than allowed."""
         for step in range(1, len(self._manifest)):
@@ -73,6 +109,16 @@ class BadFiles:
         """Ends the decoding processes."""
         self._judges.close()
 
+    def _makes_another(self, batch: MicroBatch, make: Callable[[MicroBatch], object]) -> bool:
+        """Whether any of a few images, spread over the manifest, can be made with the draws of one of `batch`."""
+        one, total = batch._replace(copies=batch.copies[:1]), len(self._manifest)
+        for step in range(1, NUM_OTHERS + 1):
+            other = (batch.indices[:1] + step * total // (NUM_OTHERS + 1)) % total
+            with contextlib.suppress(RuntimeError, OSError):
+                make(one._replace(indices=other))
+                return True
+        return False
+
     def _found(self, index: int, reason: str) -> None:
         self._reasons[index] = reason
         self._good.discard(index)
@@ -84,3 +130,22 @@ class BadFiles:
                 f"{self._manifest.root}: {len(self._reasons)} of {total} images became unreadable during the run, more "
                 f"than data.max_bad_fraction {share:g} allows: {named}"
             )
+
+
+def _failing_alone(batch: MicroBatch, make: Callable[[MicroBatch], object]) -> Iterator[tuple[int, str]]:
+    """The samples of `batch` that cannot be made by themselves and what DALI says, by making ever smaller parts."""
+    try:
+        make(batch)
+    except (RuntimeError, OSError) as error:
+        middle = len(batch.indices) // 2
+        if not middle:
+            yield int(batch.indices[0]), _words(error)
+            return
+        for half in (slice(middle), slice(middle, None)):
+            yield from _failing_alone(batch._replace(indices=batch.indices[half], copies=batch.copies[half]), make)
+
+
+def _words(error: Exception) -> str:
+    """What went wrong in one line, without the pages that DALI puts around it."""
+    found = _WORDS.search(str(error))
+    return " ".join(_SOURCE_LINE.sub("", found[1] if found else str(error)).split())

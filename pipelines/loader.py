@@ -264,12 +264,11 @@ class DaliLoader:
                 break
             except (RuntimeError, OSError) as error:
                 # DALI seldom says which file, and with several batches in flight not even which batch.
-                suspects = {int(index) for batch in self._in_flight for index in batch.indices}
+                batches = list(self._in_flight)
                 self._rewind()
-                found = self._bad_files.examine(suspects)
+                found = self._bad_files.examine(int(index) for batch in batches for index in batch.indices)
                 if tried_again and not found:
-                    what = f"a batch failed twice, but Pillow can read all of the {len(suspects)} images in flight"
-                    raise DataError(f"{what}; DALI: {' '.join(str(error).split())}") from error
+                    self._bad_files.examine_alone(batches, self._make, error)
                 tried_again = not found
         given = self._in_flight.popleft()
         self._undelivered.popleft()
@@ -312,14 +311,17 @@ class DaliLoader:
     def _is_made_alone(self, batch: MicroBatch, place: int) -> bool:
         """Whether DALI can make this one sample: a bad file's crop may lie where it is whole."""
         here = slice(place, place + 1)
-        alone = batch._replace(indices=batch.indices[here], copies=batch.copies[here])
         try:
-            stages = self._build(lambda: self._inputs(alone))
-            stages.schedule()
-            stages.skip()
+            self._make(batch._replace(indices=batch.indices[here], copies=batch.copies[here]))
         except (RuntimeError, OSError):
             return False
         return True
+
+    def _make(self, batch: MicroBatch) -> object:
+        """Makes a part of a batch by graphs of its own. Raises RuntimeError or OSError where DALI cannot."""
+        stages = self._build(lambda: self._inputs(batch))
+        stages.schedule()
+        return stages.take()
 
     def _to_device(self, values: NDArray[np.int64]) -> torch.Tensor:
         host = torch.from_numpy(values)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import os
+import struct
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import write_tree
@@ -18,8 +21,10 @@ from test_train import assert_same_state, logged, losses, wait_for
 from cmtrain.evaluate import evaluate
 from cmtrain.journal import Journal
 from pipelines import graphs
+from pipelines.bad_files import BadFiles
 from pipelines.dataset import BadFile, Manifest
 from pipelines.loader import DaliLoader, eval_loader, train_loader
+from pipelines.plan import MicroBatch
 from pipelines.spec import UNREADABLE, AugmentSpec, Batch, DataError, EvalSpec
 
 SPEC = AugmentSpec(SIDE)
@@ -283,6 +288,76 @@ def test_a_passing_failure_is_tried_again_and_a_lasting_one_is_told(loaders, man
         list(loader.epoch(0))
     loader._inputs = good
     assert pixels(loader, 0) == expected
+
+
+def bmp_of_16_bits(height: int = 60, width: int = 80) -> bytes:
+    pixels = np.random.default_rng(0).integers(0, 2**15, (height, width), np.uint16).tobytes()
+    header = struct.pack("<IiiHHIIiiII", 40, width, height, 1, 16, 0, len(pixels), 0, 0, 0, 0)
+    return b"BM" + struct.pack("<IHHI", 54 + len(pixels), 0, 0, 54) + header + pixels
+
+
+def animated_webp() -> bytes:
+    buffer, image = io.BytesIO(), Image.new("RGB", (80, 60), (200, 100, 50))
+    image.save(buffer, "WEBP", save_all=True, append_images=[image.rotate(90)])
+    return buffer.getvalue()
+
+
+def test_a_file_that_pillow_reads_and_dali_does_not_is_found_and_costs_one_sample(loaders, tmp_path):
+    root = write_folder(tmp_path / "in", 53)
+    odd = bmp_of_16_bits() if graphs.READS_FILES else animated_webp()  # of DALI 2.4, of 1.34
+    for name in ("c0/027.jpg", "c2/026.jpg"):
+        (root / name).write_bytes(odd)
+    manifest = Manifest.from_folder(root, cache_dir=tmp_path / "cache")
+    places = [place for place, path in enumerate(manifest.paths) if path in {"c0/027.jpg", "c2/026.jpg"}]
+    assert not manifest.bad
+    plan = plan_for(manifest, global_batch_size=53)
+    loader = train(loaders, manifest, plan, WHOLE)
+    for epoch in (0, 1):
+        planned = np.concatenate([batch.indices for batch in plan.micro_batches(epoch, 0, 0, 1)]).tolist()
+        used = [index for index, _ in pixels(loader, epoch)]
+        assert used == [index + 1 if index in places else index for index in planned]
+    told = loader.take_bad_files()
+    assert {file.path for file in told} == {str(root / "c0/027.jpg"), str(root / "c2/026.jpg")}
+    for file in told:
+        assert file.reason.startswith("Pillow can read it, DALI cannot: ")
+        assert "frame" not in file.reason
+        assert len(file.reason) < 120
+    labels = {index: label for index, label, _ in samples(evaluation(loaders, manifest).epoch(0))}
+    assert [place for place, label in labels.items() if label == UNREADABLE] == places
+
+
+def examined(manifest: Manifest, failing: set[int]) -> tuple[int, list[BadFile]]:
+    """How many times something was made to find which samples of two batches fail, and which are told."""
+    makes = 0
+
+    def make(batch: MicroBatch) -> None:
+        nonlocal makes
+        makes += 1
+        if failing & set(batch.indices.tolist()):
+            raise RuntimeError("nvidia.dali says:\n  no")
+
+    bad_files = BadFiles(manifest, 0.5, 1)
+    batches = [MicroBatch(0, 0, 0, np.arange(26), np.zeros(26)), MicroBatch(0, 1, 0, np.arange(26, 52), np.zeros(26))]
+    bad_files.examine_alone(batches, make, RuntimeError("together"))
+    return makes, bad_files.take_untold()
+
+
+def test_few_parts_of_a_batch_tell_which_files_fail(manifest):
+    makes, told = examined(manifest, {40})
+    assert told == [BadFile(manifest.file(40), "Pillow can read it, DALI cannot: nvidia.dali says: no")]
+    assert makes <= 1 + 2 + 2 * 5
+    for failing in ({0, 25, 26, 51}, set(range(26))):  # also where all neighbours are of the same kind
+        _, told = examined(manifest, failing)
+        assert [file.path for file in told] == [manifest.file(place) for place in sorted(failing)]
+
+
+def test_where_all_fail_or_none_alone_it_is_not_the_files(manifest):
+    with pytest.raises(DataError, match=r"failed twice, .* of the 52 .* no others either: together"):
+        examined(manifest, set(range(53)))
+    with pytest.raises(DataError, match=r"failed twice, .* each one alone; together: together"):
+        examined(manifest, set())
+    with pytest.raises(DataError, match=r"of the 0 images .*: no GPU"):  # DALI failed while the graph was built
+        BadFiles(manifest, 0.5, 1).examine_alone([], lambda batch: None, RuntimeError("no GPU"))
 
 
 def test_a_restored_file_is_used_again(loaders, manifest):
