@@ -18,7 +18,7 @@ from torch import nn
 from cmtrain.config import Config
 from cmtrain.demo_data import demo_folder
 from cmtrain.errors import ConfigError
-from cmtrain.launch import control_group, cores_per_process, set_torch_defaults
+from cmtrain.launch import control_group, cores_per_process, join_torchrun, set_torch_defaults
 from cmtrain.learner import Learner
 from cmtrain.mixing import MixSpec
 from cmtrain.optim import make_optimizer
@@ -79,7 +79,9 @@ def make_accelerator(precision: str, collective_timeout_seconds: float = 600.0) 
     handlers: list[Any] = [DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)]
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # accelerate takes a backend as proof of a launcher
         timeout = datetime.timedelta(seconds=collective_timeout_seconds)
-        handlers.append(InitProcessGroupKwargs(backend="nccl" if cuda else "gloo", timeout=timeout))
+        backend = "nccl" if cuda else "gloo"
+        join_torchrun(backend, timeout)
+        handlers.append(InitProcessGroupKwargs(backend=backend, timeout=timeout))
     return Accelerator(mixed_precision=MIXED_PRECISION[precision], cpu=not cuda, kwargs_handlers=handlers)
 
 

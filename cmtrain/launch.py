@@ -2,6 +2,7 @@
 
 import datetime
 import os
+import re
 import signal
 import sys
 import threading
@@ -16,7 +17,7 @@ import torch.distributed as dist
 
 from cmtrain.errors import EXIT_CONFIG, EXIT_DATA, EXIT_ERROR, EXIT_INTERRUPTED, ConfigError
 from cmtrain.failure import STOP_SIGNALS, Failure, cause_of, conclude, leave_word, words_left
-from cmtrain.rank import LAUNCHER_GONE, is_lost_contact
+from cmtrain.rank import LAUNCHER_GONE, is_lost_contact, num_restarts
 from pipelines.spec import DataError
 
 T = TypeVar("T")
@@ -112,11 +113,9 @@ def set_torch_defaults(run_path: Path) -> None:
     """What torch should do when ranks hang or die, where the user has not said otherwise; before the group is joined.
 
     A collective that times out ends the process, and its flight recorder (the last 20,000 collectives) goes to
-    `nccl-rank<r>` in the run folder. A restart under torchrun must not read peers' addresses from the store of the
-    attempt before (pytorch issue 135712); torchrun reads that variable itself, so it is for its command line, too.
+    `nccl-rank<r>` in the run folder. The first name of each is today's.
     """
     defaults = {
-        ("TORCH_DISABLE_SHARE_RDZV_TCP_STORE",): "1",
         ("TORCH_NCCL_ASYNC_ERROR_HANDLING", "NCCL_ASYNC_ERROR_HANDLING"): "3",
         ("TORCH_NCCL_DUMP_ON_TIMEOUT", "TORCH_FR_DUMP_ON_TIMEOUT"): "1",
         ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"): "20000",
@@ -125,6 +124,22 @@ def set_torch_defaults(run_path: Path) -> None:
     for names, value in defaults.items():
         if not any(name in os.environ for name in names):
             os.environ[names[0]] = value
+
+
+def join_torchrun(backend: str, timeout: datetime.timedelta) -> None:
+    """Join the process group, where torchrun would hand every attempt the same store.
+
+    Otherwise ranks read addresses that died with the attempt before: without this, one of three restarts after a killed
+    rank used up all attempts (torch 2.15; pytorch issue 135712). A prefix for each attempt keeps them apart, as does
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment of torchrun itself.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store = dist.TCPStore(address, port, is_master=False, timeout=timeout)
+    store_of_attempt = dist.PrefixStore(f"attempt-{num_restarts()}", store)
+    dist.init_process_group(backend, store=store_of_attempt, rank=rank, world_size=world_size, timeout=timeout)
 
 
 def control_group(num_processes: int, timeout_seconds: float) -> Any:
@@ -143,7 +158,9 @@ def tell_failure(error: BaseException, run_path: Path, *, rank: int, world_size:
         The cause, which is another rank's where this one only lost contact.
     """
     lost = is_lost_contact(error)
-    reason = "lost contact with another rank: " * lost + _in_one_line(error)
+    reason = _in_one_line(error)
+    if lost:  # without gloo's own source file and its guesses
+        reason = f"lost contact with another rank: {re.sub(r'^.*?[]] ', '', reason).split('. This is')[0]}"
     failure = Failure(rank, world_size, reason, _exit_code_of(error), step, lost)
     leave_word(run_path, failure)
     deadline = time.monotonic() + WORD_SECONDS

@@ -12,6 +12,7 @@ from test_train import logged, losses, wait_for
 
 from cmtrain.checkpoint import checkpoint_steps
 from cmtrain.failure import Failure, cause_of, conclude, crash_loop, failed_steps, leave_word, settle
+from cmtrain.launch import set_torch_defaults
 from cmtrain.parent import num_visible
 from cmtrain.run_folder import RunFolder, read_status
 
@@ -61,8 +62,8 @@ def undisturbed(make_job, memo=[]):  # noqa: B006
     ("fault", "rank", "reason"),
     [
         ("kill", 0, "killed by SIGKILL"),
-        ("segv", 1, "killed by SIGSEGV"),
-        ("exception", 1, "ValueError: injected"),
+        pytest.param("segv", 1, "killed by SIGSEGV", marks=pytest.mark.slow),
+        pytest.param("exception", 1, "ValueError: injected", marks=pytest.mark.slow),
         ("gil", 1, "hung: the step after step 9 took longer than 2 s"),
     ],
 )
@@ -88,6 +89,7 @@ def test_without_restarts_the_exit_code_is_that_of_the_cause(make_job):
     assert (status["state"], status["exit_code"], status["step"]) == ("failed", 137, 9)
     assert status["reason"].startswith("rank 1 on ")
     assert status["reason"].endswith("killed by SIGKILL")
+    assert len(failures(job)) == 1  # rank 0 waited for the parent's word, and told that
     assert_nobody_is_left(job)
 
 
@@ -114,6 +116,7 @@ def test_ranks_without_a_launcher_tell_the_cause_too(make_job):
     status = leaderless.status()
     assert (status["state"], status["step"]) == ("failed", 9)
     assert ": lost contact with another rank: " in status["reason"]
+    assert "gloo" not in status["reason"]
 
 
 def test_the_same_failure_three_times_in_a_row_is_not_tried_a_fourth_time(make_job):
@@ -171,7 +174,8 @@ def test_a_finished_run_ends_at_once(make_job):
 @pytest.mark.parametrize("fault", ["kill", "segv", "exception", "gil"])
 def test_torchrun_starts_the_ranks_again(make_job, undisturbed, fault):
     job = make_job(checkpoint={"every_steps": 4}, train={"step_timeout_seconds": 4.0})
-    job(launcher=TORCHRUN, module=FAULTY, **faults(fault))
+    shared_store = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "0"}  # torchrun's default, which the rest of the tests avoid
+    job(launcher=TORCHRUN, module=FAULTY, **shared_store, **faults(fault))
     assert losses(job) == undisturbed
     assert {step for step, _ in failures(job)} == {9}
     begin, end = (next(e["time"] for e in job.events() if e["event"] == kind) for kind in ("failed", "resumed"))
@@ -288,3 +292,15 @@ def test_a_crash_loop_is_the_same_step_three_times_in_one_launch(tmp_path):
     ):
         (tmp_path / "events.jsonl").write_text("".join(json.dumps(e) + "\n" for e in attempts(*steps)) + '{"ev')
         assert bool(crash_loop(tmp_path)) == loop, steps
+
+
+def test_torchs_settings_are_defaults(tmp_path, monkeypatch):
+    environment = {"TORCH_NCCL_TRACE_BUFFER_SIZE": "7", "TORCH_NCCL_DUMP_ON_TIMEOUT": "0"}
+    monkeypatch.setattr("os.environ", environment)
+    set_torch_defaults(tmp_path / "run")
+    assert environment == {
+        "TORCH_NCCL_TRACE_BUFFER_SIZE": "7",
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3",
+        "TORCH_FR_DUMP_TEMP_FILE": str(tmp_path / "run" / "nccl-rank"),
+    }

@@ -41,8 +41,16 @@ def assert_stopped(job, process, number, began):
     assert took < 15  # 5 s on a machine that does nothing else
 
 
-@pytest.mark.parametrize("number", CODES)
-@pytest.mark.parametrize("arguments", [(), TWO])
+@pytest.mark.parametrize(
+    ("arguments", "number"),
+    [
+        *(((), number) for number in CODES),
+        (TWO, signal.SIGTERM),
+        (TWO, signal.SIGINT),
+        pytest.param(TWO, signal.SIGUSR2, marks=pytest.mark.slow),
+        pytest.param(TWO, signal.SIGHUP, marks=pytest.mark.slow),
+    ],
+)
 def test_signals_to_cmtrain(make_job, arguments, number):
     job = make_job(**LONG)
     process = job.start(*arguments, module=FAULTY, WARM="1")
@@ -53,8 +61,7 @@ def test_signals_to_cmtrain(make_job, arguments, number):
     assert process.returncode == CODES[number]
 
 
-@pytest.mark.parametrize("arguments", [(), TWO])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+@pytest.mark.parametrize(("arguments", "number"), [((), signal.SIGTERM), (TWO, signal.SIGUSR2)])
 def test_signals_to_process_1_of_a_container(make_job, arguments, number):
     job = make_job(**LONG)
     process = job.start(*arguments, module=FAULTY, WARM="1", PROCESS_1="1")
@@ -99,7 +106,10 @@ def test_signals_to_other_launchers(make_job, launcher, number):
     assert_stopped(job, process, number, began)
 
 
-@pytest.mark.parametrize("arguments", [(), TWO])
+ONE_OR_TWO = pytest.mark.parametrize("arguments", [pytest.param((), marks=pytest.mark.slow), TWO])
+
+
+@ONE_OR_TWO
 def test_a_signal_during_a_checkpoint(make_job, arguments):
     job = make_job(schedule={"epochs": 400})
     process = job.start(*arguments, module=FAULTY, WARM="1", SLOW_CHECKPOINT="1")
@@ -109,7 +119,7 @@ def test_a_signal_during_a_checkpoint(make_job, arguments):
     assert_stopped(job, process, signal.SIGTERM, began)
 
 
-@pytest.mark.parametrize("arguments", [(), TWO])
+@ONE_OR_TWO
 def test_a_signal_ends_an_evaluation_and_the_resumed_run_makes_it_up(make_job, arguments):
     """Otherwise the signal would have to wait for it: here 16 s with one process, and 8 s with two."""
     undisturbed, job = make_job("undisturbed"), make_job("job")

@@ -14,7 +14,7 @@ from cmtrain.watchdog import Watchdog
 FAULTY = str(ROOT / "tests" / "faulty_train.py")
 
 
-@pytest.mark.parametrize("nproc", [1, 2])
+@pytest.mark.parametrize("nproc", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_hang_ends_with_its_stacks(make_job, nproc):
     job = make_job(checkpoint={"every_steps": 4}, train={"step_timeout_seconds": 2.0})
     job(nproc=nproc, module=FAULTY, code=1, **faults("sleep", rank=nproc - 1))
