@@ -13,7 +13,7 @@ from cmtrain.config import Config, config_schema, to_yaml
 from cmtrain.config_file import Resolved, load_config
 from cmtrain.errors import EXIT_CONFIG, EXIT_DATA, EXIT_DONE, EXIT_INTERRUPTED, ConfigError
 from cmtrain.parent import run_ranks, visible_gpus
-from cmtrain.rank import PARENT, is_started_by_launcher, run_as_rank
+from cmtrain.rank import PARENT, hold_back, is_first_rank, is_started_by_launcher, run_as_rank
 from cmtrain.run_folder import read_finished
 from cmtrain.schedule import split_batch
 from pipelines.spec import DataError
@@ -89,6 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError(f"{verb}: unknown verb{_did_you_mean(verb, list(_VERBS)) or hint}")
         return _VERBS[verb](arguments)
     except ConfigError as error:
+        hold_back()
         sys.stderr.write(f"{error}\n")
         return EXIT_CONFIG
     except DataError as error:
@@ -114,8 +115,9 @@ def _train(arguments: list[str]) -> int:
     run_path = Path(config.run.dir) / str(config.run.name)
     finished = read_finished(run_path, to_yaml(config), options.max_steps) if options.resume == "auto" else None
     if finished:
-        sys.stderr.write(f"{run_path}: finished before\n")
-        sys.stdout.write(json.dumps(finished["result"]) + "\n")
+        if is_first_rank():
+            sys.stderr.write(f"{run_path}: finished before\n")
+            sys.stdout.write(json.dumps(finished["result"]) + "\n")
         return int(finished["exit_code"])
     if not is_started_by_launcher():
         nproc = options.nproc or max(1, visible_gpus())

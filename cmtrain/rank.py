@@ -43,6 +43,10 @@ def num_restarts() -> int:
     return int(os.environ.get(RESTARTS, "0"))
 
 
+def is_first_rank() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
 def num_ranks() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
@@ -85,7 +89,7 @@ def run_as_rank(work: Callable[[], int], run_path: Path) -> int:
     """
     follow_launcher()
     leave_on_stop_signals()
-    if num_restarts() and os.environ.get("RANK") == "0":
+    if num_restarts() and is_first_rank() and PARENT not in os.environ:  # a parent has looked already
         conclude(run_path, silent=True)
         if loop := crash_loop(run_path):
             sys.stderr.write(f"{run_path}: {loop}\n")
@@ -95,12 +99,12 @@ def run_as_rank(work: Callable[[], int], run_path: Path) -> int:
     try:
         code = work()
     except (ConfigError, DataError) as error:
-        _hold_back()
+        hold_back()
         sys.stderr.write(f"{error}\n")
         code = EXIT_CONFIG if isinstance(error, ConfigError) else EXIT_DATA
     except Exception as error:
         if is_lost_contact(error):
-            _hold_back()
+            hold_back()
         traceback.print_exc()
         code = EXIT_ERROR
     if code:
@@ -121,6 +125,7 @@ def is_lost_contact(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(text in str(error) for text in BROKEN)
 
 
-def _hold_back() -> None:
+def hold_back() -> None:
+    """Leave it to the first rank of this host to say what all ranks have found."""
     if os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(HOLD_BACK_SECONDS)

@@ -304,3 +304,11 @@ def test_torchs_settings_are_defaults(tmp_path, monkeypatch):
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3",
         "TORCH_FR_DUMP_TEMP_FILE": str(tmp_path / "run" / "nccl-rank"),
     }
+
+
+@pytest.mark.slow
+def test_under_torchrun_a_mistake_is_said_once(make_job):
+    job = make_job()
+    process = job.start("--optim.lr", "none", launcher=TORCHRUN, module=FAULTY)
+    _, err = process.communicate(timeout=120)
+    assert sum("optim.lr" in line for line in err.splitlines()) == 1
