@@ -1,7 +1,5 @@
 """The command line. Whatever needs torch is imported inside a verb, so that help and mistakes answer at once."""
 
-import argparse
-import difflib
 import json
 import os
 import sys
@@ -9,8 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cmtrain import __version__
+from cmtrain.arguments import count, did_you_mean, load, make_parser, parse, parse_alone, positive
+from cmtrain.cli_data import data
 from cmtrain.config import Config, config_schema, to_yaml
-from cmtrain.config_file import Resolved, load_config
 from cmtrain.errors import EXIT_CONFIG, EXIT_DATA, EXIT_DONE, EXIT_INTERRUPTED, ConfigError
 from cmtrain.parent import run_ranks, visible_gpus
 from cmtrain.rank import PARENT, hold_back, is_first_rank, is_started_by_launcher, run_as_rank
@@ -67,8 +66,6 @@ exit codes:
   143  stopped by SIGTERM or SIGUSR2, after a checkpoint
 """
 
-Overrides = list[tuple[str, str]]
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; `argv` without its name. Returns the exit code."""
@@ -86,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if verb not in _VERBS:
             hint = f" (verbs: {', '.join(_VERBS)}; a configuration file goes after --config)"
-            raise ConfigError(f"{verb}: unknown verb{_did_you_mean(verb, list(_VERBS)) or hint}")
+            raise ConfigError(f"{verb}: unknown verb{did_you_mean(verb, list(_VERBS)) or hint}")
         return _VERBS[verb](arguments)
     except ConfigError as error:
         hold_back()
@@ -100,15 +97,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(arguments: list[str]) -> int:
-    parser = _parser("train", "Train a configuration.")
+    parser = make_parser("train", "Train a configuration.")
     parser.add_argument("--config", metavar="FILE", help="configuration file, or one that ships with cmtrain")
     parser.add_argument("--resume", default="auto", metavar="WHAT", help="auto (default), never, force, or a path")
-    parser.add_argument("--max-steps", type=_positive, metavar="N", help="stop after N optimizer steps")
-    parser.add_argument("--nproc", type=_positive, metavar="N", help="processes to train in (default: one per GPU)")
-    parser.add_argument("--max-restarts", type=_count, default=0, metavar="N", help="restarts after failures (0)")
+    parser.add_argument("--max-steps", type=positive, metavar="N", help="stop after N optimizer steps")
+    parser.add_argument("--nproc", type=positive, metavar="N", help="processes to train in (default: one per GPU)")
+    parser.add_argument("--max-restarts", type=count, default=0, metavar="N", help="restarts after failures (0)")
     parser.add_argument("--dry-run", action="store_true", help="print the plan of the run and stop")
-    options, overrides = _parse(parser, arguments)
-    config = _load("train", options.config, overrides).config
+    options, overrides = parse(parser, arguments)
+    config = load("train", options.config, overrides).config
     if options.dry_run:
         sys.stdout.write(describe_plan(config))
         return EXIT_DONE
@@ -136,26 +133,26 @@ def _train(arguments: list[str]) -> int:
 
 
 def _demo(arguments: list[str]) -> int:
-    parser = _parser("demo", "Train a small CMT on images from installed packages: no GPU and no download needed.")
+    parser = make_parser("demo", "Train a small CMT on images from installed packages: no GPU and no download needed.")
     parser.add_argument("--photos", action="store_true", help="12 colour photographs instead of handwritten digits")
-    options, overrides = _parse(parser, arguments)
+    options, overrides = parse(parser, arguments)
     from cmtrain.demo import demo
 
     return demo(options.photos, overrides)
 
 
 def _bench(arguments: list[str]) -> int:
-    parser = _parser("bench", "Time the loader, the model and training, and name the bottleneck.")
+    parser = make_parser("bench", "Time the loader, the model and training, and name the bottleneck.")
     parser.add_argument("--config", default="configs/demo.yaml", metavar="FILE", help="default: configs/demo.yaml")
     parser.add_argument("--what", choices=("loader", "model", "train", "all"), default="all", help="default: all")
-    parser.add_argument("--steps", type=_positive, default=20, metavar="N", help="steps to time of each (default: 20)")
+    parser.add_argument("--steps", type=positive, default=20, metavar="N", help="steps to time of each (default: 20)")
     parser.add_argument(
-        "--rounds", type=_positive, default=5, metavar="N", help="turns of each side (with --what loader)"
+        "--rounds", type=positive, default=5, metavar="N", help="turns of each side (with --what loader)"
     )
     parser.add_argument("--packed", metavar="DIR", help="packed copy of the data to time, too (with --what loader)")
     parser.add_argument("--json", metavar="FILE", help="write the figures there, too")
-    options, overrides = _parse(parser, arguments)
-    config = _load("bench", options.config, overrides).config
+    options, overrides = parse(parser, arguments)
+    config = load("bench", options.config, overrides).config
     from cmtrain.bench import bench
 
     return bench(
@@ -169,32 +166,34 @@ def _bench(arguments: list[str]) -> int:
 
 
 def _status(arguments: list[str]) -> int:
-    parser = _parser("status", "Print how a run stands.")
+    parser = make_parser("status", "Print how a run stands.")
     parser.add_argument("run", metavar="RUN", help="run folder, such as runs/demo, or the name of one below runs")
     parser.add_argument("--json", action="store_true", help="as one JSON object")
-    options = _parse_alone(parser, arguments)
+    options = parse_alone(parser, arguments)
     from cmtrain.status import print_status
 
     return print_status(options.run, as_json=options.json)
 
 
 def _watch(arguments: list[str]) -> int:
-    parser = _parser("watch", "Show how a run stands until it ends.")
+    parser = make_parser("watch", "Show how a run stands until it ends.")
     parser.add_argument("run", metavar="RUN", help="run folder, such as runs/demo, or the name of one below runs")
-    options = _parse_alone(parser, arguments)
+    options = parse_alone(parser, arguments)
     from cmtrain.status import watch
 
     return watch(options.run)
 
 
 def _repair_bn(arguments: list[str]) -> int:
-    parser = _parser("repair-bn", "Recompute the BatchNorm statistics of a checkpoint in which they are not finite.")
+    parser = make_parser(
+        "repair-bn", "Recompute the BatchNorm statistics of a checkpoint in which they are not finite."
+    )
     parser.add_argument("--config", metavar="FILE", help="the configuration that the checkpoint was made with")
     parser.add_argument("--checkpoint", metavar="PATH", help="checkpoint or run folder; not changed")
     parser.add_argument("--out", metavar="DIR", help="folder to write to (default: `repaired` in the run folder)")
-    parser.add_argument("--batches", type=_positive, default=200, metavar="N", help="to average over (default: 200)")
-    options, overrides = _parse(parser, arguments)
-    config = _load("repair-bn", options.config, overrides).config
+    parser.add_argument("--batches", type=positive, default=200, metavar="N", help="to average over (default: 200)")
+    options, overrides = parse(parser, arguments)
+    config = load("repair-bn", options.config, overrides).config
     if options.checkpoint is None:
         raise ConfigError("cmtrain repair-bn: --checkpoint is missing, e.g. --checkpoint runs/full_in1k")
     from cmtrain.repair_bn import repair_bn
@@ -209,90 +208,12 @@ def _config(arguments: list[str]) -> int:
         return EXIT_DONE
     if what != "show":
         raise ConfigError("cmtrain config: must be `cmtrain config show --config FILE` or `cmtrain config schema`")
-    parser = _parser("config show", "Print the resolved configuration and where each value comes from.")
+    parser = make_parser("config show", "Print the resolved configuration and where each value comes from.")
     parser.add_argument("--config", metavar="FILE", help="configuration file, or one that ships with cmtrain")
-    options, overrides = _parse(parser, arguments)
-    resolved = _load("config show", options.config, overrides)
+    options, overrides = parse(parser, arguments)
+    resolved = load("config show", options.config, overrides)
     sys.stdout.write(to_yaml(resolved.config, resolved.origins))
     return EXIT_DONE
-
-
-def _data(arguments: list[str]) -> int:
-    what = arguments.pop(0) if arguments else ""
-    if what not in _DATA_VERBS:
-        close = _did_you_mean(what, list(_DATA_VERBS)) or f"; there are {', '.join(_DATA_VERBS)}"
-        raise ConfigError(f"cmtrain data {what}: unknown verb{close}".replace("data :", "data:"))
-    return _DATA_VERBS[what](arguments)
-
-
-def _data_check(arguments: list[str]) -> int:
-    parser = _parser("data check", "Find the images that cannot be read; training leaves them out from then on.")
-    parser.add_argument("root", metavar="DIR", help="folder with train/ and val/, or one tree of class folders")
-    parser.add_argument("--headers-only", action="store_true", help="read headers, do not decode")
-    parser.add_argument("--processes", type=_positive, metavar="N", help="default: one per core")
-    parser.add_argument("--out", metavar="FILE", help="write the list there instead; training does not look there")
-    parser.add_argument("--cache-dir", metavar="DIR", help="data.cache_dir of the runs, if they have one")
-    options = _parse_alone(parser, arguments)
-    from cmtrain.data_check import check
-
-    return check(
-        options.root,
-        full=not options.headers_only,
-        processes=options.processes,
-        out=options.out,
-        cache_dir=options.cache_dir,
-    )
-
-
-def _data_pack(arguments: list[str]) -> int:
-    parser = _parser("data pack", "Write an image folder as tar shards with an index, readable by webdataset, too.")
-    parser.add_argument("source", metavar="SRC", help="folder with train/ and val/")
-    parser.add_argument("destination", metavar="DST", help="folder to write; the same command resumes")
-    parser.add_argument("--resize-shorter", type=_positive, metavar="PX", help="shrink the shorter side to PX pixels")
-    parser.add_argument("--quality", type=_positive, default=90, metavar="Q", help="of re-encoded JPEGs (default: 90)")
-    parser.add_argument("--shard-size", type=_positive, default=256, metavar="MIB", help="MiB a shard (default: 256)")
-    parser.add_argument("--processes", type=_positive, metavar="N", help="default: one per core")
-    parser.add_argument("--max-bad-fraction", type=float, metavar="X", help="unreadable share to refuse (default: 0.1)")
-    parser.add_argument("--train-list", metavar="FILE", help="list of training images below SRC, instead of train/")
-    parser.add_argument("--val-list", metavar="FILE", help="the same for validation")
-    options = _parse_alone(parser, arguments)
-    from cmtrain.data_pack import pack
-
-    return pack(
-        options.source,
-        options.destination,
-        resize_shorter=options.resize_shorter,
-        quality=options.quality,
-        shard_mib=options.shard_size,
-        processes=options.processes,
-        train_list=options.train_list,
-        val_list=options.val_list,
-        **({} if options.max_bad_fraction is None else {"max_bad_fraction": options.max_bad_fraction}),
-    )
-
-
-def _data_preview(arguments: list[str]) -> int:
-    parser = _parser("data preview", "Draw augmented training images: a row is one image, its columns are epochs.")
-    parser.add_argument("--config", metavar="FILE", help="configuration file, or one that ships with cmtrain")
-    parser.add_argument("--out", default="preview.png", metavar="FILE", help="PNG to write (default: preview.png)")
-    parser.add_argument("--rows", type=_positive, default=8, metavar="N", help="images (default: 8)")
-    parser.add_argument("--columns", type=_positive, default=8, metavar="N", help="epochs (default: 8)")
-    parser.add_argument("--epoch", type=int, default=0, metavar="N", help="the first one (default: 0)")
-    options, overrides = _parse(parser, arguments)
-    config = _load("data preview", options.config, overrides).config
-    from cmtrain.data_show import preview
-
-    return preview(config, out=options.out, rows=options.rows, columns=options.columns, epoch=options.epoch)
-
-
-def _data_stats(arguments: list[str]) -> int:
-    parser = _parser("data stats", "Count and measure the images of a configuration.")
-    parser.add_argument("--config", metavar="FILE", help="configuration file, or one that ships with cmtrain")
-    options, overrides = _parse(parser, arguments)
-    config = _load("data stats", options.config, overrides).config
-    from cmtrain.data_show import stats
-
-    return stats(config)
 
 
 _VERBS: dict[str, Callable[[list[str]], int]] = {
@@ -302,14 +223,8 @@ _VERBS: dict[str, Callable[[list[str]], int]] = {
     "watch": _watch,
     "bench": _bench,
     "repair-bn": _repair_bn,
-    "data": _data,
+    "data": data,
     "config": _config,
-}
-_DATA_VERBS: dict[str, Callable[[list[str]], int]] = {
-    "check": _data_check,
-    "pack": _data_pack,
-    "preview": _data_preview,
-    "stats": _data_stats,
 }
 
 
@@ -335,68 +250,3 @@ def describe_plan(config: Config) -> str:
                 raise
             lines.append(f"batch    {error}")
     return "\n".join(lines) + "\n"
-
-
-def _load(verb: str, path: str | None, overrides: Overrides) -> Resolved:
-    if path is None:
-        raise ConfigError(f"cmtrain {verb}: --config is missing, e.g. cmtrain {verb} --config configs/demo.yaml")
-    return load_config(path, overrides)
-
-
-def _parser(verb: str, description: str) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(
-        prog=f"cmtrain {verb}",
-        description=description,
-        epilog="--SECTION.KEY VALUE overrides one value of the configuration; `cmtrain config schema` lists them all.",
-        allow_abbrev=False,
-        exit_on_error=False,
-    )
-
-
-def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[argparse.Namespace, Overrides]:
-    """The options of a verb, and whatever else looks like an option as an override: load_config knows what is right.
-
-    Raises:
-        ConfigError: in one line, what is wrong with the verb's own options.
-    """
-    try:
-        options, rest = parser.parse_known_args(arguments)
-    except argparse.ArgumentError as error:
-        raise ConfigError(str(error).removeprefix("argument ")) from error
-    overrides: Overrides = []
-    while rest:
-        name, equals, value = rest.pop(0).partition("=")
-        if not name.startswith("--"):
-            raise ConfigError(f"{parser.prog}: unexpected argument {name}")
-        own = [option.replace("_", "-") for option in vars(options)]
-        if "." not in name and (close := _did_you_mean(name.strip("-"), own, "--")):
-            raise ConfigError(f"{name}: unknown option{close}")
-        if not equals and (not rest or rest[0].startswith("--")):
-            raise ConfigError(f"{name}: needs a value")
-        overrides.append((name.removeprefix("--"), value if equals else rest.pop(0)))
-    return options, overrides
-
-
-def _parse_alone(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.Namespace:
-    """The options of a verb that has no configuration, and so no overrides."""
-    options, overrides = _parse(parser, arguments)
-    if overrides:
-        raise ConfigError(f"--{overrides[0][0]}: unknown option; see {parser.prog} --help")
-    return options
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number >= 1, got {text}")
-    return int(text)
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"must be a whole number >= 0, got {text}")
-    return int(text)
-
-
-def _did_you_mean(given: str, choices: Sequence[str], prefix: str = "") -> str:
-    close = difflib.get_close_matches(given, choices, n=1)
-    return f", did you mean {prefix}{close[0]}?" if close else ""

@@ -23,6 +23,7 @@ from cmtrain.pages import make_pages
 from cmtrain.rank import num_restarts
 from cmtrain.run_folder import RunFolder
 from cmtrain.spike import Spike
+from cmtrain.stopwatch import Stopwatch
 from cmtrain.targets import forget_ranks, write_target
 from cmtrain.writer import PATIENCE_SECONDS, CheckpointWriter, Outcome
 from pipelines.dataset import BadFile
@@ -32,32 +33,6 @@ from pipelines.spec import Batch, Channels
 
 SAMPLE_NAME = "augmented.png"
 NUM_NAMED = 3  # files named on the console; all of them are in events.jsonl
-
-
-class Stopwatch:
-    """Where a step's wall time goes: waiting for data, or not. Host clocks only."""
-
-    def __init__(self) -> None:
-        self.last = time.perf_counter()
-        self.waited = 0.0
-
-    def waiting(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """Pass `batches` on, and note how long each one let us wait."""
-        while True:
-            asked = time.perf_counter()
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
-            self.waited += time.perf_counter() - asked
-            yield batch
-
-    def lap(self) -> tuple[float, float]:
-        """Seconds since the last lap, and how many of them were waiting."""
-        now = time.perf_counter()
-        lap = now - self.last, self.waited
-        self.last, self.waited = now, 0.0
-        return lap
 
 
 class Journal:

@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
+from mini import batch, make_learner
 from test_kills import HURT
-from test_learner import batch, make_learner
 
 from cmtrain.final_gate import Verdict, all_finite, inspect
 

@@ -5,7 +5,7 @@ import time
 import pytest
 import timm
 import torch
-from test_learner import batch, make_learner
+from mini import batch, make_learner
 from torch import nn
 
 import cmtrain.models  # noqa: F401
