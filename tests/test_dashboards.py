@@ -1,0 +1,161 @@
+"""Dashboards, rules and documentation: well formed, and of the metrics that there are. Needs no server."""
+
+import importlib
+import itertools
+import json
+import re
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from cmtrain.metrics import TrainMetrics
+
+FOLDER = ROOT / "docker" / "grafana" / "dashboards"
+DASHBOARDS = {path.name: json.loads(path.read_text()) for path in sorted(FOLDER.glob("*.json"))}
+RULES = [
+    rule
+    for group in yaml.safe_load((ROOT / "docker" / "prometheus" / "rules.yaml").read_text())["groups"]
+    for rule in group["rules"]
+]
+ALERTS = [rule for rule in RULES if "alert" in rule]
+RULE_TESTS = yaml.safe_load((ROOT / "docker" / "prometheus" / "rules_test.yaml").read_text())["tests"]
+DOCUMENTATION = (ROOT / "docs" / "metrics.md").read_text()
+
+# Neither drawn nor alerted on: what follows from others, and what is for people who ask.
+NOT_SHOWN = {"cmtrain_run_info"}
+
+
+def panels_of(dashboard):
+    return [panel for panel in dashboard["panels"] if panel["type"] != "row"]
+
+
+def expressions(dashboard):
+    panels = [target["expr"] for panel in panels_of(dashboard) for target in panel["targets"]]
+    return panels + [annotation["expr"] for annotation in dashboard.get("annotations", {}).get("list", [])]
+
+
+ASKED = [expr for dashboard in DASHBOARDS.values() for expr in expressions(dashboard)]
+
+
+def names_in(text):
+    """Names of our own series; a recorded one does not count as the metric within its name."""
+    return set(re.findall(r"(?<![\w:])cmtrain_\w+\b(?!:)", text))
+
+
+def recorded_in(text):
+    return set(re.findall(r"\brun\w*:cmtrain_\w+:\w+", text))
+
+
+def families():
+    """Metric family -> the names of its series."""
+    suffixes = {"counter": ["_total"], "histogram": ["_bucket", "_count", "_sum"], "gauge": [""]}
+    return {
+        family.name: {family.name + suffix for suffix in suffixes[family.type]}
+        for family in TrainMetrics("r", 0).registry.collect()
+        if family.name.startswith("cmtrain_")
+    }
+
+
+@pytest.mark.parametrize("name", DASHBOARDS)
+def test_panels_do_not_overlap_and_have_ids_of_their_own(name):
+    panels = DASHBOARDS[name]["panels"]
+    assert len({panel["id"] for panel in panels}) == len(panels)
+    taken = set()
+    for panel in panels:
+        place = panel["gridPos"]
+        cells = set(itertools.product(
+            range(place["x"], place["x"] + place["w"]), range(place["y"], place["y"] + place["h"])
+        ))  # fmt: skip
+        assert place["x"] + place["w"] <= 24, panel["title"]
+        assert not cells & taken, panel["title"]
+        taken |= cells
+
+
+@pytest.mark.parametrize("name", DASHBOARDS)
+def test_a_panel_says_its_unit_and_what_to_do(name):
+    dashboard = DASHBOARDS[name]
+    assert dashboard["uid"] == f"cmtrain-{name.removesuffix('.json')}"
+    for panel in panels_of(dashboard):
+        title = panel["title"]
+        assert panel["fieldConfig"]["defaults"]["unit"], title
+        assert panel["description"].endswith("."), title
+        assert panel["targets"], title
+        letters = [target["refId"] for target in panel["targets"]]
+        assert len(set(letters)) == len(letters), title
+        thresholds = [step["value"] for step in panel["fieldConfig"]["defaults"]["thresholds"]["steps"]]
+        assert thresholds[0] is None, title
+        assert thresholds[1:] == sorted(thresholds[1:]), title
+        for source in (panel, *panel["targets"]):
+            assert source["datasource"] == {"type": "prometheus", "uid": "${datasource}"}, title
+
+
+@pytest.mark.parametrize("name", DASHBOARDS)
+def test_panels_show_the_chosen_runs_only(name):
+    dashboard = DASHBOARDS[name]
+    variables = {variable["name"] for variable in dashboard["templating"]["list"]}
+    assert {"datasource", "run"} <= variables
+    for expr in expressions(dashboard):
+        assert 'run=~"$run"' in expr, expr
+        assert set(re.findall(r"\$(?!__)(\w+)", expr)) <= variables, expr
+
+
+def test_committed_dashboards_are_what_the_generator_makes(monkeypatch):
+    pytest.importorskip("grafana_foundation_sdk")
+    monkeypatch.syspath_prepend(str(ROOT / "docker" / "grafana"))
+    made = importlib.import_module("dashboards").make_all()
+    assert {path.name: path.read_text() for path in FOLDER.iterdir()} == made
+
+
+@pytest.mark.parametrize("place", ["dashboards", "rules", "documentation"])
+def test_only_metrics_that_exist_are_asked_for(place):
+    text = {
+        "dashboards": "\n".join(ASKED),
+        "rules": "\n".join(rule["expr"] for rule in RULES),
+        "documentation": DOCUMENTATION,
+    }[place]
+    recorded = {rule["record"] for rule in RULES if "record" in rule}
+    assert names_in(text) <= set().union(families(), *families().values())
+    assert recorded_in(text) <= recorded
+
+
+def test_whatever_is_measured_is_shown_or_alerted_on():
+    used = names_in("\n".join(ASKED + [rule["expr"] for rule in RULES]))
+    for family, series in families().items():
+        assert series & used or family in NOT_SHOWN, f"{family} is in no dashboard and in no rule"
+    for rule in RULES:
+        if "record" in rule:
+            others = "\n".join(ASKED + [other["expr"] for other in RULES])
+            assert rule["record"] in others, f"{rule['record']} is recorded and not used"
+
+
+@pytest.mark.parametrize("alert", ALERTS, ids=lambda alert: alert["alert"])
+def test_an_alert_says_what_is_and_what_to_do(alert):
+    assert alert["labels"]["severity"] in ("critical", "warning")
+    annotations = alert["annotations"]
+    assert set(annotations) == {"summary", "description", "runbook"}
+    assert "$labels.run" in annotations["summary"]
+    assert "$value" in annotations["description"]
+    assert len(annotations["runbook"]) > 60
+    row = (
+        f"| `{alert['alert']}` | {alert['labels']['severity']} | {alert.get('for', '0m')} | {annotations['runbook']} |"
+    )
+    assert row in DOCUMENTATION.splitlines(), f"docs/metrics.md misses or contradicts\n{row}"
+
+
+def test_recorded_series_are_documented():
+    for rule in RULES:
+        if "record" in rule:
+            assert f"| `{rule['record']}` |" in DOCUMENTATION
+
+
+@pytest.mark.parametrize("alert", ALERTS, ids=lambda alert: alert["alert"])
+def test_an_alert_is_tested_to_fire_and_to_resolve(alert):
+    name = alert["alert"]
+    (test,) = [test for test in RULE_TESTS if test["name"] == name]
+    checks = [check for check in test["promql_expr_test"] if f'"{name}"' in check["expr"]]
+    fired = [bool(check.get("exp_samples")) for check in checks]
+    assert fired[0] is False, "silent before it fires"
+    assert any(fired)
+    runs = [set(re.findall(r'run="(\w+)"', str(check.get("exp_samples", [])))) for check in checks]
+    assert set().union(*runs) - runs[-1], "some run's alert has resolved at the last check"
