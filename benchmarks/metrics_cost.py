@@ -11,7 +11,6 @@ both alternate in one process, and the median is told.
 import argparse
 import json
 import statistics
-import tempfile
 import time
 from pathlib import Path
 
