@@ -25,6 +25,7 @@ from cmtrain.optim import make_optimizer
 from cmtrain.preflight import check_ranks
 from cmtrain.recovery import Recovery
 from cmtrain.schedule import Schedule, make_schedule
+from cmtrain.trackers import tracker_options
 from pipelines.dataset import Manifest
 from pipelines.loader import DaliLoader, eval_loader, train_loader
 from pipelines.plan import Plan
@@ -51,21 +52,23 @@ def join_ranks(config: Config, run_path: Path) -> tuple[Accelerator, Any, list[s
         The accelerator, a group of all ranks for what the host has to say (None for a single process), and warnings.
 
     Raises:
-        ConfigError: fp16 without a GPU.
+        ConfigError: fp16 without a GPU, or an experiment tracker that is not installed.
         DataError: what does not fit; see preflight.check_ranks.
     """
     timeout_seconds = config.train.collective_timeout_seconds
     set_torch_defaults(run_path)
-    accelerator = make_accelerator(config.train.precision, timeout_seconds)
+    options = tracker_options(config.metrics.trackers, run_path)
+    accelerator = make_accelerator(config.train.precision, timeout_seconds, **options)
     control = control_group(accelerator.num_processes, timeout_seconds)
     return accelerator, control, check_ranks(control, config, run_path)
 
 
-def make_accelerator(precision: str, collective_timeout_seconds: float = 600.0) -> Accelerator:
+def make_accelerator(precision: str, collective_timeout_seconds: float = 600.0, **options: Any) -> Accelerator:
     """Join the process group, if a launcher made one, and pick the device.
 
     Args:
         collective_timeout_seconds: after which ranks that wait for one another give up.
+        options: more for Accelerator, as from trackers.tracker_options.
 
     Raises:
         ConfigError: fp16 without a GPU.
@@ -82,7 +85,7 @@ def make_accelerator(precision: str, collective_timeout_seconds: float = 600.0) 
         backend = "nccl" if cuda else "gloo"
         join_torchrun(backend, timeout)
         handlers.append(InitProcessGroupKwargs(backend=backend, timeout=timeout))
-    return Accelerator(mixed_precision=MIXED_PRECISION[precision], cpu=not cuda, kwargs_handlers=handlers)
+    return Accelerator(mixed_precision=MIXED_PRECISION[precision], cpu=not cuda, kwargs_handlers=handlers, **options)
 
 
 def precision_of(accelerator: Accelerator) -> str:

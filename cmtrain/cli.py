@@ -28,6 +28,7 @@ verbs:
   demo           train a small CMT on images from installed packages: no GPU and no download needed
   status RUN     print how a run stands: its step, speed, time left, and whether its process is there
   watch RUN      the same, until the run ends
+  report RUN...  write what run folders tell as one HTML file; several runs are compared
   bench          time the loader, the model and training, and name the bottleneck
   repair-bn      recompute the BatchNorm statistics of a checkpoint in which they are not finite
   data check     find the images that cannot be read; training leaves them out from then on
@@ -201,6 +202,16 @@ def _repair_bn(arguments: list[str]) -> int:
     return repair_bn(config, checkpoint=options.checkpoint, out=options.out, batches=options.batches)
 
 
+def _report(arguments: list[str]) -> int:
+    parser = make_parser("report", "Write what run folders tell as one HTML file; several runs are compared.")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder, such as runs/demo")
+    parser.add_argument("--out", metavar="FILE", help="default: RUN/report.html, or report.html for several runs")
+    options = parse_alone(parser, arguments)
+    from cmtrain.report import report
+
+    return report(options.runs, options.out)
+
+
 def _config(arguments: list[str]) -> int:
     what = arguments.pop(0) if arguments else ""
     if what == "schema" and not arguments:
@@ -221,6 +232,7 @@ _VERBS: dict[str, Callable[[list[str]], int]] = {
     "demo": _demo,
     "status": _status,
     "watch": _watch,
+    "report": _report,
     "bench": _bench,
     "repair-bn": _repair_bn,
     "data": data,

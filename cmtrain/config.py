@@ -45,6 +45,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 FractionBelowOne = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 Interpolation = Literal["bicubic", "bilinear"]
+Tracker = Literal["tensorboard", "wandb", "mlflow"]
 
 
 def _tuple(default: tuple[float, ...], description: str) -> Any:
@@ -257,6 +258,7 @@ class Metrics(_Section):
     stall_seconds: Positive = Field(
         default=600.0, description="/-/healthy answers 503 when training has finished no step for that long"
     )
+    trackers: tuple[Tracker, ...] = _tuple((), "experiment trackers that get the log points and evaluations, too")
 
 
 class Expect(_Section):

@@ -326,6 +326,8 @@ def _words(schema: Mapping[str, Any]) -> str:
     if "prefixItems" in schema:
         items = [_words(item) for item in schema["prefixItems"]]
         return f"a list of {len(items)} values, [{', '.join(items)}]"
+    if "items" in schema:
+        return f"a list of values, each {_words(schema['items'])}"
     if "pattern" in schema:
         return f"text that matches {schema['pattern']}"
     stated = " and ".join(f"{sign} {emit(schema[limit])}" for limit, sign in _LIMITS.items() if limit in schema)

@@ -2,7 +2,8 @@
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,12 +13,16 @@ from torch import Tensor, nn
 from cmtrain.guard import running_statistics
 from pipelines.spec import UNREADABLE, Batch
 
+MAX_CONFUSION_CLASSES = 100  # beyond it nobody can read the matrix, and it outgrows the model's own outputs
+
 
 @dataclass(frozen=True)
 class Evaluation:
     """`top1`, `top5`: shares 0..1 of all images, of which `num_unreadable` could not be read and count as wrong.
 
     `loss`: mean cross entropy (nats) of those that were read. With fewer than 5 classes top5 is top-all: 1.
+    `class_images`, `class_correct`: of the images that were read, how many each class has, and how many of them were
+    recognised. `confusion`: [true class][predicted class] counts; None beyond MAX_CONFUSION_CLASSES classes.
     """
 
     top1: float
@@ -25,6 +30,9 @@ class Evaluation:
     loss: float
     num_images: int
     num_unreadable: int = 0
+    class_images: list[int] = field(default_factory=list)
+    class_correct: list[int] = field(default_factory=list)
+    confusion: list[list[int]] | None = None
 
 
 def evaluate(
@@ -34,6 +42,7 @@ def evaluate(
     autocast: AbstractContextManager,
     device: torch.device,
     num_images: int,
+    num_classes: int,
 ) -> Evaluation:
     """Evaluate `model` on this rank's share of the images and add up over ranks.
 
@@ -41,18 +50,56 @@ def evaluate(
         model: unwrapped; left in the mode it was in.
         batches: this rank's share, each image once; may be empty.
         num_images: how many images all ranks together must have seen.
+        num_classes: outputs of `model`.
     """
     was_training = model.training
     model.eval()
     totals = torch.zeros(5, dtype=torch.float64, device=device)  # as in _count
+    outcomes = _Outcomes(num_classes, device)
     with torch.no_grad(), autocast:
         for images, labels, _ in batches:
-            totals += _count(model(images).float(), labels)
+            logits = model(images).float()
+            totals += _count(logits, labels)
+            outcomes.add(logits, labels)
     model.train(was_training)
     all_reduce_sum(totals)
     top1, top5, loss, seen, unreadable = totals.tolist()
     assert seen == num_images, f"evaluated {seen:.0f} images of {num_images}"
-    return Evaluation(top1 / seen, top5 / seen, loss / max(seen - unreadable, 1), num_images, int(unreadable))
+    return Evaluation(
+        top1 / seen, top5 / seen, loss / max(seen - unreadable, 1), num_images, int(unreadable), **outcomes.sum_up()
+    )
+
+
+class _Outcomes:
+    """What became of the images of each class, counted on the device.
+
+    `counts`: flat (K, K) true by predicted class; beyond MAX_CONFUSION_CLASSES flat (K, 2), wrong and right. One more
+    cell takes the unreadable images.
+    """
+
+    def __init__(self, num_classes: int, device: torch.device) -> None:
+        self.num_classes = num_classes
+        self.width = num_classes if num_classes <= MAX_CONFUSION_CLASSES else 2
+        self.counts = torch.zeros(num_classes * self.width + 1, dtype=torch.int64, device=device)
+
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        """(B, K), (B,). Not torch.bincount: it makes the host wait for the largest value."""
+        predicted = logits.argmax(dim=1)
+        column = predicted if self.width == self.num_classes else (predicted == labels).long()
+        cell = torch.where(labels == UNREADABLE, len(self.counts) - 1, labels * self.width + column)
+        self.counts.index_add_(0, cell, torch.ones_like(cell))
+
+    def sum_up(self) -> dict[str, Any]:
+        """The fields of Evaluation; for all ranks together."""
+        all_reduce_sum(self.counts)
+        table = self.counts[:-1].view(self.num_classes, self.width).cpu()
+        whole = self.width == self.num_classes
+        correct = table.diagonal() if whole else table[:, 1]
+        return {
+            "class_images": table.sum(dim=1).tolist(),
+            "class_correct": correct.tolist(),
+            "confusion": table.tolist() if whole else None,
+        }
 
 
 def _count(logits: Tensor, labels: Tensor) -> Tensor:

@@ -15,23 +15,25 @@ from cmtrain.checkpoint import Loaded
 from cmtrain.console import Console, duration
 from cmtrain.device import gpu_identity, memory_bytes
 from cmtrain.diagnosis import Finding
+from cmtrain.environment import environment
 from cmtrain.evaluate import Evaluation
 from cmtrain.exporter import Exporter
 from cmtrain.final_gate import Verdict
 from cmtrain.metrics import StepReport, TrainMetrics
 from cmtrain.pages import make_pages
 from cmtrain.rank import num_restarts
-from cmtrain.run_folder import RunFolder
+from cmtrain.report import write_report
+from cmtrain.run_folder import REPORT_NAME, SAMPLE_NAME, RunFolder
 from cmtrain.spike import Spike
 from cmtrain.stopwatch import Stopwatch
 from cmtrain.targets import forget_ranks, write_target
+from cmtrain.trackers import Trackers
 from cmtrain.writer import PATIENCE_SECONDS, CheckpointWriter, Outcome
 from pipelines.dataset import BadFile
 from pipelines.judge import kind_of
 from pipelines.preview import contact_sheet
 from pipelines.spec import Batch, Channels
 
-SAMPLE_NAME = "augmented.png"
 NUM_NAMED = 3  # files named on the console; all of them are in events.jsonl
 
 
@@ -45,6 +47,7 @@ class Journal:
         address: (host, port) to serve metrics at, None for no metrics.
         stall_seconds: see pages.make_pages.
         device: that this rank computes on.
+        trackers: experiment trackers to tell, too.
     """
 
     def __init__(
@@ -60,11 +63,13 @@ class Journal:
         address: tuple[str, int] | None,
         stall_seconds: float,
         device: torch.device,
+        trackers: Trackers | None = None,
     ) -> None:
         self.path, self.world_size, self.last_step, self.epochs = path, world_size, last_step, epochs
         self.total_steps = total_steps
         self.console = Console(enabled=rank == 0)
         self.metrics = TrainMetrics(path.name, rank)
+        self.trackers = trackers
         self.folder = RunFolder(path) if rank == 0 else None
         self.writer = CheckpointWriter(path / "checkpoints")
         self.unsaved = ""  # why the state that the run ends with has no checkpoint
@@ -126,6 +131,7 @@ class Journal:
             self.console.line(note)
             self.event("note", text=note)
         self.event("resumed" if checkpoint else "started", step=self.first_step, restarts=num_restarts(), **facts)
+        self.event("environment", **environment())
         self.console.line(" ".join(f"{key} {value}" for key, value in facts.items()))
         self.console.line(f"run folder {self.path}" + (f"  metrics {self.metrics_url}" if self.metrics_url else ""))
         if checkpoint:
@@ -203,6 +209,7 @@ class Journal:
             record = {key: _finite(value) for key, value in asdict(report).items()}
             speed = {"images_per_second": round(images_per_second, 1), "data_wait_ratio": round(wait_share, 4)}
             self.folder.log(record | speed | {"time": time.time()})
+            self._track(record | speed, report.step)
             self.folder.status(step=report.step, loss=record["loss"], eta_seconds=round(eta_seconds), **speed)
         bad, restores = report.bad_steps - before.bad_steps, report.restores - before.restores
         if bad or restores:
@@ -220,9 +227,12 @@ class Journal:
             f"scale {report.loss_scale:g} skip {report.bad_steps} eta {duration(eta_seconds)}"
         )
 
-    def evaluated(self, results: dict[str, Evaluation], *, epoch: int, step: int, lr: float) -> bool:
+    def evaluated(
+        self, results: dict[str, Evaluation], class_names: Sequence[str], *, epoch: int, step: int, lr: float
+    ) -> bool:
         """Record the evaluations of `model` and, if there is one, `ema`. Returns whether top-1 is the run's best."""
         metrics = self.metrics
+        seconds, _ = self.clock.lap()
         row: dict[str, Any] = {"epoch": epoch, "step": step, "train_loss": _finite(self.train_loss), "lr": lr}
         for weights, result in results.items():
             metrics.one(metrics.eval_accuracy, "1", weights).set(result.top1)
@@ -243,10 +253,17 @@ class Journal:
         metrics.one(metrics.best_accuracy).set(self.best_top1)
         if self.folder:
             self.folder.summary(row)
+            self._track(row, step)
+            self.folder.classes(_by_class(results, class_names, step))
+            self.event("evaluated", step=step, top1=top1, seconds=round(seconds, 3))
             self.folder.status(step=step, best_top1=self.best_top1, best_step=self.best_step)
         metrics.enter("train")
         self.clock.lap()
         return best
+
+    def _track(self, record: dict[str, Any], step: int) -> None:
+        if self.trackers and (trouble := self.trackers.log(record, step)):
+            self.console.line(trouble)
 
     def spiked(self, spikes: Sequence[Spike], batch: Sequence[int], files: Sequence[str]) -> None:
         """Loss spikes since the last log point; `batch`: the samples of the highest one, `files`: some of them."""
@@ -330,11 +347,14 @@ class Journal:
         self.console.stop()
         self.writer.wait(PATIENCE_SECONDS)
         self._tell_saves()
+        if self.trackers and (trouble := self.trackers.close()):
+            self.console.line(trouble)
         if self.folder:
             result = self._result(state, results) if results else None
             self.folder.status(state=state, step=self.step, exit_code=exit_code, reason=reason, result=result)
             self.event(state, step=self.step, exit_code=exit_code, reason=reason)
             self.console.line(f"{state}: {reason}")
+            self._report()
             if result:
                 print(json.dumps(result), flush=True)  # noqa: T201
         self._close()
@@ -350,6 +370,12 @@ class Journal:
             self.target.unlink(missing_ok=True)
         if self.exporter:
             self.exporter.close()
+
+    def _report(self) -> None:
+        try:
+            write_report([self.path], self.path / REPORT_NAME)
+        except Exception as error:  # whatever is wrong with the report, the run is over and its exit code stands
+            self.console.line(f"no report: {type(error).__name__}: {error}")
 
     def _result(self, state: str, results: dict[str, Evaluation]) -> dict[str, Any]:
         measured = {
@@ -368,12 +394,24 @@ class Journal:
             "run_dir": str(self.path),
             "metrics_url": self.metrics_url,
             "augmented": str(self.path / SAMPLE_NAME),
+            "report": str(self.path / REPORT_NAME),
         }
 
 
 def _named(tensors: Sequence[str]) -> str:
     more = f" and {len(tensors) - 1} more tensors" if len(tensors) > 1 else ""
     return f"{tensors[0]}{more}"
+
+
+def _by_class(results: dict[str, Evaluation], class_names: Sequence[str], step: int) -> dict[str, Any]:
+    """What classes.json says; outputs that no class of the data belongs to go by their number."""
+    num_classes = len(results["model"].class_images)
+    weights = {
+        name: {"images": result.class_images, "correct": result.class_correct, "confusion": result.confusion}
+        for name, result in results.items()
+    }
+    unnamed = map(str, range(len(class_names), num_classes))
+    return {"step": step, "classes": [*class_names, *unnamed], "weights": weights}
 
 
 def _finite(value: Any) -> Any:

@@ -4,7 +4,10 @@ config.yaml    the resolved configuration, loadable again
 status.json    the truth about how the run stands or ended (launchers flatten exit codes to 1)
 log.jsonl      one record a log point; after a resume it continues as if the run had never been killed
 summary.csv    one row an evaluation, with timm's column names
-events.jsonl   what happened: started, resumed, checkpoints, guard, signals
+events.jsonl   what happened: started, resumed, environment, evaluations, checkpoints, guard, signals
+classes.json   the last evaluation by class: images, correct ones, confusion matrix
+augmented.png  the first augmented batch
+report.html    all of it for people, see report.py
 checkpoints/   see checkpoint.py
 """
 
@@ -22,6 +25,11 @@ SUMMARY_COLUMNS = (
     "epoch", "step", "train_loss", "eval_loss", "eval_top1", "eval_top5", "eval_ema_loss", "eval_ema_top1",
     "eval_ema_top5", "lr",
 )  # fmt: skip
+
+
+CLASSES_NAME = "classes.json"
+SAMPLE_NAME = "augmented.png"
+REPORT_NAME = "report.html"
 
 
 class RunFolder:
@@ -61,6 +69,9 @@ class RunFolder:
             writer.writeheader()
         writer.writerow(row)
         self._try(_append, "summary.csv", text.getvalue())
+
+    def classes(self, record: dict[str, Any]) -> None:
+        _replace(self.path / CLASSES_NAME, json.dumps(record) + "\n")
 
     def rewind(self, step: int) -> None:
         """Forget log records and summary rows after `step`: the steps that a resumed run is about to do again."""

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from cmtrain import __version__, build
-from cmtrain.config import Config, to_yaml
+from cmtrain.config import Config, flat, to_yaml
 from cmtrain.device import training_flops_per_image
 from cmtrain.diagnosis import conclude, examine
 from cmtrain.errors import EXIT_DATA, EXIT_DIVERGED, EXIT_DONE, EXIT_ERROR, EXIT_EXPECTATION
@@ -26,6 +26,7 @@ from cmtrain.recovery import Recovery
 from cmtrain.resume import choose_start, restore
 from cmtrain.run_lock import RunLock
 from cmtrain.schedule import Schedule
+from cmtrain.trackers import Trackers
 from cmtrain.watchdog import Watchdog
 from pipelines.dataset import Manifest
 from pipelines.loader import DaliLoader
@@ -60,7 +61,7 @@ def run(config: Config, lock: RunLock, resume: str, max_steps: int | None) -> in
     threads = build.split_threads(config, accelerator)
     data = build.open_data(config, accelerator)
     schedule = build.plan_steps(config, len(data.train), world_size)
-    num_classes = build.num_classes_of(config, data.train)
+    num_classes, classes = build.num_classes_of(config, data.train), data.train.class_names
     model = build.make_model(config, num_classes, accelerator.device)
     flops_per_image = training_flops_per_image(model, config.data.image_px)
     start = choose_start(lock, resume, config, data.train.fingerprint, is_main=accelerator.is_main_process)
@@ -93,11 +94,12 @@ def run(config: Config, lock: RunLock, resume: str, max_steps: int | None) -> in
         batches = batches_from(start.step, train_loader, schedule)
         batches = journal.sample(journal.clock.waiting(batches), config.data.mean, config.data.std)
         if start.evaluation_due or start.step >= last_step:  # the evaluation, or its last words, were lost
-            results = evaluate_weights(learner, eval_loader, val_batches, len(data.val), accelerator)
+            results = evaluate_weights(learner, eval_loader, val_batches, len(data.val), num_classes, accelerator)
             received = 0 if results else stop.decision
             if results and start.evaluation_due:
                 lr = schedule.lr_at(start.step - 1) * recovery.lr_factor(start.step - 1)
-                journal.evaluated(results, epoch=start.step // schedule.steps_per_epoch, step=start.step, lr=lr)
+                epoch = start.step // schedule.steps_per_epoch
+                journal.evaluated(results, classes, epoch=epoch, step=start.step, lr=lr)
         for step in range(start.step, start.step if received else last_step):
             lr = schedule.lr_at(step) * recovery.lr_factor(step)
             watchdog.begin("step", step)
@@ -121,8 +123,8 @@ def run(config: Config, lock: RunLock, resume: str, max_steps: int | None) -> in
             results, improved = {}, False
             if evaluates and not received:
                 journal.metrics.enter("evaluate")
-                results = evaluate_weights(learner, eval_loader, val_batches, len(data.val), accelerator)
-                improved = bool(results) and journal.evaluated(results, epoch=epoch + 1, step=done, lr=lr)
+                results = evaluate_weights(learner, eval_loader, val_batches, len(data.val), num_classes, accelerator)
+                improved = bool(results) and journal.evaluated(results, classes, epoch=epoch + 1, step=done, lr=lr)
                 received = 0 if results else stop.decision
 
             if final or improved or received or saves_at(done, config, schedule):
@@ -218,14 +220,21 @@ def evaluate_weights(
     loader: Loader,
     batches: Callable[[], Iterator[Batch]],
     num_images: int,
+    num_classes: int,
     accelerator: Accelerator,
 ) -> dict[str, Evaluation]:
     """Evaluate the model and, if there is one, its EMA, each on the `batches` of `loader`; {} if a stop signal came."""
     learner.average_over_ranks()
-    device = accelerator.device
     try:
         results = {
-            name: evaluate(module, batches(), autocast=accelerator.autocast(), device=device, num_images=num_images)
+            name: evaluate(
+                module,
+                batches(),
+                autocast=accelerator.autocast(),
+                device=accelerator.device,
+                num_images=num_images,
+                num_classes=num_classes,
+            )
             for name, module in learner.weights.items()
         }
     except Stopped:
@@ -289,6 +298,7 @@ def open_journal(
         address=(metrics.host, metrics.port + accelerator.local_process_index) if metrics.enabled else None,
         stall_seconds=metrics.stall_seconds,
         device=accelerator.device,
+        trackers=Trackers(accelerator, path.name, dict(flat(config))),
     )
 
 

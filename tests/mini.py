@@ -84,5 +84,6 @@ def accuracy(learner, module, side=16):
     """(top-1, loss) on two batches that no step takes."""
     batches = [batch(10**6, side=side), batch(10**6 + 1, side=side)]
     autocast = learner.accelerator.autocast()
-    result = evaluate(module, batches, autocast=autocast, device=torch.device("cpu"), num_images=32)
+    cpu = torch.device("cpu")
+    result = evaluate(module, batches, autocast=autocast, device=cpu, num_images=32, num_classes=NUM_CLASSES)
     return result.top1, result.loss

@@ -233,7 +233,12 @@ def test_an_unreadable_image_counts_as_wrong_and_has_no_loss():
     logits = torch.tensor([[3.0, 0.0, 0.0], [3.0, 0.0, 0.0], [0.0, 0.0, 3.0]])
     batch = Batch(logits, torch.tensor([0, UNREADABLE, 1]), torch.arange(3))
     result = evaluate(
-        torch.nn.Identity(), [batch], autocast=torch.autocast("cpu", enabled=False), device="cpu", num_images=3
+        torch.nn.Identity(),
+        [batch],
+        autocast=torch.autocast("cpu", enabled=False),
+        device="cpu",
+        num_images=3,
+        num_classes=3,
     )
     assert (result.num_images, result.num_unreadable) == (3, 1)
     assert result.top1 == pytest.approx(1 / 3)

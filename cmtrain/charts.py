@@ -1,0 +1,349 @@
+"""Line charts, event lanes and heat maps as inline SVG.
+
+Written here because a report of a run is a file to keep and to mail: its charts take 10 to 100 kB. plotly, which would
+draw them, too, puts 4.6 MB of JavaScript into every file.
+
+A chart has no width: lines live in a nested <svg> that is stretched to whatever room there is, with strokes that do not
+stretch, and text and marks are placed in per cent of it. So the same chart is sharp, with text of the same size, on a
+desk and on a phone. Colours are CSS classes; the page says what they are by day and by night.
+
+Elements are built by ElementTree, which escapes whatever it is given.
+"""
+
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+from xml.etree.ElementTree import Element, SubElement, tostring
+
+import numpy as np
+
+PLOT_UNITS = 1000  # width of the nested <svg>, in its own units
+MAX_COLUMNS = 600  # of a thinned line: about the pixels of half a page
+LABEL_PITCH_PX = 12
+HEAT_LEVELS = 8
+MAX_LANE_COLUMNS = 150
+_SUPERSCRIPT = str.maketrans("-0123456789", "\u207b\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079")
+
+Scale = Literal["linear", "log", "log2", "auto"]
+
+
+@dataclass(frozen=True)
+class Series:
+    """A line. `color`: 0..7. `dots`: mark every point, for few of them. `label`: written at its end."""
+
+    name: str
+    x: np.ndarray
+    y: np.ndarray
+    color: int = 0
+    dashed: bool = False
+    dots: bool = False
+    label: str = ""
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Something that happened at `x`. `kind` picks its glyph and colour, `text` is shown when it is pointed at."""
+
+    x: float
+    kind: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Chart:
+    """`key`: its id on the page. `legend`: (name, CSS class, last value) of each line."""
+
+    key: str
+    title: str
+    svg: str
+    legend: list[tuple[str, str, str]]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """What maps values to 0..1. `ticks`: (value, label)."""
+
+    low: float
+    high: float
+    log: bool
+    ticks: list[tuple[float, str]]
+
+    def place(self, values: Any) -> np.ndarray:
+        values, low, high = np.asarray(values, dtype=float), self.low, self.high
+        if self.log:
+            with np.errstate(invalid="ignore", divide="ignore"):
+                values, low, high = np.log(values), math.log(low), math.log(high)
+        return (values - low) / (high - low)
+
+
+def line_chart(
+    title: str,
+    series: Sequence[Series],
+    *,
+    key: str,
+    x_high: float,
+    scale: Scale = "linear",
+    percent: bool = False,
+    zero: bool = False,
+    level: tuple[float, str] | None = None,
+    marks: Iterable[Mark] = (),
+    height_px: int = 150,
+) -> Chart:
+    """Lines over steps 0..x_high.
+
+    Args:
+        key: an id that no other chart of the page has.
+        scale: of y; auto is log where the largest value is far above the usual one.
+        percent: show values 0..1 as 0..100 %.
+        zero: y begins at 0.
+        level: a value to compare with, and what it is called.
+        marks: drawn as hairlines over the height of the plot.
+    """
+    x_axis = linear_axis(0, x_high, 6, exact=True)
+    values = [line.y for line in series] + ([np.array([level[0]])] if level else [])
+    y_axis = make_axis(np.concatenate(values) if values else np.empty(0), scale, percent=percent, zero=zero)
+    svg = Element("svg", {"class": "plot", "role": "img", "height": str(height_px + 22), "id": key})
+    svg.set("aria-labelledby", f"{key}-title")
+    svg.set("aria-describedby", f"{key}-desc")
+    # What the page's few lines of script need to read values off the lines.
+    svg.set("data-axes", f"{x_high:g} {y_axis.low:.17g} {y_axis.high:.17g} {height_px} {y_axis.log:d} {percent:d}")
+    _add(svg, "desc", describe(series, percent), id=f"{key}-desc")
+    for value, label in y_axis.ticks:
+        y = _px(height_px * (1 - float(y_axis.place(value))))
+        _add(svg, "line", x1="0", x2="100%", y1=y, y2=y, cls="grid")
+        _add(svg, "text", label, x="-8", y=y, dy=".32em", cls="y")
+    for value, label in x_axis.ticks:
+        _add(svg, "text", label, x=_percent(float(x_axis.place(value))), y=str(height_px + 16), cls="x")
+    if level:
+        y = _px(height_px * (1 - float(y_axis.place(level[0]))))
+        _add(svg, "line", x1="0", x2="100%", y1=y, y2=y, cls="level")
+        _add(svg, "text", level[1], x="0", dx="4", y=y, dy="-4", cls="level")
+    for mark in marks:
+        x = _percent(float(x_axis.place(mark.x)))
+        line = _add(svg, "line", x1=x, x2=x, y1="0", y2=str(height_px), cls=f"mark {mark.kind}")
+        _add(line, "title", mark.text)
+    inner = _add(svg, "svg", viewBox=f"0 0 {PLOT_UNITS} {height_px}", preserveAspectRatio="none")
+    inner.attrib |= {"width": "100%", "height": str(height_px)}
+    for line in series:
+        kept = thin(line.x, line.y, MAX_COLUMNS)
+        x = PLOT_UNITS * x_axis.place(line.x[kept])
+        y = height_px * (1 - y_axis.place(line.y[kept]))
+        path = _add(inner, "path", d=_path(x, y), cls=f"line c{line.color}" + " dashed" * line.dashed)
+        path.set("data-name", line.name)
+        if line.dots:
+            # A stroke of no length with round caps is a dot that is round however the plot is stretched.
+            dots = "".join(f"M{_px(a)} {_px(b)}h0" for a, b in zip(x, y, strict=True) if math.isfinite(b))
+            _add(inner, "path", d=dots, cls=f"dots c{line.color}")
+    _end_labels(svg, series, x_axis, y_axis, height_px)
+    legend = [(line.name, f"c{line.color}" + " dashed" * line.dashed, _last(line, percent)) for line in series]
+    return Chart(key, title, tostring(svg, encoding="unicode"), legend)
+
+
+def lane(marks: Sequence[Mark], x_high: float) -> str:
+    """Marks as glyphs along 0..x_high; those that would cover each other are drawn once, with their number."""
+    svg = Element("svg", {"class": "lane", "height": "18", "aria-hidden": "true"})
+    _add(svg, "line", x1="0", x2="100%", y1="9", y2="9", cls="grid")
+
+    def column(mark: Mark) -> tuple[int, str]:
+        return round(mark.x / x_high * MAX_LANE_COLUMNS), mark.kind
+
+    for _, group in itertools.groupby(sorted(marks, key=column), key=column):
+        first, *others = group
+        text = first.text + (f" (and {len(others):,} more)" if others else "")
+        use = _add(svg, "use", href=f"#glyph-{first.kind}", x=_percent(first.x / x_high), y="9")
+        _add(use, "title", text)
+    return tostring(svg, encoding="unicode")
+
+
+def heat_map(matrix: np.ndarray, *, key: str, description: str) -> str:
+    """A square matrix of counts, each row as shares of its sum. One path for each of a few shades: no cell is a node."""
+    size = len(matrix)
+    svg = Element("svg", {"class": "heat", "role": "img", "viewBox": f"0 0 {size} {size}", "id": key})
+    svg.set("aria-labelledby", f"{key}-title")
+    svg.set("aria-describedby", f"{key}-desc")
+    _add(svg, "desc", description, id=f"{key}-desc")
+    shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    level = np.ceil(np.sqrt(shares) * HEAT_LEVELS).astype(int)  # the root, so that a few errors in a hundred are seen
+    diagonal = np.eye(size, dtype=bool)
+    for right, value in itertools.product((True, False), range(1, HEAT_LEVELS + 1)):
+        rows, columns = np.nonzero((level == value) & (diagonal == right))
+        if len(rows):
+            cells = "".join(f"M{x} {y}h1v1h-1z" for y, x in zip(rows.tolist(), columns.tolist(), strict=True))
+            _add(svg, "path", d=cells, cls="right" if right else "wrong").set("fill-opacity", f"{value / HEAT_LEVELS}")
+    return tostring(svg, encoding="unicode")
+
+
+def thin(x: np.ndarray, y: np.ndarray, columns: int) -> np.ndarray:
+    """Indices of the points worth drawing: of each of `columns` stripes the lowest and the highest one.
+
+    So a spike of one step in half a million is still there.
+
+    Args:
+        x: (N,) ascending. y: (N,), may hold NaN.
+    """
+    if len(x) <= 2 * columns:
+        return np.arange(len(x))
+    stripe = ((x - x[0]) / max(x[-1] - x[0], 1) * columns).astype(int)
+    starts = np.flatnonzero(np.diff(stripe, prepend=-1))
+    kept = {0, len(x) - 1}
+    for start, end in itertools.pairwise([*starts.tolist(), len(x)]):
+        piece = y[start:end]
+        finite = np.flatnonzero(np.isfinite(piece))
+        if finite.size:
+            piece = piece[finite]
+            kept |= {start + int(finite[piece.argmin()]), start + int(finite[piece.argmax()])}
+        else:
+            kept.add(start)  # a hole stays a hole
+    return np.array(sorted(kept))
+
+
+def make_axis(values: np.ndarray, scale: Scale, *, percent: bool = False, zero: bool = False) -> Axis:
+    """The axis that shows all finite `values`; on a log axis the positive ones."""
+    values = values[np.isfinite(values)]
+    positive = values[values > 0]
+    if scale == "auto":
+        wide = positive.size == values.size > 0 and values.max() > 20 * np.median(values)
+        scale = "log" if wide else "linear"
+    if scale in ("log", "log2") and positive.size:
+        return log_axis(float(positive.min()), float(positive.max()), base=2 if scale == "log2" else 10)
+    low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 1.0)
+    return linear_axis(0.0 if zero else low, high, 4, percent=percent)
+
+
+def linear_axis(low: float, high: float, count: int, *, percent: bool = False, exact: bool = False) -> Axis:
+    """From tick to tick, around low..high; `exact` ends at low and high instead."""
+    if high <= low:
+        room = abs(low) * 0.1 or 1.0
+        low, high = low - room * (low != 0), high + room
+    rough = (high - low) / count
+    unit = 10.0 ** math.floor(math.log10(rough))
+    step = unit * next(factor for factor in (1, 2, 2.5, 5, 10) if factor * unit >= rough * 0.999)
+    slack = step * 1e-6
+    first, final = math.floor((low + slack) / step), math.ceil((high - slack) / step)
+    ticks = [index * step for index in range(first, final + 1)]
+    if exact:
+        ticks = [tick for tick in ticks if low - slack <= tick <= high + slack]
+    else:
+        low, high = ticks[0], ticks[-1]
+    tiny = max(abs(tick) for tick in ticks) < 1e-3
+    return Axis(low, high, log=False, ticks=[(tick, _tick_label(tick, percent, tiny)) for tick in ticks])
+
+
+def log_axis(low: float, high: float, *, base: int) -> Axis:
+    """A little beyond low..high; ticks at powers of `base`, at 10 also between them where there is room."""
+    room = max((high / low) ** 0.04, 1.05)
+    low, high = low / room, high * room
+    first, final = math.ceil(math.log(low, base)), math.floor(math.log(high, base))
+    stride = max(1, math.ceil((final - first + 1) / 6))
+    powers = [exponent for exponent in range(first, final + 1) if exponent % stride == 0]
+    if base == 2:
+        return Axis(low, high, log=True, ticks=[(2.0**e, f"2{str(e).translate(_SUPERSCRIPT)}") for e in powers])
+    ticks = [10.0**e for e in powers]
+    for factors in ((1, 3), (1, 2, 5), (1, 2, 3, 4, 6, 8)):
+        denser = [f * 10.0**e for e in range(first - 1, final + 1) for f in factors if low <= f * 10.0**e <= high]
+        if len(ticks) < 3 and len(denser) <= 6:
+            ticks = denser
+    return Axis(
+        low, high, log=True, ticks=[(tick, _tick_label(tick, percent=False, tiny=tick < 1e-3)) for tick in ticks]
+    )
+
+
+def short(value: float) -> str:
+    """A number in few characters: 0.1363, 12.5, 35.2k, 5e-5."""
+    if value == 0 or not math.isfinite(value):
+        return "0" if value == 0 else "-"
+    size = abs(value)
+    if size >= 1e12 or size < 1e-3:
+        mantissa, exponent = f"{value:.3e}".split("e")
+        return f"{float(mantissa):.3g}e{int(exponent)}"
+    for unit, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if size >= unit:
+            return f"{value / (1e3 if letter == 'k' else unit):.4g}{letter}"
+    return f"{value:.4g}"
+
+
+def describe(series: Sequence[Series], percent: bool = False) -> str:
+    """A chart in words, for those who do not see it."""
+    show = (lambda value: f"{value:.2%}") if percent else short
+    said = []
+    for line in series:
+        known = np.flatnonzero(np.isfinite(line.y))
+        if known.size:
+            x, y = line.x[known], line.y[known]
+            ends = f"{show(y[0])} at step {x[0]:,.0f} to {show(y[-1])} at step {x[-1]:,.0f}"
+            said.append(f"{line.name}: from {ends}; lowest {show(y.min())}, highest {show(y.max())}.")
+    return " ".join(said) or "Nothing was recorded."
+
+
+def _end_labels(svg: Element, series: Sequence[Series], x_axis: Axis, y_axis: Axis, height_px: int) -> None:
+    """Write labels to the right of the last points; those that end side by side are kept apart from each other."""
+    ends = []
+    for line in series:
+        known = np.flatnonzero(np.isfinite(line.y))
+        if line.label and known.size:
+            x, y = float(x_axis.place(line.x[known[-1]])), float(y_axis.place(line.y[known[-1]]))
+            ends.append((round(20 * x), height_px * (1 - y), x, line))
+    ends.sort(key=lambda end: end[:2])
+    for _, group in itertools.groupby(ends, key=lambda end: end[0]):
+        column = list(group)
+        for (_, _, x, line), y in zip(column, _apart([end[1] for end in column], height_px), strict=True):
+            _add(svg, "text", line.label, x=_percent(x), dx="5", y=_px(y), dy=".32em", cls=f"end c{line.color}")
+
+
+def _apart(places: Sequence[float], highest: float) -> list[float]:
+    """Ascending `places`, moved until they are LABEL_PITCH_PX apart and none is above `highest`."""
+    moved = list(places)
+    for index in range(1, len(moved)):
+        moved[index] = max(moved[index], moved[index - 1] + LABEL_PITCH_PX)
+    for index in reversed(range(len(moved))):
+        moved[index] = min(moved[index], highest - LABEL_PITCH_PX * (len(moved) - 1 - index))
+    return moved
+
+
+def _last(line: Series, percent: bool) -> str:
+    known = line.y[np.isfinite(line.y)]
+    return "-" if not known.size else f"{known[-1]:.2%}" if percent else short(float(known[-1]))
+
+
+def _tick_label(value: float, percent: bool, tiny: bool) -> str:
+    """A round number in few characters; `tiny` ones with an exponent."""
+    if percent:
+        return f"{round(value * 100, 6):g}%"
+    size = abs(value)
+    for unit, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if unit <= size < 1e12:
+            return f"{round(value / unit, 6):g}{letter}"
+    return short(value) if tiny or size >= 1e12 else f"{round(value, 9):g}"
+
+
+def _path(x: np.ndarray, y: np.ndarray) -> str:
+    """Straight lines through the points; NaN lifts the pen, and a point between two of them becomes a dot."""
+    parts: list[str] = []
+    drawing = False
+    for a, b in zip(x.tolist(), y.tolist(), strict=True):
+        if not math.isfinite(b):
+            if parts and drawing and parts[-1][0] == "M":
+                parts.append("h0")
+            drawing = False
+            continue
+        parts.append(f"{'L' if drawing else 'M'}{_px(a)} {_px(b)}")
+        drawing = True
+    if parts and parts[-1][0] == "M":
+        parts.append("h0")
+    return "".join(parts)
+
+
+def _px(value: float) -> str:
+    return f"{round(float(value), 1):g}"
+
+
+def _percent(share: float) -> str:
+    return f"{round(100 * share, 2):g}%"
+
+
+def _add(parent: Element, tag: str, text: str = "", *, cls: str = "", **attributes: str) -> Element:
+    element = SubElement(parent, tag, attributes | ({"class": cls} if cls else {}))
+    element.text = text or None
+    return element

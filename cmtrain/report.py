@@ -1,0 +1,362 @@
+"""`cmtrain report`: one or several runs as one HTML file that needs nothing else, to read, to keep and to mail.
+
+Everything comes from the run folders, so a report can be made of a run that still runs, was killed or diverged. The
+page is templates/report.html, its charts are charts.py's. Needs no torch.
+"""
+
+import base64
+import hashlib
+import io
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from PIL import Image
+
+from cmtrain import __version__
+from cmtrain.charts import Chart, Scale, Series, line_chart, short
+from cmtrain.config import Config
+from cmtrain.console import duration
+from cmtrain.report_classes import class_section
+from cmtrain.report_events import event_lanes, event_rows, hairlines, utc
+from cmtrain.run_folder import REPORT_NAME
+from cmtrain.run_record import Columns, RunRecord, last, read_run
+from cmtrain.run_times import Times, measure_times
+from cmtrain.strict_yaml import emit
+
+NUM_COLORS = 8  # that many lines can be told apart by colour; letters tell the others
+MAX_SAMPLE_BYTES = 200_000  # a larger contact sheet is put into the page as a smaller JPEG
+SAMPLE_PX = 1024
+SILENT_SECONDS = 600  # a run that says it runs and has not written for so long probably does not
+NUM_TABLE_ROWS = 25
+
+# (column of the log, title, scale, options); a column that is not there or always 1 has no chart.
+LOG_CHARTS: tuple[tuple[str, str, Scale, dict[str, Any]], ...] = (
+    ("lr", "Learning rate", "linear", {"zero": True}),
+    ("grad_norm", "Gradient norm", "auto", {}),
+    ("loss_scale", "Loss scale", "log2", {}),
+    ("images_per_second", "Images per second", "linear", {"zero": True}),
+    ("data_wait_ratio", "Time waiting for data", "linear", {"zero": True, "percent": True}),
+)
+TONES = {"finished": "good", "running": "info", "preempted": "warn", "diverged": "bad", "failed": "bad"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as the page shows it. `letter`, `color`: of its lines, where there are several runs."""
+
+    record: RunRecord
+    times: Times
+    letter: str
+    color: int
+
+    @property
+    def last_step(self) -> float:
+        """The last step that is known to be done, at least 1: charts end there."""
+        steps = last(self.record.log, "step"), last(self.record.evaluations, "step"), self.record.status.get("step")
+        return max([1.0, *(step for step in steps if isinstance(step, int | float))])
+
+
+def report(paths: Sequence[str], out: str | None) -> int:
+    """Write the report of the run folders `paths` to `out`, else into the only one's folder, else here; print where to.
+
+    Raises:
+        DataError: one of them is no run folder.
+    """
+    folders = [Path(path) for path in paths]
+    target = Path(out) if out else folders[0] / REPORT_NAME if len(folders) == 1 else Path(REPORT_NAME)
+    write_report(folders, target)
+    print(target)  # noqa: T201
+    return 0
+
+
+def write_report(folders: Sequence[Path], target: Path) -> None:
+    """Write the report of `folders` to `target`, whole or not at all.
+
+    Raises:
+        DataError: one of them is no run folder.
+        OSError: `target` cannot be written.
+    """
+    page = render([read_run(folder) for folder in folders])
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        temporary.write_text(page, encoding="utf-8", errors="replace")
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def render(records: Sequence[RunRecord]) -> str:
+    """The page. Jinja escapes whatever comes from a run folder; only charts.py's output is taken as it is."""
+    runs = [
+        Run(record, measure_times(record), letter=_letter(index) if len(records) > 1 else "", color=index % NUM_COLORS)
+        for index, record in enumerate(records)
+    ]
+    templates = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    templates.filters |= {"short": short, "duration": duration}
+    script = templates.get_template("report.js").render()
+    # Should anything slip through all the same: a browser runs no script but the one with this hash.
+    script_hash = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return templates.get_template("report.html").render(
+        title=records[0].name if len(records) == 1 else f"{len(records)} runs",
+        script=script,
+        script_hash=script_hash,
+        version=__version__,
+        written=utc(time.time()),
+        charts=_charts(runs),
+        runs=[_run_page(run) for run in runs],
+        figure_names=list(dict.fromkeys(name for run in runs for name, _, _ in _figures(run))),
+        differences=_differences([{key: emit(value) for key, value in run.record.config.items()} for run in runs])
+        + _differences([environment_of(run.record) for run in runs]),
+    )
+
+
+def _charts(runs: Sequence[Run]) -> list[Chart]:
+    """The curves of one run with its events, or those of several runs over each other."""
+    x_high = max(run.last_step for run in runs)
+    alone = runs[0].record if len(runs) == 1 else None
+    marks = hairlines(alone) if alone else []
+    target = _number(alone.config.get("expect.top1")) if alone else None
+    charts = [
+        line_chart("Loss", _losses(runs), key="loss", x_high=x_high, scale="auto", marks=marks, height_px=200),
+        line_chart(
+            "Top-1 accuracy",
+            _accuracies(runs),
+            key="accuracy",
+            x_high=x_high,
+            percent=True,
+            level=None if target is None else (target, f"expected {100 * target:.4g}%"),
+            marks=marks,
+            height_px=200,
+        ),
+    ]
+    for column, title, scale, options in LOG_CHARTS:
+        series = [_series(run, run.record.log, column, name=run.letter) for run in runs]
+        values = np.concatenate([line.y[np.isfinite(line.y)] for line in series])
+        if values.size and (values != 1).any():
+            charts.append(line_chart(title, series, key=column, x_high=x_high, scale=scale, marks=marks, **options))
+    return charts
+
+
+def _losses(runs: Sequence[Run]) -> list[Series]:
+    if len(runs) > 1:
+        return [_series(run, run.record.log, "loss", name=run.letter) for run in runs]
+    run = runs[0]
+    lines = [_series(run, run.record.log, "loss", name="training")]
+    lines += [_series(run, run.record.evaluations, "eval_loss", name="validation", color=1, dots=True)]
+    lines += [_series(run, run.record.evaluations, "eval_ema_loss", name="validation, EMA", color=2, dots=True)]
+    return [line for line in lines if np.isfinite(line.y).any()]
+
+
+def _accuracies(runs: Sequence[Run]) -> list[Series]:
+    lines = []
+    for run in runs:
+        weights = (("eval_top1", "model", 1), ("eval_ema_top1", "EMA", 2))
+        for column, name, color in weights:
+            ema = name == "EMA"
+            if len(runs) > 1:
+                line = _series(
+                    run, run.record.evaluations, column, name=run.letter + " EMA" * ema, dashed=ema, dots=not ema
+                )
+            else:
+                line = _series(run, run.record.evaluations, column, name=name, color=color, dots=True)
+            if np.isfinite(line.y).any():
+                lines.append(line)
+    return lines
+
+
+def _series(run: Run, columns: Columns, column: str, *, name: str, color: int | None = None, **look: Any) -> Series:
+    y = columns.get(column, np.full(len(columns["step"]), np.nan))
+    label = "" if look.get("dashed") else run.letter
+    return Series(name, columns["step"], y, color=run.color if color is None else color, label=label, **look)
+
+
+def _run_page(run: Run) -> dict[str, Any]:
+    """What the page says of one run."""
+    record, status = run.record, run.record.status
+    state = str(status.get("state", "unknown"))
+    silent_seconds = time.time() - run.times.end
+    if state == "running" and silent_seconds > SILENT_SECONDS:
+        state = "running?"
+    exit_code, reason = status.get("exit_code"), status.get("reason")
+    if state == "running?":
+        reason = f"it has said nothing for {duration(silent_seconds)} and may have been killed"
+    return {
+        "name": record.name,
+        "letter": run.letter,
+        "color": run.color,
+        "state": state,
+        "tone": "warn" if exit_code == 5 else TONES.get(state, "warn"),
+        "exit_code": exit_code,
+        "reason": reason,
+        "summary": _summary(record),
+        "began": utc(run.times.begin) if run.times.begin else "",
+        "figures": _figures(run),
+        "times": run.times,
+        "events": event_rows(record),
+        "lanes": event_lanes(record, run.last_step),
+        "steps_per_epoch": _steps_per_epoch(record),
+        "evaluations": _table(record.evaluations),
+        "log": _table(record.log, leave_out=("time",)),
+        "classes": class_section(record),
+        "sample": sample_uri(record.sample) if record.sample else None,
+        "config": _config_lines(record),
+        "config_text": record.config_text,
+        "environment": environment_of(record),
+        "damage": record.damage,
+    }
+
+
+def _summary(record: RunRecord) -> str:
+    """The run in a line: what learned what, at which size, on what."""
+    config, facts = record.config, environment_of(record)
+    said = [config.get("model.name"), config.get("data.root")]
+    if "data.image_px" in config:
+        said.append(f"{emit(config['data.image_px'])} px")
+    said += [facts.get("precision"), f"{facts['world_size']} x {facts['device']}" if "world_size" in facts else None]
+    return " \u00b7 ".join(str(part) for part in said if part)
+
+
+def _figures(run: Run) -> list[tuple[str, str, str]]:
+    """(name, value, remark) of the headline; what is not known is not there."""
+    record, times, status = run.record, run.times, run.record.status
+    top1, ema_top1 = _accuracy(record, "top1"), _accuracy(record, "ema_top1")
+    figures = []
+    if top1 is not None:
+        figures.append(("Top-1", f"{top1:.2%}", _expectation(record, max(top1, ema_top1 or 0.0))))
+    if ema_top1 is not None:
+        figures.append(("Top-1, EMA", f"{ema_top1:.2%}", ""))
+    top5, ema_top5 = _accuracy(record, "top5"), _accuracy(record, "ema_top5")
+    if top5 is not None:
+        figures.append(("Top-5", f"{top5:.2%}", f"EMA {ema_top5:.2%}" if ema_top5 is not None else ""))
+    best = _number(status.get("best_top1"))
+    if best is not None and _number(status.get("best_step")) is not None:
+        figures.append(("Best top-1", f"{best:.2%}", f"at step {status['best_step']:,}"))
+    steps, target = run.last_step, _number(status.get("last_step"))
+    images = f"{short(times.images)} images" if times.images else ""
+    figures.append(("Steps", f"{steps:,.0f}", f"of {target:,.0f}" if target and target > steps else images))
+    processes = f"{times.num_processes} processes, {duration(times.end - times.begin)} from first to last"
+    figures.append(("Duration", duration(times.active_seconds), processes if times.num_processes > 1 else ""))
+    if times.images_per_second:
+        waited = f"{times.data_wait_ratio:.0%} waiting for data" if times.data_wait_ratio is not None else ""
+        figures.append(("Images per second", f"{times.images_per_second:,.0f}", waited))
+    rollbacks = sum(event["event"] == "rollback" for event in record.events)
+    bad_steps = last(record.log, "bad_steps")
+    if bad_steps is not None:
+        figures.append(
+            (
+                "Bad steps",
+                f"{bad_steps:,.0f}",
+                f"{rollbacks} rollback{'s' * (rollbacks > 1)}" if rollbacks else "undone",
+            )
+        )
+    return [(name, value, remark if value != "0" else "") for name, value, remark in figures]
+
+
+def _accuracy(record: RunRecord, key: str) -> float | None:
+    """Of the newest evaluation: from summary.csv, else from the result of a finished run."""
+    logged = last(record.evaluations, f"eval_{key}")
+    result = record.status.get("result")
+    return logged if logged is not None else _number(result.get(key)) if isinstance(result, dict) else None
+
+
+def _expectation(record: RunRecord, top1: float) -> str:
+    expected = _number(record.config.get("expect.top1"))
+    if expected is None:
+        return ""
+    if record.status.get("state") != "finished":
+        return f"expected: {100 * expected:.4g}%"
+    reached = top1 >= expected - (_number(record.config.get("expect.tolerance")) or 0.0)
+    return f"{'reached' if reached else 'missed'} {100 * expected:.4g}%"
+
+
+def _steps_per_epoch(record: RunRecord) -> float | None:
+    """From the evaluations, which are at the ends of epochs."""
+    epochs, steps = record.evaluations.get("epoch", np.empty(0)), record.evaluations["step"]
+    known = epochs > 0
+    return float(steps[known][0] / epochs[known][0]) if known.any() else None
+
+
+def _table(columns: Columns, leave_out: Sequence[str] = ()) -> dict[str, Any]:
+    """At most NUM_TABLE_ROWS rows, evenly taken, the newest one among them."""
+    names = [name for name, values in columns.items() if name not in leave_out and np.isfinite(values).any()]
+    count = len(columns["step"])
+    taken = np.unique(np.linspace(0, count - 1, min(count, NUM_TABLE_ROWS)).round().astype(int)) if count else []
+    rows = [[_show(name, float(columns[name][index])) for name in names] for index in taken]
+    return {"names": [name.replace("_", " ") for name in names], "rows": rows, "count": count}
+
+
+def _show(name: str, value: float) -> str:
+    if not np.isfinite(value):
+        return ""
+    if name in ("step", "epoch"):
+        return f"{value:,.0f}"
+    return f"{value:.2%}" if name.endswith(("top1", "top5", "_ratio")) else short(value)
+
+
+def environment_of(record: RunRecord) -> dict[str, str]:
+    """Where the newest process of the run ran, by name."""
+    facts = [event for event in record.events if event["event"] in ("started", "resumed", "environment")]
+    merged = {key: value for event in facts for key, value in event.items() if key not in ("time", "event", "step")}
+    return {str(key): str(value) for key, value in merged.items()}
+
+
+def sample_uri(path: Path) -> str | None:
+    """The contact sheet as a data URI; None if it is no picture."""
+    try:
+        content, kind = path.read_bytes(), "png"
+        with Image.open(io.BytesIO(content)) as image:
+            if len(content) > MAX_SAMPLE_BYTES:
+                smaller, kind = io.BytesIO(), "jpeg"
+                image = image.convert("RGB")
+                image.thumbnail((SAMPLE_PX, SAMPLE_PX))
+                image.save(smaller, "JPEG", quality=82)
+                content = smaller.getvalue()
+            else:
+                image.verify()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return None
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def _config_lines(record: RunRecord) -> list[tuple[str, bool]]:
+    """(line, whether it differs from the default) of the configuration."""
+    sections: dict[str, Any] = {name: field.annotation for name, field in Config.model_fields.items()}
+    defaults = {
+        f"{name}.{key}": field.default for name, model in sections.items() for key, field in model.model_fields.items()
+    }
+    lines: list[tuple[str, bool]] = []
+    for name, value in record.config.items():
+        section, key = name.split(".", 1)
+        if not lines or name.split(".")[0] != previous:
+            lines.append((f"{section}:", False))
+        previous = section
+        lines.append((f"  {key}: {emit(value)}", name not in defaults or emit(value) != emit(defaults[name])))
+    return lines
+
+
+def _differences(tables: Sequence[dict[str, str]]) -> list[tuple[str, list[str]]]:
+    """(key, its value in each table) where they are not all the same."""
+    keys = dict.fromkeys(key for table in tables for key in table)
+    rows = [(key, [table.get(key, "") for table in tables]) for key in keys]
+    return [(key, values) for key, values in rows if len(set(values)) > 1]
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and abs(value) < 2**63 else None
+
+
+def _letter(index: int) -> str:
+    """A, B, ... Z, AA, AB, ..."""
+    return (_letter(index // 26 - 1) if index >= 26 else "") + chr(ord("A") + index % 26)
