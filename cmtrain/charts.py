@@ -14,19 +14,17 @@ import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
 from xml.etree.ElementTree import Element, SubElement, tostring
 
 import numpy as np
+
+from cmtrain.axes import Axis, Scale, linear_axis, make_axis, short
 
 PLOT_UNITS = 1000  # width of the nested <svg>, in its own units
 MAX_COLUMNS = 600  # of a thinned line: about the pixels of half a page
 LABEL_PITCH_PX = 12
 HEAT_LEVELS = 8
 MAX_LANE_COLUMNS = 150
-_SUPERSCRIPT = str.maketrans("-0123456789", "\u207b\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079")
-
-Scale = Literal["linear", "log", "log2", "auto"]
 
 
 @dataclass(frozen=True)
@@ -61,23 +59,6 @@ class Chart:
     legend: list[tuple[str, str, str]]
 
 
-@dataclass(frozen=True)
-class Axis:
-    """What maps values to 0..1. `ticks`: (value, label)."""
-
-    low: float
-    high: float
-    log: bool
-    ticks: list[tuple[float, str]]
-
-    def place(self, values: Any) -> np.ndarray:
-        values, low, high = np.asarray(values, dtype=float), self.low, self.high
-        if self.log:
-            with np.errstate(invalid="ignore", divide="ignore"):
-                values, low, high = np.log(values), math.log(low), math.log(high)
-        return (values - low) / (high - low)
-
-
 def line_chart(
     title: str,
     series: Sequence[Series],
@@ -110,32 +91,19 @@ def line_chart(
     # What the page's few lines of script need to read values off the lines.
     svg.set("data-axes", f"{x_high:g} {y_axis.low:.17g} {y_axis.high:.17g} {height_px} {y_axis.log:d} {percent:d}")
     _add(svg, "desc", describe(series, percent), id=f"{key}-desc")
-    for value, label in y_axis.ticks:
-        y = _px(height_px * (1 - float(y_axis.place(value))))
-        _add(svg, "line", x1="0", x2="100%", y1=y, y2=y, cls="grid")
-        _add(svg, "text", label, x="-8", y=y, dy=".32em", cls="y")
-    for value, label in x_axis.ticks:
-        _add(svg, "text", label, x=_percent(float(x_axis.place(value))), y=str(height_px + 16), cls="x")
+    _draw_axes(svg, x_axis, y_axis, height_px)
     if level:
         y = _px(height_px * (1 - float(y_axis.place(level[0]))))
         _add(svg, "line", x1="0", x2="100%", y1=y, y2=y, cls="level")
         _add(svg, "text", level[1], x="0", dx="4", y=y, dy="-4", cls="level")
     for mark in marks:
         x = _percent(float(x_axis.place(mark.x)))
-        line = _add(svg, "line", x1=x, x2=x, y1="0", y2=str(height_px), cls=f"mark {mark.kind}")
-        _add(line, "title", mark.text)
-    inner = _add(svg, "svg", viewBox=f"0 0 {PLOT_UNITS} {height_px}", preserveAspectRatio="none")
-    inner.attrib |= {"width": "100%", "height": str(height_px)}
+        hairline = _add(svg, "line", x1=x, x2=x, y1="0", y2=str(height_px), cls=f"mark {mark.kind}")
+        _add(hairline, "title", mark.text)
+    stretched = _add(svg, "svg", viewBox=f"0 0 {PLOT_UNITS} {height_px}", preserveAspectRatio="none")
+    stretched.attrib |= {"width": "100%", "height": str(height_px)}
     for line in series:
-        kept = thin(line.x, line.y, MAX_COLUMNS)
-        x = PLOT_UNITS * x_axis.place(line.x[kept])
-        y = height_px * (1 - y_axis.place(line.y[kept]))
-        path = _add(inner, "path", d=_path(x, y), cls=f"line c{line.color}" + " dashed" * line.dashed)
-        path.set("data-name", line.name)
-        if line.dots:
-            # A stroke of no length with round caps is a dot that is round however the plot is stretched.
-            dots = "".join(f"M{_px(a)} {_px(b)}h0" for a, b in zip(x, y, strict=True) if math.isfinite(b))
-            _add(inner, "path", d=dots, cls=f"dots c{line.color}")
+        _draw_line(stretched, line, x_axis, y_axis, height_px)
     _end_labels(svg, series, x_axis, y_axis, height_px)
     legend = [(line.name, f"c{line.color}" + " dashed" * line.dashed, _last(line, percent)) for line in series]
     return Chart(key, title, tostring(svg, encoding="unicode"), legend)
@@ -158,7 +126,7 @@ def lane(marks: Sequence[Mark], x_high: float) -> str:
 
 
 def heat_map(matrix: np.ndarray, *, key: str, description: str) -> str:
-    """A square matrix of counts, each row as shares of its sum. One path for each of a few shades: no cell is a node."""
+    """A square matrix of counts, each row as shares of its sum. One path for each of a few shades, not one a cell."""
     size = len(matrix)
     svg = Element("svg", {"class": "heat", "role": "img", "viewBox": f"0 0 {size} {size}", "id": key})
     svg.set("aria-labelledby", f"{key}-title")
@@ -199,71 +167,6 @@ def thin(x: np.ndarray, y: np.ndarray, columns: int) -> np.ndarray:
     return np.array(sorted(kept))
 
 
-def make_axis(values: np.ndarray, scale: Scale, *, percent: bool = False, zero: bool = False) -> Axis:
-    """The axis that shows all finite `values`; on a log axis the positive ones."""
-    values = values[np.isfinite(values)]
-    positive = values[values > 0]
-    if scale == "auto":
-        wide = positive.size == values.size > 0 and values.max() > 20 * np.median(values)
-        scale = "log" if wide else "linear"
-    if scale in ("log", "log2") and positive.size:
-        return log_axis(float(positive.min()), float(positive.max()), base=2 if scale == "log2" else 10)
-    low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 1.0)
-    return linear_axis(0.0 if zero else low, high, 4, percent=percent)
-
-
-def linear_axis(low: float, high: float, count: int, *, percent: bool = False, exact: bool = False) -> Axis:
-    """From tick to tick, around low..high; `exact` ends at low and high instead."""
-    if high <= low:
-        room = abs(low) * 0.1 or 1.0
-        low, high = low - room * (low != 0), high + room
-    rough = (high - low) / count
-    unit = 10.0 ** math.floor(math.log10(rough))
-    step = unit * next(factor for factor in (1, 2, 2.5, 5, 10) if factor * unit >= rough * 0.999)
-    slack = step * 1e-6
-    first, final = math.floor((low + slack) / step), math.ceil((high - slack) / step)
-    ticks = [index * step for index in range(first, final + 1)]
-    if exact:
-        ticks = [tick for tick in ticks if low - slack <= tick <= high + slack]
-    else:
-        low, high = ticks[0], ticks[-1]
-    tiny = max(abs(tick) for tick in ticks) < 1e-3
-    return Axis(low, high, log=False, ticks=[(tick, _tick_label(tick, percent, tiny)) for tick in ticks])
-
-
-def log_axis(low: float, high: float, *, base: int) -> Axis:
-    """A little beyond low..high; ticks at powers of `base`, at 10 also between them where there is room."""
-    room = max((high / low) ** 0.04, 1.05)
-    low, high = low / room, high * room
-    first, final = math.ceil(math.log(low, base)), math.floor(math.log(high, base))
-    stride = max(1, math.ceil((final - first + 1) / 6))
-    powers = [exponent for exponent in range(first, final + 1) if exponent % stride == 0]
-    if base == 2:
-        return Axis(low, high, log=True, ticks=[(2.0**e, f"2{str(e).translate(_SUPERSCRIPT)}") for e in powers])
-    ticks = [10.0**e for e in powers]
-    for factors in ((1, 3), (1, 2, 5), (1, 2, 3, 4, 6, 8)):
-        denser = [f * 10.0**e for e in range(first - 1, final + 1) for f in factors if low <= f * 10.0**e <= high]
-        if len(ticks) < 3 and len(denser) <= 6:
-            ticks = denser
-    return Axis(
-        low, high, log=True, ticks=[(tick, _tick_label(tick, percent=False, tiny=tick < 1e-3)) for tick in ticks]
-    )
-
-
-def short(value: float) -> str:
-    """A number in few characters: 0.1363, 12.5, 35.2k, 5e-5."""
-    if value == 0 or not math.isfinite(value):
-        return "0" if value == 0 else "-"
-    size = abs(value)
-    if size >= 1e12 or size < 1e-3:
-        mantissa, exponent = f"{value:.3e}".split("e")
-        return f"{float(mantissa):.3g}e{int(exponent)}"
-    for unit, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
-        if size >= unit:
-            return f"{value / (1e3 if letter == 'k' else unit):.4g}{letter}"
-    return f"{value:.4g}"
-
-
 def describe(series: Sequence[Series], percent: bool = False) -> str:
     """A chart in words, for those who do not see it."""
     show = (lambda value: f"{value:.2%}") if percent else short
@@ -275,6 +178,26 @@ def describe(series: Sequence[Series], percent: bool = False) -> str:
             ends = f"{show(y[0])} at step {x[0]:,.0f} to {show(y[-1])} at step {x[-1]:,.0f}"
             said.append(f"{line.name}: from {ends}; lowest {show(y.min())}, highest {show(y.max())}.")
     return " ".join(said) or "Nothing was recorded."
+
+
+def _draw_axes(svg: Element, x_axis: Axis, y_axis: Axis, height_px: int) -> None:
+    for value, label in y_axis.ticks:
+        y = _px(height_px * (1 - float(y_axis.place(value))))
+        _add(svg, "line", x1="0", x2="100%", y1=y, y2=y, cls="grid")
+        _add(svg, "text", label, x="-8", y=y, dy=".32em", cls="y")
+    for value, label in x_axis.ticks:
+        _add(svg, "text", label, x=_percent(float(x_axis.place(value))), y=str(height_px + 16), cls="x")
+
+
+def _draw_line(stretched: Element, line: Series, x_axis: Axis, y_axis: Axis, height_px: int) -> None:
+    kept = thin(line.x, line.y, MAX_COLUMNS)
+    x = PLOT_UNITS * x_axis.place(line.x[kept])
+    y = height_px * (1 - y_axis.place(line.y[kept]))
+    _add(stretched, "path", d=_path(x, y), cls=f"line c{line.color}" + " dashed" * line.dashed)
+    if line.dots:
+        # A stroke of no length with round caps is a dot that is round however the plot is stretched.
+        dots = "".join(f"M{_px(a)} {_px(b)}h0" for a, b in zip(x, y, strict=True) if math.isfinite(b))
+        _add(stretched, "path", d=dots, cls=f"dots c{line.color}")
 
 
 def _end_labels(svg: Element, series: Sequence[Series], x_axis: Axis, y_axis: Axis, height_px: int) -> None:
@@ -305,17 +228,6 @@ def _apart(places: Sequence[float], highest: float) -> list[float]:
 def _last(line: Series, percent: bool) -> str:
     known = line.y[np.isfinite(line.y)]
     return "-" if not known.size else f"{known[-1]:.2%}" if percent else short(float(known[-1]))
-
-
-def _tick_label(value: float, percent: bool, tiny: bool) -> str:
-    """A round number in few characters; `tiny` ones with an exponent."""
-    if percent:
-        return f"{round(value * 100, 6):g}%"
-    size = abs(value)
-    for unit, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if unit <= size < 1e12:
-            return f"{round(value / unit, 6):g}{letter}"
-    return short(value) if tiny or size >= 1e12 else f"{round(value, 9):g}"
 
 
 def _path(x: np.ndarray, y: np.ndarray) -> str:

@@ -204,9 +204,11 @@ def _repair_bn(arguments: list[str]) -> int:
 
 def _report(arguments: list[str]) -> int:
     parser = make_parser("report", "Write what run folders tell as one HTML file; several runs are compared.")
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder, such as runs/demo")
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="run folder, such as runs/demo")
     parser.add_argument("--out", metavar="FILE", help="default: RUN/report.html, or report.html for several runs")
     options = parse_alone(parser, arguments)
+    if not options.runs:
+        raise ConfigError("cmtrain report: of which run? e.g. cmtrain report runs/demo")
     from cmtrain.report import report
 
     return report(options.runs, options.out)

@@ -142,7 +142,12 @@ def _images(loader: Loader, learner: Learner, batches: int) -> Iterator[Tensor]:
 def _evaluate(learner: Learner, loader: Loader, num_images: int, accelerator: Accelerator) -> dict[str, Evaluation]:
     return {
         name: evaluate(
-            module, loader.epoch(0), autocast=accelerator.autocast(), device=accelerator.device, num_images=num_images
+            module,
+            loader.epoch(0),
+            autocast=accelerator.autocast(),
+            device=accelerator.device,
+            num_images=num_images,
+            num_classes=learner.mixing.num_classes,
         )
         for name, module in learner.weights.items()
     }

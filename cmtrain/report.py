@@ -7,6 +7,7 @@ page is templates/report.html, its charts are charts.py's. Needs no torch.
 import base64
 import hashlib
 import io
+import itertools
 import os
 import time
 from collections.abc import Sequence
@@ -19,11 +20,13 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
 from cmtrain import __version__
-from cmtrain.charts import Chart, Scale, Series, line_chart, short
+from cmtrain.axes import Scale, short
+from cmtrain.charts import Chart, Series, line_chart
 from cmtrain.config import Config
 from cmtrain.console import duration
 from cmtrain.report_classes import class_section
 from cmtrain.report_events import event_lanes, event_rows, hairlines, utc
+from cmtrain.report_headline import environment_of, figures, number, summary
 from cmtrain.run_folder import REPORT_NAME
 from cmtrain.run_record import Columns, RunRecord, last, read_run
 from cmtrain.run_times import Times, measure_times
@@ -58,8 +61,9 @@ class Run:
     @property
     def last_step(self) -> float:
         """The last step that is known to be done, at least 1: charts end there."""
-        steps = last(self.record.log, "step"), last(self.record.evaluations, "step"), self.record.status.get("step")
-        return max([1.0, *(step for step in steps if isinstance(step, int | float))])
+        record = self.record
+        steps = last(record.log, "step"), last(record.evaluations, "step"), number(record.status.get("step"))
+        return max(1.0, *(step for step in steps if step is not None))
 
 
 def report(paths: Sequence[str], out: str | None) -> int:
@@ -105,6 +109,7 @@ def render(records: Sequence[RunRecord]) -> str:
         lstrip_blocks=True,
     )
     templates.filters |= {"short": short, "duration": duration}
+    pages = [_run_page(run) for run in runs]
     script = templates.get_template("report.js").render()
     # Should anything slip through all the same: a browser runs no script but the one with this hash.
     script_hash = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -115,8 +120,8 @@ def render(records: Sequence[RunRecord]) -> str:
         version=__version__,
         written=utc(time.time()),
         charts=_charts(runs),
-        runs=[_run_page(run) for run in runs],
-        figure_names=list(dict.fromkeys(name for run in runs for name, _, _ in _figures(run))),
+        runs=pages,
+        figure_names=list(dict.fromkeys(name for page in pages for name, _, _ in page["figures"])),
         differences=_differences([{key: emit(value) for key, value in run.record.config.items()} for run in runs])
         + _differences([environment_of(run.record) for run in runs]),
     )
@@ -127,7 +132,7 @@ def _charts(runs: Sequence[Run]) -> list[Chart]:
     x_high = max(run.last_step for run in runs)
     alone = runs[0].record if len(runs) == 1 else None
     marks = hairlines(alone) if alone else []
-    target = _number(alone.config.get("expect.top1")) if alone else None
+    target = number(alone.config.get("expect.top1")) if alone else None
     charts = [
         line_chart("Loss", _losses(runs), key="loss", x_high=x_high, scale="auto", marks=marks, height_px=200),
         line_chart(
@@ -200,9 +205,9 @@ def _run_page(run: Run) -> dict[str, Any]:
         "tone": "warn" if exit_code == 5 else TONES.get(state, "warn"),
         "exit_code": exit_code,
         "reason": reason,
-        "summary": _summary(record),
+        "summary": summary(record),
         "began": utc(run.times.begin) if run.times.begin else "",
-        "figures": _figures(run),
+        "figures": figures(record, run.times, run.last_step),
         "times": run.times,
         "events": event_rows(record),
         "lanes": event_lanes(record, run.last_step),
@@ -218,69 +223,6 @@ def _run_page(run: Run) -> dict[str, Any]:
     }
 
 
-def _summary(record: RunRecord) -> str:
-    """The run in a line: what learned what, at which size, on what."""
-    config, facts = record.config, environment_of(record)
-    said = [config.get("model.name"), config.get("data.root")]
-    if "data.image_px" in config:
-        said.append(f"{emit(config['data.image_px'])} px")
-    said += [facts.get("precision"), f"{facts['world_size']} x {facts['device']}" if "world_size" in facts else None]
-    return " \u00b7 ".join(str(part) for part in said if part)
-
-
-def _figures(run: Run) -> list[tuple[str, str, str]]:
-    """(name, value, remark) of the headline; what is not known is not there."""
-    record, times, status = run.record, run.times, run.record.status
-    top1, ema_top1 = _accuracy(record, "top1"), _accuracy(record, "ema_top1")
-    figures = []
-    if top1 is not None:
-        figures.append(("Top-1", f"{top1:.2%}", _expectation(record, max(top1, ema_top1 or 0.0))))
-    if ema_top1 is not None:
-        figures.append(("Top-1, EMA", f"{ema_top1:.2%}", ""))
-    top5, ema_top5 = _accuracy(record, "top5"), _accuracy(record, "ema_top5")
-    if top5 is not None:
-        figures.append(("Top-5", f"{top5:.2%}", f"EMA {ema_top5:.2%}" if ema_top5 is not None else ""))
-    best = _number(status.get("best_top1"))
-    if best is not None and _number(status.get("best_step")) is not None:
-        figures.append(("Best top-1", f"{best:.2%}", f"at step {status['best_step']:,}"))
-    steps, target = run.last_step, _number(status.get("last_step"))
-    images = f"{short(times.images)} images" if times.images else ""
-    figures.append(("Steps", f"{steps:,.0f}", f"of {target:,.0f}" if target and target > steps else images))
-    processes = f"{times.num_processes} processes, {duration(times.end - times.begin)} from first to last"
-    figures.append(("Duration", duration(times.active_seconds), processes if times.num_processes > 1 else ""))
-    if times.images_per_second:
-        waited = f"{times.data_wait_ratio:.0%} waiting for data" if times.data_wait_ratio is not None else ""
-        figures.append(("Images per second", f"{times.images_per_second:,.0f}", waited))
-    rollbacks = sum(event["event"] == "rollback" for event in record.events)
-    bad_steps = last(record.log, "bad_steps")
-    if bad_steps is not None:
-        figures.append(
-            (
-                "Bad steps",
-                f"{bad_steps:,.0f}",
-                f"{rollbacks} rollback{'s' * (rollbacks > 1)}" if rollbacks else "undone",
-            )
-        )
-    return [(name, value, remark if value != "0" else "") for name, value, remark in figures]
-
-
-def _accuracy(record: RunRecord, key: str) -> float | None:
-    """Of the newest evaluation: from summary.csv, else from the result of a finished run."""
-    logged = last(record.evaluations, f"eval_{key}")
-    result = record.status.get("result")
-    return logged if logged is not None else _number(result.get(key)) if isinstance(result, dict) else None
-
-
-def _expectation(record: RunRecord, top1: float) -> str:
-    expected = _number(record.config.get("expect.top1"))
-    if expected is None:
-        return ""
-    if record.status.get("state") != "finished":
-        return f"expected: {100 * expected:.4g}%"
-    reached = top1 >= expected - (_number(record.config.get("expect.tolerance")) or 0.0)
-    return f"{'reached' if reached else 'missed'} {100 * expected:.4g}%"
-
-
 def _steps_per_epoch(record: RunRecord) -> float | None:
     """From the evaluations, which are at the ends of epochs."""
     epochs, steps = record.evaluations.get("epoch", np.empty(0)), record.evaluations["step"]
@@ -292,7 +234,7 @@ def _table(columns: Columns, leave_out: Sequence[str] = ()) -> dict[str, Any]:
     """At most NUM_TABLE_ROWS rows, evenly taken, the newest one among them."""
     names = [name for name, values in columns.items() if name not in leave_out and np.isfinite(values).any()]
     count = len(columns["step"])
-    taken = np.unique(np.linspace(0, count - 1, min(count, NUM_TABLE_ROWS)).round().astype(int)) if count else []
+    taken = np.unique(np.linspace(0, max(count - 1, 0), min(count, NUM_TABLE_ROWS)).round().astype(int)).tolist()
     rows = [[_show(name, float(columns[name][index])) for name in names] for index in taken]
     return {"names": [name.replace("_", " ") for name in names], "rows": rows, "count": count}
 
@@ -305,26 +247,19 @@ def _show(name: str, value: float) -> str:
     return f"{value:.2%}" if name.endswith(("top1", "top5", "_ratio")) else short(value)
 
 
-def environment_of(record: RunRecord) -> dict[str, str]:
-    """Where the newest process of the run ran, by name."""
-    facts = [event for event in record.events if event["event"] in ("started", "resumed", "environment")]
-    merged = {key: value for event in facts for key, value in event.items() if key not in ("time", "event", "step")}
-    return {str(key): str(value) for key, value in merged.items()}
-
-
 def sample_uri(path: Path) -> str | None:
     """The contact sheet as a data URI; None if it is no picture."""
     try:
         content, kind = path.read_bytes(), "png"
-        with Image.open(io.BytesIO(content)) as image:
+        with Image.open(io.BytesIO(content)) as sheet:
             if len(content) > MAX_SAMPLE_BYTES:
-                smaller, kind = io.BytesIO(), "jpeg"
-                image = image.convert("RGB")
-                image.thumbnail((SAMPLE_PX, SAMPLE_PX))
-                image.save(smaller, "JPEG", quality=82)
-                content = smaller.getvalue()
+                smaller, kind = sheet.convert("RGB"), "jpeg"
+                smaller.thumbnail((SAMPLE_PX, SAMPLE_PX))
+                file = io.BytesIO()
+                smaller.save(file, "JPEG", quality=82)
+                content = file.getvalue()
             else:
-                image.verify()
+                sheet.verify()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return None
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
@@ -337,12 +272,11 @@ def _config_lines(record: RunRecord) -> list[tuple[str, bool]]:
         f"{name}.{key}": field.default for name, model in sections.items() for key, field in model.model_fields.items()
     }
     lines: list[tuple[str, bool]] = []
-    for name, value in record.config.items():
-        section, key = name.split(".", 1)
-        if not lines or name.split(".")[0] != previous:
-            lines.append((f"{section}:", False))
-        previous = section
-        lines.append((f"  {key}: {emit(value)}", name not in defaults or emit(value) != emit(defaults[name])))
+    for section, items in itertools.groupby(record.config.items(), key=lambda item: item[0].split(".")[0]):
+        lines.append((f"{section}:", False))
+        for name, value in items:
+            changed = name not in defaults or emit(value) != emit(defaults[name])
+            lines.append((f"  {name.removeprefix(section + '.')}: {emit(value)}", changed))
     return lines
 
 
@@ -351,10 +285,6 @@ def _differences(tables: Sequence[dict[str, str]]) -> list[tuple[str, list[str]]
     keys = dict.fromkeys(key for table in tables for key in table)
     rows = [(key, [table.get(key, "") for table in tables]) for key in keys]
     return [(key, values) for key, values in rows if len(set(values)) > 1]
-
-
-def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) and abs(value) < 2**63 else None
 
 
 def _letter(index: int) -> str:

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from cmtrain.charts import Mark, lane, short
+from cmtrain.axes import short
+from cmtrain.charts import Mark, lane
 from cmtrain.run_record import RunRecord
 
 # What goes as planned is not shown as an event.

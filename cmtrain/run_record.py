@@ -76,7 +76,7 @@ def read_run(path: Path) -> RunRecord:
     events = [
         event
         for event in _records(path / "events.jsonl", damage)
-        if isinstance(event.get("event"), str) and _is_number(event.get("time"))
+        if isinstance(event.get("event"), str) and is_number(event.get("time"))
     ]
     config_text, config = _config(path / "config.yaml", damage)
     class_names, classes = _classes(path / CLASSES_NAME, damage)
@@ -100,6 +100,11 @@ def last(columns: Columns, name: str) -> float | None:
     values = columns.get(name, np.empty(0))
     finite = values[np.isfinite(values)]
     return float(finite[-1]) if finite.size else None
+
+
+def is_number(value: Any) -> bool:
+    """Whether `value`, as read from JSON, is a finite number of a size to calculate with."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**63
 
 
 def _status(path: Path, damage: list[str]) -> dict[str, Any]:
@@ -153,7 +158,7 @@ def _summary(path: Path) -> Iterator[dict[str, Any]]:
 
 def _columns(records: Iterable[Mapping[str, Any]]) -> Columns:
     """Records as columns, ascending by step; records without a step are left out."""
-    rows = (record for record in records if _is_number(record.get("step")))
+    rows = (record for record in records if is_number(record.get("step")))
     parts: list[dict[str, np.ndarray]] = []
     while batch := list(itertools.islice(rows, ROWS_AT_A_TIME)):
         names = dict.fromkeys(key for record in batch for key in record)
@@ -174,7 +179,7 @@ def _as_floats(values: Sequence[Any]) -> np.ndarray:
     try:
         floats = np.array(values, dtype=np.float64)  # None becomes NaN
     except (TypeError, ValueError, OverflowError):
-        floats = np.array([value if _is_number(value) else np.nan for value in values], dtype=np.float64)
+        floats = np.array([value if is_number(value) else np.nan for value in values], dtype=np.float64)
     floats[np.isinf(floats)] = np.nan
     return floats
 
@@ -226,7 +231,3 @@ def _number(text: str | None) -> float | None:
         return float(text) if text else None
     except ValueError:
         return None
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**63

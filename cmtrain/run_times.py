@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cmtrain.run_record import RunRecord
+from cmtrain.run_record import RunRecord, is_number
 
 PHASE_NAMES = {"data_wait": "waiting for data"}
 
@@ -39,13 +39,10 @@ class Times:
 
 def measure_times(record: RunRecord) -> Times:
     """Sum up. Steps that were done twice, after a kill, are in the log once; their first time is among `the rest`."""
-    signs = np.concatenate(
-        [
-            [float(event["time"]) for event in record.events],
-            record.log.get("time", np.empty(0)),
-            [record.status.get("updated", np.nan)],
-        ]
-    )
+    told = [float(event["time"]) for event in record.events]
+    if is_number(record.status.get("updated")):
+        told.append(float(record.status["updated"]))
+    signs = np.concatenate([told, record.log.get("time", np.empty(0))])
     signs = np.sort(signs[np.isfinite(signs)])
     if not signs.size:
         signs = np.zeros(1)
@@ -96,7 +93,7 @@ def _shares(record: RunRecord, seconds: np.ndarray) -> list[Share]:
     shares.append(Share("rest of the step" if len(phases) > 1 else "training step", "step", step))
     for event, name in (("evaluated", "evaluation"), ("checkpoint", "checkpoints")):
         spent = [entry.get("wait_seconds", entry.get("seconds")) for entry in record.events if entry["event"] == event]
-        if known := [value for value in spent if isinstance(value, int | float)]:
+        if known := [value for value in spent if is_number(value)]:
             shares.append(Share(name, event, float(sum(known))))
     return shares
 

@@ -1,4 +1,4 @@
-"""TensorBoard, Weights & Biases and MLflow, by way of accelerate: they are told what log.jsonl and summary.csv are told.
+"""TensorBoard, W&B and MLflow, by way of accelerate: they are told what log.jsonl and summary.csv are told.
 
 Nothing here knows one of them from another. A tracker that fails during a run (a server that went away) is told of once
 and left alone from then on: the run folder has everything, and a run is worth more than its mirror.
