@@ -22,6 +22,7 @@ from cmtrain.axes import Axis, Scale, linear_axis, make_axis, short
 
 PLOT_UNITS = 1000  # width of the nested <svg>, in its own units
 MAX_COLUMNS = 600  # of a thinned line: about the pixels of half a page
+MEDIAN_COLUMNS = 200
 LABEL_PITCH_PX = 12
 HEAT_LEVELS = 8
 MAX_LANE_COLUMNS = 150
@@ -153,10 +154,8 @@ def thin(x: np.ndarray, y: np.ndarray, columns: int) -> np.ndarray:
     """
     if len(x) <= 2 * columns:
         return np.arange(len(x))
-    stripe = ((x - x[0]) / max(x[-1] - x[0], 1) * columns).astype(int)
-    starts = np.flatnonzero(np.diff(stripe, prepend=-1))
     kept = {0, len(x) - 1}
-    for start, end in itertools.pairwise([*starts.tolist(), len(x)]):
+    for start, end in _stripes(x, columns):
         piece = y[start:end]
         finite = np.flatnonzero(np.isfinite(piece))
         if finite.size:
@@ -165,6 +164,21 @@ def thin(x: np.ndarray, y: np.ndarray, columns: int) -> np.ndarray:
         else:
             kept.add(start)  # a hole stays a hole
     return np.array(sorted(kept))
+
+
+def medians(x: np.ndarray, y: np.ndarray, columns: int) -> tuple[np.ndarray, np.ndarray]:
+    """(x, y) of the middle of each of `columns` stripes: the trend, which one spike does not bend."""
+    stripes = _stripes(x, columns)
+    middles = np.array([x[start:end].mean() for start, end in stripes])
+    pieces = (y[start:end][np.isfinite(y[start:end])] for start, end in stripes)
+    return middles, np.array([np.median(piece) if piece.size else np.nan for piece in pieces])
+
+
+def _stripes(x: np.ndarray, columns: int) -> list[tuple[int, int]]:
+    """(start, end) of the points in each of `columns` stripes of equal width that holds any; `x` ascends."""
+    stripe = np.minimum(((x - x[0]) / max(x[-1] - x[0], 1) * columns).astype(int), columns - 1)
+    starts = np.flatnonzero(np.diff(stripe, prepend=-1)).tolist()
+    return list(itertools.pairwise([*starts, len(x)]))
 
 
 def describe(series: Sequence[Series], percent: bool = False) -> str:
@@ -190,9 +204,17 @@ def _draw_axes(svg: Element, x_axis: Axis, y_axis: Axis, height_px: int) -> None
 
 
 def _draw_line(stretched: Element, line: Series, x_axis: Axis, y_axis: Axis, height_px: int) -> None:
+    """A line of many points becomes a band from the lowest to the highest of each stripe, and its medians in front."""
+
+    def place(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return PLOT_UNITS * x_axis.place(x), height_px * (1 - y_axis.place(y))
+
     kept = thin(line.x, line.y, MAX_COLUMNS)
-    x = PLOT_UNITS * x_axis.place(line.x[kept])
-    y = height_px * (1 - y_axis.place(line.y[kept]))
+    x, y = line.x, line.y
+    if len(kept) < len(x):
+        _add(stretched, "path", d=_path(*place(x[kept], y[kept])), cls=f"band c{line.color}")
+        x, y = medians(x, y, MEDIAN_COLUMNS)
+    x, y = place(x, y)
     _add(stretched, "path", d=_path(x, y), cls=f"line c{line.color}" + " dashed" * line.dashed)
     if line.dots:
         # A stroke of no length with round caps is a dot that is round however the plot is stretched.

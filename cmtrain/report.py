@@ -21,7 +21,7 @@ from PIL import Image
 
 from cmtrain import __version__
 from cmtrain.axes import Scale, short
-from cmtrain.charts import Chart, Series, line_chart
+from cmtrain.charts import Chart, Mark, Series, line_chart
 from cmtrain.config import Config
 from cmtrain.console import duration
 from cmtrain.report_classes import class_section
@@ -60,10 +60,10 @@ class Run:
 
     @property
     def last_step(self) -> float:
-        """The last step that is known to be done, at least 1: charts end there."""
+        """The last step that is known to be done."""
         record = self.record
         steps = last(record.log, "step"), last(record.evaluations, "step"), number(record.status.get("step"))
-        return max(1.0, *(step for step in steps if step is not None))
+        return max(0.0, *(step for step in steps if step is not None))
 
 
 def report(paths: Sequence[str], out: str | None) -> int:
@@ -119,7 +119,8 @@ def render(records: Sequence[RunRecord]) -> str:
         script_hash=script_hash,
         version=__version__,
         written=utc(time.time()),
-        charts=_charts(runs),
+        large_charts=_large_charts(runs),
+        small_charts=_small_charts(runs),
         runs=pages,
         figure_names=list(dict.fromkeys(name for page in pages for name, _, _ in page["figures"])),
         differences=_differences([{key: emit(value) for key, value in run.record.config.items()} for run in runs])
@@ -127,58 +128,61 @@ def render(records: Sequence[RunRecord]) -> str:
     )
 
 
-def _charts(runs: Sequence[Run]) -> list[Chart]:
-    """The curves of one run with its events, or those of several runs over each other."""
-    x_high = max(run.last_step for run in runs)
-    alone = runs[0].record if len(runs) == 1 else None
-    marks = hairlines(alone) if alone else []
-    target = number(alone.config.get("expect.top1")) if alone else None
-    charts = [
-        line_chart("Loss", _losses(runs), key="loss", x_high=x_high, scale="auto", marks=marks, height_px=200),
-        line_chart(
-            "Top-1 accuracy",
-            _accuracies(runs),
-            key="accuracy",
-            x_high=x_high,
-            percent=True,
-            level=None if target is None else (target, f"expected {100 * target:.4g}%"),
-            marks=marks,
-            height_px=200,
-        ),
-    ]
-    for column, title, scale, options in LOG_CHARTS:
-        series = [_series(run, run.record.log, column, name=run.letter) for run in runs]
-        values = np.concatenate([line.y[np.isfinite(line.y)] for line in series])
-        if values.size and (values != 1).any():
-            charts.append(line_chart(title, series, key=column, x_high=x_high, scale=scale, marks=marks, **options))
+def _large_charts(runs: Sequence[Run]) -> list[Chart]:
+    """Loss and accuracy, of one run with its events, or of several runs over each other."""
+    expected = number(runs[0].record.config.get("expect.top1")) if len(runs) == 1 else None
+    level = None if expected is None else (expected, f"expected {100 * expected:.4g}%")
+    look: dict[str, Any] = {"x_high": _x_high(runs), "marks": _marks(runs), "height_px": 200}
+    losses, accuracies = _losses(runs), _accuracies(runs)
+    charts = [line_chart("Loss", losses, key="loss", scale="auto", **look)] if losses else []
+    if accuracies:
+        charts.append(line_chart("Top-1 accuracy", accuracies, key="accuracy", percent=True, level=level, **look))
     return charts
+
+
+def _small_charts(runs: Sequence[Run]) -> list[Chart]:
+    charts = []
+    for column, title, scale, options in LOG_CHARTS:
+        series = _known([_series(run, run.record.log, column, name=run.letter) for run in runs])
+        if any((line.y[np.isfinite(line.y)] != 1).any() for line in series):
+            look: dict[str, Any] = {"x_high": _x_high(runs), "marks": _marks(runs)}
+            charts.append(line_chart(title, series, key=column, scale=scale, **look, **options))
+    return charts
+
+
+def _x_high(runs: Sequence[Run]) -> float:
+    return max(1.0, *(run.last_step for run in runs))
+
+
+def _marks(runs: Sequence[Run]) -> list[Mark]:
+    return hairlines(runs[0].record) if len(runs) == 1 else []
 
 
 def _losses(runs: Sequence[Run]) -> list[Series]:
     if len(runs) > 1:
-        return [_series(run, run.record.log, "loss", name=run.letter) for run in runs]
+        return _known([_series(run, run.record.log, "loss", name=run.letter) for run in runs])
     run = runs[0]
     lines = [_series(run, run.record.log, "loss", name="training")]
     lines += [_series(run, run.record.evaluations, "eval_loss", name="validation", color=1, dots=True)]
     lines += [_series(run, run.record.evaluations, "eval_ema_loss", name="validation, EMA", color=2, dots=True)]
-    return [line for line in lines if np.isfinite(line.y).any()]
+    return _known(lines)
 
 
 def _accuracies(runs: Sequence[Run]) -> list[Series]:
     lines = []
     for run in runs:
-        weights = (("eval_top1", "model", 1), ("eval_ema_top1", "EMA", 2))
-        for column, name, color in weights:
-            ema = name == "EMA"
-            if len(runs) > 1:
-                line = _series(
-                    run, run.record.evaluations, column, name=run.letter + " EMA" * ema, dashed=ema, dots=not ema
-                )
-            else:
-                line = _series(run, run.record.evaluations, column, name=name, color=color, dots=True)
-            if np.isfinite(line.y).any():
-                lines.append(line)
-    return lines
+        known = run.record.evaluations
+        if len(runs) == 1:
+            lines += [_series(run, known, "eval_top1", name="model", color=1, dots=True)]
+            lines += [_series(run, known, "eval_ema_top1", name="EMA", color=2, dots=True)]
+        else:
+            lines += [_series(run, known, "eval_top1", name=run.letter, dots=True)]
+            lines += [_series(run, known, "eval_ema_top1", name=f"{run.letter} EMA", dashed=True)]
+    return _known(lines)
+
+
+def _known(lines: Sequence[Series]) -> list[Series]:
+    return [line for line in lines if np.isfinite(line.y).any()]
 
 
 def _series(run: Run, columns: Columns, column: str, *, name: str, color: int | None = None, **look: Any) -> Series:
@@ -210,7 +214,7 @@ def _run_page(run: Run) -> dict[str, Any]:
         "figures": figures(record, run.times, run.last_step),
         "times": run.times,
         "events": event_rows(record),
-        "lanes": event_lanes(record, run.last_step),
+        "lanes": event_lanes(record, _x_high([run])),
         "steps_per_epoch": _steps_per_epoch(record),
         "evaluations": _table(record.evaluations),
         "log": _table(record.log, leave_out=("time",)),

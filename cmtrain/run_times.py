@@ -1,6 +1,7 @@
 """Where the time of a run went, as far as its folder knows: over all of its processes, kills and resumes included."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -92,9 +93,9 @@ def _shares(record: RunRecord, seconds: np.ndarray) -> list[Share]:
     step = max(0.0, float(seconds.sum()) - sum(share.seconds for share in shares))
     shares.append(Share("rest of the step" if len(phases) > 1 else "training step", "step", step))
     for event, name in (("evaluated", "evaluation"), ("checkpoint", "checkpoints")):
-        spent = [entry.get("wait_seconds", entry.get("seconds")) for entry in record.events if entry["event"] == event]
-        if known := [value for value in spent if is_number(value)]:
-            shares.append(Share(name, event, float(sum(known))))
+        told: list[Any] = [entry.get("seconds") for entry in record.events if entry["event"] == event]
+        if known := [float(seconds) for seconds in told if is_number(seconds)]:
+            shares.append(Share(name, event, sum(known)))
     return shares
 
 

@@ -26,6 +26,18 @@ def test_a_spike_of_one_step_in_half_a_million_survives_thinning():
     assert (np.diff(kept) > 0).all()
 
 
+def test_many_points_become_a_band_and_a_trend_that_no_spike_bends():
+    x = np.arange(100_000.0)
+    y = np.ones(100_000)
+    y[50_000], y[20_000:30_000] = 1e6, np.nan
+    svg = line_chart("t", [Series("s", x, y)], key="k", x_high=1e5, scale="log", height_px=100).svg
+    band = re.search(r'<path d="([^"]*)" class="band', svg)[1]
+    assert " 1." in band or " 2." in band or " 3." in band  # up to the spike, at the top
+    trend = points(svg)
+    assert len(trend) == 180
+    assert np.ptp(trend[:, 1]) == 0
+
+
 def test_a_hole_stays_a_hole_and_a_lone_point_stays_visible():
     y = np.ones(10_000)
     y[2_000:4_000] = np.nan
@@ -41,7 +53,9 @@ def test_every_value_lies_inside_the_plot():
         x, y = np.sort(rng.uniform(0, 1e4, 100)), rng.normal(size=100) * 10.0 ** rng.integers(-6, 6)
         for scale in ("linear", "auto", "log"):
             values = np.abs(y) if scale == "log" else y
-            drawn = points(line_chart("t", [Series("s", x, values)], key="k", x_high=1e4, scale=scale, height_px=150).svg)
+            drawn = points(
+                line_chart("t", [Series("s", x, values)], key="k", x_high=1e4, scale=scale, height_px=150).svg
+            )
             assert len(drawn) == 100
             assert ((drawn >= 0) & (drawn <= [1000, 150])).all()
 
@@ -49,7 +63,9 @@ def test_every_value_lies_inside_the_plot():
 @pytest.mark.parametrize("size", [1e-30, 3e-7, 4e-4, 0.013, 1.0, 97.0, 12_345.0, 8e6, 2e11, 1e25])
 @pytest.mark.parametrize("spread", [0.01, 0.7, 1.0, 40.0, 1e7])
 def test_ticks_are_few_ascending_and_told_apart(size, spread):
-    axes = [linear_axis(size, size * (1 + spread), count) for count in (4, 6)] + [log_axis(size, size * (1 + spread), base=10)]
+    axes = [linear_axis(size, size * (1 + spread), count) for count in (4, 6)] + [
+        log_axis(size, size * (1 + spread), base=10)
+    ]
     for axis in axes:
         values, labels = zip(*axis.ticks, strict=True) if axis.ticks else ((), ())
         assert len(values) <= 8
@@ -76,10 +92,14 @@ def test_numbers_are_short():
 
 
 def test_what_is_said_for_those_who_do_not_see_it():
-    chart = line_chart("Loss", [Series("training", np.array([10.0, 20, 30]), np.array([3.0, 5, 1]))], key="loss", x_high=30)
+    chart = line_chart(
+        "Loss", [Series("training", np.array([10.0, 20, 30]), np.array([3.0, 5, 1]))], key="loss", x_high=30
+    )
     root = ElementTree.fromstring(chart.svg)
     described = {element.get("id"): element.text for element in root.iter() if element.get("id")}
-    assert described[root.get("aria-describedby")] == "training: from 3 at step 10 to 1 at step 30; lowest 1, highest 5."
+    assert (
+        described[root.get("aria-describedby")] == "training: from 3 at step 10 to 1 at step 30; lowest 1, highest 5."
+    )
     assert chart.legend == [("training", "c0", "1")]
     empty = line_chart("Loss", [], key="loss", x_high=1)
     assert "Nothing was recorded." in empty.svg
@@ -114,7 +134,9 @@ def test_a_heat_map_of_a_hundred_classes_is_small_and_complete():
 
 def test_names_are_escaped():
     evil = '"><script>alert(1)</script>'
-    chart = line_chart(evil, [Series(evil, np.arange(2.0), np.ones(2), label=evil)], key="k", x_high=1, level=(1.0, evil))
+    chart = line_chart(
+        evil, [Series(evil, np.arange(2.0), np.ones(2), label=evil)], key="k", x_high=1, level=(1.0, evil)
+    )
     for svg in (chart.svg, lane([Mark(0, "bad", evil)], 1), heat_map(np.ones((2, 2), int), key="k", description=evil)):
         assert "<script" not in svg
         ElementTree.fromstring(svg)

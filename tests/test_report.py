@@ -260,9 +260,10 @@ def test_comparing_runs(tmp_path):
 
 
 def test_a_hostile_run_is_shown_and_not_obeyed(tmp_path):
+    told = [{"time": BEGIN, "event": EVIL, EVIL: EVIL}, {"time": BEGIN, "event": "rollback", "step": 9, "cause": EVIL}]
     run = write_run(
         tmp_path / "a", class_names=[f"{EVIL}{i}" for i in range(10)], state=EVIL, reason=EVIL, run={"name": "a"},
-        events=[{"time": BEGIN, "event": EVIL, EVIL: EVIL}, {"time": BEGIN, "event": "rollback", "step": 9, "cause": EVIL}],
+        events=told,
         data={"root": "<script>hacked=1</script>"},
     )  # fmt: skip
     folder = run.rename(tmp_path / EVIL.replace("/", ":"))
@@ -290,7 +291,11 @@ def test_a_hostile_run_is_shown_and_not_obeyed(tmp_path):
 def test_a_file_that_is_missing_or_damaged_costs_only_itself(tmp_path, missing, how):
     run = write_run(tmp_path / "a", num_logs=20, events=eventful())
     figure = f"Top-1 {read_run(run).evaluations['eval_top1'][-1]:.2%}"
-    content = {"empty": b"", "garbage": b"\xff\xfe{]\x00,;\n" * 50, "wrong": b'[1, {"step": "x", "time": null}]\n3\n"x"\n'}
+    content = {
+        "empty": b"",
+        "garbage": b"\xff\xfe{]\x00,;\n" * 50,
+        "wrong": b'[1, {"step": "x", "time": null}]\n3\n"x"\n',
+    }
     (run / missing).unlink() if how == "missing" else (run / missing).write_bytes(content[how])
     page = page_of(run)
     assert "Curves" in page.words
@@ -323,7 +328,7 @@ def test_random_damage_never_stops_a_report(tmp_path):
     run = write_run(tmp_path / "a", num_logs=10, events=eventful())
     names = sorted(path.name for path in run.iterdir())
     original = {name: (run / name).read_bytes() for name in names}
-    rng = np.random.default_rng(0)
+    rng, noise = np.random.default_rng(0), list(b'0123456789{}[]",:-.eEINx\x00\xff')
     for _ in range(25):
         for name, content in original.items():
             damaged = bytearray(content)
@@ -331,7 +336,9 @@ def test_random_damage_never_stops_a_report(tmp_path):
                 place, length = int(rng.integers(len(damaged))), int(rng.integers(1, 20))
                 kind = rng.integers(3)
                 if kind == 0:
-                    damaged[place : place + length] = rng.choice(list(b'0123456789{}[]",:-.eEINx\x00\xff'), length).tobytes()
+                    damaged[place : place + length] = rng.choice(
+                        list(b'0123456789{}[]",:-.eEINx\x00\xff'), length
+                    ).tobytes()
                 elif kind == 1:
                     del damaged[place : place + length]
                 else:
@@ -396,8 +403,8 @@ def browser(tmp_path_factory):
 OVERLAPS = """
 [...document.querySelectorAll("svg.plot")].flatMap(plot => ["x", "y", "end"].flatMap(kind => {
   const boxes = [...plot.querySelectorAll("text." + kind)].map(node => node.getBoundingClientRect());
-  return boxes.filter((a, i) => boxes.some((b, j) => j > i &&
-    a.left < b.right && b.left < a.right && a.top + 2 < b.bottom && b.top + 2 < a.bottom)).map(() => plot.id + " " + kind);
+  return boxes.filter((a, i) => boxes.some((b, j) => j > i && a.left < b.right && b.left < a.right &&
+    a.top + 2 < b.bottom && b.top + 2 < a.bottom)).map(() => plot.id + " " + kind);
 }))
 """
 OUTSIDE = """
@@ -443,7 +450,7 @@ def test_no_hostile_script_runs_and_values_are_read_off_the_curves(browser, tmp_
     html = (tmp_path / "page.html").read_text()
     browser.open(tmp_path / "page.html", width_px=1280)
     assert browser.evaluate("typeof hacked") == "undefined"
-    legend = "[...document.querySelector('#lr').closest('figure').querySelectorAll('.legend b, .at')].map(n => n.textContent)"
+    legend = "[...document.querySelectorAll('figure:has(#lr) :is(.legend b, .at)')].map(node => node.textContent)"
     before = browser.evaluate(legend)
     box = browser.evaluate("JSON.parse(JSON.stringify(document.querySelector('#lr').getBoundingClientRect()))")
     browser("Input.dispatchMouseEvent", type="mouseMoved", x=box["x"] + box["width"] / 10, y=box["y"] + 20)
