@@ -369,12 +369,20 @@ def test_a_picture_that_is_none_and_one_that_is_large(tmp_path):
     assert len(sample_uri(path)) < 1_000_000
 
 
-def test_the_old_report_stays_when_the_new_one_fails(tmp_path):
+def test_the_old_report_stays_when_the_new_one_fails(tmp_path, monkeypatch):
     run = write_run(tmp_path / "a")
     (run / "report.html").write_text("old")
     with pytest.raises(DataError):
         write_report([run, tmp_path / "none"], run / "report.html")
+
+    def full_disk(path, target):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        write_report([run], run / "report.html")
     assert (run / "report.html").read_text() == "old"
+    assert not list(run.glob(".report.html*"))
 
 
 @pytest.mark.slow
@@ -407,8 +415,8 @@ OVERLAPS = """
 """
 OUTSIDE = """
 [...document.querySelectorAll("svg.plot text")].filter(node => {
-  const box = node.getBoundingClientRect();
-  return box.left < -0.5 || box.right > innerWidth + 0.5;
+  const box = node.getBoundingClientRect(), plot = node.closest("svg").getBoundingClientRect();
+  return box.left < -0.5 || box.right > innerWidth + 0.5 || (node.matches(".y") && box.right > plot.left);
 }).map(node => node.textContent)
 """
 UNNAMED = """
