@@ -3,8 +3,8 @@
 Not torch's elastic agent, which is what torchrun and accelerate are for on several hosts, because it stands in the way
 of what is promised here: it restarts on any exit code, a preempted rank's too, it handles a signal by an exception from
 its handler, so that a second one interrupts the shutdown, it waits a fixed 30 s for a rank that is frozen, and it ends
-with exit code 1 whatever the ranks ended with. It also needs torch, whose import (2.6 s on 2 cores) the ranks would
-wait for.
+with exit code 1 whatever the ranks ended with. It also needs torch: 2.9 s of CPU time, which the ranks would wait for,
+and 533 MiB, where this process takes 0.4 s and 35 MiB (torch 2.15).
 
 This process imports no torch, starts no thread and opens no CUDA device. Signals are blocked and taken one by one from
 `sigtimedwait`, which works as process 1 of a container, too; every child is reaped, adopted ones included.

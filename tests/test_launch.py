@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from test_train import logged, losses, wait_for
 
 from cmtrain.checkpoint import checkpoint_steps
 from cmtrain.failure import Failure, cause_of, conclude, crash_loop, failed_steps, leave_word, settle
-from cmtrain.launch import set_torch_defaults
+from cmtrain.launch import set_torch_defaults, tell_failure
 from cmtrain.parent import num_visible
 from cmtrain.run_folder import RunFolder, read_status
 
@@ -312,3 +313,15 @@ def test_under_torchrun_a_mistake_is_said_once(make_job):
     process = job.start("--optim.lr", "none", launcher=TORCHRUN, module=FAULTY)
     _, err = process.communicate(timeout=120)
     assert sum("optim.lr" in line for line in err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("lost", [True, False])
+def test_who_lost_contact_waits_for_the_word_of_who_failed(tmp_path, lost):
+    RunFolder(tmp_path).status(state="running", step=1)
+    failed = Failure(1, 2, "killed by SIGKILL", exit_code=137)
+    threading.Timer(0.5, leave_word, (tmp_path, failed)).start()
+    error = RuntimeError("[/x/gloo/pair.cc:1] Connection closed by peer") if lost else KeyError("x")
+    cause = tell_failure(error, tmp_path, rank=0, world_size=2, step=7)
+    assert cause.rank == (1 if lost else 0)
+    assert cause.step == 7
+    assert read_status(tmp_path)["reason"] == cause.said()

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import time
 from contextlib import suppress
 
@@ -18,6 +19,11 @@ ACCELERATE = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1
               "--mixed_precision", "no", "--dynamo_backend", "no", "-m")  # fmt: skip
 CODES = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR2: 143, signal.SIGHUP: 143}
 LONG = {"schedule": {"epochs": 400}, "checkpoint": {"every_epochs": 400}, "evaluate": {"every_epochs": 400}}
+
+
+# Not everywhere may a test make a process namespace.
+MAY_UNSHARE = subprocess.run(["unshare", "--pid", "--fork", "true"], capture_output=True).returncode == 0
+AS_PROCESS_1 = pytest.mark.skipif(not MAY_UNSHARE, reason="needs a process namespace of its own")
 
 
 def send(pid, number):
@@ -61,6 +67,7 @@ def test_signals_to_cmtrain(make_job, arguments, number):
     assert process.returncode == CODES[number]
 
 
+@AS_PROCESS_1
 @pytest.mark.parametrize(("arguments", "number"), [((), signal.SIGTERM), (TWO, signal.SIGUSR2)])
 def test_signals_to_process_1_of_a_container(make_job, arguments, number):
     job = make_job(**LONG)
@@ -72,6 +79,7 @@ def test_signals_to_process_1_of_a_container(make_job, arguments, number):
     assert process.returncode == CODES[number]
 
 
+@AS_PROCESS_1
 def test_process_1_can_be_stopped_before_training_begins(make_job):
     """The kernel keeps from process 1 what it has no handler for: without one it would train on."""
     job = make_job(**LONG)
