@@ -334,7 +334,7 @@ class Journal:
             return
         metrics.one(metrics.checkpoint_seconds).observe(outcome.seconds)
         metrics.one(metrics.checkpoint_timestamp).set(time.time())
-        metrics.one(metrics.checkpoint_bytes).set(sum(file.stat().st_size for file in outcome.path.iterdir()))
+        metrics.one(metrics.checkpoint_bytes).set(outcome.num_bytes)
         self.event("checkpoint", step=step, path=str(outcome.path), seconds=round(outcome.seconds, 3))
         if self.folder:
             self.folder.status(resume_from=str(outcome.path))

@@ -31,13 +31,15 @@ PATIENCE_SECONDS = 30.0
 class Outcome:
     """How the save of `step` ended, after `seconds`. `path` is None where there is no checkpoint of it.
 
-    `error`: why there is none; or, where there is one, why no old one was deleted.
+    `error`: why there is none; or, where there is one, why no old one was deleted. `num_bytes`: its size, known here
+    because a later save may have dropped it before anybody hears of it.
     """
 
     step: int
     path: Path | None
     seconds: float
     error: str = ""
+    num_bytes: int = 0
 
 
 class CheckpointWriter:
@@ -93,15 +95,16 @@ class CheckpointWriter:
         return taken
 
     def _write(self, step: int, copied: "Copied", meta: dict[str, Any], keep: int) -> None:
-        begin, path, error = time.perf_counter(), None, ""
+        begin, path, error, num_bytes = time.perf_counter(), None, "", 0
         try:
             copied.wait()
             remove_leftovers(self.root)
             path = save_checkpoint(self.root, step, copied.state, meta)
+            num_bytes = sum(file.stat().st_size for file in path.iterdir())
             drop_old(self.root, keep)
         except Exception as raised:  # a checkpoint that fails must be told, whatever it was, and never end a run
             error = f"{type(raised).__name__}: {raised}".splitlines()[0]
-        self._outcomes.append(Outcome(step, path, time.perf_counter() - begin, error))
+        self._outcomes.append(Outcome(step, path, time.perf_counter() - begin, error, num_bytes))
 
 
 @dataclass(frozen=True)

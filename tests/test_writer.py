@@ -13,6 +13,7 @@ from test_kills import HURT
 
 import cmtrain.writer
 from cmtrain.checkpoint import checkpoint_steps, load_newest
+from cmtrain.journal import Journal
 from cmtrain.run_folder import RunFolder
 from cmtrain.writer import CheckpointWriter, HostCopy
 
@@ -70,6 +71,21 @@ def test_saves_in_quick_succession_are_all_there(tmp_path):
     assert checkpoint_steps(tmp_path) == list(range(1, 9))
     assert [outcome.error for outcome in writer.take_outcomes()] == [""] * 8
     assert load_newest(tmp_path).state["model"]["weight"].tolist() == state_of(8)["model"]["weight"].tolist()
+
+
+def test_a_checkpoint_that_the_next_one_drops_before_it_is_told_is_told_all_the_same(tmp_path):
+    journal = Journal(
+        tmp_path / "run", rank=0, world_size=1, first_step=0, last_step=2, epochs=1, total_steps=2,
+        address=None, stall_seconds=600, device=torch.device("cpu"),
+    )  # fmt: skip
+    for step in (1, 2):
+        journal.writer.save(step, state_of(step), {}, keep=1, last=step == 2)
+    journal.finish("finished", exit_code=0, reason="")
+    assert checkpoint_steps(tmp_path / "run" / "checkpoints") == [2]
+    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    assert [event["step"] for event in events if event["event"] == "checkpoint"] == [1, 2]
+    size = journal.metrics.registry.get_sample_value("cmtrain_checkpoint_size_bytes", {"run": "run", "rank": "0"})
+    assert size == sum(file.stat().st_size for file in (tmp_path / "run/checkpoints/step-000000002").iterdir())
 
 
 def test_where_storage_hangs_a_save_is_given_up_and_told(tmp_path, gate, monkeypatch):
