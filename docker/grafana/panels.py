@@ -256,6 +256,9 @@ CHECKPOINTS = Row("Checkpoints and evaluations", (
             f'/ increase(cmtrain_eval_duration_seconds_count{{{RUN},rank="0"}}[$__range])'
         ),
     }, width=6),
+    Panel("Standing still for checkpoints", "percentunit", "Share of the time. Much: save less often.", {
+        "{{run}}": f'rate(cmtrain_checkpoint_wait_seconds_total{{{RUN},rank="0"}}[$__rate_interval])',
+    }, width=6),
     Panel("Images evaluated per second", "suffix: img/s", "Far below training: more data.threads for evaluation.", {
         "{{run}}": f'sum by (run) (rate(cmtrain_images_total{{{RUN},split="eval"}}[$__rate_interval]))',
     }, width=6),
