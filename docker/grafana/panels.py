@@ -200,8 +200,9 @@ NUMERICS = Row("Numerics", (
         "{{run}} variance": f"max by (run) (cmtrain_bn_running_var_max{{{RUN}}})",
         "{{run}} mean": f"max by (run) (cmtrain_bn_running_mean_abs_max{{{RUN}}})",
     }, log_base=10),
-    Panel("Rollbacks of the last hour", "none", "events.jsonl says what overflowed first.", {
-        "{{run}}": f"max by (run) (increase(cmtrain_rollbacks_total{{{RUN}}}[1h]))",
+    Panel("Loss spikes and rollbacks", "none", "In the last hour. events.jsonl names steps, samples and layers.", {
+        "{{run}} spikes": f"max by (run) (increase(cmtrain_loss_spikes_total{{{RUN}}}[1h]))",
+        "{{run}} rollbacks": f"max by (run) (increase(cmtrain_rollbacks_total{{{RUN}}}[1h]))",
     }),
 ))  # fmt: skip
 
