@@ -9,6 +9,7 @@ both alternate in one process, and the median is told.
 """
 
 import argparse
+import dataclasses
 import json
 import statistics
 import time
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from cmtrain.metrics import StepReport, TrainMetrics
+from cmtrain.metrics import TrainMetrics
 from cmtrain.pages import MetricsPage
 from cmtrain.phases import Phases
 
@@ -41,7 +42,7 @@ def work(steps: int, metrics: TrainMetrics | None, log_every_steps: int) -> floa
             step, num_images=64, num_bytes=7_000_000, seconds=0.01, wait_seconds=0.001, phases=phases.take()
         )
         if step % log_every_steps == 0:
-            metrics.report(StepReport(step, 0, 2.0, 0.1, 1.0, 65536.0, 0, 0, 0))
+            metrics.report(dataclasses.replace(metrics.reported, step=step, loss=2.0))
     return time.thread_time() - begin
 
 

@@ -151,8 +151,8 @@ def watched(tmp_path_factory, images):
         "optim": {"lr": 2e-3},
         "schedule": {"epochs": 100_000},
         "train": {"global_batch_size": 16, "max_batch_per_gpu": 8, "log_every_steps": 2, "precision": "fp32"},
-        "evaluate": {"every_epochs": 10},
-        "checkpoint": {"every_epochs": 10},
+        "evaluate": {"every_epochs": 3},
+        "checkpoint": {"every_epochs": 3},
         "ema": {"decay": 0.9},
         "metrics": {"port": free_port()},
     }
