@@ -142,3 +142,15 @@ def test_no_deletion_follows_a_link_out(tmp_path, name):
 def test_the_manifest_says_what_a_checkpoint_is_kept_for(tmp_path):
     manifest = json.loads((save(tmp_path, 7, best=7, milestone=True) / "manifest.json").read_text())
     assert (manifest["step"], manifest["meta"]) == (7, {"best_step": 7, "milestone": True})
+
+
+def test_a_run_keeps_its_milestones(make_job):
+    """Every third epoch is saved and every second one for ever; an evaluation that would make a best is at the end."""
+    job = make_job(
+        schedule={"epochs": 4},
+        evaluate={"every_epochs": 4},
+        checkpoint={"every_epochs": 3, "milestone_every_epochs": 2, "keep": 1},
+    )
+    job()
+    assert checkpoint_steps(job.run / "checkpoints") == [12, 24]
+    assert [e["step"] for e in job.events() if e["event"] == "checkpoint"] == [12, 18, 24]

@@ -18,12 +18,12 @@ GOOD = {"model": {"weight": torch.arange(6.0)}, "progress": {"step": 1}}
 BIG = 40000  # a square of it in fp32 is 6.4 GB
 
 
-def publish(root, data, **manifest):
+def publish(root, data, more=(), **manifest):
     """A checkpoint folder whose state.pt holds `data`, with a manifest that vouches for it."""
     path = root / "step-000000001"
     path.mkdir(parents=True, exist_ok=True)
     (path / "state.pt").write_bytes(data)
-    files = {"state.pt": {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}}
+    files = {"state.pt": {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}} | dict(more)
     (path / "manifest.json").write_text(json.dumps({"step": 1, "files": files, "meta": {}} | manifest))
     return path
 
@@ -116,7 +116,7 @@ OUTSIDE = {"bytes": 1, "sha256": "0" * 64}
 MANIFESTS = {
     "path out": {"files": {"../../state.pt": OUTSIDE}},
     "absolute path": {"files": {"/etc/passwd": OUTSIDE}},
-    "one more file": {"files": {"state.pt": OUTSIDE, "../../x": OUTSIDE}},
+    "one more file": {"more": {"../../x": OUTSIDE}},
     "no files": {"files": []},
     "no digest": {"files": {"state.pt": None}},
     "negative size": {"files": {"state.pt": {"bytes": -1, "sha256": ""}}},
