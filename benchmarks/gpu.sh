@@ -61,6 +61,7 @@ fp16=fp16 mixed=mixed compile=true
 one_gpu=(--train.global_batch_size "$batch" --train.max_batch_per_gpu "$batch" --augment.repeats 1)
 
 bench 60 train                --what all   "${one_gpu[@]}" --train.precision "$fp16"
+bench 60 guard                --what guard "${one_gpu[@]}" --train.precision "$fp16"
 bench 40 model_bf16           --what model "${one_gpu[@]}" --train.precision bf16
 bench 90 model_fp16_compiled  --what model "${one_gpu[@]}" --train.precision "$fp16" --train.compile "$compile"
 bench 40 model_fp16_resnet50  --what model "${one_gpu[@]}" --train.precision "$fp16" --model.name resnet50

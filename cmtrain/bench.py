@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from cmtrain import __version__, build
+from cmtrain import __version__, bench_guard, build
 from cmtrain.bench_loader import bench_loader
 from cmtrain.config import Config
 from cmtrain.learner import Learner
@@ -31,10 +31,11 @@ COMFORTABLE_RATIO = 1.2
 def bench(
     what: str, config: Config, *, steps: int, json_path: str | None, rounds: int = 5, packed: str | None = None
 ) -> int:
-    """Measure `what` (loader, model, train or all) with the recipe of `config`, for `steps` steps each.
+    """Measure `what` (loader, model, guard, train or all) with the recipe of `config`, for `steps` steps each.
 
     Prints a table on stderr and one JSON line on stdout; writes the JSON to `json_path` too, if given. "loader" is a
-    race against timm's, see `bench_loader`, which alone takes `rounds` and `packed`.
+    race against timm's, see `bench_loader`, which alone takes `packed`; "guard" is a step with the guard and without,
+    see `bench_guard`. Both take `rounds`.
 
     Returns:
         The process exit code, 0.
@@ -55,13 +56,18 @@ def bench(
         loader = build.make_train_loader(config, data.train, schedule, accelerator, threads)
         figures["loader"] = _time_loader(loader, steps, schedule)
         loader.close()
-    if what in ("model", "train", "all"):
+    if what in ("model", "guard", "train", "all"):
         model = build.make_model(config, num_classes, accelerator.device)
         learner = build.make_learner(config, model, schedule, num_classes, accelerator)
         lr = config.optim.lr
         if what in ("model", "all"):
             synthetic = build.make_synthetic_loader(config, schedule, num_classes, accelerator)
             figures["model"] = _time_steps(learner, synthetic, lr, steps, schedule)
+        if what == "guard":
+            batches = _endless(build.make_synthetic_loader(config, schedule, num_classes, accelerator))
+            figures = bench_guard.time_guard(
+                learner, batches, lr=lr, steps=steps, rounds=rounds, log_every_steps=config.train.log_every_steps
+            )
         if what in ("train", "all"):
             loader = build.make_train_loader(config, data.train, schedule, accelerator, threads)
             figures["train"] = _time_steps(learner, loader, lr, steps, schedule)
@@ -83,7 +89,7 @@ def bench(
         "torch_threads": torch.get_num_threads(),
         "versions": {"cmtrain": __version__, "torch": torch.__version__},
         "figures": figures,
-        "verdict": verdict(figures),
+        "verdict": bench_guard.verdict(figures) if what == "guard" else verdict(figures),
     }
     if accelerator.is_main_process:
         _show(report)
@@ -153,6 +159,10 @@ def _drain() -> None:
         torch.cuda.synchronize()
 
 
+def _shown(value: float) -> str:
+    return f"{value:,.1f}" if abs(value) >= 10 else f"{value:.3g}"
+
+
 def _show(report: dict[str, Any]) -> None:
     console = Console(stderr=True)
     columns = sorted({name for figures in report["figures"].values() for name in figures})
@@ -160,6 +170,6 @@ def _show(report: dict[str, Any]) -> None:
         "", *columns, title=f"{report['model']} at {report['image_px']} px, {report['precision']}, {report['device']}"
     )
     for name, figures in report["figures"].items():
-        table.add_row(name, *(f"{figures[c]:,.1f}" if c in figures else "" for c in columns))
+        table.add_row(name, *(_shown(figures[c]) if c in figures else "" for c in columns))
     console.print(table)
     console.print(report["verdict"])

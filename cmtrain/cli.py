@@ -145,10 +145,12 @@ def _demo(arguments: list[str]) -> int:
 def _bench(arguments: list[str]) -> int:
     parser = make_parser("bench", "Time the loader, the model and training, and name the bottleneck.")
     parser.add_argument("--config", default="configs/demo.yaml", metavar="FILE", help="default: configs/demo.yaml")
-    parser.add_argument("--what", choices=("loader", "model", "train", "all"), default="all", help="default: all")
+    parser.add_argument(
+        "--what", choices=("loader", "model", "guard", "train", "all"), default="all", help="default: all"
+    )
     parser.add_argument("--steps", type=positive, default=20, metavar="N", help="steps to time of each (default: 20)")
     parser.add_argument(
-        "--rounds", type=positive, default=5, metavar="N", help="turns of each side (with --what loader)"
+        "--rounds", type=positive, default=5, metavar="N", help="turns of each side (with --what loader, guard)"
     )
     parser.add_argument("--packed", metavar="DIR", help="packed copy of the data to time, too (with --what loader)")
     parser.add_argument("--json", metavar="FILE", help="write the figures there, too")

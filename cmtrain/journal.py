@@ -379,7 +379,7 @@ class Journal:
 
     def _result(self, state: str, results: dict[str, Evaluation]) -> dict[str, Any]:
         measured = {
-            f"{'' if weights == 'model' else weights + '_'}{key}": getattr(evaluation, key)
+            f"{'' if weights == 'model' else weights + '_'}{key}": _finite(getattr(evaluation, key))
             for weights, evaluation in results.items()
             for key in ("top1", "top5", "loss")
         }
@@ -415,5 +415,5 @@ def _by_class(results: dict[str, Evaluation], class_names: Sequence[str], step: 
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN: a window without one good step has no loss."""
+    """JSON has no NaN: a window without one good step has no loss, nor does a model that was not guarded."""
     return None if isinstance(value, float) and not math.isfinite(value) else value

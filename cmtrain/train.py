@@ -115,6 +115,7 @@ def run(config: Config, lock: RunLock, resume: str, max_steps: int | None) -> in
                 report = learner.report(done, epoch, lr, reset=logs)
                 journal.log(report)
                 tell_bad_files(journal, [train_loader, eval_loader], stop)
+                tell_spikes(journal, learner, data.train, stop)
                 diverged = keep_or_roll_back(report, learner, recovery, journal, data.train, stop)
                 if diverged:
                     break
@@ -182,17 +183,13 @@ def keep_or_roll_back(
     Returns:
         Why the run has diverged, or "" if it goes on. All ranks come to the same answer.
     """
-    cause = ""
-    if learner.spikes:
-        samples = [sample for share in gather(learner.spike_samples, stop.group) for sample in share]
-        journal.spiked(learner.spikes, samples, name_some(manifest, samples))
-        if recovery.on_spikes and not recovery.exhausted:
-            cause, good_until = "a loss spike", learner.spikes[0].step - 1
     if report.bad_steps_in_a_row >= recovery.after_bad_steps:
-        found = conclude([finding for share in gather([examine(learner)], stop.group) for finding in share])
+        found = conclude(gather(examine(learner), stop.group))
         journal.bad_batch(report.step, found, name_some(manifest, found.suspects or found.samples))
         cause, good_until = found.cause, report.step - report.bad_steps_in_a_row
-    if not cause:
+    elif learner.spikes and recovery.on_spikes and not recovery.exhausted:
+        cause, good_until = "a loss spike", learner.spikes[0].step - 1
+    else:
         if report.good_steps_in_a_row >= recovery.after_bad_steps:
             recovery.keep(report.step, learner)
         return ""
@@ -202,6 +199,13 @@ def keep_or_roll_back(
         return ""
     bad = f"{report.bad_steps_in_a_row} bad steps in a row after {len(recovery.rollback_steps)} rollbacks"
     return f"{bad}, loss scale {report.loss_scale:g}, {cause}"
+
+
+def tell_spikes(journal: Journal, learner: Learner, manifest: Manifest, stop: StopRequest) -> None:
+    """Say which steps since the last log point were spikes, and name the batch of the highest one."""
+    if learner.spikes:  # the same on all ranks
+        samples = [sample for share in gather(learner.spike_samples, stop.group) for sample in share]
+        journal.spiked(learner.spikes, samples, name_some(manifest, samples))
 
 
 def name_some(manifest: Manifest, samples: Sequence[int]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -10,10 +11,12 @@ import sys
 import time
 
 import pytest
+from mini import batch, make_learner
 from photographs import write_folder
 
-from cmtrain.bench import verdict
+from cmtrain.bench import bench, verdict
 from cmtrain.bench_contestants import Contestant, _cpu_seconds, serve
+from cmtrain.bench_guard import WARMUP_STEPS, time_guard
 from cmtrain.bench_loader import bench_loader, summarise
 from cmtrain.config_file import load_config
 from pipelines.dataset import Manifest
@@ -112,3 +115,29 @@ def test_every_work_is_done_by_every_contestant(root, tmp_path, capsys):
         assert list(figures) == ["timm", "dali", "dali packed"]
         assert figures["dali"]["times_timm"] > 0
     assert report["overhead"]["draws_us_per_sample"] > 0
+
+
+def test_steps_with_the_guard_and_without_take_turns(monkeypatch):
+    learner = make_learner()
+    guard, window, step, turns = learner.guard, learner.window, learner.step, []
+
+    def noted(*arguments):
+        turns.append("with" if (learner.guard, learner.window) == (guard, window) else "without")
+        return step(*arguments)
+
+    monkeypatch.setattr(learner, "step", noted)
+    figures = time_guard(learner, map(batch, itertools.count()), lr=0.01, steps=2, rounds=2, log_every_steps=10)
+    assert turns[: 2 * WARMUP_STEPS] == ["with"] * WARMUP_STEPS + ["without"] * WARMUP_STEPS
+    assert turns[2 * WARMUP_STEPS :] == ["without"] * 2 + ["with"] * 4 + ["without"] * 2
+    assert (learner.guard, learner.window) == (guard, window)
+    assert 0 < figures["alone"]["ms"] < figures["without"]["ms"]
+    assert figures["with"]["percent_min"] <= figures["with"]["percent"] <= figures["with"]["percent_max"]
+
+
+def test_the_guard_is_timed_with_the_recipe_of_a_configuration(root, tmp_path, capsys):
+    overrides = {"data.root": str(root), "data.cache_dir": str(tmp_path), "train.global_batch_size": "8"}
+    config = load_config("configs/demo.yaml", list(overrides.items())).config
+    assert bench("guard", config, steps=1, rounds=2, json_path=None) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert list(report["figures"]) == ["without", "with", "alone", "log point"]
+    assert report["verdict"].startswith("guard, spike detection and metrics add ")

@@ -29,9 +29,6 @@ class Told:
     def bad_batch(self, step, found, files):
         self.found.append(found)
 
-    def spiked(self, spikes, samples, files):
-        self.found.append(spikes)
-
     def rolled_back(self, step, good_step, cause, lr_factor):
         self.rollbacks.append((step, good_step, lr_factor))
 

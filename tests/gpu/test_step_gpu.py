@@ -30,7 +30,7 @@ def make_learner(opt="adamw", precision="fp16", **mixing):
     spec = MixSpec(10, mixup=0.8, cutmix=1.0, smoothing=0.1, reprob=0.25, **mixing)
     return Learner(
         model, optimizer, accelerator,
-        ema_decay=0.999, protect=True, mixing=spec, accumulation=2, clip_grad=5.0, seed=0,
+        ema_decay=0.999, protect=True, spike_sigma=6.0, mixing=spec, accumulation=2, clip_grad=5.0, seed=0,
     )  # fmt: skip
 
 

@@ -1,0 +1,142 @@
+"""`cmtrain bench --what guard`: what guard, spike detection and metrics add to a step, beside the same step without.
+
+Both sides take turns on one model in one process, so that what else the machine does hits both. Where it is not quiet,
+the ratio of two long times still says little about one percent; so what is added is timed alone, too. On a GPU that is
+an upper bound: within a step the host runs ahead and only the device's share counts.
+"""
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cmtrain.learner import Learner
+from cmtrain.metrics import TrainMetrics
+from pipelines.spec import Batch
+
+WARMUP_STEPS = 3
+ALONE_REPEATS = 100
+
+Figures = dict[str, dict[str, float]]
+
+
+class _Without:
+    """Stands in for the guard, the window and the metrics of a step, and does nothing."""
+
+    def propose(self) -> None:
+        pass
+
+    def settle(self, ok: Tensor) -> Tensor:
+        return ok
+
+    def add(self, loss: Tensor, grad_norm: Tensor, indices: list[Tensor]) -> None:
+        pass
+
+    def count_step(self, num_images: int, seconds: float, wait_seconds: float) -> None:
+        pass
+
+
+def time_guard(
+    learner: Learner, batches: Iterator[Batch], *, lr: float, steps: int, rounds: int, log_every_steps: int
+) -> Figures:
+    """Time `rounds` turns of `steps` steps with the guard and as many without, then what the guard adds alone.
+
+    Returns:
+        Rows of `ms` and of `percent` of a step without the guard. "without", "with": a step, median over the rounds;
+        `percent` is what it adds to the other side of its round, with its range over the rounds. "alone": what is
+        added to a step. "log point": what is added to a log point, its `percent` spread over `log_every_steps` steps.
+
+    Raises:
+        RuntimeError: on a GPU, a step synchronised with the host.
+    """
+    device = learner.accelerator.device
+    metrics = TrainMetrics("bench", learner.accelerator.process_index)
+    sides: dict[str, Any] = {
+        "with": (learner.guard, learner.window, metrics),
+        "without": (_Without(), _Without(), _Without()),
+    }
+    done = itertools.count()
+
+    def run(side: str, num_steps: int) -> float:
+        learner.guard, learner.window, counted = sides[side]
+
+        def all_steps() -> None:
+            for step in itertools.islice(done, num_steps):
+                counted.count_step(learner.step(batches, step, lr), 0.1, 0.0)
+
+        return _milliseconds(all_steps, device) / num_steps
+
+    for side in sides:
+        run(side, WARMUP_STEPS)
+    taken: dict[str, list[float]] = {side: [] for side in sides}
+    for turn in range(rounds):
+        for side in list(sides) if turn % 2 else reversed(sides):
+            taken[side].append(run(side, steps))
+    learner.guard, learner.window, _ = sides["with"]
+
+    def added_to_a_step() -> None:
+        for _ in range(learner.accumulation):
+            learner.guard.propose()
+        learner.guard.settle(torch.isfinite(one))
+        learner.window.add(one, one, learner.last_indices)
+        metrics.count_step(1, 0.1, 0.0)
+
+    one = torch.ones((), device=device)
+    alone_ms = statistics.median(_milliseconds(added_to_a_step, device) for _ in range(ALONE_REPEATS))
+    learner.window.clear()
+    for _ in range(log_every_steps):
+        added_to_a_step()
+    _drain(device)
+    begin = time.perf_counter()
+    metrics.report(learner.report(next(done), 0, lr, reset=True))
+    log_point_ms = 1000 * (time.perf_counter() - begin)
+
+    added = [100 * (on / off - 1) for on, off in zip(taken["with"], taken["without"], strict=True)]
+    without_ms = statistics.median(taken["without"])
+    return {
+        "without": {"ms": without_ms},
+        "with": {
+            "ms": statistics.median(taken["with"]),
+            "percent": statistics.median(added),
+            "percent_min": min(added),
+            "percent_max": max(added),
+        },
+        "alone": {"ms": alone_ms, "percent": 100 * alone_ms / without_ms},
+        "log point": {"ms": log_point_ms, "percent": 100 * log_point_ms / log_every_steps / without_ms},
+    }
+
+
+def verdict(figures: Figures) -> str:
+    both, alone = figures["with"], figures["alone"]["percent"] + figures["log point"]["percent"]
+    return (
+        f"guard, spike detection and metrics add {both['percent']:.2f} % to a step, the median of rounds from "
+        f"{both['percent_min']:.2f} to {both['percent_max']:.2f} %; timed alone they are {alone:.2f} % of one"
+    )
+
+
+def _milliseconds(work: Callable[[], None], device: torch.device) -> float:
+    """How long `work` takes on the device; on a GPU by events, and any synchronisation inside of it is an error."""
+    _drain(device)
+    if device.type != "cuda":
+        begin = time.perf_counter()
+        work()
+        return 1000 * (time.perf_counter() - begin)
+    begins, ends = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        begins.record()
+        work()
+        ends.record()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    ends.synchronize()
+    return begins.elapsed_time(ends)
+
+
+def _drain(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()

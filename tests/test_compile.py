@@ -1,0 +1,67 @@
+"""torch.compile changes how a step is computed, and none of the promises about it."""
+
+import math
+
+import pytest
+import timm
+import torch
+from conftest import ROOT
+from mini import POISON, HalfAccelerator, Mini, accuracy, assert_same, batch, make_learner, snapshot, step
+
+from cmtrain.checkpoint import load_newest
+from cmtrain.diagnosis import examine
+
+COMPILED = str(ROOT / "tests" / "compiled_train.py")
+
+
+def compiled_learner(**options):
+    torch.manual_seed(0)
+    model = Mini()
+    model.compile(backend="aot_eager")
+    return make_learner(model=model, accelerator=HalfAccelerator(precision="bf16"), **options)
+
+
+@pytest.mark.parametrize("opt", ["sgd", "adamw"])
+def test_a_poisoned_batch_is_a_batch_that_never_was(opt):
+    poisoned, without = compiled_learner(opt=opt), compiled_learner(opt=opt)
+    for number in range(5):
+        step(poisoned, number, poison=POISON["bf16"] if number == 2 else 1.0)
+        if number != 2:
+            step(without, number)
+    assert_same(snapshot(poisoned), snapshot(without))
+    for module in poisoned.weights.values():
+        assert math.isfinite(accuracy(poisoned, module)[1])
+    assert poisoned.model.state_dict().keys() == Mini().state_dict().keys()
+
+
+def test_without_the_guard_it_is_the_end():
+    learner = compiled_learner(protect=False)
+    step(learner, 0, poison=POISON["bf16"])
+    assert math.isnan(accuracy(learner, learner.model)[1])
+
+
+def test_the_layer_that_overflowed_is_named():
+    learner = compiled_learner()
+    step(learner, 0)
+    images, labels, indices = batch(1)
+    images[3] *= POISON["bf16"]
+    learner.step(iter([type(batch(1))(images, labels, indices)]), 1, 0.05)
+    found = examine(learner)
+    assert found.cause.startswith("stem: not finite in 1 of 16 images")
+    assert found.suspects == (16 + 3,)
+
+
+@pytest.mark.parametrize("program", [COMPILED, pytest.param("cmtrain", marks=pytest.mark.slow)])
+def test_a_whole_run(make_job, program):
+    """Trained, evaluated, saved, stopped, resumed; a model that was not compiled can load its checkpoint."""
+    job = make_job(model={"name": "test_resnet"}, train={"compile": True})
+    job("--max-steps", "4", module=program)
+    result = job("--max-steps", "8", module=program)
+    assert job.status()["resume_from"].endswith("000000008")
+    assert [event["step"] for event in job.events() if event["event"] == "resumed"] == [4]
+    assert math.isfinite(result["loss"])
+    assert math.isfinite(result["ema_loss"])
+    state = load_newest(job.run / "checkpoints").state
+    plain = timm.create_model("test_resnet", num_classes=3)
+    plain.load_state_dict(state["model"])
+    plain.load_state_dict(state["ema"])
