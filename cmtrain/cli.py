@@ -25,6 +25,7 @@ Trains CMT vision models (arXiv 2107.06263) from JPEG files.
 
 verbs:
   train          train a configuration; the verb may be left out
+  doctor         check this machine for a run: packages, driver, GPUs, decoding, ranks, data, disk
   demo           train a small CMT on images from installed packages: no GPU and no download needed
   status RUN     print how a run stands: its step, speed, time left, and whether its process is there
   watch RUN      the same, until the run ends
@@ -168,6 +169,17 @@ def _bench(arguments: list[str]) -> int:
     )
 
 
+def _doctor(arguments: list[str]) -> int:
+    parser = _parser("doctor", "Check this machine for a run, and say what to do about what is wrong.")
+    parser.add_argument("--config", default="configs/demo.yaml", metavar="FILE", help="default: configs/demo.yaml")
+    parser.add_argument("--json", action="store_true", help="as one JSON object")
+    options, overrides = _parse(parser, arguments)
+    config = _load("doctor", options.config, overrides).config
+    from cmtrain.doctor import doctor
+
+    return doctor(config, as_json=options.json)
+
+
 def _status(arguments: list[str]) -> int:
     parser = make_parser("status", "Print how a run stands.")
     parser.add_argument("run", metavar="RUN", help="run folder, such as runs/demo, or the name of one below runs")
@@ -233,6 +245,7 @@ def _config(arguments: list[str]) -> int:
 
 _VERBS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
+    "doctor": _doctor,
     "demo": _demo,
     "status": _status,
     "watch": _watch,
