@@ -14,7 +14,7 @@ DALI110_NAMES := nvidia-dali-cuda110 dm-tree absl-py attrs wrapt
 SITE          := 'import sysconfig; print(sysconfig.get_path("purelib"))'
 DALI110_TESTS := plan dataset scan_cache augment graphs loader elastic eval_parity synthetic shards bad_files
 
-.PHONY: setup demo test test-dali110 test-nightly check bench lock clean
+.PHONY: setup demo test test-dali110 test-nightly check bench image dist lock clean
 
 setup: $(VENV)/.installed
 
@@ -58,10 +58,24 @@ check: setup  ## formatting, lint, types
 bench: setup
 	$(BIN)/cmtrain bench
 
+# The image's target (runtime or cpu) and what builds it (docker or podman).
+TARGET   ?= runtime
+DOCKER   ?= docker
+VERSION  := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' cmtrain/__init__.py)
+REVISION := $(shell git rev-parse HEAD 2>/dev/null)
+
+image:  ## the container image, with the lock file that fits this machine's driver
+	$(DOCKER) build -f docker/Dockerfile --target $(TARGET) -t cmtrain -t cmtrain:$(VERSION) \
+		--build-arg LOCK=$(LOCK) --build-arg VERSION=$(VERSION) --build-arg REVISION=$(REVISION) .
+
+dist: setup  ## wheel and source archive
+	$(BIN)/uv build -q --build-constraints docker/build.lock --require-hashes
+
 lock: setup  ## pin again, from pyproject.toml
 	$(BIN)/uv pip compile pyproject.toml --extra cuda130 $(COMPILE) -o requirements.lock
 	echo "torch<2.11" | $(BIN)/uv pip compile pyproject.toml --extra cuda120 $(COMPILE) -c - -o requirements-cuda120.lock
 	echo "torch<2.11" | $(BIN)/uv pip compile pyproject.toml --extra cuda110 $(COMPILE) -c - -o requirements-cuda110.lock
+	echo hatchling | $(BIN)/uv pip compile - $(filter-out --extra demo dev,$(COMPILE)) -o docker/build.lock
 
 COMPILE := -q -U --extra demo --extra dev --universal --python-version 3.11 --generate-hashes \
 	--no-emit-index-url --no-emit-find-links --no-annotate --no-header
