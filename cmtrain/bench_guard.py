@@ -83,7 +83,7 @@ def time_guard(
             learner.guard.propose()
         learner.guard.settle(torch.isfinite(one))
         learner.window.add(one, one, learner.last_indices)
-        metrics.count_step(1, 0.1, 0.0)
+        metrics.count_step(1, num_images=1, num_bytes=0, seconds=0.1, wait_seconds=0.0, phases=())
 
     one = torch.ones((), device=device)
     alone_ms = statistics.median(_milliseconds(added_to_a_step, device) for _ in range(ALONE_REPEATS))

@@ -170,11 +170,11 @@ def _bench(arguments: list[str]) -> int:
 
 
 def _doctor(arguments: list[str]) -> int:
-    parser = _parser("doctor", "Check this machine for a run, and say what to do about what is wrong.")
+    parser = make_parser("doctor", "Check this machine for a run, and say what to do about what is wrong.")
     parser.add_argument("--config", default="configs/demo.yaml", metavar="FILE", help="default: configs/demo.yaml")
     parser.add_argument("--json", action="store_true", help="as one JSON object")
-    options, overrides = _parse(parser, arguments)
-    config = _load("doctor", options.config, overrides).config
+    options, overrides = parse(parser, arguments)
+    config = load("doctor", options.config, overrides).config
     from cmtrain.doctor import doctor
 
     return doctor(config, as_json=options.json)

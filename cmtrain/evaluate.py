@@ -1,6 +1,6 @@
 """Evaluation that counts every image exactly once, whatever the number of ranks and the batch size."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -132,3 +132,14 @@ def average_running_statistics(*models: nn.Module) -> None:
             dist.all_reduce(flat)
             flat /= dist.get_world_size()
             torch._foreach_copy_(statistics, list(flat.split([t.numel() for t in statistics])))
+
+
+def by_class(results: dict[str, Evaluation], class_names: Sequence[str], step: int) -> dict[str, Any]:
+    """What classes.json says; outputs that no class of the data belongs to go by their number."""
+    num_classes = len(results["model"].class_images)
+    weights = {
+        name: {"images": result.class_images, "correct": result.class_correct, "confusion": result.confusion}
+        for name, result in results.items()
+    }
+    unnamed = map(str, range(len(class_names), num_classes))
+    return {"step": step, "classes": [*class_names, *unnamed], "weights": weights}

@@ -104,6 +104,7 @@ class Exporter:
                 if self.num_connections < MAX_CONNECTIONS or self._drop_silent():
                     self.num_connections += 1
                     conversation = connections.create_task(self._converse(connection))
+                    self.idle[conversation] = None
                     conversation.add_done_callback(functools.partial(self._ended, connection))
                 else:
                     connection.close()
@@ -111,6 +112,7 @@ class Exporter:
     def _ended(self, connection: socket.socket, conversation: asyncio.Task[None]) -> None:
         connection.close()
         self.num_connections -= 1
+        self.idle.pop(conversation, None)
 
     def _drop_silent(self) -> bool:
         """Whether there was a connection that could be dropped to make room."""

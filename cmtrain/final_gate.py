@@ -7,6 +7,7 @@ refuses saves nothing for the rest of the run, because an EMA never loses a NaN 
 that is not finite is refused.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -51,3 +52,9 @@ def all_finite(tensors: list[Tensor]) -> list[bool]:
     # does, so what it suspects is looked at again.
     finite = torch.stack(torch._foreach_norm(tensors)).isfinite().tolist()
     return [good or bool(tensor.isfinite().all()) for good, tensor in zip(finite, tensors, strict=True)]
+
+
+def named(tensors: Sequence[str]) -> str:
+    """Some tensors, in few words."""
+    more = f" and {len(tensors) - 1} more tensors" if len(tensors) > 1 else ""
+    return f"{tensors[0]}{more}"

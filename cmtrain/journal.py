@@ -16,14 +16,14 @@ from cmtrain.console import Console, duration
 from cmtrain.device import gpu_identity, memory_bytes
 from cmtrain.diagnosis import Finding
 from cmtrain.environment import environment
-from cmtrain.evaluate import Evaluation
+from cmtrain.evaluate import Evaluation, by_class
 from cmtrain.exporter import Exporter
-from cmtrain.final_gate import Verdict
+from cmtrain.final_gate import Verdict, named
 from cmtrain.metrics import StepReport, TrainMetrics
 from cmtrain.pages import make_pages
 from cmtrain.rank import num_restarts
 from cmtrain.report import write_report
-from cmtrain.run_folder import REPORT_NAME, SAMPLE_NAME, RunFolder
+from cmtrain.run_folder import REPORT_NAME, SAMPLE_NAME, RunFolder, finite
 from cmtrain.spike import Spike
 from cmtrain.stopwatch import Stopwatch
 from cmtrain.targets import forget_ranks, write_target
@@ -206,7 +206,7 @@ class Journal:
         self.total_seconds += self.window_seconds
         self.window_steps, self.window_images, self.window_seconds, self.window_waited = 0, 0, 0.0, 0.0
         if self.folder:
-            record = {key: _finite(value) for key, value in asdict(report).items()}
+            record = {key: finite(value) for key, value in asdict(report).items()}
             speed = {"images_per_second": round(images_per_second, 1), "data_wait_ratio": round(wait_share, 4)}
             self.folder.log(record | speed | {"time": time.time()})
             self._track(record | speed, report.step)
@@ -233,7 +233,7 @@ class Journal:
         """Record the evaluations of `model` and, if there is one, `ema`. Returns whether top-1 is the run's best."""
         metrics = self.metrics
         seconds, _ = self.clock.lap()
-        row: dict[str, Any] = {"epoch": epoch, "step": step, "train_loss": _finite(self.train_loss), "lr": lr}
+        row: dict[str, Any] = {"epoch": epoch, "step": step, "train_loss": finite(self.train_loss), "lr": lr}
         for weights, result in results.items():
             metrics.one(metrics.eval_accuracy, "1", weights).set(result.top1)
             metrics.one(metrics.eval_accuracy, "5", weights).set(result.top5)
@@ -254,7 +254,7 @@ class Journal:
         if self.folder:
             self.folder.summary(row)
             self._track(row, step)
-            self.folder.classes(_by_class(results, class_names, step))
+            self.folder.classes(by_class(results, class_names, step))
             self.event("evaluated", step=step, top1=top1, seconds=round(seconds, 3))
             self.folder.status(step=step, best_top1=self.best_top1, best_step=self.best_step)
         metrics.enter("train")
@@ -303,10 +303,10 @@ class Journal:
         if verdict.healed:
             self.metrics.one(self.metrics.nonfinite, "ema", "heal").inc()
             self.event("ema_healed", step=step, tensors=list(verdict.healed))
-            self.console.line(f"step {step}: EMA not finite, taken from the model anew: {_named(verdict.healed)}")
+            self.console.line(f"step {step}: EMA not finite, taken from the model anew: {named(verdict.healed)}")
         if self.folder:
             if verdict.bad:
-                error = f"the model is not finite: {_named(verdict.bad)}"
+                error = f"the model is not finite: {named(verdict.bad)}"
                 self._save_ended(Outcome(step, None, 0.0, error))
             else:
                 meta = meta | {
@@ -379,7 +379,7 @@ class Journal:
 
     def _result(self, state: str, results: dict[str, Evaluation]) -> dict[str, Any]:
         measured = {
-            f"{'' if weights == 'model' else weights + '_'}{key}": _finite(getattr(evaluation, key))
+            f"{'' if weights == 'model' else weights + '_'}{key}": finite(getattr(evaluation, key))
             for weights, evaluation in results.items()
             for key in ("top1", "top5", "loss")
         }
@@ -396,24 +396,3 @@ class Journal:
             "augmented": str(self.path / SAMPLE_NAME),
             "report": str(self.path / REPORT_NAME),
         }
-
-
-def _named(tensors: Sequence[str]) -> str:
-    more = f" and {len(tensors) - 1} more tensors" if len(tensors) > 1 else ""
-    return f"{tensors[0]}{more}"
-
-
-def _by_class(results: dict[str, Evaluation], class_names: Sequence[str], step: int) -> dict[str, Any]:
-    """What classes.json says; outputs that no class of the data belongs to go by their number."""
-    num_classes = len(results["model"].class_images)
-    weights = {
-        name: {"images": result.class_images, "correct": result.class_correct, "confusion": result.confusion}
-        for name, result in results.items()
-    }
-    unnamed = map(str, range(len(class_names), num_classes))
-    return {"step": step, "classes": [*class_names, *unnamed], "weights": weights}
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN: a window without one good step has no loss, nor does a model that was not guarded."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -14,6 +14,7 @@ checkpoints/   see checkpoint.py
 import csv
 import io
 import json
+import math
 import os
 import time
 from collections.abc import Callable
@@ -151,3 +152,8 @@ def _replace(path: Path, text: str) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def finite(value: Any) -> Any:
+    """JSON has no NaN: a window without one good step has no loss, nor does a model that was not guarded."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
