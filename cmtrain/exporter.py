@@ -21,6 +21,7 @@ from http.server import BaseHTTPRequestHandler
 from typing import NamedTuple
 
 PORT_ATTEMPTS = 32
+ENDING_SECONDS = 0.05  # in which connections that were closed just now have been counted out
 MAX_CONNECTIONS = 32
 MAX_HEAD_BYTES = 8192  # request line and headers
 TIMEOUT_SECONDS = 5.0  # for a request to arrive, and for an answer to be taken
@@ -101,13 +102,15 @@ class Exporter:
                 except OSError:  # the client is gone already, or this process has no file descriptor left
                     await asyncio.sleep(1)
                     continue
-                if self.num_connections < MAX_CONNECTIONS or self._drop_silent():
-                    self.num_connections += 1
-                    conversation = connections.create_task(self._converse(connection))
-                    self.idle[conversation] = None
-                    conversation.add_done_callback(functools.partial(self._ended, connection))
-                else:
-                    connection.close()
+                if self.num_connections >= MAX_CONNECTIONS and not self._drop_silent():
+                    await asyncio.sleep(ENDING_SECONDS)
+                    if self.num_connections >= MAX_CONNECTIONS:
+                        connection.close()
+                        continue
+                self.num_connections += 1
+                conversation = connections.create_task(self._converse(connection))
+                self.idle[conversation] = None
+                conversation.add_done_callback(functools.partial(self._ended, connection))
 
     def _ended(self, connection: socket.socket, conversation: asyncio.Task[None]) -> None:
         connection.close()

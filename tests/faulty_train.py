@@ -132,7 +132,7 @@ if "FAULT" in os.environ:
 if "SLOW_START" in os.environ:
     cmtrain.build.open_data = functools.partial(slowly, cmtrain.build.open_data, "slow")
 if "SLOW_CHECKPOINT" in os.environ:
-    cmtrain.checkpoint._sha256 = functools.partial(slowly, cmtrain.checkpoint._sha256, "slow")
+    cmtrain.checkpoint.verify = functools.partial(slowly, cmtrain.checkpoint.verify, "slow")
 if "SLOW_EVALUATION" in os.environ:
     cmtrain.evaluate._count = functools.partial(slowly, cmtrain.evaluate._count, "slow")
 if "WARM" in os.environ:

@@ -33,6 +33,8 @@ class HalfAccelerator:
     process_index, local_process_index, num_processes = 0, 0, 1
     is_main_process = True
 
+    log_with = ()
+
     def __init__(self, init_scale=2.0**16, precision="fp16"):
         self.mixed_precision = precision
         self.dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[precision]

@@ -7,5 +7,5 @@ from half import HalfAccelerator
 import cmtrain.build
 from cmtrain.cli import main
 
-cmtrain.build.make_accelerator = lambda precision: HalfAccelerator()
+cmtrain.build.make_accelerator = lambda *_, **__: HalfAccelerator()
 sys.exit(main())

@@ -88,7 +88,7 @@ class Accelerator(half.HalfAccelerator):
 batches_from, save_checkpoint = cmtrain.train.batches_from, cmtrain.writer.save_checkpoint
 cmtrain.train.batches_from = watched_batches
 if "HALF" in os.environ:
-    cmtrain.build.make_accelerator = Accelerator
+    cmtrain.build.make_accelerator = lambda precision, *_, **__: Accelerator(precision)
 if "SLOW" in os.environ:
     fsync = os.fsync
     os.fsync = lambda file: (time.sleep(float(os.environ["SLOW"])), fsync(file))
