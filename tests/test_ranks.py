@@ -1,5 +1,6 @@
 """Two ranks, one poisoned: the step is refused on both, and whatever they decide they decide alike."""
 
+import dataclasses
 import os
 import pickle
 import socket
@@ -54,13 +55,18 @@ def run(folder, protect):
     return [pickle.loads((folder / f"{rank}.pickle").read_bytes()) for rank in (0, 1)]
 
 
+def shared(report):
+    return dataclasses.replace(report, bn_mean_abs_max=0.0, bn_var_max=0.0)
+
+
 def test_a_poisoned_rank_poisons_nothing(tmp_path):
     """Whichever rank, whether DDP sends rank 0's statistics before each forward pass or, as build.py has it, not."""
     ranks = run(tmp_path, protect=True)
     for case in CASES:
         one, other = (rank[case] for rank in ranks)
         assert one["changed"] == other["changed"] == []
-        assert one["report"] == other["report"]
+        # Between evaluations and saves each rank has statistics of its own, and says how large they are.
+        assert shared(one["report"]) == shared(other["report"])
         assert one["report"].bad_steps == 1
         assert_same(one["end"], other["end"])
         for outcome in (one, other):
