@@ -36,7 +36,7 @@ class _Without:
     def add(self, loss: Tensor, grad_norm: Tensor, indices: list[Tensor]) -> None:
         pass
 
-    def count_step(self, num_images: int, seconds: float, wait_seconds: float) -> None:
+    def count_step(self, step: int, **numbers: object) -> None:
         pass
 
 
@@ -66,7 +66,15 @@ def time_guard(
 
         def all_steps() -> None:
             for step in itertools.islice(done, num_steps):
-                counted.count_step(learner.step(batches, step, lr), 0.1, 0.0)
+                num_images = learner.step(batches, step, lr)
+                counted.count_step(
+                    step,
+                    num_images=num_images,
+                    num_bytes=0,
+                    seconds=0.1,
+                    wait_seconds=0.0,
+                    phases=learner.phases.take(),
+                )
 
         return _milliseconds(all_steps, device) / num_steps
 

@@ -68,7 +68,7 @@ class MetricsPage:
     """The series of `registry` as text, made when somebody asks, and at most once a second for everybody.
 
     Made at log points it would be as old as they are apart, and the training thread would have to make it. To make it
-    takes 3 ms for 200 series on one CPU core, most of which the interpreter's lock would be held.
+    takes 1.7 ms for 138 series on one CPU core, most of which the interpreter's lock would be held.
     """
 
     def __init__(self, registry: CollectorRegistry) -> None:
