@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import re
 from collections.abc import Sequence
 
 from cmtrain.config_file import Resolved, load_config
@@ -32,22 +33,36 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[ar
     Raises:
         ConfigError: in one line, what is wrong with the verb's own options.
     """
+    overrides: Overrides = []
+    own, rest = [], list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        if re.match(r"--[^=]*[.]", argument):  # taken out first, or argparse takes the values for positional arguments
+            overrides.append(_override(argument, rest))
+        else:
+            own.append(argument)
     try:
-        options, rest = parser.parse_known_args(arguments)
+        options, rest = parser.parse_known_args(own)
     except argparse.ArgumentError as error:
         raise ConfigError(str(error).removeprefix("argument ")) from error
-    overrides: Overrides = []
     while rest:
-        name, equals, value = rest.pop(0).partition("=")
+        argument = rest.pop(0)
+        name = argument.partition("=")[0]
         if not name.startswith("--"):
             raise ConfigError(f"{parser.prog}: unexpected argument {name}")
-        own = [option.replace("_", "-") for option in vars(options)]
-        if "." not in name and (close := did_you_mean(name.strip("-"), own, "--")):
+        names = [option.replace("_", "-") for option in vars(options)]
+        if close := did_you_mean(name.strip("-"), names, "--"):
             raise ConfigError(f"{name}: unknown option{close}")
-        if not equals and (not rest or rest[0].startswith("--")):
-            raise ConfigError(f"{name}: needs a value")
-        overrides.append((name.removeprefix("--"), value if equals else rest.pop(0)))
+        overrides.append(_override(argument, rest))
     return options, overrides
+
+
+def _override(argument: str, rest: list[str]) -> tuple[str, str]:
+    """`--key=value`, or `--key` and the value that is the first of `rest`, which is taken out of there."""
+    name, equals, value = argument.partition("=")
+    if not equals and (not rest or rest[0].startswith("--")):
+        raise ConfigError(f"{name}: needs a value")
+    return name.removeprefix("--"), value if equals else rest.pop(0)
 
 
 def parse_alone(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.Namespace:

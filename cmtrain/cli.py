@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from cmtrain import __version__
+from cmtrain import __version__, sweep
 from cmtrain.arguments import count, did_you_mean, load, make_parser, parse, parse_alone, positive
 from cmtrain.cli_data import data
 from cmtrain.config import Config, config_schema, to_yaml
@@ -27,6 +27,7 @@ verbs:
   train          train a configuration; the verb may be left out
   doctor         check this machine for a run: packages, driver, GPUs, decoding, ranks, data, disk
   demo           train a small CMT on images from installed packages: no GPU and no download needed
+  sweep          train many configurations, such as the seed's tables, and compare with what was published
   status RUN     print how a run stands: its step, speed, time left, and whether its process is there
   watch RUN      the same, until the run ends
   report RUN...  write what run folders tell as one HTML file; several runs are compared
@@ -55,6 +56,7 @@ examples:
   cmtrain --config configs/full_in1k.yaml --data.root /data/imagenet
   cmtrain --config configs/full_in1k.yaml --optim.lr 4e-3 --run.name lr4e-3
   accelerate launch --num_machines 2 ... -m cmtrain --config configs/full_in1k.yaml
+  cmtrain sweep configs/seed --data.root /data/imagenet --rows 1-17
   cmtrain data pack /data/imagenet /data/imagenet-256 --resize-shorter 256
   cmtrain config show --config configs/paper/cmt_ti.yaml
 
@@ -180,6 +182,33 @@ def _doctor(arguments: list[str]) -> int:
     return doctor(config, as_json=options.json)
 
 
+def _sweep(arguments: list[str]) -> int:
+    parser = make_parser("sweep", "Train many configurations, and print what was published and what was measured.")
+    parser.add_argument("files", nargs="*", metavar="FILE", help="configuration files, or folders such as configs/seed")
+    parser.add_argument("--rows", metavar="LIST", help="only these, counted from 1, such as 1,3-5")
+    parser.add_argument("--jobs", choices=("local", "slurm"), default="local", help="one after another here (default)")
+    parser.add_argument("--sbatch", default=sweep.SBATCH, metavar="FILE", help=f"job script (default: {sweep.SBATCH})")
+    parser.add_argument("--scale", choices=("demo",), help="a few steps of each row on demo data, on any machine")
+    parser.add_argument("--max-steps", type=positive, metavar="N", help="stop each row after N optimizer steps")
+    parser.add_argument("--dry-run", action="store_true", help="print the commands and stop")
+    parser.add_argument("--table", action="store_true", help="print the table and stop")
+    parser.add_argument("--csv", action="store_true", help="the table as CSV (default: Markdown)")
+    options, overrides = parse(parser, arguments)
+    if not options.files:
+        raise ConfigError("cmtrain sweep: of which files? e.g. cmtrain sweep configs/seed --data.root /data/imagenet")
+    rows = sweep.read_rows(
+        options.files, overrides, select=options.rows, scale=options.scale, max_steps=options.max_steps
+    )
+    if options.dry_run:
+        sys.stdout.write(sweep.commands(rows, options.jobs, options.sbatch))
+        return EXIT_DONE
+    code = EXIT_DONE
+    if not (options.table or options.csv):
+        code = sweep.submit(rows, options.sbatch) if options.jobs == "slurm" else sweep.run_here(rows)
+    sys.stdout.write(sweep.table(rows, as_csv=options.csv))
+    return code
+
+
 def _status(arguments: list[str]) -> int:
     parser = make_parser("status", "Print how a run stands.")
     parser.add_argument("run", metavar="RUN", help="run folder, such as runs/demo, or the name of one below runs")
@@ -247,6 +276,7 @@ _VERBS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "doctor": _doctor,
     "demo": _demo,
+    "sweep": _sweep,
     "status": _status,
     "watch": _watch,
     "report": _report,

@@ -90,6 +90,9 @@ class Model(_Section):
         default=None, description="one bias table for a stage or for every block; null: the variant's own"
     )
     absolute_position: bool = Field(default=False, description="add a learned position embedding (the seed's ape)")
+    absolute_position_px: int | None = Field(
+        default=None, ge=4, multiple_of=4, description="image side that its table is made for; null: data.image_px"
+    )
     qkv_bias: bool = Field(default=True, description="bias in the query, key and value projections")
     drop_rate: FractionBelowOne = Field(default=0.0, description="dropout probability before the classifier")
     attn_drop_rate: FractionBelowOne = Field(default=0.0, description="dropout probability of attention weights")
@@ -264,7 +267,8 @@ class Metrics(_Section):
 class Expect(_Section):
     top1: Fraction | None = Field(default=None, description="accuracy that the run should reach, 0..1")
     tolerance: Fraction = Field(default=0.01, description="how far below top1 still counts as reached")
-    source: Text | None = Field(default=None, description="where top1 comes from")
+    diverges: bool = Field(default=False, description="the source reports that its own run did not converge")
+    source: Text | None = Field(default=None, description="where that comes from")
     enforce: bool = Field(default=False, description="end with exit code 5 where top1 is not reached")
 
 
@@ -316,6 +320,12 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[..., bool], str], ...] = (
         "{} needs {} to be greater than 0",
     ),
     (("expect.enforce", "expect.top1"), lambda enforce, top1: top1 is not None or not enforce, "{} needs {} to be set"),
+    (("expect.diverges", "expect.top1"), lambda diverges, top1: top1 is None or not diverges, "{} contradicts {}"),
+    (
+        ("model.absolute_position_px", "model.absolute_position"),
+        lambda px, is_there: px is None or is_there,
+        "{} needs {} to be true",
+    ),
 )
 
 
@@ -326,6 +336,24 @@ def contradictions(values: Mapping[str, Any]) -> list[tuple[tuple[str, ...], str
         if all(key in values for key in keys) and not holds(*(values[key] for key in keys)):
             found.append((keys, message.format(*(f"{key} ({emit(values[key])})" for key in keys))))
     return found
+
+
+# What may differ between the run that wrote a checkpoint and the run that goes on from it without changing what is
+# learned. (train.max_batch_per_gpu may, because another number of GPUs is allowed to need another accumulation.)
+FREE_SECTIONS = ("guard", "checkpoint", "evaluate", "metrics", "expect")
+FREE_KEYS = (
+    "run.name", "run.dir", "data.root", "data.decode", "data.hw_decoder_load", "data.threads", "data.prefetch_batches",
+    "data.cache_dir", "data.max_bad_fraction", "train.max_batch_per_gpu", "train.log_every_steps",
+    "train.step_timeout_seconds", "train.collective_timeout_seconds",
+)  # fmt: skip
+
+
+def recipe(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What a run learns from and how, by dotted key: a dumped Config without what may differ when it goes on."""
+    values = {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
+    return {
+        key: value for key, value in values.items() if key.split(".")[0] not in FREE_SECTIONS and key not in FREE_KEYS
+    }
 
 
 def to_yaml(config: Config, comments: Mapping[str, str] | None = None) -> str:

@@ -82,14 +82,36 @@ def find_config(path: str | Path) -> Path:
     """
     if os.path.exists(path):
         return Path(path)
-    package = Path(__file__).resolve().parent
-    # In a wheel they lie inside the package, in a checkout beside it.
-    folder = package / "_configs" if (package / "_configs").is_dir() else package.parent / "configs"
-    packaged = {f"configs/{file.relative_to(folder)}": file for file in sorted(folder.rglob("*.yaml"))}
+    packaged = _packaged()
     for name in (f"{Path(path)}", f"configs/{Path(path)}"):
         if name in packaged:
             return packaged[name]
     raise ConfigError(f"{show(str(path))}: no such file{_did_you_mean(str(path), packaged)}")
+
+
+def find_configs(path: str | Path) -> list[Path]:
+    """The file `path`, or all files in the folder `path` by name; either may be one that ships with the program.
+
+    `base.yaml` is left out of a folder: it is what the other files extend.
+
+    Raises:
+        ConfigError: there is neither.
+    """
+    if os.path.isdir(path):
+        found = sorted(Path(path).glob("*.yaml"))
+    else:
+        folders = (f"{Path(path)}", f"configs/{Path(path)}")
+        found = [file for name, file in _packaged().items() if os.path.dirname(name) in folders]
+    rows = [file for file in found if file.name != "base.yaml"]
+    return rows or [find_config(path)]
+
+
+def _packaged() -> dict[str, Path]:
+    """Configurations that ship with the program: "configs/demo.yaml" -> where it is."""
+    package = Path(__file__).resolve().parent
+    # In a wheel they lie inside the package, in a checkout beside it.
+    folder = package / "_configs" if (package / "_configs").is_dir() else package.parent / "configs"
+    return {f"configs/{file.relative_to(folder)}": file for file in sorted(folder.rglob("*.yaml"))}
 
 
 def _run_name(path: Path) -> str:

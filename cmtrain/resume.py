@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cmtrain.checkpoint import Loaded, checkpoint_steps, load_checkpoint, load_newest
-from cmtrain.config import Config
+from cmtrain.config import Config, recipe
 from cmtrain.errors import ConfigError
 from cmtrain.failure import settle
 from cmtrain.learner import Learner
@@ -16,15 +16,6 @@ from cmtrain.metrics import StepReport
 from cmtrain.run_lock import RunLock
 from cmtrain.state_file import CheckpointError
 from pipelines.spec import DataError
-
-# What may differ between the run that wrote a checkpoint and the run that goes on from it without changing what is
-# learned. (train.max_batch_per_gpu may, because another number of GPUs is allowed to need another accumulation.)
-FREE_SECTIONS = ("guard", "checkpoint", "evaluate", "metrics", "expect")
-FREE_KEYS = (
-    "run.name", "run.dir", "data.root", "data.decode", "data.hw_decoder_load", "data.threads", "data.prefetch_batches",
-    "data.cache_dir", "data.max_bad_fraction", "train.max_batch_per_gpu", "train.log_every_steps",
-    "train.step_timeout_seconds", "train.collective_timeout_seconds",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -132,7 +123,7 @@ def recipe_changes(loaded: Loaded, config: Config, fingerprint: str) -> list[str
     """
     meta = loaded.meta
     try:
-        old, new = _recipe(meta["config"]), _recipe(config.model_dump(mode="json"))
+        old, new = recipe(meta["config"]), recipe(config.model_dump(mode="json"))
         same_data = meta["fingerprint"] == fingerprint
         StepReport(**meta["report"])
         if not {"best_top1", "best_step"} <= meta.keys() or not loaded.state["progress"]["step"] >= 0:
@@ -184,10 +175,3 @@ def _misfit(learner: Learner, state: dict[str, Any]) -> str | None:
 
 def _shape(value: Any) -> str:
     return str(tuple(value.shape)) if isinstance(value, Tensor) else "missing"
-
-
-def _recipe(config: dict[str, Any]) -> dict[str, Any]:
-    flat = {f"{section}.{key}": value for section, values in config.items() for key, value in values.items()}
-    return {
-        key: value for key, value in flat.items() if key.split(".")[0] not in FREE_SECTIONS and key not in FREE_KEYS
-    }

@@ -99,7 +99,7 @@ def test_demo_and_bench_pass_their_options_on(calls):
     ("arguments", "line"),
     [
         (["tran"], "tran: unknown verb, did you mean train?"),
-        (["x.yaml"], "x.yaml: unknown verb (verbs: train, doctor, demo, status, watch, report, bench, repair-bn, data, config; a configuration file goes after --config)"),
+        (["x.yaml"], "x.yaml: unknown verb (verbs: train, doctor, demo, sweep, status, watch, report, bench, repair-bn, data, config; a configuration file goes after --config)"),
         (["train"], "cmtrain train: --config is missing, e.g. cmtrain train --config configs/demo.yaml"),
         (["--config"], "--config: expected one argument"),
         (["--config", "x.yaml"], "x.yaml: no such file"),

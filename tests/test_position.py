@@ -115,6 +115,18 @@ def test_absolute_positions_resize_as_a_map_and_enlarge_a_ramp_into_a_ramp():
     torch.testing.assert_close(resized[3, inner, 1], (torch.arange(4.0, 12.0) - 0.5) / 2)
 
 
+def test_a_table_of_another_side_is_added_as_the_map_sees_it():
+    position = AbsolutePosition(2, 4, table_side=8)
+    x = torch.randn(3, 2, 4, 4)
+    of_the_map = AbsolutePosition(2, 4)
+    of_the_map.table.data = of_the_map.resized(position.table.data)
+    torch.testing.assert_close(position(x), of_the_map(x))
+    assert not torch.equal(position(x), x)
+    position(x).sum().backward()
+    assert position.table.grad.abs().min() > 0  # every entry of it learns
+    assert position.resized(torch.randn(1, 16, 2)).shape == (1, 64, 2)
+
+
 def test_half_precision_tables_are_resized_in_fp32_and_stay_half():
     grid = torch.randn(3, 8, 8)
     resized = resize_grid(grid.half(), 12)

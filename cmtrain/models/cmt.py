@@ -67,6 +67,8 @@ class CMT(nn.Module):
     attention_bias, attention_bias_scope: which table is added to the scores and whether a stage's blocks share it; None
         is the variant's own (paper: pairwise per stage, seed: relative per block).
     absolute_position: adds a learned vector per pixel before the first stage's blocks (the seed's `ape`).
+    absolute_position_px: image side, a multiple of 4, that its table is made for; None for img_size, another one is
+        resampled.
     drop_rate: dropout before the classifier. attn_drop_rate: dropout of attention weights. proj_drop_rate: dropout
         after the attention's projection and, in the paper's variant only, twice in the FFN.
     drop_path_rate: of the last block, growing linearly from 0 at the first; on both branches of a block (paper) or on
@@ -88,6 +90,7 @@ class CMT(nn.Module):
         attention_bias: AttentionBiasKind | None = None,
         attention_bias_scope: BiasScope | None = None,
         absolute_position: bool = False,
+        absolute_position_px: int | None = None,
         qkv_bias: bool = True,
         drop_rate: float = 0.0,
         attn_drop_rate: float = 0.0,
@@ -133,7 +136,8 @@ class CMT(nn.Module):
                 )
                 for _ in range(depth)
             ]
-            absolute = AbsolutePosition(dim, side) if absolute_position and i == 0 else None
+            table_side = absolute_position_px // 4 if absolute_position_px else side
+            absolute = AbsolutePosition(dim, side, table_side) if absolute_position and i == 0 else None
             stage_bias = make_bias() if bias_scope == "stage" else None
             self.stages.append(Stage(in_channels, dim, seed=seed, absolute=absolute, bias=stage_bias, blocks=blocks))
             in_channels = dim

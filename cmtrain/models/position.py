@@ -169,17 +169,20 @@ class SeedRelativeBias(nn.Module):
 
 
 class AbsolutePosition(nn.Module):
-    """One learned vector per pixel, added to the map (the seed's absolute embedding, its initialisation)."""
+    """One learned vector per pixel, added to the map (the seed's absolute embedding, its initialisation).
 
-    def __init__(self, dim: int, side: int):
+    A table of another side than the map's is resampled to it in every forward pass.
+    """
+
+    def __init__(self, dim: int, side: int, table_side: int | None = None):
         super().__init__()
-        self.side = side
-        self.table = nn.Parameter(torch.empty(1, side**2, dim))
+        self.side, self.table_side = side, table_side or side
+        self.table = nn.Parameter(torch.empty(1, self.table_side**2, dim))
         nn.init.trunc_normal_(self.table, std=0.2)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, H, W)
-        embedding = self.table.unflatten(1, (self.side, self.side)).permute(0, 3, 1, 2)  # (1, C, H, W)
-        return x + embedding.to(x.dtype)
+        embedding = self.table.unflatten(1, (self.table_side, self.table_side)).permute(0, 3, 1, 2)
+        return x + resize_grid(embedding, self.side).to(x.dtype)  # (1, C, H, W)
 
     def resized(self, table: Tensor) -> Tensor:
         """Table of another image size at this one's. Raises ValueError when it is no table of this kind."""
@@ -187,7 +190,7 @@ class AbsolutePosition(nn.Module):
         if side is None or table.shape[::2] != self.table.shape[::2]:
             raise _refuse(table, self.table)
         planes = table.mT.unflatten(2, (side, side))  # (1, C, m, m)
-        return resize_grid(planes, self.side).flatten(2).mT
+        return resize_grid(planes, self.table_side).flatten(2).mT
 
 
 POSITION_MODULES = (PairwiseBias, RelativeBias, SeedPairwiseBias, SeedRelativeBias, AbsolutePosition)
