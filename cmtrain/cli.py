@@ -10,6 +10,7 @@ from cmtrain import __version__, sweep
 from cmtrain.arguments import count, did_you_mean, load, make_parser, parse, parse_alone, positive
 from cmtrain.cli_data import data
 from cmtrain.config import Config, config_schema, to_yaml
+from cmtrain.config_reference import config_reference
 from cmtrain.errors import EXIT_CONFIG, EXIT_DATA, EXIT_DONE, EXIT_INTERRUPTED, ConfigError
 from cmtrain.parent import run_ranks, visible_gpus
 from cmtrain.rank import PARENT, hold_back, is_first_rank, is_started_by_launcher, run_as_rank
@@ -38,7 +39,8 @@ verbs:
   data preview   draw augmented training images as a grid
   data stats     count and measure the images of a configuration
   config show    print the resolved configuration and where each value comes from
-  config schema  print the JSON schema of configuration files: every key, its unit, range and default
+  config schema  print the JSON schema of configuration files: every key, its unit, range and default; `config
+                 reference` prints the same for people
 
 main options (cmtrain VERB --help lists those of a verb):
   --config FILE         configuration file, or one that ships with cmtrain, such as configs/full_in1k.yaml
@@ -262,8 +264,11 @@ def _config(arguments: list[str]) -> int:
     if what == "schema" and not arguments:
         sys.stdout.write(json.dumps(config_schema(), indent=2) + "\n")
         return EXIT_DONE
+    if what == "reference" and not arguments:
+        sys.stdout.write(config_reference())
+        return EXIT_DONE
     if what != "show":
-        raise ConfigError("cmtrain config: must be `cmtrain config show --config FILE` or `cmtrain config schema`")
+        raise ConfigError("cmtrain config: must be `config show --config FILE`, `config schema` or `config reference`")
     parser = make_parser("config show", "Print the resolved configuration and where each value comes from.")
     parser.add_argument("--config", metavar="FILE", help="configuration file, or one that ships with cmtrain")
     options, overrides = parse(parser, arguments)

@@ -316,7 +316,7 @@ def _wrong_value(name: str, error: ErrorDetails, value: Any) -> str:
     section, key = name.split(".")
     model: Any = Config.model_fields[section].annotation
     schema = config_schema()["$defs"][model.__name__]["properties"][key]
-    message = f"must be {_words(schema)}, got {show(value)}"
+    message = f"must be {describe_values(schema)}, got {show(value)}"
     if error["type"] == "literal_error" and isinstance(value, str):
         choices = [choice for option in [schema, *schema.get("anyOf", [])] for choice in option.get("enum", [])]
         return message + _did_you_mean(value, choices)
@@ -339,17 +339,17 @@ _LIMITS = {
 }
 
 
-def _words(schema: Mapping[str, Any]) -> str:
+def describe_values(schema: Mapping[str, Any]) -> str:
     """A field's JSON schema in words: "a number > 0 and <= 1 or null"."""
     if "anyOf" in schema:
-        return " or ".join(_words(option) for option in schema["anyOf"])
+        return " or ".join(describe_values(option) for option in schema["anyOf"])
     if "enum" in schema:
         return "one of " + ", ".join(schema["enum"])
     if "prefixItems" in schema:
-        items = [_words(item) for item in schema["prefixItems"]]
+        items = [describe_values(item) for item in schema["prefixItems"]]
         return f"a list of {len(items)} values, [{', '.join(items)}]"
     if "items" in schema:
-        return f"a list of values, each {_words(schema['items'])}"
+        return f"a list of values, each {describe_values(schema['items'])}"
     if "pattern" in schema:
         return f"text that matches {schema['pattern']}"
     stated = " and ".join(f"{sign} {emit(schema[limit])}" for limit, sign in _LIMITS.items() if limit in schema)

@@ -108,7 +108,7 @@ def test_demo_and_bench_pass_their_options_on(calls):
         (["--config", "configs/demo.yaml", "--lr", "1"], "--lr: unknown option, did you mean --optim.lr?"),
         (["--config", "configs/demo.yaml", "--train.compile"], "--train.compile: needs a value"),
         (["--config", "configs/demo.yaml", "more"], "cmtrain train: unexpected argument more"),
-        (["config"], "cmtrain config: must be `cmtrain config show --config FILE` or `cmtrain config schema`"),
+        (["config"], "cmtrain config: must be `config show --config FILE`, `config schema` or `config reference`"),
         (["config", "show"], "cmtrain config show: --config is missing, e.g. cmtrain config show --config configs/demo.yaml"),
     ],
 )  # fmt: skip

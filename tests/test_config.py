@@ -12,6 +12,7 @@ import pytest
 
 from cmtrain.config import Config, config_schema, contradictions, flat, to_yaml
 from cmtrain.config_file import MAX_MISTAKES_SHOWN, find_config, load_config
+from cmtrain.config_reference import config_reference
 from cmtrain.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
@@ -386,3 +387,9 @@ def test_reading_a_configuration_loads_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_the_reference_in_the_documentation_is_the_schema_of_today():
+    """After a change: cmtrain config reference > docs/configuration.md"""
+    assert (ROOT / "docs" / "configuration.md").read_text() == config_reference()
+    assert all(f"| `{key}` |" in config_reference() for key, _ in flat(load_config("configs/demo.yaml").config))
