@@ -370,5 +370,8 @@ def to_yaml(config: Config, comments: Mapping[str, str] | None = None) -> str:
 def config_schema() -> dict[str, Any]:
     """JSON schema of a configuration file, for editors."""
     schema = Config.model_json_schema()
-    schema["properties"]["extends"] = {"type": "string", "description": "file to start from, relative to this one"}
+    schema["properties"]["extends"] = {
+        "type": "string",
+        "description": "file to start from: relative to this one, or one that ships with cmtrain",
+    }
     return schema

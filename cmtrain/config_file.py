@@ -171,6 +171,8 @@ class _Draft:
             )
         path = Path(os.path.normpath(folder / name))
         if not path.is_file():
+            path = _packaged().get(name, path)
+        if not path.is_file():
             return self._cannot_read(place, f"extends: no such file: {path}")
         self.file_names.append(_printable(path))
         base = self._read(_EXTENDED_FILE, path)

@@ -12,9 +12,11 @@ from cmtrain.strict_yaml import emit
 HEAD = """\
 # Configuration
 
-A configuration file is YAML: sections with keys. Values are strict: `"512"` is no number, `yes` is not `true`; `6e-3` is a number.
-`extends: other.yaml` starts from another file, relative to this one. Precedence: command line (`--section.key value`) > the file > the file that it extends > default.
-`cmtrain config show --config FILE` prints every value and where it comes from, `cmtrain config schema` a JSON schema for editors. This page is what `cmtrain config reference` prints.
+A configuration file is YAML: sections with keys. Values are strict: `"512"` is no number, `yes` is not `true`; `6e-3`
+is a number. `extends: other.yaml` starts from another file: relative to this one, or one that ships with cmtrain, such
+as `configs/full_in1k.yaml`. Precedence: command line (`--section.key value`) > the file > the file that it extends >
+default. `cmtrain config show --config FILE` prints every value and where it comes from, `cmtrain config schema` a JSON
+schema for editors. This page is what `cmtrain config reference` prints.
 """
 
 

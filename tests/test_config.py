@@ -325,6 +325,18 @@ def test_precedence_and_origins():
     assert set(origins) == {key for key, _ in flat(config)}
 
 
+def test_a_file_may_extend_one_that_ships(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("extends: configs/full_in1k.yaml\noptim: {lr: 1e-3}\n")
+    resolved = load_config(mine)
+    assert (resolved.config.model.name, resolved.config.optim.lr) == ("cmt_ti", 1e-3)
+    assert resolved.origins["model.name"].endswith("configs/full_in1k.yaml:9")
+    (tmp_path / "configs").mkdir()  # one's own comes first
+    (tmp_path / "configs" / "full_in1k.yaml").write_text((ROOT / "configs" / "demo.yaml").read_text())
+    assert load_config(mine).config.model.name == "cmt_micro"
+
+
 def test_extended_file_is_found_beside_the_file_that_extends_it(tmp_path):
     (tmp_path / "a" / "b").mkdir(parents=True)
     write(GOOD, "a/base.yaml")

@@ -1,9 +1,9 @@
 """Draws docs/nan.svg: the failure that stopped the seed's SGD run, with and without the guard.
 
-    python docs/nan_figure.py       # on a CPU, a minute
+    python benchmarks/nan_figure.py       # on a CPU, a minute
 
-Three runs of cmt_micro on the demo's digits in fp16 (rounded as a GPU does it, by tests/half.py): SGD at a sane learning
-rate; at the seed's 1.6, without warm-up; and that without the guard.
+Three runs of cmt_micro on the demo's digits in fp16 (rounded as a GPU does it, by tests/half.py): SGD at a sane
+learning rate; at the seed's 1.6, without warm-up; and that without the guard.
 """
 
 import csv
