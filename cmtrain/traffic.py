@@ -1,0 +1,134 @@
+"""How many bytes a forward and a backward pass move, and in how many kernels: figures that need no GPU and never vary.
+
+CMT is bound by memory traffic, not by arithmetic (docs/performance.md), so bytes are what a change to the model has to
+answer for. The passes run on fake tensors, which have shapes, strides and dtypes but no memory, and every operation is
+charged what it reads and writes.
+"""
+
+import collections
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+NO_KERNEL = {"_unsafe_view", "detach", "alias", "lift_fresh"}
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What one pass over a batch moves, per image. Operations that only make a view, or allocate, are no kernels."""
+
+    forward_bytes: float
+    backward_bytes: float
+    forward_kernels: int
+    backward_kernels: int
+    bytes_by_op: dict[str, float]  # both passes, the largest first
+
+    @property
+    def total_bytes(self) -> float:
+        return self.forward_bytes + self.backward_bytes
+
+    @property
+    def num_kernels(self) -> int:
+        return self.forward_kernels + self.backward_kernels
+
+
+def count(model: nn.Module, *, image_px: int, batch: int = 64, dtype: torch.dtype = torch.float16) -> Traffic:
+    """Traffic of `model` on CUDA under autocast to `dtype` (none for float32).
+
+    Of forward and backward for a model in train(), of inference for one in eval(). Optimizer, augmentation and loss are left out; so is what a cache saves, and what a kernel re-reads because of it.
+    The model is left as it is and may be on any device, "meta" included.
+    """
+    counter = _Counter()
+    with FakeTensorMode():
+        tensors = {name: _fake(parameter).requires_grad_() for name, parameter in model.named_parameters()}
+        tensors |= {name: _fake(buffer) for name, buffer in model.named_buffers()}
+        images = torch.empty(batch, 3, image_px, image_px, dtype=dtype).to(memory_format=torch.channels_last)
+        with counter, _Cuda(), torch.set_grad_enabled(model.training):
+            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                logits = torch.func.functional_call(model, tensors, (images,))
+            forward_bytes, forward_kernels = counter.bytes.total(), counter.kernels
+            if model.training:
+                logits.backward(torch.empty_like(logits))
+    return Traffic(
+        forward_bytes=forward_bytes / batch,
+        backward_bytes=(counter.bytes.total() - forward_bytes) / batch,
+        forward_kernels=forward_kernels,
+        backward_kernels=counter.kernels - forward_kernels,
+        bytes_by_op={name: amount / batch for name, amount in counter.bytes.most_common()},
+    )
+
+
+def _fake(tensor: Tensor) -> Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+
+
+def _bytes(tree: Any) -> int:
+    return sum(_bytes_of(leaf) for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+
+
+def _bytes_of(tensor: Tensor) -> int:
+    # What was expanded is read from a cache.
+    sides = [side for side, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride]
+    return math.prod(sides) * tensor.element_size()
+
+
+class _Counter(TorchDispatchMode):
+    """Charges every kernel what it is given and what it gives, and some for reading their input more than once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: collections.Counter[str] = collections.Counter()
+        self.kernels = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func._overloadpacket.__name__
+        if func.is_view or func.namespace == "prim" or name in NO_KERNEL or "empty" in name:
+            return out
+        amount = _bytes(args) + _bytes(kwargs) + _bytes(out)
+        if name == "native_batch_norm":  # statistics first, then again to normalise
+            amount += _bytes(args[0])
+        elif name == "native_batch_norm_backward":  # likewise, of gradient and input
+            amount += _bytes(args[:2])
+        elif name == "convolution_backward":  # the gradients of input, weight and bias are three kernels
+            amount += _bytes(args[0]) * (sum(args[-1]) - 1)
+        self.bytes[name] += amount
+        self.kernels += 1
+        return out
+
+
+class _Cuda(TorchFunctionMode):
+    """Fake tensors of the CPU answer as those of CUDA would; a fake backward on CUDA needs a real device.
+
+    Of the rules that differ between the two autocasts, those for normalisation, softmax and attention concern us.
+    """
+
+    def __torch_function__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.is_cuda.__get__:  # type: ignore[attr-defined]
+            return True
+        if torch.is_autocast_enabled("cpu"):
+            if func in (F.layer_norm, torch.softmax, F.softmax, torch.Tensor.softmax):
+                args = (args[0].float(), *args[1:])
+            if func is F.scaled_dot_product_attention:
+                return _efficient_attention(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _efficient_attention(
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, scale: float | None = None
+) -> Tensor:
+    dtype = torch.get_autocast_dtype("cpu")
+    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    bias = None if attn_mask is None else attn_mask.to(dtype).expand(*q.shape[:3], k.shape[2])
+    attention = torch.ops.aten._scaled_dot_product_efficient_attention
+    return attention(q, k, v, bias, compute_log_sumexp=torch.is_grad_enabled(), dropout_p=dropout_p, scale=scale)[0]
