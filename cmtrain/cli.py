@@ -18,6 +18,8 @@ from cmtrain.run_folder import read_finished
 from cmtrain.schedule import split_batch
 from pipelines.spec import DataError
 
+BENCHMARKS = ("loader", "model", "latency", "guard", "train", "all")
+
 HELP = """\
 usage: cmtrain [train] --config FILE [options] [--SECTION.KEY VALUE ...]
        cmtrain VERB [options] [--SECTION.KEY VALUE ...]
@@ -150,16 +152,24 @@ def _demo(arguments: list[str]) -> int:
 def _bench(arguments: list[str]) -> int:
     parser = make_parser("bench", "Time the loader, the model and training, and name the bottleneck.")
     parser.add_argument("--config", default="configs/demo.yaml", metavar="FILE", help="default: configs/demo.yaml")
-    parser.add_argument(
-        "--what", choices=("loader", "model", "guard", "train", "all"), default="all", help="default: all"
-    )
+    parser.add_argument("--what", choices=BENCHMARKS, default="all", help="default: all")
     parser.add_argument("--steps", type=positive, default=20, metavar="N", help="steps to time of each (default: 20)")
     parser.add_argument(
-        "--rounds", type=positive, default=5, metavar="N", help="turns of each side (with --what loader, guard)"
+        "--rounds", type=positive, default=5, metavar="N", help="turns of each side (default: 5; not with train, all)"
     )
     parser.add_argument("--packed", metavar="DIR", help="packed copy of the data to time, too (with --what loader)")
+    parser.add_argument(
+        "--beside",
+        default="resnet50,efficientnet_b0",
+        metavar="NAMES",
+        help="timm models to time, too (model, latency)",
+    )
+    parser.add_argument("--compare", metavar="FILE", help="JSON of an earlier run to compare rates with")
+    parser.add_argument("--fail-below", type=float, metavar="X", help="exit code 5 where a rate is below X times that")
     parser.add_argument("--json", metavar="FILE", help="write the figures there, too")
     options, overrides = parse(parser, arguments)
+    if options.fail_below is not None and not options.compare:
+        raise ConfigError("--fail-below: needs --compare FILE, the earlier run")
     config = load("bench", options.config, overrides).config
     from cmtrain.bench import bench
 
@@ -169,6 +179,9 @@ def _bench(arguments: list[str]) -> int:
         steps=options.steps,
         rounds=options.rounds,
         packed=options.packed,
+        beside=[name for name in options.beside.split(",") if name],
+        compare=options.compare,
+        fail_below=options.fail_below,
         json_path=options.json,
     )
 

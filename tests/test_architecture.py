@@ -52,7 +52,7 @@ def test_only_entry_points_import_the_training_run():
 
 @pytest.mark.parametrize(("library", "allowed"), [
     ("nvidia.dali", {"pipelines.augment", "pipelines.graphs", "pipelines.stages"}),
-    ("accelerate", {f"cmtrain.{name}" for name in ("build", "doctor", "learner", "repair_bn", "trackers", "train")}),
+    ("accelerate", {f"cmtrain.{name}" for name in ("bench", "bench_models", "build", "doctor", "learner", "repair_bn", "trackers", "train")}),
 ])  # fmt: skip
 def test_libraries_stay_behind_few_modules(library, allowed):
     users = set()

@@ -11,6 +11,7 @@ import sys
 import time
 
 import pytest
+import torch
 from mini import batch, make_learner
 from photographs import write_folder
 
@@ -18,18 +19,25 @@ from cmtrain.bench import bench, verdict
 from cmtrain.bench_contestants import Contestant, _cpu_seconds, serve
 from cmtrain.bench_guard import WARMUP_STEPS, time_guard
 from cmtrain.bench_loader import bench_loader, summarise
+from cmtrain.bench_models import Contender, _figures, race
 from cmtrain.config_file import load_config
 from pipelines.dataset import Manifest
-from pipelines.spec import AugmentSpec
+from pipelines.spec import AugmentSpec, DataError
 
 
 @pytest.mark.parametrize(
-    ("loader", "model", "expected"),
-    [(900, 1000, "bound by the loader"), (1100, 1000, "balanced"), (2000, 1000, "bound by the model")],
-)
-def test_the_slower_of_loader_and_model_sets_the_pace(loader, model, expected):
-    figures = {"loader": {"images_per_second": loader}, "model": {"images_per_second": model}}
-    assert verdict(figures).startswith(expected)
+    ("loader", "host", "copy", "matrix", "expected"),
+    [
+        (900, 0.2, 60, 5, "bound by decode: the loader feeds 90% of what the model takes"),
+        (1100, 0.2, 60, 5, "bound by memory: 60 % of a copy's bandwidth, counted as if nothing were fused; the loader "
+         "feeds 110% of what the model takes, which leaves little for jitter"),
+        (2000, 0.95, 60, 5, "bound by host: it needs 95% of a step to queue the step; the loader feeds 200%"),
+        (2000, 0.2, 20, 45, "bound by compute: 45 % of a matrix product's rate; the loader feeds 200%"),
+    ],
+)  # fmt: skip
+def test_the_verdict_names_what_a_run_is_bound_by(loader, host, copy, matrix, expected):
+    model = {"images_per_second": 1000, "host_share": host, "percent_of_copy": copy, "percent_of_matrix": matrix}
+    assert verdict({"loader": {"images_per_second": loader}, "model": model}).startswith(expected)
 
 
 def test_a_ratio_compares_what_ran_in_the_same_round():
@@ -141,3 +149,83 @@ def test_the_guard_is_timed_with_the_recipe_of_a_configuration(root, tmp_path, c
     report = json.loads(capsys.readouterr().out)
     assert list(report["figures"]) == ["without", "with", "alone", "log point"]
     assert report["verdict"].startswith("guard, spike detection and metrics add ")
+
+
+# --- models beside models, ceilings, comparison ---
+
+
+def small(root, tmp_path, **more):
+    overrides = {
+        "data.root": str(root), "data.cache_dir": str(tmp_path), "data.threads": "1", "train.global_batch_size": "8",
+    }  # fmt: skip
+    return load_config("configs/demo.yaml", list((overrides | more).items())).config
+
+
+def test_models_take_turns_through_the_same_step(root, tmp_path, capsys):
+    config = small(root, tmp_path)
+    assert bench("model", config, steps=2, rounds=2, beside=["resnet18", "cmt_micro"], json_path=None) == 0
+    report = json.loads(capsys.readouterr().out)
+    rows = report["figures"]
+    assert list(rows) == ["cmt_micro train", "resnet18 train", "cmt_micro infer", "resnet18 infer", "machine"]
+    for name in list(rows)[:4]:
+        assert rows[name]["ms_p50"] <= rows[name]["ms_p95"]
+        assert 0 < rows[name]["percent_of_copy"] < 200
+        assert 0 < rows[name]["percent_of_matrix"] < 200
+    assert rows["resnet18 train"]["first_is_times"] > 1  # 10 times the arithmetic
+    assert "first_is_times" not in rows["cmt_micro train"]
+    # A step moves about three times what a forward pass moves.
+    assert 2 < rows["resnet18 train"]["mb_per_image"] / rows["resnet18 infer"]["mb_per_image"] < 4
+
+
+def test_a_race_alternates_and_its_ratio_is_that_of_a_round():
+    order = []
+
+    def work(name, seconds):
+        def run():
+            order.append(name)
+            time.sleep(seconds)
+
+        return run
+
+    contenders = [Contender("a", 4, work("a", 0.001)), Contender("b", 4, work("b", 0.004))]
+    race(contenders, torch.device("cpu"), steps=1, rounds=2)
+    assert order == ["a"] * 4 + ["b"] * 4 + ["b", "a", "a", "b"]
+    contenders[0].seconds, contenders[1].seconds = [[0.1, 0.1], [0.4, 0.4]], [[0.3, 0.3], [1.2, 1.2]]
+    slow = _figures(contenders[1], contenders[0])
+    assert slow["first_is_times"] == pytest.approx(3)
+    assert slow["images_per_second"] == pytest.approx((8 / 0.6 + 8 / 2.4) / 2)
+
+
+def test_latency_is_of_one_image(root, tmp_path, capsys):
+    assert bench("latency", small(root, tmp_path), steps=2, rounds=2, beside=["resnet18"], json_path=None) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["batch"] == 1
+    assert list(report["figures"]) == ["cmt_micro", "resnet18"]
+
+
+def test_all_names_what_a_run_is_bound_by(root, tmp_path, capsys):
+    assert bench("all", small(root, tmp_path), steps=2, json_path=None) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert list(report["figures"]) == ["loader", "model", "train"]
+    assert report["verdict"].startswith("bound by ")
+    assert report["figures"]["model"]["mb_per_image"] > 1
+
+
+def test_a_comparison_is_of_the_same_work_and_fails_below_its_ratio(root, tmp_path, capsys):
+    config, path = small(root, tmp_path), tmp_path / "earlier.json"
+    assert bench("train", config, steps=1, json_path=str(path)) == 0
+    earlier = json.loads(path.read_text())
+    for rate, code in ((1e-3, 0), (1e9, 5)):
+        earlier["figures"]["train"]["images_per_second"] = rate
+        path.write_text(json.dumps(earlier))
+        capsys.readouterr()
+        assert bench("train", config, steps=1, json_path=None, compare=str(path), fail_below=0.97) == code
+        out, err = capsys.readouterr()
+        assert json.loads(out)["figures"]["train"]["times_earlier"] > 0
+        assert ("less than 0.97" in err) == (code == 5)
+    path.write_text(json.dumps(earlier | {"image_px": 224}))
+    with pytest.raises(DataError, match="of another benchmark: image_px 224 -> 32"):
+        bench("train", config, steps=1, json_path=None, compare=str(path))
+    path.write_text("[]")
+    with pytest.raises(DataError, match=r"earlier\.json: no report of cmtrain bench"):
+        bench("train", config, steps=1, json_path=None, compare=str(path))

@@ -92,7 +92,19 @@ def test_demo_and_bench_pass_their_options_on(calls):
     assert main(["bench", "--what", "loader", "--steps", "7", "--json", "f.json", "--data.threads", "2"]) == 4
     assert calls[0] == ("demo", (True, [("schedule.epochs", "3")]), {})
     config = load_config("configs/demo.yaml", [("data.threads", "2")]).config
-    assert calls[1] == ("bench", ("loader", config), {"steps": 7, "rounds": 5, "packed": None, "json_path": "f.json"})
+    assert calls[1] == (
+        "bench",
+        ("loader", config),
+        {
+            "steps": 7,
+            "rounds": 5,
+            "packed": None,
+            "beside": ["resnet50", "efficientnet_b0"],
+            "compare": None,
+            "fail_below": None,
+            "json_path": "f.json",
+        },
+    )
 
 
 @pytest.mark.parametrize(
