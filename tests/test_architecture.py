@@ -50,9 +50,12 @@ def test_only_entry_points_import_the_training_run():
     assert {name for name, imported in GRAPH.items() if "cmtrain.train" in imported} == {"cmtrain.cli", "cmtrain.demo"}
 
 
+ACCELERATES = ("bench", "bench_models", "build", "doctor", "learner", "repair_bn", "trackers", "train")
+
+
 @pytest.mark.parametrize(("library", "allowed"), [
     ("nvidia.dali", {"pipelines.augment", "pipelines.graphs", "pipelines.stages"}),
-    ("accelerate", {f"cmtrain.{name}" for name in ("bench", "bench_models", "build", "doctor", "learner", "repair_bn", "trackers", "train")}),
+    ("accelerate", {f"cmtrain.{name}" for name in ACCELERATES}),
 ])  # fmt: skip
 def test_libraries_stay_behind_few_modules(library, allowed):
     users = set()
