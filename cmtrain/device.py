@@ -39,7 +39,9 @@ def training_flops_per_image(model: nn.Module, image_px: int) -> int:
     image = torch.zeros(1, 3, image_px, image_px, device=parameter.device, dtype=parameter.dtype)
     was_training = model.training
     model.eval()
+    # Detached: the counter wants to follow what requires a gradient, which a view of a parameter cannot offer here.
+    detached = {name: value.detach() for name, value in model.named_parameters()}
     with FlopCounterMode(display=False) as counter:
-        model(image)
+        torch.func.functional_call(model, detached, (image,))
     model.train(was_training)
     return 3 * counter.get_total_flops()

@@ -104,6 +104,16 @@ def test_steps_that_nobody_asks_about_are_forgotten(gpu_phases):
     assert len(gpu_phases.take()) == MAX_PENDING_STEPS
 
 
+@pytest.mark.parametrize("variant", ["paper", "seed"])
+@pytest.mark.parametrize("bias", ["none", "relative", "pairwise"])
+@pytest.mark.parametrize("absolute", [False, True])
+def test_flops_of_every_kind_of_position(variant, bias, absolute):
+    options = {"variant": variant, "attention_bias": bias, "absolute_position": absolute}
+    model = timm.create_model("cmt_micro", num_classes=4, **options)
+    assert training_flops_per_image(model, 32) == training_flops_per_image(timm.create_model(
+        "cmt_micro", num_classes=4, variant=variant, attention_bias="none"), 32)  # fmt: skip
+
+
 def test_flops_are_three_forward_passes_and_counting_changes_nothing():
     torch.manual_seed(0)
     model = timm.create_model("cmt_micro", num_classes=4, img_size=32, drop_rate=0.5)
