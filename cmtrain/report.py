@@ -5,31 +5,29 @@ page is templates/report.html, its charts are charts.py's. Needs no torch.
 """
 
 import base64
-import hashlib
 import io
 import itertools
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
 from cmtrain import __version__
-from cmtrain.axes import Scale, short
-from cmtrain.charts import Chart, Mark, Series, line_chart
+from cmtrain.axes import short
 from cmtrain.config import Config
 from cmtrain.console import duration
+from cmtrain.page_templates import join_scripts, make_templates
+from cmtrain.report_charts import Run, large_charts, small_charts, x_high
 from cmtrain.report_classes import class_section
-from cmtrain.report_events import event_lanes, event_rows, hairlines, utc
+from cmtrain.report_events import event_lanes, event_rows, utc
 from cmtrain.report_headline import environment_of, figures, number, summary
 from cmtrain.run_folder import REPORT_NAME
-from cmtrain.run_record import Columns, RunRecord, last, read_run
-from cmtrain.run_times import Times, measure_times
+from cmtrain.run_record import Columns, RunRecord, read_run
+from cmtrain.run_times import measure_times
 from cmtrain.strict_yaml import emit
 
 NUM_COLORS = 8  # that many lines can be told apart by colour; letters tell the others
@@ -38,32 +36,7 @@ SAMPLE_PX = 1024
 SILENT_SECONDS = 600  # a run that says it runs and has not written for so long probably does not
 NUM_TABLE_ROWS = 25
 
-# (column of the log, title, scale, options); a column that is not there or always 1 has no chart.
-LOG_CHARTS: tuple[tuple[str, str, Scale, dict[str, Any]], ...] = (
-    ("lr", "Learning rate", "linear", {"zero": True}),
-    ("grad_norm", "Gradient norm", "auto", {}),
-    ("loss_scale", "Loss scale", "log2", {}),
-    ("images_per_second", "Images per second", "linear", {"zero": True}),
-    ("data_wait_ratio", "Time waiting for data", "linear", {"zero": True, "percent": True}),
-)
 TONES = {"finished": "good", "running": "info", "preempted": "warn", "diverged": "bad", "failed": "bad"}
-
-
-@dataclass(frozen=True)
-class Run:
-    """A run as the page shows it. `letter`, `color`: of its lines, where there are several runs."""
-
-    record: RunRecord
-    times: Times
-    letter: str
-    color: int
-
-    @property
-    def last_step(self) -> float:
-        """The last step that is known to be done."""
-        record = self.record
-        steps = last(record.log, "step"), last(record.evaluations, "step"), number(record.status.get("step"))
-        return max(0.0, *(step for step in steps if step is not None))
 
 
 def report(paths: Sequence[str], out: str | None) -> int:
@@ -98,29 +71,18 @@ def write_report(folders: Sequence[Path], target: Path) -> None:
 def render(records: Sequence[RunRecord]) -> str:
     """The page. Jinja escapes whatever comes from a run folder; only charts.py's output is taken as it is."""
     runs = [
-        Run(record, measure_times(record), letter=_letter(index) if len(records) > 1 else "", color=index % NUM_COLORS)
+        Run(record, letter=_letter(index) if len(records) > 1 else "", color=index % NUM_COLORS)
         for index, record in enumerate(records)
     ]
-    templates = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    templates.filters |= {"short": short, "duration": duration}
+    templates = make_templates()
     pages = [_run_page(run) for run in runs]
-    script = templates.get_template("report.js").render()
-    # Should anything slip through all the same: a browser runs no script but the one with this hash.
-    script_hash = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return templates.get_template("report.html").render(
         title=records[0].name if len(records) == 1 else f"{len(records)} runs",
-        script=script,
-        script_hash=script_hash,
+        **join_scripts(templates, ["curves.js"]),
         version=__version__,
         written=utc(time.time()),
-        large_charts=_large_charts(runs),
-        small_charts=_small_charts(runs),
+        large_charts=large_charts(runs),
+        small_charts=small_charts(runs),
         runs=pages,
         figure_names=list(dict.fromkeys(name for page in pages for name, _, _ in page["figures"])),
         differences=_differences([{key: emit(value) for key, value in run.record.config.items()} for run in runs])
@@ -128,74 +90,11 @@ def render(records: Sequence[RunRecord]) -> str:
     )
 
 
-def _large_charts(runs: Sequence[Run]) -> list[Chart]:
-    """Loss and accuracy, of one run with its events, or of several runs over each other."""
-    expected = number(runs[0].record.config.get("expect.top1")) if len(runs) == 1 else None
-    level = None if expected is None else (expected, f"expected {100 * expected:.4g}%")
-    look: dict[str, Any] = {"x_high": _x_high(runs), "marks": _marks(runs), "height_px": 200}
-    losses, accuracies = _losses(runs), _accuracies(runs)
-    charts = [line_chart("Loss", losses, key="loss", scale="auto", **look)] if losses else []
-    if accuracies:
-        charts.append(line_chart("Top-1 accuracy", accuracies, key="accuracy", percent=True, level=level, **look))
-    return charts
-
-
-def _small_charts(runs: Sequence[Run]) -> list[Chart]:
-    charts = []
-    for column, title, scale, options in LOG_CHARTS:
-        series = _known([_series(run, run.record.log, column, name=run.letter) for run in runs])
-        if any((line.y[np.isfinite(line.y)] != 1).any() for line in series):
-            look: dict[str, Any] = {"x_high": _x_high(runs), "marks": _marks(runs)}
-            charts.append(line_chart(title, series, key=column, scale=scale, **look, **options))
-    return charts
-
-
-def _x_high(runs: Sequence[Run]) -> float:
-    return max(1.0, *(run.last_step for run in runs))
-
-
-def _marks(runs: Sequence[Run]) -> list[Mark]:
-    return hairlines(runs[0].record) if len(runs) == 1 else []
-
-
-def _losses(runs: Sequence[Run]) -> list[Series]:
-    if len(runs) > 1:
-        return _known([_series(run, run.record.log, "loss", name=run.letter) for run in runs])
-    run = runs[0]
-    lines = [_series(run, run.record.log, "loss", name="training")]
-    lines += [_series(run, run.record.evaluations, "eval_loss", name="validation", color=1, dots=True)]
-    lines += [_series(run, run.record.evaluations, "eval_ema_loss", name="validation, EMA", color=2, dots=True)]
-    return _known(lines)
-
-
-def _accuracies(runs: Sequence[Run]) -> list[Series]:
-    lines = []
-    for run in runs:
-        known = run.record.evaluations
-        if len(runs) == 1:
-            lines += [_series(run, known, "eval_top1", name="model", color=1, dots=True)]
-            lines += [_series(run, known, "eval_ema_top1", name="EMA", color=2, dots=True)]
-        else:
-            lines += [_series(run, known, "eval_top1", name=run.letter, dots=True)]
-            lines += [_series(run, known, "eval_ema_top1", name=f"{run.letter} EMA", dashed=True)]
-    return _known(lines)
-
-
-def _known(lines: Sequence[Series]) -> list[Series]:
-    return [line for line in lines if np.isfinite(line.y).any()]
-
-
-def _series(run: Run, columns: Columns, column: str, *, name: str, color: int | None = None, **look: Any) -> Series:
-    y = columns.get(column, np.full(len(columns["step"]), np.nan))
-    label = "" if look.get("dashed") else run.letter
-    return Series(name, columns["step"], y, color=run.color if color is None else color, label=label, **look)
-
-
 def _run_page(run: Run) -> dict[str, Any]:
     """What the page says of one run."""
-    record, status = run.record, run.record.status
+    record, status, times = run.record, run.record.status, measure_times(run.record)
     state = str(status.get("state", "unknown"))
-    silent_seconds = time.time() - run.times.end
+    silent_seconds = time.time() - times.end
     if state == "running" and silent_seconds > SILENT_SECONDS:
         state = "running?"
     exit_code, reason = status.get("exit_code"), status.get("reason")
@@ -210,11 +109,11 @@ def _run_page(run: Run) -> dict[str, Any]:
         "exit_code": exit_code,
         "reason": reason,
         "summary": summary(record),
-        "began": utc(run.times.begin) if run.times.begin else "",
-        "figures": figures(record, run.times, run.last_step),
-        "times": run.times,
+        "began": utc(times.begin) if times.begin else "",
+        "figures": figures(record, times, run.last_step),
+        "times": times,
         "events": event_rows(record),
-        "lanes": event_lanes(record, _x_high([run])),
+        "lanes": event_lanes(record, x_high([run])),
         "steps_per_epoch": _steps_per_epoch(record),
         "evaluations": _table(record.evaluations),
         "log": _table(record.log, leave_out=("time",)),
