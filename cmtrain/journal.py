@@ -74,6 +74,7 @@ class Journal:
         self.writer = CheckpointWriter(path / "checkpoints")
         self.unsaved = ""  # why the state that the run ends with has no checkpoint
         self.device = device
+        self.speed: dict[str, Any] = {}  # at the last log point; the share of waiting is this rank's own
         self.metrics_url: str | None = None
         self.exporter: Exporter | None = None
         self.target: Path | None = None
@@ -91,7 +92,8 @@ class Journal:
     def _serve(self, address: tuple[str, int], stall_seconds: float) -> None:
         """Serve metrics, or say why not: a run does without."""
         try:
-            pages = make_pages(self.metrics, self.folder.snapshot if self.folder else dict, stall_seconds)
+            status = self.folder.snapshot if self.folder else lambda: self.speed
+            pages = make_pages(self.metrics, status, stall_seconds, self.path)
             self.exporter = Exporter(pages, *address)
             self.metrics_url = f"{self.exporter.url}/metrics"
             self.target = write_target(self.path, self.metrics.rank, self.exporter.host, self.exporter.port)
@@ -205,9 +207,9 @@ class Journal:
         self.total_images += self.window_images
         self.total_seconds += self.window_seconds
         self.window_steps, self.window_images, self.window_seconds, self.window_waited = 0, 0, 0.0, 0.0
+        self.speed = speed = {"images_per_second": round(images_per_second, 1), "data_wait_ratio": round(wait_share, 4)}
         if self.folder:
             record = {key: finite(value) for key, value in asdict(report).items()}
-            speed = {"images_per_second": round(images_per_second, 1), "data_wait_ratio": round(wait_share, 4)}
             self.folder.log(record | speed | {"time": time.time()})
             self._track(record | speed, report.step)
             self.folder.status(step=report.step, loss=record["loss"], eta_seconds=round(eta_seconds), **speed)

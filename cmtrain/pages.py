@@ -1,32 +1,44 @@
 """What a rank serves over HTTP, as exporter.Routes: its metrics, its health, and where it stands.
 
+/              the run for people, see live.py
 /metrics       Prometheus' text format, or OpenMetrics for those who ask for it
 /-/healthy     503 when training has finished no step for too long; evaluation and checkpoints may take their time
 /-/ready       503 until the first step of this process is done
-/status.json   rank 0: status.json of the run folder; every rank: what it is doing at this moment, below "now"
+/status.json   rank 0: status.json of the run folder; every rank: its speed, and below "now" what it is doing now
 """
 
 import json
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Metric, generate_latest
 from prometheus_client.openmetrics import exposition as openmetrics
 
 from cmtrain.exporter import TEXT, Page, Route
+from cmtrain.live import LivePage
 from cmtrain.metrics import TrainMetrics
 
 PROMETHEUS_TEXT = "text/plain; version=0.0.4; charset=utf-8"
 MAX_AGE_SECONDS = 1.0
+LINKS = [
+    ("metrics", "for Prometheus"),
+    ("status.json", "for programs"),
+    ("-/healthy", "503 when training stands still"),
+    ("-/ready", "503 until the first step is done"),
+]
 
 
-def make_pages(metrics: TrainMetrics, status: Callable[[], dict[str, Any]], stall_seconds: float) -> dict[str, Route]:
+def make_pages(
+    metrics: TrainMetrics, status: Callable[[], dict[str, Any]], stall_seconds: float, run_path: Path
+) -> dict[str, Route]:
     """The pages by their paths.
 
     Args:
         status: what is known of the run on this rank, as JSON values.
         stall_seconds: how long a step may take before the run counts as stalled.
+        run_path: the run folder.
     """
 
     def now() -> dict[str, Any]:
@@ -52,16 +64,13 @@ def make_pages(metrics: TrainMetrics, status: Callable[[], dict[str, Any]], stal
     def status_json(accept: str) -> Page:
         return Page("application/json", json.dumps(status() | {"now": now()}, indent=1).encode() + b"\n")
 
-    pages: dict[str, Route] = {
+    return {
+        "/": LivePage(metrics, status, now, run_path, LINKS),
         "/metrics": MetricsPage(metrics.registry),
         "/-/healthy": healthy,
         "/-/ready": ready,
         "/status.json": status_json,
     }
-    links = "".join(f'<li><a href="{path}">{path}</a>' for path in pages)
-    title = f"cmtrain: {metrics.run}, rank {metrics.rank}"
-    index = f"<!doctype html><title>{title}</title><h1>{title}</h1><ul>{links}</ul>\n".encode()
-    return {"/": lambda accept: Page("text/html; charset=utf-8", index)} | pages
 
 
 class MetricsPage:

@@ -24,7 +24,7 @@ from cmtrain.page_templates import join_scripts, make_templates
 from cmtrain.report_charts import Run, large_charts, small_charts, x_high
 from cmtrain.report_classes import class_section
 from cmtrain.report_events import event_lanes, event_rows, utc
-from cmtrain.report_headline import environment_of, figures, number, summary
+from cmtrain.report_headline import environment_of, figures, summary
 from cmtrain.run_folder import REPORT_NAME
 from cmtrain.run_record import Columns, RunRecord, read_run
 from cmtrain.run_times import measure_times

@@ -35,7 +35,7 @@ class Run:
         """The last step that is known to be done."""
         record = self.record
         steps = last(record.log, "step"), last(record.evaluations, "step"), number(record.status.get("step"))
-        return max(0.0, *(step for step in steps if step is not None))
+        return max([0.0, *(step for step in steps if step is not None)])
 
 
 def large_charts(runs: Sequence[Run]) -> list[Chart]:

@@ -42,15 +42,17 @@ LANES = {
 HAIRLINES = ("start", "rollback")
 MAX_HAIRLINES = 40
 MAX_ROWS_OF_A_KIND = 15
+MAX_NEWEST = 10
+MAX_NEWEST_OF_A_KIND = 3  # so that what comes often does not hide what is rare
 MAX_ITEMS = 3  # of a list in an event
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table. `after_seconds`: since the run began. `more`: how many of its kind are left out after it."""
+    """A line of the table. `seconds`: since the run began, or from then to now. `more`: how many of its kind follow."""
 
     time: str
-    after_seconds: float
+    seconds: float
     step: int
     kind: str
     glyph: str
@@ -79,21 +81,25 @@ def event_rows(record: RunRecord) -> list[Row]:
         seen[kind] += 1
         if seen[kind] > MAX_ROWS_OF_A_KIND:
             continue
-        name, glyph = KINDS.get(kind, (kind.replace("_", " "), "note"))
         more = total[kind] - seen[kind] if seen[kind] == MAX_ROWS_OF_A_KIND else 0
-        begin = events[0]["time"]
-        rows.append(
-            Row(
-                time=utc(event["time"]),
-                after_seconds=event["time"] - begin,
-                step=round(_step_of(record, event)),
-                kind=name,
-                glyph=glyph,
-                details=_details(event),
-                more=more,
-            )
-        )
+        rows.append(_row(record, event, event["time"] - events[0]["time"], more))
     return rows
+
+
+def newest_rows(record: RunRecord, now: float) -> list[Row]:
+    """The newest events first, routine among them, a few of each kind.
+
+    Args:
+        now: Unix time.
+    """
+    seen: Counter[str] = Counter()
+    rows = []
+    for event in sorted(record.events, key=lambda event: event["time"], reverse=True):
+        kind = event["event"]
+        seen[kind] += 1
+        if kind != "environment" and seen[kind] <= MAX_NEWEST_OF_A_KIND:
+            rows.append(_row(record, event, max(0.0, now - event["time"])))
+    return rows[:MAX_NEWEST]
 
 
 def event_lanes(record: RunRecord, x_high: float) -> list[Lane]:
@@ -119,6 +125,12 @@ def utc(seconds: float) -> str:
         return f"{datetime.datetime.fromtimestamp(seconds, datetime.UTC):%Y-%m-%d %H:%M:%S} UTC"
     except (ValueError, OverflowError, OSError):
         return ""
+
+
+def _row(record: RunRecord, event: dict[str, Any], seconds: float, more: int = 0) -> Row:
+    name, glyph = KINDS.get(event["event"], (event["event"].replace("_", " "), "note"))
+    step = round(_step_of(record, event))
+    return Row(utc(event["time"]), seconds, step, name, glyph, _details(event), more)
 
 
 def _noteworthy(record: RunRecord) -> Iterable[dict[str, Any]]:

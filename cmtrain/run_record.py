@@ -73,11 +73,7 @@ def read_run(path: Path) -> RunRecord:
     if not any((path / name).is_file() for name in RUN_FILES):
         raise DataError(f"{path}: not a run folder: it holds none of {', '.join(RUN_FILES)}")
     damage: list[str] = []
-    events = [
-        event
-        for event in _records(path / "events.jsonl", damage)
-        if isinstance(event.get("event"), str) and is_number(event.get("time"))
-    ]
+    events = [event for event in _records(path / "events.jsonl", damage) if is_event(event)]
     config_text, config = _config(path / "config.yaml", damage)
     class_names, classes = _classes(path / CLASSES_NAME, damage)
     return RunRecord(
@@ -85,8 +81,8 @@ def read_run(path: Path) -> RunRecord:
         status=_status(path, damage),
         config_text=config_text,
         config=config,
-        log=_columns(_records(path / "log.jsonl", damage)),
-        evaluations=_columns(_summary(path / "summary.csv")),
+        log=to_columns(_records(path / "log.jsonl", damage)),
+        evaluations=to_columns(_summary(path / "summary.csv")),
         events=events,
         class_names=class_names,
         classes=classes,
@@ -107,6 +103,11 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**63
 
 
+def is_event(record: Mapping[str, Any]) -> bool:
+    """Whether a record of events.jsonl says what happened, and when."""
+    return isinstance(record.get("event"), str) and is_number(record.get("time"))
+
+
 def _status(path: Path, damage: list[str]) -> dict[str, Any]:
     try:
         status = read_status(path)
@@ -124,7 +125,7 @@ def _records(path: Path, damage: list[str]) -> Iterator[dict[str, Any]]:
     try:
         with open(path, "rb") as file:
             for line in file:
-                record = _parse(line)
+                record = parse_record(line)
                 if record is None:
                     cut += 1
                 else:
@@ -135,7 +136,8 @@ def _records(path: Path, damage: list[str]) -> Iterator[dict[str, Any]]:
         damage.append(f"{path.name}: {cut} damaged line{'s' * (cut > 1)} left out")
 
 
-def _parse(line: bytes) -> dict[str, Any] | None:
+def parse_record(line: bytes) -> dict[str, Any] | None:
+    """The JSON object in a line; None if it holds none."""
     try:
         record = from_json(line)
     except ValueError:
@@ -147,16 +149,24 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     return record if isinstance(record, dict) else None
 
 
-def _summary(path: Path) -> Iterator[dict[str, Any]]:
+def parse_rows(lines: Iterable[str]) -> Iterator[dict[str, float | None]]:
+    """The numbers of summary.csv, by column."""
+    try:
+        for row in csv.DictReader(lines):
+            yield {key: _number(text) for key, text in row.items() if key is not None}
+    except csv.Error:
+        return
+
+
+def _summary(path: Path) -> Iterator[dict[str, float | None]]:
     try:
         with open(path, newline="", errors="replace") as file:
-            for row in csv.DictReader(file):
-                yield {key: _number(text) for key, text in row.items() if key is not None}
-    except (OSError, csv.Error):
+            yield from parse_rows(file)
+    except OSError:
         return  # a run that was not evaluated has none
 
 
-def _columns(records: Iterable[Mapping[str, Any]]) -> Columns:
+def to_columns(records: Iterable[Mapping[str, Any]]) -> Columns:
     """Records as columns, ascending by step; records without a step are left out."""
     rows = (record for record in records if is_number(record.get("step")))
     parts: list[dict[str, np.ndarray]] = []

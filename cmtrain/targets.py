@@ -30,12 +30,21 @@ def write_target(run_path: Path, rank: int, host: str, port: int) -> Path:
     if host in ("0.0.0.0", "::"):  # noqa: S104 - every address of this machine, so its name will do
         host = socket.gethostname()
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    path = _folder(run_path) / f"{run_path.name}-{rank}.json"
+    path = _file(run_path, rank)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}")  # matches no *.json
     temporary.write_text(json.dumps([{"targets": [address], "labels": {}}]) + "\n")
     temporary.replace(path)
     return path
+
+
+def read_target(run_path: Path, rank: int) -> str | None:
+    """Where `rank` of the run in `run_path` serves, as `host:port`; None if that is not known here."""
+    try:
+        (group,) = json.loads(_file(run_path, rank).read_text())
+        return str(group["targets"][0])
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
 
 
 def forget_ranks(run_path: Path, world_size: int) -> None:
@@ -44,6 +53,10 @@ def forget_ranks(run_path: Path, world_size: int) -> None:
         match = re.fullmatch(rf"{re.escape(run_path.name)}-(\d+)\.json", path.name)
         if match and int(match[1]) >= world_size:
             path.unlink(missing_ok=True)
+
+
+def _file(run_path: Path, rank: int) -> Path:
+    return _folder(run_path) / f"{run_path.name}-{rank}.json"
 
 
 def _folder(run_path: Path) -> Path:

@@ -68,13 +68,13 @@ class Browser:
         message, self.rest = self.rest.split(b"\0", 1)
         return json.loads(message)
 
-    def open(self, page: Path, *, width_px: int, dark: bool = False) -> None:
-        """Show `page` and wait until it is loaded."""
+    def open(self, page: Path | str, *, width_px: int, dark: bool = False) -> None:
+        """Show `page`, a file or a URL, and wait until it is loaded."""
         self("Emulation.setDeviceMetricsOverride", width=width_px, height=900, deviceScaleFactor=1, mobile=False)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self("Emulation.setEmulatedMedia", features=[scheme])
         self.events.clear()
-        self("Page.navigate", url=page.resolve().as_uri())
+        self("Page.navigate", url=page if isinstance(page, str) else page.resolve().as_uri())
         while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
             self.events.append(self._read())
 

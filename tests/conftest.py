@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from browser import CHROMIUM, Browser
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
@@ -189,3 +190,12 @@ def make_job(tmp_path, images):
         return Job(folder)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory):
+    if CHROMIUM is None:
+        pytest.skip("needs Chromium")
+    browser = Browser(tmp_path_factory.mktemp("profile"))
+    yield browser
+    browser.close()

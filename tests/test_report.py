@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from browser import CHROMIUM, Browser
 from report_runs import BEGIN, eventful, write_run
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -395,15 +394,6 @@ def test_half_a_million_log_points(tmp_path):
 
 
 # ---- in a browser
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    if CHROMIUM is None:
-        pytest.skip("needs Chromium")
-    browser = Browser(tmp_path_factory.mktemp("profile"))
-    yield browser
-    browser.close()
 
 
 OVERLAPS = """

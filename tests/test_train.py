@@ -216,6 +216,7 @@ def test_metrics_are_served_while_the_run_runs(make_job):
 
     pages = [page(rank, "/metrics") for rank in (0, 1)]
     statuses = [json.loads(page(rank, "/status.json")) for rank in (0, 1)]
+    fronts = [page(rank, "/") for rank in (0, 1)]
     assert "steps done" in page(1, "/-/ready")
     wait_for(is_unhealthy, process)  # a step takes longer than a millisecond
     targets = [json.loads((job.run.parent / ".targets" / f"job-{rank}.json").read_text()) for rank in (0, 1)]
@@ -225,6 +226,9 @@ def test_metrics_are_served_while_the_run_runs(make_job):
     assert list((job.run.parent / ".targets").iterdir()) == []
     assert (statuses[0]["state"], "state" in statuses[1]) == ("running", False)
     assert [status["now"]["rank"] for status in statuses] == [0, 1]
+    assert all("cmt_micro \u00b7 fp32 \u00b7 2 x cpu" in front for front in fronts)
+    assert ["Curves" in front for front in fronts] == [True, False]
+    assert f'href="http://127.0.0.1:{port}/"' in fronts[1]
     for rank, page in enumerate(pages):
         samples = dict(line.rsplit(" ", 1) for line in page.splitlines() if not line.startswith("#"))
 
