@@ -2,8 +2,8 @@
 
 It needs nothing but a browser, and refreshes itself while its tab is in front. It is made when somebody asks for it, on
 the exporter's thread, at most once a second however many ask, from what the process knows and a glance at its folder.
-That takes 7 to 16 ms of CPU time, be it after 200 log points or after 200,000 (measured on a shared 2-core machine). The
-page is templates/live.html.
+That takes 7 to 16 ms of CPU time, be it after 200 log points or after 200,000 (on a shared 2-core machine).
+The page is templates/live.html.
 """
 
 import time
