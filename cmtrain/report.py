@@ -24,8 +24,8 @@ from cmtrain.page_templates import join_scripts, make_templates
 from cmtrain.report_charts import Run, large_charts, small_charts, x_high
 from cmtrain.report_classes import class_section
 from cmtrain.report_events import event_lanes, event_rows, utc
-from cmtrain.report_headline import environment_of, figures, summary
-from cmtrain.run_folder import REPORT_NAME
+from cmtrain.report_headline import environment_of, figures, number, summary
+from cmtrain.run_folder import REPORT_NAME, SILENT_SECONDS
 from cmtrain.run_record import Columns, RunRecord, read_run
 from cmtrain.run_times import measure_times
 from cmtrain.strict_yaml import emit
@@ -33,7 +33,6 @@ from cmtrain.strict_yaml import emit
 NUM_COLORS = 8  # that many lines can be told apart by colour; letters tell the others
 MAX_SAMPLE_BYTES = 200_000  # a larger contact sheet is put into the page as a smaller JPEG
 SAMPLE_PX = 1024
-SILENT_SECONDS = 600  # a run that says it runs and has not written for so long probably does not
 NUM_TABLE_ROWS = 25
 
 TONES = {"finished": "good", "running": "info", "preempted": "warn", "diverged": "bad", "failed": "bad"}
@@ -95,7 +94,7 @@ def _run_page(run: Run) -> dict[str, Any]:
     record, status, times = run.record, run.record.status, measure_times(run.record)
     state = str(status.get("state", "unknown"))
     silent_seconds = time.time() - times.end
-    if state == "running" and silent_seconds > SILENT_SECONDS:
+    if state == "running" and silent_seconds > (number(record.config.get("metrics.stall_seconds")) or SILENT_SECONDS):
         state = "running?"
     exit_code, reason = status.get("exit_code"), status.get("reason")
     if state == "running?":

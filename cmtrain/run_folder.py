@@ -32,6 +32,9 @@ CLASSES_NAME = "classes.json"
 SAMPLE_NAME = "augmented.png"
 REPORT_NAME = "report.html"
 
+# A run that says it runs and has written nothing for so long probably does not; its metrics.stall_seconds comes first.
+SILENT_SECONDS = 600.0
+
 
 class RunFolder:
     """Writes one run's files. Made on rank 0 only.

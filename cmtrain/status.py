@@ -21,11 +21,11 @@ from rich.live import Live
 from rich.text import Text
 
 from cmtrain.console import duration
-from cmtrain.run_folder import read_status
+from cmtrain.run_folder import SILENT_SECONDS, read_status
+from cmtrain.strict_yaml import Node, parse
 from pipelines.spec import DataError
 
 RUNS = Path("runs")
-SILENT_SECONDS = 600.0
 ANSWER_SECONDS = 2.0
 REFRESH_SECONDS = 1.0
 MAX_ANSWER_BYTES = 1_000_000
@@ -84,7 +84,7 @@ def stand(path: Path) -> Standing:
         warning = f"process {status.get('pid')} is gone; the same command resumes"
     elif now and now.get("stalled"):
         warning = f"no step finished for {duration(now['seconds_since_progress'])}"
-    elif now is None and age_seconds > SILENT_SECONDS:
+    elif now is None and age_seconds > _silent_seconds(path):
         warning = f"has written nothing for {duration(age_seconds)}"
     return Standing(path, status, now, alive, age_seconds, warning)
 
@@ -178,6 +178,19 @@ def _read(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return status if isinstance(status, dict) else None
+
+
+def _silent_seconds(path: Path) -> float:
+    """How long the run in the folder `path` may write nothing: its metrics.stall_seconds."""
+    try:
+        root, _ = parse((path / "config.yaml").read_text())
+    except (OSError, ValueError):
+        return SILENT_SECONDS
+    node = root
+    for key in ("metrics", "stall_seconds"):
+        node = node.value.get(key) if isinstance(node, Node) and isinstance(node.value, dict) else None
+    value = node.value if node else None
+    return float(value) if isinstance(value, int | float) and value > 0 else SILENT_SECONDS
 
 
 def _ask(status: dict[str, Any]) -> dict[str, Any] | None:

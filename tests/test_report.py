@@ -218,6 +218,8 @@ def test_a_run_that_fell_silent_is_not_called_running(tmp_path):
     (run / "status.json").write_text(json.dumps(status | {"updated": time.time()}))
     assert "running " in page_of(run).words
     assert "running?" not in page_of(run).words
+    patient = write_run(tmp_path / "b", state="running", metrics={"stall_seconds": 1e9})
+    assert "running?" not in page_of(patient).words
 
 
 def test_classes_worst_first_and_what_they_are_taken_for(tmp_path):

@@ -79,6 +79,24 @@ def test_a_run_on_another_host_is_believed_until_it_is_silent(run, capsys):
     assert "claims to run, step 1,200 of 3,600, but has written nothing for 11m" in said(capsys, "status", "r")
 
 
+@pytest.mark.parametrize(
+    ("config", "limit_seconds"),
+    [
+        ("metrics:\n  stall_seconds: 3600.0\n", 3600),
+        ("metrics:\n  stall_seconds: 20\n", 20),
+        ("metrics:\n  stall_seconds: often\n", SILENT_SECONDS),
+        ("metrics: 7\n", SILENT_SECONDS),
+        ("\x00", SILENT_SECONDS),
+    ],
+)
+def test_how_long_a_run_may_be_silent_is_its_own_setting(run, config, limit_seconds):
+    (run.path / "config.yaml").write_text(config)
+    change(run, host="elsewhere", updated=time.time() - limit_seconds + 10)
+    assert stand(run.path).warning == ""
+    change(run, updated=time.time() - limit_seconds - 10)
+    assert "has written nothing for" in stand(run.path).warning
+
+
 def test_a_port_that_belongs_to_another_run_by_now_is_not_believed(run, metrics_server):
     change(run, pid=dead_process(), metrics_url=metrics_server(pid=os.getpid(), host=socket.gethostname()))
     assert (stand(run.path).alive, stand(run.path).now) == (False, None)
