@@ -14,7 +14,7 @@ DALI110_NAMES := nvidia-dali-cuda110 dm-tree absl-py attrs wrapt
 SITE          := 'import sysconfig; print(sysconfig.get_path("purelib"))'
 DALI110_TESTS := plan dataset scan_cache augment graphs loader elastic eval_parity synthetic shards bad_files
 
-.PHONY: setup demo test test-dali110 test-nightly check bench image dist lock clean
+.PHONY: setup demo test test-dali110 test-nightly check bench dashboards image dist lock clean
 
 setup: $(VENV)/.installed
 
@@ -57,6 +57,9 @@ check: setup  ## formatting, lint, types
 
 bench: setup
 	$(BIN)/cmtrain bench
+
+dashboards: setup  ## Grafana's JSON again, from docker/grafana/panels.py
+	$(BIN)/python docker/grafana/dashboards.py
 
 # The image's target (runtime or cpu) and what builds it (docker or podman).
 TARGET   ?= runtime

@@ -10,9 +10,13 @@ both alternate in one process, and the median is told.
 
 import argparse
 import dataclasses
+import datetime
 import json
+import os
+import platform
 import statistics
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -77,7 +81,16 @@ def main() -> None:
     }
     print(json.dumps(figures))
     if arguments.json:
-        arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
+        record = {
+            "command": f"python benchmarks/metrics_cost.py --steps {arguments.steps} "
+            f"--log-every-steps {arguments.log_every_steps}",
+            "machine": f"{os.cpu_count()} cores, {platform.machine()}, load {os.getloadavg()[0]:.1f}",
+            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+            "versions": {"python": platform.python_version()}
+            | {name: version(name) for name in ("cmtrain", "torch", "prometheus-client")},
+            "figures": figures,
+        }
+        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

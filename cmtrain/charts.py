@@ -96,7 +96,6 @@ def line_chart(
     if level:
         y = _px(height_px * (1 - float(y_axis.place(level[0]))))
         _add(svg, "line", x1="0", x2="100%", y1=y, y2=y, cls="level")
-        _add(svg, "text", level[1], x="0", dx="4", y=y, dy="-4", cls="level")
     for mark in marks:
         x = _percent(float(x_axis.place(mark.x)))
         hairline = _add(svg, "line", x1=x, x2=x, y1="0", y2=str(height_px), cls=f"mark {mark.kind}")
@@ -105,6 +104,10 @@ def line_chart(
     stretched.attrib |= {"width": "100%", "height": str(height_px)}
     for line in series:
         _draw_line(stretched, line, x_axis, y_axis, height_px)
+    if level:
+        # Below where the lines end above it, so that they do not cross it.
+        ends_above = any(line.y[np.isfinite(line.y)][-1:].max(initial=-math.inf) >= level[0] for line in series)
+        _add(svg, "text", level[1], x="100%", dx="-4", y=y, dy="13" if ends_above else "-5", cls="level")
     _end_labels(svg, series, x_axis, y_axis, height_px)
     legend = [(line.name, f"c{line.color}" + " dashed" * line.dashed, _last(line, percent)) for line in series]
     return Chart(key, title, tostring(svg, encoding="unicode"), legend)

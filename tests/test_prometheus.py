@@ -60,6 +60,28 @@ def test_rules_are_valid():
 
 
 @needs_promtool
+def test_the_composition_s_configuration_is_valid():
+    assert passes("check", "config", RULES.with_name("prometheus.yaml"))  # and the rules that it names
+
+
+@needs_promtool
+def test_a_configuration_with_a_mistake_does_not_pass(tmp_path):
+    """So that the tests above can fail."""
+    text = RULES.with_name("prometheus.yaml").read_text()
+    (tmp_path / "rules.yaml").write_text(RULES.read_text())
+    for wrong in (text.replace("file_sd_configs", "file_configs"), text.replace("rules.yaml", "rule.yaml")):
+        (tmp_path / "prometheus.yaml").write_text(wrong)
+        assert not passes("check", "config", tmp_path / "prometheus.yaml")
+
+
+@pytest.mark.skipif(not shutil.which("amtool"), reason="amtool is not installed")
+def test_alertmanager_s_configuration_is_valid():
+    path = ROOT / "docker" / "alertmanager.yaml"
+    done = subprocess.run(["amtool", "check-config", path], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@needs_promtool
 def test_alerts_fire_keep_silent_and_resolve():
     output = promtool("test", "rules", RULES.with_name("rules_test.yaml"))
     assert "SUCCESS" in output, output

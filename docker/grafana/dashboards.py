@@ -1,7 +1,7 @@
-"""Write the dashboards that Grafana loads, from panels.py: `python docker/grafana/dashboards.py`.
+"""Write the dashboards that Grafana loads, from panels.py: `make dashboards`.
 
-The JSON is committed, so nobody needs this program, or Grafana's SDK for it, but to change a panel:
-`pip install "grafana-foundation-sdk==1769699379!11.6.0"` (without the pin, pip picks the schema of Grafana 10.1).
+The JSON is committed, so nobody needs this program, or Grafana's SDK for it, but to change a panel. The SDK is
+`grafana-foundation-sdk==1769699379!11.6.0`; without the pin, pip picks the schema of Grafana 10.1.
 """
 
 from pathlib import Path
