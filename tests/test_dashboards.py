@@ -101,6 +101,21 @@ def test_panels_show_the_chosen_runs_only(name):
         assert set(re.findall(r"\$(?!__)(\w+)", expr)) <= variables, expr
 
 
+def test_loss_over_steps_is_parted_by_run():
+    """Grafana takes the first number of each part as x: the step, which so has to be asked for first."""
+    (panel,) = [panel for panel in panels_of(DASHBOARDS["fleet.json"]) if panel["type"] == "xychart"]
+    assert [target["format"] for target in panel["targets"]] == ["table"] * 2
+    assert all(target["range"] and not target.get("instant") for target in panel["targets"])
+    metrics = [names_in(target["expr"]) for target in panel["targets"]]
+    assert metrics == [{"cmtrain_step"}, {"cmtrain_train_loss"}]
+    assert all(target["expr"].startswith("max by (run) (") for target in panel["targets"])
+    merge, organize, parted = panel["transformations"]
+    assert (merge["id"], organize["id"], parted["id"]) == ("merge", "organize", "partitionByValues")
+    letters = [f"Value #{target['refId']}" for target in panel["targets"]]
+    assert list(organize["options"]["renameByName"]) == letters
+    assert parted["options"]["fields"] == ["run"]
+
+
 def test_committed_dashboards_are_what_the_generator_makes(monkeypatch):
     pytest.importorskip("grafana_foundation_sdk")
     monkeypatch.syspath_prepend(str(ROOT / "docker" / "grafana"))

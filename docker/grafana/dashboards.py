@@ -16,10 +16,12 @@ from grafana_foundation_sdk.builders import (
     statetimeline,
     table,
     timeseries,
+    xychart,
 )
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.models import common as looks
 from grafana_foundation_sdk.models import dashboard as model
+from grafana_foundation_sdk.models import xychart as xy
 from panels import ANNOTATIONS, FLEET_ROWS, RUN_ROWS, Panel, Row
 
 FOLDER = Path(__file__).parent / "dashboards"
@@ -32,6 +34,7 @@ BUILDERS = {
     "statetimeline": statetimeline.Panel,
     "bargauge": bargauge.Panel,
     "table": table.Panel,
+    "xychart": xychart.Panel,
 }
 LAST_VALUE = ("stat", "bargauge", "table")  # kinds that ask for one sample, not for a curve
 SOURCE = model.DataSourceRef(type_val="prometheus", uid="${datasource}")
@@ -50,7 +53,7 @@ def build_panel(panel: Panel, number: int, x: int, y: int) -> Any:
     for letter, (legend, expr) in zip("ABCDEFGHIJ", panel.queries.items(), strict=False):
         query = prometheus.Dataquery().ref_id(letter).datasource(SOURCE).expr(expr).legend_format(legend)
         query = query.instant() if panel.kind in LAST_VALUE else query.range()
-        if panel.kind == "table":
+        if panel.kind in ("table", "xychart"):
             query = query.format("table")
         built = built.with_target(query)
     marks = [(panel.warn_at, "orange"), (panel.critical_at, "red")]
@@ -59,17 +62,23 @@ def build_panel(panel: Panel, number: int, x: int, y: int) -> Any:
     built = built.thresholds(dashboard.ThresholdsConfig().mode(model.ThresholdsMode.ABSOLUTE).steps(steps))
     if panel.no_value:
         built = built.no_value(panel.no_value)
+    if panel.kind in ("timeseries", "xychart"):
+        built = built.legend(legend_below(["lastNotNull"] if panel.kind == "timeseries" else []))
     if panel.kind == "timeseries":
         built = draw_curves(built, panel, has_lines=len(steps) > 1)
+    if panel.kind == "xychart":
+        built = draw_over_each_other(built, panel)
     if panel.kind == "table" and len(panel.queries) > 1:
         built = join_by_run(built, panel)
     return built
 
 
+def legend_below(calcs: list[str]) -> Any:
+    legend = common.VizLegendOptions().show_legend(True).calcs(calcs)
+    return legend.display_mode(looks.LegendDisplayMode.LIST).placement(looks.LegendPlacement.BOTTOM)
+
+
 def draw_curves(built: Any, panel: Panel, *, has_lines: bool) -> Any:
-    legend = common.VizLegendOptions().show_legend(True).calcs(["lastNotNull"])
-    legend = legend.display_mode(looks.LegendDisplayMode.LIST).placement(looks.LegendPlacement.BOTTOM)
-    built = built.legend(legend)
     built = built.tooltip(common.VizTooltipOptions().mode(looks.TooltipDisplayMode.MULTI))
     built = built.show_points(looks.VisibilityMode.AUTO).fill_opacity(60 if panel.stacked else 5)
     if has_lines:
@@ -80,6 +89,22 @@ def draw_curves(built: Any, panel: Panel, *, has_lines: bool) -> Any:
         scale = common.ScaleDistributionConfig().type(looks.ScaleDistribution.LOG).log(panel.log_base)
         return built.scale_distribution(scale)
     return built.axis_soft_min(0)
+
+
+def draw_over_each_other(built: Any, panel: Panel) -> Any:
+    """A line for each run: its first query is x, its second one y, at the same times.
+
+    The answers become one table (Time, run, x, y), which is parted by run again: the chart takes the first number of
+    each part as x.
+    """
+    names = {f"Value #{letter}": column for letter, column in zip("AB", panel.queries, strict=True)}
+    parted = {"fields": ["run"], "keepFields": False, "naming": {"asLabels": True}}
+    built = built.with_transformation(model.DataTransformerConfig(id_val="merge", options={}))
+    organize = {"excludeByName": {"Time": True}, "renameByName": names}
+    built = built.with_transformation(model.DataTransformerConfig(id_val="organize", options=organize))
+    built = built.with_transformation(model.DataTransformerConfig(id_val="partitionByValues", options=parted))
+    built = built.mapping(xy.SeriesMapping.AUTO).series([xychart.XYSeriesConfig()])
+    return built.show(xy.XYShowMode.LINES).line_width(1)
 
 
 def join_by_run(built: Any, panel: Panel) -> Any:

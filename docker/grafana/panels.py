@@ -302,6 +302,13 @@ FLEET_ROWS = (
         Panel("Share of steps skipped", "percentunit", "One run above the others: its optim.lr is too high for fp16.", {
             "{{run}}": f"run:cmtrain_steps_skipped:ratio10m{{{RUN}}}",
         }, warn_at=0.05),
+        Panel("Training loss over steps", "none", (
+            "Runs that began at different times, over each other; x is the optimizer step. For runs that are no longer "
+            "in Prometheus: cmtrain report A B."
+        ), {
+            "step": f"max by (run) (cmtrain_step{{{RUN}}})",
+            "loss": f"max by (run) (cmtrain_train_loss{{{RUN}}})",
+        }, kind="xychart", width=24, height=10),
     )),
 )  # fmt: skip
 
