@@ -26,6 +26,7 @@ from cmtrain import exporter as exporter_module
 from cmtrain.exporter import MAX_CONNECTIONS, PORT_ATTEMPTS, TEXT, TURNS_AT_ONCE, TURNS_PER_SECOND, Exporter, Page
 from cmtrain.metrics import TrainMetrics
 from cmtrain.pages import MetricsPage, make_pages
+from cmtrain.status import stand
 from cmtrain.targets import forget_ranks, write_target
 
 HALF_A_REQUEST = b"GET /metrics HTTP/1.1\r\nHost: x\r\n"
@@ -385,6 +386,27 @@ def test_unhealthy_when_training_stands_still(metrics, tmp_path):
     assert stalled["/-/healthy"]("").status == 200  # the clock of a step begins anew
     time.sleep(0.1)
     assert stalled["/-/healthy"]("").status == 503
+
+
+def test_a_loader_that_blocks_turns_the_run_unhealthy(make_job, images, tmp_path):
+    """As on a network share that hangs: the images are there, and whoever reads one waits for ever."""
+    root = shutil.copytree(images, tmp_path / "images")
+    job = make_job(
+        data={"root": str(root)}, schedule={"epochs": 4000},
+        metrics={"enabled": True, "port": free_port(), "stall_seconds": 2.0},
+    )  # fmt: skip
+    process = job.start("--evaluate.every_epochs", "4000", "--checkpoint.every_epochs", "4000")
+    wait_for(lambda: logged(job, 2), process)
+    port = int(job.status()["metrics_url"].split(":")[2].split("/")[0])
+    wait_for(lambda: get(port, "/-/healthy")[0] == 200, process)
+    for path in (root / "train").rglob("*.jpg"):
+        path.unlink()
+        os.mkfifo(path)
+    wait_for(lambda: get(port, "/-/healthy")[0] == 503, process)
+    assert b"No step has finished for" in get(port, "/")[2]
+    assert "no step finished for" in stand(job.run).warning
+    process.kill()
+    process.communicate()
 
 
 def test_status_and_index(metrics, tmp_path):
