@@ -25,7 +25,7 @@ from cmtrain.rank import num_restarts
 from cmtrain.report import write_report
 from cmtrain.run_folder import REPORT_NAME, SAMPLE_NAME, RunFolder, finite
 from cmtrain.spike import Spike
-from cmtrain.stopwatch import Stopwatch
+from cmtrain.stopwatch import Pace, Stopwatch
 from cmtrain.targets import forget_ranks, write_target
 from cmtrain.trackers import Trackers
 from cmtrain.writer import PATIENCE_SECONDS, CheckpointWriter, Outcome
@@ -84,10 +84,9 @@ class Journal:
         self.bad_paths: set[str] = set()
         self.train_loss = math.nan
         self.clock = Stopwatch()
-        self.window_steps, self.window_images, self.window_seconds, self.window_waited = 0, 0, 0.0, 0.0
+        self.pace = Pace()
         self.first_step, self.begin = first_step, time.monotonic()
         self.step = first_step
-        self.total_images, self.total_seconds = 0, 0.0
 
     def _serve(self, address: tuple[str, int], stall_seconds: float) -> None:
         """Serve metrics, or say why not: a run does without."""
@@ -183,10 +182,7 @@ class Journal:
         self.metrics.count_step(
             step, num_images=num_images, num_bytes=num_bytes, seconds=seconds, wait_seconds=waited, phases=phases
         )
-        self.window_steps += 1
-        self.window_images += num_images * self.world_size
-        self.window_seconds += seconds
-        self.window_waited += waited
+        self.pace.step(num_images * self.world_size, seconds, waited)
         self.console.advance(step)
         self._tell_saves()
         if self.folder and self.folder.trouble:
@@ -200,13 +196,9 @@ class Journal:
         for kind, num_bytes in memory_bytes(self.device).items():
             self.metrics.one(self.metrics.gpu_memory, kind).set(num_bytes)
         self.train_loss = report.loss
-        images_per_second = self.window_images / self.window_seconds
-        wait_share = self.window_waited / self.window_seconds
-        eta_seconds = self.window_seconds / self.window_steps * (self.last_step - report.step)
+        images_per_second, wait_share, step_seconds = self.pace.take()
+        eta_seconds = step_seconds * (self.last_step - report.step)
         self.metrics.one(self.metrics.eta_timestamp).set(time.time() + eta_seconds)
-        self.total_images += self.window_images
-        self.total_seconds += self.window_seconds
-        self.window_steps, self.window_images, self.window_seconds, self.window_waited = 0, 0, 0.0, 0.0
         self.speed = speed = {"images_per_second": round(images_per_second, 1), "data_wait_ratio": round(wait_share, 4)}
         if self.folder:
             record = {key: finite(value) for key, value in asdict(report).items()}
@@ -391,7 +383,7 @@ class Journal:
             "num_images": results["model"].num_images,
             "num_unreadable": results["model"].num_unreadable,
             "step": self.last_step,
-            "images_per_second": round(self.total_images / self.total_seconds, 1) if self.total_seconds else None,
+            "images_per_second": self.pace.images_per_second,
             "train_seconds": round(time.monotonic() - self.begin, 1),
             "run_dir": str(self.path),
             "metrics_url": self.metrics_url,

@@ -30,3 +30,31 @@ class Stopwatch:
         lap = now - self.last, self.waited
         self.last, self.waited = now, 0.0
         return lap
+
+
+class Pace:
+    """How fast steps go, since the last log point and over this process's part of the run."""
+
+    def __init__(self) -> None:
+        self._steps, self._images, self._seconds, self._waited = 0, 0, 0.0, 0.0
+        self._total_images, self._total_seconds = 0, 0.0
+
+    def step(self, images: int, seconds: float, waited: float) -> None:
+        """Count a step of so many images; `waited` of its `seconds` for data."""
+        self._steps += 1
+        self._images += images
+        self._seconds += seconds
+        self._waited += waited
+
+    def take(self) -> tuple[float, float, float]:
+        """(images/s, share of the time that steps waited, seconds a step) since the last call."""
+        taken = self._images / self._seconds, self._waited / self._seconds, self._seconds / self._steps
+        self._total_images += self._images
+        self._total_seconds += self._seconds
+        self._steps, self._images, self._seconds, self._waited = 0, 0, 0.0, 0.0
+        return taken
+
+    @property
+    def images_per_second(self) -> float | None:
+        """Up to the last `take`; None before the first one."""
+        return round(self._total_images / self._total_seconds, 1) if self._total_seconds else None
