@@ -26,6 +26,11 @@ SHARED = ROOT.parent / "shared"
 # requests to the metrics port on this machine.
 os.environ |= {"OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
+# nohup and a shell's `&` switch these off for all that is started, and here it is tested what they do.
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, handler)
+
 # Processes forked from one that has imported everything: each is a process of its own with its own signals and exit
 # code, without the five seconds of imports. Tests that are about starting use a real command line instead.
 FORKS = multiprocessing.get_context("forkserver")

@@ -292,10 +292,10 @@ def test_a_training_run_in_a_storm(make_job, capsys):
         before = threads(), open_descriptors(pid)
         ratios, answers = [], []
         for _ in range(3):
-            alone = pace(1.5)
-            clients = storm(port, 8, 2.5)
+            alone = pace(1.0)
+            clients = storm(port, 8, 2.0)
             time.sleep(0.5)
-            ratios.append(pace(1.5) / alone)
+            ratios.append(pace(1.0) / alone)
             answers += json.loads(clients.communicate(timeout=60)[0])["seconds"]
         silent = [socket.create_connection(("127.0.0.1", port), timeout=30) for _ in range(500)]
         for connection in silent:
@@ -320,9 +320,10 @@ def test_a_training_run_in_a_storm(make_job, capsys):
                 f"\n  step time under a storm / alone: {', '.join(f'{ratio:.2f}' for ratio in ratios)}; a scrape takes "
                 f"{1000 * statistics.median(scrapes):.0f} ms, in the storm {1000 * statistics.median(answers):.0f} ms"
             )
-        # Generous, because machines are shared: prometheus_client's own server makes it 3 to 5.
-        assert statistics.median(ratios) < 2
-        assert statistics.median(scrapes) < 0.1
+        # Others on the machine slow down a round or a scrape, a bad server all of them: prometheus_client's own makes
+        # each ratio 3 to 5. benchmarks/storm.py measures what this only bounds.
+        assert min(ratios) < 2
+        assert min(scrapes) < 0.1
         assert job.status()["state"] == "preempted"
         assert not list((job.run.parent / ".targets").iterdir())
 

@@ -144,11 +144,11 @@ def test_sigterm_and_resume_lose_no_step(make_job):
 
 
 def test_two_ranks_are_one_rank_with_twice_the_accumulation(make_job):
-    """Also: torchrun, and an SGD run stopped on 1 rank and finished on 2."""
+    """Also: an SGD run that goes from 1 rank to 2 and back."""
     one, two = make_job("one", optim={"opt": "sgd", "lr": 0.02}), make_job("two", optim={"opt": "sgd", "lr": 0.02})
     one()
     two("--max-steps", "6")
-    two("--max-steps", "12", launcher=["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"])
+    two("--max-steps", "12", nproc=2)
     two()
     for mine, theirs in zip(losses(two), losses(one), strict=True):
         assert mine == pytest.approx(theirs, rel=1e-4)
