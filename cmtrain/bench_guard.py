@@ -2,24 +2,30 @@
 
 Both sides take turns on one model in one process, so that what else the machine does hits both. Where it is not quiet,
 the ratio of two long times still says little about one percent; so what is added is timed alone, too. On a GPU that is
-an upper bound: within a step the host runs ahead and only the device's share counts.
+an upper bound: within a step the host runs ahead and only the device's share counts. Beside it stands what the step
+that saves waits for, while the checkpoint is written in the background.
 """
 
 import itertools
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from cmtrain.final_gate import inspect
 from cmtrain.learner import Learner
 from cmtrain.metrics import TrainMetrics
+from cmtrain.writer import CheckpointWriter
 from pipelines.spec import Batch
 
 WARMUP_STEPS = 3
 ALONE_REPEATS = 100
+SAVES = 6
 
 Figures = dict[str, dict[str, float]]
 
@@ -49,6 +55,7 @@ def time_guard(
         Rows of `ms` and of `percent` of a step without the guard. "without", "with": a step, median over the rounds;
         `percent` is what it adds to the other side of its round, with its range over the rounds. "alone": what is
         added to a step. "log point": what is added to a log point, its `percent` spread over `log_every_steps` steps.
+        "save": how long the training thread waits at a save.
 
     Raises:
         RuntimeError: on a GPU, a step synchronised with the host.
@@ -103,6 +110,8 @@ def time_guard(
     metrics.report(learner.report(next(done), 0, lr, reset=True))
     log_point_ms = 1000 * (time.perf_counter() - begin)
 
+    save_ms = _time_saves(learner)
+
     added = [100 * (on / off - 1) for on, off in zip(taken["with"], taken["without"], strict=True)]
     without_ms = statistics.median(taken["without"])
     return {
@@ -115,14 +124,32 @@ def time_guard(
         },
         "alone": {"ms": alone_ms, "percent": 100 * alone_ms / without_ms},
         "log point": {"ms": log_point_ms, "percent": 100 * log_point_ms / log_every_steps / without_ms},
+        "save": {"ms": save_ms, "percent": 100 * save_ms / without_ms},
     }
+
+
+def _time_saves(learner: Learner) -> float:
+    """Milliseconds that a save takes of the training thread: the look at the weights, and the copy for the writer."""
+    waits = []
+    with tempfile.TemporaryDirectory() as folder:
+        writer = CheckpointWriter(Path(folder))
+        for step in range(SAVES):
+            _drain(learner.accelerator.device)
+            begin = time.perf_counter()
+            inspect(**learner.weights)
+            writer.save(step, learner.state_dict(), {}, keep=1, last=False)
+            waits.append(1000 * (time.perf_counter() - begin))
+            writer.wait(None)
+    return statistics.median(waits[1:])  # the first one allocates the copy
 
 
 def verdict(figures: Figures) -> str:
     both, alone = figures["with"], figures["alone"]["percent"] + figures["log point"]["percent"]
+    save = figures["save"]["percent"]
     return (
         f"guard, spike detection and metrics add {both['percent']:.2f} % to a step, the median of rounds from "
-        f"{both['percent_min']:.2f} to {both['percent_max']:.2f} %; timed alone they are {alone:.2f} % of one"
+        f"{both['percent_min']:.2f} to {both['percent_max']:.2f} %; timed alone they are {alone:.2f} % of one; "
+        f"a save takes {save:.1f} % of a step"
     )
 
 
