@@ -39,12 +39,27 @@ def write(text: str | bytes, name: str = "x.yaml") -> str:
     return name
 
 
+TRIED: list[bool] = []
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tally(request, tmp_path_factory):
+    """Says at the end how many were tried, and that none of them left a trace."""
+    yield
+    executed = len(list(tmp_path_factory.getbasetemp().rglob("canary")))
+    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        print(f"\nbad configurations: {len(TRIED)} tried, {sum(TRIED)} refused, {executed} executed")
+    assert (executed, sum(TRIED)) == (0, len(TRIED))
+
+
 def mistakes(text: str | bytes, *overrides: tuple[str, str]) -> list[str]:
     """The error lines for a file x.yaml that holds `text`; checks that nothing was created beside it."""
     write(text)
     before = set(os.listdir())
+    TRIED.append(False)
     with pytest.raises(ConfigError) as refused:
         load_config("x.yaml", overrides)
+    TRIED[-1] = True
     assert set(os.listdir()) == before
     return str(refused.value).split("\n")
 
@@ -263,6 +278,7 @@ def test_damaged_files_end_in_config_errors_and_nothing_else():
             load_config("x.yaml")
         except ConfigError as error:
             refused.append(str(error))
+            TRIED.append(True)
     assert len(refused) > 100
     assert all(line.startswith("x.yaml:") for error in refused for line in error.split("\n"))
 

@@ -38,6 +38,7 @@ def undisturbed(make_job) -> Job:
     return job
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("kills", "seed"), [pytest.param(3, 0), *(pytest.param(5, seed, marks=pytest.mark.slow) for seed in range(1, 5))]
 )
