@@ -55,7 +55,7 @@ def time_guard(
         Rows of `ms` and of `percent` of a step without the guard. "without", "with": a step, median over the rounds;
         `percent` is what it adds to the other side of its round, with its range over the rounds. "alone": what is
         added to a step. "log point": what is added to a log point, its `percent` spread over `log_every_steps` steps.
-        "save": how long the training thread waits at a save.
+        "save": how long training waits at a save, of a step's wall time right before.
 
     Raises:
         RuntimeError: on a GPU, a step synchronised with the host.
@@ -110,6 +110,9 @@ def time_guard(
     metrics.report(learner.report(next(done), 0, lr, reset=True))
     log_point_ms = 1000 * (time.perf_counter() - begin)
 
+    begin = time.perf_counter()
+    run("with", steps)
+    wall_ms = 1000 * (time.perf_counter() - begin) / steps
     save_ms = _time_saves(learner)
 
     added = [100 * (on / off - 1) for on, off in zip(taken["with"], taken["without"], strict=True)]
@@ -124,22 +127,21 @@ def time_guard(
         },
         "alone": {"ms": alone_ms, "percent": 100 * alone_ms / without_ms},
         "log point": {"ms": log_point_ms, "percent": 100 * log_point_ms / log_every_steps / without_ms},
-        "save": {"ms": save_ms, "percent": 100 * save_ms / without_ms},
+        "save": {"ms": save_ms, "percent": 100 * save_ms / wall_ms},
     }
 
 
 def _time_saves(learner: Learner) -> float:
-    """Milliseconds that a save takes of the training thread: the look at the weights, and the copy for the writer."""
-    clock = time.perf_counter if learner.accelerator.device.type == "cuda" else time.thread_time  # as for a step
+    """Milliseconds that training waits for a save: the look at the weights, and the copy for the writer."""
     waits = []
     with tempfile.TemporaryDirectory() as folder:
         writer = CheckpointWriter(Path(folder))
         for step in range(SAVES):
             _drain(learner.accelerator.device)
-            begin = clock()
+            begin = time.perf_counter()
             inspect(**learner.weights)
             writer.save(step, learner.state_dict(), {}, keep=1, last=False)
-            waits.append(1000 * (clock() - begin))
+            waits.append(1000 * (time.perf_counter() - begin))
             writer.wait(None)
     return statistics.median(waits[1:])  # the first one allocates the copy
 

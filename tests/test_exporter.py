@@ -320,10 +320,10 @@ def test_a_training_run_in_a_storm(make_job, capsys):
                 f"\n  step time under a storm / alone: {', '.join(f'{ratio:.2f}' for ratio in ratios)}; a scrape takes "
                 f"{1000 * statistics.median(scrapes):.0f} ms, in the storm {1000 * statistics.median(answers):.0f} ms"
             )
-        # Others on the machine slow down a round or a scrape, a bad server all of them: prometheus_client's own makes
-        # each ratio 3 to 5. benchmarks/storm.py measures what this only bounds.
-        assert min(ratios) < 2
-        assert min(scrapes) < 0.1
+        # Generous, because machines are shared: prometheus_client's own server makes it 3 to 5. benchmarks/storm.py
+        # measures what this only bounds.
+        assert statistics.median(ratios) < 2.5
+        assert statistics.median(scrapes) < 0.1
         assert job.status()["state"] == "preempted"
         assert not list((job.run.parent / ".targets").iterdir())
 
