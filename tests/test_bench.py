@@ -136,7 +136,7 @@ def test_steps_with_the_guard_and_without_take_turns(monkeypatch):
     monkeypatch.setattr(learner, "step", noted)
     figures = time_guard(learner, map(batch, itertools.count()), lr=0.01, steps=2, rounds=2, log_every_steps=10)
     assert turns[: 2 * WARMUP_STEPS] == ["with"] * WARMUP_STEPS + ["without"] * WARMUP_STEPS
-    assert turns[2 * WARMUP_STEPS :] == ["without"] * 2 + ["with"] * 4 + ["without"] * 2
+    assert turns[2 * WARMUP_STEPS :] == ["without"] * 2 + ["with"] * 4 + ["without"] * 2 + ["with"] * 2  # for the save
     assert (learner.guard, learner.window) == (guard, window)
     assert 0 < figures["alone"]["ms"] < figures["without"]["ms"]
     assert figures["with"]["percent_min"] <= figures["with"]["percent"] <= figures["with"]["percent_max"]
