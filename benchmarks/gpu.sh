@@ -22,11 +22,11 @@
 #   python3 -m pip install --no-index --no-deps --target /tmp/site wheels/*.whl
 #   PYTHONPATH=/tmp/site benchmarks/gpu.sh
 set -uo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit
 data=${1:-demo:photos}
 python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 steps=${STEPS:-30}
-device=$($python -c 'import torch; print(torch.cuda.get_device_name().replace(" ", "-") if torch.cuda.is_available() else "cpu")') || exit
+device=$("$python" -c 'import torch; print(torch.cuda.get_device_name().replace(" ", "-") if torch.cuda.is_available() else "cpu")') || exit
 gpu=$([ "$device" = cpu ] || echo yes)
 out=${OUT:-benchmarks/results}/$device-$(date +%Y%m%d-%H%M)
 mkdir -p "$out"
@@ -36,20 +36,20 @@ left() { echo $((530 - SECONDS < $1 ? 530 - SECONDS : $1)); }  # seconds: at mos
 {
   date -u; echo "command: $0 $*"; [ -z "$gpu" ] || nvidia-smi | head -15
   for package in torch timm accelerate nvidia.dali; do
-    $python -c "import importlib; print('$package', importlib.import_module('$package').__version__)" || failed+=("$package")
+    "$python" -c "import importlib; print('$package', importlib.import_module('$package').__version__)" || failed+=("$package")
   done
 } > "$out/environment.txt" 2>&1
 cat "$out/environment.txt"
 
 echo "== tests/gpu"
-timeout "$(left 150)" $python -m pytest -q -s tests/gpu > "$out/tests_gpu.txt" 2>&1 || failed+=(tests_gpu)
+timeout "$(left 150)" "$python" -m pytest -q -s tests/gpu > "$out/tests_gpu.txt" 2>&1 || failed+=(tests_gpu)
 tail -5 "$out/tests_gpu.txt"
 
 # bench SECONDS NAME ARGUMENTS...: one JSON file a measurement; a failing one does not stop the others
 bench() {
   local limit=$1 name=$2; shift 2
   echo "== $name"
-  if timeout "$(left "$limit")" $python -m cmtrain bench --config configs/full_in1k.yaml --data.root "$data" --steps "$steps" \
+  if timeout "$(left "$limit")" "$python" -m cmtrain bench --config configs/full_in1k.yaml --data.root "$data" --steps "$steps" \
     --json "$out/$name.json" "$@" > /dev/null 2> "$out/$name.log"; then tail -25 "$out/$name.log"
   else failed+=("$name"); tail -3 "$out/$name.log"; fi
 }
@@ -69,7 +69,7 @@ bench 200 loader_beside_timm  --what loader "${one_gpu[@]}" --train.precision "$
 
 # The loader alone at many threads, with RandAugment and without, and at the loads of the JPEG engine.
 echo "== decoding"
-timeout "$(left 150)" $python benchmarks/decoding.py "$data" --batch "$batch" --batches "$((steps / 2))" --decode "$mixed" --json "$out/decoding.json" \
+timeout "$(left 150)" "$python" benchmarks/decoding.py "$data" --batch "$batch" --batches "$((steps / 2))" --decode "$mixed" --json "$out/decoding.json" \
   2> "$out/decoding.log" || { failed+=(decoding); tail -3 "$out/decoding.log"; }
 
 echo "results in $out${failed[*]:+; failed: ${failed[*]}}"
