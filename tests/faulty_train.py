@@ -8,14 +8,17 @@ SLOW_START, SLOW_CHECKPOINT, SLOW_EVALUATION
     opening the data, each write, each batch of an evaluation leaves the file `slow` and takes two seconds more
 ODD_CLOCK, ODD_FOLDER, ODD_OPTION
     rank 1 is on another host with a clock so many seconds ahead, works in another folder, has one more --OPTION=VALUE
+WEIGHTS
+    each rank leaves a digest of its weights after each evaluation, as the file `weights-rank<r>`
 WARM
-    fork the ranks instead of starting them
+    fork the ranks instead of starting them; else ODD_* are about every rank that has them in its environment
 PROCESS_1
     be process 1 of a namespace of its own, as in a container; the file `process1` has its id outside
 """
 
 import ctypes
 import functools
+import hashlib
 import os
 import signal
 import sys
@@ -30,6 +33,7 @@ import cmtrain.evaluate
 import cmtrain.learner
 import cmtrain.parent
 import cmtrain.preflight
+import cmtrain.train
 from cmtrain.rank import num_restarts
 from pipelines.spec import DataError
 
@@ -76,6 +80,19 @@ def slowly(function, marker, *arguments, **keywords):
     open(marker, "w").close()
     time.sleep(2)
     return function(*arguments, **keywords)
+
+
+def weighed(evaluate_weights, learner, *arguments):
+    """Leave a digest of this rank's weights."""
+    results = evaluate_weights(learner, *arguments)
+    digest = hashlib.sha256()
+    for name, module in learner.weights.items():
+        digest.update(
+            name.encode() + b"".join(parameter.detach().numpy().tobytes() for parameter in module.parameters())
+        )
+    with open(f"weights-rank{os.environ.get('RANK', '0')}", "w") as file:
+        file.write(digest.hexdigest())
+    return results
 
 
 def fork(command, environment):
@@ -135,6 +152,10 @@ if "SLOW_CHECKPOINT" in os.environ:
     cmtrain.checkpoint.verify = functools.partial(slowly, cmtrain.checkpoint.verify, "slow")
 if "SLOW_EVALUATION" in os.environ:
     cmtrain.evaluate._count = functools.partial(slowly, cmtrain.evaluate._count, "slow")
-if "WARM" in os.environ:
+if "WEIGHTS" in os.environ:
+    cmtrain.train.evaluate_weights = functools.partial(weighed, cmtrain.train.evaluate_weights)
+if "WARM" not in os.environ:
+    be_odd()
+else:
     cmtrain.cli.run_ranks = functools.partial(cmtrain.parent.run_ranks, start=fork)
 sys.exit(cmtrain.cli.main())

@@ -68,7 +68,9 @@ def missing(written, kept, path=""):
     if isinstance(written, dict) and isinstance(kept, dict):
         return [line for key in written for line in missing(written[key], kept.get(key), f"{path}.{key}")]
     if isinstance(written, list) and isinstance(kept, list) and len(written) == len(kept):
-        return [line for i, pair in enumerate(zip(written, kept, strict=True)) for line in missing(*pair, f"{path}[{i}]")]
+        return [
+            line for i, pair in enumerate(zip(written, kept, strict=True)) for line in missing(*pair, f"{path}[{i}]")
+        ]
     return [] if written == kept else [path]
 
 
@@ -85,7 +87,9 @@ def test_kubernetes_files_fit_each_other():
     assert container["image"] == f"cmtrain:{__version__}"
 
 
-@pytest.mark.parametrize(("name", "num_machines", "num_processes"), [("1gpu", 1, 1), ("8gpus", 1, 8), ("2nodes", 2, 16)])
+@pytest.mark.parametrize(
+    ("name", "num_machines", "num_processes"), [("1gpu", 1, 1), ("8gpus", 1, 8), ("2nodes", 2, 16)]
+)
 def test_accelerate(name, num_machines, num_processes):
     """accelerate refuses keys that it does not know, and for our precision must leave the configuration's alone."""
     loaded = load_config_from_file(str(DOCKER / "accelerate" / f"{name}.yaml"))
