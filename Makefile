@@ -61,14 +61,18 @@ bench: setup
 dashboards: setup  ## Grafana's JSON again, from docker/grafana/panels.py
 	$(BIN)/python docker/grafana/dashboards.py
 
-# The image's target (runtime or cpu) and what builds it (docker or podman).
+# The image's name and target (runtime or cpu), what builds it (docker or podman), and more options for that. podman
+# keeps the health check only in Docker's format.
+IMAGE    ?= cmtrain
 TARGET   ?= runtime
 DOCKER   ?= docker
+BUILD    ?=
+export BUILDAH_FORMAT := docker
 VERSION  := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' cmtrain/__init__.py)
 REVISION := $(shell git rev-parse HEAD 2>/dev/null)
 
 image:  ## the container image, with the lock file that fits this machine's driver
-	$(DOCKER) build -f docker/Dockerfile --target $(TARGET) -t cmtrain -t cmtrain:$(VERSION) \
+	$(DOCKER) build $(BUILD) -f docker/Dockerfile --target $(TARGET) -t $(IMAGE) -t $(IMAGE):$(VERSION) \
 		--build-arg LOCK=$(LOCK) --build-arg VERSION=$(VERSION) --build-arg REVISION=$(REVISION) .
 
 dist: setup  ## wheel and source archive
