@@ -155,6 +155,14 @@ def test_mistakes_are_found_before_anything_is_started_and_said_once(make_job):
     assert not (job.folder / "runs").exists()
 
 
+def test_divergence_is_agreed_on_and_not_tried_again(make_job):
+    job = make_job(guard={"rollback_after_bad_steps": 2}, optim={"lr": 1e30, "clip_grad": None})
+    job(*TWO, "--max-restarts", "2", module=FAULTY, WARM="1", code=4)
+    assert (job.status()["state"], job.status()["exit_code"]) == ("diverged", 4)
+    assert [event["event"] for event in job.events()].count("started") == 1
+    assert_nobody_is_left(job)
+
+
 def test_a_finished_run_ends_at_once(make_job):
     """The same command again: no torch, no ranks, the same result."""
     job = make_job()
