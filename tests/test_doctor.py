@@ -10,9 +10,10 @@ import pytest
 import torch
 from conftest import Forked, Job
 
-from cmtrain import doctor
+from cmtrain import doctor, doctor_checks
 from cmtrain.config_file import load_config
-from cmtrain.doctor import Finding, checkpoint_bytes, pairing, worst
+from cmtrain.doctor import worst
+from cmtrain.doctor_checks import Finding, checkpoint_bytes, pairing
 from cmtrain.run_lock import RunLock
 
 CUDA130, CUDA120 = ["nvidia-dali-cuda130"], ["nvidia-dali-cuda120"]
@@ -91,15 +92,15 @@ def test_the_gravest_finding_of_all_ranks_is_shown():
 def test_a_package_that_is_too_old_is_named(monkeypatch):
     installed = metadata.version
     monkeypatch.setattr(metadata, "version", lambda name: "0.9.1" if name == "timm" else installed(name))
-    finding = doctor._packages()
+    finding = doctor_checks.packages()
     assert finding.verdict == "fail"
     assert finding.found == "needs timm>=1.0.20, not 0.9.1"
 
 
 def test_wrong_pixels_are_noticed(monkeypatch):
-    made = doctor.Image.new
-    monkeypatch.setattr(doctor.Image, "new", lambda mode, size, colour: made(mode, size, colour[::-1]))
-    finding = doctor._decode("decode", torch.device("cpu"), "cpu")
+    made = doctor_checks.Image.new
+    monkeypatch.setattr(doctor_checks.Image, "new", lambda mode, size, colour: made(mode, size, colour[::-1]))
+    finding = doctor_checks.decode("decode", torch.device("cpu"), "cpu")
     assert finding.verdict == "fail"
     assert "came out as" in finding.found
 
@@ -125,10 +126,10 @@ def test_a_disk_too_small_for_the_checkpoints_fails(make_job, monkeypatch, tmp_p
     for free, verdict in ((8 * size, "ok"), (8 * size - 1, "fail")):  # 3 newest, 3 milestones, the best, the next
         usage = shutil._ntuple_diskusage(10**12, 10**12 - free, free)
         monkeypatch.setattr(shutil, "disk_usage", lambda path, usage=usage: usage)
-        assert doctor._disk(config, tmp_path / "runs" / "a", 3).verdict == verdict
+        assert doctor_checks.disk(config, tmp_path / "runs" / "a", 3).verdict == verdict
 
 
 def test_fp16_needs_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert doctor._gpus("auto").verdict == "warn"
-    assert doctor._gpus("fp16").verdict == "fail"
+    assert doctor_checks.gpus("auto").verdict == "warn"
+    assert doctor_checks.gpus("fp16").verdict == "fail"
