@@ -61,11 +61,11 @@ bench: setup
 dashboards: setup  ## Grafana's JSON again, from docker/grafana/panels.py
 	$(BIN)/python docker/grafana/dashboards.py
 
-# The image's name and target (runtime or cpu), what builds it (docker or podman), and more options for that. podman
-# keeps the health check only in Docker's format.
-IMAGE    ?= cmtrain
+# The image's target (runtime or cpu) and what builds it (docker or podman).
 TARGET   ?= runtime
 DOCKER   ?= docker
+# Its name, and more options for the build. podman keeps the health check only in Docker's format.
+IMAGE    ?= cmtrain
 BUILD    ?=
 export BUILDAH_FORMAT := docker
 VERSION  := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' cmtrain/__init__.py)
