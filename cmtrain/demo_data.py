@@ -28,7 +28,7 @@ def demo_folder(name: str, cache: Path) -> Path:
     Safe with several processes at once: each writes a folder of its own, and the first rename wins.
 
     Raises:
-        DataError: no such demo data, or the packages that carry the images are not installed.
+        DataError: no such demo data, its packages are not installed, or `cache` cannot be written.
     """
     writers = {"digits": _digits, "photos": _photos}
     if name not in writers:
@@ -44,6 +44,8 @@ def demo_folder(name: str, cache: Path) -> Path:
             image.save(path, quality=90)
     except ImportError as error:
         raise DataError(f"demo:{name}: needs {error.name}; pip install 'cmtrain[demo]'") from error
+    except OSError as error:
+        raise DataError(f"{cache}: cannot be written: {error.strerror}; set data.cache_dir to another folder") from error
     try:
         temporary.rename(folder)
     except OSError:
