@@ -45,7 +45,7 @@ def demo_folder(name: str, cache: Path) -> Path:
     except ImportError as error:
         raise DataError(f"demo:{name}: needs {error.name}; pip install 'cmtrain[demo]'") from error
     except OSError as error:
-        raise DataError(f"{cache}: cannot be written: {error.strerror}; set data.cache_dir to another folder") from error
+        raise DataError(f"{cache}: cannot be written: {error.strerror}; set data.cache_dir to another") from error
     try:
         temporary.rename(folder)
     except OSError:
