@@ -50,7 +50,7 @@ def test_only_entry_points_import_the_training_run():
     assert {name for name, imported in GRAPH.items() if "cmtrain.train" in imported} == {"cmtrain.cli", "cmtrain.demo"}
 
 
-ACCELERATES = ("bench", "bench_models", "build", "doctor_checks", "learner", "repair_bn", "trackers", "train")
+ACCELERATES = ("bench", "bench_models", "build", "doctor", "doctor_checks", "learner", "repair_bn", "trackers", "train")
 
 
 @pytest.mark.parametrize(("library", "allowed"), [
