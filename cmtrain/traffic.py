@@ -45,7 +45,7 @@ def count(model: nn.Module, *, image_px: int, batch: int = 64, dtype: torch.dtyp
     """Traffic of `model` on CUDA under autocast to `dtype` (none for float32).
 
     Of forward and backward for a model in train(), of inference for one in eval(). Optimizer, augmentation and loss are
-    left out; so is what a cache saves.
+    left out; so is what a cache saves, and what a kernel re-reads because of it.
     The model is left as it is and may be on any device, "meta" included.
     """
     counter = _Counter()

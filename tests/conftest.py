@@ -25,6 +25,8 @@ SHARED = ROOT.parent / "shared"
 # One thread each: several ranks on few cores spin at each other's barriers otherwise. The proxy setting keeps
 # requests to the metrics port on this machine.
 os.environ |= {"OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+if not Path("/dev/nvidiactl").exists():  # before anything imports Triton, which without a GPU can only interpret
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # nohup and a shell's `&` switch these off for all that is started, and here it is tested what they do.
 for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):

@@ -8,6 +8,7 @@ views of the same memory: no copy is made between convolution and attention.
 """
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,13 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from cmtrain.models.position import AbsolutePosition
+
+try:
+    from cmtrain.models import fused_ffn
+except ModuleNotFoundError:  # torch's builds for machines without a GPU bring no Triton
+    fused_ffn = None  # type: ignore[assignment]
+
+FfnKernel = Literal["auto", "fused", "eager"]
 
 
 class PointwiseConv(nn.Module):
@@ -133,10 +141,17 @@ class FeedForward(nn.Module):
     """Inverted residual feed-forward network (section 3.2): widen, mix 3x3 per channel, narrow.
 
     The paper adds the depth-wise branch before GELU and BatchNorm, the seed after them.
+
+    kernel: "eager" computes what is written below, "fused" the same in Triton kernels (fused_ffn.py; the paper's form
+    without dropout), "auto" takes those on a GPU that has them (compute capability 8.0), where a backward of evaluation
+    is not asked for.
     """
 
-    def __init__(self, dim: int, hidden: int, *, seed: bool, drop: float):
+    def __init__(self, dim: int, hidden: int, *, seed: bool, drop: float, kernel: FfnKernel = "auto"):
         super().__init__()
+        if kernel == "fused" and (fused_ffn is None or seed or drop):
+            raise ValueError("ffn_kernel='fused' needs Triton, variant='paper' and proj_drop_rate=0")
+        self.kernel = kernel
         self.residual_before_norm = not seed
         self.expand = PointwiseConv(dim, hidden)
         self.expand_norm = nn.BatchNorm2d(hidden)
@@ -147,12 +162,25 @@ class FeedForward(nn.Module):
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, H, W)
+        if self._is_fused(x):
+            x = fused_ffn.feed_forward(
+                x, self.expand, self.expand_norm, self.depthwise, self.depthwise_norm, self.project
+            )
+            return self.project_norm(x)
         x = self.drop(self.expand_norm(F.gelu(self.expand(x))))
         if self.residual_before_norm:
             x = self.depthwise_norm(F.gelu(x + self.depthwise(x)))
         else:
             x = x + self.depthwise_norm(F.gelu(self.depthwise(x)))
         return self.drop(self.project_norm(self.project(x)))
+
+    def _is_fused(self, x: Tensor) -> bool:
+        has_kernel = self.training or not torch.is_grad_enabled()
+        if self.kernel != "auto":
+            return self.kernel == "fused" and has_kernel
+        possible = fused_ffn is not None and self.residual_before_norm and self.drop.p == 0
+        fits = x.is_cuda and x.dtype != torch.float64 and torch.cuda.get_device_capability(x.device) >= (8, 0)
+        return possible and has_kernel and fits
 
 
 class Block(nn.Module):
@@ -171,6 +199,7 @@ class Block(nn.Module):
         attn_drop: float,
         proj_drop: float,
         drop_path_prob: float,
+        ffn_kernel: FfnKernel,
     ):
         super().__init__()
         eps = 1e-5 if seed else 1e-6
@@ -182,7 +211,7 @@ class Block(nn.Module):
         self.bias = bias
         self.norm2 = nn.LayerNorm(dim, eps=eps)
         # The seed drops paths of the FFN branch only, and has no dropout inside the FFN.
-        self.ffn = FeedForward(dim, hidden, seed=seed, drop=0.0 if seed else proj_drop)
+        self.ffn = FeedForward(dim, hidden, seed=seed, drop=0.0 if seed else proj_drop, kernel=ffn_kernel)
         self.attn_drop_path = DropPath(0.0 if seed else drop_path_prob)
         self.ffn_drop_path = DropPath(drop_path_prob)
 

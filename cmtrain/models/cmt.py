@@ -15,7 +15,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from cmtrain.models.blocks import Block, PointwiseConv, Stage, Stem, init_weights
+from cmtrain.models.blocks import Block, FfnKernel, PointwiseConv, Stage, Stem, init_weights
 from cmtrain.models.position import POSITION_MODULES, AbsolutePosition, AttentionBiasKind, make_attention_bias
 
 Variant = Literal["paper", "seed"]
@@ -73,6 +73,8 @@ class CMT(nn.Module):
         after the attention's projection and, in the paper's variant only, twice in the FFN.
     drop_path_rate: of the last block, growing linearly from 0 at the first; on both branches of a block (paper) or on
         the FFN's only (seed).
+    ffn_kernel: "fused" computes the feed-forward networks in Triton kernels, "eager" operation by operation, "auto" is
+        fused on a GPU that can and eager elsewhere. The same function; no parameter depends on it.
     global_pool: "avg", or "" for the unpooled map, which needs num_classes=0.
 
     Raises ValueError for an illegal option, for an illegal size, and for an input of another size than img_size.
@@ -96,8 +98,10 @@ class CMT(nn.Module):
         attn_drop_rate: float = 0.0,
         proj_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        ffn_kernel: FfnKernel = "auto",
     ):
         super().__init__()
+        _choose("ffn_kernel", ffn_kernel, get_args(FfnKernel))
         _choose("variant", variant, get_args(Variant))
         seed = variant == "seed"
         bias_kind = attention_bias or ("relative" if seed else "pairwise")
@@ -113,7 +117,14 @@ class CMT(nn.Module):
             {"num_chs": dim, "reduction": 4 << i, "module": f"stages.{i}"} for i, dim in enumerate(size.dims)
         ]
 
-        make_block = partial(Block, seed=seed, qkv_bias=qkv_bias, attn_drop=attn_drop_rate, proj_drop=proj_drop_rate)
+        make_block = partial(
+            Block,
+            seed=seed,
+            qkv_bias=qkv_bias,
+            attn_drop=attn_drop_rate,
+            proj_drop=proj_drop_rate,
+            ffn_kernel=ffn_kernel,
+        )
         ffn_ratio = size.seed_ffn_ratio if seed else size.ffn_ratio
         num_blocks = sum(size.depths)
         drop_path_probs = iter([drop_path_rate * i / (num_blocks - 1) for i in range(num_blocks)])

@@ -1,0 +1,159 @@
+"""The paper's feed-forward network with a third of the passes over its hidden tensor. The algebra, once.
+
+With a = gelu(z) and n = s * a + t for BatchNorm, whose s = gamma / deviation and t = beta - mean * s are known once the
+statistics of a are, the network is
+
+    z1 = x W1' + b1      n1 = s1 a1 + t1      z2 = n1 + depthwise(n1)      n2 = s2 a2 + t2      y = n2 W2' + b2
+
+a1 to y is h = 3.6 times as wide as x, and a GPU spends its time carrying it to and fro. So n is never written:
+
+- the depthwise convolution normalises what it reads,
+- the second normalisation is folded into the matrix behind it: y = a2 (s2 W2)' + (b2 + W2 t2), exactly,
+- GELU is computed again from z wherever it is needed, but for the 3x3 window, which would compute it nine times,
+- both statistics are taken by the kernel that has a in registers.
+
+Backward, with M rows, D = sum of dn * a and E = sum of dn over them, BatchNorm gives
+
+    d gamma = (D - mean E) / deviation      d beta = E      da = s dn + k a + c
+    k = -s (D - mean E) / (M deviation^2)   c = -s E / M - k mean
+
+For the second one D and E need no pass of their own: they are column sums of W2 * G and of W2 * sum(dy), G = dy' a2 being
+the product that the gradient of W2, G s2 + sum(dy) t2', needs anyway.
+
+Passes over a hidden tensor, reads and writes: 5 forward (z1 w, a1 w r, z2 w r) and 11 backward (G r; dz2 r w; dn1 r r w;
+dz1 r r w; dx r; dW1 r); op by op it is 44. fp16, bf16 and fp32; statistics, sums and scales are fp32 always.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cmtrain.models import ffn_kernels as kernels
+
+
+class _FeedForward(torch.autograd.Function):
+    """Rows (M, C) -> (M, C), and the two layers' batch means and biased variances, (p,) each, not differentiable."""
+
+    @staticmethod
+    def forward(ctx, x, w1, b1, gamma1, beta1, taps, bias, gamma2, beta2, w2, b2, height, width, eps1, eps2):  # type: ignore[no-untyped-def]
+        rows = x.shape[0]
+        z1, a1, *sums = kernels.expand(x, w1.to(x.dtype), b1, True)
+        mean1, var1, inverse1, s1, t1 = kernels.normalise(*sums, gamma1, beta1, rows, eps1).unbind()
+        z2, *sums = kernels.depthwise(a1, s1, t1, taps, bias, height, width, True)
+        mean2, var2, inverse2, s2, t2 = kernels.normalise(*sums, gamma2, beta2, rows, eps2).unbind()
+        w2 = _pad(w2, s2)
+        scaled, shifted = _fold(w2, b2, s2, t2, x.dtype)
+        y = kernels.project(z2, scaled, shifted)
+        ctx.save_for_backward(x, w1, taps, w2, z1, z2, scaled, mean1, inverse1, s1, t1, mean2, inverse2, s2, t2)
+        ctx.size = height, width
+        ctx.mark_non_differentiable(mean1, var1, mean2, var2)
+        return y, mean1, var1, mean2, var2
+
+    @staticmethod
+    def backward(ctx, dy, *_):  # type: ignore[no-untyped-def]
+        x, w1, taps, w2, z1, z2, scaled, mean1, inverse1, s1, t1, mean2, inverse2, s2, t2 = ctx.saved_tensors
+        rows, hidden = len(x), len(w1)
+        dy = dy.contiguous()
+        g = kernels.project_weight_grad(dy, z2).sum(0)  # (C, p)
+        db2 = dy.sum(0, dtype=torch.float32)
+        e2 = (w2 * db2[:, None]).sum(0)
+        dgamma2, slope, offset = _norm_grad((w2 * g).sum(0), e2, mean2, inverse2, s2, rows)
+        dw2 = g * s2 + db2[:, None] * t2
+
+        dz2 = kernels.project_grad(dy, scaled, z2, slope, offset)
+        dn1, sums = kernels.depthwise_grad(dz2, z1, s1, t1, taps, *ctx.size)
+        sums = sums.sum(0)  # (SUMS, p)
+        dgamma1, slope, offset = _norm_grad(sums[11], sums[10], mean1, inverse1, s1, rows)
+        dz1, db1 = kernels.expand_grad(dn1, z1, s1, slope, offset)
+
+        dz = dz1[:, :hidden]
+        dx = dz @ w1.to(x.dtype)
+        dw1 = (dz.t() @ x).to(w1.dtype)
+        db1, dgamma1, dbeta1, dbias = (v[:hidden] for v in (db1.sum(0), dgamma1, sums[10], sums[9]))
+        dtaps = sums[:9, :hidden].t()
+        return (
+            dx, dw1, db1, dgamma1, dbeta1, dtaps, dbias, dgamma2[:hidden], e2[:hidden], dw2[:, :hidden], db2,
+            None, None, None, None,
+        )  # fmt: skip
+
+
+def _norm_grad(
+    d: Tensor, e: Tensor, mean: Tensor, inverse: Tensor, scale: Tensor, rows: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> d gamma, k, c of the module's docstring, from D and E."""
+    dgamma = (d - mean * e) * inverse
+    slope = -scale * inverse * dgamma / rows
+    return dgamma, slope, -scale * e / rows - slope * mean
+
+
+def _pad(w2: Tensor, s2: Tensor) -> Tensor:  # (C, h) -> (C, p)
+    return F.pad(w2, (0, s2.shape[0] - w2.shape[1]))
+
+
+def _fold(w2: Tensor, b2: Tensor, s2: Tensor, t2: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return (w2 * s2).to(dtype), b2 + (w2 * t2).sum(1)
+
+
+def feed_forward(
+    x: Tensor,
+    expand: nn.Module,
+    expand_norm: nn.BatchNorm2d,
+    depthwise: nn.Conv2d,
+    depthwise_norm: nn.BatchNorm2d | nn.Identity,
+    project: nn.Module,
+) -> Tensor:
+    """The network up to its last BatchNorm: (B, C, H, W) -> (B, C, H, W), channels-last.
+
+    expand and project hold a matrix and a bias. In training the norms' running statistics move as torch moves them; in
+    evaluation, which has no backward here, they are what is normalised with, or nothing where folding left an Identity.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    tokens = x.permute(0, 2, 3, 1)
+    _, height, width, channels = tokens.shape
+    rows = tokens.reshape(-1, channels)
+    taps = depthwise.weight.flatten(1)  # (h, 9)
+    assert depthwise.bias is not None
+    with torch.autocast(x.device.type, enabled=False):
+        if expand_norm.training:
+            assert isinstance(depthwise_norm, nn.BatchNorm2d)
+            y, mean1, var1, mean2, var2 = _FeedForward.apply(
+                rows, expand.weight, expand.bias, expand_norm.weight, expand_norm.bias, taps, depthwise.bias,
+                depthwise_norm.weight, depthwise_norm.bias, project.weight, project.bias,
+                height, width, expand_norm.eps, depthwise_norm.eps,
+            )  # fmt: skip
+            _track(expand_norm, mean1, var1, len(rows))
+            _track(depthwise_norm, mean2, var2, len(rows))
+        else:
+            _, a, *_ = kernels.expand(rows, expand.weight.to(x.dtype), expand.bias, False)
+            s1, t1 = _evaluation(expand_norm, depthwise.bias)
+            z, *_ = kernels.depthwise(a, s1, t1, taps, depthwise.bias, height, width, False)
+            s2, t2 = _evaluation(depthwise_norm, depthwise.bias)
+            y = kernels.project(z, *_fold(_pad(project.weight, s2), project.bias, s2, t2, x.dtype))
+    return y.view(tokens.shape).permute(0, 3, 1, 2)
+
+
+@torch.no_grad()
+def _track(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, rows: int) -> None:
+    """What torch's batch_norm does to the running statistics, whose variance is unbiased."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    assert norm.num_batches_tracked is not None
+    assert norm.momentum is not None
+    hidden = len(norm.running_mean)
+    norm.num_batches_tracked.add_(1)
+    norm.running_mean.lerp_(mean[:hidden], norm.momentum)
+    norm.running_var.lerp_(var[:hidden] * (rows / (rows - 1)), norm.momentum)
+
+
+def _evaluation(norm: nn.BatchNorm2d | nn.Identity, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and shift (p,) of `norm` in evaluation."""
+    if isinstance(norm, nn.Identity):
+        scale, shift = torch.ones_like(like), torch.zeros_like(like)
+    else:
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+        shift = norm.bias - norm.running_mean * scale
+    padding = (0, kernels.padded(len(scale)) - len(scale))
+    return F.pad(scale, padding), F.pad(shift, padding)
