@@ -41,12 +41,13 @@ class Traffic:
         return self.forward_kernels + self.backward_kernels
 
 
-def count(model: nn.Module, *, image_px: int, batch: int = 64, dtype: torch.dtype = torch.float16) -> Traffic:
+def count(model: nn.Module, *, image_px: int, batch: int = 256, dtype: torch.dtype = torch.float16) -> Traffic:
     """Traffic of `model` on CUDA under autocast to `dtype` (none for float32).
 
     Of forward and backward for a model in train(), of inference for one in eval(). Optimizer, augmentation and loss are
     left out; so is what a cache saves, and what a kernel re-reads because of it.
-    The model is left as it is and may be on any device, "meta" included.
+    The model is left as it is and may be on any device, "meta" included. A CMT says with `ffn_kernel` what it runs; "auto"
+    would ask a GPU.
     """
     counter = _Counter()
     with FakeTensorMode():

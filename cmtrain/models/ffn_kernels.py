@@ -3,11 +3,11 @@
 What they compute, and why it adds up to the network, is told in fused_ffn.py. Letters: M = B * H * W rows, C channels,
 h hidden channels, p = h rounded up to PITCH.
 
-Hidden tensors are (M, p): rows begin at multiples of 32 bytes, so that loads are vectors whatever h is (CMT-Ti's are 165,
-331, 662 and 1324). The last p - h columns are zero in all of them, forward and backward, because weights are read as zero
-there. Parameters and their gradients are never padded.
+Hidden tensors are (M, p): rows begin at multiples of 32 bytes, so that loads are vectors whatever h is (CMT-Ti's are
+165, 331, 662 and 1324). The last p - h columns are zero in all of them, forward and backward, because weights are read
+as zero there. Parameters and their gradients are never padded.
 
-Sums over rows are taken in fp32, tile by tile and always in the same order: no atomics, so equal inputs give equal bits.
+Sums over rows are taken in fp32, tile by tile and always in the same order: no atomics, so equal inputs, equal bits.
 All of it runs on a CPU, slowly, in processes that have TRITON_INTERPRET=1.
 """
 
@@ -20,11 +20,11 @@ PITCH = 16
 ROWS = 64  # of a tile
 GEMM_COLUMNS, GEMM_INNER = 64, 32  # of a tile of a matrix product
 MAP_COLUMNS = 32  # of a tile of everything else: 64 bytes in half precision, two sectors
-# Consecutive tiles of rows that one program works on: fewer partial sums to add up, but enough programs for a large GPU.
+# Consecutive tiles of rows that a program works on: fewer partial sums to add up, but programs enough for a large GPU.
 MAX_TILES, MIN_PROGRAMS = 16, 512
 SUMS = 12  # that depthwise_grad takes: nine taps, bias, shift, scale
 SUMS_PADDED = 16
-# At 8 warps no kernel spills on sm_80 or sm_90 (tests/test_fused_ffn.py), and two or more programs fit a multiprocessor.
+# With 8 warps no kernel spills in half precision on sm_80 or sm_90, and two or more programs fit a multiprocessor.
 LAUNCH = {"num_warps": 8, "enable_fp_fusion": True}
 
 
@@ -78,7 +78,7 @@ def _gelu_and_slope(z):
 
 @triton.jit
 def _merge(tile, inside, start, rows, count, mean, m2, ROWS: tl.constexpr):
-    """Running count, mean and squared deviations with one more tile of rows, as Chan et al. add them: nothing cancels."""
+    """Count, mean and squared deviations with one more tile of rows, added as Chan et al. do: nothing cancels."""
     coming = tl.minimum(tl.maximum(rows - start, 0), ROWS).to(tl.float32)
     total = tl.maximum(count + coming, 1.0)
     tile_mean = tl.sum(tl.where(inside, tile, 0.0), 0) / tl.maximum(coming, 1.0)
@@ -424,7 +424,8 @@ def project_weight_grad(dy: Tensor, z: Tensor) -> Tensor:
     grid = parts, triton.cdiv(channels, GEMM_COLUMNS), triton.cdiv(pitch, GEMM_COLUMNS)
     _project_weight_grad[grid](
         dy, z, out, rows, triton.cdiv(rows, parts),
-        C=channels, P=pitch, PRECISION=_precision(z), ROWS=GEMM_COLUMNS, COLUMNS=GEMM_COLUMNS, INNER=GEMM_INNER, **LAUNCH,
+        C=channels, P=pitch, PRECISION=_precision(z),
+        ROWS=GEMM_COLUMNS, COLUMNS=GEMM_COLUMNS, INNER=GEMM_INNER, **LAUNCH,
     )  # fmt: skip
     return out
 
@@ -485,7 +486,8 @@ def expand_grad(dn: Tensor, z: Tensor, scale: Tensor, slope: Tensor, offset: Ten
     dz, sums = _expand_grad_fake(dn, z, scale, slope, offset)
     rows, pitch = z.shape
     _expand_grad[(_num_partials(rows), triton.cdiv(pitch, MAP_COLUMNS))](
-        dn, z, scale, slope, offset, dz, sums, rows, P=pitch, ROWS=ROWS, COLUMNS=MAP_COLUMNS, TILES=_tiles(rows), **LAUNCH,
+        dn, z, scale, slope, offset, dz, sums, rows,
+        P=pitch, ROWS=ROWS, COLUMNS=MAP_COLUMNS, TILES=_tiles(rows), **LAUNCH,
     )  # fmt: skip
     return dz, sums
 

@@ -17,12 +17,14 @@ Backward, with M rows, D = sum of dn * a and E = sum of dn over them, BatchNorm 
     d gamma = (D - mean E) / deviation      d beta = E      da = s dn + k a + c
     k = -s (D - mean E) / (M deviation^2)   c = -s E / M - k mean
 
-For the second one D and E need no pass of their own: they are column sums of W2 * G and of W2 * sum(dy), G = dy' a2 being
-the product that the gradient of W2, G s2 + sum(dy) t2', needs anyway.
+For the second one D and E need no pass of their own: they are column sums of W2 * G and of W2 * sum(dy), and G = dy' a2
+is what the gradient of W2, G s2 + sum(dy) t2', is made of anyway.
 
-Passes over a hidden tensor, reads and writes: 5 forward (z1 w, a1 w r, z2 w r) and 11 backward (G r; dz2 r w; dn1 r r w;
-dz1 r r w; dx r; dW1 r); op by op it is 44. fp16, bf16 and fp32; statistics, sums and scales are fp32 always.
+Passes over a hidden tensor, reads and writes: 5 forward (z1 w, a1 w r, z2 w r) and 11 backward (G r; dz2 r w;
+dn1 r r w; dz1 r r w; dx r; dW1 r), where op by op it is 44. fp16, bf16 and fp32; sums and scales are fp32 always.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +37,7 @@ class _FeedForward(torch.autograd.Function):
     """Rows (M, C) -> (M, C), and the two layers' batch means and biased variances, (p,) each, not differentiable."""
 
     @staticmethod
-    def forward(ctx, x, w1, b1, gamma1, beta1, taps, bias, gamma2, beta2, w2, b2, height, width, eps1, eps2):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, w1, b1, gamma1, beta1, taps, bias, gamma2, beta2, w2, b2, height, width, eps1, eps2):
         rows = x.shape[0]
         z1, a1, *sums = kernels.expand(x, w1.to(x.dtype), b1, True)
         mean1, var1, inverse1, s1, t1 = kernels.normalise(*sums, gamma1, beta1, rows, eps1).unbind()
@@ -50,7 +52,7 @@ class _FeedForward(torch.autograd.Function):
         return y, mean1, var1, mean2, var2
 
     @staticmethod
-    def backward(ctx, dy, *_):  # type: ignore[no-untyped-def]
+    def backward(ctx, dy, *_):
         x, w1, taps, w2, z1, z2, scaled, mean1, inverse1, s1, t1, mean2, inverse2, s2, t2 = ctx.saved_tensors
         rows, hidden = len(x), len(w1)
         dy = dy.contiguous()
@@ -96,11 +98,11 @@ def _fold(w2: Tensor, b2: Tensor, s2: Tensor, t2: Tensor, dtype: torch.dtype) ->
 
 def feed_forward(
     x: Tensor,
-    expand: nn.Module,
+    expand: Any,
     expand_norm: nn.BatchNorm2d,
     depthwise: nn.Conv2d,
     depthwise_norm: nn.BatchNorm2d | nn.Identity,
-    project: nn.Module,
+    project: Any,
 ) -> Tensor:
     """The network up to its last BatchNorm: (B, C, H, W) -> (B, C, H, W), channels-last.
 
