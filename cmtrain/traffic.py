@@ -46,8 +46,8 @@ def count(model: nn.Module, *, image_px: int, batch: int = 256, dtype: torch.dty
 
     Of forward and backward for a model in train(), of inference for one in eval(). Optimizer, augmentation and loss are
     left out; so is what a cache saves, and what a kernel re-reads because of it.
-    The model is left as it is and may be on any device, "meta" included. A CMT says with `ffn_kernel` what it runs; "auto"
-    would ask a GPU.
+    The model is left as it is and may be on any device, "meta" included. A CMT has to say with `ffn_kernel` what it
+    runs: "auto" would ask a GPU.
     """
     counter = _Counter()
     with FakeTensorMode():

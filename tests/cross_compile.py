@@ -23,7 +23,22 @@ from triton.compiler import ASTSource, CompiledKernel
 from cmtrain.models import ffn_kernels as k
 
 # The kind of every argument that is not a constant: element type, fp32 or a number.
-FLOATS = {"means", "m2s", "scale", "shift", "bias", "slope", "offset", "sums", "gamma", "beta"}
+FLOATS = {
+    "means",
+    "m2s",
+    "scale",
+    "shift",
+    "bias",
+    "slope",
+    "offset",
+    "sums",
+    "gamma",
+    "beta",
+    "d",
+    "e",
+    "mean",
+    "inverse",
+}
 NUMBERS = {"rows": "i32", "parts": "i32", "rows_a_part": "i32", "eps": "fp32"}
 KERNELS = {
     "expand": k._expand,
@@ -34,8 +49,9 @@ KERNELS = {
     "project_grad": k._project_grad,
     "depthwise_grad": k._depthwise_grad,
     "expand_grad": k._expand_grad,
+    "normalise_grad": k._normalise_grad,
 }
-FP32_OUTPUT = {"normalise", "project_weight_grad"}
+FP32_OUTPUT = {"normalise", "normalise_grad", "project_weight_grad"}
 FP32_WEIGHT = {"depthwise", "depthwise_grad"}
 
 

@@ -139,7 +139,7 @@ class Padding(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        if func.namespace == "cmtrain" and func._opname != "ffn_normalise":
+        if func.namespace == "cmtrain" and "normalise" not in func._opname:
             for tensor in out if isinstance(out, tuple) else (out,):
                 if tensor.shape[-1] == ffn_kernels.padded(self.hidden):
                     self.num_tensors += 1
@@ -241,7 +241,7 @@ def compiled_for_gpus(dtype: str, *sizes: tuple[int, int, int]) -> list[dict]:
 def test_compiled_for_sm_80_and_sm_90_without_spills_and_without_scalar_access():
     """Of CMT-Ti's first stage, whose 165 hidden channels no vector load likes."""
     found = compiled_for_gpus("fp16", (46, 165, 40))
-    assert len(found) == 2 * 8
+    assert len(found) == 2 * 9
     assert all(kernel["spilled_bytes"] == 0 for kernel in found)
     assert all(kernel["scalars"] == 0 for kernel in found)
     assert all(kernel["vectors"] for kernel in found if kernel["kernel"] != "project")  # those are asynchronous copies

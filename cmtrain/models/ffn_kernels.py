@@ -151,7 +151,7 @@ def _normalise(
     shift = tl.load(beta + column, mask=column < H, other=0.0) - mean * scale
     inside = column < P
     tl.store(out + column, mean, mask=inside)
-    tl.store(out + P + column, variance, mask=inside)
+    tl.store(out + P + column, variance * (rows / (rows - 1)), mask=inside)
     tl.store(out + 2 * P + column, inverse, mask=inside)
     tl.store(out + 3 * P + column, scale, mask=inside)
     tl.store(out + 4 * P + column, shift, mask=inside)
@@ -306,6 +306,23 @@ def _depthwise_grad(
 
 
 @triton.jit
+def _normalise_grad(
+    d, e, mean, inverse, scale, out, rows, P: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = column < P
+    mean_of = tl.load(mean + column, mask=inside, other=0.0)
+    inverse_of = tl.load(inverse + column, mask=inside, other=0.0)
+    s = tl.load(scale + column, mask=inside, other=0.0)
+    sum_dn = tl.load(e + column, mask=inside, other=0.0)
+    dgamma = (tl.load(d + column, mask=inside, other=0.0) - mean_of * sum_dn) * inverse_of
+    slope = -s * inverse_of * dgamma / rows
+    tl.store(out + column, dgamma, mask=inside)
+    tl.store(out + P + column, slope, mask=inside)
+    tl.store(out + 2 * P + column, -s * sum_dn / rows - slope * mean_of, mask=inside)
+
+
+@triton.jit
 def _expand_grad(
     dn, z, scale, slope, offset, dz, sums, rows,
     P: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr,
@@ -358,9 +375,10 @@ def _expand_fake(x: Tensor, weight: Tensor, bias: Tensor, training: bool) -> tup
 
 @torch.library.custom_op("cmtrain::ffn_normalise", mutates_args=())
 def normalise(means: Tensor, m2s: Tensor, gamma: Tensor, beta: Tensor, rows: int, eps: float) -> Tensor:
-    """Statistics of all rows from those of their parts -> (5, p): mean, biased variance, 1 / deviation, scale, shift.
+    """Statistics of all rows from those of their parts -> (5, p): mean, unbiased variance, 1 / deviation, scale, shift.
 
-    scale * a + shift is BatchNorm's answer to a; gamma and beta are its weight and bias, (h,).
+    scale * a + shift is BatchNorm's answer to a (which divides by the biased deviation); gamma and beta are its weight
+    and bias, (h,).
     """
     out = _normalise_fake(means, m2s, gamma, beta, rows, eps)
     parts, pitch = means.shape
@@ -478,6 +496,25 @@ def _depthwise_grad_fake(
     dz: Tensor, z: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, height: int, width: int
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(z), _like(z, _num_partials(z.shape[0]), SUMS, z.shape[1])
+
+
+@torch.library.custom_op("cmtrain::ffn_normalise_grad", mutates_args=())
+def normalise_grad(d: Tensor, e: Tensor, mean: Tensor, inverse: Tensor, scale: Tensor, rows: int) -> Tensor:
+    """Gradient through a BatchNorm and its statistics: five (p,) -> (3, p), d gamma, slope and offset.
+
+    d and e are the sums over rows of dn * a and of dn; scale * dn + slope * a + offset is the gradient of a.
+    """
+    out = _normalise_grad_fake(d, e, mean, inverse, scale, rows)
+    pitch = len(d)
+    _normalise_grad[(triton.cdiv(pitch, MAP_COLUMNS),)](
+        d, e, mean, inverse, scale, out, rows, P=pitch, COLUMNS=MAP_COLUMNS, **LAUNCH
+    )
+    return out
+
+
+@normalise_grad.register_fake
+def _normalise_grad_fake(d: Tensor, e: Tensor, mean: Tensor, inverse: Tensor, scale: Tensor, rows: int) -> Tensor:
+    return _like(d, 3, len(d))
 
 
 @torch.library.custom_op("cmtrain::ffn_expand_grad", mutates_args=())

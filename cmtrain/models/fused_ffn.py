@@ -34,7 +34,7 @@ from cmtrain.models import ffn_kernels as kernels
 
 
 class _FeedForward(torch.autograd.Function):
-    """Rows (M, C) -> (M, C), and the two layers' batch means and biased variances, (p,) each, not differentiable."""
+    """Rows (M, C) -> (M, C), and the two layers' batch means and unbiased variances, (p,) each, not differentiable."""
 
     @staticmethod
     def forward(ctx, x, w1, b1, gamma1, beta1, taps, bias, gamma2, beta2, w2, b2, height, width, eps1, eps2):
@@ -59,13 +59,14 @@ class _FeedForward(torch.autograd.Function):
         g = kernels.project_weight_grad(dy, z2).sum(0)  # (C, p)
         db2 = dy.sum(0, dtype=torch.float32)
         e2 = (w2 * db2[:, None]).sum(0)
-        dgamma2, slope, offset = _norm_grad((w2 * g).sum(0), e2, mean2, inverse2, s2, rows)
-        dw2 = g * s2 + db2[:, None] * t2
+        d2 = (w2 * g).sum(0)
+        dgamma2, slope, offset = kernels.normalise_grad(d2, e2, mean2, inverse2, s2, rows).unbind()
+        dw2 = torch.addcmul(g * s2, db2[:, None], t2)
 
         dz2 = kernels.project_grad(dy, scaled, z2, slope, offset)
         dn1, sums = kernels.depthwise_grad(dz2, z1, s1, t1, taps, *ctx.size)
         sums = sums.sum(0)  # (SUMS, p)
-        dgamma1, slope, offset = _norm_grad(sums[11], sums[10], mean1, inverse1, s1, rows)
+        dgamma1, slope, offset = kernels.normalise_grad(sums[11], sums[10], mean1, inverse1, s1, rows).unbind()
         dz1, db1 = kernels.expand_grad(dn1, z1, s1, slope, offset)
 
         dz = dz1[:, :hidden]
@@ -77,15 +78,6 @@ class _FeedForward(torch.autograd.Function):
             dx, dw1, db1, dgamma1, dbeta1, dtaps, dbias, dgamma2[:hidden], e2[:hidden], dw2[:, :hidden], db2,
             None, None, None, None,
         )  # fmt: skip
-
-
-def _norm_grad(
-    d: Tensor, e: Tensor, mean: Tensor, inverse: Tensor, scale: Tensor, rows: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """-> d gamma, k, c of the module's docstring, from D and E."""
-    dgamma = (d - mean * e) * inverse
-    slope = -scale * inverse * dgamma / rows
-    return dgamma, slope, -scale * e / rows - slope * mean
 
 
 def _pad(w2: Tensor, s2: Tensor) -> Tensor:  # (C, h) -> (C, p)
@@ -124,8 +116,8 @@ def feed_forward(
                 depthwise_norm.weight, depthwise_norm.bias, project.weight, project.bias,
                 height, width, expand_norm.eps, depthwise_norm.eps,
             )  # fmt: skip
-            _track(expand_norm, mean1, var1, len(rows))
-            _track(depthwise_norm, mean2, var2, len(rows))
+            _track(expand_norm, mean1, var1)
+            _track(depthwise_norm, mean2, var2)
         else:
             _, a, *_ = kernels.expand(rows, expand.weight.to(x.dtype), expand.bias, False)
             s1, t1 = _evaluation(expand_norm, depthwise.bias)
@@ -136,16 +128,15 @@ def feed_forward(
 
 
 @torch.no_grad()
-def _track(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, rows: int) -> None:
-    """What torch's batch_norm does to the running statistics, whose variance is unbiased."""
+def _track(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor) -> None:
+    """What torch's batch_norm does to the running statistics."""
     assert norm.running_mean is not None
     assert norm.running_var is not None
     assert norm.num_batches_tracked is not None
     assert norm.momentum is not None
     hidden = len(norm.running_mean)
     norm.num_batches_tracked.add_(1)
-    norm.running_mean.lerp_(mean[:hidden], norm.momentum)
-    norm.running_var.lerp_(var[:hidden] * (rows / (rows - 1)), norm.momentum)
+    torch._foreach_lerp_([norm.running_mean, norm.running_var], [mean[:hidden], var[:hidden]], norm.momentum)
 
 
 def _evaluation(norm: nn.BatchNorm2d | nn.Identity, like: Tensor) -> tuple[Tensor, Tensor]:
