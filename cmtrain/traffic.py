@@ -116,7 +116,7 @@ class _Cuda(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is torch.Tensor.is_cuda.__get__:  # type: ignore[attr-defined]
+        if func == torch.Tensor.is_cuda.__get__:  # type: ignore[attr-defined]
             return True
         if torch.is_autocast_enabled("cpu"):
             if func in (F.layer_norm, torch.softmax, F.softmax, torch.Tensor.softmax):

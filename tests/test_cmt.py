@@ -1,5 +1,6 @@
 """The model as timm's users meet it: sizes, options, features, checkpoints, precisions, wrappers."""
 
+import contextlib
 import copy
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 import torch.distributed as dist
 from timm.layers import DropPath
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -406,6 +408,43 @@ def test_the_memory_format_of_the_input_does_not_matter():
     first, second = a(x), b(x.contiguous(memory_format=torch.channels_last))
     assert torch.equal(first, second)
     assert a.forward_features(x).is_contiguous(memory_format=torch.channels_last)
+
+
+class LooksLikeCuda(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return True if func == torch.Tensor.is_cuda.__get__ else func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("options", REFERENCE_OPTIONS)
+def test_what_is_computed_differently_on_cuda_is_the_same_function(options):
+    """Padded heads (46 -> 48) and matrix products for 1x1 convolutions, in float64, with all gradients."""
+    model = timm.create_model("cmt_ti", img_size=64, num_classes=3, **options).double()
+    x = images(64).double()
+    found = []
+    for mode in (contextlib.nullcontext(), LooksLikeCuda()):
+        model.zero_grad()
+        with mode:
+            logits = model(x)
+        logits.square().sum().backward()
+        found.append((logits.detach(), {key: p.grad for key, p in model.named_parameters()}))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-10)
+
+
+def test_attention_on_cuda_asks_for_the_backend_that_returns_the_gradient_of_the_bias(monkeypatch):
+    from cmtrain.models import blocks
+
+    seen = []
+
+    def watched(q, k, v, attn_mask=None, **keywords):
+        seen.append((q.shape[-1], attn_mask.dtype, torch.backends.cuda.cudnn_sdp_enabled()))
+        return v.new_zeros(q.shape)
+
+    monkeypatch.setattr(blocks.F, "scaled_dot_product_attention", watched)
+    model = timm.create_model("cmt_ti", img_size=32, ffn_kernel="eager")
+    with torch.autocast("cpu", torch.bfloat16), LooksLikeCuda():
+        model(images())
+    assert set(seen) == {(48, torch.bfloat16, False)}
+    assert len(seen) == 16
 
 
 class CountCopies(TorchDispatchMode):

@@ -58,10 +58,10 @@ def test_a_training_step_of_cmt_ti_stays_within_its_budget():
     """The paper's released code moves 300 MB an image, counted the same way; resnet50 at 160 px moves 250."""
     eager = traffic_of("cmt_ti", ffn_kernel="eager")
     assert eager.total_bytes <= 232 * MB
-    assert eager.num_kernels <= 1650
+    assert eager.num_kernels <= 1870
     fused = traffic_of("cmt_ti", ffn_kernel="fused")
-    assert fused.total_bytes <= 147 * MB
-    assert fused.num_kernels <= 2300
+    assert fused.total_bytes <= 143 * MB
+    assert fused.num_kernels <= 2060
     seed = traffic_of("cmt_ti", variant="seed", ffn_kernel="eager")
     assert seed.total_bytes <= 230 * MB
 

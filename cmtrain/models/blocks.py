@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cmtrain.models.position import AbsolutePosition
 
@@ -89,11 +90,32 @@ class Stem(nn.Module):
         return self.norm3(F.gelu(self.conv3(x)))
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout_prob: float, scale: float) -> Tensor:
+    """Scaled dot-product attention with a learned bias: (B, h, N, d), 2 x (B, h, K, d), (h or 1, N, K) -> (B, h, N, d).
+
+    On CUDA a bias goes to the memory-efficient backend, the only fused one that returns its gradient: cuDNN's does not,
+    flash attention takes no bias. It wants d to be a multiple of 8; float64 gets the plain formula.
+    """
+    if bias is None:
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_prob, scale=scale)
+    # A mask of another dtype than q is silently wrong in some fused kernels, and one that requires a gradient rules
+    # most of them out even where no gradient is taken.
+    mask = (bias if torch.is_grad_enabled() else bias.detach()).to(q.dtype)[None]
+    if not q.is_cuda:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_prob, scale=scale)
+    with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_prob, scale=scale)
+
+
 class Attention(nn.Module):
     """Lightweight multi-head self-attention: keys and values come from a map reduced r times per side (section 3.2).
 
     The paper reduces by a depth-wise convolution and BatchNorm, the seed by a full convolution and LayerNorm.
     Projections that read the same tokens are one matrix, its rows ordered q, k, v, then head, then channel.
+
+    On CUDA heads are padded to a multiple of 8 channels (46 to 48 in CMT-Ti), or fused attention refuses them: by zero
+    rows in the matrices that make q, k and v, and zero columns in the one that reads the result. The padding is made
+    anew in every forward pass and is no parameter, so nothing can be learned in it and no checkpoint holds it.
     """
 
     def __init__(
@@ -121,20 +143,33 @@ class Attention(nn.Module):
 
     def forward(self, tokens: Tensor, bias: Tensor | None) -> Tensor:  # (B, H, W, C), (h or 1, N, K) -> (B, H, W, C)
         batch, height, width, dim = tokens.shape
-        heads = (self.heads, dim // self.heads)
+        head_dim = dim // self.heads
+        padding = -head_dim % 8 if tokens.is_cuda else 0
+        heads = (self.heads, head_dim + padding)
         if self.reduction > 1:
-            q = self.q(tokens).view(batch, height * width, *heads).transpose(1, 2)  # (B, h, N, d)
-            k, v = self.kv(self.reduced(tokens)).view(batch, -1, 2, *heads).permute(2, 0, 3, 1, 4)  # (B, h, K, d)
+            q = self._into_heads(self.q, tokens, padding).view(batch, height * width, *heads).transpose(1, 2)
+            kv = self._into_heads(self.kv, self.reduced(tokens), padding)
+            k, v = kv.view(batch, -1, 2, *heads).permute(2, 0, 3, 1, 4)  # (B, h, K, d)
         else:
-            q, k, v = self.qkv(tokens).view(batch, height * width, 3, *heads).permute(2, 0, 3, 1, 4)
-        if bias is not None:
-            # A mask of another dtype than q is silently wrong in some fused kernels, and one that requires a gradient
-            # rules most of them out even where no gradient is taken.
-            bias = bias.to(q.dtype)[None] if torch.is_grad_enabled() else bias.detach().to(q.dtype)[None]
-        dropout_prob = self.attn_drop if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_prob)  # (B, h, N, d)
-        mixed = mixed.transpose(1, 2).reshape(batch, height, width, dim)
-        return self.proj_drop(self.proj(mixed))
+            qkv = self._into_heads(self.qkv, tokens, padding)
+            q, k, v = qkv.view(batch, height * width, 3, *heads).permute(2, 0, 3, 1, 4)  # (B, h, N, d)
+        mixed = attend(q, k, v, bias, self.attn_drop if self.training else 0.0, head_dim**-0.5)
+        mixed = mixed.transpose(1, 2).reshape(batch, height, width, -1)
+        return self.proj_drop(self._out_of_heads(self.proj, mixed, padding))
+
+    def _into_heads(self, linear: nn.Linear, x: Tensor, padding: int) -> Tensor:
+        if not padding:
+            return linear(x)
+        head_dim = linear.in_features // self.heads
+        weight = F.pad(linear.weight.unflatten(0, (-1, head_dim)), (0, 0, 0, padding)).flatten(0, 1)
+        bias = None if linear.bias is None else F.pad(linear.bias.unflatten(0, (-1, head_dim)), (0, padding)).flatten()
+        return F.linear(x, weight, bias)
+
+    def _out_of_heads(self, linear: nn.Linear, x: Tensor, padding: int) -> Tensor:
+        if not padding:
+            return linear(x)
+        weight = F.pad(linear.weight.unflatten(1, (self.heads, -1)), (0, padding)).flatten(1)
+        return F.linear(x, weight, linear.bias)
 
 
 class FeedForward(nn.Module):
