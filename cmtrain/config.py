@@ -100,6 +100,10 @@ class Model(_Section):
         default=0.0, description="dropout probability after the projections of a block"
     )
     drop_path_rate: FractionBelowOne = Field(default=0.0, description="stochastic depth: probability at the last block")
+    ffn_kernel: Literal["auto", "fused", "eager"] = Field(
+        default="auto",
+        description="feed-forward networks in Triton kernels or operation by operation; auto: fused where a GPU can",
+    )
 
 
 class Data(_Section):

@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from photographs import squares
 
 from cmtrain.models import load_reference_checkpoint, to_reference_state_dict
 
@@ -95,3 +96,23 @@ def test_golden_float32(name):
     model.eval()
     with torch.no_grad():
         assert relative_error(model(images).double(), logits) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["official_cmt_ti_160", "blog_cmt_ti_160_rpe_qkvbias"])
+def test_half_precision_on_photographs(name):
+    """Logits under autocast against float64, by relative error: less than four roundings of fp16 (2^-11) or bf16 (2^-8)."""
+    model, _, case, _ = load_case(name, torch.float64)
+    photos = torch.as_tensor(squares(case["resolution"])[:4]).permute(0, 3, 1, 2) / 255
+    photos = (photos - 0.45) / 0.226
+    model.eval()
+    with torch.no_grad():
+        exact = model(photos.double())
+        model.float()
+        errors = {}
+        for dtype in (torch.float16, torch.bfloat16):
+            with torch.autocast("cpu", dtype):
+                logits = model(photos).double()
+            errors[dtype] = float((logits - exact).norm() / exact.norm())
+    print(f"\n{name}: " + ", ".join(f"{dtype} {error:.1e}" for dtype, error in errors.items()))
+    assert errors[torch.float16] < 4 * 2**-11
+    assert errors[torch.bfloat16] < 4 * 2**-8
