@@ -25,7 +25,12 @@ from cmtrain.models.fold import folded
 from cmtrain.traffic import count
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+# Without a GPU everything runs in fp32: a CPU's half precision takes seconds a step.
+DTYPES = (
+    {"fp16": torch.float16, "bf16": torch.bfloat16}
+    if DEVICE == "cuda"
+    else dict.fromkeys(("fp16", "bf16"), torch.float32)
+)
 
 
 @dataclass(frozen=True)
@@ -102,19 +107,20 @@ def measure(case: Case, image_px: int, steps: int, copy_bytes_per_second: float)
     images = images.contiguous(memory_format=torch.channels_last)
     labels = torch.randint(0, 1000, (case.batch,), device=DEVICE)
     optimizer = None if case.mode == "infer" else torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
+    autocast = torch.autocast(DEVICE, dtype, enabled=DEVICE == "cuda")
     scaler = torch.amp.GradScaler(DEVICE, enabled=case.precision == "fp16" and DEVICE == "cuda")
 
     def train() -> None:
         assert optimizer is not None
         optimizer.zero_grad()
-        with torch.autocast(DEVICE, dtype):
+        with autocast:
             loss = F.cross_entropy(forward(images), labels)
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
 
     def infer() -> None:
-        with torch.inference_mode(), torch.autocast(DEVICE, dtype):
+        with torch.inference_mode(), autocast:
             forward(images)
 
     run = train if case.mode == "train" else infer
@@ -147,7 +153,7 @@ def attention_times(batch: int, steps: int) -> dict[str, float]:
     for heads, queries, keys in ((1, 1600, 25), (4, 100, 25)):
         for dim in (46, 48):
             q, k, v = (
-                torch.randn(batch, heads, n, dim, device=DEVICE, dtype=torch.float16, requires_grad=True)
+                torch.randn(batch, heads, n, dim, device=DEVICE, dtype=DTYPES["fp16"], requires_grad=True)
                 for n in (queries, keys, keys)
             )
             bias = torch.randn(heads, queries, keys, device=DEVICE, requires_grad=True)

@@ -100,7 +100,7 @@ def test_golden_float32(name):
 
 @pytest.mark.parametrize("name", ["official_cmt_ti_160", "blog_cmt_ti_160_rpe_qkvbias"])
 def test_half_precision_on_photographs(name):
-    """Logits under autocast against float64, by relative error: less than four roundings of fp16 (2^-11) or bf16 (2^-8)."""
+    """Logits under autocast against float64, by relative error: below four roundings of fp16 (2^-11) or bf16 (2^-8)."""
     model, _, case, _ = load_case(name, torch.float64)
     photos = torch.as_tensor(squares(case["resolution"])[:4]).permute(0, 3, 1, 2) / 255
     photos = (photos - 0.45) / 0.226
