@@ -85,7 +85,7 @@ def main() -> None:
     seconds = race(contestants(names, arguments.image_px, arguments.batch), arguments.rounds)
     rates = {name: arguments.batch / min(laps) for name, laps in seconds.items()}
     report = {
-        "command": " ".join(sys.argv),
+        "command": f"benchmarks/model_cpu.py --rounds {arguments.rounds}",
         "machine": platform.machine(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "versions": {"torch": torch.__version__, "timm": timm.__version__},
