@@ -20,7 +20,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
-from cmtrain.models import ffn_kernels as k
+from cmtrain.models import ffn_kernels
+from cmtrain.models import ffn_operators as k
 
 # The kind of every argument that is not a constant: element type, fp32 or a number.
 FLOATS = {
@@ -41,15 +42,7 @@ FLOATS = {
 }
 NUMBERS = {"rows": "i32", "parts": "i32", "rows_a_part": "i32", "eps": "fp32"}
 KERNELS = {
-    "expand": k._expand,
-    "normalise": k._normalise,
-    "depthwise": k._depthwise,
-    "project": k._project,
-    "project_weight_grad": k._project_weight_grad,
-    "project_grad": k._project_grad,
-    "depthwise_grad": k._depthwise_grad,
-    "expand_grad": k._expand_grad,
-    "normalise_grad": k._normalise_grad,
+    name.removesuffix("_kernel"): kernel for name, kernel in vars(ffn_kernels).items() if name.endswith("_kernel")
 }
 FP32_OUTPUT = {"normalise", "normalise_grad", "project_weight_grad"}
 FP32_WEIGHT = {"depthwise", "depthwise_grad"}

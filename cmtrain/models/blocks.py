@@ -19,9 +19,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from cmtrain.models.position import AbsolutePosition
 
 try:
-    from cmtrain.models import fused_ffn
+    from cmtrain.models.fused_ffn import feed_forward as fused_feed_forward
 except ModuleNotFoundError:  # torch's builds for machines without a GPU bring no Triton
-    fused_ffn = None  # type: ignore[assignment]
+    fused_feed_forward = None  # type: ignore[assignment]
 
 FfnKernel = Literal["auto", "fused", "eager"]
 
@@ -184,7 +184,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, dim: int, hidden: int, *, seed: bool, drop: float, kernel: FfnKernel = "auto"):
         super().__init__()
-        if kernel == "fused" and (fused_ffn is None or seed or drop):
+        if kernel == "fused" and (fused_feed_forward is None or seed or drop):
             raise ValueError("ffn_kernel='fused' needs Triton, variant='paper' and proj_drop_rate=0")
         self.kernel = kernel
         self.residual_before_norm = not seed
@@ -198,9 +198,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, H, W)
         if self._is_fused(x):
-            x = fused_ffn.feed_forward(
-                x, self.expand, self.expand_norm, self.depthwise, self.depthwise_norm, self.project
-            )
+            x = fused_feed_forward(x, self.expand, self.expand_norm, self.depthwise, self.depthwise_norm, self.project)
             return self.project_norm(x)
         x = self.drop(self.expand_norm(F.gelu(self.expand(x))))
         if self.residual_before_norm:
@@ -213,7 +211,7 @@ class FeedForward(nn.Module):
         has_kernel = self.training or not torch.is_grad_enabled()
         if self.kernel != "auto":
             return self.kernel == "fused" and has_kernel
-        possible = fused_ffn is not None and self.residual_before_norm and self.drop.p == 0
+        possible = fused_feed_forward is not None and self.residual_before_norm and self.drop.p == 0
         fits = x.is_cuda and x.dtype != torch.float64 and torch.cuda.get_device_capability(x.device) >= (8, 0)
         return possible and has_kernel and fits
 

@@ -1,52 +1,12 @@
-"""Triton kernels of the fused feed-forward network, each an operator of its own: `torch.ops.cmtrain.ffn_*`.
+"""Triton kernels of the fused feed-forward network. ffn_operators.py launches them and says what each computes.
 
-What they compute, and why it adds up to the network, is told in fused_ffn.py. Letters: M = B * H * W rows, C channels,
-h hidden channels, p = h rounded up to PITCH.
-
-Hidden tensors are (M, p): rows begin at multiples of 32 bytes, so that loads are vectors whatever h is (CMT-Ti's are
-165, 331, 662 and 1324). The last p - h columns are zero in all of them, forward and backward, because weights are read
-as zero there. Parameters and their gradients are never padded.
+Letters: M = B * H * W rows, C channels, h (here H) hidden channels, p (here P) = h rounded up.
 
 Sums over rows are taken in fp32, tile by tile and always in the same order: no atomics, so equal inputs, equal bits.
-All of it runs on a CPU, slowly, in processes that have TRITON_INTERPRET=1.
 """
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
-PITCH = 16
-ROWS = 64  # of a tile
-GEMM_COLUMNS, GEMM_INNER = 64, 32  # of a tile of a matrix product
-MAP_COLUMNS = 32  # of a tile of everything else: 64 bytes in half precision, two sectors
-# Consecutive tiles of rows that a program works on: fewer partial sums to add up, but programs enough for a large GPU.
-MAX_TILES, MIN_PROGRAMS = 16, 512
-SUMS = 12  # that depthwise_grad takes: nine taps, bias, shift, scale
-SUMS_PADDED = 16
-# With 8 warps no kernel spills in half precision on sm_80 or sm_90, and two or more programs fit a multiprocessor.
-LAUNCH = {"num_warps": 8, "enable_fp_fusion": True}
-
-
-def padded(hidden: int) -> int:
-    return triton.cdiv(hidden, PITCH) * PITCH
-
-
-def _tiles(rows: int) -> int:
-    return max(1, min(MAX_TILES, rows // (ROWS * MIN_PROGRAMS)))
-
-
-def _num_partials(rows: int) -> int:
-    return triton.cdiv(rows, ROWS * _tiles(rows))
-
-
-def _precision(x: Tensor) -> str:
-    return "tf32" if x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
-
-
-def _like(x: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.empty(shape, device=x.device, dtype=dtype)
-
 
 # ---- device functions
 
@@ -92,7 +52,7 @@ def _merge(tile, inside, start, rows, count, mean, m2, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _expand(
+def expand_kernel(
     x, weight, bias, z, a, means, m2s, rows,
     C: tl.constexpr, H: tl.constexpr, P: tl.constexpr, TRAINING: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, TILES: tl.constexpr,
@@ -126,7 +86,7 @@ def _expand(
 
 
 @triton.jit
-def _normalise(
+def normalise_kernel(
     means, m2s, gamma, beta, out, rows, eps, parts, rows_a_part,
     H: tl.constexpr, P: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
@@ -158,7 +118,7 @@ def _normalise(
 
 
 @triton.jit
-def _depthwise(
+def depthwise_kernel(
     a, scale, shift, weight, bias, z, means, m2s, rows,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, H: tl.constexpr, P: tl.constexpr, TRAINING: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr,
@@ -194,7 +154,7 @@ def _depthwise(
 
 
 @triton.jit
-def _project(
+def project_kernel(
     z, weight, bias, out, rows,
     C: tl.constexpr, P: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
@@ -219,7 +179,7 @@ def _project(
 
 
 @triton.jit
-def _project_weight_grad(
+def project_weight_grad_kernel(
     dy, z, out, rows, rows_a_part,
     C: tl.constexpr, P: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
@@ -242,7 +202,7 @@ def _project_weight_grad(
 
 
 @triton.jit
-def _project_grad(
+def project_grad_kernel(
     dy, weight, z, slope, offset, dz, rows,
     C: tl.constexpr, P: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
@@ -267,7 +227,7 @@ def _project_grad(
 
 
 @triton.jit
-def _depthwise_grad(
+def depthwise_grad_kernel(
     dz, z, scale, shift, weight, dn, sums, rows,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, H: tl.constexpr, P: tl.constexpr,
     SUMS: tl.constexpr, SUMS_PADDED: tl.constexpr,
@@ -306,7 +266,7 @@ def _depthwise_grad(
 
 
 @triton.jit
-def _normalise_grad(
+def normalise_grad_kernel(
     d, e, mean, inverse, scale, out, rows, P: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -323,7 +283,7 @@ def _normalise_grad(
 
 
 @triton.jit
-def _expand_grad(
+def expand_grad_kernel(
     dn, z, scale, slope, offset, dz, sums, rows,
     P: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
@@ -343,192 +303,3 @@ def _expand_grad(
         tl.store(dz + at, gradient, mask=inside)
         taken += tl.sum(tl.where(inside, gradient.to(tl.float32), 0.0), 0)
     tl.store(sums + part * P + column, taken, mask=column < P)
-
-
-# ---- operators
-
-
-@torch.library.custom_op("cmtrain::ffn_expand", mutates_args=())
-def expand(x: Tensor, weight: Tensor, bias: Tensor, training: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """gelu(x @ weight.T + bias): (M, C), (h, C), (h,) -> before GELU (M, p), after it (M, p), and sums of that.
-
-    In training, the sums are (parts, p) means and squared deviations of equal parts of the rows. Else they and what is
-    before GELU are empty.
-    """
-    z, a, means, m2s = _expand_fake(x, weight, bias, training)
-    (rows, channels), hidden = x.shape, weight.shape[0]
-    _expand[(_num_partials(rows), triton.cdiv(a.shape[1], GEMM_COLUMNS))](
-        x, weight, bias, z, a, means, m2s, rows,
-        C=channels, H=hidden, P=a.shape[1], TRAINING=training, PRECISION=_precision(x),
-        ROWS=ROWS, COLUMNS=GEMM_COLUMNS, INNER=GEMM_INNER, TILES=_tiles(rows), **LAUNCH,
-    )  # fmt: skip
-    return z, a, means, m2s
-
-
-@expand.register_fake
-def _expand_fake(x: Tensor, weight: Tensor, bias: Tensor, training: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows, pitch = x.shape[0], padded(weight.shape[0])
-    kept, parts = (rows, _num_partials(rows)) if training else (0, 0)
-    z, a = _like(x, kept, pitch, dtype=x.dtype), _like(x, rows, pitch, dtype=x.dtype)
-    return z, a, _like(x, parts, pitch), _like(x, parts, pitch)
-
-
-@torch.library.custom_op("cmtrain::ffn_normalise", mutates_args=())
-def normalise(means: Tensor, m2s: Tensor, gamma: Tensor, beta: Tensor, rows: int, eps: float) -> Tensor:
-    """Statistics of all rows from those of their parts -> (5, p): mean, unbiased variance, 1 / deviation, scale, shift.
-
-    scale * a + shift is BatchNorm's answer to a (which divides by the biased deviation); gamma and beta are its weight
-    and bias, (h,).
-    """
-    out = _normalise_fake(means, m2s, gamma, beta, rows, eps)
-    parts, pitch = means.shape
-    _normalise[(triton.cdiv(pitch, MAP_COLUMNS),)](
-        means, m2s, gamma, beta, out, rows, eps, parts, ROWS * _tiles(rows),
-        H=gamma.shape[0], P=pitch, COLUMNS=MAP_COLUMNS, PARTS=ROWS, **LAUNCH,
-    )  # fmt: skip
-    return out
-
-
-@normalise.register_fake
-def _normalise_fake(means: Tensor, m2s: Tensor, gamma: Tensor, beta: Tensor, rows: int, eps: float) -> Tensor:
-    return _like(means, 5, means.shape[1])
-
-
-@torch.library.custom_op("cmtrain::ffn_depthwise", mutates_args=())
-def depthwise(
-    a: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, bias: Tensor, height: int, width: int, training: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """n + conv3x3(n) with n = scale * a + shift: (M, p), (p,), (p,), (h, 9), (h,) -> (M, p), and sums of its GELU."""
-    z, means, m2s = _depthwise_fake(a, scale, shift, weight, bias, height, width, training)
-    rows, pitch = a.shape
-    _depthwise[(_num_partials(rows), triton.cdiv(pitch, MAP_COLUMNS))](
-        a, scale, shift, weight, bias, z, means, m2s, rows,
-        HEIGHT=height, WIDTH=width, H=weight.shape[0], P=pitch, TRAINING=training,
-        ROWS=ROWS, COLUMNS=MAP_COLUMNS, TILES=_tiles(rows), **LAUNCH,
-    )  # fmt: skip
-    return z, means, m2s
-
-
-@depthwise.register_fake
-def _depthwise_fake(
-    a: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, bias: Tensor, height: int, width: int, training: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    parts = _num_partials(a.shape[0]) if training else 0
-    return torch.empty_like(a), _like(a, parts, a.shape[1]), _like(a, parts, a.shape[1])
-
-
-@torch.library.custom_op("cmtrain::ffn_project", mutates_args=())
-def project(z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """gelu(z) @ weight.T + bias: (M, p), (C, p), (C,) -> (M, C)."""
-    out = _project_fake(z, weight, bias)
-    (rows, pitch), channels = z.shape, weight.shape[0]
-    _project[(triton.cdiv(rows, ROWS), triton.cdiv(channels, GEMM_COLUMNS))](
-        z, weight, bias, out, rows,
-        C=channels, P=pitch, PRECISION=_precision(z), ROWS=ROWS, COLUMNS=GEMM_COLUMNS, INNER=GEMM_INNER, **LAUNCH,
-    )  # fmt: skip
-    return out
-
-
-@project.register_fake
-def _project_fake(z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return _like(z, z.shape[0], weight.shape[0], dtype=z.dtype)
-
-
-@torch.library.custom_op("cmtrain::ffn_project_weight_grad", mutates_args=())
-def project_weight_grad(dy: Tensor, z: Tensor) -> Tensor:
-    """dy.T @ gelu(z), in parts of the rows: (M, C), (M, p) -> (parts, C, p) fp32."""
-    out = _project_weight_grad_fake(dy, z)
-    (rows, channels), pitch, parts = dy.shape, z.shape[1], out.shape[0]
-    grid = parts, triton.cdiv(channels, GEMM_COLUMNS), triton.cdiv(pitch, GEMM_COLUMNS)
-    _project_weight_grad[grid](
-        dy, z, out, rows, triton.cdiv(rows, parts),
-        C=channels, P=pitch, PRECISION=_precision(z),
-        ROWS=GEMM_COLUMNS, COLUMNS=GEMM_COLUMNS, INNER=GEMM_INNER, **LAUNCH,
-    )  # fmt: skip
-    return out
-
-
-@project_weight_grad.register_fake
-def _project_weight_grad_fake(dy: Tensor, z: Tensor) -> Tensor:
-    (rows, channels), pitch = dy.shape, z.shape[1]
-    tiles = triton.cdiv(channels, GEMM_COLUMNS) * triton.cdiv(pitch, GEMM_COLUMNS)
-    parts = max(1, min(MIN_PROGRAMS // tiles, rows // (ROWS * MAX_TILES)))
-    return _like(z, parts, channels, pitch)
-
-
-@torch.library.custom_op("cmtrain::ffn_project_grad", mutates_args=())
-def project_grad(dy: Tensor, weight: Tensor, z: Tensor, slope: Tensor, offset: Tensor) -> Tensor:
-    """(dy @ weight + slope * gelu(z) + offset) * gelu'(z): (M, C), (C, p), (M, p), (p,), (p,) -> (M, p)."""
-    dz = _project_grad_fake(dy, weight, z, slope, offset)
-    (rows, channels), pitch = dy.shape, z.shape[1]
-    _project_grad[(triton.cdiv(rows, ROWS), triton.cdiv(pitch, GEMM_COLUMNS))](
-        dy, weight, z, slope, offset, dz, rows,
-        C=channels, P=pitch, PRECISION=_precision(z), ROWS=ROWS, COLUMNS=GEMM_COLUMNS, INNER=GEMM_INNER, **LAUNCH,
-    )  # fmt: skip
-    return dz
-
-
-@project_grad.register_fake
-def _project_grad_fake(dy: Tensor, weight: Tensor, z: Tensor, slope: Tensor, offset: Tensor) -> Tensor:
-    return torch.empty_like(z)
-
-
-@torch.library.custom_op("cmtrain::ffn_depthwise_grad", mutates_args=())
-def depthwise_grad(
-    dz: Tensor, z: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, height: int, width: int
-) -> tuple[Tensor, Tensor]:
-    """Gradient of `depthwise` with a = gelu(z): (M, p), (M, p), ... -> that of n (M, p), and sums (parts, SUMS, p).
-
-    The sums are the gradients of the nine taps and of the bias, and over all rows those of n and of n times a.
-    """
-    dn, sums = _depthwise_grad_fake(dz, z, scale, shift, weight, height, width)
-    rows, pitch = z.shape
-    _depthwise_grad[(_num_partials(rows), triton.cdiv(pitch, MAP_COLUMNS))](
-        dz, z, scale, shift, weight, dn, sums, rows,
-        HEIGHT=height, WIDTH=width, H=weight.shape[0], P=pitch, SUMS=SUMS, SUMS_PADDED=SUMS_PADDED,
-        ROWS=ROWS, COLUMNS=MAP_COLUMNS, TILES=_tiles(rows), **LAUNCH,
-    )  # fmt: skip
-    return dn, sums
-
-
-@depthwise_grad.register_fake
-def _depthwise_grad_fake(
-    dz: Tensor, z: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, height: int, width: int
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(z), _like(z, _num_partials(z.shape[0]), SUMS, z.shape[1])
-
-
-@torch.library.custom_op("cmtrain::ffn_normalise_grad", mutates_args=())
-def normalise_grad(d: Tensor, e: Tensor, mean: Tensor, inverse: Tensor, scale: Tensor, rows: int) -> Tensor:
-    """Gradient through a BatchNorm and its statistics: five (p,) -> (3, p), d gamma, slope and offset.
-
-    d and e are the sums over rows of dn * a and of dn; scale * dn + slope * a + offset is the gradient of a.
-    """
-    out = _normalise_grad_fake(d, e, mean, inverse, scale, rows)
-    pitch = len(d)
-    _normalise_grad[(triton.cdiv(pitch, MAP_COLUMNS),)](
-        d, e, mean, inverse, scale, out, rows, P=pitch, COLUMNS=MAP_COLUMNS, **LAUNCH
-    )
-    return out
-
-
-@normalise_grad.register_fake
-def _normalise_grad_fake(d: Tensor, e: Tensor, mean: Tensor, inverse: Tensor, scale: Tensor, rows: int) -> Tensor:
-    return _like(d, 3, len(d))
-
-
-@torch.library.custom_op("cmtrain::ffn_expand_grad", mutates_args=())
-def expand_grad(dn: Tensor, z: Tensor, scale: Tensor, slope: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
-    """(scale * dn + slope * gelu(z) + offset) * gelu'(z): (M, p), (M, p), 3 x (p,) -> (M, p), and sums (parts, p)."""
-    dz, sums = _expand_grad_fake(dn, z, scale, slope, offset)
-    rows, pitch = z.shape
-    _expand_grad[(_num_partials(rows), triton.cdiv(pitch, MAP_COLUMNS))](
-        dn, z, scale, slope, offset, dz, sums, rows,
-        P=pitch, ROWS=ROWS, COLUMNS=MAP_COLUMNS, TILES=_tiles(rows), **LAUNCH,
-    )  # fmt: skip
-    return dz, sums
-
-
-@expand_grad.register_fake
-def _expand_grad_fake(dn: Tensor, z: Tensor, scale: Tensor, slope: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(z), _like(z, _num_partials(z.shape[0]), z.shape[1])

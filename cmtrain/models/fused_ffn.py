@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cmtrain.models import ffn_kernels as kernels
+import cmtrain.models.ffn_operators as ops
 
 
 class _FeedForward(torch.autograd.Function):
@@ -39,13 +39,13 @@ class _FeedForward(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w1, b1, gamma1, beta1, taps, bias, gamma2, beta2, w2, b2, height, width, eps1, eps2):
         rows = x.shape[0]
-        z1, a1, *sums = kernels.expand(x, w1.to(x.dtype), b1, True)
-        mean1, var1, inverse1, s1, t1 = kernels.normalise(*sums, gamma1, beta1, rows, eps1).unbind()
-        z2, *sums = kernels.depthwise(a1, s1, t1, taps, bias, height, width, True)
-        mean2, var2, inverse2, s2, t2 = kernels.normalise(*sums, gamma2, beta2, rows, eps2).unbind()
+        z1, a1, *sums = ops.expand(x, w1.to(x.dtype), b1, True)
+        mean1, var1, inverse1, s1, t1 = ops.normalise(*sums, gamma1, beta1, rows, eps1).unbind()
+        z2, *sums = ops.depthwise(a1, s1, t1, taps, bias, height, width, True)
+        mean2, var2, inverse2, s2, t2 = ops.normalise(*sums, gamma2, beta2, rows, eps2).unbind()
         w2 = _pad(w2, s2)
         scaled, shifted = _fold(w2, b2, s2, t2, x.dtype)
-        y = kernels.project(z2, scaled, shifted)
+        y = ops.project(z2, scaled, shifted)
         ctx.save_for_backward(x, w1, taps, w2, z1, z2, scaled, mean1, inverse1, s1, t1, mean2, inverse2, s2, t2)
         ctx.size = height, width
         ctx.mark_non_differentiable(mean1, var1, mean2, var2)
@@ -56,18 +56,18 @@ class _FeedForward(torch.autograd.Function):
         x, w1, taps, w2, z1, z2, scaled, mean1, inverse1, s1, t1, mean2, inverse2, s2, t2 = ctx.saved_tensors
         rows, hidden = len(x), len(w1)
         dy = dy.contiguous()
-        g = kernels.project_weight_grad(dy, z2).sum(0)  # (C, p)
+        g = ops.project_weight_grad(dy, z2).sum(0)  # (C, p)
         db2 = dy.sum(0, dtype=torch.float32)
         e2 = (w2 * db2[:, None]).sum(0)
         d2 = (w2 * g).sum(0)
-        dgamma2, slope, offset = kernels.normalise_grad(d2, e2, mean2, inverse2, s2, rows).unbind()
+        dgamma2, slope, offset = ops.normalise_grad(d2, e2, mean2, inverse2, s2, rows).unbind()
         dw2 = torch.addcmul(g * s2, db2[:, None], t2)
 
-        dz2 = kernels.project_grad(dy, scaled, z2, slope, offset)
-        dn1, sums = kernels.depthwise_grad(dz2, z1, s1, t1, taps, *ctx.size)
+        dz2 = ops.project_grad(dy, scaled, z2, slope, offset)
+        dn1, sums = ops.depthwise_grad(dz2, z1, s1, t1, taps, *ctx.size)
         sums = sums.sum(0)  # (SUMS, p)
-        dgamma1, slope, offset = kernels.normalise_grad(sums[11], sums[10], mean1, inverse1, s1, rows).unbind()
-        dz1, db1 = kernels.expand_grad(dn1, z1, s1, slope, offset)
+        dgamma1, slope, offset = ops.normalise_grad(sums[11], sums[10], mean1, inverse1, s1, rows).unbind()
+        dz1, db1 = ops.expand_grad(dn1, z1, s1, slope, offset)
 
         dz = dz1[:, :hidden]
         dx = dz @ w1.to(x.dtype)
@@ -119,11 +119,11 @@ def feed_forward(
             _track(expand_norm, mean1, var1)
             _track(depthwise_norm, mean2, var2)
         else:
-            _, a, *_ = kernels.expand(rows, expand.weight.to(x.dtype), expand.bias, False)
+            _, a, *_ = ops.expand(rows, expand.weight.to(x.dtype), expand.bias, False)
             s1, t1 = _evaluation(expand_norm, depthwise.bias)
-            z, *_ = kernels.depthwise(a, s1, t1, taps, depthwise.bias, height, width, False)
+            z, *_ = ops.depthwise(a, s1, t1, taps, depthwise.bias, height, width, False)
             s2, t2 = _evaluation(depthwise_norm, depthwise.bias)
-            y = kernels.project(z, *_fold(_pad(project.weight, s2), project.bias, s2, t2, x.dtype))
+            y = ops.project(z, *_fold(_pad(project.weight, s2), project.bias, s2, t2, x.dtype))
     return y.view(tokens.shape).permute(0, 3, 1, 2)
 
 
@@ -148,5 +148,5 @@ def _evaluation(norm: nn.BatchNorm2d | nn.Identity, like: Tensor) -> tuple[Tenso
         assert norm.running_var is not None
         scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
         shift = norm.bias - norm.running_mean * scale
-    padding = (0, kernels.padded(len(scale)) - len(scale))
+    padding = (0, ops.padded(len(scale)) - len(scale))
     return F.pad(scale, padding), F.pad(shift, padding)
