@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from conftest import ROOT
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cmtrain.guard import Guard, running_statistics
@@ -229,6 +230,31 @@ def test_what_has_no_kernel_is_refused_on_request_and_eager_otherwise(options):
     timm.create_model("cmt_micro", **options)
     with pytest.raises(ValueError, match="ffn_kernel='triton' is not one of 'auto', 'fused', 'eager'"):
         timm.create_model("cmt_micro", ffn_kernel="triton")
+
+
+class LooksLikeCuda(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return True if func == torch.Tensor.is_cuda.__get__ else func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("capability", "training", "grad", "dtype", "fused"),
+    [
+        ((9, 0), True, True, torch.float32, True),
+        ((8, 0), False, False, torch.float16, True),
+        ((8, 0), False, True, torch.float16, False),  # there is no backward of evaluation
+        ((7, 0), True, True, torch.float16, False),  # Triton no longer compiles for V100
+        ((9, 0), True, True, torch.float64, False),
+    ],
+)
+def test_auto_is_fused_where_it_can_be(monkeypatch, capability, training, grad, dtype, fused):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    ffn = FeedForward(6, 37, seed=False, drop=0.0).train(training)
+    with LooksLikeCuda(), torch.set_grad_enabled(grad):
+        assert ffn._is_fused(torch.zeros(1, dtype=dtype)) == fused
+        assert not FeedForward(6, 37, seed=True, drop=0.0)._is_fused(torch.zeros(1))
+        assert not FeedForward(6, 37, seed=False, drop=0.1)._is_fused(torch.zeros(1))
+    assert not ffn._is_fused(torch.zeros(1, dtype=dtype))
 
 
 # ---- compiled

@@ -172,6 +172,11 @@ class Attention(nn.Module):
         return F.linear(x, weight, linear.bias)
 
 
+@torch.compiler.assume_constant_result
+def _runs_triton(cuda_index: int) -> bool:
+    return torch.cuda.get_device_capability(cuda_index) >= (8, 0)
+
+
 class FeedForward(nn.Module):
     """Inverted residual feed-forward network (section 3.2): widen, mix 3x3 per channel, narrow.
 
@@ -212,8 +217,7 @@ class FeedForward(nn.Module):
         if self.kernel != "auto":
             return self.kernel == "fused" and has_kernel
         possible = fused_feed_forward is not None and self.residual_before_norm and self.drop.p == 0
-        fits = x.is_cuda and x.dtype != torch.float64 and torch.cuda.get_device_capability(x.device) >= (8, 0)
-        return possible and has_kernel and fits
+        return possible and has_kernel and x.is_cuda and x.dtype != torch.float64 and _runs_triton(x.device.index)
 
 
 class Block(nn.Module):
