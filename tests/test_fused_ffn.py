@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import subprocess
 import sys
 
@@ -77,7 +78,9 @@ def compare(fused: FeedForward, eager: FeedForward, x: torch.Tensor, forward=Non
     for (key, parameter), other in zip(fused.named_parameters(), eager.parameters(), strict=True):
         errors[key] = error(parameter.grad, other.grad)
     for (key, buffer), other in zip(fused.named_buffers(), eager.buffers(), strict=True):
-        errors[key] = error(buffer, other)
+        if not key.startswith("project_norm"):
+            errors[key] = error(buffer, other)
+    assert all(map(math.isfinite, errors.values())), errors
     return errors
 
 
