@@ -197,6 +197,15 @@ def test_compiled_it_is_one_graph_and_the_same():
     assert max(errors.values()) < 1e-5, errors
 
 
+def test_who_hooks_the_layers_sees_them():
+    fused, _ = networks(6, 37)
+    seen = []
+    for name, layer in fused.named_children():
+        layer.register_forward_hook(lambda *_, name=name: seen.append(name))
+    fused(pictures(6, 4, 4))
+    assert set(seen) == {name for name, _ in fused.named_children()}
+
+
 def test_the_guard_takes_back_what_an_overflow_wrote():
     fused, _ = models()
     guard = Guard(fused)

@@ -213,6 +213,8 @@ class FeedForward(nn.Module):
         return self.drop(self.project_norm(self.project(x)))
 
     def _is_fused(self, x: Tensor) -> bool:
+        if any(layer._forward_hooks for layer in self.children()):
+            return False  # who looks at the layers one by one, as the search for an overflow does, is to see them
         has_kernel = self.training or not torch.is_grad_enabled()
         if self.kernel != "auto":
             return self.kernel == "fused" and has_kernel
