@@ -20,6 +20,7 @@ from torch import Tensor
 from cmtrain.final_gate import inspect
 from cmtrain.learner import Learner
 from cmtrain.metrics import TrainMetrics
+from cmtrain.mixing import mix
 from cmtrain.writer import CheckpointWriter
 from pipelines.spec import Batch
 
@@ -55,6 +56,7 @@ def time_guard(
         Rows of `ms` and of `percent` of a step without the guard. "without", "with": a step, median over the rounds;
         `percent` is what it adds to the other side of its round, with its range over the rounds. "alone": what is
         added to a step. "log point": what is added to a log point, its `percent` spread over `log_every_steps` steps.
+        "mixing", "ema" (if there is one): those parts of a step, alone. "together": all that was timed alone.
         "save": how long training waits at a save, of a step's wall time right before.
 
     Raises:
@@ -110,6 +112,20 @@ def time_guard(
     metrics.report(learner.report(next(done), 0, lr, reset=True))
     log_point_ms = 1000 * (time.perf_counter() - begin)
 
+    images, labels, _ = next(batches)
+
+    def mix_a_step() -> None:
+        for _ in range(learner.accumulation):
+            mix(images, labels, learner.mixing, (0, 0, 0))
+
+    parts: dict[str, Callable[[], None]] = {"mixing": mix_a_step}
+    if ema := learner.ema:
+        parts["ema"] = lambda: ema.update(torch.isfinite(one))
+    parts_ms = {
+        name: statistics.median(_milliseconds(work, device) for _ in range(ALONE_REPEATS))
+        for name, work in parts.items()
+    }
+
     begin = time.perf_counter()
     run("with", steps)
     wall_ms = 1000 * (time.perf_counter() - begin) / steps
@@ -117,6 +133,7 @@ def time_guard(
 
     added = [100 * (on / off - 1) for on, off in zip(taken["with"], taken["without"], strict=True)]
     without_ms = statistics.median(taken["without"])
+    together_ms = alone_ms + log_point_ms / log_every_steps + sum(parts_ms.values())
     return {
         "without": {"ms": without_ms},
         "with": {
@@ -127,6 +144,8 @@ def time_guard(
         },
         "alone": {"ms": alone_ms, "percent": 100 * alone_ms / without_ms},
         "log point": {"ms": log_point_ms, "percent": 100 * log_point_ms / log_every_steps / without_ms},
+        **{name: {"ms": ms, "percent": 100 * ms / without_ms} for name, ms in parts_ms.items()},
+        "together": {"ms": together_ms, "percent": 100 * together_ms / without_ms},
         "save": {"ms": save_ms, "percent": 100 * save_ms / wall_ms},
     }
 
@@ -151,7 +170,8 @@ def verdict(figures: Figures) -> str:
     save = figures["save"]["percent"]
     return (
         f"guard, spike detection and metrics add {both['percent']:.2f} % to a step, the median of rounds from "
-        f"{both['percent_min']:.2f} to {both['percent_max']:.2f} %; timed alone they are {alone:.2f} % of one; "
+        f"{both['percent_min']:.2f} to {both['percent_max']:.2f} %; timed alone they are {alone:.2f} % of one, "
+        f"with mixing and EMA {figures['together']['percent']:.2f} %; "
         f"a save takes {save:.1f} % of a step"
     )
 

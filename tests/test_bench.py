@@ -147,7 +147,7 @@ def test_the_guard_is_timed_with_the_recipe_of_a_configuration(root, tmp_path, c
     config = load_config("configs/demo.yaml", list(overrides.items())).config
     assert bench("guard", config, steps=1, rounds=2, json_path=None) == 0
     report = json.loads(capsys.readouterr().out)
-    assert list(report["figures"]) == ["without", "with", "alone", "log point", "save"]
+    assert list(report["figures"]) == ["without", "with", "alone", "log point", "mixing", "together", "save"]
     assert report["verdict"].startswith("guard, spike detection and metrics add ")
 
 
