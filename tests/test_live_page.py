@@ -85,7 +85,7 @@ def test_a_run_that_stands_still_says_so(folder):
     metrics = rank_at(10_000)
     metrics.progress_at -= 700
     assert "job stalled" in words_of(metrics, folder)
-    assert "No step has finished for 11m 40s" in words_of(metrics, folder)
+    assert "No step has finished for 11m 4" in words_of(metrics, folder)  # 40 s, and a few on a busy machine
     metrics.enter("evaluate")
     assert "job evaluating" in words_of(metrics, folder)
 
