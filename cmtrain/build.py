@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import nn
 
-from cmtrain.config import Config
+from cmtrain.config import CMT_OPTIONS, Config
 from cmtrain.demo_data import demo_folder
 from cmtrain.errors import ConfigError
 from cmtrain.launch import control_group, cores_per_process, join_torchrun, set_torch_defaults
@@ -231,7 +231,7 @@ def make_synthetic_loader(
 def make_model(config: Config, num_classes: int, device: torch.device | str = "cpu") -> nn.Module:
     """The model, initialised from run.seed, equal on all ranks.
 
-    Any timm model will do; position and shape options are passed on to CMT only.
+    Any timm model will do. Weights of model.init_from are weights.start_from's, since a resumed run has its own.
 
     Raises:
         ConfigError: an unknown name, or options that the model refuses.
@@ -242,7 +242,10 @@ def make_model(config: Config, num_classes: int, device: torch.device | str = "c
         raise ConfigError(f"model.name: no model {model.name!r}" + (f", did you mean {close[0]}?" if close else ""))
     options = model.model_dump(include={"drop_rate", "drop_path_rate"})
     if model.name.startswith("cmt_"):
-        options |= model.model_dump(exclude={"name", "num_classes"}) | {"img_size": config.data.image_px}
+        options |= model.model_dump(include=set(CMT_OPTIONS))
+    pretrained_cfg = timm.get_pretrained_cfg(model.name)
+    if pretrained_cfg is not None and pretrained_cfg.fixed_input_size:
+        options["img_size"] = config.data.image_px
     torch.manual_seed(config.run.seed)
     try:
         built = timm.create_model(model.name, num_classes=num_classes, **options)

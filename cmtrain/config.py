@@ -104,6 +104,18 @@ class Model(_Section):
         default="auto",
         description="feed-forward networks in Triton kernels or operation by operation; auto: fused where a GPU can",
     )
+    init_from: AnyPath | None = Field(
+        default=None,
+        description="run, checkpoint, export folder or .safetensors file to start from, of any image size and number "
+        "of classes; null: new weights",
+    )
+
+
+# The fields of Model that other models than CMT do not have.
+CMT_OPTIONS = (
+    "variant", "attention_bias", "attention_bias_scope", "absolute_position", "absolute_position_px", "qkv_bias",
+    "attn_drop_rate", "proj_drop_rate", "ffn_kernel",
+)  # fmt: skip
 
 
 class Data(_Section):
@@ -329,6 +341,14 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[..., bool], str], ...] = (
         ("model.absolute_position_px", "model.absolute_position"),
         lambda px, is_there: px is None or is_there,
         "{} needs {} to be true",
+    ),
+    *(
+        (
+            (f"model.{key}", "model.name"),
+            lambda value, name, own=Model.model_fields[key].default: name.startswith("cmt_") or value == own,
+            "{} is an option of CMT only, and does not fit {}",
+        )
+        for key in CMT_OPTIONS
     ),
 )
 

@@ -28,6 +28,7 @@ from cmtrain.run_lock import RunLock
 from cmtrain.schedule import Schedule
 from cmtrain.trackers import Trackers
 from cmtrain.watchdog import Watchdog
+from cmtrain.weights import start_from
 from pipelines.dataset import Manifest
 from pipelines.loader import DaliLoader
 from pipelines.spec import Batch, Loader
@@ -65,6 +66,7 @@ def run(config: Config, lock: RunLock, resume: str, max_steps: int | None) -> in
     model = build.make_model(config, num_classes, accelerator.device)
     flops_per_image = training_flops_per_image(model, config.data.image_px)
     start = choose_start(lock, resume, config, data.train.fingerprint, is_main=accelerator.is_main_process)
+    initial = start_from(config.model.init_from, model) if config.model.init_from and not start.checkpoint else []
     last_step = min(schedule.total_steps, max_steps or schedule.total_steps)
 
     # The loaders are not prepared by accelerate: order, sharding and every random draw are the plan's.
@@ -75,7 +77,7 @@ def run(config: Config, lock: RunLock, resume: str, max_steps: int | None) -> in
         restore(learner, start.checkpoint)
     stop = StopRequest(control)
     journal = open_journal(config, lock.folder, accelerator, schedule, start.step, last_step)
-    facts, notes = facts_of(config, accelerator), [*warnings, *start.notes]
+    facts, notes = facts_of(config, accelerator), [*warnings, *start.notes, *initial]
     journal.start(to_yaml(config), facts, start.checkpoint, notes, flops_per_image=flops_per_image)
     journal.left_out(data.train.bad + data.val.bad)
 
