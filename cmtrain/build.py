@@ -117,16 +117,21 @@ def open_data(config: Config, accelerator: Accelerator) -> Data:
     Raises:
         DataError: what is missing or unusable.
     """
-    data, cache = config.data, cache_folder(config)
-    name = data.root.removeprefix("demo:")
+    data = config.data
     with accelerator.local_main_process_first():
-        root = demo_folder(name, cache) if name != data.root else Path(data.root)
+        root = _root_of(config)
     # Outside: the others would wait at a barrier, which a first look at a large folder outlasts.
     train = _open_split(config, root, data.train_dir, data.train_list, None)
     val = _open_split(config, root, data.val_dir, data.val_list, train.class_names)
     if data.fraction < 1:
         train = train.fraction(data.fraction, config.run.seed)
     return Data(train, val)
+
+
+def _root_of(config: Config) -> Path:
+    """data.root; demo images are written first if they are not there."""
+    name = config.data.root.removeprefix("demo:")
+    return demo_folder(name, cache_folder(config)) if name != config.data.root else Path(config.data.root)
 
 
 def _open_split(
@@ -138,6 +143,11 @@ def _open_split(
     if list_file is not None:
         return Manifest.from_list(root / list_file, root, class_names=class_names, **scan)
     return Manifest.from_folder(root / folder, class_names=class_names, **scan)
+
+
+def open_val(config: Config, class_names: Sequence[str]) -> Manifest:
+    """The validation split alone, by the `class_names` of training. Raises DataError as open_data."""
+    return _open_split(config, _root_of(config), config.data.val_dir, config.data.val_list, class_names)
 
 
 def plan_steps(config: Config, num_samples: int, num_processes: int) -> Schedule:
@@ -168,6 +178,13 @@ def make_train_loader(
 def make_eval_loader(
     config: Config, manifest: Manifest, schedule: Schedule, accelerator: Accelerator, threads: int
 ) -> DaliLoader:
+    return make_loader_of(config, manifest, schedule.micro_batch_size, accelerator, threads)
+
+
+def make_loader_of(
+    config: Config, manifest: Manifest, batch_size: int, accelerator: Accelerator, threads: int
+) -> DaliLoader:
+    """Evaluation batches of `batch_size`, where there is no schedule to say it."""
     data = config.data
     spec = EvalSpec(
         image_px=data.image_px,
@@ -177,7 +194,6 @@ def make_eval_loader(
         std=data.std,
         fp16=accelerator.mixed_precision == "fp16",
     )
-    batch_size = schedule.micro_batch_size
     return eval_loader(manifest, spec, batch_size=batch_size, **_placement(config, accelerator, threads))
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from cmtrain import __version__, sweep
 from cmtrain.arguments import count, did_you_mean, load, make_parser, parse, parse_alone, positive
 from cmtrain.cli_data import data
+from cmtrain.cli_trained import evaluate_trained, export_trained
 from cmtrain.config import Config, config_schema, to_yaml
 from cmtrain.config_reference import config_reference
 from cmtrain.errors import EXIT_CONFIG, EXIT_DATA, EXIT_DONE, EXIT_INTERRUPTED, ConfigError
@@ -31,6 +32,8 @@ verbs:
   doctor         check this machine for a run: packages, driver, GPUs, decoding, ranks, data, disk
   demo           train a small CMT on images from installed packages: no GPU and no download needed
   sweep          train many configurations, such as the seed's tables, and compare with what was published
+  eval RUN       accuracy of a trained model and its EMA: other sizes, other images, by class, ImageNet-ReaL
+  export RUN     write a trained model for timm, ONNX or torch.export, compared with what it was
   status RUN     print how a run stands: its step, speed, time left, and whether its process is there
   watch RUN      the same, until the run ends
   report RUN...  write what run folders tell as one HTML file; several runs are compared
@@ -60,6 +63,8 @@ examples:
   cmtrain --config configs/full_in1k.yaml --data.root /data/imagenet
   cmtrain --config configs/full_in1k.yaml --optim.lr 4e-3 --run.name lr4e-3
   accelerate launch --num_machines 2 ... -m cmtrain --config configs/full_in1k.yaml
+  cmtrain eval runs/full_in1k --resize-px 184,182
+  cmtrain export runs/full_in1k --format all --out cmt_ti
   cmtrain sweep configs/seed --data.root /data/imagenet --rows 1-17
   cmtrain data pack /data/imagenet /data/imagenet-256 --resize-shorter 256
   cmtrain config show --config configs/paper/cmt_ti.yaml
@@ -295,6 +300,8 @@ _VERBS: dict[str, Callable[[list[str]], int]] = {
     "doctor": _doctor,
     "demo": _demo,
     "sweep": _sweep,
+    "eval": evaluate_trained,
+    "export": export_trained,
     "status": _status,
     "watch": _watch,
     "report": _report,

@@ -23,6 +23,8 @@ class Evaluation:
     `loss`: mean cross entropy (nats) of those that were read. With fewer than 5 classes top5 is top-all: 1.
     `class_images`, `class_correct`: of the images that were read, how many each class has, and how many of them were
     recognised. `confusion`: [true class][predicted class] counts; None beyond MAX_CONFUSION_CLASSES classes.
+    `ranked`: (N, 5) or (N, K) if there are fewer classes, int64 on the CPU: the classes of each image that were thought
+    likeliest, -1 for those of other ranks; None if it was not asked for.
     """
 
     top1: float
@@ -33,6 +35,7 @@ class Evaluation:
     class_images: list[int] = field(default_factory=list)
     class_correct: list[int] = field(default_factory=list)
     confusion: list[list[int]] | None = None
+    ranked: Tensor | None = field(default=None, compare=False, repr=False)
 
 
 def evaluate(
@@ -43,6 +46,7 @@ def evaluate(
     device: torch.device,
     num_images: int,
     num_classes: int,
+    keeps_ranked: bool = False,
 ) -> Evaluation:
     """Evaluate `model` on this rank's share of the images and add up over ranks.
 
@@ -51,22 +55,32 @@ def evaluate(
         batches: this rank's share, each image once; may be empty.
         num_images: how many images all ranks together must have seen.
         num_classes: outputs of `model`.
+        keeps_ranked: fill Evaluation.ranked; costs 40 bytes an image on the device.
     """
     was_training = model.training
     model.eval()
     totals = torch.zeros(5, dtype=torch.float64, device=device)  # as in _count
     outcomes = _Outcomes(num_classes, device)
+    ranked = torch.full((num_images * keeps_ranked, min(5, num_classes)), -1, device=device)
     with torch.no_grad(), autocast:
-        for images, labels, _ in batches:
+        for images, labels, indices in batches:
             logits = model(images).float()
             totals += _count(logits, labels)
             outcomes.add(logits, labels)
+            if keeps_ranked:
+                ranked[indices] = logits.topk(ranked.shape[1], dim=1).indices
     model.train(was_training)
     all_reduce_sum(totals)
     top1, top5, loss, seen, unreadable = totals.tolist()
     assert seen == num_images, f"evaluated {seen:.0f} images of {num_images}"
     return Evaluation(
-        top1 / seen, top5 / seen, loss / max(seen - unreadable, 1), num_images, int(unreadable), **outcomes.sum_up()
+        top1 / seen,
+        top5 / seen,
+        loss / max(seen - unreadable, 1),
+        num_images,
+        int(unreadable),
+        **outcomes.sum_up(),
+        ranked=ranked.cpu() if keeps_ranked else None,
     )
 
 

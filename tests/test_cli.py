@@ -111,7 +111,7 @@ def test_demo_and_bench_pass_their_options_on(calls):
     ("arguments", "line"),
     [
         (["tran"], "tran: unknown verb, did you mean train?"),
-        (["x.yaml"], "x.yaml: unknown verb (verbs: train, doctor, demo, sweep, status, watch, report, bench, repair-bn, data, config; a configuration file goes after --config)"),
+        (["x.yaml"], "x.yaml: unknown verb (verbs: train, doctor, demo, sweep, eval, export, status, watch, report, bench, repair-bn, data, config; a configuration file goes after --config)"),
         (["train"], "cmtrain train: --config is missing, e.g. cmtrain train --config configs/demo.yaml"),
         (["--config"], "--config: expected one argument"),
         (["--config", "x.yaml"], "x.yaml: no such file"),
@@ -155,10 +155,13 @@ def test_ctrl_c_before_the_first_step_is_130(calls, monkeypatch):
 def test_help_names_every_verb_and_every_exit_code(capsys):
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
-    assert all(f"\n  {word}" in text for word in ("train ", "demo ", "bench ", "config show ", "config schema "))
+    assert all(
+        f"\n  {word}" in text
+        for word in ("train ", "demo ", "eval ", "export ", "bench ", "config show ", "config schema ")
+    )
     assert all(f"\n  {code:<5}" in text for code in (0, 2, 3, 4, 5, 130, 143))
     assert max(map(len, text.splitlines())) <= 120
-    for verb in (["train"], ["demo"], ["bench"], ["config", "show"]):
+    for verb in (["train"], ["demo"], ["eval"], ["export"], ["bench"], ["config", "show"]):
         with pytest.raises(SystemExit) as done:
             main([*verb, "--help"])
         assert done.value.code == 0
@@ -205,6 +208,8 @@ def test_dry_run_plans_without_data(capsys, monkeypatch):
         (["config", "show", "--config", "configs/demo.yaml"], 0),
         (["--config", "configs/demo.yaml", "--dry-run"], 0),
         (["--config", "configs/demo.yaml", "--optim.lr", "fast"], 2),
+        (["eval", "--help"], 0),
+        (["export", "runs/demo"], 2),
     ],
 )
 def test_module_answers_without_loading_torch_or_dali(arguments, code):

@@ -95,7 +95,7 @@ def test_the_head_stays_where_the_classes_are_as_many():
     assert fit(kept, old.state_dict(), keeps_head=False) == ["the head is new: 5 classes, 3 there"]
     assert torch.equal(kept.head.weight, fresh)
     assert torch.equal(kept.stem.conv1.weight, old.stem.conv1.weight)
-    with pytest.raises(ConfigError, match="head.weight is .3, 256. there and .5, 256. in the model"):
+    with pytest.raises(ConfigError, match=r"head.weight is .3, 256. there and .5, 256. in the model"):
         fit(micro(num_classes=5), old.state_dict(), keeps_head=True)
 
 
@@ -140,7 +140,7 @@ def test_other_models_and_damaged_files_are_refused_in_one_line(tmp_path):
     (tmp_path / "x.safetensors").unlink()
     assert "not a regular file" in refusal(os.mkfifo)
     (tmp_path / "weights.pt").write_bytes(b"")
-    with pytest.raises(DataError, match="neither a folder nor a .safetensors file"):
+    with pytest.raises(DataError, match=r"neither a folder nor a .safetensors file"):
         read_weights(str(tmp_path / "weights.pt"))
 
 
