@@ -8,11 +8,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cmtrain.checkpoint import Loaded, checkpoint_steps, load_checkpoint, load_newest
-from cmtrain.config import Config, recipe
+from cmtrain.config import Config
 from cmtrain.errors import ConfigError
 from cmtrain.failure import settle
 from cmtrain.learner import Learner
 from cmtrain.metrics import StepReport
+from cmtrain.recipe import recipe
 from cmtrain.run_lock import RunLock
 from cmtrain.state_file import CheckpointError
 from pipelines.spec import DataError

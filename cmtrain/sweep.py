@@ -19,7 +19,7 @@ from types import FrameType
 from typing import Any
 
 from cmtrain.arguments import Overrides
-from cmtrain.config import Config, recipe
+from cmtrain.config import Config
 from cmtrain.config_file import find_configs, load_config
 from cmtrain.errors import (
     EXIT_CONFIG,
@@ -30,6 +30,7 @@ from cmtrain.errors import (
     EXIT_PREEMPTED,
     ConfigError,
 )
+from cmtrain.recipe import recipe
 from cmtrain.run_folder import read_status
 from cmtrain.strict_yaml import emit
 from pipelines.spec import DataError
