@@ -42,7 +42,7 @@ left() { echo $((530 - SECONDS < $1 ? 530 - SECONDS : $1)); }  # seconds: at mos
 cat "$out/environment.txt"
 
 echo "== tests/gpu"
-timeout "$(left 150)" $python -m pytest -q -s tests/gpu tests/test_fused_ffn.py -m "not slow" > "$out/tests_gpu.txt" 2>&1 || failed+=(tests_gpu)
+timeout "$(left 150)" "$python" -m pytest -q -s tests/gpu tests/test_fused_ffn.py -m "not slow" > "$out/tests_gpu.txt" 2>&1 || failed+=(tests_gpu)
 tail -5 "$out/tests_gpu.txt"
 
 # bench SECONDS NAME ARGUMENTS...: one JSON file a measurement; a failing one does not stop the others
@@ -64,15 +64,16 @@ one_gpu=(--train.global_batch_size "$batch" --train.max_batch_per_gpu "$batch" -
 echo "== model"
 size=(--batch "$batch" --small-batch 128 --steps "$steps" --seconds 140)
 [ -n "$gpu" ] || size=(--batch 2 --small-batch 2 --steps 1 --seconds 20)
-timeout "$(left 180)" $python benchmarks/model_gpu.py "${size[@]}" --json "$out/model.jsonl" 2> "$out/model.log" \
+timeout "$(left 180)" "$python" benchmarks/model_gpu.py "${size[@]}" --json "$out/model.jsonl" 2> "$out/model.log" \
   || { failed+=(model); tail -3 "$out/model.log"; }
 
 bench 60 train                --what all   "${one_gpu[@]}" --train.precision "$fp16"
 bench 60 guard                --what guard "${one_gpu[@]}" --train.precision "$fp16"
-bench 40 model_bf16           --what model "${one_gpu[@]}" --train.precision bf16
-bench 40 model_fp16_eager     --what model "${one_gpu[@]}" --train.precision "$fp16" --model.ffn_kernel eager
-bench 90 model_fp16_compiled  --what model "${one_gpu[@]}" --train.precision "$fp16" --train.compile "$compile"
-bench 40 model_fp16_resnet50  --what model "${one_gpu[@]}" --train.precision "$fp16" --model.name resnet50
+bench 90 model_fp16           --what model "${one_gpu[@]}" --train.precision "$fp16" --rounds 2
+bench 40 model_bf16           --what model "${one_gpu[@]}" --train.precision bf16 --rounds 2 --beside ""
+bench 40 model_fp16_eager     --what model "${one_gpu[@]}" --train.precision "$fp16" --rounds 2 --beside "" --model.ffn_kernel eager
+bench 90 model_fp16_compiled  --what model "${one_gpu[@]}" --train.precision "$fp16" --rounds 2 --beside "" --train.compile "$compile"
+bench 40 latency              --what latency "${one_gpu[@]}" --train.precision "$fp16" --rounds 2
 bench 200 loader_beside_timm  --what loader "${one_gpu[@]}" --train.precision "$fp16" --data.decode "$mixed" --steps "$((steps / 6 + 1))" --rounds 3
 
 # The loader alone at many threads, with RandAugment and without, and at the loads of the JPEG engine.

@@ -21,6 +21,7 @@ from cmtrain.errors import ConfigError
 from cmtrain.launch import control_group, cores_per_process, join_torchrun, set_torch_defaults
 from cmtrain.learner import Learner
 from cmtrain.mixing import MixSpec
+from cmtrain.models.ffn_check import use_fused_where_it_agrees
 from cmtrain.optim import make_optimizer
 from cmtrain.preflight import check_ranks
 from cmtrain.recovery import Recovery
@@ -267,7 +268,9 @@ def make_model(config: Config, num_classes: int, device: torch.device | str = "c
         built = timm.create_model(model.name, num_classes=num_classes, **options)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"model: {model.name}: {error}") from error
-    return built.to(device, memory_format=torch.channels_last)
+    built = built.to(device, memory_format=torch.channels_last)
+    use_fused_where_it_agrees(built)
+    return built
 
 
 def make_recovery(config: Config, schedule: Schedule) -> Recovery:

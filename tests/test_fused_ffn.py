@@ -17,9 +17,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cmtrain.guard import Guard, running_statistics
-from cmtrain.models import ffn_operators
+from cmtrain.models import ffn_operators, fused_ffn
 from cmtrain.models.blocks import FeedForward
 from cmtrain.models.cmt import SIZES
+from cmtrain.models.ffn_check import TOLERANCES, use_fused_where_it_agrees, worst_error
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 STAGES = {
@@ -298,3 +299,40 @@ def test_every_stage_compiles_without_spills_that_matter(name, dtype):
     size = SIZES[name]
     found = compiled_for_gpus(dtype, *((*STAGES[name, i], size.image_px // 4 >> i) for i in range(4)))
     assert max(kernel["spilled_bytes"] for kernel in found) <= (16 if dtype == "fp32" else 0)
+
+
+# --- the check before training ---
+
+
+def test_the_check_finds_kernels_right_that_are_right():
+    assert worst_error(torch.device("cpu"), torch.float32, "fused") < 1e-5
+    assert worst_error(torch.device("cpu"), torch.float16, "fused") < TOLERANCES[torch.float16] / 2
+
+
+@pytest.mark.parametrize("part", ["y", "gradient", "statistic"])
+def test_the_check_finds_what_is_wrong(part, monkeypatch):
+    """A kernel that is 3 % off, somewhere."""
+    name = {"y": "project", "gradient": "expand_grad", "statistic": "normalise"}[part]
+    right = getattr(fused_ffn.ops, name)
+
+    def wrong(*arguments):
+        result = right(*arguments)
+        return tuple(1.03 * r for r in result) if isinstance(result, tuple | list) else 1.03 * result
+
+    monkeypatch.setattr(fused_ffn.ops, name, wrong)
+    assert worst_error(torch.device("cpu"), torch.float32, "fused") > TOLERANCES[torch.float32]
+
+
+@pytest.mark.parametrize("trouble", [lambda *_: 0.3, lambda *_: 1 / 0])
+def test_kernels_that_fail_the_check_are_not_used(trouble, monkeypatch):
+    model = timm.create_model("cmt_micro")
+    networks = [m for m in model.modules() if isinstance(m, FeedForward)]
+    parameter = next(model.parameters())
+    use_fused_where_it_agrees(model)
+    assert {network.kernel for network in networks} == {"auto"}  # on a CPU nothing is asked
+    monkeypatch.setattr("cmtrain.models.ffn_check.worst_error", trouble)
+    monkeypatch.setattr("cmtrain.models.ffn_check._device_of", lambda _: torch.device("cuda"))
+    with pytest.warns(UserWarning, match=r"ffn_kernel: the fused kernels (differ|do not run: ZeroDivisionError)"):
+        use_fused_where_it_agrees(model)
+    assert {network.kernel for network in networks} == {"eager"}
+    assert parameter.device.type == "cpu"
