@@ -261,6 +261,7 @@ class LooksLikeCuda(TorchFunctionMode):
     ],
 )
 def test_auto_is_fused_where_it_can_be(monkeypatch, capability, training, grad, dtype, fused):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     ffn = FeedForward(6, 37, seed=False, drop=0.0).train(training)
     with LooksLikeCuda(), torch.set_grad_enabled(grad):

@@ -174,7 +174,8 @@ class Attention(nn.Module):
 
 @torch.compiler.assume_constant_result
 def _runs_triton(cuda_index: int) -> bool:
-    return torch.cuda.get_device_capability(cuda_index) >= (8, 0)
+    # Where bytes are counted, tensors claim to be on CUDA, and there may be none (traffic.py).
+    return torch.cuda.is_available() and torch.cuda.get_device_capability(cuda_index) >= (8, 0)
 
 
 class FeedForward(nn.Module):
