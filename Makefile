@@ -29,7 +29,7 @@ demo: setup  ## train on real JPEGs: no GPU, no download
 	$(BIN)/cmtrain demo
 
 test: setup  ## what continuous integration runs, with `check`
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 # What 1.34 itself warns about, and nothing of ours.
 DALI110_WARNS := -W "ignore:invalid escape sequence:DeprecationWarning" \
@@ -37,7 +37,7 @@ DALI110_WARNS := -W "ignore:invalid escape sequence:DeprecationWarning" \
 	-W "ignore:distutils Version classes are deprecated:DeprecationWarning"
 test-dali110: $(DALI110)/.installed  ## the tests of the pipelines on DALI 1.34
 	$(DALI110)/bin/python -c 'import nvidia.dali as dali; print("DALI", dali.__version__); assert dali.__version__.startswith("1.34.")'
-	$(DALI110)/bin/python -m pytest -m "not slow" $(DALI110_WARNS) $(DALI110_TESTS:%=tests/test_%.py)
+	$(DALI110)/bin/python -m pytest -n 2 --dist loadfile -m "not slow" $(DALI110_WARNS) $(DALI110_TESTS:%=tests/test_%.py)
 
 $(DALI110)/.installed: $(VENV)/.installed requirements-cuda110.lock
 	rm -rf $(DALI110)

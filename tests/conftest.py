@@ -116,6 +116,21 @@ def write_tree(root: Path, num_train: int, num_val: int, num_classes: int = 3, s
     return root
 
 
+@pytest.fixture
+def figure(record_property):
+    """figure(text): something that a test has measured or counted. Listed after the tests, whichever process ran them."""
+    return lambda text: record_property("figure", text)
+
+
+def pytest_terminal_summary(terminalreporter):
+    reports = [report for kind in ("passed", "failed") for report in terminalreporter.stats.get(kind, [])]
+    figures = [text for report in reports for name, text in report.user_properties if name == "figure"]
+    if figures:
+        terminalreporter.section("figures")
+        for text in figures:
+            terminalreporter.write_line(text)
+
+
 @pytest.fixture(scope="session")
 def images(tmp_path_factory) -> Path:
     """96 training and 31 validation JPEGs in 3 classes: 31 is no multiple of anything."""

@@ -42,16 +42,6 @@ def write(text: str | bytes, name: str = "x.yaml") -> str:
 TRIED: list[bool] = []
 
 
-@pytest.fixture(scope="module", autouse=True)
-def tally(request, tmp_path_factory):
-    """Says at the end how many were tried, and that none of them left a trace."""
-    yield
-    executed = len(list(tmp_path_factory.getbasetemp().rglob("canary")))
-    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-        print(f"\nbad configurations: {len(TRIED)} tried, {sum(TRIED)} refused, {executed} executed")
-    assert (executed, sum(TRIED)) == (0, len(TRIED))
-
-
 def mistakes(text: str | bytes, *overrides: tuple[str, str]) -> list[str]:
     """The error lines for a file x.yaml that holds `text`; checks that nothing was created beside it."""
     write(text)
@@ -421,3 +411,9 @@ def test_the_reference_in_the_documentation_is_the_schema_of_today():
     """After a change: cmtrain config reference > docs/configuration.md"""
     assert (ROOT / "docs" / "configuration.md").read_text() == config_reference()
     assert all(f"| `{key}` |" in config_reference() for key, _ in flat(load_config("configs/demo.yaml").config))
+
+
+def test_not_one_of_those_above_was_executed(figure, tmp_path_factory):
+    executed = len(list(tmp_path_factory.getbasetemp().rglob("canary")))
+    figure(f"bad configurations: {len(TRIED)} tried, {sum(TRIED)} refused, {executed} executed")
+    assert (executed, sum(TRIED)) == (0, len(TRIED))

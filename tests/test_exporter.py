@@ -265,7 +265,7 @@ def test_silent_connections_make_room_for_a_scraper(serve):
     assert open_descriptors() <= descriptors
 
 
-def test_a_training_run_in_a_storm(make_job, capsys):
+def test_a_training_run_in_a_storm(make_job, figure):
     """Eight scrapers as fast as they can, 500 half-open connections, a busy port, a POST, a header too long."""
     with socket.create_server(("127.0.0.1", 0)) as busy:
         port = busy.getsockname()[1]
@@ -315,11 +315,10 @@ def test_a_training_run_in_a_storm(make_job, capsys):
         process.terminate()
         _, err = process.communicate(timeout=60)
         assert process.returncode == 143, err
-        with capsys.disabled():
-            print(
-                f"\n  step time under a storm / alone: {', '.join(f'{ratio:.2f}' for ratio in ratios)}; a scrape takes "
-                f"{1000 * statistics.median(scrapes):.0f} ms, in the storm {1000 * statistics.median(answers):.0f} ms"
-            )
+        figure(
+            f"step time under a storm / alone: {', '.join(f'{ratio:.2f}' for ratio in ratios)}; a scrape takes "
+            f"{1000 * statistics.median(scrapes):.0f} ms, in the storm {1000 * statistics.median(answers):.0f} ms"
+        )
         # Generous, because machines are shared: prometheus_client's own server makes it 3 to 5. benchmarks/storm.py
         # measures what this only bounds.
         assert statistics.median(ratios) < 2.5

@@ -42,7 +42,7 @@ def undisturbed(make_job) -> Job:
 @pytest.mark.parametrize(
     ("kills", "seed"), [pytest.param(3, 0), *(pytest.param(5, seed, marks=pytest.mark.slow) for seed in range(1, 5))]
 )
-def test_killed_anywhere_is_never_killed(make_job, undisturbed, capsys, kills, seed):
+def test_killed_anywhere_is_never_killed(make_job, undisturbed, figure, kills, seed):
     """`kills` in one run: every other one while a checkpoint is being written, each at a random call of a function."""
     draw = random.Random(seed)
     calls = json.loads((undisturbed.folder / "calls.json").read_text())
@@ -65,8 +65,7 @@ def test_killed_anywhere_is_never_killed(make_job, undisturbed, capsys, kills, s
     assert curve(job) == curve(undisturbed)
     assert_same_state(job, undisturbed)
     resumed = [event["step"] for event in job.events() if event["event"] == "resumed"]
-    with capsys.disabled():
-        print(
-            f"\nkill -9: {kills} injected, {in_the_middle} in the middle of a file, {kills} survived "
-            f"(from steps {resumed}), lost updates {len(set(curve(undisturbed)) - set(curve(job)))}"
-        )
+    figure(
+        f"kill -9: {kills} injected, {in_the_middle} in the middle of a file, {kills} survived "
+        f"(from steps {resumed}), lost updates {len(set(curve(undisturbed)) - set(curve(job)))}"
+    )

@@ -33,7 +33,7 @@ def poison(path, root):
     return save_checkpoint(root, loaded.state["progress"]["step"], loaded.state, loaded.meta)
 
 
-def test_poisoned_statistics_are_healed_and_the_run_goes_on(make_job, capsys):
+def test_poisoned_statistics_are_healed_and_the_run_goes_on(make_job, figure):
     job = make_job(**LEARNING)
     healthy = job()
     source = poison(checkpoint_path(job.run / "checkpoints", 30), job.folder / "poisoned" / "checkpoints")
@@ -60,8 +60,7 @@ def test_poisoned_statistics_are_healed_and_the_run_goes_on(make_job, capsys):
     assert now > healthy["top1"] - 0.1
     assert ema_was < 0.5 < ema_now
     assert "BatchNorm statistics were not finite" in result["stderr"]
-    with capsys.disabled():
-        print(f"\nrepair-bn: {num_sick} statistics, top-1 {was:.3f} -> {now:.3f}, healthy {healthy['top1']:.3f}")
+    figure(f"repair-bn: {num_sick} statistics, top-1 {was:.3f} -> {now:.3f}, healthy {healthy['top1']:.3f}")
 
     job("--run.name", "new", "--resume", result["checkpoint"], "--schedule.epochs", "6", code=2)  # another recipe
     again = job("--run.name", "new", "--resume", result["checkpoint"])

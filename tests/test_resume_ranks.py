@@ -29,7 +29,7 @@ def train(job, pieces):
     return [record["loss"] for record in job.log()], seen
 
 
-def test_other_ranks_see_every_sample_once_and_lose_nothing(make_job, capsys):
+def test_other_ranks_see_every_sample_once_and_lose_nothing(make_job, figure):
     losses, seen = train(make_job("one", **SECTIONS), [(1, 6)])
     assert [len(set(samples)) for samples in seen] == [NUM_SAMPLES] * EPOCHS
     assert len(losses) == 6
@@ -39,5 +39,4 @@ def test_other_ranks_see_every_sample_once_and_lose_nothing(make_job, capsys):
         assert [sorted(samples) for samples in seen] == every_epoch, way
         assert again == pytest.approx(losses, rel=1e-5), way
         largest = max(abs(mine / its - 1) for mine, its in zip(again, losses, strict=True))
-        with capsys.disabled():
-            print(f"\nranks {way}: every sample once in {EPOCHS} epochs, losses within {largest:.0e}")
+        figure(f"ranks {way}: every sample once in {EPOCHS} epochs, losses within {largest:.0e}")

@@ -34,7 +34,7 @@ def save_one(root, step):
     save(root, step, best=BEST if step >= BEST else 1, milestone=step % EVERY == 0)
 
 
-def test_200_saves_with_a_crash_in_deletions(tmp_path, capsys, monkeypatch):
+def test_200_saves_with_a_crash_in_deletions(tmp_path, figure, monkeypatch):
     """k = 3, the best in the middle, milestones; at two steps the process is killed while it deletes."""
     monkeypatch.setattr(os, "fsync", lambda file: None)  # no power fails here, and 1200 of them take a while
     for step in range(1, 201):
@@ -51,8 +51,7 @@ def test_200_saves_with_a_crash_in_deletions(tmp_path, capsys, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == [f"step-{step:09d}" for step in expected(200)]
     for step in expected(200):
         assert load_checkpoint(checkpoint_path(tmp_path, step)).state["progress"] == {"step": step}
-    with capsys.disabled():
-        print(f"\nretention: 200 saves, 2 kills in a deletion, kept {expected(200)}")
+    figure(f"retention: 200 saves, 2 kills in a deletion, kept {expected(200)}")
 
 
 def _killed_in_a_deletion(root, step):
@@ -68,14 +67,13 @@ def _killed_in_a_deletion(root, step):
         copy.rename(root)
 
 
-def test_killed_at_every_change_of_the_file_system(tmp_path, capsys):
+def test_killed_at_every_change_of_the_file_system(tmp_path, figure):
     """One save, which deletes one, killed before each of its changes: there is always a usable newest checkpoint."""
     process = FORKS.Process(target=_killed_everywhere, args=(tmp_path,))
     process.start()
     process.join(120)
     assert process.exitcode == 0
-    with capsys.disabled():
-        print(f"\ncrash points: {(tmp_path / 'told').read_text()}")
+    figure(f"crash points: {(tmp_path / 'told').read_text()}")
 
 
 def _killed_everywhere(folder):

@@ -44,7 +44,7 @@ def resources(pid):
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_nothing_is_lost_and_nothing_grows(make_job, capsys):
+def test_nothing_is_lost_and_nothing_grows(make_job, figure):
     port = free_port()
     undisturbed = make_job("undisturbed", **SECTIONS, metrics={"enabled": True, "port": port})
     process = undisturbed.start(module=HURT)
@@ -111,10 +111,9 @@ def test_nothing_is_lost_and_nothing_grows(make_job, capsys):
     job(module=HURT)
     assert_same_state(job, undisturbed)
     assert losses(job) == losses(undisturbed)
-    with capsys.disabled():
-        total = ", ".join(f"{fault} {number}" for fault, number in injected.items())
-        print(
-            f"\nsoak: {STEPS} steps, {sum(injected.values())} faults survived ({total}), 0 lost updates; memory "
-            f"{early[0] / 2**20:.0f} -> {late[0] / 2**20:.0f} MiB, descriptors {early[1]} -> {late[1]}, threads "
-            f"{early[2]} -> {late[2]}"
-        )
+    total = ", ".join(f"{fault} {number}" for fault, number in injected.items())
+    figure(
+        f"soak: {STEPS} steps, {sum(injected.values())} faults survived ({total}), 0 lost updates; memory "
+        f"{early[0] / 2**20:.0f} -> {late[0] / 2**20:.0f} MiB, descriptors {early[1]} -> {late[1]}, threads "
+        f"{early[2]} -> {late[2]}"
+    )

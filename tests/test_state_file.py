@@ -127,16 +127,6 @@ MANIFESTS = {
 TRIED = []
 
 
-@pytest.fixture(scope="module", autouse=True)
-def tally(request, tmp_path_factory):
-    """Says at the end how many were tried, and that none of them left a trace."""
-    yield
-    executed = len(list(tmp_path_factory.getbasetemp().rglob("canary")))
-    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-        print(f"\nhostile checkpoints: {len(TRIED)} tried, {sum(TRIED)} refused in one line, {executed} executed")
-    assert (executed, sum(TRIED)) == (0, len(TRIED))
-
-
 def refusal(path):
     TRIED.append(False)
     with pytest.raises(CheckpointError) as caught:
@@ -232,3 +222,9 @@ def test_trouble_of_the_machine_is_not_the_checkpoints_fault(tmp_path, monkeypat
         load_newest(tmp_path)
     monkeypatch.undo()
     assert load_newest(tmp_path).rejected == ()
+
+
+def test_not_one_of_those_above_was_executed(figure, tmp_path_factory):
+    executed = len(list(tmp_path_factory.getbasetemp().rglob("canary")))
+    figure(f"hostile checkpoints: {len(TRIED)} tried, {sum(TRIED)} refused in one line, {executed} executed")
+    assert (executed, sum(TRIED)) == (0, len(TRIED))

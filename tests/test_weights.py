@@ -27,7 +27,7 @@ def contiguous(model):
 
 
 @pytest.mark.slow
-def test_digits_help_photographs_at_another_size(make_job, capsys):
+def test_digits_help_photographs_at_another_size(make_job, figure):
     digits = make_job(
         "digits",
         data={"root": "demo:digits", "eval_resize_px": 32},
@@ -55,8 +55,7 @@ def test_digits_help_photographs_at_another_size(make_job, capsys):
     assert "4 position tables resized" in told
     assert fine["step"] == scratch["step"]
     assert fine["top1"] > scratch["top1"] + 0.05
-    with capsys.disabled():
-        print(f"\ndigits {base['top1']:.3f}; photographs: {fine['top1']:.3f}, from scratch {scratch['top1']:.3f}")
+    figure(f"digits {base['top1']:.3f}; photographs: {fine['top1']:.3f}, from scratch {scratch['top1']:.3f}")
 
 
 def test_a_resumed_run_goes_on_from_its_own_checkpoint(make_job):

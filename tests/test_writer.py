@@ -146,7 +146,7 @@ def test_a_disk_that_returns_something_else_is_found_out(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_costs_its_checkpoints_and_nothing_else(make_job, capsys):
+def test_a_full_disk_costs_its_checkpoints_and_nothing_else(make_job, figure):
     plain, full = make_job("plain"), make_job("full")
     plain()
     full("--checkpoint.every_steps", "3", module=HURT, FULL="3,6,9", code=0)
@@ -156,8 +156,7 @@ def test_a_full_disk_costs_its_checkpoints_and_nothing_else(make_job, capsys):
     assert checkpoint_steps(full.run / "checkpoints")[-2:] == [15, 18]
     assert not list((full.run / "checkpoints").glob(".tmp-*"))
     assert full.status()["state"] == "finished"
-    with capsys.disabled():
-        print(f"\nfull disk: {len(failed)} checkpoints failed, run finished, error: {failed[0]['error']}")
+    figure(f"full disk: {len(failed)} checkpoints failed, run finished, error: {failed[0]['error']}")
 
 
 def test_a_run_whose_last_checkpoint_failed_does_not_say_it_is_done(make_job):
@@ -172,7 +171,7 @@ def test_a_run_whose_last_checkpoint_failed_does_not_say_it_is_done(make_job):
     assert [r["step"] for r in job.log()] == list(range(2, 19, 2))
 
 
-def test_a_slow_disk_does_not_slow_the_steps(make_job, capsys):
+def test_a_slow_disk_does_not_slow_the_steps(make_job, figure):
     """Every fsync takes a second longer, and a checkpoint has four of them."""
     job = make_job(train={"log_every_steps": 1})
     often = ["--checkpoint.every_steps", "10", "--checkpoint.every_epochs", "3", "--evaluate.every_epochs", "3"]
@@ -184,8 +183,7 @@ def test_a_slow_disk_does_not_slow_the_steps(make_job, capsys):
     laps = [times[step] - times[step - 1] for step in range(11, 19)]
     assert max(laps) < 1
     assert times[18] < times[10] + 4  # eight steps went by while the checkpoint of step 10 was written
-    with capsys.disabled():
-        print(f"\nslow disk: checkpoint {first['seconds']:.1f} s, longest of 8 steps beside it {max(laps):.2f} s")
+    figure(f"slow disk: checkpoint {first['seconds']:.1f} s, longest of 8 steps beside it {max(laps):.2f} s")
 
 
 def test_a_save_costs_the_step_a_copy(tmp_path):
