@@ -118,7 +118,7 @@ def write_tree(root: Path, num_train: int, num_val: int, num_classes: int = 3, s
 
 @pytest.fixture
 def figure(record_property):
-    """figure(text): something that a test has measured or counted. Listed after the tests, whichever process ran them."""
+    """figure(text): what a test has measured or counted. Listed after the tests, whichever process ran them."""
     return lambda text: record_property("figure", text)
 
 
