@@ -106,7 +106,7 @@ SEED_ROWS = list(seed_rows())
 @pytest.mark.parametrize(
     ("name", "augments", "epochs", "options", "lr", "weight_decay", "top1"),
     SEED_ROWS,
-    ids=lambda value: f"{value}"[:12],
+    ids=[row[0] for row in SEED_ROWS],
 )
 def test_seed_row_is_the_published_one(name, augments, epochs, options, lr, weight_decay, top1):
     config = load_config(ROOT / "configs" / "seed" / f"{name}.yaml").config
