@@ -181,7 +181,7 @@ def _state(row: Row, status: dict[str, Any]) -> str:
     state, step, total = str(status.get("state")), status.get("step") or 0, status.get("total_steps")
     try:
         other = load_config(row.run_path / "config.yaml").config
-        if recipe(other.model_dump()) != recipe(row.config.model_dump()):
+        if recipe(other.model_dump(mode="json")) != recipe(row.config.model_dump(mode="json")):
             return f"{state}, of another recipe"
     except ConfigError:
         return f"{state}, of an unknown recipe"

@@ -91,6 +91,17 @@ def test_another_recipe_or_other_data(tmp_path):
     assert start(tmp_path, "force", config=other).step == 3
 
 
+def test_the_same_recipe_in_other_ways(tmp_path):
+    """A checkpoint of a version that did not know a key yet, and a run on hardware that has other kernels."""
+    older = CONFIG.model_dump(mode="json")
+    del older["model"]["init_from"], older["data"]["mean"]
+    save(tmp_path, 3, config=older)
+    other = load_config("configs/demo.yaml", [("model.ffn_kernel", "eager"), ("train.compile", "true")]).config
+    assert start(tmp_path, config=other).step == 3
+    other = load_config("configs/demo.yaml", [("data.mean", "[0, 0, 0]")]).config
+    assert "data.mean: " in refusal(tmp_path, config=other, error=ConfigError)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
