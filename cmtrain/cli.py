@@ -212,7 +212,7 @@ def _sweep(arguments: list[str]) -> int:
     parser.add_argument("--max-steps", type=positive, metavar="N", help="stop each row after N optimizer steps")
     parser.add_argument("--dry-run", action="store_true", help="print the commands and stop")
     parser.add_argument("--table", action="store_true", help="print the table and stop")
-    parser.add_argument("--csv", action="store_true", help="the table as CSV (default: Markdown)")
+    parser.add_argument("--csv", action="store_true", help="print the table as CSV (default: Markdown)")
     options, overrides = parse(parser, arguments)
     if not options.files:
         raise ConfigError("cmtrain sweep: of which files? e.g. cmtrain sweep configs/seed --data.root /data/imagenet")
@@ -223,7 +223,7 @@ def _sweep(arguments: list[str]) -> int:
         sys.stdout.write(sweep.commands(rows, options.jobs, options.sbatch))
         return EXIT_DONE
     code = EXIT_DONE
-    if not (options.table or options.csv):
+    if not options.table:
         code = sweep.submit(rows, options.sbatch) if options.jobs == "slurm" else sweep.run_here(rows)
     sys.stdout.write(sweep.table(rows, as_csv=options.csv))
     return code

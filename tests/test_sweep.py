@@ -147,7 +147,7 @@ def test_the_table_compares_what_finished_with_what_was_published(study, capsys)
     finish(a, 0.513)
     finish(b, None, state="diverged", step=7)
     finish(c, 0.2, state="running", step=22)
-    assert main(["sweep", *study, "--csv"]) == 0
+    assert main(["sweep", *study, "--table", "--csv"]) == 0
     assert capsys.readouterr().out.splitlines() == [
         "row,run,differs in,published,measured,difference,state,source",
         "1,a,as its base,50.00,51.30,+1.30,finished,",
