@@ -1,6 +1,8 @@
 """What README and docs/ tell a user to type exists: verbs, options, configuration keys, files, links."""
 
 import re
+from fnmatch import filter as filter_names
+from fnmatch import fnmatch
 
 import pytest
 import yaml
@@ -50,6 +52,15 @@ def test_verbs_and_keys_exist(page):
 def test_configurations_that_are_named_ship(page):
     for name in re.findall(r"configs/[a-z0-9_/]+\.yaml", page.read_text()):
         assert (ROOT / name).exists(), name
+
+
+def test_the_tree_names_every_module_and_no_other():
+    tree = (ROOT / "README.md").read_text().partition("## The tree")[2]
+    named = set(re.findall(r"[\w*]+\.py\b", tree))
+    modules = {path.name for folder in ("cmtrain", "pipelines") for path in (ROOT / folder).rglob("[!_]*.py")}
+    there = modules | {path.name for folder in ("tests", "examples") for path in (ROOT / folder).glob("*.py")}
+    assert [module for module in modules if not any(fnmatch(module, name) for name in named)] == []
+    assert [name for name in named if not filter_names(there, name)] == []
 
 
 def test_the_tutorials_configuration_is_one(tmp_path, monkeypatch, capsys):
