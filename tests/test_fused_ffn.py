@@ -299,7 +299,8 @@ def test_compiled_for_sm_80_and_sm_90_without_spills_and_without_scalar_access()
 def test_every_stage_compiles_without_spills_that_matter(name, dtype):
     size = SIZES[name]
     found = compiled_for_gpus(dtype, *((*STAGES[name, i], size.image_px // 4 >> i) for i in range(4)))
-    assert max(kernel["spilled_bytes"] for kernel in found) <= (16 if dtype == "fp32" else 0)
+    assert len(found) == 2 * 4 * 9
+    assert max(kernel["spilled_bytes"] for kernel in found) <= 16  # four registers, of 80 to 128
 
 
 # --- the check before training ---
