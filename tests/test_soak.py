@@ -79,9 +79,10 @@ def test_nothing_is_lost_and_nothing_grows(make_job, figure):
 
     draw = random.Random(STEPS)
     job = make_job("hurt", **SECTIONS)
-    injected = dict.fromkeys(FAULTS, 0)
+    injected, round_of_faults = dict.fromkeys(FAULTS, 0), []
     while last_step(job) < 0.95 * STEPS:
-        fault = draw.choice(FAULTS)
+        round_of_faults = round_of_faults or draw.sample(FAULTS, len(FAULTS))
+        fault = round_of_faults.pop()
         saved = checkpoint_steps(job.run / "checkpoints")
         if fault == "damage" and len(saved) < 2:
             continue  # of a single one, nothing could be saved
@@ -108,6 +109,7 @@ def test_nothing_is_lost_and_nothing_grows(make_job, figure):
             process.send_signal(signal.SIGTERM if fault in ("stop", "slow disk") else signal.SIGKILL)
         process.communicate(timeout=300)
         assert process.returncode in (0, 143, -signal.SIGKILL), process.communicate()
+    assert min(injected.values()) > 0
     job(module=HURT)
     assert_same_state(job, undisturbed)
     assert losses(job) == losses(undisturbed)

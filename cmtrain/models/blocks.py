@@ -26,12 +26,29 @@ except ModuleNotFoundError:  # torch's builds for machines without a GPU bring n
 FfnKernel = Literal["auto", "fused", "eager"]
 
 
+def _tokens(x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, H, W, C), a view
+    return x.permute(0, 2, 3, 1)
+
+
+def _map(tokens: Tensor) -> Tensor:  # (B, H, W, C) -> (B, C, H, W), a view
+    return tokens.permute(0, 3, 1, 2)
+
+
+def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The same matrix for every pixel: (B, C, H, W), (out, C), (out,) -> (B, out, H, W).
+
+    On CUDA it is one GEMM; on the CPU oneDNN's convolution is the faster kernel for the same sum (fp32, batch 32, one
+    thread: 1.1 to 1.8 times F.linear on CMT-Ti's FFN shapes).
+    """
+    if x.is_cuda:
+        return _map(F.linear(_tokens(x), weight, bias))
+    return F.conv2d(x, weight[:, :, None, None], bias)
+
+
 class PointwiseConv(nn.Module):
     """1x1 convolution with a matrix for a weight: (B, C, H, W) -> (B, out, H, W).
 
-    A matrix has one memory layout, so its gradient and DDP's bucket cannot disagree about strides. On CUDA it is one
-    GEMM; on the CPU oneDNN's convolution is the faster kernel for the same sum (fp32, batch 32, one thread: 1.1 to 1.8
-    times F.linear on CMT-Ti's FFN shapes).
+    A matrix has one memory layout, so its gradient and DDP's bucket cannot disagree about strides.
     """
 
     def __init__(self, in_channels: int, out_channels: int):
@@ -40,9 +57,14 @@ class PointwiseConv(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.is_cuda:
-            return F.linear(x.permute(0, 2, 3, 1), self.weight, self.bias).permute(0, 3, 1, 2)
-        return F.conv2d(x, self.weight[:, :, None, None], self.bias)
+        return pointwise(x, self.weight, self.bias)
+
+
+class TokenLinear(nn.Linear):
+    """Linear layer of the tokens of a map: (B, H, W, C) -> (B, H, W, out)."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return _tokens(pointwise(_map(tokens), self.weight, self.bias))
 
 
 def depthwise_conv(channels: int, kernel: int, stride: int) -> nn.Conv2d:
@@ -62,14 +84,6 @@ def layer_norm(norm: nn.LayerNorm, tokens: Tensor) -> Tensor:
     with torch.autocast(tokens.device.type, enabled=False):
         weight, bias = norm.weight.to(tokens.dtype), norm.bias.to(tokens.dtype)
         return F.layer_norm(tokens, norm.normalized_shape, weight, bias, norm.eps)
-
-
-def _tokens(x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, H, W, C), a view
-    return x.permute(0, 2, 3, 1)
-
-
-def _map(tokens: Tensor) -> Tensor:  # (B, H, W, C) -> (B, C, H, W), a view
-    return tokens.permute(0, 3, 1, 2)
 
 
 class Stem(nn.Module):
@@ -124,15 +138,15 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.reduction, self.attn_drop = heads, reduction, attn_drop
         if reduction > 1:
-            self.q = nn.Linear(dim, dim, bias=qkv_bias)
-            self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias)
+            self.q = TokenLinear(dim, dim, bias=qkv_bias)
+            self.kv = TokenLinear(dim, 2 * dim, bias=qkv_bias)
             self.reduce = (
                 nn.Conv2d(dim, dim, reduction, reduction) if seed else depthwise_conv(dim, reduction, reduction)
             )
             self.reduce_norm = nn.LayerNorm(dim, eps=1e-5) if seed else nn.BatchNorm2d(dim)
         else:
-            self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
+            self.qkv = TokenLinear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = TokenLinear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def reduced(self, tokens: Tensor) -> Tensor:  # (B, H, W, C) -> (B, H/r, W/r, C)
