@@ -127,11 +127,14 @@ def conclude(run_path: Path, *, since: float = 0, silent: bool = False) -> Failu
         The cause, None if there is nothing to tell.
     """
     status = read_status(run_path) or {}
-    cause = cause_of(words_left(run_path, since))
+    words = words_left(run_path, since)
+    cause = cause_of(words)
     if cause is None and silent and status.get("state") == "running":
         cause = Failure(0, 1, "ended without a word: killed, or the machine went down", host="")
     reason = cause.said() if cause else ""
-    told = status.get("state") == "failed" and status.get("reason") == reason
+    # Ranks that fail together conclude together. What the first of them told stays, unless it had only lost contact.
+    as_good = {failure.said() for failure in words if cause and failure.lost_contact == cause.lost_contact}
+    told = status.get("state") == "failed" and status.get("reason") in {reason, *as_good}
     if cause and not told and status.get("state") in ("running", "failed"):
         step = cause.step if cause.step is not None else status.get("step")
         with suppress(OSError):

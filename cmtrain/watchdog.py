@@ -88,10 +88,10 @@ class Watchdog:
             "(train.step_timeout_seconds); hang-rank*.txt say where each rank stood"
         )
         failure = Failure(self.rank, self.world_size, reason, step=self.step)
+        leave_word(self.run_path, failure)  # before the stacks: those alone would say "without a word"
         for file in (self.file, sys.stderr):
             file.write(f"{failure.said()}\n")
             file.flush()
             faulthandler.dump_traceback(file)
-        leave_word(self.run_path, failure)
         conclude(self.run_path)
         os._exit(EXIT_ERROR)

@@ -15,7 +15,7 @@ from cmtrain.checkpoint import checkpoint_steps
 from cmtrain.failure import Failure, cause_of, conclude, crash_loop, failed_steps, leave_word, settle
 from cmtrain.launch import set_torch_defaults, tell_failure
 from cmtrain.parent import num_visible
-from cmtrain.run_folder import RunFolder, read_status
+from cmtrain.run_folder import RunFolder, read_events, read_status
 
 FAULTY = str(ROOT / "tests" / "faulty_train.py")
 TWO = ("--nproc", "2")
@@ -248,6 +248,21 @@ def test_the_cause_is_the_first_failure_that_is_no_consequence():
     assert cause_of([lost]) == lost
     cause = cause_of([late, lost, gone])
     assert (cause.rank, cause.exit_code, cause.step) == (2, 137, 12)
+
+
+def test_ranks_that_fail_together_are_told_once(tmp_path):
+    def reasons(failure):
+        leave_word(tmp_path, failure)
+        conclude(tmp_path)
+        return [event["reason"] for event in read_events(tmp_path)]
+
+    RunFolder(tmp_path).status(state="running", step=9)
+    told = ["rank 2 on a: lost contact"]
+    assert reasons(Failure(2, 3, "lost contact", lost_contact=True, host="a", time=7.0)) == told
+    told += ["rank 1 on a: hung"]
+    assert reasons(Failure(1, 3, "hung", host="a", time=6.0)) == told
+    assert reasons(Failure(0, 3, "hung", host="a", time=5.0)) == told
+    assert read_status(tmp_path)["reason"] == told[-1]
 
 
 def test_what_became_of_a_run_is_found_out_by_the_next_start(tmp_path):

@@ -1,15 +1,19 @@
 """What hangs is ended, and leaves behind where it hung."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
 from test_launch import faults
-from test_train import losses
+from test_train import losses, wait_for
 
-from cmtrain.watchdog import Watchdog
+from cmtrain.watchdog import C_TIMER_SECONDS, Watchdog
 
 FAULTY = str(ROOT / "tests" / "faulty_train.py")
 
@@ -38,6 +42,24 @@ def test_a_hang_that_holds_the_interpreters_lock_ends_too_and_the_next_start_tel
     assert "the attempt before failed: hung without a word" in job.stderr.read_text()
     assert losses(job) == losses(undisturbed)
     assert [path.name for path in job.run.glob("*hang*")] == ["old-hang-rank0.txt"]
+
+
+def test_a_run_that_is_paused_for_longer_than_a_step_may_take_ends_and_loses_nothing(make_job):
+    """As `docker pause` and `scontrol suspend` do; the timers cannot tell it from a hang."""
+    undisturbed, job = make_job("undisturbed"), make_job("job", train={"step_timeout_seconds": 1.0})
+    undisturbed()
+    process = job.start(module=FAULTY, **faults("freeze", rank=0))
+    stat = Path("/proc", str(process.processes[0].pid), "stat")
+    wait_for(lambda: stat.read_text().rpartition(")")[2].split()[0] == "T", process)
+    time.sleep(2 * C_TIMER_SECONDS)
+    os.kill(process.processes[0].pid, signal.SIGCONT)
+    process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "most recent call first" in (job.run / "hang-rank0.txt").read_text()
+    job()
+    (failed,) = [event for event in job.events() if event["event"] == "failed"]
+    assert failed["reason"].startswith("hung")
+    assert losses(job) == losses(undisturbed)
 
 
 WATCHED = """
