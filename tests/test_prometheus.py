@@ -239,7 +239,9 @@ def test_rules_are_evaluated_and_nothing_fires_in_a_sound_run(watched):
 
     watched.wait(lambda: errors() or all(watched.ask(f'{name}{{run="job"}}') for name in RECORDED))
     assert errors() == {}
-    assert watched.ask('ALERTS{run="job"}') == []
+    assert watched.ask('ALERTS{run="job",alertstate="firing"}') == []
+    # On a busy machine one rank may be behind the other for a while; what is wrong with the run itself never is.
+    assert watched.ask('ALERTS{run="job",alertname!~"CmtrainStraggler|CmtrainDataBound|CmtrainThroughputDrop"}') == []
 
 
 @needs_prometheus
