@@ -188,7 +188,7 @@ def test_a_model_trains_the_same_whichever_kernel():
     ours, left = train_once(fused)
     theirs, left_by_eager = train_once(eager)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(left, left_by_eager, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(left, left_by_eager, rtol=1e-3, atol=3e-4)
 
 
 def test_compiled_it_is_one_graph_and_the_same():
