@@ -132,8 +132,13 @@ def conclude(run_path: Path, *, since: float = 0, silent: bool = False) -> Failu
     if cause is None and silent and status.get("state") == "running":
         cause = Failure(0, 1, "ended without a word: killed, or the machine went down", host="")
     reason = cause.said() if cause else ""
-    # Ranks that fail together conclude together. What the first of them told stays, unless it had only lost contact.
-    as_good = {failure.said() for failure in words if cause and failure.lost_contact == cause.lost_contact}
+    # Ranks that fail together conclude together. What the first of them told stays, unless it had only lost contact or
+    # would end with another exit code.
+    as_good = {
+        failure.said()
+        for failure in words
+        if cause and (failure.lost_contact, failure.exit_code) == (cause.lost_contact, cause.exit_code)
+    }
     told = status.get("state") == "failed" and status.get("reason") in {reason, *as_good}
     if cause and not told and status.get("state") in ("running", "failed"):
         step = cause.step if cause.step is not None else status.get("step")

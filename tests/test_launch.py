@@ -263,6 +263,9 @@ def test_ranks_that_fail_together_are_told_once(tmp_path):
     assert reasons(Failure(1, 3, "hung", host="a", time=6.0)) == told
     assert reasons(Failure(0, 3, "hung", host="a", time=5.0)) == told
     assert read_status(tmp_path)["reason"] == told[-1]
+    told += ["rank 0 on a: the data is gone"]  # the earliest failure decides how the run ends
+    assert reasons(Failure(0, 3, "the data is gone", exit_code=3, host="a", time=4.0)) == told
+    assert read_status(tmp_path)["exit_code"] == 3
 
 
 def test_what_became_of_a_run_is_found_out_by_the_next_start(tmp_path):
