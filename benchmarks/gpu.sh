@@ -55,9 +55,9 @@ bench() {
 }
 
 batch=512
-fp16=fp16 mixed=mixed compile=true
+fp16=fp16 mixed=mixed compile=true graphs=reduce-overhead
 # Without a GPU the same lines run in small, in the precision and with the decoder that a CPU has.
-[ -n "$gpu" ] || { batch=8; fp16=fp32 mixed=cpu compile=false; export OMP_NUM_THREADS=1; }
+[ -n "$gpu" ] || { batch=8; fp16=fp32 mixed=cpu compile=false graphs=default; export OMP_NUM_THREADS=1; }
 one_gpu=(--train.global_batch_size "$batch" --train.max_batch_per_gpu "$batch" --augment.repeats 1)
 
 # The model alone: eager, fused, compiled, folded for inference, fp16 and bf16, beside timm's; attention at both head sizes.
@@ -73,6 +73,10 @@ bench 90 model_fp16           --what model "${one_gpu[@]}" --train.precision "$f
 bench 40 model_bf16           --what model "${one_gpu[@]}" --train.precision bf16 --rounds 2 --beside ""
 bench 40 model_fp16_eager     --what model "${one_gpu[@]}" --train.precision "$fp16" --rounds 2 --beside "" --model.ffn_kernel eager
 bench 90 model_fp16_compiled  --what model "${one_gpu[@]}" --train.precision "$fp16" --rounds 2 --beside "" --train.compile "$compile"
+# What a step of few images loses to launching kernels, and what CUDA graphs give back.
+few=(--what model --train.global_batch_size "$((batch / 8))" --augment.repeats 1 --train.precision "$fp16" --rounds 2 --beside "")
+bench 40 few_images           "${few[@]}"
+bench 90 few_images_graphs    "${few[@]}" --train.compile "$compile" --train.compile_mode "$graphs"
 bench 40 latency              --what latency "${one_gpu[@]}" --train.precision "$fp16" --rounds 2
 bench 200 loader_beside_timm  --what loader "${one_gpu[@]}" --train.precision "$fp16" --data.decode "$mixed" --steps "$((steps / 6 + 1))" --rounds 3
 

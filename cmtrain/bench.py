@@ -87,7 +87,7 @@ def bench(
         "what": what,
         "device": torch.cuda.get_device_name() if accelerator.device.type == "cuda" else "cpu",
         "precision": build.precision_of(accelerator),
-        "compiled": config.train.compile,
+        "compiled": config.train.compile and config.train.compile_mode,
         "model": config.model.name,
         "image_px": config.data.image_px,
         "batch": 1 if what == "latency" else schedule.micro_batch_size * schedule.accumulation,

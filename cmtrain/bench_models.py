@@ -98,8 +98,7 @@ def time_latency(
     contenders = []
     for name in dict.fromkeys([config.model.name, *beside]):
         model = build.make_model(_with_model(config, name), num_classes, accelerator.device)
-        if config.train.compile:
-            model.compile()
+        build.compile_model(config, model)
         contenders.append(Contender(name, 1, _inference(model, image, accelerator)))
     race(contenders, accelerator.device, steps=steps, rounds=rounds)
     return {contender.name: _figures(contender, contenders[0]) for contender in contenders}

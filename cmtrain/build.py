@@ -153,14 +153,23 @@ def open_val(config: Config, class_names: Sequence[str]) -> Manifest:
 
 def plan_steps(config: Config, num_samples: int, num_processes: int) -> Schedule:
     """All arithmetic of the run. Raises ConfigError or DataError when the numbers do not fit."""
-    return make_schedule(
+    train = config.train
+    schedule = make_schedule(
         num_samples=num_samples,
         world_size=num_processes,
-        global_batch_size=config.train.global_batch_size,
-        max_batch_per_gpu=config.train.max_batch_per_gpu,
+        global_batch_size=train.global_batch_size,
+        max_batch_per_gpu=train.max_batch_per_gpu,
         lr=config.optim.lr,
         **config.schedule.model_dump(),
     )
+    if train.compile_mode != "default" and schedule.accumulation > 1:
+        # A graph leaves its gradients where its next replay writes them.
+        raise ConfigError(
+            f"train.compile_mode: {train.compile_mode} replays CUDA graphs, which cannot add up the gradients of "
+            f"{schedule.accumulation} micro-batches; use default, or a train.max_batch_per_gpu of "
+            f"{schedule.micro_batch_size * schedule.accumulation} or more"
+        )
+    return schedule
 
 
 def make_train_loader(
@@ -273,6 +282,12 @@ def make_model(config: Config, num_classes: int, device: torch.device | str = "c
     return built
 
 
+def compile_model(config: Config, model: nn.Module) -> None:
+    """Have torch.compile compile `model` at its next call, if that is wanted; its state_dict stays as it is."""
+    if config.train.compile:
+        model.compile(mode=config.train.compile_mode)
+
+
 def make_recovery(config: Config, schedule: Schedule) -> Recovery:
     guard = config.guard
     epochs = guard.lr_backoff_epochs
@@ -299,8 +314,7 @@ def make_learner(
 ) -> Learner:
     optim = config.optim
     optimizer = make_optimizer(model, **optim.model_dump(exclude={"clip_grad"}))
-    if config.train.compile:
-        model.compile()
+    compile_model(config, model)
     return Learner(
         model,
         optimizer,

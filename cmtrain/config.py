@@ -215,6 +215,10 @@ class Train(_Section):
         default="auto", description="auto: fp16 on a GPU, fp32 without"
     )
     compile: bool = Field(default=False, description="compile the model with torch.compile")
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = Field(
+        default="default",
+        description="of torch.compile; the other two replay CUDA graphs, which pays below some 256 images a GPU",
+    )
     log_every_steps: Count = Field(default=50, description="optimizer steps between two log points")
     step_timeout_seconds: Positive | None = Field(
         default=900.0,
@@ -335,6 +339,7 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[..., bool], str], ...] = (
         lambda nesterov, momentum, opt: momentum > 0 or not nesterov or opt != "sgd",
         "{} needs {} to be greater than 0",
     ),
+    (("train.compile_mode", "train.compile"), lambda mode, on: on or mode == "default", "{} needs {} to be true"),
     (("expect.enforce", "expect.top1"), lambda enforce, top1: top1 is not None or not enforce, "{} needs {} to be set"),
     (("expect.diverges", "expect.top1"), lambda diverges, top1: top1 is None or not diverges, "{} contradicts {}"),
     (

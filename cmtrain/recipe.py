@@ -13,8 +13,9 @@ from cmtrain.config import Config
 FREE_SECTIONS = ("guard", "checkpoint", "evaluate", "metrics", "expect")
 FREE_KEYS = (
     "run.name", "run.dir", "data.root", "data.decode", "data.hw_decoder_load", "data.threads", "data.prefetch_batches",
-    "data.cache_dir", "data.max_bad_fraction", "model.ffn_kernel", "train.compile", "train.max_batch_per_gpu",
-    "train.log_every_steps", "train.step_timeout_seconds", "train.collective_timeout_seconds",
+    "data.cache_dir", "data.max_bad_fraction", "model.ffn_kernel", "train.compile", "train.compile_mode",
+    "train.max_batch_per_gpu", "train.log_every_steps", "train.step_timeout_seconds",
+    "train.collective_timeout_seconds",
 )  # fmt: skip
 
 

@@ -7,9 +7,13 @@ import timm
 import torch
 from conftest import ROOT
 from mini import POISON, HalfAccelerator, Mini, accuracy, assert_same, batch, make_learner, snapshot, step
+from torch import nn
 
+from cmtrain import build
 from cmtrain.checkpoint import load_newest
+from cmtrain.config_file import load_config
 from cmtrain.diagnosis import examine
+from cmtrain.errors import ConfigError
 
 COMPILED = str(ROOT / "tests" / "compiled_train.py")
 
@@ -49,6 +53,30 @@ def test_the_layer_that_overflowed_is_named():
     found = examine(learner)
     assert found.cause.startswith("stem: not finite in 1 of 16 images")
     assert found.suspects == (16 + 3,)
+
+
+GRAPHS = [("train.compile", "true"), ("train.compile_mode", "reduce-overhead"), ("train.global_batch_size", "64")]
+
+
+def test_the_mode_is_torchs(monkeypatch):
+    modes = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self, mode: modes.append(mode))
+    for options in (GRAPHS, GRAPHS[:1], []):
+        build.compile_model(load_config("configs/demo.yaml", options).config, Mini())
+    assert modes == ["reduce-overhead", "default"]
+
+
+def test_cuda_graphs_do_not_accumulate():
+    def accumulation(*options):
+        config = load_config("configs/demo.yaml", [*GRAPHS, *options]).config
+        return build.plan_steps(config, num_samples=1000, num_processes=2).accumulation
+
+    assert accumulation() == 1
+    with pytest.raises(
+        ConfigError, match=r"cannot add up the gradients of 4 micro-batches; use default, or a .* of 32 "
+    ):
+        accumulation(("train.max_batch_per_gpu", "8"))
+    assert accumulation(("train.max_batch_per_gpu", "8"), ("train.compile_mode", "default")) == 4
 
 
 @pytest.mark.parametrize("program", [COMPILED, pytest.param("cmtrain", marks=pytest.mark.slow)])

@@ -96,7 +96,10 @@ def test_the_same_recipe_in_other_ways(tmp_path):
     older = CONFIG.model_dump(mode="json")
     del older["model"]["init_from"], older["data"]["mean"]
     save(tmp_path, 3, config=older)
-    other = load_config("configs/demo.yaml", [("model.ffn_kernel", "eager"), ("train.compile", "true")]).config
+    other = load_config(
+        "configs/demo.yaml",
+        [("model.ffn_kernel", "eager"), ("train.compile", "true"), ("train.compile_mode", "reduce-overhead")],
+    ).config
     assert start(tmp_path, config=other).step == 3
     other = load_config("configs/demo.yaml", [("data.mean", "[0, 0, 0]")]).config
     assert "data.mean: " in refusal(tmp_path, config=other, error=ConfigError)

@@ -8,6 +8,7 @@ if not torch.cuda.is_available():
 
 import timm
 from accelerate import Accelerator
+from torch._dynamo.utils import counters
 
 import cmtrain.models  # noqa: F401
 from cmtrain.learner import Learner
@@ -19,18 +20,20 @@ from pipelines.synthetic import SyntheticLoader
 pytestmark = pytest.mark.gpu
 
 
-def make_learner(opt="adamw", precision="fp16", **mixing):
+def make_learner(opt="adamw", precision="fp16", compile_mode=None, accumulation=2, **mixing):
     accelerator = Accelerator(mixed_precision=precision)
     torch.manual_seed(0)
     model = timm.create_model("cmt_ti", img_size=160, num_classes=10, drop_path_rate=0.1)
     model = model.to("cuda", memory_format=torch.channels_last)
+    if compile_mode is not None:
+        model.compile(mode=compile_mode)
     optimizer = make_optimizer(
         model, opt=opt, lr=1e-3, weight_decay=0.05, momentum=0.9, nesterov=True, betas=(0.9, 0.999), eps=1e-8
     )
     spec = MixSpec(10, mixup=0.8, cutmix=1.0, smoothing=0.1, reprob=0.25, **mixing)
     return Learner(
         model, optimizer, accelerator,
-        ema_decay=0.999, protect=True, spike_sigma=6.0, mixing=spec, accumulation=2, clip_grad=5.0, seed=0,
+        ema_decay=0.999, protect=True, spike_sigma=6.0, mixing=spec, accumulation=accumulation, clip_grad=5.0, seed=0,
     )  # fmt: skip
 
 
@@ -59,6 +62,27 @@ def test_a_step_never_synchronises_with_the_host(opt, precision):
     report = learner.report(6, 0, 1e-3, reset=True)
     assert report.loss == report.loss
     assert report.bad_steps_in_a_row < 6
+
+
+def test_cuda_graphs_train_as_the_compiled_model_does_and_are_replayed():
+    def losses_after(compile_mode):
+        counters.clear()
+        learner, stream, losses = make_learner("sgd", "bf16", compile_mode, accumulation=1), batches(fp16=False), []
+        for step in range(12):
+            learner.step(stream, step, 1e-3)
+            losses.append(learner.report(step, 0, 1e-3, reset=True).loss)
+        with torch.inference_mode():  # evaluation in between, by another graph
+            assert learner.model.eval()(next(stream).images).isfinite().all()
+        learner.model.train()
+        learner.step(stream, 12, 1e-3)
+        assert learner.report(12, 0, 1e-3, reset=True).bad_steps == 0
+        return torch.tensor(losses)
+
+    compiled = losses_after("default")
+    graphs = losses_after("reduce-overhead")
+    assert counters["inductor"]["cudagraph_skips"] == 0
+    assert counters["inductor"]["cudagraph_recorded_non_static_inputs"] > 0
+    torch.testing.assert_close(graphs, compiled, rtol=0.02, atol=0)
 
 
 def test_an_overflow_in_fp16_changes_nothing_but_the_scale():
