@@ -34,6 +34,11 @@ def _map(tokens: Tensor) -> Tensor:  # (B, H, W, C) -> (B, C, H, W), a view
     return tokens.permute(0, 3, 1, 2)
 
 
+def _is_eager_on_cpu(x: Tensor) -> bool:
+    # What is exported on a CPU runs elsewhere.
+    return not x.is_cuda and not torch.compiler.is_compiling()
+
+
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The same matrix for every pixel: (B, C, H, W), (out, C), (out,) -> (B, out, H, W).
 
@@ -43,6 +48,11 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if x.is_cuda:
         return _map(F.linear(_tokens(x), weight, bias))
     return F.conv2d(x, weight[:, :, None, None], bias)
+
+
+def gelu(x: Tensor) -> Tensor:
+    """GELU of a map. On a CPU of its tokens: oneDNN's kernel, 1.4 times as fast, wants them contiguous."""
+    return _map(F.gelu(_tokens(x))) if _is_eager_on_cpu(x) else F.gelu(x)
 
 
 class PointwiseConv(nn.Module):
@@ -91,11 +101,6 @@ class ResidualDepthwiseConv(nn.Conv2d):
         return self._conv_forward(x, self.weight + centre, self.bias)
 
 
-def _is_eager_on_cpu(x: Tensor) -> bool:
-    # What is exported on a CPU runs elsewhere.
-    return not x.is_cuda and not torch.compiler.is_compiling()
-
-
 def layer_norm(norm: nn.LayerNorm, tokens: Tensor) -> Tensor:
     """LayerNorm of (..., C) that answers in the dtype it was asked in; statistics are fp32 inside the kernel anyway.
 
@@ -122,9 +127,9 @@ class Stem(nn.Module):
         self.norm3 = nn.BatchNorm2d(channels)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, C, H/2, W/2)
-        x = self.norm1(F.gelu(self.conv1(x)))
-        x = self.norm2(F.gelu(self.conv2(x)))
-        return self.norm3(F.gelu(self.conv3(x)))
+        x = self.norm1(gelu(self.conv1(x)))
+        x = self.norm2(gelu(self.conv2(x)))
+        return self.norm3(gelu(self.conv3(x)))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout_prob: float, scale: float) -> Tensor:
@@ -248,11 +253,11 @@ class FeedForward(nn.Module):
         if self._is_fused(x):
             x = fused_feed_forward(x, self.expand, self.expand_norm, self.depthwise, self.depthwise_norm, self.project)
             return self.project_norm(x)
-        x = self.drop(self.expand_norm(F.gelu(self.expand(x))))
+        x = self.drop(self.expand_norm(gelu(self.expand(x))))
         if self.residual_before_norm:
-            x = self.depthwise_norm(F.gelu(self.depthwise(x)))
+            x = self.depthwise_norm(gelu(self.depthwise(x)))
         else:
-            x = x + self.depthwise_norm(F.gelu(self.depthwise(x)))
+            x = x + self.depthwise_norm(gelu(self.depthwise(x)))
         return self.drop(self.project_norm(self.project(x)))
 
     def _is_fused(self, x: Tensor) -> bool:
