@@ -2,8 +2,8 @@
 
     python tests/cross_compile.py fp16 46:165:40 ...     element type, then channels : hidden channels : side of the map
 
-Prints a JSON line for each architecture, size and kernel: registers and spilled bytes of a thread, and how many of its
-loads and stores of device memory are 16 bytes wide, and how many only 2.
+Prints a JSON line for each architecture, size, kernel and form of the network: registers and spilled bytes of
+a thread, and how many of its loads and stores of device memory are 16 bytes wide, and how many only 2.
 """
 
 import json
@@ -28,6 +28,7 @@ FLOATS = {
     "means",
     "m2s",
     "scale",
+    "skip_scale",
     "shift",
     "bias",
     "slope",
@@ -44,6 +45,11 @@ NUMBERS = {"rows": "i32", "parts": "i32", "rows_a_part": "i32", "eps": "fp32"}
 KERNELS = {
     name.removesuffix("_kernel"): kernel for name, kernel in vars(ffn_kernels).items() if name.endswith("_kernel")
 }
+VARIANTS = [
+    (name, form)
+    for name, kernel in KERNELS.items()
+    for form in (("paper", "seed") if {"SKIP", "RESIDUAL"} & set(kernel.arg_names) else ("both",))
+]
 FP32_OUTPUT = {"normalise", "normalise_grad", "project_weight_grad"}
 FP32_WEIGHT = {"depthwise", "depthwise_grad"}
 
@@ -59,10 +65,13 @@ def signature(name: str, dtype: str, constants: dict) -> dict[str, str]:
     return kinds
 
 
-def compiled(name: str, architecture: int, dtype: str, channels: int, hidden: int, side: int) -> CompiledKernel:
+def compiled(
+    name: str, form: str, architecture: int, dtype: str, channels: int, hidden: int, side: int
+) -> CompiledKernel:
     matrix = any(argument == "INNER" for argument in KERNELS[name].arg_names)
     constants = {
-        "C": channels, "H": hidden, "P": k.padded(hidden), "HEIGHT": side, "WIDTH": side, "TRAINING": True,
+        "C": channels, "H": hidden, "P": k.padded(hidden), "HEIGHT": side, "WIDTH": side,
+        "TRAINING": True, "SKIP": form == "seed", "RESIDUAL": form == "paper",
         "PRECISION": "tf32", "ROWS": k.ROWS, "COLUMNS": k.GEMM_COLUMNS if matrix else k.MAP_COLUMNS,
         "INNER": k.GEMM_INNER, "TILES": k.MAX_TILES, "PARTS": k.ROWS, "SUMS": k.SUMS, "SUMS_PADDED": k.SUMS_PADDED,
     }  # fmt: skip
@@ -93,11 +102,10 @@ def main() -> None:
     for size in sizes:
         channels, hidden, side = map(int, size.split(":"))
         for architecture in (80, 90):
-            for name in KERNELS:
-                found = usage(compiled(name, architecture, dtype, channels, hidden, side))
-                print(
-                    json.dumps({"kernel": name, "sm": architecture, "dtype": dtype, "size": size} | found), flush=True
-                )
+            for name, form in VARIANTS:
+                found = usage(compiled(name, form, architecture, dtype, channels, hidden, side))
+                what = {"kernel": name, "form": form, "sm": architecture, "dtype": dtype, "size": size}
+                print(json.dumps(what | found), flush=True)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
     python tests/inductor_traffic.py eager | fused
 
 The step is compiled for the CPU, which no GPU kernel can be, but inductor's schedule knows what every group of
-operations reads and writes whatever it is compiled for. The Triton kernels give out memory that nobody has written to:
+operations reads and writes whatever it is compiled for. Projections take the form they have on CUDA. The Triton kernels
+give out memory that nobody has written to:
 only their shapes count. In a process of its own, because that cannot be taken back.
 """
 
@@ -14,12 +15,13 @@ import warnings
 
 import timm
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._inductor import config, metrics
 from torch._library.custom_ops import CustomOpDef
 
 import cmtrain.models  # noqa: F401
-from cmtrain.models import ffn_operators
+from cmtrain.models import blocks, ffn_operators
 
 BATCH = 64
 
@@ -29,6 +31,7 @@ def main(ffn_kernel: str) -> None:
     for name, operator in list(vars(ffn_operators).items()):
         if isinstance(operator, CustomOpDef):
             operator.register_kernel("cpu")(getattr(ffn_operators, f"_{name}_fake"))
+    blocks.pointwise = lambda x, weight, bias: blocks._map(F.linear(blocks._tokens(x), weight, bias))
     config.force_disable_caches = True  # what is not compiled is not counted
     torch._logging.set_logs(inductor_metrics=True)  # inductor counts where somebody asked to be told
     logging.getLogger("torch").handlers.clear()

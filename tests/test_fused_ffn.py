@@ -40,11 +40,11 @@ def large_tiles(monkeypatch):
             monkeypatch.setattr(ffn_operators, name, size)
 
 
-def networks(channels: int, hidden: int, dtype=torch.float32) -> tuple[FeedForward, FeedForward]:
-    """(fused in `dtype`, eager in float64), equal and with no parameter at a value that hides a mistake."""
+def networks(channels: int, hidden: int, *, seed: bool = False) -> tuple[FeedForward, FeedForward]:
+    """(fused in float32, eager in float64), equal and with no parameter at a value that hides a mistake."""
     torch.manual_seed(0)
-    fused = FeedForward(channels, hidden, seed=False, drop=0.0, kernel="fused")
-    eager = FeedForward(channels, hidden, seed=False, drop=0.0, kernel="eager")
+    fused = FeedForward(channels, hidden, seed=seed, drop=0.0, kernel="fused")
+    eager = FeedForward(channels, hidden, seed=seed, drop=0.0, kernel="eager")
     with torch.no_grad():
         for key, parameter in fused.named_parameters():
             nn.init.normal_(parameter, std=0.3)
@@ -56,7 +56,10 @@ def networks(channels: int, hidden: int, dtype=torch.float32) -> tuple[FeedForwa
     eager.load_state_dict(fused.state_dict())
     for network in (fused, eager):
         network.project_norm.eval()  # on batch statistics it would let no gradient through to the shifts before it
-    return fused.to(DEVICE, dtype), eager.to(DEVICE, torch.float64)
+    return fused.to(DEVICE), eager.to(DEVICE, torch.float64)
+
+
+FORMS = pytest.mark.parametrize("seed", [False, True], ids=["paper", "seed"])
 
 
 def pictures(channels: int, height: int, width: int, batch: int = 2) -> torch.Tensor:
@@ -85,20 +88,22 @@ def compare(fused: FeedForward, eager: FeedForward, x: torch.Tensor, forward=Non
     return errors
 
 
+@FORMS
 @pytest.mark.parametrize(("name", "stage"), STAGES)
-def test_forward_and_backward_equal_autograd(name, stage):
+def test_forward_and_backward_equal_autograd(name, stage, seed):
     """All stage widths, at a map small enough to be interpreted; 18 positions are no multiple of a tile."""
-    fused, eager = networks(*STAGES[name, stage])
+    fused, eager = networks(*STAGES[name, stage], seed=seed)
     errors = compare(fused, eager, pictures(STAGES[name, stage][0], 3, 3))
     assert max(errors.values()) < 1e-5, errors
 
 
+@FORMS
 @pytest.mark.parametrize(("height", "width", "batch"), [(1, 1, 2), (2, 3, 1), (1, 9, 3), (16, 4, 3)])
-def test_maps_of_any_shape(monkeypatch, height, width, batch):
+def test_maps_of_any_shape(monkeypatch, height, width, batch, seed):
     """With the tiles that a GPU uses, several of them to a program."""
     monkeypatch.undo()
     monkeypatch.setattr(ffn_operators, "MIN_PROGRAMS", 1)
-    fused, eager = networks(6, 37)
+    fused, eager = networks(6, 37, seed=seed)
     errors = compare(fused, eager, pictures(6, height, width, batch))
     if (height, width) == (1, 1):  # two values have no spread that rounding leaves alone
         errors = {"output": errors["output"]}
@@ -108,10 +113,11 @@ def test_maps_of_any_shape(monkeypatch, height, width, batch):
 NEEDS_GPU = pytest.mark.skipif(DEVICE == "cpu", reason="Triton's interpreter multiplies the bits of bfloat16")
 
 
+@FORMS
 @pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=NEEDS_GPU)])
-def test_in_half_precision_it_is_no_worse_than_operation_by_operation(dtype):
-    fused, eager = networks(46, 165)
-    other, _ = networks(46, 165)
+def test_in_half_precision_it_is_no_worse_than_operation_by_operation(dtype, seed):
+    fused, eager = networks(46, 165, seed=seed)
+    other, _ = networks(46, 165, seed=seed)
     other.kernel = "eager"
     x = pictures(46, 8, 8).to(dtype)
     with torch.autocast(DEVICE, dtype):
@@ -120,8 +126,9 @@ def test_in_half_precision_it_is_no_worse_than_operation_by_operation(dtype):
     assert all(ours[key] < 2 * theirs[key] for key in ours if theirs[key])
 
 
-def test_evaluation_uses_the_running_statistics():
-    fused, eager = networks(46, 165)
+@FORMS
+def test_evaluation_uses_the_running_statistics(seed):
+    fused, eager = networks(46, 165, seed=seed)
     x = pictures(46, 5, 4)
     fused.eval(), eager.eval()
     before = copy.deepcopy(fused.state_dict())
@@ -146,14 +153,15 @@ class Padding(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if func.namespace == "cmtrain" and "normalise" not in func._opname:
             for tensor in out if isinstance(out, tuple) else (out,):
-                if tensor.shape[-1] == ffn_operators.padded(self.hidden):
+                if tensor.numel() and tensor.shape[-1] == ffn_operators.padded(self.hidden):
                     self.num_tensors += 1
                     self.largest = max(self.largest, tensor[..., self.hidden :].abs().max().item())
         return out
 
 
-def test_padding_is_zero_forward_and_backward_and_parameters_know_nothing_of_it():
-    fused, eager = networks(46, 165)
+@FORMS
+def test_padding_is_zero_forward_and_backward_and_parameters_know_nothing_of_it(seed):
+    fused, eager = networks(46, 165, seed=seed)
     with Padding(165) as padding:
         fused(pictures(46, 4, 4).requires_grad_()).square().sum().backward()
     assert padding.num_tensors >= 12
@@ -178,21 +186,29 @@ def train_once(model: nn.Module, forward=None) -> tuple[torch.Tensor, dict[str, 
     """-> logits, and everything else a step leaves behind."""
     torch.manual_seed(1)
     forward = model if forward is None else forward
-    logits = forward(torch.randn(2, 3, 32, 32, device=DEVICE))
+    images = torch.randn(2, 3, 32, 32, device=DEVICE)
+    logits = forward(images.to(next(model.parameters()).dtype))
     logits.square().sum().backward()
     return logits, {key: p.grad for key, p in model.named_parameters()} | dict(model.named_buffers())
 
 
-def test_a_model_trains_the_same_whichever_kernel():
-    fused, eager = models()
-    ours, left = train_once(fused)
-    theirs, left_by_eager = train_once(eager)
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(left, left_by_eager, rtol=1e-3, atol=3e-4)
+@pytest.mark.parametrize("variant", ["paper", "seed"])
+def test_a_model_trains_the_same_whichever_kernel(variant):
+    """As near to float64 as operation by operation: BatchNorm of two images makes much of a rounding error."""
+    fused, eager = models(variant=variant)
+    (exact_logits, exact), *ours_and_theirs = map(train_once, (copy.deepcopy(eager).double(), fused, eager))
+    moved = [key for key in exact if exact[key].double().norm() > 1e-6]  # BatchNorm takes the rest back
+    ours, theirs = (
+        {"logits": error(logits, exact_logits)} | {key: error(left[key], exact[key]) for key in moved}
+        for logits, left in ours_and_theirs
+    )
+    assert max(ours.values()) < 0.02
+    assert all(ours[key] < 3 * theirs[key] + 1e-5 for key in ours), {key: (ours[key], theirs[key]) for key in ours}
 
 
-def test_compiled_it_is_one_graph_and_the_same():
-    fused, eager = networks(6, 37)
+@FORMS
+def test_compiled_it_is_one_graph_and_the_same(seed):
+    fused, eager = networks(6, 37, seed=seed)
     compiled = torch.compile(fused, backend="aot_eager", fullgraph=True)
     errors = compare(fused, eager, pictures(6, 4, 4), compiled)
     assert max(errors.values()) < 1e-5, errors
@@ -236,11 +252,11 @@ def test_gradients_fit_their_ddp_buckets():
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("options", [{"variant": "seed"}, {"proj_drop_rate": 0.1}])
-def test_what_has_no_kernel_is_refused_on_request_and_eager_otherwise(options):
-    with pytest.raises(ValueError, match="ffn_kernel='fused' needs Triton, variant='paper' and proj_drop_rate=0"):
-        timm.create_model("cmt_micro", ffn_kernel="fused", **options)
-    timm.create_model("cmt_micro", **options)
+def test_what_has_no_kernel_is_refused_on_request_and_eager_otherwise():
+    with pytest.raises(ValueError, match="ffn_kernel='fused' needs Triton and, in variant='paper', proj_drop_rate=0"):
+        timm.create_model("cmt_micro", ffn_kernel="fused", proj_drop_rate=0.1)
+    timm.create_model("cmt_micro", proj_drop_rate=0.1)
+    timm.create_model("cmt_micro", ffn_kernel="fused", variant="seed", proj_drop_rate=0.1)  # none in its FFN
     with pytest.raises(ValueError, match="ffn_kernel='triton' is not one of 'auto', 'fused', 'eager'"):
         timm.create_model("cmt_micro", ffn_kernel="triton")
 
@@ -266,12 +282,14 @@ def test_auto_is_fused_where_it_can_be(monkeypatch, capability, training, grad, 
     ffn = FeedForward(6, 37, seed=False, drop=0.0).train(training)
     with LooksLikeCuda(), torch.set_grad_enabled(grad):
         assert ffn._is_fused(torch.zeros(1, dtype=dtype)) == fused
-        assert not FeedForward(6, 37, seed=True, drop=0.0)._is_fused(torch.zeros(1))
+        assert FeedForward(6, 37, seed=True, drop=0.0).train(training)._is_fused(torch.zeros(1, dtype=dtype)) == fused
         assert not FeedForward(6, 37, seed=False, drop=0.1)._is_fused(torch.zeros(1))
     assert not ffn._is_fused(torch.zeros(1, dtype=dtype))
 
 
 # ---- compiled
+
+NUM_KERNELS = 9 + 4  # four have another form for the seed
 
 
 def compiled_for_gpus(dtype: str, *sizes: tuple[int, int, int]) -> list[dict]:
@@ -286,7 +304,7 @@ def compiled_for_gpus(dtype: str, *sizes: tuple[int, int, int]) -> list[dict]:
 def test_compiled_for_sm_80_and_sm_90_without_spills_and_without_scalar_access():
     """Of CMT-Ti's first stage, whose 165 hidden channels no vector load likes."""
     found = compiled_for_gpus("fp16", (46, 165, 40))
-    assert len(found) == 2 * 9
+    assert len(found) == 2 * NUM_KERNELS
     assert all(kernel["spilled_bytes"] == 0 for kernel in found)
     assert all(kernel["scalars"] == 0 for kernel in found)
     wide = {"expand", "depthwise", "project_weight_grad", "project_grad", "depthwise_grad", "expand_grad"}
@@ -299,16 +317,17 @@ def test_compiled_for_sm_80_and_sm_90_without_spills_and_without_scalar_access()
 def test_every_stage_compiles_without_spills_that_matter(name, dtype):
     size = SIZES[name]
     found = compiled_for_gpus(dtype, *((*STAGES[name, i], size.image_px // 4 >> i) for i in range(4)))
-    assert len(found) == 2 * 4 * 9
+    assert len(found) == 2 * 4 * NUM_KERNELS
     assert max(kernel["spilled_bytes"] for kernel in found) <= 16  # four registers, of 80 to 128
 
 
 # --- the check before training ---
 
 
-def test_the_check_finds_kernels_right_that_are_right():
-    assert worst_error(torch.device("cpu"), torch.float32, "fused") < 1e-5
-    assert worst_error(torch.device("cpu"), torch.float16, "fused") < TOLERANCES[torch.float16] / 2
+@FORMS
+def test_the_check_finds_kernels_right_that_are_right(seed):
+    assert worst_error(torch.device("cpu"), torch.float32, "fused", seed=seed) < 1e-5
+    assert worst_error(torch.device("cpu"), torch.float16, "fused", seed=seed) < TOLERANCES[torch.float16] / 2
 
 
 @pytest.mark.parametrize("part", ["y", "gradient", "statistic"])
@@ -325,7 +344,7 @@ def test_the_check_finds_what_is_wrong(part, monkeypatch):
     assert worst_error(torch.device("cpu"), torch.float32, "fused") > TOLERANCES[torch.float32]
 
 
-@pytest.mark.parametrize("trouble", [lambda *_: 0.3, lambda *_: 1 / 0])
+@pytest.mark.parametrize("trouble", [lambda *_, **__: 0.3, lambda *_, **__: 1 / 0])
 def test_kernels_that_fail_the_check_are_not_used(trouble, monkeypatch):
     model = timm.create_model("cmt_micro")
     networks = [m for m in model.modules() if isinstance(m, FeedForward)]

@@ -69,6 +69,8 @@ def test_a_training_step_of_cmt_ti_stays_within_its_budget():
     assert fused.num_kernels <= 2060
     seed = traffic_of("cmt_ti", variant="seed", ffn_kernel="eager")
     assert seed.total_bytes <= 230 * MB
+    seed = traffic_of("cmt_ti", variant="seed", ffn_kernel="fused")
+    assert seed.total_bytes <= 155 * MB
 
 
 @pytest.mark.slow

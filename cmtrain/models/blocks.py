@@ -230,15 +230,14 @@ class FeedForward(nn.Module):
 
     The paper adds the depth-wise branch before GELU and BatchNorm, the seed after them.
 
-    kernel: "eager" computes what is written below, "fused" the same in Triton kernels (fused_ffn.py; the paper's form
-    without dropout), "auto" takes those on a GPU that has them (compute capability 8.0), where a backward of evaluation
-    is not asked for.
+    kernel: "eager" computes what is written below, "fused" the same in Triton kernels (fused_ffn.py; without dropout),
+    "auto" takes those on a GPU that has them (compute capability 8.0), where a backward of evaluation is not asked for.
     """
 
     def __init__(self, dim: int, hidden: int, *, seed: bool, drop: float, kernel: FfnKernel = "auto"):
         super().__init__()
-        if kernel == "fused" and (fused_feed_forward is None or seed or drop):
-            raise ValueError("ffn_kernel='fused' needs Triton, variant='paper' and proj_drop_rate=0")
+        if kernel == "fused" and (fused_feed_forward is None or drop):
+            raise ValueError("ffn_kernel='fused' needs Triton and, in variant='paper', proj_drop_rate=0")
         self.kernel = kernel
         self.residual_before_norm = not seed
         self.expand = PointwiseConv(dim, hidden)
@@ -251,8 +250,8 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, H, W)
         if self._is_fused(x):
-            x = fused_feed_forward(x, self.expand, self.expand_norm, self.depthwise, self.depthwise_norm, self.project)
-            return self.project_norm(x)
+            layers = self.expand, self.expand_norm, self.depthwise, self.depthwise_norm, self.project
+            return self.project_norm(fused_feed_forward(x, *layers, seed=not self.residual_before_norm))
         x = self.drop(self.expand_norm(gelu(self.expand(x))))
         if self.residual_before_norm:
             x = self.depthwise_norm(gelu(self.depthwise(x)))
@@ -266,7 +265,7 @@ class FeedForward(nn.Module):
         has_kernel = self.training or not torch.is_grad_enabled()
         if self.kernel != "auto":
             return self.kernel == "fused" and has_kernel
-        possible = fused_feed_forward is not None and self.residual_before_norm and self.drop.p == 0
+        possible = fused_feed_forward is not None and self.drop.p == 0
         return possible and has_kernel and x.is_cuda and x.dtype != torch.float64 and _runs_triton(x.device.index)
 
 

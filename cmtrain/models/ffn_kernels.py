@@ -120,7 +120,8 @@ def normalise_kernel(
 @triton.jit
 def depthwise_kernel(
     a, scale, shift, weight, bias, z, means, m2s, rows,
-    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, H: tl.constexpr, P: tl.constexpr, TRAINING: tl.constexpr,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, H: tl.constexpr, P: tl.constexpr,
+    RESIDUAL: tl.constexpr, TRAINING: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     part = tl.program_id(0)
@@ -136,7 +137,9 @@ def depthwise_kernel(
         y, x = pixel // WIDTH, pixel % WIDTH
         at = row.to(tl.int64)[:, None] * P + column[None, :]
         inside = (row < rows)[:, None] & (column < P)[None, :]
-        total = tl.load(a + at, mask=inside, other=0.0).to(tl.float32) * s + t + b
+        total = tl.zeros([ROWS, COLUMNS], tl.float32) + b
+        if RESIDUAL:
+            total += tl.load(a + at, mask=inside, other=0.0).to(tl.float32) * s + t
         for tap in range(9):
             dy, dx = tap // 3 - 1, tap % 3 - 1
             on_map = (y + dy >= 0) & (y + dy < HEIGHT) & (x + dx >= 0) & (x + dx < WIDTH)
@@ -155,8 +158,8 @@ def depthwise_kernel(
 
 @triton.jit
 def project_kernel(
-    z, weight, bias, out, rows,
-    C: tl.constexpr, P: tl.constexpr, PRECISION: tl.constexpr,
+    z, scale, weight, bias, skip, skip_scale, out, rows,
+    C: tl.constexpr, P: tl.constexpr, SKIP: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
@@ -165,11 +168,15 @@ def project_kernel(
     for k in range(0, P, INNER):
         inner = k + tl.arange(0, INNER)
         left_inside = (row < rows)[:, None] & (inner < P)[None, :]
-        left = tl.load(z + row[:, None] * P + inner[None, :], mask=left_inside, other=0.0)
-        left = _gelu(left.to(tl.float32)).to(z.dtype.element_ty)
+        at = row[:, None] * P + inner[None, :]
+        s = tl.load(scale + inner, mask=inner < P, other=0.0)[None, :]
+        left = _gelu(tl.load(z + at, mask=left_inside, other=0.0).to(tl.float32)) * s
+        if SKIP:
+            s = tl.load(skip_scale + inner, mask=inner < P, other=0.0)[None, :]
+            left += tl.load(skip + at, mask=left_inside, other=0.0).to(tl.float32) * s
         right_inside = (inner < P)[:, None] & (column < C)[None, :]
         right = tl.load(weight + column[None, :] * P + inner[:, None], mask=right_inside, other=0.0)
-        product = tl.dot(left, right, product, input_precision=PRECISION)
+        product = tl.dot(left.to(z.dtype.element_ty), right, product, input_precision=PRECISION)
     product += tl.load(bias + column, mask=column < C, other=0.0)[None, :]
     inside = (row < rows)[:, None] & (column < C)[None, :]
     tl.store(out + row[:, None] * C + column[None, :], product.to(out.dtype.element_ty), mask=inside)
@@ -203,8 +210,8 @@ def project_weight_grad_kernel(
 
 @triton.jit
 def project_grad_kernel(
-    dy, weight, z, slope, offset, dz, rows,
-    C: tl.constexpr, P: tl.constexpr, PRECISION: tl.constexpr,
+    dy, weight, z, scale, slope, offset, dz, dn, rows,
+    C: tl.constexpr, P: tl.constexpr, SKIP: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
@@ -217,20 +224,23 @@ def project_grad_kernel(
         right_inside = (inner < C)[:, None] & (column < P)[None, :]
         right = tl.load(weight + inner[:, None] * P + column[None, :], mask=right_inside, other=0.0)
         product = tl.dot(left, right, product, input_precision=PRECISION)
-    k1 = tl.load(slope + column, mask=column < P, other=0.0)
-    k0 = tl.load(offset + column, mask=column < P, other=0.0)
+    s = tl.load(scale + column, mask=column < P, other=0.0)[None, :]
+    k1 = tl.load(slope + column, mask=column < P, other=0.0)[None, :]
+    k0 = tl.load(offset + column, mask=column < P, other=0.0)[None, :]
     inside = (row < rows)[:, None] & (column < P)[None, :]
     at = row[:, None] * P + column[None, :]
     active, gelu_slope = _gelu_and_slope(tl.load(z + at, mask=inside, other=0.0).to(tl.float32))
-    gradient = (product + k1[None, :] * active + k0[None, :]) * gelu_slope
+    gradient = (product * s + k1 * active + k0) * gelu_slope
     tl.store(dz + at, gradient.to(dz.dtype.element_ty), mask=inside)
+    if SKIP:
+        tl.store(dn + at, product.to(dn.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def depthwise_grad_kernel(
-    dz, z, scale, shift, weight, dn, sums, rows,
+    dz, skip, z, scale, shift, weight, dn, sums, rows,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, H: tl.constexpr, P: tl.constexpr,
-    SUMS: tl.constexpr, SUMS_PADDED: tl.constexpr,
+    SKIP: tl.constexpr, SUMS: tl.constexpr, SUMS_PADDED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     part = tl.program_id(0)
@@ -249,6 +259,8 @@ def depthwise_grad_kernel(
         normal = tl.where(inside, active * s + t, 0.0)
         total = tl.load(dz + at, mask=inside, other=0.0).to(tl.float32)
         taken += tl.where(kind == 9, tl.sum(total, 0)[None, :], 0.0)
+        if SKIP:
+            total = tl.load(skip + at, mask=inside, other=0.0).to(tl.float32)
         for tap in range(9):
             # This row was read through the tap by the row on the tap's other side.
             dy, dx = 1 - tap // 3, 1 - tap % 3

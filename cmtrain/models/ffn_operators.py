@@ -106,14 +106,18 @@ def _normalise_fake(means: Tensor, m2s: Tensor, gamma: Tensor, beta: Tensor, row
 
 @torch.library.custom_op("cmtrain::ffn_depthwise", mutates_args=())
 def depthwise(
-    a: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, bias: Tensor, height: int, width: int, training: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """n + conv3x3(n) with n = scale * a + shift: (M, p), (p,), (p,), (h, 9), (h,) -> (M, p), and sums of its GELU."""
-    z, means, m2s = _depthwise_fake(a, scale, shift, weight, bias, height, width, training)
+    a: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, bias: Tensor,
+    height: int, width: int, residual: bool, training: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """conv3x3(n), with `residual` n + conv3x3(n), of n = scale * a + shift: (M, p), (p,), (p,), (h, 9), (h,) -> (M, p).
+
+    And sums of its GELU, as expand's.
+    """
+    z, means, m2s = _depthwise_fake(a, scale, shift, weight, bias, height, width, residual, training)
     rows, pitch = a.shape
     depthwise_kernel[(_num_partials(rows), triton.cdiv(pitch, MAP_COLUMNS))](
         a, scale, shift, weight, bias, z, means, m2s, rows,
-        HEIGHT=height, WIDTH=width, H=weight.shape[0], P=pitch, TRAINING=training,
+        HEIGHT=height, WIDTH=width, H=weight.shape[0], P=pitch, RESIDUAL=residual, TRAINING=training,
         ROWS=ROWS, COLUMNS=MAP_COLUMNS, TILES=_tiles(rows), **LAUNCH,
     )  # fmt: skip
     return z, means, m2s
@@ -121,26 +125,32 @@ def depthwise(
 
 @depthwise.register_fake
 def _depthwise_fake(
-    a: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, bias: Tensor, height: int, width: int, training: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    a: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, bias: Tensor,
+    height: int, width: int, residual: bool, training: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     parts = _num_partials(a.shape[0]) if training else 0
     return torch.empty_like(a), _like(a, parts, a.shape[1]), _like(a, parts, a.shape[1])
 
 
 @torch.library.custom_op("cmtrain::ffn_project", mutates_args=())
-def project(z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """gelu(z) @ weight.T + bias: (M, p), (C, p), (C,) -> (M, C)."""
-    out = _project_fake(z, weight, bias)
+def project(
+    z: Tensor, scale: Tensor, weight: Tensor, bias: Tensor, skip: Tensor | None, skip_scale: Tensor | None
+) -> Tensor:
+    """(scale * gelu(z) + skip_scale * skip) @ weight.T + bias: (M, p), (p,), (C, p), (C,), (M, p), (p,) -> (M, C)."""
+    out = _project_fake(z, scale, weight, bias, skip, skip_scale)
     (rows, pitch), channels = z.shape, weight.shape[0]
     project_kernel[(triton.cdiv(rows, ROWS), triton.cdiv(channels, GEMM_COLUMNS))](
-        z, weight, bias, out, rows,
-        C=channels, P=pitch, PRECISION=_precision(z), ROWS=ROWS, COLUMNS=GEMM_COLUMNS, INNER=GEMM_INNER, **LAUNCH,
+        z, scale, weight, bias, z if skip is None else skip, scale if skip_scale is None else skip_scale, out, rows,
+        C=channels, P=pitch, SKIP=skip is not None, PRECISION=_precision(z),
+        ROWS=ROWS, COLUMNS=GEMM_COLUMNS, INNER=GEMM_INNER, **LAUNCH,
     )  # fmt: skip
     return out
 
 
 @project.register_fake
-def _project_fake(z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def _project_fake(
+    z: Tensor, scale: Tensor, weight: Tensor, bias: Tensor, skip: Tensor | None, skip_scale: Tensor | None
+) -> Tensor:
     return _like(z, z.shape[0], weight.shape[0], dtype=z.dtype)
 
 
@@ -167,35 +177,46 @@ def _project_weight_grad_fake(dy: Tensor, z: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("cmtrain::ffn_project_grad", mutates_args=())
-def project_grad(dy: Tensor, weight: Tensor, z: Tensor, slope: Tensor, offset: Tensor) -> Tensor:
-    """(dy @ weight + slope * gelu(z) + offset) * gelu'(z): (M, C), (C, p), (M, p), (p,), (p,) -> (M, p)."""
-    dz = _project_grad_fake(dy, weight, z, slope, offset)
+def project_grad(
+    dy: Tensor, weight: Tensor, z: Tensor, scale: Tensor, slope: Tensor, offset: Tensor, skip: bool
+) -> tuple[Tensor, Tensor]:
+    """(scale * dn + slope * gelu(z) + offset) * gelu'(z), dn = dy @ weight: (M, C), (C, p), (M, p), 3 x (p,) -> (M, p).
+
+    And dn (M, p), for what skips z's normalisation; empty without `skip`.
+    """
+    dz, dn = _project_grad_fake(dy, weight, z, scale, slope, offset, skip)
     (rows, channels), pitch = dy.shape, z.shape[1]
     project_grad_kernel[(triton.cdiv(rows, ROWS), triton.cdiv(pitch, GEMM_COLUMNS))](
-        dy, weight, z, slope, offset, dz, rows,
-        C=channels, P=pitch, PRECISION=_precision(z), ROWS=ROWS, COLUMNS=GEMM_COLUMNS, INNER=GEMM_INNER, **LAUNCH,
+        dy, weight, z, scale, slope, offset, dz, dn, rows,
+        C=channels, P=pitch, SKIP=skip, PRECISION=_precision(z),
+        ROWS=ROWS, COLUMNS=GEMM_COLUMNS, INNER=GEMM_INNER, **LAUNCH,
     )  # fmt: skip
-    return dz
+    return dz, dn
 
 
 @project_grad.register_fake
-def _project_grad_fake(dy: Tensor, weight: Tensor, z: Tensor, slope: Tensor, offset: Tensor) -> Tensor:
-    return torch.empty_like(z)
+def _project_grad_fake(
+    dy: Tensor, weight: Tensor, z: Tensor, scale: Tensor, slope: Tensor, offset: Tensor, skip: bool
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(z), _like(z, len(z) if skip else 0, z.shape[1], dtype=z.dtype)
 
 
 @torch.library.custom_op("cmtrain::ffn_depthwise_grad", mutates_args=())
 def depthwise_grad(
-    dz: Tensor, z: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, height: int, width: int
+    dz: Tensor, skip: Tensor | None, z: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, height: int, width: int
 ) -> tuple[Tensor, Tensor]:
     """Gradient of `depthwise` with a = gelu(z): (M, p), (M, p), ... -> that of n (M, p), and sums (parts, SUMS, p).
 
+    skip (M, p) is what reached n past the convolution; None says that n was added to it: dz itself.
+
     The sums are the gradients of the nine taps and of the bias, and over all rows those of n and of n times a.
     """
-    dn, sums = _depthwise_grad_fake(dz, z, scale, shift, weight, height, width)
+    dn, sums = _depthwise_grad_fake(dz, skip, z, scale, shift, weight, height, width)
     rows, pitch = z.shape
     depthwise_grad_kernel[(_num_partials(rows), triton.cdiv(pitch, MAP_COLUMNS))](
-        dz, z, scale, shift, weight, dn, sums, rows,
-        HEIGHT=height, WIDTH=width, H=weight.shape[0], P=pitch, SUMS=SUMS, SUMS_PADDED=SUMS_PADDED,
+        dz, dz if skip is None else skip, z, scale, shift, weight, dn, sums, rows,
+        HEIGHT=height, WIDTH=width, H=weight.shape[0], P=pitch,
+        SKIP=skip is not None, SUMS=SUMS, SUMS_PADDED=SUMS_PADDED,
         ROWS=ROWS, COLUMNS=MAP_COLUMNS, TILES=_tiles(rows), **LAUNCH,
     )  # fmt: skip
     return dn, sums
@@ -203,7 +224,7 @@ def depthwise_grad(
 
 @depthwise_grad.register_fake
 def _depthwise_grad_fake(
-    dz: Tensor, z: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, height: int, width: int
+    dz: Tensor, skip: Tensor | None, z: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, height: int, width: int
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(z), _like(z, _num_partials(z.shape[0]), SUMS, z.shape[1])
 

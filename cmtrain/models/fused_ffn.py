@@ -1,14 +1,17 @@
-"""The paper's feed-forward network with a third of the passes over its hidden tensor. The algebra, once.
+"""The feed-forward network with a third of the passes over its hidden tensor. The algebra, once.
 
 With a = gelu(z) and n = s * a + t for BatchNorm, whose s = gamma / deviation and t = beta - mean * s are known once the
 statistics of a are, the network is
 
     z1 = x W1' + b1      n1 = s1 a1 + t1      z2 = n1 + depthwise(n1)      n2 = s2 a2 + t2      y = n2 W2' + b2
 
-a1 to y is h = 3.6 times as wide as x, and a GPU spends its time carrying it to and fro. So n is never written:
+in the paper's form. The seed adds n1 later: z2 = depthwise(n1), y = (n1 + n2) W2' + b2.
+
+z1 to n2 are h = 3.6 times as wide as x, and a GPU spends its time carrying it to and fro. So n is never written:
 
 - the depthwise convolution normalises what it reads,
-- the second normalisation is folded into the matrix behind it: y = a2 (s2 W2)' + (b2 + W2 t2), exactly,
+- so does the product behind it, but for the shift: y = (s2 a2) W2' + (b2 + W2 t2), or, in the seed's form,
+  y = (s1 a1 + s2 a2) W2' + (b2 + W2 (t1 + t2)), exactly,
 - GELU is computed again from z wherever it is needed, but for the 3x3 window, which would compute it nine times,
 - both statistics are taken by the kernel that has a in registers.
 
@@ -17,11 +20,13 @@ Backward, with M rows, D = sum of dn * a and E = sum of dn over them, BatchNorm 
     d gamma = (D - mean E) / deviation      d beta = E      da = s dn + k a + c
     k = -s (D - mean E) / (M deviation^2)   c = -s E / M - k mean
 
-For the second one D and E need no pass of their own: they are column sums of W2 * G and of W2 * sum(dy), and G = dy' a2
-is what the gradient of W2, G s2 + sum(dy) t2', is made of anyway.
+For the second one D and E need no pass of their own: they are column sums of W2 * G2 and of W2 * sum(dy), and
+G2 = dy' a2 is what the gradient of W2, G2 s2 + sum(dy) t2', is made of anyway. In the seed's form that has a second
+part, from G1 = dy' a1, and dn1 has dy W2 added.
 
-Passes over a hidden tensor, reads and writes: 5 forward (z1 w, a1 w r, z2 w r) and 11 backward (G r; dz2 r w;
-dn1 r r w; dz1 r r w; dx r; dW1 r), where op by op it is 44. fp16, bf16 and fp32; sums and scales are fp32 always.
+Passes over a hidden tensor, reads and writes: 5 forward (z1 w, a1 w r, z2 w r) and 11 backward (G2 r; dz2 r w;
+dn1 r r w; dz1 r r w; dx r; dW1 r), where op by op it is 44. The seed's form has 4 more: y reads a1, G1 reads z1, and
+dy W2 is written beside dz2 and read for dn1. fp16, bf16 and fp32; sums and scales are fp32 always.
 """
 
 from typing import Any
@@ -37,34 +42,34 @@ class _FeedForward(torch.autograd.Function):
     """Rows (M, C) -> (M, C), and the two layers' batch means and unbiased variances, (p,) each, not differentiable."""
 
     @staticmethod
-    def forward(ctx, x, w1, b1, gamma1, beta1, taps, bias, gamma2, beta2, w2, b2, height, width, eps1, eps2):
+    def forward(ctx, x, w1, b1, gamma1, beta1, taps, bias, gamma2, beta2, w2, b2, height, width, eps1, eps2, seed):
         rows = x.shape[0]
         z1, a1, *sums = ops.expand(x, w1.to(x.dtype), b1, True)
         mean1, var1, inverse1, s1, t1 = ops.normalise(*sums, gamma1, beta1, rows, eps1).unbind()
-        z2, *sums = ops.depthwise(a1, s1, t1, taps, bias, height, width, True)
+        z2, *sums = ops.depthwise(a1, s1, t1, taps, bias, height, width, not seed, True)
         mean2, var2, inverse2, s2, t2 = ops.normalise(*sums, gamma2, beta2, rows, eps2).unbind()
-        w2 = _pad(w2, s2)
-        scaled, shifted = _fold(w2, b2, s2, t2, x.dtype)
-        y = ops.project(z2, scaled, shifted)
-        ctx.save_for_backward(x, w1, taps, w2, z1, z2, scaled, mean1, inverse1, s1, t1, mean2, inverse2, s2, t2)
-        ctx.size = height, width
+        y = _project(z2, s2, t2, w2, b2, (a1, s1, t1) if seed else None)
+        ctx.save_for_backward(x, w1, taps, w2, z1, z2, mean1, inverse1, s1, t1, mean2, inverse2, s2, t2)
+        ctx.size, ctx.seed = (height, width), seed
         ctx.mark_non_differentiable(mean1, var1, mean2, var2)
         return y, mean1, var1, mean2, var2
 
     @staticmethod
     def backward(ctx, dy, *_):
-        x, w1, taps, w2, z1, z2, scaled, mean1, inverse1, s1, t1, mean2, inverse2, s2, t2 = ctx.saved_tensors
+        x, w1, taps, w2, z1, z2, mean1, inverse1, s1, t1, mean2, inverse2, s2, t2 = ctx.saved_tensors
         rows, hidden = len(x), len(w1)
-        dy = dy.contiguous()
-        g = ops.project_weight_grad(dy, z2).sum(0)  # (C, p)
+        dy, w2 = dy.contiguous(), _pad(w2, s2)
+        g2 = ops.project_weight_grad(dy, z2).sum(0)  # (C, p)
         db2 = dy.sum(0, dtype=torch.float32)
+        dw2 = torch.addcmul(g2 * s2, db2[:, None], t2)
+        if ctx.seed:
+            dw2 += torch.addcmul(ops.project_weight_grad(dy, z1).sum(0) * s1, db2[:, None], t1)
         e2 = (w2 * db2[:, None]).sum(0)
-        d2 = (w2 * g).sum(0)
+        d2 = (w2 * g2).sum(0)
         dgamma2, slope, offset = ops.normalise_grad(d2, e2, mean2, inverse2, s2, rows).unbind()
-        dw2 = torch.addcmul(g * s2, db2[:, None], t2)
 
-        dz2 = ops.project_grad(dy, scaled, z2, slope, offset)
-        dn1, sums = ops.depthwise_grad(dz2, z1, s1, t1, taps, *ctx.size)
+        dz2, skip = ops.project_grad(dy, w2.to(dy.dtype), z2, s2, slope, offset, ctx.seed)
+        dn1, sums = ops.depthwise_grad(dz2, skip if ctx.seed else None, z1, s1, t1, taps, *ctx.size)
         sums = sums.sum(0)  # (SUMS, p)
         dgamma1, slope, offset = ops.normalise_grad(sums[11], sums[10], mean1, inverse1, s1, rows).unbind()
         dz1, db1 = ops.expand_grad(dn1, z1, s1, slope, offset)
@@ -76,7 +81,7 @@ class _FeedForward(torch.autograd.Function):
         dtaps = sums[:9, :hidden].t()
         return (
             dx, dw1, db1, dgamma1, dbeta1, dtaps, dbias, dgamma2[:hidden], e2[:hidden], dw2[:, :hidden], db2,
-            None, None, None, None,
+            None, None, None, None, None,
         )  # fmt: skip
 
 
@@ -84,8 +89,14 @@ def _pad(w2: Tensor, s2: Tensor) -> Tensor:  # (C, h) -> (C, p)
     return F.pad(w2, (0, s2.shape[0] - w2.shape[1]))
 
 
-def _fold(w2: Tensor, b2: Tensor, s2: Tensor, t2: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return (w2 * s2).to(dtype), b2 + (w2 * t2).sum(1)
+def _project(
+    z2: Tensor, s2: Tensor, t2: Tensor, w2: Tensor, b2: Tensor, skip: tuple[Tensor, Tensor, Tensor] | None
+) -> Tensor:
+    """y; skip: a1, s1 and t1 where n1 is added to n2."""
+    w2 = _pad(w2, s2)
+    a1, s1, t1 = skip or (None, None, None)
+    shift = t2 if t1 is None else t1 + t2
+    return ops.project(z2, s2, w2.to(z2.dtype), b2 + (w2 * shift).sum(1), a1, s1)
 
 
 def feed_forward(
@@ -95,11 +106,14 @@ def feed_forward(
     depthwise: nn.Conv2d,
     depthwise_norm: nn.BatchNorm2d | nn.Identity,
     project: Any,
+    *,
+    seed: bool,
 ) -> Tensor:
     """The network up to its last BatchNorm: (B, C, H, W) -> (B, C, H, W), channels-last.
 
-    expand and project hold a matrix and a bias. In training the norms' running statistics move as torch moves them; in
-    evaluation, which has no backward here, they are what is normalised with, or nothing where folding left an Identity.
+    expand and project hold a matrix and a bias; seed says which form it is, the seed's or the paper's. In training the
+    norms' running statistics move as torch moves them; in evaluation, which has no backward here, they are what is
+    normalised with, or nothing where folding left an Identity.
     """
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
@@ -114,16 +128,16 @@ def feed_forward(
             y, mean1, var1, mean2, var2 = _FeedForward.apply(
                 rows, expand.weight, expand.bias, expand_norm.weight, expand_norm.bias, taps, depthwise.bias,
                 depthwise_norm.weight, depthwise_norm.bias, project.weight, project.bias,
-                height, width, expand_norm.eps, depthwise_norm.eps,
+                height, width, expand_norm.eps, depthwise_norm.eps, seed,
             )  # fmt: skip
             _track(expand_norm, mean1, var1)
             _track(depthwise_norm, mean2, var2)
         else:
             _, a, *_ = ops.expand(rows, expand.weight.to(x.dtype), expand.bias, False)
             s1, t1 = _evaluation(expand_norm, depthwise.bias)
-            z, *_ = ops.depthwise(a, s1, t1, taps, depthwise.bias, height, width, False)
+            z, *_ = ops.depthwise(a, s1, t1, taps, depthwise.bias, height, width, not seed, False)
             s2, t2 = _evaluation(depthwise_norm, depthwise.bias)
-            y = ops.project(z, *_fold(_pad(project.weight, s2), project.bias, s2, t2, x.dtype))
+            y = _project(z, s2, t2, project.weight, project.bias, (a, s1, t1) if seed else None)
     return y.view(tokens.shape).permute(0, 3, 1, 2)
 
 

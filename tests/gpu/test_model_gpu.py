@@ -17,11 +17,12 @@ pytestmark = pytest.mark.gpu
 
 STAGES = [(46, 165, 40), (92, 331, 20), (184, 662, 10), (368, 1324, 5)]
 DTYPES = [torch.float16, torch.bfloat16]
+FORMS = pytest.mark.parametrize("seed", [False, True], ids=["paper", "seed"])
 
 
-def feed_forward(channels: int, hidden: int, kernel: str) -> FeedForward:
+def feed_forward(channels: int, hidden: int, kernel: str, seed: bool) -> FeedForward:
     torch.manual_seed(0)
-    ffn = FeedForward(channels, hidden, seed=False, drop=0.0, kernel=kernel)
+    ffn = FeedForward(channels, hidden, seed=seed, drop=0.0, kernel=kernel)
     for parameter in ffn.parameters():
         nn.init.normal_(parameter, std=0.3)
     ffn.project_norm.eval()  # on batch statistics it would let no gradient through to the shifts before it
@@ -52,13 +53,14 @@ def error(ours: torch.Tensor, exact: torch.Tensor) -> float:
     return float((ours.double() - exact.double()).norm() / exact.double().norm())
 
 
+@FORMS
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("channels", "hidden", "side"), STAGES)
-def test_the_fused_network_is_no_worse_than_the_eager_one_and_repeats_its_bits(channels, hidden, side, dtype):
+def test_the_fused_network_is_no_worse_than_the_eager_one_and_repeats_its_bits(channels, hidden, side, dtype, seed):
     x = picture(channels, side, dtype)
-    exact = step(feed_forward(channels, hidden, "eager").double(), x.detach().double().requires_grad_())
-    eager = step(feed_forward(channels, hidden, "eager"), x)
-    fused, again = (step(feed_forward(channels, hidden, "fused"), x) for _ in range(2))
+    exact = step(feed_forward(channels, hidden, "eager", seed).double(), x.detach().double().requires_grad_())
+    eager = step(feed_forward(channels, hidden, "eager", seed), x)
+    fused, again = (step(feed_forward(channels, hidden, "fused", seed), x) for _ in range(2))
     for key in exact:
         ours, theirs = error(fused[key], exact[key]), error(eager[key], exact[key])
         assert ours <= 2 * theirs + 1e-5, (key, ours, theirs)
@@ -66,11 +68,12 @@ def test_the_fused_network_is_no_worse_than_the_eager_one_and_repeats_its_bits(c
             assert torch.equal(fused[key], again[key]), key
 
 
+@FORMS
 @pytest.mark.parametrize(("channels", "hidden", "side"), STAGES)
-def test_the_fused_network_is_faster(channels, hidden, side):
+def test_the_fused_network_is_faster(channels, hidden, side, seed):
     milliseconds = {}
     for kernel in ("eager", "fused"):
-        ffn, x = feed_forward(channels, hidden, kernel), picture(channels, side, torch.float16, 256)
+        ffn, x = feed_forward(channels, hidden, kernel, seed), picture(channels, side, torch.float16, 256)
         for _ in range(3):
             step(ffn, x)
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
