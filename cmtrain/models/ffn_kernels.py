@@ -2,6 +2,9 @@
 
 Letters: M = B * H * W rows, C channels, h (here H) hidden channels, p (here P) = h rounded up.
 
+Programs of the same rows start one after another (the grid's first axis is columns), so that what they all read comes
+from the device's memory once and from its L2 cache then: the counted bytes (traffic.py) take that for granted.
+
 Sums over rows are taken in fp32, tile by tile and always in the same order: no atomics, so equal inputs, equal bits.
 """
 
@@ -57,8 +60,8 @@ def expand_kernel(
     C: tl.constexpr, H: tl.constexpr, P: tl.constexpr, TRAINING: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    part = tl.program_id(0)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    part = tl.program_id(1)
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     b = tl.load(bias + column, mask=column < H, other=0.0)
     count, mean, m2 = 0.0, tl.zeros([COLUMNS], tl.float32), tl.zeros([COLUMNS], tl.float32)
     for i in range(TILES):
@@ -124,8 +127,8 @@ def depthwise_kernel(
     RESIDUAL: tl.constexpr, TRAINING: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    part = tl.program_id(0)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    part = tl.program_id(1)
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     s = tl.load(scale + column, mask=column < P, other=0.0)[None, :]
     t = tl.load(shift + column, mask=column < P, other=0.0)[None, :]
     b = tl.load(bias + column, mask=column < H, other=0.0)[None, :]
@@ -162,8 +165,9 @@ def project_kernel(
     C: tl.constexpr, P: tl.constexpr, SKIP: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    across: tl.constexpr = tl.cdiv(C, COLUMNS)  # a second axis ends at 65,535, which rows can exceed
+    row = (tl.program_id(0) // across * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    column = tl.program_id(0) % across * COLUMNS + tl.arange(0, COLUMNS)
     product = tl.zeros([ROWS, COLUMNS], tl.float32)
     for k in range(0, P, INNER):
         inner = k + tl.arange(0, INNER)
@@ -191,9 +195,9 @@ def project_weight_grad_kernel(
     C: tl.constexpr, P: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
-    part = tl.program_id(0)
+    part = tl.program_id(2)
     channel = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     product = tl.zeros([ROWS, COLUMNS], tl.float32)
     end = tl.minimum((part + 1) * rows_a_part, rows)
     for first in range(part * rows_a_part, end, INNER):
@@ -214,8 +218,9 @@ def project_grad_kernel(
     C: tl.constexpr, P: tl.constexpr, SKIP: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    across: tl.constexpr = tl.cdiv(P, COLUMNS)  # a second axis ends at 65,535, which rows can exceed
+    row = (tl.program_id(0) // across * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    column = tl.program_id(0) % across * COLUMNS + tl.arange(0, COLUMNS)
     product = tl.zeros([ROWS, COLUMNS], tl.float32)
     for k in range(0, C, INNER):
         inner = k + tl.arange(0, INNER)
@@ -243,8 +248,8 @@ def depthwise_grad_kernel(
     SKIP: tl.constexpr, SUMS: tl.constexpr, SUMS_PADDED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    part = tl.program_id(0)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    part = tl.program_id(1)
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     s = tl.load(scale + column, mask=column < P, other=0.0)[None, :]
     t = tl.load(shift + column, mask=column < P, other=0.0)[None, :]
     kind = tl.arange(0, SUMS_PADDED)[:, None]
@@ -299,8 +304,8 @@ def expand_grad_kernel(
     dn, z, scale, slope, offset, dz, sums, rows,
     P: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    part = tl.program_id(0)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    part = tl.program_id(1)
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     s = tl.load(scale + column, mask=column < P, other=0.0)[None, :]
     k1 = tl.load(slope + column, mask=column < P, other=0.0)[None, :]
     k0 = tl.load(offset + column, mask=column < P, other=0.0)[None, :]

@@ -67,7 +67,7 @@ def expand(x: Tensor, weight: Tensor, bias: Tensor, training: bool) -> tuple[Ten
     """
     z, a, means, m2s = _expand_fake(x, weight, bias, training)
     (rows, channels), hidden = x.shape, weight.shape[0]
-    expand_kernel[(_num_partials(rows), triton.cdiv(a.shape[1], GEMM_COLUMNS))](
+    expand_kernel[(triton.cdiv(a.shape[1], GEMM_COLUMNS), _num_partials(rows))](
         x, weight, bias, z, a, means, m2s, rows,
         C=channels, H=hidden, P=a.shape[1], TRAINING=training, PRECISION=_precision(x),
         ROWS=ROWS, COLUMNS=GEMM_COLUMNS, INNER=GEMM_INNER, TILES=_tiles(rows), **LAUNCH,
@@ -115,7 +115,7 @@ def depthwise(
     """
     z, means, m2s = _depthwise_fake(a, scale, shift, weight, bias, height, width, residual, training)
     rows, pitch = a.shape
-    depthwise_kernel[(_num_partials(rows), triton.cdiv(pitch, MAP_COLUMNS))](
+    depthwise_kernel[(triton.cdiv(pitch, MAP_COLUMNS), _num_partials(rows))](
         a, scale, shift, weight, bias, z, means, m2s, rows,
         HEIGHT=height, WIDTH=width, H=weight.shape[0], P=pitch, RESIDUAL=residual, TRAINING=training,
         ROWS=ROWS, COLUMNS=MAP_COLUMNS, TILES=_tiles(rows), **LAUNCH,
@@ -139,7 +139,7 @@ def project(
     """(scale * gelu(z) + skip_scale * skip) @ weight.T + bias: (M, p), (p,), (C, p), (C,), (M, p), (p,) -> (M, C)."""
     out = _project_fake(z, scale, weight, bias, skip, skip_scale)
     (rows, pitch), channels = z.shape, weight.shape[0]
-    project_kernel[(triton.cdiv(rows, ROWS), triton.cdiv(channels, GEMM_COLUMNS))](
+    project_kernel[(triton.cdiv(rows, ROWS) * triton.cdiv(channels, GEMM_COLUMNS),)](
         z, scale, weight, bias, z if skip is None else skip, scale if skip_scale is None else skip_scale, out, rows,
         C=channels, P=pitch, SKIP=skip is not None, PRECISION=_precision(z),
         ROWS=ROWS, COLUMNS=GEMM_COLUMNS, INNER=GEMM_INNER, **LAUNCH,
@@ -159,7 +159,7 @@ def project_weight_grad(dy: Tensor, z: Tensor) -> Tensor:
     """dy.T @ gelu(z), in parts of the rows: (M, C), (M, p) -> (parts, C, p) fp32."""
     out = _project_weight_grad_fake(dy, z)
     (rows, channels), pitch, parts = dy.shape, z.shape[1], out.shape[0]
-    grid = parts, triton.cdiv(channels, GEMM_COLUMNS), triton.cdiv(pitch, GEMM_COLUMNS)
+    grid = triton.cdiv(pitch, GEMM_COLUMNS), triton.cdiv(channels, GEMM_COLUMNS), parts
     project_weight_grad_kernel[grid](
         dy, z, out, rows, triton.cdiv(rows, parts),
         C=channels, P=pitch, PRECISION=_precision(z),
@@ -186,7 +186,7 @@ def project_grad(
     """
     dz, dn = _project_grad_fake(dy, weight, z, scale, slope, offset, skip)
     (rows, channels), pitch = dy.shape, z.shape[1]
-    project_grad_kernel[(triton.cdiv(rows, ROWS), triton.cdiv(pitch, GEMM_COLUMNS))](
+    project_grad_kernel[(triton.cdiv(rows, ROWS) * triton.cdiv(pitch, GEMM_COLUMNS),)](
         dy, weight, z, scale, slope, offset, dz, dn, rows,
         C=channels, P=pitch, SKIP=skip, PRECISION=_precision(z),
         ROWS=ROWS, COLUMNS=GEMM_COLUMNS, INNER=GEMM_INNER, **LAUNCH,
@@ -213,7 +213,7 @@ def depthwise_grad(
     """
     dn, sums = _depthwise_grad_fake(dz, skip, z, scale, shift, weight, height, width)
     rows, pitch = z.shape
-    depthwise_grad_kernel[(_num_partials(rows), triton.cdiv(pitch, MAP_COLUMNS))](
+    depthwise_grad_kernel[(triton.cdiv(pitch, MAP_COLUMNS), _num_partials(rows))](
         dz, dz if skip is None else skip, z, scale, shift, weight, dn, sums, rows,
         HEIGHT=height, WIDTH=width, H=weight.shape[0], P=pitch,
         SKIP=skip is not None, SUMS=SUMS, SUMS_PADDED=SUMS_PADDED,
@@ -253,7 +253,7 @@ def expand_grad(dn: Tensor, z: Tensor, scale: Tensor, slope: Tensor, offset: Ten
     """(scale * dn + slope * gelu(z) + offset) * gelu'(z): (M, p), (M, p), 3 x (p,) -> (M, p), and sums (parts, p)."""
     dz, sums = _expand_grad_fake(dn, z, scale, slope, offset)
     rows, pitch = z.shape
-    expand_grad_kernel[(_num_partials(rows), triton.cdiv(pitch, MAP_COLUMNS))](
+    expand_grad_kernel[(triton.cdiv(pitch, MAP_COLUMNS), _num_partials(rows))](
         dn, z, scale, slope, offset, dz, sums, rows,
         P=pitch, ROWS=ROWS, COLUMNS=MAP_COLUMNS, TILES=_tiles(rows), **LAUNCH,
     )  # fmt: skip
