@@ -69,6 +69,12 @@ def main() -> None:
     measured: dict[tuple, list[tuple[float, float]]] = {setting: [] for setting in settings}
     for setting in settings + settings[::-1]:
         measured[setting].append(measure(manifest, arguments, *setting))
+        print(setting, *map(round, measured[setting][-1]), flush=True)
+        if arguments.json:  # after each, for whom time runs out
+            write(arguments, measured)
+
+
+def write(arguments: argparse.Namespace, measured: dict[tuple, list[tuple[float, float]]]) -> None:
     rows = [
         {
             "rand_augment": ra, "threads": threads, "hw_decoder_load": load,
@@ -77,12 +83,7 @@ def main() -> None:
         }
         for (ra, threads, load), figures in measured.items()
     ]  # fmt: skip
-    for row in rows:
-        print(row)
-    if arguments.json:
-        arguments.json.write_text(
-            json.dumps({"batch": arguments.batch, "decode": arguments.decode, "rows": rows}) + "\n"
-        )
+    arguments.json.write_text(json.dumps({"batch": arguments.batch, "decode": arguments.decode, "rows": rows}) + "\n")
 
 
 if __name__ == "__main__":

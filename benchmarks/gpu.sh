@@ -3,7 +3,8 @@
 # (or $OUT), named by device and date, with versions and the command line beside them.
 #
 #   benchmarks/gpu.sh [folder with JPEGs in train/<class>/ and val/<class>/; the demo photographs if left out]
-#   STEPS=2 benchmarks/gpu.sh     # on a machine without a GPU: every line runs, the figures mean nothing
+#   ONLY="model decoding" benchmarks/gpu.sh     # these lines alone, as for what a first run had no time left for
+#   STEPS=2 benchmarks/gpu.sh                   # on a machine without a GPU: every line runs, the figures mean nothing
 #
 # On a machine without a package index, carry what its python3 lacks: `python3 -m pip list` there tells. Elsewhere, for
 # its Python version (here 3.12), one wheel for each missing name, with the versions of requirements.lock:
@@ -23,6 +24,7 @@
 #   PYTHONPATH=/tmp/site benchmarks/gpu.sh
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}  # cmtrain may be no installed package here
 data=${1:-demo:photos}
 python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 steps=${STEPS:-30}
@@ -30,60 +32,64 @@ device=$("$python" -c 'import torch; print(torch.cuda.get_device_name().replace(
 gpu=$([ "$device" = cpu ] || echo yes)
 out=${OUT:-benchmarks/results}/$device-$(date +%Y%m%d-%H%M)
 mkdir -p "$out"
-failed=()
-left() { echo $((530 - SECONDS < $1 ? 530 - SECONDS : $1)); }  # seconds: at most $1, and never past nine minutes in all
+failed=() skipped=()
 
 {
-  date -u; echo "command: $0 $*"; [ -z "$gpu" ] || nvidia-smi | head -15
+  date -u; echo "command: ${ONLY:+ONLY=\"$ONLY\" }$0 $*"; [ -z "$gpu" ] || nvidia-smi | head -15
   for package in torch timm accelerate nvidia.dali; do
     "$python" -c "import importlib; print('$package', importlib.import_module('$package').__version__)" || failed+=("$package")
   done
 } > "$out/environment.txt" 2>&1
 cat "$out/environment.txt"
 
-echo "== tests/gpu"
-timeout "$(left 150)" "$python" -m pytest -q -s tests/gpu tests/test_fused_ffn.py -m "not slow" > "$out/tests_gpu.txt" 2>&1 || failed+=(tests_gpu)
-tail -5 "$out/tests_gpu.txt"
+# measure SECONDS NAME COMMAND...: what it prints, and what it says; a failing one does not stop the others
+measure() {
+  local limit=$1 name=$2 left=$((530 - SECONDS)); shift 2
+  [ -z "${ONLY:-}" ] || [[ " $ONLY " == *" $name "* ]] || return 0
+  if [ "$left" -lt 20 ]; then skipped+=("$name"); return 0; fi
+  echo "== $name"
+  timeout "$((left < limit ? left : limit))" "$@" > "$out/$name.txt" 2> "$out/$name.log" || failed+=("$name")
+  tail -n 25 "$out/$name.txt" "$out/$name.log"
+}
 
-# bench SECONDS NAME ARGUMENTS...: one JSON file a measurement; a failing one does not stop the others
+# bench SECONDS NAME ARGUMENTS...: one JSON file a measurement
 bench() {
   local limit=$1 name=$2; shift 2
-  echo "== $name"
-  if timeout "$(left "$limit")" "$python" -m cmtrain bench --config configs/full_in1k.yaml --data.root "$data" --steps "$steps" \
-    --json "$out/$name.json" "$@" > /dev/null 2> "$out/$name.log"; then tail -25 "$out/$name.log"
-  else failed+=("$name"); tail -3 "$out/$name.log"; fi
+  measure "$limit" "$name" "$python" -m cmtrain bench --config configs/full_in1k.yaml --data.root "$data" --steps "$steps" \
+    --json "$out/$name.json" "$@"
 }
 
 batch=512
-fp16=fp16 mixed=mixed compile=true graphs=reduce-overhead
+fp16=fp16 bf16=bf16 mixed=mixed compile=true graphs=reduce-overhead
+model=(--batch "$batch" --small-batch 128 --steps "$steps" --seconds 140)
 # Without a GPU the same lines run in small, in the precision and with the decoder that a CPU has.
-[ -n "$gpu" ] || { batch=8; fp16=fp32 mixed=cpu compile=false graphs=default; export OMP_NUM_THREADS=1; }
+if [ -z "$gpu" ]; then
+  batch=8 fp16=fp32 bf16=fp32 mixed=cpu compile=false graphs=default
+  model=(--batch 2 --small-batch 2 --steps 1 --seconds 20)
+  export OMP_NUM_THREADS=1
+fi
 one_gpu=(--train.global_batch_size "$batch" --train.max_batch_per_gpu "$batch" --augment.repeats 1)
+alone=(--what model --rounds 2 --beside "" --train.precision "$fp16")
+few=(--train.global_batch_size "$((batch / 8))" --augment.repeats 1)
 
+# The most wanted first: what there is no time for is skipped, and said to be.
+measure 150 tests "$python" -m pytest -q -s tests/gpu tests/test_fused_ffn.py -m "not slow"
 # The model alone: eager, fused, compiled, folded for inference, fp16 and bf16, beside timm's; attention at both head sizes.
-echo "== model"
-size=(--batch "$batch" --small-batch 128 --steps "$steps" --seconds 140)
-[ -n "$gpu" ] || size=(--batch 2 --small-batch 2 --steps 1 --seconds 20)
-timeout "$(left 180)" "$python" benchmarks/model_gpu.py "${size[@]}" --json "$out/model.jsonl" 2> "$out/model.log" \
-  || { failed+=(model); tail -3 "$out/model.log"; }
-
-bench 60 train                --what all   "${one_gpu[@]}" --train.precision "$fp16"
+measure 170 model "$python" benchmarks/model_gpu.py "${model[@]}" --json "$out/model.jsonl"
+# Files to updates, and the loader alone at many threads, with RandAugment and without, and at loads of the JPEG engine.
+bench 60 train                --what all "${one_gpu[@]}" --train.precision "$fp16"
+measure 90 decoding "$python" benchmarks/decoding.py "$data" --batch "$batch" --batches "$((steps / 2))" --decode "$mixed" --json "$out/decoding.json"
 bench 60 guard                --what guard "${one_gpu[@]}" --train.precision "$fp16"
-bench 90 model_fp16           --what model "${one_gpu[@]}" --train.precision "$fp16" --rounds 2
-bench 40 model_bf16           --what model "${one_gpu[@]}" --train.precision bf16 --rounds 2 --beside ""
-bench 40 model_fp16_eager     --what model "${one_gpu[@]}" --train.precision "$fp16" --rounds 2 --beside "" --model.ffn_kernel eager
-bench 90 model_fp16_compiled  --what model "${one_gpu[@]}" --train.precision "$fp16" --rounds 2 --beside "" --train.compile "$compile"
 # What a step of few images loses to launching kernels, and what CUDA graphs give back.
-few=(--what model --train.global_batch_size "$((batch / 8))" --augment.repeats 1 --train.precision "$fp16" --rounds 2 --beside "")
-bench 40 few_images           "${few[@]}"
-bench 90 few_images_graphs    "${few[@]}" --train.compile "$compile" --train.compile_mode "$graphs"
+bench 40 few_images           "${alone[@]}" "${few[@]}"
+bench 90 few_images_graphs    "${alone[@]}" "${few[@]}" --train.compile "$compile" --train.compile_mode "$graphs"
+bench 120 loader_beside_timm  --what loader "${one_gpu[@]}" --train.precision "$fp16" --data.decode "$mixed" --steps "$((steps / 6 + 1))" --rounds 3
+# The step with its optimizer, as the trainer takes it.
+bench 90 step                 --what model "${one_gpu[@]}" --train.precision "$fp16" --rounds 2
+bench 40 step_bf16            "${alone[@]}" "${one_gpu[@]}" --train.precision "$bf16"
+bench 40 step_eager           "${alone[@]}" "${one_gpu[@]}" --model.ffn_kernel eager
+bench 90 step_compiled        "${alone[@]}" "${one_gpu[@]}" --train.compile "$compile"
 bench 40 latency              --what latency "${one_gpu[@]}" --train.precision "$fp16" --rounds 2
-bench 200 loader_beside_timm  --what loader "${one_gpu[@]}" --train.precision "$fp16" --data.decode "$mixed" --steps "$((steps / 6 + 1))" --rounds 3
 
-# The loader alone at many threads, with RandAugment and without, and at the loads of the JPEG engine.
-echo "== decoding"
-timeout "$(left 150)" "$python" benchmarks/decoding.py "$data" --batch "$batch" --batches "$((steps / 2))" --decode "$mixed" --json "$out/decoding.json" \
-  2> "$out/decoding.log" || { failed+=(decoding); tail -3 "$out/decoding.log"; }
-
-echo "results in $out${failed[*]:+; failed: ${failed[*]}}"
+echo "results in $out${skipped[*]:+; no time left for: ${skipped[*]}}${failed[*]:+; failed: ${failed[*]}}"
 [ ${#failed[@]} -eq 0 ]

@@ -64,7 +64,7 @@ class BadFiles:
         return len(self._reasons) > before
 
     def examine_alone(
-        self, batches: Sequence[MicroBatch], make: Callable[[MicroBatch], object], error: Exception
+        self, batches: Sequence[MicroBatch], decode: Callable[[MicroBatch], None], error: Exception
     ) -> None:
         """Finds the files that DALI cannot decode although Pillow can, when a batch fails and `examine` finds nothing.
 
@@ -72,7 +72,7 @@ class BadFiles:
 
         Args:
             batches: one of which failed; none if that happened before the first of them.
-            make: makes a part of a batch with DALI; raises RuntimeError or OSError when it cannot.
+            decode: decodes a part of a batch with DALI; raises RuntimeError or OSError when it cannot.
             error: with which the batch failed.
 
         Raises:
@@ -80,15 +80,15 @@ class BadFiles:
         """
         num_suspects = len({index for batch in batches for index in batch.indices.tolist()})
         what = f"a batch failed twice, but Pillow can read all of the {num_suspects} images in flight"
-        if not batches or not self._makes_another(batches[0], make):
-            raise DataError(f"{what}, and DALI can make no others either: {_words(error)}") from error
+        if not batches or not self._decodes_another(batches[0], decode):
+            raise DataError(f"{what}, and DALI can decode no others either: {_words(error)}") from error
         before = len(self._reasons)
         for batch in batches:
-            for index, words in _failing_alone(batch, make):
+            for index, words in _failing_alone(batch, decode):
                 if index not in self._reasons:
                     self._found(index, f"Pillow can read it, DALI cannot: {words}")
         if len(self._reasons) == before:
-            raise DataError(f"{what}, and DALI can make each one alone; together: {_words(error)}") from error
+            raise DataError(f"{what}, and DALI can decode each one alone; together: {_words(error)}") from error
 
     def stand_in(self, index: int) -> int:
         """The sample to use instead of `index`. Raises DataError when there are more bad files than allowed."""
@@ -109,13 +109,13 @@ class BadFiles:
         """Ends the decoding processes."""
         self._judges.close()
 
-    def _makes_another(self, batch: MicroBatch, make: Callable[[MicroBatch], object]) -> bool:
-        """Whether any of a few images, spread over the manifest, can be made with the draws of one of `batch`."""
+    def _decodes_another(self, batch: MicroBatch, decode: Callable[[MicroBatch], None]) -> bool:
+        """Whether any of a few images, spread over the manifest, can be decoded with the draws of one of `batch`."""
         one, total = batch._replace(copies=batch.copies[:1]), len(self._manifest)
         for step in range(1, NUM_OTHERS + 1):
             other = (batch.indices[:1] + step * total // (NUM_OTHERS + 1)) % total
             with contextlib.suppress(RuntimeError, OSError):
-                make(one._replace(indices=other))
+                decode(one._replace(indices=other))
                 return True
         return False
 
@@ -132,17 +132,17 @@ class BadFiles:
             )
 
 
-def _failing_alone(batch: MicroBatch, make: Callable[[MicroBatch], object]) -> Iterator[tuple[int, str]]:
-    """The samples of `batch` that cannot be made by themselves and what DALI says, by making ever smaller parts."""
+def _failing_alone(batch: MicroBatch, decode: Callable[[MicroBatch], None]) -> Iterator[tuple[int, str]]:
+    """The samples of `batch` that cannot be decoded by themselves and what DALI says, by trying ever smaller parts."""
     try:
-        make(batch)
+        decode(batch)
     except (RuntimeError, OSError) as error:
         middle = len(batch.indices) // 2
         if not middle:
             yield int(batch.indices[0]), _words(error)
             return
         for half in (slice(middle), slice(middle, None)):
-            yield from _failing_alone(batch._replace(indices=batch.indices[half], copies=batch.copies[half]), make)
+            yield from _failing_alone(batch._replace(indices=batch.indices[half], copies=batch.copies[half]), decode)
 
 
 def _words(error: Exception) -> str:

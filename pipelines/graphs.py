@@ -6,6 +6,7 @@ One code base for DALI 1.34 and 2.x: features are looked for, versions are never
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -90,9 +91,8 @@ def train_graph(source: Source, spec: AugmentSpec, run: Execution) -> Pipeline:
 
     def graph() -> Any:
         files, windows, *params = _external_source(source, inputs)
-        image = _decode(files, run, windows)
-        image = augment.resize(image, [spec.image_px, spec.image_px], spec.interpolation)
-        return _augmented(_on_device(image, run), params, spec)
+        image = augment.resize(_decode(files, run, windows), [spec.image_px, spec.image_px], spec.interpolation)
+        return _augmented(image, params, spec)
 
     return _pipeline(graph, run, conditionals=_has_conditionals(spec))
 
@@ -107,7 +107,7 @@ def eval_graph(source: Source, spec: EvalSpec, run: Execution) -> Pipeline:
         files, sizes, offsets = _external_source(source, [_FILES, *_EVAL_WINDOWS])
         image = augment.resize(_decode(files, run), sizes, spec.interpolation)
         image = fn.slice(image, start=offsets, shape=[spec.image_px, spec.image_px], axes=[0, 1])
-        return augment.normalise(_on_device(image, run), spec.mean, spec.std, spec.fp16)
+        return augment.normalise(image, spec.mean, spec.std, spec.fp16)
 
     return _pipeline(graph, run, conditionals=False)
 
@@ -200,11 +200,10 @@ def _decode(files: Any, run: Execution, windows: Any = None) -> Any:
     unrotated = {"adjust_orientation": False} if "adjust_orientation" in inspect.signature(decoder).parameters else {}
     on_engine = {} if run.hw_decoder_load is None else {"hw_decoder_load": run.hw_decoder_load}
     window = {} if windows is None else {"start": windows[:2], "shape": windows[2:], "axes": [0, 1]}
-    # Without fancy upsampling a GPU interpolates colour more coarsely than libjpeg, and so than Pillow.
-    return decoder(contents, device=run.decode, jpeg_fancy_upsampling=True, **unrotated, **on_engine, **window)
-
-
-def _on_device(image: Any, run: Execution) -> Any:
+    # Without fancy upsampling a GPU interpolates colour more coarsely than libjpeg, and so than Pillow. nvJPEG before
+    # CUDA 12.1 has none, and ignores the word.
+    image = decoder(contents, device=run.decode, jpeg_fancy_upsampling=True, **unrotated, **on_engine, **window)
+    # The rest is the GPU's even where it does not decode: DALI's resize takes a CPU nearly as long as decoding.
     return image.gpu() if run.device == "gpu" and run.decode == "cpu" else image
 
 
@@ -218,5 +217,8 @@ def _pipeline(graph: Callable[[], Any], run: Execution, conditionals: bool) -> P
         seed=0,
         **executor,
     )
-    pipeline.build()
+    with warnings.catch_warnings():
+        # DALI 2.x asks every installation for NPP, which no operator here needs; and speaks of the wrong package.
+        warnings.filterwarnings("ignore", message=".*NPP is typically provided", category=Warning)
+        pipeline.build()
     return pipeline

@@ -19,7 +19,7 @@ from pipelines.dataset import BadFile, Manifest
 from pipelines.plan import MicroBatch, Plan, augment_params
 from pipelines.shards import SliceReader
 from pipelines.spec import MAX_BAD_FRACTION, UNREADABLE, AugmentSpec, Batch, DataError, Decode, EvalSpec
-from pipelines.stages import Stages, eval_stages, train_stages
+from pipelines.stages import Stages, decode_stages, eval_stages, train_stages
 
 
 def train_loader(
@@ -72,6 +72,7 @@ def train_loader(
         lambda epoch, start: plan.micro_batches(epoch, start, rank, world),
         inputs,
         train_stages(spec, run),
+        decode_stages(run, windows=True),
         torch.device(device),
         prefetch_batches,
         BadFiles(manifest, max_bad_fraction, threads),
@@ -131,6 +132,7 @@ def eval_loader(
         micro_batches,
         inputs,
         eval_stages(spec, run),
+        decode_stages(run, windows=False),
         torch.device(device),
         prefetch_batches,
         BadFiles(manifest, max_bad_fraction, threads),
@@ -165,6 +167,7 @@ class DaliLoader:
         micro_batches: Callable[[int, int], Iterator[MicroBatch]],
         inputs: Callable[[MicroBatch], Sequence[Any]],
         build: Callable[[graphs.Source], Stages],
+        probe: Callable[[graphs.Source], Stages],
         device: torch.device,
         prefetch_batches: int,
         bad_files: BadFiles,
@@ -174,7 +177,7 @@ class DaliLoader:
         self._manifest = manifest
         self._micro_batches = micro_batches
         self._inputs = inputs
-        self._build = build
+        self._build, self._probe = build, probe
         self._device = device
         self._prefetch_batches = prefetch_batches
         self._bad_files = bad_files
@@ -268,7 +271,7 @@ class DaliLoader:
                 self._rewind()
                 found = self._bad_files.examine(int(index) for batch in batches for index in batch.indices)
                 if tried_again and not found:
-                    self._bad_files.examine_alone(batches, self._make, error)
+                    self._bad_files.examine_alone(batches, self._decode, error)
                 tried_again = not found
         given = self._in_flight.popleft()
         self._undelivered.popleft()
@@ -309,19 +312,19 @@ class DaliLoader:
         return batch._replace(indices=indices)
 
     def _is_made_alone(self, batch: MicroBatch, place: int) -> bool:
-        """Whether DALI can make this one sample: a bad file's crop may lie where it is whole."""
+        """Whether DALI can decode this one sample: a bad file's crop may lie where it is whole."""
         here = slice(place, place + 1)
         try:
-            self._make(batch._replace(indices=batch.indices[here], copies=batch.copies[here]))
+            self._decode(batch._replace(indices=batch.indices[here], copies=batch.copies[here]))
         except (RuntimeError, OSError):
             return False
         return True
 
-    def _make(self, batch: MicroBatch) -> object:
-        """Makes a part of a batch by graphs of its own. Raises RuntimeError or OSError where DALI cannot."""
-        stages = self._build(lambda: self._inputs(batch))
+    def _decode(self, batch: MicroBatch) -> None:
+        """Decodes a part of a batch by a graph of its own. Raises RuntimeError or OSError where DALI cannot."""
+        stages = self._probe(lambda: self._inputs(batch))
         stages.schedule()
-        return stages.take()
+        stages.skip()
 
     def _to_device(self, values: NDArray[np.int64]) -> torch.Tensor:
         host = torch.from_numpy(values)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -48,7 +49,7 @@ class Stages(Protocol):
         ...
 
     def skip(self) -> None:
-        """As `take`, for a batch that nobody wants any more."""
+        """As `take`, for a batch whose images nobody wants."""
         ...
 
 
@@ -89,6 +90,13 @@ def eval_stages(spec: EvalSpec, run: Execution) -> Callable[[Source], Stages]:
         lambda resized, params: graphs.normalise_graph(resized, spec, run),
         num_inputs=(1, 2),
     )
+
+
+def decode_stages(run: Execution, *, windows: bool) -> Callable[[Source], Stages]:
+    """Makes stages that can only be skipped: they decode, one batch at a time, to find out whether DALI can."""
+    run = replace(run, prefetch_batches=1)
+    num_inputs = 1 + windows
+    return lambda source: OneGraph(graphs.decode_graph(lambda: source()[:num_inputs], run, windows=windows), run)
 
 
 def resize_into(out: Pixels, image: Pixels, interpolation: Interpolation) -> None:
@@ -181,14 +189,18 @@ class TwoGraphs:
 
 
 def _take_output(pipeline: Pipeline, device_id: int | None) -> torch.Tensor:
-    """The pipeline's next output as a tensor that DALI will not write to again, (B, H, W, 3)."""
+    """The pipeline's next output as a tensor that DALI will not write to again, (B, H, W, 3).
+
+    On a CPU it is DALI's own memory where DALI gives that away. On a GPU it is a copy, 79 MB for 512 images, 50 us on
+    an H100 (computed): to take memory back from torch, DALI 2.x has a thread call cudaDeviceSynchronize, which breaks a
+    CUDA graph that is being recorded, and which ends the process, without a word, after any CUDA error.
+    """
     stream = None if device_id is None else torch.cuda.current_stream(device_id)
-    if graphs.OUTPUTS_OWN_MEMORY:
-        (output,) = pipeline.share_outputs(cuda_stream=stream)
-        images = torch.from_dlpack(output.as_tensor())
+    (output,) = pipeline.share_outputs(cuda_stream=stream) if graphs.OUTPUTS_OWN_MEMORY else pipeline.share_outputs()
+    shared = output.as_tensor()
+    if graphs.OUTPUTS_OWN_MEMORY and device_id is None:
+        images = torch.from_dlpack(shared)
     else:
-        (output,) = pipeline.share_outputs()
-        shared = output.as_tensor()
         device = "cpu" if device_id is None else f"cuda:{device_id}"
         images = torch.empty(shared.shape(), dtype=to_torch_type[shared.dtype], device=device)
         feed_ndarray(shared, images, cuda_stream=stream)

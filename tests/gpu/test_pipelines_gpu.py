@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from photographs import write_folder
+from test_bad_files import cut, empty, garble, shrink, vanish
 
 from pipelines.dataset import Manifest
 from pipelines.loader import DaliLoader, eval_loader, train_loader
@@ -97,6 +100,71 @@ def test_kept_batches_are_not_written_to_again(manifest, decode):
     for images, before in kept:
         assert images.float().sum().item() == before.item()
     loader.close()
+
+
+@pytest.mark.parametrize("decode", ["mixed", "cpu"])
+def test_batches_that_are_dropped_while_kernels_still_read_them(manifest, decode):
+    """As training drops them: what is queued reads the batch that it was queued with."""
+
+    def sums(queued_milliseconds: int) -> list[float]:
+        loader, taken = train(manifest, decode=decode), []
+        for epoch in range(3):
+            for batch in loader.epoch(epoch):
+                torch.cuda._sleep(queued_milliseconds * 2_000_000)
+                taken.append(batch.images.double().sum())
+                del batch
+                if not queued_milliseconds:
+                    torch.cuda.synchronize()
+        loader.close()
+        return torch.stack(taken).tolist()
+
+    assert sums(3) == sums(0)
+
+
+@pytest.mark.parametrize("load", [None, 0.0, 1.0])
+def test_bad_files_cost_their_own_samples(tmp_path, load):
+    """As on a CPU: the same files are named, the same ones stand in, nobody else's pixels change."""
+    manifest = Manifest.from_folder(write_folder(tmp_path / "in", 96), cache_dir=tmp_path / "cache")
+    plain = AugmentSpec(SIDE, scale=(1.0, 1.0), ratio=(1.0, 1.0), hflip=0.0)  # whole images
+    plan = Plan(seed=3, num_samples=96, global_batch_size=48, micro_batch_size=8)
+    options = {"rank": 0, "world": 1, "threads": 2, "prefetch_batches": 2, "max_bad_fraction": 0.5}
+    on_engine = {"cuda": {"hw_decoder_load": load}, "cpu": {}}
+
+    def images_and_bad(device: str, decode) -> tuple[dict[int, torch.Tensor], set[str]]:
+        loader = train_loader(manifest, plan, plain, device=device, decode=decode, **options, **on_engine[device])
+        images = {
+            index: image.float().cpu()
+            for batch in loader.epoch(0)
+            for index, image in zip(batch.indices.tolist(), batch.images, strict=True)
+        }
+        bad = {Path(file.path).name for file in loader.take_bad_files()}
+        loader.close()
+        return images, bad
+
+    before, _ = images_and_bad("cuda", "mixed")
+    places = (3, 20, 41, 60)
+    hurt = [Path(manifest.file(index)) for index in places]
+    for path, fault in zip(hurt, (vanish, garble, shrink, empty), strict=True):
+        fault(path)
+    on_cpu, named = images_and_bad("cpu", "cpu")
+    on_gpu, named_too = images_and_bad("cuda", "mixed")
+    assert named == named_too == {path.name for path in hurt}
+    assert on_cpu.keys() == on_gpu.keys() == set(range(96)) - set(places)
+    assert mean_levels_apart(on_gpu, {index: before[index] for index in on_gpu}) < 0.1
+    assert mean_levels_apart(on_gpu, on_cpu) < 1.0
+
+
+def test_a_file_cut_in_the_middle_ends_nothing(tmp_path):
+    """Whether nvJPEG gives its upper half, or it is replaced, is told; that the rest is whole is asked for."""
+    manifest = Manifest.from_folder(write_folder(tmp_path / "in", 96), cache_dir=tmp_path / "cache")
+    before = by_sample(train(manifest, AugmentSpec(SIDE)))
+    cut(Path(manifest.file(20)))
+    loader = train(manifest, AugmentSpec(SIDE))
+    after = by_sample(loader)
+    print("\ncut file:", loader.take_bad_files() or "decoded without a word")
+    whole = before.keys() & after.keys() - {20}
+    assert len(whole) == 95
+    assert mean_levels_apart({i: before[i] for i in whole}, {i: after[i] for i in whole}) < 0.1
 
 
 @pytest.mark.parametrize("decode", ["mixed", "cpu"])
