@@ -6,25 +6,18 @@
 #   ONLY="model decoding" benchmarks/gpu.sh     # these lines alone, as for what a first run had no time left for
 #   STEPS=2 benchmarks/gpu.sh                   # on a machine without a GPU: every line runs, the figures mean nothing
 #
-# On a machine without a package index, carry what its python3 lacks: `python3 -m pip list` there tells. Elsewhere, for
-# its Python version (here 3.12), one wheel for each missing name, with the versions of requirements.lock:
+# On a machine without a package index, install from a folder. Elsewhere, for that machine's Python (here 3.12) and for
+# what its `pip list` lacks, in the versions of requirements.lock, DALI and its nvidia-* libraries included:
 #
-#   pip download --no-deps --only-binary=:all: --python-version 3.12 --implementation cp --platform manylinux_2_28_x86_64 \
-#     --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 -d wheels accelerate pydantic pydantic-core \
-#     annotated-types typing-extensions typing-inspection prometheus-client rich markdown-it-py mdurl pygments pyyaml \
-#     pillow safetensors timm pytest pytest-timeout pluggy iniconfig scikit-image scikit-learn
+#   pip download --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux_2_28_x86_64 -d wheels NAME==VERSION ...
 #
-# and DALI with what it needs (nvidia-dali-cuda130, nvidia-nvimgcodec-cu13, nvidia-nvjpeg, nvidia-nvjpeg2k-cu13,
-# nvidia-nvtiff-cu13, nvidia-libnvcomp-cu13, nvidia-npp, nvtx, optree, makefun, libcst, astunparse, gast, six). These are
-# large; unpacked into one folder, without other Pythons' modules and other GPUs' code, they compress to some 60 MiB parts.
-# There:
+# and there:
 #
-#   cat part-* | tar -xJ -C /tmp/site
-#   python3 -m pip install --no-index --no-deps --target /tmp/site wheels/*.whl
-#   PYTHONPATH=/tmp/site benchmarks/gpu.sh
+#   python3 -m pip install --no-index --no-deps --target site wheels/*.whl && PYTHONPATH=$PWD/site benchmarks/gpu.sh
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}  # cmtrain may be no installed package here
+export COLUMNS=160  # the tables of cmtrain bench, which are not told to a terminal
 data=${1:-demo:photos}
 python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 steps=${STEPS:-30}

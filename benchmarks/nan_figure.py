@@ -1,11 +1,12 @@
 """Draws docs/nan.svg: the failure that stopped the seed's SGD run, with and without the guard.
 
-    python benchmarks/nan_figure.py       # on a CPU, a minute
+    python benchmarks/nan_figure.py [--out FILE]       # on a CPU, a minute
 
 Three runs of cmt_micro on the demo's digits in fp16 (rounded as a GPU does it, by tests/half.py): SGD at a sane
 learning rate; at the seed's 1.6, without warm-up; and that without the guard.
 """
 
+import argparse
 import csv
 import json
 import os
@@ -49,6 +50,9 @@ WIDTH_PX, HEIGHT_PX, LEFT_PX, TOP_PX, RIGHT_PX = 720, 280, 52, 56, 20
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "nan.svg")
+    out = parser.parse_args().out
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "nan.yaml").write_text(RECIPE)
         series, marks = [], []
@@ -81,7 +85,7 @@ def main() -> None:
         place = {"class": f"c{line.color}", "x": f"{LEFT_PX + 150 * index}", "y": "42"}
         ElementTree.SubElement(figure, "text", place).text = line.name
     figure.append(plot)
-    (ROOT / "docs" / "nan.svg").write_text(ElementTree.tostring(figure, encoding="unicode") + "\n")
+    out.write_text(ElementTree.tostring(figure, encoding="unicode") + "\n")
 
 
 def _train(folder: Path, name: str, arguments: list[str]) -> Path:

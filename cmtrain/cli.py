@@ -65,7 +65,7 @@ examples:
   accelerate launch --num_machines 2 ... -m cmtrain --config configs/full_in1k.yaml
   cmtrain eval runs/full_in1k --resize-px 184,182
   cmtrain export runs/full_in1k --format all --out cmt_ti
-  cmtrain sweep configs/seed --data.root /data/imagenet --rows 1-17
+  cmtrain sweep configs/seed --data.root /data/imagenet --rows 16-32
   cmtrain data pack /data/imagenet /data/imagenet-256 --resize-shorter 256
   cmtrain config show --config configs/paper/cmt_ti.yaml
 
