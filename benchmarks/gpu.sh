@@ -6,14 +6,15 @@
 #   ONLY="model decoding" benchmarks/gpu.sh     # these lines alone, as for what a first run had no time left for
 #   STEPS=2 benchmarks/gpu.sh                   # on a machine without a GPU: every line runs, the figures mean nothing
 #
-# On a machine without a package index, install from a folder. Elsewhere, for that machine's Python (here 3.12) and for
-# what its `pip list` lacks, in the versions of requirements.lock, DALI and its nvidia-* libraries included:
+# On a machine without a package index, install from a folder. Elsewhere, with the same version of Python (a copy of the
+# lock file without what `pip list` shows there already makes the folder smaller):
 #
-#   pip download --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux_2_28_x86_64 -d wheels NAME==VERSION ...
+#   python3 -m pip wheel --no-deps -r requirements.lock -w wheels
 #
 # and there:
 #
-#   python3 -m pip install --no-index --no-deps --target site wheels/*.whl && PYTHONPATH=$PWD/site benchmarks/gpu.sh
+#   python3 -m pip install --no-index --no-deps --target site wheels/*.whl
+#   PYTHONPATH=$PWD/site benchmarks/gpu.sh
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}  # cmtrain may be no installed package here
