@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import cmtrain.models  # noqa: F401
-from cmtrain.models.blocks import attend
+from cmtrain.models.blocks import FeedForward, FfnKernel, ResidualDepthwiseConv, attend
 from cmtrain.models.fold import folded
 from cmtrain.traffic import count
 
@@ -165,6 +165,30 @@ def attention_times(batch: int, steps: int) -> dict[str, float]:
     return found
 
 
+def part_times(batch: int, steps: int) -> dict[str, float]:
+    """Milliseconds of what has Triton kernels, at each of CMT-Ti's stages, forward and backward, and without them."""
+    kernels: tuple[FfnKernel, ...] = ("eager", "fused") if DEVICE == "cuda" else ("eager",)
+    found = {}
+    for channels, hidden, side in ((46, 165, 40), (92, 331, 20), (184, 662, 10), (368, 1324, 5)):
+        x = torch.randn(batch, channels, side, side, device=DEVICE, dtype=DTYPES["fp16"])
+        x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+        for kernel in kernels:
+            for part in (
+                ResidualDepthwiseConv(channels, kernel),
+                FeedForward(channels, hidden, seed=False, drop=0.0, kernel=kernel),
+            ):
+                part.to(DEVICE)
+
+                def run(part=part, x=x) -> None:
+                    with torch.autocast(DEVICE, x.dtype, enabled=DEVICE == "cuda"):
+                        out = part(x)
+                    out.sum().backward()
+
+                name = f"{type(part).__name__}, {channels} channels, {side} px, {kernel}"
+                found[name] = 1000 * seconds_of(run, steps)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=512)
@@ -185,6 +209,7 @@ def main() -> None:
             print(json.dumps(line), flush=True)
 
         tell(copy_bytes_per_second=rate, attention_ms=attention_times(arguments.batch, arguments.steps))
+        tell(part_ms=part_times(arguments.batch, arguments.steps))
         for case in cases(arguments.batch, arguments.small_batch):
             if DEVICE == "cpu" and (case.compiled or case.ffn_kernel == "fused"):
                 continue  # neither says anything there

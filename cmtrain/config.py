@@ -102,7 +102,8 @@ class Model(_Section):
     drop_path_rate: FractionBelowOne = Field(default=0.0, description="stochastic depth: probability at the last block")
     ffn_kernel: Literal["auto", "fused", "eager"] = Field(
         default="auto",
-        description="feed-forward networks in Triton kernels or operation by operation; auto: fused where a GPU can",
+        description="feed-forward networks and perception units in Triton kernels or operation by operation; auto: "
+        "fused where a GPU can",
     )
     init_from: AnyPath | None = Field(
         default=None,

@@ -1,4 +1,4 @@
-"""Compile the fused feed-forward network's kernels for GPUs that are not there; run by test_fused_ffn.py.
+"""Compile the Triton kernels of a CMT for GPUs that are not there; run by test_fused_ffn.py.
 
     python tests/cross_compile.py fp16 46:165:40 ...     element type, then channels : hidden channels : side of the map
 
@@ -45,11 +45,15 @@ NUMBERS = {"rows": "i32", "parts": "i32", "rows_a_part": "i32", "eps": "fp32"}
 KERNELS = {
     name.removesuffix("_kernel"): kernel for name, kernel in vars(ffn_kernels).items() if name.endswith("_kernel")
 }
-VARIANTS = [
-    (name, form)
-    for name, kernel in KERNELS.items()
-    for form in (("paper", "seed") if {"SKIP", "RESIDUAL"} & set(kernel.arg_names) else ("both",))
-]
+
+
+def forms(kernel: triton.JITFunction) -> list[str]:
+    """Of the network, the paper's and the seed's; "plain" is the perception unit."""
+    by_form = {"SKIP", "RESIDUAL"} & set(kernel.arg_names)
+    return [*(("paper", "seed") if by_form else ("both",)), *(("plain",) if "PLAIN" in kernel.arg_names else ())]
+
+
+VARIANTS = [(name, form) for name, kernel in KERNELS.items() for form in forms(kernel)]
 FP32_OUTPUT = {"normalise", "normalise_grad", "project_weight_grad"}
 FP32_WEIGHT = {"depthwise", "depthwise_grad"}
 
@@ -69,9 +73,11 @@ def compiled(
     name: str, form: str, architecture: int, dtype: str, channels: int, hidden: int, side: int
 ) -> CompiledKernel:
     matrix = any(argument == "INNER" for argument in KERNELS[name].arg_names)
+    plain = form == "plain"
     constants = {
-        "C": channels, "H": hidden, "P": k.padded(hidden), "HEIGHT": side, "WIDTH": side,
-        "TRAINING": True, "SKIP": form == "seed", "RESIDUAL": form == "paper",
+        "C": channels, "H": channels if plain else hidden, "P": channels if plain else k.padded(hidden),
+        "HEIGHT": side, "WIDTH": side, "PLAIN": plain,
+        "TRAINING": not plain, "SKIP": form == "seed", "RESIDUAL": form != "seed",
         "PRECISION": "tf32", "ROWS": k.ROWS, "COLUMNS": k.GEMM_COLUMNS if matrix else k.MAP_COLUMNS,
         "INNER": k.GEMM_INNER, "TILES": k.MAX_TILES, "PARTS": k.ROWS, "SUMS": k.SUMS, "SUMS_PADDED": k.SUMS_PADDED,
     }  # fmt: skip

@@ -19,9 +19,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from cmtrain.models.position import AbsolutePosition
 
 try:
-    from cmtrain.models.fused_ffn import feed_forward as fused_feed_forward
+    from cmtrain.models import fused_ffn
 except ModuleNotFoundError:  # torch's builds for machines without a GPU bring no Triton
-    fused_feed_forward = None  # type: ignore[assignment]
+    fused_ffn = None  # type: ignore[assignment]
 
 FfnKernel = Literal["auto", "fused", "eager"]
 
@@ -37,6 +37,18 @@ def _map(tokens: Tensor) -> Tensor:  # (B, H, W, C) -> (B, C, H, W), a view
 def _is_eager_on_cpu(x: Tensor) -> bool:
     # What is exported on a CPU runs elsewhere.
     return not x.is_cuda and not torch.compiler.is_compiling()
+
+
+@torch.compiler.assume_constant_result
+def _runs_triton(cuda_index: int) -> bool:
+    # Where bytes are counted, tensors claim to be on CUDA, and there may be none (traffic.py).
+    return torch.cuda.is_available() and torch.cuda.get_device_capability(cuda_index) >= (8, 0)
+
+
+def _takes_kernel(kernel: FfnKernel, x: Tensor) -> bool:
+    if kernel != "auto":
+        return kernel == "fused"
+    return fused_ffn is not None and x.is_cuda and x.dtype != torch.float64 and _runs_triton(x.device.index)
 
 
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -87,14 +99,18 @@ class ResidualDepthwiseConv(nn.Conv2d):
     """x plus its depth-wise 3x3 convolution: (B, C, H, W) -> (B, C, H, W).
 
     On a CPU the addition is a 1 in the centre of every kernel, which saves passes over x. Not in half precision, which
-    would round the weight under it to 2^-10 (fp16) or 2^-7 (bf16).
+    would round the weight under it to 2^-10 (fp16) or 2^-7 (bf16). On a GPU it is one Triton kernel (kernel: see
+    FeedForward).
     """
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, kernel: FfnKernel = "auto"):
         super().__init__(channels, channels, 3, padding=1, groups=channels)
+        self.kernel = kernel
         self.to(memory_format=torch.channels_last)  # as depthwise_conv's
 
     def forward(self, x: Tensor) -> Tensor:
+        if _takes_kernel(self.kernel, x):
+            return fused_ffn.residual_depthwise(x, self)
         if not _is_eager_on_cpu(x) or self.weight.dtype.itemsize < 4 or torch.is_autocast_enabled("cpu"):
             return x + super().forward(x)
         centre = F.pad(self.weight.new_ones(1, 1, 1, 1), (1, 1, 1, 1))
@@ -219,12 +235,6 @@ class Attention(nn.Module):
         return F.linear(x, weight, linear.bias)
 
 
-@torch.compiler.assume_constant_result
-def _runs_triton(cuda_index: int) -> bool:
-    # Where bytes are counted, tensors claim to be on CUDA, and there may be none (traffic.py).
-    return torch.cuda.is_available() and torch.cuda.get_device_capability(cuda_index) >= (8, 0)
-
-
 class FeedForward(nn.Module):
     """Inverted residual feed-forward network (section 3.2): widen, mix 3x3 per channel, narrow.
 
@@ -236,13 +246,13 @@ class FeedForward(nn.Module):
 
     def __init__(self, dim: int, hidden: int, *, seed: bool, drop: float, kernel: FfnKernel = "auto"):
         super().__init__()
-        if kernel == "fused" and (fused_feed_forward is None or drop):
+        if kernel == "fused" and (fused_ffn is None or drop):
             raise ValueError("ffn_kernel='fused' needs Triton and, in variant='paper', proj_drop_rate=0")
         self.kernel = kernel
         self.residual_before_norm = not seed
         self.expand = PointwiseConv(dim, hidden)
         self.expand_norm = nn.BatchNorm2d(hidden)
-        self.depthwise = depthwise_conv(hidden, 3, 1) if seed else ResidualDepthwiseConv(hidden)
+        self.depthwise = depthwise_conv(hidden, 3, 1) if seed else ResidualDepthwiseConv(hidden, kernel="eager")
         self.depthwise_norm = nn.BatchNorm2d(hidden)
         self.project = PointwiseConv(hidden, dim)
         self.project_norm = nn.BatchNorm2d(dim)
@@ -251,7 +261,7 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, H, W)
         if self._is_fused(x):
             layers = self.expand, self.expand_norm, self.depthwise, self.depthwise_norm, self.project
-            return self.project_norm(fused_feed_forward(x, *layers, seed=not self.residual_before_norm))
+            return self.project_norm(fused_ffn.feed_forward(x, *layers, seed=not self.residual_before_norm))
         x = self.drop(self.expand_norm(gelu(self.expand(x))))
         if self.residual_before_norm:
             x = self.depthwise_norm(gelu(self.depthwise(x)))
@@ -262,11 +272,8 @@ class FeedForward(nn.Module):
     def _is_fused(self, x: Tensor) -> bool:
         if any(layer._forward_hooks for layer in self.children()):
             return False  # who looks at the layers one by one, as the search for an overflow does, is to see them
-        has_kernel = self.training or not torch.is_grad_enabled()
-        if self.kernel != "auto":
-            return self.kernel == "fused" and has_kernel
-        possible = fused_feed_forward is not None and self.drop.p == 0
-        return possible and has_kernel and x.is_cuda and x.dtype != torch.float64 and _runs_triton(x.device.index)
+        has_kernel = self.drop.p == 0 and (self.training or not torch.is_grad_enabled())
+        return has_kernel and _takes_kernel(self.kernel, x)
 
 
 class Block(nn.Module):
@@ -289,7 +296,7 @@ class Block(nn.Module):
     ):
         super().__init__()
         eps = 1e-5 if seed else 1e-6
-        self.lpu = ResidualDepthwiseConv(dim)
+        self.lpu = ResidualDepthwiseConv(dim, ffn_kernel)
         self.norm1 = nn.LayerNorm(dim, eps=eps)
         self.attn = Attention(
             dim, heads, reduction, seed=seed, qkv_bias=qkv_bias, attn_drop=attn_drop, proj_drop=proj_drop

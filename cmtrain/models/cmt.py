@@ -73,8 +73,9 @@ class CMT(nn.Module):
         after the attention's projection and, in the paper's variant only, twice in the FFN.
     drop_path_rate: of the last block, growing linearly from 0 at the first; on both branches of a block (paper) or on
         the FFN's only (seed).
-    ffn_kernel: "fused" computes the feed-forward networks in Triton kernels, "eager" operation by operation, "auto" is
-        fused on a GPU that can and eager elsewhere. The same function; no parameter depends on it.
+    ffn_kernel: "fused" computes feed-forward networks and local perception units in Triton kernels, "eager" operation
+        by operation, "auto" is fused on a GPU that can and eager elsewhere. The same function; no parameter depends on
+        it.
     global_pool: "avg", or "" for the unpooled map, which needs num_classes=0.
 
     Raises ValueError for an illegal option, for an illegal size, and for an input of another size than img_size.

@@ -124,13 +124,16 @@ def normalise_kernel(
 def depthwise_kernel(
     a, scale, shift, weight, bias, z, means, m2s, rows,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, H: tl.constexpr, P: tl.constexpr,
-    RESIDUAL: tl.constexpr, TRAINING: tl.constexpr,
+    RESIDUAL: tl.constexpr, PLAIN: tl.constexpr, TRAINING: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     part = tl.program_id(1)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    s = tl.load(scale + column, mask=column < P, other=0.0)[None, :]
-    t = tl.load(shift + column, mask=column < P, other=0.0)[None, :]
+    if PLAIN:
+        s, t = 1.0, 0.0
+    else:
+        s = tl.load(scale + column, mask=column < P, other=0.0)[None, :]
+        t = tl.load(shift + column, mask=column < P, other=0.0)[None, :]
     b = tl.load(bias + column, mask=column < H, other=0.0)[None, :]
     count, mean, m2 = 0.0, tl.zeros([COLUMNS], tl.float32), tl.zeros([COLUMNS], tl.float32)
     for i in range(TILES):
@@ -245,13 +248,16 @@ def project_grad_kernel(
 def depthwise_grad_kernel(
     dz, skip, z, scale, shift, weight, dn, sums, rows,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, H: tl.constexpr, P: tl.constexpr,
-    SKIP: tl.constexpr, SUMS: tl.constexpr, SUMS_PADDED: tl.constexpr,
+    SKIP: tl.constexpr, PLAIN: tl.constexpr, SUMS: tl.constexpr, SUMS_PADDED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     part = tl.program_id(1)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    s = tl.load(scale + column, mask=column < P, other=0.0)[None, :]
-    t = tl.load(shift + column, mask=column < P, other=0.0)[None, :]
+    if PLAIN:
+        s, t = 1.0, 0.0
+    else:
+        s = tl.load(scale + column, mask=column < P, other=0.0)[None, :]
+        t = tl.load(shift + column, mask=column < P, other=0.0)[None, :]
     kind = tl.arange(0, SUMS_PADDED)[:, None]
     taken = tl.zeros([SUMS_PADDED, COLUMNS], tl.float32)
     for i in range(TILES):
@@ -260,7 +266,9 @@ def depthwise_grad_kernel(
         y, x = pixel // WIDTH, pixel % WIDTH
         at = row.to(tl.int64)[:, None] * P + column[None, :]
         inside = (row < rows)[:, None] & (column < P)[None, :]
-        active = _gelu(tl.load(z + at, mask=inside, other=0.0).to(tl.float32)).to(z.dtype.element_ty).to(tl.float32)
+        active = tl.load(z + at, mask=inside, other=0.0).to(tl.float32)
+        if not PLAIN:
+            active = _gelu(active).to(z.dtype.element_ty).to(tl.float32)
         normal = tl.where(inside, active * s + t, 0.0)
         total = tl.load(dz + at, mask=inside, other=0.0).to(tl.float32)
         taken += tl.where(kind == 9, tl.sum(total, 0)[None, :], 0.0)
@@ -275,9 +283,10 @@ def depthwise_grad_kernel(
             taken += tl.where(kind == tap, tl.sum(near * normal, 0)[None, :], 0.0)
         gradient = total.to(dn.dtype.element_ty)
         tl.store(dn + at, gradient, mask=inside)
-        total = gradient.to(tl.float32)
-        taken += tl.where(kind == 10, tl.sum(total, 0)[None, :], 0.0)
-        taken += tl.where(kind == 11, tl.sum(total * active, 0)[None, :], 0.0)
+        if not PLAIN:
+            total = gradient.to(tl.float32)
+            taken += tl.where(kind == 10, tl.sum(total, 0)[None, :], 0.0)
+            taken += tl.where(kind == 11, tl.sum(total * active, 0)[None, :], 0.0)
     at = (part * SUMS + kind) * P + column[None, :]
     tl.store(sums + at, taken, mask=(kind < SUMS) & (column < P)[None, :])
 

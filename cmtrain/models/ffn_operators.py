@@ -106,18 +106,19 @@ def _normalise_fake(means: Tensor, m2s: Tensor, gamma: Tensor, beta: Tensor, row
 
 @torch.library.custom_op("cmtrain::ffn_depthwise", mutates_args=())
 def depthwise(
-    a: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, bias: Tensor,
+    a: Tensor, scale: Tensor | None, shift: Tensor | None, weight: Tensor, bias: Tensor,
     height: int, width: int, residual: bool, training: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """conv3x3(n), with `residual` n + conv3x3(n), of n = scale * a + shift: (M, p), (p,), (p,), (h, 9), (h,) -> (M, p).
 
-    And sums of its GELU, as expand's.
+    Without scale and shift n is a. And sums of its GELU, as expand's.
     """
     z, means, m2s = _depthwise_fake(a, scale, shift, weight, bias, height, width, residual, training)
     rows, pitch = a.shape
     depthwise_kernel[(triton.cdiv(pitch, MAP_COLUMNS), _num_partials(rows))](
         a, scale, shift, weight, bias, z, means, m2s, rows,
-        HEIGHT=height, WIDTH=width, H=weight.shape[0], P=pitch, RESIDUAL=residual, TRAINING=training,
+        HEIGHT=height, WIDTH=width, H=weight.shape[0], P=pitch,
+        RESIDUAL=residual, PLAIN=scale is None, TRAINING=training,
         ROWS=ROWS, COLUMNS=MAP_COLUMNS, TILES=_tiles(rows), **LAUNCH,
     )  # fmt: skip
     return z, means, m2s
@@ -125,7 +126,7 @@ def depthwise(
 
 @depthwise.register_fake
 def _depthwise_fake(
-    a: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, bias: Tensor,
+    a: Tensor, scale: Tensor | None, shift: Tensor | None, weight: Tensor, bias: Tensor,
     height: int, width: int, residual: bool, training: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     parts = _num_partials(a.shape[0]) if training else 0
@@ -203,20 +204,23 @@ def _project_grad_fake(
 
 @torch.library.custom_op("cmtrain::ffn_depthwise_grad", mutates_args=())
 def depthwise_grad(
-    dz: Tensor, skip: Tensor | None, z: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, height: int, width: int
-) -> tuple[Tensor, Tensor]:
+    dz: Tensor, skip: Tensor | None, z: Tensor, scale: Tensor | None, shift: Tensor | None, weight: Tensor,
+    height: int, width: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradient of `depthwise` with a = gelu(z): (M, p), (M, p), ... -> that of n (M, p), and sums (parts, SUMS, p).
 
-    skip (M, p) is what reached n past the convolution; None says that n was added to it: dz itself.
+    skip (M, p) is what reached n past the convolution; None says that n was added to it: dz itself. Without scale and
+    shift, n is z.
 
-    The sums are the gradients of the nine taps and of the bias, and over all rows those of n and of n times a.
+    The sums are the gradients of the nine taps and of the bias, and over all rows those of n and of n times a, but zero
+    where n is z.
     """
     dn, sums = _depthwise_grad_fake(dz, skip, z, scale, shift, weight, height, width)
     rows, pitch = z.shape
     depthwise_grad_kernel[(triton.cdiv(pitch, MAP_COLUMNS), _num_partials(rows))](
         dz, dz if skip is None else skip, z, scale, shift, weight, dn, sums, rows,
         HEIGHT=height, WIDTH=width, H=weight.shape[0], P=pitch,
-        SKIP=skip is not None, SUMS=SUMS, SUMS_PADDED=SUMS_PADDED,
+        SKIP=skip is not None, PLAIN=scale is None, SUMS=SUMS, SUMS_PADDED=SUMS_PADDED,
         ROWS=ROWS, COLUMNS=MAP_COLUMNS, TILES=_tiles(rows), **LAUNCH,
     )  # fmt: skip
     return dn, sums
@@ -224,8 +228,9 @@ def depthwise_grad(
 
 @depthwise_grad.register_fake
 def _depthwise_grad_fake(
-    dz: Tensor, skip: Tensor | None, z: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, height: int, width: int
-) -> tuple[Tensor, Tensor]:
+    dz: Tensor, skip: Tensor | None, z: Tensor, scale: Tensor | None, shift: Tensor | None, weight: Tensor,
+    height: int, width: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     return torch.empty_like(z), _like(z, _num_partials(z.shape[0]), SUMS, z.shape[1])
 
 

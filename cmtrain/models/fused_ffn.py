@@ -27,6 +27,9 @@ part, from G1 = dy' a1, and dn1 has dy W2 added.
 Passes over a hidden tensor, reads and writes: 5 forward (z1 w, a1 w r, z2 w r) and 11 backward (G2 r; dz2 r w;
 dn1 r r w; dz1 r r w; dx r; dW1 r), where op by op it is 44. The seed's form has 4 more: y reads a1, G1 reads z1, and
 dy W2 is written beside dz2 and read for dn1. fp16, bf16 and fp32; sums and scales are fp32 always.
+
+The local perception unit in front of the attention, x + depthwise(x), is the same kernels without a BatchNorm to take
+in: 2 passes over x forward and 3 backward, where it is 13.
 """
 
 from typing import Any
@@ -85,6 +88,23 @@ class _FeedForward(torch.autograd.Function):
         )  # fmt: skip
 
 
+class _ResidualDepthwise(torch.autograd.Function):
+    """Rows (M, C) -> (M, C)."""
+
+    @staticmethod
+    def forward(ctx, x, taps, bias, height, width):
+        ctx.save_for_backward(x, taps)
+        ctx.size = height, width
+        return ops.depthwise(x, None, None, taps, bias, height, width, True, False)[0]
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, taps = ctx.saved_tensors
+        dx, sums = ops.depthwise_grad(dy.contiguous(), None, x, None, None, taps, *ctx.size)
+        sums = sums.sum(0)
+        return dx, sums[:9].t(), sums[9], None, None
+
+
 def _pad(w2: Tensor, s2: Tensor) -> Tensor:  # (C, h) -> (C, p)
     return F.pad(w2, (0, s2.shape[0] - w2.shape[1]))
 
@@ -115,11 +135,7 @@ def feed_forward(
     norms' running statistics move as torch moves them; in evaluation, which has no backward here, they are what is
     normalised with, or nothing where folding left an Identity.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    tokens = x.permute(0, 2, 3, 1)
-    _, height, width, channels = tokens.shape
-    rows = tokens.reshape(-1, channels)
+    rows, (height, width) = _rows(x), x.shape[2:]
     taps = depthwise.weight.flatten(1)  # (h, 9)
     assert depthwise.bias is not None
     with torch.autocast(x.device.type, enabled=False):
@@ -133,12 +149,28 @@ def feed_forward(
             _track(expand_norm, mean1, var1)
             _track(depthwise_norm, mean2, var2)
         else:
-            _, a, *_ = ops.expand(rows, expand.weight.to(x.dtype), expand.bias, False)
+            _, a, *_ = ops.expand(rows, expand.weight.to(rows.dtype), expand.bias, False)
             s1, t1 = _evaluation(expand_norm, depthwise.bias)
             z, *_ = ops.depthwise(a, s1, t1, taps, depthwise.bias, height, width, not seed, False)
             s2, t2 = _evaluation(depthwise_norm, depthwise.bias)
             y = _project(z, s2, t2, project.weight, project.bias, (a, s1, t1) if seed else None)
-    return y.view(tokens.shape).permute(0, 3, 1, 2)
+    return _map(y, x)
+
+
+def residual_depthwise(x: Tensor, depthwise: nn.Conv2d) -> Tensor:
+    """x plus its depth-wise 3x3 convolution, whose layer is given: (B, C, H, W) -> (B, C, H, W), channels-last."""
+    return _map(_ResidualDepthwise.apply(_rows(x), depthwise.weight.flatten(1), depthwise.bias, *x.shape[2:]), x)
+
+
+def _rows(x: Tensor) -> Tensor:  # (B, C, H, W) -> (M, C) in autocast's dtype
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+
+
+def _map(rows: Tensor, like: Tensor) -> Tensor:  # (M, C) -> (B, C, H, W)
+    batch, _, height, width = like.shape
+    return rows.view(batch, height, width, -1).permute(0, 3, 1, 2)
 
 
 @torch.no_grad()
