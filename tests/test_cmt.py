@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from cmtrain.models import load_reference_checkpoint, resize_positions, to_reference_state_dict
+from cmtrain.models.blocks import add_branch
 
 NAMES = ["cmt_micro", "cmt_ti", "cmt_xs", "cmt_s", "cmt_b"]
 VARIANTS = ["paper", "seed"]
@@ -197,6 +198,23 @@ def test_drop_path_grows_linearly_on_the_branches_the_reference_drops(variant):
     assert [b.ffn_drop_path.drop_prob for b in blocks] == pytest.approx(linear)
     on_attention = linear if variant == "paper" else [0.0] * 5
     assert [b.attn_drop_path.drop_prob for b in blocks] == pytest.approx(on_attention)
+
+
+def test_a_branch_is_added_as_timms_drop_path_has_it():
+    drop_path = DropPath(0.5)
+    results = []
+    for add in (lambda x, y: x + drop_path(y), lambda x, y: add_branch(x, y, drop_path)):
+        torch.manual_seed(0)
+        x, y, dy = torch.randn(3, 8, 4, 5, 6, dtype=torch.float64)
+        x.requires_grad_(), y.requires_grad_()
+        out = add(x, y)
+        out.backward(dy)
+        dropped = (y.grad == 0).flatten(1).all(1)
+        results.append((out.detach(), x.grad, y.grad))
+    assert 0 < dropped.sum() < 8
+    for theirs, ours in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-14, atol=1e-14)
+    assert torch.equal(add_branch(x, y, drop_path.eval()), x + y)
 
 
 # ---- timm

@@ -65,7 +65,7 @@ def test_a_training_step_of_cmt_ti_stays_within_its_budget():
     assert eager.total_bytes <= 232 * MB
     assert eager.num_kernels <= 1870
     fused = traffic_of("cmt_ti", ffn_kernel="fused")
-    assert fused.total_bytes <= 136 * MB
+    assert fused.total_bytes <= 137 * MB
     assert fused.num_kernels <= 1960
     seed = traffic_of("cmt_ti", variant="seed", ffn_kernel="eager")
     assert seed.total_bytes <= 230 * MB
@@ -81,7 +81,7 @@ def test_a_compiled_step_of_cmt_ti_stays_within_its_budget(figure):
     The paper's released code, compiled: 220 MB.
     """
     eager, fused = (counted_by_inductor(kernel, figure) for kernel in ("eager", "fused"))
-    assert fused <= 180 * MB
+    assert fused <= 175 * MB
     assert fused < 0.85 * eager
 
 

@@ -276,6 +276,15 @@ class FeedForward(nn.Module):
         return has_kernel and _takes_kernel(self.kernel, x)
 
 
+def add_branch(x: Tensor, branch: Tensor, drop_path: DropPath) -> Tensor:
+    """x + drop_path(branch), all (B, C, H, W): one pass over the maps where DropPath and the addition take two."""
+    if not (drop_path.training and drop_path.drop_prob):
+        return x + branch
+    keep = 1 - drop_path.drop_prob
+    kept = x.new_empty(len(x), 1, 1, 1).bernoulli_(keep).div_(keep)
+    return torch.addcmul(x, kept, branch)
+
+
 class Block(nn.Module):
     """CMT block: local perception unit, attention, feed-forward network, each added to its input (section 3.2)."""
 
@@ -311,8 +320,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor, stage_bias: Tensor | None) -> Tensor:  # (B, C, H, W) -> (B, C, H, W)
         bias = stage_bias if self.bias is None else self.bias()
         x = self.lpu(x)
-        x = x + self.attn_drop_path(_map(self.attn(layer_norm(self.norm1, _tokens(x)), bias)))
-        return x + self.ffn_drop_path(self.ffn(_map(layer_norm(self.norm2, _tokens(x)))))
+        x = add_branch(x, _map(self.attn(layer_norm(self.norm1, _tokens(x)), bias)), self.attn_drop_path)
+        return add_branch(x, self.ffn(_map(layer_norm(self.norm2, _tokens(x)))), self.ffn_drop_path)
 
 
 class Stage(nn.Module):
