@@ -35,7 +35,8 @@ def large_tiles(monkeypatch):
     """Interpreted, an operation costs the same whatever the size of its tile."""
     torch.set_num_threads(1)
     if DEVICE == "cpu":
-        sizes = {"ROWS": 16, "GEMM_COLUMNS": 512, "MAP_COLUMNS": 1024, "GEMM_INNER": 512, "MIN_PROGRAMS": 1}
+        sizes = {"ROWS": 16, "GRAD_ROWS": 16, "MAP_COLUMNS": 1024, "MIN_PROGRAMS": 1}
+        sizes |= {"GEMM_COLUMNS": 512, "GEMM_CHANNELS": 512, "GEMM_INNER": 512}
         for name, size in sizes.items():
             monkeypatch.setattr(ffn_operators, name, size)
 
@@ -316,7 +317,12 @@ def test_auto_is_fused_where_it_can_be(monkeypatch, capability, training, grad, 
 
 # ---- compiled
 
-NUM_KERNELS = 9 + 4 + 2  # four have another form for the seed, two one for the perception unit
+MAX_SPILL = 32  # bytes: eight registers, of 128
+NUM_KERNELS = 9 + 4 + 2 + 3  # in the seed's form too, in the perception unit's, and in evaluation
+# For a hidden number, in the time in which an H100 moves a byte of device memory some 10 are issued.
+INSTRUCTIONS = {
+    "expand": 46, "depthwise": 86, "project": 48, "project_weight_grad": 48, "depthwise_grad": 86, "expand_grad": 32,
+}  # fmt: skip
 
 
 def compiled_for_gpus(dtype: str, *sizes: tuple[int, int, int]) -> list[dict]:
@@ -332,9 +338,11 @@ def test_compiled_for_sm_80_and_sm_90_without_spills_that_matter_and_without_sca
     """Of CMT-Ti's first stage, whose 165 hidden channels no vector load likes."""
     found = compiled_for_gpus("fp16", (46, 165, 40))
     assert len(found) == 2 * NUM_KERNELS
-    assert max(kernel["spilled_bytes"] for kernel in found) <= 16  # four registers, of 128
+    assert max(kernel["spilled_bytes"] for kernel in found) <= MAX_SPILL
     assert all(kernel["scalars"] == 0 for kernel in found)
-    found = [kernel for kernel in found if kernel["form"] != "plain"]  # of 46 channels in 4 bytes
+    costs = [(kernel["kernel"], kernel["instructions"]) for kernel in found if kernel["kernel"] in INSTRUCTIONS]
+    assert all(cost <= INSTRUCTIONS[name] for name, cost in costs), costs
+    found = [kernel for kernel in found if "plain" not in kernel["forms"]]  # 46 channels are read 4 bytes at a time
     wide = {"expand", "depthwise", "project_weight_grad", "project_grad", "depthwise_grad", "expand_grad"}
     assert all(kernel["vectors"] for kernel in found if kernel["kernel"] in wide)  # project's are asynchronous copies
 
@@ -346,7 +354,7 @@ def test_every_stage_compiles_without_spills_that_matter(name, dtype):
     size = SIZES[name]
     found = compiled_for_gpus(dtype, *((*STAGES[name, i], size.image_px // 4 >> i) for i in range(4)))
     assert len(found) == 2 * 4 * NUM_KERNELS
-    assert max(kernel["spilled_bytes"] for kernel in found) <= 16
+    assert max(kernel["spilled_bytes"] for kernel in found) <= MAX_SPILL
 
 
 # --- the check before training ---

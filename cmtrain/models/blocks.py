@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from cmtrain.models.position import AbsolutePosition
 
 try:
-    from cmtrain.models import fused_ffn
+    import cmtrain.models.fused_ffn as fused_ffn
 except ModuleNotFoundError:  # torch's builds for machines without a GPU bring no Triton
     fused_ffn = None  # type: ignore[assignment]
 

@@ -5,7 +5,10 @@ Letters: M = B * H * W rows, C channels, h (here H) hidden channels, p (here P) 
 Programs of the same rows start one after another (the grid's first axis is columns), so that what they all read comes
 from the device's memory once and from its L2 cache then: the counted bytes (traffic.py) take that for granted.
 
-Sums over rows are taken in fp32, tile by tile and always in the same order: no atomics, so equal inputs, equal bits.
+Sums over rows are taken in fp32, always in the same order: no atomics, so equal inputs, equal bits. They are kept for
+each place of a tile, and taken over its rows once a program: over rows threads would have to exchange them, which costs
+more than everything else that these kernels do. An H100 issues some 10 instructions in the time in which it moves a
+byte, so instructions are counted, too (tests/cross_compile.py).
 """
 
 import triton
@@ -15,40 +18,56 @@ import triton.language as tl
 
 
 @triton.jit
-def _normal(z):
-    """The normal distribution's integral up to z, and exp(-z * z / 2), which GELU's derivative needs too.
+def _upper_tail(z):
+    """The normal distribution's integral from |z| on, and exp(-z * z / 2), which GELU's derivative needs too.
 
-    Abramowitz and Stegun 7.1.26: the error of erf is at most 1.5e-7, as large as fp32's rounding of it.
+    Abramowitz and Stegun 7.1.26: the error of erf is at most 1.5e-7, as large as fp32's rounding of it. rsqrt and exp2
+    are one instruction each, where a division is seven and exp five.
     """
-    t = 1.0 / (1.0 + 0.23164189 * tl.abs(z))  # 0.3275911 / sqrt(2)
-    bell = tl.exp(-0.5 * z * z)
-    series = 0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429)))
-    tail = 0.5 * t * series * bell
-    return tl.where(z >= 0, 1.0 - tail, tail), bell
+    root = tl.rsqrt(1.0 + 0.23164189 * tl.abs(z))  # 0.3275911 / sqrt(2)
+    t = root * root
+    bell = tl.exp2(-0.72134752 * z * z)  # 0.5 / ln 2
+    series = t * (0.127414796 + t * (-0.142248368 + t * (0.7107068705 + t * (-0.7265760135 + t * 0.5307027145))))
+    return series * bell, bell
 
 
 @triton.jit
 def _gelu(z):
-    integral, _ = _normal(z)
-    return z * integral
+    tail, _ = _upper_tail(z)
+    return tl.maximum(z, 0.0) - tl.abs(z) * tail
 
 
 @triton.jit
 def _gelu_and_slope(z):
-    integral, bell = _normal(z)
+    tail, bell = _upper_tail(z)
+    integral = tl.where(z >= 0, 1.0 - tail, tail)
     return z * integral, integral + z * bell * 0.3989422804014327
 
 
 @triton.jit
-def _merge(tile, inside, start, rows, count, mean, m2, ROWS: tl.constexpr):
-    """Count, mean and squared deviations with one more tile of rows, added as Chan et al. do: nothing cancels."""
-    coming = tl.minimum(tl.maximum(rows - start, 0), ROWS).to(tl.float32)
-    total = tl.maximum(count + coming, 1.0)
-    tile_mean = tl.sum(tl.where(inside, tile, 0.0), 0) / tl.maximum(coming, 1.0)
-    away = tl.where(inside, tile - tile_mean[None, :], 0.0)
-    step = tile_mean - mean
-    m2 += tl.sum(away * away, 0) + step * step * (count * coming / total)
-    return count + coming, mean + step * (coming / total), m2
+def _welford(tile, inside, i, mean, m2):
+    """Mean and squared deviations at each place of a tile with the i-th tile more: nothing cancels, nothing is summed.
+
+    A place outside stays as it is; as only the last tiles have any, the others have seen i before.
+    """
+    away = tl.where(inside, tile - mean, 0.0)
+    mean += away * (1.0 / (i + 1))
+    return mean, m2 + away * (tile - mean)
+
+
+@triton.jit
+def _over_rows(mean, m2, part, rows, ROWS: tl.constexpr, TILES: tl.constexpr):
+    """_welford's answers of all rows of a tile as those of one, merged as Chan et al. do."""
+    left = rows - part * TILES * ROWS - tl.arange(0, ROWS)
+    count = tl.minimum(tl.maximum((left + ROWS - 1) // ROWS, 0), TILES).to(tl.float32)[:, None]
+    total = tl.sum(mean * count, 0) / tl.maximum(tl.sum(count), 1.0)
+    away = mean - total[None, :]
+    return total, tl.sum(m2 + away * away * count, 0)
+
+
+@triton.jit
+def _on_map(x, y, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+    return ((y >= 0) & (y < HEIGHT) & (x >= 0) & (x < WIDTH))[:, None]
 
 
 # ---- forward
@@ -63,7 +82,7 @@ def expand_kernel(
     part = tl.program_id(1)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     b = tl.load(bias + column, mask=column < H, other=0.0)
-    count, mean, m2 = 0.0, tl.zeros([COLUMNS], tl.float32), tl.zeros([COLUMNS], tl.float32)
+    mean, m2 = tl.zeros([ROWS, COLUMNS], tl.float32), tl.zeros([ROWS, COLUMNS], tl.float32)
     for i in range(TILES):
         start = (part * TILES + i) * ROWS
         row = (start + tl.arange(0, ROWS)).to(tl.int64)
@@ -82,8 +101,9 @@ def expand_kernel(
         tl.store(a + at, active, mask=inside)
         if TRAINING:
             tl.store(z + at, hidden, mask=inside)
-            count, mean, m2 = _merge(active.to(tl.float32), inside, start, rows, count, mean, m2, ROWS)
+            mean, m2 = _welford(active.to(tl.float32), (row < rows)[:, None], i, mean, m2)
     if TRAINING:
+        mean, m2 = _over_rows(mean, m2, part, rows, ROWS, TILES)
         tl.store(means + part * P + column, mean, mask=column < P)
         tl.store(m2s + part * P + column, m2, mask=column < P)
 
@@ -122,42 +142,42 @@ def normalise_kernel(
 
 @triton.jit
 def depthwise_kernel(
-    a, scale, shift, weight, bias, z, means, m2s, rows,
-    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, H: tl.constexpr, P: tl.constexpr,
+    a, scale, shift, weight, z, means, m2s, rows,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr,
     RESIDUAL: tl.constexpr, PLAIN: tl.constexpr, TRAINING: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     part = tl.program_id(1)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    if PLAIN:
-        s, t = 1.0, 0.0
-    else:
-        s = tl.load(scale + column, mask=column < P, other=0.0)[None, :]
-        t = tl.load(shift + column, mask=column < P, other=0.0)[None, :]
-    b = tl.load(bias + column, mask=column < H, other=0.0)[None, :]
-    count, mean, m2 = 0.0, tl.zeros([COLUMNS], tl.float32), tl.zeros([COLUMNS], tl.float32)
+    mean, m2 = tl.zeros([ROWS, COLUMNS], tl.float32), tl.zeros([ROWS, COLUMNS], tl.float32)
     for i in range(TILES):
-        start = (part * TILES + i) * ROWS
-        row = start + tl.arange(0, ROWS)
+        row = (part * TILES + i) * ROWS + tl.arange(0, ROWS)
         pixel = row % (HEIGHT * WIDTH)
         y, x = pixel // WIDTH, pixel % WIDTH
         at = row.to(tl.int64)[:, None] * P + column[None, :]
         inside = (row < rows)[:, None] & (column < P)[None, :]
-        total = tl.zeros([ROWS, COLUMNS], tl.float32) + b
-        if RESIDUAL:
-            total += tl.load(a + at, mask=inside, other=0.0).to(tl.float32) * s + t
-        for tap in range(9):
+        # Read again for every tile: kept, they would cost a multiprocessor one of its two programs.
+        bias = tl.load(weight + 9 * P + column, mask=column < P, other=0.0)
+        total = tl.zeros([ROWS, COLUMNS], tl.float32) + bias[None, :]
+        if not PLAIN:
+            s = tl.load(scale + column, mask=column < P, other=0.0)[None, :]
+            t = tl.load(shift + column, mask=column < P, other=0.0)[None, :]
+        for tap in tl.static_range(9):
             dy, dx = tap // 3 - 1, tap % 3 - 1
-            on_map = (y + dy >= 0) & (y + dy < HEIGHT) & (x + dx >= 0) & (x + dx < WIDTH)
-            near = tl.load(a + at + (dy * WIDTH + dx) * P, mask=inside & on_map[:, None], other=0.0).to(tl.float32)
-            near = tl.where(on_map[:, None], near * s + t, 0.0)  # padding is zero after normalisation, not before
-            total += near * tl.load(weight + column * 9 + tap, mask=column < H, other=0.0)[None, :]
+            on_map = _on_map(x + dx, y + dy, HEIGHT, WIDTH)
+            near = tl.load(a + at + (dy * WIDTH + dx) * P, mask=inside & on_map, other=0.0).to(tl.float32)
+            if not PLAIN:
+                near = tl.where(on_map, near * s + t, 0.0)  # padding is zero after normalisation, not before
+            total += near * tl.load(weight + tap * P + column, mask=column < P, other=0.0)[None, :]
+            if RESIDUAL and tap == 4:
+                total += near
         hidden = total.to(z.dtype.element_ty)
         tl.store(z + at, hidden, mask=inside)
         if TRAINING:
             active = _gelu(hidden.to(tl.float32)).to(z.dtype.element_ty).to(tl.float32)
-            count, mean, m2 = _merge(active, inside, start, rows, count, mean, m2, ROWS)
+            mean, m2 = _welford(active, (row < rows)[:, None], i, mean, m2)
     if TRAINING:
+        mean, m2 = _over_rows(mean, m2, part, rows, ROWS, TILES)
         tl.store(means + part * P + column, mean, mask=column < P)
         tl.store(m2s + part * P + column, m2, mask=column < P)
 
@@ -245,21 +265,31 @@ def project_grad_kernel(
 
 
 @triton.jit
+def _through_tap(
+    dz, weight, at, inside, x, y, column, normal, total, d_tap,
+    TAP: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """The gradients of input and tap with what came back through the tap, by the row on its other side, added."""
+    dy: tl.constexpr = 1 - TAP // 3
+    dx: tl.constexpr = 1 - TAP % 3
+    on_map = _on_map(x + dx, y + dy, HEIGHT, WIDTH)
+    near = tl.load(dz + at + (dy * WIDTH + dx) * P, mask=inside & on_map, other=0.0).to(tl.float32)
+    w = tl.load(weight + TAP * P + column, mask=column < P, other=0.0)[None, :]
+    return total + near * w, d_tap + near * normal
+
+
+@triton.jit
 def depthwise_grad_kernel(
     dz, skip, z, scale, shift, weight, dn, sums, rows,
-    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, H: tl.constexpr, P: tl.constexpr,
-    SKIP: tl.constexpr, PLAIN: tl.constexpr, SUMS: tl.constexpr, SUMS_PADDED: tl.constexpr,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr,
+    SKIP: tl.constexpr, PLAIN: tl.constexpr, SUMS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     part = tl.program_id(1)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    if PLAIN:
-        s, t = 1.0, 0.0
-    else:
-        s = tl.load(scale + column, mask=column < P, other=0.0)[None, :]
-        t = tl.load(shift + column, mask=column < P, other=0.0)[None, :]
-    kind = tl.arange(0, SUMS_PADDED)[:, None]
-    taken = tl.zeros([SUMS_PADDED, COLUMNS], tl.float32)
+    none = tl.zeros([ROWS, COLUMNS], tl.float32)
+    d_tap0, d_tap1, d_tap2, d_tap3, d_tap4 = none, none, none, none, none
+    d_tap5, d_tap6, d_tap7, d_tap8, d_bias, d_shift, d_scale = none, none, none, none, none, none, none
     for i in range(TILES):
         row = (part * TILES + i) * ROWS + tl.arange(0, ROWS)
         pixel = row % (HEIGHT * WIDTH)
@@ -267,28 +297,44 @@ def depthwise_grad_kernel(
         at = row.to(tl.int64)[:, None] * P + column[None, :]
         inside = (row < rows)[:, None] & (column < P)[None, :]
         active = tl.load(z + at, mask=inside, other=0.0).to(tl.float32)
+        normal = active
         if not PLAIN:
             active = _gelu(active).to(z.dtype.element_ty).to(tl.float32)
-        normal = tl.where(inside, active * s + t, 0.0)
+            s = tl.load(scale + column, mask=column < P, other=0.0)[None, :]
+            t = tl.load(shift + column, mask=column < P, other=0.0)[None, :]
+            normal = tl.where(inside, active * s + t, 0.0)
         total = tl.load(dz + at, mask=inside, other=0.0).to(tl.float32)
-        taken += tl.where(kind == 9, tl.sum(total, 0)[None, :], 0.0)
+        d_bias += total
         if SKIP:
             total = tl.load(skip + at, mask=inside, other=0.0).to(tl.float32)
-        for tap in range(9):
-            # This row was read through the tap by the row on the tap's other side.
-            dy, dx = 1 - tap // 3, 1 - tap % 3
-            on_map = (y + dy >= 0) & (y + dy < HEIGHT) & (x + dx >= 0) & (x + dx < WIDTH)
-            near = tl.load(dz + at + (dy * WIDTH + dx) * P, mask=inside & on_map[:, None], other=0.0).to(tl.float32)
-            total += near * tl.load(weight + column * 9 + tap, mask=column < H, other=0.0)[None, :]
-            taken += tl.where(kind == tap, tl.sum(near * normal, 0)[None, :], 0.0)
+        total, d_tap0 = _through_tap(dz, weight, at, inside, x, y, column, normal, total, d_tap0, 0, HEIGHT, WIDTH, P)
+        total, d_tap1 = _through_tap(dz, weight, at, inside, x, y, column, normal, total, d_tap1, 1, HEIGHT, WIDTH, P)
+        total, d_tap2 = _through_tap(dz, weight, at, inside, x, y, column, normal, total, d_tap2, 2, HEIGHT, WIDTH, P)
+        total, d_tap3 = _through_tap(dz, weight, at, inside, x, y, column, normal, total, d_tap3, 3, HEIGHT, WIDTH, P)
+        total, d_tap4 = _through_tap(dz, weight, at, inside, x, y, column, normal, total, d_tap4, 4, HEIGHT, WIDTH, P)
+        total, d_tap5 = _through_tap(dz, weight, at, inside, x, y, column, normal, total, d_tap5, 5, HEIGHT, WIDTH, P)
+        total, d_tap6 = _through_tap(dz, weight, at, inside, x, y, column, normal, total, d_tap6, 6, HEIGHT, WIDTH, P)
+        total, d_tap7 = _through_tap(dz, weight, at, inside, x, y, column, normal, total, d_tap7, 7, HEIGHT, WIDTH, P)
+        total, d_tap8 = _through_tap(dz, weight, at, inside, x, y, column, normal, total, d_tap8, 8, HEIGHT, WIDTH, P)
         gradient = total.to(dn.dtype.element_ty)
         tl.store(dn + at, gradient, mask=inside)
         if not PLAIN:
             total = gradient.to(tl.float32)
-            taken += tl.where(kind == 10, tl.sum(total, 0)[None, :], 0.0)
-            taken += tl.where(kind == 11, tl.sum(total * active, 0)[None, :], 0.0)
-    at = (part * SUMS + kind) * P + column[None, :]
-    tl.store(sums + at, taken, mask=(kind < SUMS) & (column < P)[None, :])
+            d_shift += total
+            d_scale += total * active
+    to = sums + part * SUMS * P + column
+    tl.store(to + 0 * P, tl.sum(d_tap0, 0), mask=column < P)
+    tl.store(to + 1 * P, tl.sum(d_tap1, 0), mask=column < P)
+    tl.store(to + 2 * P, tl.sum(d_tap2, 0), mask=column < P)
+    tl.store(to + 3 * P, tl.sum(d_tap3, 0), mask=column < P)
+    tl.store(to + 4 * P, tl.sum(d_tap4, 0), mask=column < P)
+    tl.store(to + 5 * P, tl.sum(d_tap5, 0), mask=column < P)
+    tl.store(to + 6 * P, tl.sum(d_tap6, 0), mask=column < P)
+    tl.store(to + 7 * P, tl.sum(d_tap7, 0), mask=column < P)
+    tl.store(to + 8 * P, tl.sum(d_tap8, 0), mask=column < P)
+    tl.store(to + 9 * P, tl.sum(d_bias, 0), mask=column < P)
+    tl.store(to + 10 * P, tl.sum(d_shift, 0), mask=column < P)
+    tl.store(to + 11 * P, tl.sum(d_scale, 0), mask=column < P)
 
 
 @triton.jit
@@ -318,7 +364,7 @@ def expand_grad_kernel(
     s = tl.load(scale + column, mask=column < P, other=0.0)[None, :]
     k1 = tl.load(slope + column, mask=column < P, other=0.0)[None, :]
     k0 = tl.load(offset + column, mask=column < P, other=0.0)[None, :]
-    taken = tl.zeros([COLUMNS], tl.float32)
+    taken = tl.zeros([ROWS, COLUMNS], tl.float32)
     for i in range(TILES):
         row = ((part * TILES + i) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
         at = row[:, None] * P + column[None, :]
@@ -327,5 +373,5 @@ def expand_grad_kernel(
         gradient = tl.load(dn + at, mask=inside, other=0.0).to(tl.float32) * s
         gradient = ((gradient + k1 * active + k0) * gelu_slope).to(dz.dtype.element_ty)
         tl.store(dz + at, gradient, mask=inside)
-        taken += tl.sum(tl.where(inside, gradient.to(tl.float32), 0.0), 0)
-    tl.store(sums + part * P + column, taken, mask=column < P)
+        taken += tl.where(inside, gradient.to(tl.float32), 0.0)
+    tl.store(sums + part * P + column, tl.sum(taken, 0), mask=column < P)

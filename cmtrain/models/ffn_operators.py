@@ -29,25 +29,42 @@ from cmtrain.models.ffn_kernels import (
 PITCH = 16
 ROWS = 64  # of a tile
 GEMM_COLUMNS, GEMM_INNER = 64, 32  # of a tile of a matrix product
+GEMM_CHANNELS = 128  # of one that has the network's input or output for columns, at most
 MAP_COLUMNS = 32  # of a tile of everything else: 64 bytes in half precision, two sectors
+GRAD_ROWS = 32  # of a tile of depthwise_grad, which keeps twelve sums for each of its places
 # Consecutive tiles of rows that a program works on: fewer partial sums to add up, but programs enough for a large GPU.
-MAX_TILES, MIN_PROGRAMS = 16, 512
+MAX_TILES, MIN_PROGRAMS = 16, 1024
 SUMS = 12  # that depthwise_grad takes: nine taps, bias, shift, scale
-SUMS_PADDED = 16
-# With 8 warps no kernel spills in half precision on sm_80 or sm_90, and two or more programs fit a multiprocessor.
+# So that two or more programs fit a multiprocessor of sm_80 or sm_90.
 LAUNCH = {"num_warps": 8, "enable_fp_fusion": True}
+DEPTHWISE_LAUNCH = LAUNCH | {"maxnreg": 128}
+# A product whose left side is made in registers: with more warps, each row's would be made by two of them.
+PRODUCT_LAUNCH = LAUNCH | {"num_warps": 4}
+
+
+def _cdiv(total: int, size: int) -> int:  # triton.cdiv takes 5 us, and a step would call it a thousand times
+    return -(-total // size)
 
 
 def padded(hidden: int) -> int:
-    return triton.cdiv(hidden, PITCH) * PITCH
+    return _cdiv(hidden, PITCH) * PITCH
 
 
-def _tiles(rows: int) -> int:
-    return max(1, min(MAX_TILES, rows // (ROWS * MIN_PROGRAMS)))
+def _tiles(rows: int, pitch: int) -> int:
+    programs = _cdiv(rows, ROWS) * _cdiv(pitch, MAP_COLUMNS)
+    return max(1, min(MAX_TILES, programs // MIN_PROGRAMS))
 
 
-def _num_partials(rows: int) -> int:
-    return triton.cdiv(rows, ROWS * _tiles(rows))
+def _num_partials(rows: int, pitch: int) -> int:
+    return _cdiv(rows, ROWS * _tiles(rows, pitch))
+
+
+def _grad_tiles(rows: int, pitch: int) -> int:
+    return _tiles(rows, pitch) * (ROWS // GRAD_ROWS)
+
+
+def _channel_columns(channels: int) -> int:
+    return max(GEMM_COLUMNS, min(GEMM_CHANNELS, triton.next_power_of_2(channels)))
 
 
 def _precision(x: Tensor) -> str:
@@ -66,11 +83,13 @@ def expand(x: Tensor, weight: Tensor, bias: Tensor, training: bool) -> tuple[Ten
     before GELU are empty.
     """
     z, a, means, m2s = _expand_fake(x, weight, bias, training)
-    (rows, channels), hidden = x.shape, weight.shape[0]
-    expand_kernel[(triton.cdiv(a.shape[1], GEMM_COLUMNS), _num_partials(rows))](
+    (rows, channels), hidden, pitch = x.shape, weight.shape[0], a.shape[1]
+    # Bound by what it writes where there are few channels, by reading x again and again where there are many.
+    columns = MAP_COLUMNS if channels <= GEMM_COLUMNS else GEMM_COLUMNS
+    expand_kernel[(_cdiv(pitch, columns), _num_partials(rows, pitch))](
         x, weight, bias, z, a, means, m2s, rows,
-        C=channels, H=hidden, P=a.shape[1], TRAINING=training, PRECISION=_precision(x),
-        ROWS=ROWS, COLUMNS=GEMM_COLUMNS, INNER=GEMM_INNER, TILES=_tiles(rows), **LAUNCH,
+        C=channels, H=hidden, P=pitch, TRAINING=training, PRECISION=_precision(x),
+        ROWS=ROWS, COLUMNS=columns, INNER=GEMM_INNER, TILES=_tiles(rows, pitch), **LAUNCH,
     )  # fmt: skip
     return z, a, means, m2s
 
@@ -78,7 +97,7 @@ def expand(x: Tensor, weight: Tensor, bias: Tensor, training: bool) -> tuple[Ten
 @expand.register_fake
 def _expand_fake(x: Tensor, weight: Tensor, bias: Tensor, training: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows, pitch = x.shape[0], padded(weight.shape[0])
-    kept, parts = (rows, _num_partials(rows)) if training else (0, 0)
+    kept, parts = (rows, _num_partials(rows, pitch)) if training else (0, 0)
     z, a = _like(x, kept, pitch, dtype=x.dtype), _like(x, rows, pitch, dtype=x.dtype)
     return z, a, _like(x, parts, pitch), _like(x, parts, pitch)
 
@@ -92,8 +111,8 @@ def normalise(means: Tensor, m2s: Tensor, gamma: Tensor, beta: Tensor, rows: int
     """
     out = _normalise_fake(means, m2s, gamma, beta, rows, eps)
     parts, pitch = means.shape
-    normalise_kernel[(triton.cdiv(pitch, MAP_COLUMNS),)](
-        means, m2s, gamma, beta, out, rows, eps, parts, ROWS * _tiles(rows),
+    normalise_kernel[(_cdiv(pitch, MAP_COLUMNS),)](
+        means, m2s, gamma, beta, out, rows, eps, parts, ROWS * _tiles(rows, pitch),
         H=gamma.shape[0], P=pitch, COLUMNS=MAP_COLUMNS, PARTS=ROWS, **LAUNCH,
     )  # fmt: skip
     return out
@@ -106,30 +125,29 @@ def _normalise_fake(means: Tensor, m2s: Tensor, gamma: Tensor, beta: Tensor, row
 
 @torch.library.custom_op("cmtrain::ffn_depthwise", mutates_args=())
 def depthwise(
-    a: Tensor, scale: Tensor | None, shift: Tensor | None, weight: Tensor, bias: Tensor,
+    a: Tensor, scale: Tensor | None, shift: Tensor | None, weight: Tensor,
     height: int, width: int, residual: bool, training: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """conv3x3(n), with `residual` n + conv3x3(n), of n = scale * a + shift: (M, p), (p,), (p,), (h, 9), (h,) -> (M, p).
+    """conv3x3(n), with `residual` n + conv3x3(n), of n = scale * a + shift: (M, p), (p,), (p,), (10, p) -> (M, p).
 
-    Without scale and shift n is a. And sums of its GELU, as expand's.
+    weight holds the nine taps and the bias. Without scale and shift n is a. And sums of its GELU, as expand's.
     """
-    z, means, m2s = _depthwise_fake(a, scale, shift, weight, bias, height, width, residual, training)
+    z, means, m2s = _depthwise_fake(a, scale, shift, weight, height, width, residual, training)
     rows, pitch = a.shape
-    depthwise_kernel[(triton.cdiv(pitch, MAP_COLUMNS), _num_partials(rows))](
-        a, scale, shift, weight, bias, z, means, m2s, rows,
-        HEIGHT=height, WIDTH=width, H=weight.shape[0], P=pitch,
-        RESIDUAL=residual, PLAIN=scale is None, TRAINING=training,
-        ROWS=ROWS, COLUMNS=MAP_COLUMNS, TILES=_tiles(rows), **LAUNCH,
+    depthwise_kernel[(_cdiv(pitch, MAP_COLUMNS), _num_partials(rows, pitch))](
+        a, scale, shift, weight, z, means, m2s, rows,
+        HEIGHT=height, WIDTH=width, P=pitch, RESIDUAL=residual, PLAIN=scale is None, TRAINING=training,
+        ROWS=ROWS, COLUMNS=MAP_COLUMNS, TILES=_tiles(rows, pitch), **DEPTHWISE_LAUNCH,
     )  # fmt: skip
     return z, means, m2s
 
 
 @depthwise.register_fake
 def _depthwise_fake(
-    a: Tensor, scale: Tensor | None, shift: Tensor | None, weight: Tensor, bias: Tensor,
+    a: Tensor, scale: Tensor | None, shift: Tensor | None, weight: Tensor,
     height: int, width: int, residual: bool, training: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    parts = _num_partials(a.shape[0]) if training else 0
+    parts = _num_partials(*a.shape) if training else 0
     return torch.empty_like(a), _like(a, parts, a.shape[1]), _like(a, parts, a.shape[1])
 
 
@@ -140,10 +158,11 @@ def project(
     """(scale * gelu(z) + skip_scale * skip) @ weight.T + bias: (M, p), (p,), (C, p), (C,), (M, p), (p,) -> (M, C)."""
     out = _project_fake(z, scale, weight, bias, skip, skip_scale)
     (rows, pitch), channels = z.shape, weight.shape[0]
-    project_kernel[(triton.cdiv(rows, ROWS) * triton.cdiv(channels, GEMM_COLUMNS),)](
+    columns = _channel_columns(channels)
+    project_kernel[(_cdiv(rows, ROWS) * _cdiv(channels, columns),)](
         z, scale, weight, bias, z if skip is None else skip, scale if skip_scale is None else skip_scale, out, rows,
         C=channels, P=pitch, SKIP=skip is not None, PRECISION=_precision(z),
-        ROWS=ROWS, COLUMNS=GEMM_COLUMNS, INNER=GEMM_INNER, **LAUNCH,
+        ROWS=ROWS, COLUMNS=columns, INNER=GEMM_INNER, **PRODUCT_LAUNCH,
     )  # fmt: skip
     return out
 
@@ -160,11 +179,12 @@ def project_weight_grad(dy: Tensor, z: Tensor) -> Tensor:
     """dy.T @ gelu(z), in parts of the rows: (M, C), (M, p) -> (parts, C, p) fp32."""
     out = _project_weight_grad_fake(dy, z)
     (rows, channels), pitch, parts = dy.shape, z.shape[1], out.shape[0]
-    grid = triton.cdiv(pitch, GEMM_COLUMNS), triton.cdiv(channels, GEMM_COLUMNS), parts
+    channel_rows = _channel_columns(channels)
+    grid = _cdiv(pitch, GEMM_COLUMNS), _cdiv(channels, channel_rows), parts
     project_weight_grad_kernel[grid](
-        dy, z, out, rows, triton.cdiv(rows, parts),
+        dy, z, out, rows, _cdiv(rows, parts),
         C=channels, P=pitch, PRECISION=_precision(z),
-        ROWS=GEMM_COLUMNS, COLUMNS=GEMM_COLUMNS, INNER=GEMM_INNER, **LAUNCH,
+        ROWS=channel_rows, COLUMNS=GEMM_COLUMNS, INNER=GEMM_INNER, **LAUNCH,
     )  # fmt: skip
     return out
 
@@ -172,7 +192,7 @@ def project_weight_grad(dy: Tensor, z: Tensor) -> Tensor:
 @project_weight_grad.register_fake
 def _project_weight_grad_fake(dy: Tensor, z: Tensor) -> Tensor:
     (rows, channels), pitch = dy.shape, z.shape[1]
-    tiles = triton.cdiv(channels, GEMM_COLUMNS) * triton.cdiv(pitch, GEMM_COLUMNS)
+    tiles = _cdiv(channels, _channel_columns(channels)) * _cdiv(pitch, GEMM_COLUMNS)
     parts = max(1, min(MIN_PROGRAMS // tiles, rows // (ROWS * MAX_TILES)))
     return _like(z, parts, channels, pitch)
 
@@ -187,7 +207,7 @@ def project_grad(
     """
     dz, dn = _project_grad_fake(dy, weight, z, scale, slope, offset, skip)
     (rows, channels), pitch = dy.shape, z.shape[1]
-    project_grad_kernel[(triton.cdiv(rows, ROWS) * triton.cdiv(pitch, GEMM_COLUMNS),)](
+    project_grad_kernel[(_cdiv(rows, ROWS) * _cdiv(pitch, GEMM_COLUMNS),)](
         dy, weight, z, scale, slope, offset, dz, dn, rows,
         C=channels, P=pitch, SKIP=skip, PRECISION=_precision(z),
         ROWS=ROWS, COLUMNS=GEMM_COLUMNS, INNER=GEMM_INNER, **LAUNCH,
@@ -212,16 +232,16 @@ def depthwise_grad(
     skip (M, p) is what reached n past the convolution; None says that n was added to it: dz itself. Without scale and
     shift, n is z.
 
-    The sums are the gradients of the nine taps and of the bias, and over all rows those of n and of n times a, but zero
-    where n is z.
+    The first ten sums are the gradient of the weight (10, p), the last two, zero where n is z, that of n and of n
+    times a over all rows.
     """
     dn, sums = _depthwise_grad_fake(dz, skip, z, scale, shift, weight, height, width)
     rows, pitch = z.shape
-    depthwise_grad_kernel[(triton.cdiv(pitch, MAP_COLUMNS), _num_partials(rows))](
+    tiles = _grad_tiles(rows, pitch)
+    depthwise_grad_kernel[(_cdiv(pitch, MAP_COLUMNS), sums.shape[0])](
         dz, dz if skip is None else skip, z, scale, shift, weight, dn, sums, rows,
-        HEIGHT=height, WIDTH=width, H=weight.shape[0], P=pitch,
-        SKIP=skip is not None, PLAIN=scale is None, SUMS=SUMS, SUMS_PADDED=SUMS_PADDED,
-        ROWS=ROWS, COLUMNS=MAP_COLUMNS, TILES=_tiles(rows), **LAUNCH,
+        HEIGHT=height, WIDTH=width, P=pitch, SKIP=skip is not None, PLAIN=scale is None, SUMS=SUMS,
+        ROWS=GRAD_ROWS, COLUMNS=MAP_COLUMNS, TILES=tiles, **DEPTHWISE_LAUNCH,
     )  # fmt: skip
     return dn, sums
 
@@ -231,7 +251,9 @@ def _depthwise_grad_fake(
     dz: Tensor, skip: Tensor | None, z: Tensor, scale: Tensor | None, shift: Tensor | None, weight: Tensor,
     height: int, width: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return torch.empty_like(z), _like(z, _num_partials(z.shape[0]), SUMS, z.shape[1])
+    rows, pitch = z.shape
+    parts = _cdiv(rows, GRAD_ROWS * _grad_tiles(rows, pitch))
+    return torch.empty_like(z), _like(z, parts, SUMS, pitch)
 
 
 @torch.library.custom_op("cmtrain::ffn_normalise_grad", mutates_args=())
@@ -242,7 +264,7 @@ def normalise_grad(d: Tensor, e: Tensor, mean: Tensor, inverse: Tensor, scale: T
     """
     out = _normalise_grad_fake(d, e, mean, inverse, scale, rows)
     pitch = len(d)
-    normalise_grad_kernel[(triton.cdiv(pitch, MAP_COLUMNS),)](
+    normalise_grad_kernel[(_cdiv(pitch, MAP_COLUMNS),)](
         d, e, mean, inverse, scale, out, rows, P=pitch, COLUMNS=MAP_COLUMNS, **LAUNCH
     )
     return out
@@ -258,13 +280,13 @@ def expand_grad(dn: Tensor, z: Tensor, scale: Tensor, slope: Tensor, offset: Ten
     """(scale * dn + slope * gelu(z) + offset) * gelu'(z): (M, p), (M, p), 3 x (p,) -> (M, p), and sums (parts, p)."""
     dz, sums = _expand_grad_fake(dn, z, scale, slope, offset)
     rows, pitch = z.shape
-    expand_grad_kernel[(triton.cdiv(pitch, MAP_COLUMNS), _num_partials(rows))](
+    expand_grad_kernel[(_cdiv(pitch, MAP_COLUMNS), _num_partials(rows, pitch))](
         dn, z, scale, slope, offset, dz, sums, rows,
-        P=pitch, ROWS=ROWS, COLUMNS=MAP_COLUMNS, TILES=_tiles(rows), **LAUNCH,
+        P=pitch, ROWS=ROWS, COLUMNS=MAP_COLUMNS, TILES=_tiles(rows, pitch), **LAUNCH,
     )  # fmt: skip
     return dz, sums
 
 
 @expand_grad.register_fake
 def _expand_grad_fake(dn: Tensor, z: Tensor, scale: Tensor, slope: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(z), _like(z, _num_partials(z.shape[0]), z.shape[1])
+    return torch.empty_like(z), _like(z, _num_partials(*z.shape), z.shape[1])

@@ -45,11 +45,11 @@ class _FeedForward(torch.autograd.Function):
     """Rows (M, C) -> (M, C), and the two layers' batch means and unbiased variances, (p,) each, not differentiable."""
 
     @staticmethod
-    def forward(ctx, x, w1, b1, gamma1, beta1, taps, bias, gamma2, beta2, w2, b2, height, width, eps1, eps2, seed):
+    def forward(ctx, x, w1, b1, gamma1, beta1, taps, gamma2, beta2, w2, b2, height, width, eps1, eps2, seed):
         rows = x.shape[0]
         z1, a1, *sums = ops.expand(x, w1.to(x.dtype), b1, True)
         mean1, var1, inverse1, s1, t1 = ops.normalise(*sums, gamma1, beta1, rows, eps1).unbind()
-        z2, *sums = ops.depthwise(a1, s1, t1, taps, bias, height, width, not seed, True)
+        z2, *sums = ops.depthwise(a1, s1, t1, taps, height, width, not seed, True)
         mean2, var2, inverse2, s2, t2 = ops.normalise(*sums, gamma2, beta2, rows, eps2).unbind()
         y = _project(z2, s2, t2, w2, b2, (a1, s1, t1) if seed else None)
         ctx.save_for_backward(x, w1, taps, w2, z1, z2, mean1, inverse1, s1, t1, mean2, inverse2, s2, t2)
@@ -80,10 +80,9 @@ class _FeedForward(torch.autograd.Function):
         dz = dz1[:, :hidden]
         dx = dz @ w1.to(x.dtype)
         dw1 = (dz.t() @ x).to(w1.dtype)
-        db1, dgamma1, dbeta1, dbias = (v[:hidden] for v in (db1.sum(0), dgamma1, sums[10], sums[9]))
-        dtaps = sums[:9, :hidden].t()
+        db1, dgamma1, dbeta1 = (v[:hidden] for v in (db1.sum(0), dgamma1, sums[10]))
         return (
-            dx, dw1, db1, dgamma1, dbeta1, dtaps, dbias, dgamma2[:hidden], e2[:hidden], dw2[:, :hidden], db2,
+            dx, dw1, db1, dgamma1, dbeta1, sums[:10], dgamma2[:hidden], e2[:hidden], dw2[:, :hidden], db2,
             None, None, None, None, None,
         )  # fmt: skip
 
@@ -92,17 +91,16 @@ class _ResidualDepthwise(torch.autograd.Function):
     """Rows (M, C) -> (M, C)."""
 
     @staticmethod
-    def forward(ctx, x, taps, bias, height, width):
+    def forward(ctx, x, taps, height, width):
         ctx.save_for_backward(x, taps)
         ctx.size = height, width
-        return ops.depthwise(x, None, None, taps, bias, height, width, True, False)[0]
+        return ops.depthwise(x, None, None, taps, height, width, True, False)[0]
 
     @staticmethod
     def backward(ctx, dy):
         x, taps = ctx.saved_tensors
         dx, sums = ops.depthwise_grad(dy.contiguous(), None, x, None, None, taps, *ctx.size)
-        sums = sums.sum(0)
-        return dx, sums[:9].t(), sums[9], None, None
+        return dx, sums[:, :10].sum(0), None, None
 
 
 def _pad(w2: Tensor, s2: Tensor) -> Tensor:  # (C, h) -> (C, p)
@@ -136,13 +134,12 @@ def feed_forward(
     normalised with, or nothing where folding left an Identity.
     """
     rows, (height, width) = _rows(x), x.shape[2:]
-    taps = depthwise.weight.flatten(1)  # (h, 9)
-    assert depthwise.bias is not None
+    taps = _taps(depthwise, ops.padded(len(depthwise.weight)))
     with torch.autocast(x.device.type, enabled=False):
         if expand_norm.training:
             assert isinstance(depthwise_norm, nn.BatchNorm2d)
             y, mean1, var1, mean2, var2 = _FeedForward.apply(
-                rows, expand.weight, expand.bias, expand_norm.weight, expand_norm.bias, taps, depthwise.bias,
+                rows, expand.weight, expand.bias, expand_norm.weight, expand_norm.bias, taps,
                 depthwise_norm.weight, depthwise_norm.bias, project.weight, project.bias,
                 height, width, expand_norm.eps, depthwise_norm.eps, seed,
             )  # fmt: skip
@@ -150,16 +147,23 @@ def feed_forward(
             _track(depthwise_norm, mean2, var2)
         else:
             _, a, *_ = ops.expand(rows, expand.weight.to(rows.dtype), expand.bias, False)
-            s1, t1 = _evaluation(expand_norm, depthwise.bias)
-            z, *_ = ops.depthwise(a, s1, t1, taps, depthwise.bias, height, width, not seed, False)
-            s2, t2 = _evaluation(depthwise_norm, depthwise.bias)
+            s1, t1 = _evaluation(expand_norm, expand.bias)
+            z, *_ = ops.depthwise(a, s1, t1, taps, height, width, not seed, False)
+            s2, t2 = _evaluation(depthwise_norm, expand.bias)
             y = _project(z, s2, t2, project.weight, project.bias, (a, s1, t1) if seed else None)
     return _map(y, x)
 
 
 def residual_depthwise(x: Tensor, depthwise: nn.Conv2d) -> Tensor:
     """x plus its depth-wise 3x3 convolution, whose layer is given: (B, C, H, W) -> (B, C, H, W), channels-last."""
-    return _map(_ResidualDepthwise.apply(_rows(x), depthwise.weight.flatten(1), depthwise.bias, *x.shape[2:]), x)
+    return _map(_ResidualDepthwise.apply(_rows(x), _taps(depthwise, x.shape[1]), *x.shape[2:]), x)
+
+
+def _taps(depthwise: nn.Conv2d, pitch: int) -> Tensor:
+    """The nine taps and the bias, (10, pitch): what a thread reads of them lies side by side."""
+    assert depthwise.bias is not None
+    taps = torch.cat([depthwise.weight.flatten(1).t(), depthwise.bias[None]])
+    return taps if pitch == taps.shape[1] else F.pad(taps, (0, pitch - taps.shape[1]))
 
 
 def _rows(x: Tensor) -> Tensor:  # (B, C, H, W) -> (M, C) in autocast's dtype
