@@ -37,7 +37,6 @@ MAX_TILES, MIN_PROGRAMS = 16, 1024
 SUMS = 12  # that depthwise_grad takes: nine taps, bias, shift, scale
 # So that two or more programs fit a multiprocessor of sm_80 or sm_90.
 LAUNCH = {"num_warps": 8, "enable_fp_fusion": True}
-DEPTHWISE_LAUNCH = LAUNCH | {"maxnreg": 128}
 # A product whose left side is made in registers: with more warps, each row's would be made by two of them.
 PRODUCT_LAUNCH = LAUNCH | {"num_warps": 4}
 
@@ -63,8 +62,13 @@ def _grad_tiles(rows: int, pitch: int) -> int:
     return _tiles(rows, pitch) * (ROWS // GRAD_ROWS)
 
 
-def _channel_columns(channels: int) -> int:
-    return max(GEMM_COLUMNS, min(GEMM_CHANNELS, triton.next_power_of_2(channels)))
+def _depthwise_launch(z: Tensor) -> dict[str, int]:
+    return LAUNCH | {"maxnreg": 128} if z.itemsize == 2 else LAUNCH  # in fp32 that would spill too much
+
+
+def _channel_columns(channels: int, dtype: torch.dtype) -> int:
+    most = GEMM_CHANNELS if dtype.itemsize < 4 else GEMM_COLUMNS  # fp32 has no registers for more
+    return max(GEMM_COLUMNS, min(most, triton.next_power_of_2(channels)))
 
 
 def _precision(x: Tensor) -> str:
@@ -137,7 +141,7 @@ def depthwise(
     depthwise_kernel[(_cdiv(pitch, MAP_COLUMNS), _num_partials(rows, pitch))](
         a, scale, shift, weight, z, means, m2s, rows,
         HEIGHT=height, WIDTH=width, P=pitch, RESIDUAL=residual, PLAIN=scale is None, TRAINING=training,
-        ROWS=ROWS, COLUMNS=MAP_COLUMNS, TILES=_tiles(rows, pitch), **DEPTHWISE_LAUNCH,
+        ROWS=ROWS, COLUMNS=MAP_COLUMNS, TILES=_tiles(rows, pitch), **_depthwise_launch(z),
     )  # fmt: skip
     return z, means, m2s
 
@@ -158,7 +162,7 @@ def project(
     """(scale * gelu(z) + skip_scale * skip) @ weight.T + bias: (M, p), (p,), (C, p), (C,), (M, p), (p,) -> (M, C)."""
     out = _project_fake(z, scale, weight, bias, skip, skip_scale)
     (rows, pitch), channels = z.shape, weight.shape[0]
-    columns = _channel_columns(channels)
+    columns = _channel_columns(channels, z.dtype)
     project_kernel[(_cdiv(rows, ROWS) * _cdiv(channels, columns),)](
         z, scale, weight, bias, z if skip is None else skip, scale if skip_scale is None else skip_scale, out, rows,
         C=channels, P=pitch, SKIP=skip is not None, PRECISION=_precision(z),
@@ -179,7 +183,7 @@ def project_weight_grad(dy: Tensor, z: Tensor) -> Tensor:
     """dy.T @ gelu(z), in parts of the rows: (M, C), (M, p) -> (parts, C, p) fp32."""
     out = _project_weight_grad_fake(dy, z)
     (rows, channels), pitch, parts = dy.shape, z.shape[1], out.shape[0]
-    channel_rows = _channel_columns(channels)
+    channel_rows = _channel_columns(channels, z.dtype)
     grid = _cdiv(pitch, GEMM_COLUMNS), _cdiv(channels, channel_rows), parts
     project_weight_grad_kernel[grid](
         dy, z, out, rows, _cdiv(rows, parts),
@@ -192,7 +196,7 @@ def project_weight_grad(dy: Tensor, z: Tensor) -> Tensor:
 @project_weight_grad.register_fake
 def _project_weight_grad_fake(dy: Tensor, z: Tensor) -> Tensor:
     (rows, channels), pitch = dy.shape, z.shape[1]
-    tiles = _cdiv(channels, _channel_columns(channels)) * _cdiv(pitch, GEMM_COLUMNS)
+    tiles = _cdiv(channels, _channel_columns(channels, z.dtype)) * _cdiv(pitch, GEMM_COLUMNS)
     parts = max(1, min(MIN_PROGRAMS // tiles, rows // (ROWS * MAX_TILES)))
     return _like(z, parts, channels, pitch)
 
@@ -241,7 +245,7 @@ def depthwise_grad(
     depthwise_grad_kernel[(_cdiv(pitch, MAP_COLUMNS), sums.shape[0])](
         dz, dz if skip is None else skip, z, scale, shift, weight, dn, sums, rows,
         HEIGHT=height, WIDTH=width, P=pitch, SKIP=skip is not None, PLAIN=scale is None, SUMS=SUMS,
-        ROWS=GRAD_ROWS, COLUMNS=MAP_COLUMNS, TILES=tiles, **DEPTHWISE_LAUNCH,
+        ROWS=GRAD_ROWS, COLUMNS=MAP_COLUMNS, TILES=tiles, **_depthwise_launch(z),
     )  # fmt: skip
     return dn, sums
 
