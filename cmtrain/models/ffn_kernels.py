@@ -6,9 +6,8 @@ Programs of the same rows start one after another (the grid's first axis is colu
 from the device's memory once and from its L2 cache then: the counted bytes (traffic.py) take that for granted.
 
 Sums over rows are taken in fp32, always in the same order: no atomics, so equal inputs, equal bits. They are kept for
-each place of a tile, and taken over its rows once a program: over rows threads would have to exchange them, which costs
-more than everything else that these kernels do. An H100 issues some 10 instructions in the time in which it moves a
-byte, so instructions are counted, too (tests/cross_compile.py).
+each place of a tile, and taken over its rows once a program, because for that threads exchange them. An H100 issues
+some 10 instructions in the time in which it moves a byte, so instructions are counted, too (tests/cross_compile.py).
 """
 
 import triton
@@ -156,7 +155,7 @@ def depthwise_kernel(
         y, x = pixel // WIDTH, pixel % WIDTH
         at = row.to(tl.int64)[:, None] * P + column[None, :]
         inside = (row < rows)[:, None] & (column < P)[None, :]
-        # Read again for every tile: kept, they would cost a multiprocessor one of its two programs.
+        # Read again for every tile: kept, they would be spilled.
         bias = tl.load(weight + 9 * P + column, mask=column < P, other=0.0)
         total = tl.zeros([ROWS, COLUMNS], tl.float32) + bias[None, :]
         if not PLAIN:
