@@ -12,7 +12,6 @@ LOCK ?= $(if $(filter 12,$(CUDA)),requirements-cuda120.lock,$(if $(filter 11,$(C
 DALI110       := $(VENV)-dali110
 DALI110_NAMES := nvidia-dali-cuda110 dm-tree absl-py attrs wrapt
 SITE          := 'import sysconfig; print(sysconfig.get_path("purelib"))'
-DALI110_TESTS := plan dataset scan_cache augment graphs loader elastic eval_parity synthetic shards bad_files
 
 .PHONY: setup demo test test-dali110 test-nightly check bench dashboards image dist lock clean
 
@@ -37,7 +36,7 @@ DALI110_WARNS := -W "ignore:invalid escape sequence:DeprecationWarning" \
 	-W "ignore:distutils Version classes are deprecated:DeprecationWarning"
 test-dali110: $(DALI110)/.installed  ## the tests of the pipelines on DALI 1.34
 	$(DALI110)/bin/python -c 'import nvidia.dali as dali; print("DALI", dali.__version__); assert dali.__version__.startswith("1.34.")'
-	$(DALI110)/bin/python -m pytest -n 2 --dist loadfile -m "not slow" $(DALI110_WARNS) $(DALI110_TESTS:%=tests/test_%.py)
+	$(DALI110)/bin/python -m pytest -n 2 --dist loadfile -m "not slow" $(DALI110_WARNS) tests/pipelines
 
 $(DALI110)/.installed: $(VENV)/.installed requirements-cuda110.lock
 	rm -rf $(DALI110)

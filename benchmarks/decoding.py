@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
-from cmtrain.demo_data import demo_folder
-from pipelines.dataset import Manifest
+from pipelines.files.demo_images import demo_folder
+from pipelines.files.manifest import Manifest
 from pipelines.loader import train_loader
 from pipelines.plan import Plan
 from pipelines.spec import AugmentSpec

@@ -21,8 +21,8 @@ from pathlib import Path
 
 import torch
 
-from cmtrain.metrics import TrainMetrics
-from cmtrain.pages import MetricsPage
+from cmtrain.monitoring.metrics import TrainMetrics
+from cmtrain.monitoring.routes import MetricsPage
 from cmtrain.phases import Phases
 
 ROUNDS = 7

@@ -21,8 +21,8 @@ from torch import nn
 
 import cmtrain.models  # noqa: F401
 from cmtrain.models.blocks import FeedForward, FfnKernel, ResidualDepthwiseConv, attend
+from cmtrain.models.cost import count
 from cmtrain.models.fold import folded
-from cmtrain.traffic import count
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Without a GPU everything runs in fp32: a CPU's half precision takes seconds a step.

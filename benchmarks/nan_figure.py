@@ -2,7 +2,7 @@
 
     python benchmarks/nan_figure.py [--out FILE]       # on a CPU, a minute
 
-Three runs of cmt_micro on the demo's digits in fp16 (rounded as a GPU does it, by tests/half.py): SGD at a sane
+Three runs of cmt_micro on the demo's digits in fp16 (rounded as a GPU does it, by tests/helpers/half.py): SGD at a sane
 learning rate; at the seed's 1.6, without warm-up; and that without the guard.
 """
 
@@ -18,7 +18,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from cmtrain.charts import Mark, Series, line_chart
+from cmtrain.monitoring.report.charts import Mark, Series, line_chart
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = """\
@@ -89,7 +89,7 @@ def main() -> None:
 
 
 def _train(folder: Path, name: str, arguments: list[str]) -> Path:
-    command = [sys.executable, str(ROOT / "tests" / "half_train.py"), "--config", str(folder / "nan.yaml")]
+    command = [sys.executable, str(ROOT / "tests" / "helpers" / "half_train.py"), "--config", str(folder / "nan.yaml")]
     subprocess.run(
         [*command, "--run.dir", str(folder), "--run.name", name, *arguments],
         env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, check=True,

@@ -47,7 +47,7 @@ def calm(log: Path, port: int) -> list[float]:
 
 
 def storm(log: Path, port: int) -> list[float]:
-    hammer = [sys.executable, str(ROOT / "tests" / "hammer.py"), str(port), str(CLIENTS), str(SECONDS + 2)]
+    hammer = [sys.executable, str(ROOT / "tests" / "helpers" / "hammer.py"), str(port), str(CLIENTS), str(SECONDS + 2)]
     with contextlib.ExitStack() as stack:
         clients = stack.enter_context(subprocess.Popen(hammer, stdout=subprocess.DEVNULL))
         for _ in range(HALF_OPEN):

@@ -2,6 +2,6 @@
 
 import sys
 
-from cmtrain.cli import main
+from cmtrain.cli.main import main
 
 sys.exit(main())

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cmtrain.learner import Learner
-from cmtrain.window import samples_of
+from cmtrain.step.learner import Learner
+from cmtrain.step.measure import samples_of
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from cmtrain.run_record import RunRecord, is_event, parse_record, parse_rows, to_columns
+from cmtrain.storage.run_record import RunRecord, is_event, parse_record, parse_rows, to_columns
 
 WHOLE_BYTES = 128 * 1024  # up to here all of a file is read: about 400 log records
 MAX_PLACES = 512  # of a longer one, at which a line is read

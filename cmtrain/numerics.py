@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from cmtrain.guard import running_statistics
+from cmtrain.step.guard import running_statistics
 
 
 @torch.no_grad()

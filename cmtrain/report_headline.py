@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from cmtrain.axes import short
-from cmtrain.console import duration
-from cmtrain.run_record import RunRecord, is_number, last
-from cmtrain.run_times import Times
-from cmtrain.strict_yaml import emit
+from cmtrain.config.strict_yaml import emit
+from cmtrain.monitoring.console import duration
+from cmtrain.monitoring.report.axes import short
+from cmtrain.monitoring.report.figures import Times
+from cmtrain.storage.run_record import RunRecord, is_number, last
 
 
 def summary(record: RunRecord) -> str:

@@ -10,8 +10,8 @@ import os
 import shutil
 from pathlib import Path
 
-from cmtrain.checkpoint import DOOMED, TEMPORARY, checkpoint_path, checkpoint_steps, read_meta
-from cmtrain.state_file import CheckpointError
+from cmtrain.storage.checkpoint import DOOMED, TEMPORARY, checkpoint_path, checkpoint_steps, read_meta
+from cmtrain.storage.state_file import CheckpointError
 
 
 def drop_old(root: Path, keep: int) -> None:

@@ -15,7 +15,7 @@ from PIL import Image
 
 DOCS = Path(__file__).parent
 sys.path.insert(0, str(DOCS.parent / "tests"))
-from browser import Browser  # noqa: E402 - the tests' browser
+from helpers.browser import Browser  # noqa: E402 - the tests' browser
 
 WIDTH_PX = 1280
 MAX_BYTES = 120_000

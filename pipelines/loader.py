@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipelines import graphs
-from pipelines.bad_files import BadFiles
-from pipelines.dataset import BadFile, Manifest
+from pipelines.dali import graphs
+from pipelines.dali.stages import Stages, decode_stages, eval_stages, train_stages
+from pipelines.files.manifest import BadFile, Manifest
+from pipelines.files.shards import SliceReader
 from pipelines.plan import MicroBatch, Plan, augment_params
-from pipelines.shards import SliceReader
 from pipelines.spec import MAX_BAD_FRACTION, UNREADABLE, AugmentSpec, Batch, DataError, Decode, EvalSpec
-from pipelines.stages import Stages, decode_stages, eval_stages, train_stages
+from pipelines.stand_ins import BadFiles
 
 
 def train_loader(

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.policy import NUM_LAYER_DRAWS, Branch, LayerParams, layer_params, parse
+from pipelines.rand_augment import NUM_LAYER_DRAWS, Branch, LayerParams, layer_params, parse
 from pipelines.spec import AugmentSpec
 
 Ints = NDArray[np.int64]

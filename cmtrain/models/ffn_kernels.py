@@ -7,7 +7,8 @@ from the device's memory once and from its L2 cache then: the counted bytes (tra
 
 Sums over rows are taken in fp32, always in the same order: no atomics, so equal inputs, equal bits. They are kept for
 each place of a tile, and taken over its rows once a program, because for that threads exchange them. An H100 issues
-some 10 instructions in the time in which it moves a byte, so instructions are counted, too (tests/cross_compile.py).
+some 10 instructions in the time in which it moves a byte, so instructions are counted, too
+(tests/helpers/cross_compile.py).
 """
 
 import triton

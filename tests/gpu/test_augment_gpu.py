@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from helpers.photographs import squares
 from nvidia.dali import fn, pipeline_def, types
-from photographs import squares
 
-from pipelines import augment
-from pipelines.policy import op_params, parse
+from pipelines.dali import augment
+from pipelines.rand_augment import op_params, parse
 
 DEVICES = ("cpu", "gpu") if torch.cuda.is_available() else ("cpu", "cpu")
 pytestmark = [

@@ -7,11 +7,11 @@ import hashlib
 import numpy as np
 import pytest
 import torch
-from photographs import write_folder
+from helpers.images import write_awkward_files
+from helpers.photographs import write_folder
 from PIL import Image
-from test_loader import write_awkward_files
 
-from pipelines.dataset import Manifest
+from pipelines.files.manifest import Manifest
 from pipelines.loader import DaliLoader, eval_loader, train_loader
 from pipelines.plan import Plan
 from pipelines.spec import AugmentSpec, EvalSpec

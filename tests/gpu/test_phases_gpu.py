@@ -10,7 +10,7 @@ import torch
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
-from test_step_gpu import batches, make_learner
+from helpers.gpu import batches, make_learner
 
 from cmtrain.device import gpu_identity, memory_bytes
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from photographs import write_folder
-from test_bad_files import cut, empty, garble, shrink, vanish
+from helpers.images import cut, empty, garble, shrink, vanish
+from helpers.photographs import write_folder
 
-from pipelines.dataset import Manifest
+from pipelines.files.manifest import Manifest
 from pipelines.loader import DaliLoader, eval_loader, train_loader
 from pipelines.plan import Plan
 from pipelines.spec import AugmentSpec, EvalSpec

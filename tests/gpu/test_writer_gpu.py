@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from cmtrain.checkpoint import load_newest
-from cmtrain.writer import CheckpointWriter, HostCopy
+from cmtrain.storage.checkpoint import load_newest
+from cmtrain.storage.checkpoint_writer import CheckpointWriter, HostCopy
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

@@ -1,0 +1,337 @@
+"""The command line. Whatever needs torch is imported inside a verb, so that help and mistakes answer at once."""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from cmtrain import __version__
+from cmtrain.cli.arguments import count, did_you_mean, load, make_parser, parse, parse_alone, positive
+from cmtrain.cli.data_verbs import data
+from cmtrain.cli.model_verbs import evaluate_trained, export_trained
+from cmtrain.commands import sweep
+from cmtrain.config.describe import config_reference
+from cmtrain.config.schema import Config, config_schema, to_yaml
+from cmtrain.errors import EXIT_CONFIG, EXIT_DATA, EXIT_DONE, EXIT_INTERRUPTED, ConfigError
+from cmtrain.processes.launcher import run_ranks, visible_gpus
+from cmtrain.processes.rank import PARENT, hold_back, is_first_rank, is_started_by_launcher, run_as_rank
+from cmtrain.storage.run_folder import read_finished
+from cmtrain.training.schedule import split_batch
+from pipelines.spec import DataError
+
+BENCHMARKS = ("loader", "model", "latency", "guard", "train", "all")
+
+HELP = """\
+usage: cmtrain [train] --config FILE [options] [--SECTION.KEY VALUE ...]
+       cmtrain VERB [options] [--SECTION.KEY VALUE ...]
+
+Trains CMT vision models (arXiv 2107.06263) from JPEG files.
+
+verbs:
+  train          train a configuration; the verb may be left out
+  doctor         check this machine for a run: packages, driver, GPUs, decoding, ranks, data, disk
+  demo           train a small CMT on images from installed packages: no GPU and no download needed
+  sweep          train many configurations, such as the seed's tables, and compare with what was published
+  eval RUN       accuracy of a trained model and its EMA: other sizes, other images, by class, ImageNet-ReaL
+  export RUN     write a trained model for timm, ONNX or torch.export, compared with what it was
+  status RUN     print how a run stands: its step, speed, time left, and whether its process is there
+  watch RUN      the same, until the run ends
+  report RUN...  write what run folders tell as one HTML file; several runs are compared
+  bench          time the loader, the model and training, and name the bottleneck
+  repair-bn      recompute the BatchNorm statistics of a checkpoint in which they are not finite
+  data check     find the images that cannot be read; training leaves them out from then on
+  data pack      write an image folder as tar shards with an index: few large files instead of many small ones
+  data preview   draw augmented training images as a grid
+  data stats     count and measure the images of a configuration
+  config show    print the resolved configuration and where each value comes from
+  config schema  print the JSON schema of configuration files: every key, its unit, range and default; `config
+                 reference` prints the same for people
+
+main options (cmtrain VERB --help lists those of a verb):
+  --config FILE         configuration file, or one that ships with cmtrain, such as configs/full_in1k.yaml
+  --SECTION.KEY VALUE   override one value of it, e.g. --optim.lr 4e-3 or --augment.scale '[0.2, 1]'
+  --resume WHAT         auto (default): go on from the run folder's newest checkpoint, if there is one; never; force:
+                        also where the recipe has changed; or the path of a checkpoint or run folder
+  --max-steps N         stop after N optimizer steps
+  --nproc N             processes to train in, one per GPU (default: as many as there are GPUs; on a CPU 1)
+  --max-restarts N      start all of them again when one fails, at most N times (default: 0)
+  --dry-run             print the plan of the run and stop
+  --version             print the version and stop
+
+examples:
+  cmtrain demo
+  cmtrain --config configs/full_in1k.yaml --data.root /data/imagenet
+  cmtrain --config configs/full_in1k.yaml --optim.lr 4e-3 --run.name lr4e-3
+  accelerate launch --num_machines 2 ... -m cmtrain --config configs/full_in1k.yaml
+  cmtrain eval runs/full_in1k --resize-px 184,182
+  cmtrain export runs/full_in1k --format all --out cmt_ti
+  cmtrain sweep configs/seed --data.root /data/imagenet --rows 16-32
+  cmtrain data pack /data/imagenet /data/imagenet-256 --resize-shorter 256
+  cmtrain config show --config configs/paper/cmt_ti.yaml
+
+exit codes:
+  0    done
+  2    the configuration or the command line is wrong; nothing was started
+  3    data or environment unusable
+  4    training diverged
+  5    the expected accuracy was not reached (expect.enforce)
+  130  stopped by Ctrl-C
+  143  stopped by SIGTERM or SIGUSR2, after a checkpoint
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; `argv` without its name. Returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments:
+        sys.stderr.write(HELP)
+        return EXIT_CONFIG
+    if arguments[0] in ("-h", "--help"):
+        sys.stdout.write(HELP)
+        return EXIT_DONE
+    if arguments[0] == "--version":
+        sys.stdout.write(f"cmtrain {__version__}\n")
+        return EXIT_DONE
+    verb = "train" if arguments[0].startswith("-") else arguments.pop(0)
+    try:
+        if verb not in _VERBS:
+            hint = f" (verbs: {', '.join(_VERBS)}; a configuration file goes after --config)"
+            raise ConfigError(f"{verb}: unknown verb{did_you_mean(verb, list(_VERBS)) or hint}")
+        return _VERBS[verb](arguments)
+    except ConfigError as error:
+        hold_back()
+        sys.stderr.write(f"{error}\n")
+        return EXIT_CONFIG
+    except DataError as error:
+        sys.stderr.write(f"{error}\n")
+        return EXIT_DATA
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+
+
+def _train(arguments: list[str]) -> int:
+    parser = make_parser("train", "Train a configuration.")
+    parser.add_argument("--config", metavar="FILE", help="configuration file, or one that ships with cmtrain")
+    parser.add_argument("--resume", default="auto", metavar="WHAT", help="auto (default), never, force, or a path")
+    parser.add_argument("--max-steps", type=positive, metavar="N", help="stop after N optimizer steps")
+    parser.add_argument("--nproc", type=positive, metavar="N", help="processes to train in (default: one per GPU)")
+    parser.add_argument("--max-restarts", type=count, default=0, metavar="N", help="restarts after failures (0)")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan of the run and stop")
+    options, overrides = parse(parser, arguments)
+    config = load("train", options.config, overrides).config
+    if options.dry_run:
+        sys.stdout.write(describe_plan(config))
+        return EXIT_DONE
+    run_path = Path(config.run.dir) / str(config.run.name)
+    finished = read_finished(run_path, to_yaml(config), options.max_steps) if options.resume == "auto" else None
+    if finished:
+        if is_first_rank():
+            sys.stderr.write(f"{run_path}: finished before\n")
+            sys.stdout.write(json.dumps(finished["result"]) + "\n")
+        return int(finished["exit_code"])
+    if not is_started_by_launcher():
+        nproc = options.nproc or max(1, visible_gpus())
+        split_batch(config.train.global_batch_size, config.train.max_batch_per_gpu, nproc)
+        if nproc > 1 or options.max_restarts:
+            return run_ranks(sys.orig_argv, nproc, max_restarts=options.max_restarts, run_path=run_path)
+    elif PARENT not in os.environ and (options.nproc or options.max_restarts):
+        raise ConfigError("--nproc, --max-restarts: a launcher has started this process; give them to the launcher")
+
+    def work() -> int:
+        from cmtrain.training.train import train
+
+        return train(config, resume=options.resume, max_steps=options.max_steps)
+
+    return run_as_rank(work, run_path)
+
+
+def _demo(arguments: list[str]) -> int:
+    parser = make_parser("demo", "Train a small CMT on images from installed packages: no GPU and no download needed.")
+    parser.add_argument("--photos", action="store_true", help="12 colour photographs instead of handwritten digits")
+    options, overrides = parse(parser, arguments)
+    from cmtrain.commands.demo import demo
+
+    return demo(options.photos, overrides)
+
+
+def _bench(arguments: list[str]) -> int:
+    parser = make_parser("bench", "Time the loader, the model and training, and name the bottleneck.")
+    parser.add_argument("--config", default="configs/demo.yaml", metavar="FILE", help="default: configs/demo.yaml")
+    parser.add_argument("--what", choices=BENCHMARKS, default="all", help="default: all")
+    parser.add_argument("--steps", type=positive, default=20, metavar="N", help="steps to time of each (default: 20)")
+    parser.add_argument(
+        "--rounds", type=positive, default=5, metavar="N", help="turns of each side (default: 5; not with train, all)"
+    )
+    parser.add_argument("--packed", metavar="DIR", help="packed copy of the data to time, too (with --what loader)")
+    parser.add_argument(
+        "--beside",
+        default="resnet50,efficientnet_b0",
+        metavar="NAMES",
+        help="timm models to time, too (model, latency)",
+    )
+    parser.add_argument("--compare", metavar="FILE", help="JSON of an earlier run to compare rates with")
+    parser.add_argument("--fail-below", type=float, metavar="X", help="exit code 5 where a rate is below X times that")
+    parser.add_argument("--json", metavar="FILE", help="write the figures there, too")
+    options, overrides = parse(parser, arguments)
+    if options.fail_below is not None and not options.compare:
+        raise ConfigError("--fail-below: needs --compare FILE, the earlier run")
+    config = load("bench", options.config, overrides).config
+    from cmtrain.commands.bench.bench import bench
+
+    return bench(
+        options.what,
+        config,
+        steps=options.steps,
+        rounds=options.rounds,
+        packed=options.packed,
+        beside=[name for name in options.beside.split(",") if name],
+        compare=options.compare,
+        fail_below=options.fail_below,
+        json_path=options.json,
+    )
+
+
+def _doctor(arguments: list[str]) -> int:
+    parser = make_parser("doctor", "Check this machine for a run, and say what to do about what is wrong.")
+    parser.add_argument("--config", default="configs/demo.yaml", metavar="FILE", help="default: configs/demo.yaml")
+    parser.add_argument("--json", action="store_true", help="as one JSON object")
+    options, overrides = parse(parser, arguments)
+    config = load("doctor", options.config, overrides).config
+    from cmtrain.commands.doctor import doctor
+
+    return doctor(config, as_json=options.json)
+
+
+def _sweep(arguments: list[str]) -> int:
+    parser = make_parser("sweep", "Train many configurations, and print what was published and what was measured.")
+    parser.add_argument("files", nargs="*", metavar="FILE", help="configuration files, or folders such as configs/seed")
+    parser.add_argument("--rows", metavar="LIST", help="only these, counted from 1, such as 1,3-5")
+    parser.add_argument("--jobs", choices=("local", "slurm"), default="local", help="one after another here (default)")
+    parser.add_argument("--sbatch", default=sweep.SBATCH, metavar="FILE", help=f"job script (default: {sweep.SBATCH})")
+    parser.add_argument("--scale", choices=("demo",), help="a few steps of each row on demo data, on any machine")
+    parser.add_argument("--max-steps", type=positive, metavar="N", help="stop each row after N optimizer steps")
+    parser.add_argument("--dry-run", action="store_true", help="print the commands and stop")
+    parser.add_argument("--table", action="store_true", help="print the table and stop")
+    parser.add_argument("--csv", action="store_true", help="print the table as CSV (default: Markdown)")
+    options, overrides = parse(parser, arguments)
+    if not options.files:
+        raise ConfigError("cmtrain sweep: of which files? e.g. cmtrain sweep configs/seed --data.root /data/imagenet")
+    rows = sweep.read_rows(
+        options.files, overrides, select=options.rows, scale=options.scale, max_steps=options.max_steps
+    )
+    if options.dry_run:
+        sys.stdout.write(sweep.commands(rows, options.jobs, options.sbatch))
+        return EXIT_DONE
+    code = EXIT_DONE
+    if not options.table:
+        code = sweep.submit(rows, options.sbatch) if options.jobs == "slurm" else sweep.run_here(rows)
+    sys.stdout.write(sweep.table(rows, as_csv=options.csv))
+    return code
+
+
+def _status(arguments: list[str]) -> int:
+    parser = make_parser("status", "Print how a run stands.")
+    parser.add_argument("run", metavar="RUN", help="run folder, such as runs/demo, or the name of one below runs")
+    parser.add_argument("--json", action="store_true", help="as one JSON object")
+    options = parse_alone(parser, arguments)
+    from cmtrain.commands.status import print_status
+
+    return print_status(options.run, as_json=options.json)
+
+
+def _watch(arguments: list[str]) -> int:
+    parser = make_parser("watch", "Show how a run stands until it ends.")
+    parser.add_argument("run", metavar="RUN", help="run folder, such as runs/demo, or the name of one below runs")
+    options = parse_alone(parser, arguments)
+    from cmtrain.commands.status import watch
+
+    return watch(options.run)
+
+
+def _repair_bn(arguments: list[str]) -> int:
+    parser = make_parser(
+        "repair-bn", "Recompute the BatchNorm statistics of a checkpoint in which they are not finite."
+    )
+    parser.add_argument("--config", metavar="FILE", help="the configuration that the checkpoint was made with")
+    parser.add_argument("--checkpoint", metavar="PATH", help="checkpoint or run folder; not changed")
+    parser.add_argument("--out", metavar="DIR", help="folder to write to (default: `repaired` in the run folder)")
+    parser.add_argument("--batches", type=positive, default=200, metavar="N", help="to average over (default: 200)")
+    options, overrides = parse(parser, arguments)
+    config = load("repair-bn", options.config, overrides).config
+    if options.checkpoint is None:
+        raise ConfigError("cmtrain repair-bn: --checkpoint is missing, e.g. --checkpoint runs/full_in1k")
+    from cmtrain.commands.repair_bn import repair_bn
+
+    return repair_bn(config, checkpoint=options.checkpoint, out=options.out, batches=options.batches)
+
+
+def _report(arguments: list[str]) -> int:
+    parser = make_parser("report", "Write what run folders tell as one HTML file; several runs are compared.")
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="run folder, such as runs/demo")
+    parser.add_argument("--out", metavar="FILE", help="default: RUN/report.html, or report.html for several runs")
+    options = parse_alone(parser, arguments)
+    if not options.runs:
+        raise ConfigError("cmtrain report: of which run? e.g. cmtrain report runs/demo")
+    from cmtrain.monitoring.report.page import report
+
+    return report(options.runs, options.out)
+
+
+def _config(arguments: list[str]) -> int:
+    what = arguments.pop(0) if arguments else ""
+    if what == "schema" and not arguments:
+        sys.stdout.write(json.dumps(config_schema(), indent=2) + "\n")
+        return EXIT_DONE
+    if what == "reference" and not arguments:
+        sys.stdout.write(config_reference())
+        return EXIT_DONE
+    if what != "show":
+        raise ConfigError("cmtrain config: must be `config show --config FILE`, `config schema` or `config reference`")
+    parser = make_parser("config show", "Print the resolved configuration and where each value comes from.")
+    parser.add_argument("--config", metavar="FILE", help="configuration file, or one that ships with cmtrain")
+    options, overrides = parse(parser, arguments)
+    resolved = load("config show", options.config, overrides)
+    sys.stdout.write(to_yaml(resolved.config, resolved.origins))
+    return EXIT_DONE
+
+
+_VERBS: dict[str, Callable[[list[str]], int]] = {
+    "train": _train,
+    "doctor": _doctor,
+    "demo": _demo,
+    "sweep": _sweep,
+    "eval": evaluate_trained,
+    "export": export_trained,
+    "status": _status,
+    "watch": _watch,
+    "report": _report,
+    "bench": _bench,
+    "repair-bn": _repair_bn,
+    "data": data,
+    "config": _config,
+}
+
+
+def describe_plan(config: Config) -> str:
+    """What is known of a run before its data is: the arithmetic of the batch and of the learning rate."""
+    size, schedule = config.train.global_batch_size, config.schedule
+    lines = [
+        f"run      {config.run.dir}/{config.run.name}",
+        f"model    {config.model.name} ({config.model.variant}), {config.data.image_px} px, from {config.data.root}",
+        f"epochs   {schedule.epochs}, warm-up {schedule.warmup_epochs:g}, cool-down {schedule.cooldown_epochs}",
+        f"lr       {schedule.warmup_lr:g} -> {config.optim.lr:g} -> {schedule.min_lr:g} ({config.optim.opt})",
+        f"steps    training images // {size} in an epoch",
+    ]
+    # A launcher says how many processes there are; without one, show what would happen on one node.
+    launched = os.environ.get("WORLD_SIZE")
+    for world_size in [int(launched)] if launched else [1, 2, 4, 8]:
+        try:
+            micro_batch_size, accumulation = split_batch(size, config.train.max_batch_per_gpu, world_size)
+            split = f"{world_size} x {accumulation} x {micro_batch_size}"
+            lines.append(f"batch    {size} = {split} (processes x accumulation x images)")
+        except ConfigError as error:
+            if launched:
+                raise
+            lines.append(f"batch    {error}")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,1 @@
+"""Run every verb but train, one file per verb."""

@@ -1,0 +1,1 @@
+"""Measure how fast loader, model and guard are, and what limits them."""

@@ -1,0 +1,171 @@
+"""`cmtrain data preview` and `cmtrain data stats`: what a configuration makes of its images, before it is trained."""
+
+import io
+import json
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from cmtrain.config.schema import Config
+from cmtrain.step.mixing import MixSpec, mix
+from cmtrain.training import build
+from pipelines.files.manifest import Manifest
+from pipelines.preview import contact_sheet
+from pipelines.progress import tracked
+from pipelines.spec import DataError
+
+_PERCENTILES = (0, 5, 50, 95, 100)
+_SAMPLED_IMAGES = 1000  # decoded for mean, std and failures, evenly spread over the split
+
+
+def preview(config: Config, *, out: str, rows: int = 8, columns: int = 8, epoch: int = 0) -> int:
+    """Write a PNG of augmented training images: a row is one image, its columns are successive epochs.
+
+    The images are spread evenly over the training split. They are augmented as in training, with draws of their own.
+    Where the recipe mixes or erases, `<out>-mixed.png` shows the same images after that.
+
+    Args:
+        out: the PNG to write.
+        rows, columns: images and epochs shown.
+        epoch: the first one.
+
+    Returns:
+        The process exit code, 0.
+
+    Raises:
+        ConfigError, DataError: as training would; DataError also where `out` cannot be written.
+    """
+    accelerator = build.make_accelerator("auto")
+    data = build.open_data(config, accelerator)
+    chosen = np.unique(np.linspace(0, len(data.train) - 1, rows).astype(np.int64))
+    shown = data.train.select(chosen)
+    schedule = build.plan_steps(config, len(data.train), accelerator.num_processes)
+    schedule = replace(schedule, global_batch_size=len(chosen), micro_batch_size=len(chosen))
+    once = config.model_copy(update={"augment": config.augment.model_copy(update={"repeats": 1})})
+    threads = build.split_threads(config, accelerator)
+    loader = build.make_train_loader(once, shown, schedule, accelerator, threads)
+    spec = MixSpec(num_classes=len(data.train.class_names), **config.mixing.model_dump())
+
+    plain, mixed = [], []
+    for number in range(epoch, epoch + columns):
+        (batch,) = loader.epoch(number)
+        by_row = torch.argsort(batch.indices)
+        plain.append(batch.images[by_row])
+        mixed.append(mix(batch.images, batch.labels, spec, (config.run.seed, number))[0][by_row])
+    loader.close()
+
+    path = Path(out)
+    _write_grid(plain, config, path)
+    if config.mixing.mixup or config.mixing.cutmix or config.mixing.reprob:
+        _write_grid(mixed, config, path.with_name(f"{path.stem}-mixed.png"))
+    return 0
+
+
+def stats(config: Config) -> int:
+    """Count and measure both splits: a table on stderr, one JSON line on stdout.
+
+    `mean` and `std` are what data.mean and data.std should be: of all pixels, every image weighing the same. They and
+    `undecodable` are of at most 1,000 images.
+
+    Returns:
+        The process exit code, 0.
+
+    Raises:
+        ConfigError, DataError: as training would.
+    """
+    data = build.open_data(config, build.make_accelerator("auto"))
+    report = {name: _split_stats(manifest, config) for name, manifest in (("train", data.train), ("val", data.val))}
+    table = Table("", *report)
+    for key in report["train"]:
+        table.add_row(key, *(_text(figures[key]) for figures in report.values()))
+    Console(stderr=True).print(table)
+    print(json.dumps(report), flush=True)  # noqa: T201
+    return 0
+
+
+def _split_stats(manifest: Manifest, config: Config) -> dict[str, Any]:
+    per_class = np.bincount(manifest.labels, minlength=len(manifest.class_names))
+    shorter = np.minimum(manifest.heights, manifest.widths)
+    return {
+        "images": len(manifest),
+        "left_out": len(manifest.bad),
+        "classes": len(manifest.class_names),
+        "images_per_class": _percentiles(per_class, (0, 50, 100)),
+        "height_px": _percentiles(manifest.heights, _PERCENTILES),
+        "width_px": _percentiles(manifest.widths, _PERCENTILES),
+        "smaller_than_crop": float((shorter < config.data.image_px).mean()),
+        "bytes": _size_bytes(manifest),
+        **_pixel_stats(manifest),
+    }
+
+
+def _percentiles(values: NDArray[Any], percents: tuple[int, ...]) -> dict[str, float]:
+    names = {0: "min", 50: "median", 100: "max"}
+    found = np.percentile(values, percents).tolist()
+    return {names.get(percent, f"p{percent}"): value for percent, value in zip(percents, found, strict=True)}
+
+
+def _size_bytes(manifest: Manifest) -> int:
+    if manifest.packed is not None:
+        return int(manifest.packed.size_bytes.sum())
+    return sum(os.path.getsize(manifest.file(index)) for index in range(len(manifest)))
+
+
+def _pixel_stats(manifest: Manifest) -> dict[str, Any]:
+    chosen = np.unique(np.linspace(0, len(manifest) - 1, _SAMPLED_IMAGES).astype(np.int64)).tolist()
+    with ThreadPoolExecutor() as pool:
+        found = list(
+            tracked(
+                pool.map(lambda index: _moments(manifest, index), chosen), f"{manifest.root}: decoding", len(chosen)
+            )
+        )
+    moments = np.array([moment for moment in found if not isinstance(moment, str)]).reshape(-1, 2, 3)
+    failures = [f"{manifest.file(i)}: {why}" for i, why in zip(chosen, found, strict=True) if isinstance(why, str)]
+    for failure in failures:
+        sys.stderr.write(f"cannot be decoded: {failure}\n")
+    mean, square = moments.mean(axis=0) if len(moments) else np.full((2, 3), np.nan)
+    return {
+        "mean": np.round(mean, 4).tolist(),
+        "std": np.round(np.sqrt(square - mean**2), 4).tolist(),
+        "decoded": len(chosen),
+        "undecodable": len(failures),
+    }
+
+
+def _moments(manifest: Manifest, index: int) -> NDArray[np.float64] | str:
+    """(2, 3): mean and mean square of R, G and B in 0..1, or why there are none."""
+    try:
+        encoded = io.BytesIO(manifest.packed.read(index)) if manifest.packed is not None else manifest.file(index)
+        with Image.open(encoded) as image:
+            pixels = np.asarray(image.convert("RGB"), np.float64).reshape(-1, 3) / 255  # (H, W, 3) -> (H * W, 3)
+    except Exception as error:  # Pillow's decoders raise almost anything on hostile bytes
+        return f"{type(error).__name__}: {error}"
+    return np.stack([pixels.mean(axis=0), (pixels**2).mean(axis=0)])
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, dict):
+        return "  ".join(f"{name} {_text(number)}" for name, number in value.items())
+    if isinstance(value, list):
+        return " ".join(f"{number:.4f}" for number in value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
+
+
+def _write_grid(epochs: list[torch.Tensor], config: Config, path: Path) -> None:
+    """`epochs`: (rows, 3, H, W) each; a column of the grid each."""
+    images = torch.stack(epochs, dim=1).flatten(0, 1)  # (rows, columns, 3, H, W) -> (rows * columns, 3, H, W)
+    try:
+        contact_sheet(images, config.data.mean, config.data.std, path, max_images=len(images), columns=len(epochs))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written: {error.strerror or error}") from error
+    sys.stderr.write(f"{path}\n")

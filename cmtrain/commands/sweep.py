@@ -1,0 +1,266 @@
+"""`cmtrain sweep`: many configurations, one after another or as SLURM jobs, and a table of what came out.
+
+A row is a configuration file; its run is the one that `cmtrain --config FILE` would make. So a sweep can be killed and
+given again, row by row or whole: what has finished is not done again, and what was interrupted is resumed.
+"""
+
+import csv
+import io
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from cmtrain.cli.arguments import Overrides
+from cmtrain.config.load import find_configs, load_config
+from cmtrain.config.recipe import recipe
+from cmtrain.config.schema import Config
+from cmtrain.config.strict_yaml import emit
+from cmtrain.errors import (
+    EXIT_CONFIG,
+    EXIT_DATA,
+    EXIT_DIVERGED,
+    EXIT_DONE,
+    EXIT_INTERRUPTED,
+    EXIT_PREEMPTED,
+    ConfigError,
+)
+from cmtrain.storage.run_folder import read_status
+from pipelines.spec import DataError
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+SBATCH = "docker/slurm/train.sbatch"
+
+# The whole recipe in a minute and anywhere: small photographs, small batches, a few steps.
+DEMO_SCALE = [
+    ("run.dir", "runs/sweep-demo"),
+    ("data.root", "demo:photos"),
+    ("data.fraction", "1.0"),
+    ("data.image_px", "32"),
+    ("data.eval_resize_px", "36"),
+    ("train.global_batch_size", "16"),
+    ("train.max_batch_per_gpu", "16"),
+    ("train.log_every_steps", "1"),
+]
+DEMO_STEPS = 3
+
+
+@dataclass(frozen=True)
+class Row:
+    """One configuration of a sweep. `changes`: what its own file sets, in words; `command`: cmtrain's arguments."""
+
+    number: int
+    config: Config
+    changes: str
+    command: tuple[str, ...]
+
+    @property
+    def run_path(self) -> Path:
+        return Path(self.config.run.dir) / str(self.config.run.name)
+
+
+def read_rows(
+    files: Sequence[str], overrides: Overrides, *, select: str | None, scale: str | None, max_steps: int | None
+) -> list[Row]:
+    """The rows of configuration files and folders of them, numbered from 1 in the order given.
+
+    Args:
+        select: numbers to keep, such as "1,3-5"; None keeps all.
+        scale: "demo" for DEMO_SCALE.
+
+    Raises:
+        ConfigError: all mistakes of all rows, or two rows with one run folder.
+    """
+    paths = [path for file in files for path in find_configs(file)]
+    numbers = _numbers(select, len(paths)) if select else range(1, len(paths) + 1)
+    overrides = [*(DEMO_SCALE if scale == "demo" else []), *overrides]
+    max_steps = max_steps or (DEMO_STEPS if scale == "demo" else None)
+    rows, mistakes, seen = [], [], dict[Path, Path]()
+    for number in numbers:
+        path = paths[number - 1]
+        try:
+            resolved = load_config(path, overrides)
+        except ConfigError as error:
+            mistakes.append(str(error))
+            continue
+        command = ["--config", str(path), *(f"--{key}={value}" for key, value in overrides)]
+        command += ["--max-steps", str(max_steps)] if max_steps else []
+        row = Row(number, resolved.config, _changes(path, resolved.config, resolved.origins), tuple(command))
+        if row.run_path in seen:
+            raise ConfigError(
+                f"{path}: has the run folder {row.run_path}, as {seen[row.run_path]} has; sweep them apart"
+            )
+        seen[row.run_path] = path
+        rows.append(row)
+    if mistakes:
+        raise ConfigError("\n".join(dict.fromkeys("\n".join(mistakes).splitlines())))
+    return rows
+
+
+def run_here(rows: Sequence[Row]) -> int:
+    """Train the rows one after another. Returns the exit code: 0, or that of the first row that failed.
+
+    Training that diverges where `expect.diverges` says so has not failed. A row that diverges, misses its accuracy or
+    crashes does not keep the next ones from being trained; missing data, a mistake and a stop request end the sweep.
+    """
+    failed = EXIT_DONE
+    with _stop_signals() as stops:
+        for row in rows:
+            _say(f"row {row.number}: {row.run_path} ({row.changes})")
+            code = stops.call([sys.executable, "-m", "cmtrain", *row.command])
+            if stops.received or code in (EXIT_CONFIG, EXIT_DATA, EXIT_INTERRUPTED, EXIT_PREEMPTED):
+                return code
+            if code and not (code == EXIT_DIVERGED and row.config.expect.diverges):
+                _say(f"row {row.number}: exit code {code}")
+                failed = failed or code
+    return failed
+
+
+def submit(rows: Sequence[Row], script: str) -> int:
+    """Give every row that is neither finished nor queued to SLURM as a job of its own. Returns the exit code.
+
+    Raises:
+        DataError: there is no SLURM here, no such script, or SLURM refuses a job.
+    """
+    if not Path(script).is_file():
+        raise DataError(
+            f"{script}: no such file; give the job script with --sbatch FILE, such as {SBATCH} of the sources"
+        )
+    for row in rows:
+        name = f"cmtrain-{row.config.run.name}"
+        if (read_status(row.run_path) or {}).get("state") == "finished":
+            _say(f"row {row.number}: {row.run_path} is finished")
+        elif queued := _ask(["squeue", "--me", "--noheader", "--format=%i", f"--name={name}"]):
+            _say(f"row {row.number}: job {queued.split()[0]} is queued or runs")
+        else:
+            _say(f"row {row.number}: {_ask(_sbatch(row, script))}")
+    return EXIT_DONE
+
+
+def commands(rows: Sequence[Row], jobs: str, script: str) -> str:
+    """What `run_here` or `submit` would call, one line a row."""
+    calls = [_sbatch(row, script) if jobs == "slurm" else ["cmtrain", *row.command] for row in rows]
+    return "".join(f"{shlex.join(call)}\n" for call in calls)
+
+
+COLUMNS = ("row", "run", "differs in", "published", "measured", "difference", "state", "source")
+
+
+def table(rows: Sequence[Row], *, as_csv: bool = False) -> str:
+    """Published and measured top-1 of every row, in percent, as Markdown or CSV."""
+    lines = [_cells(row) for row in rows]
+    if as_csv:
+        text = io.StringIO(newline="")
+        csv.writer(text, lineterminator="\n").writerows([COLUMNS, *lines])
+        return text.getvalue()
+    rule = ["---:" if name in ("row", "published", "measured", "difference") else "---" for name in COLUMNS]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in [COLUMNS, rule, *lines])
+
+
+def _cells(row: Row) -> list[str]:
+    expect, status = row.config.expect, read_status(row.run_path) or {}
+    state = _state(row, status)
+    top1 = (status.get("result") or {}).get("top1") if state == "finished" else None
+    published = "diverged" if expect.diverges else "" if expect.top1 is None else f"{100 * expect.top1:.2f}"
+    measured = "" if top1 is None else f"{100 * top1:.2f}"
+    difference = "" if top1 is None or expect.top1 is None else f"{100 * (top1 - expect.top1):+.2f}"
+    name = str(row.config.run.name)
+    return [str(row.number), name, row.changes, published, measured, difference, state, expect.source or ""]
+
+
+def _state(row: Row, status: dict[str, Any]) -> str:
+    if not status:
+        return "not started"
+    state, step, total = str(status.get("state")), status.get("step") or 0, status.get("total_steps")
+    try:
+        other = load_config(row.run_path / "config.yaml").config
+        if recipe(other.model_dump(mode="json")) != recipe(row.config.model_dump(mode="json")):
+            return f"{state}, of another recipe"
+    except ConfigError:
+        return f"{state}, of an unknown recipe"
+    return state if not total or step == total else f"{state}, step {step:,} of {total:,}"
+
+
+def _changes(path: Path, config: Config, origins: Mapping[str, str]) -> str:
+    """What the row's own file sets, apart from what names it: `attention_bias relative, lr 1.6`."""
+    words = []
+    for key, origin in origins.items():
+        section, name = key.split(".")
+        if origin.rpartition(":")[0] == str(path) and section not in ("run", "expect"):
+            words.append(f"{name} {emit(getattr(getattr(config, section), name))}")
+    return ", ".join(words) or "as its base"
+
+
+def _numbers(select: str, last: int) -> list[int]:
+    """ "1,3-5" -> [1, 3, 4, 5]."""
+    chosen: set[int] = set()
+    for part in select.split(","):
+        if not (found := re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", part)):
+            raise ConfigError(f"--rows: must be numbers and ranges of them, such as 1,3-5, got {select}")
+        numbers = range(int(found[1]), int(found[2] or found[1]) + 1)
+        if not numbers or numbers[0] < 1 or numbers[-1] > last:
+            raise ConfigError(f"--rows: {part}: there are rows 1 to {last}")
+        chosen.update(numbers)
+    return sorted(chosen)
+
+
+class _Stops:
+    """Passes stop signals on to the command that is running."""
+
+    def __init__(self) -> None:
+        self.received = 0
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def receive(self, number: int, _: FrameType | None) -> None:
+        self.received = number
+        self._pass_on()
+
+    def call(self, command: Sequence[str]) -> int:
+        """Run a command and return its exit code; run none after a stop signal."""
+        if self.received:
+            return EXIT_INTERRUPTED if self.received == signal.SIGINT else EXIT_PREEMPTED
+        self.process = subprocess.Popen(command)  # noqa: S603 - our own program
+        self._pass_on()  # what came before there was a process
+        code = self.process.wait()
+        return 128 - code if code < 0 else code
+
+    def _pass_on(self) -> None:
+        if self.received and self.process is not None:
+            self.process.send_signal(self.received)
+
+
+@contextmanager
+def _stop_signals() -> Iterator[_Stops]:
+    stops = _Stops()
+    previous = {number: signal.signal(number, stops.receive) for number in STOP_SIGNALS}
+    try:
+        yield stops
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _sbatch(row: Row, script: str) -> list[str]:
+    return ["sbatch", "--parsable", f"--job-name=cmtrain-{row.config.run.name}", script, *row.command]
+
+
+def _ask(command: Sequence[str]) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603 - no shell reads it
+    except FileNotFoundError as error:
+        raise DataError(f"{command[0]}: not found; --jobs slurm needs SLURM's commands on this machine") from error
+    except subprocess.CalledProcessError as error:
+        raise DataError(f"{shlex.join(command)}: {error.stderr.strip() or f'exit code {error.returncode}'}") from error
+    return done.stdout.strip()
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()

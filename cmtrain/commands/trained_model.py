@@ -1,0 +1,84 @@
+"""A run or checkpoint that something is done with after training: what it was trained with, and its weights."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from cmtrain.cli.arguments import Overrides
+from cmtrain.config.load import load_config
+from cmtrain.config.schema import Config
+from cmtrain.storage.checkpoint import Loaded
+from cmtrain.storage.run_folder import CLASSES_NAME
+from cmtrain.storage.state_file import CheckpointError
+from cmtrain.storage.weights import Weights, check_finite, state_of
+from cmtrain.training.resume import find_checkpoint
+from pipelines.spec import DataError
+
+RUNS = Path("runs")
+KINDS = ("model", "ema")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """`run`: its run folder. `config`: with which it was trained, but for overrides. `checkpoint`: what it learned.
+
+    `class_names`: of all outputs; () where the run folder does not tell.
+    """
+
+    run: Path
+    config: Config
+    checkpoint: Loaded
+    class_names: tuple[str, ...]
+
+    @property
+    def step(self) -> int:
+        return int(self.checkpoint.state["progress"]["step"])
+
+    @property
+    def kinds(self) -> list[str]:
+        """The weights that there are: `model`, and `ema` if the run had one."""
+        return [kind for kind in KINDS if kind in self.checkpoint.state]
+
+    def weights(self, kind: str) -> Weights:
+        """Those of `kind`. Raises DataError: there are none, or they are not finite."""
+        weights = Weights(self.checkpoint.path, kind, state_of(self.checkpoint.state, kind, self.checkpoint.path))
+        check_finite(weights)
+        return weights
+
+
+def open_trained(place: str, overrides: Overrides) -> Trained:
+    """What lies at `place`: a run folder, the name of one below runs/, or a checkpoint folder in a run folder.
+
+    Raises:
+        ConfigError: wrong overrides. DataError: no run or no usable checkpoint there.
+    """
+    path = Path(place)
+    if not _run_of(path) and _run_of(RUNS / place):
+        path = RUNS / place
+    run = _run_of(path)
+    if run is None:
+        raise DataError(f"{place}: no run and no checkpoint of one: there is no config.yaml of a run beside it")
+    config = load_config(run / "config.yaml", overrides).config
+    try:
+        loaded = find_checkpoint(path)
+        loaded.state["progress"]["step"]
+    except (CheckpointError, OSError) as error:
+        raise DataError(str(error)) from error
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{loaded.path}: no checkpoint of a run") from error
+    return Trained(run, config, loaded, _class_names(run))
+
+
+def _run_of(path: Path) -> Path | None:
+    """The run folder that `path` is, or that `path` is a checkpoint of: RUN/checkpoints/step-... or RUN/repaired/..."""
+    for folder in (path, path.absolute().parent.parent) if path.name.startswith("step-") else (path,):
+        if (folder / "config.yaml").is_file() and (folder / "checkpoints").is_dir():
+            return folder
+    return None
+
+
+def _class_names(run: Path) -> tuple[str, ...]:
+    try:
+        return tuple(map(str, json.loads((run / CLASSES_NAME).read_text())["classes"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return ()  # a run that was not evaluated has none

@@ -1,0 +1,1 @@
+"""Read the configuration: every key, its limits, and every mistake with its line."""

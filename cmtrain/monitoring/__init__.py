@@ -1,0 +1,1 @@
+"""Show a run: metrics, HTTP server, live page, console and trackers."""

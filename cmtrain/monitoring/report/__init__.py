@@ -1,0 +1,1 @@
+"""Draw a run folder as one HTML file."""

@@ -1,0 +1,286 @@
+"""Line charts, event lanes and heat maps as inline SVG.
+
+Written here because a report of a run is a file to keep and to mail: its charts take 10 to 100 kB. plotly, which would
+draw them, too, puts 4.6 MB of JavaScript into every file.
+
+A chart has no width: lines live in a nested <svg> that is stretched to whatever room there is, with strokes that do not
+stretch, and text and marks are placed in per cent of it. So the same chart is sharp, with text of the same size, on a
+desk and on a phone. Colours are CSS classes; the page says what they are by day and by night.
+
+Elements are built by ElementTree, which escapes whatever it is given.
+"""
+
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from xml.etree.ElementTree import Element, SubElement, tostring
+
+import numpy as np
+
+from cmtrain.monitoring.report.axes import Axis, Scale, linear_axis, make_axis, short
+
+PLOT_UNITS = 1000  # width of the nested <svg>, in its own units
+MAX_COLUMNS = 600  # of a thinned line: about the pixels of half a page
+MEDIAN_COLUMNS = 200
+LABEL_PITCH_PX = 12
+HEAT_LEVELS = 8
+MAX_LANE_COLUMNS = 150
+
+
+@dataclass(frozen=True)
+class Series:
+    """A line. `color`: 0..7. `dots`: mark every point, for few of them. `label`: written at its end."""
+
+    name: str
+    x: np.ndarray
+    y: np.ndarray
+    color: int = 0
+    dashed: bool = False
+    dots: bool = False
+    label: str = ""
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Something that happened at `x`. `kind` picks its glyph and colour, `text` is shown when it is pointed at."""
+
+    x: float
+    kind: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Chart:
+    """`key`: its id on the page. `legend`: (name, CSS class, last value) of each line."""
+
+    key: str
+    title: str
+    svg: str
+    legend: list[tuple[str, str, str]]
+
+
+def line_chart(
+    title: str,
+    series: Sequence[Series],
+    *,
+    key: str,
+    x_high: float,
+    scale: Scale = "linear",
+    percent: bool = False,
+    zero: bool = False,
+    level: tuple[float, str] | None = None,
+    marks: Iterable[Mark] = (),
+    height_px: int = 150,
+) -> Chart:
+    """Lines over steps 0..x_high.
+
+    Args:
+        key: an id that no other chart of the page has.
+        scale: of y; auto is log where the largest value is far above the usual one.
+        percent: show values 0..1 as 0..100 %.
+        zero: y begins at 0.
+        level: a value to compare with, and what it is called.
+        marks: drawn as hairlines over the height of the plot.
+    """
+    x_axis = linear_axis(0, x_high, 6, exact=True)
+    values = [line.y for line in series] + ([np.array([level[0]])] if level else [])
+    y_axis = make_axis(np.concatenate(values) if values else np.empty(0), scale, percent=percent, zero=zero)
+    svg = Element("svg", {"class": "plot", "role": "img", "height": str(height_px + 22), "id": key})
+    svg.set("aria-labelledby", f"{key}-title")
+    svg.set("aria-describedby", f"{key}-desc")
+    # What the page's few lines of script need to read values off the lines.
+    svg.set("data-axes", f"{x_high:g} {y_axis.low:.17g} {y_axis.high:.17g} {height_px} {y_axis.log:d} {percent:d}")
+    _add(svg, "desc", describe(series, percent), id=f"{key}-desc")
+    _draw_axes(svg, x_axis, y_axis, height_px)
+    if level:
+        y = _px(height_px * (1 - float(y_axis.place(level[0]))))
+        _add(svg, "line", x1="0", x2="100%", y1=y, y2=y, cls="level")
+    for mark in marks:
+        x = _percent(float(x_axis.place(mark.x)))
+        hairline = _add(svg, "line", x1=x, x2=x, y1="0", y2=str(height_px), cls=f"mark {mark.kind}")
+        _add(hairline, "title", mark.text)
+    stretched = _add(svg, "svg", viewBox=f"0 0 {PLOT_UNITS} {height_px}", preserveAspectRatio="none")
+    stretched.attrib |= {"width": "100%", "height": str(height_px)}
+    for line in series:
+        _draw_line(stretched, line, x_axis, y_axis, height_px)
+    if level:
+        # Below where the lines end above it, so that they do not cross it.
+        ends_above = any(line.y[np.isfinite(line.y)][-1:].max(initial=-math.inf) >= level[0] for line in series)
+        _add(svg, "text", level[1], x="100%", dx="-4", y=y, dy="13" if ends_above else "-5", cls="level")
+    _end_labels(svg, series, x_axis, y_axis, height_px)
+    legend = [(line.name, f"c{line.color}" + " dashed" * line.dashed, _last(line, percent)) for line in series]
+    return Chart(key, title, tostring(svg, encoding="unicode"), legend)
+
+
+def lane(marks: Sequence[Mark], x_high: float) -> str:
+    """Marks as glyphs along 0..x_high; those that would cover each other are drawn once, with their number."""
+    svg = Element("svg", {"class": "lane", "height": "18", "aria-hidden": "true"})
+    _add(svg, "line", x1="0", x2="100%", y1="9", y2="9", cls="grid")
+
+    def column(mark: Mark) -> tuple[int, str]:
+        return round(mark.x / x_high * MAX_LANE_COLUMNS), mark.kind
+
+    for _, group in itertools.groupby(sorted(marks, key=column), key=column):
+        first, *others = group
+        text = first.text + (f" (and {len(others):,} more)" if others else "")
+        use = _add(svg, "use", href=f"#glyph-{first.kind}", x=_percent(first.x / x_high), y="9")
+        _add(use, "title", text)
+    return tostring(svg, encoding="unicode")
+
+
+def heat_map(matrix: np.ndarray, *, key: str, description: str) -> str:
+    """A square matrix of counts, each row as shares of its sum. One path for each of a few shades, not one a cell."""
+    size = len(matrix)
+    svg = Element("svg", {"class": "heat", "role": "img", "viewBox": f"0 0 {size} {size}", "id": key})
+    svg.set("aria-labelledby", f"{key}-title")
+    svg.set("aria-describedby", f"{key}-desc")
+    _add(svg, "desc", description, id=f"{key}-desc")
+    shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    level = np.ceil(np.sqrt(shares) * HEAT_LEVELS).astype(int)  # the root, so that a few errors in a hundred are seen
+    diagonal = np.eye(size, dtype=bool)
+    for right, value in itertools.product((True, False), range(1, HEAT_LEVELS + 1)):
+        rows, columns = np.nonzero((level == value) & (diagonal == right))
+        if len(rows):
+            cells = "".join(f"M{x} {y}h1v1h-1z" for y, x in zip(rows.tolist(), columns.tolist(), strict=True))
+            _add(svg, "path", d=cells, cls="right" if right else "wrong").set("fill-opacity", f"{value / HEAT_LEVELS}")
+    return tostring(svg, encoding="unicode")
+
+
+def thin(x: np.ndarray, y: np.ndarray, columns: int) -> np.ndarray:
+    """Indices of the points worth drawing: of each of `columns` stripes the lowest and the highest one.
+
+    So a spike of one step in half a million is still there.
+
+    Args:
+        x: (N,) ascending. y: (N,), may hold NaN.
+    """
+    if len(x) <= 2 * columns:
+        return np.arange(len(x))
+    kept = {0, len(x) - 1}
+    for start, end in _stripes(x, columns):
+        piece = y[start:end]
+        finite = np.flatnonzero(np.isfinite(piece))
+        if finite.size:
+            piece = piece[finite]
+            kept |= {start + int(finite[piece.argmin()]), start + int(finite[piece.argmax()])}
+        else:
+            kept.add(start)  # a hole stays a hole
+    return np.array(sorted(kept))
+
+
+def medians(x: np.ndarray, y: np.ndarray, columns: int) -> tuple[np.ndarray, np.ndarray]:
+    """(x, y) of the middle of each of `columns` stripes: the trend, which one spike does not bend."""
+    stripes = _stripes(x, columns)
+    middles = np.array([x[start:end].mean() for start, end in stripes])
+    pieces = (y[start:end][np.isfinite(y[start:end])] for start, end in stripes)
+    return middles, np.array([np.median(piece) if piece.size else np.nan for piece in pieces])
+
+
+def _stripes(x: np.ndarray, columns: int) -> list[tuple[int, int]]:
+    """(start, end) of the points in each of `columns` stripes of equal width that holds any; `x` ascends."""
+    stripe = np.minimum(((x - x[0]) / max(x[-1] - x[0], 1) * columns).astype(int), columns - 1)
+    starts = np.flatnonzero(np.diff(stripe, prepend=-1)).tolist()
+    return list(itertools.pairwise([*starts, len(x)]))
+
+
+def describe(series: Sequence[Series], percent: bool = False) -> str:
+    """A chart in words, for those who do not see it."""
+    show = (lambda value: f"{value:.2%}") if percent else short
+    said = []
+    for line in series:
+        known = np.flatnonzero(np.isfinite(line.y))
+        if known.size:
+            x, y = line.x[known], line.y[known]
+            ends = f"{show(y[0])} at step {x[0]:,.0f} to {show(y[-1])} at step {x[-1]:,.0f}"
+            said.append(f"{line.name}: from {ends}; lowest {show(y.min())}, highest {show(y.max())}.")
+    return " ".join(said) or "Nothing was recorded."
+
+
+def _draw_axes(svg: Element, x_axis: Axis, y_axis: Axis, height_px: int) -> None:
+    for value, label in y_axis.ticks:
+        y = _px(height_px * (1 - float(y_axis.place(value))))
+        _add(svg, "line", x1="0", x2="100%", y1=y, y2=y, cls="grid")
+        _add(svg, "text", label, x="-8", y=y, dy=".32em", cls="y")
+    for value, label in x_axis.ticks:
+        _add(svg, "text", label, x=_percent(float(x_axis.place(value))), y=str(height_px + 16), cls="x")
+
+
+def _draw_line(stretched: Element, line: Series, x_axis: Axis, y_axis: Axis, height_px: int) -> None:
+    """A line of many points becomes a band from the lowest to the highest of each stripe, and its medians in front."""
+
+    def place(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return PLOT_UNITS * x_axis.place(x), height_px * (1 - y_axis.place(y))
+
+    kept = thin(line.x, line.y, MAX_COLUMNS)
+    x, y = line.x, line.y
+    if len(kept) < len(x):
+        _add(stretched, "path", d=_path(*place(x[kept], y[kept])), cls=f"band c{line.color}")
+        x, y = medians(x, y, MEDIAN_COLUMNS)
+    x, y = place(x, y)
+    _add(stretched, "path", d=_path(x, y), cls=f"line c{line.color}" + " dashed" * line.dashed)
+    if line.dots:
+        # A stroke of no length with round caps is a dot that is round however the plot is stretched.
+        dots = "".join(f"M{_px(a)} {_px(b)}h0" for a, b in zip(x, y, strict=True) if math.isfinite(b))
+        _add(stretched, "path", d=dots, cls=f"dots c{line.color}")
+
+
+def _end_labels(svg: Element, series: Sequence[Series], x_axis: Axis, y_axis: Axis, height_px: int) -> None:
+    """Write labels to the right of the last points; those that end side by side are kept apart from each other."""
+    ends = []
+    for line in series:
+        known = np.flatnonzero(np.isfinite(line.y))
+        if line.label and known.size:
+            x, y = float(x_axis.place(line.x[known[-1]])), float(y_axis.place(line.y[known[-1]]))
+            ends.append((round(20 * x), height_px * (1 - y), x, line))
+    ends.sort(key=lambda end: end[:2])
+    for _, group in itertools.groupby(ends, key=lambda end: end[0]):
+        column = list(group)
+        for (_, _, x, line), y in zip(column, _apart([end[1] for end in column], height_px), strict=True):
+            _add(svg, "text", line.label, x=_percent(x), dx="5", y=_px(y), dy=".32em", cls=f"end c{line.color}")
+
+
+def _apart(places: Sequence[float], highest: float) -> list[float]:
+    """Ascending `places`, moved until they are LABEL_PITCH_PX apart and none is above `highest`."""
+    moved = list(places)
+    for index in range(1, len(moved)):
+        moved[index] = max(moved[index], moved[index - 1] + LABEL_PITCH_PX)
+    for index in reversed(range(len(moved))):
+        moved[index] = min(moved[index], highest - LABEL_PITCH_PX * (len(moved) - 1 - index))
+    return moved
+
+
+def _last(line: Series, percent: bool) -> str:
+    known = line.y[np.isfinite(line.y)]
+    return "-" if not known.size else f"{known[-1]:.2%}" if percent else short(float(known[-1]))
+
+
+def _path(x: np.ndarray, y: np.ndarray) -> str:
+    """Straight lines through the points; NaN lifts the pen, and a point between two of them becomes a dot."""
+    parts: list[str] = []
+    drawing = False
+    for a, b in zip(x.tolist(), y.tolist(), strict=True):
+        if not math.isfinite(b):
+            if parts and drawing and parts[-1][0] == "M":
+                parts.append("h0")
+            drawing = False
+            continue
+        parts.append(f"{'L' if drawing else 'M'}{_px(a)} {_px(b)}")
+        drawing = True
+    if parts and parts[-1][0] == "M":
+        parts.append("h0")
+    return "".join(parts)
+
+
+def _px(value: float) -> str:
+    return f"{round(float(value), 1):g}"
+
+
+def _percent(share: float) -> str:
+    return f"{round(100 * share, 2):g}%"
+
+
+def _add(parent: Element, tag: str, text: str = "", *, cls: str = "", **attributes: str) -> Element:
+    element = SubElement(parent, tag, attributes | ({"class": cls} if cls else {}))
+    element.text = text or None
+    return element

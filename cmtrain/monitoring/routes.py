@@ -1,0 +1,104 @@
+"""What a rank serves over HTTP, as exporter.Routes: its metrics, its health, and where it stands.
+
+/              the run for people, see live.py
+/metrics       Prometheus' text format, or OpenMetrics for those who ask for it
+/-/healthy     503 when training has finished no step for too long; evaluation and checkpoints may take their time
+/-/ready       503 until the first step of this process is done
+/status.json   rank 0: status.json of the run folder; every rank: its speed, and below "now" what it is doing now
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Metric, generate_latest
+from prometheus_client.openmetrics import exposition as openmetrics
+
+from cmtrain.monitoring.http_server import TEXT, Page, Route
+from cmtrain.monitoring.live_page import LivePage
+from cmtrain.monitoring.metrics import TrainMetrics
+
+PROMETHEUS_TEXT = "text/plain; version=0.0.4; charset=utf-8"
+MAX_AGE_SECONDS = 1.0
+LINKS = [
+    ("metrics", "for Prometheus"),
+    ("status.json", "for programs"),
+    ("-/healthy", "503 when training stands still"),
+    ("-/ready", "503 until the first step is done"),
+]
+
+
+def make_pages(
+    metrics: TrainMetrics, status: Callable[[], dict[str, Any]], stall_seconds: float, run_path: Path
+) -> dict[str, Route]:
+    """The pages by their paths.
+
+    Args:
+        status: what is known of the run on this rank, as JSON values.
+        stall_seconds: how long a step may take before the run counts as stalled.
+        run_path: the run folder.
+    """
+
+    def now() -> dict[str, Any]:
+        seconds = time.monotonic() - metrics.progress_at
+        stalled = metrics.state == "train" and seconds > stall_seconds
+        return {
+            "rank": metrics.rank,
+            "state": metrics.state,
+            "step": metrics.reached_step,
+            "seconds_since_progress": round(seconds, 3),
+            "stalled": stalled,
+        }
+
+    def healthy(accept: str) -> Page:
+        facts = now()
+        line = "{state}, step {step}, no progress for {seconds_since_progress} s\n".format(**facts)
+        return Page(TEXT, line.encode(), 503 if facts["stalled"] else 200)
+
+    def ready(accept: str) -> Page:
+        done = metrics.num_steps
+        return Page(TEXT, f"{done} steps done by this process\n".encode(), 200 if done else 503)
+
+    def status_json(accept: str) -> Page:
+        return Page("application/json", json.dumps(status() | {"now": now()}, indent=1).encode() + b"\n")
+
+    return {
+        "/": LivePage(metrics, status, now, run_path, LINKS),
+        "/metrics": MetricsPage(metrics.registry),
+        "/-/healthy": healthy,
+        "/-/ready": ready,
+        "/status.json": status_json,
+    }
+
+
+class MetricsPage:
+    """The series of `registry` as text, made when somebody asks, and at most once a second for everybody.
+
+    Made at log points it would be as old as they are apart, and the training thread would have to make it. To make it
+    takes 1.7 ms for 138 series on one CPU core, most of which the interpreter's lock would be held.
+    """
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.registry = registry
+        self.made: dict[bool, tuple[float, Page]] = {}  # by whether it is OpenMetrics
+
+    def __call__(self, accept: str) -> Page:
+        wants_openmetrics = "application/openmetrics-text" in accept
+        at, page = self.made.get(wants_openmetrics, (0.0, None))
+        if page is None or time.monotonic() - at >= MAX_AGE_SECONDS:
+            page = self._make(wants_openmetrics)
+            self.made[wants_openmetrics] = time.monotonic(), page
+        return page
+
+    def _make(self, wants_openmetrics: bool) -> Page:
+        if wants_openmetrics:
+            return Page(openmetrics.CONTENT_TYPE_LATEST, openmetrics.generate_latest(self))
+        return Page(PROMETHEUS_TEXT, generate_latest(self))
+
+    def collect(self) -> Iterator[Metric]:
+        """The metrics of the registry, one by one, and between them a moment for the training thread."""
+        for metric in self.registry.collect():
+            yield metric
+            time.sleep(0)  # gives the interpreter's lock away

@@ -1,0 +1,1 @@
+"""Run the ranks as processes: start, agree, stop, hang and fail."""

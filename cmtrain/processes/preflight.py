@@ -1,0 +1,155 @@
+"""What must hold between ranks before they train together, found in a second instead of after hours."""
+
+import hashlib
+import platform
+import secrets
+import socket
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import cmtrain
+import pipelines
+from cmtrain import __version__
+from cmtrain.config.schema import Config, flat
+from cmtrain.processes.signals import gather
+from pipelines.spec import DataError
+
+# torchrun's rendezvous compares clocks of different hosts and takes a host for dead that seems silent for 15 s
+# (torch issue 76287); file times and logs lie before that.
+MAX_CLOCK_SKEW_SECONDS = 5.0
+WARN_CLOCK_SKEW_SECONDS = 1.0
+CLOCK_ROUNDS = 3
+
+# What may differ between hosts without changing what is learned.
+PER_HOST_KEYS = ("data.root", "data.cache_dir", "data.threads", "metrics.host", "metrics.port")
+
+# How long a file that one host wrote may take to appear on the others.
+SHARED_FOLDER_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What one rank says about itself.
+
+    `run_dir`: absolute. `sees_run_dir`: whether what rank 0 writes to its own is there. `clock_offset_seconds`: its
+    Unix time less rank 0's, at the same moment.
+    """
+
+    host: str
+    code: str
+    config: dict[str, Any]
+    run_dir: str = ""
+    sees_run_dir: bool = True
+    clock_offset_seconds: float = 0.0
+
+
+def check_ranks(group: Any, config: Config, run_path: Path) -> list[str]:
+    """Refuse ranks that do not fit together; for all ranks, over `group` (None: a single process, nothing to check).
+
+    Returns:
+        Warnings, for the user to see.
+
+    Raises:
+        DataError: the same on all ranks: other code or another configuration on one of them, clocks more than 5 s
+            apart, or a run folder that not all of them share.
+    """
+    if group is None:
+        return []
+    mine = Facts(
+        host=socket.gethostname(),
+        code=version_of_code(),
+        config={key: value for key, value in flat(config) if key not in PER_HOST_KEYS},
+        run_dir=str(run_path.parent.absolute()),
+        sees_run_dir=sees_run_dir(group, run_path.parent),
+        clock_offset_seconds=clock_offset_seconds(group),
+    )
+    facts = gather(mine, group)
+    if found := contradictions(facts):
+        raise DataError(found[0])
+    return clock_warnings(facts)
+
+
+def contradictions(facts: Sequence[Facts]) -> list[str]:
+    """What makes ranks with these `facts` (by rank) unfit to train together, the gravest first."""
+    first = facts[0]
+    found = []
+    for rank, other in enumerate(facts):
+        who = f"rank {rank} on {other.host}"
+        if other.code != first.code:
+            found.append(f"{who} runs {other.code}, rank 0 on {first.host} {first.code}; install the same everywhere")
+        if differing := [key for key, value in first.config.items() if other.config.get(key) != value]:
+            key = differing[0]
+            mine, theirs = first.config[key], other.config.get(key)
+            found.append(f"{key} is {theirs} for {who}, {mine} for rank 0 on {first.host}; start all ranks alike")
+        if not other.sees_run_dir:
+            where = f"{first.run_dir}, which it knows as {other.run_dir}" * (first.run_dir != other.run_dir)
+            found.append(
+                f"{who} does not see what rank 0 on {first.host} writes to {where or first.run_dir}; "
+                "run.dir must be on a file system that all hosts share"
+            )
+    early, late = _clock_extremes(facts)
+    if (skew := late.clock_offset_seconds - early.clock_offset_seconds) > MAX_CLOCK_SKEW_SECONDS:
+        found.append(f"the clock of {late.host} is {skew:.1f} s ahead of that of {early.host}; set them by NTP")
+    return found
+
+
+def clock_warnings(facts: Sequence[Facts]) -> list[str]:
+    early, late = _clock_extremes(facts)
+    skew = late.clock_offset_seconds - early.clock_offset_seconds
+    if skew <= WARN_CLOCK_SKEW_SECONDS:
+        return []
+    return [f"the clock of {late.host} is {skew:.1f} s ahead of that of {early.host}; from 5 s on it is an error"]
+
+
+def _clock_extremes(facts: Sequence[Facts]) -> tuple[Facts, Facts]:
+    """The hosts with the earliest and the latest clock. Ranks of one host have one clock, whatever was measured."""
+    hosts: Mapping[str, Facts] = {fact.host: fact for fact in reversed(facts)}
+    ordered = sorted(hosts.values(), key=lambda fact: fact.clock_offset_seconds)
+    return ordered[0], ordered[-1]
+
+
+def clock_offset_seconds(group: Any) -> float:
+    """This rank's clock less rank 0's. What each reads when all have met; the median of three such meetings."""
+    offsets = []
+    for _ in range(CLOCK_ROUNDS):
+        gather(None, group)
+        now = time.time()
+        offsets.append(now - gather(now, group)[0])
+    return statistics.median(offsets)
+
+
+def sees_run_dir(group: Any, folder: Path) -> bool:
+    """Whether this rank sees a file that rank 0 writes to `folder`. Nothing stays behind."""
+    token = gather(secrets.token_hex(8), group)[0]
+    mine = torch.distributed.get_rank(group) == 0
+    made: list[Path] = []
+    if mine:
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f".token-{token}").touch()
+    gather(None, group)
+    deadline = time.monotonic() + SHARED_FOLDER_SECONDS
+    while not (seen := (folder / f".token-{token}").exists()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    gather(None, group)
+    if mine:
+        (folder / f".token-{token}").unlink()
+        for path in made:
+            path.rmdir()
+    return seen
+
+
+def version_of_code() -> str:
+    """What must be equal on all ranks: versions, and a digest of every source file of ours."""
+    roots = [Path(str(cmtrain.__file__)).parent, Path(str(pipelines.__file__)).parent]
+    digest = hashlib.sha256()
+    for path in sorted(path for root in roots for path in root.rglob("*.py")):
+        digest.update(path.name.encode() + path.read_bytes())
+    torch_and_python = f"torch {torch.__version__}, Python {platform.python_version()}"
+    return f"cmtrain {__version__} ({digest.hexdigest()[:12]}) with {torch_and_python}"

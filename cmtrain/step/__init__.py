@@ -1,0 +1,1 @@
+"""Take one optimizer step. Knows no file, no screen and no configuration."""

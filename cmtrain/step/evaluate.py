@@ -1,0 +1,159 @@
+"""Evaluation that counts every image exactly once, whatever the number of ranks and the batch size."""
+
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cmtrain.step.guard import running_statistics
+from pipelines.spec import UNREADABLE, Batch
+
+MAX_CONFUSION_CLASSES = 100  # beyond it nobody can read the matrix, and it outgrows the model's own outputs
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """`top1`, `top5`: shares 0..1 of all images, of which `num_unreadable` could not be read and count as wrong.
+
+    `loss`: mean cross entropy (nats) of those that were read. With fewer than 5 classes top5 is top-all: 1.
+    `class_images`, `class_correct`: of the images that were read, how many each class has, and how many of them were
+    recognised. `confusion`: [true class][predicted class] counts; None beyond MAX_CONFUSION_CLASSES classes.
+    `ranked`: (N, 5) or (N, K) if there are fewer classes, int64 on the CPU: the classes of each image that were thought
+    likeliest, -1 for those of other ranks; None if it was not asked for.
+    """
+
+    top1: float
+    top5: float
+    loss: float
+    num_images: int
+    num_unreadable: int = 0
+    class_images: list[int] = field(default_factory=list)
+    class_correct: list[int] = field(default_factory=list)
+    confusion: list[list[int]] | None = None
+    ranked: Tensor | None = field(default=None, compare=False, repr=False)
+
+
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    autocast: AbstractContextManager,
+    device: torch.device,
+    num_images: int,
+    num_classes: int,
+    keeps_ranked: bool = False,
+) -> Evaluation:
+    """Evaluate `model` on this rank's share of the images and add up over ranks.
+
+    Args:
+        model: unwrapped; left in the mode it was in.
+        batches: this rank's share, each image once; may be empty.
+        num_images: how many images all ranks together must have seen.
+        num_classes: outputs of `model`.
+        keeps_ranked: fill Evaluation.ranked; costs 40 bytes an image on the device.
+    """
+    was_training = model.training
+    model.eval()
+    totals = torch.zeros(5, dtype=torch.float64, device=device)  # as in _count
+    outcomes = _Outcomes(num_classes, device)
+    ranked = torch.full((num_images * keeps_ranked, min(5, num_classes)), -1, device=device)
+    with torch.no_grad(), autocast:
+        for images, labels, indices in batches:
+            logits = model(images).float()
+            totals += _count(logits, labels)
+            outcomes.add(logits, labels)
+            if keeps_ranked:
+                ranked[indices] = logits.topk(ranked.shape[1], dim=1).indices
+    model.train(was_training)
+    all_reduce_sum(totals)
+    top1, top5, loss, seen, unreadable = totals.tolist()
+    assert seen == num_images, f"evaluated {seen:.0f} images of {num_images}"
+    return Evaluation(
+        top1 / seen,
+        top5 / seen,
+        loss / max(seen - unreadable, 1),
+        num_images,
+        int(unreadable),
+        **outcomes.sum_up(),
+        ranked=ranked.cpu() if keeps_ranked else None,
+    )
+
+
+class _Outcomes:
+    """What became of the images of each class, counted on the device.
+
+    `counts`: flat (K, K) true by predicted class; beyond MAX_CONFUSION_CLASSES flat (K, 2), wrong and right. One more
+    cell takes the unreadable images.
+    """
+
+    def __init__(self, num_classes: int, device: torch.device) -> None:
+        self.num_classes = num_classes
+        self.width = num_classes if num_classes <= MAX_CONFUSION_CLASSES else 2
+        self.counts = torch.zeros(num_classes * self.width + 1, dtype=torch.int64, device=device)
+
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        """(B, K), (B,). Not torch.bincount: it makes the host wait for the largest value."""
+        predicted = logits.argmax(dim=1)
+        column = predicted if self.width == self.num_classes else (predicted == labels).long()
+        cell = torch.where(labels == UNREADABLE, len(self.counts) - 1, labels * self.width + column)
+        self.counts.index_add_(0, cell, torch.ones_like(cell))
+
+    def sum_up(self) -> dict[str, Any]:
+        """The fields of Evaluation; for all ranks together."""
+        all_reduce_sum(self.counts)
+        table = self.counts[:-1].view(self.num_classes, self.width).cpu()
+        whole = self.width == self.num_classes
+        correct = table.diagonal() if whole else table[:, 1]
+        return {
+            "class_images": table.sum(dim=1).tolist(),
+            "class_correct": correct.tolist(),
+            "confusion": table.tolist() if whole else None,
+        }
+
+
+def _count(logits: Tensor, labels: Tensor) -> Tensor:
+    """(B, K), (B,) -> (5,) float64: correct at 1, correct at 5, summed loss, images, unreadable images."""
+    hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]  # (B, 5)
+    loss = F.cross_entropy(logits, labels, reduction="sum", ignore_index=UNREADABLE)
+    images = torch.full((), len(labels), device=logits.device)
+    unreadable = (labels == UNREADABLE).sum()
+    return torch.stack([hits[:, 0].sum(), hits.sum(), loss, images, unreadable]).double()
+
+
+def all_reduce_sum(values: Tensor) -> None:
+    """Sum `values` over all ranks, in place; nothing to do in a single process."""
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(values)
+
+
+@torch.no_grad()
+def average_running_statistics(*models: nn.Module) -> None:
+    """Give every rank the mean over ranks of the BatchNorm running statistics, before they are used or saved.
+
+    The update of running statistics is linear, so averaging now equals having averaged after every step.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    for model in models:
+        statistics = running_statistics(model)
+        if statistics:
+            flat = torch.cat(statistics)
+            dist.all_reduce(flat)
+            flat /= dist.get_world_size()
+            torch._foreach_copy_(statistics, list(flat.split([t.numel() for t in statistics])))
+
+
+def by_class(results: dict[str, Evaluation], class_names: Sequence[str], step: int) -> dict[str, Any]:
+    """What classes.json says; outputs that no class of the data belongs to go by their number."""
+    num_classes = len(results["model"].class_images)
+    weights = {
+        name: {"images": result.class_images, "correct": result.class_correct, "confusion": result.confusion}
+        for name, result in results.items()
+    }
+    unnamed = map(str, range(len(class_names), num_classes))
+    return {"step": step, "classes": [*class_names, *unnamed], "weights": weights}

@@ -1,0 +1,228 @@
+"""What learns: everything that one optimizer step changes, and the step itself.
+
+    mix -> forward (autocast) -> loss -> backward -> propose        once a micro-batch
+    gradient norm -> settle -> clip -> update -> EMA -> record      once a step
+
+The host never waits for the device. Whether a step counts is decided on the device by one flag: the norm of the
+gradient, reduced over all ranks, is finite. The same flag commits BatchNorm's statistics, lets the (fused) optimizer
+write, and moves the EMA; so all ranks agree without asking each other, and nothing depends on accelerate's
+`optimizer_step_was_skipped`, which is always False for fused optimizers (accelerate issue 4242).
+"""
+
+import copy
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from cmtrain.ema import Ema
+from cmtrain.monitoring.metrics import StepReport
+from cmtrain.numerics import extremes
+from cmtrain.phases import Phases
+from cmtrain.step.evaluate import average_running_statistics
+from cmtrain.step.guard import Guard
+from cmtrain.step.measure import Window
+from cmtrain.step.mixing import MixSpec, mix
+from cmtrain.step.optimizer import set_lr
+from cmtrain.step.spikes import Spike, SpikeDetector
+from pipelines.spec import Batch
+
+MIN_LOSS_SCALE = 1.0
+
+
+class Learner:
+    """Model, EMA, optimizer, guard, loss scaler, and what was measured since the last log point.
+
+    Args:
+        model: on `accelerator.device`, not yet wrapped.
+        ema_decay: per step, None for no EMA.
+        protect: whether the guard refuses bad steps, or only counts them.
+        spike_sigma: standard deviations above the mean of loss or gradient norm that make a step a spike.
+        accumulation: micro-batches a step on this rank.
+        clip_grad: largest L2 norm of the gradient, None for no clipping.
+        seed: of the run; dropout, drop path and mixing are functions of (seed, step, micro-batch).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        accelerator: Accelerator,
+        *,
+        ema_decay: float | None,
+        protect: bool,
+        spike_sigma: float,
+        mixing: MixSpec,
+        accumulation: int,
+        clip_grad: float | None,
+        seed: int,
+    ) -> None:
+        self.model, self.optimizer, self.accelerator = model, optimizer, accelerator
+        self.guard = Guard(model, protect=protect)
+        # Copied before accelerate wraps the forward, or the copy would run the original's.
+        self.ema = Ema(model, ema_decay) if ema_decay else None
+        with warnings.catch_warnings():
+            # torch 2.15 renames the argument that build.make_accelerator sets; older versions do not know the new name.
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            self.wrapped = accelerator.prepare_model(model)
+        self.mixing, self.accumulation, self.clip_grad, self.seed = mixing, accumulation, clip_grad, seed
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.window = Window(accelerator.num_processes)
+        self.detector = SpikeDetector(spike_sigma)
+        self.spikes: list[Spike] = []  # found by the last report, and this rank's samples of the highest one
+        self.spike_samples: list[int] = []
+        self.last_indices: list[Tensor] = []  # of the last step's samples, (B,) a micro-batch
+        self.fresh_scaler = None if accelerator.scaler is None else accelerator.scaler.state_dict()
+        self.phases = Phases(accelerator.device)
+        self.last_forward: tuple[int, Tensor] | None = None  # random seed and images of its last micro-batch
+
+    def step(self, batches: Iterator[Batch], step: int, lr: float) -> int:
+        """Do step number `step` (from 0) on the next `accumulation` micro-batches.
+
+        Returns:
+            The number of images this rank worked on.
+        """
+        set_lr(self.optimizer, lr)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss_of_step = torch.zeros((), device=self.accelerator.device)
+        self.last_indices = []
+        for turn in range(self.accumulation):
+            self.phases.begin("")
+            images, labels, indices = next(batches)
+            self.phases.begin("forward")
+            # The number of this micro-batch within the global batch, whichever rank works on it.
+            micro = self.accelerator.process_index + turn * self.accelerator.num_processes
+            seed = _seed_of(self.seed, step, micro)
+            torch.manual_seed(seed)
+            images, targets = mix(images, labels, self.mixing, (self.seed, step, micro))
+            self.last_forward = seed, images
+            last = turn == self.accumulation - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
+                loss = F.cross_entropy(self.wrapped(images).float(), targets)
+                self.phases.begin("backward")
+                self.accelerator.backward(loss / self.accumulation)
+            self.guard.propose()
+            loss_of_step += loss.detach() / self.accumulation
+            self.last_indices.append(indices)
+        self.phases.begin("optimizer")
+        self._update(loss_of_step)
+        self.phases.end_step()
+        return sum(len(indices) for indices in self.last_indices)
+
+    @torch.no_grad()
+    def _update(self, loss: Tensor) -> None:
+        scaler = self.accelerator.scaler
+        if scaler is not None:
+            scaler.unscale_(self.optimizer)
+        grad_norm = nn.utils.clip_grad_norm_(self.parameters, self.clip_grad or math.inf, foreach=True)
+        ok = torch.isfinite(grad_norm)
+        go = self.guard.settle(ok)
+        # Fused optimizers leave parameters and state alone where found_inf is 1. An unguarded fp16 run still skips, as
+        # any GradScaler run does.
+        self.optimizer.found_inf = (~(go if scaler is None else ok)).float()  # type: ignore[attr-defined]
+        self.optimizer.step()
+        if scaler is not None:
+            scaler.update()
+            # torch has no floor: after 165 overflows in a row the scale is 0, and the next good step writes NaN.
+            scaler._scale.clamp_(min=MIN_LOSS_SCALE)
+        if self.ema is not None:
+            self.ema.update(go)
+        self.window.add(loss, grad_norm, self.last_indices)
+
+    def report(self, step: int, epoch: int, lr: float, *, reset: bool) -> StepReport:
+        """Judge the steps since the last log point, `step` being the last of them; `reset` makes this a log point, too.
+
+        Synchronises; for all ranks together.
+        """
+        measured = self.window.read()
+        detector = self.detector if reset else copy.copy(self.detector)
+        self.spikes = detector.judge(step - len(measured), measured)
+        self.spike_samples = []
+        if self.spikes:
+            self.spike_samples = self.window.samples(step - max(self.spikes, key=lambda spike: spike.z).step)
+        if reset:
+            self.window.clear()
+        guard, scaler = self.guard, self.accelerator.scaler
+        on_device = [guard.bad_steps, guard.bad_steps_in_a_row, guard.restores, *extremes(self.model)]
+        numbers = torch.stack([value.double() for value in on_device]).tolist()
+        bad, bad_in_a_row, restores, mean_abs_max, var_max, weight_norm = numbers
+        good = [loss for loss, grad_norm in measured if math.isfinite(grad_norm)]
+        return StepReport(
+            step=step,
+            epoch=epoch,
+            loss=sum(good) / len(good) if good else math.nan,
+            lr=lr,
+            grad_norm=measured[-1][1] if measured else math.nan,
+            loss_scale=1.0 if scaler is None else scaler.get_scale(),
+            bad_steps=int(bad),
+            bad_steps_in_a_row=int(bad_in_a_row),
+            restores=int(restores),
+            spikes=detector.num_spikes,
+            good_steps_in_a_row=detector.good_steps_in_a_row,
+            bn_mean_abs_max=mean_abs_max,
+            bn_var_max=var_max,
+            weight_norm=weight_norm,
+        )
+
+    def roll_back(self, state: dict[str, Any]) -> None:
+        """Go back to an earlier state_dict of this process, with a fresh loss scale; what was counted stays counted."""
+        counted = {"num_spikes": self.detector.num_spikes, "good_steps_in_a_row": 0}
+        kept = {"guard": self.guard.state_dict(), "spikes": state["spikes"] | counted, "window": {"steps": []}}
+        self.load_state_dict(state | kept)
+        self.guard.bad_steps_in_a_row.zero_()
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(self.fresh_scaler)
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        """Run the last micro-batch through the model once more, for forward hooks to look at; nothing is changed."""
+        if self.last_forward is not None:
+            seed, images = self.last_forward
+            torch.manual_seed(seed)
+            with self.accelerator.autocast():
+                self.model(images)
+            self.guard.discard()
+
+    @property
+    def weights(self) -> dict[str, nn.Module]:
+        """The models worth evaluating: `model`, and `ema` if there is one."""
+        return {"model": self.model} | ({"ema": self.ema.module} if self.ema else {})
+
+    def average_over_ranks(self) -> None:
+        """Make BatchNorm's running statistics equal on all ranks: before evaluating, before saving."""
+        average_running_statistics(*self.weights.values())
+        self.guard.resnapshot()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a step changes. Equal on all ranks; all ranks must call it together."""
+        self.average_over_ranks()
+        state = {name: module.state_dict() for name, module in self.weights.items()}
+        state |= {"optimizer": self.optimizer.state_dict(), "guard": self.guard.state_dict()}
+        state |= {"spikes": self.detector.state_dict(), "window": self.window.state_dict()}
+        if self.accelerator.scaler is not None:
+            state["scaler"] = self.accelerator.scaler.state_dict()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, module in self.weights.items():
+            module.load_state_dict(state[name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.guard.load_state_dict(state["guard"])
+        self.detector.load_state_dict(state["spikes"])
+        self.window.load_state_dict(state["window"])
+        if self.accelerator.scaler is not None and "scaler" in state:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+
+
+def _seed_of(seed: int, step: int, micro: int) -> int:
+    """Spread (seed, step, micro) over 63 bits: neighbouring steps must not share generator states."""
+    mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + micro * 0x94D049BB133111EB) & (2**64 - 1)
+    mixed = ((mixed ^ (mixed >> 31)) * 0xD6E8FEB86659FD93) & (2**64 - 1)
+    return (mixed ^ (mixed >> 32)) >> 1

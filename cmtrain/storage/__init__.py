@@ -1,0 +1,1 @@
+"""Write and read everything a run keeps on disk."""

@@ -1,0 +1,1 @@
+"""Run a training from its configuration to the last line of status.json."""

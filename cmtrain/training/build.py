@@ -1,0 +1,329 @@
+"""From configuration to objects. Below this module nothing sees a Config: arguments are flat."""
+
+import datetime
+import difflib
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from torch import nn
+
+from cmtrain.config.schema import CMT_OPTIONS, Config
+from cmtrain.errors import ConfigError
+from cmtrain.models.ffn_check import use_fused_where_it_agrees
+from cmtrain.monitoring.trackers import tracker_options
+from cmtrain.processes.preflight import check_ranks
+from cmtrain.processes.signals import control_group, cores_per_process, join_torchrun, set_torch_defaults
+from cmtrain.step.learner import Learner
+from cmtrain.step.mixing import MixSpec
+from cmtrain.step.optimizer import make_optimizer
+from cmtrain.training.recovery import Recovery
+from cmtrain.training.schedule import Schedule, make_schedule
+from pipelines.checks.bad_list import user_cache
+from pipelines.files.demo_images import demo_folder
+from pipelines.files.manifest import Manifest
+from pipelines.files.shards import is_packed
+from pipelines.loader import DaliLoader, eval_loader, train_loader
+from pipelines.plan import Plan
+from pipelines.spec import AugmentSpec, EvalSpec
+from pipelines.synthetic import SyntheticLoader
+
+MIXED_PRECISION = {"fp32": "no", "fp16": "fp16", "bf16": "bf16"}
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run learns from and is measured on."""
+
+    train: Manifest
+    val: Manifest
+
+
+def join_ranks(config: Config, run_path: Path) -> tuple[Accelerator, Any, list[str]]:
+    """Join the other ranks, if a launcher started several, and see that they fit together.
+
+    Returns:
+        The accelerator, a group of all ranks for what the host has to say (None for a single process), and warnings.
+
+    Raises:
+        ConfigError: fp16 without a GPU, or an experiment tracker that is not installed.
+        DataError: what does not fit; see preflight.check_ranks.
+    """
+    timeout_seconds = config.train.collective_timeout_seconds
+    set_torch_defaults(run_path)
+    options = tracker_options(config.metrics.trackers, run_path)
+    accelerator = make_accelerator(config.train.precision, timeout_seconds, **options)
+    control = control_group(accelerator.num_processes, timeout_seconds)
+    return accelerator, control, check_ranks(control, config, run_path)
+
+
+def make_accelerator(precision: str, collective_timeout_seconds: float = 600.0, **options: Any) -> Accelerator:
+    """Join the process group, if a launcher made one, and pick the device.
+
+    Args:
+        collective_timeout_seconds: after which ranks that wait for one another give up.
+        options: more for Accelerator, as from trackers.tracker_options.
+
+    Raises:
+        ConfigError: fp16 without a GPU.
+    """
+    cuda = torch.cuda.is_available()
+    if precision == "auto":
+        precision = "fp16" if cuda else "fp32"
+    if precision == "fp16" and not cuda:
+        raise ConfigError("train.precision: fp16 needs a CUDA device, and there is none; use auto, bf16 or fp32")
+    # Statistics are averaged when they are needed (evaluate.average_running_statistics), not at every forward.
+    handlers: list[Any] = [DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)]
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # accelerate takes a backend as proof of a launcher
+        timeout = datetime.timedelta(seconds=collective_timeout_seconds)
+        backend = "nccl" if cuda else "gloo"
+        join_torchrun(backend, timeout)
+        handlers.append(InitProcessGroupKwargs(backend=backend, timeout=timeout))
+    return Accelerator(mixed_precision=MIXED_PRECISION[precision], cpu=not cuda, kwargs_handlers=handlers, **options)
+
+
+def precision_of(accelerator: Accelerator) -> str:
+    return {value: name for name, value in MIXED_PRECISION.items()}[accelerator.mixed_precision]
+
+
+def cache_folder(config: Config) -> Path:
+    """Where manifests and demo images are kept: data.cache_dir, else the user's cache."""
+    return Path(config.data.cache_dir) if config.data.cache_dir else user_cache()
+
+
+def split_threads(config: Config, accelerator: Accelerator) -> int:
+    """Share this process's cores between decoding and, on a CPU, the model; returns the decode threads.
+
+    Two pools that together want more threads than there are cores spin at each other's barriers.
+    """
+    cores = cores_per_process(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    if accelerator.device.type == "cuda":
+        return config.data.threads or cores
+    threads = config.data.threads or max(1, cores // 4)
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, cores - threads))
+    return threads
+
+
+def open_data(config: Config, accelerator: Accelerator) -> Data:
+    """Index both splits. Of the processes that share a cache one looks at the files; the others wait and read it.
+
+    Raises:
+        DataError: what is missing or unusable.
+    """
+    data = config.data
+    with accelerator.local_main_process_first():
+        root = _root_of(config)
+    # Outside: the others would wait at a barrier, which a first look at a large folder outlasts.
+    train = _open_split(config, root, data.train_dir, data.train_list, None)
+    val = _open_split(config, root, data.val_dir, data.val_list, train.class_names)
+    if data.fraction < 1:
+        train = train.fraction(data.fraction, config.run.seed)
+    return Data(train, val)
+
+
+def _root_of(config: Config) -> Path:
+    """data.root; demo images are written first if they are not there."""
+    name = config.data.root.removeprefix("demo:")
+    return demo_folder(name, cache_folder(config)) if name != config.data.root else Path(config.data.root)
+
+
+def _open_split(
+    config: Config, root: Path, folder: str, list_file: str | None, class_names: Sequence[str] | None
+) -> Manifest:
+    if list_file is None and is_packed(root / folder):
+        return Manifest.from_shards(root / folder, class_names=class_names)
+    scan: dict[str, Any] = {"cache_dir": cache_folder(config), "max_bad_fraction": config.data.max_bad_fraction}
+    if list_file is not None:
+        return Manifest.from_list(root / list_file, root, class_names=class_names, **scan)
+    return Manifest.from_folder(root / folder, class_names=class_names, **scan)
+
+
+def open_val(config: Config, class_names: Sequence[str]) -> Manifest:
+    """The validation split alone, by the `class_names` of training. Raises DataError as open_data."""
+    return _open_split(config, _root_of(config), config.data.val_dir, config.data.val_list, class_names)
+
+
+def plan_steps(config: Config, num_samples: int, num_processes: int) -> Schedule:
+    """All arithmetic of the run. Raises ConfigError or DataError when the numbers do not fit."""
+    train = config.train
+    schedule = make_schedule(
+        num_samples=num_samples,
+        world_size=num_processes,
+        global_batch_size=train.global_batch_size,
+        max_batch_per_gpu=train.max_batch_per_gpu,
+        lr=config.optim.lr,
+        **config.schedule.model_dump(),
+    )
+    if train.compile_mode != "default" and schedule.accumulation > 1:
+        # A graph leaves its gradients where its next replay writes them.
+        raise ConfigError(
+            f"train.compile_mode: {train.compile_mode} replays CUDA graphs, which cannot add up the gradients of "
+            f"{schedule.accumulation} micro-batches; use default, or a train.max_batch_per_gpu of "
+            f"{schedule.micro_batch_size * schedule.accumulation} or more"
+        )
+    return schedule
+
+
+def make_train_loader(
+    config: Config, manifest: Manifest, schedule: Schedule, accelerator: Accelerator, threads: int
+) -> DaliLoader:
+    plan = Plan(
+        seed=config.run.seed,
+        num_samples=len(manifest),
+        global_batch_size=schedule.global_batch_size,
+        micro_batch_size=schedule.micro_batch_size,
+        repeats=config.augment.repeats,
+    )
+    return train_loader(manifest, plan, augment_spec(config, accelerator), **_placement(config, accelerator, threads))
+
+
+def make_eval_loader(
+    config: Config, manifest: Manifest, schedule: Schedule, accelerator: Accelerator, threads: int
+) -> DaliLoader:
+    return make_loader_of(config, manifest, schedule.micro_batch_size, accelerator, threads)
+
+
+def make_loader_of(
+    config: Config, manifest: Manifest, batch_size: int, accelerator: Accelerator, threads: int
+) -> DaliLoader:
+    """Evaluation batches of `batch_size`, where there is no schedule to say it."""
+    data = config.data
+    spec = EvalSpec(
+        image_px=data.image_px,
+        resize_px=data.eval_resize_px,
+        interpolation=data.eval_interpolation,
+        mean=data.mean,
+        std=data.std,
+        fp16=accelerator.mixed_precision == "fp16",
+    )
+    return eval_loader(manifest, spec, batch_size=batch_size, **_placement(config, accelerator, threads))
+
+
+def augment_spec(config: Config, accelerator: Accelerator) -> AugmentSpec:
+    data, augment = config.data, config.augment
+    return AugmentSpec(
+        image_px=data.image_px,
+        interpolation=data.interpolation,
+        scale=augment.scale,
+        ratio=augment.ratio,
+        hflip=augment.hflip,
+        color_jitter=augment.color_jitter,
+        rand_augment=augment.rand_augment,
+        mean=data.mean,
+        std=data.std,
+        fp16=accelerator.mixed_precision == "fp16",
+    )
+
+
+def _placement(config: Config, accelerator: Accelerator, threads: int) -> dict[str, Any]:
+    """What both loaders need to know of this process and its machine."""
+    data = config.data
+    return {
+        "rank": accelerator.process_index,
+        "world": accelerator.num_processes,
+        "device": accelerator.device,
+        "decode": data.decode,
+        "threads": threads,
+        "prefetch_batches": data.prefetch_batches,
+        "max_bad_fraction": data.max_bad_fraction,
+        "hw_decoder_load": data.hw_decoder_load,
+    }
+
+
+def make_synthetic_loader(
+    config: Config, schedule: Schedule, num_classes: int, accelerator: Accelerator
+) -> SyntheticLoader:
+    """Batches of the recipe's shape without files: eight steps an epoch."""
+    plan = Plan(config.run.seed, 8 * schedule.global_batch_size, schedule.global_batch_size, schedule.micro_batch_size)
+    return SyntheticLoader(
+        plan,
+        config.data.image_px,
+        num_classes,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+        device=accelerator.device,
+        fp16=accelerator.mixed_precision == "fp16",
+    )
+
+
+def make_model(config: Config, num_classes: int, device: torch.device | str = "cpu") -> nn.Module:
+    """The model, initialised from run.seed, equal on all ranks.
+
+    Any timm model will do. Weights of model.init_from are weights.start_from's, since a resumed run has its own.
+
+    Raises:
+        ConfigError: an unknown name, or options that the model refuses.
+    """
+    model = config.model
+    if not timm.is_model(model.name):
+        close = difflib.get_close_matches(model.name, timm.list_models(), n=1)
+        raise ConfigError(f"model.name: no model {model.name!r}" + (f", did you mean {close[0]}?" if close else ""))
+    options = model.model_dump(include={"drop_rate", "drop_path_rate"})
+    if model.name.startswith("cmt_"):
+        options |= model.model_dump(include=set(CMT_OPTIONS))
+    pretrained_cfg = timm.get_pretrained_cfg(model.name)
+    if pretrained_cfg is not None and pretrained_cfg.fixed_input_size:
+        options["img_size"] = config.data.image_px
+    torch.manual_seed(config.run.seed)
+    try:
+        built = timm.create_model(model.name, num_classes=num_classes, **options)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"model: {model.name}: {error}") from error
+    built = built.to(device, memory_format=torch.channels_last)
+    use_fused_where_it_agrees(built)
+    return built
+
+
+def compile_model(config: Config, model: nn.Module) -> None:
+    """Have torch.compile compile `model` at its next call, if that is wanted; its state_dict stays as it is."""
+    if config.train.compile:
+        model.compile(mode=config.train.compile_mode)
+
+
+def make_recovery(config: Config, schedule: Schedule) -> Recovery:
+    guard = config.guard
+    epochs = guard.lr_backoff_epochs
+    return Recovery(
+        after_bad_steps=guard.rollback_after_bad_steps if guard.enabled else sys.maxsize,
+        max_rollbacks=guard.max_rollbacks,
+        lr_backoff=guard.lr_backoff,
+        backoff_steps=None if epochs is None else round(epochs * schedule.steps_per_epoch),
+        on_spikes=guard.enabled and guard.spike_action == "rollback",
+    )
+
+
+def num_classes_of(config: Config, manifest: Manifest) -> int:
+    """model.num_classes, or as many as the data has."""
+    found = len(manifest.class_names)
+    stated = config.model.num_classes
+    if stated is not None and stated < found:
+        raise ConfigError(f"model.num_classes: {stated}, but the training data has {found} classes")
+    return stated or found
+
+
+def make_learner(
+    config: Config, model: nn.Module, schedule: Schedule, num_classes: int, accelerator: Accelerator
+) -> Learner:
+    optim = config.optim
+    optimizer = make_optimizer(model, **optim.model_dump(exclude={"clip_grad"}))
+    compile_model(config, model)
+    return Learner(
+        model,
+        optimizer,
+        accelerator,
+        ema_decay=config.ema.decay,
+        protect=config.guard.enabled,
+        spike_sigma=config.guard.spike_sigma,
+        mixing=MixSpec(num_classes=num_classes, **config.mixing.model_dump()),
+        accumulation=schedule.accumulation,
+        clip_grad=optim.clip_grad,
+        seed=config.run.seed,
+    )

@@ -1,0 +1,178 @@
+"""Where a run starts: at step 0, or at a checkpoint that belongs to this configuration and this data."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from cmtrain.config.recipe import recipe
+from cmtrain.config.schema import Config
+from cmtrain.errors import ConfigError
+from cmtrain.monitoring.metrics import StepReport
+from cmtrain.processes.failure import settle
+from cmtrain.step.learner import Learner
+from cmtrain.storage.checkpoint import Loaded, checkpoint_steps, load_checkpoint, load_newest
+from cmtrain.storage.run_lock import RunLock
+from cmtrain.storage.state_file import CheckpointError
+from pipelines.spec import DataError
+
+
+@dataclass(frozen=True)
+class Start:
+    """The first step to do, and the checkpoint it follows (None: from scratch). `notes`: lines the user should see."""
+
+    step: int = 0
+    checkpoint: Loaded | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def evaluation_due(self) -> bool:
+        """Whether a stop signal came before the evaluation that belongs to the checkpoint."""
+        return self.checkpoint is not None and self.checkpoint.state["progress"].get("evaluation_due", False)
+
+
+def choose_start(lock: RunLock, resume: str, config: Config, fingerprint: str, *, is_main: bool) -> Start:
+    """Decide on rank 0, which takes the `lock`, and make every rank start from the same checkpoint.
+
+    Args:
+        lock: of the run folder, which need not exist; not taken yet.
+        resume: `auto` (newest checkpoint of the run folder, else from scratch), `never` (from scratch; refused if
+            there are checkpoints), `force` (as auto, but configuration and data may have changed), or the path of a
+            checkpoint or run folder to go on from.
+        fingerprint: of the training manifest.
+
+    Raises:
+        ConfigError: the checkpoint belongs to another configuration or to other data, or `never` would mix two runs.
+        DataError: no usable checkpoint where there should be one, or another trainer is at work in the run folder.
+    """
+    start, error = Start(), None
+    if is_main:
+        try:
+            lock.acquire()
+            start = _choose(lock.folder, resume, config, fingerprint)
+        except (ConfigError, DataError) as raised:
+            error = raised
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        path = start.checkpoint.path if start.checkpoint else None
+        shared: list[Any] = [path, start.step, error]
+        dist.broadcast_object_list(shared, src=0)
+        path, step, error = shared
+        if not is_main and error is None:
+            start = Start(step, _load(path) if path else None)
+    if error is not None:
+        raise error
+    return start
+
+
+def _choose(run_path: Path, resume: str, config: Config, fingerprint: str) -> Start:
+    lost = settle(run_path)
+    checkpoints = run_path / "checkpoints"
+    if resume == "never":
+        if checkpoint_steps(checkpoints):
+            raise ConfigError(f"--resume never: {run_path} already holds checkpoints; choose another --run.name")
+        return Start(notes=lost)
+    try:
+        loaded = load_newest(checkpoints)
+    except CheckpointError as error:
+        raise DataError(f"{error}; to start from scratch all the same, use --resume never") from error
+    except OSError as error:
+        raise DataError(f"{checkpoints}: {error}") from error
+    if resume not in ("auto", "force") and loaded is None:
+        try:
+            loaded = find_checkpoint(Path(resume))
+        except (CheckpointError, OSError) as error:
+            raise DataError(f"--resume {resume}: {error}") from error
+    if loaded is None:
+        return Start(notes=lost)
+    changes = recipe_changes(loaded, config, fingerprint)
+    if changes and resume != "force":
+        raise ConfigError(
+            f"{loaded.path} was made with another recipe: {'; '.join(changes)}; "
+            "choose another --run.name, or --resume force to go on with the new recipe"
+        )
+    notes = [f"checkpoint rejected: {line}" for line in loaded.rejected] + [f"recipe changed: {c}" for c in changes]
+    return Start(loaded.state["progress"]["step"], replace(loaded, rejected=()), (*lost, *notes))
+
+
+def find_checkpoint(path: Path) -> Loaded:
+    """Load the checkpoint folder `path`, or the newest usable checkpoint of the run folder `path`; changes neither.
+
+    Raises:
+        CheckpointError: there is none. OSError: the machine cannot read it.
+    """
+    run = (path / "checkpoints").is_dir()
+    loaded = load_newest(path / "checkpoints", set_aside=False) if run else load_checkpoint(path)
+    if loaded is None:
+        raise CheckpointError(f"{path}: no checkpoint there")
+    return loaded
+
+
+def _load(path: Path) -> Loaded:
+    try:
+        return load_checkpoint(path)
+    except (CheckpointError, OSError) as error:
+        raise DataError(f"{error}; run.dir must be on a file system that all nodes share") from error
+
+
+def recipe_changes(loaded: Loaded, config: Config, fingerprint: str) -> list[str]:
+    """What differs from the recipe and data of a checkpoint, one `key: old -> new` each.
+
+    Raises:
+        DataError: a verified checkpoint that is none of a run of ours.
+    """
+    meta = loaded.meta
+    try:
+        old, new = recipe(meta["config"]), recipe(config.model_dump(mode="json"))
+        same_data = meta["fingerprint"] == fingerprint
+        StepReport(**meta["report"])
+        if not {"best_top1", "best_step"} <= meta.keys() or not loaded.state["progress"]["step"] >= 0:
+            raise ValueError("best_top1, best_step or the step is missing")
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise DataError(f"{loaded.path}: no checkpoint of a run: {type(error).__name__}: {error}") from error
+    changes = [f"{key}: {old.get(key)} -> {new.get(key)}" for key in sorted(old | new) if old.get(key) != new.get(key)]
+    return changes if same_data else [*changes, "the training images (fingerprint) changed"]
+
+
+def restore(learner: Learner, checkpoint: Loaded) -> None:
+    """Load `checkpoint`, which `--resume force` may have chosen for another model.
+
+    Raises:
+        ConfigError: it does not fit; the first tensor that does not is named.
+    """
+    state = checkpoint.state
+    problem = _misfit(learner, state)
+    if problem is None:
+        try:
+            learner.load_state_dict(state)
+        except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+            problem = f"{type(error).__name__}: {error}".splitlines()[0]
+    if problem is not None:
+        raise ConfigError(f"{checkpoint.path} does not fit this model: {problem}")
+
+
+def _misfit(learner: Learner, state: dict[str, Any]) -> str | None:
+    """The first tensor of `state` that `learner` has no place for; torch looks at neither of the optimizer's shapes."""
+    for weights, module in learner.weights.items():
+        saved, wanted = state.get(weights), module.state_dict()
+        if not isinstance(saved, dict):
+            return f"it has no {weights} weights"
+        for name in [*wanted, *saved]:
+            mine, its = wanted.get(name), saved.get(name)
+            if not isinstance(mine, Tensor) or not isinstance(its, Tensor) or mine.shape != its.shape:
+                return f"{weights} {name} is {_shape(its)} in the checkpoint and {_shape(mine)} in the model"
+    try:
+        parameters = [p for group in learner.optimizer.param_groups for p in group["params"]]
+        for index, values in state["optimizer"]["state"].items():
+            for name, value in values.items():
+                if isinstance(value, Tensor) and value.shape not in ((), parameters[index].shape):
+                    shape = tuple(parameters[index].shape)
+                    return f"optimizer {name} {index} is {_shape(value)} and its parameter {shape}"
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        return f"its optimizer state is not one: {type(error).__name__}: {error}"
+    return None
+
+
+def _shape(value: Any) -> str:
+    return str(tuple(value.shape)) if isinstance(value, Tensor) else "missing"

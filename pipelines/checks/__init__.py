@@ -1,0 +1,1 @@
+"""Check whether an image file can be decoded."""

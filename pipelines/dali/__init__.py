@@ -1,0 +1,1 @@
+"""Build the DALI graphs. The only folder that imports DALI."""

@@ -1,0 +1,1 @@
+"""Find the image files, read their headers and remember both."""

@@ -1,0 +1,1 @@
+"""Pack image folders into tar shards."""

@@ -1,0 +1,228 @@
+"""The command line: what each spelling starts, what mistakes say, which exit code comes back."""
+
+# ruff: noqa: E501 - error lines are compared whole
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from cmtrain import __version__
+from cmtrain.cli.main import main
+from cmtrain.config.load import load_config
+from cmtrain.config.schema import Config
+from cmtrain.errors import ConfigError
+from pipelines.spec import DataError
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Replaces the modules behind the verbs; the list receives (verb, args, kwargs) of each call. They return 4."""
+    received = []
+    verbs = {"train": "train", "demo": "demo", "bench": "bench", "check": "data_check", "pack": "data_pack"}
+    for verb, name in {**verbs, "preview": "data_show", "stats": "data_show"}.items():
+        module = sys.modules.get(f"cmtrain.{name}") if verb == "stats" else ModuleType(f"cmtrain.{name}")
+        setattr(module, verb, lambda *args, verb=verb, **kwargs: received.append((verb, args, kwargs)) or 4)
+        monkeypatch.setitem(sys.modules, f"cmtrain.{name}", module)
+    return received
+
+
+def refusal(capsys, *arguments: str) -> str:
+    """What is said on stderr to arguments that are refused with exit code 2, before anything happened."""
+    assert main(arguments) == 2
+    assert os.listdir() == []
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    return captured.err.removesuffix("\n")
+
+
+@pytest.mark.parametrize("verb", [[], ["train"]])
+def test_train_is_the_default_verb(calls, verb):
+    assert main([*verb, "--config", "configs/demo.yaml", "--resume", "never", "--max-steps", "3"]) == 4
+    ((name, (config,), options),) = calls
+    assert (name, options) == ("train", {"resume": "never", "max_steps": 3})
+    assert config == load_config("configs/demo.yaml").config
+
+
+def test_resume_defaults_to_auto_and_no_step_limit(calls):
+    main(["--config", "configs/demo.yaml"])
+    assert calls[0][2] == {"resume": "auto", "max_steps": None}
+
+
+def test_overrides_may_stand_anywhere_and_use_either_spelling(calls):
+    main(["--optim.lr=4e-3", "--config=configs/demo.yaml", "--mixing.mixup", "0.8", "--max-steps=2", "--train.compile",
+          "true", "--augment.scale", "[0.2,1]", "--ema.decay", "null", "--data.mean", "[-1, 0, 1]"])  # fmt: skip
+    config: Config = calls[0][1][0]
+    assert (config.optim.lr, config.mixing.mixup, config.train.compile) == (0.004, 0.8, True)
+    assert (config.augment.scale, config.ema.decay, config.data.mean) == ((0.2, 1.0), None, (-1.0, 0.0, 1.0))
+    assert calls[0][2]["max_steps"] == 2
+
+
+def test_data_verbs_pass_their_options_on(calls):
+    assert main(["data", "check", "in", "--headers-only", "--processes", "3", "--cache-dir", "c"]) == 4
+    assert main(["data", "pack", "in", "out", "--resize-shorter", "256", "--shard-size", "64"]) == 4
+    assert main(["data", "preview", "--config", "configs/demo.yaml", "--rows", "2", "--out", "x.png"]) == 4
+    assert main(["data", "stats", "--config", "configs/demo.yaml", "--data.threads", "2"]) == 4
+    assert [(verb, args[:2]) for verb, args, _ in calls[:2]] == [("check", ("in",)), ("pack", ("in", "out"))]
+    assert calls[0][2] == {"full": False, "processes": 3, "out": None, "cache_dir": "c"}
+    assert (calls[1][2]["resize_shorter"], calls[1][2]["shard_mib"], calls[1][2]["quality"]) == (256, 64, 90)
+    assert calls[2][2] == {"out": "x.png", "rows": 2, "columns": 8, "epoch": 0}
+    assert calls[3][1][0].data.threads == 2
+
+
+def test_negative_value_is_a_value(capsys):
+    line = refusal(capsys, "--config", "configs/demo.yaml", "--optim.lr", "-1")
+    assert line == "--optim.lr: must be a number > 0, got -1"
+
+
+def test_demo_and_bench_pass_their_options_on(calls):
+    assert main(["demo", "--photos", "--schedule.epochs", "3"]) == 4
+    assert main(["bench", "--what", "loader", "--steps", "7", "--json", "f.json", "--data.threads", "2"]) == 4
+    assert calls[0] == ("demo", (True, [("schedule.epochs", "3")]), {})
+    config = load_config("configs/demo.yaml", [("data.threads", "2")]).config
+    assert calls[1] == (
+        "bench",
+        ("loader", config),
+        {
+            "steps": 7,
+            "rounds": 5,
+            "packed": None,
+            "beside": ["resnet50", "efficientnet_b0"],
+            "compare": None,
+            "fail_below": None,
+            "json_path": "f.json",
+        },
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["tran"], "tran: unknown verb, did you mean train?"),
+        (["x.yaml"], "x.yaml: unknown verb (verbs: train, doctor, demo, sweep, eval, export, status, watch, report, bench, repair-bn, data, config; a configuration file goes after --config)"),
+        (["train"], "cmtrain train: --config is missing, e.g. cmtrain train --config configs/demo.yaml"),
+        (["--config"], "--config: expected one argument"),
+        (["--config", "x.yaml"], "x.yaml: no such file"),
+        (["--config", "configs/demo.yaml", "--max-step", "3"], "--max-step: unknown option, did you mean --max-steps?"),
+        (["--config", "configs/demo.yaml", "--max-steps", "0"], "--max-steps: must be a whole number >= 1, got 0"),
+        (["--config", "configs/demo.yaml", "--lr", "1"], "--lr: unknown option, did you mean --optim.lr?"),
+        (["--config", "configs/demo.yaml", "--train.compile"], "--train.compile: needs a value"),
+        (["--config", "configs/demo.yaml", "more"], "cmtrain train: unexpected argument more"),
+        (["config"], "cmtrain config: must be `config show --config FILE`, `config schema` or `config reference`"),
+        (["config", "show"], "cmtrain config show: --config is missing, e.g. cmtrain config show --config configs/demo.yaml"),
+    ],
+)  # fmt: skip
+def test_mistake_is_one_line_with_a_way_out(capsys, arguments, line):
+    assert refusal(capsys, *arguments) == line
+
+
+def test_invalid_choice_is_one_line(capsys):
+    line = refusal(capsys, "bench", "--what", "everything")
+    assert line.startswith("--what: invalid choice: 'everything'")
+    assert "\n" not in line
+
+
+@pytest.mark.parametrize(("error", "code"), [(ConfigError("a: b"), 2), (DataError("a: b"), 3)])
+def test_errors_of_a_run_are_one_line_and_an_exit_code(capsys, calls, monkeypatch, error, code):
+    def fail(config, **_):
+        raise error
+
+    monkeypatch.setattr(sys.modules["cmtrain.training.train"], "train", fail)
+    assert main(["--config", "configs/demo.yaml"]) == code
+    assert capsys.readouterr().err == "a: b\n"
+
+
+def test_ctrl_c_before_the_first_step_is_130(calls, monkeypatch):
+    def interrupt(config, **_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["cmtrain.training.train"], "train", interrupt)
+    assert main(["--config", "configs/demo.yaml"]) == 130
+
+
+def test_help_names_every_verb_and_every_exit_code(capsys):
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(
+        f"\n  {word}" in text
+        for word in ("train ", "demo ", "eval ", "export ", "bench ", "config show ", "config schema ")
+    )
+    assert all(f"\n  {code:<5}" in text for code in (0, 2, 3, 4, 5, 130, 143))
+    assert max(map(len, text.splitlines())) <= 120
+    for verb in (["train"], ["demo"], ["eval"], ["export"], ["bench"], ["config", "show"]):
+        with pytest.raises(SystemExit) as done:
+            main([*verb, "--help"])
+        assert done.value.code == 0
+
+
+def test_no_arguments_is_help_but_not_success(capsys):
+    assert main([]) == 2
+    assert capsys.readouterr().err.startswith("usage: cmtrain")
+
+
+def test_config_show_loads_back_and_says_where_values_come_from(capsys):
+    assert main(["config", "show", "--config", "configs/paper/cmt_s.yaml", "--run.seed", "7"]) == 0
+    text = capsys.readouterr().out
+    Path("shown.yaml").write_text(text)
+    assert load_config("shown.yaml").config == load_config("configs/paper/cmt_s.yaml", [("run.seed", "7")]).config
+    origins = {line.split(":")[0].strip(): line.split("  # ")[1] for line in text.splitlines() if "#" in line}
+    assert origins["seed"] == "command line"
+    assert origins["momentum"] == "default"
+    for key, name in {"lr": "configs/paper/cmt_s.yaml", "mixup": "configs/paper/cmt_ti.yaml"}.items():
+        path, line = origins[key].rsplit(":", 1)
+        assert path.endswith(name)
+        assert (ROOT / name).read_text().splitlines()[int(line) - 1].startswith(f"  {key}: ")
+    assert len({line.index("  # ") for line in text.splitlines() if "#" in line}) == 1
+
+
+def test_config_schema_is_json(capsys):
+    assert main(["config", "schema"]) == 0
+    schema = json.loads(capsys.readouterr().out)
+    assert schema["$defs"]["Optim"]["properties"]["lr"]["exclusiveMinimum"] == 0
+
+
+def test_dry_run_plans_without_data(capsys, monkeypatch):
+    assert main(["--config", "configs/full_in1k.yaml", "--dry-run"]) == 0
+    assert "batch    4096 = 8 x 1 x 512 (processes x accumulation x images)\n" in capsys.readouterr().out
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    line = refusal(capsys, "--config", "configs/full_in1k.yaml", "--dry-run")
+    assert line.startswith("train.global_batch_size: 4096 does not split over 3 processes")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["--help"], 0),
+        (["config", "show", "--config", "configs/demo.yaml"], 0),
+        (["--config", "configs/demo.yaml", "--dry-run"], 0),
+        (["--config", "configs/demo.yaml", "--optim.lr", "fast"], 2),
+        (["eval", "--help"], 0),
+        (["export", "runs/demo"], 2),
+    ],
+)
+def test_module_answers_without_loading_torch_or_dali(arguments, code):
+    program = (
+        "import runpy, sys\n"
+        f"sys.argv = ['cmtrain', *{arguments}]\n"
+        "try: runpy.run_module('cmtrain', run_name='__main__')\n"
+        "except SystemExit as done: print(done.code, [name for name in ('torch', 'nvidia', 'numpy') if name in sys.modules])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.endswith(f"{code} []\n")
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"cmtrain {__version__}\n"

@@ -1,0 +1,231 @@
+"""The benchmark times what it says it times, and its ratios survive a noisy machine."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from helpers.mini import batch, make_learner
+from helpers.photographs import write_folder
+
+from cmtrain.commands.bench.bench import bench, verdict
+from cmtrain.commands.bench.guard import WARMUP_STEPS, time_guard
+from cmtrain.commands.bench.loader import bench_loader, summarise
+from cmtrain.commands.bench.loader_workers import Contestant, _cpu_seconds, serve
+from cmtrain.commands.bench.models import Contender, _figures, race
+from cmtrain.config.load import load_config
+from pipelines.files.manifest import Manifest
+from pipelines.spec import AugmentSpec, DataError
+
+
+@pytest.mark.parametrize(
+    ("loader", "host", "copy", "matrix", "expected"),
+    [
+        (900, 0.2, 60, 5, "bound by decode: the loader feeds 90% of what the model takes"),
+        (1100, 0.2, 60, 5, "bound by memory: 60 % of a copy's bandwidth, counted as if nothing were fused; the loader "
+         "feeds 110% of what the model takes, which leaves little for jitter"),
+        (2000, 0.95, 60, 5, "bound by host: it needs 95% of a step to queue the step; the loader feeds 200%"),
+        (2000, 0.2, 20, 45, "bound by compute: 45 % of a matrix product's rate; the loader feeds 200%"),
+    ],
+)  # fmt: skip
+def test_the_verdict_names_what_a_run_is_bound_by(loader, host, copy, matrix, expected):
+    model = {"images_per_second": 1000, "host_share": host, "percent_of_copy": copy, "percent_of_matrix": matrix}
+    assert verdict({"loader": {"images_per_second": loader}, "model": model}).startswith(expected)
+
+
+def test_a_ratio_compares_what_ran_in_the_same_round():
+    """The machine is four times slower in the second round and timm alone is disturbed in the third."""
+    rates = [(100, 200), (25, 50), (10, 190)]
+    rounds = [
+        {
+            "timm": {"images_per_second": timm, "cpu_ms_per_image": 8.0},
+            "dali": {"images_per_second": dali, "cpu_ms_per_image": ms},
+        }
+        for (timm, dali), ms in zip(rates, (4.0, 2.0, 5.0), strict=True)
+    ]
+    figures = summarise(rounds)
+    assert figures["dali"]["times_timm"] == 2.0
+    assert figures["dali"]["times_timm_by_cpu"] == 2.0
+    assert figures["dali"]["images_per_second"] == 190
+    assert figures["dali"]["cpu_ms_per_image_min"] == 2.0
+    assert "times_timm" not in figures["timm"]
+
+
+def test_the_time_of_workers_counts():
+    burn = "import time\nwhile time.process_time() < 0.5: pass\nprint(flush=True)\ninput()"
+    before = _cpu_seconds(os.getpid())
+    with subprocess.Popen([sys.executable, "-c", burn], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as worker:
+        worker.stdout.readline()
+        assert 0.4 < _cpu_seconds(os.getpid()) - before < 5
+        worker.stdin.close()
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bench")
+    write_folder(folder / "train", 64)
+    write_folder(folder / "val", 3)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["timm", "dali"])
+def test_a_contestant_and_its_workers_stay_on_their_core_and_end_with_the_pipe(root, tmp_path, kind):
+    manifest = Manifest.from_folder(root / "train", cache_dir=tmp_path)
+    context = multiprocessing.get_context("spawn")
+    pipe, theirs = context.Pipe()
+    process = context.Process(target=serve, args=(theirs, Contestant(kind, kind, manifest, "cpu", "cpu", 1)))
+    process.start()
+    theirs.close()
+    try:
+        pipe.send(("prepare", AugmentSpec(32, rand_augment="rand-m9-mstd0.5-inc1")))
+        assert pipe.recv() == 2 * 64
+        family = [process.pid, *_children(process.pid)]
+        assert len(family) == (2 if kind == "timm" else 1)
+        for pid in family:
+            assert len(os.sched_getaffinity(pid)) == 1
+        pipe.send(("measure", 2))
+        figures = pipe.recv()
+        assert figures["images_per_second"] > 0
+        assert figures["cpu_ms_per_image"] > 0
+    finally:
+        pipe.close()
+    process.join(30)
+    assert process.exitcode == 0
+    deadline = time.monotonic() + 10
+    while any(os.path.exists(f"/proc/{pid}") for pid in family[1:]):
+        assert time.monotonic() < deadline
+
+
+def _children(pid: int) -> list[int]:
+    found = []
+    for task in os.listdir(f"/proc/{pid}/task"):
+        with open(f"/proc/{pid}/task/{task}/children") as file:
+            found += [int(child) for child in file.read().split()]
+    return found
+
+
+def test_every_work_is_done_by_every_contestant(root, tmp_path, capsys):
+    overrides = {"data.root": str(root), "data.cache_dir": str(tmp_path), "data.threads": "1"}
+    config = load_config("configs/demo.yaml", list(overrides.items())).config
+    json_path = tmp_path / "figures.json"
+    assert bench_loader(config, steps=1, rounds=1, packed=None, json_path=str(json_path)) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report == json.loads(json_path.read_text())
+    assert list(report["cpu"]) == ["decode", "crop", "crop + jitter", "crop + randaugment"]
+    for figures in report["cpu"].values():
+        assert list(figures) == ["timm", "dali", "dali packed"]
+        assert figures["dali"]["times_timm"] > 0
+    assert report["overhead"]["draws_us_per_sample"] > 0
+
+
+def test_steps_with_the_guard_and_without_take_turns(monkeypatch):
+    learner = make_learner()
+    guard, window, step, turns = learner.guard, learner.window, learner.step, []
+
+    def noted(*arguments):
+        turns.append("with" if (learner.guard, learner.window) == (guard, window) else "without")
+        return step(*arguments)
+
+    monkeypatch.setattr(learner, "step", noted)
+    figures = time_guard(learner, map(batch, itertools.count()), lr=0.01, steps=2, rounds=2, log_every_steps=10)
+    assert turns[: 2 * WARMUP_STEPS] == ["with"] * WARMUP_STEPS + ["without"] * WARMUP_STEPS
+    assert turns[2 * WARMUP_STEPS :] == ["without"] * 2 + ["with"] * 4 + ["without"] * 2 + ["with"] * 2  # for the save
+    assert (learner.guard, learner.window) == (guard, window)
+    assert 0 < figures["alone"]["ms"] < figures["without"]["ms"]
+    assert figures["with"]["percent_min"] <= figures["with"]["percent"] <= figures["with"]["percent_max"]
+
+
+def test_the_guard_is_timed_with_the_recipe_of_a_configuration(root, tmp_path, capsys):
+    overrides = {"data.root": str(root), "data.cache_dir": str(tmp_path), "train.global_batch_size": "8"}
+    config = load_config("configs/demo.yaml", list(overrides.items())).config
+    assert bench("guard", config, steps=1, rounds=2, json_path=None) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert list(report["figures"]) == ["without", "with", "alone", "log point", "mixing", "together", "save"]
+    assert report["verdict"].startswith("guard, spike detection and metrics add ")
+
+
+# --- models beside models, ceilings, comparison ---
+
+
+def small(root, tmp_path, **more):
+    overrides = {
+        "data.root": str(root), "data.cache_dir": str(tmp_path), "data.threads": "1", "train.global_batch_size": "8",
+    }  # fmt: skip
+    return load_config("configs/demo.yaml", list((overrides | more).items())).config
+
+
+def test_models_take_turns_through_the_same_step(root, tmp_path, capsys):
+    config = small(root, tmp_path)
+    assert bench("model", config, steps=2, rounds=2, beside=["resnet18", "cmt_micro"], json_path=None) == 0
+    report = json.loads(capsys.readouterr().out)
+    rows = report["figures"]
+    assert list(rows) == ["cmt_micro train", "resnet18 train", "cmt_micro infer", "resnet18 infer", "machine"]
+    for name in list(rows)[:4]:
+        assert rows[name]["ms_p50"] <= rows[name]["ms_p95"]
+        assert 0 < rows[name]["percent_of_copy"] < 200
+        assert 0 < rows[name]["percent_of_matrix"] < 200
+    assert rows["resnet18 train"]["first_is_times"] > 1  # 10 times the arithmetic
+    assert "first_is_times" not in rows["cmt_micro train"]
+    # A step moves about three times what a forward pass moves.
+    assert 2 < rows["resnet18 train"]["mb_per_image"] / rows["resnet18 infer"]["mb_per_image"] < 4
+
+
+def test_a_race_alternates_and_its_ratio_is_that_of_a_round():
+    order = []
+
+    def work(name, seconds):
+        def run():
+            order.append(name)
+            time.sleep(seconds)
+
+        return run
+
+    contenders = [Contender("a", 4, work("a", 0.001)), Contender("b", 4, work("b", 0.004))]
+    race(contenders, torch.device("cpu"), steps=1, rounds=2)
+    assert order == ["a"] * 4 + ["b"] * 4 + ["b", "a", "a", "b"]
+    contenders[0].seconds, contenders[1].seconds = [[0.1, 0.1], [0.4, 0.4]], [[0.3, 0.3], [1.2, 1.2]]
+    slow = _figures(contenders[1], contenders[0])
+    assert slow["first_is_times"] == pytest.approx(3)
+    assert slow["images_per_second"] == pytest.approx((8 / 0.6 + 8 / 2.4) / 2)
+
+
+def test_latency_is_of_one_image(root, tmp_path, capsys):
+    assert bench("latency", small(root, tmp_path), steps=2, rounds=2, beside=["resnet18"], json_path=None) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["batch"] == 1
+    assert list(report["figures"]) == ["cmt_micro", "resnet18"]
+
+
+def test_all_names_what_a_run_is_bound_by(root, tmp_path, capsys):
+    assert bench("all", small(root, tmp_path), steps=2, json_path=None) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert list(report["figures"]) == ["loader", "model", "train"]
+    assert report["verdict"].startswith("bound by ")
+    assert report["figures"]["model"]["mb_per_image"] > 1
+
+
+def test_a_comparison_is_of_the_same_work_and_fails_below_its_ratio(root, tmp_path, capsys):
+    config, path = small(root, tmp_path), tmp_path / "earlier.json"
+    assert bench("train", config, steps=1, json_path=str(path)) == 0
+    earlier = json.loads(path.read_text())
+    for rate, code in ((1e-3, 0), (1e9, 5)):
+        earlier["figures"]["train"]["images_per_second"] = rate
+        path.write_text(json.dumps(earlier))
+        capsys.readouterr()
+        assert bench("train", config, steps=1, json_path=None, compare=str(path), fail_below=0.97) == code
+        out, err = capsys.readouterr()
+        assert json.loads(out)["figures"]["train"]["times_earlier"] > 0
+        assert ("less than 0.97" in err) == (code == 5)
+    path.write_text(json.dumps(earlier | {"image_px": 224}))
+    with pytest.raises(DataError, match="of another benchmark: image_px 224 -> 32"):
+        bench("train", config, steps=1, json_path=None, compare=str(path))
+    path.write_text("[]")
+    with pytest.raises(DataError, match=r"earlier\.json: no report of cmtrain bench"):
+        bench("train", config, steps=1, json_path=None, compare=str(path))

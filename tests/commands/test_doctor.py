@@ -1,0 +1,135 @@
+"""The doctor: says of each thing that a run needs whether it is there, and ends with 3 where it is not."""
+
+import json
+import os
+import shutil
+import socket
+from importlib import metadata
+
+import pytest
+import torch
+from helpers.runs import Forked, Job
+
+from cmtrain.commands import doctor, doctor_checks
+from cmtrain.commands.doctor import worst
+from cmtrain.commands.doctor_checks import Finding, checkpoint_bytes, pairing
+from cmtrain.config.load import load_config
+from cmtrain.storage.run_lock import RunLock
+
+CUDA130, CUDA120 = ["nvidia-dali-cuda130"], ["nvidia-dali-cuda120"]
+
+
+def examined(job: Job, code: int, nproc: int = 1) -> dict[str, dict]:
+    """What `cmtrain doctor --json` says of `job`, by check."""
+    command = ["cmtrain", "doctor", "--config", str(job.config), "--json"]
+    process = Forked(command, job.folder, {}, nproc)
+    out, err = process.communicate()
+    assert process.returncode == code, f"{out}\n{err}"
+    said = json.loads(out)
+    assert said["ok"] == (code == 0)
+    return {finding["check"]: finding for finding in said["checks"]}
+
+
+def test_a_machine_that_can_train_passes_and_nothing_is_left_behind(make_job):
+    job = make_job()
+    found = examined(job, code=0)
+    assert found["data"]["found"] == "96 training, 31 validation images, 3 classes"
+    assert {finding["verdict"] for finding in found.values()} <= {"ok", "warn"}
+    if not torch.cuda.is_available():
+        assert {check for check in found if found[check]["verdict"] == "warn"} >= {"GPUs", "decode on the GPU"}
+    assert all(finding["advice"] for finding in found.values() if finding["verdict"] == "warn")
+    assert not (job.folder / "runs").exists()
+
+
+def test_ranks_look_together_and_speak_once(make_job):
+    found = examined(make_job(), code=0, nproc=2)
+    assert found["ranks"]["found"].startswith("2 on 1 host(s)")
+    assert found["all-reduce"]["found"] == "gloo over 2 rank(s): sum of ones is 2"
+
+
+def test_what_is_missing_is_said_all_at_once(make_job, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        job = make_job(data={"root": str(tmp_path / "nowhere")}, metrics={"enabled": True, "port": port})
+        lock = RunLock(job.run)
+        lock.acquire()
+        found = examined(job, code=3)
+        lock.close()
+    assert {check for check in found if found[check]["verdict"] == "fail"} == {"data", "run folder"}
+    assert "nowhere" in found["data"]["found"]
+    assert f"process {os.getpid()}" in found["run folder"]["found"]
+    assert found["metrics port"]["verdict"] == "warn"
+    assert f"{port} is taken" in found["metrics port"]["found"]
+
+
+@pytest.mark.parametrize(
+    ("driver", "torch_cuda", "flavours", "verdict", "says"),
+    [
+        (13000, "13.2", CUDA130, "ok", "driver for CUDA 13.0"),
+        (12040, "12.8", CUDA120, "ok", "driver for CUDA 12.4"),
+        (13000, "12.8", CUDA120, "ok", "DALI for CUDA 12"),
+        (12040, "13.2", CUDA130, "fail", "driver >= 580, or what requirements-cuda120.lock lists"),
+        (11040, "12.8", ["nvidia-dali-cuda110"], "fail", "driver >= 525"),
+        (13000, None, CUDA130, "fail", "install torch"),
+        (None, "13.2", CUDA130, "warn", "on the CPU"),
+        (13000, "13.2", [], "fail", "exactly one"),
+        (13000, "13.2", CUDA120 + CUDA130, "fail", "exactly one"),
+    ],
+)
+def test_driver_torch_and_dali_must_go_together(driver, torch_cuda, flavours, verdict, says):
+    finding = pairing(driver, torch_cuda, flavours)
+    assert finding.verdict == verdict
+    assert says in f"{finding.found}; {finding.advice}"
+
+
+def test_the_gravest_finding_of_all_ranks_is_shown():
+    ok, warn, fail = (Finding("c", verdict, verdict) for verdict in ("ok", "warn", "fail"))
+    assert worst([ok, ok]) == ok
+    assert worst([ok, warn, fail, fail]).found == "rank 2: fail"
+    assert worst([warn, ok]) == warn
+
+
+def test_a_package_that_is_too_old_is_named(monkeypatch):
+    installed = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda name: "0.9.1" if name == "timm" else installed(name))
+    finding = doctor_checks.packages()
+    assert finding.verdict == "fail"
+    assert finding.found == "needs timm>=1.0.20, not 0.9.1"
+
+
+def test_wrong_pixels_are_noticed(monkeypatch):
+    made = doctor_checks.Image.new
+    monkeypatch.setattr(doctor_checks.Image, "new", lambda mode, size, colour: made(mode, size, colour[::-1]))
+    finding = doctor_checks.decode("decode", torch.device("cpu"), "cpu")
+    assert finding.verdict == "fail"
+    assert "came out as" in finding.found
+
+
+def test_an_error_is_a_finding():
+    def broken() -> Finding:
+        raise ImportError("libnvjpeg.so.13:\ncannot open")
+
+    assert doctor._look("decode", broken) == Finding("decode", "fail", "ImportError: libnvjpeg.so.13: cannot open")
+
+
+@pytest.mark.parametrize("optim", [{"opt": "adamw"}, {"opt": "sgd", "weight_decay": 0.0}])
+def test_size_of_a_checkpoint_is_known_before_there_is_one(make_job, optim):
+    job = make_job(optim=optim)
+    job("--max-steps", "1")
+    size = next(job.run.glob("checkpoints/step-*/state.pt")).stat().st_size
+    assert checkpoint_bytes(load_config(job.config).config, num_classes=3) == pytest.approx(size, rel=0.2)
+
+
+def test_a_disk_too_small_for_the_checkpoints_fails(make_job, monkeypatch, tmp_path):
+    config = load_config(make_job(checkpoint={"keep": 3, "milestone_every_epochs": 1}).config).config
+    size = checkpoint_bytes(config, 3)
+    for free, verdict in ((8 * size, "ok"), (8 * size - 1, "fail")):  # 3 newest, 3 milestones, the best, the next
+        usage = shutil._ntuple_diskusage(10**12, 10**12 - free, free)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, usage=usage: usage)
+        assert doctor_checks.disk(config, tmp_path / "runs" / "a", 3).verdict == verdict
+
+
+def test_fp16_needs_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert doctor_checks.gpus("auto").verdict == "warn"
+    assert doctor_checks.gpus("fp16").verdict == "fail"

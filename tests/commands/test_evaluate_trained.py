@@ -1,0 +1,161 @@
+"""`cmtrain eval` says what the run said, and what it would have said of other sizes, images and labels."""
+
+import csv
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers.images import write_tree
+from helpers.runs import Forked
+
+from cmtrain.commands import evaluate as evaluate_command
+from cmtrain.commands.evaluate import open_folder, real_accuracy, real_labels, sizes_of
+from cmtrain.config.load import load_config
+from cmtrain.errors import ConfigError
+from cmtrain.step.evaluate import Evaluation, evaluate
+from pipelines.spec import Batch, DataError
+
+
+def run_eval(job, *arguments, code=0):
+    """`cmtrain eval` in the job's folder: its JSON line (and what it said on stderr), or stderr where it is refused."""
+    process = Forked(["cmtrain", "eval", *arguments], job.folder, {}, 1)
+    out, err = process.communicate()
+    assert process.returncode == code, err
+    return json.loads(out) | {"stderr": err} if out else err
+
+
+@pytest.fixture
+def trained(make_job):
+    job = make_job(run={"name": "job", "seed": 1})
+    return job, job("--max-steps", "8")
+
+
+def test_it_says_what_the_run_said(trained):
+    job, result = trained
+    said = run_eval(job, "runs/job", "--per-class", "classes.csv", "--confusion", "matrix.csv", "--json", "again.json")
+    model, ema = said["results"]
+    assert (model["weights"], ema["weights"]) == ("model", "ema")
+    for key in ("top1", "top5", "loss"):
+        assert model[key] == pytest.approx(result[key], abs=1e-6)
+        assert ema[key] == pytest.approx(result[f"ema_{key}"], abs=1e-6)
+    assert (said["step"], model["num_images"], model["image_px"], model["resize_px"]) == (8, 31, 32, 36)
+    stderr = said.pop("stderr")
+    assert f"{100 * model['top1']:6.2f}" in stderr
+    assert json.loads((job.folder / "again.json").read_text()) == said
+    rows = list(csv.DictReader((job.folder / "classes.csv").read_text().splitlines()))
+    assert [row["class"] for row in rows] == ["class0", "class1", "class2"] * 2
+    assert sum(int(row["correct"]) for row in rows if row["weights"] == "ema") == round(31 * ema["top1"])
+    header, *matrix = csv.reader((job.folder / "matrix.csv").read_text().splitlines())
+    assert header[1:] == ["class0", "class1", "class2"]
+    best = max(model["top1"], ema["top1"])
+    assert sum(int(row[place + 1]) for place, row in enumerate(matrix)) == round(31 * best)
+    run_eval(job, "runs/job", "--expect", "1.0", code=5)
+    run_eval(job, "job", "--expect", "0.0", "--weights", "ema")
+
+
+def test_several_sizes_at_once(trained):
+    job, _ = trained
+    said = run_eval(job, "runs/job", "--weights", "model", "--resize-px", "64,72", "--image-px", "32,64")
+    assert [(row["image_px"], row["resize_px"]) for row in said["results"]] == [(32, 64), (32, 72), (64, 64), (64, 72)]
+    assert len({row["loss"] for row in said["results"]}) == 4
+
+
+def test_sizes_keep_the_runs_proportion():
+    config = load_config("configs/full_in1k.yaml").config
+    assert sizes_of(config, (), ()) == [(160, 184)]
+    assert sizes_of(config, (224,), ()) == [(224, 258)]
+    assert sizes_of(config, (), (184, 182)) == [(160, 184), (160, 182)]
+    with pytest.raises(ConfigError, match="--image-px: must be multiples of 32, got 100"):
+        sizes_of(config, (100,), ())
+    with pytest.raises(ConfigError, match="--resize-px: 182 is less than the image side 224"):
+        sizes_of(config, (160, 224), (182,))
+
+
+def test_images_from_elsewhere_by_name_or_by_number(trained, tmp_path):
+    job, _ = trained
+    root = write_tree(tmp_path / "other", 0, 12)
+    (by_name,) = run_eval(job, "runs/job", "--weights", "ema", "--folder", str(root / "val"))["results"]
+    for name in ("class0", "class1", "class2"):
+        (root / "val" / name).rename(root / "val" / name[-1])
+    (by_number,) = run_eval(job, "runs/job", "--weights", "ema", "--folder", str(root / "val"))["results"]
+    assert by_name == by_number
+    assert by_name["num_images"] == 12
+    (root / "val" / "2").rename(root / "val" / "3")
+    line = run_eval(job, "runs/job", "--folder", str(root / "val"), code=3)
+    assert line.endswith("/val: 3 is neither a class of training, such as class0, nor a number below 3\n")
+    assert "No such file" in run_eval(job, "runs/job", "--folder", "nowhere", code=3)
+
+
+def test_the_training_images_need_not_be_there(trained, tmp_path):
+    job, result = trained
+    config = load_config(job.run / "config.yaml").config
+    shutil.copytree(f"{config.data.root}/val", tmp_path / "moved" / "val")
+    said = run_eval(job, "runs/job", "--data.root", str(tmp_path / "moved"))
+    assert said["results"][0]["top1"] == pytest.approx(result["top1"], abs=1e-6)
+
+
+def test_names_are_taken_before_numbers(tmp_path):
+    """Digits are classes whose names are numbers, and 10 comes before 2 in their order."""
+    names = ("0", "1", "10", "2")
+    root = write_tree(tmp_path, 0, 4, num_classes=2) / "val"
+    (root / "class0").rename(root / "10")
+    (root / "class1").rename(root / "2")
+    config = SimpleNamespace(data=SimpleNamespace(cache_dir=str(tmp_path / "cache"), max_bad_fraction=0.1))
+    assert set(open_folder(str(root), names, config).labels.tolist()) == {2, 3}
+
+
+def test_imagenet_real(monkeypatch):
+    """Four of ImageNet's validation images, in another order; the second one has no real label and does not count."""
+    real = {1: [5], 2: [], 3: [7, 8], 4: [9]}
+    files = [f"/data/val/n01/ILSVRC2012_val_{number:08d}.JPEG" for number in (3, 2, 1, 4)]
+
+    class Labels:
+        def __init__(self, filenames):
+            self.filenames = filenames
+            self.real_labels = {f"ILSVRC2012_val_{i:08d}.JPEG": labels for i, labels in real.items()}
+
+    class Images(list):
+        file = list.__getitem__
+
+    monkeypatch.setattr(evaluate_command, "NUM_REAL_FILES", 4)
+    monkeypatch.setattr(evaluate_command, "RealLabelsImagenet", Labels)
+    ranked = torch.tensor([[8, 0], [1, 0], [5, 0], [0, 9]])
+    result = Evaluation(0.0, 0.0, 0.0, 4, ranked=ranked)
+    assert real_accuracy(real_labels(Images(files)), result) == pytest.approx(2 / 3)
+    with pytest.raises(DataError, match="no validation image of ImageNet"):
+        real_labels(Images([*files[:3], "/data/x.jpg"]))
+    with pytest.raises(DataError, match="here are 3"):
+        real_labels(Images(files[:3]))
+
+
+def test_the_real_labels_that_timm_ships():
+    files = [f"ILSVRC2012_val_{number:08d}.JPEG" for number in range(1, 50_001)]
+    labels = evaluate_command.RealLabelsImagenet(files).real_labels
+    assert len(labels) == 50_000
+    assert sum(not each for each in labels.values()) == 3_163  # the paper's 46,837 images have one
+
+
+def test_ranked_classes_lie_at_their_images_place():
+    logits = torch.randn(7, 6)
+    batches = [
+        Batch(logits[indices], torch.zeros(len(indices), dtype=torch.long), torch.tensor(indices))
+        for indices in ([4, 0, 2], [6, 1, 5, 3])
+    ]
+    how = {"autocast": torch.autocast("cpu", enabled=False), "device": torch.device("cpu"), "num_images": 7}
+    result = evaluate(torch.nn.Identity(), batches, **how, num_classes=6, keeps_ranked=True)
+    assert torch.equal(result.ranked, logits.topk(5).indices)
+    assert evaluate(torch.nn.Identity(), batches, **how, num_classes=6).ranked is None
+
+
+def test_what_cannot_be_evaluated_is_refused_in_one_line(trained):
+    job, _ = trained
+    job("--run.name", "plain", "--ema.decay", "null", "--max-steps", "1")
+    assert "it has no ema weights" in run_eval(job, "runs/plain", "--weights", "ema", code=3)
+    assert len(run_eval(job, "runs/plain")["results"]) == 1
+    assert "--real: has labels of ImageNet's 50000" in run_eval(job, "runs/job", "--real", code=3)
+    assert "of which run?" in run_eval(job, code=2)
+    assert "must be a share 0..1" in run_eval(job, "runs/job", "--expect", "75", code=2)
+    assert "--image-px: must be a whole number" in run_eval(job, "runs/job", "--image-px", "big", code=2)
+    assert "--optim.lrr" in run_eval(job, "runs/job", "--optim.lrr", "1", code=2)

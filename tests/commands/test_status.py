@@ -1,0 +1,188 @@
+"""What `status` and `watch` say of runs that go on, ended, hang, or were killed; and of runs that are none."""
+
+import io
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from helpers.runs import free_port, logged, wait_for
+from rich.console import Console
+
+from cmtrain.cli.main import main
+from cmtrain.commands.status import SILENT_SECONDS, stand
+from cmtrain.storage.run_folder import RunFolder
+
+
+@pytest.fixture(autouse=True)
+def _empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run folder as a run that is at step 1200 of 3600 writes it, in this process."""
+    folder = RunFolder(tmp_path / "runs" / "r")
+    folder.status(
+        state="running", step=1200, last_step=3600, metrics_url=None, exit_code=None, reason=None, result=None,
+        host=socket.gethostname(), loss=2.5, eta_seconds=4000, images_per_second=812.4, data_wait_ratio=0.034,
+        best_top1=0.4312, best_step=1000, resume_from="runs/r/checkpoints/step-000001000",
+    )  # fmt: skip
+    return folder
+
+
+def change(folder, **fields):
+    path = folder.path / "status.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def said(capsys, *arguments, code=0):
+    assert main(arguments) == code
+    captured = capsys.readouterr()
+    return captured.err if code else captured.out
+
+
+def dead_process():
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def test_a_run_that_goes_on(run, capsys):
+    lines = said(capsys, "status", "runs/r").splitlines()
+    assert lines[0] == "runs/r: running, step 1,200 of 3,600"
+    assert "speed    812 images/s, 3% of the time waiting for data" in lines
+    assert "left     1h 6m" in lines
+    assert "best     top-1 0.4312 at step 1,000" in lines
+    assert said(capsys, "status", "r").splitlines()[0] == lines[0]  # its name will do
+
+
+def test_a_run_that_was_killed_cannot_say_so(run, capsys):
+    pid = dead_process()
+    change(run, pid=pid)
+    first = said(capsys, "status", "r").splitlines()[0]
+    assert first == f"runs/r: claims to run, step 1,200 of 3,600, but process {pid} is gone; the same command resumes"
+    facts = json.loads(said(capsys, "status", "r", "--json"))
+    assert (facts["alive"], facts["state"], facts["step"]) == (False, "running", 1200)
+
+
+def test_a_run_on_another_host_is_believed_until_it_is_silent(run, capsys):
+    change(run, pid=dead_process(), host="elsewhere")
+    assert stand(run.path).alive is None
+    assert "running, step" in said(capsys, "status", "r")
+    change(run, updated=time.time() - SILENT_SECONDS - 60)
+    assert "claims to run, step 1,200 of 3,600, but has written nothing for 11m" in said(capsys, "status", "r")
+
+
+@pytest.mark.parametrize(
+    ("config", "limit_seconds"),
+    [
+        ("metrics:\n  stall_seconds: 3600.0\n", 3600),
+        ("metrics:\n  stall_seconds: 20\n", 20),
+        ("metrics:\n  stall_seconds: often\n", SILENT_SECONDS),
+        ("metrics: 7\n", SILENT_SECONDS),
+        ("\x00", SILENT_SECONDS),
+    ],
+)
+def test_how_long_a_run_may_be_silent_is_its_own_setting(run, config, limit_seconds):
+    (run.path / "config.yaml").write_text(config)
+    change(run, host="elsewhere", updated=time.time() - limit_seconds + 10)
+    assert stand(run.path).warning == ""
+    change(run, updated=time.time() - limit_seconds - 10)
+    assert "has written nothing for" in stand(run.path).warning
+
+
+def test_a_port_that_belongs_to_another_run_by_now_is_not_believed(run, metrics_server):
+    change(run, pid=dead_process(), metrics_url=metrics_server(pid=os.getpid(), host=socket.gethostname()))
+    assert (stand(run.path).alive, stand(run.path).now) == (False, None)
+    change(run, pid=os.getpid())
+    standing = stand(run.path)
+    assert (standing.alive, standing.step) == (True, 1300)
+
+
+@pytest.mark.parametrize(
+    "url", ["file:///etc/passwd", "http://", "http://127.0.0.1:1/metrics", 7, "http://[/", "x" * 9999]
+)
+def test_whatever_url_is_written_there_does_no_harm(run, url):
+    change(run, metrics_url=url)
+    assert stand(run.path).now is None
+
+
+def test_a_stalled_run_is_told(run, metrics_server, capsys):
+    change(run, metrics_url=metrics_server(pid=os.getpid(), host=socket.gethostname(), stalled=True))
+    assert "but no step finished for 15m 0s" in said(capsys, "status", "r")
+
+
+@pytest.fixture
+def metrics_server():
+    """metrics_server(**facts) -> URL of a run at step 1300 that says so."""
+    from cmtrain.monitoring.http_server import Exporter, Page
+
+    servers = []
+
+    def start(*, stalled=False, **facts):
+        now = {"rank": 0, "state": "train", "step": 1300, "seconds_since_progress": 900.0, "stalled": stalled}
+        page = Page("application/json", json.dumps(facts | {"now": now}).encode())
+        servers.append(Exporter({"/status.json": lambda accept: page}, "127.0.0.1", free_port()))
+        return f"{servers[-1].url}/metrics"
+
+    yield start
+    for server in servers:
+        server.close()
+
+
+def test_an_ended_run(run, capsys):
+    change(run, state="finished", step=3600, reason="top-1 0.4400", exit_code=0, pid=dead_process())
+    lines = said(capsys, "status", "r").splitlines()
+    assert lines[0] == "runs/r: finished, step 3,600 of 3,600: top-1 0.4400"
+    assert not any(line.startswith(("left", "metrics")) for line in lines)
+    assert said(capsys, "watch", "r").startswith("finished, step 3,600 of 3,600: top-1 0.4400")
+
+
+@pytest.mark.parametrize("verb", ["status", "watch"])
+def test_no_such_run(run, capsys, verb):
+    assert said(capsys, verb, "rr", code=3) == "rr: no such run; did you mean runs/r?\n"
+    line = said(capsys, verb, "/nowhere", code=3)
+    assert line == "/nowhere: no such run; a run is a folder with a status.json, such as runs/demo\n"
+    assert said(capsys, verb, "x" * 5000, code=3).startswith("xxx")
+
+
+def test_status_and_watch_of_a_real_run(make_job, capsys):
+    port = free_port()
+    job = make_job(schedule={"epochs": 4000}, metrics={"enabled": True, "port": port})
+    process = job.start("--evaluate.every_epochs", "4000", "--checkpoint.every_epochs", "4000")
+    wait_for(lambda: logged(job, 2), process)
+    written = job.status()["step"]
+    wait_for(lambda: stand(job.run).step > written, process)
+    assert stand(job.run).alive
+    assert stand(job.run).now["state"] == "train"
+    watcher = threading.Thread(target=main, args=(["watch", str(job.run)],))
+    watcher.start()
+    shown = []
+    wait_for(lambda: shown.append(capsys.readouterr().out) or "".join(shown).count("\n") >= 2, process)
+    process.kill()
+    process.communicate()
+    watcher.join(60)
+    assert not watcher.is_alive()
+    lines = ("".join(shown) + capsys.readouterr().out).splitlines()
+    assert all(line.startswith("running, step ") for line in lines[:-1])
+    assert len(set(lines)) == len(lines)
+    assert f"but process {job.status()['pid']} is gone" in lines[-1]
+
+
+def test_watch_on_a_terminal_shows_the_run_in_place(run, monkeypatch):
+    screen = io.StringIO()
+    monkeypatch.setattr(
+        "cmtrain.commands.status.Console", lambda **options: Console(file=screen, force_terminal=True, width=120)
+    )
+    monkeypatch.setattr("cmtrain.commands.status.REFRESH_SECONDS", 0.01)
+    threading.Timer(0.3, lambda: change(run, state="finished", reason="top-1 0.5")).start()
+    assert main(["watch", "r"]) == 0
+    shown = screen.getvalue()
+    assert "r: running, step 1,200 of 3,600" in shown
+    assert "\x1b[" in shown  # the cursor goes back up
+    assert "r: finished, step 1,200 of 3,600: top-1 0.5" in shown

@@ -1,0 +1,274 @@
+"""A sweep does each row once, goes on after what may fail, stops when told to, and its table tells the truth."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from helpers.runs import ROOT
+
+from cmtrain.cli.main import main
+from cmtrain.commands import sweep
+from cmtrain.commands.sweep import DEMO_STEPS, read_rows
+from cmtrain.config.load import load_config
+from cmtrain.config.schema import to_yaml
+from cmtrain.errors import ConfigError
+from pipelines.spec import DataError
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """Where the sweeps of these tests are started."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    return tmp_path
+
+
+def write(name, text="", top1="top1: 0.5"):
+    Path("study").mkdir(exist_ok=True)
+    Path("study/base.yaml").write_text(
+        "model: {name: cmt_micro}\ndata: {root: demo:digits, image_px: 32, eval_resize_px: 32}\n"
+        "optim: {lr: 1e-3}\nschedule: {epochs: 2, warmup_epochs: 1}\ntrain: {global_batch_size: 64}\n"
+    )
+    Path(f"study/{name}.yaml").write_text(f"extends: base.yaml\n{text}\nexpect: {{{top1}}}\n")
+
+
+@pytest.fixture
+def study():
+    """Four rows in the folder `study`."""
+    write("a")
+    write("b", "optim: {lr: 5.0}", top1="diverges: true")
+    write("c", "model: {qkv_bias: false}")
+    write("d")
+    return ["study"]
+
+
+def rows_of(files, **how):
+    return read_rows(files, [], **{"select": None, "scale": None, "max_steps": None} | how)
+
+
+@pytest.fixture
+def outcomes(monkeypatch):
+    """outcomes[run name] = exit code of a row that is trained; the list holds the names of those that were."""
+    codes, trained = {}, []
+
+    def call(self, command):
+        name = load_config(command[command.index("--config") + 1]).config.run.name
+        trained.append(name)
+        return codes.get(name, 0)
+
+    monkeypatch.setattr(sweep._Stops, "call", call)
+    return codes, trained
+
+
+def test_every_row_is_trained_in_order_and_a_base_is_no_row(study, outcomes, capsys):
+    _, trained = outcomes
+    assert main(["sweep", *study]) == 0
+    assert trained == ["a", "b", "c", "d"]
+    assert capsys.readouterr().out.count("not started") == 4
+
+
+@pytest.mark.parametrize(
+    ("codes", "code", "last"),
+    [
+        ({"b": 4}, 0, "d"),  # as the file says
+        ({"a": 4}, 4, "d"),
+        ({"a": 5, "c": 1}, 5, "d"),
+        ({"b": 3}, 3, "b"),  # no data: no row has any
+        ({"b": 143}, 143, "b"),
+        ({"a": 130}, 130, "a"),
+    ],
+)
+def test_what_ends_a_sweep_and_what_does_not(study, outcomes, codes, code, last):
+    wanted, trained = outcomes
+    wanted |= codes
+    assert main(["sweep", *study]) == code
+    assert trained[-1] == last
+
+
+def test_rows_are_chosen_by_number(study, outcomes):
+    assert main(["sweep", *study, "--rows", "4,1-2"]) == 0
+    assert outcomes[1] == ["a", "b", "d"]
+
+
+def test_overrides_hold_for_every_row_wherever_they_stand(study, capsys):
+    assert main(["sweep", "--optim.lr", "0.25", *study, "--run.seed=7", "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "cmtrain --config study/a.yaml --optim.lr=0.25 --run.seed=7"
+    assert len(lines) == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "cmtrain sweep: of which files? e.g. "),
+        (["study", "--rows", "0-2"], "--rows: 0-2: there are rows 1 to 4"),
+        (["study", "--rows", "2-9"], "--rows: 2-9: there are rows 1 to 4"),
+        (["study", "--rows", "3-1"], "--rows: 3-1: there are rows 1 to 4"),
+        (["study", "--rows", "all"], "--rows: must be numbers and ranges of them, such as 1,3-5, got all"),
+        (["stady"], "stady: no such file"),
+        (["study", "study/a.yaml"], "study/a.yaml: has the run folder runs/a, as study/a.yaml has; sweep them apart"),
+        (["study", "--optim.lrr", "1"], "--optim.lrr: unknown option, did you mean --optim.lr?"),
+    ],
+)
+def test_mistakes_are_one_line_and_start_nothing(study, outcomes, capsys, arguments, said):
+    assert main(["sweep", *arguments]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(said)
+    assert err.count("\n") == 1
+    assert outcomes[1] == []
+
+
+def test_all_mistakes_of_all_files_are_told_before_any_row_is_trained(study, outcomes, capsys):
+    write("c", "optim: {lr: fast}")
+    write("d", "optim: {momentun: 0.5}")
+    assert main(["sweep", *study]) == 2
+    assert [line.split(":")[0] for line in capsys.readouterr().err.splitlines()] == ["study/c.yaml", "study/d.yaml"]
+    assert outcomes[1] == []
+
+
+# --- the table ---
+
+
+def finish(row, top1, **status):
+    row.run_path.mkdir(parents=True)
+    (row.run_path / "config.yaml").write_text(to_yaml(row.config))
+    status = {"state": "finished", "step": 44, "total_steps": 44, "result": {"top1": top1}} | status
+    (row.run_path / "status.json").write_text(json.dumps(status))
+
+
+def test_the_table_compares_what_finished_with_what_was_published(study, capsys):
+    a, b, c, _ = rows_of(study)
+    finish(a, 0.513)
+    finish(b, None, state="diverged", step=7)
+    finish(c, 0.2, state="running", step=22)
+    assert main(["sweep", *study, "--table", "--csv"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "row,run,differs in,published,measured,difference,state,source",
+        "1,a,as its base,50.00,51.30,+1.30,finished,",
+        '2,b,lr 5.0,diverged,,,"diverged, step 7 of 44",',
+        '3,c,qkv_bias false,50.00,,,"running, step 22 of 44",',
+        "4,d,as its base,50.00,,,not started,",
+    ]
+    assert main(["sweep", *study, "--table"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 6
+    assert {line.count("|") for line in lines} == {9}
+
+
+def test_a_run_of_another_recipe_is_not_passed_off_as_the_row(study):
+    finish(rows_of(study)[0], 0.9)
+    write("a", "optim: {lr: 9e-3}")
+    assert "| 50.00 | 90.00 |" not in sweep.table(rows_of(study))
+    assert "finished, of another recipe" in sweep.table(rows_of(study))
+
+
+# --- real processes ---
+
+
+def test_a_sweep_trains_each_row_once(study, folder):
+    """As a person does it: two rows for two steps, and again."""
+    command = [sys.executable, "-m", "cmtrain", "sweep", *study, "--rows", "1,3", "--scale", "demo", "--max-steps", "2"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    first = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.splitlines()[-1].startswith("| 3 | c | qkv_bias false | 50.00 |")
+    assert re.search(r"finished, step 2 of \d+", first.stdout)
+    checkpoints = sorted(folder.glob("runs/sweep-demo/*/checkpoints/*"))
+    assert len(checkpoints) == 2
+    again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert again.returncode == 0
+    assert again.stderr.count("finished before") == 2
+
+
+def test_a_stop_signal_reaches_the_row_and_ends_the_sweep():
+    code = (
+        "import sys; from cmtrain.sweep import _stop_signals\n"
+        "program = 'import signal, sys, time; signal.signal(15, lambda *_: sys.exit(143));'\n"
+        "program += 'print(1, flush=True); time.sleep(60)'\n"
+        "with _stop_signals() as stops:\n"
+        "    codes = [stops.call([sys.executable, '-c', program]) for _ in range(3)]\n"
+        "print(codes)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "1\n"
+    begin = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=60)[0] == "[143, 143, 143]\n"  # the other two were not started
+    assert time.monotonic() - begin < 30
+
+
+# --- SLURM ---
+
+
+@pytest.fixture
+def slurm(folder, monkeypatch):
+    """A stand-in for SLURM's commands: jobs are numbered and stay queued; `calls` holds every sbatch."""
+    tools = folder / "bin"
+    tools.mkdir()
+    sbatch = (
+        "#!/bin/sh\nprintf '%s ' \"$@\" >> calls; echo >> calls\n"
+        "for word; do case $word in --job-name=*) echo ${word#--job-name=} >> queue;; esac; done\nwc -l < queue\n"
+    )
+    squeue = "#!/bin/sh\nfor word; do case $word in --name=*) grep -nx ${word#--name=} queue; esac; done; true\n"
+    for name, text in (("sbatch", sbatch), ("squeue", squeue)):
+        (tools / name).write_text(text)
+        (tools / name).chmod(0o755)
+    (folder / "job.sh").write_text("#!/bin/sh\n")
+    (folder / "queue").touch()
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    return folder / "calls"
+
+
+def test_slurm_gets_a_job_for_each_row_that_is_not_done_or_queued(study, slurm, capsys):
+    finish(rows_of(study)[1], 0.1)
+    arguments = ["sweep", *study, "--jobs", "slurm", "--sbatch", "job.sh", "--run.seed", "7"]
+    assert main(arguments) == 0
+    calls = slurm.read_text().splitlines()
+    assert calls[0] == "--parsable --job-name=cmtrain-a job.sh --config study/a.yaml --run.seed=7 "
+    assert len(calls) == 3
+    assert "row 2: runs/b is finished" in capsys.readouterr().err
+    assert main(arguments) == 0
+    assert len(slurm.read_text().splitlines()) == 3
+    assert "is queued or runs" in capsys.readouterr().err
+
+
+def test_without_slurm_it_says_so(study, capsys, monkeypatch):
+    assert main(["sweep", *study, "--jobs", "slurm", "--sbatch", "nowhere.sh"]) == 3
+    assert capsys.readouterr().err.startswith("nowhere.sh: no such file; give the job script with --sbatch FILE")
+    Path("job.sh").touch()
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(DataError, match="squeue: not found; --jobs slurm needs SLURM's commands"):
+        sweep.submit(rows_of(study), "job.sh")
+
+
+# --- the seed's and the paper's rows ---
+
+
+def test_all_rows_that_were_published_are_rows_of_one_table():
+    rows = rows_of(["configs/seed", "configs/paper", "full_in1k.yaml", "full_in1k_224.yaml"])
+    assert len(rows) == 17 + 15 + 4 + 2
+    published = [line for line in sweep.table(rows).splitlines()[2:] if "not started" in line]
+    assert len(published) == len(rows)
+    assert sum("| diverged |" in line for line in published) == 1
+    with pytest.raises(ConfigError):
+        rows_of(["configs/nowhere"])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_every_published_row_can_be_trained(folder):
+    """All 38 in one command, the real networks, on demo data."""
+    files = ["configs/seed", "configs/paper", "full_in1k.yaml", "full_in1k_224.yaml"]
+    done = subprocess.run(
+        [sys.executable, "-m", "cmtrain", "sweep", *files, "--scale", "demo", "--csv"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=2900,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = [line for line in done.stdout.splitlines() if f"finished, step {DEMO_STEPS} of" in line]
+    assert len(rows) == 38

@@ -1,0 +1,161 @@
+"""cmtrain with a fault on one rank, and ranks that cmtrain's own parent forks from this warm process.
+
+Environment, none of which has to be there; everything else is the program itself:
+
+FAULT, FAULT_RANK, FAULT_STEP, FAULT_TIMES
+    a function below, the rank that it befalls, the steps done before it, how many attempts have it (default 1)
+SLOW_START, SLOW_CHECKPOINT, SLOW_EVALUATION
+    opening the data, each write, each batch of an evaluation leaves the file `slow` and takes two seconds more
+ODD_CLOCK, ODD_FOLDER, ODD_OPTION
+    rank 1 is on another host with a clock so many seconds ahead, works in another folder, has one more --OPTION=VALUE
+WEIGHTS
+    each rank leaves a digest of its weights after each evaluation, as the file `weights-rank<r>`
+WARM
+    fork the ranks instead of starting them; else ODD_* are about every rank that has them in its environment
+PROCESS_1
+    be process 1 of a namespace of its own, as in a container; the file `process1` has its id outside
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import signal
+import sys
+import time
+import traceback
+import types
+
+import cmtrain.cli.main
+import cmtrain.processes.launcher
+import cmtrain.processes.preflight
+import cmtrain.step.evaluate
+import cmtrain.step.learner
+import cmtrain.storage.checkpoint
+import cmtrain.training.build
+import cmtrain.training.train
+from cmtrain.processes.rank import num_restarts
+from pipelines.spec import DataError
+
+
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def segv():
+    ctypes.string_at(0)
+
+
+def exception():
+    raise ValueError("injected")
+
+
+def data():
+    raise DataError("injected: the data is gone")
+
+
+def sleep():
+    time.sleep(1000)
+
+
+def gil():
+    mutex, libc = ctypes.create_string_buffer(64), ctypes.PyDLL(None)  # PyDLL keeps the interpreter's lock
+    libc.pthread_mutex_lock(mutex)
+    libc.pthread_mutex_lock(mutex)  # which no signal interrupts
+
+
+def freeze():
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def faulty_mix(mix, images, labels, spec, key):
+    here = os.environ.get("RANK", "0") == os.environ["FAULT_RANK"] and key[1] == int(os.environ["FAULT_STEP"])
+    if here and num_restarts() < int(os.environ.get("FAULT_TIMES", "1")):
+        globals()[os.environ["FAULT"]]()
+    return mix(images, labels, spec, key)
+
+
+def slowly(function, marker, *arguments, **keywords):
+    """Leave the file `marker`, and take two seconds more."""
+    open(marker, "w").close()
+    time.sleep(2)
+    return function(*arguments, **keywords)
+
+
+def weighed(evaluate_weights, learner, *arguments):
+    """Leave a digest of this rank's weights."""
+    results = evaluate_weights(learner, *arguments)
+    digest = hashlib.sha256()
+    for name, module in learner.weights.items():
+        digest.update(
+            name.encode() + b"".join(parameter.detach().numpy().tobytes() for parameter in module.parameters())
+        )
+    with open(f"weights-rank{os.environ.get('RANK', '0')}", "w") as file:
+        file.write(digest.hexdigest())
+    return results
+
+
+def fork(command, environment):
+    """cmtrain.processes.launcher.start without the five seconds of imports."""
+    child = os.fork()
+    if child:
+        return child
+    os.setsid()
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    os.environ.update(environment)
+    if os.environ.get("RANK") == "1":
+        be_odd()
+    code = 1
+    try:
+        code = cmtrain.cli.main.main()
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def become_process_1():
+    """Go on as the first process of a new process namespace, while this one waits for it and passes its end on."""
+    clone_newpid = 0x20000000
+    if ctypes.CDLL(None, use_errno=True).unshare(clone_newpid) != 0:
+        raise OSError(ctypes.get_errno(), "unshare")
+    child = os.fork()
+    if child:
+        with open("process1", "w") as file:
+            file.write(str(child))
+        _, status = os.waitpid(child, 0)
+        os._exit(abs(os.waitstatus_to_exitcode(status)))
+
+
+def be_odd():
+    """What must not differ between ranks does."""
+    if "ODD_CLOCK" in os.environ:
+        ahead, now = float(os.environ["ODD_CLOCK"]), time.time
+        cmtrain.processes.preflight.time = types.SimpleNamespace(
+            time=lambda: now() + ahead, monotonic=time.monotonic, sleep=time.sleep
+        )
+        cmtrain.processes.preflight.socket = types.SimpleNamespace(gethostname=lambda: "elsewhere")
+    if "ODD_FOLDER" in os.environ:
+        os.chdir(os.environ["ODD_FOLDER"])
+    if "ODD_OPTION" in os.environ:
+        sys.argv.append(os.environ["ODD_OPTION"])
+
+
+if "PROCESS_1" in os.environ:
+    become_process_1()
+if "FAULT" in os.environ:
+    cmtrain.step.learner.mix = functools.partial(faulty_mix, cmtrain.step.learner.mix)
+if "SLOW_START" in os.environ:
+    cmtrain.training.build.open_data = functools.partial(slowly, cmtrain.training.build.open_data, "slow")
+if "SLOW_CHECKPOINT" in os.environ:
+    cmtrain.storage.checkpoint.verify = functools.partial(slowly, cmtrain.storage.checkpoint.verify, "slow")
+if "SLOW_EVALUATION" in os.environ:
+    cmtrain.step.evaluate._count = functools.partial(slowly, cmtrain.step.evaluate._count, "slow")
+if "WEIGHTS" in os.environ:
+    cmtrain.training.train.evaluate_weights = functools.partial(weighed, cmtrain.training.train.evaluate_weights)
+if "WARM" not in os.environ:
+    be_odd()
+else:
+    cmtrain.cli.main.run_ranks = functools.partial(cmtrain.processes.launcher.run_ranks, start=fork)
+sys.exit(cmtrain.cli.main.main())

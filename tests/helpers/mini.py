@@ -1,0 +1,89 @@
+"""A network of a thousand parameters with everything that overflows in a large one, and a Learner for it."""
+
+import torch
+from helpers.half import HalfAccelerator
+from torch import nn
+
+from cmtrain.step.evaluate import evaluate
+from cmtrain.step.learner import Learner
+from cmtrain.step.mixing import MixSpec
+from cmtrain.step.optimizer import make_optimizer
+from pipelines.spec import Batch
+
+NUM_CLASSES = 4
+# Times the images: what is out of a precision's range after the first convolution.
+POISON = {"fp16": 3e6, "bf16": 3e38}
+
+
+class Mini(nn.Module):
+    """conv -> GELU -> BatchNorm as in CMT's stem, blocks of a residual add with no norm after it, a linear head."""
+
+    def __init__(self, num_blocks=1):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        blocks = [nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.BatchNorm2d(8)) for _ in range(num_blocks)]
+        self.blocks = nn.ModuleList(blocks)
+        self.drop = nn.Dropout(0.1)
+        self.head = nn.Linear(8, NUM_CLASSES)
+
+    def forward(self, x):
+        x = self.norm(nn.functional.gelu(self.stem(x)))
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(self.drop(x.mean((2, 3))))
+
+
+def make_learner(opt="sgd", *, accelerator=None, model=None, protect=True, accumulation=1, **options):
+    """A Learner of a Mini, with EMA; fp16 with a loss scale of 1024 unless another `accelerator` is given."""
+    torch.manual_seed(0)
+    model = Mini() if model is None else model
+    optimizer = make_optimizer(
+        model, opt=opt, lr=0.05, weight_decay=1e-4, momentum=0.9, nesterov=True, betas=(0.9, 0.999), eps=1e-8
+    )
+    defaults = {"ema_decay": 0.9, "spike_sigma": 6.0, "mixing": MixSpec(NUM_CLASSES), "clip_grad": None, "seed": 0}
+    return Learner(
+        model, optimizer, accelerator or HalfAccelerator(2.0**10),
+        protect=protect, accumulation=accumulation, **(defaults | options),
+    )  # fmt: skip
+
+
+def batch(number, poison=1.0, size=16, side=16):
+    """Noise images whose brightness tells the class; the same number is the same batch."""
+    generator = torch.Generator().manual_seed(number)
+    labels = torch.randint(0, NUM_CLASSES, (size,), generator=generator)
+    images = torch.randn(size, 3, side, side, generator=generator) * 0.3 + labels[:, None, None, None] - 1.5
+    return Batch(images * poison, labels, torch.arange(size) + size * number)
+
+
+def step(learner, number, lr=0.05, poison=1.0):
+    """Step `number` on batches of its own, the last of which is multiplied by `poison`."""
+    turns = learner.accumulation
+    batches = [batch(number * turns + turn, poison if turn == turns - 1 else 1.0) for turn in range(turns)]
+    learner.step(iter(batches), number, lr)
+
+
+def snapshot(learner):
+    """A copy of all that a step may change."""
+    state = {f"model.{k}": v.clone() for k, v in learner.model.state_dict().items()}
+    if learner.ema:
+        state |= {f"ema.{k}": v.clone() for k, v in learner.ema.module.state_dict().items()}
+    for i, slots in enumerate(learner.optimizer.state_dict()["state"].values()):
+        state |= {f"optimizer.{i}.{k}": v.clone() for k, v in slots.items()}
+    return state
+
+
+def assert_same(a, b):
+    """Two snapshots are equal, bit for bit."""
+    assert a.keys() == b.keys()
+    different = [key for key in a if not torch.equal(a[key], b[key])]
+    assert not different, f"{len(different)} of {len(a)} differ: {different[:3]}"
+
+
+def accuracy(learner, module, side=16):
+    """(top-1, loss) on two batches that no step takes."""
+    batches = [batch(10**6, side=side), batch(10**6 + 1, side=side)]
+    autocast = learner.accelerator.autocast()
+    cpu = torch.device("cpu")
+    result = evaluate(module, batches, autocast=autocast, device=cpu, num_images=32, num_classes=NUM_CLASSES)
+    return result.top1, result.loss

@@ -1,0 +1,401 @@
+"""What is in Triton kernels is what is in blocks.py: on a GPU if there is one, else interpreted."""
+
+import copy
+import json
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.distributed as dist
+from helpers.runs import ROOT
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from cmtrain.models import ffn_operators, fused_ffn
+from cmtrain.models.blocks import FeedForward, ResidualDepthwiseConv
+from cmtrain.models.cmt import SIZES
+from cmtrain.models.ffn_check import TOLERANCES, use_fused_where_it_agrees, worst_error
+from cmtrain.step.guard import Guard, running_statistics
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+STAGES = {
+    (name, stage): (dim, int(dim * SIZES[name].ffn_ratio))
+    for name in SIZES
+    for stage, dim in enumerate(SIZES[name].dims)
+}
+
+
+@pytest.fixture(autouse=True)
+def large_tiles(monkeypatch):
+    """Interpreted, an operation costs the same whatever the size of its tile."""
+    torch.set_num_threads(1)
+    if DEVICE == "cpu":
+        sizes = {"ROWS": 16, "GRAD_ROWS": 16, "MAP_COLUMNS": 1024, "MIN_PROGRAMS": 1}
+        sizes |= {"GEMM_COLUMNS": 512, "GEMM_CHANNELS": 512, "GEMM_INNER": 512}
+        for name, size in sizes.items():
+            monkeypatch.setattr(ffn_operators, name, size)
+
+
+def networks(channels: int, hidden: int, *, seed: bool = False) -> tuple[FeedForward, FeedForward]:
+    """(fused in float32, eager in float64), equal and with no parameter at a value that hides a mistake."""
+    torch.manual_seed(0)
+    fused = FeedForward(channels, hidden, seed=seed, drop=0.0, kernel="fused")
+    eager = FeedForward(channels, hidden, seed=seed, drop=0.0, kernel="eager")
+    with torch.no_grad():
+        for key, parameter in fused.named_parameters():
+            nn.init.normal_(parameter, std=0.3)
+            if key.endswith("norm.weight"):
+                parameter += 1
+        for norm in (fused.expand_norm, fused.depthwise_norm, fused.project_norm):
+            norm.running_mean.normal_()
+            norm.running_var.uniform_(0.5, 2)
+    eager.load_state_dict(fused.state_dict())
+    for network in (fused, eager):
+        network.project_norm.eval()  # on batch statistics it would let no gradient through to the shifts before it
+    return fused.to(DEVICE), eager.to(DEVICE, torch.float64)
+
+
+def perception_units(channels: int) -> tuple[ResidualDepthwiseConv, ResidualDepthwiseConv]:
+    """(fused in float32, eager in float64), equal."""
+    torch.manual_seed(0)
+    fused, eager = ResidualDepthwiseConv(channels, "fused"), ResidualDepthwiseConv(channels, "eager")
+    eager.load_state_dict(fused.state_dict())
+    return fused.to(DEVICE), eager.to(DEVICE, torch.float64)
+
+
+FORMS = pytest.mark.parametrize("seed", [False, True], ids=["paper", "seed"])
+
+
+def pictures(channels: int, height: int, width: int, batch: int = 2) -> torch.Tensor:
+    return torch.randn(batch, channels, height, width, device=DEVICE).to(memory_format=torch.channels_last)
+
+
+def error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return float((ours.detach().double() - theirs.detach().double()).norm() / theirs.detach().double().norm())
+
+
+def compare(fused: nn.Module, eager: nn.Module, x: torch.Tensor, forward=None) -> dict[str, float]:
+    """Relative errors of the answer, of all gradients and of the running statistics after one training step."""
+    ours, theirs = x.clone().requires_grad_(), x.double().requires_grad_()
+    ours_out, theirs_out = fused(ours) if forward is None else forward(ours), eager(theirs)
+    dy = torch.randn_like(theirs_out)
+    ours_out.backward(dy.to(ours_out.dtype))
+    theirs_out.backward(dy)
+    assert ours_out.is_contiguous(memory_format=torch.channels_last)
+    errors = {"output": error(ours_out, theirs_out), "input": error(ours.grad, theirs.grad)}
+    for (key, parameter), other in zip(fused.named_parameters(), eager.parameters(), strict=True):
+        errors[key] = error(parameter.grad, other.grad)
+    for (key, buffer), other in zip(fused.named_buffers(), eager.buffers(), strict=True):
+        if not key.startswith("project_norm"):
+            errors[key] = error(buffer, other)
+    assert all(map(math.isfinite, errors.values())), errors
+    return errors
+
+
+@FORMS
+@pytest.mark.parametrize(("name", "stage"), STAGES)
+def test_forward_and_backward_equal_autograd(name, stage, seed):
+    """All stage widths, at a map small enough to be interpreted; 18 positions are no multiple of a tile."""
+    fused, eager = networks(*STAGES[name, stage], seed=seed)
+    errors = compare(fused, eager, pictures(STAGES[name, stage][0], 3, 3))
+    assert max(errors.values()) < 1e-5, errors
+
+
+@pytest.mark.parametrize("channels", sorted({channels for channels, _ in STAGES.values()}))
+def test_the_perception_unit_equals_autograd(channels):
+    errors = compare(*perception_units(channels), pictures(channels, 3, 3))
+    assert max(errors.values()) < 1e-6, errors
+
+
+@FORMS
+@pytest.mark.parametrize(("height", "width", "batch"), [(1, 1, 2), (2, 3, 1), (1, 9, 3), (16, 4, 3)])
+def test_maps_of_any_shape(monkeypatch, height, width, batch, seed):
+    """With the tiles that a GPU uses, several of them to a program."""
+    monkeypatch.undo()
+    monkeypatch.setattr(ffn_operators, "MIN_PROGRAMS", 1)
+    fused, eager = networks(6, 37, seed=seed)
+    errors = compare(fused, eager, pictures(6, height, width, batch))
+    if (height, width) == (1, 1):  # two values have no spread that rounding leaves alone
+        errors = {"output": errors["output"]}
+    errors |= compare(*perception_units(37), pictures(37, height, width, batch))
+    assert max(errors.values()) < 2e-5, errors
+
+
+NEEDS_GPU = pytest.mark.skipif(DEVICE == "cpu", reason="Triton's interpreter multiplies the bits of bfloat16")
+
+
+@FORMS
+@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=NEEDS_GPU)])
+def test_in_half_precision_it_is_no_worse_than_operation_by_operation(dtype, seed):
+    fused, eager = networks(46, 165, seed=seed)
+    other, _ = networks(46, 165, seed=seed)
+    other.kernel = "eager"
+    x = pictures(46, 8, 8).to(dtype)
+    with torch.autocast(DEVICE, dtype):
+        ours, theirs = compare(fused, copy.deepcopy(eager), x), compare(other, eager, x)
+    print({key: f"{ours[key]:.1e} {theirs[key]:.1e}" for key in ours})
+    assert all(ours[key] < 2 * theirs[key] for key in ours if theirs[key])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=NEEDS_GPU)])
+def test_in_half_precision_the_perception_unit_is_no_worse(dtype):
+    fused, eager = perception_units(46)
+    other = copy.deepcopy(fused)
+    other.kernel = "eager"
+    x = pictures(46, 8, 8).to(dtype)
+    with torch.autocast(DEVICE, dtype):
+        ours, theirs = compare(fused, eager, x), compare(other, copy.deepcopy(eager), x)
+    print({key: f"{ours[key]:.1e} {theirs[key]:.1e}" for key in ours})
+    assert all(ours[key] < 1.2 * theirs[key] for key in ours)
+
+
+@FORMS
+def test_evaluation_uses_the_running_statistics(seed):
+    fused, eager = networks(46, 165, seed=seed)
+    x = pictures(46, 5, 4)
+    fused.eval(), eager.eval()
+    before = copy.deepcopy(fused.state_dict())
+    with torch.no_grad():
+        assert error(fused(x), eager(x.double())) < 1e-6
+        fused.depthwise_norm = eager.depthwise_norm = nn.Identity()  # what folding leaves
+        assert error(fused(x), eager(x.double())) < 1e-6
+    assert all(torch.equal(tensor, before[key]) for key, tensor in fused.state_dict().items())
+    x.requires_grad_()  # there is no backward of evaluation
+    fused(x).sum().backward()
+    assert x.grad is not None
+
+
+class Padding(TorchDispatchMode):
+    """The largest number that any kernel of ours wrote into the padding of a hidden tensor."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.hidden, self.largest, self.num_tensors = hidden, 0.0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func.namespace == "cmtrain" and "normalise" not in func._opname:
+            for tensor in out if isinstance(out, tuple) else (out,):
+                if tensor.numel() and tensor.shape[-1] == ffn_operators.padded(self.hidden):
+                    self.num_tensors += 1
+                    self.largest = max(self.largest, tensor[..., self.hidden :].abs().max().item())
+        return out
+
+
+@FORMS
+def test_padding_is_zero_forward_and_backward_and_parameters_know_nothing_of_it(seed):
+    fused, eager = networks(46, 165, seed=seed)
+    with Padding(165) as padding:
+        fused(pictures(46, 4, 4).requires_grad_()).square().sum().backward()
+    assert padding.num_tensors >= 12
+    assert padding.largest == 0
+    assert all(parameter.grad.shape == parameter.shape for parameter in fused.parameters())
+    assert fused.state_dict().keys() == eager.state_dict().keys()
+
+
+# ---- inside a model
+
+
+def models(**options) -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(0)
+    build = {"num_classes": 5, "drop_path_rate": 0.1, **options}
+    fused = timm.create_model("cmt_micro", ffn_kernel="fused", **build).to(DEVICE)
+    eager = timm.create_model("cmt_micro", ffn_kernel="eager", **build).to(DEVICE)
+    eager.load_state_dict(fused.state_dict())
+    return fused, eager
+
+
+def train_once(model: nn.Module, forward=None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """-> logits, and everything else a step leaves behind."""
+    torch.manual_seed(1)
+    forward = model if forward is None else forward
+    images = torch.randn(3, 3, 32, 32, device=DEVICE)  # a deviation of two is ill-conditioned
+    logits = forward(images.to(next(model.parameters()).dtype))
+    logits.square().sum().backward()
+    return logits, {key: p.grad for key, p in model.named_parameters()} | dict(model.named_buffers())
+
+
+@pytest.mark.parametrize("variant", ["paper", "seed"])
+def test_a_model_trains_the_same_whichever_kernel(variant):
+    """As near to float64 as operation by operation: BatchNorm of a 1x1 map makes much of a rounding error."""
+    fused, eager = models(variant=variant)
+    (exact_logits, exact), *ours_and_theirs = map(train_once, (copy.deepcopy(eager).double(), fused, eager))
+    moved = [key for key in exact if exact[key].double().norm() > 1e-6]  # BatchNorm takes the rest back
+    ours, theirs = (
+        {"logits": error(logits, exact_logits)} | {key: error(left[key], exact[key]) for key in moved}
+        for logits, left in ours_and_theirs
+    )
+    assert max(ours.values()) < 0.02
+    assert all(ours[key] < 3 * theirs[key] + 1e-5 for key in ours), {key: (ours[key], theirs[key]) for key in ours}
+
+
+@FORMS
+def test_compiled_it_is_one_graph_and_the_same(seed):
+    fused, eager = networks(6, 37, seed=seed)
+    compiled = torch.compile(fused, backend="aot_eager", fullgraph=True)
+    errors = compare(fused, eager, pictures(6, 4, 4), compiled)
+    assert max(errors.values()) < 1e-5, errors
+
+
+def test_who_hooks_the_layers_sees_them():
+    fused, _ = networks(6, 37)
+    seen = []
+    for name, layer in fused.named_children():
+        layer.register_forward_hook(lambda *_, name=name: seen.append(name))
+    fused(pictures(6, 4, 4))
+    assert set(seen) == {name for name, _ in fused.named_children()}
+
+
+def test_the_guard_takes_back_what_an_overflow_wrote():
+    fused, _ = models()
+    guard = Guard(fused)
+    committed = [statistic.clone() for statistic in running_statistics(fused)]
+    with torch.no_grad():
+        fused.stages[0].blocks[0].ffn.expand.bias[3] = torch.inf
+    with np.errstate(all="ignore"):  # the interpreter's
+        fused(torch.randn(2, 3, 32, 32, device=DEVICE))
+    written = fused.stages[0].blocks[0].ffn.expand_norm.running_var
+    assert not written.isfinite().all()
+    guard.propose()
+    guard.settle(torch.tensor(True, device=DEVICE))
+    assert all(torch.equal(now, then) for now, then in zip(running_statistics(fused), committed, strict=True))
+    assert fused.stages[0].blocks[0].ffn.expand_norm.num_batches_tracked == 0
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="of one process, with gloo")
+def test_gradients_fit_their_ddp_buckets():
+    """DDP warns, and so fails here, if a gradient's layout is not its bucket's."""
+    fused, _ = models(drop_path_rate=0.0)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(fused, gradient_as_bucket_view=True)
+        for _ in range(2):
+            train_once(fused, wrapped)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_what_has_no_kernel_is_refused_on_request_and_eager_otherwise():
+    with pytest.raises(ValueError, match="ffn_kernel='fused' needs Triton and, in variant='paper', proj_drop_rate=0"):
+        timm.create_model("cmt_micro", ffn_kernel="fused", proj_drop_rate=0.1)
+    timm.create_model("cmt_micro", proj_drop_rate=0.1)
+    timm.create_model("cmt_micro", ffn_kernel="fused", variant="seed", proj_drop_rate=0.1)  # none in its FFN
+    with pytest.raises(ValueError, match="ffn_kernel='triton' is not one of 'auto', 'fused', 'eager'"):
+        timm.create_model("cmt_micro", ffn_kernel="triton")
+
+
+class LooksLikeCuda(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return True if func == torch.Tensor.is_cuda.__get__ else func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("capability", "training", "grad", "dtype", "fused"),
+    [
+        ((9, 0), True, True, torch.float32, True),
+        ((8, 0), False, False, torch.float16, True),
+        ((8, 0), False, True, torch.float16, False),  # there is no backward of evaluation
+        ((7, 0), True, True, torch.float16, False),  # Triton no longer compiles for V100
+        ((9, 0), True, True, torch.float64, False),
+    ],
+)
+def test_auto_is_fused_where_it_can_be(monkeypatch, capability, training, grad, dtype, fused):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    ffn = FeedForward(6, 37, seed=False, drop=0.0).train(training)
+    with LooksLikeCuda(), torch.set_grad_enabled(grad):
+        assert ffn._is_fused(torch.zeros(1, dtype=dtype)) == fused
+        assert FeedForward(6, 37, seed=True, drop=0.0).train(training)._is_fused(torch.zeros(1, dtype=dtype)) == fused
+        assert not FeedForward(6, 37, seed=False, drop=0.1)._is_fused(torch.zeros(1))
+    assert not ffn._is_fused(torch.zeros(1, dtype=dtype))
+
+
+# ---- compiled
+
+MAX_SPILL = 64  # bytes: 16 registers, of 128
+NUM_KERNELS = 9 + 4 + 2 + 3  # in the seed's form too, in the perception unit's, and in evaluation
+# For a hidden number, in the time in which an H100 moves a byte of device memory some 10 are issued.
+INSTRUCTIONS = {
+    "expand": 46, "depthwise": 86, "project": 48, "project_weight_grad": 48, "depthwise_grad": 86, "expand_grad": 32,
+}  # fmt: skip
+
+
+def compiled_for_gpus(dtype: str, *sizes: tuple[int, int, int]) -> list[dict]:
+    command = [sys.executable, str(ROOT / "tests" / "helpers" / "cross_compile.py"), dtype]
+    told = subprocess.run(
+        [*command, *(":".join(map(str, size)) for size in sizes)], capture_output=True, text=True, check=True
+    )
+    print(told.stdout)
+    return [json.loads(line) for line in told.stdout.splitlines()]
+
+
+def test_compiled_for_sm_80_and_sm_90_without_spills_that_matter_and_without_scalar_access():
+    """Of CMT-Ti's first stage, whose 165 hidden channels no vector load likes."""
+    found = compiled_for_gpus("fp16", (46, 165, 40))
+    assert len(found) == 2 * NUM_KERNELS
+    assert max(kernel["spilled_bytes"] for kernel in found) <= MAX_SPILL
+    assert all(kernel["scalars"] == 0 for kernel in found)
+    costs = [(kernel["kernel"], kernel["instructions"]) for kernel in found if kernel["kernel"] in INSTRUCTIONS]
+    assert all(cost <= INSTRUCTIONS[name] for name, cost in costs), costs
+    found = [kernel for kernel in found if "plain" not in kernel["forms"]]  # 46 channels are read 4 bytes at a time
+    wide = {"expand", "depthwise", "project_weight_grad", "project_grad", "depthwise_grad", "expand_grad"}
+    assert all(kernel["vectors"] for kernel in found if kernel["kernel"] in wide)  # project's are asynchronous copies
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
+@pytest.mark.parametrize("name", ["cmt_ti", "cmt_xs", "cmt_s", "cmt_b"])
+def test_every_stage_compiles_without_spills_that_matter(name, dtype):
+    size = SIZES[name]
+    found = compiled_for_gpus(dtype, *((*STAGES[name, i], size.image_px // 4 >> i) for i in range(4)))
+    assert len(found) == 2 * 4 * NUM_KERNELS
+    assert max(kernel["spilled_bytes"] for kernel in found) <= MAX_SPILL
+
+
+# --- the check before training ---
+
+
+@FORMS
+def test_the_check_finds_kernels_right_that_are_right(seed):
+    assert worst_error(torch.device("cpu"), torch.float32, "fused", seed=seed) < 1e-4
+    assert worst_error(torch.device("cpu"), torch.float16, "fused", seed=seed) < TOLERANCES[torch.float16] / 2
+
+
+@pytest.mark.parametrize("part", ["y", "gradient", "statistic", "perception unit"])
+def test_the_check_finds_what_is_wrong(part, monkeypatch):
+    """A kernel that is 3 % off, somewhere."""
+    module, name = {
+        "y": (fused_ffn.ops, "project"),
+        "gradient": (fused_ffn.ops, "expand_grad"),
+        "statistic": (fused_ffn.ops, "normalise"),
+        "perception unit": (fused_ffn, "residual_depthwise"),
+    }[part]
+    right = getattr(module, name)
+
+    def wrong(*arguments):
+        result = right(*arguments)
+        return tuple(1.03 * r for r in result) if isinstance(result, tuple | list) else 1.03 * result
+
+    monkeypatch.setattr(module, name, wrong)
+    assert worst_error(torch.device("cpu"), torch.float32, "fused") > TOLERANCES[torch.float32]
+
+
+@pytest.mark.parametrize("trouble", [lambda *_, **__: 0.3, lambda *_, **__: 1 / 0])
+def test_kernels_that_fail_the_check_are_not_used(trouble, monkeypatch):
+    model = timm.create_model("cmt_micro")
+    networks = [m for m in model.modules() if isinstance(m, FeedForward)]
+    networks += [block.lpu for stage in model.stages for block in stage.blocks]
+    parameter = next(model.parameters())
+    use_fused_where_it_agrees(model)
+    assert {network.kernel for network in networks} == {"auto"}  # on a CPU nothing is asked
+    monkeypatch.setattr("cmtrain.models.ffn_check.worst_error", trouble)
+    monkeypatch.setattr("cmtrain.models.ffn_check._device_of", lambda _: torch.device("cuda"))
+    with pytest.warns(UserWarning, match=r"ffn_kernel: the fused kernels (differ|do not run: ZeroDivisionError)"):
+        use_fused_where_it_agrees(model)
+    assert {network.kernel for network in networks} == {"eager"}
+    assert parameter.device.type == "cpu"

@@ -1,0 +1,111 @@
+"""Bytes and kernels of a step: counted, not timed, so a regression shows on any machine."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from helpers.runs import ROOT
+from torch import nn
+
+import cmtrain.models  # noqa: F401
+from cmtrain.models.cost import Traffic, count
+
+MB = 1e6
+
+
+def traffic_of(name: str, image_px: int = 160, training: bool = True, **options) -> Traffic:
+    with torch.device("meta"):
+        model = timm.create_model(name, **options).to(memory_format=torch.channels_last).train(training)
+    traffic = count(model, image_px=image_px)
+    print(
+        f"\n{name}@{image_px} {options} {'training' if training else 'inference'}: "
+        f"{traffic.forward_bytes / MB:.0f} + {traffic.backward_bytes / MB:.0f} MB an image, "
+        f"{traffic.forward_kernels} + {traffic.backward_kernels} kernels"
+    )
+    return traffic
+
+
+class Small(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 16, 1, bias=False)
+
+    def forward(self, x):
+        return nn.functional.gelu(self.conv(x)).mean((2, 3))
+
+
+def test_every_pass_over_a_tensor_is_charged():
+    """A 1x1 convolution (3 -> 16 channels of 4x4 px, no bias), GELU and a mean over the map, in fp16, by hand."""
+    traffic = count(Small(), image_px=4, batch=1024)
+    images, hidden, logits = 2 * 3 * 16, 2 * 16 * 16, 2 * 16
+    forward = (images + hidden) + (hidden + hidden) + (hidden + logits)
+    # Of the mean: spread and divided. Of GELU: gradient and input, output. Of the weight: the images need no gradient.
+    backward = (logits + hidden) + (2 * hidden + hidden) + (hidden + images)
+    assert traffic.forward_bytes == pytest.approx(forward, rel=0.001)
+    assert traffic.backward_bytes == pytest.approx(backward, rel=0.001)
+
+
+def test_inference_moves_what_the_forward_pass_moves_and_the_model_is_left_alone():
+    model = timm.create_model("cmt_micro", ffn_kernel="eager").train()
+    before = {name: (tensor, tensor.clone()) for name, tensor in model.state_dict(keep_vars=True).items()}
+    training = count(model, image_px=32)
+    after = model.state_dict(keep_vars=True)
+    assert all(after[name] is tensor and torch.equal(tensor, copy) for name, (tensor, copy) in before.items())
+    inference = count(model.eval(), image_px=32)
+    assert inference.backward_kernels == 0
+    assert inference.forward_kernels < training.forward_kernels
+
+
+def test_a_training_step_of_cmt_ti_stays_within_its_budget():
+    """The paper's released code moves 300 MB an image, counted the same way; resnet50 at 160 px moves 250."""
+    eager = traffic_of("cmt_ti", ffn_kernel="eager")
+    assert eager.total_bytes <= 232 * MB
+    assert eager.num_kernels <= 1870
+    fused = traffic_of("cmt_ti", ffn_kernel="fused")
+    assert fused.total_bytes <= 137 * MB
+    assert fused.num_kernels <= 2020
+    seed = traffic_of("cmt_ti", variant="seed", ffn_kernel="eager")
+    assert seed.total_bytes <= 230 * MB
+    seed = traffic_of("cmt_ti", variant="seed", ffn_kernel="fused")
+    assert seed.total_bytes <= 148 * MB
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_compiled_step_of_cmt_ti_stays_within_its_budget(figure):
+    """By inductor's own count, which charges a group of fused operations what it reads and writes. Five minutes.
+
+    The paper's released code, compiled: 220 MB.
+    """
+    eager, fused = (counted_by_inductor(kernel, figure) for kernel in ("eager", "fused"))
+    assert fused <= 175 * MB
+    assert fused < 0.85 * eager
+
+
+def counted_by_inductor(ffn_kernel: str, figure) -> float:
+    script = ROOT / "tests" / "helpers" / "inductor_traffic.py"
+    run = subprocess.run([sys.executable, str(script), ffn_kernel], stdout=subprocess.PIPE, check=True, timeout=900)
+    counted = json.loads(run.stdout)
+    forward_bytes, backward_bytes = counted["forward_bytes"], counted["backward_bytes"]
+    figure(f"inductor, ffn_kernel={ffn_kernel}: {forward_bytes / MB:.0f} + {backward_bytes / MB:.0f} MB an image")
+    return forward_bytes + backward_bytes
+
+
+def test_inference_of_cmt_ti_moves_less_than_half_of_resnet50s():
+    assert traffic_of("cmt_ti", training=False, ffn_kernel="fused").total_bytes <= 42 * MB
+    assert traffic_of("resnet50", training=False).total_bytes >= 95 * MB
+
+
+def test_the_residual_stream_is_narrow():
+    """Twice as many bytes for fp32, and not many more for half: nothing is widened in silence."""
+    half, full = (count_in(dtype) for dtype in (torch.float16, torch.float32))
+    assert half.total_bytes < 0.52 * full.total_bytes
+
+
+def count_in(dtype: torch.dtype) -> Traffic:
+    with torch.device("meta"):
+        model = timm.create_model("cmt_ti", ffn_kernel="eager")
+    return count(model, image_px=160, batch=512, dtype=dtype)

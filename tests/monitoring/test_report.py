@@ -1,0 +1,418 @@
+"""The report says what a run folder holds, whatever state that is in, and shows nobody's script but its own."""
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers.pages import DOUBLE_IDS, EVIL, OUTSIDE, OVERLAPS, UNNAMED, Page
+from helpers.report_runs import BEGIN, eventful, write_run
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from cmtrain.cli.main import main
+from cmtrain.monitoring.report.figures import measure_times
+from cmtrain.monitoring.report.page import render, sample_uri, write_report
+from cmtrain.step.evaluate import Evaluation, _Outcomes, evaluate
+from cmtrain.storage.run_record import RUN_FILES, read_run
+from pipelines.spec import UNREADABLE, Batch, DataError
+
+
+def page_of(*folders: Path) -> Page:
+    return Page(render([read_run(folder) for folder in folders]))
+
+
+# ---- what a run writes
+
+
+def test_a_run_ends_with_its_report(make_job):
+    job = make_job()
+    result = job(nproc=2)
+    page = Page((job.folder / result["report"]).read_text())
+    assert f"Top-1 {result['top1']:.2%}" in page.words
+    assert f"Top-1, EMA {result['ema_top1']:.2%}" in page.words
+    assert "finished" in page.words
+    assert "global_batch_size: 16" in page.words
+    assert f"torch {torch.__version__.split('+')[0]}" in page.words
+    assert any(tag == "img" and attributes["src"].startswith("data:image/png") for tag, attributes in page.tags)
+    # Every image once, over both ranks: the classes' counts say the accuracy that the run says.
+    classes = json.loads((job.run / "classes.json").read_text())
+    assert classes["classes"] == ["class0", "class1", "class2"]
+    for weights, key in (("model", "top1"), ("ema", "ema_top1")):
+        counts = classes["weights"][weights]
+        assert sum(counts["images"]) == 31
+        assert sum(counts["correct"]) / 31 == pytest.approx(result[key])
+        assert np.array(counts["confusion"]).trace() == sum(counts["correct"])
+    evaluations = [event for event in job.events() if event["event"] == "evaluated"]
+    assert [event["step"] for event in evaluations] == [6, 12, 18]
+    assert all(event["seconds"] > 0 for event in evaluations)
+
+
+def test_a_report_that_cannot_be_written_costs_nothing_but_itself(make_job):
+    job = make_job()
+    (job.run / "report.html").mkdir(parents=True)
+    assert job("--max-steps", "2")["state"] == "finished"
+    assert "no report: IsADirectoryError" in job.stderr.read_text()
+    assert not list(job.run.glob(".report.html*"))
+
+
+# ---- counting by class, on the device
+
+
+def outcomes_by_numpy(logits, labels, num_classes):
+    matrix = np.zeros((num_classes, num_classes), int)
+    read = labels != UNREADABLE
+    np.add.at(matrix, (labels[read], logits[read].argmax(1)), 1)
+    return matrix
+
+
+@pytest.mark.parametrize("num_classes", [2, 7, 100, 101])
+def test_classes_are_counted_exactly(num_classes):
+    rng = np.random.default_rng(num_classes)
+    logits = rng.normal(size=(500, num_classes)).astype(np.float32)
+    labels = rng.integers(-1, num_classes, 500)
+    batches = [Batch(*(torch.tensor(part) for part in parts), torch.arange(0)) for parts in ((logits[:130], labels[:130]), (logits[130:], labels[130:]))]  # fmt: skip  # noqa: E501
+    how = {"autocast": torch.autocast("cpu", enabled=False), "device": torch.device("cpu"), "num_images": 500}
+    result = evaluate(torch.nn.Identity(), batches, num_classes=num_classes, **how)
+    expected = outcomes_by_numpy(logits, labels, num_classes)
+    assert result.class_images == expected.sum(1).tolist()
+    assert result.class_correct == expected.diagonal().tolist()
+    assert result.confusion == (expected.tolist() if num_classes <= 100 else None)
+    assert result.num_unreadable == (labels == UNREADABLE).sum()
+
+
+@pytest.mark.parametrize("num_classes", [10, 1000])
+def test_counting_never_makes_the_host_wait(num_classes):
+    """Under FakeTensorMode every .item() and bool() raises."""
+    with FakeTensorMode():
+        outcomes = _Outcomes(num_classes, torch.device("cpu"))
+        outcomes.add(torch.randn(8, num_classes), torch.zeros(8, dtype=torch.int64))
+
+
+# ---- the verb
+
+
+def test_the_verb_loads_no_torch_and_says_where_the_report_is(tmp_path):
+    write_run(tmp_path / "a")
+    code = (
+        "import sys\n"
+        "from cmtrain.cli import main\n"
+        f"code = main(['report', {str(tmp_path / 'a')!r}])\n"
+        "print(code, [name for name in ('torch', 'nvidia', 'accelerate') if name in sys.modules])\n"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60).stdout
+    assert out.splitlines() == [str(tmp_path / "a" / "report.html"), "0 []"]
+    assert (tmp_path / "a" / "report.html").stat().st_size < 150_000
+
+
+def test_what_is_no_run_is_told_in_a_line(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    for folder, words in (("nowhere", "no such run folder"), ("empty", "not a run folder")):
+        assert main(["report", str(tmp_path / folder)]) == 3
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert words in error
+    assert main(["report"]) == 2
+    assert list(tmp_path.rglob("*.html")) == []
+
+
+def test_out_and_several_runs(tmp_path, capsys, monkeypatch):
+    folders = [str(write_run(tmp_path / name, num_logs=20)) for name in ("a", "b")]
+    assert main(["report", folders[0], "--out", str(tmp_path / "x.html")]) == 0
+    assert not (tmp_path / "a" / "report.html").exists()
+    monkeypatch.chdir(tmp_path)
+    assert main(["report", *folders]) == 0
+    assert capsys.readouterr().out.splitlines() == [str(tmp_path / "x.html"), "report.html"]
+    assert "2 runs" in (tmp_path / "report.html").read_text()
+
+
+# ---- what it says
+
+
+def test_events_are_told_and_marked(tmp_path):
+    run = write_run(tmp_path / "a", events=eventful())
+    html = render([read_run(run)])
+    page = Page(html)
+    assert "1m 40s 2,500 rollback good step 2000, cause blocks.1.3.attn.proj: not finite" in page.words
+    assert "4m 0s 6,000 checkpoint failed error No space left on device" in page.words
+    assert "samples 0; 1; 2 and 96 more" in page.words
+    assert "bad steps 3 " in page.words  # their lane
+    assert html.count('class="mark rollback"') == 7  # in every chart
+    glyphs = {attributes.get("href") for tag, attributes in page.tags if tag == "use"}
+    assert glyphs == {f"#glyph-{kind}" for kind in ("start", "bad", "spike", "rollback", "failure", "file", "end")}
+    assert "evaluation 5%" in page.words
+    assert "3 1 rollback" in page.words
+
+
+def test_a_flood_of_events_is_cut_and_said_to_be(tmp_path):
+    flood = [{"time": BEGIN + i, "event": "bad_file", "path": f"{i}.jpg", "reason": "truncated"} for i in range(1000)]
+    page = page_of(write_run(tmp_path / "a", events=flood))
+    assert "985 more events of this kind are in events.jsonl" in page.words
+    assert "path 14.jpg" in page.words
+    assert "path 15.jpg" not in page.words
+
+
+def test_time_counts_only_while_a_process_was_there(tmp_path):
+    """Killed after 100 s, resumed an hour later from the step of second 50, and 100 s of work."""
+    run = write_run(tmp_path / "a", num_logs=2)
+    events = [{"time": BEGIN, "event": "started", "step": 0}, {"time": BEGIN + 100, "event": "checkpoint", "step": 5}]
+    events += [{"time": BEGIN + 3600, "event": "resumed", "step": 5}, {"time": BEGIN + 3700, "event": "finished"}]
+    (run / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    log = [{"step": 50, "time": BEGIN + 50.0, "images_per_second": 512.0, "data_wait_ratio": 0.1, "forward_ratio": 0.3}]
+    log += [log[0] | {"step": 100, "time": BEGIN + 3690, "data_wait_ratio": 0.5}]
+    (run / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in log))
+    (run / "status.json").write_text(json.dumps({"state": "finished", "updated": BEGIN + 3700}))
+    times = measure_times(read_run(run))
+    assert (times.num_processes, times.active_seconds) == (2, 200)
+    assert times.end - times.begin == 3700
+    assert (times.images, times.images_per_second) == (51_200, 512)
+    assert times.data_wait_ratio == pytest.approx(0.3)
+    shares = {share.name: share.seconds for share in times.shares}
+    assert shares == pytest.approx(
+        {"waiting for data": 30, "forward": 30, "rest of the step": 40, "start and the rest": 100}
+    )
+
+
+@pytest.mark.parametrize(("expected", "said"), [(0.7, "reached 70%"), (0.99, "missed 99%")])
+def test_the_expectation_is_judged(tmp_path, expected, said):
+    assert said in page_of(write_run(tmp_path / "a", expect={"top1": expected})).words
+
+
+def test_a_run_that_fell_silent_is_not_called_running(tmp_path):
+    run = write_run(tmp_path / "a", state="running")
+    assert "running? " in page_of(run).words
+    status = json.loads((run / "status.json").read_text())
+    (run / "status.json").write_text(json.dumps(status | {"updated": time.time()}))
+    assert "running " in page_of(run).words
+    assert "running?" not in page_of(run).words
+    patient = write_run(tmp_path / "b", state="running", metrics={"stall_seconds": 1e9})
+    assert "running?" not in page_of(patient).words
+
+
+def test_classes_worst_first_and_what_they_are_taken_for(tmp_path):
+    run = write_run(tmp_path / "a", num_classes=3, class_names=["cat", "dog", "eel"])
+    confusion = [[8, 2, 0], [1, 4, 5], [0, 0, 10]]
+    counts = {"images": [10, 10, 10], "correct": [8, 4, 10], "confusion": confusion}
+    worse = {"images": [10, 10, 10], "correct": [0, 0, 0], "confusion": confusion}
+    content = {"step": 1, "classes": ["cat", "dog", "eel"], "weights": {"model": worse, "ema": counts}}
+    (run / "classes.json").write_text(json.dumps(content))
+    words = page_of(run).words
+    assert "dog 10 40.0% eel 5 cat 10 80.0% dog 2 eel 10 100.0%" in words
+    assert "dog eel 5 50.0% cat dog 2 20.0% dog cat 1 10.0%" in words
+    assert "weights: EMA" in words
+    many = page_of(write_run(tmp_path / "b", num_classes=1000)).words
+    assert "1000 classes, median accuracy" in many
+    assert "Confusion matrix" not in many
+
+
+def test_the_configuration_shows_what_is_not_default(tmp_path):
+    html = render([read_run(write_run(tmp_path / "a", lr=0.0123, optim={"lr": 0.0123, "opt": "sgd"}))])
+    assert "<b>  opt: sgd</b>" in html
+    assert "<b>  lr: 0.0123</b>" in html
+    assert "\n  nesterov: true\n" in html
+
+
+def test_comparing_runs(tmp_path):
+    folders = [write_run(tmp_path / name, lr=lr, num_logs=50) for name, lr in (("low", 1e-3), ("high", 9e-3))]
+    html = render([read_run(folder) for folder in folders])
+    page = Page(html)
+    differing = re.search(r"What differs A low B high (.*?) A low", page.words)[1]
+    assert differing == "run.name low high optim.lr 0.001 0.009"
+    ends = re.findall(r'class="end c(\d)">(\w)<', html)
+    assert {("0", "A"), ("1", "B")} == set(ends)
+    assert len(ends) == 2 * 7
+    assert html.count("A EMA <b>") == 1
+
+
+# ---- safety
+
+
+def test_a_hostile_run_is_shown_and_not_obeyed(tmp_path):
+    told = [{"time": BEGIN, "event": EVIL, EVIL: EVIL}, {"time": BEGIN, "event": "rollback", "step": 9, "cause": EVIL}]
+    run = write_run(
+        tmp_path / "a", class_names=[f"{EVIL}{i}" for i in range(10)], state=EVIL, reason=EVIL, run={"name": "a"},
+        events=told,
+        data={"root": "<script>hacked=1</script>"},
+    )  # fmt: skip
+    folder = run.rename(tmp_path / EVIL.replace("/", ":"))
+    (folder / "summary.csv").write_text(f"step,{EVIL.replace(',', '')},eval_top1\n5,0.5,0.5\n")
+    for html in (render([read_run(folder)]), render([read_run(folder), read_run(folder)])):
+        page = Page(html)
+        assert html.count("<script") == 1
+        assert [tag for tag, _ in page.tags].count("script") == 1
+        for tag, attributes in page.tags:
+            assert not [name for name in attributes if name.startswith("on")]
+            assert tag not in ("iframe", "object", "embed", "link", "base", "form", "a")
+            assert (attributes.get("src") or "data:image/").startswith("data:image/")
+            assert (attributes.get("href") or "#glyph-").startswith("#glyph-")
+        policy = next(attributes for tag, attributes in page.tags if "http-equiv" in attributes)["content"]
+        assert policy.startswith("default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-")
+        assert EVIL in page.text
+        assert "49\u202e" not in page.text
+
+
+# ---- whatever state the folder is in
+
+
+@pytest.mark.parametrize("missing", [*RUN_FILES, "summary.csv", "classes.json", "augmented.png"])
+@pytest.mark.parametrize("how", ["missing", "empty", "garbage", "wrong"])
+def test_a_file_that_is_missing_or_damaged_costs_only_itself(tmp_path, missing, how):
+    run = write_run(tmp_path / "a", num_logs=20, events=eventful())
+    figure = f"Top-1 {read_run(run).evaluations['eval_top1'][-1]:.2%}"
+    content = {
+        "empty": b"",
+        "garbage": b"\xff\xfe{]\x00,;\n" * 50,
+        "wrong": b'[1, {"step": "x", "time": null}]\n3\n"x"\n',
+    }
+    (run / missing).unlink() if how == "missing" else (run / missing).write_bytes(content[how])
+    page = page_of(run)
+    assert "Curves" in page.words
+    if missing in RUN_FILES and (how != "empty" or missing.startswith(("status", "config"))):
+        assert f"{missing}: " in page.words
+    assert (figure in page.words) == (missing != "summary.csv")
+
+
+def test_a_log_cut_in_the_middle_of_a_line(tmp_path):
+    run = write_run(tmp_path / "a", num_logs=50)
+    content = (run / "log.jsonl").read_bytes()
+    (run / "log.jsonl").write_bytes(content[: len(content) // 2 + 7])
+    record = read_run(run)
+    assert len(record.log["step"]) == 25
+    assert record.damage == ["log.jsonl: 1 damaged line left out"]
+
+
+def test_a_run_killed_before_its_first_log_point(tmp_path):
+    run = write_run(tmp_path / "a")
+    for name in ("log.jsonl", "summary.csv", "classes.json", "augmented.png"):
+        (run / name).unlink()
+    (run / "events.jsonl").write_text(json.dumps({"time": BEGIN, "event": "started", "step": 0}) + "\n")
+    (run / "status.json").write_text(json.dumps({"state": "running", "step": 0, "updated": BEGIN}))
+    assert "running?" in page_of(run).words
+    assert "Steps" in page_of(run, run).words
+
+
+def test_random_damage_never_stops_a_report(tmp_path):
+    """Bytes of every file are overwritten, cut out and doubled; 25 folders."""
+    run = write_run(tmp_path / "a", num_logs=10, events=eventful())
+    names = sorted(path.name for path in run.iterdir())
+    original = {name: (run / name).read_bytes() for name in names}
+    rng, noise = np.random.default_rng(0), list(b'0123456789{}[]",:-.eEINx\x00\xff')
+    for _ in range(25):
+        for name, content in original.items():
+            damaged = bytearray(content)
+            for _ in range(rng.integers(0, 6)):
+                place, length = int(rng.integers(len(damaged))), int(rng.integers(1, 20))
+                kind = rng.integers(3)
+                if kind == 0:
+                    damaged[place : place + length] = bytes(rng.choice(noise, length).tolist())
+                elif kind == 1:
+                    del damaged[place : place + length]
+                else:
+                    damaged[place:place] = damaged[place : place + length]
+            (run / name).write_bytes(damaged or b" ")
+        assert "</html>" in render([read_run(run)])
+
+
+def test_numbers_that_no_run_writes(tmp_path):
+    run = write_run(tmp_path / "a", num_logs=5)
+    wild = ["1e308", "-1e308", "NaN", "Infinity", "9" * 400, "true", '"x"', "[]", "null", "-0.0"]
+    lines = [f'{{"step": {i}, "loss": {v}, "lr": {v}, "grad_norm": {v}, "images_per_second": {v}, "time": {v}, "data_wait_ratio": {v}, "loss_scale": {v}}}' for i, v in enumerate(wild)]  # fmt: skip  # noqa: E501
+    lines += [f'{{"step": {v}, "loss": 1.0}}' for v in wild]
+    (run / "log.jsonl").write_text("\n".join(lines))
+    fields = ("step", "last_step", "exit_code", "reason", "best_top1", "best_step", "updated", "state", "result")
+    for value in wild:
+        (run / "status.json").write_text("{" + ", ".join(f'"{name}": {value}' for name in fields) + "}")
+        (run / "events.jsonl").write_text(f'{{"time": {value}, "event": "rollback", "step": {value}}}\n')
+        assert "</html>" in render([read_run(run)])
+
+
+def test_a_picture_that_is_none_and_one_that_is_large(tmp_path):
+    path = tmp_path / "x.png"
+    path.write_bytes(b"\x89PNG\r\n\x1a\n broken")
+    assert sample_uri(path) is None
+    from PIL import Image
+
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (1280, 1280, 3), np.uint8)).save(path)
+    assert path.stat().st_size > 4_000_000
+    assert len(sample_uri(path)) < 1_000_000
+
+
+def test_the_old_report_stays_when_the_new_one_fails(tmp_path, monkeypatch):
+    run = write_run(tmp_path / "a")
+    (run / "report.html").write_text("old")
+    with pytest.raises(DataError):
+        write_report([run, tmp_path / "none"], run / "report.html")
+
+    def full_disk(path, target):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        write_report([run], run / "report.html")
+    assert (run / "report.html").read_text() == "old"
+    assert not list(run.glob(".report.html*"))
+
+
+@pytest.mark.slow
+def test_half_a_million_log_points(tmp_path):
+    run = write_run(tmp_path / "a", num_logs=500_000, num_classes=1000)
+    begin = time.process_time()
+    write_report([run], run / "report.html")
+    assert time.process_time() - begin < 5
+    assert (run / "report.html").stat().st_size < 300_000
+
+
+# ---- in a browser
+
+
+@pytest.mark.parametrize("width_px", [1280, 400])
+def test_it_looks_right_in_a_browser(browser, tmp_path, width_px):
+    """No errors, nothing wider than the window, no label over another; by day and by night, alone and compared."""
+    long = "a-name-of-sixty-four-characters-which-is-the-longest-there-can-be"[:64]
+    names = [f"n01440764 {'tench, Tinca tinca, a fish with a long name ' * 2}{i}" for i in range(20)]
+    runs = [
+        write_run(tmp_path / long, num_classes=20, class_names=names, events=eventful(), reason="x" * 300),
+        write_run(tmp_path / "b", num_classes=100, lr=3.3e-5, seed=1),
+        write_run(tmp_path / "c", num_logs=3, log_every_steps=123_457, num_classes=1000, seed=2),
+    ]
+    for page in ([runs[0]], [runs[1]], [runs[2]], runs):
+        write_report(page, tmp_path / "page.html")
+        for dark in (False, True):
+            browser.open(tmp_path / "page.html", width_px=width_px, dark=dark)
+            browser.evaluate("document.querySelectorAll('details').forEach(node => node.open = true)")
+            assert browser.evaluate("document.documentElement.scrollWidth") <= width_px
+            assert [browser.evaluate(script) for script in (OVERLAPS, OUTSIDE, UNNAMED, DOUBLE_IDS)] == [[]] * 4
+            background = browser.evaluate("getComputedStyle(document.body).backgroundColor")
+            assert background == ("rgb(16, 20, 24)" if dark else "rgb(255, 255, 255)")
+            assert browser.complaints() == []
+
+
+def test_no_hostile_script_runs_and_values_are_read_off_the_curves(browser, tmp_path):
+    run = write_run(tmp_path / "a", reason=EVIL, class_names=[f"{EVIL}{i}" for i in range(10)])
+    write_report([run], tmp_path / "page.html")
+    html = (tmp_path / "page.html").read_text()
+    browser.open(tmp_path / "page.html", width_px=1280)
+    assert browser.evaluate("typeof hacked") == "undefined"
+    legend = "[...document.querySelectorAll('figure:has(#lr) :is(.legend b, .at)')].map(node => node.textContent)"
+    before = browser.evaluate(legend)
+    box = browser.evaluate("JSON.parse(JSON.stringify(document.querySelector('#lr').getBoundingClientRect()))")
+    browser("Input.dispatchMouseEvent", type="mouseMoved", x=box["x"] + box["width"] / 10, y=box["y"] + 20)
+    at, value = browser.evaluate(legend)
+    assert re.fullmatch(r"step (99\d|1,00\d)", at)
+    assert float(value) == pytest.approx(4e-3, rel=0.03)  # the peak, after a tenth of the run
+    browser("Input.dispatchMouseEvent", type="mouseMoved", x=1, y=1)
+    assert browser.evaluate(legend) == before
+    # Were anything to slip through the escaping, the page's policy would stop it.
+    (tmp_path / "page.html").write_text(html.replace("</main>", "<script>hacked = 1</script></main>"))
+    browser.open(tmp_path / "page.html", width_px=1280)
+    assert browser.evaluate("typeof hacked") == "undefined"
+    assert "Content Security Policy" in "".join(browser.complaints())
+
+
+def test_evaluation_has_defaults_for_those_who_count_no_classes():
+    assert dataclasses.asdict(Evaluation(0.5, 0.9, 1.0, 10))["confusion"] is None

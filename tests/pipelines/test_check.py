@@ -1,0 +1,268 @@
+"""`cmtrain data check` finds exactly the bad files, survives all of them, and training leaves out what it found."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from helpers.hostile_images import PHOTO, encoded, write_bad, write_good
+from helpers.images import write_tree
+from helpers.runs import ROOT
+
+from cmtrain.commands.data_check import check
+from pipelines.checks import decode_one
+from pipelines.checks import decode_pool as pipelines_check
+from pipelines.checks.bad_list import NAME, read_lists
+from pipelines.checks.decode_pool import Judges
+from pipelines.files import headers, scan_cache
+from pipelines.files.manifest import Manifest
+from pipelines.spec import DataError
+
+
+@pytest.fixture(autouse=True)
+def user_cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "cmtrain"
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    """train/ and val/ of two classes: good files only."""
+    for split in ("train", "val"):
+        for name in ("a", "b"):
+            folder = tmp_path / "data" / split / name
+            folder.mkdir(parents=True)
+            write_good(folder)
+    return tmp_path / "data"
+
+
+def listed(path: Path) -> dict[str, str]:
+    lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
+    return dict(line.split("\t") for line in lines)
+
+
+def paths_of(manifest: Manifest) -> set[str]:
+    return {manifest.paths[index] for index in range(len(manifest))}
+
+
+def test_finds_exactly_the_bad_files_in_little_memory(data):
+    """Twenty kinds of file, in a process that may have 2 GB of addresses and whose workers may have 1."""
+    kinds = write_bad(data / "train" / "b")
+    program = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))\n"
+        "from cmtrain.data_check import check\n"
+        "code = check(sys.argv[1], full=True, processes=2, out=None)\n"
+        # Its own peak from /proc: getrusage's would include what pytest held when it started this process.
+        "own = next(int(line.split()[1]) for line in open('/proc/self/status') if line.startswith('VmHWM'))\n"
+        "print(max(own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss) * 1024); sys.exit(code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(data)], capture_output=True, text=True, timeout=60, cwd=ROOT
+    )
+    assert done.returncode == 3, done.stderr
+    *report, peak_bytes = done.stdout.splitlines()
+    assert int(peak_bytes) < 1e9
+    found = listed(data / NAME)
+    assert {path: decode_one.kind_of(reason) for path, reason in found.items()} == {
+        f"train/b/{name}": kind for name, kind in kinds.items()
+    }
+    text = "\n".join(report)
+    assert f"{data}/train: {16 + len(kinds)} files, 16 good, {len(kinds)} bad (" in text
+    assert re.search(r"truncated.*not_an_image.*|not_an_image.*truncated", text)
+    assert f"{data}/val: 16 files, 16 good, 0 bad" in text
+    assert "2 classes of 8 (a) to 8 good images, median 8" in text
+    assert f"fingerprint {Manifest.from_folder(data / 'val').fingerprint}" in text
+    assert all(f"{path}: {reason}" in text for path, reason in found.items())
+
+
+def test_good_data_is_told_and_leaves_no_list(data, capsys):
+    (data / NAME).write_text("train/a/good.jpg\tof an earlier check\n")
+    assert check(str(data), full=True, processes=2, out=None) == 0
+    assert not (data / NAME).exists()
+    assert "bad files" not in capsys.readouterr().out
+
+
+def test_training_leaves_out_what_the_check_found(data):
+    """Truncated files have good headers: the check is the only thing that finds them beforehand."""
+    content = encoded()
+    (data / "train" / "a" / "cut.jpg").write_bytes(content[: len(content) // 2])
+    before = Manifest.from_folder(data / "train")
+    assert "a/cut.jpg" in paths_of(before)
+    assert check(str(data), full=True, processes=1, out=None) == 3
+    manifest = Manifest.from_folder(data / "train", max_bad_fraction=0.1)
+    assert paths_of(manifest) == paths_of(before) - {"a/cut.jpg"}
+    (bad,) = manifest.bad
+    assert bad.path == str(data / "train" / "a" / "cut.jpg")
+    assert "truncated" in bad.reason
+    assert NAME in bad.reason
+    with pytest.raises(DataError, match=r"1 of 17 images cannot be used"):
+        Manifest.from_folder(data / "train", max_bad_fraction=0.001)
+    (data / NAME).write_text("")
+    assert paths_of(Manifest.from_folder(data / "train")) == paths_of(before)
+
+
+def test_the_check_looks_at_everything_and_runs_remember_what_it_saw(data, tmp_path, monkeypatch):
+    """A file overwritten in place, of which runs see a sample only."""
+    monkeypatch.setattr(headers, "TICK_NS", 0)
+    monkeypatch.setattr(scan_cache, "NUM_SAMPLED", 1)
+    path, runs = data / "train" / "b" / "good.jpg", tmp_path / "runs"
+
+    def size_of() -> tuple[int, int]:
+        time.sleep(0.02)
+        manifest = Manifest.from_folder(data / "train", cache_dir=runs)
+        place = list(manifest.paths).index("b/good.jpg")
+        return manifest.heights[place], manifest.widths[place]
+
+    assert size_of() == (375, 500)
+    info = path.stat()
+    path.write_bytes(encoded(PHOTO.resize((20, 10))).ljust(info.st_size, b"\0"))
+    os.utime(path, ns=(info.st_atime_ns, info.st_mtime_ns))
+    assert size_of() == (375, 500)
+    assert check(str(data), full=False, processes=1, out=None, cache_dir=str(runs)) == 0
+    assert size_of() == (10, 20)
+
+
+def test_a_class_tree_of_its_own(data):
+    (data / "train" / "a" / "empty.jpg").touch()
+    assert check(str(data / "train"), full=True, processes=1, out=None) == 3
+    assert listed(data / "train" / NAME) == {"a/empty.jpg": "empty file"}
+    assert "a/empty.jpg" in read_lists(data / "train")
+    assert "train/a/empty.jpg" not in read_lists(data)
+
+
+def test_data_that_cannot_be_written_has_its_list_in_the_cache(data, user_cache, monkeypatch):
+    (data / "train" / "a" / "cut.jpg").write_bytes(encoded()[:-20])
+    replace = Path.replace
+
+    def read_only(self, target):
+        if Path(target).is_relative_to(data):
+            raise PermissionError(13, "Permission denied", str(target))
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", read_only)  # a read-only folder does not stop root
+    assert check(str(data), full=True, processes=1, out=None) == 3
+    assert [path.name for path in data.iterdir() if path.is_file()] == []
+    assert len(list(user_cache.glob("bad-files-*.tsv"))) == 1
+    assert "a/cut.jpg" not in paths_of(Manifest.from_folder(data / "train", max_bad_fraction=0.1))
+
+
+def test_a_check_of_headers_alone_is_no_list(data, tmp_path):
+    (data / "train" / "a" / "cut.jpg").write_bytes(encoded()[:-20])
+    (data / "train" / "a" / "empty.jpg").touch()
+    assert check(str(data), full=True, processes=1, out=None) == 3
+    assert check(str(data), full=False, processes=1, out=None) == 3
+    assert check(str(data), full=False, processes=1, out=str(tmp_path / "headers.tsv")) == 3
+    assert set(listed(data / NAME)) == {"train/a/cut.jpg", "train/a/empty.jpg"}
+    assert set(listed(tmp_path / "headers.tsv")) == {"train/a/empty.jpg"}
+
+
+def test_nothing_but_bad_files_is_told_too(tmp_path, capsys):
+    (tmp_path / "data" / "a").mkdir(parents=True)
+    kinds = write_bad(tmp_path / "data" / "a")
+    assert check(str(tmp_path / "data"), full=True, processes=1, out=None) == 3
+    assert f"{len(kinds)} files, 0 good, {len(kinds)} bad" in capsys.readouterr().out
+
+
+def test_what_is_no_data_set_is_refused(data, tmp_path):
+    with pytest.raises(DataError, match="no such folder"):
+        check(str(tmp_path / "nowhere"), full=True, processes=1, out=None)
+    (data / "val" / "unknown").mkdir()
+    with pytest.raises(DataError, match="unknown: not one of the 2 training classes"):
+        check(str(data), full=True, processes=1, out=None)
+
+
+def program(tmp_path: Path, monkeypatch, body: str) -> None:
+    """Replaces what the checking processes do with a path by `body`."""
+    path = tmp_path / "judge.py"
+    path.write_text(
+        f"import json, os, signal, sys, time\nprint(json.dumps({decode_one.READY!r}), flush=True)\n"
+        f"for line in sys.stdin:\n    path = json.loads(line)\n    {body}\n    print('[1, 2, \"\"]', flush=True)\n"
+    )
+    monkeypatch.setattr(pipelines_check, "_PROGRAM", path)
+
+
+@pytest.mark.parametrize(
+    ("body", "reason", "kind"),
+    [
+        ("'bad' in path and os.kill(os.getpid(), signal.SIGSEGV)", "kills the decoder (SIGSEGV)", "other"),
+        ("'bad' in path and os._exit(7)", "ends the decoder (exit code 7)", "other"),
+        ("'bad' in path and (signal.alarm(1), time.sleep(9))", "takes more than 60 seconds to decode", "other"),
+    ],
+)
+def test_a_file_that_kills_the_decoder_is_bad_and_no_other(tmp_path, monkeypatch, body, reason, kind):
+    program(tmp_path, monkeypatch, body)
+    judges = Judges(2, decode=True)
+    paths = [f"{'bad' if index % 5 == 3 else 'good'}{index}.jpg" for index in range(12)]
+    verdicts = list(judges.verdicts(paths))
+    judges.close()
+    assert [verdict.reason for verdict in verdicts] == [reason * ("bad" in path) for path in paths]
+    assert decode_one.kind_of(reason) == kind
+
+
+def test_a_decoder_that_cannot_start_condemns_no_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(pipelines_check, "_PROGRAM", tmp_path / "nowhere.py")
+    with pytest.raises(DataError, match=r"nowhere\.py: cannot be started"):
+        list(Judges(1, decode=True).verdicts(["a.jpg"]))
+
+
+def test_memory_and_time_of_a_decoder_are_limited():
+    process = subprocess.Popen(
+        [sys.executable, "-P", decode_one.__file__, "decode"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert json.loads(process.stdout.readline()) == decode_one.READY
+    limits = Path(f"/proc/{process.pid}/limits").read_text()
+    assert re.search(rf"Max address space +{decode_one.MAX_MEMORY_BYTES} +{decode_one.MAX_MEMORY_BYTES} ", limits)
+    os.kill(process.pid, signal.SIGINT)  # Ctrl-C reaches the whole group; who asked ends the decoders
+    process.stdin.write(json.dumps("nowhere.jpg") + "\n")
+    process.stdin.flush()
+    assert "No such file" in process.stdout.readline()
+    process.communicate(timeout=10)
+    assert process.returncode == 0
+
+
+@pytest.mark.timeout(20)
+def test_a_pipe_blocks_no_judge(tmp_path):
+    """One that took the place of an image after the folder was listed."""
+    os.mkfifo(tmp_path / "pipe.jpg")
+    assert decode_one.decode(str(tmp_path / "pipe.jpg")).reason == "not a file"
+
+
+def test_odd_names_arrive_and_return(tmp_path):
+    folder = tmp_path / "data" / "a"
+    folder.mkdir(parents=True)
+    names = [
+        "na\u00efve \u732b.jpg",
+        "tab\tin the middle.jpg",
+        os.fsdecode(b"latin-1 \xe9.jpg"),
+        "#1.jpg",
+        'quo"te.jpg',
+    ]
+    for name in names:
+        (folder / name).write_bytes(encoded()[:-20])
+    (folder / "good.jpg").write_bytes(encoded())
+    assert check(str(tmp_path / "data"), full=True, processes=1, out=None) == 3
+    manifest = Manifest.from_folder(tmp_path / "data", max_bad_fraction=0.9)
+    assert paths_of(manifest) == {"a/good.jpg"}
+    assert {os.path.basename(file.path) for file in manifest.bad} == set(names)
+
+
+def test_a_run_says_what_the_check_found(make_job, tmp_path):
+    root = write_tree(tmp_path / "data", 40, 12)
+    cut = sorted((root / "train").rglob("*.jpg"))[::8]
+    for path in cut:
+        path.write_bytes(path.read_bytes()[:-200])
+    assert check(str(root), full=True, processes=2, out=None) == 3
+    job = make_job(data={"root": str(root), "max_bad_fraction": 0.2})
+    job("--max-steps", "1")
+    told = [event for event in job.events() if event["event"] == "bad_file"]
+    assert sorted(event["path"] for event in told) == sorted(map(str, cut))
+    assert {event["kind"] for event in told} == {"truncated"}
+    assert f"{len(cut)} bad files are left out: " in job.stderr.read_text()
+    assert "and 2 more in events.jsonl" in job.stderr.read_text()

@@ -1,0 +1,84 @@
+"""What the configuration says about decoding reaches DALI; a graph for a GPU can be defined without one."""
+
+from __future__ import annotations
+
+import functools
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from helpers.photographs import write_folder
+from nvidia.dali import fn
+
+from cmtrain.config.load import load_config
+from cmtrain.training import build
+from pipelines.dali import graphs
+from pipelines.files.manifest import Manifest
+from pipelines.loader import file_reader
+from pipelines.spec import DataError
+
+
+@pytest.fixture
+def manifest(tmp_path) -> Manifest:
+    return Manifest.from_folder(write_folder(tmp_path / "in", 12), cache_dir=tmp_path / "cache")
+
+
+@pytest.fixture
+def decoders(monkeypatch) -> list[dict]:
+    """The arguments of every decoder in graphs that are defined, but not built."""
+    seen: list[dict] = []
+    monkeypatch.setattr("nvidia.dali.pipeline.Pipeline.build", lambda self: None)
+    for name in ("image", "image_slice"):
+        original = getattr(fn.decoders, name)
+
+        def spy(*args, _original=original, **options):
+            seen.append(options)
+            return _original(*args, **options)
+
+        monkeypatch.setattr(fn.decoders, name, functools.wraps(original)(spy))
+    return seen
+
+
+def make_loaders(manifest: Manifest, device: str, *overrides: tuple[str, str]) -> list:
+    config = load_config("configs/demo.yaml", [("train.global_batch_size", "12"), *overrides]).config
+    schedule = build.plan_steps(config, len(manifest), 1)
+    accelerator = SimpleNamespace(
+        device=torch.device(device), mixed_precision="no", process_index=0, num_processes=1, is_main_process=True
+    )
+    return [
+        make(config, manifest, schedule, accelerator, 1) for make in (build.make_train_loader, build.make_eval_loader)
+    ]
+
+
+@pytest.mark.parametrize(("text", "expected"), [("0", 0.0), ("0.3", 0.3), ("1", 1.0), ("null", None)])
+def test_the_load_of_the_jpeg_engine_reaches_both_decoders(manifest, decoders, text, expected):
+    for loader in make_loaders(manifest, "cuda:0", ("data.hw_decoder_load", text)):
+        loader._build(lambda: [])
+    assert [options["device"] for options in decoders] == ["mixed", "mixed"]
+    assert [options.get("hw_decoder_load") for options in decoders] == [expected, expected]
+
+
+@pytest.mark.parametrize(("device", "decode"), [("cuda:0", "cpu"), ("cpu", "auto")])
+def test_a_decoder_on_the_cpu_is_told_no_load(manifest, decoders, device, decode):
+    for loader in make_loaders(manifest, device, ("data.hw_decoder_load", "0.3"), ("data.decode", decode)):
+        loader._build(lambda: [])
+    assert [options["device"] for options in decoders] == ["cpu", "cpu"]
+    assert not any("hw_decoder_load" in options for options in decoders)
+
+
+def test_mixed_without_a_gpu_is_refused(manifest):
+    with pytest.raises(DataError, match=r"data\.decode: mixed decodes on a GPU"):
+        make_loaders(manifest, "cpu", ("data.decode", "mixed"))
+
+
+def test_decoding_alone_gives_whole_images(manifest):
+    run = graphs.execution(torch.device("cpu"), "auto", 12, 1, 2, reads_files=True, hw_decoder_load=None)
+    read = file_reader(manifest, 1)
+    (output,) = graphs.decode_graph(lambda: [read(torch.arange(12).numpy())], run, windows=False).run()
+    sizes = [np.asarray(output[i]).shape for i in range(12)]
+    assert sizes == [(height, width, 3) for height, width in zip(manifest.heights, manifest.widths, strict=True)]
+
+
+def test_unused_memory_can_be_released_without_a_gpu():
+    graphs.release_memory()

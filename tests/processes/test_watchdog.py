@@ -1,0 +1,110 @@
+"""What hangs is ended, and leaves behind where it hung."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from helpers.runs import ROOT, faults, losses, wait_for
+
+from cmtrain.processes.watchdog import C_TIMER_SECONDS, Watchdog
+
+FAULTY = str(ROOT / "tests" / "helpers" / "faulty_train.py")
+
+
+@pytest.mark.parametrize("nproc", [pytest.param(1, marks=pytest.mark.slow), 2])
+def test_a_hang_ends_with_its_stacks(make_job, nproc):
+    job = make_job(checkpoint={"every_steps": 4}, train={"step_timeout_seconds": 2.0})
+    job(nproc=nproc, module=FAULTY, code=1, **faults("sleep", rank=nproc - 1))
+    status = job.status()
+    assert (status["state"], status["step"], status["exit_code"]) == ("failed", 9, 1)
+    assert "hung: the step after step 9 took longer than 2 s" in status["reason"]
+    for text in ((job.run / f"hang-rank{nproc - 1}.txt").read_text(), job.stderr.read_text()):
+        assert "in sleep" in text
+        assert "in step" in text
+    assert len([event for event in job.events() if event["event"] == "failed"]) == 1
+
+
+def test_a_hang_that_holds_the_interpreters_lock_ends_too_and_the_next_start_tells_it(make_job):
+    undisturbed, job = make_job("undisturbed"), make_job("job", train={"step_timeout_seconds": 1.0})
+    undisturbed()
+    job(module=FAULTY, code=1, **faults("gil", rank=0))
+    assert "in gil" in (job.run / "hang-rank0.txt").read_text()
+    job()
+    (failed,) = [event for event in job.events() if event["event"] == "failed"]
+    assert failed["reason"] == "hung without a word; hang-rank0.txt says where"
+    assert "the attempt before failed: hung without a word" in job.stderr.read_text()
+    assert losses(job) == losses(undisturbed)
+    assert [path.name for path in job.run.glob("*hang*")] == ["old-hang-rank0.txt"]
+
+
+def test_a_run_that_is_paused_for_longer_than_a_step_may_take_ends_and_loses_nothing(make_job):
+    """As `docker pause` and `scontrol suspend` do; the timers cannot tell it from a hang."""
+    undisturbed, job = make_job("undisturbed"), make_job("job", train={"step_timeout_seconds": 1.0})
+    undisturbed()
+    process = job.start(module=FAULTY, **faults("freeze", rank=0))
+    stat = Path("/proc", str(process.processes[0].pid), "stat")
+    wait_for(lambda: stat.read_text().rpartition(")")[2].split()[0] == "T", process)
+    time.sleep(2 * C_TIMER_SECONDS)
+    os.kill(process.processes[0].pid, signal.SIGCONT)
+    process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "most recent call first" in (job.run / "hang-rank0.txt").read_text()
+    job()
+    (failed,) = [event for event in job.events() if event["event"] == "failed"]
+    assert failed["reason"].startswith("hung")
+    assert losses(job) == losses(undisturbed)
+
+
+WATCHED = """
+import sys, time
+from pathlib import Path
+from cmtrain.run_folder import RunFolder
+from cmtrain.watchdog import Watchdog
+path = Path(sys.argv[1])
+RunFolder(path).status(state="running", step=0)
+watchdog = Watchdog(path, 0, 1, timeout_seconds=0.5)
+for number, seconds in enumerate(map(float, sys.argv[2:])):
+    watchdog.begin("step", number)
+    time.sleep(seconds)
+watchdog.close()
+time.sleep(2)
+"""
+
+
+def watched(folder, *seconds):
+    return subprocess.run(
+        [sys.executable, "-c", WATCHED, folder, *map(str, seconds)], capture_output=True, text=True, timeout=60
+    )
+
+
+def test_the_first_time_may_take_three_times_as_long(tmp_path):
+    done = watched(tmp_path, 1.2, 0.1, 0.1)
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "hang-rank0.txt").exists()
+    late = watched(tmp_path, 1.2, 9)
+    assert late.returncode == 1
+    assert (
+        "the step after step 1 took longer than 0.5 s" in json.loads((tmp_path / "status.json").read_text())["reason"]
+    )
+
+
+def test_each_item_has_the_whole_time(tmp_path):
+    watchdog = Watchdog(tmp_path, 0, 1, timeout_seconds=60)
+    deadlines = []
+    for _ in watchdog.over(iter(range(3)), "evaluation", 7):
+        deadlines.append(watchdog.deadline)
+    watchdog.close()
+    assert deadlines[1] < deadlines[2]
+    assert deadlines[0] > deadlines[2]  # the first may take longer
+
+
+def test_no_watchdog(tmp_path):
+    watchdog = Watchdog(tmp_path / "run", 0, 1, timeout_seconds=None)
+    assert list(watchdog.over(iter("ab"), "evaluation", 0)) == ["a", "b"]
+    watchdog.close()
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,145 @@
+"""Stop signals, however the run was started: a checkpoint at that step, the true exit code, and nobody is left."""
+
+import os
+import signal
+import subprocess
+import time
+from contextlib import suppress
+
+import pytest
+from helpers.runs import ROOT
+from helpers.runs import TWO, assert_nobody_is_left
+from helpers.runs import assert_same_state, logged, losses, wait_for
+
+from cmtrain.storage.checkpoint import checkpoint_steps
+
+FAULTY = str(ROOT / "tests" / "helpers" / "faulty_train.py")
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m")
+ACCELERATE = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1",
+              "--mixed_precision", "no", "--dynamo_backend", "no", "-m")  # fmt: skip
+CODES = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR2: 143, signal.SIGHUP: 143}
+LONG = {"schedule": {"epochs": 400}, "checkpoint": {"every_epochs": 400}, "evaluate": {"every_epochs": 400}}
+
+
+# Not everywhere may a test make a process namespace.
+MAY_UNSHARE = subprocess.run(["unshare", "--pid", "--fork", "true"], capture_output=True).returncode == 0
+AS_PROCESS_1 = pytest.mark.skipif(not MAY_UNSHARE, reason="needs a process namespace of its own")
+
+
+def send(pid, number):
+    """The signal, twice: launchers, shells and impatient people do."""
+    os.kill(pid, number)
+    time.sleep(0.05)
+    with suppress(ProcessLookupError):
+        os.kill(pid, number)
+
+
+def assert_stopped(job, process, number, began):
+    """`process` ends, the run is preempted at the step it was at, and can go on from there."""
+    process.communicate(timeout=60)
+    assert_nobody_is_left(job)
+    took = time.monotonic() - began
+    print(f"{signal.Signals(number).name}: ended after {took:.1f} s")
+    status = job.status()
+    assert (status["state"], status["exit_code"]) == ("preempted", CODES[number])
+    assert checkpoint_steps(job.run / "checkpoints")[-1] == status["step"]
+    assert status["resume_from"].endswith(f"step-{status['step']:09d}")
+    assert took < 15  # 5 s on a machine that does nothing else
+
+
+@pytest.mark.parametrize(
+    ("arguments", "number"),
+    [
+        *(((), number) for number in CODES),
+        (TWO, signal.SIGTERM),
+        (TWO, signal.SIGINT),
+        pytest.param(TWO, signal.SIGUSR2, marks=pytest.mark.slow),
+        pytest.param(TWO, signal.SIGHUP, marks=pytest.mark.slow),
+    ],
+)
+def test_signals_to_cmtrain(make_job, arguments, number):
+    job = make_job(**LONG)
+    process = job.start(*arguments, module=FAULTY, WARM="1")
+    wait_for(lambda: logged(job, 4), process)
+    began = time.monotonic()
+    send(process.processes[0].pid, number)
+    assert_stopped(job, process, number, began)
+    assert process.returncode == CODES[number]
+
+
+@AS_PROCESS_1
+@pytest.mark.parametrize(("arguments", "number"), [((), signal.SIGTERM), (TWO, signal.SIGUSR2)])
+def test_signals_to_process_1_of_a_container(make_job, arguments, number):
+    job = make_job(**LONG)
+    process = job.start(*arguments, module=FAULTY, WARM="1", PROCESS_1="1")
+    wait_for(lambda: logged(job, 4), process)
+    began = time.monotonic()
+    send(int((job.folder / "process1").read_text()), number)
+    assert_stopped(job, process, number, began)
+    assert process.returncode == CODES[number]
+
+
+@AS_PROCESS_1
+def test_process_1_can_be_stopped_before_training_begins(make_job):
+    """The kernel keeps from process 1 what it has no handler for: without one it would train on."""
+    job = make_job(**LONG)
+    process = job.start(module=FAULTY, PROCESS_1="1", SLOW_START="1")
+    wait_for(lambda: (job.folder / "slow").exists(), process)
+    os.kill(int((job.folder / "process1").read_text()), signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert not job.run.exists()
+
+
+@pytest.mark.parametrize(
+    ("launcher", "number"),
+    [
+        (TORCHRUN, signal.SIGTERM),
+        (ACCELERATE, signal.SIGTERM),
+        pytest.param(TORCHRUN, signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param(ACCELERATE, signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param(ACCELERATE, signal.SIGKILL, marks=pytest.mark.slow),
+        pytest.param(TORCHRUN, signal.SIGKILL, marks=pytest.mark.slow),
+    ],
+)
+def test_signals_to_other_launchers(make_job, launcher, number):
+    """accelerate with one process passes nothing on, and nobody passes SIGKILL on: the ranks notice its death."""
+    job = make_job(**LONG)
+    process = job.start(launcher=launcher)
+    wait_for(lambda: logged(job, 4), process)
+    began = time.monotonic()
+    send(process.pid, number)
+    if number == signal.SIGKILL or launcher == ACCELERATE:
+        number = signal.SIGTERM
+    assert_stopped(job, process, number, began)
+
+
+ONE_OR_TWO = pytest.mark.parametrize("arguments", [pytest.param((), marks=pytest.mark.slow), TWO])
+
+
+@ONE_OR_TWO
+def test_a_signal_during_a_checkpoint(make_job, arguments):
+    job = make_job(schedule={"epochs": 400})
+    process = job.start(*arguments, module=FAULTY, WARM="1", SLOW_CHECKPOINT="1")
+    wait_for(lambda: (job.folder / "slow").exists(), process)
+    began = time.monotonic()
+    send(process.processes[0].pid, signal.SIGTERM)
+    assert_stopped(job, process, signal.SIGTERM, began)
+
+
+@ONE_OR_TWO
+def test_a_signal_ends_an_evaluation_and_the_resumed_run_makes_it_up(make_job, arguments):
+    """Otherwise the signal would have to wait for it: here 16 s with one process, and 8 s with two."""
+    undisturbed, job = make_job("undisturbed"), make_job("job")
+    undisturbed(*arguments, module=FAULTY, WARM="1")
+    process = job.start(*arguments, module=FAULTY, WARM="1", SLOW_EVALUATION="1")
+    wait_for(lambda: (job.folder / "slow").exists(), process)
+    began = time.monotonic()
+    send(process.processes[0].pid, signal.SIGTERM)
+    assert_stopped(job, process, signal.SIGTERM, began)
+    assert checkpoint_steps(job.run / "checkpoints") == [6]
+    assert not (job.run / "summary.csv").exists()
+    job(*arguments, module=FAULTY, WARM="1")
+    assert losses(job) == losses(undisturbed)
+    assert (job.run / "summary.csv").read_text() == (undisturbed.run / "summary.csv").read_text()
+    assert_same_state(job, undisturbed)

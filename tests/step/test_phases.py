@@ -1,0 +1,156 @@
+"""Where a step's time goes, what a step costs, and how large a model's numbers are."""
+
+import itertools
+import time
+
+import pytest
+import timm
+import torch
+from helpers.mini import batch, make_learner
+from torch import nn
+
+import cmtrain.models  # noqa: F401
+from cmtrain import phases as phases_module
+from cmtrain.device import gpu_identity, memory_bytes, training_flops_per_image
+from cmtrain.numerics import extremes
+from cmtrain.phases import MAX_PENDING_STEPS, PHASES, Phases
+
+CPU = torch.device("cpu")
+
+
+def slow_batches(waited):
+    """Batches that each let the step wait, which is no phase of it; adds the seconds to `waited`."""
+    for number in itertools.count():
+        begin = time.perf_counter()
+        time.sleep(0.2)
+        waited.append(time.perf_counter() - begin)
+        yield batch(number)
+
+
+def test_the_phases_of_a_step_add_up_to_its_time_without_waiting_for_data():
+    learner = make_learner("adamw", accumulation=3)
+    waited = []
+    batches = slow_batches(waited)
+    learner.step(batches, 0, 1e-3)
+    learner.phases.take()
+    waited.clear()
+    begin = time.perf_counter()
+    learner.step(batches, 1, 1e-3)
+    wall = time.perf_counter() - begin
+    (seconds,) = learner.phases.take()
+    assert tuple(seconds) == PHASES
+    assert min(seconds.values()) > 0
+    assert len(waited) == 3
+    assert 0.5 < sum(seconds.values()) / (wall - sum(waited)) <= 1
+    assert learner.phases.take() == []
+
+
+class FakeEvent:
+    """A CUDA event on a device that is `behind` marks behind the host, and takes a millisecond from mark to mark."""
+
+    recorded = 0
+    passed = 0
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        FakeEvent.recorded += 1
+        self.number = FakeEvent.recorded
+
+    def query(self):
+        return self.number <= FakeEvent.passed
+
+    def elapsed_time(self, end):
+        assert self.query(), "would be an error on a GPU"
+        assert end.query(), "would be an error on a GPU"
+        return float(end.number - self.number)
+
+
+@pytest.fixture
+def gpu_phases(monkeypatch):
+    monkeypatch.setattr(phases_module.torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(FakeEvent, "recorded", 0)
+    monkeypatch.setattr(FakeEvent, "passed", 0)
+    return Phases(torch.device("cuda"))
+
+
+def step(phases, micro_batches=1):
+    for _ in range(micro_batches):
+        for phase in ("", "forward", "backward"):
+            phases.begin(phase)
+    phases.begin("optimizer")
+    phases.end_step()
+
+
+def test_events_are_read_when_the_device_has_passed_them_and_never_waited_for(gpu_phases):
+    step(gpu_phases)  # marks 1 to 5
+    assert gpu_phases.take() == []
+    step(gpu_phases, micro_batches=2)  # 6 to 13
+    FakeEvent.passed = 5
+    assert gpu_phases.take() == [{"forward": 0.001, "backward": 0.001, "optimizer": 0.001}]
+    FakeEvent.passed = 12
+    assert gpu_phases.take() == []
+    step(gpu_phases)
+    FakeEvent.passed = 18
+    two = {"forward": 0.002, "backward": 0.002, "optimizer": 0.001}
+    assert gpu_phases.take() == [two, {"forward": 0.001, "backward": 0.001, "optimizer": 0.001}]
+
+
+def test_steps_that_nobody_asks_about_are_forgotten(gpu_phases):
+    for _ in range(3 * MAX_PENDING_STEPS):
+        step(gpu_phases)
+    FakeEvent.passed = FakeEvent.recorded
+    assert len(gpu_phases.take()) == MAX_PENDING_STEPS
+
+
+@pytest.mark.parametrize("variant", ["paper", "seed"])
+@pytest.mark.parametrize("bias", ["none", "relative", "pairwise"])
+@pytest.mark.parametrize("absolute", [False, True])
+def test_flops_of_every_kind_of_position(variant, bias, absolute):
+    options = {"variant": variant, "attention_bias": bias, "absolute_position": absolute}
+    model = timm.create_model("cmt_micro", num_classes=4, **options)
+    assert training_flops_per_image(model, 32) == training_flops_per_image(timm.create_model(
+        "cmt_micro", num_classes=4, variant=variant, attention_bias="none"), 32)  # fmt: skip
+
+
+def test_flops_are_three_forward_passes_and_counting_changes_nothing():
+    torch.manual_seed(0)
+    model = timm.create_model("cmt_micro", num_classes=4, img_size=32, drop_rate=0.5)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    random_state = torch.get_rng_state()
+    flops = training_flops_per_image(model, 32)
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert training_flops_per_image(nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10)), 32) == 3 * 2 * 3072 * 10
+    assert training_flops_per_image(timm.create_model("cmt_micro", num_classes=4, img_size=64), 64) > 3 * flops
+
+
+def test_a_cpu_has_no_gpu_facts():
+    assert gpu_identity(CPU) is None
+    assert memory_bytes(CPU) == {}
+
+
+def test_extremes_of_a_model():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1, bias=False))
+    nn.init.constant_(model[0].weight, 1.0)  # 12 of them
+    nn.init.constant_(model[2].weight, 2.0)  # 8 of them, and 4 ones and 4 zeros of BatchNorm
+    model[1].running_mean[2], model[1].running_var[1] = -7.0, 5.0
+    assert [value.item() for value in extremes(model)] == [7.0, 5.0, pytest.approx((12 + 8 * 4 + 4) ** 0.5)]
+    model[1].running_var[3] = torch.inf
+    assert extremes(model)[1].item() == torch.inf
+    model[1].running_mean[0] = torch.nan
+    assert extremes(model)[0].isnan()
+    assert [value.item() for value in extremes(nn.Linear(1, 1, bias=False).requires_grad_())[:2]] == [0, 0]
+
+
+def test_a_report_says_how_large_the_numbers_are():
+    learner = make_learner("adamw")
+    batches = iter([batch(0), batch(1)])
+    for number in range(2):
+        learner.step(batches, number, 1e-3)
+    report = learner.report(2, 0, 1e-3, reset=True)
+    expected = [value.item() for value in extremes(learner.model)]
+    assert [report.bn_mean_abs_max, report.bn_var_max, report.weight_norm] == expected
+    assert min(expected) > 0

@@ -1,0 +1,150 @@
+"""Weights of another resolution and class count start a run; wrong and hostile files are refused before it starts."""
+
+import json
+import os
+import pickle
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from cmtrain.errors import ConfigError
+from cmtrain.storage.checkpoint import load_newest
+from cmtrain.storage.weights import fit, read_weights, start_from
+from pipelines.spec import DataError
+
+QUIET = {"augment": {"color_jitter": None, "scale": [0.6, 1.0]}, "mixing": {"mixup": 0, "cutmix": 0, "reprob": 0}}
+
+
+def micro(image_px=32, num_classes=3, seed=0, **options):
+    torch.manual_seed(seed)
+    return timm.create_model("cmt_micro", img_size=image_px, num_classes=num_classes, **options)
+
+
+def contiguous(model):
+    return {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.slow
+def test_digits_help_photographs_at_another_size(make_job, figure):
+    digits = make_job(
+        "digits",
+        data={"root": "demo:digits", "eval_resize_px": 32},
+        schedule={"epochs": 3, "warmup_epochs": 1},
+        evaluate={"every_epochs": 3},
+        train={"global_batch_size": 64, "max_batch_per_gpu": 64},
+        model={"drop_path_rate": 0, "drop_rate": 0},
+        ema={"decay": None},
+        **QUIET,
+    )
+    base = digits()
+    photos = {
+        "data": {"root": "demo:photos", "image_px": 64, "eval_resize_px": 72},
+        "schedule": {"epochs": 1, "warmup_epochs": 0},
+        "train": {"global_batch_size": 64, "max_batch_per_gpu": 64},
+        "ema": {"decay": None},
+    }
+    model = {"drop_path_rate": 0, "drop_rate": 0}
+    tuned = make_job("tuned", model=model | {"init_from": str(digits.run)}, **photos, **QUIET)
+    fine = tuned("--max-steps", "12")
+    scratch = make_job("scratch", model=model, **photos, **QUIET)("--max-steps", "12")
+    told = tuned.stderr.read_text()
+    assert "model.init_from: model weights of " in told
+    assert "the head is new: 12 classes, 10 there" in told
+    assert "4 position tables resized" in told
+    assert fine["step"] == scratch["step"]
+    assert fine["top1"] > scratch["top1"] + 0.05
+    figure(f"digits {base['top1']:.3f}; photographs: {fine['top1']:.3f}, from scratch {scratch['top1']:.3f}")
+
+
+def test_a_resumed_run_goes_on_from_its_own_checkpoint(make_job):
+    first = make_job("first")
+    first("--max-steps", "2")
+    second = make_job("second", model={"init_from": str(first.run)})
+    second("--max-steps", "2")
+    assert "init_from" in second.stderr.read_text()
+    source = load_newest(first.run / "checkpoints").state["model"]["stem.conv1.weight"]
+    before = load_newest(second.run / "checkpoints").state["model"]["stem.conv1.weight"]
+    assert (before - source).abs().max() < 0.1 * source.abs().max()  # two steps of warm-up away
+    for path in (first.run / "checkpoints").iterdir():  # what it started from is no longer needed
+        path.rename(path.with_name(f"gone-{path.name}"))
+    second("--max-steps", "4")
+    assert second.status()["step"] == 4
+    assert "init_from" not in second.stderr.read_text()
+    second("--max-steps", "6", "--model.init_from", "null", code=2)  # part of the recipe
+    assert "model.init_from: " in second.stderr.read_text()
+
+
+def test_what_it_starts_from_is_found_wanting_before_anything_is_written(make_job, tmp_path):
+    job = make_job()
+    job("--model.init_from", "nowhere", code=3)
+    (line,) = job.stderr.read_text().splitlines()
+    assert line.startswith("model.init_from: nowhere: no such file or folder; weights are a run, a checkpoint, ")
+    assert not (job.folder / "runs").exists()
+
+
+def test_the_head_stays_where_the_classes_are_as_many():
+    old, new = micro(seed=0), micro(64, seed=1)
+    (note,) = fit(new, old.state_dict(), keeps_head=False)
+    assert note == "4 position tables resized, stages.0.bias.table first"
+    assert torch.equal(new.head.weight, old.head.weight)
+    kept = micro(num_classes=5, seed=2)
+    fresh = kept.head.weight.clone()
+    assert fit(kept, old.state_dict(), keeps_head=False) == ["the head is new: 5 classes, 3 there"]
+    assert torch.equal(kept.head.weight, fresh)
+    assert torch.equal(kept.stem.conv1.weight, old.stem.conv1.weight)
+    with pytest.raises(ConfigError, match=r"head.weight is .3, 256. there and .5, 256. in the model"):
+        fit(micro(num_classes=5), old.state_dict(), keeps_head=True)
+
+
+def test_every_place_that_weights_lie_in(make_job, tmp_path):
+    job = make_job()
+    job("--max-steps", "2")
+    (checkpoint,) = (job.run / "checkpoints").iterdir()
+    averages = load_newest(job.run / "checkpoints").state["ema"]
+    tensors = {name: tensor.contiguous() for name, tensor in averages.items()}
+    (tmp_path / "export").mkdir()
+    save_file(tensors, tmp_path / "export" / "model.safetensors")
+    (tmp_path / "link.safetensors").symlink_to(tmp_path / "export" / "model.safetensors")
+    for place in (job.run, checkpoint, "export", "export/model.safetensors", "link.safetensors"):
+        weights = read_weights(str(tmp_path / place))
+        assert weights.kind == ("ema" if "runs" in str(place) else "model")
+        assert all(torch.equal(weights.tensors[name], tensor) for name, tensor in tensors.items())
+
+
+def test_other_models_and_damaged_files_are_refused_in_one_line(tmp_path):
+    tensors = contiguous(micro())
+
+    def refusal(change, error=DataError):
+        file = tmp_path / "x.safetensors"
+        change(file)
+        with pytest.raises(error) as caught:
+            start_from(str(file), micro())
+        (line,) = str(caught.value).splitlines()
+        assert line.startswith(f"model.init_from: {file}")
+        return line
+
+    sick = tensors | {"stem.norm1.running_var": torch.full_like(tensors["stem.norm1.running_var"], torch.nan)}
+    assert "running_var not finite; " in refusal(lambda f: save_file(sick, f))
+    assert "cmtrain repair-bn" in refusal(lambda f: save_file(sick, f))
+    assert "holds no weights" in refusal(lambda f: save_file({}, f))
+    other = contiguous(timm.create_model("resnet18"))
+    assert " is missing there" in refusal(lambda f: save_file(other, f), ConfigError)
+    seed = contiguous(micro(variant="seed"))
+    assert "in the model" in refusal(lambda f: save_file(seed, f), ConfigError)
+    assert "not a safetensors file" in refusal(lambda f: f.write_bytes(pickle.dumps({"a": 1})))
+    huge = json.dumps({"a": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}).encode()
+    assert "not a safetensors file" in refusal(lambda f: f.write_bytes(len(huge).to_bytes(8, "little") + huge))
+    (tmp_path / "x.safetensors").unlink()
+    assert "not a regular file" in refusal(os.mkfifo)
+    (tmp_path / "weights.pt").write_bytes(b"")
+    with pytest.raises(DataError, match=r"neither a folder nor a .safetensors file"):
+        read_weights(str(tmp_path / "weights.pt"))
+
+
+def test_options_of_cmt_are_refused_for_other_models(make_job):
+    job = make_job()
+    job("--model.name", "resnet18", "--model.variant", "seed", code=2)
+    (line,) = job.stderr.read_text().splitlines()
+    assert "model.variant (seed) is an option of CMT only, and does not fit model.name (resnet18)" in line
