@@ -23,7 +23,7 @@ import torch
 
 from cmtrain.monitoring.metrics import TrainMetrics
 from cmtrain.monitoring.routes import MetricsPage
-from cmtrain.phases import Phases
+from cmtrain.step.measure import Phases
 
 ROUNDS = 7
 STEP_SECONDS = 0.01  # 100 steps/s: faster than any recipe here

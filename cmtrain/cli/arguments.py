@@ -5,10 +5,8 @@ import difflib
 import re
 from collections.abc import Sequence
 
-from cmtrain.config.load import Resolved, load_config
+from cmtrain.config.load import Overrides, Resolved, load_config
 from cmtrain.errors import ConfigError
-
-Overrides = list[tuple[str, str]]
 
 
 def load(verb: str, path: str | None, overrides: Overrides) -> Resolved:

@@ -11,8 +11,8 @@ from cmtrain.cli.arguments import count, did_you_mean, load, make_parser, parse,
 from cmtrain.cli.data_verbs import data
 from cmtrain.cli.model_verbs import evaluate_trained, export_trained
 from cmtrain.commands import sweep
-from cmtrain.config.describe import config_reference
-from cmtrain.config.schema import Config, config_schema, to_yaml
+from cmtrain.config.describe import config_reference, config_schema
+from cmtrain.config.schema import Config, to_yaml
 from cmtrain.errors import EXIT_CONFIG, EXIT_DATA, EXIT_DONE, EXIT_INTERRUPTED, ConfigError
 from cmtrain.processes.launcher import run_ranks, visible_gpus
 from cmtrain.processes.rank import PARENT, hold_back, is_first_rank, is_started_by_launcher, run_as_rank

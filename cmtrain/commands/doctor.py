@@ -22,7 +22,7 @@ from cmtrain.commands import doctor_checks as checks
 from cmtrain.commands.doctor_checks import Finding, Verdict
 from cmtrain.config.schema import Config
 from cmtrain.errors import EXIT_DATA, EXIT_DONE, ConfigError
-from cmtrain.processes.signals import control_group, gather, leave_together
+from cmtrain.processes.collectives import control_group, gather, leave_together
 from cmtrain.training import build
 from pipelines.spec import DataError
 

@@ -21,8 +21,8 @@ from PIL import Image
 
 from cmtrain.config.schema import Config
 from cmtrain.monitoring.http_server import Exporter
+from cmtrain.processes.collectives import gather
 from cmtrain.processes.preflight import check_ranks
-from cmtrain.processes.signals import gather
 from cmtrain.storage.run_lock import RunLock
 from cmtrain.training import build
 from pipelines.files.manifest import Manifest

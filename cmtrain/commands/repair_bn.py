@@ -25,11 +25,11 @@ from cmtrain.step.evaluate import Evaluation, evaluate
 from cmtrain.step.guard import tracked_batchnorms
 from cmtrain.step.learner import Learner
 from cmtrain.step.mixing import mix
-from cmtrain.storage.checkpoint import Loaded, checkpoint_path, save_checkpoint
+from cmtrain.storage.checkpoint import Loaded, checkpoint_path, find_checkpoint, save_checkpoint
 from cmtrain.storage.finite import all_finite, floating_tensors
 from cmtrain.storage.state_file import CheckpointError
 from cmtrain.training import build
-from cmtrain.training.resume import find_checkpoint, recipe_changes, restore
+from cmtrain.training.resume import recipe_changes, restore
 from pipelines.spec import DataError, Loader
 
 STATISTICS = ("running_mean", "running_var")

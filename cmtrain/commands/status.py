@@ -21,7 +21,7 @@ from rich.live import Live
 from rich.text import Text
 
 from cmtrain.config.strict_yaml import Node, parse
-from cmtrain.monitoring.console import duration
+from cmtrain.monitoring.units import duration
 from cmtrain.storage.run_folder import SILENT_SECONDS, read_status
 from pipelines.spec import DataError
 

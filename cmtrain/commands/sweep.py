@@ -18,8 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from cmtrain.cli.arguments import Overrides
-from cmtrain.config.load import find_configs, load_config
+from cmtrain.config.load import Overrides, find_configs, load_config
 from cmtrain.config.recipe import recipe
 from cmtrain.config.schema import Config
 from cmtrain.config.strict_yaml import emit

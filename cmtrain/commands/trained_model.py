@@ -4,14 +4,12 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from cmtrain.cli.arguments import Overrides
-from cmtrain.config.load import load_config
+from cmtrain.config.load import Overrides, load_config
 from cmtrain.config.schema import Config
-from cmtrain.storage.checkpoint import Loaded
+from cmtrain.storage.checkpoint import Loaded, find_checkpoint
 from cmtrain.storage.run_folder import CLASSES_NAME
 from cmtrain.storage.state_file import CheckpointError
 from cmtrain.storage.weights import Weights, check_finite, state_of
-from cmtrain.training.resume import find_checkpoint
 from pipelines.spec import DataError
 
 RUNS = Path("runs")

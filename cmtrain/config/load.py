@@ -19,8 +19,9 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticUndefined
 
-from cmtrain.config.schema import Config, config_schema, contradictions, flat
-from cmtrain.config.strict_yaml import REFUSED, Node, emit, parse, parse_argument, show
+from cmtrain.config.describe import config_schema, describe_values
+from cmtrain.config.schema import Config, contradictions, flat
+from cmtrain.config.strict_yaml import REFUSED, Node, parse, parse_argument, show
 from cmtrain.errors import ConfigError
 
 MAX_FILE_BYTES = 1_000_000
@@ -325,39 +326,6 @@ def _wrong_value(name: str, error: ErrorDetails, value: Any) -> str:
     return message + ("; put it in quotes" if error["type"] == "string_type" and isinstance(value, int | float) else "")
 
 
-_KINDS = {
-    "number": "a number",
-    "integer": "a whole number",
-    "boolean": "true or false",
-    "string": "text",
-    "null": "null",
-}
-_LIMITS = {
-    "exclusiveMinimum": ">",
-    "minimum": ">=",
-    "exclusiveMaximum": "<",
-    "maximum": "<=",
-    "multipleOf": "a multiple of",
-}
-
-
-def describe_values(schema: Mapping[str, Any]) -> str:
-    """A field's JSON schema in words: "a number > 0 and <= 1 or null"."""
-    if "anyOf" in schema:
-        return " or ".join(describe_values(option) for option in schema["anyOf"])
-    if "enum" in schema:
-        return "one of " + ", ".join(schema["enum"])
-    if "prefixItems" in schema:
-        items = [describe_values(item) for item in schema["prefixItems"]]
-        return f"a list of {len(items)} values, [{', '.join(items)}]"
-    if "items" in schema:
-        return f"a list of values, each {describe_values(schema['items'])}"
-    if "pattern" in schema:
-        return f"text that matches {schema['pattern']}"
-    stated = " and ".join(f"{sign} {emit(schema[limit])}" for limit, sign in _LIMITS.items() if limit in schema)
-    return f"{_KINDS[schema['type']]} {stated}".rstrip()
-
-
 def _did_you_mean(given: str, choices: Sequence[str] | Mapping[str, Any]) -> str:
     close = difflib.get_close_matches(given, choices, n=1)
     return f", did you mean {close[0]}?" if close else ""
@@ -365,3 +333,6 @@ def _did_you_mean(given: str, choices: Sequence[str] | Mapping[str, Any]) -> str
 
 def _printable(text: str | Path) -> str:
     return str(text) if str(text).isprintable() and len(str(text)) <= 200 else ascii(str(text))[:200]
+
+
+Overrides = list[tuple[str, str]]

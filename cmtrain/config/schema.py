@@ -377,13 +377,3 @@ def to_yaml(config: Config, comments: Mapping[str, str] | None = None) -> str:
             lines.append((f"  {key}: {emit(value)}", (comments or {}).get(f"{section}.{key}", "")))
     width = max(len(text) for text, _ in lines)
     return "".join(f"{text:<{width}}  # {comment}\n" if comment else f"{text}\n" for text, comment in lines)
-
-
-def config_schema() -> dict[str, Any]:
-    """JSON schema of a configuration file, for editors."""
-    schema = Config.model_json_schema()
-    schema["properties"]["extends"] = {
-        "type": "string",
-        "description": "file to start from: relative to this one, or one that ships with cmtrain",
-    }
-    return schema

@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 NO_KERNEL = {"_unsafe_view", "detach", "alias", "lift_fresh"}
 
@@ -134,3 +135,23 @@ def _efficient_attention(
     bias = None if attn_mask is None else attn_mask.to(dtype).expand(*q.shape[:3], k.shape[2])
     attention = torch.ops.aten._scaled_dot_product_efficient_attention
     return attention(q, k, v, bias, compute_log_sumexp=torch.is_grad_enabled(), dropout_p=dropout_p, scale=scale)[0]
+
+
+@torch.no_grad()
+def training_flops_per_image(model: nn.Module, image_px: int) -> int:
+    """Floating-point operations of forward and backward pass for one image; a multiply-add is two.
+
+    The backward pass is counted as two forward passes, as is usual (torch's counter takes the backward pass of a
+    grouped convolution for that of a dense one). Changes nothing; one forward pass of one image in evaluation mode,
+    0.3 s for cmt_ti at 160 px on one CPU core, most of it the counter's own start.
+    """
+    parameter = next(model.parameters())
+    image = torch.zeros(1, 3, image_px, image_px, device=parameter.device, dtype=parameter.dtype)
+    was_training = model.training
+    model.eval()
+    # Detached: the counter wants to follow what requires a gradient, which a view of a parameter cannot offer here.
+    detached = {name: value.detach() for name, value in model.named_parameters()}
+    with FlopCounterMode(display=False) as counter:
+        torch.func.functional_call(model, detached, (image,))
+    model.train(was_training)
+    return 3 * counter.get_total_flops()

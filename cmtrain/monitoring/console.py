@@ -46,15 +46,3 @@ class Console:
         if self.bar:
             self.bar.stop()
             self.bar = None
-
-
-def duration(seconds: float) -> str:
-    """Seconds as a person says it: 41s, 12m 5s, 3h 20m, 1d 4h."""
-    minutes, hours, days = seconds / 60, seconds / 3600, seconds / 86400
-    if minutes < 1:
-        return f"{seconds:.0f}s"
-    if hours < 1:
-        return f"{int(minutes)}m {int(seconds) % 60}s"
-    if days < 1:
-        return f"{int(hours)}h {int(minutes) % 60}m"
-    return f"{int(days)}d {int(hours) % 24}h"

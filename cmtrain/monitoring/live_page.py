@@ -12,16 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from cmtrain import __version__
-from cmtrain.glance import glance, is_sampled
-from cmtrain.monitoring.console import duration
 from cmtrain.monitoring.discovery import read_target
 from cmtrain.monitoring.http_server import Page
 from cmtrain.monitoring.metrics import TrainMetrics
-from cmtrain.monitoring.report.axes import short
 from cmtrain.monitoring.report.curves import Run, large_charts, small_charts
-from cmtrain.monitoring.report.events import newest_rows, utc
+from cmtrain.monitoring.report.events import newest_rows
+from cmtrain.monitoring.report.figures import number
 from cmtrain.monitoring.report.templating import join_scripts, make_templates
-from cmtrain.report_headline import number
+from cmtrain.monitoring.units import duration, short, utc
+from cmtrain.storage.run_record import glance, is_sampled
 
 HTML = "text/html; charset=utf-8"
 MAX_AGE_SECONDS = 1.0

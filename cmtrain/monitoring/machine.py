@@ -25,3 +25,26 @@ def environment() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+MEMORY_KINDS = {
+    "allocated": "allocated_bytes.all.current",
+    "reserved": "reserved_bytes.all.current",
+    "peak": "allocated_bytes.all.peak",
+}
+
+
+def gpu_identity(device: torch.device) -> tuple[str, str] | None:
+    """UUID, as DCGM and nvidia-smi write it, and model of a GPU; None for a CPU."""
+    if device.type != "cuda":
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    return f"GPU-{str(properties.uuid).removeprefix('GPU-')}", properties.name
+
+
+def memory_bytes(device: torch.device) -> dict[str, int]:
+    """Bytes of torch's allocator by MEMORY_KINDS, without asking the device; empty for a CPU."""
+    if device.type != "cuda":
+        return {}
+    statistics = torch.cuda.memory_stats(device)
+    return {kind: statistics.get(key, 0) for kind, key in MEMORY_KINDS.items()}

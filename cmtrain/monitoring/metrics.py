@@ -21,6 +21,7 @@ from prometheus_client import (
     disable_created_metrics,
 )
 
+from cmtrain.step.measure import StepReport
 from pipelines.checks.decode_one import KINDS
 
 disable_created_metrics()  # would double the number of counter series
@@ -31,32 +32,6 @@ EVAL_BUCKETS = (1, 2, 5, 10, 20, 60, 120, 300, 600, 1800)
 
 STATES = ("setup", "train", "evaluate", "checkpoint")
 DATA_WAIT = "data_wait"
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """What one rank knows at a log point. Console, log.jsonl and metrics read the same object.
-
-    `loss` is the mean over ranks and over the good steps since the last log point, NaN when there was none.
-    `bad_steps`, `restores` and `spikes` count since the start of the run; `bad_steps_in_a_row` and
-    `good_steps_in_a_row` (neither bad nor a spike) end at this step.
-    `bn_mean_abs_max`, `bn_var_max`, `weight_norm`: of this rank, see numerics.extremes.
-    """
-
-    step: int
-    epoch: int
-    loss: float
-    lr: float
-    grad_norm: float
-    loss_scale: float
-    bad_steps: int
-    bad_steps_in_a_row: int
-    good_steps_in_a_row: int
-    restores: int
-    spikes: int
-    bn_mean_abs_max: float = 0.0
-    bn_var_max: float = 0.0
-    weight_norm: float = 0.0
 
 
 @dataclass

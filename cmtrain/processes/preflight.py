@@ -17,7 +17,7 @@ import cmtrain
 import pipelines
 from cmtrain import __version__
 from cmtrain.config.schema import Config, flat
-from cmtrain.processes.signals import gather
+from cmtrain.processes.collectives import gather
 from pipelines.spec import DataError
 
 # torchrun's rendezvous compares clocks of different hosts and takes a host for dead that seems silent for 15 s

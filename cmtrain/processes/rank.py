@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import re
 import signal
 import sys
 import time
@@ -10,8 +11,17 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
-from cmtrain.errors import EXIT_CONFIG, EXIT_DATA, EXIT_ERROR, EXIT_PREEMPTED, ConfigError
-from cmtrain.processes.failure import STOP_SIGNALS, conclude, crash_loop, stop_code
+from cmtrain.errors import EXIT_CONFIG, EXIT_DATA, EXIT_ERROR, EXIT_INTERRUPTED, EXIT_PREEMPTED, ConfigError
+from cmtrain.processes.failure import (
+    STOP_SIGNALS,
+    Failure,
+    cause_of,
+    conclude,
+    crash_loop,
+    leave_word,
+    stop_code,
+    words_left,
+)
 from cmtrain.storage.run_folder import read_status
 from pipelines.spec import DataError
 
@@ -118,7 +128,6 @@ def run_as_rank(work: Callable[[], int], run_path: Path) -> int:
 
 def is_lost_contact(error: BaseException) -> bool:
     """Whether `error` says that another rank is gone, not that something is wrong with this one."""
-    import torch.distributed as dist  # there already where such an error can be
 
     if isinstance(error, dist.DistError):
         return True
@@ -129,3 +138,43 @@ def hold_back() -> None:
     """Leave it to the first rank of this host to say what all ranks have found."""
     if os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(HOLD_BACK_SECONDS)
+
+
+# How long a rank that lost contact waits for the word of the one that failed.
+WORD_SECONDS = 2.0
+
+
+def tell_failure(error: BaseException, run_path: Path, *, rank: int, world_size: int, step: int) -> Failure:
+    """Leave word of what ended this rank after `step` steps, and find out what ended the run.
+
+    The cause is printed by the rank that has it, and status.json tells it from then on, whichever rank is left.
+
+    Returns:
+        The cause, which is another rank's where this one only lost contact.
+    """
+    lost = is_lost_contact(error)
+    reason = _in_one_line(error)
+    if lost:  # without gloo's own source file and its guesses
+        reason = f"lost contact with another rank: {re.sub(r'^.*?[]] ', '', reason).split('. This is')[0]}"
+    failure = Failure(rank, world_size, reason, _exit_code_of(error), step, lost)
+    leave_word(run_path, failure)
+    deadline = time.monotonic() + WORD_SECONDS
+    while lost and all(word.lost_contact for word in words_left(run_path)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    cause = cause_of(words_left(run_path)) or failure
+    conclude(run_path)
+    if cause.rank == rank != 0:  # rank 0 says it as the run's last word
+        sys.stderr.write(f"{cause.said()}\n")
+    return cause
+
+
+def _in_one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    if isinstance(error, DataError | ConfigError):
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _exit_code_of(error: BaseException) -> int:
+    codes = {KeyboardInterrupt: EXIT_INTERRUPTED, DataError: EXIT_DATA, ConfigError: EXIT_CONFIG}
+    return codes.get(type(error), EXIT_ERROR)

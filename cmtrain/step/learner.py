@@ -22,15 +22,11 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from cmtrain.ema import Ema
-from cmtrain.monitoring.metrics import StepReport
-from cmtrain.numerics import extremes
-from cmtrain.phases import Phases
 from cmtrain.step.evaluate import average_running_statistics
 from cmtrain.step.guard import Guard
-from cmtrain.step.measure import Window
+from cmtrain.step.measure import Phases, StepReport, Window, extremes
 from cmtrain.step.mixing import MixSpec, mix
-from cmtrain.step.optimizer import set_lr
+from cmtrain.step.optimizer import Ema, set_lr
 from cmtrain.step.spikes import Spike, SpikeDetector
 from pipelines.spec import Batch
 

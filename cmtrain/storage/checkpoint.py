@@ -10,6 +10,7 @@ verified. A newer `step-` folder is the newer checkpoint; there are no `latest` 
 ones are kept is retention.py's, writing them while training goes on is writer.py's.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -156,3 +157,57 @@ def _sync_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def find_checkpoint(path: Path) -> Loaded:
+    """Load the checkpoint folder `path`, or the newest usable checkpoint of the run folder `path`; changes neither.
+
+    Raises:
+        CheckpointError: there is none. OSError: the machine cannot read it.
+    """
+    run = (path / "checkpoints").is_dir()
+    loaded = load_newest(path / "checkpoints", set_aside=False) if run else load_checkpoint(path)
+    if loaded is None:
+        raise CheckpointError(f"{path}: no checkpoint there")
+    return loaded
+
+
+def drop_old(root: Path, keep: int) -> None:
+    """Delete all checkpoints under `root` but the newest `keep`, the best and the milestones.
+
+    The best is the newest one whose meta says `best_step` is its own step: it was the best when it was saved. A
+    milestone's meta says `milestone`. One whose manifest cannot be read is left alone: what it was kept for is unknown.
+
+    Raises:
+        OSError: a checkpoint could not be renamed; all others are as they were.
+    """
+    best_passed = False
+    for newer, step in enumerate(reversed(checkpoint_steps(root))):
+        try:
+            meta = read_meta(checkpoint_path(root, step))
+        except (CheckpointError, OSError):
+            continue
+        best = not best_passed and meta.get("best_step") == step
+        best_passed = best_passed or best
+        if newer >= keep and not best and not meta.get("milestone"):
+            # Renamed first: a kill in the middle of the deletion must not leave a checkpoint that looks whole.
+            doomed = root / f"{DOOMED}{step}-{os.getpid()}"
+            checkpoint_path(root, step).rename(doomed)
+            _delete(doomed)
+
+
+def remove_leftovers(root: Path) -> None:
+    """What a killed writer left behind. Only the process that holds the run's lock may call this."""
+    for prefix in (TEMPORARY, DOOMED):
+        for leftover in root.glob(f"{prefix}*"):
+            _delete(leftover)
+
+
+def _delete(path: Path) -> None:
+    """Delete a folder of ours, and never what a symbolic link in its place, or in it, leads to."""
+    if path.is_symlink() or path.is_file():
+        with contextlib.suppress(OSError):
+            path.unlink()
+    else:
+        # rmtree holds on to the folders it descends into, so that a link put in their place is not followed, either.
+        shutil.rmtree(path, ignore_errors=True)

@@ -20,8 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cmtrain.retention import drop_old, remove_leftovers
-from cmtrain.storage.checkpoint import save_checkpoint
+from cmtrain.storage.checkpoint import drop_old, remove_leftovers, save_checkpoint
 from cmtrain.storage.state_file import tensors_of
 
 PATIENCE_SECONDS = 30.0

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from cmtrain.errors import ConfigError
 from cmtrain.models.checkpoints import resize_positions
+from cmtrain.storage.checkpoint import find_checkpoint
 from cmtrain.storage.finite import all_finite, named
 from cmtrain.storage.state_file import CheckpointError, open_regular
-from cmtrain.training.resume import find_checkpoint
 from pipelines.spec import DataError
 
 WEIGHTS_NAME = "model.safetensors"

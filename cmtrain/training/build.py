@@ -19,8 +19,8 @@ from cmtrain.config.schema import CMT_OPTIONS, Config
 from cmtrain.errors import ConfigError
 from cmtrain.models.ffn_check import use_fused_where_it_agrees
 from cmtrain.monitoring.trackers import tracker_options
+from cmtrain.processes.collectives import control_group, join_torchrun, set_torch_defaults
 from cmtrain.processes.preflight import check_ranks
-from cmtrain.processes.signals import control_group, cores_per_process, join_torchrun, set_torch_defaults
 from cmtrain.step.learner import Learner
 from cmtrain.step.mixing import MixSpec
 from cmtrain.step.optimizer import make_optimizer
@@ -327,3 +327,9 @@ def make_learner(
         clip_grad=optim.clip_grad,
         seed=config.run.seed,
     )
+
+
+def cores_per_process(num_local_processes: int) -> int:
+    """CPU cores this process may count on: its affinity mask, shared with the host's other ranks."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // num_local_processes)

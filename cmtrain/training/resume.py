@@ -10,10 +10,10 @@ from torch import Tensor
 from cmtrain.config.recipe import recipe
 from cmtrain.config.schema import Config
 from cmtrain.errors import ConfigError
-from cmtrain.monitoring.metrics import StepReport
 from cmtrain.processes.failure import settle
 from cmtrain.step.learner import Learner
-from cmtrain.storage.checkpoint import Loaded, checkpoint_steps, load_checkpoint, load_newest
+from cmtrain.step.measure import StepReport
+from cmtrain.storage.checkpoint import Loaded, checkpoint_steps, find_checkpoint, load_checkpoint, load_newest
 from cmtrain.storage.run_lock import RunLock
 from cmtrain.storage.state_file import CheckpointError
 from pipelines.spec import DataError
@@ -94,19 +94,6 @@ def _choose(run_path: Path, resume: str, config: Config, fingerprint: str) -> St
         )
     notes = [f"checkpoint rejected: {line}" for line in loaded.rejected] + [f"recipe changed: {c}" for c in changes]
     return Start(loaded.state["progress"]["step"], replace(loaded, rejected=()), (*lost, *notes))
-
-
-def find_checkpoint(path: Path) -> Loaded:
-    """Load the checkpoint folder `path`, or the newest usable checkpoint of the run folder `path`; changes neither.
-
-    Raises:
-        CheckpointError: there is none. OSError: the machine cannot read it.
-    """
-    run = (path / "checkpoints").is_dir()
-    loaded = load_newest(path / "checkpoints", set_aside=False) if run else load_checkpoint(path)
-    if loaded is None:
-        raise CheckpointError(f"{path}: no checkpoint there")
-    return loaded
 
 
 def _load(path: Path) -> Loaded:

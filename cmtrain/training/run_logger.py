@@ -11,24 +11,24 @@ from typing import Any
 
 import torch
 
-from cmtrain.device import gpu_identity, memory_bytes
-from cmtrain.diagnosis import Finding
-from cmtrain.monitoring.console import Console, duration
+from cmtrain.monitoring.console import Console
 from cmtrain.monitoring.discovery import forget_ranks, write_target
 from cmtrain.monitoring.http_server import Exporter
-from cmtrain.monitoring.machine import environment
-from cmtrain.monitoring.metrics import StepReport, TrainMetrics
+from cmtrain.monitoring.machine import environment, gpu_identity, memory_bytes
+from cmtrain.monitoring.metrics import TrainMetrics
 from cmtrain.monitoring.report.page import write_report
 from cmtrain.monitoring.routes import make_pages
 from cmtrain.monitoring.trackers import Trackers
+from cmtrain.monitoring.units import duration
 from cmtrain.processes.rank import num_restarts
 from cmtrain.step.evaluate import Evaluation, by_class
+from cmtrain.step.measure import Pace, StepReport, Stopwatch
 from cmtrain.step.spikes import Spike
-from cmtrain.stopwatch import Pace, Stopwatch
 from cmtrain.storage.checkpoint import Loaded
 from cmtrain.storage.checkpoint_writer import PATIENCE_SECONDS, CheckpointWriter, Outcome
 from cmtrain.storage.finite import Verdict, named
 from cmtrain.storage.run_folder import REPORT_NAME, SAMPLE_NAME, RunFolder, finite
+from cmtrain.training.recovery import Finding
 from pipelines.checks.decode_one import kind_of
 from pipelines.files.manifest import BadFile
 from pipelines.preview import contact_sheet

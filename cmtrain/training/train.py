@@ -11,22 +11,22 @@ from accelerate import Accelerator
 
 from cmtrain import __version__
 from cmtrain.config.schema import Config, flat, to_yaml
-from cmtrain.device import training_flops_per_image
-from cmtrain.diagnosis import conclude, examine
 from cmtrain.errors import EXIT_DATA, EXIT_DIVERGED, EXIT_DONE, EXIT_ERROR, EXIT_EXPECTATION
-from cmtrain.monitoring.metrics import StepReport
+from cmtrain.models.cost import training_flops_per_image
 from cmtrain.monitoring.trackers import Trackers
+from cmtrain.processes.collectives import gather, leave_together
 from cmtrain.processes.failure import stop_code
-from cmtrain.processes.rank import is_lost_contact
-from cmtrain.processes.signals import Stopped, StopRequest, gather, leave_together, tell_failure
+from cmtrain.processes.rank import is_lost_contact, tell_failure
+from cmtrain.processes.signals import Stopped, StopRequest
 from cmtrain.processes.watchdog import Watchdog
 from cmtrain.step.evaluate import Evaluation, evaluate
 from cmtrain.step.learner import Learner
+from cmtrain.step.measure import StepReport
 from cmtrain.storage.finite import Verdict, inspect
 from cmtrain.storage.run_lock import RunLock
 from cmtrain.storage.weights import start_from
 from cmtrain.training import build
-from cmtrain.training.recovery import Recovery
+from cmtrain.training.recovery import Recovery, conclude, examine
 from cmtrain.training.resume import choose_start, restore
 from cmtrain.training.run_logger import NUM_NAMED, Journal
 from cmtrain.training.schedule import Schedule

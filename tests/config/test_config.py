@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from cmtrain.config.describe import config_reference
+from cmtrain.config.describe import config_reference, config_schema
 from cmtrain.config.load import MAX_MISTAKES_SHOWN, find_config, load_config
-from cmtrain.config.schema import Config, config_schema, contradictions, flat, to_yaml
+from cmtrain.config.schema import Config, contradictions, flat, to_yaml
 from cmtrain.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]

@@ -12,7 +12,7 @@ if not torch.cuda.is_available():
 
 from helpers.gpu import batches, make_learner
 
-from cmtrain.device import gpu_identity, memory_bytes
+from cmtrain.monitoring.machine import gpu_identity, memory_bytes
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda", 0)

@@ -6,8 +6,9 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from cmtrain.monitoring.report.axes import linear_axis, log_axis, make_axis, short
+from cmtrain.monitoring.report.axes import linear_axis, log_axis, make_axis
 from cmtrain.monitoring.report.charts import Mark, Series, heat_map, lane, line_chart, thin
+from cmtrain.monitoring.units import short
 
 
 def points(svg: str) -> np.ndarray:

@@ -9,11 +9,12 @@ from helpers.pages import DOUBLE_IDS, EVIL, OUTSIDE, OVERLAPS, UNNAMED, Page
 from helpers.report_runs import eventful, write_run
 from helpers.runs import free_port
 
-from cmtrain.glance import MAX_PLACES, WHOLE_BYTES, glance, last_lines, sample_lines
 from cmtrain.monitoring.discovery import write_target
 from cmtrain.monitoring.http_server import Exporter
-from cmtrain.monitoring.metrics import StepReport, TrainMetrics
+from cmtrain.monitoring.metrics import TrainMetrics
 from cmtrain.monitoring.routes import make_pages
+from cmtrain.step.measure import StepReport
+from cmtrain.storage.run_record import MAX_PLACES, WHOLE_BYTES, glance, last_lines, sample_lines
 
 SPEED = {"images_per_second": 12_810.4, "data_wait_ratio": 0.034}
 

@@ -10,7 +10,8 @@ import pytest
 from helpers.runs import ROOT
 from prometheus_client import generate_latest
 
-from cmtrain.monitoring.metrics import STATES, StepReport, TrainMetrics
+from cmtrain.monitoring.metrics import STATES, TrainMetrics
+from cmtrain.step.measure import StepReport
 
 REPORT = StepReport(step=10, epoch=1, loss=2.5, lr=0.1, grad_norm=3.0, loss_scale=65536.0, bad_steps=2, bad_steps_in_a_row=1, good_steps_in_a_row=0, restores=1, spikes=3)  # fmt: skip  # noqa: E501
 

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from helpers.runs import FAULTY, TWO, assert_nobody_is_left, failures, faults, logged, losses, wait_for
 
+from cmtrain.processes.collectives import set_torch_defaults
 from cmtrain.processes.failure import Failure, cause_of, conclude, crash_loop, failed_steps, leave_word, settle
 from cmtrain.processes.launcher import num_visible
-from cmtrain.processes.signals import set_torch_defaults, tell_failure
+from cmtrain.processes.rank import tell_failure
 from cmtrain.storage.checkpoint import checkpoint_steps
 from cmtrain.storage.run_folder import RunFolder, read_events, read_status
 

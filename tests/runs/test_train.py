@@ -21,7 +21,7 @@ from PIL import Image
 
 from cmtrain.storage.checkpoint import checkpoint_steps, load_newest
 from cmtrain.monitoring.metrics import STATES
-from cmtrain.phases import PHASES
+from cmtrain.step.measure import PHASES
 
 
 

@@ -5,10 +5,9 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cmtrain.ema import Ema
 from cmtrain.step.guard import Guard, running_statistics
 from cmtrain.step.measure import Window
-from cmtrain.step.optimizer import make_optimizer
+from cmtrain.step.optimizer import Ema, make_optimizer
 
 
 class Net(nn.Module):

@@ -151,7 +151,8 @@ def test_dropout_is_a_function_of_seed_step_and_micro_batch():
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_a_step_never_reads_the_device(opt, precision, monkeypatch):
     """Under FakeTensorMode every .item() and bool() raises: no host synchronisation can hide."""
-    monkeypatch.setattr("cmtrain.ema.copy.deepcopy", lambda model: Mini())  # fake tensors cannot be copied deeply
+    # Fake tensors cannot be copied deeply.
+    monkeypatch.setattr("cmtrain.step.optimizer.copy.deepcopy", lambda model: Mini())
     with FakeTensorMode():
         learner = learner_of(opt, 2, precision, clip_grad=1.0)
         step(learner, 0)
@@ -160,7 +161,7 @@ def test_a_step_never_reads_the_device(opt, precision, monkeypatch):
 
 def test_the_proof_above_has_teeth(monkeypatch):
     """A loss scaler with an optimizer that is not fused reads the device, and so does a log point."""
-    monkeypatch.setattr("cmtrain.ema.copy.deepcopy", lambda model: Mini())
+    monkeypatch.setattr("cmtrain.step.optimizer.copy.deepcopy", lambda model: Mini())
     with FakeTensorMode():
         learner = learner_of("adamw", 1, "fp16")
         step(learner, 0)

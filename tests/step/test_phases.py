@@ -10,10 +10,10 @@ from helpers.mini import batch, make_learner
 from torch import nn
 
 import cmtrain.models  # noqa: F401
-from cmtrain import phases as phases_module
-from cmtrain.device import gpu_identity, memory_bytes, training_flops_per_image
-from cmtrain.numerics import extremes
-from cmtrain.phases import MAX_PENDING_STEPS, PHASES, Phases
+from cmtrain.models.cost import training_flops_per_image
+from cmtrain.monitoring.machine import gpu_identity, memory_bytes
+from cmtrain.step import measure as phases_module
+from cmtrain.step.measure import MAX_PENDING_STEPS, PHASES, Phases, extremes
 
 CPU = torch.device("cpu")
 

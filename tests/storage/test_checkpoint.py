@@ -7,8 +7,14 @@ import pytest
 import torch
 from helpers.runs import flip
 
-from cmtrain.retention import drop_old, remove_leftovers
-from cmtrain.storage.checkpoint import checkpoint_steps, load_checkpoint, load_newest, save_checkpoint
+from cmtrain.storage.checkpoint import (
+    checkpoint_steps,
+    drop_old,
+    load_checkpoint,
+    load_newest,
+    remove_leftovers,
+    save_checkpoint,
+)
 from cmtrain.storage.state_file import CheckpointError
 
 STATE = {"model": {"weight": torch.arange(6.0)}, "progress": {"step": 1}}

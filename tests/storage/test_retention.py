@@ -10,8 +10,15 @@ import torch
 from helpers.crash import killed_before
 from helpers.runs import FORKS
 
-from cmtrain.retention import drop_old, remove_leftovers
-from cmtrain.storage.checkpoint import checkpoint_path, checkpoint_steps, load_checkpoint, load_newest, save_checkpoint
+from cmtrain.storage.checkpoint import (
+    checkpoint_path,
+    checkpoint_steps,
+    drop_old,
+    load_checkpoint,
+    load_newest,
+    remove_leftovers,
+    save_checkpoint,
+)
 
 KEEP, BEST, EVERY = 3, 77, 40
 

@@ -10,10 +10,10 @@ from helpers.runs import ROOT
 from torch import nn
 
 from cmtrain.config.load import load_config
-from cmtrain.diagnosis import examine
 from cmtrain.errors import ConfigError
 from cmtrain.storage.checkpoint import load_newest
 from cmtrain.training import build
+from cmtrain.training.recovery import examine
 
 COMPILED = str(ROOT / "tests" / "helpers" / "compiled_train.py")
 

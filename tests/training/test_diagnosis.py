@@ -5,7 +5,7 @@ import torch
 from helpers.mini import assert_same, batch, make_learner, snapshot, step
 
 import cmtrain.models  # noqa: F401
-from cmtrain.diagnosis import Finding, conclude, examine
+from cmtrain.training.recovery import Finding, conclude, examine
 
 
 def test_a_finite_step_has_no_cause():

@@ -9,7 +9,7 @@ from helpers.runs import flip
 
 from cmtrain.config.load import load_config
 from cmtrain.errors import ConfigError
-from cmtrain.monitoring.metrics import StepReport
+from cmtrain.step.measure import StepReport
 from cmtrain.storage.checkpoint import Loaded, checkpoint_path, checkpoint_steps, save_checkpoint
 from cmtrain.storage.run_lock import RunLock
 from cmtrain.training.resume import choose_start, restore

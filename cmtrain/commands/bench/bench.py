@@ -24,9 +24,9 @@ from cmtrain.commands.bench.loader import bench_loader
 from cmtrain.commands.bench.machine import measure_ceilings
 from cmtrain.commands.bench.models import DTYPES, Figures, time_latency, time_models
 from cmtrain.config.schema import Config
-from cmtrain.device import training_flops_per_image
 from cmtrain.errors import EXIT_DONE, EXIT_EXPECTATION
 from cmtrain.models import cost
+from cmtrain.models.cost import training_flops_per_image
 from cmtrain.step.learner import Learner
 from cmtrain.training import build
 from cmtrain.training.schedule import Schedule

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from cmtrain.commands.bench.machine import Ceilings, drain, measure_ceilings
 from cmtrain.config.schema import Config, Model
-from cmtrain.device import training_flops_per_image
 from cmtrain.models import cost
+from cmtrain.models.cost import training_flops_per_image
 from cmtrain.step.learner import Learner
 from cmtrain.training import build
 from cmtrain.training.schedule import Schedule

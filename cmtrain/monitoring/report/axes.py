@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from cmtrain.monitoring.units import with_exponent
+
 _SUPERSCRIPT = str.maketrans("-0123456789", "\u207b\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079")
 
 Scale = Literal["linear", "log", "log2", "auto"]
@@ -79,19 +81,6 @@ def log_axis(low: float, high: float, *, base: int) -> Axis:
     )
 
 
-def short(value: float) -> str:
-    """A number in few characters: 0.1363, 12.5, 35.2k, 5e-5."""
-    if value == 0 or not math.isfinite(value):
-        return "0" if value == 0 else "-"
-    size = abs(value)
-    if size >= 1e12 or size < 1e-3:
-        return _with_exponent(value, 3)
-    for unit, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
-        if size >= unit:
-            return f"{value / (1e3 if letter == 'k' else unit):.4g}{letter}"
-    return f"{value:.4g}"
-
-
 def _tick_label(value: float, percent: bool, tiny: bool) -> str:
     """A round number in few characters; `tiny` ones with an exponent."""
     if percent:
@@ -100,9 +89,4 @@ def _tick_label(value: float, percent: bool, tiny: bool) -> str:
     for unit, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if unit <= size < 1e12:
             return f"{round(value / unit, 6):g}{letter}"
-    return _with_exponent(value, 5) if size and (tiny or size >= 1e12) else f"{round(value, 9):g}"
-
-
-def _with_exponent(value: float, digits: int) -> str:
-    mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
-    return f"{float(mantissa):g}e{int(exponent)}"
+    return with_exponent(value, 5) if size and (tiny or size >= 1e12) else f"{round(value, 9):g}"

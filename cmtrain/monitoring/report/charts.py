@@ -18,7 +18,8 @@ from xml.etree.ElementTree import Element, SubElement, tostring
 
 import numpy as np
 
-from cmtrain.monitoring.report.axes import Axis, Scale, linear_axis, make_axis, short
+from cmtrain.monitoring.report.axes import Axis, Scale, linear_axis, make_axis
+from cmtrain.monitoring.units import short
 
 PLOT_UNITS = 1000  # width of the nested <svg>, in its own units
 MAX_COLUMNS = 600  # of a thinned line: about the pixels of half a page

@@ -9,7 +9,7 @@ import numpy as np
 from cmtrain.monitoring.report.axes import Scale
 from cmtrain.monitoring.report.charts import Chart, Mark, Series, line_chart
 from cmtrain.monitoring.report.events import hairlines
-from cmtrain.report_headline import number
+from cmtrain.monitoring.report.figures import number
 from cmtrain.storage.run_record import Columns, RunRecord, last
 
 # (column of the log, title, scale, options); a column that is not there or always 1 has no chart.

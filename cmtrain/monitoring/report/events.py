@@ -1,6 +1,5 @@
 """What happened in a run, as a report shows it: marks over the steps, and a table."""
 
-import datetime
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -8,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from cmtrain.monitoring.report.axes import short
 from cmtrain.monitoring.report.charts import Mark, lane
+from cmtrain.monitoring.units import short, utc
 from cmtrain.storage.run_record import RunRecord
 
 # What goes as planned is not shown as an event.
@@ -117,14 +116,6 @@ def hairlines(record: RunRecord) -> list[Mark]:
     """The events that explain a kink in a curve; not the start at step 0."""
     found = [mark for mark in _marks(record) if mark.kind in HAIRLINES and mark.x > 0]
     return found[:: max(1, -(-len(found) // MAX_HAIRLINES))]
-
-
-def utc(seconds: float) -> str:
-    """A Unix time as text; empty for one that no calendar has."""
-    try:
-        return f"{datetime.datetime.fromtimestamp(seconds, datetime.UTC):%Y-%m-%d %H:%M:%S} UTC"
-    except (ValueError, OverflowError, OSError):
-        return ""
 
 
 def _row(record: RunRecord, event: dict[str, Any], seconds: float, more: int = 0) -> Row:

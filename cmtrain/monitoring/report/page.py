@@ -19,14 +19,12 @@ from PIL import Image
 from cmtrain import __version__
 from cmtrain.config.schema import Config
 from cmtrain.config.strict_yaml import emit
-from cmtrain.monitoring.console import duration
-from cmtrain.monitoring.report.axes import short
 from cmtrain.monitoring.report.classes import class_section
 from cmtrain.monitoring.report.curves import Run, large_charts, small_charts, x_high
-from cmtrain.monitoring.report.events import event_lanes, event_rows, utc
-from cmtrain.monitoring.report.figures import measure_times
+from cmtrain.monitoring.report.events import event_lanes, event_rows
+from cmtrain.monitoring.report.figures import environment_of, figures, measure_times, number, summary
 from cmtrain.monitoring.report.templating import join_scripts, make_templates
-from cmtrain.report_headline import environment_of, figures, number, summary
+from cmtrain.monitoring.units import duration, short, utc
 from cmtrain.storage.run_folder import REPORT_NAME, SILENT_SECONDS
 from cmtrain.storage.run_record import Columns, RunRecord, read_run
 

@@ -7,8 +7,7 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from cmtrain.monitoring.console import duration
-from cmtrain.monitoring.report.axes import short
+from cmtrain.monitoring.units import duration, short
 
 
 def make_templates() -> Environment:

@@ -1,0 +1,43 @@
+"""Format durations, numbers and times for people."""
+
+import datetime
+import math
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says it: 41s, 12m 5s, 3h 20m, 1d 4h."""
+    minutes, hours, days = seconds / 60, seconds / 3600, seconds / 86400
+    if minutes < 1:
+        return f"{seconds:.0f}s"
+    if hours < 1:
+        return f"{int(minutes)}m {int(seconds) % 60}s"
+    if days < 1:
+        return f"{int(hours)}h {int(minutes) % 60}m"
+    return f"{int(days)}d {int(hours) % 24}h"
+
+
+def short(value: float) -> str:
+    """A number in few characters: 0.1363, 12.5, 35.2k, 5e-5."""
+    if value == 0 or not math.isfinite(value):
+        return "0" if value == 0 else "-"
+    size = abs(value)
+    if size >= 1e12 or size < 1e-3:
+        return with_exponent(value, 3)
+    for unit, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if size >= unit:
+            return f"{value / (1e3 if letter == 'k' else unit):.4g}{letter}"
+    return f"{value:.4g}"
+
+
+def utc(seconds: float) -> str:
+    """A Unix time as text; empty for one that no calendar has."""
+    try:
+        return f"{datetime.datetime.fromtimestamp(seconds, datetime.UTC):%Y-%m-%d %H:%M:%S} UTC"
+    except (ValueError, OverflowError, OSError):
+        return ""
+
+
+def with_exponent(value: float, digits: int) -> str:
+    """Format a number as 1.5e-7, with `digits` significant digits."""
+    mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
