@@ -63,7 +63,7 @@ def main() -> None:
     root = demo_folder(name, cache) if name != arguments.root else Path(arguments.root)
     manifest = Manifest.from_folder(root / "train")
     settings = [
-        *itertools.product((None, "seed", "rand-m9-mstd0.5-inc1"), (4, 8, 16), (None,)),
+        *itertools.product((None, "reimpl", "rand-m9-mstd0.5-inc1"), (4, 8, 16), (None,)),
         *((None, 8, load) for load in (0.0, 0.5, 0.8, 1.0)),
     ]
     measured: dict[tuple, list[tuple[float, float]]] = {setting: [] for setting in settings}

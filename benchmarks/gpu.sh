@@ -67,7 +67,7 @@ alone=(--what model --rounds 2 --beside "" --train.precision "$fp16")
 few=(--train.global_batch_size "$((batch / 8))" --augment.repeats 1)
 
 # The most wanted first: what there is no time for is skipped, and said to be.
-measure 150 tests "$python" -m pytest -q -s tests/gpu tests/test_fused_ffn.py -m "not slow" -k "not compiled_for"
+measure 150 tests "$python" -m pytest -q -s tests/gpu tests/models/test_fused_ffn.py -m "not slow" -k "not compiled_for"
 # The model alone: eager, fused, compiled, folded for inference, fp16 and bf16, beside timm's; attention at both head sizes.
 measure 170 model "$python" benchmarks/model_gpu.py "${model[@]}" --json "$out/model.jsonl"
 # Files to updates, and the loader alone at many threads, with RandAugment and without, and at loads of the JPEG engine.

@@ -4,7 +4,7 @@
 
 Synthetic images that lie on the device, no loader. One JSON line a case, written as soon as it is known; a case that
 fails says why. Device time between two events, after warm-up. `copy_share` is what part of the device's own copy rate,
-measured first, the counted bytes (cmtrain/traffic.py) amount to: of eager cases, which move what is counted.
+measured first, the counted bytes (cmtrain/models/cost.py) amount to: of eager cases, which move what is counted.
 """
 
 import argparse

@@ -1,9 +1,9 @@
-"""Draws docs/nan.svg: the failure that stopped the seed's SGD run, with and without the guard.
+"""Draws docs/nan.svg: the failure that stopped the re-implementation's SGD run, with and without the guard.
 
     python benchmarks/nan_figure.py [--out FILE]       # on a CPU, a minute
 
 Three runs of cmt_micro on the demo's digits in fp16 (rounded as a GPU does it, by tests/helpers/half.py): SGD at a sane
-learning rate; at the seed's 1.6, without warm-up; and that without the guard.
+learning rate; at the re-implementation's 1.6, without warm-up; and that without the guard.
 """
 
 import argparse

@@ -103,20 +103,20 @@ class LayerParams(NamedTuple):
 
 @cache
 def parse(text: str) -> Policy:
-    """Reads "rand-m9-n2-p0.5-mstd0.5-inc1" (timm's meaning and defaults), "3a" (also timm's), "seed" or "dali-n2-m9".
+    """Reads "rand-m9-n2-p0.5-mstd0.5-inc1" (timm's meaning and defaults), "3a" (also timm's), "reimpl" or "dali-n2-m9".
 
     "3a" is one of grey, solarise (from 128 on) and blur (sigma of 0.1 to 2 pixels) for every image.
-    "seed" is what the seed project trained with: magnitude 10, two layers, probability 0.5, no noise, not increasing.
+    "reimpl" is what the re-implementation trained with: magnitude 10, two layers, probability 0.5, no noise, not increasing.
     Raises ValueError naming the part that is not understood.
     """
-    if text == "seed":
+    if text == "reimpl":
         return parse("rand-m10-n2-p0.5")
     if text == "3a":
         return Policy(_THREE_OPS, 1, prob=1.0, magnitude=1.0, magnitude_std=math.inf, severity="3a", translate=0.0)
     family, *parts = text.split("-")
     known = {"rand": ("m", "n", "p", "mstd", "inc"), "dali": ("m", "n")}.get(family)
     if known is None:
-        raise ValueError(f"{text!r} is none of 'rand-m9-mstd0.5-inc1', '3a' (timm), 'seed', 'dali-n2-m9'")
+        raise ValueError(f"{text!r} is none of 'rand-m9-mstd0.5-inc1', '3a' (timm), 'reimpl', 'dali-n2-m9'")
     values = _parse_parts(text, parts, known)
     num_layers = int(values.get("n", 2))
     if family == "dali":

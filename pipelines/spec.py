@@ -40,7 +40,7 @@ class AugmentSpec:
     """Training transform: random resized crop, flip, RandAugment, colour jitter, normalise, in that order.
 
     `color_jitter` is the strength of brightness, contrast and saturation (torchvision's ColorJitter).
-    `rand_augment` is a timm string ("rand-m9-mstd0.5-inc1"), "seed" or "dali-n2-m9" (see `policy.parse`).
+    `rand_augment` is a timm string ("rand-m9-mstd0.5-inc1"), "reimpl" or "dali-n2-m9" (see `policy.parse`).
     """
 
     image_px: int

@@ -32,7 +32,7 @@ verbs:
   train          train a configuration; the verb may be left out
   doctor         check this machine for a run: packages, driver, GPUs, decoding, ranks, data, disk
   demo           train a small CMT on images from installed packages: no GPU and no download needed
-  sweep          train many configurations, such as the seed's tables, and compare with what was published
+  sweep          train many configurations, such as the re-implementation's tables, and compare with what was published
   eval RUN       accuracy of a trained model and its EMA: other sizes, other images, by class, ImageNet-ReaL
   export RUN     write a trained model for timm, ONNX or torch.export, compared with what it was
   status RUN     print how a run stands: its step, speed, time left, and whether its process is there
@@ -66,7 +66,7 @@ examples:
   accelerate launch --num_machines 2 ... -m cmtrain --config configs/full_in1k.yaml
   cmtrain eval runs/full_in1k --resize-px 184,182
   cmtrain export runs/full_in1k --format all --out cmt_ti
-  cmtrain sweep configs/seed --data.root /data/imagenet --rows 16-32
+  cmtrain sweep configs/ablations --data.root /data/imagenet --rows 16-32
   cmtrain data pack /data/imagenet /data/imagenet-256 --resize-shorter 256
   cmtrain config show --config configs/paper/cmt_ti.yaml
 
@@ -205,7 +205,9 @@ def _doctor(arguments: list[str]) -> int:
 
 def _sweep(arguments: list[str]) -> int:
     parser = make_parser("sweep", "Train many configurations, and print what was published and what was measured.")
-    parser.add_argument("files", nargs="*", metavar="FILE", help="configuration files, or folders such as configs/seed")
+    parser.add_argument(
+        "files", nargs="*", metavar="FILE", help="configuration files, or folders such as configs/ablations"
+    )
     parser.add_argument("--rows", metavar="LIST", help="only these, counted from 1, such as 1,3-5")
     parser.add_argument("--jobs", choices=("local", "slurm"), default="local", help="one after another here (default)")
     parser.add_argument("--sbatch", default=sweep.SBATCH, metavar="FILE", help=f"job script (default: {sweep.SBATCH})")
@@ -216,7 +218,9 @@ def _sweep(arguments: list[str]) -> int:
     parser.add_argument("--csv", action="store_true", help="print the table as CSV (default: Markdown)")
     options, overrides = parse(parser, arguments)
     if not options.files:
-        raise ConfigError("cmtrain sweep: of which files? e.g. cmtrain sweep configs/seed --data.root /data/imagenet")
+        raise ConfigError(
+            "cmtrain sweep: of which files? e.g. cmtrain sweep configs/ablations --data.root /data/imagenet"
+        )
     rows = sweep.read_rows(
         options.files, overrides, select=options.rows, scale=options.scale, max_steps=options.max_steps
     )

@@ -1,8 +1,8 @@
 """`cmtrain repair-bn`: give a checkpoint whose BatchNorm statistics are not finite new ones.
 
-Such a checkpoint comes from a trainer without a guard (cmtrain/guard.py tells how): its weights are those of a healthy
+Such a checkpoint comes from a trainer without a guard (cmtrain/step/guard.py tells how): its weights are those of a healthy
 run, and every evaluation of it is NaN. The statistics are forgotten and computed anew from training batches, as a plain
-mean over them (torch.optim.swa_utils.update_bn). The precise_bn of the seed cannot do that: it sets the momentum to 1
+mean over them (torch.optim.swa_utils.update_bn). The precise_bn of the re-implementation cannot do that: it sets the momentum to 1
 and leaves the old value in the sum, and 0 * NaN is NaN.
 """
 

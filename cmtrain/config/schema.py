@@ -75,9 +75,9 @@ class Model(_Section):
     name: str = Field(
         default="cmt_ti", pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]*$", description="of any model that timm can create"
     )
-    variant: Literal["paper", "seed"] = Field(
+    variant: Literal["paper", "reimpl"] = Field(
         default="paper",
-        description="paper: the official architecture (arXiv 2107.06263 v2); seed: the re-implementation's",
+        description="paper: the official architecture (arXiv 2107.06263 v2); reimpl: the re-implementation's",
     )
     num_classes: Count | None = Field(
         default=None, description="outputs of the classifier; null: as many as the data has"
@@ -89,7 +89,9 @@ class Model(_Section):
     attention_bias_scope: Literal["stage", "block"] | None = Field(
         default=None, description="one bias table for a stage or for every block; null: the variant's own"
     )
-    absolute_position: bool = Field(default=False, description="add a learned position embedding (the seed's ape)")
+    absolute_position: bool = Field(
+        default=False, description="add a learned position embedding (the re-implementation's ape)"
+    )
     absolute_position_px: int | None = Field(
         default=None, ge=4, multiple_of=4, description="image side that its table is made for; null: data.image_px"
     )
@@ -171,9 +173,9 @@ class Augment(_Section):
     )
     rand_augment: str | None = Field(
         default=None,
-        pattern=r"^(seed|3a|dali(-[mn][0-9]+)*|rand(-([mn]|inc)[0-9]+|-(p|mstd)[0-9]+([.][0-9]+)?)*)$",
+        pattern=r"^(reimpl|3a|dali(-[mn][0-9]+)*|rand(-([mn]|inc)[0-9]+|-(p|mstd)[0-9]+([.][0-9]+)?)*)$",
         description="a timm string such as rand-m9-mstd0.5-inc1 (the paper's) or 3a (DeiT III's grey, solarise or "
-        "blur), seed (the seed's), or DALI's own suite as dali-n2-m9 (operations, bin); null: off",
+        "blur), reimpl (the re-implementation's), or DALI's own suite as dali-n2-m9 (operations, bin); null: off",
     )
     repeats: Count = Field(default=1, description="repeated augmentation: views of a sample in an epoch (the paper: 3)")
 

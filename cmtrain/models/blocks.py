@@ -1,4 +1,4 @@
-"""The parts of a CMT (arXiv 2107.06263), in the paper's and the seed's form, in the order a picture meets them.
+"""The parts of a CMT (arXiv 2107.06263), in the paper's and the re-implementation's form, in the order a picture meets them.
 
 Letters: B batch, C channels, H x W map, N = H * W tokens (queries), K reduced tokens (keys), h heads, d = C / h,
 r reduction.
@@ -173,7 +173,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout_prob: f
 class Attention(nn.Module):
     """Lightweight multi-head self-attention: keys and values come from a map reduced r times per side (section 3.2).
 
-    The paper reduces by a depth-wise convolution and BatchNorm, the seed by a full convolution and LayerNorm.
+    The paper reduces by a depth-wise convolution and BatchNorm, the re-implementation by a full convolution and LayerNorm.
     Projections that read the same tokens are one matrix, its rows ordered q, k, v, then head, then channel.
 
     On CUDA heads are padded to a multiple of 8 channels (46 to 48 in CMT-Ti), or fused attention refuses them: by zero
@@ -182,7 +182,7 @@ class Attention(nn.Module):
     """
 
     def __init__(
-        self, dim: int, heads: int, reduction: int, *, seed: bool, qkv_bias: bool, attn_drop: float, proj_drop: float
+        self, dim: int, heads: int, reduction: int, *, reimpl: bool, qkv_bias: bool, attn_drop: float, proj_drop: float
     ):
         super().__init__()
         self.heads, self.reduction, self.attn_drop = heads, reduction, attn_drop
@@ -190,9 +190,9 @@ class Attention(nn.Module):
             self.q = TokenLinear(dim, dim, bias=qkv_bias)
             self.kv = TokenLinear(dim, 2 * dim, bias=qkv_bias)
             self.reduce = (
-                nn.Conv2d(dim, dim, reduction, reduction) if seed else depthwise_conv(dim, reduction, reduction)
+                nn.Conv2d(dim, dim, reduction, reduction) if reimpl else depthwise_conv(dim, reduction, reduction)
             )
-            self.reduce_norm = nn.LayerNorm(dim, eps=1e-5) if seed else nn.BatchNorm2d(dim)
+            self.reduce_norm = nn.LayerNorm(dim, eps=1e-5) if reimpl else nn.BatchNorm2d(dim)
         else:
             self.qkv = TokenLinear(dim, 3 * dim, bias=qkv_bias)
         self.proj = TokenLinear(dim, dim)
@@ -238,21 +238,21 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """Inverted residual feed-forward network (section 3.2): widen, mix 3x3 per channel, narrow.
 
-    The paper adds the depth-wise branch before GELU and BatchNorm, the seed after them.
+    The paper adds the depth-wise branch before GELU and BatchNorm, the re-implementation after them.
 
     kernel: "eager" computes what is written below, "fused" the same in Triton kernels (fused_ffn.py; without dropout),
     "auto" takes those on a GPU that has them (compute capability 8.0), where a backward of evaluation is not asked for.
     """
 
-    def __init__(self, dim: int, hidden: int, *, seed: bool, drop: float, kernel: FfnKernel = "auto"):
+    def __init__(self, dim: int, hidden: int, *, reimpl: bool, drop: float, kernel: FfnKernel = "auto"):
         super().__init__()
         if kernel == "fused" and (fused_ffn is None or drop):
             raise ValueError("ffn_kernel='fused' needs Triton and, in variant='paper', proj_drop_rate=0")
         self.kernel = kernel
-        self.residual_before_norm = not seed
+        self.residual_before_norm = not reimpl
         self.expand = PointwiseConv(dim, hidden)
         self.expand_norm = nn.BatchNorm2d(hidden)
-        self.depthwise = depthwise_conv(hidden, 3, 1) if seed else ResidualDepthwiseConv(hidden, kernel="eager")
+        self.depthwise = depthwise_conv(hidden, 3, 1) if reimpl else ResidualDepthwiseConv(hidden, kernel="eager")
         self.depthwise_norm = nn.BatchNorm2d(hidden)
         self.project = PointwiseConv(hidden, dim)
         self.project_norm = nn.BatchNorm2d(dim)
@@ -261,7 +261,7 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, H, W)
         if self._is_fused(x):
             layers = self.expand, self.expand_norm, self.depthwise, self.depthwise_norm, self.project
-            return self.project_norm(fused_ffn.feed_forward(x, *layers, seed=not self.residual_before_norm))
+            return self.project_norm(fused_ffn.feed_forward(x, *layers, reimpl=not self.residual_before_norm))
         x = self.drop(self.expand_norm(gelu(self.expand(x))))
         if self.residual_before_norm:
             x = self.depthwise_norm(gelu(self.depthwise(x)))
@@ -296,7 +296,7 @@ class Block(nn.Module):
         reduction: int,
         bias: nn.Module | None,
         *,
-        seed: bool,
+        reimpl: bool,
         qkv_bias: bool,
         attn_drop: float,
         proj_drop: float,
@@ -304,17 +304,17 @@ class Block(nn.Module):
         ffn_kernel: FfnKernel,
     ):
         super().__init__()
-        eps = 1e-5 if seed else 1e-6
+        eps = 1e-5 if reimpl else 1e-6
         self.lpu = ResidualDepthwiseConv(dim, ffn_kernel)
         self.norm1 = nn.LayerNorm(dim, eps=eps)
         self.attn = Attention(
-            dim, heads, reduction, seed=seed, qkv_bias=qkv_bias, attn_drop=attn_drop, proj_drop=proj_drop
+            dim, heads, reduction, reimpl=reimpl, qkv_bias=qkv_bias, attn_drop=attn_drop, proj_drop=proj_drop
         )
         self.bias = bias
         self.norm2 = nn.LayerNorm(dim, eps=eps)
-        # The seed drops paths of the FFN branch only, and has no dropout inside the FFN.
-        self.ffn = FeedForward(dim, hidden, seed=seed, drop=0.0 if seed else proj_drop, kernel=ffn_kernel)
-        self.attn_drop_path = DropPath(0.0 if seed else drop_path_prob)
+        # The re-implementation drops paths of the FFN branch only, and has no dropout inside the FFN.
+        self.ffn = FeedForward(dim, hidden, reimpl=reimpl, drop=0.0 if reimpl else proj_drop, kernel=ffn_kernel)
+        self.attn_drop_path = DropPath(0.0 if reimpl else drop_path_prob)
         self.ffn_drop_path = DropPath(drop_path_prob)
 
     def forward(self, x: Tensor, stage_bias: Tensor | None) -> Tensor:  # (B, C, H, W) -> (B, C, H, W)
@@ -332,14 +332,14 @@ class Stage(nn.Module):
         in_channels: int,
         dim: int,
         *,
-        seed: bool,
+        reimpl: bool,
         absolute: AbsolutePosition | None,
         bias: nn.Module | None,
         blocks: Sequence[Block],
     ):
         super().__init__()
         self.embed = nn.Conv2d(in_channels, dim, 2, stride=2)
-        self.norm = None if seed else nn.LayerNorm(dim, eps=1e-5)
+        self.norm = None if reimpl else nn.LayerNorm(dim, eps=1e-5)
         self.absolute = absolute
         self.bias = bias
         self.blocks = nn.ModuleList(blocks)
@@ -361,7 +361,7 @@ def init_weights(module: nn.Module) -> None:
 
     Linears: normal with standard deviation 0.02, DeiT's, whose recipe the paper follows. Convolutions: He's normal over
     fan-out. BatchNorm follows most of them, so the scale matters for the depth-wise branches only: their fan-out counts
-    all channels, they start near zero, and the skip connections carry the signal. Biases zero (the seed leaves those of
+    all channels, they start near zero, and the skip connections carry the signal. Biases zero (the re-implementation leaves those of
     convolutions at torch's default). LayerNorm and BatchNorm keep torch's ones and zeros.
     """
     if isinstance(module, nn.Linear):

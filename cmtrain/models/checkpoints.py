@@ -1,6 +1,6 @@
 """Weights of the two public CMT implementations <-> ours, and position tables <-> another image size.
 
-The paper's release (huawei-noah/Efficient-AI-Backbones, cmt_pytorch) and the seed (FlyEgle/CMT-pytorch) name the same
+The paper's release (huawei-noah/Efficient-AI-Backbones, cmt_pytorch) and the re-implementation (FlyEgle/CMT-pytorch) name the same
 things differently and split the attention's projections differently; nothing is lost either way.
 """
 
@@ -31,7 +31,7 @@ PAPER_BLOCK = {
     "ffn.project": ("mlp.conv2.0",),
     "ffn.project_norm": ("mlp.conv2.1",),
 }
-SEED_BLOCK = {
+REIMPL_BLOCK = {
     "lpu": ("LPU.conv_3x3_dw.conv",),
     "norm1": ("norm1",),
     "attn.q": ("LMHSA.q",),
@@ -56,7 +56,7 @@ PAPER_ENDS = {
     "head": "head",
 }
 SEED_STEM = ("conv3x3_gelu_bn_downsample", "conv3x3_gelu_bn_list.0", "conv3x3_gelu_bn_list.1")
-SEED_ENDS = {
+REIMPL_ENDS = {
     **{f"stem.conv{i}": f"stem.{name}.conv3x3_gelu_bn.0" for i, name in enumerate(SEED_STEM, 1)},
     **{f"stem.norm{i}": f"stem.{name}.conv3x3_gelu_bn.2" for i, name in enumerate(SEED_STEM, 1)},
     "stages.0.absolute": "absolute_pos_embed",
@@ -98,7 +98,7 @@ def to_reference_state_dict(model: CMT, tensors: Mapping[str, Tensor] | None = N
 
 
 def load_reference_checkpoint(model: CMT, state_dict: Mapping, *, skip_head: bool = False) -> None:
-    """Load weights released by the paper's authors or by the seed into a model of that variant, in place.
+    """Load weights released by the paper's authors or by the re-implementation into a model of that variant, in place.
 
     state_dict: the reference's own keys, also inside {"model": ...}, {"state_dict": ...}, {"model_ema": ...} or
         {"state_dict_ema": ...} (averaged weights are taken where a file has both) and behind "module." prefixes.
@@ -165,10 +165,12 @@ def _variant_of(given: Mapping[str, Tensor]) -> str:
     if "stem_conv1.weight" in given:
         return "paper"
     if f"stem.{SEED_STEM[0]}.conv3x3_gelu_bn.0.weight" in given:
-        return "seed"
+        return "reimpl"
     if "stem.conv1.weight" in given:
         raise ValueError("these are cmtrain's own weights: pass them through resize_positions to model.load_state_dict")
-    raise ValueError(f"neither the paper's nor the seed's weights; the first keys are {', '.join(list(given)[:3])}")
+    raise ValueError(
+        f"neither the paper's nor the re-implementation's weights; the first keys are {', '.join(list(given)[:3])}"
+    )
 
 
 def _option_problems(model: CMT, given: Mapping[str, Tensor]) -> list[str]:
@@ -192,31 +194,33 @@ def _option_problems(model: CMT, given: Mapping[str, Tensor]) -> list[str]:
 
 def _reference_modules(model: CMT) -> dict[str, tuple[str, ...]]:
     """Our module path -> the reference's (a position table's path is its key). ValueError for foreign options."""
-    seed = model.variant == "seed"
+    reimpl = model.variant == "reimpl"
     stages: Any = model.stages
-    if seed and model.attention_bias != "none" and model.attention_bias_scope == "stage":
-        raise ValueError("the seed has a table per block: attention_bias_scope='stage' has no counterpart there")
-    if not seed and (model.attention_bias, model.attention_bias_scope) != ("pairwise", "stage"):
+    if reimpl and model.attention_bias != "none" and model.attention_bias_scope == "stage":
+        raise ValueError(
+            "the re-implementation has a table per block: attention_bias_scope='stage' has no counterpart there"
+        )
+    if not reimpl and (model.attention_bias, model.attention_bias_scope) != ("pairwise", "stage"):
         raise ValueError(
             "the paper's release has pairwise tables per stage: other attention biases have no counterpart"
         )
-    if not seed and stages[0].absolute is not None:
+    if not reimpl and stages[0].absolute is not None:
         raise ValueError("the paper's release has no absolute position embedding: absolute_position has no counterpart")
 
     modules: dict[str, tuple[str, ...]] = {}
-    for ours, name in (SEED_ENDS if seed else PAPER_ENDS).items():
+    for ours, name in (REIMPL_ENDS if reimpl else PAPER_ENDS).items():
         modules[ours] = (name,)
     for i, stage in enumerate(stages):
         letter = "abcd"[i]
-        if seed:
+        if reimpl:
             modules[f"stages.{i}.embed"] = (f"pool{i + 1}.patch_aggregation",)
         else:
             modules[f"stages.{i}.embed"] = (f"patch_embed_{letter}.proj",)
             modules[f"stages.{i}.norm"] = (f"patch_embed_{letter}.norm",)
             modules[f"stages.{i}.bias"] = (f"relative_pos_{letter}",)
         for j in range(len(stage.blocks)):
-            block = f"stage{i + 1}.block_list.{j}" if seed else f"blocks_{letter}.{j}"
-            for ours, theirs in (SEED_BLOCK if seed else PAPER_BLOCK).items():
+            block = f"stage{i + 1}.block_list.{j}" if reimpl else f"blocks_{letter}.{j}"
+            for ours, theirs in (REIMPL_BLOCK if reimpl else PAPER_BLOCK).items():
                 modules[f"stages.{i}.blocks.{j}.{ours}"] = tuple(f"{block}.{name}" for name in theirs)
     return modules
 
@@ -231,7 +235,7 @@ def _is_joint(key: str) -> bool:
 
 
 def _is_conv_matrix(model: CMT, key: str) -> bool:
-    """Whether the reference keeps this matrix as a 1x1 convolution (the seed's `fc` is a linear layer)."""
+    """Whether the reference keeps this matrix as a 1x1 convolution (the re-implementation's `fc` is a linear layer)."""
     names = (".expand.weight", ".project.weight") + (("fc.weight",) if model.variant == "paper" else ())
     return key.endswith(names)
 
@@ -250,7 +254,9 @@ def _unpack(model: CMT, key: str, tensor: Tensor) -> tuple[Tensor, ...]:
     parts = tensor.chunk(2 if ".kv." in key else 3)  # (q,) k, v
     if model.variant == "paper":
         return tuple(part.clone() for part in parts)
-    kv = torch.cat(parts[-2:]).unflatten(0, (2, _heads(model, key), -1))  # the seed's rows: channel, head, k or v
+    kv = torch.cat(parts[-2:]).unflatten(
+        0, (2, _heads(model, key), -1)
+    )  # the re-implementation's rows: channel, head, k or v
     return (*(part.clone() for part in parts[:-2]), kv.transpose(0, 2).flatten(0, 2))
 
 
@@ -260,7 +266,7 @@ def _pack(model: CMT, key: str, tensors: list[Tensor]) -> Tensor:
         return tensors[0][:, :, 0, 0]
     if not _is_joint(key):
         return tensors[0]
-    if model.variant == "seed":
+    if model.variant == "reimpl":
         kv = tensors[-1].unflatten(0, (-1, _heads(model, key), 2)).transpose(0, 2).flatten(0, 2)
         tensors = [*tensors[:-1], kv]
     return torch.cat(tensors)

@@ -1,4 +1,4 @@
-"""CMT: Convolutional Neural Networks Meet Vision Transformers (arXiv 2107.06263), in the paper's and the seed's form.
+"""CMT: Convolutional Neural Networks Meet Vision Transformers (arXiv 2107.06263), in the paper's and the re-implementation's form.
 
 The network, its sizes, and what timm asks of a model. Letters: B batch, C channels, H x W map, px image side in pixels.
 """
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from cmtrain.models.blocks import Block, FfnKernel, PointwiseConv, Stage, Stem, init_weights
 from cmtrain.models.position import POSITION_MODULES, AbsolutePosition, AttentionBiasKind, make_attention_bias
 
-Variant = Literal["paper", "seed"]
+Variant = Literal["paper", "reimpl"]
 BiasScope = Literal["stage", "block"]
 
 REDUCTIONS = (8, 4, 2, 1)  # of keys and values, per stage (paper, table 1)
@@ -27,14 +27,14 @@ HEADS = (1, 2, 4, 8)
 
 @dataclass(frozen=True)
 class Size:
-    """One column of the paper's table 1. The seed widens the FFN of XS a little more: `seed_ffn_ratio`."""
+    """One column of the paper's table 1. The re-implementation widens the FFN of XS a little more: `reimpl_ffn_ratio`."""
 
     image_px: int
     stem_channels: int
     dims: tuple[int, int, int, int]
     depths: tuple[int, int, int, int]
     ffn_ratio: float
-    seed_ffn_ratio: float
+    reimpl_ffn_ratio: float
     head_width: int = 1280
 
 
@@ -62,17 +62,17 @@ def _square_px(img_size: int | tuple[int, int]) -> int:
 class CMT(nn.Module):
     """CMT classifier: (B, in_chans, img_size, img_size) -> (B, num_classes). Built by `timm.create_model("cmt_ti")`.
 
-    variant: "paper" is the authors' released network, "seed" the re-implementation whose ablations we reproduce.
+    variant: "paper" is the authors' released network, "reimpl" the re-implementation whose ablations we reproduce.
     img_size: pixels per side, a multiple of 32 (four halvings, and 8-fold reduced keys in the first stage).
     attention_bias, attention_bias_scope: which table is added to the scores and whether a stage's blocks share it; None
-        is the variant's own (paper: pairwise per stage, seed: relative per block).
-    absolute_position: adds a learned vector per pixel before the first stage's blocks (the seed's `ape`).
+        is the variant's own (paper: pairwise per stage, reimpl: relative per block).
+    absolute_position: adds a learned vector per pixel before the first stage's blocks (the re-implementation's `ape`).
     absolute_position_px: image side, a multiple of 4, that its table is made for; None for img_size, another one is
         resampled.
     drop_rate: dropout before the classifier. attn_drop_rate: dropout of attention weights. proj_drop_rate: dropout
         after the attention's projection and, in the paper's variant only, twice in the FFN.
     drop_path_rate: of the last block, growing linearly from 0 at the first; on both branches of a block (paper) or on
-        the FFN's only (seed).
+        the FFN's only (reimpl).
     ffn_kernel: "fused" computes feed-forward networks and local perception units in Triton kernels, "eager" operation
         by operation, "auto" is fused on a GPU that can and eager elsewhere. The same function; no parameter depends on
         it.
@@ -104,9 +104,9 @@ class CMT(nn.Module):
         super().__init__()
         _choose("ffn_kernel", ffn_kernel, get_args(FfnKernel))
         _choose("variant", variant, get_args(Variant))
-        seed = variant == "seed"
-        bias_kind = attention_bias or ("relative" if seed else "pairwise")
-        bias_scope = attention_bias_scope or ("block" if seed else "stage")
+        reimpl = variant == "reimpl"
+        bias_kind = attention_bias or ("relative" if reimpl else "pairwise")
+        bias_scope = attention_bias_scope or ("block" if reimpl else "stage")
         _choose("attention_bias", bias_kind, get_args(AttentionBiasKind))
         _choose("attention_bias_scope", bias_scope, get_args(BiasScope))
 
@@ -120,13 +120,13 @@ class CMT(nn.Module):
 
         make_block = partial(
             Block,
-            seed=seed,
+            reimpl=reimpl,
             qkv_bias=qkv_bias,
             attn_drop=attn_drop_rate,
             proj_drop=proj_drop_rate,
             ffn_kernel=ffn_kernel,
         )
-        ffn_ratio = size.seed_ffn_ratio if seed else size.ffn_ratio
+        ffn_ratio = size.reimpl_ffn_ratio if reimpl else size.ffn_ratio
         num_blocks = sum(size.depths)
         drop_path_probs = iter([drop_path_rate * i / (num_blocks - 1) for i in range(num_blocks)])
         self.stem = Stem(in_chans, size.stem_channels)
@@ -135,7 +135,7 @@ class CMT(nn.Module):
         for i, (dim, depth, heads, reduction) in enumerate(zip(size.dims, size.depths, HEADS, REDUCTIONS, strict=True)):
             side = self.img_size // 4 >> i
             make_bias = partial(
-                make_attention_bias, bias_kind, seed=seed, heads=heads, queries_per_side=side, reduction=reduction
+                make_attention_bias, bias_kind, reimpl=reimpl, heads=heads, queries_per_side=side, reduction=reduction
             )
             blocks = [
                 make_block(
@@ -151,14 +151,16 @@ class CMT(nn.Module):
             table_side = absolute_position_px // 4 if absolute_position_px else side
             absolute = AbsolutePosition(dim, side, table_side) if absolute_position and i == 0 else None
             stage_bias = make_bias() if bias_scope == "stage" else None
-            self.stages.append(Stage(in_channels, dim, seed=seed, absolute=absolute, bias=stage_bias, blocks=blocks))
+            self.stages.append(
+                Stage(in_channels, dim, reimpl=reimpl, absolute=absolute, bias=stage_bias, blocks=blocks)
+            )
             in_channels = dim
 
         self.fc: nn.Module = PointwiseConv(in_channels, size.head_width)
-        self.fc_norm = None if seed else nn.BatchNorm2d(size.head_width)
+        self.fc_norm = None if reimpl else nn.BatchNorm2d(size.head_width)
         self.head: nn.Module = nn.Identity()
         self.apply(init_weights)
-        if seed:  # a linear layer on the pooled vector there, so it starts as one
+        if reimpl:  # a linear layer on the pooled vector there, so it starts as one
             nn.init.trunc_normal_(self.fc.weight, std=0.02)
         self.reset_classifier(num_classes)
 
@@ -239,7 +241,7 @@ class CMT(nn.Module):
         if self.fc_norm is not None:  # paper: convolution, BatchNorm, Swish, then the average
             x = F.silu(self.fc_norm(self.fc(x)))
         x = x.mean((2, 3), keepdim=True) if self.global_pool else x
-        if self.fc_norm is None:  # seed: the average first, and no activation before the classifier
+        if self.fc_norm is None:  # reimpl: the average first, and no activation before the classifier
             x = self.fc(x)
         x = F.dropout(x.flatten(1) if self.global_pool else x, self.drop_rate, self.training)
         return x if pre_logits else self.head(x)

@@ -23,8 +23,8 @@ def use_fused_where_it_agrees(model: nn.Module) -> None:
     if device.type != "cuda" or not parts:
         return
     try:
-        seed = any(isinstance(part, FeedForward) and not part.residual_before_norm for part in parts)
-        errors = {dtype: worst_error(device, dtype, seed=seed) for dtype in TOLERANCES}
+        reimpl = any(isinstance(part, FeedForward) and not part.residual_before_norm for part in parts)
+        errors = {dtype: worst_error(device, dtype, reimpl=reimpl) for dtype in TOLERANCES}
         wrong = [f"{dtype}: {error:.1e}" for dtype, error in errors.items() if not error <= TOLERANCES[dtype]]
         trouble = f"differ from torch's results by {', '.join(wrong)}" if wrong else ""
     except Exception as error:  # whatever Triton, its compiler or the driver raise: there is another way
@@ -44,11 +44,11 @@ def _device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def worst_error(device: torch.device, dtype: torch.dtype, kernel: FfnKernel = "auto", *, seed: bool = False) -> float:
+def worst_error(device: torch.device, dtype: torch.dtype, kernel: FfnKernel = "auto", *, reimpl: bool = False) -> float:
     """Of a perception unit and of a feed-forward network the larger difference from what torch computes; see _error."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
-        parts = ResidualDepthwiseConv(DIM), FeedForward(DIM, HIDDEN, seed=seed, drop=0.0)
+        parts = ResidualDepthwiseConv(DIM), FeedForward(DIM, HIDDEN, reimpl=reimpl, drop=0.0)
         return max(_error(part, device, dtype, kernel) for part in parts)
 
 

@@ -19,7 +19,7 @@ def folded(model: CMT) -> CMT:
     """A copy of `model` for inference, in eval() and without gradients: the same logits but for rounding, fewer passes.
 
     An nn.Identity stands where a norm was absorbed. Of CMT-Ti's 66 BatchNorms 18 are left in the paper's form, 34 of
-    51 in the seed's, where the depth-wise branch is added after its norm.
+    51 in the re-implementation's, where the depth-wise branch is added after its norm.
     """
     model = copy.deepcopy(model).eval().requires_grad_(False)
     stages: Any = model.stages

@@ -5,12 +5,12 @@ statistics of a are, the network is
 
     z1 = x W1' + b1      n1 = s1 a1 + t1      z2 = n1 + depthwise(n1)      n2 = s2 a2 + t2      y = n2 W2' + b2
 
-in the paper's form. The seed adds n1 later: z2 = depthwise(n1), y = (n1 + n2) W2' + b2.
+in the paper's form. The re-implementation adds n1 later: z2 = depthwise(n1), y = (n1 + n2) W2' + b2.
 
 z1 to n2 are h = 3.6 times as wide as x, and a GPU spends its time carrying it to and fro. So n is never written:
 
 - the depthwise convolution normalises what it reads,
-- so does the product behind it, but for the shift: y = (s2 a2) W2' + (b2 + W2 t2), or, in the seed's form,
+- so does the product behind it, but for the shift: y = (s2 a2) W2' + (b2 + W2 t2), or, in the re-implementation's form,
   y = (s1 a1 + s2 a2) W2' + (b2 + W2 (t1 + t2)), exactly,
 - GELU is computed again from z wherever it is needed, but for the 3x3 window, which would compute it nine times,
 - both statistics are taken by the kernel that has a in registers.
@@ -21,11 +21,11 @@ Backward, with M rows, D = sum of dn * a and E = sum of dn over them, BatchNorm 
     k = -s (D - mean E) / (M deviation^2)   c = -s E / M - k mean
 
 For the second one D and E need no pass of their own: they are column sums of W2 * G2 and of W2 * sum(dy), and
-G2 = dy' a2 is what the gradient of W2, G2 s2 + sum(dy) t2', is made of anyway. In the seed's form that has a second
+G2 = dy' a2 is what the gradient of W2, G2 s2 + sum(dy) t2', is made of anyway. In the re-implementation's form that has a second
 part, from G1 = dy' a1, and dn1 has dy W2 added.
 
 Passes over a hidden tensor, reads and writes: 5 forward (z1 w, a1 w r, z2 w r) and 11 backward (G2 r; dz2 r w;
-dn1 r r w; dz1 r r w; dx r; dW1 r), where op by op it is 44. The seed's form has 4 more: y reads a1, G1 reads z1, and
+dn1 r r w; dz1 r r w; dx r; dW1 r), where op by op it is 44. The re-implementation's form has 4 more: y reads a1, G1 reads z1, and
 dy W2 is written beside dz2 and read for dn1. fp16, bf16 and fp32; sums and scales are fp32 always.
 
 The local perception unit in front of the attention, x + depthwise(x), is the same kernels without a BatchNorm to take
@@ -45,15 +45,15 @@ class _FeedForward(torch.autograd.Function):
     """Rows (M, C) -> (M, C), and the two layers' batch means and unbiased variances, (p,) each, not differentiable."""
 
     @staticmethod
-    def forward(ctx, x, w1, b1, gamma1, beta1, taps, gamma2, beta2, w2, b2, height, width, eps1, eps2, seed):
+    def forward(ctx, x, w1, b1, gamma1, beta1, taps, gamma2, beta2, w2, b2, height, width, eps1, eps2, reimpl):
         rows = x.shape[0]
         z1, a1, *sums = ops.expand(x, w1.to(x.dtype), b1, True)
         mean1, var1, inverse1, s1, t1 = ops.normalise(*sums, gamma1, beta1, rows, eps1).unbind()
-        z2, *sums = ops.depthwise(a1, s1, t1, taps, height, width, not seed, True)
+        z2, *sums = ops.depthwise(a1, s1, t1, taps, height, width, not reimpl, True)
         mean2, var2, inverse2, s2, t2 = ops.normalise(*sums, gamma2, beta2, rows, eps2).unbind()
-        y = _project(z2, s2, t2, w2, b2, (a1, s1, t1) if seed else None)
+        y = _project(z2, s2, t2, w2, b2, (a1, s1, t1) if reimpl else None)
         ctx.save_for_backward(x, w1, taps, w2, z1, z2, mean1, inverse1, s1, t1, mean2, inverse2, s2, t2)
-        ctx.size, ctx.seed = (height, width), seed
+        ctx.size, ctx.reimpl = (height, width), reimpl
         ctx.mark_non_differentiable(mean1, var1, mean2, var2)
         return y, mean1, var1, mean2, var2
 
@@ -65,14 +65,14 @@ class _FeedForward(torch.autograd.Function):
         g2 = ops.project_weight_grad(dy, z2).sum(0)  # (C, p)
         db2 = dy.sum(0, dtype=torch.float32)
         dw2 = torch.addcmul(g2 * s2, db2[:, None], t2)
-        if ctx.seed:
+        if ctx.reimpl:
             dw2 += torch.addcmul(ops.project_weight_grad(dy, z1).sum(0) * s1, db2[:, None], t1)
         e2 = (w2 * db2[:, None]).sum(0)
         d2 = (w2 * g2).sum(0)
         dgamma2, slope, offset = ops.normalise_grad(d2, e2, mean2, inverse2, s2, rows).unbind()
 
-        dz2, skip = ops.project_grad(dy, w2.to(dy.dtype), z2, s2, slope, offset, ctx.seed)
-        dn1, sums = ops.depthwise_grad(dz2, skip if ctx.seed else None, z1, s1, t1, taps, *ctx.size)
+        dz2, skip = ops.project_grad(dy, w2.to(dy.dtype), z2, s2, slope, offset, ctx.reimpl)
+        dn1, sums = ops.depthwise_grad(dz2, skip if ctx.reimpl else None, z1, s1, t1, taps, *ctx.size)
         sums = sums.sum(0)  # (SUMS, p)
         dgamma1, slope, offset = ops.normalise_grad(sums[11], sums[10], mean1, inverse1, s1, rows).unbind()
         dz1, db1 = ops.expand_grad(dn1, z1, s1, slope, offset)
@@ -125,11 +125,11 @@ def feed_forward(
     depthwise_norm: nn.BatchNorm2d | nn.Identity,
     project: Any,
     *,
-    seed: bool,
+    reimpl: bool,
 ) -> Tensor:
     """The network up to its last BatchNorm: (B, C, H, W) -> (B, C, H, W), channels-last.
 
-    expand and project hold a matrix and a bias; seed says which form it is, the seed's or the paper's. In training the
+    expand and project hold a matrix and a bias; reimpl says which form it is. In training the
     norms' running statistics move as torch moves them; in evaluation, which has no backward here, they are what is
     normalised with, or nothing where folding left an Identity.
     """
@@ -141,16 +141,16 @@ def feed_forward(
             y, mean1, var1, mean2, var2 = _FeedForward.apply(
                 rows, expand.weight, expand.bias, expand_norm.weight, expand_norm.bias, taps,
                 depthwise_norm.weight, depthwise_norm.bias, project.weight, project.bias,
-                height, width, expand_norm.eps, depthwise_norm.eps, seed,
+                height, width, expand_norm.eps, depthwise_norm.eps, reimpl,
             )  # fmt: skip
             _track(expand_norm, mean1, var1)
             _track(depthwise_norm, mean2, var2)
         else:
             _, a, *_ = ops.expand(rows, expand.weight.to(rows.dtype), expand.bias, False)
             s1, t1 = _evaluation(expand_norm, expand.bias)
-            z, *_ = ops.depthwise(a, s1, t1, taps, height, width, not seed, False)
+            z, *_ = ops.depthwise(a, s1, t1, taps, height, width, not reimpl, False)
             s2, t2 = _evaluation(depthwise_norm, expand.bias)
-            y = _project(z, s2, t2, project.weight, project.bias, (a, s1, t1) if seed else None)
+            y = _project(z, s2, t2, project.weight, project.bias, (a, s1, t1) if reimpl else None)
     return _map(y, x)
 
 

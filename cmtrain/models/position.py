@@ -92,7 +92,7 @@ class RelativeBias(nn.Module):
     """One learned number per (head, 2-D offset from a query to the origin of a reduced key's cell).
 
     The paper asks for a relative bias (section 3.3) but released a pairwise table; this is the literal reading. Offsets
-    are counted in query pixels against the true key grid, 2n - r of them per axis. Drawn like the seed's table
+    are counted in query pixels against the true key grid, 2n - r of them per axis. Drawn like the re-implementation's table
     (standard deviation 0.2), the only relative table with published accuracies.
     """
 
@@ -114,11 +114,11 @@ class RelativeBias(nn.Module):
         return resize_grid(table, self.table.shape[-1])
 
 
-class SeedPairwiseBias(nn.Module):
-    """The seed's "no distance" table: (N, N) for all heads, of which the first K columns are read.
+class ReimplPairwiseBias(nn.Module):
+    """The re-implementation's "no distance" table: (N, N) for all heads, of which the first K columns are read.
 
     Key j of the reduced map reads column j, so those K columns are a pairwise table; the other columns have no effect,
-    are kept because the seed's checkpoints hold them, and receive a gradient of exactly zero.
+    are kept because the re-implementation's checkpoints hold them, and receive a gradient of exactly zero.
     """
 
     def __init__(self, queries_per_side: int, reduction: int):
@@ -141,11 +141,11 @@ class SeedPairwiseBias(nn.Module):
         return F.pad(pairs[0], (0, self.table.shape[1] - pairs.shape[2]))
 
 
-class SeedRelativeBias(nn.Module):
-    """The seed's relative table: (2n - 1, 2n - 1) for all heads, sliced to the first K keys.
+class ReimplRelativeBias(nn.Module):
+    """The re-implementation's relative table: (2n - 1, 2n - 1) for all heads, sliced to the first K keys.
 
     Its key j is the j-th pixel of the unreduced map in reading order, so with a reduction the offsets are those to the
-    map's top rows, not to the reduced cell. The seed's accuracies were reached with that, so it stays.
+    map's top rows, not to the reduced cell. The re-implementation's accuracies were reached with that, so it stays.
     """
 
     def __init__(self, queries_per_side: int, reduction: int):
@@ -169,7 +169,7 @@ class SeedRelativeBias(nn.Module):
 
 
 class AbsolutePosition(nn.Module):
-    """One learned vector per pixel, added to the map (the seed's absolute embedding, its initialisation).
+    """One learned vector per pixel, added to the map (the re-implementation's absolute embedding, its initialisation).
 
     A table of another side than the map's is resampled to it in every forward pass.
     """
@@ -193,16 +193,16 @@ class AbsolutePosition(nn.Module):
         return resize_grid(planes, self.table_side).flatten(2).mT
 
 
-POSITION_MODULES = (PairwiseBias, RelativeBias, SeedPairwiseBias, SeedRelativeBias, AbsolutePosition)
+POSITION_MODULES = (PairwiseBias, RelativeBias, ReimplPairwiseBias, ReimplRelativeBias, AbsolutePosition)
 
 
 def make_attention_bias(
-    kind: AttentionBiasKind, *, seed: bool, heads: int, queries_per_side: int, reduction: int
+    kind: AttentionBiasKind, *, reimpl: bool, heads: int, queries_per_side: int, reduction: int
 ) -> nn.Module | None:
     """The bias of one stage or block: a module whose forward() gives (h or 1, N, K), or None for kind "none"."""
     if kind == "none":
         return None
-    if seed:
-        kinds = {"relative": SeedRelativeBias, "pairwise": SeedPairwiseBias}
+    if reimpl:
+        kinds = {"relative": ReimplRelativeBias, "pairwise": ReimplPairwiseBias}
         return kinds[kind](queries_per_side, reduction)
     return {"relative": RelativeBias, "pairwise": PairwiseBias}[kind](heads, queries_per_side, reduction)

@@ -129,6 +129,8 @@ def run_as_rank(work: Callable[[], int], run_path: Path) -> int:
 def is_lost_contact(error: BaseException) -> bool:
     """Whether `error` says that another rank is gone, not that something is wrong with this one."""
 
+    import torch.distributed as dist  # loaded by now, where a group can fail; the launcher never loads it
+
     if isinstance(error, dist.DistError):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in BROKEN)

@@ -1,6 +1,6 @@
 """The NaN guard: a training step is a transaction, and BatchNorm's running statistics are part of it.
 
-The failure (pytorch issues 88474, 90342 and 115500, and the SGD run of the seed, section 4.3): an fp16 activation
+The failure (pytorch issues 88474, 90342 and 115500, and the SGD run of the re-implementation, section 4.3): an fp16 activation
 overflows, BatchNorm writes inf or NaN into its running statistics *during the forward pass*, the loss scaler then skips
 the optimizer step, and training goes on as if nothing had happened, because training never reads those statistics.
 Evaluation does, and is NaN for good: 0.9 * NaN is NaN.

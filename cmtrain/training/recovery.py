@@ -2,7 +2,7 @@
 
 A skipped step protects the weights, but an overflow in the *forward* pass comes back at every step: the weights that
 cause it never change again, the loss scale falls to its floor, and the run is frozen for ever (cmt_micro, SGD at the
-seed's learning rate 1.6 without warm-up, fp16: 97 of 100 steps skipped). Then the learner goes back to a copy
+re-implementation's learning rate 1.6 without warm-up, fp16: 97 of 100 steps skipped). Then the learner goes back to a copy
 it kept in memory, with the learning rate lowered; the data goes on, so the batches that broke it are behind
 (PaLM, arXiv 2204.02311, section 5.1, does the same by hand).
 """

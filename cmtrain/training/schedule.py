@@ -35,7 +35,7 @@ class Schedule:
         """The learning rate of the update that follows `step` finished ones; a pure function.
 
         Linear from warmup_lr to lr over the warm-up; then half a cosine, from lr to exactly min_lr at the end of the
-        configured epochs; then min_lr. The references differ: the seed's cosine is as long as the epochs without the
+        configured epochs; then min_lr. The references differ: the re-implementation's cosine is as long as the epochs without the
         warm-up but starts with it, so that it reaches zero at epoch 295 of 300 and rises again, to 0.07 % of the peak.
         timm's starts with the warm-up, too, and moves once an epoch; with its `warmup_prefix`, a step, it is this one.
         """

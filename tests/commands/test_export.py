@@ -63,8 +63,10 @@ def test_a_fresh_process_gets_the_same_logits(job, name):
 
 
 def test_timm_knows_how_to_feed_it(job):
-    job("--run.name", "seed", "--model.variant", "seed", "--data.eval_interpolation", "bilinear", "--max-steps", "1")
-    export(job, "seed", "--weights", "model", "--out", "out")
+    job(
+        "--run.name", "reimpl", "--model.variant", "reimpl", "--data.eval_interpolation", "bilinear", "--max-steps", "1"
+    )
+    export(job, "reimpl", "--weights", "model", "--out", "out")
     config = json.loads((job.folder / "out" / "config.json").read_text())
     assert config["label_names"] == ["class0", "class1", "class2"]
     assert config["num_classes"] == 3
@@ -75,12 +77,12 @@ def test_timm_knows_how_to_feed_it(job):
     assert preprocessing["mean"] == [0.485, 0.456, 0.406]
     card = (job.folder / "out" / "README.md").read_text()
     assert "| weights | model, after 1 steps |" in card
-    assert "  variant: seed" in card
+    assert "  variant: reimpl" in card
     assert "| top-1 | " in card
     assert "&" not in card
     settings = card.split("```yaml\n")[1].split("```")[0]
     (job.folder / "card.yaml").write_text(settings)
-    assert load_config(job.folder / "card.yaml").config == load_config(job.run.parent / "seed" / "config.yaml").config
+    assert load_config(job.folder / "card.yaml").config == load_config(job.run.parent / "reimpl" / "config.yaml").config
     modes = {path.stat().st_mode & 0o777 for path in (job.folder / "out").iterdir()}
     assert len(modes) == 1
 
@@ -98,7 +100,7 @@ def test_nothing_leaves_that_is_not_whole(job):
     assert "of which run?" in refused("--out", "out", code=2)
     assert "nowhere: no run" in refused("nowhere", "--out", "out", code=3)
     assert "not for timm's layout" in refused("runs/job", "--out", "out", "--fold-bn", code=2)
-    assert "does not fit this model" in refused("runs/job", "--out", "out", "--model.variant", "seed", code=2)
+    assert "does not fit this model" in refused("runs/job", "--out", "out", "--model.variant", "reimpl", code=2)
     if missing_packages():
         assert "pip install 'cmtrain[export]'" in refused("runs/job", "--out", "out", "--format", "all", code=3)
     loaded = load_newest(job.run / "checkpoints")

@@ -247,11 +247,11 @@ def test_without_slurm_it_says_so(study, capsys, monkeypatch):
         sweep.submit(rows_of(study), "job.sh")
 
 
-# --- the seed's and the paper's rows ---
+# --- the re-implementation's and the paper's rows ---
 
 
 def test_all_rows_that_were_published_are_rows_of_one_table():
-    rows = rows_of(["configs/seed", "configs/paper", "full_in1k.yaml", "full_in1k_224.yaml"])
+    rows = rows_of(["configs/ablations", "configs/paper", "full_in1k.yaml", "full_in1k_224.yaml"])
     assert len(rows) == 17 + 15 + 4 + 2
     published = [line for line in sweep.table(rows).splitlines()[2:] if "not started" in line]
     assert len(published) == len(rows)
@@ -264,7 +264,7 @@ def test_all_rows_that_were_published_are_rows_of_one_table():
 @pytest.mark.timeout(3000)
 def test_every_published_row_can_be_trained(folder):
     """All 38 in one command, the real networks, on demo data."""
-    files = ["configs/seed", "configs/paper", "full_in1k.yaml", "full_in1k_224.yaml"]
+    files = ["configs/ablations", "configs/paper", "full_in1k.yaml", "full_in1k_224.yaml"]
     done = subprocess.run(
         [sys.executable, "-m", "cmtrain", "sweep", *files, "--scale", "demo", "--csv"],
         env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=2900,

@@ -400,7 +400,7 @@ def test_every_field_says_what_it_is_and_defaults_agree():
 
 def test_reading_a_configuration_loads_nothing_heavy():
     code = (
-        "import sys, cmtrain.cli, cmtrain.schedule; from cmtrain.config_file import load_config;"
+        "import sys, cmtrain.cli.main, cmtrain.training.schedule; from cmtrain.config.load import load_config;"
         f"load_config({str(ROOT / 'configs/full_in1k.yaml')!r});"
         "print([name for name in ('torch', 'nvidia', 'numpy', 'timm', 'accelerate', 'rich') if name in sys.modules])"
     )

@@ -73,15 +73,15 @@ def test_recipe_is_the_one_that_its_source_states(name):
     assert found == STATED[name]
 
 
-# --- the seed's two tables, row by row ---
+# --- the re-implementation's two tables, row by row ---
 
-SEED_TABLES = (ROOT / "tests" / "models" / "golden" / "seed_tables.md").read_text()
+PUBLISHED_TABLES = (ROOT / "tests" / "models" / "golden" / "published_tables.md").read_text()
 
 
 def seed_rows():
     """(file, augmentations, epochs, optimizer and options, lr, weight decay, top-1 or None) of each published row."""
     counts = {"sgd": 0, "adamw": 0}
-    for line in SEED_TABLES.splitlines():
+    for line in PUBLISHED_TABLES.splitlines():
         if not line.startswith("| CMT-TINY"):
             continue
         _, augments, _, _, epochs, options, lr, _, weight_decay, top1 = (cell.strip() for cell in line.split("|")[1:-1])
@@ -100,23 +100,23 @@ def seed_rows():
         )
 
 
-SEED_ROWS = list(seed_rows())
+REIMPL_ROWS = list(seed_rows())
 
 
 @pytest.mark.parametrize(
     ("name", "augments", "epochs", "options", "lr", "weight_decay", "top1"),
-    SEED_ROWS,
-    ids=[row[0] for row in SEED_ROWS],
+    REIMPL_ROWS,
+    ids=[row[0] for row in REIMPL_ROWS],
 )
 def test_seed_row_is_the_published_one(name, augments, epochs, options, lr, weight_decay, top1):
-    config = load_config(ROOT / "configs" / "seed" / f"{name}.yaml").config
+    config = load_config(ROOT / "configs" / "ablations" / f"{name}.yaml").config
     model, mixing, augment = config.model, config.mixing, config.augment
-    assert (model.name, model.variant, config.data.image_px, config.data.fraction) == ("cmt_ti", "seed", 160, 0.2)
+    assert (model.name, model.variant, config.data.image_px, config.data.fraction) == ("cmt_ti", "reimpl", 160, 0.2)
     assert config.data.eval_resize_px == 184
     assert (config.optim.opt, config.optim.lr, config.optim.weight_decay) == (name.split("_")[0], lr, weight_decay)
     assert (config.schedule.epochs, config.expect.top1, config.expect.diverges) == (epochs, top1, top1 is None)
     assert config.schedule.warmup_epochs == (20 if "warmup20" in augments else 5)
-    assert (augment.color_jitter, augment.rand_augment) == ((0.4, "seed") if "randaug" in augments else (None, None))
+    assert (augment.color_jitter, augment.rand_augment) == ((0.4, "reimpl") if "randaug" in augments else (None, None))
     assert augment.repeats == (3 if "repsampler" in augments else 1)
     assert (mixing.mixup, mixing.cutmix) == (0.8 * ("mixup" in augments), 1.0 * ("cutmix" in augments))
     assert mixing.smoothing == 0.1 * ("labelsmoothing" in augments)
@@ -129,23 +129,23 @@ def test_seed_row_is_the_published_one(name, augments, epochs, options, lr, weig
 
 
 def test_every_seed_row_is_there_and_no_more():
-    names = [row[0] for row in SEED_ROWS]
+    names = [row[0] for row in REIMPL_ROWS]
     assert [sum(name.startswith(kind) for name in names) for kind in ("sgd", "adamw")] == [17, 15]
-    assert {path.stem for path in (ROOT / "configs" / "seed").glob("*.yaml")} == {"base", *names}
+    assert {path.stem for path in (ROOT / "configs" / "ablations").glob("*.yaml")} == {"base", *names}
     published = ROOT.parent / "shared" / "seed.md"
     if not published.exists():
-        pytest.skip("the seed's document is not here")
+        pytest.skip("the re-implementation's document is not here")
     figures = re.findall(r"[|] *(0[.][0-9]+|\u4e0d\u6536\u655b) *[|]\n", published.read_text())
     assert [None if figure.startswith("\u4e0d") else float(figure) for figure in figures] == [
-        row[-1] for row in SEED_ROWS
+        row[-1] for row in REIMPL_ROWS
     ]
 
 
-@pytest.mark.parametrize("row", SEED_ROWS, ids=lambda row: row[0])
+@pytest.mark.parametrize("row", REIMPL_ROWS, ids=lambda row: row[0])
 def test_arithmetic_of_a_seed_row_on_eight_gpus(row):
     """512 images a GPU, 4096 a step; a fifth of ImageNet is 256,233 images, 62 whole steps an epoch."""
     name, _, epochs, _, lr, _, _ = row
-    config = load_config(ROOT / "configs" / "seed" / f"{name}.yaml").config
+    config = load_config(ROOT / "configs" / "ablations" / f"{name}.yaml").config
     schedule = plan_steps(config, num_samples=round(IMAGENET * config.data.fraction), num_processes=8)
     assert (schedule.micro_batch_size, schedule.accumulation, schedule.global_batch_size) == (512, 1, 4096)
     assert (schedule.steps_per_epoch, schedule.total_steps) == (62, 62 * epochs)

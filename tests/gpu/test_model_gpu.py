@@ -17,16 +17,16 @@ pytestmark = pytest.mark.gpu
 
 STAGES = [(46, 165, 40), (92, 331, 20), (184, 662, 10), (368, 1324, 5)]
 DTYPES = [torch.float16, torch.bfloat16]
-PARTS = pytest.mark.parametrize("part", ["perception unit", "paper", "seed"])
+PARTS = pytest.mark.parametrize("part", ["perception unit", "paper", "reimpl"])
 
 
 def built(part: str, channels: int, hidden: int, kernel: FfnKernel) -> nn.Module:
-    """A perception unit, or a feed-forward network of the paper's or the seed's form."""
+    """A perception unit, or a feed-forward network of the paper's or the re-implementation's form."""
     torch.manual_seed(0)
     if part == "perception unit":
         network: nn.Module = ResidualDepthwiseConv(channels, kernel)
     else:
-        network = FeedForward(channels, hidden, seed=part == "seed", drop=0.0, kernel=kernel)
+        network = FeedForward(channels, hidden, seed=part == "reimpl", drop=0.0, kernel=kernel)
         network.project_norm.eval()  # on batch statistics it would let no gradient through to the shifts before it
     for parameter in network.parameters():
         nn.init.normal_(parameter, std=0.3)

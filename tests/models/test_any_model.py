@@ -49,7 +49,7 @@ def test_a_model_of_one_size_is_built_for_the_images():
 
 
 def test_options_of_cmt_are_refused_for_it_all_in_one_line_each():
-    options = {"variant": "seed", "absolute_position": "true", "qkv_bias": "false", "attn_drop_rate": "0.1"}
+    options = {"variant": "reimpl", "absolute_position": "true", "qkv_bias": "false", "attn_drop_rate": "0.1"}
     overrides = [("model.name", "resnet18"), *((f"model.{key}", value) for key, value in options.items())]
     with pytest.raises(ConfigError) as caught:
         load_config("configs/demo.yaml", overrides)

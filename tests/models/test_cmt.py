@@ -17,13 +17,13 @@ from cmtrain.models import load_reference_checkpoint, resize_positions, to_refer
 from cmtrain.models.blocks import add_branch
 
 NAMES = ["cmt_micro", "cmt_ti", "cmt_xs", "cmt_s", "cmt_b"]
-VARIANTS = ["paper", "seed"]
+VARIANTS = ["paper", "reimpl"]
 REFERENCE_OPTIONS = [
     {"variant": "paper"},
     {"variant": "paper", "qkv_bias": False},
-    {"variant": "seed"},
-    {"variant": "seed", "attention_bias": "pairwise", "qkv_bias": False},
-    {"variant": "seed", "attention_bias": "none", "absolute_position": True},
+    {"variant": "reimpl"},
+    {"variant": "reimpl", "attention_bias": "pairwise", "qkv_bias": False},
+    {"variant": "reimpl", "attention_bias": "none", "absolute_position": True},
 ]
 OURS = {"attention_bias": "relative", "attention_bias_scope": "block", "absolute_position": True}
 
@@ -105,7 +105,7 @@ def test_an_input_of_another_size_is_refused():
 @pytest.mark.parametrize(
     ("option", "legal"),
     [
-        ("variant", "'paper', 'seed'"),
+        ("variant", "'paper', 'reimpl'"),
         ("attention_bias", "'none', 'relative', 'pairwise'"),
         ("attention_bias_scope", "'stage', 'block'"),
         ("global_pool", "'avg', ''"),
@@ -155,9 +155,9 @@ def test_scope_block_with_equal_tables_is_scope_stage(variant):
 def test_defaults_are_each_variants_own():
     tables = {v: {k: tuple(p.shape) for k, p in micro(variant=v).named_parameters() if "table" in k} for v in VARIANTS}
     assert tables["paper"]["stages.1.bias.table"] == (2, 16, 1)
-    assert tables["seed"]["stages.1.blocks.0.bias.table"] == (7, 7)
+    assert tables["reimpl"]["stages.1.blocks.0.bias.table"] == (7, 7)
     assert len(tables["paper"]) == 4
-    assert len(tables["seed"]) == 5
+    assert len(tables["reimpl"]) == 5
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -178,7 +178,7 @@ def test_dropout_acts_in_training_only(variant, rate):
         assert torch.equal(model(x), model(x))
 
 
-@pytest.mark.parametrize(("variant", "in_the_ffn"), [("paper", 0.3), ("seed", 0.0)])
+@pytest.mark.parametrize(("variant", "in_the_ffn"), [("paper", 0.3), ("reimpl", 0.0)])
 def test_projection_dropout_reaches_the_feed_forward_network_in_the_paper_only(variant, in_the_ffn):
     block = micro(variant=variant, proj_drop_rate=0.3).stages[2].blocks[1]
     assert (block.attn.proj_drop.p, block.ffn.drop.p) == (0.3, in_the_ffn)
@@ -284,7 +284,7 @@ def test_weight_decay_spares_the_position_tables_and_they_exist():
 def test_group_matcher_places_every_parameter():
     from timm.models import group_parameters
 
-    model = micro(variant="seed", absolute_position=True)
+    model = micro(variant="reimpl", absolute_position=True)
     groups = group_parameters(model, model.group_matcher())
     assert sorted(key for names in groups.values() for key in names) == sorted(k for k, _ in model.named_parameters())
     depth = {key: depth for depth, names in groups.items() for key in names}
@@ -333,7 +333,7 @@ def test_averaged_weights_are_preferred_where_a_file_has_both():
 
 
 def test_gradients_can_be_renamed_too():
-    model = micro(variant="seed", img_size=64)
+    model = micro(variant="reimpl", img_size=64)
     model(images(64)).sum().backward()
     gradients = to_reference_state_dict(model, {key: p.grad for key, p in model.named_parameters()})
     weights = to_reference_state_dict(model)
@@ -344,11 +344,11 @@ def test_gradients_can_be_renamed_too():
 @pytest.mark.parametrize(
     ("made_with", "change", "loaded_into", "message"),
     [
-        ({}, {}, {"variant": "seed"}, r"of variant='paper', the model was built with 'seed'"),
-        ({"variant": "seed"}, {}, {}, r"of variant='seed', the model was built with 'paper'"),
+        ({}, {}, {"variant": "reimpl"}, r"of variant='paper', the model was built with 'reimpl'"),
+        ({"variant": "reimpl"}, {}, {}, r"of variant='reimpl', the model was built with 'paper'"),
         ({}, {}, {"qkv_bias": False}, r"made with qkv_bias=True, the model has qkv_bias=False; unexpected: .*q\.bias"),
-        ({"variant": "seed"}, {}, {"variant": "seed", "attention_bias": "pairwise"}, "attention_bias='relative', the"),
-        ({"variant": "seed"}, {}, {"variant": "seed", "absolute_position": True}, "absolute_position=False, the model"),
+        ({"variant": "reimpl"}, {}, {"variant": "reimpl", "attention_bias": "pairwise"}, "attention_bias='relative', the"),
+        ({"variant": "reimpl"}, {}, {"variant": "reimpl", "absolute_position": True}, "absolute_position=False, the model"),
         ({}, {"_bn.weight": None}, {}, r"missing: _bn\.weight$"),
         ({}, {"other": torch.zeros(1)}, {}, r"unexpected: other$"),
         ({}, {"_fc.weight": torch.zeros(2, 3, 1, 1)}, {}, r"shape: _fc.weight \(2, 3, 1, 1\), not \(256, 128, 1, 1\)$"),
@@ -356,7 +356,7 @@ def test_gradients_can_be_renamed_too():
         ({"num_classes": 5}, {}, {}, r"wrong shape: head.weight \(5, 256\), not \(10, 256\), head.bias"),
         ({}, {}, {"attention_bias": "relative"}, "other attention biases have no counterpart"),
         ({}, {}, {"absolute_position": True}, "absolute_position has no counterpart"),
-        ({"variant": "seed"}, {}, {"variant": "seed", "attention_bias_scope": "stage"}, "has no counterpart there"),
+        ({"variant": "reimpl"}, {}, {"variant": "reimpl", "attention_bias_scope": "stage"}, "has no counterpart there"),
     ],
 )  # fmt: skip
 def test_weights_that_do_not_fit_are_refused_and_nothing_is_loaded(made_with, change, loaded_into, message):
@@ -372,7 +372,9 @@ def test_weights_that_do_not_fit_are_refused_and_nothing_is_loaded(made_with, ch
 def test_strange_files_are_named_for_what_they_are():
     with pytest.raises(ValueError, match="cmtrain's own weights"):
         load_reference_checkpoint(micro(), micro().state_dict())
-    with pytest.raises(ValueError, match=r"neither the paper's nor the seed's .* first keys are conv1\.weight"):
+    with pytest.raises(
+        ValueError, match=r"neither the paper's nor the re-implementation's .* first keys are conv1\.weight"
+    ):
         load_reference_checkpoint(micro(), {"conv1.weight": torch.zeros(1)})
 
 
@@ -513,7 +515,7 @@ def test_layer_norm_answers_in_the_dtype_of_the_stream_where_autocast_would_not(
         return real(x, *arguments, **keywords)
 
     monkeypatch.setattr(blocks.F, "layer_norm", watched)
-    model = micro(variant="seed", img_size=64)
+    model = micro(variant="reimpl", img_size=64)
     with torch.autocast("cpu", torch.bfloat16):
         model(images(64))
     assert set(seen) == {(False, torch.bfloat16)}
@@ -521,8 +523,8 @@ def test_layer_norm_answers_in_the_dtype_of_the_stream_where_autocast_would_not(
 
 
 def test_compiled_equals_eager():
-    """One graph, no break, with the seed's table read and LayerNorm's autocast switched off inside it."""
-    model, x = micro(variant="seed"), images()
+    """One graph, no break, with the re-implementation's table read and LayerNorm's autocast switched off inside it."""
+    model, x = micro(variant="reimpl"), images()
     with torch.autocast("cpu", torch.bfloat16):
         expected = copy.deepcopy(model)(x)
         logits = torch.compile(model, backend="aot_eager", fullgraph=True)(x)
@@ -531,7 +533,7 @@ def test_compiled_equals_eager():
     assert [key for key, p in model.named_parameters() if p.grad is None] == []
 
 
-@pytest.mark.parametrize("options", [{}, {"variant": "seed"}, OURS])
+@pytest.mark.parametrize("options", [{}, {"variant": "reimpl"}, OURS])
 def test_ddp_finds_every_parameter_and_no_foreign_stride(options):
     """Warnings are errors here: DDP warns when a gradient's strides are not its bucket's, and copies from then on."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

@@ -41,11 +41,11 @@ def large_tiles(monkeypatch):
             monkeypatch.setattr(ffn_operators, name, size)
 
 
-def networks(channels: int, hidden: int, *, seed: bool = False) -> tuple[FeedForward, FeedForward]:
+def networks(channels: int, hidden: int, *, reimpl: bool = False) -> tuple[FeedForward, FeedForward]:
     """(fused in float32, eager in float64), equal and with no parameter at a value that hides a mistake."""
     torch.manual_seed(0)
-    fused = FeedForward(channels, hidden, seed=seed, drop=0.0, kernel="fused")
-    eager = FeedForward(channels, hidden, seed=seed, drop=0.0, kernel="eager")
+    fused = FeedForward(channels, hidden, reimpl=reimpl, drop=0.0, kernel="fused")
+    eager = FeedForward(channels, hidden, reimpl=reimpl, drop=0.0, kernel="eager")
     with torch.no_grad():
         for key, parameter in fused.named_parameters():
             nn.init.normal_(parameter, std=0.3)
@@ -68,7 +68,7 @@ def perception_units(channels: int) -> tuple[ResidualDepthwiseConv, ResidualDept
     return fused.to(DEVICE), eager.to(DEVICE, torch.float64)
 
 
-FORMS = pytest.mark.parametrize("seed", [False, True], ids=["paper", "seed"])
+FORMS = pytest.mark.parametrize("reimpl", [False, True], ids=["paper", "reimpl"])
 
 
 def pictures(channels: int, height: int, width: int, batch: int = 2) -> torch.Tensor:
@@ -99,9 +99,9 @@ def compare(fused: nn.Module, eager: nn.Module, x: torch.Tensor, forward=None) -
 
 @FORMS
 @pytest.mark.parametrize(("name", "stage"), STAGES)
-def test_forward_and_backward_equal_autograd(name, stage, seed):
+def test_forward_and_backward_equal_autograd(name, stage, reimpl):
     """All stage widths, at a map small enough to be interpreted; 18 positions are no multiple of a tile."""
-    fused, eager = networks(*STAGES[name, stage], seed=seed)
+    fused, eager = networks(*STAGES[name, stage], reimpl=reimpl)
     errors = compare(fused, eager, pictures(STAGES[name, stage][0], 3, 3))
     assert max(errors.values()) < 1e-5, errors
 
@@ -114,11 +114,11 @@ def test_the_perception_unit_equals_autograd(channels):
 
 @FORMS
 @pytest.mark.parametrize(("height", "width", "batch"), [(1, 1, 2), (2, 3, 1), (1, 9, 3), (16, 4, 3)])
-def test_maps_of_any_shape(monkeypatch, height, width, batch, seed):
+def test_maps_of_any_shape(monkeypatch, height, width, batch, reimpl):
     """With the tiles that a GPU uses, several of them to a program."""
     monkeypatch.undo()
     monkeypatch.setattr(ffn_operators, "MIN_PROGRAMS", 1)
-    fused, eager = networks(6, 37, seed=seed)
+    fused, eager = networks(6, 37, reimpl=reimpl)
     errors = compare(fused, eager, pictures(6, height, width, batch))
     if (height, width) == (1, 1):  # two values have no spread that rounding leaves alone
         errors = {"output": errors["output"]}
@@ -131,9 +131,9 @@ NEEDS_GPU = pytest.mark.skipif(DEVICE == "cpu", reason="Triton's interpreter mul
 
 @FORMS
 @pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=NEEDS_GPU)])
-def test_in_half_precision_it_is_no_worse_than_operation_by_operation(dtype, seed):
-    fused, eager = networks(46, 165, seed=seed)
-    other, _ = networks(46, 165, seed=seed)
+def test_in_half_precision_it_is_no_worse_than_operation_by_operation(dtype, reimpl):
+    fused, eager = networks(46, 165, reimpl=reimpl)
+    other, _ = networks(46, 165, reimpl=reimpl)
     other.kernel = "eager"
     x = pictures(46, 8, 8).to(dtype)
     with torch.autocast(DEVICE, dtype):
@@ -155,8 +155,8 @@ def test_in_half_precision_the_perception_unit_is_no_worse(dtype):
 
 
 @FORMS
-def test_evaluation_uses_the_running_statistics(seed):
-    fused, eager = networks(46, 165, seed=seed)
+def test_evaluation_uses_the_running_statistics(reimpl):
+    fused, eager = networks(46, 165, reimpl=reimpl)
     x = pictures(46, 5, 4)
     fused.eval(), eager.eval()
     before = copy.deepcopy(fused.state_dict())
@@ -188,8 +188,8 @@ class Padding(TorchDispatchMode):
 
 
 @FORMS
-def test_padding_is_zero_forward_and_backward_and_parameters_know_nothing_of_it(seed):
-    fused, eager = networks(46, 165, seed=seed)
+def test_padding_is_zero_forward_and_backward_and_parameters_know_nothing_of_it(reimpl):
+    fused, eager = networks(46, 165, reimpl=reimpl)
     with Padding(165) as padding:
         fused(pictures(46, 4, 4).requires_grad_()).square().sum().backward()
     assert padding.num_tensors >= 12
@@ -220,7 +220,7 @@ def train_once(model: nn.Module, forward=None) -> tuple[torch.Tensor, dict[str, 
     return logits, {key: p.grad for key, p in model.named_parameters()} | dict(model.named_buffers())
 
 
-@pytest.mark.parametrize("variant", ["paper", "seed"])
+@pytest.mark.parametrize("variant", ["paper", "reimpl"])
 def test_a_model_trains_the_same_whichever_kernel(variant):
     """As near to float64 as operation by operation: BatchNorm of a 1x1 map makes much of a rounding error."""
     fused, eager = models(variant=variant)
@@ -235,8 +235,8 @@ def test_a_model_trains_the_same_whichever_kernel(variant):
 
 
 @FORMS
-def test_compiled_it_is_one_graph_and_the_same(seed):
-    fused, eager = networks(6, 37, seed=seed)
+def test_compiled_it_is_one_graph_and_the_same(reimpl):
+    fused, eager = networks(6, 37, reimpl=reimpl)
     compiled = torch.compile(fused, backend="aot_eager", fullgraph=True)
     errors = compare(fused, eager, pictures(6, 4, 4), compiled)
     assert max(errors.values()) < 1e-5, errors
@@ -284,7 +284,7 @@ def test_what_has_no_kernel_is_refused_on_request_and_eager_otherwise():
     with pytest.raises(ValueError, match="ffn_kernel='fused' needs Triton and, in variant='paper', proj_drop_rate=0"):
         timm.create_model("cmt_micro", ffn_kernel="fused", proj_drop_rate=0.1)
     timm.create_model("cmt_micro", proj_drop_rate=0.1)
-    timm.create_model("cmt_micro", ffn_kernel="fused", variant="seed", proj_drop_rate=0.1)  # none in its FFN
+    timm.create_model("cmt_micro", ffn_kernel="fused", variant="reimpl", proj_drop_rate=0.1)  # none in its FFN
     with pytest.raises(ValueError, match="ffn_kernel='triton' is not one of 'auto', 'fused', 'eager'"):
         timm.create_model("cmt_micro", ffn_kernel="triton")
 
@@ -307,18 +307,18 @@ class LooksLikeCuda(TorchFunctionMode):
 def test_auto_is_fused_where_it_can_be(monkeypatch, capability, training, grad, dtype, fused):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    ffn = FeedForward(6, 37, seed=False, drop=0.0).train(training)
+    ffn = FeedForward(6, 37, reimpl=False, drop=0.0).train(training)
     with LooksLikeCuda(), torch.set_grad_enabled(grad):
         assert ffn._is_fused(torch.zeros(1, dtype=dtype)) == fused
-        assert FeedForward(6, 37, seed=True, drop=0.0).train(training)._is_fused(torch.zeros(1, dtype=dtype)) == fused
-        assert not FeedForward(6, 37, seed=False, drop=0.1)._is_fused(torch.zeros(1))
+        assert FeedForward(6, 37, reimpl=True, drop=0.0).train(training)._is_fused(torch.zeros(1, dtype=dtype)) == fused
+        assert not FeedForward(6, 37, reimpl=False, drop=0.1)._is_fused(torch.zeros(1))
     assert not ffn._is_fused(torch.zeros(1, dtype=dtype))
 
 
 # ---- compiled
 
 MAX_SPILL = 64  # bytes: 16 registers, of 128
-NUM_KERNELS = 9 + 4 + 2 + 3  # in the seed's form too, in the perception unit's, and in evaluation
+NUM_KERNELS = 9 + 4 + 2 + 3  # in the re-implementation's form too, in the perception unit's, and in evaluation
 # For a hidden number, in the time in which an H100 moves a byte of device memory some 10 are issued.
 INSTRUCTIONS = {
     "expand": 46, "depthwise": 86, "project": 48, "project_weight_grad": 48, "depthwise_grad": 86, "expand_grad": 32,
@@ -361,9 +361,9 @@ def test_every_stage_compiles_without_spills_that_matter(name, dtype):
 
 
 @FORMS
-def test_the_check_finds_kernels_right_that_are_right(seed):
-    assert worst_error(torch.device("cpu"), torch.float32, "fused", seed=seed) < 1e-4
-    assert worst_error(torch.device("cpu"), torch.float16, "fused", seed=seed) < TOLERANCES[torch.float16] / 2
+def test_the_check_finds_kernels_right_that_are_right(reimpl):
+    assert worst_error(torch.device("cpu"), torch.float32, "fused", reimpl=reimpl) < 1e-4
+    assert worst_error(torch.device("cpu"), torch.float16, "fused", reimpl=reimpl) < TOLERANCES[torch.float16] / 2
 
 
 @pytest.mark.parametrize("part", ["y", "gradient", "statistic", "perception unit"])

@@ -17,16 +17,16 @@ GOLDEN = Path(__file__).parent / "golden"
 CASES = {
     "official_cmt_ti_160": {"model_name": "cmt_ti"},
     "official_cmt_s_224": {"model_name": "cmt_s"},
-    "blog_cmt_ti_160_rpe_qkvbias": {"model_name": "cmt_ti", "variant": "seed"},
+    "blog_cmt_ti_160_rpe_qkvbias": {"model_name": "cmt_ti", "variant": "reimpl"},
     "blog_cmt_ti_160_ape": {
         "model_name": "cmt_ti",
-        "variant": "seed",
+        "variant": "reimpl",
         "attention_bias": "none",
         "absolute_position": True,
     },
     "blog_cmt_ti_160_pe_nd_noqkvbias": {
         "model_name": "cmt_ti",
-        "variant": "seed",
+        "variant": "reimpl",
         "attention_bias": "pairwise",
         "qkv_bias": False,
     },

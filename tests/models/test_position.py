@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from cmtrain.models.position import (
     AbsolutePosition,
     PairwiseBias,
+    ReimplPairwiseBias,
+    ReimplRelativeBias,
     RelativeBias,
-    SeedPairwiseBias,
-    SeedRelativeBias,
     resize_grid,
 )
 
@@ -39,7 +39,7 @@ def test_relative_bias_uses_every_entry_and_its_gradient_counts_the_pairs(n, r):
 
 @pytest.mark.parametrize(("n", "r"), GRIDS)
 def test_seed_relative_bias_is_the_first_columns_of_the_full_matrix(n, r):
-    bias = SeedRelativeBias(queries_per_side=n, reduction=r)
+    bias = ReimplRelativeBias(queries_per_side=n, reduction=r)
     dense, num_keys = bias(), (n // r) ** 2
     assert dense.shape == (1, n * n, num_keys)
     for query in range(n * n):
@@ -49,7 +49,7 @@ def test_seed_relative_bias_is_the_first_columns_of_the_full_matrix(n, r):
 
 
 def test_seed_pairwise_bias_reads_the_first_columns_only():
-    bias = SeedPairwiseBias(queries_per_side=8, reduction=4)
+    bias = ReimplPairwiseBias(queries_per_side=8, reduction=4)
     assert torch.equal(bias()[0], bias.table[:, :4])
     bias().sum().backward()
     assert bias.table.grad[:, :4].eq(1).all()
@@ -59,8 +59,8 @@ def test_seed_pairwise_bias_reads_the_first_columns_only():
 def test_tables_start_as_their_references_do():
     torch.manual_seed(0)
     assert PairwiseBias(8, 16, 1).table.std().item() == pytest.approx(1.0, rel=0.01)
-    assert SeedPairwiseBias(32, 2).table.std().item() == pytest.approx(0.2, rel=0.01)
-    assert SeedRelativeBias(128, 8).table.std().item() == pytest.approx(0.2, rel=0.02)
+    assert ReimplPairwiseBias(32, 2).table.std().item() == pytest.approx(0.2, rel=0.01)
+    assert ReimplRelativeBias(128, 8).table.std().item() == pytest.approx(0.2, rel=0.02)
     assert RelativeBias(4, 64, 8).table.std().item() == pytest.approx(0.2, rel=0.02)
     assert AbsolutePosition(64, 32).table.std().item() == pytest.approx(0.2, rel=0.02)
 
@@ -69,13 +69,13 @@ def make(kind: str, n: int):
     return {
         "pairwise": lambda: PairwiseBias(2, n, 4),
         "relative": lambda: RelativeBias(2, n, 4),
-        "seed pairwise": lambda: SeedPairwiseBias(n, 4),
-        "seed relative": lambda: SeedRelativeBias(n, 4),
+        "reimpl pairwise": lambda: ReimplPairwiseBias(n, 4),
+        "reimpl relative": lambda: ReimplRelativeBias(n, 4),
         "absolute": lambda: AbsolutePosition(6, n),
     }[kind]()
 
 
-KINDS = ["pairwise", "relative", "seed pairwise", "seed relative", "absolute"]
+KINDS = ["pairwise", "relative", "reimpl pairwise", "reimpl relative", "absolute"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -84,11 +84,11 @@ def test_resizing_gives_the_new_shape_and_keeps_a_constant(kind, old, new):
     source, target = make(kind, old), make(kind, new)
     resized = target.resized(torch.full_like(source.table, 0.7))
     assert resized.shape == target.table.shape
-    used = resized[:, : (new // 4) ** 2] if kind == "seed pairwise" else resized
+    used = resized[:, : (new // 4) ** 2] if kind == "reimpl pairwise" else resized
     torch.testing.assert_close(used, torch.full_like(used, 0.7))
 
 
-@pytest.mark.parametrize("kind", ["pairwise", "relative", "seed relative", "absolute"])
+@pytest.mark.parametrize("kind", ["pairwise", "relative", "reimpl relative", "absolute"])
 def test_resizing_to_the_same_size_changes_no_bit(kind):
     table = make(kind, 16).table
     assert torch.equal(make(kind, 16).resized(table), table)
@@ -103,7 +103,7 @@ def test_pairwise_tables_resize_queries_and_keys_separately():
     torch.testing.assert_close(resized, expected)
 
     in_the_seed = F.pad(table[0], (0, 240), value=9.0)  # columns that are never read must not leak into those that are
-    torch.testing.assert_close(SeedPairwiseBias(24, 4).resized(in_the_seed)[:, :36], expected[0])
+    torch.testing.assert_close(ReimplPairwiseBias(24, 4).resized(in_the_seed)[:, :36], expected[0])
 
 
 def test_absolute_positions_resize_as_a_map_and_enlarge_a_ramp_into_a_ramp():

@@ -101,7 +101,7 @@ def test_the_verb_loads_no_torch_and_says_where_the_report_is(tmp_path):
     write_run(tmp_path / "a")
     code = (
         "import sys\n"
-        "from cmtrain.cli import main\n"
+        "from cmtrain.cli.main import main\n"
         f"code = main(['report', {str(tmp_path / 'a')!r}])\n"
         "print(code, [name for name in ('torch', 'nvidia', 'accelerate') if name in sys.modules])\n"
     )

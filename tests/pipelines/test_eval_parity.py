@@ -18,7 +18,7 @@ from pipelines.spec import EvalSpec
 SAMPLE = ROOT.parent / "shared" / "data" / "imagenet-sample.tar"
 MODES = {"bicubic": InterpolationMode.BICUBIC, "bilinear": InterpolationMode.BILINEAR}
 
-# The paper's recipes: 184 and 182 to 160, 256 to 224; bicubic in the official code, bilinear in the seed's.
+# The paper's recipes: 184 and 182 to 160, 256 to 224; bicubic in the official code, bilinear in the re-implementation's.
 RECIPES = [(160, 184, "bicubic"), (160, 182, "bilinear"), (224, 256, "bicubic")]
 
 

@@ -251,7 +251,7 @@ def test_the_parts_of_a_policy_are_read_as_timm_reads_them():
     assert parse("rand").severity == "timm"
     assert parse("rand-n3-p0.25").num_layers == 3
     assert parse("rand-n3-p0.25").prob == 0.25
-    assert parse("seed") == parse("rand-m10-n2-p0.5")
+    assert parse("reimpl") == parse("rand-m10-n2-p0.5")
     assert np.isinf(parse("rand-mstd101").magnitude_std)
 
 
@@ -263,7 +263,7 @@ def test_uniform_magnitudes_when_the_noise_is_above_100():
 
 
 def test_the_seeds_solarize_is_no_operation_and_its_enhancements_are_all_1_9():
-    policy = parse("seed")
+    policy = parse("reimpl")
     op = np.arange(15)[:, None]
     params = op_params(policy, op, np.ones((15, 1)), np.ones((15, 1)), 160)
     assert params.factors[:, 0, 0] == pytest.approx(1.9)

@@ -138,7 +138,7 @@ def test_a_finished_run_ends_at_once(make_job):
     job = make_job()
     result = job(*TWO, module=FAULTY, WARM="1")
     program = (
-        "import sys; from cmtrain.cli import main; code = main(sys.argv[1:]);"
+        "import sys; from cmtrain.cli.main import main; code = main(sys.argv[1:]);"
         "assert not {'torch', 'numpy', 'nvidia'} & set(sys.modules); sys.exit(code)"
     )
     command = [sys.executable, "-c", program, "--config", str(job.config), "--nproc", "2"]

@@ -63,7 +63,7 @@ def test_a_poisoned_batch_is_a_batch_that_never_was(opt, accumulation, precision
 @pytest.mark.parametrize(("opt", "accumulation", "precision"), CASES)
 @pytest.mark.parametrize("position", POSITIONS)
 def test_without_the_guard_the_same_batch_is_the_end(opt, accumulation, precision, position):
-    """The seed's failure (section 4.3) and pytorch issue 88474: training looks fine, evaluation is NaN."""
+    """The re-implementation's failure (section 4.3) and pytorch issue 88474: training looks fine, evaluation is NaN."""
     learner = learner_of(opt, accumulation, precision, protect=False)
     for number in range(NUM_STEPS):
         step(learner, number, poison=POISON[precision] if number == POSITIONS[position] else 1.0)

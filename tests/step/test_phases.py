@@ -104,7 +104,7 @@ def test_steps_that_nobody_asks_about_are_forgotten(gpu_phases):
     assert len(gpu_phases.take()) == MAX_PENDING_STEPS
 
 
-@pytest.mark.parametrize("variant", ["paper", "seed"])
+@pytest.mark.parametrize("variant", ["paper", "reimpl"])
 @pytest.mark.parametrize("bias", ["none", "relative", "pairwise"])
 @pytest.mark.parametrize("absolute", [False, True])
 def test_flops_of_every_kind_of_position(variant, bias, absolute):

@@ -131,8 +131,8 @@ def test_other_models_and_damaged_files_are_refused_in_one_line(tmp_path):
     assert "holds no weights" in refusal(lambda f: save_file({}, f))
     other = contiguous(timm.create_model("resnet18"))
     assert " is missing there" in refusal(lambda f: save_file(other, f), ConfigError)
-    seed = contiguous(micro(variant="seed"))
-    assert "in the model" in refusal(lambda f: save_file(seed, f), ConfigError)
+    reimpl = contiguous(micro(variant="reimpl"))
+    assert "in the model" in refusal(lambda f: save_file(reimpl, f), ConfigError)
     assert "not a safetensors file" in refusal(lambda f: f.write_bytes(pickle.dumps({"a": 1})))
     huge = json.dumps({"a": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}).encode()
     assert "not a safetensors file" in refusal(lambda f: f.write_bytes(len(huge).to_bytes(8, "little") + huge))
@@ -145,6 +145,6 @@ def test_other_models_and_damaged_files_are_refused_in_one_line(tmp_path):
 
 def test_options_of_cmt_are_refused_for_other_models(make_job):
     job = make_job()
-    job("--model.name", "resnet18", "--model.variant", "seed", code=2)
+    job("--model.name", "resnet18", "--model.variant", "reimpl", code=2)
     (line,) = job.stderr.read_text().splitlines()
-    assert "model.variant (seed) is an option of CMT only, and does not fit model.name (resnet18)" in line
+    assert "model.variant (reimpl) is an option of CMT only, and does not fit model.name (resnet18)" in line

@@ -54,7 +54,7 @@ def deep_learner(**options):
 
 
 def test_a_learning_rate_that_freezes_a_run_is_survived():
-    """SGD at 1.6 without warm-up in fp16: the seed's section 4.3, in small."""
+    """SGD at 1.6 without warm-up in fp16: the re-implementation's section 4.3, in small."""
     unguarded, frozen, cured, recovery = deep_learner(protect=False), deep_learner(), deep_learner(), make_recovery()
     without_guard, _, _ = run(unguarded, None, lr=1.6)
     assert math.isnan(accuracy(unguarded, unguarded.model)[1])
