@@ -31,11 +31,15 @@ def _empty_folder(tmp_path, monkeypatch):
 def calls(monkeypatch):
     """Replaces the modules behind the verbs; the list receives (verb, args, kwargs) of each call. They return 4."""
     received = []
-    verbs = {"train": "train", "demo": "demo", "bench": "bench", "check": "data_check", "pack": "data_pack"}
-    for verb, name in {**verbs, "preview": "data_show", "stats": "data_show"}.items():
-        module = sys.modules.get(f"cmtrain.{name}") if verb == "stats" else ModuleType(f"cmtrain.{name}")
+    places = {
+        "train": "training.train", "demo": "commands.demo", "bench": "commands.bench.bench", "check": "commands.data_check",
+        "pack": "commands.data_pack", "preview": "commands.data_preview", "stats": "commands.data_preview",
+    }  # fmt: skip
+    for verb, place in places.items():
+        name = f"cmtrain.{place}"
+        module = sys.modules.get(name) if verb == "stats" else ModuleType(name)
         setattr(module, verb, lambda *args, verb=verb, **kwargs: received.append((verb, args, kwargs)) or 4)
-        monkeypatch.setitem(sys.modules, f"cmtrain.{name}", module)
+        monkeypatch.setitem(sys.modules, name, module)
     return received
 
 

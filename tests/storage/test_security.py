@@ -51,7 +51,7 @@ def test_only_the_sanctioned_lines(path):
 
 
 def test_state_is_loaded_as_weights_only():
-    tree = ast.parse((ROOT / "cmtrain" / "state_file.py").read_text())
+    tree = ast.parse((ROOT / "cmtrain" / "storage" / "state_file.py").read_text())
     (call,) = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and ast.unparse(n.func) == "torch.load"]
     keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
     assert keywords["weights_only"] == "True"
