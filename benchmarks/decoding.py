@@ -25,7 +25,9 @@ from pipelines.spec import AugmentSpec
 WARMUP_BATCHES = 4
 
 
-def measure(manifest: Manifest, arguments: argparse.Namespace, rand_augment, threads, load) -> tuple[float, float]:
+def measure(
+    manifest: Manifest, arguments: argparse.Namespace, rand_augment, threads, load
+) -> tuple[float, float]:
     """Images/s, and MiB of the GPU that the process and its CUDA context hold."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     spec = AugmentSpec(160, "bilinear", rand_augment=rand_augment, fp16=device == "cuda")
@@ -83,7 +85,9 @@ def write(arguments: argparse.Namespace, measured: dict[tuple, list[tuple[float,
         }
         for (ra, threads, load), figures in measured.items()
     ]  # fmt: skip
-    arguments.json.write_text(json.dumps({"batch": arguments.batch, "decode": arguments.decode, "rows": rows}) + "\n")
+    arguments.json.write_text(
+        json.dumps({"batch": arguments.batch, "decode": arguments.decode, "rows": rows}) + "\n"
+    )
 
 
 if __name__ == "__main__":

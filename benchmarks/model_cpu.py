@@ -69,7 +69,9 @@ def race(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[flo
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--image-px", type=int, default=160)
     parser.add_argument("--rounds", type=int, default=5)

@@ -136,7 +136,10 @@ def measure(case: Case, image_px: int, steps: int, copy_bytes_per_second: float)
         figures["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
     if not case.compiled:
         moved = count(model, image_px=image_px, batch=case.batch, dtype=dtype).total_bytes
-        figures |= {"mb_per_image": moved / 1e6, "copy_share": moved * case.batch / seconds / copy_bytes_per_second}
+        figures |= {
+            "mb_per_image": moved / 1e6,
+            "copy_share": moved * case.batch / seconds / copy_bytes_per_second,
+        }
     return figures
 
 
@@ -190,7 +193,9 @@ def part_times(batch: int, steps: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--small-batch", type=int, default=128, help="of inference")
     parser.add_argument("--image-px", type=int, default=160)

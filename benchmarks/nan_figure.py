@@ -72,14 +72,26 @@ def main() -> None:
         zero=True, marks=marks, height_px=HEIGHT_PX - TOP_PX - 30,
     )  # fmt: skip
     plot = ElementTree.fromstring(chart.svg)
-    size = {"x": f"{LEFT_PX}", "y": f"{TOP_PX}", "width": f"{WIDTH_PX - LEFT_PX - RIGHT_PX}", "overflow": "visible"}
+    size = {
+        "x": f"{LEFT_PX}",
+        "y": f"{TOP_PX}",
+        "width": f"{WIDTH_PX - LEFT_PX - RIGHT_PX}",
+        "overflow": "visible",
+    }
     plot.attrib |= size
     figure = ElementTree.Element(
-        "svg", {"xmlns": "http://www.w3.org/2000/svg", "viewBox": f"0 0 {WIDTH_PX} {HEIGHT_PX}", "width": f"{WIDTH_PX}"}
+        "svg",
+        {
+            "xmlns": "http://www.w3.org/2000/svg",
+            "viewBox": f"0 0 {WIDTH_PX} {HEIGHT_PX}",
+            "width": f"{WIDTH_PX}",
+        },
     )
     ElementTree.SubElement(figure, "style").text = STYLE
     ElementTree.SubElement(figure, "rect", {"width": "100%", "height": "100%", "fill": "white"})
-    title = "Validation top-1 over steps. Dashed: the guarded run goes back to a good state and lowers its rate."
+    title = (
+        "Validation top-1 over steps. Dashed: the guarded run goes back to a good state and lowers its rate."
+    )
     ElementTree.SubElement(figure, "text", {"class": "title", "x": "12", "y": "20"}).text = title
     for index, line in enumerate(series):
         place = {"class": f"c{line.color}", "x": f"{LEFT_PX + 150 * index}", "y": "42"}
@@ -89,7 +101,12 @@ def main() -> None:
 
 
 def _train(folder: Path, name: str, arguments: list[str]) -> Path:
-    command = [sys.executable, str(ROOT / "tests" / "helpers" / "half_train.py"), "--config", str(folder / "nan.yaml")]
+    command = [
+        sys.executable,
+        str(ROOT / "tests" / "helpers" / "half_train.py"),
+        "--config",
+        str(folder / "nan.yaml"),
+    ]
     subprocess.run(
         [*command, "--run.dir", str(folder), "--run.name", name, *arguments],
         env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, check=True,

@@ -31,7 +31,9 @@ OVERRIDES = {
 
 def step_times(log: Path) -> list[float]:
     """When each step was logged, seconds since the epoch; a last line that is half written is left out."""
-    return [json.loads(line)["time"] for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    return [
+        json.loads(line)["time"] for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")
+    ]
 
 
 def laps(log: Path, begin: float, end: float) -> list[float]:
@@ -47,7 +49,13 @@ def calm(log: Path, port: int) -> list[float]:
 
 
 def storm(log: Path, port: int) -> list[float]:
-    hammer = [sys.executable, str(ROOT / "tests" / "helpers" / "hammer.py"), str(port), str(CLIENTS), str(SECONDS + 2)]
+    hammer = [
+        sys.executable,
+        str(ROOT / "tests" / "helpers" / "hammer.py"),
+        str(port),
+        str(CLIENTS),
+        str(SECONDS + 2),
+    ]
     with contextlib.ExitStack() as stack:
         clients = stack.enter_context(subprocess.Popen(hammer, stdout=subprocess.DEVNULL))
         for _ in range(HALF_OPEN):
@@ -68,14 +76,23 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         options = [f"--{key}={value}" for key, value in (OVERRIDES | {"run.dir": folder}).items()]
-        command = [sys.executable, "-m", "cmtrain", "--config", str(ROOT / "configs" / "demo.yaml"), *options]
+        command = [
+            sys.executable,
+            "-m",
+            "cmtrain",
+            "--config",
+            str(ROOT / "configs" / "demo.yaml"),
+            *options,
+        ]
         with open(Path(folder) / "stderr.txt", "w+") as err:
             run = subprocess.Popen(command, stderr=err, stdout=subprocess.DEVNULL)
             log = Path(folder) / "storm" / "log.jsonl"
             try:
                 while not log.exists() or len(step_times(log)) < 100:
                     if run.poll() is not None:
-                        sys.exit(f"{Path(err.name).read_text()}\nthe run ended with exit code {run.returncode}")
+                        sys.exit(
+                            f"{Path(err.name).read_text()}\nthe run ended with exit code {run.returncode}"
+                        )
                     time.sleep(0.1)
                 status = json.loads((log.parent / "status.json").read_text())
                 port = int(status["metrics_url"].split(":")[2].split("/")[0])
@@ -95,7 +112,9 @@ def main() -> None:
         for side, values in taken.items()
     }
     for quantile in ("p50", "p99"):
-        figures[f"{quantile}_ratio"] = round(figures["storm"][f"{quantile}_ms"] / figures["alone"][f"{quantile}_ms"], 3)
+        figures[f"{quantile}_ratio"] = round(
+            figures["storm"][f"{quantile}_ms"] / figures["alone"][f"{quantile}_ms"], 3
+        )
     print(json.dumps(figures))
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=1) + "\n")

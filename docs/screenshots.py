@@ -36,7 +36,9 @@ def take(browser: Browser, page: Path | str, target: Path, height_px: int | None
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         run, browser = Path(folder) / "runs" / "demo", Browser(Path(folder) / "profile")
-        training = subprocess.Popen([sys.executable, "-m", "cmtrain", "demo"], cwd=folder, stdout=subprocess.DEVNULL)
+        training = subprocess.Popen(
+            [sys.executable, "-m", "cmtrain", "demo"], cwd=folder, stdout=subprocess.DEVNULL
+        )
         try:
             status: dict = {}
             while not status.get("step", 0) > SHARE_DONE * status.get("last_step", 0):

@@ -36,7 +36,9 @@ class Pyramid(nn.Module):
         self.out_channels = channels
 
     def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
-        return self.fpn(OrderedDict((str(level), features) for level, features in enumerate(self.body(images))))
+        return self.fpn(
+            OrderedDict((str(level), features) for level, features in enumerate(self.body(images)))
+        )
 
 
 def make_detector(name: str = "cmt_micro", img_size: int = 128) -> RetinaNet:
@@ -53,7 +55,9 @@ def make_detector(name: str = "cmt_micro", img_size: int = 128) -> RetinaNet:
     )
 
 
-def made_up_batches(size: int, img_size: int, seed: int) -> Iterator[tuple[list[Tensor], list[dict[str, Tensor]]]]:
+def made_up_batches(
+    size: int, img_size: int, seed: int
+) -> Iterator[tuple[list[Tensor], list[dict[str, Tensor]]]]:
     """Endless batches of noise with one to three bright shapes each, their boxes (x0, y0, x1, y1) and labels."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -72,7 +76,9 @@ def made_up_batches(size: int, img_size: int, seed: int) -> Iterator[tuple[list[
                 boxes.append([x, y, x + side, y + side])
                 labels.append(label)
             images.append(image.clamp(max=1))
-            targets.append({"boxes": torch.tensor(boxes, dtype=torch.float32), "labels": torch.tensor(labels)})
+            targets.append(
+                {"boxes": torch.tensor(boxes, dtype=torch.float32), "labels": torch.tensor(labels)}
+            )
         yield images, targets
 
 

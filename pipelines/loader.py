@@ -215,7 +215,9 @@ class DaliLoader:
                 labels = np.where(given.indices == planned.indices, labels, UNREADABLE)
                 indices = planned.indices
             yield Batch(
-                images.to(self._device, non_blocking=True).permute(0, 3, 1, 2),  # (B, H, W, 3) -> (B, 3, H, W)
+                images.to(self._device, non_blocking=True).permute(
+                    0, 3, 1, 2
+                ),  # (B, H, W, 3) -> (B, 3, H, W)
                 self._to_device(labels),
                 self._to_device(indices),
             )

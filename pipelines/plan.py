@@ -77,7 +77,9 @@ class Plan:
                 f"global_batch_size {self.global_batch_size} is no multiple of micro_batch_size {self.micro_batch_size}"
             )
         if not 1 <= self.global_batch_size <= self.num_samples:
-            raise ValueError(f"global_batch_size {self.global_batch_size} is not in 1..{self.num_samples} (samples)")
+            raise ValueError(
+                f"global_batch_size {self.global_batch_size} is not in 1..{self.num_samples} (samples)"
+            )
         if self.repeats < 1:
             raise ValueError(f"repeats {self.repeats} is below 1")
 
@@ -105,7 +107,9 @@ class Plan:
                 f"({self.global_batch_size} / {self.micro_batch_size})"
             )
         if start % self.global_batch_size or not 0 <= start <= self.num_samples:
-            raise ValueError(f"start {start} is no multiple of global_batch_size {self.global_batch_size} in the epoch")
+            raise ValueError(
+                f"start {start} is no multiple of global_batch_size {self.global_batch_size} in the epoch"
+            )
         return self._micro_batches(epoch, start // self.global_batch_size, rank, world)
 
     def _micro_batches(self, epoch: int, first_step: int, rank: int, world: int) -> Iterator[MicroBatch]:

@@ -28,7 +28,9 @@ def contact_sheet(
         max_images: at most so many are shown.
         columns: images in a row; None makes rows as long as the grid is high.
     """
-    images = batch_images[:max_images].float().cpu().permute(0, 2, 3, 1).numpy()  # (B, 3, H, W) -> (B, H, W, 3)
+    images = (
+        batch_images[:max_images].float().cpu().permute(0, 2, 3, 1).numpy()
+    )  # (B, 3, H, W) -> (B, H, W, 3)
     levels = np.clip(np.rint((images * np.array(std) + np.array(mean)) * 255), 0, 255).astype(np.uint8)
     count, height, width, _ = levels.shape
     columns = columns or int(np.ceil(np.sqrt(count)))

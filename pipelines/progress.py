@@ -16,7 +16,9 @@ QUIET_SECONDS = 2.0
 REDRAW_SECONDS, LINE_SECONDS = 0.2, 10.0
 
 
-def tracked(steps: Iterable[T], what: str, total: int, done: int = 0, per_step: int = 1) -> Generator[T, None, None]:
+def tracked(
+    steps: Iterable[T], what: str, total: int, done: int = 0, per_step: int = 1
+) -> Generator[T, None, None]:
     """Passes `steps` on; after two seconds a bar on a terminal, else a line every ten seconds, both on stderr.
 
     Args:
@@ -50,7 +52,12 @@ def _started_bar(what: str, total: int) -> tuple[Progress, TaskID]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = TextColumn(what), BarColumn(), TextColumn("{task.completed:,} of {task.total:,}"), TimeRemainingColumn()
+    columns = (
+        TextColumn(what),
+        BarColumn(),
+        TextColumn("{task.completed:,} of {task.total:,}"),
+        TimeRemainingColumn(),
+    )
     bar = Progress(*columns, console=Console(stderr=True), transient=True)
     task = bar.add_task(what, total=total)
     bar.start()

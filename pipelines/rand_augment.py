@@ -95,9 +95,13 @@ class LayerParams(NamedTuple):
     """The numbers of n layers for B samples. A branch reads only its own; the others hold anything finite."""
 
     branches: NDArray[np.int32]  # (B, n) Branch
-    matrices: NDArray[np.float32]  # (B, n, 2, 3) destination to source pixels, origin at the corner of the image
+    matrices: NDArray[
+        np.float32
+    ]  # (B, n, 2, 3) destination to source pixels, origin at the corner of the image
     bits: NDArray[np.uint8]  # (B, n, 4) mask, flip, highest value that is not inverted, addition below 128
-    factors: NDArray[np.float32]  # (B, n, 2) factor of the enhancement or sigma_px, 1 if it is about the image's mean
+    factors: NDArray[
+        np.float32
+    ]  # (B, n, 2) factor of the enhancement or sigma_px, 1 if it is about the image's mean
     kernels: NDArray[np.float32]  # (B, n, 3, 3) sharpness filter
 
 
@@ -112,7 +116,9 @@ def parse(text: str) -> Policy:
     if text == "reimpl":
         return parse("rand-m10-n2-p0.5")
     if text == "3a":
-        return Policy(_THREE_OPS, 1, prob=1.0, magnitude=1.0, magnitude_std=math.inf, severity="3a", translate=0.0)
+        return Policy(
+            _THREE_OPS, 1, prob=1.0, magnitude=1.0, magnitude_std=math.inf, severity="3a", translate=0.0
+        )
     family, *parts = text.split("-")
     known = {"rand": ("m", "n", "p", "mstd", "inc"), "dali": ("m", "n")}.get(family)
     if known is None:
@@ -141,7 +147,9 @@ def _parse_parts(text: str, parts: list[str], known: tuple[str, ...]) -> dict[st
     for part in parts:
         found = re.fullmatch(r"([a-z]+)(\d+(?:\.\d+)?)", part)
         if found is None or found[1] not in known:
-            raise ValueError(f"{text!r}: unknown part {part!r}; known are {', '.join(known)}, each with its number")
+            raise ValueError(
+                f"{text!r}: unknown part {part!r}; known are {', '.join(known)}, each with its number"
+            )
         if found[1] in {"m", "n", "inc"} and not found[2].isdigit():
             raise ValueError(f"{text!r}: {part!r} needs a whole number")
         values[found[1]] = float(found[2])
@@ -183,7 +191,9 @@ def op_params(policy: Policy, op: Ints, magnitude: Floats, sign: Floats, image_p
     )
 
 
-def _matrices(is_op: dict[str, NDArray[np.bool_]], signed: Floats, translate: float, px: int) -> NDArray[np.float32]:
+def _matrices(
+    is_op: dict[str, NDArray[np.bool_]], signed: Floats, translate: float, px: int
+) -> NDArray[np.float32]:
     angle = -np.deg2rad(30.0) * signed * is_op["Rotate"]
     cos, sin, shift = np.cos(angle), np.sin(angle), translate * px * signed
     # Sums, because at most one operation's terms differ from the identity.

@@ -88,13 +88,19 @@ class BadFiles:
                 if index not in self._reasons:
                     self._found(index, f"Pillow can read it, DALI cannot: {words}")
         if len(self._reasons) == before:
-            raise DataError(f"{what}, and DALI can decode each one alone; together: {_words(error)}") from error
+            raise DataError(
+                f"{what}, and DALI can decode each one alone; together: {_words(error)}"
+            ) from error
 
     def stand_in(self, index: int) -> int:
         """The sample to use instead of `index`. Raises DataError when there are more bad files than allowed."""
         for step in range(1, len(self._manifest)):
             candidate = (index + step) % len(self._manifest)
-            if candidate not in self._good and candidate not in self._reasons and not self.examine([candidate]):
+            if (
+                candidate not in self._good
+                and candidate not in self._reasons
+                and not self.examine([candidate])
+            ):
                 self._good.add(candidate)
             if candidate in self._good:
                 return candidate
@@ -125,7 +131,9 @@ class BadFiles:
         self._untold.append(BadFile(self._manifest.file(index), reason))
         share, total = self._max_bad_fraction, len(self._manifest)
         if len(self._reasons) > max(int(share * total), int(share > 0)):
-            named = "; ".join(f"{self._manifest.file(i)}: {why}" for i, why in list(self._reasons.items())[:3])
+            named = "; ".join(
+                f"{self._manifest.file(i)}: {why}" for i, why in list(self._reasons.items())[:3]
+            )
             raise DataError(
                 f"{self._manifest.root}: {len(self._reasons)} of {total} images became unreadable during the run, more "
                 f"than data.max_bad_fraction {share:g} allows: {named}"
@@ -142,7 +150,9 @@ def _failing_alone(batch: MicroBatch, decode: Callable[[MicroBatch], None]) -> I
             yield int(batch.indices[0]), _words(error)
             return
         for half in (slice(middle), slice(middle, None)):
-            yield from _failing_alone(batch._replace(indices=batch.indices[half], copies=batch.copies[half]), decode)
+            yield from _failing_alone(
+                batch._replace(indices=batch.indices[half], copies=batch.copies[half]), decode
+            )
 
 
 def _words(error: Exception) -> str:

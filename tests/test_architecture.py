@@ -16,7 +16,12 @@ SOURCES = sorted([*ROOT.glob("cmtrain/**/*.py"), *ROOT.glob("pipelines/**/*.py")
 FILES = {"pipelines.checks", "pipelines.plan", "pipelines.progress"}
 PIPELINES = {"pipelines", "pipelines.files", "pipelines.checks", "pipelines.dali", "pipelines.packing"}
 MONITORING = {"cmtrain.storage", "cmtrain.step", "cmtrain.config"}
-TRAINING = MONITORING | {"cmtrain.monitoring", "cmtrain.monitoring.report", "cmtrain.processes", "cmtrain.models"}
+TRAINING = MONITORING | {
+    "cmtrain.monitoring",
+    "cmtrain.monitoring.report",
+    "cmtrain.processes",
+    "cmtrain.models",
+}
 COMMANDS = TRAINING | {"cmtrain.training", "cmtrain.commands.bench"} | PIPELINES
 MAY_IMPORT = {
     "cmtrain": {"cmtrain.cli"},
@@ -130,7 +135,9 @@ def code_of(path: Path) -> str:
     return ast.unparse(tree)
 
 
-LINES = {name: len(path.read_text().splitlines()) for name, path in MODULES.items() if path.name != "__init__.py"}
+LINES = {
+    name: len(path.read_text().splitlines()) for name, path in MODULES.items() if path.name != "__init__.py"
+}
 
 
 def test_files_are_neither_long_nor_slices():
@@ -158,5 +165,7 @@ def test_models_register_with_timm():
 
 
 def test_importing_cmtrain_is_light():
-    program = "import sys, cmtrain; assert not {'torch', 'timm', 'nvidia'} & set(sys.modules), sys.modules.keys()"
+    program = (
+        "import sys, cmtrain; assert not {'torch', 'timm', 'nvidia'} & set(sys.modules), sys.modules.keys()"
+    )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)

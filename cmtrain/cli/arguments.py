@@ -11,7 +11,9 @@ from cmtrain.errors import ConfigError
 
 def load(verb: str, path: str | None, overrides: Overrides) -> Resolved:
     if path is None:
-        raise ConfigError(f"cmtrain {verb}: --config is missing, e.g. cmtrain {verb} --config configs/demo.yaml")
+        raise ConfigError(
+            f"cmtrain {verb}: --config is missing, e.g. cmtrain {verb} --config configs/demo.yaml"
+        )
     return load_config(path, overrides)
 
 
@@ -35,7 +37,9 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[ar
     own, rest = [], list(arguments)
     while rest:
         argument = rest.pop(0)
-        if re.match(r"--[^=]*[.]", argument):  # taken out first, or argparse takes the values for positional arguments
+        if re.match(
+            r"--[^=]*[.]", argument
+        ):  # taken out first, or argparse takes the values for positional arguments
             overrides.append(_override(argument, rest))
         else:
             own.append(argument)

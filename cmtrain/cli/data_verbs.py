@@ -16,11 +16,17 @@ def data(arguments: list[str]) -> int:
 
 
 def _data_check(arguments: list[str]) -> int:
-    parser = make_parser("data check", "Find the images that cannot be read; training leaves them out from then on.")
-    parser.add_argument("root", metavar="DIR", help="folder with train/ and val/, or one tree of class folders")
+    parser = make_parser(
+        "data check", "Find the images that cannot be read; training leaves them out from then on."
+    )
+    parser.add_argument(
+        "root", metavar="DIR", help="folder with train/ and val/, or one tree of class folders"
+    )
     parser.add_argument("--headers-only", action="store_true", help="read headers, do not decode")
     parser.add_argument("--processes", type=positive, metavar="N", help="default: one per core")
-    parser.add_argument("--out", metavar="FILE", help="write the list there instead; training does not look there")
+    parser.add_argument(
+        "--out", metavar="FILE", help="write the list there instead; training does not look there"
+    )
     parser.add_argument("--cache-dir", metavar="DIR", help="data.cache_dir of the runs, if they have one")
     options = parse_alone(parser, arguments)
     from cmtrain.commands.data_check import check
@@ -35,15 +41,27 @@ def _data_check(arguments: list[str]) -> int:
 
 
 def _data_pack(arguments: list[str]) -> int:
-    parser = make_parser("data pack", "Write an image folder as tar shards with an index, readable by webdataset, too.")
+    parser = make_parser(
+        "data pack", "Write an image folder as tar shards with an index, readable by webdataset, too."
+    )
     parser.add_argument("source", metavar="SRC", help="folder with train/ and val/")
     parser.add_argument("destination", metavar="DST", help="folder to write; the same command resumes")
-    parser.add_argument("--resize-shorter", type=positive, metavar="PX", help="shrink the shorter side to PX pixels")
-    parser.add_argument("--quality", type=positive, default=90, metavar="Q", help="of re-encoded JPEGs (default: 90)")
-    parser.add_argument("--shard-size", type=positive, default=256, metavar="MIB", help="MiB a shard (default: 256)")
+    parser.add_argument(
+        "--resize-shorter", type=positive, metavar="PX", help="shrink the shorter side to PX pixels"
+    )
+    parser.add_argument(
+        "--quality", type=positive, default=90, metavar="Q", help="of re-encoded JPEGs (default: 90)"
+    )
+    parser.add_argument(
+        "--shard-size", type=positive, default=256, metavar="MIB", help="MiB a shard (default: 256)"
+    )
     parser.add_argument("--processes", type=positive, metavar="N", help="default: one per core")
-    parser.add_argument("--max-bad-fraction", type=float, metavar="X", help="unreadable share to refuse (default: 0.1)")
-    parser.add_argument("--train-list", metavar="FILE", help="list of training images below SRC, instead of train/")
+    parser.add_argument(
+        "--max-bad-fraction", type=float, metavar="X", help="unreadable share to refuse (default: 0.1)"
+    )
+    parser.add_argument(
+        "--train-list", metavar="FILE", help="list of training images below SRC, instead of train/"
+    )
     parser.add_argument("--val-list", metavar="FILE", help="the same for validation")
     options = parse_alone(parser, arguments)
     from cmtrain.commands.data_pack import pack
@@ -62,9 +80,15 @@ def _data_pack(arguments: list[str]) -> int:
 
 
 def _data_preview(arguments: list[str]) -> int:
-    parser = make_parser("data preview", "Draw augmented training images: a row is one image, its columns are epochs.")
-    parser.add_argument("--config", metavar="FILE", help="configuration file, or one that ships with cmtrain")
-    parser.add_argument("--out", default="preview.png", metavar="FILE", help="PNG to write (default: preview.png)")
+    parser = make_parser(
+        "data preview", "Draw augmented training images: a row is one image, its columns are epochs."
+    )
+    parser.add_argument(
+        "--config", metavar="FILE", help="configuration file, or one that ships with cmtrain"
+    )
+    parser.add_argument(
+        "--out", default="preview.png", metavar="FILE", help="PNG to write (default: preview.png)"
+    )
     parser.add_argument("--rows", type=positive, default=8, metavar="N", help="images (default: 8)")
     parser.add_argument("--columns", type=positive, default=8, metavar="N", help="epochs (default: 8)")
     parser.add_argument("--epoch", type=int, default=0, metavar="N", help="the first one (default: 0)")
@@ -77,7 +101,9 @@ def _data_preview(arguments: list[str]) -> int:
 
 def _data_stats(arguments: list[str]) -> int:
     parser = make_parser("data stats", "Count and measure the images of a configuration.")
-    parser.add_argument("--config", metavar="FILE", help="configuration file, or one that ships with cmtrain")
+    parser.add_argument(
+        "--config", metavar="FILE", help="configuration file, or one that ships with cmtrain"
+    )
     options, overrides = parse(parser, arguments)
     config = load("data stats", options.config, overrides).config
     from cmtrain.commands.data_preview import stats

@@ -112,11 +112,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _train(arguments: list[str]) -> int:
     parser = make_parser("train", "Train a configuration.")
-    parser.add_argument("--config", metavar="FILE", help="configuration file, or one that ships with cmtrain")
-    parser.add_argument("--resume", default="auto", metavar="WHAT", help="auto (default), never, force, or a path")
+    parser.add_argument(
+        "--config", metavar="FILE", help="configuration file, or one that ships with cmtrain"
+    )
+    parser.add_argument(
+        "--resume", default="auto", metavar="WHAT", help="auto (default), never, force, or a path"
+    )
     parser.add_argument("--max-steps", type=positive, metavar="N", help="stop after N optimizer steps")
-    parser.add_argument("--nproc", type=positive, metavar="N", help="processes to train in (default: one per GPU)")
-    parser.add_argument("--max-restarts", type=count, default=0, metavar="N", help="restarts after failures (0)")
+    parser.add_argument(
+        "--nproc", type=positive, metavar="N", help="processes to train in (default: one per GPU)"
+    )
+    parser.add_argument(
+        "--max-restarts", type=count, default=0, metavar="N", help="restarts after failures (0)"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the plan of the run and stop")
     options, overrides = parse(parser, arguments)
     config = load("train", options.config, overrides).config
@@ -124,7 +132,9 @@ def _train(arguments: list[str]) -> int:
         sys.stdout.write(describe_plan(config))
         return EXIT_DONE
     run_path = Path(config.run.dir) / str(config.run.name)
-    finished = read_finished(run_path, to_yaml(config), options.max_steps) if options.resume == "auto" else None
+    finished = (
+        read_finished(run_path, to_yaml(config), options.max_steps) if options.resume == "auto" else None
+    )
     if finished:
         if is_first_rank():
             sys.stderr.write(f"{run_path}: finished before\n")
@@ -136,7 +146,9 @@ def _train(arguments: list[str]) -> int:
         if nproc > 1 or options.max_restarts:
             return run_ranks(sys.orig_argv, nproc, max_restarts=options.max_restarts, run_path=run_path)
     elif PARENT not in os.environ and (options.nproc or options.max_restarts):
-        raise ConfigError("--nproc, --max-restarts: a launcher has started this process; give them to the launcher")
+        raise ConfigError(
+            "--nproc, --max-restarts: a launcher has started this process; give them to the launcher"
+        )
 
     def work() -> int:
         from cmtrain.training.train import train
@@ -147,8 +159,12 @@ def _train(arguments: list[str]) -> int:
 
 
 def _demo(arguments: list[str]) -> int:
-    parser = make_parser("demo", "Train a small CMT on images from installed packages: no GPU and no download needed.")
-    parser.add_argument("--photos", action="store_true", help="12 colour photographs instead of handwritten digits")
+    parser = make_parser(
+        "demo", "Train a small CMT on images from installed packages: no GPU and no download needed."
+    )
+    parser.add_argument(
+        "--photos", action="store_true", help="12 colour photographs instead of handwritten digits"
+    )
     options, overrides = parse(parser, arguments)
     from cmtrain.commands.demo import demo
 
@@ -157,13 +173,23 @@ def _demo(arguments: list[str]) -> int:
 
 def _bench(arguments: list[str]) -> int:
     parser = make_parser("bench", "Time the loader, the model and training, and name the bottleneck.")
-    parser.add_argument("--config", default="configs/demo.yaml", metavar="FILE", help="default: configs/demo.yaml")
-    parser.add_argument("--what", choices=BENCHMARKS, default="all", help="default: all")
-    parser.add_argument("--steps", type=positive, default=20, metavar="N", help="steps to time of each (default: 20)")
     parser.add_argument(
-        "--rounds", type=positive, default=5, metavar="N", help="turns of each side (default: 5; not with train, all)"
+        "--config", default="configs/demo.yaml", metavar="FILE", help="default: configs/demo.yaml"
     )
-    parser.add_argument("--packed", metavar="DIR", help="packed copy of the data to time, too (with --what loader)")
+    parser.add_argument("--what", choices=BENCHMARKS, default="all", help="default: all")
+    parser.add_argument(
+        "--steps", type=positive, default=20, metavar="N", help="steps to time of each (default: 20)"
+    )
+    parser.add_argument(
+        "--rounds",
+        type=positive,
+        default=5,
+        metavar="N",
+        help="turns of each side (default: 5; not with train, all)",
+    )
+    parser.add_argument(
+        "--packed", metavar="DIR", help="packed copy of the data to time, too (with --what loader)"
+    )
     parser.add_argument(
         "--beside",
         default="resnet50,efficientnet_b0",
@@ -171,7 +197,9 @@ def _bench(arguments: list[str]) -> int:
         help="timm models to time, too (model, latency)",
     )
     parser.add_argument("--compare", metavar="FILE", help="JSON of an earlier run to compare rates with")
-    parser.add_argument("--fail-below", type=float, metavar="X", help="exit code 5 where a rate is below X times that")
+    parser.add_argument(
+        "--fail-below", type=float, metavar="X", help="exit code 5 where a rate is below X times that"
+    )
     parser.add_argument("--json", metavar="FILE", help="write the figures there, too")
     options, overrides = parse(parser, arguments)
     if options.fail_below is not None and not options.compare:
@@ -194,7 +222,9 @@ def _bench(arguments: list[str]) -> int:
 
 def _doctor(arguments: list[str]) -> int:
     parser = make_parser("doctor", "Check this machine for a run, and say what to do about what is wrong.")
-    parser.add_argument("--config", default="configs/demo.yaml", metavar="FILE", help="default: configs/demo.yaml")
+    parser.add_argument(
+        "--config", default="configs/demo.yaml", metavar="FILE", help="default: configs/demo.yaml"
+    )
     parser.add_argument("--json", action="store_true", help="as one JSON object")
     options, overrides = parse(parser, arguments)
     config = load("doctor", options.config, overrides).config
@@ -204,15 +234,25 @@ def _doctor(arguments: list[str]) -> int:
 
 
 def _sweep(arguments: list[str]) -> int:
-    parser = make_parser("sweep", "Train many configurations, and print what was published and what was measured.")
+    parser = make_parser(
+        "sweep", "Train many configurations, and print what was published and what was measured."
+    )
     parser.add_argument(
         "files", nargs="*", metavar="FILE", help="configuration files, or folders such as configs/ablations"
     )
     parser.add_argument("--rows", metavar="LIST", help="only these, counted from 1, such as 1,3-5")
-    parser.add_argument("--jobs", choices=("local", "slurm"), default="local", help="one after another here (default)")
-    parser.add_argument("--sbatch", default=sweep.SBATCH, metavar="FILE", help=f"job script (default: {sweep.SBATCH})")
-    parser.add_argument("--scale", choices=("demo",), help="a few steps of each row on demo data, on any machine")
-    parser.add_argument("--max-steps", type=positive, metavar="N", help="stop each row after N optimizer steps")
+    parser.add_argument(
+        "--jobs", choices=("local", "slurm"), default="local", help="one after another here (default)"
+    )
+    parser.add_argument(
+        "--sbatch", default=sweep.SBATCH, metavar="FILE", help=f"job script (default: {sweep.SBATCH})"
+    )
+    parser.add_argument(
+        "--scale", choices=("demo",), help="a few steps of each row on demo data, on any machine"
+    )
+    parser.add_argument(
+        "--max-steps", type=positive, metavar="N", help="stop each row after N optimizer steps"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the commands and stop")
     parser.add_argument("--table", action="store_true", help="print the table and stop")
     parser.add_argument("--csv", action="store_true", help="print the table as CSV (default: Markdown)")
@@ -236,7 +276,9 @@ def _sweep(arguments: list[str]) -> int:
 
 def _status(arguments: list[str]) -> int:
     parser = make_parser("status", "Print how a run stands.")
-    parser.add_argument("run", metavar="RUN", help="run folder, such as runs/demo, or the name of one below runs")
+    parser.add_argument(
+        "run", metavar="RUN", help="run folder, such as runs/demo, or the name of one below runs"
+    )
     parser.add_argument("--json", action="store_true", help="as one JSON object")
     options = parse_alone(parser, arguments)
     from cmtrain.commands.status import print_status
@@ -246,7 +288,9 @@ def _status(arguments: list[str]) -> int:
 
 def _watch(arguments: list[str]) -> int:
     parser = make_parser("watch", "Show how a run stands until it ends.")
-    parser.add_argument("run", metavar="RUN", help="run folder, such as runs/demo, or the name of one below runs")
+    parser.add_argument(
+        "run", metavar="RUN", help="run folder, such as runs/demo, or the name of one below runs"
+    )
     options = parse_alone(parser, arguments)
     from cmtrain.commands.status import watch
 
@@ -257,10 +301,16 @@ def _repair_bn(arguments: list[str]) -> int:
     parser = make_parser(
         "repair-bn", "Recompute the BatchNorm statistics of a checkpoint in which they are not finite."
     )
-    parser.add_argument("--config", metavar="FILE", help="the configuration that the checkpoint was made with")
+    parser.add_argument(
+        "--config", metavar="FILE", help="the configuration that the checkpoint was made with"
+    )
     parser.add_argument("--checkpoint", metavar="PATH", help="checkpoint or run folder; not changed")
-    parser.add_argument("--out", metavar="DIR", help="folder to write to (default: `repaired` in the run folder)")
-    parser.add_argument("--batches", type=positive, default=200, metavar="N", help="to average over (default: 200)")
+    parser.add_argument(
+        "--out", metavar="DIR", help="folder to write to (default: `repaired` in the run folder)"
+    )
+    parser.add_argument(
+        "--batches", type=positive, default=200, metavar="N", help="to average over (default: 200)"
+    )
     options, overrides = parse(parser, arguments)
     config = load("repair-bn", options.config, overrides).config
     if options.checkpoint is None:
@@ -271,9 +321,13 @@ def _repair_bn(arguments: list[str]) -> int:
 
 
 def _report(arguments: list[str]) -> int:
-    parser = make_parser("report", "Write what run folders tell as one HTML file; several runs are compared.")
+    parser = make_parser(
+        "report", "Write what run folders tell as one HTML file; several runs are compared."
+    )
     parser.add_argument("runs", nargs="*", metavar="RUN", help="run folder, such as runs/demo")
-    parser.add_argument("--out", metavar="FILE", help="default: RUN/report.html, or report.html for several runs")
+    parser.add_argument(
+        "--out", metavar="FILE", help="default: RUN/report.html, or report.html for several runs"
+    )
     options = parse_alone(parser, arguments)
     if not options.runs:
         raise ConfigError("cmtrain report: of which run? e.g. cmtrain report runs/demo")
@@ -291,9 +345,13 @@ def _config(arguments: list[str]) -> int:
         sys.stdout.write(config_reference())
         return EXIT_DONE
     if what != "show":
-        raise ConfigError("cmtrain config: must be `config show --config FILE`, `config schema` or `config reference`")
+        raise ConfigError(
+            "cmtrain config: must be `config show --config FILE`, `config schema` or `config reference`"
+        )
     parser = make_parser("config show", "Print the resolved configuration and where each value comes from.")
-    parser.add_argument("--config", metavar="FILE", help="configuration file, or one that ships with cmtrain")
+    parser.add_argument(
+        "--config", metavar="FILE", help="configuration file, or one that ships with cmtrain"
+    )
     options, overrides = parse(parser, arguments)
     resolved = load("config show", options.config, overrides)
     sys.stdout.write(to_yaml(resolved.config, resolved.origins))

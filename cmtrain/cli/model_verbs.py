@@ -15,7 +15,9 @@ def evaluate_trained(arguments: list[str]) -> int:
     parser.add_argument(
         "--weights", choices=("model", "ema", "both"), default="both", help="default: both, if both are"
     )
-    parser.add_argument("--image-px", type=_sizes, default=[], metavar="LIST", help="image sides, such as 160,192")
+    parser.add_argument(
+        "--image-px", type=_sizes, default=[], metavar="LIST", help="image sides, such as 160,192"
+    )
     parser.add_argument(
         "--resize-px",
         type=_sizes,
@@ -30,10 +32,18 @@ def evaluate_trained(arguments: list[str]) -> int:
         help="other images: class folders named as the training classes, or else by the numbers 0, 1, ... of the "
         "classes in order, as ImageNet-V2's",
     )
-    parser.add_argument("--real", action="store_true", help="also by ImageNet-ReaL's labels, for ImageNet's val images")
-    parser.add_argument("--per-class", metavar="FILE", help="write images and accuracy of every class as CSV")
-    parser.add_argument("--confusion", metavar="FILE", help="write the best result's confusion matrix as CSV")
-    parser.add_argument("--expect", type=_fraction, metavar="TOP1", help="exit code 5 where the best top-1 is below it")
+    parser.add_argument(
+        "--real", action="store_true", help="also by ImageNet-ReaL's labels, for ImageNet's val images"
+    )
+    parser.add_argument(
+        "--per-class", metavar="FILE", help="write images and accuracy of every class as CSV"
+    )
+    parser.add_argument(
+        "--confusion", metavar="FILE", help="write the best result's confusion matrix as CSV"
+    )
+    parser.add_argument(
+        "--expect", type=_fraction, metavar="TOP1", help="exit code 5 where the best top-1 is below it"
+    )
     parser.add_argument("--json", metavar="FILE", help="write the results there, too")
     options, overrides = parse(parser, arguments)
     _check_trained(parser, options)
@@ -60,12 +70,16 @@ def evaluate_trained(arguments: list[str]) -> int:
 
 def export_trained(arguments: list[str]) -> int:
     """`cmtrain export ...`: returns the exit code; errors as those of the verb."""
-    parser = make_parser("export", "Write a trained model as files for others, compared with it before they appear.")
+    parser = make_parser(
+        "export", "Write a trained model as files for others, compared with it before they appear."
+    )
     _add_trained(parser)
     parser.add_argument("--format", choices=(*FORMATS, "all"), default="timm", help="default: timm")
     parser.add_argument("--out", metavar="DIR", help="folder to write; must not exist")
     parser.add_argument("--weights", choices=("model", "ema"), help="default: ema, if there is one")
-    parser.add_argument("--fold-bn", action="store_true", help="absorb BatchNorm where that is exact; not with timm")
+    parser.add_argument(
+        "--fold-bn", action="store_true", help="absorb BatchNorm where that is exact; not with timm"
+    )
     options, overrides = parse(parser, arguments)
     _check_trained(parser, options)
     if options.out is None:
@@ -83,7 +97,9 @@ def export_trained(arguments: list[str]) -> int:
 
 
 def _add_trained(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", nargs="?", metavar="RUN", help="run folder, the name of one below runs, or a checkpoint")
+    parser.add_argument(
+        "run", nargs="?", metavar="RUN", help="run folder, the name of one below runs, or a checkpoint"
+    )
 
 
 def _check_trained(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:

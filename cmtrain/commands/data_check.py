@@ -31,7 +31,9 @@ class Examined:
     seconds: float
 
 
-def check(root: str, *, full: bool, processes: int | None, out: str | None, cache_dir: str | None = None) -> int:
+def check(
+    root: str, *, full: bool, processes: int | None, out: str | None, cache_dir: str | None = None
+) -> int:
     """Examine the images of `root`, in processes that a hostile file may kill, and list those that cannot be used.
 
     The list is written beside the data, or into the user's cache where the data is read-only; training leaves out what
@@ -91,7 +93,11 @@ def _examine(listing: Listing, judges: Judges) -> Examined:
     places = [place for place in range(len(listing)) if place not in listing.bad]
     verdicts = judges.verdicts([str(listing.root / listing.paths[place]) for place in places])
     tracked_verdicts = tracked(verdicts, f"{listing.root}: checking", len(places))
-    found = {place: verdict.reason for place, verdict in zip(places, tracked_verdicts, strict=True) if verdict.reason}
+    found = {
+        place: verdict.reason
+        for place, verdict in zip(places, tracked_verdicts, strict=True)
+        if verdict.reason
+    }
     return Examined(listing, dict(sorted((listing.bad | found).items())), time.monotonic() - begin)
 
 

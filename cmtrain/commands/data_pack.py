@@ -82,12 +82,16 @@ def pack(
         for path, reason in index.bad:
             _say(f"left out: {path}: {reason}")
         if damaged := damage(index):
-            raise DataError(f"{'; '.join(damaged[:3])} ({len(damaged)} such): remove {folder} and pack again")
+            raise DataError(
+                f"{'; '.join(damaged[:3])} ({len(damaged)} such): remove {folder} and pack again"
+            )
         size_bytes = int(index.slices.shard_bytes.sum())
         num_shards = len(index.slices.shard_names)
         report[split] = {"images": len(index.labels), "left_out": len(index.bad), "shards": num_shards}
         report[split]["bytes"] = size_bytes
-        _say(f"{folder}: {len(index.labels):,} images in {num_shards} shards, {size_bytes:,} bytes, verified")
+        _say(
+            f"{folder}: {len(index.labels):,} images in {num_shards} shards, {size_bytes:,} bytes, verified"
+        )
     print(json.dumps({"destination": destination, **report}), flush=True)  # noqa: T201
     return 0
 

@@ -84,7 +84,9 @@ def stats(config: Config) -> int:
         ConfigError, DataError: as training would.
     """
     data = build.open_data(config, build.make_accelerator("auto"))
-    report = {name: _split_stats(manifest, config) for name, manifest in (("train", data.train), ("val", data.val))}
+    report = {
+        name: _split_stats(manifest, config) for name, manifest in (("train", data.train), ("val", data.val))
+    }
     table = Table("", *report)
     for key in report["train"]:
         table.add_row(key, *(_text(figures[key]) for figures in report.values()))
@@ -126,11 +128,15 @@ def _pixel_stats(manifest: Manifest) -> dict[str, Any]:
     with ThreadPoolExecutor() as pool:
         found = list(
             tracked(
-                pool.map(lambda index: _moments(manifest, index), chosen), f"{manifest.root}: decoding", len(chosen)
+                pool.map(lambda index: _moments(manifest, index), chosen),
+                f"{manifest.root}: decoding",
+                len(chosen),
             )
         )
     moments = np.array([moment for moment in found if not isinstance(moment, str)]).reshape(-1, 2, 3)
-    failures = [f"{manifest.file(i)}: {why}" for i, why in zip(chosen, found, strict=True) if isinstance(why, str)]
+    failures = [
+        f"{manifest.file(i)}: {why}" for i, why in zip(chosen, found, strict=True) if isinstance(why, str)
+    ]
     for failure in failures:
         sys.stderr.write(f"cannot be decoded: {failure}\n")
     mean, square = moments.mean(axis=0) if len(moments) else np.full((2, 3), np.nan)
@@ -145,9 +151,13 @@ def _pixel_stats(manifest: Manifest) -> dict[str, Any]:
 def _moments(manifest: Manifest, index: int) -> NDArray[np.float64] | str:
     """(2, 3): mean and mean square of R, G and B in 0..1, or why there are none."""
     try:
-        encoded = io.BytesIO(manifest.packed.read(index)) if manifest.packed is not None else manifest.file(index)
+        encoded = (
+            io.BytesIO(manifest.packed.read(index)) if manifest.packed is not None else manifest.file(index)
+        )
         with Image.open(encoded) as image:
-            pixels = np.asarray(image.convert("RGB"), np.float64).reshape(-1, 3) / 255  # (H, W, 3) -> (H * W, 3)
+            pixels = (
+                np.asarray(image.convert("RGB"), np.float64).reshape(-1, 3) / 255
+            )  # (H, W, 3) -> (H * W, 3)
     except Exception as error:  # Pillow's decoders raise almost anything on hostile bytes
         return f"{type(error).__name__}: {error}"
     return np.stack([pixels.mean(axis=0), (pixels**2).mean(axis=0)])
@@ -163,9 +173,13 @@ def _text(value: Any) -> str:
 
 def _write_grid(epochs: list[torch.Tensor], config: Config, path: Path) -> None:
     """`epochs`: (rows, 3, H, W) each; a column of the grid each."""
-    images = torch.stack(epochs, dim=1).flatten(0, 1)  # (rows, columns, 3, H, W) -> (rows * columns, 3, H, W)
+    images = torch.stack(epochs, dim=1).flatten(
+        0, 1
+    )  # (rows, columns, 3, H, W) -> (rows * columns, 3, H, W)
     try:
-        contact_sheet(images, config.data.mean, config.data.std, path, max_images=len(images), columns=len(epochs))
+        contact_sheet(
+            images, config.data.mean, config.data.std, path, max_images=len(images), columns=len(epochs)
+        )
     except OSError as error:
         raise DataError(f"{path}: cannot be written: {error.strerror or error}") from error
     sys.stderr.write(f"{path}\n")

@@ -28,9 +28,15 @@ def demo(photos: bool, overrides: Sequence[tuple[str, str]]) -> int:
     attempt = 1
     while True:
         name = base if attempt == 1 else f"{base}-{attempt}"
-        config = load_config(find_config("configs/demo.yaml"), [*given, ("run.name", name), *overrides]).config
+        config = load_config(
+            find_config("configs/demo.yaml"), [*given, ("run.name", name), *overrides]
+        ).config
         status = read_status(Path(config.run.dir) / str(config.run.name))
-        if status is None or status.get("state") != "finished" or any(key == "run.name" for key, _ in overrides):
+        if (
+            status is None
+            or status.get("state") != "finished"
+            or any(key == "run.name" for key, _ in overrides)
+        ):
             break
         attempt += 1
     from cmtrain.training.train import train  # torch is loaded here, after the mistakes

@@ -66,7 +66,9 @@ def examine(config: Config, accelerator: Accelerator, control: Any) -> list[Find
 
     looks: dict[str, Callable[[], Finding]] = {
         "packages": checks.packages,
-        "driver": lambda: checks.pairing(checks.cuda_of_driver(), torch.version.cuda, checks.dali_flavours()),
+        "driver": lambda: checks.pairing(
+            checks.cuda_of_driver(), torch.version.cuda, checks.dali_flavours()
+        ),
         "GPUs": lambda: checks.gpus(config.train.precision),
         "decode on the CPU": lambda: checks.decode("decode on the CPU", torch.device("cpu"), "cpu"),
         "decode on the GPU": lambda: checks.decode_on_gpu(accelerator.device),

@@ -32,7 +32,9 @@ from pipelines.spec import UNREADABLE, Decode, EvalSpec
 Verdict = Literal["ok", "warn", "fail"]
 
 GIB = 2**30
-MIN_SHARED_MEMORY_BYTES = GIB  # Docker gives 64 MiB unless told otherwise, and NCCL joins the GPUs of a host through it
+MIN_SHARED_MEMORY_BYTES = (
+    GIB  # Docker gives 64 MiB unless told otherwise, and NCCL joins the GPUs of a host through it
+)
 MIN_OPEN_FILES = 1024
 
 # A JPEG of one colour is within a level or two of it; channels in another order, or one missing, are 50 off.
@@ -70,7 +72,9 @@ def packages() -> Finding:
             if version == "missing" or not requirement.specifier.contains(version, prereleases=True):
                 wrong.append(f"{requirement.name}{requirement.specifier}, not {version}")
     if wrong:
-        return Finding("packages", "fail", f"needs {'; '.join(wrong)}", "install from one of the requirements*.lock")
+        return Finding(
+            "packages", "fail", f"needs {'; '.join(wrong)}", "install from one of the requirements*.lock"
+        )
     return Finding("packages", "ok", found)
 
 
@@ -107,7 +111,9 @@ def pairing(driver: int | None, torch_cuda: str | None, flavours: Sequence[str])
     """
     if len(flavours) != 1:
         found = " and ".join(flavours) or "no DALI"
-        return Finding("driver", "fail", f"{found} installed", "install exactly one of nvidia-dali-cuda130, -cuda120")
+        return Finding(
+            "driver", "fail", f"{found} installed", "install exactly one of nvidia-dali-cuda130, -cuda120"
+        )
     flavour = flavours[0].removeprefix("nvidia-dali-cuda")
     built = f"torch for CUDA {torch_cuda or '(none)'}, DALI for CUDA {flavour[:-1]}"
     if driver is None:
@@ -115,10 +121,14 @@ def pairing(driver: int | None, torch_cuda: str | None, flavours: Sequence[str])
     found = f"driver for CUDA {driver // 1000}.{driver % 1000 // 10}, {built}"
     wanted = max(int(torch_cuda.split(".")[0]) if torch_cuda else 0, int(flavour[:2]))
     if driver // 1000 < wanted:
-        advice = f"install a driver >= {DRIVERS[wanted]}, or what requirements-cuda{driver // 1000}0.lock lists"
+        advice = (
+            f"install a driver >= {DRIVERS[wanted]}, or what requirements-cuda{driver // 1000}0.lock lists"
+        )
         return Finding("driver", "fail", found, advice)
     if torch_cuda is None:
-        return Finding("driver", "fail", found, "install torch from the requirements*.lock that fits the driver")
+        return Finding(
+            "driver", "fail", found, "install torch from the requirements*.lock that fits the driver"
+        )
     return Finding("driver", "ok", found)
 
 
@@ -149,7 +159,15 @@ def decode(check: str, device: torch.device, decode: Decode) -> Finding:
         Image.new("RGB", (64, 64), COLOUR).save(path)
         manifest = Manifest.from_folder(path.parent.parent, cache_dir=folder)
         loader = eval_loader(
-            manifest, spec, batch_size=1, rank=0, world=1, device=device, decode=decode, threads=1, prefetch_batches=1
+            manifest,
+            spec,
+            batch_size=1,
+            rank=0,
+            world=1,
+            device=device,
+            decode=decode,
+            threads=1,
+            prefetch_batches=1,
         )
         try:
             batch = next(iter(loader.epoch(0)))
@@ -157,7 +175,10 @@ def decode(check: str, device: torch.device, decode: Decode) -> Finding:
             readable = int(batch.labels) != UNREADABLE
         finally:
             loader.close()
-    if not readable or max(abs(got - made) for got, made in zip(colour, COLOUR, strict=True)) > MAX_COLOUR_ERROR:
+    if (
+        not readable
+        or max(abs(got - made) for got, made in zip(colour, COLOUR, strict=True)) > MAX_COLOUR_ERROR
+    ):
         found = f"a JPEG of the colour {COLOUR} came out as {[round(value) for value in colour]}"
         return Finding(check, "fail", found, "install DALI from the requirements*.lock that fits the driver")
     return Finding(check, "ok", "a JPEG through DALI, pixels right")
@@ -166,12 +187,16 @@ def decode(check: str, device: torch.device, decode: Decode) -> Finding:
 def ranks(control: Any, config: Config, run_path: Path) -> Finding:
     """Same code, same configuration, clocks that agree, one run folder for all."""
     if control is None:
-        return Finding("ranks", "ok", "one process; under the launcher of a run, all of its ranks are checked")
+        return Finding(
+            "ranks", "ok", "one process; under the launcher of a run, all of its ranks are checked"
+        )
     warnings = check_ranks(control, config, run_path)
     if warnings:
         return Finding("ranks", "warn", "; ".join(warnings))
     hosts = len(set(gather(socket.gethostname(), control)))
-    return Finding("ranks", "ok", f"{dist.get_world_size()} on {hosts} host(s): same code and configuration, same time")
+    return Finding(
+        "ranks", "ok", f"{dist.get_world_size()} on {hosts} host(s): same code and configuration, same time"
+    )
 
 
 def all_reduce(accelerator: Accelerator) -> Finding:
@@ -207,7 +232,9 @@ def data(opened: build.Data) -> Finding:
     found = f"{len(opened.train):,} training, {len(opened.val):,} validation images"
     found += f", {len(opened.train.class_names):,} classes"
     if bad := len(opened.train.bad) + len(opened.val.bad):
-        return Finding("data", "warn", f"{found}; {bad:,} more cannot be read", "cmtrain data check lists them")
+        return Finding(
+            "data", "warn", f"{found}; {bad:,} more cannot be read", "cmtrain data check lists them"
+        )
     return Finding("data", "ok", found)
 
 
@@ -233,7 +260,9 @@ def checkpoint_bytes(config: Config, num_classes: int) -> int:
 def disk(config: Config, run_path: Path, num_classes: int) -> Finding:
     size = checkpoint_bytes(config, num_classes)
     checkpoint, total_epochs = config.checkpoint, config.schedule.epochs + config.schedule.cooldown_epochs
-    milestones = total_epochs // checkpoint.milestone_every_epochs if checkpoint.milestone_every_epochs else 0
+    milestones = (
+        total_epochs // checkpoint.milestone_every_epochs if checkpoint.milestone_every_epochs else 0
+    )
     count = checkpoint.keep + milestones + 2  # and the best one, and the one that is being written
     there = next(folder for folder in (run_path.absolute(), *run_path.absolute().parents) if folder.exists())
     free = shutil.disk_usage(there).free
@@ -250,7 +279,9 @@ def metrics_port(config: Config, local_rank: int) -> Finding:
     try:
         exporter = Exporter({}, host, port)
     except OSError as error:
-        return Finding("metrics port", "warn", f"{host}: {error}", "a run will do without; set metrics.host and .port")
+        return Finding(
+            "metrics port", "warn", f"{host}: {error}", "a run will do without; set metrics.host and .port"
+        )
     exporter.close()
     if exporter.port != port:
         advice = f"{config.run.dir}/.targets/ tells Prometheus; a scrape of fixed ports needs another metrics.port"

@@ -57,7 +57,9 @@ class Row:
 
     def figures(self) -> dict[str, Any]:
         evaluation = self.evaluation
-        shared = {key: getattr(evaluation, key) for key in ("top1", "top5", "loss", "num_images", "num_unreadable")}
+        shared = {
+            key: getattr(evaluation, key) for key in ("top1", "top5", "loss", "num_images", "num_unreadable")
+        }
         sizes = {"weights": self.weights, "image_px": self.image_px, "resize_px": self.resize_px}
         return sizes | shared | ({} if self.real_top1 is None else {"real_top1": self.real_top1})
 
@@ -88,13 +90,17 @@ def evaluate_trained(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("cmtrain eval: runs in one process, without a launcher")
     config = trained.config
-    configs = [_with_sizes(config, *sizes) for sizes in sizes_of(config, request.image_px, request.resize_px)]
+    configs = [
+        _with_sizes(config, *sizes) for sizes in sizes_of(config, request.image_px, request.resize_px)
+    ]
     kinds = [kind for kind in request.kinds if request.must_have or kind in trained.kinds]
     weights = [trained.weights(kind) for kind in kinds]
     accelerator = build.make_accelerator(config.train.precision)
     threads = build.split_threads(config, accelerator)
     names = trained.class_names or build.open_data(config, accelerator).train.class_names
-    manifest = open_folder(request.folder, names, config) if request.folder else build.open_val(config, names)
+    manifest = (
+        open_folder(request.folder, names, config) if request.folder else build.open_val(config, names)
+    )
     real = real_labels(manifest) if request.real else None
     batch_size, _ = split_batch(config.train.global_batch_size, config.train.max_batch_per_gpu, 1)
     rows = []
@@ -112,12 +118,16 @@ def evaluate_trained(
                 keeps_ranked=request.real,
             )
             real_top1 = None if real is None else real_accuracy(real, evaluation)
-            rows.append(Row(each.kind, sized.data.image_px, sized.data.eval_resize_px, evaluation, real_top1))
+            rows.append(
+                Row(each.kind, sized.data.image_px, sized.data.eval_resize_px, evaluation, real_top1)
+            )
         loader.close()
     best = max(rows, key=lambda row: row.evaluation.top1)
     labels = [*names, *map(str, range(len(names), len(best.evaluation.class_images)))]
     if confusion and best.evaluation.confusion is None:
-        raise ConfigError(f"--confusion: {len(labels)} classes are too many for a matrix; --per-class has them")
+        raise ConfigError(
+            f"--confusion: {len(labels)} classes are too many for a matrix; --per-class has them"
+        )
     figures = [row.figures() for row in rows]
     result = {"checkpoint": str(trained.checkpoint.path), "step": trained.step, "results": figures}
     try:
@@ -125,7 +135,9 @@ def evaluate_trained(
             _write_csv(per_class, class_rows(rows, labels))
         if confusion and best.evaluation.confusion is not None:
             matrix = zip(labels, best.evaluation.confusion, strict=True)
-            _write_csv(confusion, [["true \\ predicted", *labels], *([name, *counts] for name, counts in matrix)])
+            _write_csv(
+                confusion, [["true \\ predicted", *labels], *([name, *counts] for name, counts in matrix)]
+            )
         if json_path:
             Path(json_path).write_text(json.dumps(result, indent=1) + "\n")
     except OSError as error:
@@ -162,7 +174,10 @@ def open_folder(folder: str, class_names: Sequence[str], config: Config) -> Mani
     Raises:
         DataError: a class that training does not know, or nothing to read.
     """
-    scan: dict[str, Any] = {"cache_dir": build.cache_folder(config), "max_bad_fraction": config.data.max_bad_fraction}
+    scan: dict[str, Any] = {
+        "cache_dir": build.cache_folder(config),
+        "max_bad_fraction": config.data.max_bad_fraction,
+    }
     try:
         found = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != ".")
     except OSError as error:
@@ -187,11 +202,15 @@ def real_labels(manifest: Manifest) -> RealLabelsImagenet:
     """
     files = [manifest.file(index) for index in range(len(manifest))]
     if len(files) != NUM_REAL_FILES:
-        raise DataError(f"--real: has labels of ImageNet's {NUM_REAL_FILES} validation images; here are {len(files)}")
+        raise DataError(
+            f"--real: has labels of ImageNet's {NUM_REAL_FILES} validation images; here are {len(files)}"
+        )
     real = RealLabelsImagenet(files)
     strange = next((file for file in files if os.path.basename(file) not in real.real_labels), None)
     if strange is not None:
-        raise DataError(f"--real: {strange} is no validation image of ImageNet, such as ILSVRC2012_val_00000001.JPEG")
+        raise DataError(
+            f"--real: {strange} is no validation image of ImageNet, such as ILSVRC2012_val_00000001.JPEG"
+        )
     return real
 
 
@@ -228,7 +247,9 @@ def _tell(figures: Sequence[dict[str, Any]], verdict: str) -> None:
     real = "real_top1" in figures[0]
     console.line("weights  image px  resize px   top-1   top-5    loss   images" + "   ReaL top-1" * real)
     for row in figures:
-        line = f"{row['weights']:<7}  {row['image_px']:>8}  {row['resize_px']:>9}  {100 * row['top1']:6.2f}  "
+        line = (
+            f"{row['weights']:<7}  {row['image_px']:>8}  {row['resize_px']:>9}  {100 * row['top1']:6.2f}  "
+        )
         line += f"{100 * row['top5']:6.2f}  {row['loss']:6.4f}  {row['num_images']:>7}"
         console.line(line + (f"   {100 * row['real_top1']:10.2f}" if real else ""))
     if unreadable := figures[0]["num_unreadable"]:

@@ -106,11 +106,17 @@ def _write(
     config = trained.config
     labels = trained.class_names if len(trained.class_names) == model.num_classes else ()
     generator = torch.Generator().manual_seed(0)
-    sample = torch.randn(max(CHECKED_BATCHES), 3, config.data.image_px, config.data.image_px, generator=generator)
+    sample = torch.randn(
+        max(CHECKED_BATCHES), 3, config.data.image_px, config.data.image_px, generator=generator
+    )
     for_inference = folded(model) if fold_bn and isinstance(model, CMT) else model
     writers: dict[str, Callable[[], Run]] = {
         "timm": lambda: export_formats.to_timm(
-            folder, model, model_args=model_args_of(config), preprocessing=preprocessing_of(config), labels=labels
+            folder,
+            model,
+            model_args=model_args_of(config),
+            preprocessing=preprocessing_of(config),
+            labels=labels,
         ),
         "onnx": lambda: export_formats.to_onnx(folder, for_inference, sample[:2]),
         "torch-export": lambda: export_formats.to_program(folder, for_inference, sample[:2]),
@@ -120,7 +126,9 @@ def _write(
         tolerance = FOLDED_TOLERANCE if fold_bn and name != "timm" else TOLERANCE
         differences[name] = difference = largest_difference(model, writers[name](), sample)
         if not difference <= tolerance:
-            raise DataError(f"--format {name}: its logits differ by {difference:.1e}, more than {tolerance:g}")
+            raise DataError(
+                f"--format {name}: its logits differ by {difference:.1e}, more than {tolerance:g}"
+            )
     return differences
 
 
@@ -130,14 +138,20 @@ def largest_difference(model: Run, other: Run, sample: Tensor) -> float:
     worst = torch.zeros(())
     for images in (sample[:size] for size in CHECKED_BATCHES):
         expected = model(images)
-        worst = torch.maximum(worst, (other(images) - expected).abs().max() / expected.abs().max().clamp(min=1))
+        worst = torch.maximum(
+            worst, (other(images) - expected).abs().max() / expected.abs().max().clamp(min=1)
+        )
     return worst.item()
 
 
 def model_args_of(config: Config) -> dict[str, Any]:
     """What timm.create_model needs beside name and number of classes; dropout is of no use to whoever loads it."""
     drops = {"attn_drop_rate", "proj_drop_rate"}
-    options = config.model.model_dump(include=set(CMT_OPTIONS) - drops) if config.model.name.startswith("cmt_") else {}
+    options = (
+        config.model.model_dump(include=set(CMT_OPTIONS) - drops)
+        if config.model.name.startswith("cmt_")
+        else {}
+    )
     pretrained_cfg = timm.get_pretrained_cfg(config.model.name)
     if pretrained_cfg is not None and pretrained_cfg.fixed_input_size:
         options["img_size"] = config.data.image_px
@@ -157,14 +171,18 @@ def preprocessing_of(config: Config) -> dict[str, Any]:
     }
 
 
-def _card(trained: Trained, weights: Weights, model: nn.Module, differences: dict[str, float], *, fold_bn: bool) -> str:
+def _card(
+    trained: Trained, weights: Weights, model: nn.Module, differences: dict[str, float], *, fold_bn: bool
+) -> str:
     """README.md of the export, from the run's own record."""
     config = trained.config
     evaluations = read_run(trained.run).evaluations
     prefix = "eval_ema" if weights.kind == "ema" else "eval"
     at = {int(step): place for place, step in enumerate(evaluations["step"])}.get(trained.step)
     columns = {key: evaluations.get(f"{prefix}_{key}") for key in ("top1", "top5", "loss")}
-    metrics = {key: float(column[at]) for key, column in columns.items() if at is not None and column is not None}
+    metrics = {
+        key: float(column[at]) for key, column in columns.items() if at is not None and column is not None
+    }
     versions = trained.checkpoint.meta.get("versions", {})
     exported_by = {"cmtrain": __version__, "torch": torch.__version__, "timm": timm.__version__}
     return (

@@ -24,7 +24,12 @@ Run = Callable[[Tensor], Tensor]  # (B, 3, px, px) fp32, normalised -> (B, num_c
 
 
 def to_timm(
-    folder: Path, model: nn.Module, *, model_args: dict[str, Any], preprocessing: dict[str, Any], labels: Sequence[str]
+    folder: Path,
+    model: nn.Module,
+    *,
+    model_args: dict[str, Any],
+    preprocessing: dict[str, Any],
+    labels: Sequence[str],
 ) -> Run:
     """model.safetensors and config.json, for `timm.create_model("local-dir:FOLDER", pretrained=True)`.
 

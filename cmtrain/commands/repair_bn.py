@@ -79,7 +79,9 @@ def repair_bn(config: Config, *, checkpoint: str, out: str | None, batches: int)
         update_bn(_images(train_loader, learner, batches), module)
     still = [name for weights, module in learner.weights.items() for name in _nonfinite(module, weights)]
     if still:
-        raise DataError(f"{still[0]} is not finite after {batches} batches in fp32 either; take an older checkpoint")
+        raise DataError(
+            f"{still[0]} is not finite after {batches} batches in fp32 either; take an older checkpoint"
+        )
     after = _evaluate(learner, eval_loader, len(data.val), accelerator)
     train_loader.close()
     eval_loader.close()
@@ -122,7 +124,9 @@ def _sick_statistics(learner: Learner, loaded: Loaded) -> list[str]:
         layers = [name for name, child in module.named_modules() if child in batchnorms]
         statistics |= {f"{weights} {layer}.{statistic}" for layer in layers for statistic in STATISTICS}
     if beyond := [name for name in names if name not in statistics]:
-        raise DataError(f"{loaded.path}: {beyond[0]} is not finite, and only BatchNorm statistics can be recomputed")
+        raise DataError(
+            f"{loaded.path}: {beyond[0]} is not finite, and only BatchNorm statistics can be recomputed"
+        )
     return names
 
 
@@ -139,7 +143,9 @@ def _images(loader: Loader, learner: Learner, batches: int) -> Iterator[Tensor]:
         yield mix(images.float(), labels, learner.mixing, (learner.seed, number, 0))[0]
 
 
-def _evaluate(learner: Learner, loader: Loader, num_images: int, accelerator: Accelerator) -> dict[str, Evaluation]:
+def _evaluate(
+    learner: Learner, loader: Loader, num_images: int, accelerator: Accelerator
+) -> dict[str, Evaluation]:
     return {
         name: evaluate(
             module,
@@ -158,10 +164,14 @@ def _tell(
 ) -> None:
     console = Console(enabled=True)
     first = f", {sick[0]} first" if sick else ""
-    console.line(f"{source}: {len(sick)} BatchNorm statistics were not finite{first}; averaged over {batches} batches")
+    console.line(
+        f"{source}: {len(sick)} BatchNorm statistics were not finite{first}; averaged over {batches} batches"
+    )
     for weights in before:
         was, now = before[weights], after[weights]
-        console.line(f"{weights} top1 {was.top1:.4f} -> {now.top1:.4f}, loss {was.loss:.4f} -> {now.loss:.4f}")
+        console.line(
+            f"{weights} top1 {was.top1:.4f} -> {now.top1:.4f}, loss {was.loss:.4f} -> {now.loss:.4f}"
+        )
     console.line(f"written to {written}; go on from it with --run.name NEW --resume {written}")
     accuracy = {weights: [before[weights].top1, after[weights].top1] for weights in before}
     result = {"checkpoint": str(written), "nonfinite_statistics": sick, "batches": batches, "top1": accuracy}

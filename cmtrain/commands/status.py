@@ -67,7 +67,11 @@ def find_run(run: str) -> Path:
             return path
     known = sorted(path.parent.name for path in RUNS.glob("*/status.json"))
     close = difflib.get_close_matches(Path(run).name, known, n=1)
-    hint = f"did you mean {RUNS / close[0]}?" if close else "a run is a folder with a status.json, such as runs/demo"
+    hint = (
+        f"did you mean {RUNS / close[0]}?"
+        if close
+        else "a run is a folder with a status.json, such as runs/demo"
+    )
     raise DataError(f"{run}: no such run; {hint}")
 
 

@@ -66,7 +66,12 @@ class Row:
 
 
 def read_rows(
-    files: Sequence[str], overrides: Overrides, *, select: str | None, scale: str | None, max_steps: int | None
+    files: Sequence[str],
+    overrides: Overrides,
+    *,
+    select: str | None,
+    scale: str | None,
+    max_steps: int | None,
 ) -> list[Row]:
     """The rows of configuration files and folders of them, numbered from 1 in the order given.
 
@@ -254,9 +259,13 @@ def _ask(command: Sequence[str]) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603 - no shell reads it
     except FileNotFoundError as error:
-        raise DataError(f"{command[0]}: not found; --jobs slurm needs SLURM's commands on this machine") from error
+        raise DataError(
+            f"{command[0]}: not found; --jobs slurm needs SLURM's commands on this machine"
+        ) from error
     except subprocess.CalledProcessError as error:
-        raise DataError(f"{shlex.join(command)}: {error.stderr.strip() or f'exit code {error.returncode}'}") from error
+        raise DataError(
+            f"{shlex.join(command)}: {error.stderr.strip() or f'exit code {error.returncode}'}"
+        ) from error
     return done.stdout.strip()
 
 

@@ -39,7 +39,9 @@ class Trained:
 
     def weights(self, kind: str) -> Weights:
         """Those of `kind`. Raises DataError: there are none, or they are not finite."""
-        weights = Weights(self.checkpoint.path, kind, state_of(self.checkpoint.state, kind, self.checkpoint.path))
+        weights = Weights(
+            self.checkpoint.path, kind, state_of(self.checkpoint.state, kind, self.checkpoint.path)
+        )
         check_finite(weights)
         return weights
 
@@ -55,7 +57,9 @@ def open_trained(place: str, overrides: Overrides) -> Trained:
         path = RUNS / place
     run = _run_of(path)
     if run is None:
-        raise DataError(f"{place}: no run and no checkpoint of one: there is no config.yaml of a run beside it")
+        raise DataError(
+            f"{place}: no run and no checkpoint of one: there is no config.yaml of a run beside it"
+        )
     config = load_config(run / "config.yaml", overrides).config
     try:
         loaded = find_checkpoint(path)

@@ -69,7 +69,9 @@ def describe_values(schema: Mapping[str, Any]) -> str:
         return f"a list of values, each {describe_values(schema['items'])}"
     if "pattern" in schema:
         return f"text that matches {schema['pattern']}"
-    stated = " and ".join(f"{sign} {emit(schema[limit])}" for limit, sign in _LIMITS.items() if limit in schema)
+    stated = " and ".join(
+        f"{sign} {emit(schema[limit])}" for limit, sign in _LIMITS.items() if limit in schema
+    )
     return f"{_KINDS[schema['type']]} {stated}".rstrip()
 
 

@@ -72,7 +72,9 @@ def load_config(path: str | Path, overrides: Sequence[tuple[str, str]] = ()) -> 
         hidden = len(lines) - MAX_MISTAKES_SHOWN
         raise ConfigError("\n".join(lines[:MAX_MISTAKES_SHOWN] + [f"... and {hidden} more"] * (hidden > 0)))
     origins = {key: DEFAULT for key, _ in flat(config)}
-    return Resolved(config, origins | {key: draft.origin(setting.place) for key, setting in draft.settings.items()})
+    return Resolved(
+        config, origins | {key: draft.origin(setting.place) for key, setting in draft.settings.items()}
+    )
 
 
 def find_config(path: str | Path) -> Path:
@@ -148,7 +150,11 @@ class _Draft:
         self.incomplete = False
 
     def origin(self, place: _Place) -> str:
-        return COMMAND_LINE if place.source == _COMMAND_LINE else f"{self.file_names[place.source]}:{place.line}"
+        return (
+            COMMAND_LINE
+            if place.source == _COMMAND_LINE
+            else f"{self.file_names[place.source]}:{place.line}"
+        )
 
     def mistake(self, place: _Place, message: str, key: str = "") -> None:
         subject = f"{key}: " if key else ""
@@ -196,7 +202,9 @@ class _Draft:
             text = content.decode("utf-8-sig")
         except UnicodeDecodeError as error:
             line = content.count(b"\n", 0, error.start) + 1
-            return self._cannot_read(_Place(source, line), f"not UTF-8 text: byte 0x{content[error.start]:02x}")
+            return self._cannot_read(
+                _Place(source, line), f"not UTF-8 text: byte 0x{content[error.start]:02x}"
+            )
         root, problems = parse(text)
         for line, message in problems:
             self._cannot_read(_Place(source, line), message)
@@ -263,11 +271,19 @@ class _Draft:
                         place = self.sections.get(name.split(".")[0], _Place(_FILE, 1))
                         self.mistake(place, f"required, but not set ({_fields()[name].description})", name)
                 elif name and name not in wrong:
-                    self.mistake(self.settings[name].place, _wrong_value(name, error, self.settings[name].value), name)
+                    self.mistake(
+                        self.settings[name].place, _wrong_value(name, error, self.settings[name].value), name
+                    )
                     wrong.add(name)
-        values = {name: field.default for name, field in _fields().items() if field.default is not PydanticUndefined}
+        values = {
+            name: field.default
+            for name, field in _fields().items()
+            if field.default is not PydanticUndefined
+        }
         values |= {name: setting.value for name, setting in self.settings.items()}
-        for names, message in contradictions({name: value for name, value in values.items() if name not in wrong}):
+        for names, message in contradictions(
+            {name: value for name, value in values.items() if name not in wrong}
+        ):
             # Blame what was set last: an override rather than the file it contradicts, either rather than a default.
             name = max(names, key=lambda name: self._precedence(name))
             self.mistake(self.settings[name].place, message, name)
@@ -283,7 +299,9 @@ def _fields() -> dict[str, FieldInfo]:
     """Every field by its dotted key."""
     sections: dict[str, Any] = {section: field.annotation for section, field in Config.model_fields.items()}
     return {
-        f"{section}.{key}": field for section, model in sections.items() for key, field in model.model_fields.items()
+        f"{section}.{key}": field
+        for section, model in sections.items()
+        for key, field in model.model_fields.items()
     }
 
 
@@ -299,7 +317,9 @@ def _suggest(section: str, key: str, prefix: str = "") -> str:
             by_key = {name.split(".")[1]: name for name in candidates}
             names = names or [by_key[close] for close in difflib.get_close_matches(key, by_key, n=1)]
     return (
-        f", did you mean {' or '.join(prefix + name for name in names)}?" if names else ", see `cmtrain config schema`"
+        f", did you mean {' or '.join(prefix + name for name in names)}?"
+        if names
+        else ", see `cmtrain config schema`"
     )
 
 
@@ -321,9 +341,13 @@ def _wrong_value(name: str, error: ErrorDetails, value: Any) -> str:
     schema = config_schema()["$defs"][model.__name__]["properties"][key]
     message = f"must be {describe_values(schema)}, got {show(value)}"
     if error["type"] == "literal_error" and isinstance(value, str):
-        choices = [choice for option in [schema, *schema.get("anyOf", [])] for choice in option.get("enum", [])]
+        choices = [
+            choice for option in [schema, *schema.get("anyOf", [])] for choice in option.get("enum", [])
+        ]
         return message + _did_you_mean(value, choices)
-    return message + ("; put it in quotes" if error["type"] == "string_type" and isinstance(value, int | float) else "")
+    return message + (
+        "; put it in quotes" if error["type"] == "string_type" and isinstance(value, int | float) else ""
+    )
 
 
 def _did_you_mean(given: str, choices: Sequence[str] | Mapping[str, Any]) -> str:

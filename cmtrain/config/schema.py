@@ -25,8 +25,12 @@ MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 1024
 
 def _path(text: str) -> str:
     _printable(text)
-    if len(text.encode()) > MAX_PATH_BYTES or any(len(part.encode()) > MAX_NAME_BYTES for part in text.split("/")):
-        raise ValueError(f"must be a path of at most {MAX_PATH_BYTES} bytes, and {MAX_NAME_BYTES} between two slashes")
+    if len(text.encode()) > MAX_PATH_BYTES or any(
+        len(part.encode()) > MAX_NAME_BYTES for part in text.split("/")
+    ):
+        raise ValueError(
+            f"must be a path of at most {MAX_PATH_BYTES} bytes, and {MAX_NAME_BYTES} between two slashes"
+        )
     return text
 
 
@@ -67,13 +71,18 @@ class Run(_Section):
         default="runs", description="folder that holds the run folders; on several nodes, one that all share"
     )
     seed: int = Field(
-        default=42, ge=0, le=2**31 - 1, description="of the initial weights, sample order and every random draw"
+        default=42,
+        ge=0,
+        le=2**31 - 1,
+        description="of the initial weights, sample order and every random draw",
     )
 
 
 class Model(_Section):
     name: str = Field(
-        default="cmt_ti", pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]*$", description="of any model that timm can create"
+        default="cmt_ti",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]*$",
+        description="of any model that timm can create",
     )
     variant: Literal["paper", "reimpl"] = Field(
         default="paper",
@@ -93,15 +102,22 @@ class Model(_Section):
         default=False, description="add a learned position embedding (the re-implementation's ape)"
     )
     absolute_position_px: int | None = Field(
-        default=None, ge=4, multiple_of=4, description="image side that its table is made for; null: data.image_px"
+        default=None,
+        ge=4,
+        multiple_of=4,
+        description="image side that its table is made for; null: data.image_px",
     )
     qkv_bias: bool = Field(default=True, description="bias in the query, key and value projections")
     drop_rate: FractionBelowOne = Field(default=0.0, description="dropout probability before the classifier")
-    attn_drop_rate: FractionBelowOne = Field(default=0.0, description="dropout probability of attention weights")
+    attn_drop_rate: FractionBelowOne = Field(
+        default=0.0, description="dropout probability of attention weights"
+    )
     proj_drop_rate: FractionBelowOne = Field(
         default=0.0, description="dropout probability after the projections of a block"
     )
-    drop_path_rate: FractionBelowOne = Field(default=0.0, description="stochastic depth: probability at the last block")
+    drop_path_rate: FractionBelowOne = Field(
+        default=0.0, description="stochastic depth: probability at the last block"
+    )
     ffn_kernel: Literal["auto", "fused", "eager"] = Field(
         default="auto",
         description="feed-forward networks and perception units in Triton kernels or operation by operation; auto: "
@@ -133,15 +149,19 @@ class Data(_Section):
         default=None,
         description='file with one "path,label" or "path label" a line, used instead of train_dir; all below root',
     )
-    val_list: PathBelowRoot | None = Field(default=None, description="the same for validation, used instead of val_dir")
+    val_list: PathBelowRoot | None = Field(
+        default=None, description="the same for validation, used instead of val_dir"
+    )
     fraction: float = Field(
         default=1.0, gt=0, le=1, description="share of the training images to use, equal in every class"
     )
     decode: Literal["auto", "mixed", "cpu"] = Field(
-        default="auto", description="where JPEGs are decoded; mixed: on the GPU; auto: mixed where there is a GPU"
+        default="auto",
+        description="where JPEGs are decoded; mixed: on the GPU; auto: mixed where there is a GPU",
     )
     hw_decoder_load: Fraction | None = Field(
-        default=None, description="share of JPEGs given to a GPU's JPEG engine with decode: mixed; null: DALI's default"
+        default=None,
+        description="share of JPEGs given to a GPU's JPEG engine with decode: mixed; null: DALI's default",
     )
     threads: Count | None = Field(
         default=None, description="decoding threads of a process; null: its share of the cores"
@@ -155,21 +175,33 @@ class Data(_Section):
         description="share of unreadable files above which a run is refused, or ended if they turn up during it",
     )
     image_px: int = Field(
-        default=160, ge=32, multiple_of=32, description="side of the training crop and of the evaluation crop"
+        default=160,
+        ge=32,
+        multiple_of=32,
+        description="side of the training crop and of the evaluation crop",
     )
     eval_resize_px: Count = Field(default=184, description="evaluation: shorter side before the centre crop")
     interpolation: Interpolation = Field(default="bicubic", description="resampling of training images")
-    eval_interpolation: Interpolation = Field(default="bicubic", description="resampling of evaluation images")
-    mean: tuple[float, float, float] = _tuple((0.485, 0.456, 0.406), "subtracted from R, G, B in 0..1; ImageNet's")
-    std: tuple[Positive, Positive, Positive] = _tuple((0.229, 0.224, 0.225), "divides R, G, B after that; ImageNet's")
+    eval_interpolation: Interpolation = Field(
+        default="bicubic", description="resampling of evaluation images"
+    )
+    mean: tuple[float, float, float] = _tuple(
+        (0.485, 0.456, 0.406), "subtracted from R, G, B in 0..1; ImageNet's"
+    )
+    std: tuple[Positive, Positive, Positive] = _tuple(
+        (0.229, 0.224, 0.225), "divides R, G, B after that; ImageNet's"
+    )
 
 
 class Augment(_Section):
-    scale: tuple[Positive, Fraction] = _tuple((0.08, 1.0), "area of the random crop, as a share of the image")
+    scale: tuple[Positive, Fraction] = _tuple(
+        (0.08, 1.0), "area of the random crop, as a share of the image"
+    )
     ratio: tuple[Positive, Positive] = _tuple((0.75, 1.3333333), "width / height of the random crop")
     hflip: Fraction = Field(default=0.5, description="probability of a mirror image")
     color_jitter: NotNegative | None = Field(
-        default=None, description="brightness, contrast and saturation are each multiplied by 1 +- this; null: off"
+        default=None,
+        description="brightness, contrast and saturation are each multiplied by 1 +- this; null: off",
     )
     rand_augment: str | None = Field(
         default=None,
@@ -177,7 +209,9 @@ class Augment(_Section):
         description="a timm string such as rand-m9-mstd0.5-inc1 (the paper's) or 3a (DeiT III's grey, solarise or "
         "blur), reimpl (the re-implementation's), or DALI's own suite as dali-n2-m9 (operations, bin); null: off",
     )
-    repeats: Count = Field(default=1, description="repeated augmentation: views of a sample in an epoch (the paper: 3)")
+    repeats: Count = Field(
+        default=1, description="repeated augmentation: views of a sample in an epoch (the paper: 3)"
+    )
 
 
 class Mixing(_Section):
@@ -185,14 +219,20 @@ class Mixing(_Section):
     cutmix: NotNegative = Field(default=0.0, description="alpha of CutMix's Beta distribution; 0: off")
     mixup_prob: Fraction = Field(default=1.0, description="probability that a batch is mixed at all")
     mixup_switch_prob: Fraction = Field(default=0.5, description="probability of CutMix where both are on")
-    smoothing: FractionBelowOne = Field(default=0.0, description="label smoothing: target mass spread over all classes")
-    reprob: Fraction = Field(default=0.0, description="probability that an image is randomly erased (pixel noise)")
+    smoothing: FractionBelowOne = Field(
+        default=0.0, description="label smoothing: target mass spread over all classes"
+    )
+    reprob: Fraction = Field(
+        default=0.0, description="probability that an image is randomly erased (pixel noise)"
+    )
     recount: Count = Field(default=1, description="rectangles erased in such an image")
 
 
 class Optim(_Section):
     opt: Literal["adamw", "sgd"] = Field(default="adamw", description="the optimizer")
-    lr: Positive = Field(description="peak learning rate, for the global batch size as it is; nothing rescales it")
+    lr: Positive = Field(
+        description="peak learning rate, for the global batch size as it is; nothing rescales it"
+    )
     weight_decay: NotNegative = Field(
         default=0.05, description="of matrices and convolutions; vectors and tables have none"
     )
@@ -200,7 +240,9 @@ class Optim(_Section):
     nesterov: bool = Field(default=True, description="sgd only")
     betas: tuple[FractionBelowOne, FractionBelowOne] = _tuple((0.9, 0.999), "adamw only")
     eps: Positive = Field(default=1e-8, description="adamw only")
-    clip_grad: Positive | None = Field(default=None, description="L2 norm that gradients are clipped to; null: off")
+    clip_grad: Positive | None = Field(
+        default=None, description="L2 norm that gradients are clipped to; null: off"
+    )
 
 
 class ScheduleSection(_Section):
@@ -212,8 +254,12 @@ class ScheduleSection(_Section):
 
 
 class Train(_Section):
-    global_batch_size: Count = Field(description="samples of one optimizer step, over all GPUs and accumulation")
-    max_batch_per_gpu: Count = Field(default=512, description="most samples of one forward pass; more are accumulated")
+    global_batch_size: Count = Field(
+        description="samples of one optimizer step, over all GPUs and accumulation"
+    )
+    max_batch_per_gpu: Count = Field(
+        default=512, description="most samples of one forward pass; more are accumulated"
+    )
     precision: Literal["auto", "fp16", "bf16", "fp32"] = Field(
         default="auto", description="auto: fp16 on a GPU, fp32 without"
     )
@@ -240,12 +286,17 @@ class Ema(_Section):
 
 
 class Guard(_Section):
-    enabled: bool = Field(default=True, description="undo what a non-finite step did to weights, statistics and EMA")
+    enabled: bool = Field(
+        default=True, description="undo what a non-finite step did to weights, statistics and EMA"
+    )
     rollback_after_bad_steps: Count = Field(
-        default=20, description="that many bad steps in a row put the run back to a good state kept in memory"
+        default=20,
+        description="that many bad steps in a row put the run back to a good state kept in memory",
     )
     max_rollbacks: int = Field(default=3, ge=0, description="one more ends the run with exit code 4")
-    lr_backoff: float = Field(default=0.25, gt=0, le=1, description="factor on the learning rate after a rollback")
+    lr_backoff: float = Field(
+        default=0.25, gt=0, le=1, description="factor on the learning rate after a rollback"
+    )
     lr_backoff_epochs: NotNegative | None = Field(
         default=None, description="epochs over which that factor comes back to 1, evenly; null: it stays"
     )
@@ -259,11 +310,15 @@ class Guard(_Section):
 
 
 class Checkpoint(_Section):
-    every_epochs: Count = Field(default=1, description="epochs between two checkpoints; the last step is always saved")
+    every_epochs: Count = Field(
+        default=1, description="epochs between two checkpoints; the last step is always saved"
+    )
     every_steps: Count | None = Field(
         default=None, description="optimizer steps between two more checkpoints; null: none"
     )
-    keep: Count = Field(default=3, description="newest checkpoints kept, beside the best one and the milestones")
+    keep: Count = Field(
+        default=3, description="newest checkpoints kept, beside the best one and the milestones"
+    )
     milestone_every_epochs: Count | None = Field(
         default=None, description="epochs between two checkpoints that are kept for ever; null: none"
     )
@@ -280,11 +335,15 @@ class Metrics(_Section):
     host: str = Field(
         default="127.0.0.1", pattern=r"^[A-Za-z0-9.:_-]+$", description="address to serve at; 0.0.0.0: all"
     )
-    port: int = Field(default=9410, ge=1, le=65535, description="port of local rank 0; local rank r serves at port + r")
+    port: int = Field(
+        default=9410, ge=1, le=65535, description="port of local rank 0; local rank r serves at port + r"
+    )
     stall_seconds: Positive = Field(
         default=600.0, description="/-/healthy answers 503 when training has finished no step for that long"
     )
-    trackers: tuple[Tracker, ...] = _tuple((), "experiment trackers that get the log points and evaluations, too")
+    trackers: tuple[Tracker, ...] = _tuple(
+        (), "experiment trackers that get the log points and evaluations, too"
+    )
 
 
 class Expect(_Section):
@@ -329,8 +388,16 @@ def flat(config: Config) -> Iterator[tuple[str, Any]]:
 _RULES: tuple[tuple[tuple[str, ...], Callable[..., bool], str], ...] = (
     (("augment.scale",), lambda scale: scale[0] <= scale[1], "{} must go from low to high"),
     (("augment.ratio",), lambda ratio: ratio[0] <= ratio[1], "{} must go from low to high"),
-    (("data.eval_resize_px", "data.image_px"), lambda resize, crop: resize >= crop, "{} must not be less than {}"),
-    (("schedule.warmup_epochs", "schedule.epochs"), lambda warmup, epochs: warmup < epochs, "{} must be less than {}"),
+    (
+        ("data.eval_resize_px", "data.image_px"),
+        lambda resize, crop: resize >= crop,
+        "{} must not be less than {}",
+    ),
+    (
+        ("schedule.warmup_epochs", "schedule.epochs"),
+        lambda warmup, epochs: warmup < epochs,
+        "{} must be less than {}",
+    ),
     (("schedule.min_lr", "optim.lr"), lambda low, peak: low <= peak, "{} must not exceed {}"),
     (
         ("schedule.warmup_lr", "optim.lr", "schedule.warmup_epochs"),
@@ -342,9 +409,21 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[..., bool], str], ...] = (
         lambda nesterov, momentum, opt: momentum > 0 or not nesterov or opt != "sgd",
         "{} needs {} to be greater than 0",
     ),
-    (("train.compile_mode", "train.compile"), lambda mode, on: on or mode == "default", "{} needs {} to be true"),
-    (("expect.enforce", "expect.top1"), lambda enforce, top1: top1 is not None or not enforce, "{} needs {} to be set"),
-    (("expect.diverges", "expect.top1"), lambda diverges, top1: top1 is None or not diverges, "{} contradicts {}"),
+    (
+        ("train.compile_mode", "train.compile"),
+        lambda mode, on: on or mode == "default",
+        "{} needs {} to be true",
+    ),
+    (
+        ("expect.enforce", "expect.top1"),
+        lambda enforce, top1: top1 is not None or not enforce,
+        "{} needs {} to be set",
+    ),
+    (
+        ("expect.diverges", "expect.top1"),
+        lambda diverges, top1: top1 is None or not diverges,
+        "{} contradicts {}",
+    ),
     (
         ("model.absolute_position_px", "model.absolute_position"),
         lambda px, is_there: px is None or is_there,

@@ -68,7 +68,10 @@ def parse(text: str) -> tuple[Node | None, list[Problem]]:
         return None, [*problems, (line, f"not YAML: the character {text[error.position]!a} is not allowed")]
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        return None, [*problems, (mark.line + 1 if mark else 1, f"not YAML: {error.problem or error.context}")]
+        return None, [
+            *problems,
+            (mark.line + 1 if mark else 1, f"not YAML: {error.problem or error.context}"),
+        ]
     except (ValueError, OverflowError) as error:
         # PyYAML's scanner lets these out for an escape beyond Unicode and a version of thousands of digits.
         return None, [*problems, (1, f"not YAML: {error}")]

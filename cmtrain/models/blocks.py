@@ -91,7 +91,9 @@ class TokenLinear(nn.Linear):
 
 def depthwise_conv(channels: int, kernel: int, stride: int) -> nn.Conv2d:
     """Depth-wise convolution. Its weight carries channels-last strides: those its gradient comes in, as DDP wants."""
-    conv = nn.Conv2d(channels, channels, kernel, stride, padding=kernel // 2 if stride == 1 else 0, groups=channels)
+    conv = nn.Conv2d(
+        channels, channels, kernel, stride, padding=kernel // 2 if stride == 1 else 0, groups=channels
+    )
     return conv.to(memory_format=torch.channels_last)
 
 
@@ -148,7 +150,9 @@ class Stem(nn.Module):
         return self.norm3(gelu(self.conv3(x)))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout_prob: float, scale: float) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout_prob: float, scale: float
+) -> Tensor:
     """Scaled dot-product attention with a learned bias: (B, h, N, d), 2 x (B, h, K, d), (h or 1, N, K) -> (B, h, N, d).
 
     On CUDA a bias goes to the memory-efficient backend, the only fused one that returns its gradient: cuDNN's does not,
@@ -182,7 +186,15 @@ class Attention(nn.Module):
     """
 
     def __init__(
-        self, dim: int, heads: int, reduction: int, *, reimpl: bool, qkv_bias: bool, attn_drop: float, proj_drop: float
+        self,
+        dim: int,
+        heads: int,
+        reduction: int,
+        *,
+        reimpl: bool,
+        qkv_bias: bool,
+        attn_drop: float,
+        proj_drop: float,
     ):
         super().__init__()
         self.heads, self.reduction, self.attn_drop = heads, reduction, attn_drop
@@ -190,7 +202,9 @@ class Attention(nn.Module):
             self.q = TokenLinear(dim, dim, bias=qkv_bias)
             self.kv = TokenLinear(dim, 2 * dim, bias=qkv_bias)
             self.reduce = (
-                nn.Conv2d(dim, dim, reduction, reduction) if reimpl else depthwise_conv(dim, reduction, reduction)
+                nn.Conv2d(dim, dim, reduction, reduction)
+                if reimpl
+                else depthwise_conv(dim, reduction, reduction)
             )
             self.reduce_norm = nn.LayerNorm(dim, eps=1e-5) if reimpl else nn.BatchNorm2d(dim)
         else:
@@ -204,7 +218,9 @@ class Attention(nn.Module):
             return layer_norm(self.reduce_norm, _tokens(x))
         return _tokens(self.reduce_norm(x))
 
-    def forward(self, tokens: Tensor, bias: Tensor | None) -> Tensor:  # (B, H, W, C), (h or 1, N, K) -> (B, H, W, C)
+    def forward(
+        self, tokens: Tensor, bias: Tensor | None
+    ) -> Tensor:  # (B, H, W, C), (h or 1, N, K) -> (B, H, W, C)
         batch, height, width, dim = tokens.shape
         head_dim = dim // self.heads
         padding = -head_dim % 8 if tokens.is_cuda else 0
@@ -225,7 +241,11 @@ class Attention(nn.Module):
             return linear(x)
         head_dim = linear.in_features // self.heads
         weight = F.pad(linear.weight.unflatten(0, (-1, head_dim)), (0, 0, 0, padding)).flatten(0, 1)
-        bias = None if linear.bias is None else F.pad(linear.bias.unflatten(0, (-1, head_dim)), (0, padding)).flatten()
+        bias = (
+            None
+            if linear.bias is None
+            else F.pad(linear.bias.unflatten(0, (-1, head_dim)), (0, padding)).flatten()
+        )
         return F.linear(x, weight, bias)
 
     def _out_of_heads(self, linear: nn.Linear, x: Tensor, padding: int) -> Tensor:
@@ -252,7 +272,9 @@ class FeedForward(nn.Module):
         self.residual_before_norm = not reimpl
         self.expand = PointwiseConv(dim, hidden)
         self.expand_norm = nn.BatchNorm2d(hidden)
-        self.depthwise = depthwise_conv(hidden, 3, 1) if reimpl else ResidualDepthwiseConv(hidden, kernel="eager")
+        self.depthwise = (
+            depthwise_conv(hidden, 3, 1) if reimpl else ResidualDepthwiseConv(hidden, kernel="eager")
+        )
         self.depthwise_norm = nn.BatchNorm2d(hidden)
         self.project = PointwiseConv(hidden, dim)
         self.project_norm = nn.BatchNorm2d(dim)
@@ -261,7 +283,9 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, H, W)
         if self._is_fused(x):
             layers = self.expand, self.expand_norm, self.depthwise, self.depthwise_norm, self.project
-            return self.project_norm(fused_ffn.feed_forward(x, *layers, reimpl=not self.residual_before_norm))
+            return self.project_norm(
+                fused_ffn.feed_forward(x, *layers, reimpl=not self.residual_before_norm)
+            )
         x = self.drop(self.expand_norm(gelu(self.expand(x))))
         if self.residual_before_norm:
             x = self.depthwise_norm(gelu(self.depthwise(x)))
@@ -313,7 +337,9 @@ class Block(nn.Module):
         self.bias = bias
         self.norm2 = nn.LayerNorm(dim, eps=eps)
         # The re-implementation drops paths of the FFN branch only, and has no dropout inside the FFN.
-        self.ffn = FeedForward(dim, hidden, reimpl=reimpl, drop=0.0 if reimpl else proj_drop, kernel=ffn_kernel)
+        self.ffn = FeedForward(
+            dim, hidden, reimpl=reimpl, drop=0.0 if reimpl else proj_drop, kernel=ffn_kernel
+        )
         self.attn_drop_path = DropPath(0.0 if reimpl else drop_path_prob)
         self.ffn_drop_path = DropPath(drop_path_prob)
 

@@ -75,7 +75,11 @@ def resize_positions(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict
     resized = dict(state_dict)
     for name, module in model.named_modules():
         key = f"{name}.table"
-        if isinstance(module, POSITION_MODULES) and key in resized and resized[key].shape != module.table.shape:
+        if (
+            isinstance(module, POSITION_MODULES)
+            and key in resized
+            and resized[key].shape != module.table.shape
+        ):
             try:
                 resized[key] = module.resized(resized[key])
             except ValueError as error:
@@ -110,7 +114,9 @@ def load_reference_checkpoint(model: CMT, state_dict: Mapping, *, skip_head: boo
     given = _unwrap(state_dict)
     variant = _variant_of(given)
     if variant != model.variant:
-        raise ValueError(f"the checkpoint is of variant={variant!r}, the model was built with {model.variant!r}")
+        raise ValueError(
+            f"the checkpoint is of variant={variant!r}, the model was built with {model.variant!r}"
+        )
     modules = _reference_modules(model)
     own = model.state_dict()
     expected = to_reference_state_dict(model)
@@ -130,7 +136,9 @@ def load_reference_checkpoint(model: CMT, state_dict: Mapping, *, skip_head: boo
             converted[key] = given[names[0]]
             continue
         wrong = [name for name in names if given[name].shape != expected[name].shape]
-        misshapen += [f"{name} {tuple(given[name].shape)}, not {tuple(expected[name].shape)}" for name in wrong]
+        misshapen += [
+            f"{name} {tuple(given[name].shape)}, not {tuple(expected[name].shape)}" for name in wrong
+        ]
         if not wrong:
             converted[key] = _pack(model, key, [given[name] for name in names])
     try:
@@ -167,7 +175,9 @@ def _variant_of(given: Mapping[str, Tensor]) -> str:
     if f"stem.{SEED_STEM[0]}.conv3x3_gelu_bn.0.weight" in given:
         return "reimpl"
     if "stem.conv1.weight" in given:
-        raise ValueError("these are cmtrain's own weights: pass them through resize_positions to model.load_state_dict")
+        raise ValueError(
+            "these are cmtrain's own weights: pass them through resize_positions to model.load_state_dict"
+        )
     raise ValueError(
         f"neither the paper's nor the re-implementation's weights; the first keys are {', '.join(list(given)[:3])}"
     )
@@ -189,7 +199,11 @@ def _option_problems(model: CMT, given: Mapping[str, Tensor]) -> list[str]:
             "absolute_position": "absolute_pos_embed" in given,
         }
         ours |= {"attention_bias": model.attention_bias, "absolute_position": stage.absolute is not None}
-    return [f"it was made with {k}={v!r}, the model has {k}={ours[k]!r}" for k, v in theirs.items() if v != ours[k]]
+    return [
+        f"it was made with {k}={v!r}, the model has {k}={ours[k]!r}"
+        for k, v in theirs.items()
+        if v != ours[k]
+    ]
 
 
 def _reference_modules(model: CMT) -> dict[str, tuple[str, ...]]:
@@ -205,7 +219,9 @@ def _reference_modules(model: CMT) -> dict[str, tuple[str, ...]]:
             "the paper's release has pairwise tables per stage: other attention biases have no counterpart"
         )
     if not reimpl and stages[0].absolute is not None:
-        raise ValueError("the paper's release has no absolute position embedding: absolute_position has no counterpart")
+        raise ValueError(
+            "the paper's release has no absolute position embedding: absolute_position has no counterpart"
+        )
 
     modules: dict[str, tuple[str, ...]] = {}
     for ours, name in (REIMPL_ENDS if reimpl else PAPER_ENDS).items():

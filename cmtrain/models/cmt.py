@@ -16,7 +16,12 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from cmtrain.models.blocks import Block, FfnKernel, PointwiseConv, Stage, Stem, init_weights
-from cmtrain.models.position import POSITION_MODULES, AbsolutePosition, AttentionBiasKind, make_attention_bias
+from cmtrain.models.position import (
+    POSITION_MODULES,
+    AbsolutePosition,
+    AttentionBiasKind,
+    make_attention_bias,
+)
 
 Variant = Literal["paper", "reimpl"]
 BiasScope = Literal["stage", "block"]
@@ -39,7 +44,9 @@ class Size:
 
 
 SIZES = {
-    "cmt_micro": Size(32, 16, (16, 32, 64, 128), (1, 1, 2, 1), 2.0, 2.0, head_width=256),  # ours: demos and tests
+    "cmt_micro": Size(
+        32, 16, (16, 32, 64, 128), (1, 1, 2, 1), 2.0, 2.0, head_width=256
+    ),  # ours: demos and tests
     "cmt_ti": Size(160, 16, (46, 92, 184, 368), (2, 2, 10, 2), 3.6, 3.6),
     "cmt_xs": Size(192, 16, (52, 104, 208, 416), (3, 3, 12, 3), 3.77, 3.8),
     "cmt_s": Size(224, 32, (64, 128, 256, 512), (3, 3, 16, 3), 4.0, 4.0),
@@ -55,7 +62,9 @@ def _choose(name: str, value: str, legal: Sequence[str]) -> None:
 def _square_px(img_size: int | tuple[int, int]) -> int:
     height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
     if height != width or height < 32 or height % 32:
-        raise ValueError(f"img_size={img_size} must be a square of a multiple of 32 pixels, such as 160 or 224")
+        raise ValueError(
+            f"img_size={img_size} must be a square of a multiple of 32 pixels, such as 160 or 224"
+        )
     return height
 
 
@@ -132,10 +141,17 @@ class CMT(nn.Module):
         self.stem = Stem(in_chans, size.stem_channels)
         self.stages = nn.ModuleList()
         in_channels = size.stem_channels
-        for i, (dim, depth, heads, reduction) in enumerate(zip(size.dims, size.depths, HEADS, REDUCTIONS, strict=True)):
+        for i, (dim, depth, heads, reduction) in enumerate(
+            zip(size.dims, size.depths, HEADS, REDUCTIONS, strict=True)
+        ):
             side = self.img_size // 4 >> i
             make_bias = partial(
-                make_attention_bias, bias_kind, reimpl=reimpl, heads=heads, queries_per_side=side, reduction=reduction
+                make_attention_bias,
+                bias_kind,
+                reimpl=reimpl,
+                heads=heads,
+                queries_per_side=side,
+                reduction=reduction,
             )
             blocks = [
                 make_block(
@@ -182,11 +198,17 @@ class CMT(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Names of the position tables: decay would pull them towards "no position", not a simpler function."""
-        return {f"{name}.table" for name, module in self.named_modules() if isinstance(module, POSITION_MODULES)}
+        return {
+            f"{name}.table" for name, module in self.named_modules() if isinstance(module, POSITION_MODULES)
+        }
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Depth of a parameter for timm's layer-wise learning-rate decay: by stage, or by block."""
-        blocks = r"^stages\.(\d+)" if coarse else [(r"^stages\.(\d+)\.blocks\.(\d+)", None), (r"^stages\.(\d+)", (0,))]
+        blocks = (
+            r"^stages\.(\d+)"
+            if coarse
+            else [(r"^stages\.(\d+)\.blocks\.(\d+)", None), (r"^stages\.(\d+)", (0,))]
+        )
         return {"stem": r"^stem", "blocks": blocks}
 
     def forward_intermediates(
@@ -237,7 +259,9 @@ class CMT(nn.Module):
             x = stage(x)
         return x
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:  # (B, C, H, W) -> (B, num_classes)
+    def forward_head(
+        self, x: Tensor, pre_logits: bool = False
+    ) -> Tensor:  # (B, C, H, W) -> (B, num_classes)
         if self.fc_norm is not None:  # paper: convolution, BatchNorm, Swish, then the average
             x = F.silu(self.fc_norm(self.fc(x)))
         x = x.mean((2, 3), keepdim=True) if self.global_pool else x

@@ -42,7 +42,9 @@ class Traffic:
         return self.forward_kernels + self.backward_kernels
 
 
-def count(model: nn.Module, *, image_px: int, batch: int = 256, dtype: torch.dtype = torch.float16) -> Traffic:
+def count(
+    model: nn.Module, *, image_px: int, batch: int = 256, dtype: torch.dtype = torch.float16
+) -> Traffic:
     """Traffic of `model` on CUDA under autocast to `dtype` (none for float32).
 
     Of forward and backward for a model in train(), of inference for one in eval(). Optimizer, augmentation and loss are
@@ -128,13 +130,20 @@ class _Cuda(TorchFunctionMode):
 
 
 def _efficient_attention(
-    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
 ) -> Tensor:
     dtype = torch.get_autocast_dtype("cpu")
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     bias = None if attn_mask is None else attn_mask.to(dtype).expand(*q.shape[:3], k.shape[2])
     attention = torch.ops.aten._scaled_dot_product_efficient_attention
-    return attention(q, k, v, bias, compute_log_sumexp=torch.is_grad_enabled(), dropout_p=dropout_p, scale=scale)[0]
+    return attention(
+        q, k, v, bias, compute_log_sumexp=torch.is_grad_enabled(), dropout_p=dropout_p, scale=scale
+    )[0]
 
 
 @torch.no_grad()

@@ -25,12 +25,16 @@ def use_fused_where_it_agrees(model: nn.Module) -> None:
     try:
         reimpl = any(isinstance(part, FeedForward) and not part.residual_before_norm for part in parts)
         errors = {dtype: worst_error(device, dtype, reimpl=reimpl) for dtype in TOLERANCES}
-        wrong = [f"{dtype}: {error:.1e}" for dtype, error in errors.items() if not error <= TOLERANCES[dtype]]
+        wrong = [
+            f"{dtype}: {error:.1e}" for dtype, error in errors.items() if not error <= TOLERANCES[dtype]
+        ]
         trouble = f"differ from torch's results by {', '.join(wrong)}" if wrong else ""
     except Exception as error:  # whatever Triton, its compiler or the driver raise: there is another way
         trouble = f"do not run: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     if trouble:
-        warnings.warn(f"model.ffn_kernel: the fused kernels {trouble}; computing operation by operation", stacklevel=2)
+        warnings.warn(
+            f"model.ffn_kernel: the fused kernels {trouble}; computing operation by operation", stacklevel=2
+        )
         for part in parts:
             part.kernel = "eager"
 
@@ -44,7 +48,9 @@ def _device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def worst_error(device: torch.device, dtype: torch.dtype, kernel: FfnKernel = "auto", *, reimpl: bool = False) -> float:
+def worst_error(
+    device: torch.device, dtype: torch.dtype, kernel: FfnKernel = "auto", *, reimpl: bool = False
+) -> float:
     """Of a perception unit and of a feed-forward network the larger difference from what torch computes; see _error."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)

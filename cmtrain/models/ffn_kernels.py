@@ -27,7 +27,9 @@ def _upper_tail(z):
     root = tl.rsqrt(1.0 + 0.23164189 * tl.abs(z))  # 0.3275911 / sqrt(2)
     t = root * root
     bell = tl.exp2(-0.72134752 * z * z)  # 0.5 / ln 2
-    series = t * (0.127414796 + t * (-0.142248368 + t * (0.7107068705 + t * (-0.7265760135 + t * 0.5307027145))))
+    series = t * (
+        0.127414796 + t * (-0.142248368 + t * (0.7107068705 + t * (-0.7265760135 + t * 0.5307027145)))
+    )
     return series * bell, bell
 
 
@@ -307,15 +309,33 @@ def depthwise_grad_kernel(
         d_bias += total
         if SKIP:
             total = tl.load(skip + at, mask=inside, other=0.0).to(tl.float32)
-        total, d_tap0 = _through_tap(dz, weight, at, inside, x, y, column, normal, total, d_tap0, 0, HEIGHT, WIDTH, P)
-        total, d_tap1 = _through_tap(dz, weight, at, inside, x, y, column, normal, total, d_tap1, 1, HEIGHT, WIDTH, P)
-        total, d_tap2 = _through_tap(dz, weight, at, inside, x, y, column, normal, total, d_tap2, 2, HEIGHT, WIDTH, P)
-        total, d_tap3 = _through_tap(dz, weight, at, inside, x, y, column, normal, total, d_tap3, 3, HEIGHT, WIDTH, P)
-        total, d_tap4 = _through_tap(dz, weight, at, inside, x, y, column, normal, total, d_tap4, 4, HEIGHT, WIDTH, P)
-        total, d_tap5 = _through_tap(dz, weight, at, inside, x, y, column, normal, total, d_tap5, 5, HEIGHT, WIDTH, P)
-        total, d_tap6 = _through_tap(dz, weight, at, inside, x, y, column, normal, total, d_tap6, 6, HEIGHT, WIDTH, P)
-        total, d_tap7 = _through_tap(dz, weight, at, inside, x, y, column, normal, total, d_tap7, 7, HEIGHT, WIDTH, P)
-        total, d_tap8 = _through_tap(dz, weight, at, inside, x, y, column, normal, total, d_tap8, 8, HEIGHT, WIDTH, P)
+        total, d_tap0 = _through_tap(
+            dz, weight, at, inside, x, y, column, normal, total, d_tap0, 0, HEIGHT, WIDTH, P
+        )
+        total, d_tap1 = _through_tap(
+            dz, weight, at, inside, x, y, column, normal, total, d_tap1, 1, HEIGHT, WIDTH, P
+        )
+        total, d_tap2 = _through_tap(
+            dz, weight, at, inside, x, y, column, normal, total, d_tap2, 2, HEIGHT, WIDTH, P
+        )
+        total, d_tap3 = _through_tap(
+            dz, weight, at, inside, x, y, column, normal, total, d_tap3, 3, HEIGHT, WIDTH, P
+        )
+        total, d_tap4 = _through_tap(
+            dz, weight, at, inside, x, y, column, normal, total, d_tap4, 4, HEIGHT, WIDTH, P
+        )
+        total, d_tap5 = _through_tap(
+            dz, weight, at, inside, x, y, column, normal, total, d_tap5, 5, HEIGHT, WIDTH, P
+        )
+        total, d_tap6 = _through_tap(
+            dz, weight, at, inside, x, y, column, normal, total, d_tap6, 6, HEIGHT, WIDTH, P
+        )
+        total, d_tap7 = _through_tap(
+            dz, weight, at, inside, x, y, column, normal, total, d_tap7, 7, HEIGHT, WIDTH, P
+        )
+        total, d_tap8 = _through_tap(
+            dz, weight, at, inside, x, y, column, normal, total, d_tap8, 8, HEIGHT, WIDTH, P
+        )
         gradient = total.to(dn.dtype.element_ty)
         tl.store(dn + at, gradient, mask=inside)
         if not PLAIN:

@@ -99,7 +99,9 @@ def expand(x: Tensor, weight: Tensor, bias: Tensor, training: bool) -> tuple[Ten
 
 
 @expand.register_fake
-def _expand_fake(x: Tensor, weight: Tensor, bias: Tensor, training: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _expand_fake(
+    x: Tensor, weight: Tensor, bias: Tensor, training: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows, pitch = x.shape[0], padded(weight.shape[0])
     kept, parts = (rows, _num_partials(rows, pitch)) if training else (0, 0)
     z, a = _like(x, kept, pitch, dtype=x.dtype), _like(x, rows, pitch, dtype=x.dtype)
@@ -123,7 +125,9 @@ def normalise(means: Tensor, m2s: Tensor, gamma: Tensor, beta: Tensor, rows: int
 
 
 @normalise.register_fake
-def _normalise_fake(means: Tensor, m2s: Tensor, gamma: Tensor, beta: Tensor, rows: int, eps: float) -> Tensor:
+def _normalise_fake(
+    means: Tensor, m2s: Tensor, gamma: Tensor, beta: Tensor, rows: int, eps: float
+) -> Tensor:
     return _like(means, 5, means.shape[1])
 
 
@@ -275,12 +279,16 @@ def normalise_grad(d: Tensor, e: Tensor, mean: Tensor, inverse: Tensor, scale: T
 
 
 @normalise_grad.register_fake
-def _normalise_grad_fake(d: Tensor, e: Tensor, mean: Tensor, inverse: Tensor, scale: Tensor, rows: int) -> Tensor:
+def _normalise_grad_fake(
+    d: Tensor, e: Tensor, mean: Tensor, inverse: Tensor, scale: Tensor, rows: int
+) -> Tensor:
     return _like(d, 3, len(d))
 
 
 @torch.library.custom_op("cmtrain::ffn_expand_grad", mutates_args=())
-def expand_grad(dn: Tensor, z: Tensor, scale: Tensor, slope: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+def expand_grad(
+    dn: Tensor, z: Tensor, scale: Tensor, slope: Tensor, offset: Tensor
+) -> tuple[Tensor, Tensor]:
     """(scale * dn + slope * gelu(z) + offset) * gelu'(z): (M, p), (M, p), 3 x (p,) -> (M, p), and sums (parts, p)."""
     dz, sums = _expand_grad_fake(dn, z, scale, slope, offset)
     rows, pitch = z.shape
@@ -292,5 +300,7 @@ def expand_grad(dn: Tensor, z: Tensor, scale: Tensor, slope: Tensor, offset: Ten
 
 
 @expand_grad.register_fake
-def _expand_grad_fake(dn: Tensor, z: Tensor, scale: Tensor, slope: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+def _expand_grad_fake(
+    dn: Tensor, z: Tensor, scale: Tensor, slope: Tensor, offset: Tensor
+) -> tuple[Tensor, Tensor]:
     return torch.empty_like(z), _like(z, _num_partials(*z.shape), z.shape[1])

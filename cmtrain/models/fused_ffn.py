@@ -45,7 +45,9 @@ class _FeedForward(torch.autograd.Function):
     """Rows (M, C) -> (M, C), and the two layers' batch means and unbiased variances, (p,) each, not differentiable."""
 
     @staticmethod
-    def forward(ctx, x, w1, b1, gamma1, beta1, taps, gamma2, beta2, w2, b2, height, width, eps1, eps2, reimpl):
+    def forward(
+        ctx, x, w1, b1, gamma1, beta1, taps, gamma2, beta2, w2, b2, height, width, eps1, eps2, reimpl
+    ):
         rows = x.shape[0]
         z1, a1, *sums = ops.expand(x, w1.to(x.dtype), b1, True)
         mean1, var1, inverse1, s1, t1 = ops.normalise(*sums, gamma1, beta1, rows, eps1).unbind()

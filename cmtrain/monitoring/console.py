@@ -19,7 +19,9 @@ class Console:
     def start(self, step: int, total_steps: int) -> None:
         if self.enabled and self.rich.is_terminal:
             columns = TextColumn("step {task.completed}/{task.total}"), BarColumn(None), TimeElapsedColumn()
-            self.bar = Progress(*columns, TextColumn("{task.description}"), console=self.rich, transient=True)
+            self.bar = Progress(
+                *columns, TextColumn("{task.description}"), console=self.rich, transient=True
+            )
             self.task = self.bar.add_task("", total=total_steps, completed=step)
             self.bar.start()
 

@@ -69,7 +69,9 @@ class Exporter:
         self.routes = routes
         self.listener = _listen(host, port)
         self.host, self.port = host, int(self.listener.getsockname()[1])
-        self.idle: dict[asyncio.Task[None], None] = {}  # connections that wait for a request, the longest first
+        self.idle: dict[
+            asyncio.Task[None], None
+        ] = {}  # connections that wait for a request, the longest first
         self.num_connections = 0
         self.turns_taken_until = 0.0
         self.loop = asyncio.new_event_loop()
@@ -225,7 +227,9 @@ def _page(route: Route | None, accept: str) -> Page:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    family, _, _, _, address = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    family, _, _, _, address = socket.getaddrinfo(
+        host, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )[0]
     last = min(port + PORT_ATTEMPTS - 1, 65535)
     for candidate in range(port, last + 1):
         try:

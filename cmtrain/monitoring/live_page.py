@@ -101,7 +101,9 @@ def summary(metrics: TrainMetrics) -> str:
     (family,) = metrics.run_info.collect()
     for sample in family.samples:
         facts = sample.labels
-        return " \u00b7 ".join((facts["model"], facts["precision"], f"{facts['world_size']} x {facts['device']}"))
+        return " \u00b7 ".join(
+            (facts["model"], facts["precision"], f"{facts['world_size']} x {facts['device']}")
+        )
     return ""
 
 

@@ -45,25 +45,47 @@ class TrainMetrics:
     def __post_init__(self) -> None:
         self.images = self._make(Counter, "images", "Images processed by this rank.", "split")
         self.steps = self._make(Counter, "steps", "Optimizer steps by result.", "result")
-        self.step_seconds = self._make(Histogram, "step_duration_seconds", "Wall time of a step.", buckets=STEP_BUCKETS)
+        self.step_seconds = self._make(
+            Histogram, "step_duration_seconds", "Wall time of a step.", buckets=STEP_BUCKETS
+        )
         self.phase_seconds = self._make(
             Histogram, "phase_duration_seconds", "Time of a step in one phase; GPU time on a GPU, except data_wait.",
             "phase", buckets=PHASE_BUCKETS,
         )  # fmt: skip
-        self.data_wait_seconds = self._make(Counter, "data_wait_seconds", "Time the step waited for a batch.")
-        self.data_bytes = self._make(Counter, "data_bytes", "Encoded bytes of the images that this rank trained on.")
-        self.decode_errors = self._make(Counter, "data_decode_errors", "Unreadable image files by kind.", "kind")
-        self.nonfinite = self._make(Counter, "nonfinite", "Non-finite values met by the guard.", "where", "action")
-        self.spikes = self._make(Counter, "loss_spikes", "Steps whose loss or gradient norm was far above the mean.")
-        self.rollbacks = self._make(Counter, "rollbacks", "Times the run went back to a good state kept in memory.")
+        self.data_wait_seconds = self._make(
+            Counter, "data_wait_seconds", "Time the step waited for a batch."
+        )
+        self.data_bytes = self._make(
+            Counter, "data_bytes", "Encoded bytes of the images that this rank trained on."
+        )
+        self.decode_errors = self._make(
+            Counter, "data_decode_errors", "Unreadable image files by kind.", "kind"
+        )
+        self.nonfinite = self._make(
+            Counter, "nonfinite", "Non-finite values met by the guard.", "where", "action"
+        )
+        self.spikes = self._make(
+            Counter, "loss_spikes", "Steps whose loss or gradient norm was far above the mean."
+        )
+        self.rollbacks = self._make(
+            Counter, "rollbacks", "Times the run went back to a good state kept in memory."
+        )
         self.bad_in_a_row = self._make(Gauge, "guard_consecutive_skips", "Bad steps in a row up to now.")
-        self.in_state = self._make(Gauge, "state", "1 for what this rank is doing now, 0 for the rest.", "state")
+        self.in_state = self._make(
+            Gauge, "state", "1 for what this rank is doing now, 0 for the rest.", "state"
+        )
         self.step = self._make(Gauge, "step", "Optimizer steps done.")
         self.steps_target = self._make(Gauge, "steps_target", "Optimizer steps of the whole run.")
         self.epoch = self._make(Gauge, "epoch", "Epoch of the last step, from 0.")
-        self.last_step_timestamp = self._make(Gauge, "last_step_timestamp_seconds", "Unix time of the last step.")
-        self.start_timestamp = self._make(Gauge, "start_timestamp_seconds", "Unix time at which this process started.")
-        self.eta_timestamp = self._make(Gauge, "eta_timestamp_seconds", "Unix time at which training should end.")
+        self.last_step_timestamp = self._make(
+            Gauge, "last_step_timestamp_seconds", "Unix time of the last step."
+        )
+        self.start_timestamp = self._make(
+            Gauge, "start_timestamp_seconds", "Unix time at which this process started."
+        )
+        self.eta_timestamp = self._make(
+            Gauge, "eta_timestamp_seconds", "Unix time at which training should end."
+        )
         self.train_loss = self._make(Gauge, "train_loss", "Mean loss since the last log point (nats).")
         self.learning_rate = self._make(Gauge, "learning_rate", "Learning rate of the last step.")
         self.grad_norm = self._make(Gauge, "grad_norm", "Global L2 norm of the gradient, before clipping.")
@@ -72,29 +94,54 @@ class TrainMetrics:
         self.bn_mean_abs_max = self._make(
             Gauge, "bn_running_mean_abs_max", "Largest absolute running mean of any BatchNorm."
         )
-        self.bn_var_max = self._make(Gauge, "bn_running_var_max", "Largest running variance of any BatchNorm.")
-        self.eval_accuracy = self._make(Gauge, "eval_accuracy_ratio", "Accuracy on the validation set.", "k", "weights")
-        self.eval_loss = self._make(Gauge, "eval_loss", "Cross entropy on the validation set (nats).", "weights")
+        self.bn_var_max = self._make(
+            Gauge, "bn_running_var_max", "Largest running variance of any BatchNorm."
+        )
+        self.eval_accuracy = self._make(
+            Gauge, "eval_accuracy_ratio", "Accuracy on the validation set.", "k", "weights"
+        )
+        self.eval_loss = self._make(
+            Gauge, "eval_loss", "Cross entropy on the validation set (nats).", "weights"
+        )
         self.eval_seconds = self._make(
             Histogram, "eval_duration_seconds", "Time of an evaluation.", buckets=EVAL_BUCKETS
         )
         self.best_accuracy = self._make(Gauge, "eval_best_accuracy_ratio", "Best top-1 of the run so far.")
-        self.checkpoint_seconds = self._make(Histogram, "checkpoint_duration_seconds", "Time to publish a checkpoint.")
+        self.checkpoint_seconds = self._make(
+            Histogram, "checkpoint_duration_seconds", "Time to publish a checkpoint."
+        )
         self.checkpoint_wait_seconds = self._make(
             Counter, "checkpoint_wait_seconds", "Time training stood still for checkpoints."
         )
-        self.checkpoint_failures = self._make(Counter, "checkpoint_failures", "Checkpoints that could not be written.")
+        self.checkpoint_failures = self._make(
+            Counter, "checkpoint_failures", "Checkpoints that could not be written."
+        )
         self.checkpoint_timestamp = self._make(
             Gauge, "checkpoint_last_success_timestamp_seconds", "Unix time of the last published checkpoint."
         )
-        self.checkpoint_bytes = self._make(Gauge, "checkpoint_size_bytes", "Size of the last published checkpoint.")
-        self.flops_per_image = self._make(
-            Gauge, "flops_per_image", "Floating-point operations to train on one image: three forward passes."
+        self.checkpoint_bytes = self._make(
+            Gauge, "checkpoint_size_bytes", "Size of the last published checkpoint."
         )
-        self.gpu_memory = self._make(Gauge, "gpu_memory_bytes", "Memory of torch's allocator at the last log.", "kind")
-        self.gpu_info = self._make(Gauge, "gpu_info", "The GPU of this rank, value 1; joins to DCGM.", "UUID", "model")
+        self.flops_per_image = self._make(
+            Gauge,
+            "flops_per_image",
+            "Floating-point operations to train on one image: three forward passes.",
+        )
+        self.gpu_memory = self._make(
+            Gauge, "gpu_memory_bytes", "Memory of torch's allocator at the last log.", "kind"
+        )
+        self.gpu_info = self._make(
+            Gauge, "gpu_info", "The GPU of this rank, value 1; joins to DCGM.", "UUID", "model"
+        )
         self.run_info = self._make(
-            Gauge, "run_info", "Facts of the run, value 1.", "model", "precision", "device", "world_size", "version"
+            Gauge,
+            "run_info",
+            "Facts of the run, value 1.",
+            "model",
+            "precision",
+            "device",
+            "world_size",
+            "version",
         )
         # The process's memory, CPU time and file descriptors, and Python's version, under their usual names.
         ProcessCollector(registry=self.registry)

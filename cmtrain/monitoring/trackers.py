@@ -37,18 +37,25 @@ class Trackers:
         self.enabled = accelerator.is_main_process and bool(accelerator.log_with)
         if not self.enabled:
             return
-        values = {key: value if isinstance(value, int | float | str) else emit(value) for key, value in config.items()}
+        values = {
+            key: value if isinstance(value, int | float | str) else emit(value)
+            for key, value in config.items()
+        }
         names = {"wandb": {"name": run_name}, "mlflow": {"run_name": run_name}}
         try:
             accelerator.init_trackers(PROJECT, values, init_kwargs=names)
         except Exception as error:  # each of them has errors of its own
-            raise DataError(f"metrics.trackers: cannot start: {_line(error)}; leave it out to run without") from error
+            raise DataError(
+                f"metrics.trackers: cannot start: {_line(error)}; leave it out to run without"
+            ) from error
 
     def log(self, values: Mapping[str, Any], step: int) -> str:
         """Pass on the numbers among `values`. Returns why that failed, "" if it did not."""
         if not self.enabled:
             return ""
-        numbers = {key: value for key, value in values.items() if key not in ("step", "time") and _is_finite(value)}
+        numbers = {
+            key: value for key, value in values.items() if key not in ("step", "time") and _is_finite(value)
+        }
         try:
             self.accelerator.log(numbers, step=step)
         except Exception as error:

@@ -22,7 +22,9 @@ def set_torch_defaults(run_path: Path) -> None:
         ("TORCH_NCCL_ASYNC_ERROR_HANDLING", "NCCL_ASYNC_ERROR_HANDLING"): "3",
         ("TORCH_NCCL_DUMP_ON_TIMEOUT", "TORCH_FR_DUMP_ON_TIMEOUT"): "1",
         ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"): "20000",
-        ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"): str(run_path.absolute() / "nccl-rank"),
+        ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"): str(
+            run_path.absolute() / "nccl-rank"
+        ),
     }
     for names, value in defaults.items():
         if not any(name in os.environ for name in names):
@@ -42,7 +44,9 @@ def join_torchrun(backend: str, timeout: datetime.timedelta) -> None:
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     store = dist.TCPStore(address, port, is_master=False, timeout=timeout)
     store_of_attempt = dist.PrefixStore(f"attempt-{num_restarts()}", store)
-    dist.init_process_group(backend, store=store_of_attempt, rank=rank, world_size=world_size, timeout=timeout)
+    dist.init_process_group(
+        backend, store=store_of_attempt, rank=rank, world_size=world_size, timeout=timeout
+    )
 
 
 def control_group(num_processes: int, timeout_seconds: float) -> Any:

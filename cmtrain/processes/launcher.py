@@ -30,7 +30,15 @@ from cmtrain.errors import (
     EXIT_INTERRUPTED,
     EXIT_PREEMPTED,
 )
-from cmtrain.processes.failure import STOP_SIGNALS, Failure, conclude, crash_loop, death, leave_word, words_left
+from cmtrain.processes.failure import (
+    STOP_SIGNALS,
+    Failure,
+    conclude,
+    crash_loop,
+    death,
+    leave_word,
+    words_left,
+)
 from cmtrain.processes.rank import PARENT, RESTARTS
 from cmtrain.storage.run_folder import read_status
 
@@ -90,17 +98,22 @@ def num_visible(devices: str | None, num_installed: int) -> int:
         return num_installed
     entries = [entry.strip() for entry in devices.split(",")]
     is_one = [
-        entry.startswith(("GPU-", "MIG-")) or (entry.isdecimal() and int(entry) < num_installed) for entry in entries
+        entry.startswith(("GPU-", "MIG-")) or (entry.isdecimal() and int(entry) < num_installed)
+        for entry in entries
     ]
     return is_one.index(False) if False in is_one else len(entries)
 
 
 def start(command: Sequence[str], environment: dict[str, str]) -> int:
     """Start `command` in a session of its own, so that a terminal's Ctrl-C reaches it once, through us."""
-    return os.posix_spawn(sys.executable, list(command), os.environ | environment, setsid=True, setsigmask=())
+    return os.posix_spawn(
+        sys.executable, list(command), os.environ | environment, setsid=True, setsigmask=()
+    )
 
 
-def run_ranks(command: Sequence[str], nproc: int, *, max_restarts: int, run_path: Path, start: Start = start) -> int:
+def run_ranks(
+    command: Sequence[str], nproc: int, *, max_restarts: int, run_path: Path, start: Start = start
+) -> int:
     """Run `command` as ranks 0..nproc-1, again if it fails, at most `max_restarts` times. Returns the exit code.
 
     Args:
@@ -134,7 +147,9 @@ def _start_ranks(command: Sequence[str], nproc: int, restarts: int, start: Start
         free.bind(("127.0.0.1", 0))
         common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
     common |= {"WORLD_SIZE": str(nproc), "LOCAL_WORLD_SIZE": str(nproc)}
-    return Attempt({start(command, common | {"RANK": str(r), "LOCAL_RANK": str(r)}): r for r in range(nproc)})
+    return Attempt(
+        {start(command, common | {"RANK": str(r), "LOCAL_RANK": str(r)}): r for r in range(nproc)}
+    )
 
 
 def _watch(attempt: Attempt, taken: set[signal.Signals], run_path: Path) -> bool:
@@ -171,7 +186,9 @@ def _reap(attempt: Attempt, run_path: Path) -> None:
             attempt.exit_codes[rank] = code
             if code and intact:  # what ends later is a consequence, or was ended by us
                 attempt.deaths.append(death(rank, len(attempt.ranks), code))
-                if _has_begun(attempt, run_path) and rank not in {word.rank for word in words_left(run_path)}:
+                if _has_begun(attempt, run_path) and rank not in {
+                    word.rank for word in words_left(run_path)
+                }:
                     leave_word(run_path, attempt.deaths[-1])
 
 

@@ -82,11 +82,15 @@ def contradictions(facts: Sequence[Facts]) -> list[str]:
     for rank, other in enumerate(facts):
         who = f"rank {rank} on {other.host}"
         if other.code != first.code:
-            found.append(f"{who} runs {other.code}, rank 0 on {first.host} {first.code}; install the same everywhere")
+            found.append(
+                f"{who} runs {other.code}, rank 0 on {first.host} {first.code}; install the same everywhere"
+            )
         if differing := [key for key, value in first.config.items() if other.config.get(key) != value]:
             key = differing[0]
             mine, theirs = first.config[key], other.config.get(key)
-            found.append(f"{key} is {theirs} for {who}, {mine} for rank 0 on {first.host}; start all ranks alike")
+            found.append(
+                f"{key} is {theirs} for {who}, {mine} for rank 0 on {first.host}; start all ranks alike"
+            )
         if not other.sees_run_dir:
             where = f"{first.run_dir}, which it knows as {other.run_dir}" * (first.run_dir != other.run_dir)
             found.append(
@@ -95,7 +99,9 @@ def contradictions(facts: Sequence[Facts]) -> list[str]:
             )
     early, late = _clock_extremes(facts)
     if (skew := late.clock_offset_seconds - early.clock_offset_seconds) > MAX_CLOCK_SKEW_SECONDS:
-        found.append(f"the clock of {late.host} is {skew:.1f} s ahead of that of {early.host}; set them by NTP")
+        found.append(
+            f"the clock of {late.host} is {skew:.1f} s ahead of that of {early.host}; set them by NTP"
+        )
     return found
 
 
@@ -104,7 +110,9 @@ def clock_warnings(facts: Sequence[Facts]) -> list[str]:
     skew = late.clock_offset_seconds - early.clock_offset_seconds
     if skew <= WARN_CLOCK_SKEW_SECONDS:
         return []
-    return [f"the clock of {late.host} is {skew:.1f} s ahead of that of {early.host}; from 5 s on it is an error"]
+    return [
+        f"the clock of {late.host} is {skew:.1f} s ahead of that of {early.host}; from 5 s on it is an error"
+    ]
 
 
 def _clock_extremes(facts: Sequence[Facts]) -> tuple[Facts, Facts]:

@@ -40,7 +40,13 @@ PR_SET_PDEATHSIG = 1
 HOLD_BACK_SECONDS = 5.0
 
 # torch's own words for a connection that broke: gloo raises plain RuntimeErrors.
-BROKEN = ("gloo", "Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe")
+BROKEN = (
+    "gloo",
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Connection refused",
+    "Broken pipe",
+)
 
 
 def is_started_by_launcher() -> bool:

@@ -120,7 +120,11 @@ class Guard:
         torch._foreach_sub_(counts, [dropped * self.num_proposals] * len(counts))
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {"bad_steps": self.bad_steps, "bad_steps_in_a_row": self.bad_steps_in_a_row, "restores": self.restores}
+        return {
+            "bad_steps": self.bad_steps,
+            "bad_steps_in_a_row": self.bad_steps_in_a_row,
+            "restores": self.restores,
+        }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.bad_steps.copy_(state["bad_steps"])

@@ -170,7 +170,11 @@ class Learner:
     def roll_back(self, state: dict[str, Any]) -> None:
         """Go back to an earlier state_dict of this process, with a fresh loss scale; what was counted stays counted."""
         counted = {"num_spikes": self.detector.num_spikes, "good_steps_in_a_row": 0}
-        kept = {"guard": self.guard.state_dict(), "spikes": state["spikes"] | counted, "window": {"steps": []}}
+        kept = {
+            "guard": self.guard.state_dict(),
+            "spikes": state["spikes"] | counted,
+            "window": {"steps": []},
+        }
         self.load_state_dict(state | kept)
         self.guard.bad_steps_in_a_row.zero_()
         if self.accelerator.scaler is not None:
@@ -219,6 +223,8 @@ class Learner:
 
 def _seed_of(seed: int, step: int, micro: int) -> int:
     """Spread (seed, step, micro) over 63 bits: neighbouring steps must not share generator states."""
-    mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + micro * 0x94D049BB133111EB) & (2**64 - 1)
+    mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + micro * 0x94D049BB133111EB) & (
+        2**64 - 1
+    )
     mixed = ((mixed ^ (mixed >> 31)) * 0xD6E8FEB86659FD93) & (2**64 - 1)
     return (mixed ^ (mixed >> 32)) >> 1

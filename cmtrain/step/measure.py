@@ -26,7 +26,9 @@ class Window:
         self.num_processes = num_processes
         self.read_steps: list[tuple[float, float]] = []
         self.unread_steps: list[Tensor] = []
-        self.indices: list[list[Tensor]] = []  # of this rank's samples, a list a step of one (B,) a micro-batch
+        self.indices: list[
+            list[Tensor]
+        ] = []  # of this rank's samples, a list a step of one (B,) a micro-batch
 
     def add(self, loss: Tensor, grad_norm: Tensor, indices: list[Tensor]) -> None:
         """Take in a step: this rank's `loss`, the reduced `grad_norm`, both scalars."""

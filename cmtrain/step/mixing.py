@@ -109,10 +109,17 @@ def erase(images: Tensor, spec: MixSpec, rng: np.random.Generator) -> Tensor:
 def draw_boxes(batch: int, height: int, width: int, count: int, rng: np.random.Generator) -> np.ndarray:
     """(4, batch) int64: top, left, height, width of one box an image, 0 x 0 where ten attempts did not fit."""
     area = rng.uniform(*ERASE_AREA, size=(ERASE_ATTEMPTS, batch)) * height * width / count
-    aspect = np.exp(rng.uniform(math.log(ERASE_ASPECT[0]), math.log(ERASE_ASPECT[1]), size=(ERASE_ATTEMPTS, batch)))
+    aspect = np.exp(
+        rng.uniform(math.log(ERASE_ASPECT[0]), math.log(ERASE_ASPECT[1]), size=(ERASE_ATTEMPTS, batch))
+    )
     box_height, box_width = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
     fits = (box_height < height) & (box_width < width)
     first = fits.argmax(0), np.arange(batch)
-    box_height, box_width = (box_height * fits)[first].astype(np.int64), (box_width * fits)[first].astype(np.int64)
+    box_height, box_width = (
+        (box_height * fits)[first].astype(np.int64),
+        (box_width * fits)[first].astype(np.int64),
+    )
     # timm draws both ends inclusive.
-    return np.stack([rng.integers(height - box_height + 1), rng.integers(width - box_width + 1), box_height, box_width])
+    return np.stack(
+        [rng.integers(height - box_height + 1), rng.integers(width - box_width + 1), box_height, box_width]
+    )

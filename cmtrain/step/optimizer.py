@@ -81,10 +81,14 @@ def _places(model: nn.Module) -> list[tuple[dict[str, Any], str]]:
     """Where `model` keeps its state: the dict and the key, not the tensor, which DDP and .to() replace."""
     places: list[tuple[dict[str, Any], str]] = []
     for module in model.modules():
-        places += [(module._parameters, name) for name, value in module._parameters.items() if value is not None]
+        places += [
+            (module._parameters, name) for name, value in module._parameters.items() if value is not None
+        ]
         unsaved = module._non_persistent_buffers_set
         places += [
-            (module._buffers, n) for n, value in module._buffers.items() if value is not None and n not in unsaved
+            (module._buffers, n)
+            for n, value in module._buffers.items()
+            if value is not None and n not in unsaved
         ]
     return places
 

@@ -147,7 +147,9 @@ def _read_manifest(path: Path) -> tuple[Digest, dict[str, Any]]:
             raise ValueError(f"must describe {_STATE} and nothing else")
         digest = Digest(files[_STATE]["bytes"], files[_STATE]["sha256"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{path / _MANIFEST}: not a manifest: {type(error).__name__}: {error}") from error
+        raise CheckpointError(
+            f"{path / _MANIFEST}: not a manifest: {type(error).__name__}: {error}"
+        ) from error
     return digest, meta
 
 

@@ -101,7 +101,9 @@ class CheckpointWriter:
             path = save_checkpoint(self.root, step, copied.state, meta)
             num_bytes = sum(file.stat().st_size for file in path.iterdir())
             drop_old(self.root, keep)
-        except Exception as raised:  # a checkpoint that fails must be told, whatever it was, and never end a run
+        except (
+            Exception
+        ) as raised:  # a checkpoint that fails must be told, whatever it was, and never end a run
             error = f"{type(raised).__name__}: {raised}".splitlines()[0]
         self._outcomes.append(Outcome(step, path, time.perf_counter() - begin, error, num_bytes))
 

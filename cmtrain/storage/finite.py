@@ -43,7 +43,11 @@ def inspect(model: nn.Module, ema: nn.Module | None = None) -> Verdict:
 
 def floating_tensors(module: nn.Module) -> dict[str, Tensor]:
     """The floating-point entries of the module's state_dict: the module's own memory, not copies."""
-    return {name: value for name, value in module.state_dict().items() if value.is_floating_point() and value.numel()}
+    return {
+        name: value
+        for name, value in module.state_dict().items()
+        if value.is_floating_point() and value.numel()
+    }
 
 
 def all_finite(tensors: list[Tensor]) -> list[bool]:

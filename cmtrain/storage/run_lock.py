@@ -44,7 +44,9 @@ class RunLock:
                 pass
             assert self._descriptor is not None
             os.ftruncate(self._descriptor, 0)
-            os.pwrite(self._descriptor, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode(), 0)
+            os.pwrite(
+                self._descriptor, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode(), 0
+            )
         except OSError as error:
             self.close()
             raise DataError(f"{self.folder}: cannot be written: {error.strerror}") from error
@@ -63,7 +65,9 @@ class RunLock:
         if taken:
             os.close(descriptor)
             who = f"process {holder.get('pid')} on {holder.get('host')}" if holder else "another process"
-            raise DataError(f"{self.folder} is in use by {who}; wait for it or stop it, or choose another --run.name")
+            raise DataError(
+                f"{self.folder} is in use by {who}; wait for it or stop it, or choose another --run.name"
+            )
         try:
             same = os.path.samestat(os.fstat(descriptor), os.stat(self.path))
         except FileNotFoundError:

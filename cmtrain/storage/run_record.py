@@ -132,7 +132,9 @@ def _records(path: Path, damage: list[str]) -> Iterator[dict[str, Any]]:
                 else:
                     yield record
     except OSError as error:
-        damage.append(f"{path.name}: {'missing' if isinstance(error, FileNotFoundError) else error.strerror}")
+        damage.append(
+            f"{path.name}: {'missing' if isinstance(error, FileNotFoundError) else error.strerror}"
+        )
     if cut:
         damage.append(f"{path.name}: {cut} damaged line{'s' * (cut > 1)} left out")
 
@@ -199,7 +201,9 @@ def _config(path: Path, damage: list[str]) -> tuple[str, dict[str, Any]]:
     try:
         text = path.read_text(errors="replace")
     except OSError as error:
-        damage.append(f"config.yaml: {'missing' if isinstance(error, FileNotFoundError) else error.strerror}")
+        damage.append(
+            f"config.yaml: {'missing' if isinstance(error, FileNotFoundError) else error.strerror}"
+        )
         return "", {}
     root, _ = parse(text)
     sections = root.value if root is not None and isinstance(root.value, dict) else {}
@@ -263,7 +267,9 @@ def glance(path: Path, status: dict[str, Any]) -> RunRecord:
         status: what status.json says.
     """
     log = (record for line in sample_lines(path / "log.jsonl") if (record := parse_record(line)))
-    events = (event for line in last_lines(path / "events.jsonl", LAST_BYTES) if (event := parse_record(line)))
+    events = (
+        event for line in last_lines(path / "events.jsonl", LAST_BYTES) if (event := parse_record(line))
+    )
     rows = (line.decode(errors="replace") for line in sample_lines(path / "summary.csv"))
     return RunRecord(
         path=path,

@@ -25,7 +25,9 @@ from torch import Tensor
 
 MAX_PICKLE_BYTES = 2**25  # CMT-B's is 0.5 MB
 _DTYPES = ("Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
-_NAMES = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2"} | {f"torch {name}Storage" for name in _DTYPES}
+_NAMES = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2"} | {
+    f"torch {name}Storage" for name in _DTYPES
+}
 # Opcodes that find something by name or number, other than GLOBAL, whose name can be read off.
 _LOOKUPS = {"STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"}
 # What opening or reading a file says when the file is at fault, and not the machine, its memory or its permissions.
@@ -86,10 +88,14 @@ def read_state(path: Path, expected: Digest) -> dict[str, Any]:
                 raise CheckpointError(f"holds a {type(state).__name__} where a dict should be")
             for tensor in tensors_of(state):
                 if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-                    raise CheckpointError(f"a tensor of shape {tuple(tensor.shape)} has less memory than elements")
+                    raise CheckpointError(
+                        f"a tensor of shape {tuple(tensor.shape)} has less memory than elements"
+                    )
         except (OSError, MemoryError):
             raise
-        except Exception as error:  # whatever zipfile, pickletools and torch make of a file that someone forged
+        except (
+            Exception
+        ) as error:  # whatever zipfile, pickletools and torch make of a file that someone forged
             text = str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
             raise CheckpointError(f"{path}: {text.splitlines()[0]}") from error
     return state
@@ -139,7 +145,9 @@ def _look_through(file: io.BufferedReader, num_bytes: int) -> None:
             raise CheckpointError(f"must hold one data.pkl of at most {MAX_PICKLE_BYTES} bytes")
         for opcode, argument, _ in pickletools.genops(archive.read(pickles[0])):
             if opcode.name in _LOOKUPS or (opcode.name == "GLOBAL" and argument not in _NAMES):
-                raise CheckpointError(f"names {argument or opcode.name}, and may hold tensors and plain values only")
+                raise CheckpointError(
+                    f"names {argument or opcode.name}, and may hold tensors and plain values only"
+                )
 
 
 def tensors_of(tree: Any) -> Iterator[Tensor]:

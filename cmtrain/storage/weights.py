@@ -43,8 +43,14 @@ def read_weights(path: str) -> Weights:
         if file.suffix == ".safetensors":
             return _finite(Weights(file, "model", _read_safetensors(file.resolve())))
         if not given.is_dir():
-            what = "no such file or folder" if not given.exists() else "neither a folder nor a .safetensors file"
-            raise CheckpointError(f"{path}: {what}; weights are a run, a checkpoint, an export or a .safetensors file")
+            what = (
+                "no such file or folder"
+                if not given.exists()
+                else "neither a folder nor a .safetensors file"
+            )
+            raise CheckpointError(
+                f"{path}: {what}; weights are a run, a checkpoint, an export or a .safetensors file"
+            )
         loaded = find_checkpoint(given)
         kind = "ema" if "ema" in loaded.state else "model"
         return _finite(Weights(loaded.path, kind, state_of(loaded.state, kind, loaded.path)))
@@ -55,7 +61,11 @@ def read_weights(path: str) -> Weights:
 def state_of(state: Mapping[str, Any], kind: str, path: Path) -> dict[str, Tensor]:
     """The `kind` of weights (`model` or `ema`) in the state of the checkpoint `path`. Raises DataError: none there."""
     tensors = state.get(kind)
-    if not isinstance(tensors, dict) or not tensors or not all(isinstance(t, Tensor) for t in tensors.values()):
+    if (
+        not isinstance(tensors, dict)
+        or not tensors
+        or not all(isinstance(t, Tensor) for t in tensors.values())
+    ):
         raise DataError(f"{path}: it has no {kind} weights")
     return tensors
 
@@ -100,7 +110,9 @@ def fit(model: nn.Module, tensors: Mapping[str, Tensor], *, keeps_head: bool) ->
         notes.append(f"{len(resized)} position tables resized, {resized[0]} first")
     name = _misfit(own, fitting, [*own, *fitting])
     if name is not None:
-        raise ConfigError(f"{name} is {_shape(fitting.get(name))} there and {_shape(own.get(name))} in the model")
+        raise ConfigError(
+            f"{name} is {_shape(fitting.get(name))} there and {_shape(own.get(name))} in the model"
+        )
     model.load_state_dict(fitting)
     return notes
 
@@ -124,7 +136,10 @@ def start_from(path: str, model: nn.Module) -> list[str]:
         notes = fit(model, weights.tensors, keeps_head=False)
     except (ConfigError, DataError) as error:
         raise type(error)(f"model.init_from: {path}: {error}".replace(f"{path}: {path}", path)) from error
-    return [f"model.init_from: {weights.kind} weights of {weights.path}", *(f"model.init_from: {n}" for n in notes)]
+    return [
+        f"model.init_from: {weights.kind} weights of {weights.path}",
+        *(f"model.init_from: {n}" for n in notes),
+    ]
 
 
 def _finite(weights: Weights) -> Weights:
@@ -133,7 +148,9 @@ def _finite(weights: Weights) -> Weights:
 
 
 def _read_safetensors(file: Path) -> dict[str, Tensor]:
-    open_regular(file).close()  # no device, no pipe; the format itself holds no code, and its reader checks all sizes
+    open_regular(
+        file
+    ).close()  # no device, no pipe; the format itself holds no code, and its reader checks all sizes
     try:
         return load_file(file)
     except SafetensorError as error:

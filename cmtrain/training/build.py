@@ -64,7 +64,9 @@ def join_ranks(config: Config, run_path: Path) -> tuple[Accelerator, Any, list[s
     return accelerator, control, check_ranks(control, config, run_path)
 
 
-def make_accelerator(precision: str, collective_timeout_seconds: float = 600.0, **options: Any) -> Accelerator:
+def make_accelerator(
+    precision: str, collective_timeout_seconds: float = 600.0, **options: Any
+) -> Accelerator:
     """Join the process group, if a launcher made one, and pick the device.
 
     Args:
@@ -78,15 +80,21 @@ def make_accelerator(precision: str, collective_timeout_seconds: float = 600.0, 
     if precision == "auto":
         precision = "fp16" if cuda else "fp32"
     if precision == "fp16" and not cuda:
-        raise ConfigError("train.precision: fp16 needs a CUDA device, and there is none; use auto, bf16 or fp32")
+        raise ConfigError(
+            "train.precision: fp16 needs a CUDA device, and there is none; use auto, bf16 or fp32"
+        )
     # Statistics are averaged when they are needed (evaluate.average_running_statistics), not at every forward.
-    handlers: list[Any] = [DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)]
+    handlers: list[Any] = [
+        DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    ]
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # accelerate takes a backend as proof of a launcher
         timeout = datetime.timedelta(seconds=collective_timeout_seconds)
         backend = "nccl" if cuda else "gloo"
         join_torchrun(backend, timeout)
         handlers.append(InitProcessGroupKwargs(backend=backend, timeout=timeout))
-    return Accelerator(mixed_precision=MIXED_PRECISION[precision], cpu=not cuda, kwargs_handlers=handlers, **options)
+    return Accelerator(
+        mixed_precision=MIXED_PRECISION[precision], cpu=not cuda, kwargs_handlers=handlers, **options
+    )
 
 
 def precision_of(accelerator: Accelerator) -> str:
@@ -140,7 +148,10 @@ def _open_split(
 ) -> Manifest:
     if list_file is None and is_packed(root / folder):
         return Manifest.from_shards(root / folder, class_names=class_names)
-    scan: dict[str, Any] = {"cache_dir": cache_folder(config), "max_bad_fraction": config.data.max_bad_fraction}
+    scan: dict[str, Any] = {
+        "cache_dir": cache_folder(config),
+        "max_bad_fraction": config.data.max_bad_fraction,
+    }
     if list_file is not None:
         return Manifest.from_list(root / list_file, root, class_names=class_names, **scan)
     return Manifest.from_folder(root / folder, class_names=class_names, **scan)
@@ -182,7 +193,9 @@ def make_train_loader(
         micro_batch_size=schedule.micro_batch_size,
         repeats=config.augment.repeats,
     )
-    return train_loader(manifest, plan, augment_spec(config, accelerator), **_placement(config, accelerator, threads))
+    return train_loader(
+        manifest, plan, augment_spec(config, accelerator), **_placement(config, accelerator, threads)
+    )
 
 
 def make_eval_loader(
@@ -242,7 +255,12 @@ def make_synthetic_loader(
     config: Config, schedule: Schedule, num_classes: int, accelerator: Accelerator
 ) -> SyntheticLoader:
     """Batches of the recipe's shape without files: eight steps an epoch."""
-    plan = Plan(config.run.seed, 8 * schedule.global_batch_size, schedule.global_batch_size, schedule.micro_batch_size)
+    plan = Plan(
+        config.run.seed,
+        8 * schedule.global_batch_size,
+        schedule.global_batch_size,
+        schedule.micro_batch_size,
+    )
     return SyntheticLoader(
         plan,
         config.data.image_px,
@@ -265,7 +283,9 @@ def make_model(config: Config, num_classes: int, device: torch.device | str = "c
     model = config.model
     if not timm.is_model(model.name):
         close = difflib.get_close_matches(model.name, timm.list_models(), n=1)
-        raise ConfigError(f"model.name: no model {model.name!r}" + (f", did you mean {close[0]}?" if close else ""))
+        raise ConfigError(
+            f"model.name: no model {model.name!r}" + (f", did you mean {close[0]}?" if close else "")
+        )
     options = model.model_dump(include={"drop_rate", "drop_path_rate"})
     if model.name.startswith("cmt_"):
         options |= model.model_dump(include=set(CMT_OPTIONS))

@@ -81,7 +81,9 @@ class Recovery:
         """
         if self.exhausted or not self.copies:
             return None
-        trusted = [entry for entry in self.copies if good_until - entry[0] >= self.after_bad_steps] or self.copies[:1]
+        trusted = [
+            entry for entry in self.copies if good_until - entry[0] >= self.after_bad_steps
+        ] or self.copies[:1]
         good_step, state = trusted[-1]
         older = [entry for entry in self.copies if entry[0] < good_step]
         self.copies = older or [(good_step, state)]
@@ -146,7 +148,9 @@ def examine(learner: Learner) -> Finding:
     def hook_of(name: str) -> Callable[[nn.Module, Any, Any], None]:
         return lambda module, inputs, output: look(name, output)
 
-    leaves = [(name, module) for name, module in learner.model.named_modules() if not list(module.children())]
+    leaves = [
+        (name, module) for name, module in learner.model.named_modules() if not list(module.children())
+    ]
     handles = [module.register_forward_hook(hook_of(name)) for name, module in leaves]
     try:
         # A compiled model does not look for hooks that were not there when it was compiled.

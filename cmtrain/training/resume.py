@@ -13,7 +13,13 @@ from cmtrain.errors import ConfigError
 from cmtrain.processes.failure import settle
 from cmtrain.step.learner import Learner
 from cmtrain.step.measure import StepReport
-from cmtrain.storage.checkpoint import Loaded, checkpoint_steps, find_checkpoint, load_checkpoint, load_newest
+from cmtrain.storage.checkpoint import (
+    Loaded,
+    checkpoint_steps,
+    find_checkpoint,
+    load_checkpoint,
+    load_newest,
+)
 from cmtrain.storage.run_lock import RunLock
 from cmtrain.storage.state_file import CheckpointError
 from pipelines.spec import DataError
@@ -71,7 +77,9 @@ def _choose(run_path: Path, resume: str, config: Config, fingerprint: str) -> St
     checkpoints = run_path / "checkpoints"
     if resume == "never":
         if checkpoint_steps(checkpoints):
-            raise ConfigError(f"--resume never: {run_path} already holds checkpoints; choose another --run.name")
+            raise ConfigError(
+                f"--resume never: {run_path} already holds checkpoints; choose another --run.name"
+            )
         return Start(notes=lost)
     try:
         loaded = load_newest(checkpoints)
@@ -92,7 +100,9 @@ def _choose(run_path: Path, resume: str, config: Config, fingerprint: str) -> St
             f"{loaded.path} was made with another recipe: {'; '.join(changes)}; "
             "choose another --run.name, or --resume force to go on with the new recipe"
         )
-    notes = [f"checkpoint rejected: {line}" for line in loaded.rejected] + [f"recipe changed: {c}" for c in changes]
+    notes = [f"checkpoint rejected: {line}" for line in loaded.rejected] + [
+        f"recipe changed: {c}" for c in changes
+    ]
     return Start(loaded.state["progress"]["step"], replace(loaded, rejected=()), (*lost, *notes))
 
 
@@ -118,7 +128,11 @@ def recipe_changes(loaded: Loaded, config: Config, fingerprint: str) -> list[str
             raise ValueError("best_top1, best_step or the step is missing")
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise DataError(f"{loaded.path}: no checkpoint of a run: {type(error).__name__}: {error}") from error
-    changes = [f"{key}: {old.get(key)} -> {new.get(key)}" for key in sorted(old | new) if old.get(key) != new.get(key)]
+    changes = [
+        f"{key}: {old.get(key)} -> {new.get(key)}"
+        for key in sorted(old | new)
+        if old.get(key) != new.get(key)
+    ]
     return changes if same_data else [*changes, "the training images (fingerprint) changed"]
 
 

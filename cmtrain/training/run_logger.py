@@ -131,10 +131,14 @@ class Journal:
         for note in notes:
             self.console.line(note)
             self.event("note", text=note)
-        self.event("resumed" if checkpoint else "started", step=self.first_step, restarts=num_restarts(), **facts)
+        self.event(
+            "resumed" if checkpoint else "started", step=self.first_step, restarts=num_restarts(), **facts
+        )
         self.event("environment", **environment())
         self.console.line(" ".join(f"{key} {value}" for key, value in facts.items()))
-        self.console.line(f"run folder {self.path}" + (f"  metrics {self.metrics_url}" if self.metrics_url else ""))
+        self.console.line(
+            f"run folder {self.path}" + (f"  metrics {self.metrics_url}" if self.metrics_url else "")
+        )
         if checkpoint:
             self.console.line(f"resumed from {checkpoint.path}")
         self.console.start(self.first_step, self.last_step)
@@ -175,18 +179,27 @@ class Journal:
         yield first
         yield from batches
 
-    def count_step(self, step: int, num_images: int, num_bytes: int, phases: Sequence[Mapping[str, float]]) -> None:
+    def count_step(
+        self, step: int, num_images: int, num_bytes: int, phases: Sequence[Mapping[str, float]]
+    ) -> None:
         """After every step; `num_images` of `num_bytes` on this rank. `phases`: see TrainMetrics.count_step."""
         self.step = step
         seconds, waited = self.clock.lap()
         self.metrics.count_step(
-            step, num_images=num_images, num_bytes=num_bytes, seconds=seconds, wait_seconds=waited, phases=phases
+            step,
+            num_images=num_images,
+            num_bytes=num_bytes,
+            seconds=seconds,
+            wait_seconds=waited,
+            phases=phases,
         )
         self.pace.step(num_images * self.world_size, seconds, waited)
         self.console.advance(step)
         self._tell_saves()
         if self.folder and self.folder.trouble:
-            self.console.line(f"step {step}: the run folder misses a record, training goes on: {self.folder.trouble}")
+            self.console.line(
+                f"step {step}: the run folder misses a record, training goes on: {self.folder.trouble}"
+            )
             self.folder.trouble = ""
 
     def log(self, report: StepReport) -> None:
@@ -199,12 +212,17 @@ class Journal:
         images_per_second, wait_share, step_seconds = self.pace.take()
         eta_seconds = step_seconds * (self.last_step - report.step)
         self.metrics.one(self.metrics.eta_timestamp).set(time.time() + eta_seconds)
-        self.speed = speed = {"images_per_second": round(images_per_second, 1), "data_wait_ratio": round(wait_share, 4)}
+        self.speed = speed = {
+            "images_per_second": round(images_per_second, 1),
+            "data_wait_ratio": round(wait_share, 4),
+        }
         if self.folder:
             record = {key: finite(value) for key, value in asdict(report).items()}
             self.folder.log(record | speed | {"time": time.time()})
             self._track(record | speed, report.step)
-            self.folder.status(step=report.step, loss=record["loss"], eta_seconds=round(eta_seconds), **speed)
+            self.folder.status(
+                step=report.step, loss=record["loss"], eta_seconds=round(eta_seconds), **speed
+            )
         bad, restores = report.bad_steps - before.bad_steps, report.restores - before.restores
         if bad or restores:
             self.event(
@@ -232,13 +250,23 @@ class Journal:
             metrics.one(metrics.eval_accuracy, "1", weights).set(result.top1)
             metrics.one(metrics.eval_accuracy, "5", weights).set(result.top5)
             metrics.one(metrics.eval_loss, weights).set(result.loss)
-            metrics.one(metrics.images, "eval").inc(len(range(metrics.rank, result.num_images, self.world_size)))
+            metrics.one(metrics.images, "eval").inc(
+                len(range(metrics.rank, result.num_images, self.world_size))
+            )
             prefix = "eval" if weights == "model" else f"eval_{weights}"
-            row |= {f"{prefix}_loss": result.loss, f"{prefix}_top1": result.top1, f"{prefix}_top5": result.top5}
+            row |= {
+                f"{prefix}_loss": result.loss,
+                f"{prefix}_top1": result.top1,
+                f"{prefix}_top5": result.top5,
+            }
             self.console.line(
                 f"epoch {epoch}/{self.epochs} {weights} top1 {result.top1:.4f} top5 {result.top5:.4f} "
                 f"loss {result.loss:.4f} on {result.num_images} images"
-                + (f", {result.num_unreadable} unreadable ones counted as wrong" if result.num_unreadable else "")
+                + (
+                    f", {result.num_unreadable} unreadable ones counted as wrong"
+                    if result.num_unreadable
+                    else ""
+                )
             )
         top1 = max(result.top1 for result in results.values())
         best = top1 > self.best_top1 or self.best_step < 0
@@ -282,11 +310,20 @@ class Journal:
         """Trouble was answered by going back to a good state."""
         self.metrics.one(self.metrics.rollbacks).inc()
         self.event("rollback", step=step, good_step=good_step, cause=cause, lr_factor=lr_factor)
-        self.console.line(f"step {step}: back to the state of step {good_step}, learning rate x {lr_factor:g}")
+        self.console.line(
+            f"step {step}: back to the state of step {good_step}, learning rate x {lr_factor:g}"
+        )
         self.clock.lap()
 
     def save(
-        self, state: dict[str, Any], step: int, meta: dict[str, Any], verdict: Verdict, *, keep: int, last: bool
+        self,
+        state: dict[str, Any],
+        step: int,
+        meta: dict[str, Any],
+        verdict: Verdict,
+        *,
+        keep: int,
+        last: bool,
     ) -> None:
         """Have a checkpoint written, on rank 0, if `verdict` allows it; the `last` one is there when this returns.
 
@@ -297,7 +334,9 @@ class Journal:
         if verdict.healed:
             self.metrics.one(self.metrics.nonfinite, "ema", "heal").inc()
             self.event("ema_healed", step=step, tensors=list(verdict.healed))
-            self.console.line(f"step {step}: EMA not finite, taken from the model anew: {named(verdict.healed)}")
+            self.console.line(
+                f"step {step}: EMA not finite, taken from the model anew: {named(verdict.healed)}"
+            )
         if self.folder:
             if verdict.bad:
                 error = f"the model is not finite: {named(verdict.bad)}"
@@ -336,7 +375,9 @@ class Journal:
             self.event("checkpoints_not_dropped", error=outcome.error)
             self.console.line(f"checkpoints that are no longer needed could not be deleted: {outcome.error}")
 
-    def finish(self, state: str, *, exit_code: int, reason: str, results: dict[str, Evaluation] | None = None) -> None:
+    def finish(
+        self, state: str, *, exit_code: int, reason: str, results: dict[str, Evaluation] | None = None
+    ) -> None:
         """The last word: status.json, and for a finished run one JSON line on stdout."""
         self.console.stop()
         self.writer.wait(PATIENCE_SECONDS)
@@ -345,7 +386,9 @@ class Journal:
             self.console.line(trouble)
         if self.folder:
             result = self._result(state, results) if results else None
-            self.folder.status(state=state, step=self.step, exit_code=exit_code, reason=reason, result=result)
+            self.folder.status(
+                state=state, step=self.step, exit_code=exit_code, reason=reason, result=result
+            )
             self.event(state, step=self.step, exit_code=exit_code, reason=reason)
             self.console.line(f"{state}: {reason}")
             self._report()
@@ -368,7 +411,9 @@ class Journal:
     def _report(self) -> None:
         try:
             write_report([self.path], self.path / REPORT_NAME)
-        except Exception as error:  # whatever is wrong with the report, the run is over and its exit code stands
+        except (
+            Exception
+        ) as error:  # whatever is wrong with the report, the run is over and its exit code stands
             self.console.line(f"no report: {type(error).__name__}: {error}")
 
     def _result(self, state: str, results: dict[str, Evaluation]) -> dict[str, Any]:

@@ -67,7 +67,9 @@ def run(config: Config, lock: RunLock, resume: str, max_steps: int | None) -> in
     model = build.make_model(config, num_classes, accelerator.device)
     flops_per_image = training_flops_per_image(model, config.data.image_px)
     start = choose_start(lock, resume, config, data.train.fingerprint, is_main=accelerator.is_main_process)
-    initial = start_from(config.model.init_from, model) if config.model.init_from and not start.checkpoint else []
+    initial = (
+        start_from(config.model.init_from, model) if config.model.init_from and not start.checkpoint else []
+    )
     last_step = min(schedule.total_steps, max_steps or schedule.total_steps)
 
     # The loaders are not prepared by accelerate: order, sharding and every random draw are the plan's.
@@ -97,7 +99,9 @@ def run(config: Config, lock: RunLock, resume: str, max_steps: int | None) -> in
         batches = batches_from(start.step, train_loader, schedule)
         batches = journal.sample(journal.clock.waiting(batches), config.data.mean, config.data.std)
         if start.evaluation_due or start.step >= last_step:  # the evaluation, or its last words, were lost
-            results = evaluate_weights(learner, eval_loader, val_batches, len(data.val), num_classes, accelerator)
+            results = evaluate_weights(
+                learner, eval_loader, val_batches, len(data.val), num_classes, accelerator
+            )
             received = 0 if results else stop.decision
             if results and start.evaluation_due:
                 lr = schedule.lr_at(start.step - 1) * recovery.lr_factor(start.step - 1)
@@ -127,18 +131,26 @@ def run(config: Config, lock: RunLock, resume: str, max_steps: int | None) -> in
             results, improved = {}, False
             if evaluates and not received:
                 journal.metrics.enter("evaluate")
-                results = evaluate_weights(learner, eval_loader, val_batches, len(data.val), num_classes, accelerator)
-                improved = bool(results) and journal.evaluated(results, classes, epoch=epoch + 1, step=done, lr=lr)
+                results = evaluate_weights(
+                    learner, eval_loader, val_batches, len(data.val), num_classes, accelerator
+                )
+                improved = bool(results) and journal.evaluated(
+                    results, classes, epoch=epoch + 1, step=done, lr=lr
+                )
                 received = 0 if results else stop.decision
 
             if final or improved or received or saves_at(done, config, schedule):
                 state = learner.state_dict() | {"recovery": recovery.state_dict()}
-                state["progress"] = progress_at(done, schedule) | {"evaluation_due": evaluates and not results}
+                state["progress"] = progress_at(done, schedule) | {
+                    "evaluation_due": evaluates and not results
+                }
                 watchdog.begin("checkpoint", done)
                 meta = meta_of(config, data.train.fingerprint, schedule, accelerator)
                 meta |= {"milestone": is_milestone(done, config, schedule)}
                 verdict = inspect(**learner.weights) if config.guard.enabled else Verdict()
-                journal.save(state, done, meta, verdict, keep=config.checkpoint.keep, last=final or received > 0)
+                journal.save(
+                    state, done, meta, verdict, keep=config.checkpoint.keep, last=final or received > 0
+                )
             if received:
                 break
 
@@ -158,7 +170,9 @@ def run(config: Config, lock: RunLock, resume: str, max_steps: int | None) -> in
         journal.finish("preempted", exit_code=code, reason=preemption_reason(received, journal.unsaved))
     elif diverged:
         code = EXIT_DIVERGED
-        journal.finish("diverged", exit_code=code, reason=f"{diverged}; lower optim.lr or set optim.clip_grad")
+        journal.finish(
+            "diverged", exit_code=code, reason=f"{diverged}; lower optim.lr or set optim.clip_grad"
+        )
     else:
         code, reason = judge(config, results, whole=last_step == schedule.total_steps)
         if journal.unsaved:
@@ -179,7 +193,12 @@ def batches_from(step: int, loader: Loader, schedule: Schedule) -> Iterator[Batc
 
 
 def keep_or_roll_back(
-    report: StepReport, learner: Learner, recovery: Recovery, journal: Journal, manifest: Manifest, stop: StopRequest
+    report: StepReport,
+    learner: Learner,
+    recovery: Recovery,
+    journal: Journal,
+    manifest: Manifest,
+    stop: StopRequest,
 ) -> str:
     """At a log point: remember a good state, or answer trouble (bad steps in a row, a spike) by going back to one.
 
@@ -269,14 +288,20 @@ def progress_at(done: int, schedule: Schedule) -> dict[str, int]:
     return {"step": done, "epoch": epoch, "samples": steps_into_epoch * schedule.global_batch_size}
 
 
-def meta_of(config: Config, fingerprint: str, schedule: Schedule, accelerator: Accelerator) -> dict[str, Any]:
+def meta_of(
+    config: Config, fingerprint: str, schedule: Schedule, accelerator: Accelerator
+) -> dict[str, Any]:
     """What a checkpoint says about its origin."""
     return {
         "config": config.model_dump(mode="json"),
         "fingerprint": fingerprint,
         "micro_batch_size": schedule.micro_batch_size,
         "world_size": accelerator.num_processes,
-        "versions": {"cmtrain": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "versions": {
+            "cmtrain": __version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
     }
 
 

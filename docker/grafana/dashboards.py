@@ -82,7 +82,9 @@ def draw_curves(built: Any, panel: Panel, *, has_lines: bool) -> Any:
     built = built.tooltip(common.VizTooltipOptions().mode(looks.TooltipDisplayMode.MULTI))
     built = built.show_points(looks.VisibilityMode.AUTO).fill_opacity(60 if panel.stacked else 5)
     if has_lines:
-        built = built.thresholds_style(common.GraphThresholdsStyleConfig().mode(looks.GraphThresholdsStyleMode.DASHED))
+        built = built.thresholds_style(
+            common.GraphThresholdsStyleConfig().mode(looks.GraphThresholdsStyleMode.DASHED)
+        )
     if panel.stacked:
         built = built.stacking(common.StackingConfig().mode(looks.StackingMode.NORMAL).group("A"))
     if panel.log_base:
@@ -102,7 +104,9 @@ def draw_over_each_other(built: Any, panel: Panel) -> Any:
     built = built.with_transformation(model.DataTransformerConfig(id_val="merge", options={}))
     organize = {"excludeByName": {"Time": True}, "renameByName": names}
     built = built.with_transformation(model.DataTransformerConfig(id_val="organize", options=organize))
-    built = built.with_transformation(model.DataTransformerConfig(id_val="partitionByValues", options=parted))
+    built = built.with_transformation(
+        model.DataTransformerConfig(id_val="partitionByValues", options=parted)
+    )
     built = built.mapping(xy.SeriesMapping.AUTO).series([xychart.XYSeriesConfig()])
     return built.show(xy.XYShowMode.LINES).line_width(1)
 
@@ -175,7 +179,14 @@ def make(title: str, uid: str, description: str, rows: tuple[Row, ...]) -> str:
     if uid == RUN_UID:
         board = add_variable(board, "rank", "Rank", 'label_values(cmtrain_step{run=~"$run"}, rank)')
         for name, (color, expr) in ANNOTATIONS.items():
-            mark = dashboard.AnnotationQuery().name(name).datasource(SOURCE).enable(True).icon_color(color).expr(expr)
+            mark = (
+                dashboard.AnnotationQuery()
+                .name(name)
+                .datasource(SOURCE)
+                .enable(True)
+                .icon_color(color)
+                .expr(expr)
+            )
             board = board.annotation(mark)
     return JSONEncoder(sort_keys=True, indent=1).encode(add_rows(board, rows).build()) + "\n"
 

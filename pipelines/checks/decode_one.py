@@ -96,7 +96,9 @@ def _reason(error: Exception) -> str:
 
 
 def _answer_requests(load: bool) -> None:
-    with contextlib.suppress(ValueError, OSError):  # a tighter limit is set already, or the platform has none
+    with contextlib.suppress(
+        ValueError, OSError
+    ):  # a tighter limit is set already, or the platform has none
         resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
     # Pillow warns from 89 megapixels on and raises from 179 on; both are over our limit anyway.
     warnings.simplefilter("error", Image.DecompressionBombWarning)

@@ -19,7 +19,9 @@ Node = Any  # nvidia.dali.data_node.DataNode, which ships without types
 Pixels = NDArray[np.uint8]  # (H, W, 3)
 
 # Both operators moved out of `experimental` between 1.34 and 2.x.
-_equalize, _filter = (getattr(fn, name, None) or getattr(fn.experimental, name) for name in ("equalize", "filter"))
+_equalize, _filter = (
+    getattr(fn, name, None) or getattr(fn.experimental, name) for name in ("equalize", "filter")
+)
 
 # Pillow truncates where DALI rounds to the nearest level. A little less than one half, so that a result that is a
 # whole number in exact arithmetic survives a float32 error.
@@ -58,7 +60,9 @@ def warp(image: Node, matrix: Node, background: Pixels) -> Node:
     # what lies inside by warping a white image, and fill the rest. The background has the size of the image because
     # arithmetic that broadcasts is four times slower on a CPU.
     white = fn.color_space_conversion(image, image_type=types.RGB, output_type=types.GRAY) | _level(255)
-    inside = fn.warp_affine(white, matrix=matrix, fill_value=0, interp_type=types.INTERP_NN, inverse_map=True)
+    inside = fn.warp_affine(
+        white, matrix=matrix, fill_value=0, interp_type=types.INTERP_NN, inverse_map=True
+    )
     inside = fn.color_space_conversion(inside, image_type=types.GRAY, output_type=types.RGB)
     warped = fn.warp_affine(image, matrix=matrix, interp_type=types.INTERP_LINEAR, inverse_map=True)
     behind = types.Constant(background, device=image.device)
@@ -78,7 +82,9 @@ def scale(image: Node, factor: Node, about_mean: Node) -> Node:
     grey = fn.color_space_conversion(image, image_type=types.RGB, output_type=types.GRAY)
     centre = fn.reductions.mean(grey) * beside(image, about_mean)
     if not on_gpu(image):  # ten times faster there, but its centre cannot come from a GPU
-        return fn.brightness_contrast(image, contrast=factor, contrast_center=centre, brightness_shift=-_TRUNCATE / 255)
+        return fn.brightness_contrast(
+            image, contrast=factor, contrast_center=centre, brightness_shift=-_TRUNCATE / 255
+        )
     return fn.cast((image - centre) * beside(image, factor) + (centre - _TRUNCATE), dtype=types.UINT8)
 
 

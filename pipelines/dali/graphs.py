@@ -72,7 +72,9 @@ def execution(
     return Execution(
         device="gpu" if on_gpu else "cpu",
         decode="mixed" if on_gpu and decode != "cpu" else "cpu",
-        device_id=(torch.cuda.current_device() if device.index is None else device.index) if on_gpu else None,
+        device_id=(torch.cuda.current_device() if device.index is None else device.index)
+        if on_gpu
+        else None,
         batch_size=batch_size,
         threads=threads,
         prefetch_batches=prefetch_batches,
@@ -91,7 +93,9 @@ def train_graph(source: Source, spec: AugmentSpec, run: Execution) -> Pipeline:
 
     def graph() -> Any:
         files, windows, *params = _external_source(source, inputs)
-        image = augment.resize(_decode(files, run, windows), [spec.image_px, spec.image_px], spec.interpolation)
+        image = augment.resize(
+            _decode(files, run, windows), [spec.image_px, spec.image_px], spec.interpolation
+        )
         return _augmented(image, params, spec)
 
     return _pipeline(graph, run, conditionals=_has_conditionals(spec))
@@ -153,7 +157,11 @@ def release_memory() -> None:
 
 
 def _augment_inputs(spec: AugmentSpec) -> list[tuple[Any, int]]:
-    return [_FLIPS, *(_JITTER if spec.color_jitter else []), *(_LAYERS if spec.rand_augment is not None else [])]
+    return [
+        _FLIPS,
+        *(_JITTER if spec.color_jitter else []),
+        *(_LAYERS if spec.rand_augment is not None else []),
+    ]
 
 
 def _has_conditionals(spec: AugmentSpec) -> bool:
@@ -197,12 +205,18 @@ def _decode(files: Any, run: Execution, windows: Any = None) -> Any:
     contents = fn.io.file.read(files, dont_use_mmap=True) if run.reads_files else files
     decoder: Any = fn.decoders.image if windows is None else fn.decoders.image_slice
     # Pillow, torchvision and timm do not rotate by EXIF; the sizes in the manifest are those of the stored image.
-    unrotated = {"adjust_orientation": False} if "adjust_orientation" in inspect.signature(decoder).parameters else {}
+    unrotated = (
+        {"adjust_orientation": False}
+        if "adjust_orientation" in inspect.signature(decoder).parameters
+        else {}
+    )
     on_engine = {} if run.hw_decoder_load is None else {"hw_decoder_load": run.hw_decoder_load}
     window = {} if windows is None else {"start": windows[:2], "shape": windows[2:], "axes": [0, 1]}
     # Without fancy upsampling a GPU interpolates colour more coarsely than libjpeg, and so than Pillow. nvJPEG before
     # CUDA 12.1 has none, and ignores the word.
-    image = decoder(contents, device=run.decode, jpeg_fancy_upsampling=True, **unrotated, **on_engine, **window)
+    image = decoder(
+        contents, device=run.decode, jpeg_fancy_upsampling=True, **unrotated, **on_engine, **window
+    )
     # The rest is the GPU's even where it does not decode: DALI's resize takes a CPU nearly as long as decoding.
     return image.gpu() if run.device == "gpu" and run.decode == "cpu" else image
 

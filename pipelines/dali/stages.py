@@ -96,7 +96,9 @@ def decode_stages(run: Execution, *, windows: bool) -> Callable[[Source], Stages
     """Makes stages that can only be skipped: they decode, one batch at a time, to find out whether DALI can."""
     run = replace(run, prefetch_batches=1)
     num_inputs = 1 + windows
-    return lambda source: OneGraph(graphs.decode_graph(lambda: source()[:num_inputs], run, windows=windows), run)
+    return lambda source: OneGraph(
+        graphs.decode_graph(lambda: source()[:num_inputs], run, windows=windows), run
+    )
 
 
 def resize_into(out: Pixels, image: Pixels, interpolation: Interpolation) -> None:
@@ -159,7 +161,9 @@ class TwoGraphs:
     ) -> None:
         self._source, self._resize = source, resize
         self._num_decode, self._num_resize = num_inputs
-        self._decoder_given: deque[Sequence[Any]] = deque()  # what later steps get for the batches being decoded
+        self._decoder_given: deque[Sequence[Any]] = (
+            deque()
+        )  # what later steps get for the batches being decoded
         self._resized: Sequence[Pixels] = ()  # lent to the second graph, not copied
         self._params: Sequence[Any] = ()
         self._decoder = decode(self._pull)
@@ -196,7 +200,9 @@ def _take_output(pipeline: Pipeline, device_id: int | None) -> torch.Tensor:
     CUDA graph that is being recorded, and which ends the process, without a word, after any CUDA error.
     """
     stream = None if device_id is None else torch.cuda.current_stream(device_id)
-    (output,) = pipeline.share_outputs(cuda_stream=stream) if graphs.OUTPUTS_OWN_MEMORY else pipeline.share_outputs()
+    (output,) = (
+        pipeline.share_outputs(cuda_stream=stream) if graphs.OUTPUTS_OWN_MEMORY else pipeline.share_outputs()
+    )
     shared = output.as_tensor()
     if graphs.OUTPUTS_OWN_MEMORY and device_id is None:
         images = torch.from_dlpack(shared)

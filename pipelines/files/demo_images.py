@@ -32,7 +32,9 @@ def demo_folder(name: str, cache: Path) -> Path:
     """
     writers = {"digits": _digits, "photos": _photos}
     if name not in writers:
-        raise DataError(f"demo:{name}: no such demo data; there are {', '.join(f'demo:{w}' for w in writers)}")
+        raise DataError(
+            f"demo:{name}: no such demo data; there are {', '.join(f'demo:{w}' for w in writers)}"
+        )
     folder = cache / f"demo-{name}"
     if folder.exists():
         return folder
@@ -45,7 +47,9 @@ def demo_folder(name: str, cache: Path) -> Path:
     except ImportError as error:
         raise DataError(f"demo:{name}: needs {error.name}; pip install 'cmtrain[demo]'") from error
     except OSError as error:
-        raise DataError(f"{cache}: cannot be written: {error.strerror}; set data.cache_dir to another") from error
+        raise DataError(
+            f"{cache}: cannot be written: {error.strerror}; set data.cache_dir to another"
+        ) from error
     try:
         temporary.rename(folder)
     except OSError:

@@ -47,12 +47,17 @@ def scan(listing: Listing, threads: int | None, known: Scan | None) -> Scan:
     if known is not None:
         places = known.listing.paths.find(listing.paths)  # (N,)
         same = (places >= 0) & ~is_racy(listing.mtime_ns, known.listing.began_ns)
-        for now, then in ((listing.size_bytes, known.listing.size_bytes), (listing.mtime_ns, known.listing.mtime_ns)):
+        for now, then in (
+            (listing.size_bytes, known.listing.size_bytes),
+            (listing.mtime_ns, known.listing.mtime_ns),
+        ):
             same &= now == then[places]
         sizes[same] = known.sizes[places[same]]
     reasons = dict(listing.bad)
     unread = np.setdiff1d(np.flatnonzero(sizes[:, 0] == 0), list(reasons), assume_unique=True)
-    verdicts = tracked(read_headers(listing, unread, threads), f"{listing.root}: reading image headers", len(unread))
+    verdicts = tracked(
+        read_headers(listing, unread, threads), f"{listing.root}: reading image headers", len(unread)
+    )
     for place, (height, width, reason) in zip(unread, verdicts, strict=True):
         sizes[place] = height, width
         if reason:
@@ -72,7 +77,9 @@ def read_headers(listing: Listing, places: NDArray[np.int64], threads: int | Non
         yield from in_threads(read, places, threads)
 
 
-def in_threads(look: Callable[[Any], T], items: Sequence[Any] | NDArray[Any], threads: int | None) -> Iterator[T]:
+def in_threads(
+    look: Callable[[Any], T], items: Sequence[Any] | NDArray[Any], threads: int | None
+) -> Iterator[T]:
     """`look` at every item, results in order; None is four threads per core, since they wait for a disk or a server."""
 
     def look_at_block(begin: int) -> list[T]:

@@ -63,12 +63,16 @@ def list_folder(root: Path) -> Listing:
     columns = _Columns()
     start = os.fsencode(os.path.join(root, ""))
     columns.folders[b""] = folder_state(start)
-    found = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
+    found = sorted(
+        entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith(".")
+    )
     if not found:
         raise DataError(f"{root}: no class folders; {LAYOUT}")
     visited: set[tuple[int, int]] = set()
     for label, name in enumerate(found):
-        for path, size_bytes, mtime_ns, reason in sorted(_walk(start, os.fsencode(name), visited, columns.folders)):
+        for path, size_bytes, mtime_ns, reason in sorted(
+            _walk(start, os.fsencode(name), visited, columns.folders)
+        ):
             columns.add(path, label, size_bytes, mtime_ns, reason)
     return columns.listing(root, tuple(found))
 
@@ -99,10 +103,14 @@ def classes_of_folder(listing: Listing, class_names: Sequence[str] | None) -> Li
     names = found if class_names is None else tuple(class_names)
     unknown = sorted(set(found) - set(names))
     if unknown:
-        raise DataError(f"{root / unknown[0]}: not one of the {len(names)} training classes ({len(unknown)} such)")
+        raise DataError(
+            f"{root / unknown[0]}: not one of the {len(names)} training classes ({len(unknown)} such)"
+        )
     empty = np.flatnonzero(np.bincount(listing.labels, minlength=len(found)) == 0)
     if len(empty) and class_names is None:
-        raise DataError(f"{root / found[empty[0]]}: no images in this class folder; add some or remove the folder")
+        raise DataError(
+            f"{root / found[empty[0]]}: no images in this class folder; add some or remove the folder"
+        )
     index_of = {name: index for index, name in enumerate(names)}
     return _relabelled(listing, [index_of[name] for name in found], names)
 
@@ -181,9 +189,12 @@ class _Columns:
             np.frombuffer(column, np.int64) for column in (self.labels, self.size_bytes, self.mtime_ns)
         )
         folders = Folders(
-            Paths.of(map(os.fsdecode, self.folders)), np.array(list(self.folders.values()), np.int64).reshape(-1, 4)
+            Paths.of(map(os.fsdecode, self.folders)),
+            np.array(list(self.folders.values()), np.int64).reshape(-1, 4),
         )
-        return Listing(root, paths, labels, size_bytes, mtime_ns, class_names, self.bad, folders, self.began_ns)
+        return Listing(
+            root, paths, labels, size_bytes, mtime_ns, class_names, self.bad, folders, self.began_ns
+        )
 
 
 def _check_root(root: Path) -> None:
@@ -220,9 +231,13 @@ def _read_list(path: Path) -> Iterator[tuple[int, str, str]]:
                     continue
                 found = _LIST_LINE.fullmatch(line)
                 if found is None:
-                    raise DataError(f"{path}:{number}: expected 'path,label' or 'path label', found {line[:100]!r}")
+                    raise DataError(
+                        f"{path}:{number}: expected 'path,label' or 'path label', found {line[:100]!r}"
+                    )
                 if found[1].startswith("/") or ".." in found[1].split("/") or "\0" in line:
-                    raise DataError(f"{path}:{number}: must be below data.root: not absolute, without .. and NUL")
+                    raise DataError(
+                        f"{path}:{number}: must be below data.root: not absolute, without .. and NUL"
+                    )
                 yield number, found[1], found[2].strip()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot read the list of images: {error}") from error

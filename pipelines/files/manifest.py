@@ -212,7 +212,9 @@ def _manifest(found: Scan, listing: Listing, max_bad_fraction: float) -> Manifes
         widths=np.ascontiguousarray(sizes[:, 1]),
         size_bytes=listing.size_bytes,
         class_names=listing.class_names,
-        bad=tuple(BadFile(str(listing.root / listing.paths[place]), reason) for place, reason in reasons.items()),
+        bad=tuple(
+            BadFile(str(listing.root / listing.paths[place]), reason) for place, reason in reasons.items()
+        ),
     )
     return everything.select(np.flatnonzero(sizes[:, 0])) if reasons else everything
 
@@ -226,5 +228,7 @@ def _without_listed(found: Scan) -> tuple[NDArray[np.int32], dict[int, str]]:
     places = np.flatnonzero(entries >= 0)
     sizes = found.sizes.copy()
     sizes[places] = 0
-    of_listed = {place: reasons[entry] for place, entry in zip(places.tolist(), entries[places].tolist(), strict=True)}
+    of_listed = {
+        place: reasons[entry] for place, entry in zip(places.tolist(), entries[places].tolist(), strict=True)
+    }
     return sizes, dict(sorted((of_listed | found.reasons).items()))

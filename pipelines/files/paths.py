@@ -9,7 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-_BLOCK = 65_536  # paths selected at a time: their byte positions, eight bytes each, are the memory that it takes
+_BLOCK = (
+    65_536  # paths selected at a time: their byte positions, eight bytes each, are the memory that it takes
+)
 _ODD = 0x9E3779B97F4A7C15
 _INVERSE = pow(_ODD, -1, 2**64)
 
@@ -57,7 +59,9 @@ class Paths:
         begins, ends = self.offsets[indices, None], self.offsets[indices + 1, None]  # (B, 1)
         columns = begins + np.arange(int((ends - begins).max()))  # (B, L)
         names = np.where(columns < ends, self.buffer[np.minimum(columns, len(self.buffer) - 1)], 0)
-        return np.concatenate([np.broadcast_to(start, (len(indices), len(start))), names], axis=1, dtype=np.uint8)
+        return np.concatenate(
+            [np.broadcast_to(start, (len(indices), len(start))), names], axis=1, dtype=np.uint8
+        )
 
     def select(self, indices: NDArray[np.int64]) -> Paths:
         """The paths at `indices`, in their order."""
@@ -81,7 +85,9 @@ class Paths:
             sums = np.zeros(len(block) + 1, np.uint64)
             np.cumsum(block * _powers(_ODD, len(block)), out=sums[1:])
             begins, ends = bounds[:-1] - bounds[0], bounds[1:] - bounds[0]
-            hashes[first : first + _BLOCK] = (sums[ends] - sums[begins]) * _powers(_INVERSE, len(sums))[begins]
+            hashes[first : first + _BLOCK] = (sums[ends] - sums[begins]) * _powers(_INVERSE, len(sums))[
+                begins
+            ]
         return hashes
 
 

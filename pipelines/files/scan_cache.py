@@ -34,7 +34,13 @@ _POLL_SECONDS = 0.1
 
 
 def remembered(
-    look: Callable[[], Listing], name: str, *, content: str, cache_dir: Path, threads: int | None, refresh: bool
+    look: Callable[[], Listing],
+    name: str,
+    *,
+    content: str,
+    cache_dir: Path,
+    threads: int | None,
+    refresh: bool,
 ) -> Scan:
     """A scan of what `look` lists: an earlier one while it holds, else a new one, kept for the next start.
 
@@ -96,7 +102,9 @@ def _folders_hold(listing: Listing, threads: int | None) -> bool:
 def _files_hold(listing: Listing, threads: int | None) -> bool:
     prefix = os.fsencode(os.path.join(listing.root, ""))
     sample = np.linspace(0, len(listing) - 1, min(len(listing), NUM_SAMPLED)).astype(np.int64)
-    states = in_threads(file_state, [prefix + os.fsencode(listing.paths[place]) for place in sample], threads)
+    states = in_threads(
+        file_state, [prefix + os.fsencode(listing.paths[place]) for place in sample], threads
+    )
     then = zip(listing.size_bytes[sample].tolist(), listing.mtime_ns[sample].tolist(), strict=True)
     return [(size_bytes, mtime_ns) for size_bytes, mtime_ns, _ in states] == list(then)
 
@@ -122,7 +130,9 @@ def _load(path: Path) -> tuple[str, Scan] | None:
             mtime_ns=columns["mtime_ns"],
             class_names=tuple(columns["class_names"].tolist()),
             bad={},  # among the reasons of the scan
-            folders=Folders(Paths(columns["folder_buffer"], columns["folder_offsets"]), columns["folder_states"]),
+            folders=Folders(
+                Paths(columns["folder_buffer"], columns["folder_offsets"]), columns["folder_states"]
+            ),
             began_ns=int(columns["began_ns"]),
         )
         reasons = dict(zip(columns["bad_places"].tolist(), columns["bad_reasons"].tolist(), strict=True))
@@ -158,7 +168,8 @@ def _store(path: Path, content: str, found: Scan) -> None:
             partial.replace(path)
     except OSError as error:
         warnings.warn(
-            f"the list of images is not cached: {error}; set data.cache_dir to a writable folder", stacklevel=2
+            f"the list of images is not cached: {error}; set data.cache_dir to a writable folder",
+            stacklevel=2,
         )
 
 

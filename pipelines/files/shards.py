@@ -96,7 +96,9 @@ class SliceReader:
         with path.open("rb") as file:
             memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         if len(memory) != self._slices.shard_bytes[shard]:
-            raise OSError(f"{path}: {len(memory)} bytes, not the {self._slices.shard_bytes[shard]} of its index")
+            raise OSError(
+                f"{path}: {len(memory)} bytes, not the {self._slices.shard_bytes[shard]} of its index"
+            )
         memory.madvise(mmap.MADV_RANDOM)  # reading ahead would fetch neighbours that nobody asked for
         self._maps[shard] = mapped = memory, np.frombuffer(memory, np.uint8)
         return mapped
@@ -120,7 +122,9 @@ def is_packed(folder: Path) -> bool:
     if (folder / INDEX).is_file():
         return True
     if next(folder.glob("shard-*.tar"), None) is not None:
-        raise DataError(f"{folder}: has shards but no {INDEX}: give the same `cmtrain data pack` again to finish it")
+        raise DataError(
+            f"{folder}: has shards but no {INDEX}: give the same `cmtrain data pack` again to finish it"
+        )
     return False
 
 
@@ -188,7 +192,9 @@ def read_index(folder: Path) -> Index:
         if not path.is_file():
             raise DataError(f"{path}: missing, but {INDEX} names it; copy it again or pack again")
         if path.stat().st_size != size:
-            raise DataError(f"{path}: {path.stat().st_size} bytes, not the {size} of {INDEX}; copy it or pack again")
+            raise DataError(
+                f"{path}: {path.stat().st_size} bytes, not the {size} of {INDEX}; copy it or pack again"
+            )
     return index
 
 
@@ -198,11 +204,15 @@ def damage(index: Index) -> list[str]:
     Raises OSError when a shard cannot be read.
     """
     slices, found = index.slices, []
-    for shard in tracked(range(len(slices.shard_names)), f"{slices.folder}: verifying shards", len(slices.shard_names)):
+    for shard in tracked(
+        range(len(slices.shard_names)), f"{slices.folder}: verifying shards", len(slices.shard_names)
+    ):
         contents = (slices.folder / slices.shard_names[shard]).read_bytes()
         members = np.flatnonzero(slices.shards == shard)
         differing = [
-            member for member in members.tolist() if _checksum(contents, slices, member) != slices.checksums[member]
+            member
+            for member in members.tolist()
+            if _checksum(contents, slices, member) != slices.checksums[member]
         ]
         name = f"{slices.folder / slices.shard_names[shard]}"
         found += [f"{name}: {index.paths[member]} has changed (CRC-32)" for member in differing]

@@ -71,7 +71,11 @@ def encode(path: str, resize_shorter: int | None, quality: int) -> Encoded:
 
 
 def encode_all(
-    path_of: Callable[[int], str], places: list[int], resize_shorter: int | None, quality: int, processes: int
+    path_of: Callable[[int], str],
+    places: list[int],
+    resize_shorter: int | None,
+    quality: int,
+    processes: int,
 ) -> Generator[Encoded, None, None]:
     """`encode` of the files at `places`, in their order, by `processes` processes that stay a little ahead."""
     blocks = (places[begin : begin + _BLOCK] for begin in range(0, len(places), _BLOCK))
@@ -80,7 +84,9 @@ def encode_all(
     ahead: deque[Future[list[Encoded]]] = deque()
     try:
         for block in blocks:
-            ahead.append(pool.submit(_encode_block, [path_of(place) for place in block], resize_shorter, quality))
+            ahead.append(
+                pool.submit(_encode_block, [path_of(place) for place in block], resize_shorter, quality)
+            )
             if len(ahead) > processes * _BLOCKS_AHEAD:
                 yield from ahead.popleft().result()
         while ahead:
@@ -94,7 +100,9 @@ def _encode_block(paths: list[str], resize_shorter: int | None, quality: int) ->
 
 
 def _live_and_die_with_the_parent() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C reaches the whole group; the parent ends its workers
     parent = parent_process()
     assert parent is not None
 

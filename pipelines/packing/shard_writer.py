@@ -43,7 +43,9 @@ class _Record:
     size_bytes: int
     sha256: str
     end: int  # so many samples, in the order of writing, are done with when this shard is
-    rows: NDArray[np.int64]  # (n, 6): place in the source's manifest, offset, size_bytes, height, width, CRC-32
+    rows: NDArray[
+        np.int64
+    ]  # (n, 6): place in the source's manifest, offset, size_bytes, height, width, CRC-32
     bad: dict[int, str]  # reasons by place
 
 
@@ -89,13 +91,20 @@ def pack_split(
             else:
                 records = _kept_records(folder, recipe)
                 _check_bad(manifest, records, max_bad_fraction)
-                order = np.argsort(sample_keys(0, _SHARD_DOMAIN, np.arange(len(manifest))), kind="stable").tolist()
+                order = np.argsort(
+                    sample_keys(0, _SHARD_DOMAIN, np.arange(len(manifest))), kind="stable"
+                ).tolist()
                 done = records[-1].end if records else 0
                 files = encode_all(manifest.file, order[done:], resize_shorter, quality, processes)
-                with closing(files), closing(tracked(files, f"{folder}: packing", len(order), done)) as images:
+                with (
+                    closing(files),
+                    closing(tracked(files, f"{folder}: packing", len(order), done)) as images,
+                ):
                     samples = zip(order[done:], images, strict=True)
                     while done < len(order):
-                        shard = _write_shard(folder, len(records), samples, manifest.labels, shard_bytes, done, recipe)
+                        shard = _write_shard(
+                            folder, len(records), samples, manifest.labels, shard_bytes, done, recipe
+                        )
                         records.append(shard)
                         done = shard.end
                         _check_bad(manifest, records, max_bad_fraction)
@@ -134,7 +143,9 @@ def _write_shard(
                     bad[place] = image.reason
                     continue
                 offset = size + tarfile.BLOCKSIZE
-                rows.append((place, offset, len(image.data), image.height, image.width, zlib.crc32(image.data)))
+                rows.append(
+                    (place, offset, len(image.data), image.height, image.width, zlib.crc32(image.data))
+                )
                 put(_member(f"{place:08d}.jpg", image.data))
                 put(_member(f"{place:08d}.cls", str(labels[place]).encode()))
                 if size >= shard_bytes:
@@ -166,7 +177,9 @@ def _index(manifest: Manifest, folder: Path, recipe: str, records: list[_Record]
     by_place = np.argsort(rows[:, _PLACE])
     rows = rows[by_place]
     places = rows[:, _PLACE]
-    left_out = [BadFile(manifest.file(place), reason) for record in records for place, reason in record.bad.items()]
+    left_out = [
+        BadFile(manifest.file(place), reason) for record in records for place, reason in record.bad.items()
+    ]
     return Index(
         recipe=recipe,
         paths=manifest.paths.select(places),
@@ -193,7 +206,9 @@ def _kept_records(folder: Path, recipe: str) -> list[_Record]:
     for entry in sorted(folder.iterdir()):
         ours = entry.name == INDEX or (folder / f".{entry.name}.npz").is_file()
         if not entry.name.startswith(".") and not ours:
-            raise DataError(f"{folder}: holds {entry.name}, which no pack has put there; give another destination")
+            raise DataError(
+                f"{folder}: holds {entry.name}, which no pack has put there; give another destination"
+            )
     records: list[_Record] = []
     for number in itertools.count():
         record = _load_record(folder, number, recipe)
@@ -235,7 +250,14 @@ def _load_record(folder: Path, number: int, recipe: str) -> _Record | None:
             bad = dict(zip(data["bad_places"].tolist(), data["bad_reasons"].tolist(), strict=True))
             name, sha256, rows = str(data["name"]), str(data["sha256"]), data["rows"]
             record = _Record(name, int(data["size_bytes"]), sha256, int(data["end"]), rows, bad)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):  # absent or damaged: write again
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        EOFError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ):  # absent or damaged: write again
         return None
     _check_recipe(folder, found, recipe)
     return record
@@ -249,7 +271,9 @@ def _check_recipe(folder: Path, found: str, wanted: str) -> None:
 
 
 def _check_bad(manifest: Manifest, records: list[_Record], max_bad_fraction: float) -> None:
-    bad = [f"{manifest.paths[place]}: {reason}" for record in records for place, reason in record.bad.items()]
+    bad = [
+        f"{manifest.paths[place]}: {reason}" for record in records for place, reason in record.bad.items()
+    ]
     bad += [f"{file.path}: {file.reason}" for file in manifest.bad]
     total = len(manifest) + len(manifest.bad)
     if len(bad) > max_bad_fraction * total or len(bad) == total:
@@ -288,4 +312,6 @@ def _told_in_one_line(folder: Path) -> Generator[None, None, None]:
     except OSError as error:
         raise DataError(f"{folder}: cannot be written: {error.strerror or error}; {again}") from error
     except BrokenProcessPool as error:
-        raise DataError(f"{folder}: a worker process was killed, for want of memory perhaps; {again}") from error
+        raise DataError(
+            f"{folder}: a worker process was killed, for want of memory perhaps; {again}"
+        ) from error

@@ -93,7 +93,9 @@ def test_negative_value_is_a_value(capsys):
 
 def test_demo_and_bench_pass_their_options_on(calls):
     assert main(["demo", "--photos", "--schedule.epochs", "3"]) == 4
-    assert main(["bench", "--what", "loader", "--steps", "7", "--json", "f.json", "--data.threads", "2"]) == 4
+    assert (
+        main(["bench", "--what", "loader", "--steps", "7", "--json", "f.json", "--data.threads", "2"]) == 4
+    )
     assert calls[0] == ("demo", (True, [("schedule.epochs", "3")]), {})
     config = load_config("configs/demo.yaml", [("data.threads", "2")]).config
     assert calls[1] == (
@@ -180,8 +182,13 @@ def test_config_show_loads_back_and_says_where_values_come_from(capsys):
     assert main(["config", "show", "--config", "configs/paper/cmt_s.yaml", "--run.seed", "7"]) == 0
     text = capsys.readouterr().out
     Path("shown.yaml").write_text(text)
-    assert load_config("shown.yaml").config == load_config("configs/paper/cmt_s.yaml", [("run.seed", "7")]).config
-    origins = {line.split(":")[0].strip(): line.split("  # ")[1] for line in text.splitlines() if "#" in line}
+    assert (
+        load_config("shown.yaml").config
+        == load_config("configs/paper/cmt_s.yaml", [("run.seed", "7")]).config
+    )
+    origins = {
+        line.split(":")[0].strip(): line.split("  # ")[1] for line in text.splitlines() if "#" in line
+    }
     assert origins["seed"] == "command line"
     assert origins["momentum"] == "default"
     for key, name in {"lr": "configs/paper/cmt_s.yaml", "mixup": "configs/paper/cmt_ti.yaml"}.items():
@@ -223,7 +230,9 @@ def test_module_answers_without_loading_torch_or_dali(arguments, code):
         "try: runpy.run_module('cmtrain', run_name='__main__')\n"
         "except SystemExit as done: print(done.code, [name for name in ('torch', 'nvidia', 'numpy') if name in sys.modules])\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert done.stdout.endswith(f"{code} []\n")
 
 

@@ -36,7 +36,12 @@ from pipelines.spec import AugmentSpec, DataError
     ],
 )  # fmt: skip
 def test_the_verdict_names_what_a_run_is_bound_by(loader, host, copy, matrix, expected):
-    model = {"images_per_second": 1000, "host_share": host, "percent_of_copy": copy, "percent_of_matrix": matrix}
+    model = {
+        "images_per_second": 1000,
+        "host_share": host,
+        "percent_of_copy": copy,
+        "percent_of_matrix": matrix,
+    }
     assert verdict({"loader": {"images_per_second": loader}, "model": model}).startswith(expected)
 
 
@@ -61,7 +66,9 @@ def test_a_ratio_compares_what_ran_in_the_same_round():
 def test_the_time_of_workers_counts():
     burn = "import time\nwhile time.process_time() < 0.5: pass\nprint(flush=True)\ninput()"
     before = _cpu_seconds(os.getpid())
-    with subprocess.Popen([sys.executable, "-c", burn], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as worker:
+    with subprocess.Popen(
+        [sys.executable, "-c", burn], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as worker:
         worker.stdout.readline()
         assert 0.4 < _cpu_seconds(os.getpid()) - before < 5
         worker.stdin.close()
@@ -134,9 +141,13 @@ def test_steps_with_the_guard_and_without_take_turns(monkeypatch):
         return step(*arguments)
 
     monkeypatch.setattr(learner, "step", noted)
-    figures = time_guard(learner, map(batch, itertools.count()), lr=0.01, steps=2, rounds=2, log_every_steps=10)
+    figures = time_guard(
+        learner, map(batch, itertools.count()), lr=0.01, steps=2, rounds=2, log_every_steps=10
+    )
     assert turns[: 2 * WARMUP_STEPS] == ["with"] * WARMUP_STEPS + ["without"] * WARMUP_STEPS
-    assert turns[2 * WARMUP_STEPS :] == ["without"] * 2 + ["with"] * 4 + ["without"] * 2 + ["with"] * 2  # for the save
+    assert (
+        turns[2 * WARMUP_STEPS :] == ["without"] * 2 + ["with"] * 4 + ["without"] * 2 + ["with"] * 2
+    )  # for the save
     assert (learner.guard, learner.window) == (guard, window)
     assert 0 < figures["alone"]["ms"] < figures["without"]["ms"]
     assert figures["with"]["percent_min"] <= figures["with"]["percent"] <= figures["with"]["percent_max"]
@@ -166,7 +177,13 @@ def test_models_take_turns_through_the_same_step(root, tmp_path, capsys):
     assert bench("model", config, steps=2, rounds=2, beside=["resnet18", "cmt_micro"], json_path=None) == 0
     report = json.loads(capsys.readouterr().out)
     rows = report["figures"]
-    assert list(rows) == ["cmt_micro train", "resnet18 train", "cmt_micro infer", "resnet18 infer", "machine"]
+    assert list(rows) == [
+        "cmt_micro train",
+        "resnet18 train",
+        "cmt_micro infer",
+        "resnet18 infer",
+        "machine",
+    ]
     for name in list(rows)[:4]:
         assert rows[name]["ms_p50"] <= rows[name]["ms_p95"]
         assert 0 < rows[name]["percent_of_copy"] < 200
@@ -197,7 +214,9 @@ def test_a_race_alternates_and_its_ratio_is_that_of_a_round():
 
 
 def test_latency_is_of_one_image(root, tmp_path, capsys):
-    assert bench("latency", small(root, tmp_path), steps=2, rounds=2, beside=["resnet18"], json_path=None) == 0
+    assert (
+        bench("latency", small(root, tmp_path), steps=2, rounds=2, beside=["resnet18"], json_path=None) == 0
+    )
     report = json.loads(capsys.readouterr().out)
     assert report["batch"] == 1
     assert list(report["figures"]) == ["cmt_micro", "resnet18"]

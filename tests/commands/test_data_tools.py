@@ -34,7 +34,9 @@ def test_a_row_of_the_preview_is_one_image_in_successive_epochs(make_job, tmp_pa
     plain = {"scale": [1.0, 1.0], "ratio": [1.0, 1.0], "hflip": 0.0, "color_jitter": None, "repeats": 3}
     mixing = {"mixup": 0.0, "cutmix": 0.0, "reprob": 0.0}
     out = tmp_path / "grid.png"
-    assert preview(config_of(make_job("a", augment=plain, mixing=mixing)), out=str(out), rows=5, columns=3) == 0
+    assert (
+        preview(config_of(make_job("a", augment=plain, mixing=mixing)), out=str(out), rows=5, columns=3) == 0
+    )
     grid = cells(out, 5, 3)
     assert (grid == grid[:, :1]).all()
     assert len({row[0].tobytes() for row in grid}) == 5
@@ -53,7 +55,9 @@ def test_a_row_of_the_preview_is_one_image_in_successive_epochs(make_job, tmp_pa
 def test_the_mixed_grid_shows_the_same_rows_mixed(make_job, tmp_path):
     plain = {"scale": [1.0, 1.0], "ratio": [1.0, 1.0], "hflip": 0.0, "color_jitter": None}
     mixing = {"mixup": 0.0, "cutmix": 1.0, "mixup_prob": 1.0, "reprob": 0.0}
-    preview(config_of(make_job(augment=plain, mixing=mixing)), out=str(tmp_path / "g.png"), rows=4, columns=4)
+    preview(
+        config_of(make_job(augment=plain, mixing=mixing)), out=str(tmp_path / "g.png"), rows=4, columns=4
+    )
     before, after = cells(tmp_path / "g.png", 4, 4), cells(tmp_path / "g-mixed.png", 4, 4)
     same = (before == after).all(axis=-1).mean(axis=(2, 3))  # share of an image's pixels that are its own
     assert (same > 0).any(axis=0).all()
@@ -84,7 +88,9 @@ def test_stats_count_and_measure(make_job, tmp_path, capsys):
     assert train["images_per_class"] == {"min": 5, "median": 5, "max": 5}
     assert train["height_px"]["max"] == folder.heights.max()
     assert train["width_px"]["median"] == np.median(folder.widths)
-    assert train["smaller_than_crop"] == pytest.approx(np.mean(np.minimum(folder.heights, folder.widths) < 128))
+    assert train["smaller_than_crop"] == pytest.approx(
+        np.mean(np.minimum(folder.heights, folder.widths) < 128)
+    )
     assert train["bytes"] == sum(path.stat().st_size for path in (root / "train").rglob("*.jpg"))
     assert val["images_per_class"] == {"min": 0, "median": 0.5, "max": 2}
     assert val["mean"] == [0.5, 0.0, 0.2]

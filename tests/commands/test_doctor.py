@@ -36,7 +36,10 @@ def test_a_machine_that_can_train_passes_and_nothing_is_left_behind(make_job):
     assert found["data"]["found"] == "96 training, 31 validation images, 3 classes"
     assert {finding["verdict"] for finding in found.values()} <= {"ok", "warn"}
     if not torch.cuda.is_available():
-        assert {check for check in found if found[check]["verdict"] == "warn"} >= {"GPUs", "decode on the GPU"}
+        assert {check for check in found if found[check]["verdict"] == "warn"} >= {
+            "GPUs",
+            "decode on the GPU",
+        }
     assert all(finding["advice"] for finding in found.values() if finding["verdict"] == "warn")
     assert not (job.folder / "runs").exists()
 
@@ -99,7 +102,9 @@ def test_a_package_that_is_too_old_is_named(monkeypatch):
 
 def test_wrong_pixels_are_noticed(monkeypatch):
     made = doctor_checks.Image.new
-    monkeypatch.setattr(doctor_checks.Image, "new", lambda mode, size, colour: made(mode, size, colour[::-1]))
+    monkeypatch.setattr(
+        doctor_checks.Image, "new", lambda mode, size, colour: made(mode, size, colour[::-1])
+    )
     finding = doctor_checks.decode("decode", torch.device("cpu"), "cpu")
     assert finding.verdict == "fail"
     assert "came out as" in finding.found
@@ -109,7 +114,9 @@ def test_an_error_is_a_finding():
     def broken() -> Finding:
         raise ImportError("libnvjpeg.so.13:\ncannot open")
 
-    assert doctor._look("decode", broken) == Finding("decode", "fail", "ImportError: libnvjpeg.so.13: cannot open")
+    assert doctor._look("decode", broken) == Finding(
+        "decode", "fail", "ImportError: libnvjpeg.so.13: cannot open"
+    )
 
 
 @pytest.mark.parametrize("optim", [{"opt": "adamw"}, {"opt": "sgd", "weight_decay": 0.0}])
@@ -123,7 +130,10 @@ def test_size_of_a_checkpoint_is_known_before_there_is_one(make_job, optim):
 def test_a_disk_too_small_for_the_checkpoints_fails(make_job, monkeypatch, tmp_path):
     config = load_config(make_job(checkpoint={"keep": 3, "milestone_every_epochs": 1}).config).config
     size = checkpoint_bytes(config, 3)
-    for free, verdict in ((8 * size, "ok"), (8 * size - 1, "fail")):  # 3 newest, 3 milestones, the best, the next
+    for free, verdict in (
+        (8 * size, "ok"),
+        (8 * size - 1, "fail"),
+    ):  # 3 newest, 3 milestones, the best, the next
         usage = shutil._ntuple_diskusage(10**12, 10**12 - free, free)
         monkeypatch.setattr(shutil, "disk_usage", lambda path, usage=usage: usage)
         assert doctor_checks.disk(config, tmp_path / "runs" / "a", 3).verdict == verdict

@@ -34,7 +34,9 @@ def trained(make_job):
 
 def test_it_says_what_the_run_said(trained):
     job, result = trained
-    said = run_eval(job, "runs/job", "--per-class", "classes.csv", "--confusion", "matrix.csv", "--json", "again.json")
+    said = run_eval(
+        job, "runs/job", "--per-class", "classes.csv", "--confusion", "matrix.csv", "--json", "again.json"
+    )
     model, ema = said["results"]
     assert (model["weights"], ema["weights"]) == ("model", "ema")
     for key in ("top1", "top5", "loss"):
@@ -58,7 +60,12 @@ def test_it_says_what_the_run_said(trained):
 def test_several_sizes_at_once(trained):
     job, _ = trained
     said = run_eval(job, "runs/job", "--weights", "model", "--resize-px", "64,72", "--image-px", "32,64")
-    assert [(row["image_px"], row["resize_px"]) for row in said["results"]] == [(32, 64), (32, 72), (64, 64), (64, 72)]
+    assert [(row["image_px"], row["resize_px"]) for row in said["results"]] == [
+        (32, 64),
+        (32, 72),
+        (64, 64),
+        (64, 72),
+    ]
     assert len({row["loss"] for row in said["results"]}) == 4
 
 

@@ -64,7 +64,14 @@ def test_a_fresh_process_gets_the_same_logits(job, name):
 
 def test_timm_knows_how_to_feed_it(job):
     job(
-        "--run.name", "reimpl", "--model.variant", "reimpl", "--data.eval_interpolation", "bilinear", "--max-steps", "1"
+        "--run.name",
+        "reimpl",
+        "--model.variant",
+        "reimpl",
+        "--data.eval_interpolation",
+        "bilinear",
+        "--max-steps",
+        "1",
     )
     export(job, "reimpl", "--weights", "model", "--out", "out")
     config = json.loads((job.folder / "out" / "config.json").read_text())
@@ -82,7 +89,10 @@ def test_timm_knows_how_to_feed_it(job):
     assert "&" not in card
     settings = card.split("```yaml\n")[1].split("```")[0]
     (job.folder / "card.yaml").write_text(settings)
-    assert load_config(job.folder / "card.yaml").config == load_config(job.run.parent / "reimpl" / "config.yaml").config
+    assert (
+        load_config(job.folder / "card.yaml").config
+        == load_config(job.run.parent / "reimpl" / "config.yaml").config
+    )
     modes = {path.stat().st_mode & 0o777 for path in (job.folder / "out").iterdir()}
     assert len(modes) == 1
 
@@ -100,9 +110,13 @@ def test_nothing_leaves_that_is_not_whole(job):
     assert "of which run?" in refused("--out", "out", code=2)
     assert "nowhere: no run" in refused("nowhere", "--out", "out", code=3)
     assert "not for timm's layout" in refused("runs/job", "--out", "out", "--fold-bn", code=2)
-    assert "does not fit this model" in refused("runs/job", "--out", "out", "--model.variant", "reimpl", code=2)
+    assert "does not fit this model" in refused(
+        "runs/job", "--out", "out", "--model.variant", "reimpl", code=2
+    )
     if missing_packages():
-        assert "pip install 'cmtrain[export]'" in refused("runs/job", "--out", "out", "--format", "all", code=3)
+        assert "pip install 'cmtrain[export]'" in refused(
+            "runs/job", "--out", "out", "--format", "all", code=3
+        )
     loaded = load_newest(job.run / "checkpoints")
     loaded.state["ema"]["stem.norm1.running_var"][0] = math.nan
     save_checkpoint(job.run / "checkpoints", 3, loaded.state, loaded.meta)
@@ -117,7 +131,11 @@ def test_a_format_that_differs_leaves_nothing_behind(job, monkeypatch):
     before = sorted(os.listdir(job.folder))
     with pytest.raises(DataError, match="--format timm: its logits differ by"):
         cmtrain.commands.export.export(
-            open_trained(str(job.run), []), formats=["timm"], out=str(job.folder / "out"), kind=None, fold_bn=False
+            open_trained(str(job.run), []),
+            formats=["timm"],
+            out=str(job.folder / "out"),
+            kind=None,
+            fold_bn=False,
         )
     assert sorted(os.listdir(job.folder)) == before
 
@@ -132,7 +150,9 @@ def test_a_format_that_computes_something_else_is_noticed():
 def test_batchnorm_folded_for_inference(job):
     result = export(job, "runs/job", "--format", "torch-export", "--fold-bn", "--out", "out")
     assert 0 < result["max_difference"]["torch-export"] <= 1e-4
-    norms = [key for key in torch.export.load(job.folder / "out" / "model.pt2").state_dict if "running_var" in key]
+    norms = [
+        key for key in torch.export.load(job.folder / "out" / "model.pt2").state_dict if "running_var" in key
+    ]
     kept = [key for key in load_newest(job.run / "checkpoints").state["model"] if "running_var" in key]
     assert 0 < len(norms) < len(kept) / 2
 

@@ -62,7 +62,9 @@ def test_poisoned_statistics_are_healed_and_the_run_goes_on(make_job, figure):
     assert "BatchNorm statistics were not finite" in result["stderr"]
     figure(f"repair-bn: {num_sick} statistics, top-1 {was:.3f} -> {now:.3f}, healthy {healthy['top1']:.3f}")
 
-    job("--run.name", "new", "--resume", result["checkpoint"], "--schedule.epochs", "6", code=2)  # another recipe
+    job(
+        "--run.name", "new", "--resume", result["checkpoint"], "--schedule.epochs", "6", code=2
+    )  # another recipe
     again = job("--run.name", "new", "--resume", result["checkpoint"])
     assert again["top1"] == pytest.approx(now)
     assert "exists already; choose another --out" in repair(job, "--checkpoint", "poisoned", code=3)
@@ -84,7 +86,9 @@ def test_what_cannot_be_healed_is_refused(make_job):
         (line,) = repair(job, "--checkpoint", str(path), code=3).splitlines()
         assert f"{named} is not finite, and only BatchNorm statistics can be recomputed" in line
     assert "--checkpoint nowhere: " in repair(job, "--checkpoint", "nowhere", code=3)
-    assert "optim.lr: 0.002 -> 0.001" in repair(job, "--checkpoint", str(loaded.path), "--optim.lr", "1e-3", code=2)
+    assert "optim.lr: 0.002 -> 0.001" in repair(
+        job, "--checkpoint", str(loaded.path), "--optim.lr", "1e-3", code=2
+    )
     assert "--checkpoint is missing" in repair(job, code=2)
     assert "one process" in repair(job, "--checkpoint", str(loaded.path), code=2, WORLD_SIZE="2")
     assert not (job.run / "repaired").exists()

@@ -65,7 +65,10 @@ def test_a_run_that_was_killed_cannot_say_so(run, capsys):
     pid = dead_process()
     change(run, pid=pid)
     first = said(capsys, "status", "r").splitlines()[0]
-    assert first == f"runs/r: claims to run, step 1,200 of 3,600, but process {pid} is gone; the same command resumes"
+    assert (
+        first
+        == f"runs/r: claims to run, step 1,200 of 3,600, but process {pid} is gone; the same command resumes"
+    )
     facts = json.loads(said(capsys, "status", "r", "--json"))
     assert (facts["alive"], facts["state"], facts["step"]) == (False, "running", 1200)
 
@@ -75,7 +78,9 @@ def test_a_run_on_another_host_is_believed_until_it_is_silent(run, capsys):
     assert stand(run.path).alive is None
     assert "running, step" in said(capsys, "status", "r")
     change(run, updated=time.time() - SILENT_SECONDS - 60)
-    assert "claims to run, step 1,200 of 3,600, but has written nothing for 11m" in said(capsys, "status", "r")
+    assert "claims to run, step 1,200 of 3,600, but has written nothing for 11m" in said(
+        capsys, "status", "r"
+    )
 
 
 @pytest.mark.parametrize(
@@ -125,7 +130,13 @@ def metrics_server():
     servers = []
 
     def start(*, stalled=False, **facts):
-        now = {"rank": 0, "state": "train", "step": 1300, "seconds_since_progress": 900.0, "stalled": stalled}
+        now = {
+            "rank": 0,
+            "state": "train",
+            "step": 1300,
+            "seconds_since_progress": 900.0,
+            "stalled": stalled,
+        }
         page = Page("application/json", json.dumps(facts | {"now": now}).encode())
         servers.append(Exporter({"/status.json": lambda accept: page}, "127.0.0.1", free_port()))
         return f"{servers[-1].url}/metrics"
@@ -177,7 +188,8 @@ def test_status_and_watch_of_a_real_run(make_job, capsys):
 def test_watch_on_a_terminal_shows_the_run_in_place(run, monkeypatch):
     screen = io.StringIO()
     monkeypatch.setattr(
-        "cmtrain.commands.status.Console", lambda **options: Console(file=screen, force_terminal=True, width=120)
+        "cmtrain.commands.status.Console",
+        lambda **options: Console(file=screen, force_terminal=True, width=120),
     )
     monkeypatch.setattr("cmtrain.commands.status.REFRESH_SECONDS", 0.01)
     threading.Timer(0.3, lambda: change(run, state="finished", reason="top-1 0.5")).start()

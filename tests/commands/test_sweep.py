@@ -112,7 +112,10 @@ def test_overrides_hold_for_every_row_wherever_they_stand(study, capsys):
         (["study", "--rows", "3-1"], "--rows: 3-1: there are rows 1 to 4"),
         (["study", "--rows", "all"], "--rows: must be numbers and ranges of them, such as 1,3-5, got all"),
         (["stady"], "stady: no such file"),
-        (["study", "study/a.yaml"], "study/a.yaml: has the run folder runs/a, as study/a.yaml has; sweep them apart"),
+        (
+            ["study", "study/a.yaml"],
+            "study/a.yaml: has the run folder runs/a, as study/a.yaml has; sweep them apart",
+        ),
         (["study", "--optim.lrr", "1"], "--optim.lrr: unknown option, did you mean --optim.lr?"),
     ],
 )
@@ -128,7 +131,10 @@ def test_all_mistakes_of_all_files_are_told_before_any_row_is_trained(study, out
     write("c", "optim: {lr: fast}")
     write("d", "optim: {momentun: 0.5}")
     assert main(["sweep", *study]) == 2
-    assert [line.split(":")[0] for line in capsys.readouterr().err.splitlines()] == ["study/c.yaml", "study/d.yaml"]
+    assert [line.split(":")[0] for line in capsys.readouterr().err.splitlines()] == [
+        "study/c.yaml",
+        "study/d.yaml",
+    ]
     assert outcomes[1] == []
 
 
@@ -173,7 +179,19 @@ def test_a_run_of_another_recipe_is_not_passed_off_as_the_row(study):
 
 def test_a_sweep_trains_each_row_once(study, folder):
     """As a person does it: two rows for two steps, and again."""
-    command = [sys.executable, "-m", "cmtrain", "sweep", *study, "--rows", "1,3", "--scale", "demo", "--max-steps", "2"]
+    command = [
+        sys.executable,
+        "-m",
+        "cmtrain",
+        "sweep",
+        *study,
+        "--rows",
+        "1,3",
+        "--scale",
+        "demo",
+        "--max-steps",
+        "2",
+    ]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     first = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
     assert first.returncode == 0, first.stderr
@@ -215,7 +233,9 @@ def slurm(folder, monkeypatch):
         "#!/bin/sh\nprintf '%s ' \"$@\" >> calls; echo >> calls\n"
         "for word; do case $word in --job-name=*) echo ${word#--job-name=} >> queue;; esac; done\nwc -l < queue\n"
     )
-    squeue = "#!/bin/sh\nfor word; do case $word in --name=*) grep -nx ${word#--name=} queue; esac; done; true\n"
+    squeue = (
+        "#!/bin/sh\nfor word; do case $word in --name=*) grep -nx ${word#--name=} queue; esac; done; true\n"
+    )
     for name, text in (("sbatch", sbatch), ("squeue", squeue)):
         (tools / name).write_text(text)
         (tools / name).chmod(0o755)
@@ -240,7 +260,9 @@ def test_slurm_gets_a_job_for_each_row_that_is_not_done_or_queued(study, slurm, 
 
 def test_without_slurm_it_says_so(study, capsys, monkeypatch):
     assert main(["sweep", *study, "--jobs", "slurm", "--sbatch", "nowhere.sh"]) == 3
-    assert capsys.readouterr().err.startswith("nowhere.sh: no such file; give the job script with --sbatch FILE")
+    assert capsys.readouterr().err.startswith(
+        "nowhere.sh: no such file; give the job script with --sbatch FILE"
+    )
     Path("job.sh").touch()
     monkeypatch.setenv("PATH", "")
     with pytest.raises(DataError, match="squeue: not found; --jobs slurm needs SLURM's commands"):

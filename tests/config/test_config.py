@@ -61,7 +61,10 @@ def values(text: str, *overrides: tuple[str, str]) -> dict[str, object]:
 # --- what people get wrong, and exactly what they are told ---
 
 TYPICAL = [
-    ("model:\n  drop_pth: 0.1\n", "x.yaml:10: model.drop_pth: unknown key, did you mean model.drop_path_rate?"),
+    (
+        "model:\n  drop_pth: 0.1\n",
+        "x.yaml:10: model.drop_pth: unknown key, did you mean model.drop_path_rate?",
+    ),
     ("lr: 1e-3\n", "x.yaml:9: lr: unknown key, did you mean optim.lr?"),
     ("augment:\n  mixup: 0.8\n", "x.yaml:10: augment.mixup: unknown key, did you mean mixing.mixup?"),
     ("modle:\n  name: cmt_s\n", "x.yaml:9: modle: unknown section, did you mean model?"),
@@ -119,9 +122,7 @@ def test_typical_mistake_on_the_command_line(option, text, line):
 
 def test_all_mistakes_of_all_sources_are_reported_at_once_in_reading_order():
     write("optim: {lr: slow, weight_decay: -1}\nfoo: 1\n", "base.yaml")
-    text = (
-        "extends: base.yaml\ndata:\n  root: /data\n  image_px: 100\noptim: {lr: 1e-3}\nschedule:\n  warmup_epochs: 5\n"
-    )
+    text = "extends: base.yaml\ndata:\n  root: /data\n  image_px: 100\noptim: {lr: 1e-3}\nschedule:\n  warmup_epochs: 5\n"
     assert mistakes(text, ("train.compile", "maybe"), ("lr", "1")) == [
         "x.yaml:1: train.global_batch_size: required, but not set (samples of one optimizer step, over all GPUs and accumulation)",
         "x.yaml:4: data.image_px: must be a whole number >= 32 and a multiple of 32, got 100",
@@ -160,7 +161,9 @@ def test_contradictions_are_found_beside_other_mistakes():
 
 # --- hostile files: one line with file and line number, nothing executed, nothing created ---
 
-BOMB = "a: &a [x, x]\n" + "".join(f"{b}: &{b} [*{a}, *{a}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True))
+BOMB = "a: &a [x, x]\n" + "".join(
+    f"{b}: &{b} [*{a}, *{a}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
+)
 HOSTILE = {
     "python object tag": ("run: !!python/object/apply:os.system ['touch canary']\n", "x.yaml:9: tags "),
     "python name tag": ("run: {name: !!python/name:os.system ''}\n", "x.yaml:9: tags "),
@@ -261,7 +264,9 @@ def test_damaged_files_end_in_config_errors_and_nothing_else():
         content = bytearray(source)
         for _ in range(draw.randint(1, 4)):
             position = draw.randrange(len(content))
-            content[position : position + draw.randint(0, 3)] = draw.randbytes(draw.randint(0, 3)) + draw.choice(
+            content[position : position + draw.randint(0, 3)] = draw.randbytes(
+                draw.randint(0, 3)
+            ) + draw.choice(
                 [b"", b"{", b"[", b"&", b"*", b"!", b"'", b'"\\x', b"\n", b": ", b"\t", b"%", b"---\n"]
             )
         write(bytes(content))
@@ -282,11 +287,15 @@ def test_paths_stay_below_the_data_folder(key):
         ]
 
 
-@pytest.mark.parametrize("key", ["run.dir", "data.root", "data.cache_dir", "data.train_dir", "data.train_list"])
+@pytest.mark.parametrize(
+    "key", ["run.dir", "data.root", "data.cache_dir", "data.train_dir", "data.train_list"]
+)
 def test_paths_are_ones_that_a_file_system_can_hold(key):
     for value in ("x" * 256, "a/" + "é" * 128, "x/" * 513):
         (line,) = mistakes(GOOD, (key, value))
-        assert line.startswith(f"--{key}: must be a path of at most 1024 bytes, and 255 between two slashes, got ")
+        assert line.startswith(
+            f"--{key}: must be a path of at most 1024 bytes, and 255 between two slashes, got "
+        )
         assert len(line) < 200
     load_config(write(GOOD), [(key, "x" * 255 + "/" + "é" * 127)])
 
@@ -309,10 +318,20 @@ def test_missing_file_is_one_line_with_a_suggestion():
 
 
 def test_numbers_are_what_they_look_like():
-    found = values(GOOD + "mixing: {mixup: 8e-1, cutmix: 1, reprob: .25, smoothing: 1.e-1}\nrun: {name: '010'}\n")
-    assert [found[f"mixing.{key}"] for key in ("mixup", "cutmix", "reprob", "smoothing")] == [0.8, 1.0, 0.25, 0.1]
+    found = values(
+        GOOD + "mixing: {mixup: 8e-1, cutmix: 1, reprob: .25, smoothing: 1.e-1}\nrun: {name: '010'}\n"
+    )
+    assert [found[f"mixing.{key}"] for key in ("mixup", "cutmix", "reprob", "smoothing")] == [
+        0.8,
+        1.0,
+        0.25,
+        0.1,
+    ]
     assert (found["optim.lr"], found["run.name"]) == (0.006, "010")
-    assert values(GOOD, ("optim.lr", "1e-3"), ("train.compile", "true"), ("ema.decay", "null"))["optim.lr"] == 0.001
+    assert (
+        values(GOOD, ("optim.lr", "1e-3"), ("train.compile", "true"), ("ema.decay", "null"))["optim.lr"]
+        == 0.001
+    )
 
 
 def test_words_of_yaml_1_1_stay_text():
@@ -392,7 +411,10 @@ def test_every_field_says_what_it_is_and_defaults_agree():
         for key, field in model.model_fields.items():
             assert field.description, f"{section}.{key}"
     defaults = {
-        f"{s}.{k}": f.default for s, m in sections.items() for k, f in m.model_fields.items() if not f.is_required()
+        f"{s}.{k}": f.default
+        for s, m in sections.items()
+        for k, f in m.model_fields.items()
+        if not f.is_required()
     }
     assert contradictions(defaults) == []
     assert "extends" in config_schema()["properties"]
@@ -411,7 +433,9 @@ def test_reading_a_configuration_loads_nothing_heavy():
 def test_the_reference_in_the_documentation_is_the_schema_of_today():
     """After a change: cmtrain config reference > docs/configuration.md"""
     assert (ROOT / "docs" / "configuration.md").read_text() == config_reference()
-    assert all(f"| `{key}` |" in config_reference() for key, _ in flat(load_config("configs/demo.yaml").config))
+    assert all(
+        f"| `{key}` |" in config_reference() for key, _ in flat(load_config("configs/demo.yaml").config)
+    )
 
 
 def test_not_one_of_those_above_was_executed(figure, tmp_path_factory):

@@ -42,7 +42,9 @@ def test_configuration_loads_builds_its_model_and_plans_its_steps(path):
     assert schedule.micro_batch_size * schedule.accumulation * 8 == config.train.global_batch_size
     assert schedule.lr_at(schedule.total_steps) == config.schedule.min_lr
 
-    options = config.model.model_dump(exclude={"name", "num_classes", "init_from"}) | {"img_size": config.data.image_px}
+    options = config.model.model_dump(exclude={"name", "num_classes", "init_from"}) | {
+        "img_size": config.data.image_px
+    }
     with torch.device("meta"):
         model = timm.create_model(config.model.name, num_classes=1000, **options)
         logits = model.eval()(torch.zeros(2, 3, config.data.image_px, config.data.image_px))
@@ -84,7 +86,9 @@ def seed_rows():
     for line in PUBLISHED_TABLES.splitlines():
         if not line.startswith("| CMT-TINY"):
             continue
-        _, augments, _, _, epochs, options, lr, _, weight_decay, top1 = (cell.strip() for cell in line.split("|")[1:-1])
+        _, augments, _, _, epochs, options, lr, _, weight_decay, top1 = (
+            cell.strip() for cell in line.split("|")[1:-1]
+        )
         kind = options.lower().partition("+")[0]
         counts[kind] += 1
         accuracy = None if top1 == "did not converge" else float(top1)
@@ -111,12 +115,27 @@ REIMPL_ROWS = list(seed_rows())
 def test_seed_row_is_the_published_one(name, augments, epochs, options, lr, weight_decay, top1):
     config = load_config(ROOT / "configs" / "ablations" / f"{name}.yaml").config
     model, mixing, augment = config.model, config.mixing, config.augment
-    assert (model.name, model.variant, config.data.image_px, config.data.fraction) == ("cmt_ti", "reimpl", 160, 0.2)
+    assert (model.name, model.variant, config.data.image_px, config.data.fraction) == (
+        "cmt_ti",
+        "reimpl",
+        160,
+        0.2,
+    )
     assert config.data.eval_resize_px == 184
-    assert (config.optim.opt, config.optim.lr, config.optim.weight_decay) == (name.split("_")[0], lr, weight_decay)
-    assert (config.schedule.epochs, config.expect.top1, config.expect.diverges) == (epochs, top1, top1 is None)
+    assert (config.optim.opt, config.optim.lr, config.optim.weight_decay) == (
+        name.split("_")[0],
+        lr,
+        weight_decay,
+    )
+    assert (config.schedule.epochs, config.expect.top1, config.expect.diverges) == (
+        epochs,
+        top1,
+        top1 is None,
+    )
     assert config.schedule.warmup_epochs == (20 if "warmup20" in augments else 5)
-    assert (augment.color_jitter, augment.rand_augment) == ((0.4, "reimpl") if "randaug" in augments else (None, None))
+    assert (augment.color_jitter, augment.rand_augment) == (
+        (0.4, "reimpl") if "randaug" in augments else (None, None)
+    )
     assert augment.repeats == (3 if "repsampler" in augments else 1)
     assert (mixing.mixup, mixing.cutmix) == (0.8 * ("mixup" in augments), 1.0 * ("cutmix" in augments))
     assert mixing.smoothing == 0.1 * ("labelsmoothing" in augments)
@@ -151,7 +170,9 @@ def test_arithmetic_of_a_seed_row_on_eight_gpus(row):
     assert (schedule.steps_per_epoch, schedule.total_steps) == (62, 62 * epochs)
     warmup = 62 * (20 if name == "adamw_14" else 5)
     middle = (warmup + 62 * epochs) // 2
-    at = {step: schedule.lr_at(step) for step in (0, warmup // 2, warmup, middle, 62 * epochs - 1, 62 * epochs)}
+    at = {
+        step: schedule.lr_at(step) for step in (0, warmup // 2, warmup, middle, 62 * epochs - 1, 62 * epochs)
+    }
     assert at[0] == 1e-6
     assert at[warmup // 2] == pytest.approx(lr / 2, rel=2e-3, abs=1e-6)
     assert at[warmup] == lr

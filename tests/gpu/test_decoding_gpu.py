@@ -32,7 +32,9 @@ def manifest(tmp_path_factory) -> Manifest:
     return Manifest.from_folder(write_folder(folder / "in", 96), cache_dir=folder / "cache")
 
 
-def train(manifest: Manifest, load: float | None, rank=0, world=1, micro_batch_size=8, spec=SPEC) -> DaliLoader:
+def train(
+    manifest: Manifest, load: float | None, rank=0, world=1, micro_batch_size=8, spec=SPEC
+) -> DaliLoader:
     plan = Plan(seed=3, num_samples=len(manifest), global_batch_size=48, micro_batch_size=micro_batch_size)
     return train_loader(
         manifest, plan, spec, rank=rank, world=world, device="cuda", decode="mixed", threads=2, prefetch_batches=2,
@@ -58,7 +60,10 @@ def by_sample(loader: DaliLoader, epoch: int = 0, start: int = 0) -> dict[int, t
 
 
 def digests(images: dict[int, torch.Tensor]) -> dict[int, str]:
-    return {index: hashlib.sha256(image.contiguous().numpy().tobytes()).hexdigest() for index, image in images.items()}
+    return {
+        index: hashlib.sha256(image.contiguous().numpy().tobytes()).hexdigest()
+        for index, image in images.items()
+    }
 
 
 @pytest.mark.parametrize("load", [0.0, 1.0])
@@ -80,7 +85,9 @@ def test_a_shared_load_stays_within_the_difference_of_the_two_decoders(manifest)
     other = by_sample(train(manifest, None, micro_batch_size=24, spec=plain))
     apart = torch.stack([(one[index] - other[index]).abs().mean() for index in one])
     exact = int((apart == 0).sum())
-    print(f"\ndefault load: {exact} of {len(one)} images are bit-equal, mean {apart.mean() / LEVEL:.4f} levels")
+    print(
+        f"\ndefault load: {exact} of {len(one)} images are bit-equal, mean {apart.mean() / LEVEL:.4f} levels"
+    )
     assert apart.mean() < 1.0 * LEVEL
 
 
@@ -88,7 +95,9 @@ def test_the_engine_and_the_cores_see_the_same_image(manifest):
     plain = AugmentSpec(SIDE)
     cores, engine = (by_sample(train(manifest, load, spec=plain)) for load in (0.0, 1.0))
     apart = torch.stack([(cores[index] - engine[index]).abs().mean() for index in cores])
-    print(f"\nengine against cores: mean {apart.mean() / LEVEL:.4f} levels, worst image {apart.max() / LEVEL:.4f}")
+    print(
+        f"\nengine against cores: mean {apart.mean() / LEVEL:.4f} levels, worst image {apart.max() / LEVEL:.4f}"
+    )
     assert apart.mean() < 1.0 * LEVEL
 
 
@@ -132,7 +141,10 @@ def test_evaluation_leaves_no_memory_behind(tmp_path):
 
     evaluate()  # what libraries load once and keep
     free_bytes = [evaluate() for _ in range(4)]
-    print("\nfree MiB while the loader is open, after it was closed:", [(a >> 20, b >> 20) for a, b in free_bytes])
+    print(
+        "\nfree MiB while the loader is open, after it was closed:",
+        [(a >> 20, b >> 20) for a, b in free_bytes],
+    )
     assert all(after >= during for during, after in free_bytes)
     assert abs(free_bytes[0][1] - free_bytes[-1][1]) < 64 << 20
     next(batches)  # training goes on

@@ -60,7 +60,9 @@ def error(ours: torch.Tensor, exact: torch.Tensor) -> float:
 @PARTS
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("channels", "hidden", "side"), STAGES)
-def test_what_is_fused_is_no_worse_than_the_eager_form_and_repeats_its_bits(channels, hidden, side, dtype, part):
+def test_what_is_fused_is_no_worse_than_the_eager_form_and_repeats_its_bits(
+    channels, hidden, side, dtype, part
+):
     x = picture(channels, side, dtype)
     exact = step(built(part, channels, hidden, "eager").double(), x.detach().double().requires_grad_())
     eager = step(built(part, channels, hidden, "eager"), x)
@@ -75,9 +77,13 @@ def test_what_is_fused_is_no_worse_than_the_eager_form_and_repeats_its_bits(chan
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_padded_heads_go_through_the_fused_backend_and_the_bias_learns(dtype):
     torch.manual_seed(0)
-    q, k, v = (torch.randn(8, 2, n, 48, device="cuda", dtype=dtype, requires_grad=True) for n in (400, 25, 25))
+    q, k, v = (
+        torch.randn(8, 2, n, 48, device="cuda", dtype=dtype, requires_grad=True) for n in (400, 25, 25)
+    )
     bias = torch.randn(2, 400, 25, device="cuda", requires_grad=True)
-    with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):  # refuses what it cannot do, where a list would fall back
+    with sdpa_kernel(
+        SDPBackend.EFFICIENT_ATTENTION
+    ):  # refuses what it cannot do, where a list would fall back
         torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(dtype)[None])
     attend(q, k, v, bias, 0.0, 46**-0.5).float().square().sum().backward()
     ours = bias.grad.clone()

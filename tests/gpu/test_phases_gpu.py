@@ -59,4 +59,6 @@ def test_memory_and_identity():
     uuid, name = gpu_identity(DEVICE)
     assert name == torch.cuda.get_device_name(DEVICE)
     if shutil.which("nvidia-smi"):
-        assert uuid in subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True).stdout
+        assert (
+            uuid in subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True).stdout
+        )

@@ -32,7 +32,15 @@ def manifest(tmp_path_factory) -> Manifest:
 def train(manifest: Manifest, spec=SPEC, device="cuda", decode="mixed", rank=0, world=1) -> DaliLoader:
     plan = Plan(seed=3, num_samples=len(manifest), global_batch_size=48, micro_batch_size=8)
     return train_loader(
-        manifest, plan, spec, rank=rank, world=world, device=device, decode=decode, threads=2, prefetch_batches=2
+        manifest,
+        plan,
+        spec,
+        rank=rank,
+        world=world,
+        device=device,
+        decode=decode,
+        threads=2,
+        prefetch_batches=2,
     )
 
 
@@ -54,7 +62,9 @@ def mean_levels_apart(a: dict[int, torch.Tensor], b: dict[int, torch.Tensor]) ->
 
 @pytest.mark.parametrize("decode", ["mixed", "cpu"])
 def test_the_contract_on_the_device(manifest, decode):
-    loader = train(manifest, AugmentSpec(SIDE, rand_augment="reimpl", color_jitter=0.4, fp16=True), decode=decode)
+    loader = train(
+        manifest, AugmentSpec(SIDE, rand_augment="reimpl", color_jitter=0.4, fp16=True), decode=decode
+    )
     for batch in loader.epoch(0):
         assert all(tensor.is_cuda for tensor in batch)
         assert batch.images.shape == (8, 3, SIDE, SIDE)
@@ -131,7 +141,9 @@ def test_bad_files_cost_their_own_samples(tmp_path, load):
     on_engine = {"cuda": {"hw_decoder_load": load}, "cpu": {}}
 
     def images_and_bad(device: str, decode) -> tuple[dict[int, torch.Tensor], set[str]]:
-        loader = train_loader(manifest, plan, plain, device=device, decode=decode, **options, **on_engine[device])
+        loader = train_loader(
+            manifest, plan, plain, device=device, decode=decode, **options, **on_engine[device]
+        )
         images = {
             index: image.float().cpu()
             for batch in loader.epoch(0)

@@ -35,7 +35,11 @@ def test_a_step_never_synchronises_with_the_host(opt, precision):
 def test_cuda_graphs_train_as_the_compiled_model_does_and_are_replayed():
     def losses_after(compile_mode):
         counters.clear()
-        learner, stream, losses = make_learner("sgd", "bf16", compile_mode, accumulation=1), batches(fp16=False), []
+        learner, stream, losses = (
+            make_learner("sgd", "bf16", compile_mode, accumulation=1),
+            batches(fp16=False),
+            [],
+        )
         for step in range(12):
             learner.step(stream, step, 1e-3)
             losses.append(learner.report(step, 0, 1e-3, reset=True).loss)

@@ -6,7 +6,10 @@ import torch
 from cmtrain.storage.checkpoint import load_newest
 from cmtrain.storage.checkpoint_writer import CheckpointWriter, HostCopy
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 
 
 def test_what_is_saved_is_the_state_at_the_save(tmp_path):

@@ -70,7 +70,13 @@ class Browser:
 
     def open(self, page: Path | str, *, width_px: int, dark: bool = False) -> None:
         """Show `page`, a file or a URL, and wait until it is loaded."""
-        self("Emulation.setDeviceMetricsOverride", width=width_px, height=900, deviceScaleFactor=1, mobile=False)
+        self(
+            "Emulation.setDeviceMetricsOverride",
+            width=width_px,
+            height=900,
+            deviceScaleFactor=1,
+            mobile=False,
+        )
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self("Emulation.setEmulatedMedia", features=[scheme])
         self.events.clear()

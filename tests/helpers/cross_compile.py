@@ -80,11 +80,17 @@ def launches(dtype: str, channels: int, hidden: int, side: int) -> dict[str, Lau
 
 
 def compiled(
-    kernel: triton.JITFunction, kinds: dict[str, str], constants: dict[str, Any], options: dict[str, Any], sm: int
+    kernel: triton.JITFunction,
+    kinds: dict[str, str],
+    constants: dict[str, Any],
+    options: dict[str, Any],
+    sm: int,
 ) -> CompiledKernel:
     places = {name: (i,) for i, name in enumerate(kernel.arg_names)}
     ordered = {name: kinds[name] for name in kernel.arg_names}
-    aligned = {places[name]: [["tt.divisibility", 16]] for name, kind in kinds.items() if kind.startswith("*")}
+    aligned = {
+        places[name]: [["tt.divisibility", 16]] for name, kind in kinds.items() if kind.startswith("*")
+    }
     source = ASTSource(kernel, ordered, {places[name]: value for name, value in constants.items()}, aligned)
     return triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
 
@@ -94,14 +100,23 @@ def usage(name: str, kernel: CompiledKernel, constants: dict[str, Any], num_warp
         file.write(kernel.asm["cubin"])
         file.flush()
         resources, code = (
-            subprocess.run([TOOLS / "cuobjdump", what, file.name], capture_output=True, text=True, check=True).stdout
+            subprocess.run(
+                [TOOLS / "cuobjdump", what, file.name], capture_output=True, text=True, check=True
+            ).stdout
             for what in ("-res-usage", "-sass")
         )
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", resources).groups())
     accesses = re.findall(r"(?:ld|st)\.global\S*?\.(v\d\.)?b(\d+)", kernel.asm["ptx"])
     sizes = [int(bits) * int(vector[1:-1] if vector else 1) // 8 for vector, bits in accesses]
-    found = {"registers": registers, "spilled_bytes": stack, "vectors": sizes.count(16), "scalars": sizes.count(2)}
-    sides = {"project": ("ROWS", "INNER"), "project_weight_grad": ("INNER", "COLUMNS")}.get(name, ("ROWS", "COLUMNS"))
+    found = {
+        "registers": registers,
+        "spilled_bytes": stack,
+        "vectors": sizes.count(16),
+        "scalars": sizes.count(2),
+    }
+    sides = {"project": ("ROWS", "INNER"), "project_weight_grad": ("INNER", "COLUMNS")}.get(
+        name, ("ROWS", "COLUMNS")
+    )
     if "ROWS" in constants:
         numbers_of_a_thread = math.prod(constants[side] for side in sides) / (32 * num_warps)
         found["instructions"] = round(instructions(code) / numbers_of_a_thread, 1)
@@ -113,7 +128,9 @@ def instructions(code: str) -> int:
     places = [int(place, 16) for place in re.findall(r"^\s+/\*([0-9a-f]{4,})\*/", code, re.MULTILINE)]
     back = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/[^;]*\bBRA\b[^;]*\b0x([0-9a-f]+)", code, re.MULTILINE)
     loops = [(int(target, 16), int(place, 16)) for place, target in back if int(target, 16) < int(place, 16)]
-    return max((sum(first <= place <= last for place in places) for first, last in loops), default=len(places))
+    return max(
+        (sum(first <= place <= last for place in places) for first, last in loops), default=len(places)
+    )
 
 
 def main() -> None:
@@ -123,9 +140,15 @@ def main() -> None:
             for kinds, constants, options in launched.noted.values():
                 for sm in (80, 90):
                     kernel = compiled(launched.kernel, kinds, constants, options, sm)
-                    forms = [flag.lower() for flag in ("TRAINING", "RESIDUAL", "SKIP", "PLAIN") if constants.get(flag)]
+                    forms = [
+                        flag.lower()
+                        for flag in ("TRAINING", "RESIDUAL", "SKIP", "PLAIN")
+                        if constants.get(flag)
+                    ]
                     what = {"kernel": name, "forms": forms, "sm": sm, "dtype": dtype, "size": size}
-                    print(json.dumps(what | usage(name, kernel, constants, options["num_warps"])), flush=True)
+                    print(
+                        json.dumps(what | usage(name, kernel, constants, options["num_warps"])), flush=True
+                    )
 
 
 if __name__ == "__main__":

@@ -69,7 +69,9 @@ def freeze():
 
 
 def faulty_mix(mix, images, labels, spec, key):
-    here = os.environ.get("RANK", "0") == os.environ["FAULT_RANK"] and key[1] == int(os.environ["FAULT_STEP"])
+    here = os.environ.get("RANK", "0") == os.environ["FAULT_RANK"] and key[1] == int(
+        os.environ["FAULT_STEP"]
+    )
     if here and num_restarts() < int(os.environ.get("FAULT_TIMES", "1")):
         globals()[os.environ["FAULT"]]()
     return mix(images, labels, spec, key)
@@ -88,7 +90,8 @@ def weighed(evaluate_weights, learner, *arguments):
     digest = hashlib.sha256()
     for name, module in learner.weights.items():
         digest.update(
-            name.encode() + b"".join(parameter.detach().numpy().tobytes() for parameter in module.parameters())
+            name.encode()
+            + b"".join(parameter.detach().numpy().tobytes() for parameter in module.parameters())
         )
     with open(f"weights-rank{os.environ.get('RANK', '0')}", "w") as file:
         file.write(digest.hexdigest())
@@ -153,7 +156,9 @@ if "SLOW_CHECKPOINT" in os.environ:
 if "SLOW_EVALUATION" in os.environ:
     cmtrain.step.evaluate._count = functools.partial(slowly, cmtrain.step.evaluate._count, "slow")
 if "WEIGHTS" in os.environ:
-    cmtrain.training.train.evaluate_weights = functools.partial(weighed, cmtrain.training.train.evaluate_weights)
+    cmtrain.training.train.evaluate_weights = functools.partial(
+        weighed, cmtrain.training.train.evaluate_weights
+    )
 if "WARM" not in os.environ:
     be_odd()
 else:

@@ -32,7 +32,9 @@ if __name__ == "__main__":
     port, clients, duration = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
     seconds: list[float] = []
     deadline = time.monotonic() + duration
-    threads = [threading.Thread(target=hammer, args=(port, deadline, n % 2 == 0, seconds)) for n in range(clients)]
+    threads = [
+        threading.Thread(target=hammer, args=(port, deadline, n % 2 == 0, seconds)) for n in range(clients)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:

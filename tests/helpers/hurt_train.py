@@ -84,7 +84,10 @@ class Accelerator(HalfAccelerator):
         return contextlib.nullcontext()
 
 
-batches_from, save_checkpoint = cmtrain.training.train.batches_from, cmtrain.storage.checkpoint_writer.save_checkpoint
+batches_from, save_checkpoint = (
+    cmtrain.training.train.batches_from,
+    cmtrain.storage.checkpoint_writer.save_checkpoint,
+)
 cmtrain.training.train.batches_from = watched_batches
 if "HALF" in os.environ:
     cmtrain.training.build.make_accelerator = lambda precision, *_, **__: Accelerator(precision)

@@ -64,7 +64,12 @@ SPEC = AugmentSpec(SIDE, rand_augment="rand-m9-mstd0.5-inc1", color_jitter=0.4)
 
 
 def plan_for(manifest: Manifest, **options) -> Plan:
-    return Plan(**({"seed": 3, "num_samples": len(manifest), "global_batch_size": 12, "micro_batch_size": 1} | options))
+    return Plan(
+        **(
+            {"seed": 3, "num_samples": len(manifest), "global_batch_size": 12, "micro_batch_size": 1}
+            | options
+        )
+    )
 
 
 def digest(image: torch.Tensor) -> str:

@@ -45,7 +45,11 @@ def main(ffn_kernel: str) -> None:
     forward_bytes = metrics.num_bytes_accessed
     logits.float().sum().backward()
     both = metrics.num_bytes_accessed
-    print(json.dumps({"forward_bytes": forward_bytes / BATCH, "backward_bytes": (both - forward_bytes) / BATCH}))
+    print(
+        json.dumps(
+            {"forward_bytes": forward_bytes / BATCH, "backward_bytes": (both - forward_bytes) / BATCH}
+        )
+    )
 
 
 if __name__ == "__main__":

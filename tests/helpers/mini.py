@@ -22,7 +22,10 @@ class Mini(nn.Module):
         super().__init__()
         self.stem = nn.Conv2d(3, 8, 3, stride=2, padding=1)
         self.norm = nn.BatchNorm2d(8)
-        blocks = [nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.BatchNorm2d(8)) for _ in range(num_blocks)]
+        blocks = [
+            nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.BatchNorm2d(8))
+            for _ in range(num_blocks)
+        ]
         self.blocks = nn.ModuleList(blocks)
         self.drop = nn.Dropout(0.1)
         self.head = nn.Linear(8, NUM_CLASSES)
@@ -41,7 +44,13 @@ def make_learner(opt="sgd", *, accelerator=None, model=None, protect=True, accum
     optimizer = make_optimizer(
         model, opt=opt, lr=0.05, weight_decay=1e-4, momentum=0.9, nesterov=True, betas=(0.9, 0.999), eps=1e-8
     )
-    defaults = {"ema_decay": 0.9, "spike_sigma": 6.0, "mixing": MixSpec(NUM_CLASSES), "clip_grad": None, "seed": 0}
+    defaults = {
+        "ema_decay": 0.9,
+        "spike_sigma": 6.0,
+        "mixing": MixSpec(NUM_CLASSES),
+        "clip_grad": None,
+        "seed": 0,
+    }
     return Learner(
         model, optimizer, accelerator or HalfAccelerator(2.0**10),
         protect=protect, accumulation=accumulation, **(defaults | options),

@@ -32,7 +32,11 @@ def write_run(
     path.mkdir(parents=True)
     rng = np.random.default_rng(seed)
     last_step = num_logs * log_every_steps
-    values = {"data": {"root": "/data/imagenet"}, "optim": {"lr": lr}, "schedule": {"epochs": 10, "warmup_epochs": 1}}
+    values = {
+        "data": {"root": "/data/imagenet"},
+        "optim": {"lr": lr},
+        "schedule": {"epochs": 10, "warmup_epochs": 1},
+    }
     values |= {"train": {"global_batch_size": 512}, "run": {"name": path.name}, "expect": {"top1": 0.79}}
     config = Config.model_validate(values | sections)
     (path / "config.yaml").write_text(to_yaml(config))
@@ -68,7 +72,14 @@ def write_run(
             row |= {"eval_ema_loss": 5 / epoch + 0.8, "eval_ema_top1": ema, "eval_ema_top5": (3 + ema) / 4}
             writer.writerow(row)
 
-    started = {"time": BEGIN, "event": "started", "step": 0, "model": "cmt_ti", "precision": "fp16", "device": "cuda"}
+    started = {
+        "time": BEGIN,
+        "event": "started",
+        "step": 0,
+        "model": "cmt_ti",
+        "precision": "fp16",
+        "device": "cuda",
+    }
     told = [started | {"world_size": "8", "version": "0.1.0"}, *(events or [])]
     told.append({"time": BEGIN + 2 * num_logs, "event": state, "exit_code": 0, "reason": reason})
     (path / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in told))
@@ -97,18 +108,31 @@ def eventful() -> list[dict]:
     """One of everything that can go wrong, and a resume."""
     at = [{"step": step, "time": BEGIN + 2 * step / 50} for step in range(0, 10_001, 500)]
     found = "blocks.1.3.attn.proj: not finite in 5 of 64 images"
-    told = [at[2] | {"event": "bad_file", "path": "train/n01440764/x.jpg", "reason": "truncated", "kind": "truncated"}]
+    told = [
+        at[2]
+        | {"event": "bad_file", "path": "train/n01440764/x.jpg", "reason": "truncated", "kind": "truncated"}
+    ]
     told += [
         at[i] | {"event": "bad_steps", "since": 450 * i, "bad": i, "restores": 1, "loss_scale": 2.0**11}
         for i in (3, 4, 11)
     ]
     told += [at[5] | {"event": "rollback", "good_step": 2000, "cause": found, "lr_factor": 0.25}]
     told += [
-        at[7] | {"event": "loss_spikes", "first_step": 3490, "last_step": 3500, "count": 2, "samples": list(range(99))}
+        at[7]
+        | {
+            "event": "loss_spikes",
+            "first_step": 3490,
+            "last_step": 3500,
+            "count": 2,
+            "samples": list(range(99)),
+        }
     ]
     told += [at[9] | {"event": "checkpoint", "path": "checkpoints/step-000004500", "seconds": 3.2}]
     told += [at[9] | {"event": "evaluated", "top1": 0.7, "seconds": 21.5}]
     told += [at[12] | {"event": "checkpoint_failed", "error": "No space left on device"}]
     told += [at[14] | {"event": "resumed", "model": "cmt_ti", "world_size": "16", "version": "0.1.0"}]
-    told += [at[14] | {"event": "environment", "host": "node-7", "torch": "2.10.0", "gpu": "NVIDIA H100 80GB HBM3"}]
+    told += [
+        at[14]
+        | {"event": "environment", "host": "node-7", "torch": "2.10.0", "gpu": "NVIDIA H100 80GB HBM3"}
+    ]
     return told

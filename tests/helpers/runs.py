@@ -77,7 +77,9 @@ class Forked:
         self.send_signal(signal.SIGTERM)
 
 
-def _become(command: list[str], folder: Path, environment: dict[str, str], outputs: tuple[Path, Path]) -> None:
+def _become(
+    command: list[str], folder: Path, environment: dict[str, str], outputs: tuple[Path, Path]
+) -> None:
     """Turn this process into the program `command`, which begins with a module or a script."""
     os.chdir(folder)
     os.environ.update(environment)
@@ -105,7 +107,12 @@ class Job:
         return self.folder / "runs" / "job"
 
     def start(
-        self, *arguments: str, nproc: int = 1, module: str = "cmtrain", launcher: Sequence[str] = (), **environment: str
+        self,
+        *arguments: str,
+        nproc: int = 1,
+        module: str = "cmtrain",
+        launcher: Sequence[str] = (),
+        **environment: str,
     ) -> "Forked | subprocess.Popen[str]":
         """Start the program: forked, or by a `launcher` such as ("-m", "torch.distributed.run", ...) of Python."""
         command = [module, "--config", str(self.config), *arguments]
@@ -151,7 +158,13 @@ def losses(job):
 
 def tensors(tree, prefix=""):
     """Flatten nested dicts and lists to {dotted name: leaf}."""
-    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list | tuple) else None
+    items = (
+        tree.items()
+        if isinstance(tree, dict)
+        else enumerate(tree)
+        if isinstance(tree, list | tuple)
+        else None
+    )
     if items is None:
         return {prefix: tree}
     return {k: v for key, value in items for k, v in tensors(value, f"{prefix}.{key}").items()}

@@ -24,7 +24,9 @@ def after(job, verb, *arguments):
 
 
 def test_resnet18_goes_all_the_way(make_job):
-    job = make_job(run={"name": "job", "seed": 1}, model={"name": "resnet18"}, mixing={"mixup": 0, "cutmix": 0})
+    job = make_job(
+        run={"name": "job", "seed": 1}, model={"name": "resnet18"}, mixing={"mixup": 0, "cutmix": 0}
+    )
     result = job("--max-steps", "8", module=POISONED, POISON_STEPS="3", POISON_RANK="0")
     assert job.log()[-1]["bad_steps"] == 1
     state = load_newest(job.run / "checkpoints").state
@@ -49,7 +51,12 @@ def test_a_model_of_one_size_is_built_for_the_images():
 
 
 def test_options_of_cmt_are_refused_for_it_all_in_one_line_each():
-    options = {"variant": "reimpl", "absolute_position": "true", "qkv_bias": "false", "attn_drop_rate": "0.1"}
+    options = {
+        "variant": "reimpl",
+        "absolute_position": "true",
+        "qkv_bias": "false",
+        "attn_drop_rate": "0.1",
+    }
     overrides = [("model.name", "resnet18"), *((f"model.{key}", value) for key, value in options.items())]
     with pytest.raises(ConfigError) as caught:
         load_config("configs/demo.yaml", overrides)

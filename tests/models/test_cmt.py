@@ -153,7 +153,10 @@ def test_scope_block_with_equal_tables_is_scope_stage(variant):
 
 
 def test_defaults_are_each_variants_own():
-    tables = {v: {k: tuple(p.shape) for k, p in micro(variant=v).named_parameters() if "table" in k} for v in VARIANTS}
+    tables = {
+        v: {k: tuple(p.shape) for k, p in micro(variant=v).named_parameters() if "table" in k}
+        for v in VARIANTS
+    }
     assert tables["paper"]["stages.1.bias.table"] == (2, 16, 1)
     assert tables["reimpl"]["stages.1.blocks.0.bias.table"] == (7, 7)
     assert len(tables["paper"]) == 4
@@ -163,7 +166,9 @@ def test_defaults_are_each_variants_own():
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_qkv_bias_off_leaves_the_projection_biases_out(variant):
     names = [key for key, _ in micro(variant=variant, qkv_bias=False).named_parameters() if ".attn." in key]
-    assert {key.split(".attn.")[1] for key in names if key.endswith(".bias") and "reduce" not in key} == {"proj.bias"}
+    assert {key.split(".attn.")[1] for key in names if key.endswith(".bias") and "reduce" not in key} == {
+        "proj.bias"
+    }
 
 
 @pytest.mark.parametrize("rate", ["drop_rate", "attn_drop_rate", "proj_drop_rate", "drop_path_rate"])
@@ -224,7 +229,12 @@ def test_a_branch_is_added_as_timms_drop_path_has_it():
 def test_features_only(variant):
     model = timm.create_model("cmt_micro", variant=variant, img_size=64, features_only=True)
     features = model(images(64))
-    assert [tuple(f.shape) for f in features] == [(4, 16, 16, 16), (4, 32, 8, 8), (4, 64, 4, 4), (4, 128, 2, 2)]
+    assert [tuple(f.shape) for f in features] == [
+        (4, 16, 16, 16),
+        (4, 32, 8, 8),
+        (4, 64, 4, 4),
+        (4, 128, 2, 2),
+    ]
     assert model.feature_info.reduction() == [4, 8, 16, 32]
     assert model.feature_info.channels() == [16, 32, 64, 128]
     sum(f.sum() for f in features).backward()
@@ -242,7 +252,10 @@ def test_features_are_the_maps_of_the_whole_model():
     with torch.no_grad():
         x, features = model.forward_intermediates(images())
         assert torch.equal(features[3], x)
-        assert len(model.forward_intermediates(images(), indices=[1], stop_early=True, intermediates_only=True)) == 1
+        assert (
+            len(model.forward_intermediates(images(), indices=[1], stop_early=True, intermediates_only=True))
+            == 1
+        )
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -286,9 +299,13 @@ def test_group_matcher_places_every_parameter():
 
     model = micro(variant="reimpl", absolute_position=True)
     groups = group_parameters(model, model.group_matcher())
-    assert sorted(key for names in groups.values() for key in names) == sorted(k for k, _ in model.named_parameters())
+    assert sorted(key for names in groups.values() for key in names) == sorted(
+        k for k, _ in model.named_parameters()
+    )
     depth = {key: depth for depth, names in groups.items() for key in names}
-    assert depth["stem.conv1.weight"] < depth["stages.0.embed.weight"] < depth["stages.3.blocks.0.norm1.weight"]
+    assert (
+        depth["stem.conv1.weight"] < depth["stages.0.embed.weight"] < depth["stages.3.blocks.0.norm1.weight"]
+    )
     assert depth["stages.3.blocks.0.norm1.weight"] < depth["head.weight"]
 
 
@@ -386,7 +403,9 @@ def test_the_head_is_skipped_on_request(variant):
     load_reference_checkpoint(model, weights, skip_head=True)
     assert torch.equal(model.head.weight, head)
     ours = to_reference_state_dict(model)
-    assert all(torch.equal(ours[k], w) for k, w in weights.items() if not k.startswith(("head.", "classifier.")))
+    assert all(
+        torch.equal(ours[k], w) for k, w in weights.items() if not k.startswith(("head.", "classifier."))
+    )
 
 
 @pytest.mark.parametrize("options", REFERENCE_OPTIONS)
@@ -409,7 +428,9 @@ def test_our_own_weights_move_between_image_sizes():
     larger.load_state_dict(resize_positions(state, larger))
     same = resize_positions(state, model)
     assert all(same[key] is state[key] for key in state)
-    with pytest.raises(ValueError, match=r"stages.0.bias.table: a table of shape \(1, 256, 4\) cannot be resized"):
+    with pytest.raises(
+        ValueError, match=r"stages.0.bias.table: a table of shape \(1, 256, 4\) cannot be resized"
+    ):
         resize_positions(micro(img_size=64).state_dict(), larger)
 
 
@@ -538,7 +559,9 @@ def test_ddp_finds_every_parameter_and_no_foreign_stride(options):
     """Warnings are errors here: DDP warns when a gradient's strides are not its bucket's, and copies from then on."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        model = nn.parallel.DistributedDataParallel(micro(img_size=64, **options), gradient_as_bucket_view=True)
+        model = nn.parallel.DistributedDataParallel(
+            micro(img_size=64, **options), gradient_as_bucket_view=True
+        )
         for _ in range(2):  # an unused parameter fails the second forward
             model(images(64)).sum().backward()
     finally:

@@ -76,7 +76,9 @@ def pictures(channels: int, height: int, width: int, batch: int = 2) -> torch.Te
 
 
 def error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    return float((ours.detach().double() - theirs.detach().double()).norm() / theirs.detach().double().norm())
+    return float(
+        (ours.detach().double() - theirs.detach().double()).norm() / theirs.detach().double().norm()
+    )
 
 
 def compare(fused: nn.Module, eager: nn.Module, x: torch.Tensor, forward=None) -> dict[str, float]:
@@ -126,7 +128,9 @@ def test_maps_of_any_shape(monkeypatch, height, width, batch, reimpl):
     assert max(errors.values()) < 2e-5, errors
 
 
-NEEDS_GPU = pytest.mark.skipif(DEVICE == "cpu", reason="Triton's interpreter multiplies the bits of bfloat16")
+NEEDS_GPU = pytest.mark.skipif(
+    DEVICE == "cpu", reason="Triton's interpreter multiplies the bits of bfloat16"
+)
 
 
 @FORMS
@@ -231,7 +235,9 @@ def test_a_model_trains_the_same_whichever_kernel(variant):
         for logits, left in ours_and_theirs
     )
     assert max(ours.values()) < 0.02
-    assert all(ours[key] < 3 * theirs[key] + 1e-5 for key in ours), {key: (ours[key], theirs[key]) for key in ours}
+    assert all(ours[key] < 3 * theirs[key] + 1e-5 for key in ours), {
+        key: (ours[key], theirs[key]) for key in ours
+    }
 
 
 @FORMS
@@ -263,7 +269,9 @@ def test_the_guard_takes_back_what_an_overflow_wrote():
     assert not written.isfinite().all()
     guard.propose()
     guard.settle(torch.tensor(True, device=DEVICE))
-    assert all(torch.equal(now, then) for now, then in zip(running_statistics(fused), committed, strict=True))
+    assert all(
+        torch.equal(now, then) for now, then in zip(running_statistics(fused), committed, strict=True)
+    )
     assert fused.stages[0].blocks[0].ffn.expand_norm.num_batches_tracked == 0
 
 
@@ -281,10 +289,14 @@ def test_gradients_fit_their_ddp_buckets():
 
 
 def test_what_has_no_kernel_is_refused_on_request_and_eager_otherwise():
-    with pytest.raises(ValueError, match="ffn_kernel='fused' needs Triton and, in variant='paper', proj_drop_rate=0"):
+    with pytest.raises(
+        ValueError, match="ffn_kernel='fused' needs Triton and, in variant='paper', proj_drop_rate=0"
+    ):
         timm.create_model("cmt_micro", ffn_kernel="fused", proj_drop_rate=0.1)
     timm.create_model("cmt_micro", proj_drop_rate=0.1)
-    timm.create_model("cmt_micro", ffn_kernel="fused", variant="reimpl", proj_drop_rate=0.1)  # none in its FFN
+    timm.create_model(
+        "cmt_micro", ffn_kernel="fused", variant="reimpl", proj_drop_rate=0.1
+    )  # none in its FFN
     with pytest.raises(ValueError, match="ffn_kernel='triton' is not one of 'auto', 'fused', 'eager'"):
         timm.create_model("cmt_micro", ffn_kernel="triton")
 
@@ -310,7 +322,10 @@ def test_auto_is_fused_where_it_can_be(monkeypatch, capability, training, grad, 
     ffn = FeedForward(6, 37, reimpl=False, drop=0.0).train(training)
     with LooksLikeCuda(), torch.set_grad_enabled(grad):
         assert ffn._is_fused(torch.zeros(1, dtype=dtype)) == fused
-        assert FeedForward(6, 37, reimpl=True, drop=0.0).train(training)._is_fused(torch.zeros(1, dtype=dtype)) == fused
+        assert (
+            FeedForward(6, 37, reimpl=True, drop=0.0).train(training)._is_fused(torch.zeros(1, dtype=dtype))
+            == fused
+        )
         assert not FeedForward(6, 37, reimpl=False, drop=0.1)._is_fused(torch.zeros(1))
     assert not ffn._is_fused(torch.zeros(1, dtype=dtype))
 
@@ -318,7 +333,9 @@ def test_auto_is_fused_where_it_can_be(monkeypatch, capability, training, grad, 
 # ---- compiled
 
 MAX_SPILL = 64  # bytes: 16 registers, of 128
-NUM_KERNELS = 9 + 4 + 2 + 3  # in the re-implementation's form too, in the perception unit's, and in evaluation
+NUM_KERNELS = (
+    9 + 4 + 2 + 3
+)  # in the re-implementation's form too, in the perception unit's, and in evaluation
 # For a hidden number, in the time in which an H100 moves a byte of device memory some 10 are issued.
 INSTRUCTIONS = {
     "expand": 46, "depthwise": 86, "project": 48, "project_weight_grad": 48, "depthwise_grad": 86, "expand_grad": 32,
@@ -340,11 +357,17 @@ def test_compiled_for_sm_80_and_sm_90_without_spills_that_matter_and_without_sca
     assert len(found) == 2 * NUM_KERNELS
     assert max(kernel["spilled_bytes"] for kernel in found) <= MAX_SPILL
     assert all(kernel["scalars"] == 0 for kernel in found)
-    costs = [(kernel["kernel"], kernel["instructions"]) for kernel in found if kernel["kernel"] in INSTRUCTIONS]
+    costs = [
+        (kernel["kernel"], kernel["instructions"]) for kernel in found if kernel["kernel"] in INSTRUCTIONS
+    ]
     assert all(cost <= INSTRUCTIONS[name] for name, cost in costs), costs
-    found = [kernel for kernel in found if "plain" not in kernel["forms"]]  # 46 channels are read 4 bytes at a time
+    found = [
+        kernel for kernel in found if "plain" not in kernel["forms"]
+    ]  # 46 channels are read 4 bytes at a time
     wide = {"expand", "depthwise", "project_weight_grad", "project_grad", "depthwise_grad", "expand_grad"}
-    assert all(kernel["vectors"] for kernel in found if kernel["kernel"] in wide)  # project's are asynchronous copies
+    assert all(
+        kernel["vectors"] for kernel in found if kernel["kernel"] in wide
+    )  # project's are asynchronous copies
 
 
 @pytest.mark.slow
@@ -363,7 +386,10 @@ def test_every_stage_compiles_without_spills_that_matter(name, dtype):
 @FORMS
 def test_the_check_finds_kernels_right_that_are_right(reimpl):
     assert worst_error(torch.device("cpu"), torch.float32, "fused", reimpl=reimpl) < 1e-4
-    assert worst_error(torch.device("cpu"), torch.float16, "fused", reimpl=reimpl) < TOLERANCES[torch.float16] / 2
+    assert (
+        worst_error(torch.device("cpu"), torch.float16, "fused", reimpl=reimpl)
+        < TOLERANCES[torch.float16] / 2
+    )
 
 
 @pytest.mark.parametrize("part", ["y", "gradient", "statistic", "perception unit"])
@@ -395,7 +421,9 @@ def test_kernels_that_fail_the_check_are_not_used(trouble, monkeypatch):
     assert {network.kernel for network in networks} == {"auto"}  # on a CPU nothing is asked
     monkeypatch.setattr("cmtrain.models.ffn_check.worst_error", trouble)
     monkeypatch.setattr("cmtrain.models.ffn_check._device_of", lambda _: torch.device("cuda"))
-    with pytest.warns(UserWarning, match=r"ffn_kernel: the fused kernels (differ|do not run: ZeroDivisionError)"):
+    with pytest.warns(
+        UserWarning, match=r"ffn_kernel: the fused kernels (differ|do not run: ZeroDivisionError)"
+    ):
         use_fused_where_it_agrees(model)
     assert {network.kernel for network in networks} == {"eager"}
     assert parameter.device.type == "cpu"

@@ -56,7 +56,9 @@ def load_case(name: str, dtype: torch.dtype):
     case = json.loads((GOLDEN / f"{name}.json").read_text())
     px, seed = case["resolution"], case["seed"]
     model = timm.create_model(img_size=px, **CASES[name]).to(dtype)
-    load_reference_checkpoint(model, {key: golden_weight(key, shape, seed) for key, shape in case["keys"].items()})
+    load_reference_checkpoint(
+        model, {key: golden_weight(key, shape, seed) for key, shape in case["keys"].items()}
+    )
     images = torch.as_tensor(np.random.default_rng(seed + 1).standard_normal((2, 3, px, px)), dtype=dtype)
     return model, images, case, torch.as_tensor(np.load(GOLDEN / f"{name}.npz")["logits"])
 

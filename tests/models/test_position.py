@@ -102,7 +102,9 @@ def test_pairwise_tables_resize_queries_and_keys_separately():
     expected = resize_grid(queries, 24).flatten(1)[:, :, None] + resize_grid(keys, 6).flatten(1)[:, None, :]
     torch.testing.assert_close(resized, expected)
 
-    in_the_seed = F.pad(table[0], (0, 240), value=9.0)  # columns that are never read must not leak into those that are
+    in_the_seed = F.pad(
+        table[0], (0, 240), value=9.0
+    )  # columns that are never read must not leak into those that are
     torch.testing.assert_close(ReimplPairwiseBias(24, 4).resized(in_the_seed)[:, :36], expected[0])
 
 

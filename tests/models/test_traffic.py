@@ -53,7 +53,9 @@ def test_inference_moves_what_the_forward_pass_moves_and_the_model_is_left_alone
     before = {name: (tensor, tensor.clone()) for name, tensor in model.state_dict(keep_vars=True).items()}
     training = count(model, image_px=32)
     after = model.state_dict(keep_vars=True)
-    assert all(after[name] is tensor and torch.equal(tensor, copy) for name, (tensor, copy) in before.items())
+    assert all(
+        after[name] is tensor and torch.equal(tensor, copy) for name, (tensor, copy) in before.items()
+    )
     inference = count(model.eval(), image_px=32)
     assert inference.backward_kernels == 0
     assert inference.forward_kernels < training.forward_kernels
@@ -87,10 +89,14 @@ def test_a_compiled_step_of_cmt_ti_stays_within_its_budget(figure):
 
 def counted_by_inductor(ffn_kernel: str, figure) -> float:
     script = ROOT / "tests" / "helpers" / "inductor_traffic.py"
-    run = subprocess.run([sys.executable, str(script), ffn_kernel], stdout=subprocess.PIPE, check=True, timeout=900)
+    run = subprocess.run(
+        [sys.executable, str(script), ffn_kernel], stdout=subprocess.PIPE, check=True, timeout=900
+    )
     counted = json.loads(run.stdout)
     forward_bytes, backward_bytes = counted["forward_bytes"], counted["backward_bytes"]
-    figure(f"inductor, ffn_kernel={ffn_kernel}: {forward_bytes / MB:.0f} + {backward_bytes / MB:.0f} MB an image")
+    figure(
+        f"inductor, ffn_kernel={ffn_kernel}: {forward_bytes / MB:.0f} + {backward_bytes / MB:.0f} MB an image"
+    )
     return forward_bytes + backward_bytes
 
 

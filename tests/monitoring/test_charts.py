@@ -43,7 +43,9 @@ def test_a_hole_stays_a_hole_and_a_lone_point_stays_visible():
     y = np.ones(10_000)
     y[2_000:4_000] = np.nan
     assert np.isnan(y[thin(np.arange(10_000.0), y, 100)]).any()
-    chart = line_chart("t", [Series("s", np.arange(5.0), np.array([1, np.nan, 2, np.nan, 3]))], key="k", x_high=4)
+    chart = line_chart(
+        "t", [Series("s", np.arange(5.0), np.array([1, np.nan, 2, np.nan, 3]))], key="k", x_high=4
+    )
     path = re.search(r'<path d="([^"]*)" class="line', chart.svg)[1]
     assert path.count("M") == path.count("h0") == 3
 
@@ -55,7 +57,9 @@ def test_every_value_lies_inside_the_plot():
         for scale in ("linear", "auto", "log"):
             values = np.abs(y) if scale == "log" else y
             drawn = points(
-                line_chart("t", [Series("s", x, values)], key="k", x_high=1e4, scale=scale, height_px=150).svg
+                line_chart(
+                    "t", [Series("s", x, values)], key="k", x_high=1e4, scale=scale, height_px=150
+                ).svg
             )
             assert len(drawn) == 100
             assert ((drawn >= 0) & (drawn <= [1000, 150])).all()
@@ -99,7 +103,8 @@ def test_what_is_said_for_those_who_do_not_see_it():
     root = ElementTree.fromstring(chart.svg)
     described = {element.get("id"): element.text for element in root.iter() if element.get("id")}
     assert (
-        described[root.get("aria-describedby")] == "training: from 3 at step 10 to 1 at step 30; lowest 1, highest 5."
+        described[root.get("aria-describedby")]
+        == "training: from 3 at step 10 to 1 at step 30; lowest 1, highest 5."
     )
     assert chart.legend == [("training", "c0", "1")]
     empty = line_chart("Loss", [], key="loss", x_high=1)
@@ -109,7 +114,9 @@ def test_what_is_said_for_those_who_do_not_see_it():
 def test_labels_at_the_ends_of_lines_do_not_cover_each_other():
     lines = [Series(name, np.array([0.0, 10]), np.array([1.0, 0.0]), label=name) for name in "ABCDE"]
     lines.append(Series("F", np.array([0.0, 5]), np.array([1.0, 0.0]), label="F"))
-    texts = re.findall(r'<text x="([\d.]+)%" dx="5" y="([\d.]+)"', line_chart("t", lines, key="k", x_high=10).svg)
+    texts = re.findall(
+        r'<text x="([\d.]+)%" dx="5" y="([\d.]+)"', line_chart("t", lines, key="k", x_high=10).svg
+    )
     ys = sorted(float(y) for x, y in texts if x == "100")
     assert len(ys) == 5
     assert min(np.diff(ys)) >= 12
@@ -138,6 +145,10 @@ def test_names_are_escaped():
     chart = line_chart(
         evil, [Series(evil, np.arange(2.0), np.ones(2), label=evil)], key="k", x_high=1, level=(1.0, evil)
     )
-    for svg in (chart.svg, lane([Mark(0, "bad", evil)], 1), heat_map(np.ones((2, 2), int), key="k", description=evil)):
+    for svg in (
+        chart.svg,
+        lane([Mark(0, "bad", evil)], 1),
+        heat_map(np.ones((2, 2), int), key="k", description=evil),
+    ):
         assert "<script" not in svg
         ElementTree.fromstring(svg)

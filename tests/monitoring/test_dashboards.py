@@ -121,9 +121,7 @@ def test_an_alert_says_what_is_and_what_to_do(alert):
     assert "$labels.run" in annotations["summary"]
     assert "$value" in annotations["description"]
     assert len(annotations["runbook"]) > 60
-    row = (
-        f"| `{alert['alert']}` | {alert['labels']['severity']} | {alert.get('for', '0m')} | {annotations['runbook']} |"
-    )
+    row = f"| `{alert['alert']}` | {alert['labels']['severity']} | {alert.get('for', '0m')} | {annotations['runbook']} |"
     assert row in DOCUMENTATION.splitlines(), f"docs/metrics.md misses or contradicts\n{row}"
 
 

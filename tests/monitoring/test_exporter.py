@@ -236,7 +236,13 @@ def test_a_process_that_forgets_its_server_ends_and_says_nothing():
 
 def storm(port, clients, seconds):
     """Start clients that scrape as fast as they can, in a process of their own."""
-    command = [sys.executable, str(ROOT / "tests" / "helpers" / "hammer.py"), str(port), str(clients), str(seconds)]
+    command = [
+        sys.executable,
+        str(ROOT / "tests" / "helpers" / "hammer.py"),
+        str(port),
+        str(clients),
+        str(seconds),
+    ]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
@@ -254,7 +260,9 @@ def test_silent_connections_make_room_for_a_scraper(serve):
     descriptors = open_descriptors()
     with contextlib.ExitStack() as silent:
         for _ in range(500):
-            connection = silent.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=30))
+            connection = silent.enter_context(
+                socket.create_connection(("127.0.0.1", server.port), timeout=30)
+            )
             connection.sendall(HALF_A_REQUEST)
         assert get(server.port)[0] == 200  # while all of them are there
         assert server.num_connections <= MAX_CONNECTIONS
@@ -417,7 +425,9 @@ def test_status_and_index(metrics, tmp_path):
     status = json.loads(page.body)
     assert (status["state"], status["now"]["state"], status["now"]["step"]) == ("running", "setup", 0)
     index = pages["/"]("").body.decode()
-    assert all(f'href="{path[1:]}"' in index for path in pages if path != "/")  # relative: a proxy may have a prefix
+    assert all(
+        f'href="{path[1:]}"' in index for path in pages if path != "/"
+    )  # relative: a proxy may have a prefix
 
 
 # --- discovery ---
@@ -428,7 +438,11 @@ def test_ranks_that_are_no_more_are_forgotten(tmp_path):
     for run, rank in (("a", 0), ("a", 1), ("a", 12), ("a-1", 12), ("b", 12)):
         write_target(runs / run, rank, "127.0.0.1", 9410 + rank)
     forget_ranks(runs / "a", 1)
-    assert sorted(path.name for path in (runs / ".targets").iterdir()) == ["a-0.json", "a-1-12.json", "b-12.json"]
+    assert sorted(path.name for path in (runs / ".targets").iterdir()) == [
+        "a-0.json",
+        "a-1-12.json",
+        "b-12.json",
+    ]
 
 
 def test_every_address_of_this_machine_is_announced_by_its_name(tmp_path):
@@ -450,7 +464,11 @@ def test_prometheus_finds_a_rank_and_loses_it(serve, metrics, tmp_path):
     )
     subprocess.run(["promtool", "check", "config", config], check=True, capture_output=True, timeout=60)
     port = free_port()
-    options = {"config.file": config, "storage.tsdb.path": tmp_path / "data", "web.listen-address": f"127.0.0.1:{port}"}
+    options = {
+        "config.file": config,
+        "storage.tsdb.path": tmp_path / "data",
+        "web.listen-address": f"127.0.0.1:{port}",
+    }
     command = ["prometheus", *(f"--{name}={value}" for name, value in options.items())]
     process = subprocess.Popen(command, stderr=subprocess.PIPE)
 

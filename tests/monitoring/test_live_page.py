@@ -139,7 +139,9 @@ def test_a_hostile_run_is_shown_and_not_obeyed(tmp_path):
         assert not [name for name in attributes if name.startswith("on")]
         assert tag not in ("iframe", "object", "embed", "link", "base", "form", "img")
         assert "src" not in attributes
-    policy = next(attributes for _, attributes in page.tags if "Security" in (attributes.get("http-equiv") or ""))
+    policy = next(
+        attributes for _, attributes in page.tags if "Security" in (attributes.get("http-equiv") or "")
+    )
     assert policy["content"].startswith(
         "default-src 'none'; connect-src 'self'; style-src 'unsafe-inline'; script-src 'sha256-"
     )
@@ -159,7 +161,9 @@ def test_no_hostile_script_runs(browser, serve, tmp_path):
 
 def test_it_is_made_once_a_second_for_everybody_and_not_while_nobody_looks(folder, monkeypatch):
     looks = []
-    monkeypatch.setattr("cmtrain.monitoring.live_page.glance", lambda *what: looks.append(what) or glance(*what))
+    monkeypatch.setattr(
+        "cmtrain.monitoring.live_page.glance", lambda *what: looks.append(what) or glance(*what)
+    )
     page = page_of(rank_at(10_000), folder)
     assert looks == []
     assert len({page("").body for _ in range(100)}) == 1
@@ -207,7 +211,12 @@ def test_the_end_of_a_file_is_whole_lines(tmp_path):
 def test_it_looks_right_in_a_browser(browser, serve, tmp_path, width_px):
     """No errors, nothing wider than the window, no label over another; by day and by night, early and late."""
     name = "a-name-of-sixty-four-characters-which-is-the-longest-there-can-be"[:64]
-    long = {"event": "bad_file", "time": 1.79e9, "path": "train/" + "very-long-name" * 20, "reason": "truncated"}
+    long = {
+        "event": "bad_file",
+        "time": 1.79e9,
+        "path": "train/" + "very-long-name" * 20,
+        "reason": "truncated",
+    }
     run = write_run(tmp_path / "runs" / name, num_logs=2_000, events=[*eventful(), long])
     pages = [
         page_of(rank_at(10_000, name), run, SPEED | {"best_top1": 0.4312, "best_step": 9_000}),
@@ -219,7 +228,9 @@ def test_it_looks_right_in_a_browser(browser, serve, tmp_path, width_px):
         for dark in (False, True):
             browser.open(server.url, width_px=width_px, dark=dark)
             assert browser.evaluate("document.documentElement.scrollWidth") <= width_px
-            assert [browser.evaluate(script) for script in (OVERLAPS, OUTSIDE, UNNAMED, DOUBLE_IDS)] == [[]] * 4
+            assert [browser.evaluate(script) for script in (OVERLAPS, OUTSIDE, UNNAMED, DOUBLE_IDS)] == [
+                []
+            ] * 4
             assert browser.evaluate(
                 "[...document.querySelectorAll('.wide')].every(n => n.scrollWidth <= n.clientWidth)"
             )
@@ -246,14 +257,20 @@ def test_it_refreshes_itself_and_tells_when_the_run_is_gone(browser, serve, fold
     assert browser.evaluate("document.title") == "56% job - cmtrain"
     assert browser.evaluate("document.body.dataset.first") == "yes"  # in place, not loaded anew
     # Values are read off the new curves, too.
-    box = browser.evaluate("JSON.parse(JSON.stringify(document.querySelector('#lr').getBoundingClientRect()))")
+    box = browser.evaluate(
+        "JSON.parse(JSON.stringify(document.querySelector('#lr').getBoundingClientRect()))"
+    )
     browser("Input.dispatchMouseEvent", type="mouseMoved", x=box["x"] + box["width"] / 2, y=box["y"] + 20)
-    assert browser.evaluate("document.querySelector('figure:has(#lr) .at').textContent").startswith("step 5,")
+    assert browser.evaluate("document.querySelector('figure:has(#lr) .at').textContent").startswith(
+        "step 5,"
+    )
     browser("Input.dispatchMouseEvent", type="mouseMoved", x=1, y=1)
     assert browser.complaints() == []
 
     server.close()
-    wait_until(lambda: browser.evaluate("getComputedStyle(document.querySelector('.gone')).display") == "block")
+    wait_until(
+        lambda: browser.evaluate("getComputedStyle(document.querySelector('.gone')).display") == "block"
+    )
     reach(metrics, 12_000)
     serve(page, server.port)
     wait_until(lambda: "step 12,000 of" in browser.evaluate(shown))

@@ -51,7 +51,10 @@ def test_a_resumed_run_does_not_count_the_past_again():
 
 def test_steps_and_waiting():
     metrics = TrainMetrics("r", 0)
-    phases = [{"forward": 0.1, "backward": 0.2, "optimizer": 0.01}, {"forward": 0.3, "backward": 0.2, "optimizer": 0}]
+    phases = [
+        {"forward": 0.1, "backward": 0.2, "optimizer": 0.01},
+        {"forward": 0.3, "backward": 0.2, "optimizer": 0},
+    ]
     metrics.count_step(7, num_images=64, num_bytes=5000, seconds=0.2, wait_seconds=0.05, phases=phases)
     assert value(metrics, "step") == 7
     assert value(metrics, "images_total", split="train") == 64
@@ -132,14 +135,22 @@ def test_every_metric_is_documented():
     for family in every_metric().registry.collect():
         if family.name.startswith("cmtrain_"):
             name = family.name + ("_total" if family.type == "counter" else "")
-            labels = sorted({label for sample in family.samples for label in sample.labels} - {"run", "rank", "le"})
-            lines.add(" ".join(f"| `{name}` | {family.type} | {', '.join(labels)} | {family.documentation} |".split()))
+            labels = sorted(
+                {label for sample in family.samples for label in sample.labels} - {"run", "rank", "le"}
+            )
+            lines.add(
+                " ".join(
+                    f"| `{name}` | {family.type} | {', '.join(labels)} | {family.documentation} |".split()
+                )
+            )
     documented = (ROOT / "docs" / "metrics.md").read_text().splitlines()
     assert lines == {line for line in documented if line.startswith("| `cmtrain_")}
 
 
 def test_a_rank_has_few_series():
-    lines = [line for line in generate_latest(every_metric().registry).decode().splitlines() if line[0] != "#"]
+    lines = [
+        line for line in generate_latest(every_metric().registry).decode().splitlines() if line[0] != "#"
+    ]
     assert len(lines) <= 150
 
 

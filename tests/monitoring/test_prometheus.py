@@ -45,7 +45,9 @@ cmtrain_gpu_memory_bytes{run="job",rank="0",kind="peak"} 4e10
 
 def promtool(*arguments: str | Path, **how: Any) -> str:
     """Its output, whatever it thinks of the input."""
-    done = subprocess.run(["promtool", *arguments], capture_output=True, text=True, timeout=120, check=False, **how)
+    done = subprocess.run(
+        ["promtool", *arguments], capture_output=True, text=True, timeout=120, check=False, **how
+    )
     return done.stdout + done.stderr
 
 
@@ -77,7 +79,9 @@ def test_a_configuration_with_a_mistake_does_not_pass(tmp_path):
 @pytest.mark.skipif(not shutil.which("amtool"), reason="amtool is not installed")
 def test_alertmanager_s_configuration_is_valid():
     path = ROOT / "docker" / "alertmanager.yaml"
-    done = subprocess.run(["amtool", "check-config", path], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        ["amtool", "check-config", path], capture_output=True, text=True, timeout=60, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -92,11 +96,17 @@ def test_what_an_alert_says_has_no_holes(tmp_path):
     """Expects nothing of an alert when it fires: promtool prints what it says instead."""
     tests = []
     for test in RULE_TESTS[1:]:
-        firing = [check for check in test["promql_expr_test"] if "firing" in check["expr"] and "exp_samples" in check]
+        firing = [
+            check
+            for check in test["promql_expr_test"]
+            if "firing" in check["expr"] and "exp_samples" in check
+        ]
         asked = {"eval_time": firing[0]["eval_time"], "alertname": test["name"]}
         tests.append({key: test[key] for key in ("interval", "input_series")} | {"alert_rule_test": [asked]})
     path = tmp_path / "test.yaml"
-    path.write_text(yaml.safe_dump({"rule_files": [str(RULES)], "evaluation_interval": "1m", "tests": tests}))
+    path.write_text(
+        yaml.safe_dump({"rule_files": [str(RULES)], "evaluation_interval": "1m", "tests": tests})
+    )
     said = dict(re.findall(r'alertname="(\w+)".*\n\s+Annotations:\{(.*)\}', promtool("test", "rules", path)))
     assert set(said) == {alert["alert"] for alert in ALERTS}
     for name, annotations in said.items():
@@ -127,7 +137,9 @@ class Watched:
     def get(self, path: str, **parameters: str) -> dict:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
         try:
-            connection.request("GET", f"{path}?" + "&".join(f"{k}={quote(v)}" for k, v in parameters.items()))
+            connection.request(
+                "GET", f"{path}?" + "&".join(f"{k}={quote(v)}" for k, v in parameters.items())
+            )
             return json.loads(connection.getresponse().read())
         except ConnectionRefusedError:  # it is starting
             return {"status": "error", "data": {"result": []}}
@@ -169,10 +181,21 @@ def watched(tmp_path_factory, images):
     run = {
         "run": {"seed": 1},
         "model": {"name": "cmt_micro"},
-        "data": {"root": str(images), "image_px": 32, "eval_resize_px": 36, "threads": 1, "cache_dir": f"{folder}/c"},
+        "data": {
+            "root": str(images),
+            "image_px": 32,
+            "eval_resize_px": 36,
+            "threads": 1,
+            "cache_dir": f"{folder}/c",
+        },
         "optim": {"lr": 2e-3},
         "schedule": {"epochs": 100_000},
-        "train": {"global_batch_size": 16, "max_batch_per_gpu": 8, "log_every_steps": 2, "precision": "fp32"},
+        "train": {
+            "global_batch_size": 16,
+            "max_batch_per_gpu": 8,
+            "log_every_steps": 2,
+            "precision": "fp32",
+        },
         "evaluate": {"every_epochs": 3},
         "checkpoint": {"every_epochs": 3},
         "ema": {"decay": 0.9},
@@ -241,7 +264,10 @@ def test_rules_are_evaluated_and_nothing_fires_in_a_sound_run(watched):
     assert errors() == {}
     assert watched.ask('ALERTS{run="job",alertstate="firing"}') == []
     # On a busy machine one rank may be behind the other for a while; what is wrong with the run itself never is.
-    assert watched.ask('ALERTS{run="job",alertname!~"CmtrainStraggler|CmtrainDataBound|CmtrainThroughputDrop"}') == []
+    assert (
+        watched.ask('ALERTS{run="job",alertname!~"CmtrainStraggler|CmtrainDataBound|CmtrainThroughputDrop"}')
+        == []
+    )
 
 
 @needs_prometheus
@@ -264,7 +290,9 @@ def test_what_a_rank_serves(watched):
 
 @needs_prometheus
 def test_a_run_that_ends_takes_its_targets_away_and_leaves_the_other_alone(watched):
-    watched.wait(lambda: watched.ask('cmtrain_step{run="other"} > 0') and watched.ask('cmtrain_step{run="job"} > 0'))
+    watched.wait(
+        lambda: watched.ask('cmtrain_step{run="other"} > 0') and watched.ask('cmtrain_step{run="job"} > 0')
+    )
     assert len(watched.ask('up{job="cmtrain"} == 1')) == 3
     watched.other.terminate()
     watched.wait(lambda: len(watched.ask('up{job="cmtrain"}')) == 2)

@@ -39,7 +39,9 @@ def test_a_run_ends_with_its_report(make_job):
     assert "finished" in page.words
     assert "global_batch_size: 16" in page.words
     assert f"torch {torch.__version__.split('+')[0]}" in page.words
-    assert any(tag == "img" and attributes["src"].startswith("data:image/png") for tag, attributes in page.tags)
+    assert any(
+        tag == "img" and attributes["src"].startswith("data:image/png") for tag, attributes in page.tags
+    )
     # Every image once, over both ranks: the classes' counts say the accuracy that the run says.
     classes = json.loads((job.run / "classes.json").read_text())
     assert classes["classes"] == ["class0", "class1", "class2"]
@@ -77,7 +79,11 @@ def test_classes_are_counted_exactly(num_classes):
     logits = rng.normal(size=(500, num_classes)).astype(np.float32)
     labels = rng.integers(-1, num_classes, 500)
     batches = [Batch(*(torch.tensor(part) for part in parts), torch.arange(0)) for parts in ((logits[:130], labels[:130]), (logits[130:], labels[130:]))]  # fmt: skip  # noqa: E501
-    how = {"autocast": torch.autocast("cpu", enabled=False), "device": torch.device("cpu"), "num_images": 500}
+    how = {
+        "autocast": torch.autocast("cpu", enabled=False),
+        "device": torch.device("cpu"),
+        "num_images": 500,
+    }
     result = evaluate(torch.nn.Identity(), batches, num_classes=num_classes, **how)
     expected = outcomes_by_numpy(logits, labels, num_classes)
     assert result.class_images == expected.sum(1).tolist()
@@ -105,7 +111,9 @@ def test_the_verb_loads_no_torch_and_says_where_the_report_is(tmp_path):
         f"code = main(['report', {str(tmp_path / 'a')!r}])\n"
         "print(code, [name for name in ('torch', 'nvidia', 'accelerate') if name in sys.modules])\n"
     )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60).stdout
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    ).stdout
     assert out.splitlines() == [str(tmp_path / "a" / "report.html"), "0 []"]
     assert (tmp_path / "a" / "report.html").stat().st_size < 150_000
 
@@ -144,13 +152,18 @@ def test_events_are_told_and_marked(tmp_path):
     assert "bad steps 3 " in page.words  # their lane
     assert html.count('class="mark rollback"') == 7  # in every chart
     glyphs = {attributes.get("href") for tag, attributes in page.tags if tag == "use"}
-    assert glyphs == {f"#glyph-{kind}" for kind in ("start", "bad", "spike", "rollback", "failure", "file", "end")}
+    assert glyphs == {
+        f"#glyph-{kind}" for kind in ("start", "bad", "spike", "rollback", "failure", "file", "end")
+    }
     assert "evaluation 5%" in page.words
     assert "3 1 rollback" in page.words
 
 
 def test_a_flood_of_events_is_cut_and_said_to_be(tmp_path):
-    flood = [{"time": BEGIN + i, "event": "bad_file", "path": f"{i}.jpg", "reason": "truncated"} for i in range(1000)]
+    flood = [
+        {"time": BEGIN + i, "event": "bad_file", "path": f"{i}.jpg", "reason": "truncated"}
+        for i in range(1000)
+    ]
     page = page_of(write_run(tmp_path / "a", events=flood))
     assert "985 more events of this kind are in events.jsonl" in page.words
     assert "path 14.jpg" in page.words
@@ -160,10 +173,24 @@ def test_a_flood_of_events_is_cut_and_said_to_be(tmp_path):
 def test_time_counts_only_while_a_process_was_there(tmp_path):
     """Killed after 100 s, resumed an hour later from the step of second 50, and 100 s of work."""
     run = write_run(tmp_path / "a", num_logs=2)
-    events = [{"time": BEGIN, "event": "started", "step": 0}, {"time": BEGIN + 100, "event": "checkpoint", "step": 5}]
-    events += [{"time": BEGIN + 3600, "event": "resumed", "step": 5}, {"time": BEGIN + 3700, "event": "finished"}]
+    events = [
+        {"time": BEGIN, "event": "started", "step": 0},
+        {"time": BEGIN + 100, "event": "checkpoint", "step": 5},
+    ]
+    events += [
+        {"time": BEGIN + 3600, "event": "resumed", "step": 5},
+        {"time": BEGIN + 3700, "event": "finished"},
+    ]
     (run / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
-    log = [{"step": 50, "time": BEGIN + 50.0, "images_per_second": 512.0, "data_wait_ratio": 0.1, "forward_ratio": 0.3}]
+    log = [
+        {
+            "step": 50,
+            "time": BEGIN + 50.0,
+            "images_per_second": 512.0,
+            "data_wait_ratio": 0.1,
+            "forward_ratio": 0.3,
+        }
+    ]
     log += [log[0] | {"step": 100, "time": BEGIN + 3690, "data_wait_ratio": 0.5}]
     (run / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in log))
     (run / "status.json").write_text(json.dumps({"state": "finished", "updated": BEGIN + 3700}))
@@ -218,7 +245,9 @@ def test_the_configuration_shows_what_is_not_default(tmp_path):
 
 
 def test_comparing_runs(tmp_path):
-    folders = [write_run(tmp_path / name, lr=lr, num_logs=50) for name, lr in (("low", 1e-3), ("high", 9e-3))]
+    folders = [
+        write_run(tmp_path / name, lr=lr, num_logs=50) for name, lr in (("low", 1e-3), ("high", 9e-3))
+    ]
     html = render([read_run(folder) for folder in folders])
     page = Page(html)
     differing = re.search(r"What differs A low B high (.*?) A low", page.words)[1]
@@ -233,7 +262,10 @@ def test_comparing_runs(tmp_path):
 
 
 def test_a_hostile_run_is_shown_and_not_obeyed(tmp_path):
-    told = [{"time": BEGIN, "event": EVIL, EVIL: EVIL}, {"time": BEGIN, "event": "rollback", "step": 9, "cause": EVIL}]
+    told = [
+        {"time": BEGIN, "event": EVIL, EVIL: EVIL},
+        {"time": BEGIN, "event": "rollback", "step": 9, "cause": EVIL},
+    ]
     run = write_run(
         tmp_path / "a", class_names=[f"{EVIL}{i}" for i in range(10)], state=EVIL, reason=EVIL, run={"name": "a"},
         events=told,
@@ -251,7 +283,9 @@ def test_a_hostile_run_is_shown_and_not_obeyed(tmp_path):
             assert (attributes.get("src") or "data:image/").startswith("data:image/")
             assert (attributes.get("href") or "#glyph-").startswith("#glyph-")
         policy = next(attributes for tag, attributes in page.tags if "http-equiv" in attributes)["content"]
-        assert policy.startswith("default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-")
+        assert policy.startswith(
+            "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-"
+        )
         assert EVIL in page.text
         assert "49\u202e" not in page.text
 
@@ -324,7 +358,17 @@ def test_numbers_that_no_run_writes(tmp_path):
     lines = [f'{{"step": {i}, "loss": {v}, "lr": {v}, "grad_norm": {v}, "images_per_second": {v}, "time": {v}, "data_wait_ratio": {v}, "loss_scale": {v}}}' for i, v in enumerate(wild)]  # fmt: skip  # noqa: E501
     lines += [f'{{"step": {v}, "loss": 1.0}}' for v in wild]
     (run / "log.jsonl").write_text("\n".join(lines))
-    fields = ("step", "last_step", "exit_code", "reason", "best_top1", "best_step", "updated", "state", "result")
+    fields = (
+        "step",
+        "last_step",
+        "exit_code",
+        "reason",
+        "best_top1",
+        "best_step",
+        "updated",
+        "state",
+        "result",
+    )
     for value in wild:
         (run / "status.json").write_text("{" + ", ".join(f'"{name}": {value}' for name in fields) + "}")
         (run / "events.jsonl").write_text(f'{{"time": {value}, "event": "rollback", "step": {value}}}\n')
@@ -386,7 +430,9 @@ def test_it_looks_right_in_a_browser(browser, tmp_path, width_px):
             browser.open(tmp_path / "page.html", width_px=width_px, dark=dark)
             browser.evaluate("document.querySelectorAll('details').forEach(node => node.open = true)")
             assert browser.evaluate("document.documentElement.scrollWidth") <= width_px
-            assert [browser.evaluate(script) for script in (OVERLAPS, OUTSIDE, UNNAMED, DOUBLE_IDS)] == [[]] * 4
+            assert [browser.evaluate(script) for script in (OVERLAPS, OUTSIDE, UNNAMED, DOUBLE_IDS)] == [
+                []
+            ] * 4
             background = browser.evaluate("getComputedStyle(document.body).backgroundColor")
             assert background == ("rgb(16, 20, 24)" if dark else "rgb(255, 255, 255)")
             assert browser.complaints() == []
@@ -398,9 +444,13 @@ def test_no_hostile_script_runs_and_values_are_read_off_the_curves(browser, tmp_
     html = (tmp_path / "page.html").read_text()
     browser.open(tmp_path / "page.html", width_px=1280)
     assert browser.evaluate("typeof hacked") == "undefined"
-    legend = "[...document.querySelectorAll('figure:has(#lr) :is(.legend b, .at)')].map(node => node.textContent)"
+    legend = (
+        "[...document.querySelectorAll('figure:has(#lr) :is(.legend b, .at)')].map(node => node.textContent)"
+    )
     before = browser.evaluate(legend)
-    box = browser.evaluate("JSON.parse(JSON.stringify(document.querySelector('#lr').getBoundingClientRect()))")
+    box = browser.evaluate(
+        "JSON.parse(JSON.stringify(document.querySelector('#lr').getBoundingClientRect()))"
+    )
     browser("Input.dispatchMouseEvent", type="mouseMoved", x=box["x"] + box["width"] / 10, y=box["y"] + 20)
     at, value = browser.evaluate(legend)
     assert re.fullmatch(r"step (99\d|1,00\d)", at)

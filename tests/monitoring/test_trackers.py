@@ -54,18 +54,33 @@ class FakeAccelerator:
 
 def test_a_run_tells_its_trackers_what_it_tells_its_folder(make_job, tmp_path):
     package = tmp_path / "packages"
-    for name, text in (("wandb/__init__.py", FAKE_WANDB), ("wandb-9.dist-info/METADATA", "Name: wandb\nVersion: 9\n")):
+    for name, text in (
+        ("wandb/__init__.py", FAKE_WANDB),
+        ("wandb-9.dist-info/METADATA", "Name: wandb\nVersion: 9\n"),
+    ):
         (package / name).parent.mkdir(parents=True)
         (package / name).write_text(text)
     path = f"{package}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
     job = make_job(metrics={"enabled": False, "trackers": ["wandb"]})
     job("--max-steps", "7", launcher=["-m"], PYTHONPATH=path, FAKE_WANDB_CALLS=str(tmp_path / "calls"))
     calls = [json.loads(line) for line in (tmp_path / "calls").read_text().splitlines()]
-    assert [call[0] for call in calls] == ["init", "config", "log", "log", "log", "log", "log", "log", "finish"]
+    assert [call[0] for call in calls] == [
+        "init",
+        "config",
+        "log",
+        "log",
+        "log",
+        "log",
+        "log",
+        "log",
+        "finish",
+    ]
     assert calls[0][1] == {"project": "cmtrain", "name": "job"}
     assert (calls[1][1]["optim.lr"], calls[1][1]["optim.betas"]) == (2e-3, "[0.9, 0.999]")
     told = [call[1:] for call in calls if call[0] == "log"]
-    points = [[r.pop("step"), {k: v for k, v in r.items() if k != "time" and v is not None}] for r in job.log()]
+    points = [
+        [r.pop("step"), {k: v for k, v in r.items() if k != "time" and v is not None}] for r in job.log()
+    ]
     rows = csv.DictReader((job.run / "summary.csv").read_text().splitlines())
     evaluations = [[int(row.pop("step")), {k: float(v) for k, v in row.items() if v}] for row in rows]
     assert sorted(told, key=str) == sorted(points + evaluations, key=str)
@@ -80,7 +95,9 @@ def test_a_missing_package_is_a_mistake_in_the_configuration(make_job, monkeypat
         )
         assert not job.run.exists()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"not installed: wandb, mlflow; pip install 'cmtrain\[wandb,mlflow\]'"):
+    with pytest.raises(
+        ConfigError, match=r"not installed: wandb, mlflow; pip install 'cmtrain\[wandb,mlflow\]'"
+    ):
         tracker_options(["wandb", "mlflow"], tmp_path)
     assert tracker_options([], tmp_path) == {}
 
@@ -95,17 +112,25 @@ def test_a_tracker_that_cannot_start_is_told_before_anything_is_done():
 def test_a_tracker_that_breaks_is_told_of_once():
     accelerator = FakeAccelerator("log")
     trackers = Trackers(accelerator, "run", {})
-    assert trackers.log({"loss": 1.0}, 1).startswith("metrics.trackers: no more from here on: RuntimeError: no log!")
+    assert trackers.log({"loss": 1.0}, 1).startswith(
+        "metrics.trackers: no more from here on: RuntimeError: no log!"
+    )
     assert [trackers.log({"loss": 1.0}, 2), trackers.close()] == ["", ""]
     assert [call[0] for call in accelerator.calls] == ["init", "log"]
-    assert Trackers(FakeAccelerator("finish"), "run", {}).close().startswith("metrics.trackers: not ended in order")
+    assert (
+        Trackers(FakeAccelerator("finish"), "run", {})
+        .close()
+        .startswith("metrics.trackers: not ended in order")
+    )
 
 
 def test_only_numbers_and_only_rank_0():
     accelerator = FakeAccelerator()
     trackers = Trackers(accelerator, "run", {"a": None, "b": (1, 2), "c": True})
     assert accelerator.calls[0][2] == {"a": "null", "b": "[1, 2]", "c": True}
-    trackers.log({"step": 3, "time": 1.0, "loss": None, "lr": 0.1, "grad_norm": float("inf"), "text": "x"}, 3)
+    trackers.log(
+        {"step": 3, "time": 1.0, "loss": None, "lr": 0.1, "grad_norm": float("inf"), "text": "x"}, 3
+    )
     assert accelerator.calls[1] == ("log", {"lr": 0.1}, 3)
     accelerator.is_main_process = False
     trackers = Trackers(accelerator, "run", {})

@@ -89,7 +89,9 @@ def run_layer(images: np.ndarray, params: LayerParams, fill=FILL) -> np.ndarray:
     return run_graph(body, [images, *params], ["HWC", "", "", "", "", ""])
 
 
-def timm_op(name: str, increasing: bool, magnitude: float, sign: float, interpolation: int) -> timm_augment.AugmentOp:
+def timm_op(
+    name: str, increasing: bool, magnitude: float, sign: float, interpolation: int
+) -> timm_augment.AugmentOp:
     if name.startswith("Translate"):
         name += "Rel"
     if increasing and name in {"Posterize", "Solarize", "Color", "Contrast", "Brightness", "Sharpness"}:
@@ -140,7 +142,9 @@ def test_every_operation_of_three_augment_equals_timms(monkeypatch):
     for op, ((theirs,), name) in enumerate(zip(sub_policies, policy.ops, strict=True)):
         errors = []
         for magnitude in np.linspace(0, 1, 9).tolist():
-            monkeypatch.setattr(random, "uniform", lambda low, high, m=magnitude: low + (high - low) * m)  # its radius
+            monkeypatch.setattr(
+                random, "uniform", lambda low, high, m=magnitude: low + (high - low) * m
+            )  # its radius
             numbers = (np.full((len(photos), 1), number) for number in (op, magnitude, 1.0))
             ours = run_layer(photos, op_params(policy, *numbers, SIDE))
             expected = [np.asarray(theirs(Image.fromarray(photo)), np.int32) for photo in photos]
@@ -212,7 +216,9 @@ def test_colour_jitter_equals_torchvisions_in_every_order():
     by_name = rng.uniform(0.6, 1.4, (len(cases), 3))
     kinds = (Branch.SCALE, Branch.SCALE, Branch.SATURATE)
     branches = np.array([[kinds[op] for op in order] for _, order in cases], np.int32)
-    factors = np.array([[(row[op], op == 1) for op in case[1]] for row, case in zip(by_name, cases, strict=True)])
+    factors = np.array(
+        [[(row[op], op == 1) for op in case[1]] for row, case in zip(by_name, cases, strict=True)]
+    )
     params = JitterParams(branches, factors.astype(np.float32))
     images = photos[[photo for photo, _ in cases]]
     ours = run_graph(augment.color_jitter, [images, *params], ["HWC", "", ""])
@@ -304,7 +310,9 @@ def test_a_flat_channel_survives_auto_contrast_and_equalize():
 def test_normalise_gives_what_torchvision_gives_in_channels_last_memory():
     photos = squares(64)
     spec = AugmentSpec(64)
-    ours = run_graph(lambda image: augment.normalise(image, spec.mean, spec.std, fp16=False), [photos], ["HWC"])
+    ours = run_graph(
+        lambda image: augment.normalise(image, spec.mean, spec.std, fp16=False), [photos], ["HWC"]
+    )
     expected = tv.normalize(torch.from_numpy(photos).permute(0, 3, 1, 2) / 255, spec.mean, spec.std)
     np.testing.assert_allclose(ours.transpose(0, 3, 1, 2), expected, atol=2e-6)
 

@@ -27,7 +27,9 @@ from pipelines.spec import UNREADABLE, AugmentSpec, Batch, DataError, EvalSpec
 from pipelines.stand_ins import BadFiles
 
 SPEC = AugmentSpec(SIDE)
-WHOLE = AugmentSpec(SIDE, scale=(1.0, 1.0), ratio=(1.0, 1.0), hflip=0.0)  # crops reach the last row of a square image
+WHOLE = AugmentSpec(
+    SIDE, scale=(1.0, 1.0), ratio=(1.0, 1.0), hflip=0.0
+)  # crops reach the last row of a square image
 
 
 def become_a_folder(path: Path) -> None:
@@ -59,7 +61,9 @@ def loaders():
         loader.close()
 
 
-def train(loaders, manifest, plan, spec=SPEC, rank=0, world=1, prefetch_batches=2, max_bad_fraction=0.5) -> DaliLoader:
+def train(
+    loaders, manifest, plan, spec=SPEC, rank=0, world=1, prefetch_batches=2, max_bad_fraction=0.5
+) -> DaliLoader:
     loader = train_loader(
         manifest,
         plan,
@@ -132,7 +136,9 @@ def test_pixels_depend_on_the_files_alone(loaders, manifest):
     alone = train(loaders, manifest, plan)
     epochs = [pixels(alone, epoch) for epoch in range(3)]
     assert sorted(file.path for file in alone.take_bad_files()) == sorted(bad)
-    assert [pixels(train(loaders, manifest, plan, prefetch_batches=5), epoch) for epoch in range(3)] == epochs
+    assert [
+        pixels(train(loaders, manifest, plan, prefetch_batches=5), epoch) for epoch in range(3)
+    ] == epochs
     assert pixels(train(loaders, manifest, plan), 2, 24) == epochs[2][24:]
     for world in (2, 3):
         ranks = [train(loaders, manifest, plan, SPEC, rank, world) for rank in range(world)]
@@ -185,7 +191,10 @@ def test_a_cut_validation_image_is_found_by_dali_2_and_is_half_grey_on_1_34(load
 
 
 def test_a_file_that_two_ranks_met_is_told_and_counted_once(tmp_path):
-    cut_file, gone = BadFile("a.jpg", "image file is truncated"), BadFile("b.jpg", "cannot be opened: No such file")
+    cut_file, gone = (
+        BadFile("a.jpg", "image file is truncated"),
+        BadFile("b.jpg", "cannot be opened: No such file"),
+    )
     counts = []
     for rank in (0, 1):
         steps = {"first_step": 0, "last_step": 1, "epochs": 1, "total_steps": 1}
@@ -195,7 +204,9 @@ def test_a_file_that_two_ranks_met_is_told_and_counted_once(tmp_path):
         journal.bad_files([[gone], [cut_file]])
         journal.bad_files([[cut_file], []])
         errors = journal.metrics.decode_errors
-        counts.append([journal.metrics.one(errors, kind)._value.get() for kind in ("missing", "truncated", "other")])
+        counts.append(
+            [journal.metrics.one(errors, kind)._value.get() for kind in ("missing", "truncated", "other")]
+        )
     assert counts == [[1, 0, 0], [0, 1, 0]]
     events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
     assert [(e["event"], e["path"], e["kind"]) for e in events] == [
@@ -258,13 +269,18 @@ def test_a_passing_failure_is_tried_again_and_a_lasting_one_is_told(loaders, man
 
         return inputs
 
-    for fails_once in (range(1, 2), range(3, 4)):  # for a batch that is waited for, and for one prepared ahead
+    for fails_once in (
+        range(1, 2),
+        range(3, 4),
+    ):  # for a batch that is waited for, and for one prepared ahead
         calls[0], loader._inputs = 0, failing(fails_once)
         assert pixels(loader, 0) == expected
         assert loader.take_bad_files() == []
         loader.close()
     calls[0], loader._inputs = 0, failing(range(3, 99))
-    with pytest.raises(DataError, match=r"failed twice, but Pillow can read all .* file server does not answer"):
+    with pytest.raises(
+        DataError, match=r"failed twice, but Pillow can read all .* file server does not answer"
+    ):
         list(loader.epoch(0))
     loader._inputs = good
     assert pixels(loader, 0) == expected
@@ -317,7 +333,10 @@ def examined(manifest: Manifest, failing: set[int]) -> tuple[int, list[BadFile]]
             raise RuntimeError("nvidia.dali says:\n  no")
 
     bad_files = BadFiles(manifest, 0.5, 1)
-    batches = [MicroBatch(0, 0, 0, np.arange(26), np.zeros(26)), MicroBatch(0, 1, 0, np.arange(25, 52), np.zeros(27))]
+    batches = [
+        MicroBatch(0, 0, 0, np.arange(26), np.zeros(26)),
+        MicroBatch(0, 1, 0, np.arange(25, 52), np.zeros(27)),
+    ]
     bad_files.examine_alone(batches, make, RuntimeError("together"))
     return makes, bad_files.take_untold()
 
@@ -336,7 +355,9 @@ def test_where_all_fail_or_none_alone_it_is_not_the_files(manifest):
         examined(manifest, set(range(53)))
     with pytest.raises(DataError, match=r"failed twice, .* each one alone; together: together"):
         examined(manifest, set())
-    with pytest.raises(DataError, match=r"of the 0 images .*: no GPU"):  # DALI failed while the graph was built
+    with pytest.raises(
+        DataError, match=r"of the 0 images .*: no GPU"
+    ):  # DALI failed while the graph was built
         BadFiles(manifest, 0.5, 1).examine_alone([], lambda batch: None, RuntimeError("no GPU"))
 
 
@@ -373,7 +394,11 @@ def bad_job(make_job, tmp_path):
 
     def make(name: str, **sections):
         sections["data"] = {"root": str(root), "max_bad_fraction": 0.15} | sections.get("data", {})
-        augment = {"scale": [1.0, 1.0], "ratio": [1.0, 1.0], "color_jitter": None}  # every crop meets every cut
+        augment = {
+            "scale": [1.0, 1.0],
+            "ratio": [1.0, 1.0],
+            "color_jitter": None,
+        }  # every crop meets every cut
         return make_job(name, augment=augment, schedule={"epochs": 2}, **sections), broken, never_good
 
     return make
@@ -402,7 +427,10 @@ def test_a_run_over_a_folder_that_breaks(bad_job, tmp_path):
 def test_files_that_vanish_while_the_run_runs(make_job, tmp_path):
     root = write_tree(tmp_path / "data", 96, 31)
     job = make_job(data={"root": str(root), "max_bad_fraction": 0.1}, schedule={"epochs": 16})
-    vanishing = [*sorted((root / "train").rglob("*.jpg"))[4:90:20], *sorted((root / "val").rglob("*.jpg"))[3:4]]
+    vanishing = [
+        *sorted((root / "train").rglob("*.jpg"))[4:90:20],
+        *sorted((root / "val").rglob("*.jpg"))[3:4],
+    ]
     process = job.start("--evaluate.every_epochs", "16", "--checkpoint.every_epochs", "16", nproc=2)
     wait_for(lambda: logged(job, 2), process)
     for path in vanishing:

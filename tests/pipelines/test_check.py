@@ -193,7 +193,11 @@ def program(tmp_path: Path, monkeypatch, body: str) -> None:
     [
         ("'bad' in path and os.kill(os.getpid(), signal.SIGSEGV)", "kills the decoder (SIGSEGV)", "other"),
         ("'bad' in path and os._exit(7)", "ends the decoder (exit code 7)", "other"),
-        ("'bad' in path and (signal.alarm(1), time.sleep(9))", "takes more than 60 seconds to decode", "other"),
+        (
+            "'bad' in path and (signal.alarm(1), time.sleep(9))",
+            "takes more than 60 seconds to decode",
+            "other",
+        ),
     ],
 )
 def test_a_file_that_kills_the_decoder_is_bad_and_no_other(tmp_path, monkeypatch, body, reason, kind):
@@ -214,11 +218,16 @@ def test_a_decoder_that_cannot_start_condemns_no_file(tmp_path, monkeypatch):
 
 def test_memory_and_time_of_a_decoder_are_limited():
     process = subprocess.Popen(
-        [sys.executable, "-P", decode_one.__file__, "decode"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-P", decode_one.__file__, "decode"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert json.loads(process.stdout.readline()) == decode_one.READY
     limits = Path(f"/proc/{process.pid}/limits").read_text()
-    assert re.search(rf"Max address space +{decode_one.MAX_MEMORY_BYTES} +{decode_one.MAX_MEMORY_BYTES} ", limits)
+    assert re.search(
+        rf"Max address space +{decode_one.MAX_MEMORY_BYTES} +{decode_one.MAX_MEMORY_BYTES} ", limits
+    )
     os.kill(process.pid, signal.SIGINT)  # Ctrl-C reaches the whole group; who asked ends the decoders
     process.stdin.write(json.dumps("nowhere.jpg") + "\n")
     process.stdin.flush()

@@ -212,7 +212,10 @@ def test_lists_of_numbers_and_of_names(tmp_path, cache, separator):
         ("a.jpg,0\n\n# x\na.jpg,7\n", r"list.txt:4: label '7' is not one of the 3 classes"),
         ("a.jpg,wolf\n", r"list.txt:1: label 'wolf'"),
         ("# nothing\n", r"list.txt: names no images"),
-        ("a.jpg,0\n../../etc/a.jpg,0\n", r"list.txt:2: must be below data.root: not absolute, without .. and NUL$"),
+        (
+            "a.jpg,0\n../../etc/a.jpg,0\n",
+            r"list.txt:2: must be below data.root: not absolute, without .. and NUL$",
+        ),
         ("/etc/a.jpg,0\n", r"list.txt:1: must be below data.root"),
         ("x/../../a.jpg 0\n", r"list.txt:1: must be below data.root"),
         ("x\0/a.jpg,0\n", r"list.txt:1: must be below data.root"),
@@ -223,7 +226,9 @@ def test_a_bad_line_is_named_with_its_number(tmp_path, cache, text, message):
     put(tmp_path / "in", "a.jpg")
     (tmp_path / "list.txt").write_text(text)
     with pytest.raises(DataError, match=message):
-        Manifest.from_list(tmp_path / "list.txt", tmp_path / "in", class_names=("x", "y", "z"), cache_dir=cache)
+        Manifest.from_list(
+            tmp_path / "list.txt", tmp_path / "in", class_names=("x", "y", "z"), cache_dir=cache
+        )
 
 
 def test_listed_files_that_are_missing_are_named(tmp_path, cache):

@@ -29,19 +29,31 @@ def manifest(tmp_path_factory) -> Manifest:
     return Manifest.from_folder(write_folder(folder / "in", NUM_IMAGES), cache_dir=folder / "cache")
 
 
-def run(manifest: Manifest, world: int, first_step: int, last_step: int, repeats: int, fp16: bool) -> list[Sample]:
+def run(
+    manifest: Manifest, world: int, first_step: int, last_step: int, repeats: int, fp16: bool
+) -> list[Sample]:
     """What all ranks together are given from step `first_step` to before `last_step`, counted over epochs."""
     plan = Plan(3, NUM_IMAGES, GLOBAL_BATCH_SIZE, MICRO_BATCH_SIZE[world], repeats)
     spec = AugmentSpec(SIDE, rand_augment="rand-m9-mstd0.5-inc1", color_jitter=0.4, fp16=fp16)
     samples: list[Sample] = []
     for rank in range(world):
         loader = train_loader(
-            manifest, plan, spec, rank=rank, world=world, device="cpu", decode="cpu", threads=1, prefetch_batches=2
+            manifest,
+            plan,
+            spec,
+            rank=rank,
+            world=world,
+            device="cpu",
+            decode="cpu",
+            threads=1,
+            prefetch_batches=2,
         )
         epoch, step = divmod(first_step, STEPS)
         batches = itertools.chain(
             loader.epoch(epoch, step * GLOBAL_BATCH_SIZE),
-            itertools.chain.from_iterable(loader.epoch(following) for following in itertools.count(epoch + 1)),
+            itertools.chain.from_iterable(
+                loader.epoch(following) for following in itertools.count(epoch + 1)
+            ),
         )
         micro_batches_a_step = plan.num_micro_batches // world
         for number in range((last_step - first_step) * micro_batches_a_step):
@@ -61,5 +73,9 @@ def test_any_number_of_ranks_before_and_after_a_kill(manifest, repeats, fp16):
     assert len(set(whole)) == 4 * GLOBAL_BATCH_SIZE
     for first, second, third in ((1, 2, 3), (4, 3, 2), (2, 4, 1), (3, 1, 4)):
         pieces = [(first, 0, 1), (second, 1, 3), (third, 3, 4)]
-        again = [sample for world, begin, end in pieces for sample in run(manifest, world, begin, end, repeats, fp16)]
+        again = [
+            sample
+            for world, begin, end in pieces
+            for sample in run(manifest, world, begin, end, repeats, fp16)
+        ]
         assert sorted(again) == whole, f"{first}, then {second}, then {third} ranks"

@@ -22,11 +22,21 @@ MODES = {"bicubic": InterpolationMode.BICUBIC, "bilinear": InterpolationMode.BIL
 RECIPES = [(160, 184, "bicubic"), (160, 182, "bilinear"), (224, 256, "bicubic")]
 
 
-def errors_against_torchvision(manifest: Manifest, image_px: int, resize_px: int, interpolation) -> np.ndarray:
+def errors_against_torchvision(
+    manifest: Manifest, image_px: int, resize_px: int, interpolation
+) -> np.ndarray:
     """Mean absolute error in levels of every image."""
     spec = EvalSpec(image_px, resize_px, interpolation)
     loader = eval_loader(
-        manifest, spec, batch_size=16, rank=0, world=1, device="cpu", decode="auto", threads=1, prefetch_batches=2
+        manifest,
+        spec,
+        batch_size=16,
+        rank=0,
+        world=1,
+        device="cpu",
+        decode="auto",
+        threads=1,
+        prefetch_batches=2,
     )
     transform = Compose([Resize(resize_px, MODES[interpolation]), CenterCrop(image_px)])
     errors = []

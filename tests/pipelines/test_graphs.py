@@ -44,10 +44,15 @@ def make_loaders(manifest: Manifest, device: str, *overrides: tuple[str, str]) -
     config = load_config("configs/demo.yaml", [("train.global_batch_size", "12"), *overrides]).config
     schedule = build.plan_steps(config, len(manifest), 1)
     accelerator = SimpleNamespace(
-        device=torch.device(device), mixed_precision="no", process_index=0, num_processes=1, is_main_process=True
+        device=torch.device(device),
+        mixed_precision="no",
+        process_index=0,
+        num_processes=1,
+        is_main_process=True,
     )
     return [
-        make(config, manifest, schedule, accelerator, 1) for make in (build.make_train_loader, build.make_eval_loader)
+        make(config, manifest, schedule, accelerator, 1)
+        for make in (build.make_train_loader, build.make_eval_loader)
     ]
 
 
@@ -77,7 +82,9 @@ def test_decoding_alone_gives_whole_images(manifest):
     read = file_reader(manifest, 1)
     (output,) = graphs.decode_graph(lambda: [read(torch.arange(12).numpy())], run, windows=False).run()
     sizes = [np.asarray(output[i]).shape for i in range(12)]
-    assert sizes == [(height, width, 3) for height, width in zip(manifest.heights, manifest.widths, strict=True)]
+    assert sizes == [
+        (height, width, 3) for height, width in zip(manifest.heights, manifest.widths, strict=True)
+    ]
 
 
 def test_unused_memory_can_be_released_without_a_gpu():

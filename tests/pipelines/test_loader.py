@@ -71,7 +71,11 @@ def evaluation(loaders, manifest, batch_size=8, rank=0, world=1, spec=None) -> D
 def test_pixels_do_not_depend_on_the_number_of_ranks(loaders, manifest, world):
     plan = plan_for(manifest)
     alone = pixels(train(loaders, manifest, plan), 1)
-    shared = [pair for rank in range(world) for pair in pixels(train(loaders, manifest, plan, SPEC, rank, world), 1)]
+    shared = [
+        pair
+        for rank in range(world)
+        for pair in pixels(train(loaders, manifest, plan, SPEC, rank, world), 1)
+    ]
     assert len(alone) == 48
     assert len(set(alone)) == 48
     assert sorted(shared) == sorted(alone)
@@ -86,7 +90,9 @@ def test_a_run_killed_on_two_ranks_goes_on_on_four_with_the_same_pixels(loaders,
             if step == 2 * 6:
                 break
             before += [(int(batch.indices), digest(batch.images[0]))]
-    after = [pair for rank in range(4) for pair in pixels(train(loaders, manifest, plan, SPEC, rank, 4), 0, 24)]
+    after = [
+        pair for rank in range(4) for pair in pixels(train(loaders, manifest, plan, SPEC, rank, 4), 0, 24)
+    ]
     assert not {index for index, _ in before} & {index for index, _ in after}
     assert sorted(before + after) == sorted(whole)
 
@@ -127,7 +133,9 @@ def test_the_next_epoch_is_under_way_when_one_ends(loaders, manifest):
 def test_the_depth_of_the_queue_changes_nothing(loaders, manifest, prefetch_batches):
     plan = plan_for(manifest, micro_batch_size=4)
     loader = train(loaders, manifest, plan, prefetch_batches=prefetch_batches)
-    assert [pixels(loader, epoch) for epoch in (0, 1)] == [pixels(train(loaders, manifest, plan), e) for e in (0, 1)]
+    assert [pixels(loader, epoch) for epoch in (0, 1)] == [
+        pixels(train(loaders, manifest, plan), e) for e in (0, 1)
+    ]
 
 
 @pytest.mark.parametrize("request_after", [(1, 0), (0, 0), (5, 24), (1, 24), (0, 12)])

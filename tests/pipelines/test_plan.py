@@ -114,7 +114,9 @@ def test_draws_are_uniform_and_independent():
     assert u.min() >= 0
     assert u.max() < 1
     bins = np.stack([np.bincount((u[:, k] * 64).astype(int), minlength=64) for k in range(streams)])
-    chi_square = ((bins - count / 64) ** 2 / (count / 64)).sum(axis=1)  # 63 degrees of freedom: mean 63, std 11.2
+    chi_square = ((bins - count / 64) ** 2 / (count / 64)).sum(
+        axis=1
+    )  # 63 degrees of freedom: mean 63, std 11.2
     assert chi_square.max() < 63 + 5 * 11.2
     assert 55 < chi_square.mean() < 71
     others = {
@@ -143,9 +145,13 @@ def largest_gap(a: np.ndarray, b: np.ndarray) -> float:
 def test_crop_windows_are_distributed_as_torchvisions(height, width):
     torch.manual_seed(0)
     image = torch.empty(3, height, width)
-    theirs = np.array([RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(3000)])
+    theirs = np.array(
+        [RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(3000)]
+    )
     u = PLAN.uniforms(batch_of(np.arange(6000)), 22)
-    ours = crop_windows(u, np.full(6000, height, np.int32), np.full(6000, width, np.int32), (0.08, 1.0), (3 / 4, 4 / 3))
+    ours = crop_windows(
+        u, np.full(6000, height, np.int32), np.full(6000, width, np.int32), (0.08, 1.0), (3 / 4, 4 / 3)
+    )
     assert (ours[:, :2] >= 0).all()
     assert (ours[:, 2:] > 0).all()
     assert (ours[:, 0] + ours[:, 2] <= height).all()
@@ -163,7 +169,9 @@ def test_crop_windows_are_distributed_as_torchvisions(height, width):
 def test_images_that_no_window_fits_get_torchvisions_centre_crop(height, width):
     scale, ratio = (0.9, 1.0), (3 / 4, 4 / 3)
     theirs = RandomResizedCrop.get_params(torch.empty(3, height, width), list(scale), list(ratio))
-    ours = crop_windows(np.full((1, 22), 0.5), np.array([height], np.int32), np.array([width], np.int32), scale, ratio)
+    ours = crop_windows(
+        np.full((1, 22), 0.5), np.array([height], np.int32), np.array([width], np.int32), scale, ratio
+    )
     assert ours[0].tolist() == list(theirs)
 
 
@@ -272,7 +280,9 @@ def test_the_seeds_solarize_is_no_operation_and_its_enhancements_are_all_1_9():
 
 def test_augmentation_can_be_left_out():
     spec = AugmentSpec(160, hflip=0.0)
-    params = augment_params(PLAN, batch_of([1, 2]), np.array([50, 60], np.int32), np.array([70, 80], np.int32), spec)
+    params = augment_params(
+        PLAN, batch_of([1, 2]), np.array([50, 60], np.int32), np.array([70, 80], np.int32), spec
+    )
     assert params.layers is None
     assert params.jitter is None
     assert not params.flips.any()

@@ -66,7 +66,9 @@ def looks(monkeypatch) -> list[str]:
     seen: list[str] = []
     for module, name in ((manifest, "list_folder"), (manifest, "list_file")):
         original = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *args, original=original: seen.append("listed") or original(*args))
+        monkeypatch.setattr(
+            module, name, lambda *args, original=original: seen.append("listed") or original(*args)
+        )
     read = headers._read_header
     monkeypatch.setattr(headers, "_read_header", lambda path: seen.append(path) or read(path))
     return seen
@@ -106,7 +108,9 @@ CHANGES: dict[str, Callable[[Path], object]] = {
         shutil.move(root / "c0", root.parent / "away") and shutil.copytree(root / "c1", root / "c0")
     ),
     "class added": lambda root: (root / "c9").mkdir() or rewritten(root / "c9" / "new.jpg"),
-    "folder added": lambda root: (root / "c0" / "deep").mkdir() or rewritten(root / "c0" / "deep" / "new.jpg"),
+    "folder added": lambda root: (
+        (root / "c0" / "deep").mkdir() or rewritten(root / "c0" / "deep" / "new.jpg")
+    ),
     "behind a link": lambda root: rewritten(root.parent / "linked" / "new.jpg"),
     "behind a link, removed": lambda root: (root.parent / "linked" / "behind.jpg").unlink(),
     "overwritten in place": lambda root: rewritten(root / "c0" / "000.jpg"),  # the one in the sample
@@ -239,7 +243,14 @@ def test_a_damaged_cache_is_not_used_and_written_again(opened, tmp_path, looks):
     (path,) = cache.glob("files-*.npz")
     whole = path.read_bytes()
     rng = np.random.default_rng(0)
-    damaged = [b"", whole[:100], whole[:-30], whole + b"x" * 99, whole.replace(b"PK", b"XX"), b"\0" * len(whole)]
+    damaged = [
+        b"",
+        whole[:100],
+        whole[:-30],
+        whole + b"x" * 99,
+        whole.replace(b"PK", b"XX"),
+        b"\0" * len(whole),
+    ]
     for place in rng.integers(0, len(whole), 40).tolist():
         damaged.append(whole[:place] + bytes([whole[place] ^ (1 << place % 8)]) + whole[place + 1 :])
     for content in damaged:

@@ -53,9 +53,13 @@ def packed(source, cache, tmp_path_factory) -> Path:
     return destination
 
 
-def start(source: Path, destination: Path, cache: Path, largest_file_bytes: int = -1) -> subprocess.Popen[str]:
+def start(
+    source: Path, destination: Path, cache: Path, largest_file_bytes: int = -1
+) -> subprocess.Popen[str]:
     """`pack` in a process of its own, which may write no larger file than this."""
-    script = "import sys; from cmtrain.commands.data_pack import pack; from pipelines.spec import DataError\n"
+    script = (
+        "import sys; from cmtrain.commands.data_pack import pack; from pipelines.spec import DataError\n"
+    )
     script += f"try: pack({str(source)!r}, {str(destination)!r}, **{OPTIONS!r}, cache_dir={str(cache)!r})\n"
     script += "except DataError as error: sys.exit(str(error))"
 
@@ -113,7 +117,9 @@ def test_a_sequential_reader_sees_every_file_unchanged_with_its_label(source, pa
     samples = list(sequential(shards))
     assert {frozenset(sample) for sample in samples} == {frozenset({"__key__", "jpg", "cls"})}
     found = sorted((f"c{sample['cls'].decode()}", sample["jpg"]) for sample in samples)
-    assert found == sorted((path.parent.name, path.read_bytes()) for path in (source / "train").rglob("*.jpg"))
+    assert found == sorted(
+        (path.parent.name, path.read_bytes()) for path in (source / "train").rglob("*.jpg")
+    )
     labels = [int(sample["cls"]) for sample in samples]
     assert sum(a != b for a, b in pairwise(labels)) > len(labels) / 2, "classes are not mixed"
 
@@ -152,11 +158,16 @@ def test_batches_from_shards_are_those_from_the_folder_bit_for_bit(source, packe
 
     def training(manifest, world):
         plan = Plan(seed=3, num_samples=len(manifest), global_batch_size=24, micro_batch_size=6)
-        return both(lambda rank: train_loader(manifest, plan, SPEC, rank=rank, world=world, **execution), world)
+        return both(
+            lambda rank: train_loader(manifest, plan, SPEC, rank=rank, world=world, **execution), world
+        )
 
     def evaluation(manifest, world):
         spec = EvalSpec(48, 56)
-        return both(lambda rank: eval_loader(manifest, spec, batch_size=9, rank=rank, world=world, **execution), world)
+        return both(
+            lambda rank: eval_loader(manifest, spec, batch_size=9, rank=rank, world=world, **execution),
+            world,
+        )
 
     for run in (training, evaluation):
         assert run(shards, 1) == run(folder, 1), run.__name__
@@ -206,7 +217,10 @@ def test_a_killed_pack_goes_on_and_equals_one_that_was_left_alone(source, packed
         is_packed(tmp_path / "train")
     for worker in workers:  # a worker whose parent is gone ends, too
         deadline = time.monotonic() + 10
-        while Path(f"/proc/{worker}").exists() and "\nState:\tZ" not in Path(f"/proc/{worker}/status").read_text():
+        while (
+            Path(f"/proc/{worker}").exists()
+            and "\nState:\tZ" not in Path(f"/proc/{worker}/status").read_text()
+        ):
             assert time.monotonic() < deadline
             time.sleep(0.01)
     kept = (tmp_path / "train" / "shard-000000.tar").stat().st_ino
@@ -230,7 +244,9 @@ def test_a_full_disk_is_one_line_and_nothing_half_written_is_left(source, packed
 
 
 def test_a_kept_shard_that_has_changed_is_written_again(source, packed, cache, tmp_path, monkeypatch):
-    monkeypatch.setattr("pipelines.packing.shard_writer.write_index", lambda index: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr(
+        "pipelines.packing.shard_writer.write_index", lambda index: os.kill(os.getpid(), signal.SIGINT)
+    )
     with pytest.raises(KeyboardInterrupt):
         pack(str(source), str(tmp_path), **OPTIONS, cache_dir=str(cache))
     monkeypatch.undo()
@@ -279,7 +295,10 @@ def test_a_destination_of_something_else_is_left_alone(source, packed, cache, tm
         put(tmp_path / "other" / name, content)
     with pytest.raises(DataError, match="was packed with another resize_shorter, quality; remove it"):
         pack(
-            str(source), str(tmp_path / "other"), **OPTIONS | {"resize_shorter": 9, "quality": 80}, cache_dir=str(cache)
+            str(source),
+            str(tmp_path / "other"),
+            **OPTIONS | {"resize_shorter": 9, "quality": 80},
+            cache_dir=str(cache),
         )
     put(tmp_path / "mine" / "train" / "shard-000000.tar", b"mine")
     with pytest.raises(DataError, match=r"holds shard-000000\.tar, which no pack has put there"):
@@ -360,16 +379,27 @@ def test_awkward_files(photo, cache, tmp_path):
         with Image.open(io.BytesIO(stored[f"b c/{name}"])) as image:
             assert image.format == "JPEG"
             assert image.mode == ("L" if name.startswith(("grey", "bits")) else "RGB")
-            before = grey16[..., None] / 257 if name == "grey16.png" else Image.open(root / "b c" / name).convert("RGB")
+            before = (
+                grey16[..., None] / 257
+                if name == "grey16.png"
+                else Image.open(root / "b c" / name).convert("RGB")
+            )
             limit = 12 if name in ("bits.png", "palette.png") else 6  # dithered
-            assert np.abs(np.asarray(image.convert("RGB"), float) - np.asarray(before, float)).mean() < limit, name
+            assert (
+                np.abs(np.asarray(image.convert("RGB"), float) - np.asarray(before, float)).mean() < limit
+            ), name
 
     pack(str(tmp_path / "in"), str(tmp_path / "worse"), **arguments | {"quality": 80}, max_bad_fraction=0.2)
     worse = Manifest.from_shards(tmp_path / "worse" / "train")
     np.testing.assert_array_equal(worse.heights, shards.heights)
     assert worse.fingerprint != shards.fingerprint, "other pixels under an equal fingerprint"
 
-    pack(str(tmp_path / "in"), str(tmp_path / "small"), **arguments | {"resize_shorter": 32}, max_bad_fraction=0.2)
+    pack(
+        str(tmp_path / "in"),
+        str(tmp_path / "small"),
+        **arguments | {"resize_shorter": 32},
+        max_bad_fraction=0.2,
+    )
     shards = Manifest.from_shards(tmp_path / "small" / "train")
     assert set(shards.heights) == {32}
     assert set(shards.widths) == {48}

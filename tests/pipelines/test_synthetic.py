@@ -20,7 +20,9 @@ def samples(world: int, start: int = 0) -> dict[int, tuple[int, float]]:
         loader = SyntheticLoader(PLAN, 16, 10, rank=rank, world=world, device="cpu", fp16=False)
         for batch in loader.epoch(1, start):
             sums = batch.images.double().sum((1, 2, 3)).tolist()
-            found |= dict(zip(batch.indices.tolist(), zip(batch.labels.tolist(), sums, strict=True), strict=True))
+            found |= dict(
+                zip(batch.indices.tolist(), zip(batch.labels.tolist(), sums, strict=True), strict=True)
+            )
         loader.close()
     return found
 

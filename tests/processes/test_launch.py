@@ -10,7 +10,15 @@ import pytest
 from helpers.runs import FAULTY, TWO, assert_nobody_is_left, failures, faults, logged, losses, wait_for
 
 from cmtrain.processes.collectives import set_torch_defaults
-from cmtrain.processes.failure import Failure, cause_of, conclude, crash_loop, failed_steps, leave_word, settle
+from cmtrain.processes.failure import (
+    Failure,
+    cause_of,
+    conclude,
+    crash_loop,
+    failed_steps,
+    leave_word,
+    settle,
+)
 from cmtrain.processes.launcher import num_visible
 from cmtrain.processes.rank import tell_failure
 from cmtrain.storage.checkpoint import checkpoint_steps
@@ -46,7 +54,9 @@ def test_cmtrain_starts_the_ranks_again(make_job, undisturbed, fault, rank, reas
     steps, reasons = zip(*failures(job), strict=True)
     assert set(steps) == {9}
     assert reason in reasons[-1]
-    begin, end = (next(e["time"] for e in job.events() if e["event"] == kind) for kind in ("failed", "resumed"))
+    begin, end = (
+        next(e["time"] for e in job.events() if e["event"] == kind) for kind in ("failed", "resumed")
+    )
     print(f"{fault}: resumed after {end - begin:.1f} s")
     assert end - begin < 15
     assert not list(job.run.glob("failed-rank*"))
@@ -102,7 +112,9 @@ def test_the_same_failure_three_times_in_a_row_is_not_tried_a_fourth_time(make_j
 
 
 def test_ranks_do_not_outlive_their_parent(make_job):
-    job = make_job(schedule={"epochs": 400}, checkpoint={"every_epochs": 400}, evaluate={"every_epochs": 400})
+    job = make_job(
+        schedule={"epochs": 400}, checkpoint={"every_epochs": 400}, evaluate={"every_epochs": 400}
+    )
     process = job.start(*TWO, module=FAULTY, WARM="1")
     wait_for(lambda: logged(job, 4), process)
     process.kill()
@@ -153,11 +165,15 @@ def test_a_finished_run_ends_at_once(make_job):
 @pytest.mark.parametrize("fault", ["kill", "segv", "exception", "gil"])
 def test_torchrun_starts_the_ranks_again(make_job, undisturbed, fault):
     job = make_job(checkpoint={"every_steps": 4}, train={"step_timeout_seconds": 4.0})
-    shared_store = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "0"}  # torchrun's default, which the rest of the tests avoid
+    shared_store = {
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "0"
+    }  # torchrun's default, which the rest of the tests avoid
     job(launcher=TORCHRUN, module=FAULTY, **shared_store, **faults(fault))
     assert losses(job) == undisturbed
     assert {step for step, _ in failures(job)} == {9}
-    begin, end = (next(e["time"] for e in job.events() if e["event"] == kind) for kind in ("failed", "resumed"))
+    begin, end = (
+        next(e["time"] for e in job.events() if e["event"] == kind) for kind in ("failed", "resumed")
+    )
     print(f"{fault}: resumed after {end - begin:.1f} s")
 
 
@@ -188,7 +204,9 @@ def test_a_frozen_rank(make_job, undisturbed, launcher):
     arguments = () if launcher else (*TWO, "--max-restarts", "2")
     job(*arguments, launcher=launcher, module=FAULTY, WARM="1", **faults("freeze"))
     assert losses(job) == undisturbed
-    before, after = (next(e["time"] for e in job.events() if e["event"] == kind) for kind in ("failed", "resumed"))
+    before, after = (
+        next(e["time"] for e in job.events() if e["event"] == kind) for kind in ("failed", "resumed")
+    )
     assert after - before < (60 if launcher else 25)
     assert_nobody_is_left(job)
 
@@ -242,14 +260,18 @@ def test_what_became_of_a_run_is_found_out_by_the_next_start(tmp_path):
     assert settle(tmp_path / "new") == ()
     folder = RunFolder(tmp_path)
     folder.status(state="running", step=40)
-    assert settle(tmp_path) == ("the attempt before failed: ended without a word: killed, or the machine went down",)
+    assert settle(tmp_path) == (
+        "the attempt before failed: ended without a word: killed, or the machine went down",
+    )
     status = read_status(tmp_path)
     assert (status["state"], status["step"]) == ("failed", 40)
     # A hang in C leaves nothing but its stacks.
     RunFolder(tmp_path).status(state="running", step=50, reason=None)
     (tmp_path / "hang-rank1.txt").write_text("Timeout (0:00:04)!")
     (tmp_path / "hang-rank0.txt").touch()
-    assert settle(tmp_path) == ("the attempt before failed: rank 1: hung without a word; hang-rank1.txt says where",)
+    assert settle(tmp_path) == (
+        "the attempt before failed: rank 1: hung without a word; hang-rank1.txt says where",
+    )
     assert (tmp_path / "old-hang-rank1.txt").exists()
     assert settle(tmp_path) == ()
     # What has ended well is left alone, whatever came after.
@@ -287,7 +309,9 @@ def test_a_crash_loop_is_the_same_step_three_times_in_one_launch(tmp_path):
         ((5, 5, 7), False),
         ((9, 5, 5, 5), True),
     ):
-        (tmp_path / "events.jsonl").write_text("".join(json.dumps(e) + "\n" for e in attempts(*steps)) + '{"ev')
+        (tmp_path / "events.jsonl").write_text(
+            "".join(json.dumps(e) + "\n" for e in attempts(*steps)) + '{"ev'
+        )
         assert bool(crash_loop(tmp_path)) == loop, steps
 
 

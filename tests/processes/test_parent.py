@@ -58,9 +58,7 @@ def test_what_does_not_heal_is_not_tried_again(tmp_path):
 
 def test_a_rank_that_ends_by_no_signal_is_killed(tmp_path):
     begin = time.monotonic()
-    stubborn = (
-        "signal.signal(15, lambda *_: None); time.sleep(0.5); rank and sys.exit(7); time.sleep(99); time.sleep(99)"
-    )
+    stubborn = "signal.signal(15, lambda *_: None); time.sleep(0.5); rank and sys.exit(7); time.sleep(99); time.sleep(99)"
     code, _ = run(tmp_path, stubborn)
     assert code == 7
     assert 5 < time.monotonic() - begin < 20

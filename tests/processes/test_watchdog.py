@@ -78,7 +78,10 @@ time.sleep(2)
 
 def watched(folder, *seconds):
     return subprocess.run(
-        [sys.executable, "-c", WATCHED, folder, *map(str, seconds)], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", WATCHED, folder, *map(str, seconds)],
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
 
 
@@ -89,7 +92,8 @@ def test_the_first_time_may_take_three_times_as_long(tmp_path):
     late = watched(tmp_path, 1.2, 9)
     assert late.returncode == 1
     assert (
-        "the step after step 1 took longer than 0.5 s" in json.loads((tmp_path / "status.json").read_text())["reason"]
+        "the step after step 1 took longer than 0.5 s"
+        in json.loads((tmp_path / "status.json").read_text())["reason"]
     )
 
 

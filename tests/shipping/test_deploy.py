@@ -50,7 +50,9 @@ def test_compose():
     finds_nothing("check-jsonschema", "--builtin-schema", "vendor.compose-spec", DOCKER / "compose.yaml")
 
 
-@pytest.mark.parametrize("path", sorted(DOCKER.rglob("*.yaml")), ids=lambda path: path.relative_to(DOCKER).as_posix())
+@pytest.mark.parametrize(
+    "path", sorted(DOCKER.rglob("*.yaml")), ids=lambda path: path.relative_to(DOCKER).as_posix()
+)
 def test_yaml(path):
     assert all(isinstance(document, dict) for document in yaml.safe_load_all(path.read_text()))
 
@@ -58,7 +60,9 @@ def test_yaml(path):
 @pytest.mark.parametrize(("name", "kind"), [("runtime", "TrainingRuntime"), ("trainjob", "TrainJob")])
 def test_kubeflow(name, kind):
     """Its models leave out the keys that they do not know: nothing may be missing of what they give back."""
-    models = pytest.importorskip("kubeflow_trainer_api.models", reason="kubeflow-trainer-api, of the dev extra")
+    models = pytest.importorskip(
+        "kubeflow_trainer_api.models", reason="kubeflow-trainer-api, of the dev extra"
+    )
     written = kubernetes(name)
     assert not missing(written, getattr(models, f"TrainerV1alpha1{kind}").from_dict(written).to_dict())
 
@@ -69,13 +73,17 @@ def missing(written, kept, path=""):
         return [line for key in written for line in missing(written[key], kept.get(key), f"{path}.{key}")]
     if isinstance(written, list) and isinstance(kept, list) and len(written) == len(kept):
         return [
-            line for i, pair in enumerate(zip(written, kept, strict=True)) for line in missing(*pair, f"{path}[{i}]")
+            line
+            for i, pair in enumerate(zip(written, kept, strict=True))
+            for line in missing(*pair, f"{path}[{i}]")
         ]
     return [] if written == kept else [path]
 
 
 def test_kubernetes_files_fit_each_other():
-    pod = kubernetes("runtime")["spec"]["template"]["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]
+    pod = kubernetes("runtime")["spec"]["template"]["spec"]["replicatedJobs"][0]["template"]["spec"][
+        "template"
+    ]
     (container,) = pod["spec"]["containers"]
     first_port = Config.model_fields["metrics"].default.port
     ports = {f"metrics-{rank}": first_port + rank for rank in range(8)}
@@ -93,7 +101,11 @@ def test_kubernetes_files_fit_each_other():
 def test_accelerate(name, num_machines, num_processes):
     """accelerate refuses keys that it does not know, and for our precision must leave the configuration's alone."""
     loaded = load_config_from_file(str(DOCKER / "accelerate" / f"{name}.yaml"))
-    assert (loaded.num_machines, loaded.num_processes, loaded.mixed_precision) == (num_machines, num_processes, "no")
+    assert (loaded.num_machines, loaded.num_processes, loaded.mixed_precision) == (
+        num_machines,
+        num_processes,
+        "no",
+    )
 
 
 SRUN = """#!/bin/bash
@@ -113,9 +125,17 @@ def test_slurm_requeues_what_was_preempted_and_nothing_else(tmp_path, code, said
         (tmp_path / name).write_text(script)
         (tmp_path / name).chmod(0o755)
     slurm = {"SLURM_JOB_NODELIST": "node[7-8]", "SLURM_JOB_ID": "12345", "SLURM_NTASKS": "16"}
-    slurm |= {"SLURM_NTASKS_PER_NODE": "8", "CODE": str(code), "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    slurm |= {
+        "SLURM_NTASKS_PER_NODE": "8",
+        "CODE": str(code),
+        "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}",
+    }
     done = subprocess.run(
-        ["bash", SBATCH, "--config", "a b.yaml"], env=os.environ | slurm, capture_output=True, text=True, timeout=60
+        ["bash", SBATCH, "--config", "a b.yaml"],
+        env=os.environ | slurm,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert (done.returncode, done.stderr) == (code, "")
     assert done.stdout == f"9 1 16 8 node7 22345 --config a b.yaml\n{said}"
@@ -137,7 +157,8 @@ def needed_by(extras):
         waiting += [
             needed
             for needed in map(Requirement, distribution.requires or ())
-            if needed.marker is None or any(needed.marker.evaluate({"extra": extra}) for extra in key[1] | {""})
+            if needed.marker is None
+            or any(needed.marker.evaluate({"extra": extra}) for extra in key[1] | {""})
         ]
     return {name for name, _ in found}
 
@@ -152,6 +173,8 @@ def test_the_image_leaves_out_what_only_development_needs():
     left_out = set(re.search('^ARG DEV="(.*)"$', dockerfile, re.MULTILINE)[1].split("|"))
     needed = needed_by({"demo", "cuda130"})
     assert not left_out & needed
-    assert (needed_by({"demo", "cuda130", "dev"}) - needed) - left_out <= {"attrs"}  # which DALI 1.34 needs, too
+    assert (needed_by({"demo", "cuda130", "dev"}) - needed) - left_out <= {
+        "attrs"
+    }  # which DALI 1.34 needs, too
     for lock in ROOT.glob("requirements*.lock"):
         assert left_out <= set(re.findall("^([a-z0-9-]+)==", lock.read_text(), re.MULTILINE)), lock.name

@@ -57,8 +57,12 @@ def test_configurations_that_are_named_ship(page):
 def test_the_tree_names_every_module_and_no_other():
     tree = (ROOT / "README.md").read_text().partition("## The tree")[2]
     named = set(re.findall(r"[\w*]+\.py\b", tree))
-    modules = {path.name for folder in ("cmtrain", "pipelines") for path in (ROOT / folder).rglob("[!_]*.py")}
-    there = modules | {path.name for folder in ("tests", "examples") for path in (ROOT / folder).glob("*.py")}
+    modules = {
+        path.name for folder in ("cmtrain", "pipelines") for path in (ROOT / folder).rglob("[!_]*.py")
+    }
+    there = modules | {
+        path.name for folder in ("tests", "examples") for path in (ROOT / folder).glob("*.py")
+    }
     assert [module for module in modules if not any(fnmatch(module, name) for name in named)] == []
     assert [name for name in named if not filter_names(there, name)] == []
 

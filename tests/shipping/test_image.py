@@ -39,11 +39,15 @@ pytestmark = [
 def make_base(folder):
     """Debian with Python, from its packages, and with the certificates that this machine trusts."""
     packages = "--include=python3,python3-venv,ca-certificates"
-    subprocess.run(["debootstrap", "--variant=minbase", packages, "bookworm", folder], check=True, capture_output=True)
+    subprocess.run(
+        ["debootstrap", "--variant=minbase", packages, "bookworm", folder], check=True, capture_output=True
+    )
     if CERTIFICATES.exists():
         shutil.copy(CERTIFICATES, folder / CERTIFICATES.relative_to("/"))
     archive = subprocess.Popen(["tar", "-C", folder, "-c", "."], stdout=subprocess.PIPE)
-    subprocess.run(["podman", "import", "-q", "-", BASE], check=True, capture_output=True, stdin=archive.stdout)
+    subprocess.run(
+        ["podman", "import", "-q", "-", BASE], check=True, capture_output=True, stdin=archive.stdout
+    )
     shutil.rmtree(folder)
 
 
@@ -70,14 +74,18 @@ def image(tmp_path_factory):
 
 
 def inspect(name):
-    (found,) = json.loads(subprocess.run(["podman", "inspect", name], check=True, capture_output=True).stdout)
+    (found,) = json.loads(
+        subprocess.run(["podman", "inspect", name], check=True, capture_output=True).stdout
+    )
     return found
 
 
 def run(image, *arguments, options=(), code=0):
     """Run to the end in the foreground; what was written to stdout and stderr."""
     done = subprocess.run(
-        [*PODMAN, "run", "--rm", *NESTED, *HARDENED, *options, image, *arguments], capture_output=True, text=True
+        [*PODMAN, "run", "--rm", *NESTED, *HARDENED, *options, image, *arguments],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == code, f"{done.returncode}, not {code}\n{done.stdout}\n{done.stderr}"
     return done.stdout, done.stderr
@@ -96,8 +104,13 @@ def container(image, runs, *arguments):
 
 def wait_for_step(run_path, step, name, seconds=120):
     deadline = time.monotonic() + seconds
-    while not (run_path / "log.jsonl").exists() or f'"step": {step},' not in (run_path / "log.jsonl").read_text():
-        assert inspect(name)["State"]["Running"], subprocess.run(["podman", "logs", name], capture_output=True).stderr
+    while (
+        not (run_path / "log.jsonl").exists()
+        or f'"step": {step},' not in (run_path / "log.jsonl").read_text()
+    ):
+        assert inspect(name)["State"]["Running"], subprocess.run(
+            ["podman", "logs", name], capture_output=True
+        ).stderr
         assert time.monotonic() < deadline
         time.sleep(0.2)
 
@@ -148,7 +161,13 @@ def test_a_mistake_is_a_line_and_an_exit_code(image):
 def test_any_user_may_run_it(image):
     out, _ = run(image, "doctor", "--config", "configs/demo.yaml", "--json", options=["--user=4321:4321"])
     verdicts = {finding["check"]: finding["verdict"] for finding in json.loads(out)["checks"]}
-    assert verdicts["packages"] == verdicts["decode on the CPU"] == verdicts["data"] == verdicts["run folder"] == "ok"
+    assert (
+        verdicts["packages"]
+        == verdicts["decode on the CPU"]
+        == verdicts["data"]
+        == verdicts["run folder"]
+        == "ok"
+    )
 
 
 def test_what_the_image_says_of_itself(image):
@@ -160,7 +179,5 @@ def test_what_the_image_says_of_itself(image):
     assert config["Labels"]["org.opencontainers.image.version"] == __version__
     assert run(image, "--version") == (f"cmtrain {__version__}\n", "")
     assert run(image)[0].startswith("usage: cmtrain")
-    left_out = (
-        "import importlib.util as u; print([n for n in ('pytest', 'mypy', 'ruff', 'requests') if u.find_spec(n)])"
-    )
+    left_out = "import importlib.util as u; print([n for n in ('pytest', 'mypy', 'ruff', 'requests') if u.find_spec(n)])"
     assert run(image, "-c", left_out, options=["--entrypoint=python"])[0] == "[]\n"

@@ -15,13 +15,18 @@ from helpers.runs import ROOT
 from cmtrain import __version__
 
 UV = shutil.which("uv", path=os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]]))
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(UV is None, reason="needs uv, which `make setup` installs")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(UV is None, reason="needs uv, which `make setup` installs"),
+]
 
 
 def call(folder, *command):
     """stdout of a command that has to succeed; nothing of this checkout is on its path."""
     clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    done = subprocess.run(list(map(str, command)), cwd=folder, env=clean, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(
+        list(map(str, command)), cwd=folder, env=clean, capture_output=True, text=True, timeout=240
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -30,7 +35,15 @@ def call(folder, *command):
 def dist(tmp_path_factory):
     """As `make dist` builds them: the wheel from the unpacked source archive."""
     folder = tmp_path_factory.mktemp("dist")
-    command = [UV, "build", "--build-constraints", "docker/build.lock", "--require-hashes", "--out-dir", folder]
+    command = [
+        UV,
+        "build",
+        "--build-constraints",
+        "docker/build.lock",
+        "--require-hashes",
+        "--out-dir",
+        folder,
+    ]
     built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
     if "Failed to fetch" in built.stderr:
         pytest.skip("the build backend comes from the package index, which cannot be reached")
@@ -82,6 +95,8 @@ def test_the_wheel_trains_from_an_empty_folder(dist, tmp_path):
         found = call(here, python, "-c", f"import {module}; print({module}.__file__)")
         assert found.startswith(str(site))
     assert call(here, cmtrain, "--version") == f"cmtrain {__version__}\n"
-    out = call(here, cmtrain, "--config", "configs/demo.yaml", "--max-steps", "2", "--metrics.enabled", "false")
+    out = call(
+        here, cmtrain, "--config", "configs/demo.yaml", "--max-steps", "2", "--metrics.enabled", "false"
+    )
     assert json.loads(out)["step"] == 2
     assert (here / "runs" / "demo" / "checkpoints" / "step-000000002").is_dir()

@@ -25,7 +25,14 @@ class Net(nn.Module):
 
 def optimizer_of(model):
     return make_optimizer(
-        model, opt="sgd", lr=0.1, weight_decay=0.01, momentum=0.9, nesterov=True, betas=(0.9, 0.999), eps=1e-8
+        model,
+        opt="sgd",
+        lr=0.1,
+        weight_decay=0.01,
+        momentum=0.9,
+        nesterov=True,
+        betas=(0.9, 0.999),
+        eps=1e-8,
     )
 
 

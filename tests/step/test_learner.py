@@ -168,7 +168,10 @@ def test_the_proof_above_has_teeth(monkeypatch):
         with pytest.raises(DataDependentOutputException):
             learner.report(1, 0, 0.05, reset=True)
         for fused in (True, False):
-            optimizer, scaler = torch.optim.AdamW(Mini().parameters(), fused=fused), torch.amp.GradScaler("cpu")
+            optimizer, scaler = (
+                torch.optim.AdamW(Mini().parameters(), fused=fused),
+                torch.amp.GradScaler("cpu"),
+            )
             scaler.scale(sum(p.sum() for p in optimizer.param_groups[0]["params"])).backward()
             with nullcontext() if fused else pytest.raises(DataDependentOutputException):
                 scaler.step(optimizer)

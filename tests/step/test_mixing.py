@@ -34,7 +34,9 @@ def timm_mix(lam, box, smoothing):
 
 def key_where(spec, wanted):
     for number in range(200):
-        draw = draw_mix(spec, 32, 48, np.random.Generator(np.random.Philox(np.random.SeedSequence((number,)))))
+        draw = draw_mix(
+            spec, 32, 48, np.random.Generator(np.random.Philox(np.random.SeedSequence((number,))))
+        )
         if wanted(draw):
             return (number,), draw
     raise AssertionError("never drawn")

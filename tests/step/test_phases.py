@@ -123,8 +123,13 @@ def test_flops_are_three_forward_passes_and_counting_changes_nothing():
     assert model.training
     assert torch.equal(torch.get_rng_state(), random_state)
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
-    assert training_flops_per_image(nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10)), 32) == 3 * 2 * 3072 * 10
-    assert training_flops_per_image(timm.create_model("cmt_micro", num_classes=4, img_size=64), 64) > 3 * flops
+    assert (
+        training_flops_per_image(nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10)), 32)
+        == 3 * 2 * 3072 * 10
+    )
+    assert (
+        training_flops_per_image(timm.create_model("cmt_micro", num_classes=4, img_size=64), 64) > 3 * flops
+    )
 
 
 def test_a_cpu_has_no_gpu_facts():

@@ -74,7 +74,9 @@ def test_one_spike_does_not_hide_the_next():
 
 
 def test_a_new_level_that_stays_is_learned():
-    measured = [(loss * (4 if done >= 1500 else 1), norm) for done, (loss, norm) in enumerate(healthy_run(2000))]
+    measured = [
+        (loss * (4 if done >= 1500 else 1), norm) for done, (loss, norm) in enumerate(healthy_run(2000))
+    ]
     found = spikes_of(measured)
     assert found[0] == 1501
     assert len(found) >= 5

@@ -58,7 +58,9 @@ def test_a_damaged_newest_is_set_aside_and_the_one_before_is_used(tmp_path, dama
 def test_nothing_usable_is_an_error_and_not_a_fresh_start(tmp_path):
     for step in (1, 2):
         flip(save(tmp_path, step) / "state.pt")
-    with pytest.raises(CheckpointError, match=r"no usable checkpoint in .*: .*step-000000002.*sha256.*step-000000001"):
+    with pytest.raises(
+        CheckpointError, match=r"no usable checkpoint in .*: .*step-000000002.*sha256.*step-000000001"
+    ):
         load_newest(tmp_path)
 
 
@@ -95,7 +97,11 @@ def test_retention_keeps_the_newest_and_the_best(tmp_path):
     for step in range(1, 9):
         save(tmp_path, step, keep=2, best=3 if step >= 3 else None)
     assert checkpoint_steps(tmp_path) == [3, 7, 8]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000000003", "step-000000007", "step-000000008"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "step-000000003",
+        "step-000000007",
+        "step-000000008",
+    ]
 
 
 def test_a_full_disk_leaves_nothing_half_written_and_the_next_save_works(tmp_path):

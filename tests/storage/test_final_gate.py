@@ -50,7 +50,11 @@ def test_a_sick_model_is_refused_and_named(learner):
 
 
 def test_what_is_large_is_not_what_is_infinite():
-    assert all_finite([torch.full((9,), 3e38), torch.zeros(1), torch.tensor([1.0, math.inf])]) == [True, True, False]
+    assert all_finite([torch.full((9,), 3e38), torch.zeros(1), torch.tensor([1.0, math.inf])]) == [
+        True,
+        True,
+        False,
+    ]
 
 
 def test_a_run_saves_on_with_a_healed_ema_and_keeps_its_checkpoints_with_a_sick_model(make_job):

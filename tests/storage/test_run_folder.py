@@ -25,8 +25,15 @@ def test_rewind_forgets_what_will_be_done_again(tmp_path):
     with open(tmp_path / "log.jsonl", "a") as file:
         file.write('{"step": 31, "lo')  # cut short by a kill
     folder.rewind(20)
-    assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [10, 20]
-    assert [line.split(",")[1] for line in (tmp_path / "summary.csv").read_text().splitlines()] == ["step", "10", "20"]
+    assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [
+        10,
+        20,
+    ]
+    assert [line.split(",")[1] for line in (tmp_path / "summary.csv").read_text().splitlines()] == [
+        "step",
+        "10",
+        "20",
+    ]
     folder.rewind(0)
     assert (tmp_path / "log.jsonl").read_text() == ""
     assert len((tmp_path / "summary.csv").read_text().splitlines()) == 1

@@ -53,7 +53,9 @@ def test_held_freed_and_taken_over(tmp_path):
     folder = tmp_path / "runs" / "a"
     first, second = RunLock(folder), RunLock(folder)
     first.acquire()
-    with pytest.raises(DataError, match=rf"a is in use by process {os.getpid()} on {socket.gethostname()}; "):
+    with pytest.raises(
+        DataError, match=rf"a is in use by process {os.getpid()} on {socket.gethostname()}; "
+    ):
         second.acquire()
     second.close()  # what it does not hold it does not free
     with pytest.raises(DataError):
@@ -90,7 +92,9 @@ def test_deleted_between_open_and_flock(tmp_path, monkeypatch):
     lock.close()
 
 
-@pytest.mark.parametrize(("host", "pid", "taken"), [(None, 1, True), (None, 2**30, False), ("elsewhere", 1, False)])
+@pytest.mark.parametrize(
+    ("host", "pid", "taken"), [(None, 1, True), (None, 2**30, False), ("elsewhere", 1, False)]
+)
 def test_without_flock_the_process_is_looked_for(tmp_path, monkeypatch, host, pid, taken):
     def no_locks(descriptor, operation):
         raise OSError(errno.ENOLCK, "No locks available")

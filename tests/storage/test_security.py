@@ -10,7 +10,9 @@ SOURCES = sorted(path for package in ("cmtrain", "pipelines") for path in (ROOT 
 # Where a dangerous thing is done on purpose, and how often.
 SANCTIONED = {
     "cmtrain/storage/state_file.py": ["torch.load"],  # with weights_only, after the file was looked through
-    "cmtrain/config/strict_yaml.py": ["yaml.parse"],  # events only: nothing is constructed from them but by our own code
+    "cmtrain/config/strict_yaml.py": [
+        "yaml.parse"
+    ],  # events only: nothing is constructed from them but by our own code
 }
 MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "xmlrpc"}
 NAMES = {"eval", "exec", "compile", "__import__"}
@@ -39,7 +41,10 @@ def findings(tree: ast.AST) -> list[str]:
                 found.append(node.func.id)
             if isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Name):
                 module, method = node.func.value.id, node.func.attr
-                safe = isinstance(pickled := keywords.get("allow_pickle"), ast.Constant) and pickled.value is False
+                safe = (
+                    isinstance(pickled := keywords.get("allow_pickle"), ast.Constant)
+                    and pickled.value is False
+                )
                 if method in METHODS.get(module, ()) and not (module in ("np", "numpy") and safe):
                     found.append(f"{module}.{method}")
     return found

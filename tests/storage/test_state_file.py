@@ -188,7 +188,15 @@ def test_a_checkpoint_folder_is_not_a_link(tmp_path):
 
 
 def test_a_good_one_of_every_kind_of_value_is_read(tmp_path):
-    dtypes = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16]
+    dtypes = [
+        torch.float64,
+        torch.float32,
+        torch.float16,
+        torch.bfloat16,
+        torch.int64,
+        torch.int32,
+        torch.int16,
+    ]
     state = GOOD | {
         "kinds": [torch.ones(2, 2, dtype=dtype) for dtype in [*dtypes, torch.int8, torch.uint8, torch.bool]],
         "layout": torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last),

@@ -14,7 +14,10 @@ from cmtrain.storage.checkpoint import load_newest
 from cmtrain.storage.weights import fit, read_weights, start_from
 from pipelines.spec import DataError
 
-QUIET = {"augment": {"color_jitter": None, "scale": [0.6, 1.0]}, "mixing": {"mixup": 0, "cutmix": 0, "reprob": 0}}
+QUIET = {
+    "augment": {"color_jitter": None, "scale": [0.6, 1.0]},
+    "mixing": {"mixup": 0, "cutmix": 0, "reprob": 0},
+}
 
 
 def micro(image_px=32, num_classes=3, seed=0, **options):
@@ -80,7 +83,9 @@ def test_what_it_starts_from_is_found_wanting_before_anything_is_written(make_jo
     job = make_job()
     job("--model.init_from", "nowhere", code=3)
     (line,) = job.stderr.read_text().splitlines()
-    assert line.startswith("model.init_from: nowhere: no such file or folder; weights are a run, a checkpoint, ")
+    assert line.startswith(
+        "model.init_from: nowhere: no such file or folder; weights are a run, a checkpoint, "
+    )
     assert not (job.folder / "runs").exists()
 
 
@@ -125,7 +130,9 @@ def test_other_models_and_damaged_files_are_refused_in_one_line(tmp_path):
         assert line.startswith(f"model.init_from: {file}")
         return line
 
-    sick = tensors | {"stem.norm1.running_var": torch.full_like(tensors["stem.norm1.running_var"], torch.nan)}
+    sick = tensors | {
+        "stem.norm1.running_var": torch.full_like(tensors["stem.norm1.running_var"], torch.nan)
+    }
     assert "running_var not finite; " in refusal(lambda f: save_file(sick, f))
     assert "cmtrain repair-bn" in refusal(lambda f: save_file(sick, f))
     assert "holds no weights" in refusal(lambda f: save_file({}, f))
@@ -135,7 +142,9 @@ def test_other_models_and_damaged_files_are_refused_in_one_line(tmp_path):
     assert "in the model" in refusal(lambda f: save_file(reimpl, f), ConfigError)
     assert "not a safetensors file" in refusal(lambda f: f.write_bytes(pickle.dumps({"a": 1})))
     huge = json.dumps({"a": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}).encode()
-    assert "not a safetensors file" in refusal(lambda f: f.write_bytes(len(huge).to_bytes(8, "little") + huge))
+    assert "not a safetensors file" in refusal(
+        lambda f: f.write_bytes(len(huge).to_bytes(8, "little") + huge)
+    )
     (tmp_path / "x.safetensors").unlink()
     assert "not a regular file" in refusal(os.mkfifo)
     (tmp_path / "weights.pt").write_bytes(b"")

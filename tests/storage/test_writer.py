@@ -83,8 +83,12 @@ def test_a_checkpoint_that_the_next_one_drops_before_it_is_told_is_told_all_the_
     assert checkpoint_steps(tmp_path / "run" / "checkpoints") == [2]
     events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
     assert [event["step"] for event in events if event["event"] == "checkpoint"] == [1, 2]
-    size = journal.metrics.registry.get_sample_value("cmtrain_checkpoint_size_bytes", {"run": "run", "rank": "0"})
-    assert size == sum(file.stat().st_size for file in (tmp_path / "run/checkpoints/step-000000002").iterdir())
+    size = journal.metrics.registry.get_sample_value(
+        "cmtrain_checkpoint_size_bytes", {"run": "run", "rank": "0"}
+    )
+    assert size == sum(
+        file.stat().st_size for file in (tmp_path / "run/checkpoints/step-000000002").iterdir()
+    )
 
 
 def test_where_storage_hangs_a_save_is_given_up_and_told(tmp_path, gate, monkeypatch):
@@ -103,7 +107,10 @@ def test_where_storage_hangs_a_save_is_given_up_and_told(tmp_path, gate, monkeyp
 
 def test_host_memory_is_used_again_and_layouts_stay():
     copy = HostCopy()
-    state = {"a": torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last), "b": [torch.zeros(()), (1, None, "x")]}
+    state = {
+        "a": torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last),
+        "b": [torch.zeros(()), (1, None, "x")],
+    }
     first = copy.take(state).state
     assert first["a"].is_contiguous(memory_format=torch.channels_last)
     assert first["b"][1] == (1, None, "x")
@@ -173,7 +180,14 @@ def test_a_run_whose_last_checkpoint_failed_does_not_say_it_is_done(make_job):
 def test_a_slow_disk_does_not_slow_the_steps(make_job, figure):
     """Every fsync takes a second longer, and a checkpoint has four of them."""
     job = make_job(train={"log_every_steps": 1})
-    often = ["--checkpoint.every_steps", "10", "--checkpoint.every_epochs", "3", "--evaluate.every_epochs", "3"]
+    often = [
+        "--checkpoint.every_steps",
+        "10",
+        "--checkpoint.every_epochs",
+        "3",
+        "--evaluate.every_epochs",
+        "3",
+    ]
     job(*often, module=HURT, SLOW="1")
     times = {record["step"]: record["time"] for record in job.log()}
     first, second = [e for e in job.events() if e["event"] == "checkpoint"]

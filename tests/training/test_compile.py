@@ -5,7 +5,17 @@ import math
 import pytest
 import timm
 import torch
-from helpers.mini import POISON, HalfAccelerator, Mini, accuracy, assert_same, batch, make_learner, snapshot, step
+from helpers.mini import (
+    POISON,
+    HalfAccelerator,
+    Mini,
+    accuracy,
+    assert_same,
+    batch,
+    make_learner,
+    snapshot,
+    step,
+)
 from helpers.runs import ROOT
 from torch import nn
 
@@ -55,7 +65,11 @@ def test_the_layer_that_overflowed_is_named():
     assert found.suspects == (16 + 3,)
 
 
-GRAPHS = [("train.compile", "true"), ("train.compile_mode", "reduce-overhead"), ("train.global_batch_size", "64")]
+GRAPHS = [
+    ("train.compile", "true"),
+    ("train.compile_mode", "reduce-overhead"),
+    ("train.global_batch_size", "64"),
+]
 
 
 def test_the_mode_is_torchs(monkeypatch):

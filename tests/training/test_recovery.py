@@ -16,7 +16,13 @@ from cmtrain.training.train import keep_or_roll_back
 
 
 def make_recovery(**options):
-    defaults = {"after_bad_steps": 8, "max_rollbacks": 3, "lr_backoff": 0.25, "backoff_steps": None, "on_spikes": False}
+    defaults = {
+        "after_bad_steps": 8,
+        "max_rollbacks": 3,
+        "lr_backoff": 0.25,
+        "backoff_steps": None,
+        "on_spikes": False,
+    }
     return Recovery(**(defaults | options))
 
 
@@ -55,7 +61,12 @@ def deep_learner(**options):
 
 def test_a_learning_rate_that_freezes_a_run_is_survived():
     """SGD at 1.6 without warm-up in fp16: the re-implementation's section 4.3, in small."""
-    unguarded, frozen, cured, recovery = deep_learner(protect=False), deep_learner(), deep_learner(), make_recovery()
+    unguarded, frozen, cured, recovery = (
+        deep_learner(protect=False),
+        deep_learner(),
+        deep_learner(),
+        make_recovery(),
+    )
     without_guard, _, _ = run(unguarded, None, lr=1.6)
     assert math.isnan(accuracy(unguarded, unguarded.model)[1])
     guard_alone, _, _ = run(frozen, None, lr=1.6)
@@ -79,7 +90,9 @@ def test_overflows_that_no_rollback_ends_are_the_end():
         learner, recovery, lr=0.05, steps=200, poison=lambda number: POISON["fp16"] if number >= 30 else 1.0
     )
     assert [at for at, _, _ in told.rollbacks] == [40, 50]
-    assert diverged.startswith("10 bad steps in a row after 2 rollbacks, loss scale 64, stem: not finite in 16 of 16")
+    assert diverged.startswith(
+        "10 bad steps in a row after 2 rollbacks, loss scale 64, stem: not finite in 16 of 16"
+    )
     assert report.step == 60
     assert len(told.found) == 3
     assert told.found[-1].samples == tuple(range(59 * 16, 60 * 16))
@@ -97,7 +110,13 @@ def test_a_healthy_run_is_not_touched():
 def test_a_state_is_kept_only_after_good_steps():
     """A run on its way out is finite between its bad steps; what it was then is no state to go back to."""
     learner, recovery = make_learner(), make_recovery()
-    run(learner, recovery, lr=0.05, steps=40, poison=lambda number: POISON["fp16"] if number in (12, 19, 26) else 1.0)
+    run(
+        learner,
+        recovery,
+        lr=0.05,
+        steps=40,
+        poison=lambda number: POISON["fp16"] if number in (12, 19, 26) else 1.0,
+    )
     assert [at for at, _ in recovery.copies] == [0, 10, 35]
 
 
@@ -149,7 +168,13 @@ def test_learning_rate_factors_multiply_and_come_back():
     recovery.load_state_dict({"rollback_steps": [50, 120]})
     assert [recovery.lr_factor(at) for at in (130, 10**6)] == [0.25, 0.25]
     recovery.backoff_steps = 100
-    assert [recovery.lr_factor(at) for at in (120, 145, 170, 220, 10**6)] == [0.425, 0.609375, 0.75, 1.0, 1.0]
+    assert [recovery.lr_factor(at) for at in (120, 145, 170, 220, 10**6)] == [
+        0.425,
+        0.609375,
+        0.75,
+        1.0,
+        1.0,
+    ]
     recovery.backoff_steps = 0
     assert recovery.lr_factor(120) == 1.0
 

@@ -17,7 +17,13 @@ from pipelines.spec import DataError
 
 CONFIG = load_config("configs/demo.yaml").config
 REPORT = asdict(StepReport(1, 0, 0.0, 0.0, 0.0, 1.0, 0, 0, 0, 0, 0))
-META = {"config": CONFIG.model_dump(mode="json"), "fingerprint": "f", "report": REPORT, "best_top1": 0, "best_step": -1}
+META = {
+    "config": CONFIG.model_dump(mode="json"),
+    "fingerprint": "f",
+    "report": REPORT,
+    "best_top1": 0,
+    "best_step": -1,
+}
 
 
 def save(run, step, **changes):
@@ -87,7 +93,9 @@ def test_another_recipe_or_other_data(tmp_path):
     line = refusal(tmp_path, config=other, error=ConfigError)
     assert "optim.lr: " in line
     assert "keep" not in line
-    assert "the training images (fingerprint) changed" in refusal(tmp_path, fingerprint="g", error=ConfigError)
+    assert "the training images (fingerprint) changed" in refusal(
+        tmp_path, fingerprint="g", error=ConfigError
+    )
     assert start(tmp_path, "force", config=other).step == 3
 
 
@@ -98,7 +106,11 @@ def test_the_same_recipe_in_other_ways(tmp_path):
     save(tmp_path, 3, config=older)
     other = load_config(
         "configs/demo.yaml",
-        [("model.ffn_kernel", "eager"), ("train.compile", "true"), ("train.compile_mode", "reduce-overhead")],
+        [
+            ("model.ffn_kernel", "eager"),
+            ("train.compile", "true"),
+            ("train.compile_mode", "reduce-overhead"),
+        ],
     ).config
     assert start(tmp_path, config=other).step == 3
     other = load_config("configs/demo.yaml", [("data.mean", "[0, 0, 0]")]).config
@@ -160,7 +172,10 @@ def test_another_architecture_is_named_by_its_first_tensor(tmp_path):
     ("damage", "said"),
     [
         (lambda o: o["state"][0].update(exp_avg=torch.zeros(9, 9, 9)), "optimizer exp_avg 0 is (9, 9, 9)"),
-        (lambda o: o["state"].update({10**6: {"exp_avg": torch.zeros(1)}}), "its optimizer state is not one"),
+        (
+            lambda o: o["state"].update({10**6: {"exp_avg": torch.zeros(1)}}),
+            "its optimizer state is not one",
+        ),
         (lambda o: o["state"].update({0: 3}), "its optimizer state is not one"),
         (lambda o: o.update(state=[]), "its optimizer state is not one"),
         (lambda o: o.clear(), "its optimizer state is not one"),

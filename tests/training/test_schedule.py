@@ -67,7 +67,13 @@ def test_timm_has_the_same_curve_with_prefixed_warm_up():
     schedule = plan(num_samples=40_960, epochs=12, warmup_epochs=2.0, cooldown_epochs=3)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=6e-3)
     theirs = CosineLRScheduler(
-        optimizer, t_initial=100, warmup_t=20, warmup_prefix=True, warmup_lr_init=1e-6, lr_min=1e-5, t_in_epochs=False
+        optimizer,
+        t_initial=100,
+        warmup_t=20,
+        warmup_prefix=True,
+        warmup_lr_init=1e-6,
+        lr_min=1e-5,
+        t_in_epochs=False,
     )
     for step in range(schedule.total_steps):
         theirs.step_update(step)
@@ -87,7 +93,11 @@ def test_batch_is_split_with_the_fewest_passes_that_fit(world_size, max_batch_pe
         assert world_size * accumulation * micro_batch_size == size
         assert micro_batch_size <= max_batch_per_gpu
         fewer = range(1, accumulation)
-        assert not [n for n in fewer if size % (world_size * n) == 0 and size // (world_size * n) <= max_batch_per_gpu]
+        assert not [
+            n
+            for n in fewer
+            if size % (world_size * n) == 0 and size // (world_size * n) <= max_batch_per_gpu
+        ]
 
 
 def test_fewer_gpus_accumulate_the_same_micro_batches():

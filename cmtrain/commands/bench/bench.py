@@ -137,7 +137,9 @@ def _time_run(
     if what == "all":
         synthetic = build.make_synthetic_loader(config, schedule, num_classes, accelerator)
         figures["model"] = _time_steps(learner, synthetic, lr, steps, schedule)
-        figures["model"] |= _ceilings(config, num_classes, accelerator, flops, figures["model"]["images_per_second"])
+        figures["model"] |= _ceilings(
+            config, num_classes, accelerator, flops, figures["model"]["images_per_second"]
+        )
     if what == "guard":
         batches = _endless(build.make_synthetic_loader(config, schedule, num_classes, accelerator))
         return guard.time_guard(
@@ -182,7 +184,11 @@ def verdict(figures: Figures) -> str:
         return f"bound by host: it needs {model['host_share']:.0%} of a step to queue the step{tight}"
     memory, compute = model["percent_of_copy"], model["percent_of_matrix"]
     name, percent = ("memory", memory) if memory >= compute else ("compute", compute)
-    of = "a copy's bandwidth, counted as if nothing were fused" if name == "memory" else "a matrix product's rate"
+    of = (
+        "a copy's bandwidth, counted as if nothing were fused"
+        if name == "memory"
+        else "a matrix product's rate"
+    )
     return f"bound by {name}: {percent:.0f} % of {of}{tight}"
 
 
@@ -205,7 +211,9 @@ def _compare(report: dict[str, Any], earlier: dict[str, Any], fail_below: float 
     Raises:
         DataError: the two are not of the same work on the same kind of device.
     """
-    if other := [f"{key} {earlier.get(key)} -> {report[key]}" for key in SAME if earlier.get(key) != report[key]]:
+    if other := [
+        f"{key} {earlier.get(key)} -> {report[key]}" for key in SAME if earlier.get(key) != report[key]
+    ]:
         raise DataError(f"--compare: of another benchmark: {', '.join(other)}")
     below = []
     for name, row in report["figures"].items():
@@ -213,7 +221,9 @@ def _compare(report: dict[str, Any], earlier: dict[str, Any], fail_below: float 
         if before and "images_per_second" in row:
             row["times_earlier"] = row["images_per_second"] / before
             if fail_below is not None and row["times_earlier"] < fail_below:
-                below.append(f"{name}: {row['times_earlier']:.3f} times the earlier rate, less than {fail_below:g}")
+                below.append(
+                    f"{name}: {row['times_earlier']:.3f} times the earlier rate, less than {fail_below:g}"
+                )
     return below
 
 
@@ -229,7 +239,9 @@ def _time_loader(loader: Loader, steps: int, schedule: Schedule) -> dict[str, fl
     return {"images_per_second": images / (time.perf_counter() - begin)}
 
 
-def _time_steps(learner: Learner, loader: Loader, lr: float, steps: int, schedule: Schedule) -> dict[str, float]:
+def _time_steps(
+    learner: Learner, loader: Loader, lr: float, steps: int, schedule: Schedule
+) -> dict[str, float]:
     batches = _endless(loader)
     for step in range(WARMUP_STEPS):
         learner.step(batches, step, lr)
@@ -274,7 +286,9 @@ def _show(report: dict[str, Any]) -> None:
     console = Console(stderr=True)
     columns = sorted({name for figures in report["figures"].values() for name in figures})
     table = Table(
-        "", *columns, title=f"{report['model']} at {report['image_px']} px, {report['precision']}, {report['device']}"
+        "",
+        *columns,
+        title=f"{report['model']} at {report['image_px']} px, {report['precision']}, {report['device']}",
     )
     for name, figures in report["figures"].items():
         table.add_row(name, *(_shown(figures[c]) if c in figures else "" for c in columns))

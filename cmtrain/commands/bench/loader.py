@@ -41,7 +41,9 @@ OVERHEAD_BATCH_SIZE = 512
 PACKED_IMAGES, PACKED_PX, PACKED_QUALITY = 2000, 256, 90
 
 
-def bench_loader(config: Config, *, steps: int, rounds: int, packed: str | None, json_path: str | None) -> int:
+def bench_loader(
+    config: Config, *, steps: int, rounds: int, packed: str | None, json_path: str | None
+) -> int:
     """Time decoding, crop + resize + flip, colour jitter and RandAugment, by DALI and by timm.
 
     Prints a table on stderr and one JSON line on stdout; writes the JSON to `json_path` too, if given.
@@ -134,7 +136,12 @@ def _packed_copy(files: Manifest, folder: Path | None) -> Iterator[Manifest | No
 
 
 def _contestants(
-    files: Manifest, shards: Manifest | None, device: str, decode: Decode, cores: int, load: float | None = None
+    files: Manifest,
+    shards: Manifest | None,
+    device: str,
+    decode: Decode,
+    cores: int,
+    load: float | None = None,
 ) -> list[Contestant]:
     contestants = [
         Contestant("timm", "timm", files, device, "cpu", cores),
@@ -185,7 +192,15 @@ def _overhead(manifest: Manifest, spec: AugmentSpec) -> dict[str, float]:
     size = min(OVERHEAD_BATCH_SIZE, len(manifest))
     plan = Plan(0, len(manifest), size, size)
     loader = train_loader(
-        manifest, plan, spec, rank=0, world=1, device="cpu", decode="cpu", threads=1, prefetch_batches=PREFETCH_BATCHES
+        manifest,
+        plan,
+        spec,
+        rank=0,
+        world=1,
+        device="cpu",
+        decode="cpu",
+        threads=1,
+        prefetch_batches=PREFETCH_BATCHES,
     )
     batches = itertools.chain.from_iterable(map(loader.epoch, itertools.count()))
     for _ in range(PREFETCH_BATCHES):
@@ -195,7 +210,11 @@ def _overhead(manifest: Manifest, spec: AugmentSpec) -> dict[str, float]:
     batch = next(plan.micro_batches(0, 0, 0, 1))
     heights, widths = manifest.heights[batch.indices], manifest.widths[batch.indices]
     draws = _best_seconds(lambda: augment_params(plan, batch, heights, widths, spec), time.perf_counter, 20)
-    return {"batch": size, "thread_ms_per_batch": 1000 * in_thread, "draws_us_per_sample": 1e6 * draws / size}
+    return {
+        "batch": size,
+        "thread_ms_per_batch": 1000 * in_thread,
+        "draws_us_per_sample": 1e6 * draws / size,
+    }
 
 
 def _best_seconds(function: Callable[[], Any], clock: Callable[[], float], repeats: int) -> float:
@@ -219,7 +238,10 @@ def _show(report: dict[str, Any]) -> None:
         )
         for work, figures in report[device].items():
             for name, figure in figures.items():
-                ratios = [f"{figure[key]:.2f}" if key in figure else "" for key in ("times_timm", "times_timm_by_cpu")]
+                ratios = [
+                    f"{figure[key]:.2f}" if key in figure else ""
+                    for key in ("times_timm", "times_timm_by_cpu")
+                ]
                 rates = [f"{figure[key]:,.0f}" for key in ("images_per_second", "images_per_second_max")]
                 costs = [f"{figure[key]:.2f}" for key in ("cpu_ms_per_image", "cpu_ms_per_image_min")]
                 table.add_row(work, name, *rates, *costs, *ratios)

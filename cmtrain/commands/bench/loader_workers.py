@@ -46,7 +46,9 @@ def serve(pipe: Connection, contestant: Contestant) -> None:
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, cores[-contestant.cores :])
     torch.set_num_threads(1)
-    multiprocessing.set_start_method("fork", force=True)  # timm's workers start as they do in a training script
+    multiprocessing.set_start_method(
+        "fork", force=True
+    )  # timm's workers start as they do in a training script
     make = _timm_batches if contestant.kind == "timm" else _dali_batches
     batches: Counter = iter(())
     while True:
@@ -71,7 +73,10 @@ def _measure(batches: Counter, steps: int) -> dict[str, float]:
         torch.cuda.synchronize()
     seconds, cpu = time.perf_counter() - begin, _cpu_seconds(os.getpid()) - cpu
     # The kernel counts in ticks of 10 ms: less than one is not nothing.
-    return {"images_per_second": images / seconds, "cpu_ms_per_image": 1000 * max(cpu, 1 / _TICKS_PER_SECOND) / images}
+    return {
+        "images_per_second": images / seconds,
+        "cpu_ms_per_image": 1000 * max(cpu, 1 / _TICKS_PER_SECOND) / images,
+    }
 
 
 def _take(batches: Counter, count: int) -> int:
@@ -82,7 +87,9 @@ def _cpu_seconds(pid: int) -> float:
     """User and system time of a process and its living descendants."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     children = [
-        child for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()
+        child
+        for task in Path(f"/proc/{pid}/task").iterdir()
+        for child in (task / "children").read_text().split()
     ]
     own = (int(fields[11]) + int(fields[12])) / _TICKS_PER_SECOND
     return own + sum(_cpu_seconds(int(child)) for child in children)

@@ -73,7 +73,9 @@ def time_models(
     for mode in ("train", "infer"):
         contenders = [
             Contender(
-                name, schedule.micro_batch_size * schedule.accumulation, _training(learner, batches, config.optim.lr)
+                name,
+                schedule.micro_batch_size * schedule.accumulation,
+                _training(learner, batches, config.optim.lr),
             )
             if mode == "train"
             else Contender(name, len(images), _inference(learner.model, images, accelerator))
@@ -82,7 +84,9 @@ def time_models(
         race(contenders, device, steps=steps, rounds=rounds)
         for contender in contenders:
             row = _figures(contender, contenders[0])
-            row |= _against(contender.name, mode, row["images_per_second"], config, num_classes, dtype, ceilings)
+            row |= _against(
+                contender.name, mode, row["images_per_second"], config, num_classes, dtype, ceilings
+            )
             figures[f"{contender.name} {mode}"] = row
     figures["machine"] = {
         "copy_gb_per_second": ceilings.copy_bytes_per_second / 1e9,
@@ -92,7 +96,13 @@ def time_models(
 
 
 def time_latency(
-    config: Config, num_classes: int, accelerator: Accelerator, *, beside: Sequence[str], steps: int, rounds: int
+    config: Config,
+    num_classes: int,
+    accelerator: Accelerator,
+    *,
+    beside: Sequence[str],
+    steps: int,
+    rounds: int,
 ) -> Figures:
     """Inference of one image at a time, by the same models. Rows "NAME" as those of `time_models`."""
     image = torch.randn(1, 3, config.data.image_px, config.data.image_px, device=accelerator.device)
@@ -181,7 +191,13 @@ def _figures(contender: Contender, first: Contender) -> dict[str, float]:
 
 
 def _against(
-    name: str, mode: str, rate: float, config: Config, num_classes: int, dtype: torch.dtype, ceilings: Ceilings
+    name: str,
+    mode: str,
+    rate: float,
+    config: Config,
+    num_classes: int,
+    dtype: torch.dtype,
+    ceilings: Ceilings,
 ) -> dict[str, float]:
     model = build.make_model(_with_model(config, name), num_classes).train(mode == "train")
     image_px = config.data.image_px
@@ -199,7 +215,9 @@ def _with_model(config: Config, name: str) -> Config:
     return config if name == config.model.name else config.model_copy(update={"model": Model(name=name)})
 
 
-def _endless(config: Config, schedule: Schedule, num_classes: int, accelerator: Accelerator) -> Iterator[Any]:
+def _endless(
+    config: Config, schedule: Schedule, num_classes: int, accelerator: Accelerator
+) -> Iterator[Any]:
     loader = build.make_synthetic_loader(config, schedule, num_classes, accelerator)
     for epoch in itertools.count():
         yield from loader.epoch(epoch)

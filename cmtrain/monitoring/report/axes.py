@@ -8,7 +8,9 @@ import numpy as np
 
 from cmtrain.monitoring.units import with_exponent
 
-_SUPERSCRIPT = str.maketrans("-0123456789", "\u207b\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079")
+_SUPERSCRIPT = str.maketrans(
+    "-0123456789", "\u207b\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079"
+)
 
 Scale = Literal["linear", "log", "log2", "auto"]
 
@@ -70,14 +72,21 @@ def log_axis(low: float, high: float, *, base: int) -> Axis:
     stride = max(1, math.ceil((final - first + 1) / 6))
     powers = [exponent for exponent in range(first, final + 1) if exponent % stride == 0]
     if base == 2:
-        return Axis(low, high, log=True, ticks=[(2.0**e, f"2{str(e).translate(_SUPERSCRIPT)}") for e in powers])
+        return Axis(
+            low, high, log=True, ticks=[(2.0**e, f"2{str(e).translate(_SUPERSCRIPT)}") for e in powers]
+        )
     ticks = [10.0**e for e in powers]
     for factors in ((1, 3), (1, 2, 5), (1, 2, 3, 4, 6, 8)):
-        denser = [f * 10.0**e for e in range(first - 1, final + 1) for f in factors if low <= f * 10.0**e <= high]
+        denser = [
+            f * 10.0**e for e in range(first - 1, final + 1) for f in factors if low <= f * 10.0**e <= high
+        ]
         if len(ticks) < 3 and len(denser) <= 6:
             ticks = denser
     return Axis(
-        low, high, log=True, ticks=[(tick, _tick_label(tick, percent=False, tiny=tick < 1e-3)) for tick in ticks]
+        low,
+        high,
+        log=True,
+        ticks=[(tick, _tick_label(tick, percent=False, tiny=tick < 1e-3)) for tick in ticks],
     )
 
 

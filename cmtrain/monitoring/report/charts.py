@@ -91,7 +91,10 @@ def line_chart(
     svg.set("aria-labelledby", f"{key}-title")
     svg.set("aria-describedby", f"{key}-desc")
     # What the page's few lines of script need to read values off the lines.
-    svg.set("data-axes", f"{x_high:g} {y_axis.low:.17g} {y_axis.high:.17g} {height_px} {y_axis.log:d} {percent:d}")
+    svg.set(
+        "data-axes",
+        f"{x_high:g} {y_axis.low:.17g} {y_axis.high:.17g} {height_px} {y_axis.log:d} {percent:d}",
+    )
     _add(svg, "desc", describe(series, percent), id=f"{key}-desc")
     _draw_axes(svg, x_axis, y_axis, height_px)
     if level:
@@ -107,10 +110,14 @@ def line_chart(
         _draw_line(stretched, line, x_axis, y_axis, height_px)
     if level:
         # Below where the lines end above it, so that they do not cross it.
-        ends_above = any(line.y[np.isfinite(line.y)][-1:].max(initial=-math.inf) >= level[0] for line in series)
+        ends_above = any(
+            line.y[np.isfinite(line.y)][-1:].max(initial=-math.inf) >= level[0] for line in series
+        )
         _add(svg, "text", level[1], x="100%", dx="-4", y=y, dy="13" if ends_above else "-5", cls="level")
     _end_labels(svg, series, x_axis, y_axis, height_px)
-    legend = [(line.name, f"c{line.color}" + " dashed" * line.dashed, _last(line, percent)) for line in series]
+    legend = [
+        (line.name, f"c{line.color}" + " dashed" * line.dashed, _last(line, percent)) for line in series
+    ]
     return Chart(key, title, tostring(svg, encoding="unicode"), legend)
 
 
@@ -138,13 +145,19 @@ def heat_map(matrix: np.ndarray, *, key: str, description: str) -> str:
     svg.set("aria-describedby", f"{key}-desc")
     _add(svg, "desc", description, id=f"{key}-desc")
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-    level = np.ceil(np.sqrt(shares) * HEAT_LEVELS).astype(int)  # the root, so that a few errors in a hundred are seen
+    level = np.ceil(np.sqrt(shares) * HEAT_LEVELS).astype(
+        int
+    )  # the root, so that a few errors in a hundred are seen
     diagonal = np.eye(size, dtype=bool)
     for right, value in itertools.product((True, False), range(1, HEAT_LEVELS + 1)):
         rows, columns = np.nonzero((level == value) & (diagonal == right))
         if len(rows):
-            cells = "".join(f"M{x} {y}h1v1h-1z" for y, x in zip(rows.tolist(), columns.tolist(), strict=True))
-            _add(svg, "path", d=cells, cls="right" if right else "wrong").set("fill-opacity", f"{value / HEAT_LEVELS}")
+            cells = "".join(
+                f"M{x} {y}h1v1h-1z" for y, x in zip(rows.tolist(), columns.tolist(), strict=True)
+            )
+            _add(svg, "path", d=cells, cls="right" if right else "wrong").set(
+                "fill-opacity", f"{value / HEAT_LEVELS}"
+            )
     return tostring(svg, encoding="unicode")
 
 
@@ -238,7 +251,16 @@ def _end_labels(svg: Element, series: Sequence[Series], x_axis: Axis, y_axis: Ax
     for _, group in itertools.groupby(ends, key=lambda end: end[0]):
         column = list(group)
         for (_, _, x, line), y in zip(column, _apart([end[1] for end in column], height_px), strict=True):
-            _add(svg, "text", line.label, x=_percent(x), dx="5", y=_px(y), dy=".32em", cls=f"end c{line.color}")
+            _add(
+                svg,
+                "text",
+                line.label,
+                x=_percent(x),
+                dx="5",
+                y=_px(y),
+                dy=".32em",
+                cls=f"end c{line.color}",
+            )
 
 
 def _apart(places: Sequence[float], highest: float) -> list[float]:

@@ -89,17 +89,28 @@ def _row(index: int, names: list[str], counts: ClassCounts, errors: np.ndarray |
     mistakes = int(errors[index, taken_for]) if errors is not None else 0
     images = int(counts.images[index])
     return ClassRow(
-        names[index], images, int(counts.correct[index]) / images, names[taken_for] if mistakes else "", mistakes
+        names[index],
+        images,
+        int(counts.correct[index]) / images,
+        names[taken_for] if mistakes else "",
+        mistakes,
     )
 
 
-def _pairs(names: list[str], counts: ClassCounts, errors: np.ndarray | None) -> list[tuple[str, str, int, float]]:
+def _pairs(
+    names: list[str], counts: ClassCounts, errors: np.ndarray | None
+) -> list[tuple[str, str, int, float]]:
     if errors is None:
         return []
     order = np.argsort(-errors, axis=None, kind="stable")[:MAX_PAIRS]
     pairs = zip(*(axis.tolist() for axis in np.unravel_index(order, errors.shape)), strict=True)
     return [
-        (names[true], names[predicted], int(errors[true, predicted]), errors[true, predicted] / counts.images[true])
+        (
+            names[true],
+            names[predicted],
+            int(errors[true, predicted]),
+            errors[true, predicted] / counts.images[true],
+        )
         for true, predicted in pairs
         if errors[true, predicted]
     ]
@@ -118,5 +129,7 @@ def _cells(matrix: np.ndarray) -> list[list[Cell]]:
 
 def _heat(matrix: np.ndarray) -> str:
     wrong = int(matrix.sum() - np.trace(matrix))
-    description = f"{len(matrix)} classes, {int(matrix.sum()):,} images, {wrong:,} of them not on the diagonal."
+    description = (
+        f"{len(matrix)} classes, {int(matrix.sum()):,} images, {wrong:,} of them not on the diagonal."
+    )
     return heat_map(matrix, key="confusion", description=description)

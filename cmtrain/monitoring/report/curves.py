@@ -46,7 +46,9 @@ def large_charts(runs: Sequence[Run]) -> list[Chart]:
     losses, accuracies = _losses(runs), _accuracies(runs)
     charts = [line_chart("Loss", losses, key="loss", scale="auto", **look)] if losses else []
     if accuracies:
-        charts.append(line_chart("Top-1 accuracy", accuracies, key="accuracy", percent=True, level=level, **look))
+        charts.append(
+            line_chart("Top-1 accuracy", accuracies, key="accuracy", percent=True, level=level, **look)
+        )
     return charts
 
 
@@ -76,7 +78,9 @@ def _losses(runs: Sequence[Run]) -> list[Series]:
     run = runs[0]
     lines = [_series(run, run.record.log, "loss", name="training")]
     lines += [_series(run, run.record.evaluations, "eval_loss", name="validation", color=1, dots=True)]
-    lines += [_series(run, run.record.evaluations, "eval_ema_loss", name="validation, EMA", color=2, dots=True)]
+    lines += [
+        _series(run, run.record.evaluations, "eval_ema_loss", name="validation, EMA", color=2, dots=True)
+    ]
     return _known(lines)
 
 
@@ -97,7 +101,9 @@ def _known(lines: Sequence[Series]) -> list[Series]:
     return [line for line in lines if np.isfinite(line.y).any()]
 
 
-def _series(run: Run, columns: Columns, column: str, *, name: str, color: int | None = None, **look: Any) -> Series:
+def _series(
+    run: Run, columns: Columns, column: str, *, name: str, color: int | None = None, **look: Any
+) -> Series:
     y = columns.get(column, np.full(len(columns["step"]), np.nan))
     label = "" if look.get("dashed") else run.letter
     return Series(name, columns["step"], y, color=run.color if color is None else color, label=label, **look)

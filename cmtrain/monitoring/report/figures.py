@@ -133,7 +133,9 @@ def figures(record: RunRecord, times: Times, last_step: float) -> list[tuple[str
         found.append(("Best top-1", f"{best:.2%}", f"at step {best_step:,.0f}"))
     target = number(status.get("last_step"))
     images = f"{short(times.images)} images" if times.images else ""
-    found.append(("Steps", f"{last_step:,.0f}", f"of {target:,.0f}" if target and target > last_step else images))
+    found.append(
+        ("Steps", f"{last_step:,.0f}", f"of {target:,.0f}" if target and target > last_step else images)
+    )
     processes = f"{times.num_processes} processes, {duration(times.end - times.begin)} from first to last"
     found.append(("Duration", duration(times.active_seconds), processes if times.num_processes > 1 else ""))
     if times.images_per_second:
@@ -167,7 +169,9 @@ def _expectation(record: RunRecord, top1: float) -> str:
 def environment_of(record: RunRecord) -> dict[str, str]:
     """Where the newest process of the run ran, by name."""
     facts = [event for event in record.events if event["event"] in ("started", "resumed", "environment")]
-    merged = {key: value for event in facts for key, value in event.items() if key not in ("time", "event", "step")}
+    merged = {
+        key: value for event in facts for key, value in event.items() if key not in ("time", "event", "step")
+    }
     return {str(key): str(value) for key, value in merged.items()}
 
 

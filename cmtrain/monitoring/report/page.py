@@ -82,7 +82,9 @@ def render(records: Sequence[RunRecord]) -> str:
         small_charts=small_charts(runs),
         runs=pages,
         figure_names=list(dict.fromkeys(name for page in pages for name, _, _ in page["figures"])),
-        differences=_differences([{key: emit(value) for key, value in run.record.config.items()} for run in runs])
+        differences=_differences(
+            [{key: emit(value) for key, value in run.record.config.items()} for run in runs]
+        )
         + _differences([environment_of(run.record) for run in runs]),
     )
 
@@ -92,7 +94,9 @@ def _run_page(run: Run) -> dict[str, Any]:
     record, status, times = run.record, run.record.status, measure_times(run.record)
     state = str(status.get("state", "unknown"))
     silent_seconds = time.time() - times.end
-    if state == "running" and silent_seconds > (number(record.config.get("metrics.stall_seconds")) or SILENT_SECONDS):
+    if state == "running" and silent_seconds > (
+        number(record.config.get("metrics.stall_seconds")) or SILENT_SECONDS
+    ):
         state = "running?"
     exit_code, reason = status.get("exit_code"), status.get("reason")
     if state == "running?":
@@ -134,7 +138,9 @@ def _table(columns: Columns, leave_out: Sequence[str] = ()) -> dict[str, Any]:
     """At most NUM_TABLE_ROWS rows, evenly taken, the newest one among them."""
     names = [name for name, values in columns.items() if name not in leave_out and np.isfinite(values).any()]
     count = len(columns["step"])
-    taken = np.unique(np.linspace(0, max(count - 1, 0), min(count, NUM_TABLE_ROWS)).round().astype(int)).tolist()
+    taken = np.unique(
+        np.linspace(0, max(count - 1, 0), min(count, NUM_TABLE_ROWS)).round().astype(int)
+    ).tolist()
     rows = [[_show(name, float(columns[name][index])) for name in names] for index in taken]
     return {"names": [name.replace("_", " ") for name in names], "rows": rows, "count": count}
 
@@ -169,7 +175,9 @@ def _config_lines(record: RunRecord) -> list[tuple[str, bool]]:
     """(line, whether it differs from the default) of the configuration."""
     sections: dict[str, Any] = {name: field.annotation for name, field in Config.model_fields.items()}
     defaults = {
-        f"{name}.{key}": field.default for name, model in sections.items() for key, field in model.model_fields.items()
+        f"{name}.{key}": field.default
+        for name, model in sections.items()
+        for key, field in model.model_fields.items()
     }
     lines: list[tuple[str, bool]] = []
     for section, items in itertools.groupby(record.config.items(), key=lambda item: item[0].split(".")[0]):

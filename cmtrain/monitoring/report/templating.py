@@ -29,4 +29,7 @@ def join_scripts(templates: Environment, names: Sequence[str]) -> dict[str, str]
     Should anything slip through the escaping all the same: a browser runs no script but the one with this hash.
     """
     script = "".join(templates.get_template(name).render() for name in names)
-    return {"script": script, "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}
+    return {
+        "script": script,
+        "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    }
