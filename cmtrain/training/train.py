@@ -330,7 +330,7 @@ def open_journal(
         address=(metrics.host, metrics.port + accelerator.local_process_index) if metrics.enabled else None,
         stall_seconds=metrics.stall_seconds,
         device=accelerator.device,
-        trackers=Trackers(accelerator, path.name, dict(flat(config))),
+        trackers=Trackers(accelerator, path.name, flat(config)),
     )
 
 
