@@ -55,8 +55,8 @@ verbs:
   data preview   draw augmented training images as a grid
   data stats     count and measure the images of a configuration
   config show    print the resolved configuration and where each value comes from
-  config schema  print the JSON schema of configuration files, for editors; `config reference` prints every key,
-                 its unit, range and default for people
+  config schema  print the JSON schema of configuration files, for editors; `config reference` prints every
+                 key, its unit, range and default for people
 
 main options (cmtrain VERB --help lists those of a verb):
   --config FILE         configuration file, or one that ships with cmtrain, such as configs/full_in1k.yaml
