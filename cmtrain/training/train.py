@@ -113,7 +113,9 @@ def run(config: Config, lock: RunLock, resume: str, max_steps: int | None) -> in
             num_images = learner.step(batches, step, lr)
             done, epoch = step + 1, step // schedule.steps_per_epoch
             final = done == last_step
-            journal.count_step(done, num_images, train_loader.take_num_bytes(), learner.phases.take())
+            journal.count_step(
+                done, num_images, train_loader.take_num_bytes(), learner.phases.pop_finished()
+            )
             received = 0 if final else stop.agreed()
 
             # Here host and device meet, and nowhere else in a step.
