@@ -13,7 +13,9 @@ FORKS.set_forkserver_preload(["cmtrain.training.train", "cmtrain.cli.main"])
 
 @pytest.fixture
 def figure(record_property):
-    """figure(text): what a test has measured or counted. Listed after the tests, whichever process ran them."""
+    """figure(text): what a test has measured or counted. Listed after the tests, whichever process ran
+    them.
+    """
     return lambda text: record_property("figure", text)
 
 

@@ -11,8 +11,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted([*ROOT.glob("cmtrain/**/*.py"), *ROOT.glob("pipelines/**/*.py")])
 
-# What each package may import, itself aside. A module that is named alone may be imported without its package.
-# Everything may import cmtrain.errors and pipelines.spec.
+# What each package may import, itself aside. A module that is named alone may be imported without its
+# package. Everything may import cmtrain.errors and pipelines.spec.
 FILES = {"pipelines.checks", "pipelines.plan", "pipelines.progress"}
 PIPELINES = {"pipelines", "pipelines.files", "pipelines.checks", "pipelines.dali", "pipelines.packing"}
 MONITORING = {"cmtrain.storage", "cmtrain.step", "cmtrain.config"}

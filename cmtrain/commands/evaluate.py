@@ -105,7 +105,7 @@ def evaluate_trained(
     batch_size, _ = split_batch(config.train.global_batch_size, config.train.max_batch_per_gpu, 1)
     rows = []
     for sized in configs:
-        loader = build.make_loader_of(sized, manifest, batch_size, accelerator, threads)
+        loader = build.make_eval_loader(sized, manifest, batch_size, accelerator, threads)
         for each in weights:
             model = make_trained_model(sized, each).to(accelerator.device)
             evaluation = evaluate(

@@ -72,7 +72,7 @@ def repair_bn(config: Config, *, checkpoint: str, out: str | None, batches: int)
     sick = _sick_statistics(learner, loaded)
 
     train_loader = build.make_train_loader(config, data.train, schedule, accelerator, threads)
-    eval_loader = build.make_eval_loader(config, data.val, schedule, accelerator, threads)
+    eval_loader = build.make_eval_loader(config, data.val, schedule.micro_batch_size, accelerator, threads)
     before = _evaluate(learner, eval_loader, len(data.val), accelerator)
     torch.manual_seed(config.run.seed)  # of stochastic depth and dropout
     for module in learner.weights.values():

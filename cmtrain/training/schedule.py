@@ -1,6 +1,6 @@
-"""All arithmetic of a run, done once: how a batch is split, how many steps there are, and the learning rate of each.
+"""Plan a run: how a batch is split, how many steps there are, and the learning rate of each.
 
-A step is one optimizer update on one global batch. Durations are configured in epochs and become steps here, once.
+A step is one optimizer update on one global batch. Durations are configured in epochs and become steps here.
 """
 
 import math
@@ -12,10 +12,11 @@ from pipelines.spec import DataError
 
 @dataclass(frozen=True)
 class Schedule:
-    """What `make_schedule` worked out.
+    """The arithmetic of a run.
 
-    `micro_batches`: micro-batches of a global batch, over all processes; `accumulation`: of them, those of one process.
-    `total_epochs` includes the cool-down. `decay_end_step`: where the cosine reaches min_lr.
+    `micro_batches`: micro-batches of a global batch over all processes; `accumulation`: those of one
+    process. `total_epochs` includes the cool-down. `decay_end_step`: the step at which the cosine reaches
+    min_lr.
     """
 
     global_batch_size: int
@@ -32,12 +33,13 @@ class Schedule:
     min_lr: float
 
     def lr_at(self, step: int) -> float:
-        """The learning rate of the update that follows `step` finished ones; a pure function.
+        """Return the learning rate of the update that follows `step` finished ones; a pure function.
 
-        Linear from warmup_lr to lr over the warm-up; then half a cosine, from lr to exactly min_lr at the end of the
-        configured epochs; then min_lr. The references differ: the re-implementation's cosine is as long as the epochs without the
-        warm-up but starts with it, so that it reaches zero at epoch 295 of 300 and rises again, to 0.07 % of the peak.
-        timm's starts with the warm-up, too, and moves once an epoch; with its `warmup_prefix`, a step, it is this one.
+        Linear from warmup_lr to lr over the warm-up; half a cosine from lr to min_lr at the end of the
+        configured epochs; then min_lr. The references differ. The re-implementation's cosine lasts for the
+        epochs without the warm-up but starts with it: it reaches zero at epoch 295 of 300 and rises again,
+        to 0.07 % of the peak. timm's starts with the warm-up, too, and moves once per epoch; with
+        `warmup_prefix` and a move per step it is this one.
         """
         if step < self.warmup_steps:
             return self.warmup_lr + (self.lr - self.warmup_lr) * step / self.warmup_steps
@@ -47,7 +49,7 @@ class Schedule:
         return self.min_lr
 
     def ends_epochs(self, step: int, every_epochs: int) -> bool:
-        """Whether `step` finished updates are a multiple of `every_epochs` whole epochs."""
+        """Return whether `step` finished updates are a multiple of `every_epochs` whole epochs."""
         return step % (every_epochs * self.steps_per_epoch) == 0
 
 
@@ -64,7 +66,7 @@ def make_schedule(
     min_lr: float,
     cooldown_epochs: int,
 ) -> Schedule:
-    """Plan a run of `epochs` + `cooldown_epochs` epochs over `num_samples` samples on `world_size` processes.
+    """Plan `epochs` + `cooldown_epochs` epochs over `num_samples` samples on `world_size` processes.
 
     The incomplete last global batch of an epoch is dropped.
 
@@ -76,8 +78,8 @@ def make_schedule(
     steps_per_epoch = num_samples // global_batch_size
     if steps_per_epoch == 0:
         raise DataError(
-            f"the training set has {num_samples:,} samples, less than one global batch of {global_batch_size:,}; "
-            f"lower train.global_batch_size"
+            f"the training set has {num_samples:,} samples, less than one global batch of "
+            f"{global_batch_size:,}; lower train.global_batch_size"
         )
     return Schedule(
         global_batch_size=global_batch_size,
@@ -96,7 +98,8 @@ def make_schedule(
 
 
 def split_batch(global_batch_size: int, max_batch_per_gpu: int, world_size: int) -> tuple[int, int]:
-    """(micro-batch size, accumulation) with the fewest forward passes that `max_batch_per_gpu` allows.
+    """Return (micro-batch size, accumulation) with the fewest forward passes that `max_batch_per_gpu`
+    allows.
 
     Raises:
         ConfigError: the global batch does not split evenly over the processes.
@@ -113,8 +116,8 @@ def split_batch(global_batch_size: int, max_batch_per_gpu: int, world_size: int)
     micro_batch_size = share // accumulation
     if micro_batch_size == 1 < min(share, max_batch_per_gpu):
         raise ConfigError(
-            f"train.global_batch_size: {global_batch_size} leaves each of {world_size} processes {share} samples, "
-            f"which only batches of 1 share evenly below {max_batch_per_gpu}, and BatchNorm needs more; "
-            f"use {max_batch_per_gpu * fewest * world_size}"
+            f"train.global_batch_size: {global_batch_size} leaves each of {world_size} processes {share} "
+            f"samples, which only batches of 1 share evenly below {max_batch_per_gpu}, and BatchNorm needs "
+            f"more; use {max_batch_per_gpu * fewest * world_size}"
         )
     return micro_batch_size, accumulation

@@ -29,7 +29,9 @@ def _empty_folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Replaces the modules behind the verbs; the list receives (verb, args, kwargs) of each call. They return 4."""
+    """Replaces the modules behind the verbs; the list receives (verb, args, kwargs) of each call. They
+    return 4.
+    """
     received = []
     places = {
         "train": "training.train", "demo": "commands.demo", "bench": "commands.bench.bench", "check": "commands.data_check",

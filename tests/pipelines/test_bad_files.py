@@ -18,7 +18,7 @@ from helpers.runs import assert_same_state, logged, losses, wait_for
 from PIL import Image
 
 from cmtrain.step.evaluate import evaluate
-from cmtrain.training.run_logger import Journal
+from cmtrain.training.run_logger import RunLogger
 from pipelines.dali import graphs
 from pipelines.files.manifest import BadFile, Manifest
 from pipelines.loader import DaliLoader, eval_loader, train_loader
@@ -198,15 +198,13 @@ def test_a_file_that_two_ranks_met_is_told_and_counted_once(tmp_path):
     counts = []
     for rank in (0, 1):
         steps = {"first_step": 0, "last_step": 1, "epochs": 1, "total_steps": 1}
-        serving = {"address": None, "stall_seconds": 600, "device": torch.device("cpu")}
-        journal = Journal(tmp_path / "run", rank=rank, world_size=2, **steps, **serving)
-        journal.left_out([gone])
-        journal.bad_files([[gone], [cut_file]])
-        journal.bad_files([[cut_file], []])
-        errors = journal.metrics.decode_errors
-        counts.append(
-            [journal.metrics.one(errors, kind)._value.get() for kind in ("missing", "truncated", "other")]
-        )
+        serving = {"address": None, "stall_seconds": 600}
+        logger = RunLogger(tmp_path / "run", rank=rank, world_size=2, **steps, **serving)
+        logger.left_out([gone])
+        logger.bad_files([[gone], [cut_file]])
+        logger.bad_files([[cut_file], []])
+        errors = logger.metrics.decode_errors
+        counts.append([errors(kind)._value.get() for kind in ("missing", "truncated", "other")])
     assert counts == [[1, 0, 0], [0, 1, 0]]
     events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
     assert [(e["event"], e["path"], e["kind"]) for e in events] == [

@@ -51,8 +51,8 @@ def make_loaders(manifest: Manifest, device: str, *overrides: tuple[str, str]) -
         is_main_process=True,
     )
     return [
-        make(config, manifest, schedule, accelerator, 1)
-        for make in (build.make_train_loader, build.make_eval_loader)
+        build.make_train_loader(config, manifest, schedule, accelerator, 1),
+        build.make_eval_loader(config, manifest, schedule.micro_batch_size, accelerator, 1),
     ]
 
 

@@ -44,7 +44,9 @@ def undisturbed(make_job) -> Job:
     ("kills", "seed"), [pytest.param(3, 0), *(pytest.param(5, seed, marks=pytest.mark.slow) for seed in range(1, 5))]
 )
 def test_killed_anywhere_is_never_killed(make_job, undisturbed, figure, kills, seed):
-    """`kills` in one run: every other one while a checkpoint is being written, each at a random call of a function."""
+    """`kills` in one run: every other one while a checkpoint is being written, each at a random call of a
+    function.
+    """
     draw = random.Random(seed)
     calls = json.loads((undisturbed.folder / "calls.json").read_text())
     job = make_job("killed", **SECTIONS)

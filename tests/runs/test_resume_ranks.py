@@ -1,4 +1,6 @@
-"""A run that is stopped on some number of ranks and goes on on another: the same samples, the same losses."""
+"""A run that is stopped on some number of ranks and goes on on another: the same samples, the same
+losses.
+"""
 
 import json
 

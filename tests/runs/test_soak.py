@@ -1,4 +1,6 @@
-"""Ten minutes of everything at once: what a run of weeks would meet, nothing lost, and nothing that grows."""
+"""Ten minutes of everything at once: what a run of weeks would meet, nothing lost, and nothing that
+grows.
+"""
 
 import json
 import os

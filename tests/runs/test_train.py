@@ -1,4 +1,6 @@
-"""The promises of a run, kept by the program as a user starts it: whole processes, real JPEGs, real signals."""
+"""The promises of a run, kept by the program as a user starts it: whole processes, real JPEGs, real
+signals.
+"""
 
 from helpers.runs import POISONED, losses, final_state, assert_same_state, wait_for, logged
 
@@ -143,7 +145,9 @@ def test_evaluation_is_exact_over_ranks(make_job, nproc):
 
 
 def test_a_folder_of_photographs_never_seen_before(make_job, tmp_path):
-    """Unicode names, grayscale, CMYK, a PNG named .jpg, odd sizes: trains and evaluates, on 1, 2 and 3 ranks."""
+    """Unicode names, grayscale, CMYK, a PNG named .jpg, odd sizes: trains and evaluates, on 1, 2 and 3
+    ranks.
+    """
     root = tmp_path / "photos"
     for split, count in (("train", 36), ("val", 17)):
         write_folder(root / split, count)
@@ -215,7 +219,8 @@ def test_metrics_are_served_while_the_run_runs(make_job):
         assert min(phases.values()) > 0
         assert sum(phases.values()) < value("step_duration_seconds_sum")
         assert value("phase_duration_seconds_count", phase="data_wait") == value("step_duration_seconds_count")
-        assert value("data_bytes_total") > 500 * value("images_total", split="train")  # JPEGs of 48 x 48 pixels
+        # JPEGs of 48 x 48 pixels
+        assert value("data_bytes_total") > 500 * value("images_total", split="train")
         assert min(value(name) for name in ("flops_per_image", "weight_norm", "bn_running_var_max", "loss_scale")) > 0
         assert sum(value("state", state=state) for state in STATES) == 1
         assert float(samples[f'cmtrain_images_total{{rank="{rank}",run="job",split="train"}}']) >= 32

@@ -88,7 +88,9 @@ def test_two_hosts_train_what_one_does(make_job, cable):
 
 
 def test_a_cable_that_is_pulled_costs_time_and_nothing_else(make_job, cable):
-    """Two seconds without it nobody notices; more than collective_timeout_seconds end the run, which then resumes."""
+    """Two seconds without it nobody notices; more than collective_timeout_seconds end the run, which then
+    resumes.
+    """
     sections = {"schedule": {"epochs": 12}, "checkpoint": {"every_steps": 4}, "evaluate": {"every_epochs": 12}}
     sections |= {"train": {"collective_timeout_seconds": 20.0}}
     one, two = make_job("one", **sections), make_job("two", **sections)
@@ -112,8 +114,8 @@ def test_a_cable_that_is_pulled_costs_time_and_nothing_else(make_job, cable):
     cable("up")
     assert exit_codes(start(two)) == [0, 0], said(two)
     assert [failed_after for failed_after, _ in failures(two)] == [status["step"]]
-    # DDP orders its buckets anew after the first step of a process, and with more than two ranks sums in that order:
-    # only what began in the same step is equal to the bit.
+    # DDP orders its buckets anew after the first step of a process, and with more than two ranks sums in
+    # that order: only what began in the same step is equal to the bit.
     one("--max-steps", str(kept), nproc=4)
     one(nproc=4)
     assert losses(two) == losses(one)

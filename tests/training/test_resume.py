@@ -100,7 +100,9 @@ def test_another_recipe_or_other_data(tmp_path):
 
 
 def test_the_same_recipe_in_other_ways(tmp_path):
-    """A checkpoint of a version that did not know a key yet, and a run on hardware that has other kernels."""
+    """A checkpoint of a version that did not know a key yet, and a run on hardware that has other
+    kernels.
+    """
     older = CONFIG.model_dump(mode="json")
     del older["model"]["init_from"], older["data"]["mean"]
     save(tmp_path, 3, config=older)
