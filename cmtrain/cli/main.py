@@ -212,7 +212,7 @@ def _bench(arguments: list[str]) -> int:
 
 
 def _doctor(arguments: list[str]) -> int:
-    parser = make_parser("doctor", "Check this machine for a run, and say what to do about what is wrong.")
+    parser = make_parser("doctor", "Check this machine for a run, and suggest a remedy for every problem.")
     parser.add_argument(
         "--config", default="configs/demo.yaml", metavar="FILE", help="default: configs/demo.yaml"
     )
@@ -363,7 +363,7 @@ def describe_plan(config: Config) -> str:
         f"lr       {plan.warmup_lr:g} -> {config.optim.lr:g} -> {plan.min_lr:g} ({config.optim.opt})",
         f"steps    (training images // {size}) per epoch",
     ]
-    # A launcher says how many processes there are; without one, show what would happen on one node.
+    # A launcher sets the number of processes; without one, show what would happen on one node.
     launched = os.environ.get("WORLD_SIZE")
     for world_size in [int(launched)] if launched else [1, 2, 4, 8]:
         try:

@@ -237,8 +237,8 @@ def plan_steps(config: Config, num_samples: int, num_processes: int) -> Schedule
         # A graph leaves its gradients where its next replay writes them.
         raise ConfigError(
             f"train.compile_mode: {train.compile_mode} replays CUDA graphs, which cannot add up the "
-            f"gradients of {schedule.accumulation} micro-batches; use default, or a train.max_batch_per_gpu of "
-            f"{schedule.micro_batch_size * schedule.accumulation} or more"
+            f"gradients of {schedule.accumulation} micro-batches; use default, or a "
+            f"train.max_batch_per_gpu of {schedule.micro_batch_size * schedule.accumulation} or more"
         )
     return schedule
 

@@ -75,7 +75,7 @@ class RunLogger:
             self._serve(address, stall_seconds)
 
     def _serve(self, address: tuple[str, int], stall_seconds: float) -> None:
-        """Serve metrics; if that fails, the run goes on without them and the console says why."""
+        """Serve metrics; if that fails, log why and go on without them."""
         try:
             status = self.folder.snapshot if self.folder else lambda: self.speed
             self.exporter = Exporter(make_pages(self.metrics, status, stall_seconds, self.path), *address)

@@ -43,7 +43,7 @@ NUM_NAMED_FILES = 3
 
 
 def train(config: Config, *, resume: str = "auto", max_steps: int | None = None) -> int:
-    """Train as `config` says, in this process; one of several if a launcher started it.
+    """Train the configuration in this process, one of several if a launcher started it.
 
     Args:
         resume: `auto`, `never`, `force` or a path; see resume.choose_start.
@@ -361,7 +361,7 @@ def open_logger(config: Config, path: Path, parts: Parts, last_step: int) -> Run
 
 
 def stopped_by(number: int, step: int, unsaved: str) -> str:
-    """Say for people how a stop signal ended the run."""
+    """Describe for people how a stop signal ended the run."""
     name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
     if unsaved:
         older = "run the same command to continue from an older checkpoint"

@@ -123,7 +123,8 @@ class Job:
             return Forked(command, self.folder, environment, nproc)
         return subprocess.Popen(
             [sys.executable, *launcher, *command],
-            cwd=self.folder, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            cwd=self.folder, env=os.environ | environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
 
     def __call__(self, *arguments: str, code: int = 0, **how: Any) -> dict:

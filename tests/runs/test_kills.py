@@ -1,4 +1,4 @@
-"""kill -9, anywhere: the same command goes on, and the run is the run that was never killed, bit for bit."""
+"""Kill -9 anywhere: the same command continues, and the run equals one never killed, bit for bit."""
 
 from helpers.runs import HURT
 
@@ -31,7 +31,7 @@ def curve(job: Job) -> list[tuple]:
 
 @pytest.fixture
 def undisturbed(make_job) -> Job:
-    """A run in fp16 that nobody kills; `calls.json` says how many calls its loop and its writer make."""
+    """A run in fp16 that nobody kills; `calls.json` counts the calls of its loop and its writer."""
     job = make_job("undisturbed", **SECTIONS)
     job(module=HURT, HALF="1", COUNT=str(job.folder / "calls.json"))
     scales = [record["loss_scale"] for record in job.log()]

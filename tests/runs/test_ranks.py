@@ -1,4 +1,4 @@
-"""Two ranks, one poisoned: the step is refused on both, and whatever they decide they decide alike."""
+"""Two ranks, one poisoned: both refuse the step, and they take every decision together."""
 
 import dataclasses
 import os
@@ -69,7 +69,7 @@ def test_a_poisoned_rank_poisons_nothing(tmp_path):
     for case in CASES:
         one, other = (rank[case] for rank in ranks)
         assert one["changed"] == other["changed"] == []
-        # Between evaluations and saves each rank has statistics of its own, and says how large they are.
+        # Between evaluations and saves each rank has statistics of its own, and reports how large they are.
         assert shared(one["report"]) == shared(other["report"])
         assert one["report"].bad_steps == 1
         assert_same(one["end"], other["end"])

@@ -1,6 +1,4 @@
-"""The re-implementation's own failure (section 4.3), end to end on the demo's JPEGs: SGD at 1.6 without
-warm-up in fp16.
-"""
+"""The failure of the re-implementation (its section 4.3), end to end on the demo's JPEGs."""
 
 from helpers.runs import ROOT
 

@@ -1,6 +1,4 @@
-"""Stop signals, however the run was started: a checkpoint at that step, the true exit code, and nobody is
-left.
-"""
+"""Stop signals, however the run was started: a checkpoint, the true exit code, no process left."""
 
 import os
 import signal

@@ -1,6 +1,4 @@
-"""Ten minutes of everything at once: what a run of weeks would meet, nothing lost, and nothing that
-grows.
-"""
+"""Ten minutes of every fault that a run of weeks meets: nothing is lost and nothing grows."""
 
 import json
 import os

@@ -1,6 +1,4 @@
-"""The promises of a run, kept by the program as a user starts it: whole processes, real JPEGs, real
-signals.
-"""
+"""The promises of a run, kept by the program as a user starts it: whole processes, real JPEGs."""
 
 from helpers.runs import POISONED, losses, final_state, assert_same_state, wait_for, logged
 
@@ -62,7 +60,7 @@ def test_a_run_leaves_what_it_promises(make_job):
     assert checkpoint_steps(job.run / "checkpoints")[-3:] == [24, 30, 36]
     assert (job.run / "augmented.png").read_bytes()[:4] == b"\x89PNG"
     assert "top1" in job.stderr.read_text()
-    # The same command again has nothing to do, and says the same.
+    # The same command again has nothing to do, and reports the same.
     again = job()
     assert again["top1"] == result["top1"]
     assert [r["step"] for r in job.log()] == list(range(2, 37, 2))

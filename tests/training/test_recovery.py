@@ -78,7 +78,8 @@ def test_a_learning_rate_that_freezes_a_run_is_survived():
     report, logged, diverged = run(cured, recovery, lr=1.6)
     top1 = {name: accuracy(cured, module)[0] for name, module in cured.weights.items()}
     print(
-        f"\nSGD at 1.6, 120 steps, bad ones: no guard {without_guard.bad_steps}, guard {guard_alone.bad_steps}, "
+        f"\nSGD at 1.6, 120 steps, bad ones: no guard {without_guard.bad_steps}, "
+        f"guard {guard_alone.bad_steps}, "
         f"guard and recovery {report.bad_steps} with {len(logged.rollbacks)} rollbacks, top-1 {top1}"
     )
     assert not diverged

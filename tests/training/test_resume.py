@@ -1,4 +1,4 @@
-"""Where a run starts: never silently from scratch, and never from a checkpoint that is not its own."""
+"""A run never starts from scratch silently, and never from a checkpoint that is not its own."""
 
 from dataclasses import asdict
 
@@ -122,7 +122,8 @@ def test_the_same_recipe_in_other_ways(tmp_path):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"config": None}, {"config": {"run": 3}}, {"config": []}, {"report": {}}, {"report": REPORT | {"x": 1}},
+        {"config": None}, {"config": {"run": 3}}, {"config": []}, {"report": {}},
+        {"report": REPORT | {"x": 1}},
         {"report": None}, {"state": {"progress": {}}}, {"state": {"progress": {"step": -1}}},
         {"state": {"progress": {"step": "3"}}}, {"state": {"progress": []}},
     ],
@@ -171,7 +172,7 @@ def test_another_architecture_is_named_by_its_first_tensor(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("damage", "problem"),
     [
         (lambda o: o["state"][0].update(exp_avg=torch.zeros(9, 9, 9)), "optimizer exp_avg 0 is (9, 9, 9)"),
         (
@@ -184,11 +185,11 @@ def test_another_architecture_is_named_by_its_first_tensor(tmp_path):
         (lambda o: o.update(param_groups=[]), "ValueError"),
     ],
 )
-def test_an_optimizer_state_that_torch_would_take(tmp_path, damage, said):
+def test_an_optimizer_state_that_torch_would_take(tmp_path, damage, problem):
     """The fused kernels trust the shapes of what they are given."""
     state = trained().state_dict()
     damage(state["optimizer"])
-    assert misfit(state, tmp_path).startswith(said)
+    assert misfit(state, tmp_path).startswith(problem)
 
 
 def test_a_state_without_its_parts(tmp_path):

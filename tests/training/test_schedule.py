@@ -109,7 +109,8 @@ def test_batch_that_does_not_split_is_refused_with_the_arithmetic():
     with pytest.raises(ConfigError) as refused:
         plan(world_size=3)
     assert str(refused.value) == (
-        "train.global_batch_size: 4096 does not split over 3 processes (4096 = 3 x 1365 + 1); use 4095 or 4098"
+        "train.global_batch_size: 4096 does not split over 3 processes (4096 = 3 x 1365 + 1); "
+        "use 4095 or 4098"
     )
     with pytest.raises(ConfigError, match=r"4 does not split over 8 processes \(4 = 8 x 0 \+ 4\); use 8$"):
         plan(global_batch_size=4)
