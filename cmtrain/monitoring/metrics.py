@@ -46,7 +46,8 @@ RUN_FACTS = ("model", "precision", "device", "world_size", "version")
 class TrainMetrics:
     """The series of one rank, in a registry of their own.
 
-    `state`: what this rank is doing, one of STATES. `reported`: the newest log point.
+    `facts`: of the run, see `start`. `state`: what this rank is doing, one of STATES. `reported`: the newest
+    log point.
     """
 
     run: str
@@ -123,6 +124,7 @@ class TrainMetrics:
         for phase in (DATA_WAIT, "forward", "backward", "optimizer"):
             self.phase_seconds(phase)
         self.start_timestamp.set(time.time())
+        self.facts: Mapping[str, str] = {}
         self.device = torch.device("cpu")
         self.reported = StepReport(0, 0, 0.0, 0.0, 0.0, 1.0, 0, 0, 0, 0, 0)
         self.reached_step, self.num_steps = 0, 0  # of the run, of this process
@@ -153,7 +155,7 @@ class TrainMetrics:
             last_step: the step at which the run is complete.
             device: the device of this rank; report() publishes its memory.
         """
-        self.device = device
+        self.facts, self.device = facts, device
         self.steps_target.set(last_step)
         self.run_info(*(facts[name] for name in RUN_FACTS)).set(1)
         self.flops_per_image.set(flops_per_image)
