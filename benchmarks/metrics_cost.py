@@ -43,7 +43,12 @@ def work(steps: int, metrics: TrainMetrics | None, log_every_steps: int) -> floa
         phases.begin("optimizer")
         phases.end_step()
         metrics.count_step(
-            step, num_images=64, num_bytes=7_000_000, seconds=0.01, wait_seconds=0.001, phases=phases.take()
+            step,
+            num_images=64,
+            num_bytes=7_000_000,
+            seconds=0.01,
+            wait_seconds=0.001,
+            phases=phases.pop_finished(),
         )
         if step % log_every_steps == 0:
             metrics.report(dataclasses.replace(metrics.reported, step=step, loss=2.0))

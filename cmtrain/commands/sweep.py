@@ -19,8 +19,7 @@ from types import FrameType
 from typing import Any
 
 from cmtrain.config.load import Overrides, find_configs, load_config
-from cmtrain.config.recipe import recipe
-from cmtrain.config.schema import Config
+from cmtrain.config.schema import Config, recipe
 from cmtrain.config.strict_yaml import emit
 from cmtrain.errors import (
     EXIT_CONFIG,

@@ -64,7 +64,7 @@ def check_ranks(group: Any, config: Config, run_path: Path) -> list[str]:
     mine = Facts(
         host=socket.gethostname(),
         code=version_of_code(),
-        config={key: value for key, value in flat(config) if key not in PER_HOST_KEYS},
+        config={key: value for key, value in flat(config).items() if key not in PER_HOST_KEYS},
         run_dir=str(run_path.parent.absolute()),
         sees_run_dir=sees_run_dir(group, run_path.parent),
         clock_offset_seconds=clock_offset_seconds(group),

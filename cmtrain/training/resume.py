@@ -7,8 +7,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from cmtrain.config.recipe import recipe
-from cmtrain.config.schema import Config
+from cmtrain.config.schema import Config, recipe
 from cmtrain.errors import ConfigError
 from cmtrain.processes.failure import settle
 from cmtrain.step.learner import Learner

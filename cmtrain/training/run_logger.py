@@ -209,7 +209,7 @@ class Journal:
         for kind, num_bytes in memory_bytes(self.device).items():
             self.metrics.one(self.metrics.gpu_memory, kind).set(num_bytes)
         self.train_loss = report.loss
-        images_per_second, wait_share, step_seconds = self.pace.take()
+        images_per_second, wait_share, step_seconds = self.pace.pop_averages()
         eta_seconds = step_seconds * (self.last_step - report.step)
         self.metrics.one(self.metrics.eta_timestamp).set(time.time() + eta_seconds)
         self.speed = speed = {

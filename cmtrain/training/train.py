@@ -113,7 +113,9 @@ def run(config: Config, lock: RunLock, resume: str, max_steps: int | None) -> in
             num_images = learner.step(batches, step, lr)
             done, epoch = step + 1, step // schedule.steps_per_epoch
             final = done == last_step
-            journal.count_step(done, num_images, train_loader.take_num_bytes(), learner.phases.take())
+            journal.count_step(
+                done, num_images, train_loader.take_num_bytes(), learner.phases.pop_finished()
+            )
             received = 0 if final else stop.agreed()
 
             # Here host and device meet, and nowhere else in a step.
@@ -330,7 +332,7 @@ def open_journal(
         address=(metrics.host, metrics.port + accelerator.local_process_index) if metrics.enabled else None,
         stall_seconds=metrics.stall_seconds,
         device=accelerator.device,
-        trackers=Trackers(accelerator, path.name, dict(flat(config))),
+        trackers=Trackers(accelerator, path.name, flat(config)),
     )
 
 

@@ -150,7 +150,7 @@ def test_steps_before_a_kept_state_are_not_reported_after_it():
     step(learner, 1)
     learner.report(2, 0, 0.05, reset=True)
     recovery.roll_back(2, learner, good_until=1)
-    assert learner.window.read() == []
+    assert learner.buffer.read() == []
 
 
 def test_used_copies_are_spent_and_patience_ends():

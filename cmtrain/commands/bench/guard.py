@@ -32,12 +32,12 @@ Figures = dict[str, dict[str, float]]
 
 
 class _Without:
-    """Stands in for the guard, the window and the metrics of a step, and does nothing."""
+    """Stands in for the guard, the step buffer and the metrics of a step, and does nothing."""
 
     def propose(self) -> None:
         pass
 
-    def settle(self, ok: Tensor) -> Tensor:
+    def commit_or_restore(self, ok: Tensor) -> Tensor:
         return ok
 
     def add(self, loss: Tensor, grad_norm: Tensor, indices: list[Tensor]) -> None:
@@ -65,13 +65,13 @@ def time_guard(
     device = learner.accelerator.device
     metrics = TrainMetrics("bench", learner.accelerator.process_index)
     sides: dict[str, Any] = {
-        "with": (learner.guard, learner.window, metrics),
+        "with": (learner.guard, learner.buffer, metrics),
         "without": (_Without(), _Without(), _Without()),
     }
     done = itertools.count()
 
     def run(side: str, num_steps: int) -> float:
-        learner.guard, learner.window, counted = sides[side]
+        learner.guard, learner.buffer, counted = sides[side]
 
         def all_steps() -> None:
             for step in itertools.islice(done, num_steps):
@@ -82,7 +82,7 @@ def time_guard(
                     num_bytes=0,
                     seconds=0.1,
                     wait_seconds=0.0,
-                    phases=learner.phases.take(),
+                    phases=learner.phases.pop_finished(),
                 )
 
         return _milliseconds(all_steps, device) / num_steps
@@ -93,18 +93,18 @@ def time_guard(
     for turn in range(rounds):
         for side in list(sides) if turn % 2 else reversed(sides):
             taken[side].append(run(side, steps))
-    learner.guard, learner.window, _ = sides["with"]
+    learner.guard, learner.buffer, _ = sides["with"]
 
     def added_to_a_step() -> None:
         for _ in range(learner.accumulation):
             learner.guard.propose()
-        learner.guard.settle(torch.isfinite(one))
-        learner.window.add(one, one, learner.last_indices)
+        learner.guard.commit_or_restore(torch.isfinite(one))
+        learner.buffer.add(one, one, learner.last_indices)
         metrics.count_step(1, num_images=1, num_bytes=0, seconds=0.1, wait_seconds=0.0, phases=())
 
     one = torch.ones((), device=device)
     alone_ms = statistics.median(_milliseconds(added_to_a_step, device) for _ in range(ALONE_REPEATS))
-    learner.window.clear()
+    learner.buffer.clear()
     for _ in range(log_every_steps):
         added_to_a_step()
     _drain(device)
