@@ -7,7 +7,7 @@ shared 2-core machine). The template is report/templates/live.html.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +60,8 @@ class LivePage:
     def _render(self) -> str:
         metrics, now, status, at = self.metrics, self.now(), self.status(), time.time()
         target, end = _value(metrics.steps_target), _value(metrics.eta_timestamp)
-        stalled, rank = now["stalled"], metrics.rank
         page: dict[str, Any] = {}
-        if rank == 0:
+        if metrics.rank == 0:
             record = glance(self.run_path, status)
             run = PlottedRun(record)
             page = {
@@ -71,22 +70,21 @@ class LivePage:
                 "sampled": is_sampled(self.run_path / "log.jsonl"),
                 "events": newest_rows(record, at),
             }
-        first = read_target(self.run_path, 0) if rank else None
+        elif first := read_target(self.run_path, 0):
+            page = {"first_rank": f"http://{first}/"}
+        state, tone = STATES[now["state"]], "info" if now["state"] == "setup" else "good"
+        if now["stalled"]:
+            state, tone = "stalled", "bad"
         return self.templates.get_template("live.html").render(
             **join_scripts(self.templates, ["curves.js", "live.js"]),
             **page,
-            run=metrics.run,
-            rank=rank,
-            first_rank=first and f"http://{first}/",
+            metrics=metrics,
+            now=now,
             report=self.run_path / REPORT_NAME,
-            state="stalled" if stalled else STATES[now["state"]],
-            tone="bad" if stalled else "info" if now["state"] == "setup" else "good",
-            stalled_seconds=now["seconds_since_progress"] if stalled else None,
-            summary=summary(metrics.facts),
-            step=now["step"],
+            state=state,
+            tone=tone,
             target=int(target),
             share=min(1.0, now["step"] / target) if target else 0.0,
-            epoch=metrics.reported.epoch + 1 if metrics.reported.step else 0,
             left_seconds=max(0.0, end - at) if end else None,
             end=utc(end),
             numbers=headline_now(metrics, status, at),
@@ -94,15 +92,6 @@ class LivePage:
             version=__version__,
             written=utc(at),
         )
-
-
-def summary(facts: Mapping[str, str]) -> str:
-    """Return the run in one line: model, precision, ranks; empty before they are known."""
-    if not facts:
-        return ""
-    return " \u00b7 ".join(
-        [facts["model"], facts["precision"], f"{facts['world_size']} x {facts['device']}"]
-    )
 
 
 def headline_now(metrics: TrainMetrics, status: dict[str, Any], at: float) -> Headline:

@@ -69,7 +69,7 @@ def linear_axis(low: float, high: float, count: int, *, percent: bool = False, e
 
 
 def log_axis(low: float, high: float, *, base: int) -> Axis:
-    """Return an axis a little beyond low..high, with ticks at powers of `base`; for 10 more, if there is room."""
+    """Return an axis a little beyond low..high, with ticks at powers of `base` and, if few, between."""
     room = max((high / low) ** 0.04, 1.05)
     low, high = low / room, high * room
     first, final = math.ceil(math.log(low, base)), math.floor(math.log(high, base))

@@ -1,20 +1,18 @@
 """Draw line charts, event lanes and heat maps as inline SVG.
 
 A report is a file to keep and to mail: its charts take 10 to 100 kB. plotly would put 4.6 MB of JavaScript
-into every file, so these are drawn by hand.
+into every file, so the SVG is written here. ElementTree builds the elements, and escapes all text.
 
 A chart has no width of its own. Its lines are in a nested <svg> that is stretched to the room there is,
-while strokes keep their width. Text and marks are placed in per cent. So the same chart is sharp, with text
-of the same size, on a monitor and on a phone. Colours are CSS classes, which the page defines for light and
-dark.
-
-ElementTree builds the elements, and escapes all text.
+while strokes keep their width. Text and marks are placed in per cent. So a chart is equally sharp on a
+monitor and on a phone. Colours are CSS classes, which the page defines for light and dark.
 """
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 from xml.etree.ElementTree import Element, SubElement, tostring
 
 import numpy as np
@@ -43,6 +41,15 @@ class Series:
     dots: bool = False
     label: str = ""
 
+    def known(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return (x, y) of the points whose y is finite."""
+        finite = np.isfinite(self.y)
+        return self.x[finite], self.y[finite]
+
+    @property
+    def css(self) -> str:
+        return f"c{self.color} dashed" if self.dashed else f"c{self.color}"
+
 
 @dataclass(frozen=True)
 class Mark:
@@ -61,6 +68,24 @@ class Chart:
     title: str
     svg: str
     legend: list[tuple[str, str, str]]
+
+
+@dataclass(frozen=True)
+class _Plot:
+    """The place of values in a chart: x in per cent of its width, y in pixels."""
+
+    x_axis: Axis
+    y_axis: Axis
+    height_px: int
+
+    def x(self, value: float) -> str:
+        return _percent(float(self.x_axis.place(value)))
+
+    def y_px(self, values: Any) -> Any:
+        return self.height_px * (1 - self.y_axis.place(values))
+
+    def y(self, value: float) -> str:
+        return _px(self.y_px(value))
 
 
 def line_chart(
@@ -89,29 +114,33 @@ def line_chart(
     x_axis = linear_axis(0, x_high, 6, exact=True)
     values = [line.y for line in series] + ([np.array([level[0]])] if level else [])
     y_axis = make_axis(np.concatenate(values) if values else np.empty(0), scale, percent=percent, zero=zero)
-    svg = _labelled_svg(key, {"class": "plot", "height": str(height_px + 22)}, describe(series, percent))
+    show = as_percent if percent else short
+    svg = _labelled_svg(key, {"class": "plot", "height": str(height_px + 22)}, _describe(series, show))
     # The page's script reads values off the lines with these.
     ends = f"{x_high:g} {y_axis.low:.17g} {y_axis.high:.17g}"
     svg.set("data-axes", f"{ends} {height_px} {y_axis.log:d} {percent:d}")
-    _draw_axes(svg, x_axis, y_axis, height_px)
+    plot = _Plot(x_axis, y_axis, height_px)
+    _draw_axes(svg, plot)
     if level:
-        y = _px(height_px * (1 - float(y_axis.place(level[0]))))
+        y = plot.y(level[0])
         _add(svg, "line", x1="0", x2="100%", y1=y, y2=y, cls="level")
     for mark in marks:
-        x = _percent(float(x_axis.place(mark.x)))
+        x = plot.x(mark.x)
         hairline = _add(svg, "line", x1=x, x2=x, y1="0", y2=str(height_px), cls=f"mark {mark.kind}")
         _add(hairline, "title", mark.text)
     stretched = _add(svg, "svg", viewBox=f"0 0 {PLOT_UNITS} {height_px}", preserveAspectRatio="none")
     stretched.attrib |= {"width": "100%", "height": str(height_px)}
     for line in series:
-        _draw_line(stretched, line, x_axis, y_axis, height_px)
+        _draw_line(stretched, line, plot)
     if level:
         # The text is below the level if a line ends above it, so that they do not cross.
-        last_values = [line.y[np.isfinite(line.y)][-1:] for line in series]
-        ends_above = any((values >= level[0]).any() for values in last_values)
+        ends_above = any((line.known()[1][-1:] >= level[0]).any() for line in series)
         _add(svg, "text", level[1], x="100%", dx="-4", y=y, dy="13" if ends_above else "-5", cls="level")
-    _end_labels(svg, series, x_axis, y_axis, height_px)
-    legend = [(line.name, _line_class(line), _last(line, percent)) for line in series]
+    _end_labels(svg, series, plot)
+    legend = []
+    for line in series:
+        last = line.known()[1][-1:].tolist()
+        legend.append((line.name, line.css, show(last[0]) if last else "-"))
     return Chart(key, title, tostring(svg, encoding="unicode"), legend)
 
 
@@ -139,17 +168,15 @@ def heat_map(matrix: np.ndarray, *, key: str, description: str) -> str:
     size = len(matrix)
     svg = _labelled_svg(key, {"class": "heat", "viewBox": f"0 0 {size} {size}"}, description)
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-    level = np.ceil(np.sqrt(shares) * HEAT_LEVELS).astype(
-        int
-    )  # the root makes a few errors in a hundred visible
+    # The root makes a few errors in a hundred visible.
+    level = np.ceil(np.sqrt(shares) * HEAT_LEVELS).astype(int)
     diagonal = np.eye(size, dtype=bool)
     for right, value in itertools.product((True, False), range(1, HEAT_LEVELS + 1)):
-        cells = "".join(
-            f"M{x} {y}h1v1h-1z" for y, x in np.argwhere((level == value) & (diagonal == right)).tolist()
-        )
+        cells = np.argwhere((level == value) & (diagonal == right)).tolist()
         if cells:
-            path = _add(svg, "path", d=cells, cls="right" if right else "wrong")
-            path.set("fill-opacity", f"{value / HEAT_LEVELS}")
+            path = "".join(f"M{x} {y}h1v1h-1z" for y, x in cells)
+            shade = {"fill-opacity": f"{value / HEAT_LEVELS}"}
+            _add(svg, "path", d=path, cls="right" if right else "wrong", **shade)
     return tostring(svg, encoding="unicode")
 
 
@@ -177,7 +204,7 @@ def thin(x: np.ndarray, y: np.ndarray, columns: int) -> np.ndarray:
 
 
 def medians(x: np.ndarray, y: np.ndarray, columns: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return (x, y) of the median of each of `columns` stripes: the trend, which one spike does not bend."""
+    """Return the median (x, y) of each of `columns` stripes: the trend, which one spike does not bend."""
     stripes = _stripes(x, columns)
     middles = np.array([x[start:end].mean() for start, end in stripes])
     pieces = (y[start:end][np.isfinite(y[start:end])] for start, end in stripes)
@@ -185,66 +212,60 @@ def medians(x: np.ndarray, y: np.ndarray, columns: int) -> tuple[np.ndarray, np.
 
 
 def _stripes(x: np.ndarray, columns: int) -> list[tuple[int, int]]:
-    """Return (start, end) of the points in each stripe of equal width, without empty stripes; `x` ascends."""
+    """Return (start, end) of the points in each stripe of equal width that has any; `x` ascends."""
     stripe = np.minimum(((x - x[0]) / max(x[-1] - x[0], 1) * columns).astype(int), columns - 1)
     starts = np.flatnonzero(np.diff(stripe, prepend=-1)).tolist()
     return list(itertools.pairwise([*starts, len(x)]))
 
 
-def describe(series: Sequence[Series], percent: bool = False) -> str:
+def _describe(series: Sequence[Series], show: Callable[[float], str]) -> str:
     """Describe a chart in words, for a screen reader."""
-    show = as_percent if percent else short
     sentences = []
     for line in series:
-        known = np.flatnonzero(np.isfinite(line.y))
-        if known.size:
-            x, y = line.x[known], line.y[known]
+        x, y = line.known()
+        if y.size:
             ends = f"{show(y[0])} at step {x[0]:,.0f} to {show(y[-1])} at step {x[-1]:,.0f}"
             sentences.append(f"{line.name}: from {ends}; lowest {show(y.min())}, highest {show(y.max())}.")
     return " ".join(sentences) or "Nothing was recorded."
 
 
-def _draw_axes(svg: Element, x_axis: Axis, y_axis: Axis, height_px: int) -> None:
-    for value, label in y_axis.ticks:
-        y = _px(height_px * (1 - float(y_axis.place(value))))
+def _draw_axes(svg: Element, plot: _Plot) -> None:
+    for value, label in plot.y_axis.ticks:
+        y = plot.y(value)
         _add(svg, "line", x1="0", x2="100%", y1=y, y2=y, cls="grid")
         _add(svg, "text", label, x="-8", y=y, dy=".32em", cls="y")
-    for value, label in x_axis.ticks:
-        _add(svg, "text", label, x=_percent(float(x_axis.place(value))), y=str(height_px + 16), cls="x")
+    for value, label in plot.x_axis.ticks:
+        _add(svg, "text", label, x=plot.x(value), y=str(plot.height_px + 16), cls="x")
 
 
-def _draw_line(stretched: Element, line: Series, x_axis: Axis, y_axis: Axis, height_px: int) -> None:
+def _draw_line(stretched: Element, line: Series, plot: _Plot) -> None:
     """Draw a line; one of many points as a band from lowest to highest, with the medians in front."""
-
-    def place(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return PLOT_UNITS * x_axis.place(x), height_px * (1 - y_axis.place(y))
-
     kept = thin(line.x, line.y, MAX_COLUMNS)
     x, y = line.x, line.y
     if len(kept) < len(x):
-        _add(stretched, "path", d=_path(*place(x[kept], y[kept])), cls=f"band c{line.color}")
+        band = _path(PLOT_UNITS * plot.x_axis.place(x[kept]), plot.y_px(y[kept]))
+        _add(stretched, "path", d=band, cls=f"band c{line.color}")
         x, y = medians(x, y, MEDIAN_COLUMNS)
-    x, y = place(x, y)
-    _add(stretched, "path", d=_path(x, y), cls=f"line {_line_class(line)}")
+    x, y = PLOT_UNITS * plot.x_axis.place(x), plot.y_px(y)
+    _add(stretched, "path", d=_path(x, y), cls=f"line {line.css}")
     if line.dots:
         # A stroke of no length with round caps is a dot that stays round however the plot is stretched.
         dots = "".join(f"M{_px(a)} {_px(b)}h0" for a, b in zip(x, y, strict=True) if math.isfinite(b))
         _add(stretched, "path", d=dots, cls=f"dots c{line.color}")
 
 
-def _end_labels(svg: Element, series: Sequence[Series], x_axis: Axis, y_axis: Axis, height_px: int) -> None:
+def _end_labels(svg: Element, series: Sequence[Series], plot: _Plot) -> None:
     """Write labels to the right of the last points, and keep them apart from each other."""
-    ends = []
+    columns: dict[int, list[tuple[float, float, Series]]] = {}
     for line in series:
-        known = np.flatnonzero(np.isfinite(line.y))
-        if line.label and known.size:
-            x, y = float(x_axis.place(line.x[known[-1]])), float(y_axis.place(line.y[known[-1]]))
-            ends.append((round(20 * x), height_px * (1 - y), x, line))
-    ends.sort(key=lambda end: end[:2])
-    for _, group in itertools.groupby(ends, key=lambda end: end[0]):
-        column = list(group)
-        for (_, _, x, line), y in zip(column, _apart([end[1] for end in column], height_px), strict=True):
-            place = {"x": _percent(x), "dx": "5", "y": _px(y), "dy": ".32em"}
+        xs, ys = line.known()
+        if line.label and ys.size:
+            column = round(20 * float(plot.x_axis.place(xs[-1])))
+            columns.setdefault(column, []).append((float(plot.y_px(ys[-1])), xs[-1], line))
+    for ends in columns.values():
+        ends.sort(key=lambda end: end[0])
+        for (_, x, line), y in zip(ends, _apart([end[0] for end in ends], plot.height_px), strict=True):
+            place = {"x": plot.x(x), "dx": "5", "y": _px(y), "dy": ".32em"}
             _add(svg, "text", line.label, cls=f"end c{line.color}", **place)
 
 
@@ -258,29 +279,14 @@ def _apart(places: Sequence[float], highest: float) -> list[float]:
     return moved
 
 
-def _line_class(line: Series) -> str:
-    return f"c{line.color} dashed" if line.dashed else f"c{line.color}"
-
-
-def _last(line: Series, percent: bool) -> str:
-    known = line.y[np.isfinite(line.y)].tolist()
-    if not known:
-        return "-"
-    return as_percent(known[-1]) if percent else short(known[-1])
-
-
 def _path(x: np.ndarray, y: np.ndarray) -> str:
-    """Return straight lines through the points; NaN interrupts them, and a point on its own becomes a dot."""
-    known = np.isfinite(y)
-    # The runs of finite points: each begins where `known` changes to true, and ends where it changes back.
-    edges = np.flatnonzero(np.diff(known, prepend=False, append=False)).reshape(-1, 2)
-    parts = []
-    for start, end in edges.tolist():
-        points = [
-            f"{_px(a)} {_px(b)}" for a, b in zip(x[start:end].tolist(), y[start:end].tolist(), strict=True)
-        ]
-        parts.append("M" + ("L".join(points) if len(points) > 1 else f"{points[0]}h0"))
-    return "".join(parts)
+    """Return straight lines through the points. NaN interrupts them; a point on its own becomes a dot."""
+    finite = np.isfinite(y)
+    texts = [f"{_px(a)} {_px(b)}" for a, b in zip(x.tolist(), y.tolist(), strict=True)]
+    # Each stretch of finite points begins where `finite` changes to true, and ends where it changes back.
+    stretches = np.flatnonzero(np.diff(finite, prepend=False, append=False)).reshape(-1, 2).tolist()
+    paths = ["M" + "L".join(texts[start:end]) for start, end in stretches]
+    return "".join(path if "L" in path else f"{path}h0" for path in paths)
 
 
 def _labelled_svg(key: str, attributes: dict[str, str], description: str) -> Element:

@@ -15,7 +15,7 @@ MAX_PAIRS = 12
 
 @dataclass(frozen=True)
 class ClassRow:
-    """One class. `taken_for`: the class it was most often mistaken for, `mistakes` times; "" if not known."""
+    """One class. `taken_for`: the class it was mistaken for most often, `mistakes` times; "" if unknown."""
 
     name: str
     images: int

@@ -13,30 +13,17 @@ from cmtrain.storage.run_record import RunRecord
 # These go as planned: the report leaves them out.
 ROUTINE = ("checkpoint", "evaluated", "environment")
 
-# event -> (its name, its glyph on the page). Other events are notes under their own name.
-KINDS = {
-    "started": ("started", "start"),
-    "resumed": ("resumed", "start"),
-    "bad_steps": ("bad steps", "bad"),
-    "bad_batch": ("bad batch", "bad"),
-    "loss_spikes": ("loss spikes", "spike"),
-    "rollback": ("rollback", "rollback"),
-    "ema_healed": ("EMA healed", "rollback"),
-    "checkpoint_failed": ("checkpoint failed", "failure"),
-    "bad_file": ("bad file", "file"),
-    "finished": ("finished", "end"),
-    "preempted": ("preempted", "end"),
-    "diverged": ("diverged", "failure"),
-    "failed": ("failed", "failure"),
-}
+# glyph -> (name of its lane, events). Events without a glyph here are notes.
 LANES = {
-    "start": "starts",
-    "bad": "bad steps",
-    "spike": "loss spikes",
-    "rollback": "rollbacks",
-    "failure": "failures",
-    "file": "bad files",
+    "start": ("starts", ["started", "resumed"]),
+    "bad": ("bad steps", ["bad_steps", "bad_batch"]),
+    "spike": ("loss spikes", ["loss_spikes"]),
+    "rollback": ("rollbacks", ["rollback", "ema_healed"]),
+    "failure": ("failures", ["checkpoint_failed", "diverged", "failed"]),
+    "file": ("bad files", ["bad_file"]),
 }
+GLYPHS = {event: glyph for glyph, (_, events) in LANES.items() for event in events}
+GLYPHS |= {"finished": "end", "preempted": "end"}
 HAIRLINES = ("start", "rollback")
 MAX_HAIRLINES = 40
 MAX_ROWS_OF_A_KIND = 15
@@ -103,7 +90,7 @@ def event_lanes(record: RunRecord, x_high: float) -> list[Lane]:
     """Return one lane for each kind of event that occurred; a single start gets none."""
     marks = _marks(record)
     lanes = []
-    for glyph, name in LANES.items():
+    for glyph, (name, _) in LANES.items():
         mine = [mark for mark in marks if mark.kind == glyph]
         if len(mine) > 1 or (mine and glyph != "start"):
             lanes.append(Lane(name, glyph, len(mine), lane(mine, x_high)))
@@ -117,9 +104,12 @@ def hairlines(record: RunRecord) -> list[Mark]:
 
 
 def _row(record: RunRecord, event: dict[str, Any], seconds: float, more: int = 0) -> EventRow:
-    name, glyph = KINDS.get(event["event"], (event["event"].replace("_", " "), "note"))
-    step = round(_step_of(record, event))
-    return EventRow(utc(event["time"]), seconds, step, name, glyph, _details(event), more)
+    step, glyph = round(_step_of(record, event)), GLYPHS.get(event["event"], "note")
+    return EventRow(utc(event["time"]), seconds, step, _name(event), glyph, _details(event), more)
+
+
+def _name(event: dict[str, Any]) -> str:
+    return event["event"].replace("_", " ").replace("ema", "EMA")
 
 
 def _noteworthy(record: RunRecord) -> list[dict[str, Any]]:
@@ -129,11 +119,10 @@ def _noteworthy(record: RunRecord) -> list[dict[str, Any]]:
 def _marks(record: RunRecord) -> list[Mark]:
     marks = []
     for event in _noteworthy(record):
-        name, glyph = KINDS.get(event["event"], ("", "note"))
-        step = _step_of(record, event)
+        glyph, step = GLYPHS.get(event["event"]), _step_of(record, event)
         if glyph in LANES:
             details = ", ".join(f"{key}: {value}" for key, value in _details(event))
-            marks.append(Mark(step, glyph, f"{name}, step {step:,.0f}. {details}"[:300]))
+            marks.append(Mark(step, glyph, f"{_name(event)}, step {step:,.0f}. {details}"[:300]))
     return marks
 
 

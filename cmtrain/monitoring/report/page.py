@@ -20,7 +20,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
 from cmtrain import __version__
-from cmtrain.config.schema import Config
+from cmtrain.config.schema import defaults
 from cmtrain.config.strict_yaml import emit
 from cmtrain.monitoring.report.classes import class_section
 from cmtrain.monitoring.report.curves import PlottedRun, large_charts, small_charts, x_high
@@ -201,17 +201,12 @@ def sample_uri(path: Path) -> str | None:
 
 def _config_lines(record: RunRecord) -> list[tuple[str, bool]]:
     """Return the lines of the configuration, each with whether it differs from the default."""
-    sections: dict[str, Any] = {name: field.annotation for name, field in Config.model_fields.items()}
-    defaults = {
-        f"{name}.{key}": field.default
-        for name, model in sections.items()
-        for key, field in model.model_fields.items()
-    }
+    known = defaults()
     lines: list[tuple[str, bool]] = []
     for section, items in itertools.groupby(record.config.items(), key=lambda item: item[0].split(".")[0]):
         lines.append((f"{section}:", False))
         for name, value in items:
-            changed = name not in defaults or emit(value) != emit(defaults[name])
+            changed = name not in known or emit(value) != emit(known[name])
             lines.append((f"  {name.removeprefix(section + '.')}: {emit(value)}", changed))
     return lines
 
