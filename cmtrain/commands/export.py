@@ -21,7 +21,7 @@ from cmtrain.errors import ConfigError
 from cmtrain.models.cmt import CMT
 from cmtrain.models.fold import folded
 from cmtrain.monitoring.console import Console
-from cmtrain.monitoring.report.templating import make_templates
+from cmtrain.monitoring.report.page import make_templates
 from cmtrain.storage.run_record import read_run
 from cmtrain.storage.weights import Weights, fit, num_classes_in
 from cmtrain.training import build

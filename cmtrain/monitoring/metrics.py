@@ -9,6 +9,7 @@ Each rank serves its own port, so a dead rank is a target that is down. The run'
 a user chooses. No label holds a path or a host name, so the number of series does not grow.
 """
 
+import itertools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,7 +29,7 @@ from prometheus_client import (
 
 from cmtrain.monitoring.machine import gpu_identity, memory_bytes
 from cmtrain.step.evaluate import Evaluation
-from cmtrain.step.measure import StepReport
+from cmtrain.step.measure import PHASES, StepReport
 from pipelines.checks.decode_one import KINDS
 
 disable_created_metrics()  # they would double the number of counter series
@@ -41,12 +42,15 @@ STATES = ("setup", "train", "evaluate", "checkpoint")
 DATA_WAIT = "data_wait"
 RUN_FACTS = ("model", "precision", "device", "world_size", "version")
 
+PhaseSeconds = Sequence[Mapping[str, float]]  # seconds by phase, of some steps
+
 
 @dataclass
 class TrainMetrics:
     """The series of one rank, in a registry of their own.
 
-    `state`: what this rank is doing, one of STATES. `reported`: the newest log point.
+    `facts`: of the run, see `start`. `state`: what this rank is doing, one of STATES. `reported`: the newest
+    log point.
     """
 
     run: str
@@ -55,43 +59,47 @@ class TrainMetrics:
 
     def __post_init__(self) -> None:
         counter, gauge, histogram = (partial(self._make, kind) for kind in (Counter, Gauge, Histogram))
-        self.images = counter("images", "Images processed by this rank.", "split")
-        self.steps = counter("steps", "Optimizer steps by result.", "result")
-        self.step_seconds = histogram("step_duration_seconds", "Wall time of a step.", buckets=STEP_BUCKETS)
+        self.images = counter("images", "Images processed by this rank.", split=("train", "eval"))
+        self.steps = counter("steps", "Optimizer steps by result.", result=("applied", "skipped"))
+        self.step_seconds = histogram("step_duration_seconds", "Wall time of a step.", STEP_BUCKETS)
         self.phase_seconds = histogram(
             "phase_duration_seconds",
             "Time of a step in one phase; GPU time on a GPU, except data_wait.",
-            "phase",
-            buckets=PHASE_BUCKETS,
+            PHASE_BUCKETS,
+            phase=(DATA_WAIT, *PHASES),
         )
         self.data_wait_seconds = counter("data_wait_seconds", "Time the step waited for a batch.")
         self.data_bytes = counter("data_bytes", "Encoded bytes of the images that this rank trained on.")
-        self.decode_errors = counter("data_decode_errors", "Unreadable image files by kind.", "kind")
-        self.nonfinite = counter("nonfinite", "Non-finite values met by the guard.", "where", "action")
+        self.decode_errors = counter("data_decode_errors", "Unreadable image files by kind.", kind=KINDS)
+        self.nonfinite = counter("nonfinite", "Non-finite values met by the guard.", where=(), action=())
         self.spikes = counter("loss_spikes", "Steps whose loss or gradient norm was far above the mean.")
         self.rollbacks = counter("rollbacks", "Times the run went back to a good state kept in memory.")
-        self.bad_in_a_row = gauge("guard_consecutive_skips", "Bad steps in a row up to now.")
-        self.in_state = gauge("state", "1 for what this rank is doing now, 0 for the rest.", "state")
+        self.in_state = gauge("state", "1 for what this rank is doing now, 0 for the rest.", state=STATES)
         self.step = gauge("step", "Optimizer steps done.")
         self.steps_target = gauge("steps_target", "Optimizer steps of the whole run.")
-        self.epoch = gauge("epoch", "Epoch of the last step, from 0.")
         self.last_step_timestamp = gauge("last_step_timestamp_seconds", "Unix time of the last step.")
         self.start_timestamp = gauge("start_timestamp_seconds", "Unix time at which this process started.")
         self.eta_timestamp = gauge("eta_timestamp_seconds", "Unix time at which training should end.")
-        self.train_loss = gauge("train_loss", "Mean loss since the last log point (nats).")
-        self.learning_rate = gauge("learning_rate", "Learning rate of the last step.")
-        self.grad_norm = gauge("grad_norm", "Global L2 norm of the gradient, before clipping.")
-        self.weight_norm = gauge("weight_norm", "L2 norm of all trainable parameters together.")
-        self.loss_scale = gauge("loss_scale", "Scale of the fp16 loss, 1 without a scaler.")
-        self.bn_mean_abs_max = gauge(
-            "bn_running_mean_abs_max", "Largest absolute running mean of any BatchNorm."
+        # Each is a field of StepReport, by the field's name.
+        self.fields = {
+            "step": self.step,
+            "epoch": gauge("epoch", "Epoch of the last step, from 0."),
+            "loss": gauge("train_loss", "Mean loss since the last log point (nats)."),
+            "lr": gauge("learning_rate", "Learning rate of the last step."),
+            "grad_norm": gauge("grad_norm", "Global L2 norm of the gradient, before clipping."),
+            "weight_norm": gauge("weight_norm", "L2 norm of all trainable parameters together."),
+            "loss_scale": gauge("loss_scale", "Scale of the fp16 loss, 1 without a scaler."),
+            "bad_steps_in_a_row": gauge("guard_consecutive_skips", "Bad steps in a row up to now."),
+            "bn_mean_abs_max": gauge(
+                "bn_running_mean_abs_max", "Largest absolute running mean of any BatchNorm."
+            ),
+            "bn_var_max": gauge("bn_running_var_max", "Largest running variance of any BatchNorm."),
+        }
+        self.eval_accuracy = gauge(
+            "eval_accuracy_ratio", "Accuracy on the validation set.", k=(), weights=()
         )
-        self.bn_var_max = gauge("bn_running_var_max", "Largest running variance of any BatchNorm.")
-        self.eval_accuracy = gauge("eval_accuracy_ratio", "Accuracy on the validation set.", "k", "weights")
-        self.eval_loss = gauge("eval_loss", "Cross entropy on the validation set (nats).", "weights")
-        self.eval_seconds = histogram(
-            "eval_duration_seconds", "Time of an evaluation.", buckets=EVAL_BUCKETS
-        )
+        self.eval_loss = gauge("eval_loss", "Cross entropy on the validation set (nats).", weights=())
+        self.eval_seconds = histogram("eval_duration_seconds", "Time of an evaluation.", EVAL_BUCKETS)
         self.best_accuracy = gauge("eval_best_accuracy_ratio", "Best top-1 of the run so far.")
         self.checkpoint_seconds = histogram("checkpoint_duration_seconds", "Time to publish a checkpoint.")
         self.checkpoint_wait_seconds = counter(
@@ -105,39 +113,42 @@ class TrainMetrics:
         self.flops_per_image = gauge(
             "flops_per_image", "Floating-point operations to train on one image: three forward passes."
         )
-        self.gpu_memory = gauge("gpu_memory_bytes", "Memory of torch's allocator at the last log.", "kind")
-        self.gpu_info = gauge("gpu_info", "The GPU of this rank, value 1; joins to DCGM.", "UUID", "model")
-        self.run_info = gauge("run_info", "Facts of the run, value 1.", *RUN_FACTS)
+        self.gpu_memory = gauge("gpu_memory_bytes", "Memory of torch's allocator at the last log.", kind=())
+        self.gpu_info = gauge("gpu_info", "The GPU of this rank, value 1; joins to DCGM.", UUID=(), model=())
+        self.run_info = gauge("run_info", "Facts of the run, value 1.", **dict.fromkeys(RUN_FACTS, ()))
         # The process's memory, CPU time and file descriptors, and Python's version, under their usual names.
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
-        # A series that exists starts at 0.
-        for split in ("train", "eval"):
-            self.images(split)
-        for result in ("applied", "skipped"):
-            self.steps(result)
-        for kind in KINDS:
-            self.decode_errors(kind)
         for where, action in (("gradient", "skip"), ("batchnorm", "restore"), ("ema", "heal")):
             self.nonfinite(where, action)
-        for phase in (DATA_WAIT, "forward", "backward", "optimizer"):
-            self.phase_seconds(phase)
         self.start_timestamp.set(time.time())
+        self.facts: Mapping[str, str] = {}
         self.device = torch.device("cpu")
         self.reported = StepReport(0, 0, 0.0, 0.0, 0.0, 1.0, 0, 0, 0, 0, 0)
         self.reached_step, self.num_steps = 0, 0  # of the run, of this process
         self.state = STATES[0]
         self.progress_at = self.entered_at = time.monotonic()
-        for state in STATES:
-            self.in_state(state).set(state == self.state)
+        self.in_state(self.state).set(1)
 
-    def _make(self, kind: type, name: str, text: str, *labels: str, **options: Any) -> Any:
-        """Return the series of this run and rank; for a metric with `labels`, a function of their values."""
-        metric: Any = kind(
-            f"cmtrain_{name}", text, ("run", "rank", *labels), registry=self.registry, **options
-        )
+    def _make(
+        self, kind: Any, name: str, text: str, buckets: Sequence[float] = (), /, **labels: Sequence[str]
+    ) -> Any:
+        """Declare a metric, and return the series of this run and rank.
+
+        Args:
+            labels: the known values of each label. A series that exists starts at 0.
+
+        Returns:
+            The series; for a metric with labels, a function from their values to the series.
+        """
+        options = {"buckets": buckets} if buckets else {}
+        metric = kind(f"cmtrain_{name}", text, ("run", "rank", *labels), registry=self.registry, **options)
         series = partial(metric.labels, self.run, self.rank)
-        return series if labels else series()
+        if not labels:
+            return series()
+        for values in itertools.product(*labels.values()):
+            series(*values)
+        return series
 
     def start(
         self, facts: Mapping[str, str], *, last_step: int, flops_per_image: int, device: torch.device
@@ -149,7 +160,7 @@ class TrainMetrics:
             last_step: the step at which the run is complete.
             device: the device of this rank; report() publishes its memory.
         """
-        self.device = device
+        self.facts, self.device = facts, device
         self.steps_target.set(last_step)
         self.run_info(*(facts[name] for name in RUN_FACTS)).set(1)
         self.flops_per_image.set(flops_per_image)
@@ -179,7 +190,7 @@ class TrainMetrics:
         num_bytes: int,
         seconds: float,
         wait_seconds: float,
-        phases: Sequence[Mapping[str, float]],
+        phases: PhaseSeconds,
     ) -> None:
         """Count `step`, which has just ended. Takes numbers of the host only: it never waits for the device.
 
@@ -212,16 +223,8 @@ class TrainMetrics:
         self.nonfinite("gradient", "skip").inc(skipped)
         self.nonfinite("batchnorm", "restore").inc(now.restores - before.restores)
         self.spikes.inc(now.spikes - before.spikes)
-        self.bad_in_a_row.set(now.bad_steps_in_a_row)
-        self.step.set(now.step)
-        self.epoch.set(now.epoch)
-        self.train_loss.set(now.loss)
-        self.learning_rate.set(now.lr)
-        self.grad_norm.set(now.grad_norm)
-        self.weight_norm.set(now.weight_norm)
-        self.loss_scale.set(now.loss_scale)
-        self.bn_mean_abs_max.set(now.bn_mean_abs_max)
-        self.bn_var_max.set(now.bn_var_max)
+        for name, series in self.fields.items():
+            series.set(getattr(now, name))
         for kind, num_bytes in memory_bytes(self.device).items():
             self.gpu_memory(kind).set(num_bytes)
 
