@@ -39,7 +39,7 @@ verbs:
   watch RUN      the same, until the run ends
   report RUN...  write what run folders tell as one HTML file; several runs are compared
   bench          time the loader, the model and training, and name the bottleneck
-  repair-bn      recompute the BatchNorm statistics of a checkpoint in which they are not finite
+  repair-bn X    recompute the BatchNorm statistics of a run or of any weights file, such as NaN ones
   data check     find the images that cannot be read; training leaves them out from then on
   data pack      write an image folder as tar shards with an index: few large files instead of many small ones
   data preview   draw augmented training images as a grid
@@ -299,25 +299,22 @@ def _watch(arguments: list[str]) -> int:
 
 def _repair_bn(arguments: list[str]) -> int:
     parser = make_parser(
-        "repair-bn", "Recompute the BatchNorm statistics of a checkpoint in which they are not finite."
+        "repair-bn",
+        "Recompute BatchNorm statistics, such as those that are NaN, and write a repaired copy. Of a run: "
+        "`cmtrain repair-bn runs/shoes`. Of a file by any trainer (.pth, .pt, .bin, .safetensors): "
+        "`cmtrain repair-bn x.pth --config configs/demo.yaml --model.name resnet18 --data.root photos`.",
     )
-    parser.add_argument(
-        "--config", metavar="FILE", help="the configuration that the checkpoint was made with"
-    )
-    parser.add_argument("--checkpoint", metavar="PATH", help="checkpoint or run folder; not changed")
-    parser.add_argument(
-        "--out", metavar="DIR", help="folder to write to (default: `repaired` in the run folder)"
-    )
-    parser.add_argument(
-        "--batches", type=positive, default=200, metavar="N", help="to average over (default: 200)"
-    )
+    parser.add_argument("place", nargs="?", metavar="RUN|FILE", help="run, checkpoint folder, weights file")
+    parser.add_argument("--config", metavar="FILE", help="model and data; a run has its own")
+    parser.add_argument("--out", metavar="PATH", help="default: x-repaired.pth for x.pth, RUN/repaired")
+    parser.add_argument("--batches", type=positive, default=200, metavar="N", help="to average over (200)")
     options, overrides = parse(parser, arguments)
-    config = load("repair-bn", options.config, overrides).config
-    if options.checkpoint is None:
-        raise ConfigError("cmtrain repair-bn: --checkpoint is missing, e.g. --checkpoint runs/full_in1k")
+    if options.place is None:
+        raise ConfigError("cmtrain repair-bn: which run or file? e.g. cmtrain repair-bn runs/full_in1k")
+    config = load("repair-bn", options.config, overrides).config if options.config else None
     from cmtrain.commands.repair_bn import repair_bn
 
-    return repair_bn(config, checkpoint=options.checkpoint, out=options.out, batches=options.batches)
+    return repair_bn(options.place, config, overrides, out=options.out, batches=options.batches)
 
 
 def _report(arguments: list[str]) -> int:
