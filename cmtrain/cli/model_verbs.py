@@ -47,10 +47,10 @@ def evaluate_trained(arguments: list[str]) -> int:
     parser.add_argument("--json", metavar="FILE", help="write the results there, too")
     options, overrides = parse(parser, arguments)
     _check_trained(parser, options)
-    from cmtrain.commands.evaluate import Request, evaluate_trained
+    from cmtrain.commands.evaluate import EvalRequest, evaluate_trained
     from cmtrain.commands.trained_model import open_trained
 
-    request = Request(
+    request = EvalRequest(
         kinds=("model", "ema") if options.weights == "both" else (options.weights,),
         must_have=options.weights != "both",
         image_px=tuple(options.image_px),
