@@ -1,4 +1,4 @@
-"""`cmtrain export`: a trained model leaves as files that are whole, and that compute what the model computes."""
+"""Export a trained model; each format is read back and compared before it is published (`cmtrain export`)."""
 
 import json
 import os
@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from cmtrain import __version__
 from cmtrain.commands import export_formats
-from cmtrain.commands.export_formats import Run, crop_pct_of
+from cmtrain.commands.export_formats import Logits, crop_pct_of
 from cmtrain.commands.trained_model import Trained
 from cmtrain.config.schema import CMT_OPTIONS, Config, to_yaml
-from cmtrain.errors import ConfigError
+from cmtrain.errors import EXIT_DONE, ConfigError
 from cmtrain.models.cmt import CMT
 from cmtrain.models.fold import folded
 from cmtrain.monitoring.console import Console
@@ -36,28 +36,29 @@ CHECKED_BATCHES = (1, 3)  # images; neither is the size that the exporters trace
 def export(trained: Trained, *, formats: Sequence[str], out: str, kind: str | None, fold_bn: bool) -> int:
     """Write `trained` to the folder `out` in each of `formats` (of FORMATS), with a model card.
 
-    Every format is read back and must give the model's logits before the folder appears, by one rename. Says on stderr
-    what was written, and one JSON line on stdout.
+    Every format is read back and must give the model's logits before the folder appears, by one rename.
+    Prints what was written on stderr, and one JSON line on stdout.
 
     Args:
         out: a folder that does not exist yet.
         kind: `model` or `ema`; None: the EMA if there is one.
-        fold_bn: absorb BatchNorm where that is exact; not in timm's layout, which has a place for every norm.
+        fold_bn: absorb BatchNorm where that is exact; not in timm's layout, which has a place for every
+            norm.
 
     Returns:
         The process exit code, 0.
 
     Raises:
-        ConfigError: `out` exists, or these options do not go together.
-        DataError: no such weights, they are not finite, a package is missing, a format computes something else, or the
-            files cannot be written. Nothing is left behind.
+        ConfigError: `out` exists, or these options do not fit together.
+        DataError: no such weights, they are not finite, a package is missing, a format computes something
+            else, or the files cannot be written. Nothing is left behind.
     """
     config, final = trained.config, Path(out)
     is_cmt = config.model.name.startswith("cmt_")
     if os.path.lexists(final):
         raise ConfigError(f"--out {out}: exists already; choose another folder")
     if fold_bn and (not is_cmt or list(formats) == ["timm"]):
-        why = "of CMT only" if not is_cmt else "not for timm's layout, which has a place for every norm"
+        why = "not for timm's layout, which has a place for every norm" if is_cmt else "for CMT only"
         raise ConfigError(f"--fold-bn: {why}; leave it out, or export onnx or torch-export")
     if "onnx" in formats and (missing := export_formats.missing_packages()):
         raise DataError(f"--format onnx: needs {', '.join(missing)}; pip install 'cmtrain[export]'")
@@ -84,13 +85,16 @@ def export(trained: Trained, *, formats: Sequence[str], out: str, kind: str | No
     files = sorted(path.name for path in final.iterdir())
     result = {"out": str(final), "checkpoint": str(weights.path), "weights": weights.kind, "files": files}
     print(json.dumps(result | {"max_difference": differences}), flush=True)  # noqa: T201
-    return 0
+    return EXIT_DONE
 
 
 def make_trained_model(config: Config, weights: Weights) -> nn.Module:
-    """The model of `config` with `weights`, in eval() and fp32 on the CPU; another data.image_px resizes its tables."""
+    """Return the model of `config` with `weights`, in eval() and fp32 on the CPU.
+
+    Position tables are resized if data.image_px is another one than in training.
+    """
     num_classes = num_classes_in(weights, config.model.name)
-    # Contiguous, since the layout of a training step means nothing to whoever loads the files.
+    # Contiguous, because the layout of a training step means nothing to a user of the files.
     model = build.make_model(config, num_classes).to(memory_format=torch.contiguous_format)
     try:
         fit(model, weights.tensors, keeps_head=True)
@@ -102,22 +106,19 @@ def make_trained_model(config: Config, weights: Weights) -> nn.Module:
 def _write(
     folder: Path, model: nn.Module, formats: Sequence[str], trained: Trained, *, fold_bn: bool
 ) -> dict[str, float]:
-    """Write each format and compare. Returns its largest difference."""
+    """Write each format and compare it with `model`. Returns its largest difference."""
     config = trained.config
-    labels = trained.class_names if len(trained.class_names) == model.num_classes else ()
-    generator = torch.Generator().manual_seed(0)
-    sample = torch.randn(
-        max(CHECKED_BATCHES), 3, config.data.image_px, config.data.image_px, generator=generator
-    )
+    generator, side = torch.Generator().manual_seed(0), config.data.image_px
+    sample = torch.randn(max(CHECKED_BATCHES), 3, side, side, generator=generator)
     for_inference = folded(model) if fold_bn and isinstance(model, CMT) else model
-    writers: dict[str, Callable[[], Run]] = {
-        "timm": lambda: export_formats.to_timm(
-            folder,
-            model,
-            model_args=model_args_of(config),
-            preprocessing=preprocessing_of(config),
-            labels=labels,
-        ),
+
+    def to_timm() -> Logits:
+        labels = trained.class_names if len(trained.class_names) == model.num_classes else ()
+        how = {"model_args": model_args_of(config), "preprocessing": preprocessing_of(config)}
+        return export_formats.to_timm(folder, model, labels=labels, **how)
+
+    writers: dict[str, Callable[[], Logits]] = {
+        "timm": to_timm,
         "onnx": lambda: export_formats.to_onnx(folder, for_inference, sample[:2]),
         "torch-export": lambda: export_formats.to_program(folder, for_inference, sample[:2]),
     }
@@ -133,25 +134,21 @@ def _write(
 
 
 @torch.no_grad()
-def largest_difference(model: Run, other: Run, sample: Tensor) -> float:
-    """Between the logits of both, relative to the largest of them or 1; NaN if there is one."""
+def largest_difference(model: Logits, other: Logits, sample: Tensor) -> float:
+    """Compare the logits of both, relative to the largest of them or 1; NaN if there is one."""
     worst = torch.zeros(())
     for images in (sample[:size] for size in CHECKED_BATCHES):
         expected = model(images)
-        worst = torch.maximum(
-            worst, (other(images) - expected).abs().max() / expected.abs().max().clamp(min=1)
-        )
+        difference = (other(images) - expected).abs().max() / expected.abs().max().clamp(min=1)
+        worst = torch.maximum(worst, difference)
     return worst.item()
 
 
 def model_args_of(config: Config) -> dict[str, Any]:
-    """What timm.create_model needs beside name and number of classes; dropout is of no use to whoever loads it."""
-    drops = {"attn_drop_rate", "proj_drop_rate"}
-    options = (
-        config.model.model_dump(include=set(CMT_OPTIONS) - drops)
-        if config.model.name.startswith("cmt_")
-        else {}
-    )
+    """Return the arguments of timm.create_model, beside name and number of classes; without dropout."""
+    options = {}
+    if config.model.name.startswith("cmt_"):
+        options = config.model.model_dump(include=set(CMT_OPTIONS) - {"attn_drop_rate", "proj_drop_rate"})
     pretrained_cfg = timm.get_pretrained_cfg(config.model.name)
     if pretrained_cfg is not None and pretrained_cfg.fixed_input_size:
         options["img_size"] = config.data.image_px
@@ -159,7 +156,7 @@ def model_args_of(config: Config) -> dict[str, Any]:
 
 
 def preprocessing_of(config: Config) -> dict[str, Any]:
-    """As timm's pretrained_cfg says it."""
+    """Return the entries of timm's pretrained_cfg."""
     data = config.data
     return {
         "input_size": [3, data.image_px, data.image_px],
@@ -174,35 +171,32 @@ def preprocessing_of(config: Config) -> dict[str, Any]:
 def _card(
     trained: Trained, weights: Weights, model: nn.Module, differences: dict[str, float], *, fold_bn: bool
 ) -> str:
-    """README.md of the export, from the run's own record."""
+    """Return the README.md of the export, from the run's own record."""
     config = trained.config
     evaluations = read_run(trained.run).evaluations
     prefix = "eval_ema" if weights.kind == "ema" else "eval"
-    at = {int(step): place for place, step in enumerate(evaluations["step"])}.get(trained.step)
-    columns = {key: evaluations.get(f"{prefix}_{key}") for key in ("top1", "top5", "loss")}
-    metrics = {
-        key: float(column[at]) for key, column in columns.items() if at is not None and column is not None
-    }
-    versions = trained.checkpoint.meta.get("versions", {})
+    place = {int(step): place for place, step in enumerate(evaluations["step"])}.get(trained.step)
+    metrics = {}
+    for key in ("top1", "top5", "loss"):
+        column = evaluations.get(f"{prefix}_{key}")
+        if place is not None and column is not None:
+            metrics[key] = float(column[place])
     exported_by = {"cmtrain": __version__, "torch": torch.__version__, "timm": timm.__version__}
-    return (
-        make_templates()
-        .get_template("model_card.md")
-        .render(
-            name=config.run.name,
-            config=config,
-            config_yaml=to_yaml(config),
-            weights=weights.kind,
-            step=trained.step,
-            metrics=metrics,
-            num_parameters=sum(p.numel() for p in model.parameters()),
-            num_classes=model.num_classes,
-            class_names=trained.class_names,
-            differences=differences,
-            fold_bn=fold_bn,
-            trained_with=versions,
-            exported_by=exported_by | {"python": platform.python_version()},
-        )
+    template = make_templates().get_template("model_card.md")
+    return template.render(
+        name=config.run.name,
+        config=config,
+        config_yaml=to_yaml(config),
+        weights=weights.kind,
+        step=trained.step,
+        metrics=metrics,
+        num_parameters=sum(p.numel() for p in model.parameters()),
+        num_classes=model.num_classes,
+        class_names=trained.class_names,
+        differences=differences,
+        fold_bn=fold_bn,
+        trained_with=trained.checkpoint.meta.get("versions", {}),
+        exported_by=exported_by | {"python": platform.python_version()},
     )
 
 

@@ -1,7 +1,7 @@
-"""A trained model as files for others: timm's hub layout, ONNX, torch.export.
+"""Write a trained model as files for others: timm's hub layout, ONNX, torch.export.
 
-Each function writes into a folder and returns the model as it is read back from there, so that whoever called it can
-compare. All take a batch of any size at the model's one image size.
+Each function writes into a folder and returns the model as it is read back from there, for comparison. All
+take a batch of any size at the model's one image size.
 """
 
 import importlib
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 ONNX_NAME, PROGRAM_NAME = "model.onnx", "model.pt2"
 ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
-Run = Callable[[Tensor], Tensor]  # (B, 3, px, px) fp32, normalised -> (B, num_classes)
+Logits = Callable[[Tensor], Tensor]  # (B, 3, px, px) fp32, normalised -> (B, num_classes)
 
 
 def to_timm(
@@ -30,14 +30,14 @@ def to_timm(
     model_args: dict[str, Any],
     preprocessing: dict[str, Any],
     labels: Sequence[str],
-) -> Run:
-    """model.safetensors and config.json, for `timm.create_model("local-dir:FOLDER", pretrained=True)`.
+) -> Logits:
+    """Write model.safetensors and config.json, for `timm.create_model("local-dir:FOLDER", pretrained=True)`.
 
     Args:
-        model: its parameters contiguous, as safetensors wants them.
-        model_args: what timm.create_model needs beside the name to build the model again.
+        model: a model with contiguous parameters, as safetensors needs them.
+        model_args: arguments of timm.create_model beside the name.
         preprocessing: pretrained_cfg's input_size, mean, std, crop_pct and interpolation.
-        labels: names of the outputs; none if they are not known.
+        labels: names of the outputs; empty if they are not known.
     """
     described: dict[str, Any] = {"pretrained_cfg": preprocessing | {"num_classes": model.num_classes}}
     if labels:
@@ -46,8 +46,8 @@ def to_timm(
     return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
 
 
-def to_onnx(folder: Path, model: nn.Module, example: Tensor) -> Run:
-    """model.onnx: input `images`, output `logits`. `example`: (B, 3, px, px), B > 1. Run by onnxruntime on the CPU."""
+def to_onnx(folder: Path, model: nn.Module, example: Tensor) -> Logits:
+    """Write model.onnx, with input `images` and output `logits`. `example`: (B, 3, px, px), B > 1."""
     with _quiet():
         torch.onnx.export(
             model,
@@ -65,8 +65,8 @@ def to_onnx(folder: Path, model: nn.Module, example: Tensor) -> Run:
     return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
 
 
-def to_program(folder: Path, model: nn.Module, example: Tensor) -> Run:
-    """model.pt2, for torch.export.load; runs without this package. `example`: as for to_onnx."""
+def to_program(folder: Path, model: nn.Module, example: Tensor) -> Logits:
+    """Write model.pt2, for torch.export.load without this package. `example`: as for to_onnx."""
     with _quiet():
         program = torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
         torch.export.save(program, folder / PROGRAM_NAME)
@@ -74,19 +74,19 @@ def to_program(folder: Path, model: nn.Module, example: Tensor) -> Run:
 
 
 def missing_packages() -> list[str]:
-    """Those that to_onnx needs and that are not installed."""
+    """Return the packages that to_onnx needs and that are not installed."""
     return [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
 
 
 def crop_pct_of(image_px: int, resize_px: int) -> float:
-    """timm's crop_pct for an evaluation that resizes to `resize_px`: it takes floor(image_px / crop_pct)."""
+    """Return the crop_pct with which timm resizes to `resize_px`: it takes floor(image_px / crop_pct)."""
     crop_pct = image_px / resize_px
     return crop_pct if math.floor(image_px / crop_pct) == resize_px else math.nextafter(crop_pct, 0)
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    # Both exporters warn of their own internals, differently in every version; what they made is compared instead.
+    # Both exporters warn about their own internals, differently in every version; the results are compared.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -1,4 +1,4 @@
-"""What leaves the building computes what was trained, in a process that knows nothing of the run; or nothing leaves."""
+"""An exported model computes what was trained, in a process without the run; or nothing is exported."""
 
 import json
 import math
@@ -28,7 +28,7 @@ LOAD = {
 
 
 def export(job, *arguments, code=0):
-    """`cmtrain export` in the job's folder: its JSON line, or what it said on stderr."""
+    """`cmtrain export` in the job's folder: its JSON line, or stderr where it is refused."""
     process = Forked(["cmtrain", "export", *arguments], job.folder, {}, 1)
     out, err = process.communicate()
     assert process.returncode == code, err
@@ -97,7 +97,7 @@ def test_timm_knows_how_to_feed_it(job):
     assert len(modes) == 1
 
 
-def test_nothing_leaves_that_is_not_whole(job):
+def test_nothing_is_exported_that_is_not_whole(job):
     before = sorted(os.listdir(job.folder))
 
     def refused(*arguments, code):
