@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from pipelines.checks.bad_list import write_list
-from pipelines.checks.decode_one import kind_of
-from pipelines.checks.decode_pool import Judges
+from pipelines.checks.decode_one import Fault
+from pipelines.checks.decode_pool import DecodePool
 from pipelines.files.listing import Listing, classes_of_folder, list_folder
 from pipelines.files.manifest import Manifest
 from pipelines.progress import tracked
@@ -24,10 +24,10 @@ SPLITS = ("train", "val")
 
 @dataclass(frozen=True)
 class Examined:
-    """One split and what is wrong with it: reasons by place in `listing`."""
+    """One split and what is wrong with it: faults by place in `listing`."""
 
     listing: Listing
-    reasons: dict[int, str]
+    faults: dict[int, Fault]
     seconds: float
 
 
@@ -55,28 +55,28 @@ def check(
         DataError: no images there, or a validation class that training does not have.
     """
     folder = Path(root).absolute()
-    judges = Judges(processes, decode=full)
+    pool = DecodePool(processes, decode=full)
     try:
-        splits = [_examine(listing, judges) for listing in _list_splits(folder)]
+        splits = [_examine(listing, pool) for listing in _list_splits(folder)]
     finally:
-        judges.close()
-    reasons = {
-        str((split.listing.root / split.listing.paths[place]).relative_to(folder)): reason
+        pool.close()
+    faults = {
+        str((split.listing.root / split.listing.paths[place]).relative_to(folder)): fault
         for split in splits
-        for place, reason in split.reasons.items()
+        for place, fault in split.faults.items()
     }
     if out or full:  # before the manifests are made, which leave out what it names
-        written = write_list(folder, reasons, Path(out) if out else None)
+        written = write_list(folder, faults, Path(out) if out else None)
         if written is not None:
-            _say(f"{len(reasons):,} bad files are listed in {written}")
+            _say(f"{len(faults):,} bad files are listed in {written}")
     class_names = splits[0].listing.class_names
     for split in splits:
         _describe(split, class_names, cache_dir)
-    for path, reason in list(reasons.items())[:NUM_SHOWN]:
-        _say(f"  {path}: {reason}")
-    if len(reasons) > NUM_SHOWN:
-        _say(f"  and {len(reasons) - NUM_SHOWN:,} more")
-    return EXIT_DATA if reasons else EXIT_OK
+    for path, fault in list(faults.items())[:NUM_SHOWN]:
+        _say(f"  {path}: {fault.reason}")
+    if len(faults) > NUM_SHOWN:
+        _say(f"  and {len(faults) - NUM_SHOWN:,} more")
+    return EXIT_DATA if faults else EXIT_OK
 
 
 def _list_splits(folder: Path) -> Iterator[Listing]:
@@ -88,29 +88,27 @@ def _list_splits(folder: Path) -> Iterator[Listing]:
         yield listing
 
 
-def _examine(listing: Listing, judges: Judges) -> Examined:
+def _examine(listing: Listing, pool: DecodePool) -> Examined:
     begin = time.monotonic()
-    places = [place for place in range(len(listing)) if place not in listing.bad]
-    verdicts = judges.verdicts([str(listing.root / listing.paths[place]) for place in places])
-    tracked_verdicts = tracked(verdicts, f"{listing.root}: checking", len(places))
+    places = [place for place in range(len(listing)) if place not in listing.faults]
+    results = pool.check([str(listing.root / listing.paths[place]) for place in places])
+    tracked_results = tracked(results, f"{listing.root}: checking", len(places))
     found = {
-        place: verdict.reason
-        for place, verdict in zip(places, tracked_verdicts, strict=True)
-        if verdict.reason
+        place: result.fault for place, result in zip(places, tracked_results, strict=True) if result.fault
     }
-    return Examined(listing, dict(sorted((listing.bad | found).items())), time.monotonic() - begin)
+    return Examined(listing, dict(sorted((listing.faults | found).items())), time.monotonic() - begin)
 
 
 def _describe(split: Examined, class_names: tuple[str, ...], cache_dir: str | None) -> None:
-    listing, num_bad = split.listing, len(split.reasons)
-    kinds = Counter(kind_of(reason) for reason in split.reasons.values())
+    listing, num_bad = split.listing, len(split.faults)
+    kinds = Counter(fault.kind for fault in split.faults.values())
     by_kind = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
     _say(
         f"{listing.root}: {len(listing):,} files, {len(listing) - num_bad:,} good, {num_bad:,} bad"
         + f" ({by_kind})" * bool(kinds)
     )
     _say(f"  {len(listing) / split.seconds:,.0f} images/s")
-    good = np.delete(listing.labels, list(split.reasons))
+    good = np.delete(listing.labels, list(split.faults))
     counts = np.bincount(good, minlength=len(class_names))
     fewest = class_names[int(counts.argmin())]
     _say(

@@ -79,7 +79,7 @@ def pack(
             processes=processes or len(os.sched_getaffinity(0)),
             max_bad_fraction=max_bad_fraction,
         )
-        for path, reason in index.bad:
+        for path, _, reason in index.bad:
             _say(f"left out: {path}: {reason}")
         if damaged := damage(index):
             raise DataError(

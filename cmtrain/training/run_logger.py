@@ -29,8 +29,7 @@ from cmtrain.storage.checkpoint_writer import PATIENCE_SECONDS, CheckpointWriter
 from cmtrain.storage.finite import Verdict, named
 from cmtrain.storage.run_folder import REPORT_NAME, SAMPLE_NAME, RunFolder, finite
 from cmtrain.training.recovery import Finding
-from pipelines.checks.decode_one import kind_of
-from pipelines.files.manifest import BadFile
+from pipelines.checks.bad_list import BadFile
 from pipelines.preview import contact_sheet
 from pipelines.spec import Batch, Channels
 
@@ -163,10 +162,9 @@ class Journal:
                 if file.path in self.bad_paths:
                     continue
                 self.bad_paths.add(file.path)
-                kind = kind_of(file.reason)
                 if rank == self.metrics.rank:
-                    self.metrics.one(self.metrics.decode_errors, kind).inc()
-                self.event("bad_file", path=file.path, reason=file.reason, kind=kind)
+                    self.metrics.one(self.metrics.decode_errors, file.kind).inc()
+                self.event("bad_file", path=file.path, reason=file.reason, kind=file.kind)
                 if not quiet:
                     self.console.line(f"bad file, replaced from now on: {file.path}: {file.reason}")
 
