@@ -13,7 +13,7 @@ SOURCES = sorted([*ROOT.glob("cmtrain/**/*.py"), *ROOT.glob("pipelines/**/*.py")
 
 # What each package may import, itself aside. A module that is named alone may be imported without its
 # package. Everything may import cmtrain.errors and pipelines.spec.
-FILES = {"pipelines.checks", "pipelines.plan", "pipelines.progress"}
+FILES = {"pipelines.checks", "pipelines.atomic", "pipelines.plan", "pipelines.progress"}
 PIPELINES = {"pipelines", "pipelines.files", "pipelines.checks", "pipelines.dali", "pipelines.packing"}
 MONITORING = {"cmtrain.storage", "cmtrain.step", "cmtrain.config"}
 TRAINING = MONITORING | {
@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "cmtrain.models": set(),
     "cmtrain.config": set(),
     "pipelines": PIPELINES,
-    "pipelines.checks": {"pipelines.progress"},
+    "pipelines.checks": {"pipelines.atomic"},
     "pipelines.files": FILES,
     "pipelines.dali": {"pipelines.plan", "pipelines.rand_augment"},
     "pipelines.packing": {"pipelines.files", *FILES},

@@ -75,7 +75,7 @@ def pack(
             processes=processes or len(os.sched_getaffinity(0)),
             max_bad_fraction=max_bad_fraction,
         )
-        for path, reason in index.bad:
+        for path, _, reason in index.bad:
             sys.stderr.write(f"left out: {path}: {reason}\n")
         if damaged := damage(index):
             first = "; ".join(damaged[:3])

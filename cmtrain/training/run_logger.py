@@ -29,8 +29,7 @@ from cmtrain.storage.checkpoint_writer import Outcome
 from cmtrain.storage.finite import named
 from cmtrain.storage.run_folder import REPORT_NAME, SAMPLE_NAME, RunFolder, finite
 from cmtrain.training.recovery import BadStep
-from pipelines.checks.decode_one import kind_of
-from pipelines.files.manifest import BadFile
+from pipelines.checks.bad_list import BadFile
 
 
 class RunLogger:
@@ -222,10 +221,9 @@ class RunLogger:
                 if file.path in self.bad_paths:
                     continue
                 self.bad_paths.add(file.path)
-                kind = kind_of(file.reason)
                 if rank == self.metrics.rank:
-                    self.metrics.bad_file(kind)
-                self._event("bad_file", path=file.path, reason=file.reason, kind=kind)
+                    self.metrics.bad_file(file.kind)
+                self._event("bad_file", path=file.path, reason=file.reason, kind=file.kind)
                 if not quiet:
                     self.console.line(f"bad file, replaced from now on: {file.path}: {file.reason}")
 

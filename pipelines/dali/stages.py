@@ -1,8 +1,8 @@
-"""What makes a loader's batches, in the order in which they were asked for: one DALI graph, or on a CPU two.
+"""Make a loader's batches, in the order in which they are scheduled, with one DALI graph or, on a CPU, two.
 
-DALI's antialiased resize is slow on a CPU: it took 1.1 of the 2.3 ms of a random crop of an ImageNet picture (bicubic,
-160 px, one core). torch's uint8 kernel takes 0.17 ms, in fixed-point arithmetic as Pillow's. So on a CPU one graph
-decodes, torch resizes in a pool of threads, and another graph augments.
+DALI's antialiased resize is slow on a CPU: it took 1.1 of the 2.3 ms of a random crop of an ImageNet picture
+(bicubic, 160 px, one core). torch's uint8 kernel takes 0.17 ms, in fixed-point arithmetic as Pillow's. So on
+a CPU one graph decodes, torch resizes in a pool of threads, and another graph augments.
 """
 
 from __future__ import annotations
@@ -23,45 +23,47 @@ from pipelines.dali import graphs
 from pipelines.dali.graphs import Execution, Source
 from pipelines.spec import AugmentSpec, EvalSpec, Interpolation
 
-# The decoded images of a batch, uint8 (h, w, 3) each, and what else the step needs; gives them as (B, H, W, 3).
 Pixels = NDArray[np.uint8]
+# From the decoded images of a batch, (h, w, 3) each, and the other inputs of the step, to (B, H, W, 3).
 Resize = Callable[[Sequence[Any], Sequence[Any]], Pixels]
 
-# The operators behind F.interpolate(antialias=True), for their `out`: without it 0.09 ms an image go into a copy.
+# The operators behind F.interpolate(antialias=True), for their `out`: without it 0.09 ms an image go into a
+# copy.
 _KERNELS = {
     "bicubic": torch.ops.aten._upsample_bicubic2d_aa.out,
     "bilinear": torch.ops.aten._upsample_bilinear2d_aa.out,
 }
-
-
-CHUNK = 8  # images: a short task, so that all threads finish together
+CHUNK = 8  # images in a task: few, so that all threads finish together
 
 
 class Stages(Protocol):
     """Batches in the making, at most `Execution.prefetch_batches` of them."""
 
     def schedule(self) -> None:
-        """Begin the next batch, without waiting. The very first call begins all that may be in the making."""
+        """Begin the next batch, without waiting; the very first call begins prefetch_batches."""
         ...
 
-    def take(self) -> torch.Tensor:
-        """The oldest batch in the making, (B, H, W, 3), in memory of its own. What DALI cannot read fails here."""
+    def fetch(self) -> torch.Tensor:
+        """Return the oldest batch in the making, (B, H, W, 3), in memory of its own.
+
+        Raises RuntimeError or OSError for a file that DALI cannot read.
+        """
         ...
 
     def skip(self) -> None:
-        """As `take`, for a batch whose images nobody wants."""
+        """Wait for the oldest batch as `fetch`, and drop its images."""
         ...
 
 
 def train_stages(spec: AugmentSpec, run: Execution) -> Callable[[Source], Stages]:
-    """Makes the stages of a training loader from a source as of `graphs.train_graph`."""
+    """Return a maker of a training loader's stages from a source as of `graphs.train_graph`."""
     if run.device == "gpu":
         return lambda source: OneGraph(graphs.train_graph(source, spec, run), run)
 
-    def one(out: Pixels, image: Pixels) -> None:
+    def resize_image(out: Pixels, image: Pixels) -> None:
         resize_into(out, image, spec.interpolation)
 
-    resize = _parallel(one, spec.image_px, run.threads)
+    resize = _parallel(resize_image, spec.image_px, run.threads)
     return lambda source: TwoGraphs(
         source,
         lambda files_and_windows: graphs.decode_graph(files_and_windows, run, windows=True),
@@ -72,17 +74,19 @@ def train_stages(spec: AugmentSpec, run: Execution) -> Callable[[Source], Stages
 
 
 def eval_stages(spec: EvalSpec, run: Execution) -> Callable[[Source], Stages]:
-    """Makes the stages of an evaluation loader from a source as of `graphs.eval_graph`."""
+    """Return a maker of an evaluation loader's stages from a source as of `graphs.eval_graph`."""
     if run.device == "gpu":
         return lambda source: OneGraph(graphs.eval_graph(source, spec, run), run)
 
-    def one(out: Pixels, image: Pixels, size: NDArray[np.float32], offset: NDArray[np.int32]) -> None:
+    def resize_and_crop(
+        out: Pixels, image: Pixels, size: NDArray[np.float32], offset: NDArray[np.int32]
+    ) -> None:
         resized = np.empty((*size.astype(int), 3), np.uint8)
         resize_into(resized, image, spec.interpolation)
         top, left = offset
         out[:] = resized[top : top + spec.image_px, left : left + spec.image_px]
 
-    resize = _parallel(one, spec.image_px, run.threads)
+    resize = _parallel(resize_and_crop, spec.image_px, run.threads)
     return lambda source: TwoGraphs(
         source,
         lambda files: graphs.decode_graph(files, run, windows=False),
@@ -93,33 +97,32 @@ def eval_stages(spec: EvalSpec, run: Execution) -> Callable[[Source], Stages]:
 
 
 def decode_stages(run: Execution, *, windows: bool) -> Callable[[Source], Stages]:
-    """Makes stages that can only be skipped: they decode, one batch at a time, to find out whether DALI can."""
+    """Return a maker of stages that decode one batch at a time and can only be skipped, for test-decoding."""
     run = replace(run, prefetch_batches=1)
-    num_inputs = 1 + windows
+    num_inputs = 2 if windows else 1
     return lambda source: OneGraph(
         graphs.decode_graph(lambda: source()[:num_inputs], run, windows=windows), run
     )
 
 
 def resize_into(out: Pixels, image: Pixels, interpolation: Interpolation) -> None:
-    """Resizes `image` (h, w, 3) to the size of `out` (H, W, 3) with an antialiasing filter, as Pillow does."""
+    """Resize `image` (h, w, 3) into `out` (H, W, 3) with an antialiasing filter, as Pillow does."""
     source, target = (torch.from_numpy(pixels[None]).permute(0, 3, 1, 2) for pixels in (image, out))
     _KERNELS[interpolation](source, out.shape[:2], False, None, None, out=target)
 
 
-def _parallel(one: Callable[..., None], image_px: int, threads: int) -> Resize:
-    """`one(out, image, *inputs)` for every image of a batch, a few a task: a task costs the caller 20 us."""
+def _parallel(resize_image: Callable[..., None], image_px: int, threads: int) -> Resize:
+    """Call `resize_image(out, image, *inputs)` for every image, in tasks, which cost the caller 20 us each."""
     pool = ThreadPoolExecutor(threads)
 
     def resize(images: Sequence[Any], inputs: Sequence[Any]) -> Pixels:
         resized = np.empty((len(images), image_px, image_px, 3), np.uint8)
 
-        def work_on(chunk: range) -> None:
-            for i in chunk:
-                one(resized[i], np.asarray(images[i]), *(given[i] for given in inputs))
+        def resize_chunk(begin: int) -> None:
+            for i in range(begin, min(begin + CHUNK, len(images))):
+                resize_image(resized[i], np.asarray(images[i]), *(given[i] for given in inputs))
 
-        chunks = (range(begin, min(begin + CHUNK, len(images))) for begin in range(0, len(images), CHUNK))
-        tuple(pool.map(work_on, chunks))
+        tuple(pool.map(resize_chunk, range(0, len(images), CHUNK)))
         return resized
 
     return resize
@@ -134,8 +137,8 @@ class OneGraph:
     def schedule(self) -> None:
         self._pipeline.schedule_run()
 
-    def take(self) -> torch.Tensor:
-        return _take_output(self._pipeline, self._device_id)
+    def fetch(self) -> torch.Tensor:
+        return _fetch_output(self._pipeline, self._device_id)
 
     def skip(self) -> None:
         self._pipeline.share_outputs()
@@ -143,12 +146,13 @@ class OneGraph:
 
 
 class TwoGraphs:
-    """A graph that decodes ahead of time, and what is done with its images when they are wanted.
+    """A graph that decodes ahead of time, and a second one that finishes its images when they are fetched.
 
     Args:
-        source: gives the inputs of decoding, of resizing and of the second graph, in this order.
-        decode, finish: make the graphs; `finish` is given where its images and its other inputs come from.
-        num_inputs: of decoding and of resizing.
+        source: returns the inputs of decoding, of resizing and of the second graph, in this order.
+        decode, finish: makers of the graphs; `finish` gets a source of its images and a source of its other
+            inputs.
+        num_inputs: number of inputs of decoding and of resizing.
     """
 
     def __init__(
@@ -161,9 +165,9 @@ class TwoGraphs:
     ) -> None:
         self._source, self._resize = source, resize
         self._num_decode, self._num_resize = num_inputs
-        self._decoder_given: deque[Sequence[Any]] = (
+        self._later_inputs: deque[Sequence[Any]] = (
             deque()
-        )  # what later steps get for the batches being decoded
+        )  # inputs of the later steps, per batch being decoded
         self._resized: Sequence[Pixels] = ()  # lent to the second graph, not copied
         self._params: Sequence[Any] = ()
         self._decoder = decode(self._pull)
@@ -172,37 +176,37 @@ class TwoGraphs:
     def schedule(self) -> None:
         self._decoder.schedule_run()
 
-    def take(self) -> torch.Tensor:
+    def fetch(self) -> torch.Tensor:
         (decoded,) = self._decoder.share_outputs()
-        given = self._decoder_given.popleft()
+        given = self._later_inputs.popleft()
         self._resized = [self._resize(decoded, given[: self._num_resize])]
         self._params = given[self._num_resize :]
         self._decoder.release_outputs()
         self._finisher.schedule_run()
-        return _take_output(self._finisher, None)
+        return _fetch_output(self._finisher, None)
 
     def skip(self) -> None:
         self._decoder.share_outputs()
         self._decoder.release_outputs()
-        self._decoder_given.popleft()
+        self._later_inputs.popleft()
 
     def _pull(self) -> Sequence[Any]:
         inputs = self._source()
-        self._decoder_given.append(inputs[self._num_decode :])
+        self._later_inputs.append(inputs[self._num_decode :])
         return inputs[: self._num_decode]
 
 
-def _take_output(pipeline: Pipeline, device_id: int | None) -> torch.Tensor:
-    """The pipeline's next output as a tensor that DALI will not write to again, (B, H, W, 3).
+def _fetch_output(pipeline: Pipeline, device_id: int | None) -> torch.Tensor:
+    """Return the pipeline's next output as a tensor that DALI will not write to again, (B, H, W, 3).
 
-    On a CPU it is DALI's own memory where DALI gives that away. On a GPU it is a copy, 79 MB for 512 images, 50 us on
-    an H100 (computed): to take memory back from torch, DALI 2.x has a thread call cudaDeviceSynchronize, which breaks a
-    CUDA graph that is being recorded, and which ends the process, without a word, after any CUDA error.
+    On a CPU it is DALI's own memory where DALI gives that away. On a GPU it is a copy, 79 MB for 512 images,
+    50 us on an H100 (computed). To get memory back from torch, DALI 2.x calls cudaDeviceSynchronize in a
+    thread of its own. That breaks a CUDA graph that is being recorded, and it ends the process without a
+    message after any CUDA error.
     """
     stream = None if device_id is None else torch.cuda.current_stream(device_id)
-    (output,) = (
-        pipeline.share_outputs(cuda_stream=stream) if graphs.OUTPUTS_OWN_MEMORY else pipeline.share_outputs()
-    )
+    options = {"cuda_stream": stream} if graphs.OUTPUTS_OWN_MEMORY else {}
+    (output,) = pipeline.share_outputs(**options)
     shared = output.as_tensor()
     if graphs.OUTPUTS_OWN_MEMORY and device_id is None:
         images = torch.from_dlpack(shared)

@@ -1,7 +1,7 @@
-"""Which images there are, of which class and of which size: found once by our own walk, never by DALI's.
+"""List the usable images of a split, with class and size: found by our own walk, never by DALI's.
 
-DALI reports a broken file by ending the run. Here every file's header is read beforehand, and what cannot be trained on
-is left out and named.
+DALI answers a broken file by ending the run. Here every file's header is read beforehand, and a file that
+cannot be used is left out and named.
 """
 
 from __future__ import annotations
@@ -14,17 +14,22 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.checks.bad_list import read_lists, user_cache
+from pipelines.checks.bad_list import BadFile, read_lists, user_cache
 from pipelines.files import shards
 from pipelines.files.headers import Scan
-from pipelines.files.listing import Listing, classes_of_folder, classes_of_list, list_file, list_folder
-from pipelines.files.paths import Paths
-from pipelines.files.scan_cache import list_digest, remembered
+from pipelines.files.listing import (
+    Listing,
+    Paths,
+    classes_of_folder,
+    classes_of_list,
+    list_file,
+    list_folder,
+)
+from pipelines.files.scan_cache import cached_scan, list_digest
 from pipelines.files.shards import Slices
 from pipelines.plan import sample_keys
 from pipelines.spec import MAX_BAD_FRACTION, DataError
@@ -32,16 +37,9 @@ from pipelines.spec import MAX_BAD_FRACTION, DataError
 _SUBSET_DOMAIN = 3  # keeps the choice of a subset apart from the plan's uses of the same seed
 
 
-class BadFile(NamedTuple):
-    """A file that was left out."""
-
-    path: str
-    reason: str
-
-
 @dataclass(frozen=True, eq=False)
 class Manifest:
-    """The usable images of one split, in a fixed order: by class, then by path (a list file keeps its own order)."""
+    """The usable images of one split, by class, then by path; a list file keeps its own order."""
 
     root: Path
     paths: Paths  # relative to root
@@ -58,24 +56,23 @@ class Manifest:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of paths, labels, sizes and class names, and of packed shards: two runs with equal fingerprints saw
-        the same samples."""
+        """SHA-256 of paths, labels, sizes, class names and shards: if it is equal, so are the samples."""
         digest = hashlib.sha256("\0".join(self.class_names).encode("utf-8", "surrogateescape"))
-        for array in (self.paths.buffer, self.paths.offsets, self.labels, self.heights, self.widths):
+        for array in (*self.paths.joined(), self.labels, self.heights, self.widths):
             digest.update(array.data)
         if self.packed is not None:
             digest.update(self.packed.digest.encode())
         return digest.hexdigest()
 
     def file(self, index: int) -> str:
-        """The path of one image; in packed shards `<shard>:<path in the source>`, a name that cannot be opened."""
+        """Return the path of one image; in packed shards `<shard>:<path in the source>`, for people."""
         if self.packed is not None:
             return f"{self.root / self.packed.shard_names[self.packed.shards[index]]}:{self.paths[index]}"
         return os.path.join(self.root, self.paths[index])
 
     @contextmanager
     def files(self, indices: Sequence[int]) -> Iterator[list[str]]:
-        """Paths that can be opened; those of packed images are copies that last as long as the context."""
+        """Yield paths that can be opened; those of packed images are copies for as long as the context."""
         if self.packed is None:
             yield [self.file(index) for index in indices]
             return
@@ -85,7 +82,7 @@ class Manifest:
             yield [os.path.join(folder, str(index)) for index in indices]
 
     def fraction(self, fraction: float, seed: int) -> Manifest:
-        """A fixed subset with `fraction` of every class (at least one image), by a hash of (seed, index)."""
+        """Return `fraction` of every class, at least one image, chosen by a hash of (seed, index)."""
         if not 0 < fraction <= 1:
             raise ValueError(f"fraction {fraction} is not in (0, 1]")
         keys = sample_keys(seed, _SUBSET_DOMAIN, np.arange(len(self)))
@@ -96,7 +93,7 @@ class Manifest:
         return self.select(np.sort(by_class[place < wanted]))
 
     def select(self, indices: NDArray[np.int64]) -> Manifest:
-        """The images at `indices`, in their order; they get new indices, and so other draws."""
+        """Return the images at `indices`, in their order; they get new indices, and so other draws."""
         return replace(
             self,
             paths=self.paths.select(indices),
@@ -117,28 +114,29 @@ class Manifest:
         threads: int | None = None,
         refresh: bool = False,
     ) -> Manifest:
-        """Images below `root/<class>/`, at any depth; hidden files and folders are skipped, links are followed once.
+        """Read the images below `root/<class>/`, at any depth, without hidden ones; links are followed once.
 
         Args:
-            root: the folder of one split.
-            class_names: those of the training split, for a validation split; None takes the folders' names, sorted.
-            cache_dir: where the list of images and their sizes are remembered; None is `$XDG_CACHE_HOME/cmtrain`.
-            max_bad_fraction: more unusable files than this fraction are an error, fewer are left out (`bad`).
+            root: folder of one split.
+            class_names: classes of the training split, for a validation split; None takes the folders'
+                names, sorted.
+            cache_dir: folder for the cached list of images and sizes; None is `$XDG_CACHE_HOME/cmtrain`.
+            max_bad_fraction: largest share of unusable files; they are left out (`bad`).
             threads: readers of file headers; None is four per core.
-            refresh: look at every file, whatever is remembered (see `scan_cache` for what is used otherwise).
+            refresh: whether to look at every file, whatever is cached (see `scan_cache`).
 
         Raises:
-            DataError: no such folder, no classes, an empty class, a class that training does not know, too many bad
-                files.
+            DataError: no such folder, no classes, an empty class, a class that training does not know, too
+                many bad files.
         """
         folder, cache = Path(root).absolute(), Path(cache_dir or user_cache())
 
-        def look() -> Listing:
+        def list_files() -> Listing:
             listing = list_folder(folder)
-            classes_of_folder(listing, class_names)  # a wrong class is told before all headers are read
+            classes_of_folder(listing, class_names)  # reports a wrong class before all headers are read
             return listing
 
-        found = remembered(look, f"{folder}", content="", cache_dir=cache, threads=threads, refresh=refresh)
+        found = cached_scan(list_files, f"{folder}", "", cache, threads, refresh)
         return _manifest(found, classes_of_folder(found.listing, class_names), max_bad_fraction)
 
     @staticmethod
@@ -152,35 +150,32 @@ class Manifest:
         threads: int | None = None,
         refresh: bool = False,
     ) -> Manifest:
-        """Images named in a text file, one `path,label` or `path label` a line, paths relative to `root`.
+        """Read the images named in a text file, one `path,label` or `path label` per line, below `root`.
 
-        Labels are whole numbers or class names. Empty lines and lines that begin with # are skipped. Other arguments
-        as for `from_folder`.
+        Labels are whole numbers or class names. Empty lines and lines that begin with # are skipped. Other
+        arguments as for `from_folder`.
 
         Raises:
-            DataError: no such file or folder, a line that cannot be read, a label that training does not know, too
-                many bad files.
+            DataError: no such file or folder, a line that cannot be read, a label that training does not
+                know, too many bad files.
         """
         file, folder, cache = Path(path).absolute(), Path(root).absolute(), Path(cache_dir or user_cache())
 
-        def look() -> Listing:
+        def list_files() -> Listing:
             listing = list_file(file, folder)
             classes_of_list(listing, file, class_names)
             return listing
 
-        content = list_digest(file)
-        found = remembered(
-            look, f"{folder}\0{file}", content=content, cache_dir=cache, threads=threads, refresh=refresh
-        )
+        found = cached_scan(list_files, f"{folder}\0{file}", list_digest(file), cache, threads, refresh)
         return _manifest(found, classes_of_list(found.listing, file, class_names), max_bad_fraction)
 
     @staticmethod
     def from_shards(folder: Path | str, *, class_names: Sequence[str] | None = None) -> Manifest:
-        """The images of a packed split, in the order of the manifest that it was packed from.
+        """Read a packed split; its images are in the order of the manifest that it was packed from.
 
         Raises:
-            DataError: no index or a damaged one, a shard that is missing or has another size, a class that training
-                does not know.
+            DataError: no index or a damaged one, a shard that is missing or has another size, a class that
+                training does not know.
         """
         index = shards.read_index(Path(folder).absolute())
         return Manifest(
@@ -191,44 +186,41 @@ class Manifest:
             widths=index.widths,
             size_bytes=index.slices.size_bytes,
             class_names=index.class_names if class_names is None else tuple(class_names),
-            bad=tuple(BadFile(path, reason) for path, reason in index.bad),
+            bad=index.bad,
             packed=index.slices,
         )
 
 
 def _manifest(found: Scan, listing: Listing, max_bad_fraction: float) -> Manifest:
-    sizes, reasons = _without_listed(found)
-    if len(reasons) > max_bad_fraction * len(listing) or len(reasons) == len(listing):
-        named = "; ".join(f"{listing.paths[place]}: {reasons[place]}" for place in list(reasons)[:3])
-        raise DataError(
-            f"{listing.root}: {len(reasons)} of {len(listing)} images cannot be used, more than data.max_bad_fraction "
-            f"{max_bad_fraction:g} allows: {named}"
-        )
+    sizes, faults, paths = found.sizes, found.faults, listing.paths
+    if listed := read_lists(listing.root):  # by `cmtrain data check`; read every time, never cached
+        entries = Paths.of(listed).find(paths)
+        places = np.flatnonzero(entries >= 0)
+        sizes = sizes.copy()
+        sizes[places] = 0
+        listed_faults = list(listed.values())
+        faults = {place: listed_faults[entries[place]] for place in places.tolist()} | faults
+        faults = dict(sorted(faults.items()))
+    bad = tuple(BadFile(str(listing.root / paths[place]), *fault) for place, fault in faults.items())
+    check_num_bad(listing.root, bad, len(listing), max_bad_fraction)
     everything = Manifest(
         root=listing.root,
-        paths=listing.paths,
+        paths=paths,
         labels=listing.labels,
         heights=np.ascontiguousarray(sizes[:, 0]),
         widths=np.ascontiguousarray(sizes[:, 1]),
         size_bytes=listing.size_bytes,
         class_names=listing.class_names,
-        bad=tuple(
-            BadFile(str(listing.root / listing.paths[place]), reason) for place, reason in reasons.items()
-        ),
+        bad=bad,
     )
-    return everything.select(np.flatnonzero(sizes[:, 0])) if reasons else everything
+    return everything.select(np.flatnonzero(sizes[:, 0])) if bad else everything
 
 
-def _without_listed(found: Scan) -> tuple[NDArray[np.int32], dict[int, str]]:
-    """Sizes and reasons when what `cmtrain data check` listed is unusable, too; its list is read anew every time."""
-    listed = read_lists(found.listing.root)
-    if not listed:
-        return found.sizes, found.reasons
-    entries, reasons = Paths.of(listed).find(found.listing.paths), list(listed.values())
-    places = np.flatnonzero(entries >= 0)
-    sizes = found.sizes.copy()
-    sizes[places] = 0
-    of_listed = {
-        place: reasons[entry] for place, entry in zip(places.tolist(), entries[places].tolist(), strict=True)
-    }
-    return sizes, dict(sorted((of_listed | found.reasons).items()))
+def check_num_bad(root: Path, bad: Sequence[BadFile], num_files: int, max_bad_fraction: float) -> None:
+    """Raise DataError when more of the files below `root` are bad than allowed, or all of them."""
+    if len(bad) > max_bad_fraction * num_files or len(bad) == num_files:
+        named = "; ".join(f"{os.path.relpath(file.path, root)}: {file.reason}" for file in bad[:3])
+        raise DataError(
+            f"{root}: {len(bad)} of {num_files} images cannot be used, more than data.max_bad_fraction "
+            f"{max_bad_fraction:g} allows: {named}"
+        )

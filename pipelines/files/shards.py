@@ -1,16 +1,15 @@
-"""Packed shards: many images in few tar files, read at random through one index.
+"""Read packed shards: many images in few tar files, at random, through one index.
 
-A packed split is a folder of `shard-000000.tar`, ... and `index.npz`. The shards are plain tar files in webdataset's
-layout (`00000042.jpg`, then `00000042.cls` with the label). The index holds what a manifest holds, and where in which
-shard every image is, so the order of an epoch stays the plan's: no shuffle buffer, no sequential pass. It is written
-last: a folder without it is not a data set.
+A packed split is a folder of `shard-000000.tar`, ... and `index.npz`. The shards are plain tar files in
+webdataset's layout (`00000042.jpg`, then `00000042.cls` with the label). The index holds what a manifest
+holds, and where in which shard every image is, so the order of an epoch stays the plan's: no shuffle buffer,
+no sequential pass. It is written last: a folder without it is not a data set.
 """
 
 from __future__ import annotations
 
 import hashlib
 import mmap
-import os
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -22,11 +21,21 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.files.paths import Paths
+from pipelines.atomic import replacing
+from pipelines.checks.bad_list import BadFile
+from pipelines.files.listing import Paths
 from pipelines.progress import tracked
 from pipelines.spec import DataError
 
 INDEX = "index.npz"
+DAMAGES = (
+    OSError,
+    ValueError,
+    KeyError,
+    EOFError,
+    zipfile.BadZipFile,
+    zlib.error,
+)  # of reading a damaged .npz
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,17 +60,15 @@ class Slices:
         return digest.hexdigest()
 
     def select(self, indices: NDArray[np.int64]) -> Slices:
-        return replace(
-            self,
-            shards=self.shards[indices],
-            offsets=self.offsets[indices],
-            size_bytes=self.size_bytes[indices],
-            checksums=self.checksums[indices],
-        )
+        columns = ("shards", "offsets", "size_bytes", "checksums")
+        return replace(self, **{name: getattr(self, name)[indices] for name in columns})
+
+    def shard_path(self, number: int) -> Path:
+        return self.folder / self.shard_names[number]
 
     def read(self, index: int) -> bytes:
-        """The encoded bytes of one image. Raises OSError as `open` does."""
-        with open(self.folder / self.shard_names[self.shards[index]], "rb") as file:
+        """Return the encoded bytes of one image. Raises OSError as `open` does."""
+        with self.shard_path(self.shards[index]).open("rb") as file:
             file.seek(self.offsets[index])
             return file.read(self.size_bytes[index])
 
@@ -69,9 +76,9 @@ class Slices:
 class SliceReader:
     """Encoded images as views of memory maps. A shard is mapped when it is first read from.
 
-    Python's share of a batch of 512 is 1.1 ms at 37 KB an image and 2.0 ms at 114 KB (page cache); reading 512 files of
-    114 KB into arrays takes 53 ms. Like every map, one that is cut short under it ends the process; the packer only
-    ever replaces whole files, which leaves a map as it was.
+    Python's share of a batch of 512 is 1.1 ms at 37 KB an image and 2.0 ms at 114 KB (page cache); reading
+    512 files of 114 KB into arrays takes 53 ms. Like every map, one that is cut short under it ends the
+    process; the packer only ever replaces whole files, which leaves a map as it was.
     """
 
     def __init__(self, slices: Slices) -> None:
@@ -79,7 +86,7 @@ class SliceReader:
         self._maps: list[tuple[mmap.mmap, NDArray[np.uint8]] | None] = [None] * len(slices.shard_names)
 
     def __call__(self, indices: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
-        """One (size,) view an image, valid as long as this reader. Raises OSError when a shard cannot be opened."""
+        """Return one (size,) view per image, valid as long as this reader. Raises OSError as `open` does."""
         slices, images = self._slices, []
         # Python integers all at once: numpy's, one at a time, cost more than everything else here.
         columns = (column[indices].tolist() for column in (slices.shards, slices.offsets, slices.size_bytes))
@@ -92,13 +99,11 @@ class SliceReader:
         return images
 
     def _map(self, shard: int) -> tuple[mmap.mmap, NDArray[np.uint8]]:
-        path = self._slices.folder / self._slices.shard_names[shard]
+        path, expected = self._slices.shard_path(shard), self._slices.shard_bytes[shard]
         with path.open("rb") as file:
             memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        if len(memory) != self._slices.shard_bytes[shard]:
-            raise OSError(
-                f"{path}: {len(memory)} bytes, not the {self._slices.shard_bytes[shard]} of its index"
-            )
+        if len(memory) != expected:
+            raise OSError(f"{path}: {len(memory)} bytes, not the {expected} of its index")
         memory.madvise(mmap.MADV_RANDOM)  # reading ahead would fetch neighbours that nobody asked for
         self._maps[shard] = mapped = memory, np.frombuffer(memory, np.uint8)
         return mapped
@@ -113,12 +118,12 @@ class Index(NamedTuple):
     heights: NDArray[np.int32]
     widths: NDArray[np.int32]
     class_names: tuple[str, ...]
-    bad: tuple[tuple[str, str], ...]  # (path, reason) of what was left out
+    bad: tuple[BadFile, ...]  # left out
     slices: Slices
 
 
 def is_packed(folder: Path) -> bool:
-    """Whether `folder` is a packed split. Raises DataError when it is one that was not finished."""
+    """Return whether `folder` is a packed split. Raises DataError when it is one that was not finished."""
     if (folder / INDEX).is_file():
         return True
     if next(folder.glob("shard-*.tar"), None) is not None:
@@ -129,20 +134,19 @@ def is_packed(folder: Path) -> bool:
 
 
 def write_index(index: Index) -> None:
-    """Puts the index beside the shards, whole or not at all. Raises OSError."""
-    slices = index.slices
-    partial = slices.folder / f".{INDEX}.tmp"
-    with partial.open("wb") as file:
+    """Put the index beside the shards, whole or not at all. Raises OSError."""
+    slices, (path_buffer, path_offsets) = index.slices, index.paths.joined()
+    with replacing(slices.folder / INDEX) as file:
         np.savez(
             file,
             recipe=np.array(index.recipe),
-            path_buffer=index.paths.buffer,
-            path_offsets=index.paths.offsets,
+            path_buffer=path_buffer,
+            path_offsets=path_offsets,
             labels=index.labels,
             heights=index.heights,
             widths=index.widths,
             class_names=np.array(index.class_names, np.str_),
-            bad=np.array(index.bad, np.str_).reshape(-1, 2),
+            bad=np.array(index.bad, np.str_).reshape(-1, 3),
             shard_names=np.array(slices.shard_names, np.str_),
             shard_bytes=slices.shard_bytes,
             shard_sha256=np.array(slices.shard_sha256, np.str_),
@@ -151,13 +155,10 @@ def write_index(index: Index) -> None:
             size_bytes=slices.size_bytes,
             checksums=slices.checksums,
         )
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(slices.folder / INDEX)
 
 
 def read_index(folder: Path) -> Index:
-    """Reads an index and checks that the shards are there and as long as it says.
+    """Read an index and check that the shards are there and as long as it records.
 
     Raises:
         DataError: the index cannot be read, or a shard is missing or has another size.
@@ -165,29 +166,21 @@ def read_index(folder: Path) -> Index:
     try:
         with (folder / INDEX).open("rb") as file, np.load(file, allow_pickle=False) as data:
             columns: dict[str, Any] = dict(data)
-        slices = Slices(
-            folder=folder,
-            shard_names=tuple(columns["shard_names"].tolist()),
-            shard_bytes=columns["shard_bytes"],
-            shard_sha256=tuple(columns["shard_sha256"].tolist()),
-            shards=columns["shards"],
-            offsets=columns["offsets"],
-            size_bytes=columns["size_bytes"],
-            checksums=columns["checksums"],
-        )
+        columns |= {
+            name: tuple(columns[name].tolist()) for name in ("shard_names", "shard_sha256", "class_names")
+        }
+        # Older indexes have no kind: (path, reason).
+        bad = [row if len(row) == 3 else [row[0], "other", row[1]] for row in columns["bad"].tolist()]
         index = Index(
             recipe=str(columns["recipe"]),
-            paths=Paths(columns["path_buffer"], columns["path_offsets"]),
-            labels=columns["labels"],
-            heights=columns["heights"],
-            widths=columns["widths"],
-            class_names=tuple(columns["class_names"].tolist()),
-            bad=tuple((path, reason) for path, reason in columns["bad"].tolist()),
-            slices=slices,
+            paths=Paths.split(columns["path_buffer"], columns["path_offsets"]),
+            **{name: columns[name] for name in ("labels", "heights", "widths", "class_names")},
+            bad=tuple(map(BadFile._make, bad)),
+            slices=Slices(folder, **{name: columns[name] for name in list(Slices.__annotations__)[1:]}),
         )
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except DAMAGES as error:
         raise DataError(f"{folder / INDEX}: cannot be read ({error}); pack again") from error
-    for name, size in zip(slices.shard_names, slices.shard_bytes, strict=True):
+    for name, size in zip(index.slices.shard_names, index.slices.shard_bytes, strict=True):
         path = folder / name
         if not path.is_file():
             raise DataError(f"{path}: missing, but {INDEX} names it; copy it again or pack again")
@@ -199,40 +192,30 @@ def read_index(folder: Path) -> Index:
 
 
 def damage(index: Index) -> list[str]:
-    """Reads every shard and compares SHA-256 of the file and CRC-32 of every image; one line for each difference.
+    """Compare SHA-256 of every shard and CRC-32 of every image; return one line for each difference.
 
     Raises OSError when a shard cannot be read.
     """
-    slices, found = index.slices, []
-    for shard in tracked(
-        range(len(slices.shard_names)), f"{slices.folder}: verifying shards", len(slices.shard_names)
-    ):
-        contents = (slices.folder / slices.shard_names[shard]).read_bytes()
-        members = np.flatnonzero(slices.shards == shard)
-        differing = [
-            member
-            for member in members.tolist()
-            if _checksum(contents, slices, member) != slices.checksums[member]
-        ]
-        name = f"{slices.folder / slices.shard_names[shard]}"
-        found += [f"{name}: {index.paths[member]} has changed (CRC-32)" for member in differing]
-        if not differing and hashlib.sha256(contents).hexdigest() != slices.shard_sha256[shard]:
-            found.append(f"{name}: has changed between the images (SHA-256)")
+    found: list[str] = []
+    slices, num_shards = index.slices, len(index.slices.shard_names)
+    for shard in tracked(range(num_shards), f"{slices.folder}: verifying shards", num_shards):
+        path = slices.shard_path(shard)
+        contents = path.read_bytes()
+        view, num_found = memoryview(contents), len(found)
+        for member in np.flatnonzero(slices.shards == shard).tolist():
+            begin, size = int(slices.offsets[member]), int(slices.size_bytes[member])
+            if zlib.crc32(view[begin : begin + size]) != slices.checksums[member]:
+                found.append(f"{path}: {index.paths[member]} has changed (CRC-32)")
+        if len(found) == num_found and hashlib.sha256(contents).hexdigest() != slices.shard_sha256[shard]:
+            found.append(f"{path}: has changed between the images (SHA-256)")
     return found
 
 
-def _checksum(contents: bytes, slices: Slices, member: int) -> int:
-    begin = int(slices.offsets[member])
-    return zlib.crc32(memoryview(contents)[begin : begin + int(slices.size_bytes[member])])
-
-
 def relabel(index: Index, class_names: Sequence[str]) -> NDArray[np.int64]:
-    """The labels as places in `class_names`. Raises DataError when a class is not among them."""
+    """Return the labels as places in `class_names`. Raises DataError when a class is not among them."""
     place = {name: number for number, name in enumerate(class_names)}
     unknown = [name for name in index.class_names if name not in place]
     if unknown:
-        raise DataError(
-            f"{index.slices.folder}: {unknown[0]} is not one of the {len(class_names)} training classes "
-            f"({len(unknown)} such)"
-        )
+        what = f"{unknown[0]} is not one of the {len(class_names)} training classes ({len(unknown)} such)"
+        raise DataError(f"{index.slices.folder}: {what}")
     return np.array([place[name] for name in index.class_names], np.int64)[index.labels]

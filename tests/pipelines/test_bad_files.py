@@ -24,7 +24,7 @@ from pipelines.files.manifest import BadFile, Manifest
 from pipelines.loader import DaliLoader, eval_loader, train_loader
 from pipelines.plan import MicroBatch
 from pipelines.spec import UNREADABLE, AugmentSpec, Batch, DataError, EvalSpec
-from pipelines.stand_ins import BadFiles
+from pipelines.stand_ins import StandIns
 
 SPEC = AugmentSpec(SIDE)
 WHOLE = AugmentSpec(
@@ -192,8 +192,8 @@ def test_a_cut_validation_image_is_found_by_dali_2_and_is_half_grey_on_1_34(load
 
 def test_a_file_that_two_ranks_met_is_told_and_counted_once(tmp_path):
     cut_file, gone = (
-        BadFile("a.jpg", "image file is truncated"),
-        BadFile("b.jpg", "cannot be opened: No such file"),
+        BadFile("a.jpg", "truncated", "image file is truncated"),
+        BadFile("b.jpg", "missing", "cannot be opened: No such file"),
     )
     counts = []
     for rank in (0, 1):
@@ -330,18 +330,19 @@ def examined(manifest: Manifest, failing: set[int]) -> tuple[int, list[BadFile]]
         if failing & set(batch.indices.tolist()):
             raise RuntimeError("nvidia.dali says:\n  no")
 
-    bad_files = BadFiles(manifest, 0.5, 1)
+    stand_ins = StandIns(manifest, 0.5, 1)
     batches = [
         MicroBatch(0, 0, 0, np.arange(26), np.zeros(26)),
         MicroBatch(0, 1, 0, np.arange(25, 52), np.zeros(27)),
     ]
-    bad_files.examine_alone(batches, make, RuntimeError("together"))
-    return makes, bad_files.take_untold()
+    stand_ins.find_undecodable(batches, make, RuntimeError("together"))
+    return makes, stand_ins.take_new()
 
 
 def test_few_parts_of_a_batch_tell_which_files_fail(manifest):
     makes, told = examined(manifest, {40})
-    assert told == [BadFile(manifest.file(40), "Pillow can read it, DALI cannot: nvidia.dali says: no")]
+    reason = "Pillow can read it, DALI cannot: nvidia.dali says: no"
+    assert told == [BadFile(manifest.file(40), "other", reason)]
     assert makes <= 1 + 2 + 2 * 5
     for failing in ({0, 25, 26, 51}, set(range(26))):  # also where all neighbours are of the same kind
         _, told = examined(manifest, failing)
@@ -356,7 +357,7 @@ def test_where_all_fail_or_none_alone_it_is_not_the_files(manifest):
     with pytest.raises(
         DataError, match=r"of the 0 images .*: no GPU"
     ):  # DALI failed while the graph was built
-        BadFiles(manifest, 0.5, 1).examine_alone([], lambda batch: None, RuntimeError("no GPU"))
+        StandIns(manifest, 0.5, 1).find_undecodable([], lambda batch: None, RuntimeError("no GPU"))
 
 
 def test_a_restored_file_is_used_again(loaders, manifest):

@@ -17,10 +17,10 @@ from helpers.images import write_tree
 from helpers.runs import ROOT
 
 from cmtrain.commands.data_check import check
-from pipelines.checks import decode_one
-from pipelines.checks import decode_pool as pipelines_check
+from pipelines.checks import decode_one, decode_pool
 from pipelines.checks.bad_list import NAME, read_lists
-from pipelines.checks.decode_pool import Judges
+from pipelines.checks.decode_one import CheckResult, Fault
+from pipelines.checks.decode_pool import DecodePool
 from pipelines.files import headers, scan_cache
 from pipelines.files.manifest import Manifest
 from pipelines.spec import DataError
@@ -43,9 +43,10 @@ def data(tmp_path) -> Path:
     return tmp_path / "data"
 
 
-def listed(path: Path) -> dict[str, str]:
+def listed(path: Path) -> dict[str, tuple[str, str]]:
+    """Kind and reason by path."""
     lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
-    return dict(line.split("\t") for line in lines)
+    return {name: (kind, reason) for name, kind, reason in (line.split("\t") for line in lines)}
 
 
 def paths_of(manifest: Manifest) -> set[str]:
@@ -57,7 +58,7 @@ def test_finds_exactly_the_bad_files_in_little_memory(data):
     kinds = write_bad(data / "train" / "b")
     program = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))\n"
-        "from cmtrain.data_check import check\n"
+        "from cmtrain.commands.data_check import check\n"
         "code = check(sys.argv[1], full=True, processes=2, out=None)\n"
         # Its own peak from /proc: getrusage's would include what pytest held when it started this process.
         "own = next(int(line.split()[1]) for line in open('/proc/self/status') if line.startswith('VmHWM'))\n"
@@ -70,7 +71,7 @@ def test_finds_exactly_the_bad_files_in_little_memory(data):
     *report, peak_bytes = done.stdout.splitlines()
     assert int(peak_bytes) < 1e9
     found = listed(data / NAME)
-    assert {path: decode_one.kind_of(reason) for path, reason in found.items()} == {
+    assert {path: kind for path, (kind, _) in found.items()} == {
         f"train/b/{name}": kind for name, kind in kinds.items()
     }
     text = "\n".join(report)
@@ -79,7 +80,7 @@ def test_finds_exactly_the_bad_files_in_little_memory(data):
     assert f"{data}/val: 16 files, 16 good, 0 bad" in text
     assert "2 classes of 8 (a) to 8 good images, median 8" in text
     assert f"fingerprint {Manifest.from_folder(data / 'val').fingerprint}" in text
-    assert all(f"{path}: {reason}" in text for path, reason in found.items())
+    assert all(f"{path}: {reason}" in text for path, (_, reason) in found.items())
 
 
 def test_good_data_is_told_and_leaves_no_list(data, capsys):
@@ -132,7 +133,7 @@ def test_the_check_looks_at_everything_and_runs_remember_what_it_saw(data, tmp_p
 def test_a_class_tree_of_its_own(data):
     (data / "train" / "a" / "empty.jpg").touch()
     assert check(str(data / "train"), full=True, processes=1, out=None) == 3
-    assert listed(data / "train" / NAME) == {"a/empty.jpg": "empty file"}
+    assert listed(data / "train" / NAME) == {"a/empty.jpg": ("truncated", "empty file")}
     assert "a/empty.jpg" in read_lists(data / "train")
     assert "train/a/empty.jpg" not in read_lists(data)
 
@@ -180,40 +181,36 @@ def test_what_is_no_data_set_is_refused(data, tmp_path):
 
 def program(tmp_path: Path, monkeypatch, body: str) -> None:
     """Replaces what the checking processes do with a path by `body`."""
-    path = tmp_path / "judge.py"
+    path = tmp_path / "decode_one.py"
     path.write_text(
         f"import json, os, signal, sys, time\nprint(json.dumps({decode_one.READY!r}), flush=True)\n"
-        f"for line in sys.stdin:\n    path = json.loads(line)\n    {body}\n    print('[1, 2, \"\"]', flush=True)\n"
+        f"for line in sys.stdin:\n    path = json.loads(line)\n    {body}\n    print('[1, 2, null]', flush=True)\n"
     )
-    monkeypatch.setattr(pipelines_check, "_PROGRAM", path)
+    monkeypatch.setattr(decode_pool, "_PROGRAM", path)
 
 
 @pytest.mark.parametrize(
-    ("body", "reason", "kind"),
+    ("body", "reason"),
     [
-        ("'bad' in path and os.kill(os.getpid(), signal.SIGSEGV)", "kills the decoder (SIGSEGV)", "other"),
-        ("'bad' in path and os._exit(7)", "ends the decoder (exit code 7)", "other"),
-        (
-            "'bad' in path and (signal.alarm(1), time.sleep(9))",
-            "takes more than 60 seconds to decode",
-            "other",
-        ),
+        ("'bad' in path and os.kill(os.getpid(), signal.SIGSEGV)", "kills the decoder (SIGSEGV)"),
+        ("'bad' in path and os._exit(7)", "ends the decoder (exit code 7)"),
+        ("'bad' in path and (signal.alarm(1), time.sleep(9))", "takes more than 60 seconds to decode"),
     ],
 )
-def test_a_file_that_kills_the_decoder_is_bad_and_no_other(tmp_path, monkeypatch, body, reason, kind):
+def test_a_file_that_kills_the_decoder_is_bad_and_no_other(tmp_path, monkeypatch, body, reason):
     program(tmp_path, monkeypatch, body)
-    judges = Judges(2, decode=True)
+    pool = DecodePool(2, decode=True)
     paths = [f"{'bad' if index % 5 == 3 else 'good'}{index}.jpg" for index in range(12)]
-    verdicts = list(judges.verdicts(paths))
-    judges.close()
-    assert [verdict.reason for verdict in verdicts] == [reason * ("bad" in path) for path in paths]
-    assert decode_one.kind_of(reason) == kind
+    results = list(pool.check(paths))
+    pool.close()
+    good, bad = CheckResult(1, 2, None), CheckResult(0, 0, Fault("other", reason))
+    assert results == [bad if "bad" in path else good for path in paths]
 
 
 def test_a_decoder_that_cannot_start_condemns_no_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(pipelines_check, "_PROGRAM", tmp_path / "nowhere.py")
+    monkeypatch.setattr(decode_pool, "_PROGRAM", tmp_path / "nowhere.py")
     with pytest.raises(DataError, match=r"nowhere\.py: cannot be started"):
-        list(Judges(1, decode=True).verdicts(["a.jpg"]))
+        list(DecodePool(1, decode=True).check(["a.jpg"]))
 
 
 def test_memory_and_time_of_a_decoder_are_limited():
@@ -237,10 +234,12 @@ def test_memory_and_time_of_a_decoder_are_limited():
 
 
 @pytest.mark.timeout(20)
-def test_a_pipe_blocks_no_judge(tmp_path):
+def test_a_pipe_blocks_no_decoder(tmp_path):
     """One that took the place of an image after the folder was listed."""
     os.mkfifo(tmp_path / "pipe.jpg")
-    assert decode_one.decode(str(tmp_path / "pipe.jpg")).reason == "not a file"
+    assert decode_one.decode(str(tmp_path / "pipe.jpg")) == CheckResult(
+        0, 0, Fault("not_an_image", "not a file")
+    )
 
 
 def test_odd_names_arrive_and_return(tmp_path):

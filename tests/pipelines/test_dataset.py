@@ -16,8 +16,8 @@ from helpers.runs import ROOT
 from PIL import Image
 
 from pipelines.files import headers
+from pipelines.files.listing import Paths
 from pipelines.files.manifest import Manifest
-from pipelines.files.paths import Paths
 from pipelines.spec import DataError
 
 
@@ -129,8 +129,8 @@ def test_the_second_scan_opens_no_file_and_a_changed_file_is_scanned_again(tmp_p
     root = write_folder(tmp_path / "in", 12)
     first = Manifest.from_folder(root, cache_dir=cache)
     opened = []
-    original = headers._read_header
-    monkeypatch.setattr(headers, "_read_header", lambda path: opened.append(path) or original(path))
+    original = headers.read_header
+    monkeypatch.setattr(headers, "read_header", lambda path: opened.append(path) or original(path))
     second = Manifest.from_folder(root, cache_dir=cache)
     assert opened == []
     assert second.fingerprint == first.fingerprint
@@ -262,15 +262,17 @@ def test_paths_survive_their_buffer():
     paths = Paths.of(texts)
     assert [paths[index] for index in range(len(paths))] == texts
     assert list(paths.select(np.array([2, 0, 2]))) == [texts[2], texts[0], texts[2]]
-    padded = paths.padded(np.array([3, 1]), "/data/")
-    assert bytes(padded[0]).rstrip(b"\0") == b"/data/b"
-    assert bytes(padded[1]).rstrip(b"\0") == "/data/\u732b/\u00e9t\u00e9.png".encode()
+    buffer, offsets = paths.joined()
+    assert buffer.tobytes() == b"".join(map(os.fsencode, texts))
+    assert offsets.tolist() == [0, *np.cumsum([len(os.fsencode(text)) for text in texts])]
+    assert list(Paths.split(buffer, offsets)) == texts
+    assert list(Paths.split(*Paths.of(["", "a"]).joined())) == ["", "a"]
 
 
 SCALE = """
 import resource, sys, time
-from pipelines import headers
-from pipelines.dataset import Manifest
+from pipelines.files import headers
+from pipelines.files.manifest import Manifest
 
 headers.TICK_NS = 0  # the files are no older than a tick
 

@@ -18,8 +18,8 @@ from helpers.runs import ROOT
 from PIL import Image
 
 from pipelines.files import headers, manifest, scan_cache
+from pipelines.files.listing import Paths
 from pipelines.files.manifest import BadFile, Manifest
-from pipelines.files.paths import Paths
 from pipelines.loader import eval_loader, train_loader
 from pipelines.spec import AugmentSpec, DataError, EvalSpec
 
@@ -69,8 +69,8 @@ def looks(monkeypatch) -> list[str]:
         monkeypatch.setattr(
             module, name, lambda *args, original=original: seen.append("listed") or original(*args)
         )
-    read = headers._read_header
-    monkeypatch.setattr(headers, "_read_header", lambda path: seen.append(path) or read(path))
+    read = headers.read_header
+    monkeypatch.setattr(headers, "read_header", lambda path: seen.append(path) or read(path))
     return seen
 
 
@@ -274,16 +274,16 @@ def test_another_version_is_not_used(opened, tmp_path, looks, monkeypatch):
 # A process of its own: it takes a second for its look, which it notes in a file.
 LOOK = """
 import sys, time
-from pipelines import dataset, headers
+from pipelines.files import headers, manifest
 
-def slowly(folder, original=dataset.list_folder):
+def slowly(folder, original=manifest.list_folder):
     with open(sys.argv[3], "a") as log:
         log.write("listed\\n")
     time.sleep(1)
     return original(folder)
 
-headers.TICK_NS, dataset.list_folder = 0, slowly
-assert len(dataset.Manifest.from_folder(sys.argv[1], cache_dir=sys.argv[2])) == 12
+headers.TICK_NS, manifest.list_folder = 0, slowly
+assert len(manifest.Manifest.from_folder(sys.argv[1], cache_dir=sys.argv[2])) == 12
 """
 
 
@@ -376,8 +376,7 @@ def test_to_touch_a_folder_or_to_ask_shows_an_image_overwritten_in_place(small_s
         assert (manifest.heights[PLACE], manifest.widths[PLACE]) == (10, 20)
 
 
-def test_paths_find_paths(monkeypatch):
-    monkeypatch.setattr("pipelines.files.paths._BLOCK", 7)
+def test_paths_find_paths():
     rng = np.random.default_rng(0)
     texts = [f"n{number:05d}/{'x' * int(rng.integers(0, 40))}{number}.jpg" for number in range(100)]
     paths = Paths.of(texts)

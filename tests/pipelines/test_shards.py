@@ -368,7 +368,7 @@ def test_awkward_files(photo, cache, tmp_path):
     assert shards.packed is not None
     stored = {path: shards.packed.read(index) for index, path in enumerate(shards.paths)}
     assert stored.keys() == images.keys() | {f"b c/{name}" for name in others}
-    assert {path.removeprefix(f"{root}/") for path, _ in shards.bad} == bad.keys()
+    assert {path.removeprefix(f"{root}/") for path, _, _ in shards.bad} == bad.keys()
 
     assert {name for name, content in images.items() if stored[name] != content} == {"a/turned.jpg"}
     with Image.open(io.BytesIO(stored["a/turned.jpg"])) as image:
