@@ -28,7 +28,7 @@ from cmtrain.storage.run_lock import RunLock
 from cmtrain.storage.weights import start_from
 from cmtrain.training.recovery import Recovery
 from cmtrain.training.resume import Start, choose_start
-from cmtrain.training.schedule import Schedule, make_schedule
+from cmtrain.training.schedule import Schedule
 from pipelines.checks.bad_list import user_cache
 from pipelines.files.demo_images import demo_folder
 from pipelines.files.manifest import Manifest
@@ -225,7 +225,7 @@ def open_val(config: Config, class_names: Sequence[str]) -> Manifest:
 def plan_steps(config: Config, num_samples: int, num_processes: int) -> Schedule:
     """Plan all steps of the run. Raises ConfigError or DataError when the numbers do not fit."""
     train = config.train
-    schedule = make_schedule(
+    schedule = Schedule(
         num_samples=num_samples,
         world_size=num_processes,
         global_batch_size=train.global_batch_size,

@@ -53,7 +53,9 @@ def test_every_block_is_marked(page):
         assert bool(mark["file"]) == (block.language == "yaml"), f"{block.place}: yaml blocks are files"
         for named in re.findall(r"tests/[\w/.]+", mark["reason"] or ""):
             assert (ROOT / named).exists(), f"{block.place}: {named} does not exist"
-    assert not re.search(r"^    \S", BLOCK.sub("", text), re.MULTILINE), "a block that is not fenced has no mark"
+    assert not re.search(r"^    \S", BLOCK.sub("", text), re.MULTILINE), (
+        "a block that is not fenced has no mark"
+    )
 
 
 def checkout(folder: Path) -> Path:
