@@ -31,7 +31,7 @@ def pack(
     """Pack the training and the validation images of `source`; `destination` is then a data.root.
 
     After a kill or a full disk the same command continues; after success it verifies the shards. Prints one
-    JSON line on stdout, and the images that were left out on stderr.
+    JSON line on stdout, and the images that were left out on stderr. Returns the exit code, 0.
 
     Args:
         source: holds train/<class>/* and val/<class>/*, or the files on the lists; one split may be missing.
@@ -42,9 +42,6 @@ def pack(
         train_list, val_list: list files, relative to `source`, used instead of the folders.
         max_bad_fraction: share of unusable files above which a split is refused.
         cache_dir: cache for image sizes, as data.cache_dir.
-
-    Returns:
-        The process exit code, 0.
 
     Raises:
         DataError: nothing to pack, too many bad images, no space, a destination in use, a damaged shard.

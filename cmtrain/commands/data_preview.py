@@ -33,15 +33,13 @@ def preview(config: Config, *, out: str, rows: int = 8, columns: int = 8, epoch:
     """Write a PNG of augmented training images: one row per image, one column per epoch.
 
     The images are spread evenly over the training split. They are augmented as in training, with other
-    random draws. If the recipe mixes or erases, `<out>-mixed.png` shows the same images after that.
+    random draws. If the recipe mixes or erases, `<out>-mixed.png` shows the same images after that. Returns
+    the exit code, 0.
 
     Args:
         out: PNG to write.
         rows, columns: number of images and of epochs.
         epoch: first epoch.
-
-    Returns:
-        The process exit code, 0.
 
     Raises:
         ConfigError, DataError: as for training; DataError also if `out` cannot be written.
@@ -76,10 +74,7 @@ def stats(config: Config) -> int:
     """Count and measure both splits: a table on stderr, one JSON line on stdout.
 
     `mean` and `std` are the values for data.mean and data.std: over all pixels, with equal weight for every
-    image. They and `undecodable` come from at most 1,000 images.
-
-    Returns:
-        The process exit code, 0.
+    image. They and `undecodable` come from at most 1,000 images. Returns the exit code, 0.
 
     Raises:
         ConfigError, DataError: as for training.

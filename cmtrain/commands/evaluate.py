@@ -217,7 +217,7 @@ def real_accuracy(real: RealLabelsImagenet, evaluation: Evaluation) -> float:
 
 
 def class_rows(results: Sequence[Result], class_names: Sequence[str]) -> list[list[Any]]:
-    """Return a table with its header: images, correct ones and accuracy of each class with images, by result."""
+    """Return a table with its header: images, correct ones and accuracy of each class, by result."""
     table: list[list[Any]] = [["weights", "image_px", "resize_px", "class", "images", "correct", "accuracy"]]
     for result in results:
         evaluation, sizes = result.evaluation, [result.weights, result.image_px, result.resize_px]
@@ -236,8 +236,10 @@ def _show(figures: Sequence[dict[str, Any]]) -> None:
     header = "weights  image px  resize px    top-1    top-5    loss   images"
     console.line(header + "   ReaL top-1" if "real_top1" in figures[0] else header)
     for row in figures:
-        line = f"{row['weights']:<7}  {row['image_px']:>8}  {row['resize_px']:>9}  "
-        line += f"{100 * row['top1']:5.2f} %  {100 * row['top5']:5.2f} %  {row['loss']:6.4f}  {row['num_images']:>7}"
+        line = (
+            f"{row['weights']:<7}  {row['image_px']:>8}  {row['resize_px']:>9}  {100 * row['top1']:5.2f} %"
+        )
+        line += f"  {100 * row['top5']:5.2f} %  {row['loss']:6.4f}  {row['num_images']:>7}"
         if "real_top1" in row:
             line += f"   {100 * row['real_top1']:8.2f} %"
         console.line(line)

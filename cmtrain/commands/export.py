@@ -1,20 +1,23 @@
-"""Export a trained model; each format is read back and compared before it is published (`cmtrain export`)."""
+"""Export a trained model; each format is read back and compared before publishing (`cmtrain export`)."""
 
+import importlib
+import importlib.util
 import json
+import math
 import os
 import platform
 import shutil
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from timm.models import save_for_hf
 from torch import Tensor, nn
 
 from cmtrain import __version__
-from cmtrain.commands import export_formats
-from cmtrain.commands.export_formats import Logits, crop_pct_of
 from cmtrain.commands.trained_model import Trained
 from cmtrain.config.schema import CMT_OPTIONS, Config, to_yaml
 from cmtrain.errors import EXIT_DONE, ConfigError
@@ -30,6 +33,9 @@ from pipelines.spec import DataError
 FORMATS = ("timm", "onnx", "torch-export")
 TOLERANCE = 1e-5  # of logits, against the largest of them or 1
 FOLDED_TOLERANCE = 1e-4
+ONNX_NAME, PROGRAM_NAME = "model.onnx", "model.pt2"
+ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
+Logits = Callable[[Tensor], Tensor]  # (B, 3, px, px) fp32, normalised -> (B, num_classes)
 CHECKED_BATCHES = (1, 3)  # images; neither is the size that the exporters trace
 
 
@@ -37,16 +43,13 @@ def export(trained: Trained, *, formats: Sequence[str], out: str, kind: str | No
     """Write `trained` to the folder `out` in each of `formats` (of FORMATS), with a model card.
 
     Every format is read back and must give the model's logits before the folder appears, by one rename.
-    Prints what was written on stderr, and one JSON line on stdout.
+    Prints what was written on stderr, and one JSON line on stdout. Returns the exit code, 0.
 
     Args:
         out: a folder that does not exist yet.
         kind: `model` or `ema`; None: the EMA if there is one.
         fold_bn: absorb BatchNorm where that is exact; not in timm's layout, which has a place for every
             norm.
-
-    Returns:
-        The process exit code, 0.
 
     Raises:
         ConfigError: `out` exists, or these options do not fit together.
@@ -60,7 +63,7 @@ def export(trained: Trained, *, formats: Sequence[str], out: str, kind: str | No
     if fold_bn and (not is_cmt or list(formats) == ["timm"]):
         why = "not for timm's layout, which has a place for every norm" if is_cmt else "for CMT only"
         raise ConfigError(f"--fold-bn: {why}; leave it out, or export onnx or torch-export")
-    if "onnx" in formats and (missing := export_formats.missing_packages()):
+    if "onnx" in formats and (missing := missing_packages()):
         raise DataError(f"--format onnx: needs {', '.join(missing)}; pip install 'cmtrain[export]'")
     weights = trained.weights(kind or trained.kinds[-1])
     model = make_trained_model(config, weights)
@@ -112,15 +115,12 @@ def _write(
     sample = torch.randn(max(CHECKED_BATCHES), 3, side, side, generator=generator)
     for_inference = folded(model) if fold_bn and isinstance(model, CMT) else model
 
-    def to_timm() -> Logits:
-        labels = trained.class_names if len(trained.class_names) == model.num_classes else ()
-        how = {"model_args": model_args_of(config), "preprocessing": preprocessing_of(config)}
-        return export_formats.to_timm(folder, model, labels=labels, **how)
-
+    how: dict[str, Any] = {"model_args": model_args_of(config), "preprocessing": preprocessing_of(config)}
+    labels = trained.class_names if len(trained.class_names) == model.num_classes else ()
     writers: dict[str, Callable[[], Logits]] = {
-        "timm": to_timm,
-        "onnx": lambda: export_formats.to_onnx(folder, for_inference, sample[:2]),
-        "torch-export": lambda: export_formats.to_program(folder, for_inference, sample[:2]),
+        "timm": lambda: to_timm(folder, model, labels=labels, **how),
+        "onnx": lambda: to_onnx(folder, for_inference, sample[:2]),
+        "torch-export": lambda: to_program(folder, for_inference, sample[:2]),
     }
     differences = {}
     for name in formats:
@@ -207,3 +207,68 @@ def _sync(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+# Each of the next functions writes one format and returns the model as it is read back, for comparison.
+# All take a batch of any size at the model's one image size.
+
+
+def to_timm(
+    folder: Path,
+    model: nn.Module,
+    *,
+    model_args: dict[str, Any],
+    preprocessing: dict[str, Any],
+    labels: Sequence[str],
+) -> Logits:
+    """Write model.safetensors and config.json, for `timm.create_model("local-dir:FOLDER", pretrained=True)`.
+
+    Args:
+        model: a model with contiguous parameters, as safetensors needs them.
+        model_args: arguments of timm.create_model beside the name.
+        preprocessing: pretrained_cfg's input_size, mean, std, crop_pct and interpolation.
+        labels: names of the outputs; empty if they are not known.
+    """
+    described: dict[str, Any] = {"pretrained_cfg": preprocessing | {"num_classes": model.num_classes}}
+    if labels:
+        described["label_names"] = list(labels)
+    save_for_hf(model, str(folder), model_config=described, model_args=model_args, safe_serialization=True)
+    return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+
+
+def to_onnx(folder: Path, model: nn.Module, example: Tensor) -> Logits:
+    """Write model.onnx, with input `images` and output `logits`. `example`: (B, 3, px, px), B > 1."""
+    with warnings.catch_warnings(action="ignore"):  # of its own internals, differently in every version
+        torch.onnx.export(
+            model,
+            (example,),
+            folder / ONNX_NAME,
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+    onnxruntime = importlib.import_module("onnxruntime")  # an extra, not always there
+    session = onnxruntime.InferenceSession(str(folder / ONNX_NAME), providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+
+
+def to_program(folder: Path, model: nn.Module, example: Tensor) -> Logits:
+    """Write model.pt2, for torch.export.load without this package. `example`: as for to_onnx."""
+    with warnings.catch_warnings(action="ignore"):  # as above
+        program = torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+        torch.export.save(program, folder / PROGRAM_NAME)
+        return torch.export.load(folder / PROGRAM_NAME).module()
+
+
+def missing_packages() -> list[str]:
+    """Return the packages that to_onnx needs and that are not installed."""
+    return [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
+
+
+def crop_pct_of(image_px: int, resize_px: int) -> float:
+    """Return the crop_pct with which timm resizes to `resize_px`: it takes floor(image_px / crop_pct)."""
+    crop_pct = image_px / resize_px
+    return crop_pct if math.floor(image_px / crop_pct) == resize_px else math.nextafter(crop_pct, 0)

@@ -79,7 +79,8 @@ def repair_bn(
     """Recompute the BatchNorm statistics of all weights (model and EMA) at `place`; write a repaired copy.
 
     Images are the training batches, augmented and mixed. The forward passes run in fp32, which does not
-    overflow where fp16 did. Prints accuracy before and after on stderr, and one JSON line on stdout.
+    overflow where fp16 did. Prints accuracy before and after on stderr, and one JSON line on stdout. Returns
+    the exit code, 0.
 
     Args:
         place: a run folder, the name of one below runs/, a checkpoint folder, or a weights file by
@@ -89,9 +90,6 @@ def repair_bn(
         out: for a file, the file to write (None: `x-repaired.pth` beside `x.pth`); for a run, the folder of
             the new checkpoint (None: `repaired` in the run folder).
         batches: number of micro-batches to average over.
-
-    Returns:
-        The process exit code, 0.
 
     Raises:
         ConfigError: no configuration, one of another model, or several processes.
@@ -103,9 +101,7 @@ def repair_bn(
         source = _open_file(Path(place), Path(out) if out else None)
         if config is None:
             example = "--config configs/demo.yaml --model.name resnet18 --data.root photos"
-            raise ConfigError(
-                f"cmtrain repair-bn: {place} needs a configuration of its model, e.g. {example}"
-            )
+            raise ConfigError(f"cmtrain repair-bn: {place} needs its model and data, e.g. {example}")
     else:
         config, source = _open_run(place, config, overrides, out)
     accelerator = build.make_accelerator(config.train.precision)
@@ -145,9 +141,7 @@ def repair_bn(
         update_bn(_images(train_loader, config, entry.num_classes, batches), entry.model)
         entry.take_statistics()
         if still := entry.nonfinite():
-            raise DataError(
-                f"{source.path}: {still[0]} is not finite after {batches} batches in fp32 either"
-            )
+            raise DataError(f"{source.path}: {still[0]} is not finite after {batches} fp32 batches either")
     after = evaluate_all()
     train_loader.close()
     eval_loader.close()
@@ -160,8 +154,7 @@ def repair_bn(
         found = f"{len(nonfinite)} BatchNorm statistics were not finite, {nonfinite[0]} first"
     console.line(f"{source.path}: {found}; averaged over {batches} batches")
     for label, was in before.items():
-        nan = "" if math.isfinite(was.loss) else " (its outputs were NaN)"
-        now = after[label]
+        now, nan = after[label], "" if math.isfinite(was.loss) else " (its outputs were NaN)"
         console.line(f"{label}: top-1 {100 * was.top1:.1f} % before{nan}, {100 * now.top1:.1f} % after")
     console.line(f"written to {written}{source.next_step}")
     top1 = {label: [was.top1, after[label].top1] for label, was in before.items()}
@@ -181,11 +174,9 @@ def _open_run(
         else:
             loaded = find_checkpoint(Path(place))
         step = int(loaded.state["progress"]["step"])
-        moments = loaded.state["optimizer"]["state"]
-        _refuse(
-            loaded.path,
-            _nonfinite({f"optimizer {n} {i}": moments[i][n] for i in moments for n in moments[i]}),
-        )
+        state = loaded.state["optimizer"]["state"]
+        moments = {f"optimizer {name} {i}": state[i][name] for i in state for name in state[i]}
+        _refuse(loaded.path, _nonfinite(moments))
     except (CheckpointError, OSError) as error:
         raise DataError(str(error)) from error
     except (KeyError, TypeError) as error:
@@ -222,8 +213,7 @@ def _open_file(path: Path, out: Path | None) -> Source:
                 metadata = file.metadata()
                 content = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         else:
-            # Many trainers store their arguments beside the weights. A Namespace of plain values is
-            # harmless.
+            # Many trainers store their arguments beside the weights; a Namespace of values is harmless.
             with torch.serialization.safe_globals([argparse.Namespace]):
                 content = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(content, dict):
@@ -258,14 +248,9 @@ def _open_file(path: Path, out: Path | None) -> Source:
 
 def _states_in(source: Source) -> dict[str, dict[str, Any]]:
     """Return the state_dicts with BatchNorm statistics: all of the content as `model`, or entries of it."""
-    entries = {"model": source.content} | {
-        str(name): entry for name, entry in source.content.items() if isinstance(entry, dict)
-    }
-    states = {
-        name: entry
-        for name, entry in entries.items()
-        if any(isinstance(key, str) and key.endswith("running_var") for key in entry)
-    }
+    entries = {str(name): entry for name, entry in source.content.items() if isinstance(entry, dict)}
+    entries = {"model": source.content} | entries
+    states = {name: entry for name, entry in entries.items() if _find_key(entry, "running_var")}
     if not states:
         raise DataError(f"{source.path}: has no BatchNorm statistics to repair (no key ends in running_var)")
     return states
@@ -284,9 +269,8 @@ def _load(
     head_key = _find_key(state, f"{head}.weight")
     num_classes = len(state[head_key]) if head_key else data_classes
     if num_classes < data_classes:
-        raise ConfigError(
-            f"{path}: {label} has {num_classes} classes, the data {data_classes}; set data.root"
-        )
+        counts = f"{label} has {num_classes} classes, the data {data_classes}"
+        raise ConfigError(f"{path}: {counts}; set data.root")
     model = build.make_model(config, num_classes, device)
     own = model.state_dict()
     first = next((key for key in own if key.endswith("running_var")), None)
@@ -327,9 +311,8 @@ def _nonfinite(tensors: dict[str, Any]) -> list[str]:
 
 def _refuse(path: Path, nonfinite: list[str]) -> None:
     if nonfinite:
-        raise DataError(
-            f"{path}: {nonfinite[0]} is not finite, and only BatchNorm statistics can be recomputed"
-        )
+        advice = "only BatchNorm statistics can be recomputed"
+        raise DataError(f"{path}: {nonfinite[0]} is not finite, and {advice}")
 
 
 def _images(loader: Loader, config: Config, num_classes: int, batches: int) -> Iterator[Tensor]:

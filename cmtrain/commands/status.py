@@ -105,10 +105,7 @@ def print_status(run: str, *, as_json: bool) -> int:
 
 def watch(run: str) -> int:
     """Show the status of `run` until it ends: in place on a terminal, elsewhere one line whenever it
-    changes.
-
-    Returns:
-        The exit code, 0.
+    changes. Returns the exit code, 0.
 
     Raises:
         DataError: there is no such run.

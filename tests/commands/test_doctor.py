@@ -1,4 +1,4 @@
-"""Check everything that a run needs, report it, and end with 3 if something is missing (`cmtrain doctor`)."""
+"""Check everything that a run needs, and end with exit code 3 if it is missing (`cmtrain doctor`)."""
 
 import json
 import os

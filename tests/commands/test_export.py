@@ -11,8 +11,7 @@ import torch
 from helpers.runs import Forked
 
 import cmtrain.commands.export
-from cmtrain.commands.export import largest_difference, make_trained_model
-from cmtrain.commands.export_formats import crop_pct_of, missing_packages
+from cmtrain.commands.export import crop_pct_of, largest_difference, make_trained_model, missing_packages
 from cmtrain.commands.trained_model import open_trained
 from cmtrain.config.load import load_config
 from cmtrain.storage.checkpoint import load_newest, save_checkpoint

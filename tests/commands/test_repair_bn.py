@@ -275,4 +275,4 @@ def test_mistakes_about_a_file_are_one_line_and_write_nothing(job, resnet, monke
     assert "gone.pth: No such file" in refused("gone.pth", code=3)
     assert "must end in .pth" in refused("x.pth", "--out", "x.safetensors", code=2)
     assert "choose another --out" in refused("x.pth", "--out", "nowhere/x.pth", code=2)
-    assert "x.pth needs a configuration of its model" in refused("x.pth", code=2, config=())
+    assert "x.pth needs its model and data" in refused("x.pth", code=2, config=())

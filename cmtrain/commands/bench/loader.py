@@ -58,15 +58,13 @@ def bench_loader(
     """Time decoding, crop + resize + flip, colour jitter and RandAugment, by DALI and by timm.
 
     Prints a table on stderr and one JSON line on stdout; writes the JSON to `json_path` as well, if given.
+    Returns the exit code, 0.
 
     Args:
         steps: batches of 64 images that are timed in each round.
         rounds: turns of each contender at each work.
         packed: copy of data.root by `cmtrain data pack`, timed beside the files; None packs up to 2000 of
             the images into a temporary one, with shorter sides of 256 pixels.
-
-    Returns:
-        The process exit code, 0.
 
     Raises:
         ConfigError, DataError: as for training.
