@@ -29,11 +29,12 @@ from cmtrain.storage.weights import start_from
 from cmtrain.training.recovery import Recovery
 from cmtrain.training.resume import Start, choose_start
 from cmtrain.training.schedule import Schedule
+from pipelines import loader
 from pipelines.checks.bad_list import user_cache
 from pipelines.files.demo_images import demo_folder
 from pipelines.files.manifest import Manifest
 from pipelines.files.shards import is_packed
-from pipelines.loader import DaliLoader, eval_loader, train_loader
+from pipelines.loader import DaliLoader
 from pipelines.plan import Plan
 from pipelines.spec import AugmentSpec, EvalSpec
 from pipelines.synthetic import SyntheticLoader
@@ -91,21 +92,15 @@ def assemble(config: Config, lock: RunLock, resume: str) -> Parts:
     notes = [*warnings, *start.notes]
     if config.model.init_from and not start.checkpoint:
         notes += start_from(config.model.init_from, model)
+    # The loaders are not prepared by accelerate: order, sharding and every random draw are the plan's.
+    train_loader = make_train_loader(config, data.train, schedule, accelerator, threads)
+    eval_loader = make_eval_loader(config, data.val, schedule.micro_batch_size, accelerator, threads)
+    learner = make_learner(config, model, schedule, num_classes, accelerator)
+    recovery = make_recovery(config, schedule)
     return Parts(
-        accelerator=accelerator,
-        control=control,
-        data=data,
-        schedule=schedule,
-        start=start,
-        # The loaders are not prepared by accelerate: order, sharding and every random draw are the plan's.
-        train_loader=make_train_loader(config, data.train, schedule, accelerator, threads),
-        eval_loader=make_eval_loader(config, data.val, schedule.micro_batch_size, accelerator, threads),
-        learner=make_learner(config, model, schedule, num_classes, accelerator),
-        recovery=make_recovery(config, schedule),
-        num_classes=num_classes,
-        flops_per_image=flops_per_image,
-        notes=notes,
-    )
+        accelerator, control, data, schedule, start, train_loader, eval_loader, learner, recovery,
+        num_classes, flops_per_image, notes,
+    )  # fmt: skip
 
 
 def join_ranks(config: Config, run_path: Path) -> tuple[Accelerator, Any, list[str]]:
@@ -224,15 +219,9 @@ def open_val(config: Config, class_names: Sequence[str]) -> Manifest:
 
 def plan_steps(config: Config, num_samples: int, num_processes: int) -> Schedule:
     """Plan all steps of the run. Raises ConfigError or DataError when the numbers do not fit."""
-    train = config.train
-    schedule = Schedule(
-        num_samples=num_samples,
-        world_size=num_processes,
-        global_batch_size=train.global_batch_size,
-        max_batch_per_gpu=train.max_batch_per_gpu,
-        lr=config.optim.lr,
-        **config.schedule.model_dump(),
-    )
+    train, sizes = config.train, {"global_batch_size", "max_batch_per_gpu"}
+    lengths = config.train.model_dump(include=sizes) | config.schedule.model_dump()
+    schedule = Schedule(num_samples=num_samples, world_size=num_processes, lr=config.optim.lr, **lengths)
     if train.compile_mode != "default" and schedule.accumulation > 1:
         # A graph leaves its gradients where its next replay writes them.
         raise ConfigError(
@@ -251,54 +240,34 @@ def make_train_loader(
         repeats=config.augment.repeats,
     )  # fmt: skip
     spec = augment_spec(config, accelerator)
-    return train_loader(manifest, plan, spec, **_placement(config, accelerator, threads))
+    return loader.train_loader(manifest, plan, spec, **_placement(config, accelerator, threads))
 
 
 def make_eval_loader(
     config: Config, manifest: Manifest, batch_size: int, accelerator: Accelerator, threads: int
 ) -> DaliLoader:
     """Make the loader of evaluation batches, `batch_size` images each."""
-    data = config.data
+    data, fp16 = config.data, accelerator.mixed_precision == "fp16"
     spec = EvalSpec(
-        image_px=data.image_px,
-        resize_px=data.eval_resize_px,
-        interpolation=data.eval_interpolation,
-        mean=data.mean,
-        std=data.std,
-        fp16=accelerator.mixed_precision == "fp16",
+        data.image_px, data.eval_resize_px, data.eval_interpolation, mean=data.mean, std=data.std, fp16=fp16
     )
-    return eval_loader(manifest, spec, batch_size=batch_size, **_placement(config, accelerator, threads))
+    return loader.eval_loader(
+        manifest, spec, batch_size=batch_size, **_placement(config, accelerator, threads)
+    )
 
 
 def augment_spec(config: Config, accelerator: Accelerator) -> AugmentSpec:
-    data, augment = config.data, config.augment
-    return AugmentSpec(
-        image_px=data.image_px,
-        interpolation=data.interpolation,
-        scale=augment.scale,
-        ratio=augment.ratio,
-        hflip=augment.hflip,
-        color_jitter=augment.color_jitter,
-        rand_augment=augment.rand_augment,
-        mean=data.mean,
-        std=data.std,
-        fp16=accelerator.mixed_precision == "fp16",
-    )
+    geometry = config.data.model_dump(include={"image_px", "interpolation", "mean", "std"})
+    draws = config.augment.model_dump(exclude={"repeats"})
+    return AugmentSpec(**geometry, **draws, fp16=accelerator.mixed_precision == "fp16")
 
 
 def _placement(config: Config, accelerator: Accelerator, threads: int) -> dict[str, Any]:
     """Return the arguments that both loaders take: rank, device, threads and limits."""
-    data = config.data
-    return {
-        "rank": accelerator.process_index,
-        "world": accelerator.num_processes,
-        "device": accelerator.device,
-        "decode": data.decode,
-        "threads": threads,
-        "prefetch_batches": data.prefetch_batches,
-        "max_bad_fraction": data.max_bad_fraction,
-        "hw_decoder_load": data.hw_decoder_load,
-    }
+    given = {"decode", "prefetch_batches", "max_bad_fraction", "hw_decoder_load"}
+    rank, world = accelerator.process_index, accelerator.num_processes
+    here = {"rank": rank, "world": world, "device": accelerator.device, "threads": threads}
+    return here | config.data.model_dump(include=given)
 
 
 def make_synthetic_loader(
@@ -374,21 +343,14 @@ def num_classes_of(config: Config, manifest: Manifest) -> int:
 def make_learner(
     config: Config, model: nn.Module, schedule: Schedule, num_classes: int, accelerator: Accelerator
 ) -> Learner:
-    optim = config.optim
-    optimizer = make_optimizer(model, **optim.model_dump(exclude={"clip_grad"}))
+    optimizer = make_optimizer(model, **config.optim.model_dump(exclude={"clip_grad"}))
     compile_model(config, model)
     return Learner(
-        model,
-        optimizer,
-        accelerator,
-        ema_decay=config.ema.decay,
-        protect=config.guard.enabled,
-        spike_sigma=config.guard.spike_sigma,
+        model, optimizer, accelerator, ema_decay=config.ema.decay, protect=config.guard.enabled,
+        spike_sigma=config.guard.spike_sigma, accumulation=schedule.accumulation,
         mixing=MixSpec(num_classes=num_classes, **config.mixing.model_dump()),
-        accumulation=schedule.accumulation,
-        clip_grad=optim.clip_grad,
-        seed=config.run.seed,
-    )
+        clip_grad=config.optim.clip_grad, seed=config.run.seed,
+    )  # fmt: skip
 
 
 def cores_per_process(num_local_processes: int) -> int:
