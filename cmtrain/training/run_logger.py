@@ -6,7 +6,7 @@ import socket
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import KW_ONLY, asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,9 @@ from cmtrain.training.recovery import BadStep
 from pipelines.checks.bad_list import BadFile
 
 
+@dataclass
 class RunLogger:
-    """Rank 0 writes console, run folder and trackers; every rank serves metrics.
+    """Logs on rank 0 to console, run folder and trackers; on every rank to metrics.
 
     Args:
         path: the run folder; made here, on rank 0.
@@ -44,42 +45,41 @@ class RunLogger:
         trackers: experiment trackers, if any.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        *,
-        rank: int,
-        world_size: int,
-        first_step: int,
-        last_step: int,
-        epochs: int,
-        total_steps: int,
-        address: tuple[str, int] | None,
-        stall_seconds: float,
-        trackers: Trackers | None = None,
-    ) -> None:
-        self.path, self.world_size, self.epochs, self.total_steps = path, world_size, epochs, total_steps
-        self.first_step, self.last_step, self.step = first_step, last_step, first_step
-        self.console = Console(enabled=rank == 0)
-        self.metrics = TrainMetrics(path.name, rank)
-        self.folder = RunFolder(path) if rank == 0 else None
-        self.trackers = trackers
+    path: Path
+    _: KW_ONLY
+    rank: int
+    world_size: int
+    first_step: int
+    last_step: int
+    epochs: int
+    total_steps: int
+    address: tuple[str, int] | None
+    stall_seconds: float
+    trackers: Trackers | None = None
+
+    def __post_init__(self) -> None:
+        self.step = self.first_step
+        self.console = Console(enabled=self.rank == 0)
+        self.metrics = TrainMetrics(self.path.name, self.rank)
+        self.folder = RunFolder(self.path) if self.rank == 0 else None
         self.speed: dict[str, Any] = {}  # at the last log point; the share of waiting is this rank's own
         self.train_loss = math.nan
         self.bad_paths: set[str] = set()
         self.pace, self.begin = Pace(), time.monotonic()
         self.exporter: Exporter | None = None
         self.target: Path | None = None
-        if address:
-            self._serve(address, stall_seconds)
+        if self.address:
+            self._serve(self.address)
 
-    def _serve(self, address: tuple[str, int], stall_seconds: float) -> None:
+    def _serve(self, address: tuple[str, int]) -> None:
         """Serve metrics; if that fails, log why and go on without them."""
         try:
             status = self.folder.snapshot if self.folder else lambda: self.speed
-            self.exporter = Exporter(make_pages(self.metrics, status, stall_seconds, self.path), *address)
-            self.target = write_target(self.path, self.metrics.rank, self.exporter.host, self.exporter.port)
-            if self.metrics.rank == 0:
+            self.exporter = Exporter(
+                make_pages(self.metrics, status, self.stall_seconds, self.path), *address
+            )
+            self.target = write_target(self.path, self.rank, self.exporter.host, self.exporter.port)
+            if self.rank == 0:
                 forget_ranks(self.path, self.world_size)
         except OSError as error:
             self.console.line(f"{'no discovery of metrics' if self.exporter else 'no metrics'}: {error}")
@@ -138,21 +138,12 @@ class RunLogger:
     # Steps and log points
 
     def count_step(
-        self,
-        step: int,
-        *,
-        num_images: int,
-        num_bytes: int,
-        seconds: float,
-        wait_seconds: float,
-        phases: Sequence[Mapping[str, float]],
+        self, step: int, seconds: float, wait_seconds: float, *, num_images: int, **measured: Any
     ) -> None:
-        """Count a finished step; all numbers are of this rank. `phases`: see TrainMetrics.count_step."""
+        """Count a finished step; all numbers are of this rank. `measured`: see TrainMetrics.count_step."""
         self.step = step
-        self.metrics.count_step(
-            step, num_images=num_images, num_bytes=num_bytes, seconds=seconds, wait_seconds=wait_seconds,
-            phases=phases,
-        )  # fmt: skip
+        times = {"seconds": seconds, "wait_seconds": wait_seconds}
+        self.metrics.count_step(step, num_images=num_images, **times, **measured)
         self.pace.step(num_images * self.world_size, seconds, wait_seconds)
         self.console.advance(step)
         if self.folder and self.folder.trouble:
@@ -167,9 +158,8 @@ class RunLogger:
         images_per_second, wait_share, step_seconds = self.pace.pop_averages()
         eta_seconds = step_seconds * (self.last_step - report.step)
         self.metrics.set_eta(time.time() + eta_seconds)
-        self.speed = {
-            "images_per_second": round(images_per_second, 1), "data_wait_ratio": round(wait_share, 4)
-        }  # fmt: skip
+        speed, share = round(images_per_second, 1), round(wait_share, 4)
+        self.speed = {"images_per_second": speed, "data_wait_ratio": share}
         if self.folder:
             record = {key: finite(value) for key, value in asdict(report).items()} | self.speed
             self.folder.log(record | {"time": time.time()})
@@ -177,18 +167,12 @@ class RunLogger:
             self.folder.status(
                 step=report.step, loss=record["loss"], eta_seconds=round(eta_seconds), **self.speed
             )
-        bad, restores = report.bad_steps - before.bad_steps, report.restores - before.restores
-        if bad or restores:
-            self._event(
-                "bad_steps", step=report.step, since=before.step, bad=bad, restores=restores,
-                loss_scale=report.loss_scale,
-            )  # fmt: skip
-        parts = [
-            f"eta {duration(eta_seconds)}",
-            f"loss {report.loss:.4f}",
-            f"{images_per_second:,.0f} img/s",
-        ]
-        parts.append(f"data {percent(wait_share, 0)}")
+        since = {"bad": report.bad_steps - before.bad_steps, "restores": report.restores - before.restores}
+        if any(since.values()):
+            scale = report.loss_scale
+            self._event("bad_steps", step=report.step, since=before.step, **since, loss_scale=scale)
+        parts = [f"eta {duration(eta_seconds)}", f"loss {report.loss:.4f}"]
+        parts += [f"{images_per_second:,.0f} img/s", f"data {percent(wait_share, 0)}"]
         if report.loss_scale != 1:
             parts.append(f"scale {report.loss_scale:g}")
         if report.bad_steps:
@@ -204,15 +188,12 @@ class RunLogger:
     # Bad files, spikes, rollbacks
 
     def left_out(self, files: Sequence[BadFile]) -> None:
-        """Log the files that the run begins without; all ranks know the same ones, and rank 0 counts
-        them.
-        """
+        """Log the files that the run begins without. All ranks know the same ones; rank 0 counts them."""
         self.bad_files([files], quiet=True)
         if files:
             example = f"{files[0].path}: {files[0].reason}"
-            self.console.line(
-                f"{len(files):,} unreadable files are left out (all are in events.jsonl): {example}"
-            )
+            others = f", and {len(files) - 1:,} more in events.jsonl" if len(files) > 1 else ""
+            self.console.line(f"unreadable files are left out: {example}{others}")
 
     def bad_files(self, by_rank: Sequence[Sequence[BadFile]], *, quiet: bool = False) -> None:
         """Log each bad file once, whichever ranks met it; the first of them counts it."""
@@ -221,7 +202,7 @@ class RunLogger:
                 if file.path in self.bad_paths:
                     continue
                 self.bad_paths.add(file.path)
-                if rank == self.metrics.rank:
+                if rank == self.rank:
                     self.metrics.bad_file(file.kind)
                 self._event("bad_file", path=file.path, reason=file.reason, kind=file.kind)
                 if not quiet:
@@ -275,7 +256,7 @@ class RunLogger:
         """
         row: dict[str, Any] = {"epoch": epoch, "step": step, "train_loss": finite(self.train_loss), "lr": lr}
         for weights, result in results.items():
-            my_share = range(self.metrics.rank, result.num_images, self.world_size)
+            my_share = range(self.rank, result.num_images, self.world_size)
             self.metrics.evaluated(weights, result, len(my_share))
             prefix = "eval" if weights == "model" else f"eval_{weights}"
             row |= {f"{prefix}_{key}": getattr(result, key) for key in ("loss", "top1", "top5")}

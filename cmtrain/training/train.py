@@ -133,10 +133,9 @@ def run(config: Config, lock: RunLock, resume: str, max_steps: int | None) -> in
             num_images = learner.step(batches, step, lr)
             done, epoch = step + 1, step // schedule.steps_per_epoch
             final = done == last_step
-            seconds, waited = clock.lap()
             logger.count_step(
-                done, num_images=num_images, num_bytes=parts.train_loader.take_num_bytes(), seconds=seconds,
-                wait_seconds=waited, phases=learner.phases.pop_finished(),
+                done, *clock.lap(), num_images=num_images, num_bytes=parts.train_loader.take_num_bytes(),
+                phases=learner.phases.pop_finished(),
             )  # fmt: skip
             saver.log_finished()
             received = 0 if final else stop.agreed()
