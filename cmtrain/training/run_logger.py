@@ -142,8 +142,8 @@ class RunLogger:
     ) -> None:
         """Count a finished step; all numbers are of this rank. `measured`: see TrainMetrics.count_step."""
         self.step = step
-        times = {"seconds": seconds, "wait_seconds": wait_seconds}
-        self.metrics.count_step(step, num_images=num_images, **times, **measured)
+        measured |= {"num_images": num_images, "seconds": seconds, "wait_seconds": wait_seconds}
+        self.metrics.count_step(step, **measured)
         self.pace.step(num_images * self.world_size, seconds, wait_seconds)
         self.console.advance(step)
         if self.folder and self.folder.trouble:
@@ -193,7 +193,7 @@ class RunLogger:
         if files:
             example = f"{files[0].path}: {files[0].reason}"
             others = f", and {len(files) - 1:,} more in events.jsonl" if len(files) > 1 else ""
-            self.console.line(f"unreadable files are left out: {example}{others}")
+            self.console.line(f"{len(files):,} bad files are left out: {example}{others}")
 
     def bad_files(self, by_rank: Sequence[Sequence[BadFile]], *, quiet: bool = False) -> None:
         """Log each bad file once, whichever ranks met it; the first of them counts it."""
