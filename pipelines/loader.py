@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,7 @@ from numpy.typing import NDArray
 
 from pipelines.checks.bad_list import BadFile
 from pipelines.dali import graphs
-from pipelines.dali.stages import Stages, decode_stages, eval_stages, train_stages
+from pipelines.dali.stages import Stages, make_stages
 from pipelines.files.manifest import Manifest
 from pipelines.files.shards import SliceReader
 from pipelines.plan import MicroBatch, Plan, augment_params
@@ -60,15 +62,13 @@ def train_loader(
         params = augment_params(plan, batch, manifest.heights[indices], manifest.widths[indices], spec)
         return [read(indices), params.windows, params.flips, *(params.jitter or ()), *(params.layers or ())]
 
-    def micro_batches(epoch: int, start: int) -> Iterator[MicroBatch]:
-        return plan.micro_batches(epoch, start, rank, world)
-
     reads_files = manifest.packed is None
     run = graphs.execution(
         device, decode, plan.micro_batch_size, threads, prefetch_batches, reads_files, hw_decoder_load
     )
     stand_ins = StandIns(manifest, max_bad_fraction, threads)
-    return DaliLoader(manifest, micro_batches, inputs, train_stages(spec, run), run, stand_ins, trains=True)
+    micro_batches = functools.partial(plan.micro_batches, rank=rank, world=world)
+    return DaliLoader(manifest, spec, run, stand_ins, micro_batches, inputs)
 
 
 def eval_loader(
@@ -87,8 +87,8 @@ def eval_loader(
 ) -> DaliLoader:
     """Return a loader of every image once over all ranks: this rank's are `[rank::world]`.
 
-    Its last batch may be smaller. An image that cannot be decoded keeps its place, with the pixels of another
-    one and the label `UNREADABLE`. `epoch` ignores the epoch's number and accepts no `start`. Arguments and
+    Its last batch may be smaller. An image that cannot be decoded keeps its place, with another one's pixels
+    and the label `UNREADABLE`. `epoch` ignores the epoch's number and accepts no `start`. Arguments and
     errors as for `train_loader`; ValueError also when the crop is larger than the resized image.
     """
     if spec.resize_px < spec.image_px:
@@ -114,7 +114,7 @@ def eval_loader(
         device, decode, batch_size, threads, prefetch_batches, reads_files, hw_decoder_load
     )
     stand_ins = StandIns(manifest, max_bad_fraction, threads)
-    return DaliLoader(manifest, micro_batches, inputs, eval_stages(spec, run), run, stand_ins, trains=False)
+    return DaliLoader(manifest, spec, run, stand_ins, micro_batches, inputs)
 
 
 def eval_windows(
@@ -122,7 +122,7 @@ def eval_windows(
 ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     """Return sizes (B, 2) of torchvision's Resize(resize_px) and offsets (B, 2) of its CenterCrop(image_px).
 
-    The longer side is truncated, not rounded; halves of an offset go to the even number, as in Python's `round`.
+    The longer side is truncated, not rounded; halves of an offset round to even, as Python's `round`.
     """
     stored = np.stack([heights, widths], axis=1).astype(np.int64)  # (B, 2)
     sizes = resize_px * stored // stored.min(axis=1, keepdims=True)
@@ -135,33 +135,27 @@ class DaliLoader:
     An undecodable file fails DALI's batch and ends DALI's pipeline. Then the files of all batches in flight
     are checked, and the pipeline is built again at the first batch that was not delivered. Whether a sample
     is replaced depends on its file and its draws alone, not on the batches around it nor on what happened
-    before: a file cut in the middle still gives the crops above the cut, in a resumed run as in the one that
-    found out.
+    before: a file cut in the middle still gives the crops above the cut.
 
     Args:
         micro_batches: yields the micro-batches of (epoch, start).
         inputs: returns the inputs of the graphs for a micro-batch.
-        build: makes the stages that turn those inputs into images.
-        trains: whether a bad sample is replaced by another one, label included, or keeps its place as
-            `UNREADABLE`.
     """
 
     def __init__(
         self,
         manifest: Manifest,
-        micro_batches: Callable[[int, int], Iterator[MicroBatch]],
-        inputs: Callable[[MicroBatch], Sequence[Any]],
-        build: Callable[[graphs.Source], Stages],
+        spec: AugmentSpec | EvalSpec,
         run: graphs.Execution,
         stand_ins: StandIns,
-        *,
-        trains: bool,
+        micro_batches: Callable[[int, int], Iterator[MicroBatch]],
+        inputs: Callable[[MicroBatch], Sequence[Any]],
     ) -> None:
-        self._manifest, self._micro_batches, self._inputs = manifest, micro_batches, inputs
-        self._build, self._probe = build, decode_stages(run, windows=trains)
+        self._manifest, self._run, self._stand_ins = manifest, run, stand_ins
+        self._micro_batches, self._inputs = micro_batches, inputs
+        self._build = functools.partial(make_stages, spec=spec, run=run)
+        self._trains = isinstance(spec, AugmentSpec)
         self._device = torch.device("cpu" if run.device_id is None else f"cuda:{run.device_id}")
-        self._prefetch_batches = run.prefetch_batches
-        self._stand_ins, self._trains = stand_ins, trains
         self._stages: Stages | None = None
         self._upcoming: Iterator[MicroBatch] = iter(())
         self._undelivered: deque[MicroBatch] = deque()  # taken from `_upcoming`, as planned
@@ -244,7 +238,7 @@ class DaliLoader:
                 images = self._stages.fetch()
                 break
             except (RuntimeError, OSError) as error:
-                # DALI seldom says which file, and with several batches in flight not even which batch.
+                # DALI seldom names the file, and with several batches in flight not even the batch.
                 batches = list(self._in_flight)
                 self._rewind()
                 found = self._stand_ins.check(index for batch in batches for index in batch.indices.tolist())
@@ -265,11 +259,11 @@ class DaliLoader:
             self._undelivered.append(next(self._upcoming))
         if self._stages is None:
             self._stages = self._build(self._pull)
-        while len(self._in_flight) < self._prefetch_batches:
+        while len(self._in_flight) < self._run.prefetch_batches:
             self._stages.schedule()
 
     def _rewind(self) -> None:
-        """Drop the pipeline, which fails for ever after one failure; the next repeats the undelivered batches."""
+        """Drop the pipeline, which fails for ever after a failure; a new one repeats what is undelivered."""
         self._stages = None
         self._in_flight.clear()
 
@@ -292,10 +286,10 @@ class DaliLoader:
         return batch._replace(indices=indices)
 
     def _decode(self, batch: MicroBatch) -> None:
-        """Decode a part of a batch in a graph of its own. Raises RuntimeError or OSError when DALI cannot."""
-        stages = self._probe(lambda: self._inputs(batch))
-        stages.schedule()
-        stages.skip()
+        """Test-decode a part of a batch. Raises RuntimeError or OSError when DALI cannot."""
+        inputs = self._inputs(batch)[: 2 if self._trains else 1]
+        run = replace(self._run, prefetch_batches=1)
+        graphs.decode_graph(lambda: inputs, run, windows=self._trains).run()
 
     def _to_device(self, values: NDArray[np.int64]) -> torch.Tensor:
         host = torch.from_numpy(values)
@@ -304,7 +298,7 @@ class DaliLoader:
 
 
 def file_reader(manifest: Manifest, threads: int) -> Callable[[NDArray[np.int64]], Any]:
-    """Return a function from indices to a graph's first input: paths if DALI reads files itself, else bytes."""
+    """Return a function from indices to a graph's first input: paths if DALI can read them, else bytes."""
     if manifest.packed is not None:
         return SliceReader(manifest.packed)
     if graphs.READS_FILES:

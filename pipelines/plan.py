@@ -102,7 +102,7 @@ class Plan:
         return _order(self.seed, epoch, self.num_samples, self.repeats)
 
     def micro_batches(self, epoch: int, start: int, rank: int, world: int) -> Iterator[MicroBatch]:
-        """Yield this rank's micro-batches of one epoch after `start` samples, whole global batches, are consumed.
+        """Yield this rank's micro-batches of one epoch after `start` samples, whole global batches.
 
         Raises ValueError, at the call, when `world` does not divide the micro-batches of a global batch or
         `start` is no multiple of global_batch_size in the epoch.
@@ -197,7 +197,7 @@ def crop_windows(
 
 
 def jitter_params(u: Floats, strength: float) -> JitterParams:
-    """Return the params of ColorJitter(strength, strength, strength); the last of u (B, 4) is for the order."""
+    """Return the params of ColorJitter(strength, strength, strength); the last of u (B, 4) is the order."""
     low = max(0.0, 1.0 - strength)
     factors = low + (1.0 + strength - low) * u[:, :3]  # (B, 3) of brightness, contrast, saturation
     operations = _JITTER_ORDERS[(u[:, 3] * len(_JITTER_ORDERS)).astype(np.int64)]  # (B, 3)
@@ -213,8 +213,7 @@ def sample_keys(seed: int, domain: int, indices: Ints) -> Words:
 # Two entries: the epoch being trained and the one whose first batches are already in flight.
 @lru_cache(maxsize=2)
 def _order(seed: int, epoch: int, num_samples: int, repeats: int) -> Ints:
-    # Sorting by our own hash, because numpy does not promise that its permutations stay the same over
-    # versions.
+    # Sorting by our own hash, because numpy does not promise the same permutations in all versions.
     keys = _states(seed, _ORDER_DOMAIN, epoch, np.arange(num_samples))
     order = np.repeat(np.argsort(keys, kind="stable")[: -(-num_samples // repeats)], repeats)[:num_samples]
     order.setflags(write=False)

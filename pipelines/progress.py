@@ -20,7 +20,7 @@ REDRAW_SECONDS, LINE_SECONDS = 0.2, 10.0
 def tracked(
     steps: Iterable[T], what: str, total: int, done: int = 0, per_step: int = 1
 ) -> Generator[T, None, None]:
-    """Pass `steps` on; after two seconds draw a bar on stderr or, without a terminal, one line per 10 seconds.
+    """Pass `steps` on; after two seconds draw a bar on stderr or, without a terminal, print lines.
 
     Args:
         what: the work, as in "reading image headers".

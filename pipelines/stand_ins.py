@@ -56,10 +56,9 @@ class StandIns:
         return np.flatnonzero(np.isin(indices, list(self._bad))).tolist()
 
     def check(self, indices: Iterable[int]) -> bool:
-        """Test-decode the images at `indices` with Pillow; return whether another bad file was found.
+        """Test-decode images with Pillow; return whether another bad file was found.
 
-        Raises:
-            DataError: more bad files than allowed.
+        Raises DataError for more bad files than allowed.
         """
         unknown = sorted(set(indices) - self._bad.keys())
         before = len(self._bad)
@@ -85,8 +84,7 @@ class StandIns:
             decode: test-decodes a part of a batch with DALI.
             error: the batch's error.
 
-        Raises:
-            DataError: none fails alone, other images fail, too, or more files are bad than allowed.
+        Raises DataError when none fails alone, other images fail, too, or more files are bad than allowed.
         """
         num_suspects = len({index for batch in batches for index in batch.indices.tolist()})
         what = f"a batch failed twice, but Pillow can read all of the {num_suspects} images in flight"

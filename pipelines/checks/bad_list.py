@@ -88,8 +88,8 @@ def _read(path: Path) -> dict[str, Fault]:
     for line in text.split("\n"):
         if line and not line.startswith("#"):
             listed, _, reason = line.rpartition("\t")  # a path may hold tabs, a reason does not
-            before, _, word = listed.rpartition("\t")
-            kind = next((kind for kind in KINDS if kind == word), None)
+            before, _, column = listed.rpartition("\t")
+            kind = next((kind for kind in KINDS if kind == column), None)
             faults[before if kind else listed] = Fault(kind or "other", reason)
     return faults
 

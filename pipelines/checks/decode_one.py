@@ -46,16 +46,6 @@ class CheckResult(NamedTuple):
     fault: Fault | None
 
 
-def read_header(path: str) -> CheckResult:
-    """Check the header only."""
-    return _check(path, load=False)
-
-
-def decode(path: str) -> CheckResult:
-    """Decode the whole image, unless its header already shows that it is too large."""
-    return _check(path, load=True)
-
-
 def fault_in_stat(info: os.stat_result) -> Fault | None:
     """Return why the file cannot be used, if its stat shows it already."""
     if not stat.S_ISREG(info.st_mode):
@@ -78,14 +68,15 @@ def fault_of(error: Exception) -> Fault:
     return Fault(kind, str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}")
 
 
-def _check(path: str, load: bool) -> CheckResult:
+def check_file(path: str, decode: bool) -> CheckResult:
+    """Read the header and, if `decode` and unless the header shows that it is too large, the whole image."""
     try:
         fault = fault_in_stat(os.stat(path))
         if fault is None:  # opening a pipe would wait for its writer
             with Image.open(path, formats=FORMATS) as image:
                 width, height = image.size
                 if height * width <= MAX_PIXELS:
-                    if load:
+                    if decode:
                         image.load()
                     return CheckResult(height, width, None)
             limit = f"more than {MAX_PIXELS // 1_000_000} million pixels"
@@ -95,7 +86,7 @@ def _check(path: str, load: bool) -> CheckResult:
     return CheckResult(0, 0, fault)
 
 
-def _answer_requests(load: bool) -> None:
+def _answer_requests(decode: bool) -> None:
     with contextlib.suppress(
         ValueError, OSError
     ):  # a tighter limit is set already, or the platform has none
@@ -106,10 +97,10 @@ def _answer_requests(load: bool) -> None:
     print(json.dumps(READY), flush=True)  # noqa: T201
     for line in sys.stdin:
         signal.alarm(MAX_SECONDS)  # its default action ends the process, even inside a decoder
-        result = _check(json.loads(line), load)
+        result = check_file(json.loads(line), decode)
         signal.alarm(0)
         print(json.dumps(result), flush=True)  # noqa: T201
 
 
 if __name__ == "__main__":
-    _answer_requests(load="decode" in sys.argv[1:])
+    _answer_requests(decode="decode" in sys.argv[1:])

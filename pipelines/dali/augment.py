@@ -6,6 +6,7 @@ Pillow, which timm and torchvision augment with; the few differences are stated 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -103,12 +104,12 @@ def _times(image: Node, factor: Node) -> Node:
 
 
 def sharpen(image: Node, kernel: Node) -> Node:
-    """Blend with the smoothed image, as one filter. Unlike Pillow's, it changes the outermost pixels, too."""
+    """Blend with the smoothed image, as one filter. Unlike Pillow, it changes the outermost pixels, too."""
     return _filter(image, beside(image, kernel))
 
 
 def blur(image: Node, sigma_px: Node) -> Node:
-    """Blur with a Gaussian. Pillow's box filters come near; they repeat the border, this mirrors the image."""
+    """Blur with a Gaussian. Pillow's box filters come near; they repeat the border, this mirrors it."""
     return fn.gaussian_blur(image, sigma=sigma_px)
 
 
@@ -136,23 +137,17 @@ def auto_contrast(image: Node) -> Node:
 
 
 def rand_augment_layer(
-    image: Node,
-    branch: Node,
-    matrix: Node,
-    numbers: Node,
-    factors: Node,
-    kernel: Node,
-    background: Pixels,
-    blurs: bool = False,
+    image: Node, branch: Node, numbers: Sequence[Node], background: Pixels, blurs: bool = False
 ) -> Node:
     """Apply one layer: at most one branch per sample (see `rand_augment.LayerParams` for the numbers).
 
     Without `blurs` the graph has no branch for it, and other policies pay nothing for it.
     """
+    matrix, bytes4, factors, kernel = numbers
     if branch == int(Branch.WARP):
         image = warp(image, matrix, background)
     if branch == int(Branch.BITS):
-        image = bits(image, numbers)
+        image = bits(image, bytes4)
     if branch == int(Branch.SCALE):
         image = scale(image, factors[0], factors[1])
     if branch == int(Branch.SATURATE):

@@ -25,8 +25,7 @@ Source = Callable[[], Sequence[Any]]
 
 # DALI reads files itself, outside Python's lock, when it is given paths; 1.34 has to be given their bytes.
 READS_FILES = hasattr(fn, "io")
-# With the dynamic executor an output owns its memory; without it the memory is written again two batches
-# later.
+# With the dynamic executor an output owns its memory; without it the memory is reused two batches later.
 OUTPUTS_OWN_MEMORY = "exec_dynamic" in inspect.signature(Pipeline.__init__).parameters
 
 # Type and number of dimensions of one sample of an input.
@@ -66,10 +65,8 @@ def execution(
     hw_decoder_load: float | None,
 ) -> Execution:
     """Return what `device` and `decode` mean here. Raises DataError for "mixed" without a CUDA device."""
-    device, common = (
-        torch.device(device),
-        (batch_size, threads, prefetch_batches, READS_FILES and reads_files),
-    )
+    device = torch.device(device)
+    common = batch_size, threads, prefetch_batches, READS_FILES and reads_files
     if device.type != "cuda":
         if decode == "mixed":
             raise DataError("data.decode: mixed decodes on a GPU, and there is none; use auto or cpu")
@@ -83,18 +80,17 @@ def execution(
 def train_graph(source: Source, spec: AugmentSpec, run: Execution) -> Pipeline:
     """Crop window, resize, then as `augment_graph`: one output, (B, H, W, 3).
 
-    `source` returns files (see `Execution.reads_files`) and windows, then the params of `augment_graph`.
+    `source` returns files (see `Execution.reads_files`) and windows, then the params of `finish_graph`.
     """
     inputs = [_FILES, _WINDOWS, *_augment_inputs(spec)]
 
     def graph() -> Any:
         files, windows, *params = _external_source(source, inputs)
-        image = augment.resize(
-            _decode(files, run, windows), [spec.image_px, spec.image_px], spec.interpolation
-        )
-        return _augmented(image, params, spec)
+        size = [spec.image_px, spec.image_px]
+        image = augment.resize(_decode(files, run, windows), size, spec.interpolation)
+        return _finished(image, params, spec)
 
-    return _pipeline(graph, run, conditionals=_has_conditionals(spec))
+    return _pipeline(graph, run, spec)
 
 
 def eval_graph(source: Source, spec: EvalSpec, run: Execution) -> Pipeline:
@@ -107,9 +103,9 @@ def eval_graph(source: Source, spec: EvalSpec, run: Execution) -> Pipeline:
         files, sizes, offsets = _external_source(source, [_FILES, *_EVAL_WINDOWS])
         image = augment.resize(_decode(files, run), sizes, spec.interpolation)
         image = fn.slice(image, start=offsets, shape=[spec.image_px, spec.image_px], axes=[0, 1])
-        return augment.normalise(image, spec.mean, spec.std, spec.fp16)
+        return _finished(image, (), spec)
 
-    return _pipeline(graph, run, conditionals=False)
+    return _pipeline(graph, run, spec)
 
 
 def decode_graph(source: Source, run: Execution, *, windows: bool) -> Pipeline:
@@ -120,31 +116,23 @@ def decode_graph(source: Source, run: Execution, *, windows: bool) -> Pipeline:
         given = _external_source(source, inputs)
         return _decode(given[0], run, *given[1:])
 
-    return _pipeline(graph, run, conditionals=False)
+    return _pipeline(graph, run)
 
 
-def augment_graph(resized: Source, params: Source, spec: AugmentSpec, run: Execution) -> Pipeline:
-    """Flip, RandAugment, colour jitter, normalise: one output, (B, H, W, 3).
+def finish_graph(resized: Source, params: Source, spec: AugmentSpec | EvalSpec, run: Execution) -> Pipeline:
+    """Augment if it is for training, and normalise: one output, (B, H, W, 3).
 
-    `resized` returns uint8 images (B, H, W, 3), which must stay as they are until the output is fetched;
-    `params` returns flips, then JitterParams and LayerParams if the spec has them.
+    `resized` returns uint8 images (B, H, W, 3), which must stay as they are until the output is fetched. For
+    training, `params` returns flips, then JitterParams and LayerParams if the spec has them.
     """
 
     def graph() -> Any:
         (image,) = _external_source(resized, [_IMAGES], no_copy=True)
-        return _augmented(image, _external_source(params, _augment_inputs(spec)), spec)
+        if isinstance(spec, EvalSpec):
+            return _finished(image, (), spec)
+        return _finished(image, _external_source(params, _augment_inputs(spec)), spec)
 
-    return _pipeline(graph, replace(run, prefetch_batches=1), conditionals=_has_conditionals(spec))
-
-
-def normalise_graph(resized: Source, spec: EvalSpec, run: Execution) -> Pipeline:
-    """Normalise: one output, (B, H, W, 3). `resized` as for `augment_graph`."""
-
-    def graph() -> Any:
-        (image,) = _external_source(resized, [_IMAGES], no_copy=True)
-        return augment.normalise(image, spec.mean, spec.std, spec.fp16)
-
-    return _pipeline(graph, replace(run, prefetch_batches=1), conditionals=False)
+    return _pipeline(graph, replace(run, prefetch_batches=1), spec)
 
 
 def release_memory() -> None:
@@ -157,11 +145,10 @@ def _augment_inputs(spec: AugmentSpec) -> list[tuple[Any, int]]:
     return [_FLIPS, *jitter, *(_LAYERS if spec.rand_augment is not None else [])]
 
 
-def _has_conditionals(spec: AugmentSpec) -> bool:
-    return bool(spec.color_jitter) or spec.rand_augment is not None
-
-
-def _augmented(image: Any, params: Sequence[Any], spec: AugmentSpec) -> Any:
+def _finished(image: Any, params: Sequence[Any], spec: AugmentSpec | EvalSpec) -> Any:
+    """Return the image normalised and, for training, flipped, augmented and jittered before."""
+    if isinstance(spec, EvalSpec):
+        return augment.normalise(image, spec.mean, spec.std, spec.fp16)
     policy = parse(spec.rand_augment) if spec.rand_augment is not None else None
     flips = params[0]
     if policy:
@@ -173,7 +160,7 @@ def _augmented(image: Any, params: Sequence[Any], spec: AugmentSpec) -> Any:
         branches, matrices, bits, factors, kernels = params[-5:]
         for k in range(policy.num_layers):
             numbers = matrices[k], bits[k], factors[k], kernels[k]
-            image = augment.rand_augment_layer(image, branches[k], *numbers, background, policy.blurs)
+            image = augment.rand_augment_layer(image, branches[k], numbers, background, policy.blurs)
     if spec.color_jitter:
         image = augment.color_jitter(image, params[1], params[2])
     return augment.normalise(image, spec.mean, spec.std, spec.fp16, flips)
@@ -196,9 +183,8 @@ def _decode(files: Any, run: Execution, windows: Any = None) -> Any:
     # Mapping a file that is then cut short ends the process; reading it ends one batch.
     contents = fn.io.file.read(files, dont_use_mmap=True) if run.reads_files else files
     decoder: Any = fn.decoders.image if windows is None else fn.decoders.image_slice
-    # Pillow, torchvision and timm do not rotate by EXIF; the sizes in the manifest are those of the stored
-    # image.
     options: dict[str, Any] = {}
+    # As Pillow, torchvision and timm: no rotation by EXIF. The manifest's sizes are of the stored image.
     if "adjust_orientation" in inspect.signature(decoder).parameters:
         options["adjust_orientation"] = False
     if run.hw_decoder_load is not None:
@@ -208,14 +194,16 @@ def _decode(files: Any, run: Execution, windows: Any = None) -> Any:
     # Without fancy upsampling a GPU interpolates colour more coarsely than libjpeg, and so than Pillow.
     # nvJPEG before CUDA 12.1 has none, and ignores the option.
     image = decoder(contents, device=run.decode, jpeg_fancy_upsampling=True, **options)
-    # The rest is the GPU's even where it does not decode: DALI's resize takes a CPU nearly as long as
-    # decoding.
+    # The GPU does the rest even where it does not decode: on a CPU DALI's resize takes nearly as long.
     return image.gpu() if run.device == "gpu" and run.decode == "cpu" else image
 
 
-def _pipeline(graph: Callable[[], Any], run: Execution, conditionals: bool) -> Pipeline:
+def _pipeline(
+    graph: Callable[[], Any], run: Execution, spec: AugmentSpec | EvalSpec | None = None
+) -> Pipeline:
     executor = {"exec_dynamic": True} if OUTPUTS_OWN_MEMORY else {}
-    pipeline = pipeline_def(graph, enable_conditionals=conditionals)(
+    branches = isinstance(spec, AugmentSpec) and (bool(spec.color_jitter) or spec.rand_augment is not None)
+    pipeline = pipeline_def(graph, enable_conditionals=branches)(
         batch_size=run.batch_size,
         num_threads=run.threads,
         device_id=run.device_id,
@@ -224,8 +212,7 @@ def _pipeline(graph: Callable[[], Any], run: Execution, conditionals: bool) -> P
         **executor,
     )
     with warnings.catch_warnings():
-        # DALI 2.x asks every installation for NPP, which no operator here needs, and names the wrong
-        # package.
+        # DALI 2.x asks for NPP, which no operator here needs, and names the wrong package.
         warnings.filterwarnings("ignore", message=".*NPP is typically provided", category=Warning)
         pipeline.build()
     return pipeline

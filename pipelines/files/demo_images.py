@@ -1,8 +1,8 @@
 """Write the demo data: JPEG folders of images that ship inside PyPI wheels, so that nothing is downloaded.
 
 `demo:digits`  scikit-learn's 1,797 handwritten digits (UCI, CC BY 4.0), 64 px; a fifth of them held out.
-`demo:photos`  12 colour photographs from scikit-image and scikit-learn (public domain, CC0, CC BY), 150 crops
-               each. The left 65 % of every photograph is for training, the right 35 % is held out.
+`demo:photos`  12 colour photographs from scikit-image and scikit-learn (public domain, CC0, CC BY), 150
+               crops each. The left 65 % of every photograph is for training, the right 35 % is held out.
 """
 
 import os

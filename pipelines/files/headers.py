@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipelines.checks.decode_one import CheckResult, Fault, read_header
+from pipelines.checks.decode_one import CheckResult, Fault, check_file
 from pipelines.files.listing import Listing
 from pipelines.progress import tracked
 
@@ -66,7 +66,7 @@ def read_headers(listing: Listing, places: list[int], threads: int | None) -> It
     """Yield one result per place, in order."""
 
     def read(place: int) -> CheckResult:
-        return read_header(os.path.join(listing.root, listing.paths[place]))
+        return check_file(os.path.join(listing.root, listing.paths[place]), decode=False)
 
     with warnings.catch_warnings():
         # Pillow warns from 89 megapixels on and raises from 179 on; both are over our limit anyway.
@@ -75,7 +75,7 @@ def read_headers(listing: Listing, places: list[int], threads: int | None) -> It
 
 
 def in_threads(function: Callable[[Any], T], items: Sequence[Any], threads: int | None) -> Iterator[T]:
-    """Yield `function` of every item, in order; None is four threads per core, since they wait for a disk."""
+    """Yield `function` of every item, in order; None is four threads per core: they wait for a disk."""
 
     def of_block(begin: int) -> list[T]:
         return [function(item) for item in items[begin : begin + _BLOCK]]

@@ -9,11 +9,9 @@ from __future__ import annotations
 import os
 import re
 import time
-from array import array
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +28,8 @@ _INT64_MASK = 2**63 - 1  # some file systems use all 64 bits of an inode number
 Ints = NDArray[np.int64]
 FolderState = tuple[int, int, int, int]
 FileState = tuple[int, int, Fault | None]
+# Yields (path, label) of the files below a folder, and fills the states of the folders.
+Entries = Callable[[bytes, dict[bytes, FolderState]], Iterator[tuple[bytes, int]]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,13 +76,6 @@ class Paths:
         return flat[flat != 0], np.cumsum(np.append(0, np.char.str_len(self.encoded)))
 
 
-class Folders(NamedTuple):
-    """The folders of the files. Adding, removing or renaming a file changes the state of its folder."""
-
-    paths: Paths  # relative to root
-    states: Ints  # (F, 4) of `folder_state`, from before their entries were read
-
-
 @dataclass(frozen=True, eq=False)
 class Listing:
     """Files that look like images."""
@@ -94,7 +87,8 @@ class Listing:
     mtime_ns: Ints  # (N,)
     class_names: tuple[str, ...]
     faults: dict[int, Fault]  # by place, of files that are known to be unusable without opening them
-    folders: Folders
+    folders: Paths  # of the files, relative to root
+    folder_states: Ints  # (F, 4) of `folder_state`, from before their entries were read
     began_ns: int  # this host's clock before the first folder was read
 
     def __len__(self) -> int:
@@ -110,20 +104,19 @@ def list_folder(root: Path) -> Listing:
 
     Raises DataError when there is no such folder, no class or no image.
     """
-    _check_root(root)
-    columns = _Columns()
-    start = os.fsencode(os.path.join(root, ""))
-    columns.folders[b""] = folder_state(start)
-    names = sorted(
-        entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith(".")
-    )
-    if not names:
-        raise DataError(f"{root}: no class folders; {LAYOUT}")
-    visited: set[tuple[int, int]] = set()
-    for label, name in enumerate(names):
-        for path in sorted(_walk(start, os.fsencode(name), visited, columns.folders)):
-            columns.add(path, label, file_state(start + path))
-    return columns.listing(root, tuple(names))
+    names: list[str] = []
+
+    def entries(start: bytes, folders: dict[bytes, FolderState]) -> Iterator[tuple[bytes, int]]:
+        folders[b""] = folder_state(start)
+        names.extend(sorted(e.name for e in os.scandir(root) if e.is_dir() and not e.name.startswith(".")))
+        if not names:
+            raise DataError(f"{root}: no class folders; {LAYOUT}")
+        visited: set[tuple[int, int]] = set()
+        for label, name in enumerate(names):
+            for path in sorted(_walk(start, os.fsencode(name), visited, folders)):
+                yield path, label
+
+    return _look_at(root, entries, names)
 
 
 def list_file(path: Path, root: Path) -> Listing:
@@ -131,26 +124,25 @@ def list_file(path: Path, root: Path) -> Listing:
 
     Raises DataError when there is no such folder or file, no image, or a line that cannot be read.
     """
-    _check_root(root)
-    columns = _Columns()
     place: dict[str, int] = {}
-    start = os.fsencode(os.path.join(root, ""))
-    for _, name, label in _read_list(path):
-        encoded = os.fsencode(name)
-        folder = os.path.dirname(encoded)
-        if folder not in columns.folders:
-            columns.folders[folder] = folder_state(start + folder)
-        columns.add(encoded, place.setdefault(label, len(place)), file_state(start + encoded))
-    if not place:
-        raise DataError(f"{path}: names no images")
-    return columns.listing(root, tuple(place))
+
+    def entries(start: bytes, folders: dict[bytes, FolderState]) -> Iterator[tuple[bytes, int]]:
+        for _, name, label in _read_list(path):
+            encoded = os.fsencode(name)
+            folder = os.path.dirname(encoded)
+            if folder not in folders:
+                folders[folder] = folder_state(start + folder)
+            yield encoded, place.setdefault(label, len(place))
+        if not place:
+            raise DataError(f"{path}: names no images")
+
+    return _look_at(root, entries, place)
 
 
 def classes_of_folder(listing: Listing, class_names: Sequence[str] | None) -> Listing:
     """Return the same files with places in `class_names` as labels; None takes the folders' names.
 
-    Raises DataError for a folder that is no class of `class_names`, and, if these are None, for an empty
-    one.
+    Raises DataError for a folder that is no class of `class_names`, or, without these, for an empty one.
     """
     found, root = listing.class_names, listing.root
     names = found if class_names is None else tuple(class_names)
@@ -171,8 +163,7 @@ def classes_of_folder(listing: Listing, class_names: Sequence[str] | None) -> Li
 def classes_of_list(listing: Listing, path: Path, class_names: Sequence[str] | None) -> Listing:
     """Return the same files with places in `class_names` as labels; None takes all numbers or names found.
 
-    Raises DataError for a label that is neither one of `class_names` nor the number of one, with its line in
-    `path`.
+    Raises DataError for a label that is neither one of `class_names` nor the number of one, with its line.
     """
     found = listing.class_names
     names = tuple(class_names) if class_names is not None else _names_of(found)
@@ -188,8 +179,7 @@ def classes_of_list(listing: Listing, path: Path, class_names: Sequence[str] | N
 def folder_state(path: bytes) -> FolderState:
     """Return what changes with a folder's entries: inode, size, mtime, ctime; all -1 for a missing folder.
 
-    The time of modification alone is not enough: rsync and tar set it back, and some read-only images have
-    one for all.
+    The time of modification alone is not enough: rsync and tar set it back, and it may be all the same.
     """
     try:
         info = os.stat(path)
@@ -207,45 +197,43 @@ def file_state(path: bytes) -> FileState:
     return info.st_size, info.st_mtime_ns, fault_in_stat(info)
 
 
-@dataclass
-class _Columns:
-    """A listing while it grows."""
+def _look_at(root: Path, entries: Entries, classes: Iterable[str]) -> Listing:
+    """Return the listing of `entries(start, folders)`, which fills `folders` and `classes` as it is read."""
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder; {LAYOUT}")
+    began_ns, start = time.time_ns(), os.fsencode(os.path.join(root, ""))
+    folders: dict[bytes, FolderState] = {}
+    paths: list[bytes] = []
+    faults: dict[int, Fault] = {}
 
-    began_ns: int = field(default_factory=time.time_ns)
-    folders: dict[bytes, FolderState] = field(default_factory=dict)
-    paths: list[bytes] = field(default_factory=list)
-    labels: array[int] = field(default_factory=lambda: array("q"))
-    size_bytes: array[int] = field(default_factory=lambda: array("q"))
-    mtime_ns: array[int] = field(default_factory=lambda: array("q"))
-    faults: dict[int, Fault] = field(default_factory=dict)
+    def rows() -> Iterator[tuple[int, int, int]]:
+        for path, label in entries(start, folders):
+            size_bytes, mtime_ns, fault = file_state(start + path)
+            if fault:
+                faults[len(paths)] = fault
+            paths.append(path)
+            yield label, size_bytes, mtime_ns
 
-    def add(self, path: bytes, label: int, state: FileState) -> None:
-        size_bytes, mtime_ns, fault = state
-        if fault:
-            self.faults[len(self.paths)] = fault
-        self.paths.append(path)
-        self.labels.append(label)
-        self.size_bytes.append(size_bytes)
-        self.mtime_ns.append(mtime_ns)
-
-    def listing(self, root: Path, class_names: tuple[str, ...]) -> Listing:
-        if not self.paths:
-            raise DataError(f"{root}: no images; {LAYOUT}")
-        columns = self.labels, self.size_bytes, self.mtime_ns
-        labels, sizes, mtimes = (np.frombuffer(column, np.int64) for column in columns)
-        states = np.array(list(self.folders.values()), np.int64)
-        folders = Folders(Paths(np.array(list(self.folders), np.bytes_)), states)
-        paths = Paths(np.array(self.paths, np.bytes_))
-        return Listing(root, paths, labels, sizes, mtimes, class_names, self.faults, folders, self.began_ns)
+    # Straight into an array: a million tuples would take more memory than all the rest.
+    labels, size_bytes, mtime_ns = np.fromiter(rows(), np.dtype((np.int64, 3))).T.copy()
+    if not paths:
+        raise DataError(f"{root}: no images; {LAYOUT}")
+    return Listing(
+        root=root,
+        paths=Paths(np.array(paths, np.bytes_)),
+        labels=labels,
+        size_bytes=size_bytes,
+        mtime_ns=mtime_ns,
+        class_names=tuple(classes),
+        faults=faults,
+        folders=Paths(np.array(list(folders), np.bytes_)),
+        folder_states=np.array(list(folders.values()), np.int64),
+        began_ns=began_ns,
+    )
 
 
 def _relabelled(listing: Listing, classes: list[int], names: tuple[str, ...]) -> Listing:
     return replace(listing, labels=np.array(classes, np.int64)[listing.labels], class_names=names)
-
-
-def _check_root(root: Path) -> None:
-    if not root.is_dir():
-        raise DataError(f"{root}: no such folder; {LAYOUT}")
 
 
 def _walk(

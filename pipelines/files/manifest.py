@@ -9,17 +9,20 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pipelines.atomic import replacing
 from pipelines.checks.bad_list import BadFile, read_lists, user_cache
-from pipelines.files import shards
 from pipelines.files.headers import Scan
 from pipelines.files.listing import (
     Listing,
@@ -30,7 +33,7 @@ from pipelines.files.listing import (
     list_folder,
 )
 from pipelines.files.scan_cache import cached_scan, list_digest
-from pipelines.files.shards import Slices
+from pipelines.files.shards import INDEX, Slices
 from pipelines.plan import sample_keys
 from pipelines.spec import MAX_BAD_FRACTION, DataError
 
@@ -67,7 +70,7 @@ class Manifest:
     def file(self, index: int) -> str:
         """Return the path of one image; in packed shards `<shard>:<path in the source>`, for people."""
         if self.packed is not None:
-            return f"{self.root / self.packed.shard_names[self.packed.shards[index]]}:{self.paths[index]}"
+            return f"{self.packed.shard_path(self.packed.shards[index])}:{self.paths[index]}"
         return os.path.join(self.root, self.paths[index])
 
     @contextmanager
@@ -94,15 +97,10 @@ class Manifest:
 
     def select(self, indices: NDArray[np.int64]) -> Manifest:
         """Return the images at `indices`, in their order; they get new indices, and so other draws."""
-        return replace(
-            self,
-            paths=self.paths.select(indices),
-            labels=self.labels[indices],
-            heights=self.heights[indices],
-            widths=self.widths[indices],
-            size_bytes=self.size_bytes[indices],
-            packed=self.packed and self.packed.select(indices),
-        )
+        columns = ("labels", "heights", "widths", "size_bytes")
+        arrays = {name: getattr(self, name)[indices] for name in columns}
+        packed = self.packed and self.packed.select(indices)
+        return replace(self, paths=self.paths.select(indices), packed=packed, **arrays)
 
     @staticmethod
     def from_folder(
@@ -116,6 +114,9 @@ class Manifest:
     ) -> Manifest:
         """Read the images below `root/<class>/`, at any depth, without hidden ones; links are followed once.
 
+        Raises DataError without a folder, classes or images, for a class that training does not know, and
+        for too many bad files.
+
         Args:
             root: folder of one split.
             class_names: classes of the training split, for a validation split; None takes the folders'
@@ -124,20 +125,12 @@ class Manifest:
             max_bad_fraction: largest share of unusable files; they are left out (`bad`).
             threads: readers of file headers; None is four per core.
             refresh: whether to look at every file, whatever is cached (see `scan_cache`).
-
-        Raises:
-            DataError: no such folder, no classes, an empty class, a class that training does not know, too
-                many bad files.
         """
         folder, cache = Path(root).absolute(), Path(cache_dir or user_cache())
-
-        def list_files() -> Listing:
-            listing = list_folder(folder)
-            classes_of_folder(listing, class_names)  # reports a wrong class before all headers are read
-            return listing
-
+        relabel = partial(classes_of_folder, class_names=class_names)
+        list_files = partial(_checked, partial(list_folder, folder), relabel)
         found = cached_scan(list_files, f"{folder}", "", cache, threads, refresh)
-        return _manifest(found, classes_of_folder(found.listing, class_names), max_bad_fraction)
+        return _manifest(found, relabel(found.listing), max_bad_fraction)
 
     @staticmethod
     def from_list(
@@ -153,42 +146,89 @@ class Manifest:
         """Read the images named in a text file, one `path,label` or `path label` per line, below `root`.
 
         Labels are whole numbers or class names. Empty lines and lines that begin with # are skipped. Other
-        arguments as for `from_folder`.
-
-        Raises:
-            DataError: no such file or folder, a line that cannot be read, a label that training does not
-                know, too many bad files.
+        arguments as for `from_folder`. Raises DataError as it does, and for a line that cannot be read.
         """
         file, folder, cache = Path(path).absolute(), Path(root).absolute(), Path(cache_dir or user_cache())
-
-        def list_files() -> Listing:
-            listing = list_file(file, folder)
-            classes_of_list(listing, file, class_names)
-            return listing
-
+        relabel = partial(classes_of_list, path=file, class_names=class_names)
+        list_files = partial(_checked, partial(list_file, file, folder), relabel)
         found = cached_scan(list_files, f"{folder}\0{file}", list_digest(file), cache, threads, refresh)
-        return _manifest(found, classes_of_list(found.listing, file, class_names), max_bad_fraction)
+        return _manifest(found, relabel(found.listing), max_bad_fraction)
 
     @staticmethod
     def from_shards(folder: Path | str, *, class_names: Sequence[str] | None = None) -> Manifest:
         """Read a packed split; its images are in the order of the manifest that it was packed from.
 
-        Raises:
-            DataError: no index or a damaged one, a shard that is missing or has another size, a class that
-                training does not know.
+        Raises DataError as `read_index`, and for a class that training does not know.
         """
-        index = shards.read_index(Path(folder).absolute())
-        return Manifest(
-            root=index.slices.folder,
-            paths=index.paths,
-            labels=index.labels if class_names is None else shards.relabel(index, class_names),
-            heights=index.heights,
-            widths=index.widths,
-            size_bytes=index.slices.size_bytes,
-            class_names=index.class_names if class_names is None else tuple(class_names),
-            bad=index.bad,
-            packed=index.slices,
+        _, packed = read_index(Path(folder).absolute())
+        if class_names is None:
+            return packed
+        place = {name: number for number, name in enumerate(class_names)}
+        unknown = [name for name in packed.class_names if name not in place]
+        if unknown:
+            what = f"not one of the {len(class_names)} training classes ({len(unknown)} such)"
+            raise DataError(f"{packed.root}: {unknown[0]} is {what}")
+        labels = np.array([place[name] for name in packed.class_names], np.int64)[packed.labels]
+        return replace(packed, labels=labels, class_names=tuple(class_names))
+
+
+def write_index(packed: Manifest, recipe: str) -> None:
+    """Put the index of a packed split beside its shards, whole or not at all. Raises OSError.
+
+    Args:
+        recipe: how and from what it was packed.
+    """
+    assert packed.packed is not None
+    slices, (path_buffer, path_offsets) = packed.packed, packed.paths.joined()
+    with replacing(packed.root / INDEX) as file:
+        np.savez(
+            file,
+            recipe=np.array(recipe),
+            path_buffer=path_buffer,
+            path_offsets=path_offsets,
+            labels=packed.labels,
+            heights=packed.heights,
+            widths=packed.widths,
+            class_names=np.array(packed.class_names, np.str_),
+            bad=np.array(packed.bad, np.str_).reshape(-1, 3),
+            shard_names=np.array(slices.shard_names, np.str_),
+            shard_bytes=slices.shard_bytes,
+            shard_sha256=np.array(slices.shard_sha256, np.str_),
+            shards=slices.shards,
+            offsets=slices.offsets,
+            size_bytes=slices.size_bytes,
+            checksums=slices.checksums,
         )
+
+
+def read_index(folder: Path) -> tuple[str, Manifest]:
+    """Return the recipe and the manifest of a packed split.
+
+    Raises DataError when the index cannot be read, or a shard is missing or has another size.
+    """
+    try:
+        with (folder / INDEX).open("rb") as file, np.load(file, allow_pickle=False) as data:
+            columns: dict[str, Any] = dict(data)
+        recipe, bad = str(columns.pop("recipe")), columns.pop("bad").tolist()
+        paths = Paths.split(columns.pop("path_buffer"), columns.pop("path_offsets"))
+        columns |= {
+            name: tuple(columns[name].tolist()) for name in ("class_names", "shard_names", "shard_sha256")
+        }
+        image = {name: columns.pop(name) for name in ("labels", "heights", "widths", "class_names")}
+        slices = Slices(folder, **columns)
+        # Older indexes have no kind: (path, reason).
+        bad_files = tuple(BadFile(row[0], row[1] if len(row) == 3 else "other", row[-1]) for row in bad)
+        packed = Manifest(folder, paths, **image, size_bytes=slices.size_bytes, bad=bad_files, packed=slices)
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(f"{folder / INDEX}: cannot be read ({error}); pack again") from error
+    slices.check()
+    return recipe, packed
+
+
+def _checked(list_files: Callable[[], Listing], relabel: Callable[[Listing], Listing]) -> Listing:
+    listing = list_files()
+    relabel(listing)  # reports a wrong class before all headers are read
+    return listing
 
 
 def _manifest(found: Scan, listing: Listing, max_bad_fraction: float) -> Manifest:

@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 from pipelines.atomic import replacing
 from pipelines.checks.decode_one import Fault
 from pipelines.files.headers import Scan, in_threads, is_racy, read_headers, scan
-from pipelines.files.listing import Folders, Listing, Paths, file_state, folder_state
+from pipelines.files.listing import Listing, Paths, file_state, folder_state
 from pipelines.progress import LINE_SECONDS
 from pipelines.spec import DataError
 
@@ -80,7 +80,7 @@ def list_digest(path: Path) -> str:
 
 def _is_valid(then: str, kept: Scan, content: str, threads: int | None) -> bool:
     listing = kept.listing
-    folder_times_ns = listing.folders.states[:, 2:]  # (F, 2) mtime, ctime
+    folder_times_ns = listing.folder_states[:, 2:]  # (F, 2) mtime, ctime
     if (folder_times_ns == 0).any():  # a file system that gives folders no time (s3fs issue 2048)
         return False
     if any(is_racy(times_ns, listing.began_ns).any() for times_ns in (folder_times_ns, listing.mtime_ns)):
@@ -94,8 +94,8 @@ def _is_valid(then: str, kept: Scan, content: str, threads: int | None) -> bool:
 
 
 def _folders_are_unchanged(listing: Listing, threads: int | None) -> bool:
-    folders = list(map(listing.encoded_path, listing.folders.paths.encoded))
-    return np.array_equal(list(in_threads(folder_state, folders, threads)), listing.folders.states)
+    folders = list(map(listing.encoded_path, listing.folders.encoded))
+    return np.array_equal(list(in_threads(folder_state, folders, threads)), listing.folder_states)
 
 
 def _sample_is_unchanged(listing: Listing, threads: int | None) -> bool:
@@ -126,7 +126,8 @@ def _load(path: Path) -> tuple[str, Scan] | None:
             mtime_ns=columns["mtime_ns"],
             class_names=tuple(columns["class_names"].tolist()),
             faults={},  # among those of the scan
-            folders=Folders(Paths(columns["folders"]), columns["folder_states"]),
+            folders=Paths(columns["folders"]),
+            folder_states=columns["folder_states"],
             began_ns=int(columns["began_ns"]),
         )
         faults = map(Fault._make, columns["faults"].tolist())
@@ -152,8 +153,8 @@ def _store(path: Path, content: str, found: Scan) -> None:
                 size_bytes=listing.size_bytes,
                 mtime_ns=listing.mtime_ns,
                 class_names=np.array(listing.class_names, np.str_),
-                folders=listing.folders.paths.encoded,
-                folder_states=listing.folders.states,
+                folders=listing.folders.encoded,
+                folder_states=listing.folder_states,
                 began_ns=np.array(listing.began_ns),
                 sizes=found.sizes,
                 fault_places=np.array(list(found.faults), np.int64),

@@ -59,7 +59,7 @@ def encode(path: str, resize_shorter: int | None, quality: int) -> Encoded:
                 # The longer side is truncated, as torchvision's Resize does.
                 shorter = min(width, height)
                 size = resize_shorter * width // shorter, resize_shorter * height // shorter
-                # libjpeg halves for nothing. The filter gets twice the wanted size (MAE 1.083, without 1.082).
+                # libjpeg halves for nothing. The filter gets twice the size (MAE 1.083, without 1.082).
                 image.draft(None, (2 * size[0], 2 * size[1]))
             pixels = _grey_or_rgb(image)
     except Exception as error:  # Pillow's decoders raise almost anything on hostile bytes

@@ -15,8 +15,8 @@ import zlib
 from collections.abc import Generator, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 
 from pipelines.atomic import replacing
 from pipelines.checks.bad_list import BadFile
-from pipelines.checks.decode_one import Fault
-from pipelines.files.manifest import Manifest, check_num_bad
-from pipelines.files.shards import DAMAGES, INDEX, Index, Slices, read_index, write_index
+from pipelines.checks.decode_one import Kind
+from pipelines.files.manifest import Manifest, check_num_bad, read_index, write_index
+from pipelines.files.shards import INDEX, Slices
 from pipelines.packing.encode import Encoded, encode_all
 from pipelines.plan import sample_keys
 from pipelines.progress import tracked
@@ -37,18 +37,15 @@ _SHARD_DOMAIN = 4  # keeps the order inside shards apart from the plan's uses of
 _PLACE, _OFFSET, _SIZE, _HEIGHT, _WIDTH, _CHECKSUM = range(6)  # columns of _Record.rows
 
 
-@dataclass(frozen=True, eq=False)
-class _Record:
+class _Record(NamedTuple):
     """The contents of a finished shard."""
 
     name: str
     size_bytes: int
     sha256: str
     end: int  # samples, in the order of writing, that are finished with when this shard is
-    rows: NDArray[
-        np.int64
-    ]  # (n, 6): place in the source's manifest, offset, size_bytes, height, width, CRC-32
-    faults: dict[int, Fault]  # of the images that were left out, by place
+    rows: NDArray[np.int64]  # (n, 6): place in the source, offset, size_bytes, height, width, CRC-32
+    faults: list[tuple[int, Kind, str]]  # place, kind and reason of the images that were left out
 
 
 def pack_split(
@@ -60,11 +57,11 @@ def pack_split(
     shard_bytes: int,
     processes: int,
     max_bad_fraction: float,
-) -> Index:
+) -> Manifest:
     """Write the images of `manifest` as shards and an index into `folder`, or resume an earlier run.
 
     Samples lie in the shards in a fixed random order, so that a sequential reader sees mixed classes, too;
-    the index keeps the manifest's order. Returns the index, that of an earlier run if that one had finished.
+    the index keeps the manifest's order. Returns the packed manifest, an earlier run's if that had finished.
 
     Args:
         resize_shorter, quality: see `encode.encode`.
@@ -79,11 +76,11 @@ def pack_split(
     recipe = json.dumps({"format": _FORMAT, "source": manifest.fingerprint, **options})
     with _errors_in_one_line(folder), _locked(folder):
         if (folder / INDEX).is_file():
-            index = read_index(folder)
-            _check_recipe(folder, index.recipe, recipe)
+            found, packed = read_index(folder)
+            _check_recipe(folder, found, recipe)
         else:
             records = _kept_records(folder, recipe)
-            _check_num_bad(manifest, records, max_bad_fraction)
+            bad = _left_out(manifest, records, max_bad_fraction)
             keys = sample_keys(0, _SHARD_DOMAIN, np.arange(len(manifest)))
             done = records[-1].end if records else 0
             todo = np.argsort(keys, kind="stable").tolist()[done:]
@@ -95,12 +92,13 @@ def pack_split(
                     number, labels = len(records), manifest.labels
                     records.append(_write_shard(folder, number, done, samples, labels, shard_bytes, recipe))
                     done = records[-1].end
-                    _check_num_bad(manifest, records, max_bad_fraction)
-            index = _index(manifest, folder, recipe, records)
-            write_index(index)
-        for name in index.slices.shard_names:
+                    bad = _left_out(manifest, records, max_bad_fraction)
+            packed = _packed(manifest, folder, records, bad)
+            write_index(packed, recipe)
+        assert packed.packed is not None
+        for name in packed.packed.shard_names:
             _record_file(folder, name).unlink(missing_ok=True)
-    return index
+    return packed
 
 
 def _write_shard(
@@ -115,7 +113,7 @@ def _write_shard(
     """Write one shard and its record, from as many `samples` as it takes; `begin` samples come before it."""
     name = _shard_name(number)
     rows: list[tuple[int, ...]] = []
-    faults: dict[int, Fault] = {}
+    faults: list[tuple[int, Kind, str]] = []
     digest, size = hashlib.sha256(), 0
     with replacing(folder / name) as file:
 
@@ -127,7 +125,7 @@ def _write_shard(
 
         for place, image in samples:
             if image.fault:
-                faults[place] = image.fault
+                faults.append((place, *image.fault))
                 continue
             offset, checksum = size + tarfile.BLOCKSIZE, zlib.crc32(image.data)
             rows.append((place, offset, len(image.data), image.height, image.width, checksum))
@@ -150,21 +148,22 @@ def _member(name: str, data: bytes) -> bytes:
     return info.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % tarfile.BLOCKSIZE)
 
 
-def _index(manifest: Manifest, folder: Path, recipe: str, records: list[_Record]) -> Index:
+def _packed(manifest: Manifest, folder: Path, records: list[_Record], bad: tuple[BadFile, ...]) -> Manifest:
     rows = np.concatenate([record.rows for record in records])
     shards = np.repeat(np.arange(len(records), dtype=np.int32), [len(record.rows) for record in records])
     by_place = np.argsort(rows[:, _PLACE])
     rows = rows[by_place]
     places = rows[:, _PLACE]
-    return Index(
-        recipe=recipe,
+    return Manifest(
+        root=folder,
         paths=manifest.paths.select(places),
         labels=manifest.labels[places],
         heights=rows[:, _HEIGHT].astype(np.int32),
         widths=rows[:, _WIDTH].astype(np.int32),
+        size_bytes=rows[:, _SIZE],
         class_names=manifest.class_names,
-        bad=_left_out(manifest, records),
-        slices=Slices(
+        bad=bad,
+        packed=Slices(
             folder=folder,
             shard_names=tuple(record.name for record in records),
             shard_bytes=np.array([record.size_bytes for record in records], np.int64),
@@ -177,16 +176,13 @@ def _index(manifest: Manifest, folder: Path, recipe: str, records: list[_Record]
     )
 
 
-def _left_out(manifest: Manifest, records: list[_Record]) -> tuple[BadFile, ...]:
-    found = [
-        BadFile(manifest.file(place), *fault) for record in records for place, fault in record.faults.items()
-    ]
-    return tuple(sorted((*manifest.bad, *found)))
-
-
-def _check_num_bad(manifest: Manifest, records: list[_Record], max_bad_fraction: float) -> None:
-    total = len(manifest) + len(manifest.bad)
-    check_num_bad(manifest.root, _left_out(manifest, records), total, max_bad_fraction)
+def _left_out(manifest: Manifest, records: list[_Record], max_bad_fraction: float) -> tuple[BadFile, ...]:
+    """Return all bad files known so far. Raises DataError for more than allowed."""
+    faults = (fault for record in records for fault in record.faults)
+    found = [BadFile(manifest.file(place), kind, reason) for place, kind, reason in faults]
+    bad = tuple(sorted((*manifest.bad, *found)))
+    check_num_bad(manifest.root, bad, len(manifest) + len(manifest.bad), max_bad_fraction)
+    return bad
 
 
 def _kept_records(folder: Path, recipe: str) -> list[_Record]:
@@ -196,9 +192,8 @@ def _kept_records(folder: Path, recipe: str) -> list[_Record]:
         if entry.name.startswith(".") and entry.name.endswith(".tmp"):  # a killed run's unfinished file
             entry.unlink()
         elif not entry.name.startswith(".") and not ours:
-            raise DataError(
-                f"{folder}: holds {entry.name}, which no pack has put there; give another destination"
-            )
+            what = f"holds {entry.name}, which no pack has put there"
+            raise DataError(f"{folder}: {what}; give another destination")
     records: list[_Record] = []
     for number in itertools.count():
         record = _load_record(_record_file(folder, _shard_name(number)), recipe)
@@ -216,29 +211,15 @@ def _kept_records(folder: Path, recipe: str) -> list[_Record]:
 
 def _store_record(folder: Path, record: _Record, recipe: str) -> None:
     with replacing(_record_file(folder, record.name)) as file:
-        np.savez(
-            file,
-            recipe=np.array(recipe),
-            name=np.array(record.name),
-            size_bytes=record.size_bytes,
-            sha256=np.array(record.sha256),
-            end=record.end,
-            rows=record.rows,
-            fault_places=np.array(list(record.faults), np.int64),
-            faults=np.array(list(record.faults.values()), np.str_).reshape(-1, 2),
-        )
+        file.write(json.dumps([recipe, *record._replace(rows=record.rows.tolist())]).encode())
 
 
 def _load_record(path: Path, recipe: str) -> _Record | None:
     """Return a shard's record; None when it is missing or damaged, so that the shard is written again."""
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as data:
-            found, rows = str(data["recipe"]), data["rows"]
-            faults = map(Fault._make, data["faults"].tolist())
-            faults_by_place = dict(zip(data["fault_places"].tolist(), faults, strict=True))
-            name, sha256 = str(data["name"]), str(data["sha256"])
-            record = _Record(name, int(data["size_bytes"]), sha256, int(data["end"]), rows, faults_by_place)
-    except DAMAGES:
+        found, name, size_bytes, sha256, end, rows, faults = json.loads(path.read_bytes())
+        record = _Record(name, size_bytes, sha256, end, np.array(rows, np.int64).reshape(-1, 6), faults)
+    except (OSError, ValueError, TypeError):
         return None
     _check_recipe(path.parent, found, recipe)
     return record
@@ -256,7 +237,7 @@ def _shard_name(number: int) -> str:
 
 
 def _record_file(folder: Path, shard_name: str) -> Path:
-    return folder / f".{shard_name}.npz"
+    return folder / f".{shard_name}.json"
 
 
 @contextmanager
