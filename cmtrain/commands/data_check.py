@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from cmtrain.errors import EXIT_DATA, EXIT_DONE
 from pipelines.checks.bad_list import write_list
 from pipelines.checks.decode_one import kind_of
 from pipelines.checks.decode_pool import Judges
@@ -17,7 +18,6 @@ from pipelines.files.manifest import Manifest
 from pipelines.progress import tracked
 from pipelines.spec import DataError
 
-EXIT_OK, EXIT_DATA = 0, 3
 NUM_SHOWN = 20
 SPLITS = ("train", "val")
 
@@ -76,7 +76,7 @@ def check(
         _say(f"  {path}: {reason}")
     if len(reasons) > NUM_SHOWN:
         _say(f"  and {len(reasons) - NUM_SHOWN:,} more")
-    return EXIT_DATA if reasons else EXIT_OK
+    return EXIT_DATA if reasons else EXIT_DONE
 
 
 def _list_splits(folder: Path) -> Iterator[Listing]:

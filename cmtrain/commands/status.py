@@ -8,8 +8,6 @@ import contextlib
 import difflib
 import http.client
 import json
-import os
-import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +20,7 @@ from rich.text import Text
 
 from cmtrain.config.strict_yaml import Node, parse
 from cmtrain.monitoring.units import duration
-from cmtrain.storage.run_folder import SILENT_SECONDS, read_status
+from cmtrain.storage.run_folder import SILENT_SECONDS, is_alive, read_status
 from pipelines.spec import DataError
 
 RUNS = Path("runs")
@@ -82,7 +80,7 @@ def stand(path: Path) -> Standing:
     if status.get("state") != "running":
         return Standing(path, status, None, None, age_seconds, "")
     now = _ask(status)
-    alive = True if now else _is_there(status)
+    alive = True if now else is_alive(status)
     warning = ""
     if alive is False:
         warning = f"process {status.get('pid')} is gone; the same command resumes"
@@ -211,16 +209,3 @@ def _ask(status: dict[str, Any]) -> dict[str, Any] | None:
         return None
     same = isinstance(answer, dict) and all(answer.get(key) == status.get(key) for key in ("pid", "host"))
     return answer.get("now") if same else None
-
-
-def _is_there(status: dict[str, Any]) -> bool | None:
-    """Whether the process that wrote `status` is on this host; None if it wrote on another one."""
-    if status.get("host") != socket.gethostname() or not isinstance(status.get("pid"), int):
-        return None
-    try:
-        os.kill(status["pid"], 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # it is another user's
-        pass
-    return True

@@ -31,10 +31,10 @@ from cmtrain.errors import (
     EXIT_PREEMPTED,
     ConfigError,
 )
+from cmtrain.processes.failure import stop_signals
 from cmtrain.storage.run_folder import read_status
 from pipelines.spec import DataError
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 SBATCH = "docker/slurm/train.sbatch"
 
 # The whole recipe in a minute and anywhere: small photographs, small batches, a few steps.
@@ -243,7 +243,7 @@ class _Stops:
 @contextmanager
 def _stop_signals() -> Iterator[_Stops]:
     stops = _Stops()
-    previous = {number: signal.signal(number, stops.receive) for number in STOP_SIGNALS}
+    previous = {number: signal.signal(number, stops.receive) for number in stop_signals()}
     try:
         yield stops
     finally:

@@ -1,7 +1,7 @@
 """The page of a run for people, at / of the metrics port: how far it is, its curves, and what happened last.
 
 It needs nothing but a browser, and refreshes itself while its tab is in front. It is made when somebody asks for it, on
-the exporter's thread, at most once a second however many ask, from what the process knows and a glance at its folder.
+the exporter's thread, at most once a second however many ask, from what the process knows and a sample of its folder.
 That takes 7 to 16 ms of CPU time, be it after 200 log points or after 200,000 (on a shared 2-core machine).
 The page is templates/live.html.
 """
@@ -20,7 +20,7 @@ from cmtrain.monitoring.report.events import newest_rows
 from cmtrain.monitoring.report.figures import number
 from cmtrain.monitoring.report.templating import join_scripts, make_templates
 from cmtrain.monitoring.units import duration, short, utc
-from cmtrain.storage.run_record import glance, is_sampled
+from cmtrain.storage.run_record import is_sampled, read_sample
 
 HTML = "text/html; charset=utf-8"
 MAX_AGE_SECONDS = 1.0
@@ -64,7 +64,7 @@ class LivePage:
         stalled, rank = now["stalled"], metrics.rank
         page: dict[str, Any] = {}
         if rank == 0:
-            record = glance(self.run_path, status)
+            record = read_sample(self.run_path, status)
             run = Run(record)
             page = {
                 "large_charts": large_charts([run]),

@@ -10,7 +10,7 @@ from torch import Tensor
 from cmtrain.config.recipe import recipe
 from cmtrain.config.schema import Config
 from cmtrain.errors import ConfigError
-from cmtrain.processes.failure import settle
+from cmtrain.processes.failure import archive_previous_attempt
 from cmtrain.step.learner import Learner
 from cmtrain.step.measure import StepReport
 from cmtrain.storage.checkpoint import (
@@ -20,7 +20,7 @@ from cmtrain.storage.checkpoint import (
     load_checkpoint,
     load_newest,
 )
-from cmtrain.storage.run_lock import RunLock
+from cmtrain.storage.run_folder import RunLock
 from cmtrain.storage.state_file import CheckpointError
 from pipelines.spec import DataError
 
@@ -73,7 +73,7 @@ def choose_start(lock: RunLock, resume: str, config: Config, fingerprint: str, *
 
 
 def _choose(run_path: Path, resume: str, config: Config, fingerprint: str) -> Start:
-    lost = settle(run_path)
+    lost = archive_previous_attempt(run_path)
     checkpoints = run_path / "checkpoints"
     if resume == "never":
         if checkpoint_steps(checkpoints):

@@ -26,7 +26,7 @@ from cmtrain.step.measure import Pace, StepReport, Stopwatch
 from cmtrain.step.spikes import Spike
 from cmtrain.storage.checkpoint import Loaded
 from cmtrain.storage.checkpoint_writer import PATIENCE_SECONDS, CheckpointWriter, Outcome
-from cmtrain.storage.finite import Verdict, named
+from cmtrain.storage.finite import FiniteCheck, named
 from cmtrain.storage.run_folder import REPORT_NAME, SAMPLE_NAME, RunFolder, finite
 from cmtrain.training.recovery import Finding
 from pipelines.checks.decode_one import kind_of
@@ -320,26 +320,26 @@ class Journal:
         state: dict[str, Any],
         step: int,
         meta: dict[str, Any],
-        verdict: Verdict,
+        check: FiniteCheck,
         *,
         keep: int,
         last: bool,
     ) -> None:
-        """Have a checkpoint written, on rank 0, if `verdict` allows it; the `last` one is there when this returns.
+        """Have a checkpoint written, on rank 0, if `check` allows it; the `last` one is there when this returns.
 
         A failure (a full disk) is told and counted, and does not end the run.
         """
         begin = time.perf_counter()
         self.metrics.enter("checkpoint")
-        if verdict.healed:
+        if check.repaired:
             self.metrics.one(self.metrics.nonfinite, "ema", "heal").inc()
-            self.event("ema_healed", step=step, tensors=list(verdict.healed))
+            self.event("ema_healed", step=step, tensors=list(check.repaired))
             self.console.line(
-                f"step {step}: EMA not finite, taken from the model anew: {named(verdict.healed)}"
+                f"step {step}: EMA not finite, taken from the model anew: {named(check.repaired)}"
             )
         if self.folder:
-            if verdict.bad:
-                error = f"the model is not finite: {named(verdict.bad)}"
+            if check.nonfinite:
+                error = f"the model is not finite: {named(check.nonfinite)}"
                 self._save_ended(Outcome(step, None, 0.0, error))
             else:
                 meta = meta | {
@@ -397,7 +397,7 @@ class Journal:
         self._close()
 
     def give_up(self, reason: str) -> None:
-        """The last word of a run that failed; launch.tell_failure has written it down."""
+        """The last word of a run that failed; rank.report_failure has written it down."""
         self.console.stop()
         self.console.line(f"failed: {reason}")
         self._close()

@@ -16,14 +16,14 @@ from cmtrain.models.cost import training_flops_per_image
 from cmtrain.monitoring.trackers import Trackers
 from cmtrain.processes.collectives import gather, leave_together
 from cmtrain.processes.failure import stop_code
-from cmtrain.processes.rank import is_lost_contact, tell_failure
+from cmtrain.processes.rank import is_lost_contact, report_failure
 from cmtrain.processes.signals import Stopped, StopRequest
 from cmtrain.processes.watchdog import Watchdog
 from cmtrain.step.evaluate import Evaluation, evaluate
 from cmtrain.step.learner import Learner
 from cmtrain.step.measure import StepReport
-from cmtrain.storage.finite import Verdict, inspect
-from cmtrain.storage.run_lock import RunLock
+from cmtrain.storage.finite import FiniteCheck, repair_or_reject
+from cmtrain.storage.run_folder import RunLock
 from cmtrain.storage.weights import start_from
 from cmtrain.training import build
 from cmtrain.training.recovery import Recovery, conclude, examine
@@ -147,17 +147,17 @@ def run(config: Config, lock: RunLock, resume: str, max_steps: int | None) -> in
                 watchdog.begin("checkpoint", done)
                 meta = meta_of(config, data.train.fingerprint, schedule, accelerator)
                 meta |= {"milestone": is_milestone(done, config, schedule)}
-                verdict = inspect(**learner.weights) if config.guard.enabled else Verdict()
+                check = repair_or_reject(**learner.weights) if config.guard.enabled else FiniteCheck()
                 journal.save(
-                    state, done, meta, verdict, keep=config.checkpoint.keep, last=final or received > 0
+                    state, done, meta, check, keep=config.checkpoint.keep, last=final or received > 0
                 )
             if received:
                 break
 
         tell_bad_files(journal, [train_loader, eval_loader], stop)
     except BaseException as error:
-        cause = tell_failure(error, lock.folder, rank=rank, world_size=world_size, step=journal.step)
-        journal.give_up(cause.said())
+        cause = report_failure(error, lock.folder, rank=rank, world_size=world_size, step=journal.step)
+        journal.give_up(cause.describe())
         if cause.exit_code == EXIT_ERROR and not is_lost_contact(error):
             raise
         return cause.exit_code

@@ -7,7 +7,6 @@ page is templates/report.html, its charts are charts.py's. Needs no torch.
 import base64
 import io
 import itertools
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from cmtrain.monitoring.report.events import event_lanes, event_rows
 from cmtrain.monitoring.report.figures import environment_of, figures, measure_times, number, summary
 from cmtrain.monitoring.report.templating import join_scripts, make_templates
 from cmtrain.monitoring.units import duration, short, utc
+from cmtrain.storage.atomic import replace_file
 from cmtrain.storage.run_folder import REPORT_NAME, SILENT_SECONDS
 from cmtrain.storage.run_record import Columns, RunRecord, read_run
 
@@ -57,12 +57,7 @@ def write_report(folders: Sequence[Path], target: Path) -> None:
         OSError: `target` cannot be written.
     """
     page = render([read_run(folder) for folder in folders])
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        temporary.write_text(page, encoding="utf-8", errors="replace")
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    replace_file(target, page.encode(errors="replace"))
 
 
 def render(records: Sequence[RunRecord]) -> str:
