@@ -30,7 +30,7 @@ from cmtrain.errors import (
     EXIT_PREEMPTED,
     ConfigError,
 )
-from cmtrain.processes.failure import STOP_SIGNALS
+from cmtrain.processes.failure import stop_signals
 from cmtrain.storage.run_folder import read_status
 from pipelines.spec import DataError
 
@@ -247,8 +247,7 @@ class _Child:
 @contextmanager
 def _forwarded_signals() -> Iterator[_Child]:
     child = _Child()
-    wanted = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup
-    previous = {number: signal.signal(number, child.receive) for number in wanted}
+    previous = {number: signal.signal(number, child.receive) for number in stop_signals()}
     try:
         yield child
     finally:

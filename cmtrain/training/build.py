@@ -24,7 +24,7 @@ from cmtrain.processes.preflight import check_ranks
 from cmtrain.step.learner import Learner
 from cmtrain.step.mixing import MixSpec
 from cmtrain.step.optimizer import make_optimizer
-from cmtrain.storage.run_lock import RunLock
+from cmtrain.storage.run_folder import RunLock
 from cmtrain.storage.weights import start_from
 from cmtrain.training.recovery import Recovery
 from cmtrain.training.resume import Start, choose_start

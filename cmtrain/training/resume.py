@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cmtrain.config.schema import Config, recipe
 from cmtrain.errors import ConfigError
-from cmtrain.processes.failure import settle
+from cmtrain.processes.failure import archive_previous_attempt
 from cmtrain.step.learner import Learner
 from cmtrain.step.measure import StepReport
 from cmtrain.storage.checkpoint import (
@@ -19,7 +19,7 @@ from cmtrain.storage.checkpoint import (
     load_checkpoint,
     load_newest,
 )
-from cmtrain.storage.run_lock import RunLock
+from cmtrain.storage.run_folder import RunLock
 from cmtrain.storage.state_file import CheckpointError
 from pipelines.spec import DataError
 
@@ -77,7 +77,7 @@ def choose_start(lock: RunLock, resume: str, config: Config, fingerprint: str, *
 
 
 def _choose(run_path: Path, resume: str, config: Config, fingerprint: str) -> Start:
-    lost = settle(run_path)
+    lost = archive_previous_attempt(run_path)
     checkpoints = run_path / "checkpoints"
     if resume == "never":
         if checkpoint_steps(checkpoints):

@@ -8,7 +8,7 @@ from typing import Any
 
 from cmtrain.step.evaluate import Evaluation
 from cmtrain.storage.checkpoint_writer import PATIENCE_SECONDS, CheckpointWriter, Outcome
-from cmtrain.storage.finite import Verdict, named
+from cmtrain.storage.finite import FiniteCheck, named
 from cmtrain.training.run_logger import RunLogger
 
 
@@ -41,7 +41,7 @@ class Saver:
         return improved
 
     def save(
-        self, state: dict[str, Any], step: int, meta: Mapping[str, Any], checked: Verdict, *, last: bool
+        self, state: dict[str, Any], step: int, meta: Mapping[str, Any], checked: FiniteCheck, *, last: bool
     ) -> None:
         """Start to write a checkpoint, unless the model was `checked` to be not finite.
 
@@ -49,11 +49,11 @@ class Saver:
         """
         begin, metrics = time.perf_counter(), self.logger.metrics
         metrics.enter("checkpoint")
-        if checked.healed:
-            self.logger.ema_healed(step, checked.healed)
+        if checked.repaired:
+            self.logger.ema_healed(step, checked.repaired)
         if self.logger.folder:
-            if checked.bad:
-                self._log(Outcome(step, None, 0.0, f"the model is not finite: {named(checked.bad)}"))
+            if checked.nonfinite:
+                self._log(Outcome(step, None, 0.0, f"the model is not finite: {named(checked.nonfinite)}"))
             else:
                 best = {"best_top1": self.best[0], "best_step": self.best[1]}
                 meta = {**meta, **best, "report": asdict(metrics.reported)}

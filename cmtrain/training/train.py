@@ -18,15 +18,14 @@ from cmtrain.monitoring.trackers import Trackers
 from cmtrain.monitoring.units import percent
 from cmtrain.processes.collectives import gather, leave_together
 from cmtrain.processes.failure import stop_code
-from cmtrain.processes.rank import is_lost_contact, tell_failure
+from cmtrain.processes.rank import is_lost_contact, report_failure
 from cmtrain.processes.signals import Stopped, StopRequest
 from cmtrain.processes.watchdog import Watchdog
 from cmtrain.step.evaluate import Evaluation, evaluate
 from cmtrain.step.learner import Learner
 from cmtrain.step.measure import StepReport, Stopwatch
-from cmtrain.storage.finite import Verdict, inspect
-from cmtrain.storage.run_folder import SAMPLE_NAME
-from cmtrain.storage.run_lock import RunLock
+from cmtrain.storage.finite import FiniteCheck, repair_or_reject
+from cmtrain.storage.run_folder import SAMPLE_NAME, RunLock
 from cmtrain.training import build
 from cmtrain.training.build import Parts
 from cmtrain.training.recovery import Recovery, find_overflow, merge_ranks
@@ -163,7 +162,7 @@ def run(config: Config, lock: RunLock, resume: str, max_steps: int | None) -> in
                 watchdog.begin("checkpoint", done)
                 progress = progress_at(done, schedule) | {"evaluation_due": evaluates and not results}
                 recovered = {"recovery": recovery.state_dict(), "progress": progress}
-                checked = inspect(**learner.weights) if config.guard.enabled else Verdict()
+                checked = repair_or_reject(**learner.weights) if config.guard.enabled else FiniteCheck()
                 meta = meta_of(config, parts, milestone=is_milestone(done, config, schedule))
                 last = final or received > 0
                 saver.save(learner.state_dict() | recovered, done, meta, checked, last=last)
@@ -173,8 +172,8 @@ def run(config: Config, lock: RunLock, resume: str, max_steps: int | None) -> in
 
         log_bad_files(logger, loaders, stop)
     except BaseException as error:
-        cause = tell_failure(error, lock.folder, rank=rank, world_size=world_size, step=logger.step)
-        logger.fail(cause.said())
+        cause = report_failure(error, lock.folder, rank=rank, world_size=world_size, step=logger.step)
+        logger.fail(cause.describe())
         if cause.exit_code == EXIT_ERROR and not is_lost_contact(error):
             raise
         return cause.exit_code

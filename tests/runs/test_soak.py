@@ -88,7 +88,7 @@ def test_nothing_is_lost_and_nothing_grows(make_job, figure):
             continue  # of a single one, nothing could be saved
         injected[fault] += 1
         if fault == "damage":
-            state = checkpoint_path(job.run / "checkpoints", saved[-1]) / "state.pt"
+            state = checkpoint_path(job.run / "checkpoints", saved[-1]) / "state.safetensors"
             with open(state, "r+b") as file:
                 file.seek(draw.randrange(state.stat().st_size))
                 byte = file.read(1)[0]

@@ -117,15 +117,15 @@ def test_host_memory_is_used_again_and_layouts_stay():
         "a": torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last),
         "b": [torch.zeros(()), (1, None, "x")],
     }
-    first = copy.take(state).state
+    first = copy.take(state)[0]
     assert first["a"].is_contiguous(memory_format=torch.channels_last)
     assert first["b"][1] == (1, None, "x")
     pointer = first["a"].data_ptr()
     state["a"] += 1
-    second = copy.take(state).state
+    second = copy.take(state)[0]
     assert second["a"].data_ptr() == pointer
     assert torch.equal(second["a"], state["a"])
-    grown = copy.take({"a": torch.zeros(5)}).state
+    grown = copy.take({"a": torch.zeros(5)})[0]
     assert grown["a"].tolist() == [0.0] * 5
 
 

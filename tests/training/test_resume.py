@@ -11,7 +11,7 @@ from cmtrain.config.load import load_config
 from cmtrain.errors import ConfigError
 from cmtrain.step.measure import StepReport
 from cmtrain.storage.checkpoint import Loaded, checkpoint_path, checkpoint_steps, save_checkpoint
-from cmtrain.storage.run_lock import RunLock
+from cmtrain.storage.run_folder import RunLock
 from cmtrain.training.resume import choose_start, restore
 from pipelines.spec import DataError
 
@@ -56,7 +56,7 @@ def test_from_scratch_and_from_the_newest(tmp_path):
 
 
 def test_nothing_usable_is_refused_until_from_scratch_is_asked_for(tmp_path):
-    flip(save(tmp_path, 3) / "state.pt")
+    flip(save(tmp_path, 3) / "state.safetensors")
     for _ in range(2):
         line = refusal(tmp_path)
         assert "no usable checkpoint in" in line
@@ -68,7 +68,7 @@ def test_nothing_usable_is_refused_until_from_scratch_is_asked_for(tmp_path):
 
 def test_a_damaged_newest_is_told(tmp_path):
     save(tmp_path, 3)
-    flip(save(tmp_path, 7) / "state.pt")
+    flip(save(tmp_path, 7) / "state.safetensors")
     chosen = start(tmp_path)
     assert chosen.step == 3
     assert "step-000000007" in chosen.notes[0]
@@ -77,7 +77,7 @@ def test_a_damaged_newest_is_told(tmp_path):
 def test_another_run_is_read_and_not_changed(tmp_path):
     other = tmp_path / "other"
     save(other, 3)
-    flip(save(other, 7) / "state.pt")
+    flip(save(other, 7) / "state.safetensors")
     assert start(tmp_path / "run", str(other)).step == 3
     assert checkpoint_steps(other / "checkpoints") == [3, 7]
     assert not (other / ".lock").exists()

@@ -22,7 +22,7 @@ from cmtrain.monitoring.metrics import TrainMetrics
 from cmtrain.step.learner import Learner
 from cmtrain.step.mixing import mix
 from cmtrain.storage.checkpoint_writer import CheckpointWriter
-from cmtrain.storage.finite import inspect
+from cmtrain.storage.finite import repair_or_reject
 from pipelines.spec import Batch
 
 ALONE_REPEATS = 100
@@ -154,7 +154,7 @@ def _time_saves(learner: Learner) -> float:
         for step in range(SAVES):
             drain(learner.accelerator.device)
             begin = time.perf_counter()
-            inspect(**learner.weights)
+            repair_or_reject(**learner.weights)
             writer.save(step, learner.state_dict(), {}, keep=1, last=False)
             waits.append(1000 * (time.perf_counter() - begin))
             writer.wait(None)
