@@ -169,9 +169,7 @@ def _train(arguments: list[str]) -> int:
 
 
 def _demo(arguments: list[str]) -> int:
-    parser = make_parser(
-        "demo", "Train a small CMT on images from installed packages: no GPU and no download needed."
-    )
+    parser = make_parser("demo", "Train a small CMT on images of installed packages; no GPU, no download.")
     parser.add_argument(
         "--photos", action="store_true", help="12 colour photographs instead of handwritten digits"
     )
@@ -214,9 +212,7 @@ def _bench(arguments: list[str]) -> int:
 
 def _doctor(arguments: list[str]) -> int:
     parser = make_parser("doctor", "Check this machine for a run, and suggest a remedy for every problem.")
-    parser.add_argument(
-        "--config", default="configs/demo.yaml", metavar="FILE", help="default: configs/demo.yaml"
-    )
+    parser.add_argument("--config", default="configs/demo.yaml", metavar="FILE", help=CONFIG_HELP)
     parser.add_argument("--json", action="store_true", help="as one JSON object")
     options, resolved = parse_with_config(parser, arguments)
     from cmtrain.commands.doctor import doctor
@@ -225,9 +221,7 @@ def _doctor(arguments: list[str]) -> int:
 
 
 def _sweep(arguments: list[str]) -> int:
-    parser = make_parser(
-        "sweep", "Train many configurations, and print what was published and what was measured."
-    )
+    parser = make_parser("sweep", "Train many configurations; compare with what was published.")
     add = parser.add_argument
     add("files", nargs="*", metavar="FILE", help="configuration files, or folders such as configs/ablations")
     add("--rows", metavar="LIST", help="only these, counted from 1, such as 1,3-5")

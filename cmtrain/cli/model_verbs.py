@@ -54,9 +54,7 @@ def evaluate_trained(arguments: list[str]) -> int:
 
 def export_trained(arguments: list[str]) -> int:
     """Run `cmtrain export ...`. Returns the exit code."""
-    parser = make_parser(
-        "export", "Write a trained model as files for others, compared with it before they appear."
-    )
+    parser = make_parser("export", "Write a trained model as files for others, compared with it.")
     add = parser.add_argument
     add("--format", choices=(*FORMATS, "all"), default="timm", help="default: timm")
     add("--out", metavar="DIR", help="folder to write; must not exist")
