@@ -14,7 +14,7 @@ import cmtrain.storage.checkpoint_writer
 from cmtrain.step.measure import StepReport
 from cmtrain.storage.checkpoint import checkpoint_steps, load_newest
 from cmtrain.storage.checkpoint_writer import CheckpointWriter, HostCopy
-from cmtrain.storage.finite import Verdict
+from cmtrain.storage.finite import FiniteCheck
 from cmtrain.storage.run_folder import RunFolder
 from cmtrain.training.run_logger import RunLogger
 from cmtrain.training.saver import Saver
@@ -83,7 +83,7 @@ def test_a_checkpoint_that_the_next_one_drops_before_it_is_told_is_told_all_the_
     saver = Saver(tmp_path / "run", logger, keep=1)
     logger.metrics.report(StepReport(2, 0, 1.0, 0.1, 1.0, 1.0, 0, 0, 0, 0, 0))
     for step in (1, 2):
-        saver.save(state_of(step), step, {}, Verdict(), last=step == 2)
+        saver.save(state_of(step), step, {}, FiniteCheck(), last=step == 2)
     saver.close()
     logger.finish("finished", exit_code=0, reason="")
     assert checkpoint_steps(tmp_path / "run" / "checkpoints") == [2]
