@@ -70,7 +70,7 @@ def pack(
             manifest = Manifest.from_folder(root / split, **options)
         class_names = manifest.class_names
         folder = Path(destination).absolute() / split
-        packed = pack_split(
+        shards = pack_split(
             manifest,
             folder,
             resize_shorter=resize_shorter,
@@ -79,18 +79,18 @@ def pack(
             processes=processes or len(os.sched_getaffinity(0)),
             max_bad_fraction=max_bad_fraction,
         )
-        for path, _, reason in packed.bad:
+        for path, _, reason in shards.bad:
             _say(f"left out: {path}: {reason}")
-        assert packed.packed is not None
-        if damaged := damage(packed.packed, packed.paths):
+        assert shards.packed is not None
+        if damaged := damage(shards.packed, shards.paths):
             raise DataError(
                 f"{'; '.join(damaged[:3])} ({len(damaged)} such): remove {folder} and pack again"
             )
-        size_bytes = int(packed.packed.shard_bytes.sum())
-        num_shards = len(packed.packed.shard_names)
-        report[split] = {"images": len(packed), "left_out": len(packed.bad), "shards": num_shards}
+        size_bytes = int(shards.packed.shard_bytes.sum())
+        num_shards = len(shards.packed.shard_names)
+        report[split] = {"images": len(shards), "left_out": len(shards.bad), "shards": num_shards}
         report[split]["bytes"] = size_bytes
-        _say(f"{folder}: {len(packed):,} images in {num_shards} shards, {size_bytes:,} bytes, verified")
+        _say(f"{folder}: {len(shards):,} images in {num_shards} shards, {size_bytes:,} bytes, verified")
     print(json.dumps({"destination": destination, **report}), flush=True)  # noqa: T201
     return 0
 

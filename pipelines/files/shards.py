@@ -38,7 +38,7 @@ class Slices:
     size_bytes: NDArray[np.int64]  # (N,)
     checksums: NDArray[np.uint32]  # (N,) CRC-32
 
-    def check(self) -> None:
+    def check_shards(self) -> None:
         """Raise DataError when a shard is missing or not as long as the index records."""
         for number, size in enumerate(self.shard_bytes):
             path = self.shard_path(number)
