@@ -1,4 +1,4 @@
-"""What README and docs/ tell a user to type exists: verbs, options, configuration keys, files, links."""
+"""All that README and docs/ name exists: verbs, options, configuration keys, files, links."""
 
 import re
 from fnmatch import filter as filter_names
@@ -19,7 +19,7 @@ FILE_ENDINGS = {"py", "md", "yaml", "json", "jsonl", "png", "pt", "pt2", "onnx",
 
 
 def commands(text):
-    """What follows `cmtrain` in code, up to the end of the command."""
+    """Yield the arguments of each `cmtrain` command in code."""
     code = re.findall(r"^    (.*)$|`([^`\n]+)`", text, re.MULTILINE)
     for line in (block or inline for block, inline in code):
         for found in re.finditer(r"(?:^|[\s(])(?:-m )?cmtrain ([^#|]*)", line):
@@ -78,7 +78,7 @@ def test_the_tutorials_configuration_is_one(tmp_path, monkeypatch, capsys):
 
 
 def test_options_that_are_shown_are_taken(capsys):
-    """Of the verbs' own options, without running them."""
+    """Checks the options of the verbs, without running them."""
     shown = [command for page in PAGES for command in commands(page.read_text())]
     assert len(shown) > 50
     for command in shown:
