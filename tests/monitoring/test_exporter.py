@@ -101,8 +101,9 @@ def test_get_head_and_what_is_not_served(serve):
 
 
 @pytest.mark.parametrize(
-    "path", ["/../../etc/passwd", "//etc/passwd", "/metrics/../../../etc/passwd", "/%2e%2e/%2e%2e/etc/passwd",
-             "*", "/etc/passwd", "http://127.0.0.1/metrics", "/\\..\\etc\\passwd", "/metrics%00", "file:///etc/passwd"],
+    "path",
+    ["/../../etc/passwd", "//etc/passwd", "/metrics/../../../etc/passwd", "/%2e%2e/%2e%2e/etc/passwd", "*",
+     "/etc/passwd", "http://127.0.0.1/metrics", "/\\..\\etc\\passwd", "/metrics%00", "file:///etc/passwd"],
 )  # fmt: skip
 def test_there_is_no_way_to_a_file(serve, path):
     answer = talk(serve().port, f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
