@@ -16,9 +16,7 @@ def data(arguments: list[str]) -> int:
 
 
 def _data_check(arguments: list[str]) -> int:
-    parser = make_parser(
-        "data check", "Find the images that cannot be read; training leaves them out from then on."
-    )
+    parser = make_parser("data check", "Find unreadable images; training leaves them out from then on.")
     add = parser.add_argument
     add("root", metavar="DIR", help="folder with train/ and val/, or one tree of class folders")
     add("--headers-only", action="store_true", help="read headers, do not decode")
@@ -35,9 +33,7 @@ def _data_check(arguments: list[str]) -> int:
 
 
 def _data_pack(arguments: list[str]) -> int:
-    parser = make_parser(
-        "data pack", "Write an image folder as tar shards with an index, readable by webdataset, too."
-    )
+    parser = make_parser("data pack", "Write an image folder as tar shards with an index.")
     add = parser.add_argument
     add("source", metavar="SRC", help="folder with train/ and val/")
     add("destination", metavar="DST", help="folder to write; the same command continues")
@@ -60,9 +56,7 @@ def _data_pack(arguments: list[str]) -> int:
 
 
 def _data_preview(arguments: list[str]) -> int:
-    parser = make_parser(
-        "data preview", "Draw augmented training images: each row is one image, its columns are epochs."
-    )
+    parser = make_parser("data preview", "Draw augmented images: a row per image, a column per epoch.")
     add = parser.add_argument
     add("--config", metavar="FILE", help=CONFIG_HELP)
     add("--out", default="preview.png", metavar="FILE", help="PNG to write (default: preview.png)")

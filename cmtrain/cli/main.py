@@ -22,6 +22,7 @@ from cmtrain.cli.data_verbs import data
 from cmtrain.cli.model_verbs import evaluate_trained, export_trained
 from cmtrain.commands import sweep
 from cmtrain.config.describe import config_reference, config_schema
+from cmtrain.config.load import load_config
 from cmtrain.config.schema import Config, to_yaml
 from cmtrain.errors import EXIT_CONFIG, EXIT_DATA, EXIT_DONE, EXIT_INTERRUPTED, ConfigError, did_you_mean
 from cmtrain.processes.launcher import run_ranks, visible_gpus
@@ -49,7 +50,7 @@ verbs:
   watch RUN      the same, until the run ends
   report RUN...  draw a run folder as one HTML file; several runs are compared
   bench          time the loader, the model and training, and name the bottleneck
-  repair-bn      recompute the BatchNorm statistics of a checkpoint in which they are not finite
+  repair-bn X    recompute the BatchNorm statistics of a run or of any weights file, such as NaN ones
   data check     find the images that cannot be read; training leaves them out from then on
   data pack      write an image folder as tar shards with an index: few large files instead of many small
   data preview   draw augmented training images as a grid
@@ -168,9 +169,7 @@ def _train(arguments: list[str]) -> int:
 
 
 def _demo(arguments: list[str]) -> int:
-    parser = make_parser(
-        "demo", "Train a small CMT on images from installed packages: no GPU and no download needed."
-    )
+    parser = make_parser("demo", "Train a small CMT on images of installed packages; no GPU, no download.")
     parser.add_argument(
         "--photos", action="store_true", help="12 colour photographs instead of handwritten digits"
     )
@@ -212,10 +211,8 @@ def _bench(arguments: list[str]) -> int:
 
 
 def _doctor(arguments: list[str]) -> int:
-    parser = make_parser("doctor", "Check this machine for a run, and say what to do about what is wrong.")
-    parser.add_argument(
-        "--config", default="configs/demo.yaml", metavar="FILE", help="default: configs/demo.yaml"
-    )
+    parser = make_parser("doctor", "Check this machine for a run, and suggest a remedy for every problem.")
+    parser.add_argument("--config", default="configs/demo.yaml", metavar="FILE", help=CONFIG_HELP)
     parser.add_argument("--json", action="store_true", help="as one JSON object")
     options, resolved = parse_with_config(parser, arguments)
     from cmtrain.commands.doctor import doctor
@@ -224,9 +221,7 @@ def _doctor(arguments: list[str]) -> int:
 
 
 def _sweep(arguments: list[str]) -> int:
-    parser = make_parser(
-        "sweep", "Train many configurations, and print what was published and what was measured."
-    )
+    parser = make_parser("sweep", "Train many configurations; compare with what was published.")
     add = parser.add_argument
     add("files", nargs="*", metavar="FILE", help="configuration files, or folders such as configs/ablations")
     add("--rows", metavar="LIST", help="only these, counted from 1, such as 1,3-5")
@@ -279,26 +274,22 @@ def _watch(arguments: list[str]) -> int:
 
 def _repair_bn(arguments: list[str]) -> int:
     parser = make_parser(
-        "repair-bn", "Recompute the BatchNorm statistics of a checkpoint in which they are not finite."
+        "repair-bn",
+        "Recompute BatchNorm statistics, such as those that are NaN, and write a repaired copy. Of a run: "
+        "`cmtrain repair-bn runs/shoes`. Of a file by any trainer (.pth, .pt, .bin, .safetensors): "
+        "`cmtrain repair-bn x.pth --config configs/demo.yaml --model.name resnet18 --data.root photos`.",
     )
-    parser.add_argument(
-        "--config", metavar="FILE", help="the configuration that the checkpoint was made with"
-    )
-    parser.add_argument("--checkpoint", metavar="PATH", help="checkpoint or run folder; not changed")
-    parser.add_argument(
-        "--out", metavar="DIR", help="folder to write to (default: `repaired` in the run folder)"
-    )
-    parser.add_argument(
-        "--batches", type=positive, default=200, metavar="N", help="to average over (default: 200)"
-    )
-    options, resolved = parse_with_config(parser, arguments)
-    if options.checkpoint is None:
-        raise ConfigError("cmtrain repair-bn: --checkpoint is missing, e.g. --checkpoint runs/full_in1k")
+    parser.add_argument("place", nargs="?", metavar="RUN|FILE", help="run, checkpoint folder, weights file")
+    parser.add_argument("--config", metavar="FILE", help="model and data; a run has its own")
+    parser.add_argument("--out", metavar="PATH", help="default: x-repaired.pth for x.pth, RUN/repaired")
+    parser.add_argument("--batches", type=positive, default=200, metavar="N", help="to average over (200)")
+    options, overrides = parse(parser, arguments)
+    if options.place is None:
+        raise ConfigError("cmtrain repair-bn: which run or file? e.g. cmtrain repair-bn runs/full_in1k")
+    config = load_config(options.config, overrides).config if options.config else None
     from cmtrain.commands.repair_bn import repair_bn
 
-    return repair_bn(
-        resolved.config, checkpoint=options.checkpoint, out=options.out, batches=options.batches
-    )
+    return repair_bn(options.place, config, overrides, out=options.out, batches=options.batches)
 
 
 def _report(arguments: list[str]) -> int:
@@ -363,7 +354,7 @@ def describe_plan(config: Config) -> str:
         f"lr       {plan.warmup_lr:g} -> {config.optim.lr:g} -> {plan.min_lr:g} ({config.optim.opt})",
         f"steps    (training images // {size}) per epoch",
     ]
-    # A launcher says how many processes there are; without one, show what would happen on one node.
+    # A launcher sets the number of processes; without one, show what would happen on one node.
     launched = os.environ.get("WORLD_SIZE")
     for world_size in [int(launched)] if launched else [1, 2, 4, 8]:
         try:

@@ -35,10 +35,10 @@ def evaluate_trained(arguments: list[str]) -> int:
     add("--expect", type=_fraction, metavar="TOP1", help="exit code 5 where the best top-1 is below it")
     add("--json", metavar="FILE", help="write the results there, too")
     options, overrides = _parse_with_run(parser, arguments)
-    from cmtrain.commands.evaluate import Request, evaluate_trained
+    from cmtrain.commands.evaluate import EvalRequest, evaluate_trained
     from cmtrain.commands.trained_model import open_trained
 
-    request = Request(
+    request = EvalRequest(
         kinds=("model", "ema") if options.weights == "both" else (options.weights,),
         must_have=options.weights != "both",
         image_px=tuple(options.image_px),
@@ -54,9 +54,7 @@ def evaluate_trained(arguments: list[str]) -> int:
 
 def export_trained(arguments: list[str]) -> int:
     """Run `cmtrain export ...`. Returns the exit code."""
-    parser = make_parser(
-        "export", "Write a trained model as files for others, compared with it before they appear."
-    )
+    parser = make_parser("export", "Write a trained model as files for others, compared with it.")
     add = parser.add_argument
     add("--format", choices=(*FORMATS, "all"), default="timm", help="default: timm")
     add("--out", metavar="DIR", help="folder to write; must not exist")

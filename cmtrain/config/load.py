@@ -317,7 +317,7 @@ def _unknown_section(name: str, value: Any) -> str:
 
 
 def _wrong_value(name: str, error: ErrorDetails, value: Any) -> str:
-    """Say what `value` should have been, in one sentence for all the ways in which pydantic refuses it."""
+    """Describe what `value` should have been, in one sentence for every reason of pydantic."""
     if error["type"] == "value_error":
         return f"{error['ctx']['error']}, got {show(value)}"
     schema = schema_of(name)

@@ -42,9 +42,14 @@ NotNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 FractionBelowOne = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
-Pair = Annotated[tuple[Positive, Positive], Field(strict=False)]  # a list is as good as a tuple
+FromList = Field(strict=False)  # a list is as good as a tuple
+Pair = Annotated[tuple[Positive, Positive], FromList]
+Scale = Annotated[tuple[Positive, Fraction], FromList]
+Betas = Annotated[tuple[FractionBelowOne, FractionBelowOne], FromList]
+Mean = Annotated[tuple[float, float, float], FromList]
+Std = Annotated[tuple[Positive, Positive, Positive], FromList]
 Interpolation = Literal["bicubic", "bilinear"]
-Tracker = Literal["tensorboard", "wandb", "mlflow"]
+Trackers = Annotated[tuple[Literal["tensorboard", "wandb", "mlflow"], ...], FromList]
 
 
 def _key(default: Any, description: str, **limits: Any) -> Any:
@@ -63,9 +68,7 @@ class Run(Section):
         pattern="^[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}$",
     )
     dir: AnyPath = _key("runs", "folder that holds the run folders; on several nodes, one that all share")
-    seed: int = _key(
-        42, "random seed of the initial weights, the sample order and every random draw", ge=0, le=2**31 - 1
-    )
+    seed: int = _key(42, "random seed of initial weights, sample order and every draw", ge=0, le=2**31 - 1)
 
 
 class Model(Section):
@@ -80,11 +83,11 @@ class Model(Section):
         None, "position bias of attention, by offset or by (query, key) pair; null: the variant's own"
     )
     attention_bias_scope: Literal["stage", "block"] | None = _key(
-        None, "one bias table for a stage or for every block; null: the variant's own"
+        None, "one bias table per stage or per block; null: the variant's own"
     )
     absolute_position: bool = _key(False, "add a learned position embedding (the re-implementation's ape)")
     absolute_position_px: int | None = _key(
-        None, "image side that its table is made for; null: data.image_px", ge=4, multiple_of=4
+        None, "image side of its table; null: data.image_px", ge=4, multiple_of=4
     )
     qkv_bias: bool = _key(True, "bias in the query, key and value projections")
     drop_rate: FractionBelowOne = _key(0.0, "dropout probability before the classifier")
@@ -121,7 +124,7 @@ class Data(Section):
     val_list: PathBelowRoot | None = _key(None, "the same for validation; replaces val_dir")
     fraction: float = _key(1.0, "share of the training images to use, equal in every class", gt=0, le=1)
     decode: Literal["auto", "mixed", "cpu"] = _key(
-        "auto", "where JPEGs are decoded; mixed: on the GPU; auto: mixed where there is a GPU"
+        "auto", "place of decoding; mixed: the GPU; auto: the GPU if there is one"
     )
     hw_decoder_load: Fraction | None = _key(
         None, "share of JPEGs given to a GPU's JPEG engine with decode: mixed; null: DALI's default"
@@ -130,29 +133,22 @@ class Data(Section):
     prefetch_batches: Count = _key(2, "micro-batches prepared ahead")
     cache_dir: AnyPath | None = _key(None, "folder for indexes and demo images; null: the user's cache")
     max_bad_fraction: Fraction = _key(
-        MAX_BAD_FRACTION,
-        "share of unreadable files above which a run does not start, or ends if they turn up later",
+        MAX_BAD_FRACTION, "share of unreadable files above which a run is refused or ends"
     )
     image_px: int = _key(160, "side of the training crop and of the evaluation crop", ge=32, multiple_of=32)
     eval_resize_px: Count = _key(184, "evaluation: shorter side before the centre crop")
     interpolation: Interpolation = _key("bicubic", "resampling of training images")
     eval_interpolation: Interpolation = _key("bicubic", "resampling of evaluation images")
-    mean: tuple[float, float, float] = _key(
-        (0.485, 0.456, 0.406), "subtracted from R, G, B in 0..1; ImageNet's by default", strict=False
-    )
-    std: tuple[Positive, Positive, Positive] = _key(
-        (0.229, 0.224, 0.225), "R, G, B are divided by it after that; ImageNet's by default", strict=False
-    )
+    mean: Mean = _key((0.485, 0.456, 0.406), "subtracted from R, G, B in 0..1")
+    std: Std = _key((0.229, 0.224, 0.225), "R, G, B are divided by it after that")
 
 
 class Augment(Section):
-    scale: tuple[Positive, Fraction] = _key(
-        (0.08, 1.0), "share of the image that the crop takes", strict=False
-    )
+    scale: Scale = _key((0.08, 1.0), "share of the image that the crop takes")
     ratio: Pair = _key((0.75, 1.3333333), "width / height of the random crop")
     hflip: Fraction = _key(0.5, "probability of a mirror image")
     color_jitter: NotNegative | None = _key(
-        None, "brightness, contrast and saturation are each multiplied by 1 +- this; null: off"
+        None, "brightness, contrast, saturation times 1 +- this; null: off"
     )
     rand_augment: str | None = _key(
         None,
@@ -179,14 +175,10 @@ class Optim(Section):
         ...,
         "peak learning rate for this global batch size; if you change the batch, change lr in proportion",
     )
-    weight_decay: NotNegative = _key(
-        0.05, "weight decay of matrices and convolutions; vectors and tables have none"
-    )
+    weight_decay: NotNegative = _key(0.05, "weight decay of matrices and convolutions; others have none")
     momentum: FractionBelowOne = _key(0.9, "momentum of sgd")
     nesterov: bool = _key(True, "Nesterov momentum of sgd")
-    betas: tuple[FractionBelowOne, FractionBelowOne] = _key(
-        (0.9, 0.999), "decay rates of adamw's two averages", strict=False
-    )
+    betas: Betas = _key((0.9, 0.999), "decay rates of adamw's averages")
     eps: Positive = _key(1e-08, "added to the denominator of adamw")
     clip_grad: Positive | None = _key(None, "L2 norm that gradients are clipped to; null: off")
 
@@ -201,9 +193,7 @@ class ScheduleSection(Section):
 
 class Train(Section):
     global_batch_size: Count = _key(..., "samples of one optimizer step, over all GPUs and accumulation")
-    max_batch_per_gpu: Count = _key(
-        512, "most samples of one forward pass; a larger batch is accumulated over several"
-    )
+    max_batch_per_gpu: Count = _key(512, "most samples of one forward pass; larger batches are accumulated")
     precision: Literal["auto", "fp16", "bf16", "fp32"] = _key("auto", "auto: fp16 on a GPU, fp32 without")
     compile: bool = _key(False, "compile the model with torch.compile")
     compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = _key(
@@ -216,30 +206,26 @@ class Train(Section):
         "a step, a batch of an evaluation or a checkpoint that takes longer ends the process and leaves its "
         "stacks in the run folder; the first of each may take three times as long; null: never",
     )
-    collective_timeout_seconds: Positive = _key(
-        600.0, "how long ranks wait for one another in a collective operation"
-    )
+    collective_timeout_seconds: Positive = _key(600.0, "how long ranks wait for one another")
 
 
 class Ema(Section):
     decay: float | None = _key(
-        None, "decay per step of the weights' exponential moving average (EMA); null: no EMA", gt=0, lt=1
+        None, "decay per step of the weights' moving average (EMA); null: off", gt=0, lt=1
     )
 
 
 class Guard(Section):
     enabled: bool = _key(True, "undo what a non-finite step did to weights, statistics and EMA")
     rollback_after_bad_steps: Count = _key(
-        20, "this many bad steps in a row take the run back to a good state kept in memory"
+        20, "this many bad steps in a row take the run back to a good state"
     )
     max_rollbacks: int = _key(3, "rollbacks allowed; one more ends the run with exit code 4", ge=0)
     lr_backoff: float = _key(0.25, "factor on the learning rate after a rollback", gt=0, le=1)
     lr_backoff_epochs: NotNegative | None = _key(
-        None, "epochs over which that factor returns to 1, evenly; null: it stays"
+        None, "epochs over which that factor returns to 1; null: it stays"
     )
-    spike_sigma: Positive = _key(
-        6.0, "standard deviations above the mean of the last steps that make a loss or gradient norm a spike"
-    )
+    spike_sigma: Positive = _key(6.0, "standard deviations above the recent mean that make a step a spike")
     spike_action: Literal["report", "rollback"] = _key(
         "report", "rollback: a spike takes the run back, too, as long as max_rollbacks allows"
     )
@@ -249,9 +235,7 @@ class Checkpoint(Section):
     every_epochs: Count = _key(1, "epochs between two checkpoints; the last step is always saved")
     every_steps: Count | None = _key(None, "optimizer steps between two more checkpoints; null: none")
     keep: Count = _key(3, "newest checkpoints kept, beside the best one and the milestones")
-    milestone_every_epochs: Count | None = _key(
-        None, "epochs between two checkpoints that are never deleted; null: none"
-    )
+    milestone_every_epochs: Count | None = _key(None, "epochs between checkpoints that are never deleted")
 
 
 class Evaluate(Section):
@@ -262,12 +246,8 @@ class Metrics(Section):
     enabled: bool = _key(True, "serve Prometheus metrics over HTTP")
     host: str = _key("127.0.0.1", "address to serve at; 0.0.0.0: all", pattern="^[A-Za-z0-9.:_-]+$")
     port: int = _key(9410, "port of local rank 0; local rank r serves at port + r", ge=1, le=65535)
-    stall_seconds: Positive = _key(
-        600.0, "/-/healthy answers 503 when training has finished no step for this long"
-    )
-    trackers: tuple[Tracker, ...] = _key(
-        (), "experiment trackers that receive log points and evaluations", strict=False
-    )
+    stall_seconds: Positive = _key(600.0, "/-/healthy answers 503 if no step ended for this long")
+    trackers: Trackers = _key((), "experiment trackers that get log points and evaluations")
 
 
 class Expect(Section):

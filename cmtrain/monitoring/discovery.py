@@ -15,10 +15,11 @@ label here would rename theirs to `exported_run`.
 """
 
 import json
-import os
 import re
 import socket
 from pathlib import Path
+
+from cmtrain.storage.atomic import replace_file
 
 
 def write_target(run_path: Path, rank: int, host: str, port: int) -> Path:
@@ -39,9 +40,7 @@ def write_target(run_path: Path, rank: int, host: str, port: int) -> Path:
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     path = _file(run_path, rank)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")  # matches no *.json
-    temporary.write_text(json.dumps([{"targets": [address], "labels": {}}]) + "\n")
-    temporary.replace(path)
+    replace_file(path, json.dumps([{"targets": [address], "labels": {}}]) + "\n")
     return path
 
 

@@ -21,7 +21,7 @@ from cmtrain.monitoring.report.headline import Headline, number
 from cmtrain.monitoring.report.page import join_scripts, make_templates
 from cmtrain.monitoring.units import duration, percent, short, utc
 from cmtrain.storage.run_folder import REPORT_NAME
-from cmtrain.storage.run_record import glance, is_sampled
+from cmtrain.storage.run_record import is_sampled, read_sample
 
 HTML = "text/html; charset=utf-8"
 MAX_AGE_SECONDS = 1.0
@@ -62,7 +62,7 @@ class LivePage:
         target, end = _value(metrics.steps_target), _value(metrics.eta_timestamp)
         page: dict[str, Any] = {}
         if metrics.rank == 0:
-            record = glance(self.run_path, status)
+            record = read_sample(self.run_path, status)
             run = PlottedRun(record)
             page = {
                 "large_charts": large_charts([run]),

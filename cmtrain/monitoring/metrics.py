@@ -150,10 +150,6 @@ class TrainMetrics:
             series(*values)
         return series
 
-    def one(self, metric: Any, *labels: str) -> Any:
-        """Return the series of `metric` that belongs to `labels`."""
-        return metric(*labels) if labels else metric
-
     def start(
         self, facts: Mapping[str, str], *, last_step: int, flops_per_image: int, device: torch.device
     ) -> None:

@@ -1,6 +1,4 @@
-"""A configuration means what it looks like, and every mistake in it is one line that says where and what
-instead.
-"""
+"""A configuration means what it looks like; every mistake is one line with its place and a remedy."""
 
 # ruff: noqa: E501 - error lines are compared whole
 
@@ -60,7 +58,7 @@ def values(text: str, *overrides: tuple[str, str]) -> dict[str, object]:
     return flat(load_config(write(text), overrides).config)
 
 
-# --- what people get wrong, and exactly what they are told ---
+# --- what people get wrong, and exactly what they read ---
 
 TYPICAL = [
     (

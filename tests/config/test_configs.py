@@ -10,7 +10,7 @@ import torch
 import cmtrain.models  # noqa: F401 - registers the models with timm
 from cmtrain.config.load import load_config
 from cmtrain.training.build import plan_steps
-from cmtrain.training.schedule import make_schedule
+from cmtrain.training.schedule import Schedule
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -31,7 +31,7 @@ STATED = {
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_configuration_loads_builds_its_model_and_plans_its_steps(path):
     config = load_config(path).config
-    schedule = make_schedule(
+    schedule = Schedule(
         num_samples=IMAGENET,
         world_size=8,
         global_batch_size=config.train.global_batch_size,

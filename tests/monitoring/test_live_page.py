@@ -15,7 +15,7 @@ from cmtrain.monitoring.http_server import Exporter
 from cmtrain.monitoring.metrics import TrainMetrics
 from cmtrain.monitoring.routes import make_pages
 from cmtrain.step.measure import StepReport
-from cmtrain.storage.run_record import MAX_PLACES, WHOLE_BYTES, glance, last_lines, sample_lines
+from cmtrain.storage.run_record import MAX_PLACES, WHOLE_BYTES, last_lines, read_sample, sample_lines
 
 FACTS = {"model": "cmt_ti", "precision": "fp16", "device": "cuda", "world_size": "8", "version": "0.1.0"}
 SPEED = {"images_per_second": 12_810.4, "data_wait_ratio": 0.034}
@@ -165,7 +165,7 @@ def test_no_hostile_script_runs(browser, serve, tmp_path):
 def test_it_is_made_once_a_second_for_everybody_and_not_while_nobody_looks(folder, monkeypatch):
     looks = []
     monkeypatch.setattr(
-        "cmtrain.monitoring.live_page.glance", lambda *what: looks.append(what) or glance(*what)
+        "cmtrain.monitoring.live_page.read_sample", lambda *what: looks.append(what) or read_sample(*what)
     )
     page = page_of(rank_at(10_000), folder)
     assert looks == []

@@ -8,13 +8,13 @@ import pytest
 from helpers.mini import make_learner, step
 
 from cmtrain.step.spikes import MEMORY_STEPS, WARMUP_STEPS, SpikeDetector
-from cmtrain.training.schedule import make_schedule
+from cmtrain.training.schedule import Schedule
 
 
 def healthy_run(num_steps, seed=0):
     """Yield (loss, norm) of a good run's steps: the loss falls, the norm rises in the warm-up and falls."""
     noise = random.Random(seed)
-    schedule = make_schedule(
+    schedule = Schedule(
         num_samples=100, world_size=1, global_batch_size=1, max_batch_per_gpu=1, lr=1.0,
         epochs=20, warmup_epochs=5, warmup_lr=1e-6, min_lr=0.0, cooldown_epochs=0,
     )  # fmt: skip

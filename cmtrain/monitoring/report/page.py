@@ -9,7 +9,6 @@ import base64
 import hashlib
 import io
 import itertools
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +26,7 @@ from cmtrain.monitoring.report.curves import PlottedRun, large_charts, small_cha
 from cmtrain.monitoring.report.events import event_lanes, event_rows
 from cmtrain.monitoring.report.headline import environment_of, headline, measure_times, number, summary
 from cmtrain.monitoring.units import duration, percent, short, utc
+from cmtrain.storage.atomic import replace_file
 from cmtrain.storage.run_folder import REPORT_NAME, SILENT_SECONDS
 from cmtrain.storage.run_record import Columns, RunRecord, read_run
 
@@ -64,12 +64,7 @@ def write_report(folders: Sequence[Path], target: Path) -> None:
         OSError: `target` cannot be written.
     """
     page = render([read_run(folder) for folder in folders])
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        temporary.write_text(page, encoding="utf-8", errors="replace")
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    replace_file(target, page.encode(errors="replace"))
 
 
 def make_templates() -> Environment:
