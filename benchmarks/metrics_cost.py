@@ -1,11 +1,11 @@
-"""What metrics cost a training step: CPU time of the training thread, and of a scrape.
+"""Measure the CPU time that metrics cost the training thread per step, and that of a scrape.
 
     python benchmarks/metrics_cost.py [--steps 5000] [--json FILE]
 
-CPU time, not wall time: on a shared machine a share of a percent is not to be seen in the time of a step. Counted is
-all that a step does for its metrics and would not do without: marks for phases, counters, and a log point in every
-`--log-every-steps`. The metrics are on, in a journal as in training; "off" is the same loop without them. Rounds of
-both alternate in one process, and the median is told.
+CPU time, not wall time: on a shared machine nobody sees a share of a percent in the time of a step. Counted
+is all that a step does for its metrics alone: marks for phases, counters, and a log point every
+`--log-every-steps`. "off" is the same loop without them. Rounds of both alternate in one process, and the
+median is printed.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from cmtrain.commands.bench.timing import best_seconds
 from cmtrain.monitoring.metrics import TrainMetrics
 from cmtrain.monitoring.routes import MetricsPage
 from cmtrain.step.measure import Phases
@@ -30,32 +31,19 @@ STEP_SECONDS = 0.01  # 100 steps/s: faster than any recipe here
 SCRAPE_EVERY_SECONDS = 15
 
 
-def work(steps: int, metrics: TrainMetrics | None, log_every_steps: int) -> float:
-    """CPU seconds of this thread for `steps` steps that do nothing but what `metrics` asks for."""
+def work(steps: int, metrics: TrainMetrics | None, log_every_steps: int) -> None:
+    """Do `steps` steps that consist of their `metrics` alone."""
     phases = Phases(torch.device("cpu"))
-    begin = time.thread_time()
+    how = {"num_images": 64, "num_bytes": 7_000_000, "seconds": 0.01, "wait_seconds": 0.001}
     for step in range(1, steps + 1):
         if metrics is None:
             continue
-        phases.begin("")
-        phases.begin("forward")
-        phases.begin("backward")
-        phases.begin("optimizer")
+        for phase in ("", "forward", "backward", "optimizer"):
+            phases.begin(phase)
         phases.end_step()
-        metrics.count_step(
-            step, num_images=64, num_bytes=7_000_000, seconds=0.01, wait_seconds=0.001, phases=phases.take()
-        )
+        metrics.count_step(step, phases=phases.pop_finished(), **how)
         if step % log_every_steps == 0:
             metrics.report(dataclasses.replace(metrics.reported, step=step, loss=2.0))
-    return time.thread_time() - begin
-
-
-def scrape(metrics: TrainMetrics) -> float:
-    """CPU seconds to make the page once."""
-    page = MetricsPage(metrics.registry)
-    begin = time.thread_time()
-    page("")
-    return time.thread_time() - begin
 
 
 def main() -> None:
@@ -63,34 +51,36 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--log-every-steps", type=int, default=50)
     parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
+    options = parser.parse_args()
+    steps, log_every = options.steps, options.log_every_steps
     on, off, scrapes = [], [], []
     for number in range(ROUNDS):
         metrics = TrainMetrics(f"round{number}", 0)
-        off.append(work(arguments.steps, None, arguments.log_every_steps) / arguments.steps)
-        on.append(work(arguments.steps, metrics, arguments.log_every_steps) / arguments.steps)
-        scrapes.append(scrape(metrics))
+        page = MetricsPage(metrics.registry)
+        for taken, side in ((off, None), (on, metrics)):
+            taken.append(
+                best_seconds(lambda side=side: work(steps, side, log_every), 1, time.thread_time) / steps
+            )
+        scrapes.append(best_seconds(lambda page=page: page(""), 1, time.thread_time))
     step_seconds = statistics.median(on) - statistics.median(off)
+    share, scrape_seconds = step_seconds / STEP_SECONDS, statistics.median(scrapes)
     figures = {
         "step_us": round(1e6 * step_seconds, 1),
-        "percent_of_step": round(100 * step_seconds / STEP_SECONDS, 2),
-        "scrape_ms": round(1e3 * statistics.median(scrapes), 2),
-        "percent_with_scrapes": round(
-            100 * (step_seconds / STEP_SECONDS + statistics.median(scrapes) / SCRAPE_EVERY_SECONDS), 2
-        ),
+        "percent_of_step": round(100 * share, 2),
+        "scrape_ms": round(1e3 * scrape_seconds, 2),
+        "percent_with_scrapes": round(100 * (share + scrape_seconds / SCRAPE_EVERY_SECONDS), 2),
     }
     print(json.dumps(figures))
-    if arguments.json:
+    if options.json:
+        versions = {name: version(name) for name in ("cmtrain", "torch", "prometheus-client")}
         record = {
-            "command": f"python benchmarks/metrics_cost.py --steps {arguments.steps} "
-            f"--log-every-steps {arguments.log_every_steps}",
+            "command": f"python benchmarks/metrics_cost.py --steps {steps} --log-every-steps {log_every}",
             "machine": f"{os.cpu_count()} cores, {platform.machine()}, load {os.getloadavg()[0]:.1f}",
             "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-            "versions": {"python": platform.python_version()}
-            | {name: version(name) for name in ("cmtrain", "torch", "prometheus-client")},
+            "versions": {"python": platform.python_version()} | versions,
             "figures": figures,
         }
-        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+        options.json.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,117 +1,104 @@
-"""Training and inference rates of CMT-Ti on one GPU: operation by operation, fused, compiled, beside timm's models.
+"""Time CMT-Ti on one GPU in training and inference: eager, fused, compiled, beside timm's models.
 
     python benchmarks/model_gpu.py --seconds 150 --json model.jsonl
 
-Synthetic images that lie on the device, no loader. One JSON line a case, written as soon as it is known; a case that
-fails says why. Device time between two events, after warm-up. `copy_share` is what part of the device's own copy rate,
-measured first, the counted bytes (cmtrain/models/cost.py) amount to: of eager cases, which move what is counted.
+Synthetic images lie on the device; there is no loader. Writes one JSON line per case as soon as it is known;
+a case that fails has the error instead. `copy_share` of eager cases is the rate of counted bytes
+(cmtrain/models/cost.py), as a share of the device's own copy rate, which is measured first.
 """
 
 import argparse
 import json
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import timm
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 import cmtrain.models  # noqa: F401
+from cmtrain.commands.bench.timing import WARMUP_STEPS, Work, best_seconds, laps, measure_ceilings
 from cmtrain.models.blocks import FeedForward, FfnKernel, ResidualDepthwiseConv, attend
 from cmtrain.models.cost import count
 from cmtrain.models.fold import folded
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# Without a GPU everything runs in fp32: a CPU's half precision takes seconds a step.
-DTYPES = (
-    {"fp16": torch.float16, "bf16": torch.bfloat16}
-    if DEVICE == "cuda"
-    else dict.fromkeys(("fp16", "bf16"), torch.float32)
-)
+ON_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+# Without a GPU everything runs in fp32, because a step takes seconds in a CPU's half precision.
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+if not ON_GPU:
+    DTYPES = dict.fromkeys(DTYPES, torch.float32)
 
 
 @dataclass(frozen=True)
 class Case:
+    """A model and how it is run. `small`: with the small batch. `compiled`: the mode of torch.compile."""
+
     name: str
     mode: str  # train, or infer
-    batch: int
-    precision: str = "fp16"
     ffn_kernel: str | None = None
-    compiled: str | None = None  # the mode of torch.compile
+    precision: str = "fp16"
+    compiled: str | None = None
     folded: bool = False
-
-    def model(self, image_px: int) -> nn.Module:
-        options = {} if self.ffn_kernel is None else {"ffn_kernel": self.ffn_kernel, "img_size": image_px}
-        model = timm.create_model(self.name, **options).to(DEVICE, memory_format=torch.channels_last)
-        model.train(self.mode == "train")
-        return folded(model) if self.folded else model
+    small: bool = False
 
 
-def cases(batch: int, small_batch: int) -> list[Case]:
-    """The most wanted first."""
-    train, infer = (batch, "train"), (small_batch, "infer")
-
-    def case(name: str, where: tuple[int, str], **options) -> Case:
-        return Case(name, where[1], where[0], **options)
-
-    fused, eager = {"ffn_kernel": "fused"}, {"ffn_kernel": "eager"}
-    return [
-        case("cmt_ti", train, **fused),
-        case("cmt_ti", train, **eager),
-        case("resnet50", train),
-        case("cmt_ti", infer, **fused, folded=True),
-        case("resnet50", infer),
-        case("cmt_ti", train, **fused, compiled="default"),
-        case("cmt_ti", infer, **fused, folded=True, compiled="reduce-overhead"),
-        case("resnet50", infer, compiled="reduce-overhead"),
-        case("cmt_ti", train, **eager, compiled="default"),
-        case("cmt_ti", train, **fused, precision="bf16"),
-        case("efficientnet_b0", train),
-        case("efficientnet_b0", infer),
-        case("cmt_ti", infer, **eager),
-        case("cmt_ti", infer, **fused),
-        case("cmt_ti", (batch, "infer"), **fused, folded=True),
-        case("resnet50", (batch, "infer")),
-        case("resnet50", train, compiled="default"),
-        case("cmt_ti", train, **eager, precision="bf16"),
-    ]
+# The most wanted cases first
+CASES = [
+    Case("cmt_ti", "train", "fused"),
+    Case("cmt_ti", "train", "eager"),
+    Case("resnet50", "train"),
+    Case("cmt_ti", "infer", "fused", folded=True, small=True),
+    Case("resnet50", "infer", small=True),
+    Case("cmt_ti", "train", "fused", compiled="default"),
+    Case("cmt_ti", "infer", "fused", folded=True, compiled="reduce-overhead", small=True),
+    Case("resnet50", "infer", compiled="reduce-overhead", small=True),
+    Case("cmt_ti", "train", "eager", compiled="default"),
+    Case("cmt_ti", "train", "fused", "bf16"),
+    Case("efficientnet_b0", "train"),
+    Case("efficientnet_b0", "infer", small=True),
+    Case("cmt_ti", "infer", "eager", small=True),
+    Case("cmt_ti", "infer", "fused", small=True),
+    Case("cmt_ti", "infer", "fused", folded=True),
+    Case("resnet50", "infer"),
+    Case("resnet50", "train", compiled="default"),
+    Case("cmt_ti", "train", "eager", "bf16"),
+]
 
 
-def seconds_of(run: Callable[[], object], steps: int) -> float:
-    """Mean seconds of `run`, of `steps` after three that do not count."""
-    for _ in range(3):
-        run()
-    if DEVICE == "cpu":
-        begin = time.perf_counter()
-        for _ in range(steps):
-            run()
-        return (time.perf_counter() - begin) / steps
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize()
-    begin.record()
-    for _ in range(steps):
-        run()
-    end.record()
-    torch.cuda.synchronize()
-    return begin.elapsed_time(end) / 1000 / steps
+def mean_seconds(work: Work, steps: int) -> float:
+    """Return the mean seconds of `steps` calls after warm-up."""
+    for _ in range(WARMUP_STEPS):
+        work()
+    return sum(laps(work, steps, DEVICE)) / steps
 
 
-def measure(case: Case, image_px: int, steps: int, copy_bytes_per_second: float) -> dict[str, float]:
-    dtype = DTYPES[case.precision]
-    model = case.model(image_px)
-    forward = torch.compile(model, mode=case.compiled) if case.compiled else model
-    images = torch.randn(case.batch, 3, image_px, image_px, device=DEVICE, dtype=dtype)
+def make_model(name: str, image_px: int, mode: str, ffn_kernel: str | None = None) -> torch.nn.Module:
+    options: dict = {"img_size": image_px} if name.startswith("cmt_") else {}
+    if ffn_kernel is not None:
+        options["ffn_kernel"] = ffn_kernel
+    return timm.create_model(name, **options).to(memory_format=torch.channels_last).train(mode == "train")
+
+
+def step_of(model: torch.nn.Module, images: torch.Tensor, mode: str, compiled: str | None = None) -> Work:
+    """Return a function that does one training step, or one pass, on `images`, in their data type."""
+    device, dtype = images.device.type, images.dtype
+    forward = torch.compile(model, mode=compiled) if compiled else model
     images = images.contiguous(memory_format=torch.channels_last)
-    labels = torch.randint(0, 1000, (case.batch,), device=DEVICE)
-    optimizer = None if case.mode == "infer" else torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
-    autocast = torch.autocast(DEVICE, dtype, enabled=DEVICE == "cuda")
-    scaler = torch.amp.GradScaler(DEVICE, enabled=case.precision == "fp16" and DEVICE == "cuda")
+    labels = torch.randint(0, 1000, (len(images),), device=device)
+    autocast = torch.autocast(device, dtype, enabled=dtype != torch.float32)
+
+    def infer() -> None:
+        with torch.inference_mode(), autocast:
+            forward(images)
+
+    if mode == "infer":
+        return infer
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
+    scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
 
     def train() -> None:
-        assert optimizer is not None
         optimizer.zero_grad()
         with autocast:
             loss = F.cross_entropy(forward(images), labels)
@@ -119,39 +106,30 @@ def measure(case: Case, image_px: int, steps: int, copy_bytes_per_second: float)
         scaler.step(optimizer)
         scaler.update()
 
-    def infer() -> None:
-        with torch.inference_mode(), autocast:
-            forward(images)
+    return train
 
-    run = train if case.mode == "train" else infer
-    begin = time.perf_counter()
-    run()
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
+
+def measure(case: Case, batch: int, image_px: int, steps: int, copy_rate: float) -> dict[str, float]:
+    dtype = DTYPES[case.precision]
+    model = make_model(case.name, image_px, case.mode, case.ffn_kernel).to(DEVICE)
+    model = folded(model) if case.folded else model
+    images = torch.randn(batch, 3, image_px, image_px, device=DEVICE, dtype=dtype)
+    work = step_of(model, images, case.mode, case.compiled)
+    figures = {"first_step_seconds": best_seconds(work, 1, device=DEVICE)}
+    if ON_GPU:
         torch.cuda.reset_peak_memory_stats()
-    figures = {"first_step_seconds": time.perf_counter() - begin}
-    seconds = seconds_of(run, steps)
-    figures |= {"images_per_second": case.batch / seconds, "step_ms": 1000 * seconds}
-    if DEVICE == "cuda":
+    seconds = mean_seconds(work, steps)
+    figures |= {"images_per_second": batch / seconds, "step_ms": 1000 * seconds}
+    if ON_GPU:
         figures["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
     if not case.compiled:
-        moved = count(model, image_px=image_px, batch=case.batch, dtype=dtype).total_bytes
-        figures |= {
-            "mb_per_image": moved / 1e6,
-            "copy_share": moved * case.batch / seconds / copy_bytes_per_second,
-        }
+        moved = count(model, image_px=image_px, batch=batch, dtype=dtype).total_bytes
+        figures |= {"mb_per_image": moved / 1e6, "copy_share": moved * batch / seconds / copy_rate}
     return figures
 
 
-def copy_rate() -> float:
-    """Bytes a second, read and written, of a copy much larger than any cache."""
-    source = torch.empty((1 << 30) if DEVICE == "cuda" else (1 << 24), device=DEVICE, dtype=torch.uint8)
-    target = torch.empty_like(source)
-    return 2 * source.numel() / seconds_of(lambda: target.copy_(source), 20)
-
-
 def attention_times(batch: int, steps: int) -> dict[str, float]:
-    """Milliseconds of a stage's attention, forward and backward, with heads of 46 channels and padded to 48."""
+    """Return milliseconds of attention, both directions, with heads of 46 channels and padded to 48."""
     found = {}
     for heads, queries, keys in ((1, 1600, 25), (4, 100, 25)):
         for dim in (46, 48):
@@ -164,68 +142,65 @@ def attention_times(batch: int, steps: int) -> dict[str, float]:
             def run(q=q, k=k, v=v, bias=bias, scale=46**-0.5) -> None:
                 attend(q, k, v, bias, 0.0, scale).sum().backward()
 
-            found[f"{heads} heads of {dim}, {queries} queries"] = 1000 * seconds_of(run, steps)
+            found[f"{heads} heads of {dim}, {queries} queries"] = 1000 * mean_seconds(run, steps)
     return found
 
 
 def part_times(batch: int, steps: int) -> dict[str, float]:
-    """Milliseconds of what has Triton kernels, at each of CMT-Ti's stages, forward and backward, and without them."""
-    kernels: tuple[FfnKernel, ...] = ("eager", "fused") if DEVICE == "cuda" else ("eager",)
+    """Return milliseconds of each stage's parts that have Triton kernels, with the kernels and without."""
+    kernels: tuple[FfnKernel, ...] = ("eager", "fused") if ON_GPU else ("eager",)
     found = {}
     for channels, hidden, side in ((46, 165, 40), (92, 331, 20), (184, 662, 10), (368, 1324, 5)):
         x = torch.randn(batch, channels, side, side, device=DEVICE, dtype=DTYPES["fp16"])
         x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
         for kernel in kernels:
-            for part in (
-                ResidualDepthwiseConv(channels, kernel),
-                FeedForward(channels, hidden, seed=False, drop=0.0, kernel=kernel),
-            ):
-                part.to(DEVICE)
+            ffn = FeedForward(channels, hidden, seed=False, drop=0.0, kernel=kernel)
+            for part in (ResidualDepthwiseConv(channels, kernel).to(DEVICE), ffn.to(DEVICE)):
 
                 def run(part=part, x=x) -> None:
-                    with torch.autocast(DEVICE, x.dtype, enabled=DEVICE == "cuda"):
+                    with torch.autocast(DEVICE.type, x.dtype, enabled=ON_GPU):
                         out = part(x)
                     out.sum().backward()
 
                 name = f"{type(part).__name__}, {channels} channels, {side} px, {kernel}"
-                found[name] = 1000 * seconds_of(run, steps)
+                found[name] = 1000 * mean_seconds(run, steps)
     return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch", type=int, default=512)
-    parser.add_argument("--small-batch", type=int, default=128, help="of inference")
+    parser.add_argument("--small-batch", type=int, default=128, help="batch of most inference cases")
     parser.add_argument("--image-px", type=int, default=160)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--seconds", type=float, default=150, help="no case starts later than this")
     parser.add_argument("--json", required=True)
-    arguments = parser.parse_args()
+    options = parser.parse_args()
     begin = time.monotonic()
     torch.backends.cudnn.benchmark = True
     torch.manual_seed(0)
-    rate = copy_rate()
-    with Path(arguments.json).open("w") as file:
+    rate = measure_ceilings(DEVICE, DTYPES["fp16"]).copy_bytes_per_second
+    with Path(options.json).open("w") as file:
 
-        def tell(**line: object) -> None:
+        def write(**line: object) -> None:
             print(json.dumps(line), file=file, flush=True)
             print(json.dumps(line), flush=True)
 
-        tell(copy_bytes_per_second=rate, attention_ms=attention_times(arguments.batch, arguments.steps))
-        tell(part_ms=part_times(arguments.batch, arguments.steps))
-        for case in cases(arguments.batch, arguments.small_batch):
-            if DEVICE == "cpu" and (case.compiled or case.ffn_kernel == "fused"):
-                continue  # neither says anything there
-            if time.monotonic() - begin > arguments.seconds:
-                tell(**asdict(case), skipped="no time left")
-                continue
+        write(copy_bytes_per_second=rate, attention_ms=attention_times(options.batch, options.steps))
+        write(part_ms=part_times(options.batch, options.steps))
+        for case in CASES:
+            if not ON_GPU and (case.compiled or case.ffn_kernel == "fused"):
+                continue  # meaningless on a CPU
+            batch = options.small_batch if case.small else options.batch
+            line = asdict(case) | {"batch": batch}
             try:
-                tell(**asdict(case), **measure(case, arguments.image_px, arguments.steps, rate))
-            except (RuntimeError, torch.OutOfMemoryError) as error:
-                tell(**asdict(case), failed=str(error)[:200])
-            if DEVICE == "cuda":
+                if time.monotonic() - begin > options.seconds:
+                    raise RuntimeError("skipped: no time left")
+                line |= measure(case, batch, options.image_px, options.steps, rate)
+            except RuntimeError as error:  # out of memory is one, too
+                line["failed"] = str(error)[:200]
+            write(**line)
+            if ON_GPU:
                 torch.cuda.empty_cache()
 
 

@@ -1,9 +1,9 @@
-"""Draws docs/nan.svg: the failure that stopped the re-implementation's SGD run, with and without the guard.
+"""Draw docs/nan.svg: the failure that stopped the re-implementation's SGD run, with and without the guard.
 
     python benchmarks/nan_figure.py [--out FILE]       # on a CPU, a minute
 
-Three runs of cmt_micro on the demo's digits in fp16 (rounded as a GPU does it, by tests/helpers/half.py): SGD at a sane
-learning rate; at the re-implementation's 1.6, without warm-up; and that without the guard.
+Three runs of cmt_micro on the demo's digits in fp16 (rounded as on a GPU, by tests/helpers/half.py): SGD at
+a learning rate of 0.1; at the re-implementation's 1.6, without warm-up; and at 1.6 without the guard.
 """
 
 import argparse
@@ -43,7 +43,8 @@ text { font: 12px system-ui, sans-serif; fill: #444 } .title { font-weight: 600;
 .line { fill: none; stroke-width: 2; vector-effect: non-scaling-stroke } .band { opacity: 0 }
 .dots { fill: none; stroke-width: 6; stroke-linecap: round; vector-effect: non-scaling-stroke }
 .c0 { stroke: #0b7a75 } .c1 { stroke: #c2410c } .c2 { stroke: #8a8a8a }
-text.c0 { fill: #0b7a75; stroke: none } text.c1 { fill: #c2410c; stroke: none } text.c2 { fill: #777; stroke: none }
+text.c0 { fill: #0b7a75; stroke: none } text.c1 { fill: #c2410c; stroke: none }
+text.c2 { fill: #777; stroke: none }
 .mark { stroke: #0b7a75; stroke-dasharray: 3 3 }
 """
 WIDTH_PX, HEIGHT_PX, LEFT_PX, TOP_PX, RIGHT_PX = 720, 280, 52, 56, 20
@@ -68,25 +69,14 @@ def main() -> None:
                     marks.append(Mark(event["step"], "rollback", "back to a good state"))
             print(f"{name}: top-1 {', '.join(f'{value:.3f}' for value in top1)}")
     chart = line_chart(
-        "validation top-1", series, key="nan", x_high=float(max(line.x[-1] for line in series)), percent=True,
-        zero=True, marks=marks, height_px=HEIGHT_PX - TOP_PX - 30,
+        "validation top-1", series, key="nan", x_high=float(max(line.x[-1] for line in series)),
+        percent=True, zero=True, marks=marks, height_px=HEIGHT_PX - TOP_PX - 30,
     )  # fmt: skip
     plot = ElementTree.fromstring(chart.svg)
-    size = {
-        "x": f"{LEFT_PX}",
-        "y": f"{TOP_PX}",
-        "width": f"{WIDTH_PX - LEFT_PX - RIGHT_PX}",
-        "overflow": "visible",
-    }
-    plot.attrib |= size
-    figure = ElementTree.Element(
-        "svg",
-        {
-            "xmlns": "http://www.w3.org/2000/svg",
-            "viewBox": f"0 0 {WIDTH_PX} {HEIGHT_PX}",
-            "width": f"{WIDTH_PX}",
-        },
-    )
+    size = {"x": LEFT_PX, "y": TOP_PX, "width": WIDTH_PX - LEFT_PX - RIGHT_PX, "overflow": "visible"}
+    plot.attrib |= {key: str(value) for key, value in size.items()}
+    figure = ElementTree.Element("svg", xmlns="http://www.w3.org/2000/svg", width=f"{WIDTH_PX}")
+    figure.set("viewBox", f"0 0 {WIDTH_PX} {HEIGHT_PX}")
     ElementTree.SubElement(figure, "style").text = STYLE
     ElementTree.SubElement(figure, "rect", {"width": "100%", "height": "100%", "fill": "white"})
     title = (
@@ -101,16 +91,11 @@ def main() -> None:
 
 
 def _train(folder: Path, name: str, arguments: list[str]) -> Path:
-    command = [
-        sys.executable,
-        str(ROOT / "tests" / "helpers" / "half_train.py"),
-        "--config",
-        str(folder / "nan.yaml"),
-    ]
-    subprocess.run(
-        [*command, "--run.dir", str(folder), "--run.name", name, *arguments],
-        env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, check=True,
-    )  # fmt: skip
+    script = ROOT / "tests" / "helpers" / "half_train.py"
+    where = ["--config", folder / "nan.yaml", "--run.dir", folder, "--run.name", name]
+    command = [sys.executable, script, *where]
+    environment, quiet = os.environ | {"PYTHONPATH": str(ROOT)}, subprocess.DEVNULL
+    subprocess.run([*command, *arguments], env=environment, stderr=quiet, stdout=quiet, check=True)
     return folder / name
 
 

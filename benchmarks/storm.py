@@ -1,10 +1,11 @@
-"""What a storm of scrapers does to the steps of a training run: p99 of the step time in it and alone.
+"""Compare the step times of a training run in a storm of scrapers with those without: p50 and p99.
 
     python benchmarks/storm.py [--rounds 6] [--json FILE]
 
-The run is a subprocess, a tiny CMT on a CPU: some 50 steps a second, faster than any recipe, so that a delay shows. The
-clients are another one: 8 that scrape as fast as they can, and 500 connections that never finish their request. Rounds
-of both sides alternate; the steps of all rounds are pooled, because a machine's own hiccups are in both.
+The run is a subprocess, a tiny CMT on a CPU: about 50 steps a second, faster than any recipe, so that a
+delay shows. The clients are another one: 8 that scrape as fast as they can, and 500 connections that never
+finish their request. Rounds of both sides alternate. The steps of all rounds are pooled, because a machine's
+own hiccups are in both.
 """
 
 import argparse
@@ -23,50 +24,37 @@ ROOT = Path(__file__).parent.parent
 CLIENTS, HALF_OPEN = 8, 500
 SECONDS = 4.0  # each side of a round
 OVERRIDES = {
-    "data.root": "demo:digits", "run.name": "storm", "data.threads": 1, "train.precision": "fp32",
-    "train.global_batch_size": 32, "train.max_batch_per_gpu": 32, "train.log_every_steps": 1,
-    "schedule.epochs": 4000, "evaluate.every_epochs": 4000, "checkpoint.every_epochs": 4000, "metrics.enabled": "true",
+    "data.root": "demo:digits", "run.name": "storm", "data.threads": 1, "metrics.enabled": "true",
+    "train.precision": "fp32", "train.global_batch_size": 32, "train.max_batch_per_gpu": 32,
+    "train.log_every_steps": 1, "schedule.epochs": 4000, "evaluate.every_epochs": 4000,
+    "checkpoint.every_epochs": 4000,
 }  # fmt: skip
 
 
 def step_times(log: Path) -> list[float]:
-    """When each step was logged, seconds since the epoch; a last line that is half written is left out."""
-    return [
-        json.loads(line)["time"] for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")
-    ]
+    """Return the Unix time of each logged step; a half-written last line is left out."""
+    lines = log.read_text().splitlines(keepends=True)
+    return [json.loads(line)["time"] for line in lines if line.endswith("\n")]
 
 
-def laps(log: Path, begin: float, end: float) -> list[float]:
-    """Seconds of each step between two times."""
-    times = [t for t in step_times(log) if begin <= t <= end]
-    return [after - before for before, after in itertools.pairwise(times)]
-
-
-def calm(log: Path, port: int) -> list[float]:
-    begin = time.time()
-    time.sleep(SECONDS)
-    return laps(log, begin, time.time())
-
-
-def storm(log: Path, port: int) -> list[float]:
-    hammer = [
-        sys.executable,
-        str(ROOT / "tests" / "helpers" / "hammer.py"),
-        str(port),
-        str(CLIENTS),
-        str(SECONDS + 2),
-    ]
+def measure(log: Path, port: int, *, storm: bool) -> list[float]:
+    """Return the seconds of each step of one side of a round."""
     with contextlib.ExitStack() as stack:
-        clients = stack.enter_context(subprocess.Popen(hammer, stdout=subprocess.DEVNULL))
-        for _ in range(HALF_OPEN):
-            connection = stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=30))
-            connection.sendall(b"GET /metrics HTTP/1.1\r\n")
+        clients = None
+        if storm:
+            script = str(ROOT / "tests" / "helpers" / "hammer.py")
+            hammer = [sys.executable, script, str(port), str(CLIENTS), str(SECONDS + 2)]
+            clients = stack.enter_context(subprocess.Popen(hammer, stdout=subprocess.DEVNULL))
+            for _ in range(HALF_OPEN):
+                connection = stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=30))
+                connection.sendall(b"GET /metrics HTTP/1.1\r\n")
         begin = time.time()
         time.sleep(SECONDS)
-        measured = laps(log, begin, time.time())
-        clients.wait()
+        times = [t for t in step_times(log) if begin <= t <= time.time()]
+        if clients:
+            clients.wait()
     time.sleep(0.5)
-    return measured
+    return [after - before for before, after in itertools.pairwise(times)]
 
 
 def main() -> None:
@@ -90,31 +78,29 @@ def main() -> None:
             try:
                 while not log.exists() or len(step_times(log)) < 100:
                     if run.poll() is not None:
-                        sys.exit(
-                            f"{Path(err.name).read_text()}\nthe run ended with exit code {run.returncode}"
-                        )
+                        log_text = Path(err.name).read_text()
+                        sys.exit(f"{log_text}\nthe run ended with exit code {run.returncode}")
                     time.sleep(0.1)
                 status = json.loads((log.parent / "status.json").read_text())
                 port = int(status["metrics_url"].split(":")[2].split("/")[0])
                 taken: dict[str, list[float]] = {"alone": [], "storm": []}
                 for number in range(arguments.rounds):
                     for side in ("alone", "storm") if number % 2 else ("storm", "alone"):
-                        taken[side] += (storm if side == "storm" else calm)(log, port)
+                        taken[side] += measure(log, port, storm=side == "storm")
             finally:
                 run.terminate()
                 run.wait()
-    figures: dict[str, float | dict[str, float]] = {
-        side: {
+    figures = {}
+    for side, values in taken.items():
+        p50, p99 = statistics.median(values), statistics.quantiles(values, n=100)[98]
+        figures[side] = {
             "steps": len(values),
-            "p50_ms": round(1000 * statistics.median(values), 2),
-            "p99_ms": round(1000 * statistics.quantiles(values, n=100)[98], 2),
+            "p50_ms": round(1000 * p50, 2),
+            "p99_ms": round(1000 * p99, 2),
         }
-        for side, values in taken.items()
-    }
     for quantile in ("p50", "p99"):
-        figures[f"{quantile}_ratio"] = round(
-            figures["storm"][f"{quantile}_ms"] / figures["alone"][f"{quantile}_ms"], 3
-        )
+        ratio = figures["storm"][f"{quantile}_ms"] / figures["alone"][f"{quantile}_ms"]
+        figures[f"{quantile}_ratio"] = round(ratio, 3)
     print(json.dumps(figures))
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=1) + "\n")

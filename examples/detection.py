@@ -1,10 +1,11 @@
-"""CMT as the backbone of a detector: timm's feature pyramid in torchvision's RetinaNet, on shapes drawn on noise.
+"""Train a detector with a CMT backbone: timm's feature pyramid in torchvision's RetinaNet, on shapes drawn
+on noise.
 
     python examples/detection.py --steps 120
 
-CMT's position tables belong to one image size, so a detector trains at one square size: all images are of `img_size`
-px, and RetinaNet's own resizing is told to leave them as they are. Weights of another size come in through
-cmtrain.weights.start_from(PATH, backbone), which resizes the tables; the pyramid has no head to replace.
+CMT's position tables belong to one image size, so a detector trains at one square size: all images have
+`img_size` px, and RetinaNet's own resizing leaves them as they are. cmtrain.storage.weights.start_from(PATH,
+backbone) loads weights of another size and resizes the tables; the pyramid has no head to replace.
 """
 
 import argparse
@@ -25,7 +26,7 @@ SHAPES = ("square", "disc", "cross")
 
 
 class Pyramid(nn.Module):
-    """(B, 3, px, px) -> five maps of `channels`, at strides 8, 16, 32, 64 and 128: what RetinaNet asks for."""
+    """Turn (B, 3, px, px) into five maps of `channels` at strides 8 to 128, as RetinaNet needs."""
 
     def __init__(self, name: str, img_size: int, channels: int = 64) -> None:
         super().__init__()
@@ -42,7 +43,7 @@ class Pyramid(nn.Module):
 
 
 def make_detector(name: str = "cmt_micro", img_size: int = 128) -> RetinaNet:
-    """Three anchors a place, from an eighth of the image up; images of `img_size` px pass unresized."""
+    """Return a RetinaNet with three anchors per place, from an eighth of the image up; it never resizes."""
     sides = [(side,) for side in (16, 32, 64, 96, 128)]
     anchors = AnchorGenerator(sides, ((0.7, 1.0, 1.4),) * len(sides))
     return RetinaNet(
@@ -58,7 +59,7 @@ def make_detector(name: str = "cmt_micro", img_size: int = 128) -> RetinaNet:
 def made_up_batches(
     size: int, img_size: int, seed: int
 ) -> Iterator[tuple[list[Tensor], list[dict[str, Tensor]]]]:
-    """Endless batches of noise with one to three bright shapes each, their boxes (x0, y0, x1, y1) and labels."""
+    """Yield batches of noise with one to three bright shapes per image, their boxes and labels."""
     generator = torch.Generator().manual_seed(seed)
 
     def whole(low: int, high: int) -> int:
@@ -96,7 +97,7 @@ def shape_mask(shape: str, side: int) -> Tensor:  # -> (side, side), 0 or 1
 def train(
     detector: RetinaNet, *, steps: int, batch_size: int = 4, img_size: int = 128, lr: float = 1e-3
 ) -> list[float]:
-    """Returns the loss (classification and boxes together) of every step."""
+    """Return the loss (classification and boxes together) of every step."""
     optimizer = torch.optim.AdamW(detector.parameters(), lr=lr, weight_decay=0.05)
     batches = made_up_batches(batch_size, img_size, seed=0)
     losses = []

@@ -1,4 +1,4 @@
-"""`cmtrain data pack`: folders or lists of image files into tar shards with an index."""
+"""Pack folders or lists of image files into tar shards with an index (`cmtrain data pack`)."""
 
 import json
 import os
@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from cmtrain.errors import EXIT_DONE
 from pipelines.files.manifest import Manifest
 from pipelines.files.shards import damage, is_packed
 from pipelines.packing.shard_writer import pack_split
@@ -29,22 +30,18 @@ def pack(
 ) -> int:
     """Pack the training and the validation images of `source`; `destination` is then a data.root.
 
-    Killed or out of space, the same command goes on where it was; finished, it verifies what is there. Ends with one
-    JSON line on stdout; images that were left out are listed on stderr.
+    After a kill or a full disk the same command continues; after success it verifies the shards. Prints one
+    JSON line on stdout, and the images that were left out on stderr. Returns the exit code, 0.
 
     Args:
-        source: holds train/<class>/* and val/<class>/*, or the files that the lists name; a split that is not there is
-            left out, but not both.
+        source: holds train/<class>/* and val/<class>/*, or the files on the lists; one split may be missing.
         resize_shorter: longest shorter side in pixels, larger images are reduced; None keeps all sizes.
-        quality: of the JPEGs that are written; JPEGs that need no change are copied as they are.
+        quality: JPEG quality of changed images; JPEGs that need no change are copied.
         shard_mib: size at which a shard is closed.
-        processes: that read and encode; None is one per core.
+        processes: number of processes that read and encode; None is one per core.
         train_list, val_list: list files, relative to `source`, used instead of the folders.
-        max_bad_fraction: share of unusable files of a split above which it is refused.
-        cache_dir: where image sizes are remembered, as data.cache_dir.
-
-    Returns:
-        The process exit code, 0.
+        max_bad_fraction: share of unusable files above which a split is refused.
+        cache_dir: cache for image sizes, as data.cache_dir.
 
     Raises:
         DataError: nothing to pack, too many bad images, no space, a destination in use, a damaged shard.
@@ -55,22 +52,18 @@ def pack(
     if not found:
         raise DataError(f"{root}: holds neither train/<class>/ nor val/<class>/, and no list is given")
     report: dict[str, dict[str, int]] = {}
+    limits: dict[str, Any] = {"cache_dir": cache_dir, "max_bad_fraction": max_bad_fraction}
     class_names: tuple[str, ...] | None = None
     for split in found:
-        options: dict[str, Any] = {
-            "class_names": class_names,
-            "cache_dir": cache_dir,
-            "max_bad_fraction": max_bad_fraction,
-        }
         if list_name := listed[split]:
-            manifest = Manifest.from_list(root / list_name, root, **options)
+            manifest = Manifest.from_list(root / list_name, root, class_names=class_names, **limits)
         elif is_packed(root / split):
             raise DataError(f"{root / split}: is packed already; give the folder that holds the image files")
         else:
-            manifest = Manifest.from_folder(root / split, **options)
+            manifest = Manifest.from_folder(root / split, class_names=class_names, **limits)
         class_names = manifest.class_names
         folder = Path(destination).absolute() / split
-        index = pack_split(
+        packed = pack_split(
             manifest,
             folder,
             resize_shorter=resize_shorter,
@@ -79,22 +72,22 @@ def pack(
             processes=processes or len(os.sched_getaffinity(0)),
             max_bad_fraction=max_bad_fraction,
         )
-        for path, reason in index.bad:
-            _say(f"left out: {path}: {reason}")
-        if damaged := damage(index):
-            raise DataError(
-                f"{'; '.join(damaged[:3])} ({len(damaged)} such): remove {folder} and pack again"
-            )
-        size_bytes = int(index.slices.shard_bytes.sum())
-        num_shards = len(index.slices.shard_names)
-        report[split] = {"images": len(index.labels), "left_out": len(index.bad), "shards": num_shards}
-        report[split]["bytes"] = size_bytes
-        _say(
-            f"{folder}: {len(index.labels):,} images in {num_shards} shards, {size_bytes:,} bytes, verified"
+        for path, _, reason in packed.bad:
+            sys.stderr.write(f"left out: {path}: {reason}\n")
+        shards = packed.packed
+        assert shards is not None
+        if damaged := damage(shards, packed.paths):
+            first = "; ".join(damaged[:3])
+            raise DataError(f"{first} ({len(damaged)} such): remove {folder} and pack again")
+        images, num_shards, size_bytes = len(packed), len(shards.shard_names), int(shards.shard_bytes.sum())
+        report[split] = {
+            "images": images,
+            "left_out": len(packed.bad),
+            "shards": num_shards,
+            "bytes": size_bytes,
+        }
+        sys.stderr.write(
+            f"{folder}: {images:,} images in {num_shards} shards, {size_bytes:,} bytes, verified\n"
         )
     print(json.dumps({"destination": destination, **report}), flush=True)  # noqa: T201
-    return 0
-
-
-def _say(line: str) -> None:
-    sys.stderr.write(f"{line}\n")
+    return EXIT_DONE

@@ -1,4 +1,4 @@
-"""`cmtrain data preview` and `cmtrain data stats`: what a configuration makes of its images, before it is trained."""
+"""Draw augmented images, and measure a data set (`cmtrain data preview` and `cmtrain data stats`)."""
 
 import io
 import json
@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cmtrain.config.schema import Config
+from cmtrain.errors import EXIT_DONE
 from cmtrain.step.mixing import MixSpec, mix
 from cmtrain.training import build
 from pipelines.files.manifest import Manifest
@@ -25,32 +26,30 @@ from pipelines.progress import tracked
 from pipelines.spec import DataError
 
 _PERCENTILES = (0, 5, 50, 95, 100)
-_SAMPLED_IMAGES = 1000  # decoded for mean, std and failures, evenly spread over the split
+_SAMPLED_IMAGES = 1000  # decoded for mean and std, evenly spread over the split
 
 
 def preview(config: Config, *, out: str, rows: int = 8, columns: int = 8, epoch: int = 0) -> int:
-    """Write a PNG of augmented training images: a row is one image, its columns are successive epochs.
+    """Write a PNG of augmented training images: one row per image, one column per epoch.
 
-    The images are spread evenly over the training split. They are augmented as in training, with draws of their own.
-    Where the recipe mixes or erases, `<out>-mixed.png` shows the same images after that.
+    The images are spread evenly over the training split. They are augmented as in training, with other
+    random draws. If the recipe mixes or erases, `<out>-mixed.png` shows the same images after that. Returns
+    the exit code, 0.
 
     Args:
-        out: the PNG to write.
-        rows, columns: images and epochs shown.
-        epoch: the first one.
-
-    Returns:
-        The process exit code, 0.
+        out: PNG to write.
+        rows, columns: number of images and of epochs.
+        epoch: first epoch.
 
     Raises:
-        ConfigError, DataError: as training would; DataError also where `out` cannot be written.
+        ConfigError, DataError: as for training; DataError also if `out` cannot be written.
     """
     accelerator = build.make_accelerator("auto")
     data = build.open_data(config, accelerator)
     chosen = np.unique(np.linspace(0, len(data.train) - 1, rows).astype(np.int64))
     shown = data.train.select(chosen)
     schedule = build.plan_steps(config, len(data.train), accelerator.num_processes)
-    schedule = replace(schedule, global_batch_size=len(chosen), micro_batch_size=len(chosen))
+    schedule = replace(schedule, global_batch_size=len(chosen), max_batch_per_gpu=len(chosen), world_size=1)
     once = config.model_copy(update={"augment": config.augment.model_copy(update={"repeats": 1})})
     threads = build.split_threads(config, accelerator)
     loader = build.make_train_loader(once, shown, schedule, accelerator, threads)
@@ -68,31 +67,26 @@ def preview(config: Config, *, out: str, rows: int = 8, columns: int = 8, epoch:
     _write_grid(plain, config, path)
     if config.mixing.mixup or config.mixing.cutmix or config.mixing.reprob:
         _write_grid(mixed, config, path.with_name(f"{path.stem}-mixed.png"))
-    return 0
+    return EXIT_DONE
 
 
 def stats(config: Config) -> int:
     """Count and measure both splits: a table on stderr, one JSON line on stdout.
 
-    `mean` and `std` are what data.mean and data.std should be: of all pixels, every image weighing the same. They and
-    `undecodable` are of at most 1,000 images.
-
-    Returns:
-        The process exit code, 0.
+    `mean` and `std` are the values for data.mean and data.std: over all pixels, with equal weight for every
+    image. They and `undecodable` come from at most 1,000 images. Returns the exit code, 0.
 
     Raises:
-        ConfigError, DataError: as training would.
+        ConfigError, DataError: as for training.
     """
     data = build.open_data(config, build.make_accelerator("auto"))
-    report = {
-        name: _split_stats(manifest, config) for name, manifest in (("train", data.train), ("val", data.val))
-    }
+    report = {"train": _split_stats(data.train, config), "val": _split_stats(data.val, config)}
     table = Table("", *report)
     for key in report["train"]:
         table.add_row(key, *(_text(figures[key]) for figures in report.values()))
     Console(stderr=True).print(table)
     print(json.dumps(report), flush=True)  # noqa: T201
-    return 0
+    return EXIT_DONE
 
 
 def _split_stats(manifest: Manifest, config: Config) -> dict[str, Any]:
@@ -126,19 +120,12 @@ def _size_bytes(manifest: Manifest) -> int:
 def _pixel_stats(manifest: Manifest) -> dict[str, Any]:
     chosen = np.unique(np.linspace(0, len(manifest) - 1, _SAMPLED_IMAGES).astype(np.int64)).tolist()
     with ThreadPoolExecutor() as pool:
-        found = list(
-            tracked(
-                pool.map(lambda index: _moments(manifest, index), chosen),
-                f"{manifest.root}: decoding",
-                len(chosen),
-            )
-        )
+        decoded = pool.map(lambda index: _moments(manifest, index), chosen)
+        found = list(tracked(decoded, f"{manifest.root}: decoding", len(chosen)))
     moments = np.array([moment for moment in found if not isinstance(moment, str)]).reshape(-1, 2, 3)
-    failures = [
-        f"{manifest.file(i)}: {why}" for i, why in zip(chosen, found, strict=True) if isinstance(why, str)
-    ]
-    for failure in failures:
-        sys.stderr.write(f"cannot be decoded: {failure}\n")
+    failures = [(index, why) for index, why in zip(chosen, found, strict=True) if isinstance(why, str)]
+    for index, why in failures:
+        sys.stderr.write(f"cannot be decoded: {manifest.file(index)}: {why}\n")
     mean, square = moments.mean(axis=0) if len(moments) else np.full((2, 3), np.nan)
     return {
         "mean": np.round(mean, 4).tolist(),
@@ -149,15 +136,11 @@ def _pixel_stats(manifest: Manifest) -> dict[str, Any]:
 
 
 def _moments(manifest: Manifest, index: int) -> NDArray[np.float64] | str:
-    """(2, 3): mean and mean square of R, G and B in 0..1, or why there are none."""
+    """Return (2, 3): mean and mean square of R, G and B in 0..1; or the reason why there are none."""
+    packed = manifest.packed
     try:
-        encoded = (
-            io.BytesIO(manifest.packed.read(index)) if manifest.packed is not None else manifest.file(index)
-        )
-        with Image.open(encoded) as image:
-            pixels = (
-                np.asarray(image.convert("RGB"), np.float64).reshape(-1, 3) / 255
-            )  # (H, W, 3) -> (H * W, 3)
+        with Image.open(manifest.file(index) if packed is None else io.BytesIO(packed.read(index))) as image:
+            pixels = np.asarray(image.convert("RGB"), np.float64).reshape(-1, 3) / 255  # (H * W, 3)
     except Exception as error:  # Pillow's decoders raise almost anything on hostile bytes
         return f"{type(error).__name__}: {error}"
     return np.stack([pixels.mean(axis=0), (pixels**2).mean(axis=0)])
@@ -172,14 +155,11 @@ def _text(value: Any) -> str:
 
 
 def _write_grid(epochs: list[torch.Tensor], config: Config, path: Path) -> None:
-    """`epochs`: (rows, 3, H, W) each; a column of the grid each."""
-    images = torch.stack(epochs, dim=1).flatten(
-        0, 1
-    )  # (rows, columns, 3, H, W) -> (rows * columns, 3, H, W)
+    """Write a grid with one column for each of `epochs`, which are (rows, 3, H, W)."""
+    images = torch.stack(epochs, dim=1).flatten(0, 1)  # -> (rows * columns, 3, H, W)
+    mean, std = config.data.mean, config.data.std
     try:
-        contact_sheet(
-            images, config.data.mean, config.data.std, path, max_images=len(images), columns=len(epochs)
-        )
+        contact_sheet(images, mean, std, path, max_images=len(images), columns=len(epochs))
     except OSError as error:
         raise DataError(f"{path}: cannot be written: {error.strerror or error}") from error
     sys.stderr.write(f"{path}\n")

@@ -1,5 +1,6 @@
-"""`cmtrain demo`: the production path, from JPEG files to a trained model, in minutes and on any machine."""
+"""Train a small model on images from installed packages, from JPEG files to a report (`cmtrain demo`)."""
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,27 +19,20 @@ PHOTOS = [
 def demo(photos: bool, overrides: Sequence[tuple[str, str]]) -> int:
     """Train configs/demo.yaml on the digits or the photographs. Returns the process exit code.
 
-    An interrupted demo goes on where it stopped; a finished one is left alone and a new run folder is taken.
+    An interrupted demo continues. A finished one is left alone, and a new run folder is taken.
 
     Raises:
-        ConfigError: what is wrong with `overrides`.
+        ConfigError: a mistake in `overrides`.
     """
-    given = PHOTOS if photos else []
     base = "demo-photos" if photos else "demo"
-    attempt = 1
-    while True:
+    given = PHOTOS if photos else []
+    for attempt in itertools.count(1):
         name = base if attempt == 1 else f"{base}-{attempt}"
-        config = load_config(
-            find_config("configs/demo.yaml"), [*given, ("run.name", name), *overrides]
-        ).config
-        status = read_status(Path(config.run.dir) / str(config.run.name))
-        if (
-            status is None
-            or status.get("state") != "finished"
-            or any(key == "run.name" for key, _ in overrides)
-        ):
+        values = [*given, ("run.name", name), *overrides]
+        config = load_config(find_config("configs/demo.yaml"), values).config
+        status = read_status(Path(config.run.dir) / str(config.run.name)) or {}
+        if status.get("state") != "finished" or any(key == "run.name" for key, _ in overrides):
             break
-        attempt += 1
     from cmtrain.training.train import train  # torch is loaded here, after the mistakes
 
     return train(config)

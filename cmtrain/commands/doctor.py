@@ -1,8 +1,8 @@
-"""`cmtrain doctor`: what would stop or slow a run on this machine, found in seconds and told with what to do.
+"""Find in seconds what would stop or slow a run on this machine, with advice (`cmtrain doctor`).
 
-Nothing is simulated: images go through the loaders of training, data is opened and the run folder locked by the code
-that a run uses, and ranks meet as they do in a run. Under a launcher every rank looks, and of each check the worst
-finding is shown.
+Nothing is simulated: images go through the loaders of training, data is opened and the run folder locked by
+the code of a run, and ranks meet as in a run. Under a launcher every rank runs all checks, and the worst
+result of each check is shown.
 """
 
 import json
@@ -19,17 +19,17 @@ from rich.markup import escape
 from rich.table import Table
 
 from cmtrain.commands import doctor_checks as checks
-from cmtrain.commands.doctor_checks import Finding, Verdict
+from cmtrain.commands.doctor_checks import CheckResult, Severity
 from cmtrain.config.schema import Config
 from cmtrain.errors import EXIT_DATA, EXIT_DONE, ConfigError
 from cmtrain.processes.collectives import control_group, gather, leave_together
 from cmtrain.training import build
 from pipelines.spec import DataError
 
-VERDICTS: tuple[Verdict, ...] = ("ok", "warn", "fail")
-SHOWN_IN = {"ok": "green", "warn": "yellow", "fail": "red"}
+SEVERITIES: tuple[Severity, ...] = ("ok", "warn", "fail")
+COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
 
-PLAIN_WIDTH = 160  # of the table where there is no terminal
+PLAIN_WIDTH = 160  # table width without a terminal
 
 
 def doctor(config: Config, *, as_json: bool) -> int:
@@ -42,85 +42,81 @@ def doctor(config: Config, *, as_json: bool) -> int:
         DataError: the ranks that a launcher started cannot meet.
     """
     accelerator, control = _meet(config)
-    mine = examine(config, accelerator, control)
-    findings = [worst(same) for same in zip(*gather(mine, control), strict=True)]
+    by_rank = gather(run_checks(config, accelerator, control), control)
+    results = {check: worst([results[check] for results in by_rank]) for check in by_rank[0]}
+    failed = any(result.verdict == "fail" for result in results.values())
     if accelerator.is_main_process:
         if as_json:
-            sys.stdout.write(as_text(findings))
+            rows = [{"check": check} | asdict(result) for check, result in results.items()]
+            sys.stdout.write(json.dumps({"ok": not failed, "checks": rows}, indent=1) + "\n")
         else:
-            _show(findings)
+            _show(results)
     leave_together()
-    return EXIT_DATA if any(finding.verdict == "fail" for finding in findings) else EXIT_DONE
+    return EXIT_DATA if failed else EXIT_DONE
 
 
-def examine(config: Config, accelerator: Accelerator, control: Any) -> list[Finding]:
-    """All checks, as this rank sees them; the same ones in the same order on every rank."""
+def run_checks(config: Config, accelerator: Accelerator, control: Any) -> dict[str, CheckResult]:
+    """Run all checks on this rank; every rank runs the same ones in the same order."""
     run_path = Path(config.run.dir) / str(config.run.name)
     num_classes = config.model.num_classes or 1000
 
-    def data() -> Finding:
+    def data() -> CheckResult:
         nonlocal num_classes
         opened = build.open_data(config, accelerator)
         num_classes = build.num_classes_of(config, opened.train)
         return checks.data(opened)
 
-    looks: dict[str, Callable[[], Finding]] = {
+    run: dict[str, Callable[[], CheckResult]] = {
         "packages": checks.packages,
         "driver": lambda: checks.pairing(
             checks.cuda_of_driver(), torch.version.cuda, checks.dali_flavours()
         ),
         "GPUs": lambda: checks.gpus(config.train.precision),
-        "decode on the CPU": lambda: checks.decode("decode on the CPU", torch.device("cpu"), "cpu"),
+        "decode on the CPU": lambda: checks.decode(torch.device("cpu"), "cpu"),
         "decode on the GPU": lambda: checks.decode_on_gpu(accelerator.device),
         "ranks": lambda: checks.ranks(control, config, run_path),
         "all-reduce": lambda: checks.all_reduce(accelerator),
-        "shared memory": lambda: checks.shared_memory(Path("/dev/shm")),  # noqa: S108 - it is looked at, not written to
+        "shared memory": lambda: checks.shared_memory(Path("/dev/shm")),  # noqa: S108 - only read
         "open files": checks.open_files,
         "data": data,
         "run folder": lambda: checks.run_folder(run_path, is_main=accelerator.is_main_process),
         "disk": lambda: checks.disk(config, run_path, num_classes),
         "metrics port": lambda: checks.metrics_port(config, accelerator.local_process_index),
     }
-    return [_look(check, look) for check, look in looks.items()]
+    return {check: _result(function) for check, function in run.items()}
 
 
-def worst(same: Sequence[Finding]) -> Finding:
-    """The gravest of one check's findings, by rank; where they are equally grave, the first rank's."""
-    rank = max(range(len(same)), key=lambda rank: (VERDICTS.index(same[rank].verdict), -rank))
-    return replace(same[rank], found=f"rank {rank}: {same[rank].found}") if rank else same[0]
+def worst(results: Sequence[CheckResult]) -> CheckResult:
+    """Return the gravest of one check's results, by rank; of equally grave ones, the first rank's."""
+    rank = max(range(len(results)), key=lambda rank: (SEVERITIES.index(results[rank].verdict), -rank))
+    return replace(results[rank], found=f"rank {rank}: {results[rank].found}") if rank else results[0]
 
 
-def as_text(findings: Sequence[Finding]) -> str:
-    """One JSON object: `ok`, and a list of `checks`."""
-    ok = all(finding.verdict != "fail" for finding in findings)
-    return json.dumps({"ok": ok, "checks": [asdict(finding) for finding in findings]}, indent=1) + "\n"
-
-
-def _show(findings: Sequence[Finding]) -> None:
+def _show(results: dict[str, CheckResult]) -> None:
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = PLAIN_WIDTH
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("", "check", "found", "what to do"):
         table.add_column(column, no_wrap=column == "check", overflow="fold")
-    for finding in findings:
-        verdict = f"[{SHOWN_IN[finding.verdict]}]{finding.verdict}[/]"
-        table.add_row(verdict, finding.check, escape(finding.found), escape(finding.advice))
+    for check, result in results.items():
+        verdict = f"[{COLOURS[result.verdict]}]{result.verdict}[/]"
+        table.add_row(verdict, check, escape(result.found), escape(result.advice))
     console.print(table)
 
 
-def _look(check: str, look: Callable[[], Finding]) -> Finding:
-    """What `look` finds; an error is a finding, too."""
+def _result(check: Callable[[], CheckResult]) -> CheckResult:
+    """Run `check`; an error is a result as well."""
     try:
-        return look()
+        return check()
     except (ConfigError, DataError) as error:
-        return Finding(check, "fail", " ".join(str(error).split()))
-    except Exception as error:  # whatever a broken installation raises
-        return Finding(check, "fail", f"{type(error).__name__}: {' '.join(str(error).split())}")
+        return CheckResult("fail", " ".join(str(error).split()))
+    except Exception as error:  # a broken installation raises anything
+        return CheckResult("fail", f"{type(error).__name__}: {' '.join(str(error).split())}")
 
 
 def _meet(config: Config) -> tuple[Accelerator, Any]:
-    """Join the other ranks as a run does; fp16 without a GPU is a finding, not a reason to stop here."""
+    """Join the other ranks as a run does; fp16 without a GPU is a result, not a reason to stop here."""
     timeout_seconds = config.train.collective_timeout_seconds
     precision = config.train.precision if torch.cuda.is_available() else "auto"
     try:

@@ -1,4 +1,7 @@
-"""What `cmtrain doctor` looks at, one function a check: what it found, or the error that a run would end with."""
+"""Check one thing each that a run needs, for `cmtrain doctor`.
+
+A check returns a CheckResult, or raises the error that a run would end with.
+"""
 
 import ctypes
 import platform
@@ -23,21 +26,20 @@ from cmtrain.config.schema import Config
 from cmtrain.monitoring.http_server import Exporter
 from cmtrain.processes.collectives import gather
 from cmtrain.processes.preflight import check_ranks
-from cmtrain.storage.run_lock import RunLock
+from cmtrain.storage.run_folder import RunLock
 from cmtrain.training import build
 from pipelines.files.manifest import Manifest
 from pipelines.loader import eval_loader
 from pipelines.spec import UNREADABLE, Decode, EvalSpec
 
-Verdict = Literal["ok", "warn", "fail"]
+Severity = Literal["ok", "warn", "fail"]
 
 GIB = 2**30
-MIN_SHARED_MEMORY_BYTES = (
-    GIB  # Docker gives 64 MiB unless told otherwise, and NCCL joins the GPUs of a host through it
-)
+MIN_SHARED_MEMORY_BYTES = GIB  # NCCL joins the GPUs of a host through it; Docker's default is 64 MiB
 MIN_OPEN_FILES = 1024
 
-# A JPEG of one colour is within a level or two of it; channels in another order, or one missing, are 50 off.
+# A JPEG of one colour is within a level or two of it; channels in another order, or a missing one, are 50
+# off.
 COLOUR = (200, 100, 50)
 MAX_COLOUR_ERROR = 4
 
@@ -45,24 +47,24 @@ DRIVERS = {13: "580", 12: "525"}  # the first driver for each CUDA
 
 
 @dataclass(frozen=True)
-class Finding:
-    """What one check found. `advice`: what to do about it, where `found` does not say so itself."""
+class CheckResult:
+    """Result of one check. `advice`: what to do about it, unless `found` already contains it."""
 
-    check: str
-    verdict: Verdict
+    verdict: Severity
     found: str
     advice: str = ""
 
 
-def packages() -> Finding:
-    """Whether what is installed is what this program's own metadata asks for."""
-    names = ("torch", "torchvision", "timm", "accelerate")
-    versions = [f"Python {platform.python_version()}", *(f"{name} {_version(name)}" for name in names)]
-    found = ", ".join([*versions, *(f"{name} {_version(name)}" for name in dali_flavours())])
+def packages() -> CheckResult:
+    """Compare the installed packages with this program's own metadata."""
+    names = ["torch", "torchvision", "timm", "accelerate", *dali_flavours()]
+    found = ", ".join(
+        [f"Python {platform.python_version()}", *(f"{name} {_version(name)}" for name in names)]
+    )
     try:
         program = metadata.metadata("cmtrain")
     except metadata.PackageNotFoundError:
-        return Finding("packages", "warn", f"{found}; versions not checked", "pip install cmtrain")
+        return CheckResult("warn", f"{found}; versions not checked", "pip install cmtrain")
     wrong = []
     if platform.python_version() not in SpecifierSet(str(program["Requires-Python"])):
         wrong.append(f"Python{program['Requires-Python']}")
@@ -72,10 +74,8 @@ def packages() -> Finding:
             if version == "missing" or not requirement.specifier.contains(version, prereleases=True):
                 wrong.append(f"{requirement.name}{requirement.specifier}, not {version}")
     if wrong:
-        return Finding(
-            "packages", "fail", f"needs {'; '.join(wrong)}", "install from one of the requirements*.lock"
-        )
-    return Finding("packages", "ok", found)
+        return CheckResult("fail", f"needs {'; '.join(wrong)}", "install from one of the requirements*.lock")
+    return CheckResult("ok", found)
 
 
 def _version(name: str) -> str:
@@ -86,13 +86,13 @@ def _version(name: str) -> str:
 
 
 def dali_flavours() -> list[str]:
-    """The DALI packages that are installed: one, if all is well."""
+    """Return the DALI packages that are installed: one, if all is well."""
     names = {str(package.name) for package in metadata.distributions()}
     return sorted(name for name in names if name.startswith("nvidia-dali-cuda"))
 
 
 def cuda_of_driver() -> int | None:
-    """The newest CUDA that the driver can run, 12040 for 12.4; None where there is no driver."""
+    """Return the newest CUDA that the driver can run, 12040 for 12.4; None without a driver."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -101,105 +101,86 @@ def cuda_of_driver() -> int | None:
     return version.value if driver.cuDriverGetVersion(ctypes.byref(version)) == 0 else None
 
 
-def pairing(driver: int | None, torch_cuda: str | None, flavours: Sequence[str]) -> Finding:
-    """Whether driver, torch and DALI go together. A driver runs every CUDA of its own major version and older ones.
+def pairing(driver: int | None, torch_cuda: str | None, flavours: Sequence[str]) -> CheckResult:
+    """Check that driver, torch and DALI fit. A driver runs every CUDA of its own major version and older
+    ones.
 
     Args:
-        driver: as of cuda_of_driver.
-        torch_cuda: the CUDA that torch was built with, such as 13.2; None for a build without.
-        flavours: as of dali_flavours.
+        driver: as from cuda_of_driver.
+        torch_cuda: CUDA that torch was built with, such as 13.2; None for a build without.
+        flavours: as from dali_flavours.
     """
     if len(flavours) != 1:
         found = " and ".join(flavours) or "no DALI"
-        return Finding(
-            "driver", "fail", f"{found} installed", "install exactly one of nvidia-dali-cuda130, -cuda120"
+        return CheckResult(
+            "fail", f"{found} installed", "install exactly one of nvidia-dali-cuda130, -cuda120"
         )
     flavour = flavours[0].removeprefix("nvidia-dali-cuda")
     built = f"torch for CUDA {torch_cuda or '(none)'}, DALI for CUDA {flavour[:-1]}"
     if driver is None:
-        return Finding("driver", "warn", f"no NVIDIA driver; {built}", "training will run on the CPU")
+        return CheckResult("warn", f"no NVIDIA driver; {built}", "training will run on the CPU")
     found = f"driver for CUDA {driver // 1000}.{driver % 1000 // 10}, {built}"
     wanted = max(int(torch_cuda.split(".")[0]) if torch_cuda else 0, int(flavour[:2]))
     if driver // 1000 < wanted:
-        advice = (
-            f"install a driver >= {DRIVERS[wanted]}, or what requirements-cuda{driver // 1000}0.lock lists"
-        )
-        return Finding("driver", "fail", found, advice)
+        lock = f"requirements-cuda{driver // 1000}0.lock"
+        return CheckResult("fail", found, f"install a driver >= {DRIVERS[wanted]}, or what {lock} lists")
     if torch_cuda is None:
-        return Finding(
-            "driver", "fail", found, "install torch from the requirements*.lock that fits the driver"
-        )
-    return Finding("driver", "ok", found)
+        return CheckResult("fail", found, "install torch from the requirements*.lock that fits the driver")
+    return CheckResult("ok", found)
 
 
-def gpus(precision: str) -> Finding:
+def gpus(precision: str) -> CheckResult:
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if num_gpus == 0:
         if precision == "fp16":
-            return Finding("GPUs", "fail", "none, and train.precision is fp16", "--train.precision auto")
-        return Finding("GPUs", "warn", "none", "training will run on the CPU")
+            return CheckResult("fail", "none, and train.precision is fp16", "--train.precision auto")
+        return CheckResult("warn", "none", "training will run on the CPU")
     properties = [torch.cuda.get_device_properties(index) for index in range(num_gpus)]
     names = {f"{gpu.name} ({gpu.total_memory / GIB:.0f} GiB)" for gpu in properties}
-    return Finding("GPUs", "ok", f"{num_gpus} x {', '.join(sorted(names))}")
+    return CheckResult("ok", f"{num_gpus} x {', '.join(sorted(names))}")
 
 
-def decode_on_gpu(device: torch.device) -> Finding:
-    check = "decode on the GPU"
+def decode_on_gpu(device: torch.device) -> CheckResult:
     if device.type != "cuda":
-        return Finding(check, "warn", "no GPU", "images will be decoded on the CPU")
-    return decode(check, device, "mixed")
+        return CheckResult("warn", "no GPU", "images will be decoded on the CPU")
+    return decode(device, "mixed")
 
 
-def decode(check: str, device: torch.device, decode: Decode) -> Finding:
-    """A JPEG made here, through the loader of evaluation."""
+def decode(device: torch.device, decode: Decode) -> CheckResult:
+    """Read a JPEG of a known colour through the loader of evaluation."""
     spec = EvalSpec(image_px=32, resize_px=32, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    how: dict[str, Any] = {"decode": decode, "threads": 1, "prefetch_batches": 1}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "images" / "class" / "image.jpg"
         path.parent.mkdir(parents=True)
         Image.new("RGB", (64, 64), COLOUR).save(path)
         manifest = Manifest.from_folder(path.parent.parent, cache_dir=folder)
-        loader = eval_loader(
-            manifest,
-            spec,
-            batch_size=1,
-            rank=0,
-            world=1,
-            device=device,
-            decode=decode,
-            threads=1,
-            prefetch_batches=1,
-        )
+        loader = eval_loader(manifest, spec, batch_size=1, rank=0, world=1, device=device, **how)
         try:
             batch = next(iter(loader.epoch(0)))
             colour = batch.images.float().mean(dim=(0, 2, 3)).mul(255).tolist()
             readable = int(batch.labels) != UNREADABLE
         finally:
             loader.close()
-    if (
-        not readable
-        or max(abs(got - made) for got, made in zip(colour, COLOUR, strict=True)) > MAX_COLOUR_ERROR
-    ):
+    error = max(abs(got - made) for got, made in zip(colour, COLOUR, strict=True))
+    if not readable or error > MAX_COLOUR_ERROR:
         found = f"a JPEG of the colour {COLOUR} came out as {[round(value) for value in colour]}"
-        return Finding(check, "fail", found, "install DALI from the requirements*.lock that fits the driver")
-    return Finding(check, "ok", "a JPEG through DALI, pixels right")
+        return CheckResult("fail", found, "install DALI from the requirements*.lock that fits the driver")
+    return CheckResult("ok", "a JPEG through DALI, pixels right")
 
 
-def ranks(control: Any, config: Config, run_path: Path) -> Finding:
-    """Same code, same configuration, clocks that agree, one run folder for all."""
+def ranks(control: Any, config: Config, run_path: Path) -> CheckResult:
+    """Check that all ranks have the same code, configuration, time and run folder."""
     if control is None:
-        return Finding(
-            "ranks", "ok", "one process; under the launcher of a run, all of its ranks are checked"
-        )
-    warnings = check_ranks(control, config, run_path)
-    if warnings:
-        return Finding("ranks", "warn", "; ".join(warnings))
+        return CheckResult("ok", "one process; under the launcher of a run, all of its ranks are checked")
+    if warnings := check_ranks(control, config, run_path):
+        return CheckResult("warn", "; ".join(warnings))
     hosts = len(set(gather(socket.gethostname(), control)))
-    return Finding(
-        "ranks", "ok", f"{dist.get_world_size()} on {hosts} host(s): same code and configuration, same time"
-    )
+    same = "same code and configuration, same time"
+    return CheckResult("ok", f"{dist.get_world_size()} on {hosts} host(s): {same}")
 
 
-def all_reduce(accelerator: Accelerator) -> Finding:
+def all_reduce(accelerator: Accelerator) -> CheckResult:
     alone = accelerator.num_processes == 1
     if alone:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -209,46 +190,44 @@ def all_reduce(accelerator: Accelerator) -> Finding:
     if alone:
         dist.destroy_process_group()
     total = float(ones.max())
-    verdict: Verdict = "ok" if total == float(ones.min()) == world_size else "fail"
-    return Finding("all-reduce", verdict, f"{backend} over {world_size} rank(s): sum of ones is {total:g}")
+    verdict: Severity = "ok" if total == float(ones.min()) == world_size else "fail"
+    return CheckResult(verdict, f"{backend} over {world_size} rank(s): sum of ones is {total:g}")
 
 
-def shared_memory(path: Path) -> Finding:
+def shared_memory(path: Path) -> CheckResult:
     size = shutil.disk_usage(path).total if path.is_dir() else 0
     if size < MIN_SHARED_MEMORY_BYTES:
         advice = "with several GPUs: docker run --shm-size 1g, or an emptyDir of medium Memory at /dev/shm"
-        return Finding("shared memory", "warn", f"{size / GIB:.2g} GiB", advice)
-    return Finding("shared memory", "ok", f"{size / GIB:.3g} GiB")
+        return CheckResult("warn", f"{size / GIB:.2g} GiB", advice)
+    return CheckResult("ok", f"{size / GIB:.3g} GiB")
 
 
-def open_files() -> Finding:
+def open_files() -> CheckResult:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if 0 <= soft < MIN_OPEN_FILES:
-        return Finding("open files", "warn", f"at most {soft:,}", f"ulimit -n {min(hard, 4096)}")
-    return Finding("open files", "ok", f"at most {soft:,}" if soft >= 0 else "no limit")
+        return CheckResult("warn", f"at most {soft:,}", f"ulimit -n {min(hard, 4096)}")
+    return CheckResult("ok", f"at most {soft:,}" if soft >= 0 else "no limit")
 
 
-def data(opened: build.Data) -> Finding:
+def data(opened: build.Data) -> CheckResult:
     found = f"{len(opened.train):,} training, {len(opened.val):,} validation images"
     found += f", {len(opened.train.class_names):,} classes"
     if bad := len(opened.train.bad) + len(opened.val.bad):
-        return Finding(
-            "data", "warn", f"{found}; {bad:,} more cannot be read", "cmtrain data check lists them"
-        )
-    return Finding("data", "ok", found)
+        return CheckResult("warn", f"{found}; {bad:,} more cannot be read", "cmtrain data check lists them")
+    return CheckResult("ok", found)
 
 
-def run_folder(run_path: Path, *, is_main: bool) -> Finding:
-    """Whether a run could begin there: take its lock, and give it back."""
+def run_folder(run_path: Path, *, is_main: bool) -> CheckResult:
+    """Take the lock of the run folder, as a run does, and release it."""
     if is_main:
         lock = RunLock(run_path)
         lock.acquire()
         lock.close()
-    return Finding("run folder", "ok", f"{run_path.absolute()} can be written, and is in use by nobody")
+    return CheckResult("ok", f"{run_path.absolute()} can be written, and is in use by nobody")
 
 
 def checkpoint_bytes(config: Config, num_classes: int) -> int:
-    """Size of a checkpoint: weights, their moving average, and what the optimizer keeps of each parameter."""
+    """Return the size of a checkpoint: weights, their EMA, and the optimizer's moments of each parameter."""
     with torch.device("meta"):  # shapes without memory
         model = build.make_model(config, num_classes, "meta")
     parameters = sum(parameter.nbytes for parameter in model.parameters())
@@ -257,33 +236,31 @@ def checkpoint_bytes(config: Config, num_classes: int) -> int:
     return weights * (2 if config.ema.decay else 1) + moments * parameters
 
 
-def disk(config: Config, run_path: Path, num_classes: int) -> Finding:
+def disk(config: Config, run_path: Path, num_classes: int) -> CheckResult:
     size = checkpoint_bytes(config, num_classes)
     checkpoint, total_epochs = config.checkpoint, config.schedule.epochs + config.schedule.cooldown_epochs
-    milestones = (
-        total_epochs // checkpoint.milestone_every_epochs if checkpoint.milestone_every_epochs else 0
-    )
-    count = checkpoint.keep + milestones + 2  # and the best one, and the one that is being written
-    there = next(folder for folder in (run_path.absolute(), *run_path.absolute().parents) if folder.exists())
-    free = shutil.disk_usage(there).free
+    count = checkpoint.keep + 2  # the best one, and the one that is being written
+    if checkpoint.milestone_every_epochs:
+        count += total_epochs // checkpoint.milestone_every_epochs
+    folder = next(path for path in (run_path.absolute(), *run_path.absolute().parents) if path.exists())
+    free = shutil.disk_usage(folder).free
     found = f"{free / GIB:,.1f} GiB free, {count} checkpoints of {size / GIB:.2g} GiB"
     if free < count * size:
-        return Finding("disk", "fail", found, "make room, set run.dir, or lower checkpoint.keep")
-    return Finding("disk", "ok", found)
+        return CheckResult("fail", found, "make room, set run.dir, or lower checkpoint.keep")
+    return CheckResult("ok", found)
 
 
-def metrics_port(config: Config, local_rank: int) -> Finding:
+def metrics_port(config: Config, local_rank: int) -> CheckResult:
     host, port = config.metrics.host, config.metrics.port + local_rank
     if not config.metrics.enabled:
-        return Finding("metrics port", "ok", "metrics.enabled is false")
+        return CheckResult("ok", "metrics.enabled is false")
     try:
         exporter = Exporter({}, host, port)
     except OSError as error:
-        return Finding(
-            "metrics port", "warn", f"{host}: {error}", "a run will do without; set metrics.host and .port"
-        )
+        return CheckResult("warn", f"{host}: {error}", "a run will do without; set metrics.host and .port")
     exporter.close()
     if exporter.port != port:
-        advice = f"{config.run.dir}/.targets/ tells Prometheus; a scrape of fixed ports needs another metrics.port"
-        return Finding("metrics port", "warn", f"{port} is taken; {exporter.port} would be used", advice)
-    return Finding("metrics port", "ok", f"{exporter.url} is free")
+        targets = f"Prometheus finds it through {config.run.dir}/.targets/"
+        advice = f"{targets}; a scrape of fixed ports needs another metrics.port"
+        return CheckResult("warn", f"{port} is taken; {exporter.port} would be used", advice)
+    return CheckResult("ok", f"{exporter.url} is free")

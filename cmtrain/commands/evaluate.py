@@ -1,6 +1,6 @@
-"""`cmtrain eval`: the accuracy of what a run has learned, as the run itself measured it or under other conditions.
+"""Measure the accuracy of a trained model: other weights, sizes, images and labels (`cmtrain eval`).
 
-The images go through the run's own evaluation loop and loader; what differs is which weights, sizes, images and labels.
+The images go through the run's own evaluation loop and loader.
 """
 
 import csv
@@ -30,11 +30,11 @@ NUM_REAL_FILES = 50_000
 
 
 @dataclass(frozen=True)
-class Request:
-    """What to evaluate. Sizes that are empty are the run's own.
+class EvalRequest:
+    """What to evaluate; empty sizes are the run's own.
 
-    `kinds`: of weights, `model` and `ema`; where `must_have` is false those that there are. `folder`: other images than
-    the run's validation split. `real`: by ImageNet-ReaL's labels, too.
+    `kinds`: of weights, `model` and `ema`; missing ones are skipped unless `must_have`. `folder`: other
+    images than the run's validation split. `real`: also by ImageNet-ReaL's labels.
     """
 
     kinds: tuple[str, ...] = ("model", "ema")
@@ -46,8 +46,8 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Row:
-    """One result. `real_top1`: by ImageNet-ReaL's labels; None if they were not asked for."""
+class Result:
+    """One evaluation. `real_top1`: by ImageNet-ReaL's labels, if they were asked for."""
 
     weights: str
     image_px: int
@@ -56,56 +56,58 @@ class Row:
     real_top1: float | None = None
 
     def figures(self) -> dict[str, Any]:
-        evaluation = self.evaluation
-        shared = {
-            key: getattr(evaluation, key) for key in ("top1", "top5", "loss", "num_images", "num_unreadable")
-        }
-        sizes = {"weights": self.weights, "image_px": self.image_px, "resize_px": self.resize_px}
-        return sizes | shared | ({} if self.real_top1 is None else {"real_top1": self.real_top1})
+        figures = {"weights": self.weights, "image_px": self.image_px, "resize_px": self.resize_px}
+        for key in ("top1", "top5", "loss", "num_images", "num_unreadable"):
+            figures[key] = getattr(self.evaluation, key)
+        if self.real_top1 is not None:
+            figures["real_top1"] = self.real_top1
+        return figures
 
 
 def evaluate_trained(
     trained: Trained,
-    request: Request,
+    request: EvalRequest,
     *,
     per_class: str | None = None,
     confusion: str | None = None,
     expect: float | None = None,
     json_path: str | None = None,
 ) -> int:
-    """Evaluate `trained` as `request` says: a table on stderr, one JSON line on stdout.
+    """Evaluate `trained` as `request` asks: a table on stderr, one JSON line on stdout.
 
     Args:
-        per_class, confusion: CSV files to write: of every result, and of the best one.
-        expect: the top-1, a share 0..1, that the best result must reach.
-        json_path: a file for what stdout is given, too.
+        per_class, confusion: CSV files to write, for every result and for the best one.
+        expect: top-1, a share 0..1, that the best result must reach.
+        json_path: file for a copy of the JSON.
 
     Returns:
-        The process exit code: 0, or 5 where `expect` was missed.
+        The process exit code: 0, or 5 if `expect` was missed.
 
     Raises:
-        ConfigError: sizes or options that do not go together.
+        ConfigError: sizes or options that do not fit together.
         DataError: images, classes or weights that are missing or unusable, or a file that cannot be written.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("cmtrain eval: runs in one process, without a launcher")
+    # What to evaluate, on which images
     config = trained.config
-    configs = [
-        _with_sizes(config, *sizes) for sizes in sizes_of(config, request.image_px, request.resize_px)
-    ]
+    sizes = sizes_of(config, request.image_px, request.resize_px)
     kinds = [kind for kind in request.kinds if request.must_have or kind in trained.kinds]
     weights = [trained.weights(kind) for kind in kinds]
     accelerator = build.make_accelerator(config.train.precision)
     threads = build.split_threads(config, accelerator)
     names = trained.class_names or build.open_data(config, accelerator).train.class_names
-    manifest = (
-        open_folder(request.folder, names, config) if request.folder else build.open_val(config, names)
-    )
+    if request.folder:
+        manifest = open_folder(request.folder, names, config)
+    else:
+        manifest = build.open_val(config, names)
     real = real_labels(manifest) if request.real else None
     batch_size, _ = split_batch(config.train.global_batch_size, config.train.max_batch_per_gpu, 1)
-    rows = []
-    for sized in configs:
-        loader = build.make_loader_of(sized, manifest, batch_size, accelerator, threads)
+    results = []
+    for image_px, resize_px in sizes:
+        data = config.data.model_copy(update={"image_px": image_px, "eval_resize_px": resize_px})
+        sized = config.model_copy(update={"data": data})
+        loader = build.make_eval_loader(sized, manifest, batch_size, accelerator, threads)
         for each in weights:
             model = make_trained_model(sized, each).to(accelerator.device)
             evaluation = evaluate(
@@ -118,40 +120,38 @@ def evaluate_trained(
                 keeps_ranked=request.real,
             )
             real_top1 = None if real is None else real_accuracy(real, evaluation)
-            rows.append(
-                Row(each.kind, sized.data.image_px, sized.data.eval_resize_px, evaluation, real_top1)
-            )
+            results.append(Result(each.kind, image_px, resize_px, evaluation, real_top1))
         loader.close()
-    best = max(rows, key=lambda row: row.evaluation.top1)
-    labels = [*names, *map(str, range(len(names), len(best.evaluation.class_images)))]
-    if confusion and best.evaluation.confusion is None:
-        raise ConfigError(
-            f"--confusion: {len(labels)} classes are too many for a matrix; --per-class has them"
-        )
-    figures = [row.figures() for row in rows]
-    result = {"checkpoint": str(trained.checkpoint.path), "step": trained.step, "results": figures}
+
+    # Write files, and report
+    best = max((result.evaluation for result in results), key=lambda evaluation: evaluation.top1)
+    labels = [*names, *map(str, range(len(names), len(best.class_images)))]
+    if confusion and best.confusion is None:
+        raise ConfigError(f"--confusion: {len(labels)} classes are too many for a matrix; use --per-class")
+    figures = [result.figures() for result in results]
+    report = {"checkpoint": str(trained.checkpoint.path), "step": trained.step, "results": figures}
     try:
         if per_class:
-            _write_csv(per_class, class_rows(rows, labels))
-        if confusion and best.evaluation.confusion is not None:
-            matrix = zip(labels, best.evaluation.confusion, strict=True)
-            _write_csv(
-                confusion, [["true \\ predicted", *labels], *([name, *counts] for name, counts in matrix)]
-            )
+            _write_csv(per_class, class_rows(results, labels))
+        if confusion and best.confusion is not None:
+            matrix = [[name, *counts] for name, counts in zip(labels, best.confusion, strict=True)]
+            _write_csv(confusion, [["true \\ predicted", *labels], *matrix])
         if json_path:
-            Path(json_path).write_text(json.dumps(result, indent=1) + "\n")
+            Path(json_path).write_text(json.dumps(report, indent=1) + "\n")
     except OSError as error:
         raise DataError(f"{error.filename}: {error.strerror}") from error
-    missed = expect is not None and best.evaluation.top1 < expect
-    _tell(figures, f"top-1 {best.evaluation.top1:.4f}, expected {expect:g}: missed" if missed else "")
-    print(json.dumps(result), flush=True)  # noqa: T201
-    return EXIT_EXPECTATION if missed else EXIT_DONE
+    _show(figures)
+    print(json.dumps(report), flush=True)  # noqa: T201
+    if expect is not None and best.top1 < expect:
+        Console(enabled=True).line(f"top-1 {100 * best.top1:.2f} %, expected {100 * expect:.2f} %: missed")
+        return EXIT_EXPECTATION
+    return EXIT_DONE
 
 
 def sizes_of(config: Config, image_px: Sequence[int], resize_px: Sequence[int]) -> list[tuple[int, int]]:
-    """(image side, shorter side before the crop) pairs: each of one with each of the other, in the order given.
+    """Return pairs of image side and shorter side before the crop, each with each, in the order given.
 
-    Without `resize_px` it is the run's own, in the proportion of another image side to the run's.
+    Without `resize_px` the run's own is scaled with the image side.
 
     Raises:
         ConfigError: a crop larger than the image, or a side that the model cannot have.
@@ -169,15 +169,13 @@ def sizes_of(config: Config, image_px: Sequence[int], resize_px: Sequence[int]) 
 
 
 def open_folder(folder: str, class_names: Sequence[str], config: Config) -> Manifest:
-    """The images below `folder`, whose class folders have training's names, or else the numbers of training's classes.
+    """Open `folder`, whose class folders have the names of training's classes, or else their numbers.
 
     Raises:
         DataError: a class that training does not know, or nothing to read.
     """
-    scan: dict[str, Any] = {
-        "cache_dir": build.cache_folder(config),
-        "max_bad_fraction": config.data.max_bad_fraction,
-    }
+    limit = config.data.max_bad_fraction
+    scan: dict[str, Any] = {"cache_dir": build.cache_folder(config), "max_bad_fraction": limit}
     try:
         found = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != ".")
     except OSError as error:
@@ -188,53 +186,44 @@ def open_folder(folder: str, class_names: Sequence[str], config: Config) -> Mani
     if set(found) <= set(numbers):
         return Manifest.from_folder(folder, class_names=numbers, **scan)
     strange = next(name for name in found if name not in class_names and name not in numbers)
-    raise DataError(
-        f"--folder {folder}: {strange} is neither a class of training, such as {class_names[0]}, nor a number below "
-        f"{len(class_names)}"
-    )
+    known = f"a class of training, such as {class_names[0]}, nor a number below {len(class_names)}"
+    raise DataError(f"--folder {folder}: {strange} is neither {known}")
 
 
 def real_labels(manifest: Manifest) -> RealLabelsImagenet:
-    """ImageNet-ReaL (arXiv 2006.07159) for ImageNet's validation images, in the order of `manifest`.
+    """Return ImageNet-ReaL's labels (arXiv 2006.07159) for ImageNet's validation images, as in `manifest`.
 
     Raises:
-        DataError: these are not they.
+        DataError: the images are others.
     """
     files = [manifest.file(index) for index in range(len(manifest))]
     if len(files) != NUM_REAL_FILES:
-        raise DataError(
-            f"--real: has labels of ImageNet's {NUM_REAL_FILES} validation images; here are {len(files)}"
-        )
+        expected = f"has labels of ImageNet's {NUM_REAL_FILES} validation images"
+        raise DataError(f"--real: {expected}; here are {len(files)}")
     real = RealLabelsImagenet(files)
     strange = next((file for file in files if os.path.basename(file) not in real.real_labels), None)
     if strange is not None:
-        raise DataError(
-            f"--real: {strange} is no validation image of ImageNet, such as ILSVRC2012_val_00000001.JPEG"
-        )
+        example = "such as ILSVRC2012_val_00000001.JPEG"
+        raise DataError(f"--real: {strange} is no validation image of ImageNet, {example}")
     return real
 
 
 def real_accuracy(real: RealLabelsImagenet, evaluation: Evaluation) -> float:
-    """Share of the images with any real label whose likeliest class is one of their labels."""
+    """Return the share of the images with real labels whose likeliest class is among them."""
     assert evaluation.ranked is not None
     likeliest = evaluation.ranked[:, 0].tolist()
     labels = (real.real_labels[os.path.basename(file)] for file in real.filenames)
     return float(np.mean([answer in true for answer, true in zip(likeliest, labels, strict=True) if true]))
 
 
-def class_rows(rows: Sequence[Row], class_names: Sequence[str]) -> list[list[Any]]:
-    """A table with its header: images, correct ones and accuracy of each class that has images, for each result."""
+def class_rows(results: Sequence[Result], class_names: Sequence[str]) -> list[list[Any]]:
+    """Return a table with its header: images, correct ones and accuracy of each class, by result."""
     table: list[list[Any]] = [["weights", "image_px", "resize_px", "class", "images", "correct", "accuracy"]]
-    for row in rows:
-        counts = zip(class_names, row.evaluation.class_images, row.evaluation.class_correct, strict=True)
-        sizes = [row.weights, row.image_px, row.resize_px]
+    for result in results:
+        evaluation, sizes = result.evaluation, [result.weights, result.image_px, result.resize_px]
+        counts = zip(class_names, evaluation.class_images, evaluation.class_correct, strict=True)
         table += [[*sizes, name, images, right, right / images] for name, images, right in counts if images]
     return table
-
-
-def _with_sizes(config: Config, image_px: int, resize_px: int) -> Config:
-    data = config.data.model_copy(update={"image_px": image_px, "eval_resize_px": resize_px})
-    return config.model_copy(update={"data": data})
 
 
 def _write_csv(path: str, table: Sequence[Sequence[Any]]) -> None:
@@ -242,17 +231,17 @@ def _write_csv(path: str, table: Sequence[Sequence[Any]]) -> None:
         csv.writer(file).writerows(table)
 
 
-def _tell(figures: Sequence[dict[str, Any]], verdict: str) -> None:
+def _show(figures: Sequence[dict[str, Any]]) -> None:
     console = Console(enabled=True)
-    real = "real_top1" in figures[0]
-    console.line("weights  image px  resize px   top-1   top-5    loss   images" + "   ReaL top-1" * real)
+    header = "weights  image px  resize px    top-1    top-5    loss   images"
+    console.line(header + "   ReaL top-1" if "real_top1" in figures[0] else header)
     for row in figures:
         line = (
-            f"{row['weights']:<7}  {row['image_px']:>8}  {row['resize_px']:>9}  {100 * row['top1']:6.2f}  "
+            f"{row['weights']:<7}  {row['image_px']:>8}  {row['resize_px']:>9}  {100 * row['top1']:5.2f} %"
         )
-        line += f"{100 * row['top5']:6.2f}  {row['loss']:6.4f}  {row['num_images']:>7}"
-        console.line(line + (f"   {100 * row['real_top1']:10.2f}" if real else ""))
+        line += f"  {100 * row['top5']:5.2f} %  {row['loss']:6.4f}  {row['num_images']:>7}"
+        if "real_top1" in row:
+            line += f"   {100 * row['real_top1']:8.2f} %"
+        console.line(line)
     if unreadable := figures[0]["num_unreadable"]:
         console.line(f"{unreadable} images could not be read and count as wrong")
-    if verdict:
-        console.line(verdict)

@@ -1,27 +1,30 @@
-"""`cmtrain export`: a trained model leaves as files that are whole, and that compute what the model computes."""
+"""Export a trained model; each format is read back and compared before publishing (`cmtrain export`)."""
 
+import importlib
+import importlib.util
 import json
+import math
 import os
 import platform
-import shutil
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from timm.models import save_for_hf
 from torch import Tensor, nn
 
 from cmtrain import __version__
-from cmtrain.commands import export_formats
-from cmtrain.commands.export_formats import Run, crop_pct_of
 from cmtrain.commands.trained_model import Trained
 from cmtrain.config.schema import CMT_OPTIONS, Config, to_yaml
-from cmtrain.errors import ConfigError
+from cmtrain.errors import EXIT_DONE, ConfigError
 from cmtrain.models.cmt import CMT
 from cmtrain.models.fold import folded
 from cmtrain.monitoring.console import Console
-from cmtrain.monitoring.report.templating import make_templates
+from cmtrain.monitoring.report.page import make_templates
+from cmtrain.storage.atomic import new_folder, sync
 from cmtrain.storage.run_record import read_run
 from cmtrain.storage.weights import Weights, fit, num_classes_in
 from cmtrain.training import build
@@ -30,53 +33,51 @@ from pipelines.spec import DataError
 FORMATS = ("timm", "onnx", "torch-export")
 TOLERANCE = 1e-5  # of logits, against the largest of them or 1
 FOLDED_TOLERANCE = 1e-4
+ONNX_NAME, PROGRAM_NAME = "model.onnx", "model.pt2"
+ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
+Logits = Callable[[Tensor], Tensor]  # (B, 3, px, px) fp32, normalised -> (B, num_classes)
 CHECKED_BATCHES = (1, 3)  # images; neither is the size that the exporters trace
 
 
 def export(trained: Trained, *, formats: Sequence[str], out: str, kind: str | None, fold_bn: bool) -> int:
     """Write `trained` to the folder `out` in each of `formats` (of FORMATS), with a model card.
 
-    Every format is read back and must give the model's logits before the folder appears, by one rename. Says on stderr
-    what was written, and one JSON line on stdout.
+    Every format is read back and must give the model's logits before the folder appears, by one rename.
+    Prints what was written on stderr, and one JSON line on stdout. Returns the exit code, 0.
 
     Args:
         out: a folder that does not exist yet.
         kind: `model` or `ema`; None: the EMA if there is one.
-        fold_bn: absorb BatchNorm where that is exact; not in timm's layout, which has a place for every norm.
-
-    Returns:
-        The process exit code, 0.
+        fold_bn: absorb BatchNorm where that is exact; not in timm's layout, which has a place for every
+            norm.
 
     Raises:
-        ConfigError: `out` exists, or these options do not go together.
-        DataError: no such weights, they are not finite, a package is missing, a format computes something else, or the
-            files cannot be written. Nothing is left behind.
+        ConfigError: `out` exists, or these options do not fit together.
+        DataError: no such weights, they are not finite, a package is missing, a format computes something
+            else, or the files cannot be written. Nothing is left behind.
     """
     config, final = trained.config, Path(out)
     is_cmt = config.model.name.startswith("cmt_")
     if os.path.lexists(final):
         raise ConfigError(f"--out {out}: exists already; choose another folder")
     if fold_bn and (not is_cmt or list(formats) == ["timm"]):
-        why = "of CMT only" if not is_cmt else "not for timm's layout, which has a place for every norm"
+        why = "not for timm's layout, which has a place for every norm" if is_cmt else "for CMT only"
         raise ConfigError(f"--fold-bn: {why}; leave it out, or export onnx or torch-export")
-    if "onnx" in formats and (missing := export_formats.missing_packages()):
+    if "onnx" in formats and (missing := missing_packages()):
         raise DataError(f"--format onnx: needs {', '.join(missing)}; pip install 'cmtrain[export]'")
     weights = trained.weights(kind or trained.kinds[-1])
     model = make_trained_model(config, weights)
     temporary = final.absolute().parent / f".{final.name}.{os.getpid()}"
     try:
-        temporary.mkdir(parents=True)
-        differences = _write(temporary, model, formats, trained, fold_bn=fold_bn)
-        card = _card(trained, weights, model, differences, fold_bn=fold_bn)
-        (temporary / "README.md").write_text(card)
-        for path in temporary.iterdir():  # safetensors writes for its owner alone
-            path.chmod((temporary / "README.md").stat().st_mode)
-        _sync(temporary)
-        temporary.rename(final)
+        with new_folder(final, temporary):
+            differences = _write(temporary, model, formats, trained, fold_bn=fold_bn)
+            card = _card(trained, weights, model, differences, fold_bn=fold_bn)
+            (temporary / "README.md").write_text(card)
+            for path in temporary.iterdir():  # safetensors writes for its owner alone
+                path.chmod((temporary / "README.md").stat().st_mode)
+                sync(path)
     except OSError as error:
         raise DataError(f"--out {out}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     console = Console(enabled=True)
     for name, difference in differences.items():
         console.line(f"{name}: logits differ from the {weights.kind}'s by at most {difference:.1e}")
@@ -84,13 +85,16 @@ def export(trained: Trained, *, formats: Sequence[str], out: str, kind: str | No
     files = sorted(path.name for path in final.iterdir())
     result = {"out": str(final), "checkpoint": str(weights.path), "weights": weights.kind, "files": files}
     print(json.dumps(result | {"max_difference": differences}), flush=True)  # noqa: T201
-    return 0
+    return EXIT_DONE
 
 
 def make_trained_model(config: Config, weights: Weights) -> nn.Module:
-    """The model of `config` with `weights`, in eval() and fp32 on the CPU; another data.image_px resizes its tables."""
+    """Return the model of `config` with `weights`, in eval() and fp32 on the CPU.
+
+    Position tables are resized if data.image_px is another one than in training.
+    """
     num_classes = num_classes_in(weights, config.model.name)
-    # Contiguous, since the layout of a training step means nothing to whoever loads the files.
+    # Contiguous, because the layout of a training step means nothing to a user of the files.
     model = build.make_model(config, num_classes).to(memory_format=torch.contiguous_format)
     try:
         fit(model, weights.tensors, keeps_head=True)
@@ -102,24 +106,18 @@ def make_trained_model(config: Config, weights: Weights) -> nn.Module:
 def _write(
     folder: Path, model: nn.Module, formats: Sequence[str], trained: Trained, *, fold_bn: bool
 ) -> dict[str, float]:
-    """Write each format and compare. Returns its largest difference."""
+    """Write each format and compare it with `model`. Returns its largest difference."""
     config = trained.config
-    labels = trained.class_names if len(trained.class_names) == model.num_classes else ()
-    generator = torch.Generator().manual_seed(0)
-    sample = torch.randn(
-        max(CHECKED_BATCHES), 3, config.data.image_px, config.data.image_px, generator=generator
-    )
+    generator, side = torch.Generator().manual_seed(0), config.data.image_px
+    sample = torch.randn(max(CHECKED_BATCHES), 3, side, side, generator=generator)
     for_inference = folded(model) if fold_bn and isinstance(model, CMT) else model
-    writers: dict[str, Callable[[], Run]] = {
-        "timm": lambda: export_formats.to_timm(
-            folder,
-            model,
-            model_args=model_args_of(config),
-            preprocessing=preprocessing_of(config),
-            labels=labels,
-        ),
-        "onnx": lambda: export_formats.to_onnx(folder, for_inference, sample[:2]),
-        "torch-export": lambda: export_formats.to_program(folder, for_inference, sample[:2]),
+
+    how: dict[str, Any] = {"model_args": model_args_of(config), "preprocessing": preprocessing_of(config)}
+    labels = trained.class_names if len(trained.class_names) == model.num_classes else ()
+    writers: dict[str, Callable[[], Logits]] = {
+        "timm": lambda: to_timm(folder, model, labels=labels, **how),
+        "onnx": lambda: to_onnx(folder, for_inference, sample[:2]),
+        "torch-export": lambda: to_program(folder, for_inference, sample[:2]),
     }
     differences = {}
     for name in formats:
@@ -133,25 +131,21 @@ def _write(
 
 
 @torch.no_grad()
-def largest_difference(model: Run, other: Run, sample: Tensor) -> float:
-    """Between the logits of both, relative to the largest of them or 1; NaN if there is one."""
+def largest_difference(model: Logits, other: Logits, sample: Tensor) -> float:
+    """Compare the logits of both, relative to the largest of them or 1; NaN if there is one."""
     worst = torch.zeros(())
     for images in (sample[:size] for size in CHECKED_BATCHES):
         expected = model(images)
-        worst = torch.maximum(
-            worst, (other(images) - expected).abs().max() / expected.abs().max().clamp(min=1)
-        )
+        difference = (other(images) - expected).abs().max() / expected.abs().max().clamp(min=1)
+        worst = torch.maximum(worst, difference)
     return worst.item()
 
 
 def model_args_of(config: Config) -> dict[str, Any]:
-    """What timm.create_model needs beside name and number of classes; dropout is of no use to whoever loads it."""
-    drops = {"attn_drop_rate", "proj_drop_rate"}
-    options = (
-        config.model.model_dump(include=set(CMT_OPTIONS) - drops)
-        if config.model.name.startswith("cmt_")
-        else {}
-    )
+    """Return the arguments of timm.create_model, beside name and number of classes; without dropout."""
+    options = {}
+    if config.model.name.startswith("cmt_"):
+        options = config.model.model_dump(include=set(CMT_OPTIONS) - {"attn_drop_rate", "proj_drop_rate"})
     pretrained_cfg = timm.get_pretrained_cfg(config.model.name)
     if pretrained_cfg is not None and pretrained_cfg.fixed_input_size:
         options["img_size"] = config.data.image_px
@@ -159,7 +153,7 @@ def model_args_of(config: Config) -> dict[str, Any]:
 
 
 def preprocessing_of(config: Config) -> dict[str, Any]:
-    """As timm's pretrained_cfg says it."""
+    """Return the entries of timm's pretrained_cfg."""
     data = config.data
     return {
         "input_size": [3, data.image_px, data.image_px],
@@ -174,42 +168,95 @@ def preprocessing_of(config: Config) -> dict[str, Any]:
 def _card(
     trained: Trained, weights: Weights, model: nn.Module, differences: dict[str, float], *, fold_bn: bool
 ) -> str:
-    """README.md of the export, from the run's own record."""
+    """Return the README.md of the export, from the run's own record."""
     config = trained.config
     evaluations = read_run(trained.run).evaluations
     prefix = "eval_ema" if weights.kind == "ema" else "eval"
-    at = {int(step): place for place, step in enumerate(evaluations["step"])}.get(trained.step)
-    columns = {key: evaluations.get(f"{prefix}_{key}") for key in ("top1", "top5", "loss")}
-    metrics = {
-        key: float(column[at]) for key, column in columns.items() if at is not None and column is not None
-    }
-    versions = trained.checkpoint.meta.get("versions", {})
+    place = {int(step): place for place, step in enumerate(evaluations["step"])}.get(trained.step)
+    metrics = {}
+    for key in ("top1", "top5", "loss"):
+        column = evaluations.get(f"{prefix}_{key}")
+        if place is not None and column is not None:
+            metrics[key] = float(column[place])
     exported_by = {"cmtrain": __version__, "torch": torch.__version__, "timm": timm.__version__}
-    return (
-        make_templates()
-        .get_template("model_card.md")
-        .render(
-            name=config.run.name,
-            config=config,
-            config_yaml=to_yaml(config),
-            weights=weights.kind,
-            step=trained.step,
-            metrics=metrics,
-            num_parameters=sum(p.numel() for p in model.parameters()),
-            num_classes=model.num_classes,
-            class_names=trained.class_names,
-            differences=differences,
-            fold_bn=fold_bn,
-            trained_with=versions,
-            exported_by=exported_by | {"python": platform.python_version()},
-        )
+    template = make_templates().get_template("model_card.md")
+    return template.render(
+        name=config.run.name,
+        config=config,
+        config_yaml=to_yaml(config),
+        weights=weights.kind,
+        step=trained.step,
+        metrics=metrics,
+        num_parameters=sum(p.numel() for p in model.parameters()),
+        num_classes=model.num_classes,
+        class_names=trained.class_names,
+        differences=differences,
+        fold_bn=fold_bn,
+        trained_with=trained.checkpoint.meta.get("versions", {}),
+        exported_by=exported_by | {"python": platform.python_version()},
     )
 
 
-def _sync(folder: Path) -> None:
-    for path in (*folder.iterdir(), folder):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+# Each of the next functions writes one format and returns the model as it is read back, for comparison.
+# All take a batch of any size at the model's one image size.
+
+
+def to_timm(
+    folder: Path,
+    model: nn.Module,
+    *,
+    model_args: dict[str, Any],
+    preprocessing: dict[str, Any],
+    labels: Sequence[str],
+) -> Logits:
+    """Write model.safetensors and config.json, for `timm.create_model("local-dir:FOLDER", pretrained=True)`.
+
+    Args:
+        model: a model with contiguous parameters, as safetensors needs them.
+        model_args: arguments of timm.create_model beside the name.
+        preprocessing: pretrained_cfg's input_size, mean, std, crop_pct and interpolation.
+        labels: names of the outputs; empty if they are not known.
+    """
+    described: dict[str, Any] = {"pretrained_cfg": preprocessing | {"num_classes": model.num_classes}}
+    if labels:
+        described["label_names"] = list(labels)
+    save_for_hf(model, str(folder), model_config=described, model_args=model_args, safe_serialization=True)
+    return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+
+
+def to_onnx(folder: Path, model: nn.Module, example: Tensor) -> Logits:
+    """Write model.onnx, with input `images` and output `logits`. `example`: (B, 3, px, px), B > 1."""
+    with warnings.catch_warnings(action="ignore"):  # of its own internals, differently in every version
+        torch.onnx.export(
+            model,
+            (example,),
+            folder / ONNX_NAME,
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+    onnxruntime = importlib.import_module("onnxruntime")  # an extra, not always there
+    session = onnxruntime.InferenceSession(str(folder / ONNX_NAME), providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+
+
+def to_program(folder: Path, model: nn.Module, example: Tensor) -> Logits:
+    """Write model.pt2, for torch.export.load without this package. `example`: as for to_onnx."""
+    with warnings.catch_warnings(action="ignore"):  # as above
+        program = torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+        torch.export.save(program, folder / PROGRAM_NAME)
+        return torch.export.load(folder / PROGRAM_NAME).module()
+
+
+def missing_packages() -> list[str]:
+    """Return the packages that to_onnx needs and that are not installed."""
+    return [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
+
+
+def crop_pct_of(image_px: int, resize_px: int) -> float:
+    """Return the crop_pct with which timm resizes to `resize_px`: it takes floor(image_px / crop_pct)."""
+    crop_pct = image_px / resize_px
+    return crop_pct if math.floor(image_px / crop_pct) == resize_px else math.nextafter(crop_pct, 0)

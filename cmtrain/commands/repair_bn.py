@@ -1,178 +1,323 @@
-"""`cmtrain repair-bn`: give a checkpoint whose BatchNorm statistics are not finite new ones.
+"""Recompute the BatchNorm statistics of a run or of any trainer's weights file (`cmtrain repair-bn`).
 
-Such a checkpoint comes from a trainer without a guard (cmtrain/step/guard.py tells how): its weights are those of a healthy
-run, and every evaluation of it is NaN. The statistics are forgotten and computed anew from training batches, as a plain
-mean over them (torch.optim.swa_utils.update_bn). The precise_bn of the re-implementation cannot do that: it sets the momentum to 1
-and leaves the old value in the sum, and 0 * NaN is NaN.
+One overflow in fp16 turns them into NaN while the weights stay healthy, and from then on every evaluation is
+NaN (docs/nan.md). They are replaced by the plain mean over training batches (torch's swa_utils.update_bn). A
+moving average cannot heal them, not even with momentum 1: the old value is in the sum, and 0 * NaN is NaN.
 """
 
+import argparse
 import itertools
 import json
+import math
 import os
-from collections.abc import Iterator
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
-from accelerate import Accelerator
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
+from cmtrain.commands.trained_model import open_trained
+from cmtrain.config.load import Overrides
 from cmtrain.config.schema import Config
-from cmtrain.errors import ConfigError
+from cmtrain.errors import EXIT_DONE, ConfigError
 from cmtrain.monitoring.console import Console
 from cmtrain.step.evaluate import Evaluation, evaluate
-from cmtrain.step.guard import tracked_batchnorms
-from cmtrain.step.learner import Learner
-from cmtrain.step.mixing import mix
-from cmtrain.storage.checkpoint import Loaded, checkpoint_path, find_checkpoint, save_checkpoint
-from cmtrain.storage.finite import all_finite, floating_tensors
+from cmtrain.step.mixing import MixSpec, mix
+from cmtrain.storage.checkpoint import checkpoint_path, find_checkpoint, save_checkpoint
+from cmtrain.storage.finite import all_finite
 from cmtrain.storage.state_file import CheckpointError
 from cmtrain.training import build
-from cmtrain.training.resume import recipe_changes, restore
 from pipelines.spec import DataError, Loader
 
-STATISTICS = ("running_mean", "running_var")
+SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
+STATISTICS = (".running_mean", ".running_var", ".num_batches_tracked")
+NUM_SHOWN = 3
 
 
-def repair_bn(config: Config, *, checkpoint: str, out: str | None, batches: int) -> int:
-    """Recompute the BatchNorm statistics of model and EMA in `checkpoint`, and write the result as a new checkpoint.
+@dataclass(frozen=True)
+class Source:
+    """Everything in a file or checkpoint. `write` publishes it elsewhere, with a record of the repair."""
 
-    The batches are training's own, augmented and mixed; the forward passes run in fp32, which does not overflow where
-    fp16 did. Prints what was wrong and the accuracy before and after on stderr, and one JSON line on stdout.
+    path: Path
+    content: dict[str, Any]
+    write: Callable[[dict[str, Any]], Path]
+    next_step: str = ""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One state_dict of a source and its model. `keys`: the key in `state` for each name in the model."""
+
+    label: str
+    state: dict[str, Any]
+    keys: dict[str, str]
+    model: nn.Module
+    num_classes: int
+
+    def nonfinite(self) -> list[str]:
+        return _nonfinite({f"{self.label} {name}": self.state[key] for name, key in self.keys.items()})
+
+    def take_statistics(self) -> None:
+        """Replace the running statistics in `state` by the model's, in the data types they had there."""
+        own = self.model.state_dict()
+        for name, key in self.keys.items():
+            if name.endswith(STATISTICS):
+                self.state[key] = own[name].to("cpu", self.state[key].dtype, copy=True)
+
+
+def repair_bn(
+    place: str, config: Config | None, overrides: Overrides, *, out: str | None, batches: int
+) -> int:
+    """Recompute the BatchNorm statistics of all weights (model and EMA) at `place`; write a repaired copy.
+
+    Images are the training batches, augmented and mixed. The forward passes run in fp32, which does not
+    overflow where fp16 did. Prints accuracy before and after on stderr, and one JSON line on stdout. Returns
+    the exit code, 0.
 
     Args:
-        config: the one the checkpoint was made with, but for what a resumed run may change as well.
-        checkpoint: path of a checkpoint folder, or of a run folder, whose newest usable one is taken. Never changed.
-        out: folder to write `step-...` to; None: `repaired`, beside the folder that holds the checkpoint.
-        batches: micro-batches to average over.
-
-    Returns:
-        The process exit code, 0.
+        place: a run folder, the name of one below runs/, a checkpoint folder, or a weights file by
+            torch.save or safetensors: a state_dict, or a dictionary that holds some.
+        config: model and data; None takes a run's own configuration.
+        overrides: changes to the run's configuration, where `config` is None.
+        out: for a file, the file to write (None: `x-repaired.pth` beside `x.pth`); for a run, the folder of
+            the new checkpoint (None: `repaired` in the run folder).
+        batches: number of micro-batches to average over.
 
     Raises:
-        ConfigError: the checkpoint belongs to another recipe or model, or there are several processes.
-        DataError: no usable checkpoint; its weights themselves are not finite; or the new one cannot be written.
+        ConfigError: no configuration, one of another model, or several processes.
+        DataError: nothing usable at `place`, weights that are not finite themselves, or a write that failed.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("cmtrain repair-bn: runs in one process, without a launcher")
+    if Path(place).is_file() or place.endswith(SUFFIXES):
+        source = _open_file(Path(place), Path(out) if out else None)
+        if config is None:
+            example = "--config configs/demo.yaml --model.name resnet18 --data.root photos"
+            raise ConfigError(f"cmtrain repair-bn: {place} needs its model and data, e.g. {example}")
+    else:
+        config, source = _open_run(place, config, overrides, out)
     accelerator = build.make_accelerator(config.train.precision)
     threads = build.split_threads(config, accelerator)
     data = build.open_data(config, accelerator)
     schedule = build.plan_steps(config, len(data.train), 1)
     num_classes = build.num_classes_of(config, data.train)
-    loaded = _load(checkpoint, config, data.train.fingerprint)
-    step = loaded.state["progress"]["step"]
-    root = Path(out) if out else loaded.path.absolute().parent.parent / "repaired"
-    if checkpoint_path(root, step).exists():
-        raise DataError(f"{checkpoint_path(root, step)} exists already; choose another --out")
-    model = build.make_model(config, num_classes, accelerator.device)
-    learner = build.make_learner(config, model, schedule, num_classes, accelerator)
-    restore(learner, loaded)
-    sick = _sick_statistics(learner, loaded)
 
+    # Load every state_dict, and refuse what new statistics cannot heal.
+    entries = [
+        _load(source.path, label, state, config, num_classes, accelerator.device)
+        for label, state in _states_in(source).items()
+    ]
+    nonfinite = [name for entry in entries for name in entry.nonfinite()]
+    _refuse(source.path, [name for name in nonfinite if not name.endswith(STATISTICS)])
+
+    # Evaluate, recompute, evaluate again.
     train_loader = build.make_train_loader(config, data.train, schedule, accelerator, threads)
-    eval_loader = build.make_eval_loader(config, data.val, schedule, accelerator, threads)
-    before = _evaluate(learner, eval_loader, len(data.val), accelerator)
-    torch.manual_seed(config.run.seed)  # of stochastic depth and dropout
-    for module in learner.weights.values():
-        update_bn(_images(train_loader, learner, batches), module)
-    still = [name for weights, module in learner.weights.items() for name in _nonfinite(module, weights)]
-    if still:
-        raise DataError(
-            f"{still[0]} is not finite after {batches} batches in fp32 either; take an older checkpoint"
-        )
-    after = _evaluate(learner, eval_loader, len(data.val), accelerator)
+    eval_loader = build.make_eval_loader(config, data.val, schedule.micro_batch_size, accelerator, threads)
+
+    def evaluate_all() -> dict[str, Evaluation]:
+        return {
+            entry.label: evaluate(
+                entry.model,
+                eval_loader.epoch(0),
+                autocast=accelerator.autocast(),
+                device=accelerator.device,
+                num_images=len(data.val),
+                num_classes=entry.num_classes,
+            )
+            for entry in entries
+        }
+
+    before = evaluate_all()
+    torch.manual_seed(config.run.seed)  # for stochastic depth and dropout
+    for entry in entries:
+        update_bn(_images(train_loader, config, entry.num_classes, batches), entry.model)
+        entry.take_statistics()
+        if still := entry.nonfinite():
+            raise DataError(f"{source.path}: {still[0]} is not finite after {batches} fp32 batches either")
+    after = evaluate_all()
     train_loader.close()
     eval_loader.close()
 
-    state = loaded.state | {name: module.state_dict() for name, module in learner.weights.items()}
-    meta = loaded.meta | {"repaired": {"from": str(loaded.path), "statistics": sick, "batches": batches}}
-    try:
-        written = save_checkpoint(root, step, state, meta)
-    except (OSError, RuntimeError, CheckpointError) as error:
-        raise DataError(f"{root}: {error}") from error
-    _tell(loaded.path, written, sick, batches, before, after)
-    return 0
-
-
-def _load(checkpoint: str, config: Config, fingerprint: str) -> Loaded:
-    try:
-        loaded = find_checkpoint(Path(checkpoint))
-    except (CheckpointError, OSError) as error:
-        raise DataError(f"--checkpoint {checkpoint}: {error}") from error
-    if changes := recipe_changes(loaded, config, fingerprint):
-        raise ConfigError(f"{loaded.path} was made with another recipe: {'; '.join(changes)}")
-    return loaded
-
-
-def _sick_statistics(learner: Learner, loaded: Loaded) -> list[str]:
-    """The running statistics that are not finite. Raises DataError: something else is not finite, too."""
-    names = [name for weights, module in learner.weights.items() for name in _nonfinite(module, weights)]
-    optimizer = {
-        f"optimizer {name} {index}": value
-        for index, values in loaded.state["optimizer"]["state"].items()
-        for name, value in values.items()
-        if isinstance(value, Tensor)
-    }
-    if optimizer:
-        finite = all_finite(list(optimizer.values()))
-        names += [name for name, good in zip(optimizer, finite, strict=True) if not good]
-    statistics = set[str]()
-    for weights, module in learner.weights.items():
-        batchnorms = tracked_batchnorms(module)
-        layers = [name for name, child in module.named_modules() if child in batchnorms]
-        statistics |= {f"{weights} {layer}.{statistic}" for layer in layers for statistic in STATISTICS}
-    if beyond := [name for name in names if name not in statistics]:
-        raise DataError(
-            f"{loaded.path}: {beyond[0]} is not finite, and only BatchNorm statistics can be recomputed"
-        )
-    return names
-
-
-def _nonfinite(module: nn.Module, weights: str) -> list[str]:
-    tensors = floating_tensors(module)
-    finite = all_finite(list(tensors.values()))
-    return [f"{weights} {name}" for name, good in zip(tensors, finite, strict=True) if not good]
-
-
-def _images(loader: Loader, learner: Learner, batches: int) -> Iterator[Tensor]:
-    """`batches` micro-batches of training, mixed, in fp32."""
-    endless = itertools.chain.from_iterable(loader.epoch(epoch) for epoch in itertools.count())
-    for number, (images, labels, _) in enumerate(itertools.islice(endless, batches)):
-        yield mix(images.float(), labels, learner.mixing, (learner.seed, number, 0))[0]
-
-
-def _evaluate(
-    learner: Learner, loader: Loader, num_images: int, accelerator: Accelerator
-) -> dict[str, Evaluation]:
-    return {
-        name: evaluate(
-            module,
-            loader.epoch(0),
-            autocast=accelerator.autocast(),
-            device=accelerator.device,
-            num_images=num_images,
-            num_classes=learner.mixing.num_classes,
-        )
-        for name, module in learner.weights.items()
-    }
-
-
-def _tell(
-    source: Path, written: Path, sick: list[str], batches: int, before: dict[str, Any], after: dict[str, Any]
-) -> None:
+    # Write and report.
+    written = source.write({"from": str(source.path), "statistics": nonfinite, "batches": batches})
     console = Console(enabled=True)
-    first = f", {sick[0]} first" if sick else ""
-    console.line(
-        f"{source}: {len(sick)} BatchNorm statistics were not finite{first}; averaged over {batches} batches"
-    )
-    for weights in before:
-        was, now = before[weights], after[weights]
-        console.line(
-            f"{weights} top1 {was.top1:.4f} -> {now.top1:.4f}, loss {was.loss:.4f} -> {now.loss:.4f}"
-        )
-    console.line(f"written to {written}; go on from it with --run.name NEW --resume {written}")
-    accuracy = {weights: [before[weights].top1, after[weights].top1] for weights in before}
-    result = {"checkpoint": str(written), "nonfinite_statistics": sick, "batches": batches, "top1": accuracy}
+    found = "all BatchNorm statistics were finite"
+    if nonfinite:
+        found = f"{len(nonfinite)} BatchNorm statistics were not finite, {nonfinite[0]} first"
+    console.line(f"{source.path}: {found}; averaged over {batches} batches")
+    for label, was in before.items():
+        now, nan = after[label], "" if math.isfinite(was.loss) else " (its outputs were NaN)"
+        console.line(f"{label}: top-1 {100 * was.top1:.1f} % before{nan}, {100 * now.top1:.1f} % after")
+    console.line(f"written to {written}{source.next_step}")
+    top1 = {label: [was.top1, after[label].top1] for label, was in before.items()}
+    result = {"out": str(written), "nonfinite_statistics": nonfinite, "batches": batches, "top1": top1}
     print(json.dumps(result), flush=True)  # noqa: T201
+    return EXIT_DONE
+
+
+def _open_run(
+    place: str, config: Config | None, overrides: Overrides, out: str | None
+) -> tuple[Config, Source]:
+    """Open a checkpoint; without `config` it must belong to a run folder, whose configuration is taken."""
+    try:
+        if config is None:
+            trained = open_trained(place, overrides)
+            config, loaded = trained.config, trained.checkpoint
+        else:
+            loaded = find_checkpoint(Path(place))
+        step = int(loaded.state["progress"]["step"])
+        state = loaded.state["optimizer"]["state"]
+        moments = {f"optimizer {name} {i}": state[i][name] for i in state for name in state[i]}
+        _refuse(loaded.path, _nonfinite(moments))
+    except (CheckpointError, OSError) as error:
+        raise DataError(str(error)) from error
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{loaded.path}: no checkpoint of a run") from error
+    for line in loaded.rejected:
+        Console(enabled=True).line(f"checkpoint rejected: {line}")
+    root = Path(out) if out else loaded.path.absolute().parent.parent / "repaired"
+    final = checkpoint_path(root, step)
+    if final.exists():
+        raise DataError(f"{final} exists already; choose another --out")
+
+    def write(record: dict[str, Any]) -> Path:
+        try:
+            return save_checkpoint(root, step, loaded.state, loaded.meta | {"repaired": record})
+        except (OSError, RuntimeError, CheckpointError) as error:
+            raise DataError(f"{root}: {error}") from error
+
+    next_step = f"; continue from it with --run.name NEW --resume {final}"
+    return config, Source(loaded.path, loaded.state, write, next_step)
+
+
+def _open_file(path: Path, out: Path | None) -> Source:
+    """Read a weights file of any trainer. Nothing in it runs; a file that would need code is refused."""
+    final = out or path.with_name(f"{path.stem}-repaired{path.suffix}")
+    is_safetensors = path.suffix == ".safetensors"
+    if (final.suffix == ".safetensors") != is_safetensors:
+        raise ConfigError(f"--out {final}: must end in {path.suffix}, because the same format is written")
+    if not final.parent.is_dir() or final.is_dir() or (out is None and final.exists()):
+        raise ConfigError(f"{final} exists already or cannot be made; choose another --out")
+    metadata = None
+    try:
+        if is_safetensors:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata()
+                content = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        else:
+            # Many trainers store their arguments beside the weights; a Namespace of values is harmless.
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                content = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(content, dict):
+            raise ValueError(f"holds a {type(content).__name__}, not a state_dict")
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}") from error
+    except Exception as error:  # torch and safetensors raise almost anything on damaged files
+        why = f"cannot be read: {str(error).partition(chr(10))[0]}"
+        if found := re.search(r"GLOBAL (\S+)", str(error)):
+            why = f"holds a {found[1]}, which could run code; save the state_dict alone"
+        raise DataError(f"{path}: {why}") from error
+
+    def write(record: dict[str, Any]) -> Path:
+        temporary = final.with_name(f".{final.name}.{os.getpid()}")
+        try:
+            if is_safetensors:
+                save_file(content, temporary, metadata)
+            else:
+                torch.save(content, temporary)
+            shutil.copymode(path, temporary)  # safetensors writes for its owner alone
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            temporary.replace(final)
+        except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is torch's RuntimeError
+            raise DataError(f"{final}: cannot be written: {error}") from error
+        finally:
+            temporary.unlink(missing_ok=True)
+        return final
+
+    return Source(path, content, write)
+
+
+def _states_in(source: Source) -> dict[str, dict[str, Any]]:
+    """Return the state_dicts with BatchNorm statistics: all of the content as `model`, or entries of it."""
+    entries = {str(name): entry for name, entry in source.content.items() if isinstance(entry, dict)}
+    entries = {"model": source.content} | entries
+    states = {name: entry for name, entry in entries.items() if _find_key(entry, "running_var")}
+    if not states:
+        raise DataError(f"{source.path}: has no BatchNorm statistics to repair (no key ends in running_var)")
+    return states
+
+
+def _load(
+    path: Path, label: str, state: dict[str, Any], config: Config, data_classes: int, device: torch.device
+) -> Entry:
+    """Load `state` into a new model of `config`. Its keys may share any prefix, such as `module.`.
+
+    Raises:
+        ConfigError: it does not fit the model, or has fewer classes than the data.
+    """
+    name = config.model.name
+    head = getattr(timm.get_pretrained_cfg(name), "classifier", None) or "head"
+    head_key = _find_key(state, f"{head}.weight")
+    num_classes = len(state[head_key]) if head_key else data_classes
+    if num_classes < data_classes:
+        counts = f"{label} has {num_classes} classes, the data {data_classes}"
+        raise ConfigError(f"{path}: {counts}; set data.root")
+    model = build.make_model(config, num_classes, device)
+    own = model.state_dict()
+    first = next((key for key in own if key.endswith("running_var")), None)
+    if first is None:
+        raise ConfigError(f"model.name: {name} has no BatchNorm; set it to the model in {path}")
+    prefix = (_find_key(state, first) or first).removesuffix(first)
+    keys = {
+        key.removeprefix(prefix): key
+        for key, value in state.items()
+        if isinstance(key, str) and key.startswith(prefix) and isinstance(value, Tensor)
+    }
+    misfits = [f"{key} is not in the model" for key in keys if key not in own]
+    for key, tensor in own.items():
+        if key in keys and state[keys[key]].shape != tensor.shape:
+            shapes = f"{tuple(state[keys[key]].shape)} in the file and {tuple(tensor.shape)} in the model"
+            misfits.append(f"{key} is {shapes}")
+        elif key not in keys and not key.endswith("num_batches_tracked"):  # old files have no such counter
+            misfits.append(f"{key} is not in the file")
+    if misfits:
+        shown = "; ".join(misfits[:NUM_SHOWN])
+        advice = f"{len(misfits)} such in all; set model.name, its options and data.image_px as in training"
+        raise ConfigError(f"{path}: {label} does not fit model.name {name}: {shown}; {advice}")
+    model.load_state_dict({key: state[keys[key]] for key in keys}, strict=False)
+    return Entry(label, state, keys, model, num_classes)
+
+
+def _find_key(state: dict[str, Any], name: str) -> str | None:
+    """Return the shortest key that is `name`, alone or after a prefix; None if there is none."""
+    found = [key for key in state if isinstance(key, str) and f".{key}".endswith(f".{name}")]
+    return min(found, key=len, default=None)
+
+
+def _nonfinite(tensors: dict[str, Any]) -> list[str]:
+    floating = {n: t for n, t in tensors.items() if isinstance(t, Tensor) and t.is_floating_point()}
+    finite = all_finite(list(floating.values())) if floating else []
+    return [name for name, good in zip(floating, finite, strict=True) if not good]
+
+
+def _refuse(path: Path, nonfinite: list[str]) -> None:
+    if nonfinite:
+        advice = "only BatchNorm statistics can be recomputed"
+        raise DataError(f"{path}: {nonfinite[0]} is not finite, and {advice}")
+
+
+def _images(loader: Loader, config: Config, num_classes: int, batches: int) -> Iterator[Tensor]:
+    """Yield the images of `batches` training micro-batches, mixed, in fp32."""
+    spec = MixSpec(num_classes=num_classes, **config.mixing.model_dump())
+    endless = itertools.chain.from_iterable(map(loader.epoch, itertools.count()))
+    for number, (images, labels, _) in enumerate(itertools.islice(endless, batches)):
+        yield mix(images.float(), labels, spec, (config.run.seed, number, 0))[0]

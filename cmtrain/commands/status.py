@@ -1,15 +1,13 @@
-"""`cmtrain status RUN` and `cmtrain watch RUN`: how a run stands, from its folder, and from itself if it answers.
+"""Show the state, speed and time left of a run (`cmtrain status RUN` and `cmtrain watch RUN`).
 
-status.json says what the run knew when it last wrote. A run that was killed cannot write that it was; so its process is
-looked for on its own host, and its silence is told anywhere.
+status.json holds what the run last wrote. A run that was killed cannot write that it was, so its process is
+looked up on its own host, and a long silence is reported on any host.
 """
 
 import contextlib
 import difflib
 import http.client
 import json
-import os
-import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +19,9 @@ from rich.live import Live
 from rich.text import Text
 
 from cmtrain.config.strict_yaml import Node, parse
+from cmtrain.errors import EXIT_DONE
 from cmtrain.monitoring.units import duration
-from cmtrain.storage.run_folder import SILENT_SECONDS, read_status
+from cmtrain.storage.run_folder import SILENT_SECONDS, is_alive, read_status
 from pipelines.spec import DataError
 
 RUNS = Path("runs")
@@ -32,12 +31,12 @@ MAX_ANSWER_BYTES = 1_000_000
 
 
 @dataclass(frozen=True)
-class Standing:
-    """How a run stands.
+class RunStatus:
+    """What status.json says, checked against the live process.
 
-    `status`: status.json. `now`: what the run itself answered ("now" of /status.json), None if it did not.
-    `alive`: whether its process is there, None if that cannot be known from here or does not matter, because it ended.
-    `warning`: what is wrong with what status.json claims, or "".
+    `status`: status.json. `now`: the answer of the run itself ("now" of /status.json); None without one.
+    `alive`: whether its process exists; None if that cannot be known from here, or if the run has ended.
+    `warning`: what contradicts status.json, or "".
     """
 
     path: Path
@@ -48,7 +47,7 @@ class Standing:
     warning: str
 
     @property
-    def goes_on(self) -> bool:
+    def is_running(self) -> bool:
         return self.status.get("state") == "running" and self.alive is not False
 
     @property
@@ -57,115 +56,106 @@ class Standing:
 
 
 def find_run(run: str) -> Path:
-    """The run folder `run`, or the one of that name below runs/.
-
-    Raises:
-        DataError: there is none.
-    """
+    """Return the run folder `run`, or the one of that name below runs/. Raises DataError: there is none."""
     for path in (Path(run), RUNS / run):
         if _read(path) is not None:
             return path
     known = sorted(path.parent.name for path in RUNS.glob("*/status.json"))
     close = difflib.get_close_matches(Path(run).name, known, n=1)
-    hint = (
-        f"did you mean {RUNS / close[0]}?"
-        if close
-        else "a run is a folder with a status.json, such as runs/demo"
-    )
+    hint = "a run is a folder with a status.json, such as runs/demo"
+    if close:
+        hint = f"did you mean {RUNS / close[0]}?"
     raise DataError(f"{run}: no such run; {hint}")
 
 
-def stand(path: Path) -> Standing:
-    """How the run in the folder `path` stands at this moment."""
+def current_status(path: Path) -> RunStatus:
+    """Return the status of the run in the folder `path` at this moment."""
     status = _read(path) or {}
     age_seconds = max(0.0, time.time() - status.get("updated", 0.0))
     if status.get("state") != "running":
-        return Standing(path, status, None, None, age_seconds, "")
+        return RunStatus(path, status, None, None, age_seconds, "")
     now = _ask(status)
-    alive = True if now else _is_there(status)
+    alive = True if now else is_alive(status)
     warning = ""
     if alive is False:
-        warning = f"process {status.get('pid')} is gone; the same command resumes"
+        warning = f"process {status.get('pid')} is gone; run the same command to continue"
     elif now and now.get("stalled"):
         warning = f"no step finished for {duration(now['seconds_since_progress'])}"
     elif now is None and age_seconds > _silent_seconds(path):
         warning = f"has written nothing for {duration(age_seconds)}"
-    return Standing(path, status, now, alive, age_seconds, warning)
+    return RunStatus(path, status, now, alive, age_seconds, warning)
 
 
 def print_status(run: str, *, as_json: bool) -> int:
-    """Print how `run` stands, for people or as one JSON object. Returns the exit code, 0.
+    """Print the status of `run`, as lines or as one JSON object. Returns the exit code, 0.
 
     Raises:
         DataError: there is no such run.
     """
-    standing = stand(find_run(run))
+    run_status = current_status(find_run(run))
+    text = "\n".join(describe(run_status))
     if as_json:
-        facts = {"run_dir": str(standing.path), "alive": standing.alive, "warning": standing.warning}
-        text = json.dumps(standing.status | facts | {"now": standing.now}, indent=1)
-    else:
-        text = "\n".join(describe(standing))
+        facts = {"run_dir": str(run_status.path), "alive": run_status.alive, "warning": run_status.warning}
+        text = json.dumps(run_status.status | facts | {"now": run_status.now}, indent=1)
     print(text)  # noqa: T201
-    return 0
+    return EXIT_DONE
 
 
 def watch(run: str) -> int:
-    """Show how `run` stands until it ends: in place on a terminal, elsewhere a line whenever it got further.
-
-    Returns:
-        The exit code, 0.
+    """Show the status of `run` until it ends: in place on a terminal, elsewhere one line whenever it
+    changes. Returns the exit code, 0.
 
     Raises:
         DataError: there is no such run.
     """
     path, console = find_run(run), Console(highlight=False)
-    standing, said = stand(path), ""
+    run_status, printed = current_status(path), ""
     if console.is_terminal:
-        with Live(Text("\n".join(describe(standing))), console=console, auto_refresh=False) as live:
-            while standing.goes_on:
+        with Live(Text("\n".join(describe(run_status))), console=console, auto_refresh=False) as live:
+            while run_status.is_running:
                 time.sleep(REFRESH_SECONDS)
-                standing = stand(path)
-                live.update(Text("\n".join(describe(standing))), refresh=True)
-        return 0
+                run_status = current_status(path)
+                live.update(Text("\n".join(describe(run_status))), refresh=True)
+        return EXIT_DONE
     while True:
-        line = "  ".join(part for part in (_headline(standing), _speed(standing.status)) if part)
-        if line != said:
+        line = "  ".join(part for part in (_headline(run_status), _speed(run_status.status)) if part)
+        if line != printed:
             print(line, flush=True)  # noqa: T201
-            said = line
-        if not standing.goes_on:
-            return 0
+            printed = line
+        if not run_status.is_running:
+            return EXIT_DONE
         time.sleep(REFRESH_SECONDS)
-        standing = stand(path)
+        run_status = current_status(path)
 
 
-def describe(standing: Standing) -> list[str]:
-    """`standing` in lines for people."""
-    status = standing.status
-    lines = [f"{standing.path}: {_headline(standing)}"]
-    if standing.now and standing.now["state"] != "train":
-        lines.append(f"doing    {standing.now['state']}")
+def describe(run_status: RunStatus) -> list[str]:
+    """Return the lines that a person reads."""
+    status, now = run_status.status, run_status.now
+    lines = [f"{run_status.path}: {_headline(run_status)}"]
+    if now and now["state"] != "train":
+        lines.append(f"doing    {now['state']}")
     if status.get("loss") is not None:
         lines.append(f"loss     {status['loss']:.4f}")
     if speed := _speed(status):
         lines.append(f"speed    {speed}")
-    if standing.goes_on and status.get("eta_seconds") is not None:
+    if run_status.is_running and status.get("eta_seconds") is not None:
         lines.append(f"left     {duration(status['eta_seconds'])}")
     if status.get("best_step") is not None:
-        lines.append(f"best     top-1 {status['best_top1']:.4f} at step {status['best_step']:,}")
+        lines.append(f"best     top-1 {100 * status['best_top1']:.1f} % at step {status['best_step']:,}")
     if status.get("resume_from"):
         lines.append(f"saved    {status['resume_from']}")
-    if standing.goes_on and status.get("metrics_url"):
-        lines.append(f"metrics  {status['metrics_url']}{'' if standing.now else ' (no answer)'}")
-    who = f"process {status.get('pid')} on {status.get('host')}"
-    lines.append(f"written  {duration(standing.age_seconds)} ago by {who}")
+    if run_status.is_running and status.get("metrics_url"):
+        lines.append(f"metrics  {status['metrics_url']}{'' if now else ' (no answer)'}")
+    writer = f"process {status.get('pid')} on {status.get('host')}"
+    lines.append(f"written  {duration(run_status.age_seconds)} ago by {writer}")
     return lines
 
 
-def _headline(standing: Standing) -> str:
-    status = standing.status
-    steps = f"step {standing.step:,} of {status.get('last_step') or 0:,}"
-    if standing.warning:
-        return f"claims to run, {steps}, but {standing.warning}"
+def _headline(run_status: RunStatus) -> str:
+    status = run_status.status
+    steps = f"step {run_status.step:,} of {status.get('last_step') or 0:,}"
+    if run_status.warning:
+        return f"claims to run, {steps}, but {run_status.warning}"
     reason = f": {status['reason']}" if status.get("reason") else ""
     return f"{status.get('state')}, {steps}{reason}"
 
@@ -173,7 +163,8 @@ def _headline(standing: Standing) -> str:
 def _speed(status: dict[str, Any]) -> str:
     if status.get("images_per_second") is None:
         return ""
-    return f"{status['images_per_second']:,.0f} images/s, {status['data_wait_ratio']:.0%} of the time waiting for data"
+    wait = f"{100 * status['data_wait_ratio']:.0f} % of the time waiting for data"
+    return f"{status['images_per_second']:,.0f} images/s, {wait}"
 
 
 def _read(path: Path) -> dict[str, Any] | None:
@@ -185,12 +176,11 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _silent_seconds(path: Path) -> float:
-    """How long the run in the folder `path` may write nothing: its metrics.stall_seconds."""
+    """Return how long the run in `path` may write nothing: its metrics.stall_seconds."""
     try:
-        root, _ = parse((path / "config.yaml").read_text())
+        node, _ = parse((path / "config.yaml").read_text())
     except (OSError, ValueError):
         return SILENT_SECONDS
-    node = root
     for key in ("metrics", "stall_seconds"):
         node = node.value.get(key) if isinstance(node, Node) and isinstance(node.value, dict) else None
     value = node.value if node else None
@@ -198,7 +188,7 @@ def _silent_seconds(path: Path) -> float:
 
 
 def _ask(status: dict[str, Any]) -> dict[str, Any] | None:
-    """What the run's first rank says of itself; None if nobody answers, or another process has got its port."""
+    """Ask the run's first rank for its status; None without an answer or if another process has the port."""
     try:
         url = urlsplit(str(status.get("metrics_url")))
         if url.scheme != "http" or not url.hostname:
@@ -211,16 +201,3 @@ def _ask(status: dict[str, Any]) -> dict[str, Any] | None:
         return None
     same = isinstance(answer, dict) and all(answer.get(key) == status.get(key) for key in ("pid", "host"))
     return answer.get("now") if same else None
-
-
-def _is_there(status: dict[str, Any]) -> bool | None:
-    """Whether the process that wrote `status` is on this host; None if it wrote on another one."""
-    if status.get("host") != socket.gethostname() or not isinstance(status.get("pid"), int):
-        return None
-    try:
-        os.kill(status["pid"], 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # it is another user's
-        pass
-    return True

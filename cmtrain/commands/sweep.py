@@ -1,7 +1,7 @@
-"""`cmtrain sweep`: many configurations, one after another or as SLURM jobs, and a table of what came out.
+"""Train many configurations, one after another or as SLURM jobs, and print a table (`cmtrain sweep`).
 
-A row is a configuration file; its run is the one that `cmtrain --config FILE` would make. So a sweep can be killed and
-given again, row by row or whole: what has finished is not done again, and what was interrupted is resumed.
+A row is a configuration file, and its run is the one of `cmtrain --config FILE`. So a sweep can be killed
+and started again, in part or whole: finished rows are not repeated, and interrupted ones are resumed.
 """
 
 import csv
@@ -19,8 +19,7 @@ from types import FrameType
 from typing import Any
 
 from cmtrain.config.load import Overrides, find_configs, load_config
-from cmtrain.config.recipe import recipe
-from cmtrain.config.schema import Config
+from cmtrain.config.schema import Config, recipe
 from cmtrain.config.strict_yaml import emit
 from cmtrain.errors import (
     EXIT_CONFIG,
@@ -31,13 +30,13 @@ from cmtrain.errors import (
     EXIT_PREEMPTED,
     ConfigError,
 )
+from cmtrain.processes.failure import stop_signals
 from cmtrain.storage.run_folder import read_status
 from pipelines.spec import DataError
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 SBATCH = "docker/slurm/train.sbatch"
 
-# The whole recipe in a minute and anywhere: small photographs, small batches, a few steps.
+# The whole recipe in a minute on any machine: small photographs, small batches, a few steps.
 DEMO_SCALE = [
     ("run.dir", "runs/sweep-demo"),
     ("data.root", "demo:photos"),
@@ -52,8 +51,8 @@ DEMO_STEPS = 3
 
 
 @dataclass(frozen=True)
-class Row:
-    """One configuration of a sweep. `changes`: what its own file sets, in words; `command`: cmtrain's arguments."""
+class SweepRow:
+    """One configuration of a sweep. `changes`: settings of its own file; `command`: cmtrain's arguments."""
 
     number: int
     config: Config
@@ -72,11 +71,11 @@ def read_rows(
     select: str | None,
     scale: str | None,
     max_steps: int | None,
-) -> list[Row]:
-    """The rows of configuration files and folders of them, numbered from 1 in the order given.
+) -> list[SweepRow]:
+    """Read configuration files and folders of them as rows, numbered from 1 in the order given.
 
     Args:
-        select: numbers to keep, such as "1,3-5"; None keeps all.
+        select: row numbers to keep, such as "1,3-5"; None keeps all.
         scale: "demo" for DEMO_SCALE.
 
     Raises:
@@ -96,11 +95,11 @@ def read_rows(
             continue
         command = ["--config", str(path), *(f"--{key}={value}" for key, value in overrides)]
         command += ["--max-steps", str(max_steps)] if max_steps else []
-        row = Row(number, resolved.config, _changes(path, resolved.config, resolved.origins), tuple(command))
+        changes = _changes(path, resolved.config, resolved.origins)
+        row = SweepRow(number, resolved.config, changes, tuple(command))
         if row.run_path in seen:
-            raise ConfigError(
-                f"{path}: has the run folder {row.run_path}, as {seen[row.run_path]} has; sweep them apart"
-            )
+            both = f"{path}: has the run folder {row.run_path}, as {seen[row.run_path]} has"
+            raise ConfigError(f"{both}; sweep them apart")
         seen[row.run_path] = path
         rows.append(row)
     if mistakes:
@@ -108,48 +107,48 @@ def read_rows(
     return rows
 
 
-def run_here(rows: Sequence[Row]) -> int:
+def run_here(rows: Sequence[SweepRow]) -> int:
     """Train the rows one after another. Returns the exit code: 0, or that of the first row that failed.
 
-    Training that diverges where `expect.diverges` says so has not failed. A row that diverges, misses its accuracy or
-    crashes does not keep the next ones from being trained; missing data, a mistake and a stop request end the sweep.
+    Expected divergence (`expect.diverges`) is no failure. The sweep continues after a row that diverges,
+    misses its accuracy or crashes; missing data, a mistake and a stop request end it.
     """
     failed = EXIT_DONE
-    with _stop_signals() as stops:
+    with _forwarded_signals() as child:
         for row in rows:
-            _say(f"row {row.number}: {row.run_path} ({row.changes})")
-            code = stops.call([sys.executable, "-m", "cmtrain", *row.command])
-            if stops.received or code in (EXIT_CONFIG, EXIT_DATA, EXIT_INTERRUPTED, EXIT_PREEMPTED):
+            _print(f"row {row.number}: {row.run_path} ({row.changes})")
+            code = child.call([sys.executable, "-m", "cmtrain", *row.command])
+            if child.received or code in (EXIT_CONFIG, EXIT_DATA, EXIT_INTERRUPTED, EXIT_PREEMPTED):
                 return code
             if code and not (code == EXIT_DIVERGED and row.config.expect.diverges):
-                _say(f"row {row.number}: exit code {code}")
+                _print(f"row {row.number}: exit code {code}")
                 failed = failed or code
     return failed
 
 
-def submit(rows: Sequence[Row], script: str) -> int:
-    """Give every row that is neither finished nor queued to SLURM as a job of its own. Returns the exit code.
+def submit(rows: Sequence[SweepRow], script: str) -> int:
+    """Submit one SLURM job for each row that is neither finished nor queued. Returns the exit code.
 
     Raises:
         DataError: there is no SLURM here, no such script, or SLURM refuses a job.
     """
     if not Path(script).is_file():
         raise DataError(
-            f"{script}: no such file; give the job script with --sbatch FILE, such as {SBATCH} of the sources"
+            f"{script}: no such file; give a job script such as the sources' {SBATCH} with --sbatch FILE"
         )
     for row in rows:
         name = f"cmtrain-{row.config.run.name}"
         if (read_status(row.run_path) or {}).get("state") == "finished":
-            _say(f"row {row.number}: {row.run_path} is finished")
+            _print(f"row {row.number}: {row.run_path} is finished")
         elif queued := _ask(["squeue", "--me", "--noheader", "--format=%i", f"--name={name}"]):
-            _say(f"row {row.number}: job {queued.split()[0]} is queued or runs")
+            _print(f"row {row.number}: job {queued.split()[0]} is queued or runs")
         else:
-            _say(f"row {row.number}: {_ask(_sbatch(row, script))}")
+            _print(f"row {row.number}: {_ask(_sbatch(row, script))}")
     return EXIT_DONE
 
 
-def commands(rows: Sequence[Row], jobs: str, script: str) -> str:
-    """What `run_here` or `submit` would call, one line a row."""
+def commands(rows: Sequence[SweepRow], jobs: str, script: str) -> str:
+    """Return the commands of `run_here` or `submit`, one line per row."""
     calls = [_sbatch(row, script) if jobs == "slurm" else ["cmtrain", *row.command] for row in rows]
     return "".join(f"{shlex.join(call)}\n" for call in calls)
 
@@ -157,8 +156,8 @@ def commands(rows: Sequence[Row], jobs: str, script: str) -> str:
 COLUMNS = ("row", "run", "differs in", "published", "measured", "difference", "state", "source")
 
 
-def table(rows: Sequence[Row], *, as_csv: bool = False) -> str:
-    """Published and measured top-1 of every row, in percent, as Markdown or CSV."""
+def table(rows: Sequence[SweepRow], *, as_csv: bool = False) -> str:
+    """Return published and measured top-1 of every row, in percent, as Markdown or CSV."""
     lines = [_cells(row) for row in rows]
     if as_csv:
         text = io.StringIO(newline="")
@@ -168,18 +167,23 @@ def table(rows: Sequence[Row], *, as_csv: bool = False) -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in [COLUMNS, rule, *lines])
 
 
-def _cells(row: Row) -> list[str]:
+def _cells(row: SweepRow) -> list[str]:
     expect, status = row.config.expect, read_status(row.run_path) or {}
     state = _state(row, status)
     top1 = (status.get("result") or {}).get("top1") if state == "finished" else None
-    published = "diverged" if expect.diverges else "" if expect.top1 is None else f"{100 * expect.top1:.2f}"
-    measured = "" if top1 is None else f"{100 * top1:.2f}"
-    difference = "" if top1 is None or expect.top1 is None else f"{100 * (top1 - expect.top1):+.2f}"
+    published = measured = difference = ""
+    if expect.diverges:
+        published = "diverged"
+    elif expect.top1 is not None:
+        published = f"{100 * expect.top1:.2f}"
+    if top1 is not None:
+        measured = f"{100 * top1:.2f}"
+        difference = "" if expect.top1 is None else f"{100 * (top1 - expect.top1):+.2f}"
     name = str(row.config.run.name)
     return [str(row.number), name, row.changes, published, measured, difference, state, expect.source or ""]
 
 
-def _state(row: Row, status: dict[str, Any]) -> str:
+def _state(row: SweepRow, status: dict[str, Any]) -> str:
     if not status:
         return "not started"
     state, step, total = str(status.get("state")), status.get("step") or 0, status.get("total_steps")
@@ -193,17 +197,17 @@ def _state(row: Row, status: dict[str, Any]) -> str:
 
 
 def _changes(path: Path, config: Config, origins: Mapping[str, str]) -> str:
-    """What the row's own file sets, apart from what names it: `attention_bias relative, lr 1.6`."""
-    words = []
+    """Return the settings of the row's own file, without its name: `attention_bias relative, lr 1.6`."""
+    changes = []
     for key, origin in origins.items():
         section, name = key.split(".")
         if origin.rpartition(":")[0] == str(path) and section not in ("run", "expect"):
-            words.append(f"{name} {emit(getattr(getattr(config, section), name))}")
-    return ", ".join(words) or "as its base"
+            changes.append(f"{name} {emit(getattr(getattr(config, section), name))}")
+    return ", ".join(changes) or "as its base"
 
 
 def _numbers(select: str, last: int) -> list[int]:
-    """ "1,3-5" -> [1, 3, 4, 5]."""
+    """Return the row numbers in `select`: [1, 3, 4, 5] for "1,3-5"."""
     chosen: set[int] = set()
     for part in select.split(","):
         if not (found := re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", part)):
@@ -215,8 +219,8 @@ def _numbers(select: str, last: int) -> list[int]:
     return sorted(chosen)
 
 
-class _Stops:
-    """Passes stop signals on to the command that is running."""
+class _Child:
+    """Run one command at a time, and forward stop signals to it."""
 
     def __init__(self) -> None:
         self.received = 0
@@ -224,51 +228,49 @@ class _Stops:
 
     def receive(self, number: int, _: FrameType | None) -> None:
         self.received = number
-        self._pass_on()
+        self._forward()
 
     def call(self, command: Sequence[str]) -> int:
-        """Run a command and return its exit code; run none after a stop signal."""
+        """Run a command and return its exit code. After a stop signal nothing is run."""
         if self.received:
             return EXIT_INTERRUPTED if self.received == signal.SIGINT else EXIT_PREEMPTED
         self.process = subprocess.Popen(command)  # noqa: S603 - our own program
-        self._pass_on()  # what came before there was a process
+        self._forward()  # a signal that came before there was a process
         code = self.process.wait()
         return 128 - code if code < 0 else code
 
-    def _pass_on(self) -> None:
+    def _forward(self) -> None:
         if self.received and self.process is not None:
             self.process.send_signal(self.received)
 
 
 @contextmanager
-def _stop_signals() -> Iterator[_Stops]:
-    stops = _Stops()
-    previous = {number: signal.signal(number, stops.receive) for number in STOP_SIGNALS}
+def _forwarded_signals() -> Iterator[_Child]:
+    child = _Child()
+    previous = {number: signal.signal(number, child.receive) for number in stop_signals()}
     try:
-        yield stops
+        yield child
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
 
 
-def _sbatch(row: Row, script: str) -> list[str]:
+def _sbatch(row: SweepRow, script: str) -> list[str]:
     return ["sbatch", "--parsable", f"--job-name=cmtrain-{row.config.run.name}", script, *row.command]
 
 
 def _ask(command: Sequence[str]) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603 - no shell reads it
+        done = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603 - no shell
     except FileNotFoundError as error:
-        raise DataError(
-            f"{command[0]}: not found; --jobs slurm needs SLURM's commands on this machine"
-        ) from error
+        advice = "--jobs slurm needs SLURM's commands on this machine"
+        raise DataError(f"{command[0]}: not found; {advice}") from error
     except subprocess.CalledProcessError as error:
-        raise DataError(
-            f"{shlex.join(command)}: {error.stderr.strip() or f'exit code {error.returncode}'}"
-        ) from error
+        why = error.stderr.strip() or f"exit code {error.returncode}"
+        raise DataError(f"{shlex.join(command)}: {why}") from error
     return done.stdout.strip()
 
 
-def _say(text: str) -> None:
+def _print(text: str) -> None:
     sys.stderr.write(f"{text}\n")
     sys.stderr.flush()

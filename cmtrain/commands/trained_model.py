@@ -1,4 +1,4 @@
-"""A run or checkpoint that something is done with after training: what it was trained with, and its weights."""
+"""Open a finished run for eval, export and repair-bn: its configuration, checkpoint and class names."""
 
 import json
 from dataclasses import dataclass
@@ -18,9 +18,9 @@ KINDS = ("model", "ema")
 
 @dataclass(frozen=True)
 class Trained:
-    """`run`: its run folder. `config`: with which it was trained, but for overrides. `checkpoint`: what it learned.
+    """A run folder `run` and what it learned. `config`: as trained, with overrides.
 
-    `class_names`: of all outputs; () where the run folder does not tell.
+    `class_names`: one for each output; () if the run folder has none.
     """
 
     run: Path
@@ -34,20 +34,19 @@ class Trained:
 
     @property
     def kinds(self) -> list[str]:
-        """The weights that there are: `model`, and `ema` if the run had one."""
+        """Kinds of weights in the checkpoint: `model`, and `ema` if the run had one."""
         return [kind for kind in KINDS if kind in self.checkpoint.state]
 
     def weights(self, kind: str) -> Weights:
-        """Those of `kind`. Raises DataError: there are none, or they are not finite."""
-        weights = Weights(
-            self.checkpoint.path, kind, state_of(self.checkpoint.state, kind, self.checkpoint.path)
-        )
+        """Return the weights of `kind`. Raises DataError: there are none, or they are not finite."""
+        path = self.checkpoint.path
+        weights = Weights(path, kind, state_of(self.checkpoint.state, kind, path))
         check_finite(weights)
         return weights
 
 
 def open_trained(place: str, overrides: Overrides) -> Trained:
-    """What lies at `place`: a run folder, the name of one below runs/, or a checkpoint folder in a run folder.
+    """Open `place`: a run folder, the name of one below runs/, or a checkpoint folder in a run folder.
 
     Raises:
         ConfigError: wrong overrides. DataError: no run or no usable checkpoint there.
@@ -57,9 +56,7 @@ def open_trained(place: str, overrides: Overrides) -> Trained:
         path = RUNS / place
     run = _run_of(path)
     if run is None:
-        raise DataError(
-            f"{place}: no run and no checkpoint of one: there is no config.yaml of a run beside it"
-        )
+        raise DataError(f"{place}: no run and no checkpoint of one: it has no config.yaml of a run")
     config = load_config(run / "config.yaml", overrides).config
     try:
         loaded = find_checkpoint(path)
@@ -72,7 +69,7 @@ def open_trained(place: str, overrides: Overrides) -> Trained:
 
 
 def _run_of(path: Path) -> Path | None:
-    """The run folder that `path` is, or that `path` is a checkpoint of: RUN/checkpoints/step-... or RUN/repaired/..."""
+    """Return the run folder of `path`: itself, or RUN for RUN/checkpoints/step-* and RUN/repaired/step-*."""
     for folder in (path, path.absolute().parent.parent) if path.name.startswith("step-") else (path,):
         if (folder / "config.yaml").is_file() and (folder / "checkpoints").is_dir():
             return folder
@@ -83,4 +80,4 @@ def _class_names(run: Path) -> tuple[str, ...]:
     try:
         return tuple(map(str, json.loads((run / CLASSES_NAME).read_text())["classes"]))
     except (OSError, ValueError, KeyError, TypeError):
-        return ()  # a run that was not evaluated has none
+        return ()  # a run that was not evaluated yet

@@ -1,4 +1,4 @@
-"""The benchmark times what it says it times, and its ratios survive a noisy machine."""
+"""Time what is claimed to be timed, with ratios that survive a noisy machine (`cmtrain bench`)."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from helpers.mini import batch, make_learner
 from helpers.photographs import write_folder
 
 from cmtrain.commands.bench.bench import bench, verdict
-from cmtrain.commands.bench.guard import WARMUP_STEPS, time_guard
+from cmtrain.commands.bench.guard import time_guard
 from cmtrain.commands.bench.loader import bench_loader, summarise
-from cmtrain.commands.bench.loader_workers import Contestant, _cpu_seconds, serve
-from cmtrain.commands.bench.models import Contender, _figures, race
+from cmtrain.commands.bench.loader_workers import LoaderContender, _cpu_seconds, serve
+from cmtrain.commands.bench.timing import WARMUP_STEPS, Contender, race
 from cmtrain.config.load import load_config
 from pipelines.files.manifest import Manifest
 from pipelines.spec import AugmentSpec, DataError
@@ -28,14 +28,14 @@ from pipelines.spec import AugmentSpec, DataError
 @pytest.mark.parametrize(
     ("loader", "host", "copy", "matrix", "expected"),
     [
-        (900, 0.2, 60, 5, "bound by decode: the loader feeds 90% of what the model takes"),
-        (1100, 0.2, 60, 5, "bound by memory: 60 % of a copy's bandwidth, counted as if nothing were fused; the loader "
-         "feeds 110% of what the model takes, which leaves little for jitter"),
-        (2000, 0.95, 60, 5, "bound by host: it needs 95% of a step to queue the step; the loader feeds 200%"),
-        (2000, 0.2, 20, 45, "bound by compute: 45 % of a matrix product's rate; the loader feeds 200%"),
+        (900, 0.2, 60, 5, "limited by decode: the loader feeds 90 % of what the model takes"),
+        (1100, 0.2, 60, 5, "limited by memory: 60 % of a copy's bandwidth, counted as if nothing were "
+         "fused; the loader feeds 110 % of what the model takes, which leaves little for jitter"),
+        (2000, 0.95, 60, 5, "limited by host: it needs 95 % of a step to queue the step; the loader feeds"),
+        (2000, 0.2, 20, 45, "limited by compute: 45 % of a matrix product's rate; the loader feeds 200 %"),
     ],
 )  # fmt: skip
-def test_the_verdict_names_what_a_run_is_bound_by(loader, host, copy, matrix, expected):
+def test_the_verdict_names_what_limits_a_run(loader, host, copy, matrix, expected):
     model = {
         "images_per_second": 1000,
         "host_share": host,
@@ -83,11 +83,13 @@ def root(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", ["timm", "dali"])
-def test_a_contestant_and_its_workers_stay_on_their_core_and_end_with_the_pipe(root, tmp_path, kind):
+def test_a_loader_and_its_workers_stay_on_their_core_and_end_with_the_pipe(root, tmp_path, kind):
     manifest = Manifest.from_folder(root / "train", cache_dir=tmp_path)
     context = multiprocessing.get_context("spawn")
     pipe, theirs = context.Pipe()
-    process = context.Process(target=serve, args=(theirs, Contestant(kind, kind, manifest, "cpu", "cpu", 1)))
+    process = context.Process(
+        target=serve, args=(theirs, LoaderContender(kind, kind, manifest, "cpu", "cpu", 1))
+    )
     process.start()
     theirs.close()
     try:
@@ -118,7 +120,7 @@ def _children(pid: int) -> list[int]:
     return found
 
 
-def test_every_work_is_done_by_every_contestant(root, tmp_path, capsys):
+def test_every_work_is_done_by_every_loader(root, tmp_path, capsys):
     overrides = {"data.root": str(root), "data.cache_dir": str(tmp_path), "data.threads": "1"}
     config = load_config("configs/demo.yaml", list(overrides.items())).config
     json_path = tmp_path / "figures.json"
@@ -134,10 +136,10 @@ def test_every_work_is_done_by_every_contestant(root, tmp_path, capsys):
 
 def test_steps_with_the_guard_and_without_take_turns(monkeypatch):
     learner = make_learner()
-    guard, window, step, turns = learner.guard, learner.window, learner.step, []
+    guard, buffer, step, turns = learner.guard, learner.buffer, learner.step, []
 
     def noted(*arguments):
-        turns.append("with" if (learner.guard, learner.window) == (guard, window) else "without")
+        turns.append("with" if (learner.guard, learner.buffer) == (guard, buffer) else "without")
         return step(*arguments)
 
     monkeypatch.setattr(learner, "step", noted)
@@ -148,7 +150,7 @@ def test_steps_with_the_guard_and_without_take_turns(monkeypatch):
     assert (
         turns[2 * WARMUP_STEPS :] == ["without"] * 2 + ["with"] * 4 + ["without"] * 2 + ["with"] * 2
     )  # for the save
-    assert (learner.guard, learner.window) == (guard, window)
+    assert (learner.guard, learner.buffer) == (guard, buffer)
     assert 0 < figures["alone"]["ms"] < figures["without"]["ms"]
     assert figures["with"]["percent_min"] <= figures["with"]["percent"] <= figures["with"]["percent_max"]
 
@@ -167,7 +169,8 @@ def test_the_guard_is_timed_with_the_recipe_of_a_configuration(root, tmp_path, c
 
 def small(root, tmp_path, **more):
     overrides = {
-        "data.root": str(root), "data.cache_dir": str(tmp_path), "data.threads": "1", "train.global_batch_size": "8",
+        "data.root": str(root), "data.cache_dir": str(tmp_path), "data.threads": "1",
+        "train.global_batch_size": "8",
     }  # fmt: skip
     return load_config("configs/demo.yaml", list((overrides | more).items())).config
 
@@ -208,7 +211,7 @@ def test_a_race_alternates_and_its_ratio_is_that_of_a_round():
     race(contenders, torch.device("cpu"), steps=1, rounds=2)
     assert order == ["a"] * 4 + ["b"] * 4 + ["b", "a", "a", "b"]
     contenders[0].seconds, contenders[1].seconds = [[0.1, 0.1], [0.4, 0.4]], [[0.3, 0.3], [1.2, 1.2]]
-    slow = _figures(contenders[1], contenders[0])
+    slow = contenders[1].figures(contenders[0])
     assert slow["first_is_times"] == pytest.approx(3)
     assert slow["images_per_second"] == pytest.approx((8 / 0.6 + 8 / 2.4) / 2)
 
@@ -222,11 +225,11 @@ def test_latency_is_of_one_image(root, tmp_path, capsys):
     assert list(report["figures"]) == ["cmt_micro", "resnet18"]
 
 
-def test_all_names_what_a_run_is_bound_by(root, tmp_path, capsys):
+def test_all_names_what_limits_a_run(root, tmp_path, capsys):
     assert bench("all", small(root, tmp_path), steps=2, json_path=None) == 0
     report = json.loads(capsys.readouterr().out)
     assert list(report["figures"]) == ["loader", "model", "train"]
-    assert report["verdict"].startswith("bound by ")
+    assert report["verdict"].startswith("limited by ")
     assert report["figures"]["model"]["mb_per_image"] > 1
 
 

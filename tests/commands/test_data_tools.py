@@ -1,4 +1,4 @@
-"""The `cmtrain data` verbs through the program: a run from shards, and what preview and stats show of the images."""
+"""Pack, preview and measure images, and train from shards (the `cmtrain data` verbs)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The doctor: says of each thing that a run needs whether it is there, and ends with 3 where it is not."""
+"""Check everything that a run needs, and end with exit code 3 if it is missing (`cmtrain doctor`)."""
 
 import json
 import os
@@ -12,45 +12,45 @@ from helpers.runs import Forked, Job
 
 from cmtrain.commands import doctor, doctor_checks
 from cmtrain.commands.doctor import worst
-from cmtrain.commands.doctor_checks import Finding, checkpoint_bytes, pairing
+from cmtrain.commands.doctor_checks import CheckResult, checkpoint_bytes, pairing
 from cmtrain.config.load import load_config
-from cmtrain.storage.run_lock import RunLock
+from cmtrain.storage.run_folder import RunLock
 
 CUDA130, CUDA120 = ["nvidia-dali-cuda130"], ["nvidia-dali-cuda120"]
 
 
 def examined(job: Job, code: int, nproc: int = 1) -> dict[str, dict]:
-    """What `cmtrain doctor --json` says of `job`, by check."""
+    """Results of `cmtrain doctor --json` for `job`, by check."""
     command = ["cmtrain", "doctor", "--config", str(job.config), "--json"]
     process = Forked(command, job.folder, {}, nproc)
     out, err = process.communicate()
     assert process.returncode == code, f"{out}\n{err}"
-    said = json.loads(out)
-    assert said["ok"] == (code == 0)
-    return {finding["check"]: finding for finding in said["checks"]}
+    report = json.loads(out)
+    assert report["ok"] == (code == 0)
+    return {result["check"]: result for result in report["checks"]}
 
 
 def test_a_machine_that_can_train_passes_and_nothing_is_left_behind(make_job):
     job = make_job()
     found = examined(job, code=0)
     assert found["data"]["found"] == "96 training, 31 validation images, 3 classes"
-    assert {finding["verdict"] for finding in found.values()} <= {"ok", "warn"}
+    assert {result["verdict"] for result in found.values()} <= {"ok", "warn"}
     if not torch.cuda.is_available():
         assert {check for check in found if found[check]["verdict"] == "warn"} >= {
             "GPUs",
             "decode on the GPU",
         }
-    assert all(finding["advice"] for finding in found.values() if finding["verdict"] == "warn")
+    assert all(result["advice"] for result in found.values() if result["verdict"] == "warn")
     assert not (job.folder / "runs").exists()
 
 
-def test_ranks_look_together_and_speak_once(make_job):
+def test_all_ranks_check_and_one_reports(make_job):
     found = examined(make_job(), code=0, nproc=2)
     assert found["ranks"]["found"].startswith("2 on 1 host(s)")
     assert found["all-reduce"]["found"] == "gloo over 2 rank(s): sum of ones is 2"
 
 
-def test_what_is_missing_is_said_all_at_once(make_job, tmp_path):
+def test_everything_that_is_missing_is_reported_at_once(make_job, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         job = make_job(data={"root": str(tmp_path / "nowhere")}, metrics={"enabled": True, "port": port})
@@ -66,7 +66,7 @@ def test_what_is_missing_is_said_all_at_once(make_job, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("driver", "torch_cuda", "flavours", "verdict", "says"),
+    ("driver", "torch_cuda", "flavours", "verdict", "text"),
     [
         (13000, "13.2", CUDA130, "ok", "driver for CUDA 13.0"),
         (12040, "12.8", CUDA120, "ok", "driver for CUDA 12.4"),
@@ -79,14 +79,14 @@ def test_what_is_missing_is_said_all_at_once(make_job, tmp_path):
         (13000, "13.2", CUDA120 + CUDA130, "fail", "exactly one"),
     ],
 )
-def test_driver_torch_and_dali_must_go_together(driver, torch_cuda, flavours, verdict, says):
-    finding = pairing(driver, torch_cuda, flavours)
-    assert finding.verdict == verdict
-    assert says in f"{finding.found}; {finding.advice}"
+def test_driver_torch_and_dali_must_go_together(driver, torch_cuda, flavours, verdict, text):
+    result = pairing(driver, torch_cuda, flavours)
+    assert result.verdict == verdict
+    assert text in f"{result.found}; {result.advice}"
 
 
-def test_the_gravest_finding_of_all_ranks_is_shown():
-    ok, warn, fail = (Finding("c", verdict, verdict) for verdict in ("ok", "warn", "fail"))
+def test_the_gravest_result_of_all_ranks_is_shown():
+    ok, warn, fail = (CheckResult(verdict, verdict) for verdict in ("ok", "warn", "fail"))
     assert worst([ok, ok]) == ok
     assert worst([ok, warn, fail, fail]).found == "rank 2: fail"
     assert worst([warn, ok]) == warn
@@ -95,9 +95,9 @@ def test_the_gravest_finding_of_all_ranks_is_shown():
 def test_a_package_that_is_too_old_is_named(monkeypatch):
     installed = metadata.version
     monkeypatch.setattr(metadata, "version", lambda name: "0.9.1" if name == "timm" else installed(name))
-    finding = doctor_checks.packages()
-    assert finding.verdict == "fail"
-    assert finding.found == "needs timm>=1.0.20, not 0.9.1"
+    result = doctor_checks.packages()
+    assert result.verdict == "fail"
+    assert result.found == "needs timm>=1.0.20, not 0.9.1"
 
 
 def test_wrong_pixels_are_noticed(monkeypatch):
@@ -105,25 +105,23 @@ def test_wrong_pixels_are_noticed(monkeypatch):
     monkeypatch.setattr(
         doctor_checks.Image, "new", lambda mode, size, colour: made(mode, size, colour[::-1])
     )
-    finding = doctor_checks.decode("decode", torch.device("cpu"), "cpu")
-    assert finding.verdict == "fail"
-    assert "came out as" in finding.found
+    result = doctor_checks.decode(torch.device("cpu"), "cpu")
+    assert result.verdict == "fail"
+    assert "came out as" in result.found
 
 
-def test_an_error_is_a_finding():
-    def broken() -> Finding:
+def test_an_error_is_a_result():
+    def broken() -> CheckResult:
         raise ImportError("libnvjpeg.so.13:\ncannot open")
 
-    assert doctor._look("decode", broken) == Finding(
-        "decode", "fail", "ImportError: libnvjpeg.so.13: cannot open"
-    )
+    assert doctor._result(broken) == CheckResult("fail", "ImportError: libnvjpeg.so.13: cannot open")
 
 
 @pytest.mark.parametrize("optim", [{"opt": "adamw"}, {"opt": "sgd", "weight_decay": 0.0}])
 def test_size_of_a_checkpoint_is_known_before_there_is_one(make_job, optim):
     job = make_job(optim=optim)
     job("--max-steps", "1")
-    size = next(job.run.glob("checkpoints/step-*/state.pt")).stat().st_size
+    size = next(job.run.glob("checkpoints/step-*/state.safetensors")).stat().st_size
     assert checkpoint_bytes(load_config(job.config).config, num_classes=3) == pytest.approx(size, rel=0.2)
 
 

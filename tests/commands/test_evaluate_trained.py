@@ -1,4 +1,4 @@
-"""`cmtrain eval` says what the run said, and what it would have said of other sizes, images and labels."""
+"""Evaluate a run as it did itself, and with other sizes, images and labels (`cmtrain eval`)."""
 
 import csv
 import json
@@ -19,7 +19,7 @@ from pipelines.spec import Batch, DataError
 
 
 def run_eval(job, *arguments, code=0):
-    """`cmtrain eval` in the job's folder: its JSON line (and what it said on stderr), or stderr where it is refused."""
+    """`cmtrain eval` in the job's folder: its JSON line (and stderr), or stderr where it is refused."""
     process = Forked(["cmtrain", "eval", *arguments], job.folder, {}, 1)
     out, err = process.communicate()
     assert process.returncode == code, err
@@ -32,20 +32,20 @@ def trained(make_job):
     return job, job("--max-steps", "8")
 
 
-def test_it_says_what_the_run_said(trained):
+def test_it_reports_what_the_run_reported(trained):
     job, result = trained
-    said = run_eval(
+    reported = run_eval(
         job, "runs/job", "--per-class", "classes.csv", "--confusion", "matrix.csv", "--json", "again.json"
     )
-    model, ema = said["results"]
+    model, ema = reported["results"]
     assert (model["weights"], ema["weights"]) == ("model", "ema")
     for key in ("top1", "top5", "loss"):
         assert model[key] == pytest.approx(result[key], abs=1e-6)
         assert ema[key] == pytest.approx(result[f"ema_{key}"], abs=1e-6)
-    assert (said["step"], model["num_images"], model["image_px"], model["resize_px"]) == (8, 31, 32, 36)
-    stderr = said.pop("stderr")
-    assert f"{100 * model['top1']:6.2f}" in stderr
-    assert json.loads((job.folder / "again.json").read_text()) == said
+    assert (reported["step"], model["num_images"], model["image_px"], model["resize_px"]) == (8, 31, 32, 36)
+    stderr = reported.pop("stderr")
+    assert f"{100 * model['top1']:5.2f} %" in stderr
+    assert json.loads((job.folder / "again.json").read_text()) == reported
     rows = list(csv.DictReader((job.folder / "classes.csv").read_text().splitlines()))
     assert [row["class"] for row in rows] == ["class0", "class1", "class2"] * 2
     assert sum(int(row["correct"]) for row in rows if row["weights"] == "ema") == round(31 * ema["top1"])
@@ -59,14 +59,10 @@ def test_it_says_what_the_run_said(trained):
 
 def test_several_sizes_at_once(trained):
     job, _ = trained
-    said = run_eval(job, "runs/job", "--weights", "model", "--resize-px", "64,72", "--image-px", "32,64")
-    assert [(row["image_px"], row["resize_px"]) for row in said["results"]] == [
-        (32, 64),
-        (32, 72),
-        (64, 64),
-        (64, 72),
-    ]
-    assert len({row["loss"] for row in said["results"]}) == 4
+    reported = run_eval(job, "runs/job", "--weights", "model", "--resize-px", "64,72", "--image-px", "32,64")
+    sizes = [(row["image_px"], row["resize_px"]) for row in reported["results"]]
+    assert sizes == [(32, 64), (32, 72), (64, 64), (64, 72)]
+    assert len({row["loss"] for row in reported["results"]}) == 4
 
 
 def test_sizes_keep_the_runs_proportion():
@@ -99,8 +95,8 @@ def test_the_training_images_need_not_be_there(trained, tmp_path):
     job, result = trained
     config = load_config(job.run / "config.yaml").config
     shutil.copytree(f"{config.data.root}/val", tmp_path / "moved" / "val")
-    said = run_eval(job, "runs/job", "--data.root", str(tmp_path / "moved"))
-    assert said["results"][0]["top1"] == pytest.approx(result["top1"], abs=1e-6)
+    reported = run_eval(job, "runs/job", "--data.root", str(tmp_path / "moved"))
+    assert reported["results"][0]["top1"] == pytest.approx(result["top1"], abs=1e-6)
 
 
 def test_names_are_taken_before_numbers(tmp_path):
@@ -114,7 +110,7 @@ def test_names_are_taken_before_numbers(tmp_path):
 
 
 def test_imagenet_real(monkeypatch):
-    """Four of ImageNet's validation images, in another order; the second one has no real label and does not count."""
+    """Four of ImageNet's validation images, in another order; the second one has no real label."""
     real = {1: [5], 2: [], 3: [7, 8], 4: [9]}
     files = [f"/data/val/n01/ILSVRC2012_val_{number:08d}.JPEG" for number in (3, 2, 1, 4)]
 

@@ -1,4 +1,4 @@
-"""What leaves the building computes what was trained, in a process that knows nothing of the run; or nothing leaves."""
+"""An exported model computes what was trained, in a process without the run; or nothing is exported."""
 
 import json
 import math
@@ -11,8 +11,7 @@ import torch
 from helpers.runs import Forked
 
 import cmtrain.commands.export
-from cmtrain.commands.export import largest_difference, make_trained_model
-from cmtrain.commands.export_formats import crop_pct_of, missing_packages
+from cmtrain.commands.export import crop_pct_of, largest_difference, make_trained_model, missing_packages
 from cmtrain.commands.trained_model import open_trained
 from cmtrain.config.load import load_config
 from cmtrain.storage.checkpoint import load_newest, save_checkpoint
@@ -28,7 +27,7 @@ LOAD = {
 
 
 def export(job, *arguments, code=0):
-    """`cmtrain export` in the job's folder: its JSON line, or what it said on stderr."""
+    """`cmtrain export` in the job's folder: its JSON line, or stderr where it is refused."""
     process = Forked(["cmtrain", "export", *arguments], job.folder, {}, 1)
     out, err = process.communicate()
     assert process.returncode == code, err
@@ -97,7 +96,7 @@ def test_timm_knows_how_to_feed_it(job):
     assert len(modes) == 1
 
 
-def test_nothing_leaves_that_is_not_whole(job):
+def test_nothing_is_exported_that_is_not_whole(job):
     before = sorted(os.listdir(job.folder))
 
     def refused(*arguments, code):

@@ -1,4 +1,4 @@
-"""What `status` and `watch` say of runs that go on, ended, hang, or were killed; and of runs that are none."""
+"""Show runs that train, ended, hang or were killed, and refuse others (`cmtrain status`, `watch`)."""
 
 import io
 import json
@@ -14,7 +14,7 @@ from helpers.runs import free_port, logged, wait_for
 from rich.console import Console
 
 from cmtrain.cli.main import main
-from cmtrain.commands.status import SILENT_SECONDS, stand
+from cmtrain.commands.status import SILENT_SECONDS, current_status
 from cmtrain.storage.run_folder import RunFolder
 
 
@@ -28,8 +28,9 @@ def run(tmp_path):
     """A run folder as a run that is at step 1200 of 3600 writes it, in this process."""
     folder = RunFolder(tmp_path / "runs" / "r")
     folder.status(
-        state="running", step=1200, last_step=3600, metrics_url=None, exit_code=None, reason=None, result=None,
-        host=socket.gethostname(), loss=2.5, eta_seconds=4000, images_per_second=812.4, data_wait_ratio=0.034,
+        state="running", step=1200, last_step=3600, metrics_url=None, exit_code=None, reason=None,
+        result=None, host=socket.gethostname(), loss=2.5, eta_seconds=4000,
+        images_per_second=812.4, data_wait_ratio=0.034,
         best_top1=0.4312, best_step=1000, resume_from="runs/r/checkpoints/step-000001000",
     )  # fmt: skip
     return folder
@@ -40,7 +41,7 @@ def change(folder, **fields):
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
-def said(capsys, *arguments, code=0):
+def printed(capsys, *arguments, code=0):
     assert main(arguments) == code
     captured = capsys.readouterr()
     return captured.err if code else captured.out
@@ -52,33 +53,31 @@ def dead_process():
     return process.pid
 
 
-def test_a_run_that_goes_on(run, capsys):
-    lines = said(capsys, "status", "runs/r").splitlines()
+def test_a_run_that_is_training(run, capsys):
+    lines = printed(capsys, "status", "runs/r").splitlines()
     assert lines[0] == "runs/r: running, step 1,200 of 3,600"
-    assert "speed    812 images/s, 3% of the time waiting for data" in lines
+    assert "speed    812 images/s, 3 % of the time waiting for data" in lines
     assert "left     1h 6m" in lines
-    assert "best     top-1 0.4312 at step 1,000" in lines
-    assert said(capsys, "status", "r").splitlines()[0] == lines[0]  # its name will do
+    assert "best     top-1 43.1 % at step 1,000" in lines
+    assert printed(capsys, "status", "r").splitlines()[0] == lines[0]  # its name will do
 
 
-def test_a_run_that_was_killed_cannot_say_so(run, capsys):
+def test_a_run_that_was_killed_is_noticed(run, capsys):
     pid = dead_process()
     change(run, pid=pid)
-    first = said(capsys, "status", "r").splitlines()[0]
-    assert (
-        first
-        == f"runs/r: claims to run, step 1,200 of 3,600, but process {pid} is gone; the same command resumes"
-    )
-    facts = json.loads(said(capsys, "status", "r", "--json"))
+    advice = f"process {pid} is gone; run the same command to continue"
+    first = printed(capsys, "status", "r").splitlines()[0]
+    assert first == f"runs/r: claims to run, step 1,200 of 3,600, but {advice}"
+    facts = json.loads(printed(capsys, "status", "r", "--json"))
     assert (facts["alive"], facts["state"], facts["step"]) == (False, "running", 1200)
 
 
 def test_a_run_on_another_host_is_believed_until_it_is_silent(run, capsys):
     change(run, pid=dead_process(), host="elsewhere")
-    assert stand(run.path).alive is None
-    assert "running, step" in said(capsys, "status", "r")
+    assert current_status(run.path).alive is None
+    assert "running, step" in printed(capsys, "status", "r")
     change(run, updated=time.time() - SILENT_SECONDS - 60)
-    assert "claims to run, step 1,200 of 3,600, but has written nothing for 11m" in said(
+    assert "claims to run, step 1,200 of 3,600, but has written nothing for 11m" in printed(
         capsys, "status", "r"
     )
 
@@ -96,17 +95,17 @@ def test_a_run_on_another_host_is_believed_until_it_is_silent(run, capsys):
 def test_how_long_a_run_may_be_silent_is_its_own_setting(run, config, limit_seconds):
     (run.path / "config.yaml").write_text(config)
     change(run, host="elsewhere", updated=time.time() - limit_seconds + 10)
-    assert stand(run.path).warning == ""
+    assert current_status(run.path).warning == ""
     change(run, updated=time.time() - limit_seconds - 10)
-    assert "has written nothing for" in stand(run.path).warning
+    assert "has written nothing for" in current_status(run.path).warning
 
 
 def test_a_port_that_belongs_to_another_run_by_now_is_not_believed(run, metrics_server):
     change(run, pid=dead_process(), metrics_url=metrics_server(pid=os.getpid(), host=socket.gethostname()))
-    assert (stand(run.path).alive, stand(run.path).now) == (False, None)
+    assert (current_status(run.path).alive, current_status(run.path).now) == (False, None)
     change(run, pid=os.getpid())
-    standing = stand(run.path)
-    assert (standing.alive, standing.step) == (True, 1300)
+    status = current_status(run.path)
+    assert (status.alive, status.step) == (True, 1300)
 
 
 @pytest.mark.parametrize(
@@ -114,17 +113,17 @@ def test_a_port_that_belongs_to_another_run_by_now_is_not_believed(run, metrics_
 )
 def test_whatever_url_is_written_there_does_no_harm(run, url):
     change(run, metrics_url=url)
-    assert stand(run.path).now is None
+    assert current_status(run.path).now is None
 
 
-def test_a_stalled_run_is_told(run, metrics_server, capsys):
+def test_a_stalled_run_is_reported(run, metrics_server, capsys):
     change(run, metrics_url=metrics_server(pid=os.getpid(), host=socket.gethostname(), stalled=True))
-    assert "but no step finished for 15m 0s" in said(capsys, "status", "r")
+    assert "but no step finished for 15m 0s" in printed(capsys, "status", "r")
 
 
 @pytest.fixture
 def metrics_server():
-    """metrics_server(**facts) -> URL of a run at step 1300 that says so."""
+    """metrics_server(**facts) -> URL of a run that reports step 1300."""
     from cmtrain.monitoring.http_server import Exporter, Page
 
     servers = []
@@ -148,18 +147,18 @@ def metrics_server():
 
 def test_an_ended_run(run, capsys):
     change(run, state="finished", step=3600, reason="top-1 0.4400", exit_code=0, pid=dead_process())
-    lines = said(capsys, "status", "r").splitlines()
+    lines = printed(capsys, "status", "r").splitlines()
     assert lines[0] == "runs/r: finished, step 3,600 of 3,600: top-1 0.4400"
     assert not any(line.startswith(("left", "metrics")) for line in lines)
-    assert said(capsys, "watch", "r").startswith("finished, step 3,600 of 3,600: top-1 0.4400")
+    assert printed(capsys, "watch", "r").startswith("finished, step 3,600 of 3,600: top-1 0.4400")
 
 
 @pytest.mark.parametrize("verb", ["status", "watch"])
 def test_no_such_run(run, capsys, verb):
-    assert said(capsys, verb, "rr", code=3) == "rr: no such run; did you mean runs/r?\n"
-    line = said(capsys, verb, "/nowhere", code=3)
+    assert printed(capsys, verb, "rr", code=3) == "rr: no such run; did you mean runs/r?\n"
+    line = printed(capsys, verb, "/nowhere", code=3)
     assert line == "/nowhere: no such run; a run is a folder with a status.json, such as runs/demo\n"
-    assert said(capsys, verb, "x" * 5000, code=3).startswith("xxx")
+    assert printed(capsys, verb, "x" * 5000, code=3).startswith("xxx")
 
 
 def test_status_and_watch_of_a_real_run(make_job, capsys):
@@ -168,9 +167,9 @@ def test_status_and_watch_of_a_real_run(make_job, capsys):
     process = job.start("--evaluate.every_epochs", "4000", "--checkpoint.every_epochs", "4000")
     wait_for(lambda: logged(job, 2), process)
     written = job.status()["step"]
-    wait_for(lambda: stand(job.run).step > written, process)
-    assert stand(job.run).alive
-    assert stand(job.run).now["state"] == "train"
+    wait_for(lambda: current_status(job.run).step > written, process)
+    assert current_status(job.run).alive
+    assert current_status(job.run).now["state"] == "train"
     watcher = threading.Thread(target=main, args=(["watch", str(job.run)],))
     watcher.start()
     shown = []

@@ -1,4 +1,4 @@
-"""A sweep does each row once, goes on after what may fail, stops when told to, and its table tells the truth."""
+"""A sweep does each row once, continues after failed rows, stops on request; its table is right."""
 
 import json
 import os
@@ -23,7 +23,7 @@ from pipelines.spec import DataError
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
-    """Where the sweeps of these tests are started."""
+    """Working folder of the sweeps."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     return tmp_path
@@ -54,7 +54,7 @@ def rows_of(files, **how):
 
 @pytest.fixture
 def outcomes(monkeypatch):
-    """outcomes[run name] = exit code of a row that is trained; the list holds the names of those that were."""
+    """outcomes[run name] = exit code of a row; the list holds the names of trained rows."""
     codes, trained = {}, []
 
     def call(self, command):
@@ -62,7 +62,7 @@ def outcomes(monkeypatch):
         trained.append(name)
         return codes.get(name, 0)
 
-    monkeypatch.setattr(sweep._Stops, "call", call)
+    monkeypatch.setattr(sweep._Child, "call", call)
     return codes, trained
 
 
@@ -84,7 +84,7 @@ def test_every_row_is_trained_in_order_and_a_base_is_no_row(study, outcomes, cap
         ({"a": 130}, 130, "a"),
     ],
 )
-def test_what_ends_a_sweep_and_what_does_not(study, outcomes, codes, code, last):
+def test_some_exit_codes_end_a_sweep(study, outcomes, codes, code, last):
     wanted, trained = outcomes
     wanted |= codes
     assert main(["sweep", *study]) == code
@@ -96,7 +96,7 @@ def test_rows_are_chosen_by_number(study, outcomes):
     assert outcomes[1] == ["a", "b", "d"]
 
 
-def test_overrides_hold_for_every_row_wherever_they_stand(study, capsys):
+def test_overrides_hold_for_every_row_in_any_position(study, capsys):
     assert main(["sweep", "--optim.lr", "0.25", *study, "--run.seed=7", "--dry-run"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "cmtrain --config study/a.yaml --optim.lr=0.25 --run.seed=7"
@@ -127,7 +127,7 @@ def test_mistakes_are_one_line_and_start_nothing(study, outcomes, capsys, argume
     assert outcomes[1] == []
 
 
-def test_all_mistakes_of_all_files_are_told_before_any_row_is_trained(study, outcomes, capsys):
+def test_all_mistakes_of_all_files_are_reported_before_any_row_is_trained(study, outcomes, capsys):
     write("c", "optim: {lr: fast}")
     write("d", "optim: {momentun: 0.5}")
     assert main(["sweep", *study]) == 2
@@ -178,20 +178,9 @@ def test_a_run_of_another_recipe_is_not_passed_off_as_the_row(study):
 
 
 def test_a_sweep_trains_each_row_once(study, folder):
-    """As a person does it: two rows for two steps, and again."""
-    command = [
-        sys.executable,
-        "-m",
-        "cmtrain",
-        "sweep",
-        *study,
-        "--rows",
-        "1,3",
-        "--scale",
-        "demo",
-        "--max-steps",
-        "2",
-    ]
+    """Two rows for two steps, started twice as a person does."""
+    command = [sys.executable, "-m", "cmtrain", "sweep", *study]
+    command += ["--rows", "1,3", "--scale", "demo", "--max-steps", "2"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     first = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
     assert first.returncode == 0, first.stderr
@@ -206,11 +195,11 @@ def test_a_sweep_trains_each_row_once(study, folder):
 
 def test_a_stop_signal_reaches_the_row_and_ends_the_sweep():
     code = (
-        "import sys; from cmtrain.sweep import _stop_signals\n"
+        "import sys; from cmtrain.commands.sweep import _forwarded_signals\n"
         "program = 'import signal, sys, time; signal.signal(15, lambda *_: sys.exit(143));'\n"
         "program += 'print(1, flush=True); time.sleep(60)'\n"
-        "with _stop_signals() as stops:\n"
-        "    codes = [stops.call([sys.executable, '-c', program]) for _ in range(3)]\n"
+        "with _forwarded_signals() as child:\n"
+        "    codes = [child.call([sys.executable, '-c', program]) for _ in range(3)]\n"
         "print(codes)\n"
     )
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
@@ -231,7 +220,8 @@ def slurm(folder, monkeypatch):
     tools.mkdir()
     sbatch = (
         "#!/bin/sh\nprintf '%s ' \"$@\" >> calls; echo >> calls\n"
-        "for word; do case $word in --job-name=*) echo ${word#--job-name=} >> queue;; esac; done\nwc -l < queue\n"
+        "for word; do case $word in --job-name=*) echo ${word#--job-name=} >> queue;; esac; done\n"
+        "wc -l < queue\n"
     )
     squeue = (
         "#!/bin/sh\nfor word; do case $word in --name=*) grep -nx ${word#--name=} queue; esac; done; true\n"
@@ -245,7 +235,7 @@ def slurm(folder, monkeypatch):
     return folder / "calls"
 
 
-def test_slurm_gets_a_job_for_each_row_that_is_not_done_or_queued(study, slurm, capsys):
+def test_slurm_gets_one_job_for_each_row_that_is_not_done_or_queued(study, slurm, capsys):
     finish(rows_of(study)[1], 0.1)
     arguments = ["sweep", *study, "--jobs", "slurm", "--sbatch", "job.sh", "--run.seed", "7"]
     assert main(arguments) == 0
@@ -260,9 +250,7 @@ def test_slurm_gets_a_job_for_each_row_that_is_not_done_or_queued(study, slurm, 
 
 def test_without_slurm_it_says_so(study, capsys, monkeypatch):
     assert main(["sweep", *study, "--jobs", "slurm", "--sbatch", "nowhere.sh"]) == 3
-    assert capsys.readouterr().err.startswith(
-        "nowhere.sh: no such file; give the job script with --sbatch FILE"
-    )
+    assert capsys.readouterr().err.startswith("nowhere.sh: no such file; give a job script such as")
     Path("job.sh").touch()
     monkeypatch.setenv("PATH", "")
     with pytest.raises(DataError, match="squeue: not found; --jobs slurm needs SLURM's commands"):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers.runs import ROOT, Forked
 
-from cmtrain.commands.bench.models import _with_model
+from cmtrain.commands.bench.models import with_model
 from cmtrain.config.load import load_config
 from cmtrain.errors import ConfigError
 from cmtrain.storage.checkpoint import load_newest
@@ -64,11 +64,13 @@ def test_options_of_cmt_are_refused_for_it_all_in_one_line_each():
     assert len(lines) == len(options)
     assert all("is an option of CMT only, and does not fit model.name (resnet18)" in line for line in lines)
     both = load_config("configs/full_in1k.yaml").config
-    build.make_model(_with_model(both, "resnet18"), 10)  # the bench takes another model as it comes
+    build.make_model(with_model(both, "resnet18"), 10)  # the bench takes another model as it comes
 
 
 def test_its_head_is_replaced_by_the_name_timm_gives_it():
     config = load_config("configs/demo.yaml", [("model.name", "resnet18")]).config
     old, new = build.make_model(config, 10), build.make_model(config, 4)
-    assert fit(new, old.state_dict(), keeps_head=False) == ["the head is new: 4 classes, 10 there"]
+    assert fit(new, old.state_dict(), keeps_head=False) == [
+        "new classifier head: 4 classes (the weights have 10)"
+    ]
     assert torch.equal(new.conv1.weight, old.conv1.weight)

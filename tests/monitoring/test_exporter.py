@@ -21,7 +21,7 @@ from prometheus_client import CollectorRegistry, Gauge
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
-from cmtrain.commands.status import stand
+from cmtrain.commands.status import current_status
 from cmtrain.monitoring import http_server as exporter_module
 from cmtrain.monitoring.discovery import forget_ranks, write_target
 from cmtrain.monitoring.http_server import (
@@ -223,7 +223,7 @@ def test_nothing_is_left_of_a_closed_server(serve):
 
 def test_a_process_that_forgets_its_server_ends_and_says_nothing():
     code = (
-        "import socket; from cmtrain.exporter import *\n"
+        "import socket; from cmtrain.monitoring.http_server import *\n"
         f"server = Exporter({{}}, '127.0.0.1', {free_port()})\n"
         "half = socket.create_connection(('127.0.0.1', server.port)); half.send(b'GET'); import time; time.sleep(0.2)\n"
     )
@@ -413,7 +413,7 @@ def test_a_loader_that_blocks_turns_the_run_unhealthy(make_job, images, tmp_path
         os.mkfifo(path)
     wait_for(lambda: get(port, "/-/healthy")[0] == 503, process)
     assert b"No step has finished for" in get(port, "/")[2]
-    assert "no step finished for" in stand(job.run).warning
+    assert "no step finished for" in current_status(job.run).warning
     process.kill()
     process.communicate()
 

@@ -1,4 +1,4 @@
-"""examples/detection.py: CMT's pyramid trains inside torchvision's RetinaNet."""
+"""Train CMT's pyramid inside torchvision's RetinaNet (examples/detection.py)."""
 
 import runpy
 

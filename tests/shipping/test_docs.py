@@ -10,7 +10,7 @@ from cmtrain.config.load import load_config
 from cmtrain.config.schema import flat
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-KEYS = {key for key, _ in flat(load_config("configs/demo.yaml").config)}
+KEYS = set(flat(load_config("configs/demo.yaml").config))
 SECTIONS = {key.split(".")[0] for key in KEYS}
 FILE_ENDINGS = {"py", "md", "yaml", "json", "jsonl", "png", "pt", "pt2", "onnx", "safetensors"}
 

@@ -1,20 +1,17 @@
-"""`cmtrain bench --what loader`: images/s of our loader beside timm's, on the same files, cores and augmentation.
+"""Race our loader against timm's on the same files, cores and augmentation (`cmtrain bench --what loader`).
 
-Every contestant is a process of its own. On a CPU all of its threads and workers are pinned to one core, so that the
-figure is images/s per core and neither side can borrow from the other. Machines are noisy, so contestants take turns,
-in alternating order, and a ratio is the median of the ratios within a round. CPU time per image (user and system, of
-the process and its workers) is the steadier figure.
+Every contender is a process of its own. On a CPU its threads and workers are pinned to one core: the rate is
+images/s per core, and neither side can borrow from the other. Contenders take turns in alternating order,
+and a ratio is the median of the ratios within a round. CPU time per image (user and system, workers
+included) is the steadier figure.
 """
 
-from __future__ import annotations
-
-import itertools
 import json
 import multiprocessing
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing.connection import Connection
@@ -26,19 +23,33 @@ from rich.console import Console
 from rich.table import Table
 
 from cmtrain import __version__
-from cmtrain.commands.bench.loader_workers import BATCH_SIZE, PREFETCH_BATCHES, Contestant, serve
+from cmtrain.commands.bench.loader_workers import (
+    BATCH_SIZE,
+    PREFETCH_BATCHES,
+    LoaderContender,
+    make_loader,
+    serve,
+)
+from cmtrain.commands.bench.timing import Figures, best_seconds, endless
 from cmtrain.config.schema import Config
 from cmtrain.training import build
 from pipelines.files.manifest import Manifest
-from pipelines.loader import train_loader
 from pipelines.packing.shard_writer import pack_split
-from pipelines.plan import Plan, augment_params
+from pipelines.plan import augment_params
 from pipelines.spec import AugmentSpec, Decode
 
 RAND_AUGMENT = "rand-m9-mstd0.5-inc1"  # the paper's
 COLOR_JITTER = 0.4
 OVERHEAD_BATCH_SIZE = 512
 PACKED_IMAGES, PACKED_PX, PACKED_QUALITY = 2000, 256, 90
+COLUMNS = {
+    "images_per_second": "images/s",
+    "images_per_second_max": "best",
+    "cpu_ms_per_image": "CPU ms/image",
+    "cpu_ms_per_image_min": "best",
+    "times_timm": "x timm",
+    "times_timm_by_cpu": "x timm by CPU time",
+}
 
 
 def bench_loader(
@@ -46,19 +57,17 @@ def bench_loader(
 ) -> int:
     """Time decoding, crop + resize + flip, colour jitter and RandAugment, by DALI and by timm.
 
-    Prints a table on stderr and one JSON line on stdout; writes the JSON to `json_path` too, if given.
+    Prints a table on stderr and one JSON line on stdout; writes the JSON to `json_path` as well, if given.
+    Returns the exit code, 0.
 
     Args:
         steps: batches of 64 images that are timed in each round.
-        rounds: how often each contestant has its turn at each work.
-        packed: a copy of data.root by `cmtrain data pack`, timed beside the files; None packs up to 2000 of the images
-            into a temporary one, with shorter sides of 256 pixels.
-
-    Returns:
-        The process exit code, 0.
+        rounds: turns of each contender at each work.
+        packed: copy of data.root by `cmtrain data pack`, timed beside the files; None packs up to 2000 of
+            the images into a temporary one, with shorter sides of 256 pixels.
 
     Raises:
-        ConfigError, DataError: as training would.
+        ConfigError, DataError: as for training.
     """
     accelerator = build.make_accelerator(config.train.precision)
     threads = build.split_threads(config, accelerator)
@@ -81,14 +90,18 @@ def bench_loader(
         "overhead": _overhead(files, hardest),
     }
     with _packed_copy(files, Path(packed, config.data.train_dir) if packed else None) as shards:
-        report["cpu"] = _race(_contestants(files, shards, "cpu", "cpu", 1), works, steps, rounds)
+        sources = {"dali": files} | ({} if shards is None else {"dali packed": shards})
+
+        def race(device: str, decode: Decode, cores: int, load: float | None = None) -> dict[str, Figures]:
+            contenders = [LoaderContender("timm", "timm", files, device, "cpu", cores)]
+            for name, images in sources.items():
+                contenders.append(LoaderContender(name, "dali", images, device, decode, cores, load))
+            return _race(contenders, works, steps, rounds)
+
+        report["cpu"] = race("cpu", "cpu", 1)
         if accelerator.device.type == "cuda":
-            report["device"] = torch.cuda.get_device_name()
-            report["cores"] = threads
-            load = config.data.hw_decoder_load
-            report["gpu"] = _race(
-                _contestants(files, shards, "cuda", config.data.decode, threads, load), works, steps, rounds
-            )
+            report |= {"device": torch.cuda.get_device_name(), "cores": threads}
+            report["gpu"] = race("cuda", config.data.decode, threads, config.data.hw_decoder_load)
     _show(report)
     print(json.dumps(report), flush=True)  # noqa: T201
     if json_path:
@@ -96,35 +109,34 @@ def bench_loader(
     return 0
 
 
-def summarise(rounds: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
-    """Rounds of {contestant: {"images_per_second", "cpu_ms_per_image"}} to one set of figures per contestant.
+def summarise(rounds: list[Figures]) -> Figures:
+    """Turn rounds of {contender: {"images_per_second", "cpu_ms_per_image"}} into one row per contender.
 
     Ratios are how many times as fast as timm, taken within a round, so that slow minutes hit both sides.
     """
-    figures: dict[str, dict[str, float]] = {}
+    figures: Figures = {}
     for name in rounds[0]:
-        rates = [figure[name]["images_per_second"] for figure in rounds]
-        cpu_ms = [figure[name]["cpu_ms_per_image"] for figure in rounds]
+        rates = [row[name]["images_per_second"] for row in rounds]
+        cpu_ms = [row[name]["cpu_ms_per_image"] for row in rounds]
         figures[name] = {
             "images_per_second": statistics.median(rates),
             "images_per_second_max": max(rates),
             "cpu_ms_per_image": statistics.median(cpu_ms),
             "cpu_ms_per_image_min": min(cpu_ms),
         }
-        if "timm" in rounds[0] and name != "timm":
-            theirs = [figure["timm"] for figure in rounds]
-            figures[name]["times_timm"] = statistics.median(
-                rate / their["images_per_second"] for rate, their in zip(rates, theirs, strict=True)
-            )
-            figures[name]["times_timm_by_cpu"] = statistics.median(
-                their["cpu_ms_per_image"] / ms for ms, their in zip(cpu_ms, theirs, strict=True)
-            )
+        if name != "timm":
+            rate_ratios = [
+                row[name]["images_per_second"] / row["timm"]["images_per_second"] for row in rounds
+            ]
+            cpu_ratios = [row["timm"]["cpu_ms_per_image"] / row[name]["cpu_ms_per_image"] for row in rounds]
+            figures[name]["times_timm"] = statistics.median(rate_ratios)
+            figures[name]["times_timm_by_cpu"] = statistics.median(cpu_ratios)
     return figures
 
 
 @contextmanager
 def _packed_copy(files: Manifest, folder: Path | None) -> Iterator[Manifest | None]:
-    """The packed images of `folder`, or a copy of `files` that is removed afterwards; None if those are packed."""
+    """Yield the packed images of `folder`, or a temporary packed copy; None if `files` are packed."""
     if folder is not None or files.packed is not None:
         yield Manifest.from_shards(folder) if folder is not None else None
         return
@@ -135,33 +147,16 @@ def _packed_copy(files: Manifest, folder: Path | None) -> Iterator[Manifest | No
         yield Manifest.from_shards(Path(temporary, "train"))
 
 
-def _contestants(
-    files: Manifest,
-    shards: Manifest | None,
-    device: str,
-    decode: Decode,
-    cores: int,
-    load: float | None = None,
-) -> list[Contestant]:
-    contestants = [
-        Contestant("timm", "timm", files, device, "cpu", cores),
-        Contestant("dali", "dali", files, device, decode, cores, load),
-    ]
-    if shards is not None:
-        contestants.append(Contestant("dali packed", "dali", shards, device, decode, cores, load))
-    return contestants
-
-
 def _race(
-    contestants: list[Contestant], works: dict[str, AugmentSpec | None], steps: int, rounds: int
-) -> dict[str, dict[str, dict[str, float]]]:
-    """{work: {contestant: figures}}; one process a contestant, one of them busy at a time."""
+    contenders: list[LoaderContender], works: dict[str, AugmentSpec | None], steps: int, rounds: int
+) -> dict[str, Figures]:
+    """Return {work: {contender: row}}. One process per contender, one of them busy at a time."""
     context = multiprocessing.get_context("spawn")
     pipes: dict[str, Connection] = {}
     processes = []
-    for contestant in contestants:
-        pipes[contestant.name], theirs = context.Pipe()
-        processes.append(context.Process(target=serve, args=(theirs, contestant)))
+    for contender in contenders:
+        pipes[contender.name], theirs = context.Pipe()
+        processes.append(context.Process(target=serve, args=(theirs, contender)))
         processes[-1].start()
         theirs.close()
     figures = {}
@@ -184,46 +179,26 @@ def _race(
 
 def _ask(pipe: Connection, question: tuple[str, Any]) -> Any:
     pipe.send(question)
-    return pipe.recv()  # EOFError if the contestant died; its traceback is on stderr
+    return pipe.recv()  # EOFError if the contender crashed; its traceback is on stderr
 
 
 def _overhead(manifest: Manifest, spec: AugmentSpec) -> dict[str, float]:
-    """The time that the loader takes from the thread that trains for a batch, and that of one sample's random draws."""
+    """Time what a batch takes of the training thread, and the random draws of one sample."""
     size = min(OVERHEAD_BATCH_SIZE, len(manifest))
-    plan = Plan(0, len(manifest), size, size)
-    loader = train_loader(
-        manifest,
-        plan,
-        spec,
-        rank=0,
-        world=1,
-        device="cpu",
-        decode="cpu",
-        threads=1,
-        prefetch_batches=PREFETCH_BATCHES,
-    )
-    batches = itertools.chain.from_iterable(map(loader.epoch, itertools.count()))
+    loader, plan = make_loader(LoaderContender("dali", "dali", manifest, "cpu", "cpu", 1), spec, size)
+    batches = endless(loader)
     for _ in range(PREFETCH_BATCHES):
         next(batches)
-    in_thread = _best_seconds(lambda: next(batches), time.thread_time, 5)
+    in_thread = best_seconds(lambda: next(batches), 5, time.thread_time)
     loader.close()
     batch = next(plan.micro_batches(0, 0, 0, 1))
     heights, widths = manifest.heights[batch.indices], manifest.widths[batch.indices]
-    draws = _best_seconds(lambda: augment_params(plan, batch, heights, widths, spec), time.perf_counter, 20)
+    draws = best_seconds(lambda: augment_params(plan, batch, heights, widths, spec), 20)
     return {
         "batch": size,
         "thread_ms_per_batch": 1000 * in_thread,
         "draws_us_per_sample": 1e6 * draws / size,
     }
-
-
-def _best_seconds(function: Callable[[], Any], clock: Callable[[], float], repeats: int) -> float:
-    laps = []
-    for _ in range(repeats):
-        begin = clock()
-        function()
-        laps.append(clock() - begin)
-    return min(laps)
 
 
 def _show(report: dict[str, Any]) -> None:
@@ -232,22 +207,14 @@ def _show(report: dict[str, Any]) -> None:
         if device not in report:
             continue
         cores = "one core" if device == "cpu" else f"{report['device']}, {report['cores']} cores"
-        table = Table(
-            *("work", "loader", "images/s", "best", "cpu ms/image", "best", "x timm", "x timm by cpu time"),
-            title=f"{report['image_px']} px, {report['interpolation']}, {cores}",
-        )
+        title = f"{report['image_px']} px, {report['interpolation']}, {cores}"
+        table = Table("work", "loader", *COLUMNS.values(), title=title)
         for work, figures in report[device].items():
-            for name, figure in figures.items():
-                ratios = [
-                    f"{figure[key]:.2f}" if key in figure else ""
-                    for key in ("times_timm", "times_timm_by_cpu")
-                ]
-                rates = [f"{figure[key]:,.0f}" for key in ("images_per_second", "images_per_second_max")]
-                costs = [f"{figure[key]:.2f}" for key in ("cpu_ms_per_image", "cpu_ms_per_image_min")]
-                table.add_row(work, name, *rates, *costs, *ratios)
+            for name, row in figures.items():
+                table.add_row(work, name, *(f"{row[key]:,.2f}" if key in row else "" for key in COLUMNS))
         console.print(table)
     overhead = report["overhead"]
     console.print(
-        f"a batch of {overhead['batch']} takes {overhead['thread_ms_per_batch']:.2f} ms of the thread that trains; "
-        f"random draws take {overhead['draws_us_per_sample']:.2f} us a sample"
+        f"a batch of {overhead['batch']} takes {overhead['thread_ms_per_batch']:.2f} ms of the training "
+        f"thread; random draws take {overhead['draws_us_per_sample']:.2f} us per sample"
     )
