@@ -17,11 +17,15 @@ SITE          := 'import sysconfig; print(sysconfig.get_path("purelib"))'
 
 setup: $(VENV)/.installed
 
+OLD := Python 3.11 or newer is needed; name one, as in: make setup PYTHON=python3.12
+
 $(VENV)/.installed: $(LOCK) pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q --disable-pip-version-check "uv>=0.8"
-	$(BIN)/uv pip install -q --python $(BIN)/python --require-hashes -r $(LOCK)
-	$(BIN)/uv pip install -q --python $(BIN)/python --no-deps -e .
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "$(PYTHON): $(OLD)")'
+	@echo "installing torch, DALI and the rest into $(VENV): about 6 GB, some minutes"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install -q --disable-pip-version-check "uv>=0.8"
+	@$(BIN)/uv pip install --python $(BIN)/python --require-hashes -r $(LOCK)
+	@$(BIN)/uv pip install --python $(BIN)/python --no-deps -e .
 	@touch $@
 
 demo: setup  ## train on real JPEGs: no GPU, no download

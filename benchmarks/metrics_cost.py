@@ -41,7 +41,7 @@ def work(steps: int, metrics: TrainMetrics | None, log_every_steps: int) -> None
         for phase in ("", "forward", "backward", "optimizer"):
             phases.begin(phase)
         phases.end_step()
-        metrics.count_step(step, phases=phases.take(), **how)
+        metrics.count_step(step, phases=phases.pop_finished(), **how)
         if step % log_every_steps == 0:
             metrics.report(dataclasses.replace(metrics.reported, step=step, loss=2.0))
 

@@ -1,11 +1,20 @@
-"""The error that is the user's to fix in a configuration or on the command line, and every exit code."""
+"""Define ConfigError (a mistake that the user can fix), the exit codes, and the hint `did you mean`."""
+
+import difflib
+from collections.abc import Iterable
 
 EXIT_DONE, EXIT_ERROR, EXIT_CONFIG, EXIT_DATA, EXIT_DIVERGED, EXIT_EXPECTATION = 0, 1, 2, 3, 4, 5
 EXIT_INTERRUPTED, EXIT_PREEMPTED = 130, 143
 
 
 class ConfigError(Exception):
-    """What was asked for cannot be done. str() is one line per mistake, each saying where and what instead.
+    """A mistake in a configuration or on the command line: one line, with its place and what to do instead.
 
-    The program ends with exit code 2. Missing or broken data is pipelines.spec.DataError instead, exit code 3.
+    The program ends with exit code 2. Missing or broken data is pipelines.spec.DataError, exit code 3.
     """
+
+
+def did_you_mean(given: str, choices: Iterable[str], prefix: str = "") -> str:
+    """Return ", did you mean X?" with the choice that is closest to `given`; "" if none is close."""
+    close = difflib.get_close_matches(given, list(choices), n=1)
+    return f", did you mean {prefix}{close[0]}?" if close else ""

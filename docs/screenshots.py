@@ -1,7 +1,7 @@
-"""Take the pictures of this folder anew: `python docs/screenshots.py`, with Chromium installed.
+"""Take the screenshots in this folder: `python docs/screenshots.py`, with Chromium installed.
 
-Trains the demo, which takes a minute, and looks at its live page in the middle and at its report in the end.
-docs/prometheus.png is Prometheus' own graph of a run and is not made here.
+It trains the demo, which takes a minute, and takes the live page during the run and the report after it.
+docs/prometheus.png is Prometheus' own graph of a run, and is not made here.
 """
 
 import json
@@ -19,17 +19,16 @@ from helpers.browser import Browser  # noqa: E402 - the tests' browser
 
 WIDTH_PX = 1280
 MAX_BYTES = 120_000
-SHARE_DONE = 0.6  # of the run, at the look at its live page
+SHARE_DONE = 0.6  # of the run, when the live page is taken
 
 
 def take(browser: Browser, page: Path | str, target: Path, height_px: int | None = None) -> None:
-    """The first `height_px` of `page`, or all of it, as a PNG with a palette, which is a third as large."""
+    """Save the first `height_px` of `page`, or all of it, as a PNG with a palette: a third of the size."""
     browser.open(page, width_px=WIDTH_PX)
     browser.screenshot(target, height_px)
     with Image.open(target) as shot:
-        shot.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(
-            target, optimize=True
-        )
+        small = shot.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+        small.save(target, optimize=True)
     assert target.stat().st_size <= MAX_BYTES, f"{target}: {target.stat().st_size} bytes"
 
 
@@ -42,7 +41,7 @@ def main() -> None:
         try:
             status: dict = {}
             while not status.get("step", 0) > SHARE_DONE * status.get("last_step", 0):
-                assert training.poll() is None, "the demo has ended"
+                assert training.poll() is None, "the demo ended too early"
                 time.sleep(0.2)
                 if (run / "status.json").exists():
                     status = json.loads((run / "status.json").read_text())

@@ -1,1 +1,1 @@
-"""JPEG files to batches on the device. Imports numpy, torch and DALI; never cmtrain, never torch.distributed."""
+"""Turn image files into batches on the device. Imports neither cmtrain nor torch.distributed."""

@@ -1,7 +1,7 @@
-"""Which samples, in which order, with which random numbers: all pure functions of (seed, epoch, sample).
+"""Plan the order and the random numbers of all samples, as pure functions of (seed, epoch, sample).
 
-Nothing here depends on the number of ranks or on what ran before. That is what makes a run elastic: killed at any
-step it resumes on any number of GPUs with the same samples and the same augmented pixels.
+Nothing here depends on the number of ranks or on what ran before. So a run that is killed at any step
+resumes on any number of GPUs with the same samples and the same augmented pixels.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from pipelines.spec import AugmentSpec
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 Words = NDArray[np.uint64]
+Sizes = NDArray[np.int32]
 
 CROP_ATTEMPTS = 10  # torchvision's RandomResizedCrop gives up after ten
 
-# Streams of one sample, in order: changing this layout changes every augmented pixel of every run.
+# Random streams of a sample, in order: changing this layout changes every augmented pixel of every run.
 _CROP_DRAWS = 2 * CROP_ATTEMPTS + 2
 _FLIP = _CROP_DRAWS
 _JITTER = _FLIP + 1
@@ -52,15 +53,20 @@ class MicroBatch(NamedTuple):
     def identity(self) -> tuple[int, int, int]:
         return self.epoch, self.step, self.slot
 
+    def part(self, places: slice) -> MicroBatch:
+        """Return these samples only."""
+        return self._replace(indices=self.indices[places], copies=self.copies[places])
+
 
 @dataclass(frozen=True)
 class Plan:
     """The order of samples.
 
-    Global batch k of epoch e is `order(e)[k * G : (k + 1) * G]`, its micro-batch j is that slice's `[j::M]`, where
-    M = G / micro_batch_size; rank r of W handles j = r, r + W, ... The incomplete last global batch is dropped.
-    `repeats` > 1 is repeated augmentation (DeiT's sampler, arXiv 1902.05509): an epoch keeps `num_samples` samples,
-    holds num_samples / repeats distinct images, and the copies of one land in different micro-batches.
+    Global batch k of epoch e is `order(e)[k * G : (k + 1) * G]`, its micro-batch j is that slice's `[j::M]`,
+    where M = G / micro_batch_size; rank r of W handles j = r, r + W, ... The incomplete last global batch is
+    dropped. `repeats` > 1 is repeated augmentation (DeiT's sampler, arXiv 1902.05509): an epoch keeps
+    `num_samples` samples, holds num_samples / repeats distinct images, and the copies of an image land in
+    different micro-batches.
 
     Raises ValueError when the batch sizes do not fit each other or the number of samples.
     """
@@ -72,14 +78,13 @@ class Plan:
     repeats: int = 1
 
     def __post_init__(self) -> None:
-        if self.micro_batch_size < 1 or self.global_batch_size % self.micro_batch_size:
+        size = self.global_batch_size
+        if self.micro_batch_size < 1 or size % self.micro_batch_size:
             raise ValueError(
-                f"global_batch_size {self.global_batch_size} is no multiple of micro_batch_size {self.micro_batch_size}"
+                f"global_batch_size {size} is no multiple of micro_batch_size {self.micro_batch_size}"
             )
-        if not 1 <= self.global_batch_size <= self.num_samples:
-            raise ValueError(
-                f"global_batch_size {self.global_batch_size} is not in 1..{self.num_samples} (samples)"
-            )
+        if not 1 <= size <= self.num_samples:
+            raise ValueError(f"global_batch_size {size} is not in 1..{self.num_samples} (samples)")
         if self.repeats < 1:
             raise ValueError(f"repeats {self.repeats} is below 1")
 
@@ -93,13 +98,14 @@ class Plan:
         return self.global_batch_size // self.micro_batch_size
 
     def order(self, epoch: int) -> Ints:
-        """Sample indices of one epoch, (num_samples,), read-only."""
+        """Return the sample indices of one epoch, (num_samples,), read-only."""
         return _order(self.seed, epoch, self.num_samples, self.repeats)
 
     def micro_batches(self, epoch: int, start: int, rank: int, world: int) -> Iterator[MicroBatch]:
-        """This rank's micro-batches of one epoch after `start` consumed samples (a multiple of global_batch_size).
+        """Yield this rank's micro-batches of one epoch after `start` samples, whole global batches.
 
-        Raises ValueError when `world` does not divide the micro-batches of a global batch or `start` is off the grid.
+        Raises ValueError, at the call, when `world` does not divide the micro-batches of a global batch or
+        `start` is no multiple of global_batch_size in the epoch.
         """
         if self.num_micro_batches % world:
             raise ValueError(
@@ -120,7 +126,7 @@ class Plan:
                 yield MicroBatch(epoch, step, slot, self.order(epoch)[positions], positions % self.repeats)
 
     def uniforms(self, batch: MicroBatch, num_streams: int) -> Floats:
-        """Independent uniforms in [0, 1) for every sample of the batch, (B, num_streams)."""
+        """Return independent uniforms in [0, 1) for every sample of the batch, (B, num_streams)."""
         # Keyed by sample and copy, never by position: a sample keeps its pixels wherever it lands.
         copies = batch.copies.astype(np.uint64)
         states = _mix(_states(self.seed, _AUGMENT_DOMAIN, batch.epoch, batch.indices) ^ _mix(copies))
@@ -128,7 +134,7 @@ class Plan:
 
 
 class JitterParams(NamedTuple):
-    """The three enhancements of ColorJitter in the order a sample takes them; the kinds are RandAugment's."""
+    """The three enhancements of ColorJitter in the order of each sample, as branches of RandAugment."""
 
     branches: NDArray[np.int32]  # (B, 3) Branch.SCALE or Branch.SATURATE
     factors: NDArray[np.float32]  # (B, 3, 2) factor, 1 if it is about the image's mean
@@ -144,11 +150,11 @@ class AugmentParams(NamedTuple):
 
 
 def augment_params(
-    plan: Plan, batch: MicroBatch, heights: NDArray[np.int32], widths: NDArray[np.int32], spec: AugmentSpec
+    plan: Plan, batch: MicroBatch, heights: Sizes, widths: Sizes, spec: AugmentSpec
 ) -> AugmentParams:
-    """Draws the augmentation of a batch; `heights` and `widths` are (B,) pixels as stored in the file.
+    """Draw the augmentation of a batch; `heights` and `widths` are (B,) pixels as stored in the file.
 
-    Raises ValueError for a `rand_augment` string that `policy.parse` refuses.
+    Raises ValueError for a `rand_augment` string that `rand_augment.parse` refuses.
     """
     policy = parse(spec.rand_augment) if spec.rand_augment is not None else None
     num_layers = policy.num_layers if policy is not None else 0
@@ -166,16 +172,12 @@ def augment_params(
 
 
 def crop_windows(
-    u: Floats,
-    heights: NDArray[np.int32],
-    widths: NDArray[np.int32],
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
-) -> NDArray[np.int32]:
-    """torchvision's RandomResizedCrop.get_params for a batch: (B, 22) uniforms -> (B, 4) top, left, height, width.
+    u: Floats, heights: Sizes, widths: Sizes, scale: tuple[float, float], ratio: tuple[float, float]
+) -> Sizes:
+    """Return crops as torchvision's RandomResizedCrop: (B, 22) uniforms -> (B, 4) top, left, height, width.
 
-    All ten attempts are made at once and the first that fits is taken; when none fits, the largest centre crop whose
-    aspect ratio is within `ratio`.
+    All ten attempts are made at once and the first that fits is used; when none fits, the largest centre
+    crop whose aspect ratio is within `ratio`.
     """
     h, w = heights.astype(np.float64), widths.astype(np.float64)
     area = (h * w)[:, None] * (scale[0] + (scale[1] - scale[0]) * u[:, :CROP_ATTEMPTS])  # (B, 10)
@@ -195,7 +197,7 @@ def crop_windows(
 
 
 def jitter_params(u: Floats, strength: float) -> JitterParams:
-    """torchvision's ColorJitter(strength, strength, strength): (B, 4) uniforms, the last one for the order."""
+    """Return the params of ColorJitter(strength, strength, strength); the last of u (B, 4) is the order."""
     low = max(0.0, 1.0 - strength)
     factors = low + (1.0 + strength - low) * u[:, :3]  # (B, 3) of brightness, contrast, saturation
     operations = _JITTER_ORDERS[(u[:, 3] * len(_JITTER_ORDERS)).astype(np.int64)]  # (B, 3)
@@ -204,14 +206,14 @@ def jitter_params(u: Floats, strength: float) -> JitterParams:
 
 
 def sample_keys(seed: int, domain: int, indices: Ints) -> Words:
-    """One 64-bit hash per index, for choices that belong to no epoch (a subset of the samples)."""
+    """Return one 64-bit hash per index, for choices that belong to no epoch (a subset of the samples)."""
     return _states(seed, domain, 0, indices)
 
 
 # Two entries: the epoch being trained and the one whose first batches are already in flight.
 @lru_cache(maxsize=2)
 def _order(seed: int, epoch: int, num_samples: int, repeats: int) -> Ints:
-    # Sorting by our own hash, because numpy does not promise that its permutations stay the same over versions.
+    # Sorting by our own hash, because numpy does not promise the same permutations in all versions.
     keys = _states(seed, _ORDER_DOMAIN, epoch, np.arange(num_samples))
     order = np.repeat(np.argsort(keys, kind="stable")[: -(-num_samples // repeats)], repeats)[:num_samples]
     order.setflags(write=False)
@@ -232,7 +234,7 @@ def _uniforms(states: Words, num_streams: int) -> Floats:
 
 
 def _mix(x: Words) -> Words:
-    """The output function of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014), a bijection of 64-bit words."""
+    """Mix bits as SplitMix64 (Steele, Lea, Flood, OOPSLA 2014), a bijection of 64-bit words."""
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

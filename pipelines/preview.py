@@ -1,4 +1,4 @@
-"""A picture of what the model is fed."""
+"""Draw the images of a batch as one PNG, for people to check what the model is fed."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def contact_sheet(
     max_images: int = 64,
     columns: int | None = None,
 ) -> None:
-    """Writes the first images of a batch, normalisation undone, as a PNG grid.
+    """Write the first images of a batch, normalisation undone, as a PNG grid.
 
     Args:
         batch_images: (B, 3, H, W) normalised, any device and float type.
-        mean, std: what the images were normalised with.
+        mean, std: constants that the images were normalised with.
         path: the PNG to write; its folder must exist.
-        max_images: at most so many are shown.
-        columns: images in a row; None makes rows as long as the grid is high.
+        max_images: largest number of images shown.
+        columns: images in a row; None makes a square grid.
     """
     images = (
         batch_images[:max_images].float().cpu().permute(0, 2, 3, 1).numpy()

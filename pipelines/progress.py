@@ -1,14 +1,15 @@
-"""How far a long look at files has come, for the person who waits for it: nothing at all while it is quick."""
+"""Draw a progress bar for long scans; silent for the first two seconds."""
 
 from __future__ import annotations
 
 import sys
 import time
 from collections.abc import Generator, Iterable
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
+    from rich.progress import Progress
 
 T = TypeVar("T")
 
@@ -19,46 +20,38 @@ REDRAW_SECONDS, LINE_SECONDS = 0.2, 10.0
 def tracked(
     steps: Iterable[T], what: str, total: int, done: int = 0, per_step: int = 1
 ) -> Generator[T, None, None]:
-    """Passes `steps` on; after two seconds a bar on a terminal, else a line every ten seconds, both on stderr.
+    """Pass `steps` on; after two seconds draw a bar on stderr or, without a terminal, print lines.
 
     Args:
         what: the work, as in "reading image headers".
-        total, done: samples of all of it and those done before.
-        per_step: samples that one step stands for.
+        total, done: number of samples, all of them and those done before.
+        per_step: number of samples in a step.
     """
-    bar: tuple[Progress, TaskID] | None = None
     began = time.monotonic()
     next_report = began + QUIET_SECONDS
-    try:
+    with ExitStack() as stack:
+        bar: Progress | None = None
         for step in steps:
             yield step
             done, now = min(done + per_step, total), time.monotonic()
             if now < next_report:
                 continue
             if sys.stderr.isatty():
-                bar = bar or _started_bar(what, total)
-                bar[0].update(bar[1], completed=done)
+                bar = bar or stack.enter_context(_bar(what, total))
+                bar.update(bar.task_ids[0], completed=done)
                 next_report = now + REDRAW_SECONDS
             else:
                 sys.stderr.write(f"{what}: {done:,} of {total:,}, {now - began:.0f} s\n")
                 sys.stderr.flush()
                 next_report = now + LINE_SECONDS
-    finally:
-        if bar is not None:
-            bar[0].stop()
 
 
-def _started_bar(what: str, total: int) -> tuple[Progress, TaskID]:
+def _bar(what: str, total: int) -> Progress:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (
-        TextColumn(what),
-        BarColumn(),
-        TextColumn("{task.completed:,} of {task.total:,}"),
-        TimeRemainingColumn(),
-    )
+    count = TextColumn("{task.completed:,} of {task.total:,}")
+    columns = (TextColumn(what), BarColumn(), count, TimeRemainingColumn())
     bar = Progress(*columns, console=Console(stderr=True), transient=True)
-    task = bar.add_task(what, total=total)
-    bar.start()
-    return bar, task
+    bar.add_task(what, total=total)
+    return bar

@@ -1,9 +1,9 @@
-"""RandAugment as numbers: which operation, how strong, in a form that a short DALI graph can execute.
+"""Turn RandAugment into numbers: which operation, how strong, in a form that a short DALI graph can execute.
 
-The named operations are eight kinds of pixel work (`Branch`). A layer of a sample is one kind plus its numbers, so a
-layer of the graph has eight branches, or seven where nothing blurs. Meaning and ranges are those of timm's
-`rand_augment_transform` and of `nvidia.dali.auto_aug.rand_augment` (RandAugment: arXiv 1909.13719), and of timm's
-`auto_augment_policy_3a` (three-augment: DeiT III, arXiv 2204.07118).
+The named operations need eight kinds of pixel work (`Branch`). A layer of a sample is one kind plus its
+numbers, so a layer of the graph has eight branches, or seven where nothing blurs. Meaning and ranges are
+those of timm's `rand_augment_transform` and of `nvidia.dali.auto_aug.rand_augment` (RandAugment: arXiv
+1909.13719), and of timm's `auto_augment_policy_3a` (three-augment: DeiT III, arXiv 2204.07118).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+Mask = NDArray[np.bool_]
 
 # Uniforms used by one layer of one sample: operation, gate, sign, and two for the noise of the magnitude.
 NUM_LAYER_DRAWS = 5
@@ -74,8 +75,8 @@ class Policy:
     """`num_layers` operations drawn with replacement, each applied with `prob`.
 
     `magnitude` and `magnitude_std` are fractions of the operations' ranges; an infinite std means uniform in
-    [0, magnitude]. `severity` says how posterise, solarise and the enhancements read a magnitude; of "3a" only the blur
-    reads it. `translate` is the fraction of the image that a shift covers at full magnitude.
+    [0, magnitude]. `severity` is how posterise, solarise and the enhancements read a magnitude; of "3a" only
+    the blur reads it. `translate` is the fraction of the image that a shift covers at full magnitude.
     """
 
     ops: tuple[str, ...]
@@ -92,25 +93,21 @@ class Policy:
 
 
 class LayerParams(NamedTuple):
-    """The numbers of n layers for B samples. A branch reads only its own; the others hold anything finite."""
+    """Numbers of n layers for B samples. A branch reads its own only; the others hold anything finite."""
 
     branches: NDArray[np.int32]  # (B, n) Branch
-    matrices: NDArray[
-        np.float32
-    ]  # (B, n, 2, 3) destination to source pixels, origin at the corner of the image
+    matrices: NDArray[np.float32]  # (B, n, 2, 3) destination to source pixels, origin at the image's corner
     bits: NDArray[np.uint8]  # (B, n, 4) mask, flip, highest value that is not inverted, addition below 128
-    factors: NDArray[
-        np.float32
-    ]  # (B, n, 2) factor of the enhancement or sigma_px, 1 if it is about the image's mean
+    factors: NDArray[np.float32]  # (B, n, 2) enhancement factor or blur sigma_px, 1 if it is about the mean
     kernels: NDArray[np.float32]  # (B, n, 3, 3) sharpness filter
 
 
 @cache
 def parse(text: str) -> Policy:
-    """Reads "rand-m9-n2-p0.5-mstd0.5-inc1" (timm's meaning and defaults), "3a" (also timm's), "reimpl" or "dali-n2-m9".
+    """Read "rand-m9-n2-p0.5-mstd0.5-inc1" or "3a" (as timm does), "reimpl" or "dali-n2-m9".
 
-    "3a" is one of grey, solarise (from 128 on) and blur (sigma of 0.1 to 2 pixels) for every image.
-    "reimpl" is what the re-implementation trained with: magnitude 10, two layers, probability 0.5, no noise, not increasing.
+    "3a" is grey, solarise (from 128 on) or blur (sigma of 0.1 to 2 pixels) for every image. "reimpl" is what
+    the re-implementation trained with: magnitude 10, two layers, probability 0.5, no noise, not increasing.
     Raises ValueError naming the part that is not understood.
     """
     if text == "reimpl":
@@ -159,7 +156,7 @@ def _parse_parts(text: str, parts: list[str], known: tuple[str, ...]) -> dict[st
 
 
 def layer_params(policy: Policy, draws: Floats, image_px: int) -> LayerParams:
-    """Turns uniforms (B, n, NUM_LAYER_DRAWS) into operations on square images of `image_px`."""
+    """Turn uniforms (B, n, NUM_LAYER_DRAWS) into operations on square images of `image_px`."""
     op = (draws[..., _OP] * len(policy.ops)).astype(np.int64)  # (B, n)
     sign = np.where(draws[..., _SIGN] < 0.5, -1.0, 1.0)
     if math.isinf(policy.magnitude_std):
@@ -174,7 +171,7 @@ def layer_params(policy: Policy, draws: Floats, image_px: int) -> LayerParams:
 
 
 def op_params(policy: Policy, op: Ints, magnitude: Floats, sign: Floats, image_px: int) -> LayerParams:
-    """The numbers of operations `op` (places in `policy.ops`) at `magnitude` 0..1 and `sign` -1 or 1, all (B, n)."""
+    """Return the numbers of operations `op`, places in `policy.ops`, at `magnitude` 0..1; all (B, n)."""
     index_of = {name: index for index, name in enumerate(policy.ops)}
     is_op = {name: op == index_of.get(name, -1) for name in BRANCH_OF}
     if policy.severity == "3a":
@@ -191,31 +188,23 @@ def op_params(policy: Policy, op: Ints, magnitude: Floats, sign: Floats, image_p
     )
 
 
-def _matrices(
-    is_op: dict[str, NDArray[np.bool_]], signed: Floats, translate: float, px: int
-) -> NDArray[np.float32]:
+def _matrices(is_op: dict[str, Mask], signed: Floats, translate: float, px: int) -> NDArray[np.float32]:
     angle = -np.deg2rad(30.0) * signed * is_op["Rotate"]
-    cos, sin, shift = np.cos(angle), np.sin(angle), translate * px * signed
+    cos, sin, shear, shift = np.cos(angle), np.sin(angle), 0.3 * signed, translate * px * signed
     # Sums, because at most one operation's terms differ from the identity.
-    entries = [
-        cos,
-        sin + 0.3 * signed * is_op["ShearX"],
-        px / 2 * (1 - cos - sin) + shift * is_op["TranslateX"],
-        -sin + 0.3 * signed * is_op["ShearY"],
-        cos,
-        px / 2 * (1 - cos + sin) + shift * is_op["TranslateY"],
-    ]
-    return np.stack(entries, axis=-1).reshape(*signed.shape, 2, 3).astype(np.float32)
+    x = [cos, sin + shear * is_op["ShearX"], px / 2 * (1 - cos - sin) + shift * is_op["TranslateX"]]
+    y = [-sin + shear * is_op["ShearY"], cos, px / 2 * (1 - cos + sin) + shift * is_op["TranslateY"]]
+    return np.stack(x + y, axis=-1).reshape(*signed.shape, 2, 3).astype(np.float32)
 
 
-def _bits(is_op: dict[str, NDArray[np.bool_]], magnitude: Floats, severity: str) -> NDArray[np.uint8]:
+def _bits(is_op: dict[str, Mask], magnitude: Floats, severity: str) -> NDArray[np.uint8]:
     kept_bits, threshold = np.floor(magnitude * 4), np.floor(magnitude * 256)
     if severity == "timm_increasing":
         kept_bits, threshold = 4 - kept_bits, 256 - threshold
     elif severity == "dali":
         kept_bits, threshold = np.rint(8 - 4 * magnitude), np.ceil(256 - 256 * magnitude)
     threshold = np.where(is_op["Solarize"], threshold, 256)
-    # Pillow refuses to keep no bit, which timm asks for at either end of its scale; older versions made a black image.
+    # timm keeps no bit at either end of its scale; Pillow refuses that; older versions made it black.
     mask = np.where(is_op["Posterize"], 256 - 2.0 ** (8 - np.maximum(kept_bits, 1)), 255)
     # "All values" needs a 257th threshold, which a byte does not have: that is a plain inversion.
     flip = np.where(is_op["Invert"] | (threshold == 0), 255, 0)

@@ -1,4 +1,4 @@
-"""What a loader is asked for and what it gives: plain data. Importing this loads neither DALI nor torch."""
+"""Define the contracts of a loader as plain data. Importing this loads neither DALI nor torch."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ Channels = tuple[float, float, float]
 IMAGENET_MEAN: Channels = (0.485, 0.456, 0.406)
 IMAGENET_STD: Channels = (0.229, 0.224, 0.225)
 
-# The label of a validation image that cannot be read: it counts, as one that no answer is right for.
+# Label of a validation image that cannot be read: it counts as wrong whatever the model answers.
 UNREADABLE = -1
 
-# Share of a split's files that may be unreadable, unless stated: each of them is named, and more is another problem.
+# Default share of a split's files that may be unreadable; more of them point to another problem.
 MAX_BAD_FRACTION = 0.1
 
 
 class DataError(Exception):
-    """The data or the machine is at fault, not the configuration. One clear line (exit code 3)."""
+    """A fault of the data or the machine, not of the configuration, in one clear line (exit code 3)."""
 
 
 class Batch(NamedTuple):
@@ -40,7 +40,7 @@ class AugmentSpec:
     """Training transform: random resized crop, flip, RandAugment, colour jitter, normalise, in that order.
 
     `color_jitter` is the strength of brightness, contrast and saturation (torchvision's ColorJitter).
-    `rand_augment` is a timm string ("rand-m9-mstd0.5-inc1"), "reimpl" or "dali-n2-m9" (see `policy.parse`).
+    `rand_augment` is "rand-m9-mstd0.5-inc1" (timm), "3a", "reimpl" or "dali-n2-m9" (`rand_augment.parse`).
     """
 
     image_px: int
@@ -68,12 +68,12 @@ class EvalSpec:
 
 
 class Loader(Protocol):
-    """Makes batches. Keeps no position of its own: the trainer's progress is the truth."""
+    """Source of batches. It keeps no position of its own: the trainer's progress is the truth."""
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """Batches of one epoch; `start` samples of it were already consumed by all ranks together."""
+        """Yield the batches of one epoch, after `start` samples that all ranks together have consumed."""
         ...
 
     def close(self) -> None:
-        """Frees threads and memory."""
+        """Free threads and memory."""
         ...

@@ -1,4 +1,7 @@
-"""What a process has learnt about unreadable files while it runs, and what stands in for them."""
+"""Replace samples whose files turn out to be bad during a run.
+
+Every rank finds the bad files by itself and replaces them alike, so nothing has to be exchanged.
+"""
 
 from __future__ import annotations
 
@@ -9,153 +12,150 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.checks.decode_pool import Judges
-from pipelines.files.manifest import BadFile, Manifest
+from pipelines.checks.bad_list import BadFile
+from pipelines.checks.decode_one import Fault
+from pipelines.checks.decode_pool import DecodePool
+from pipelines.files.manifest import Manifest
 from pipelines.plan import MicroBatch
 from pipelines.spec import DataError
 
-NUM_OTHERS = 7  # images that are tried to tell a fault of files from one of the file server or the GPU
+NUM_OTHERS = 7  # images tried to tell a fault of files from one of the file server or the GPU
 
-# What DALI says between the lines of its graph and those of its stack; both versions.
-_WORDS = re.compile(r"encountered:\s*(.*?)\s*(?:Stacktrace|Current pipeline|$)", re.DOTALL)
+# DALI's own message, between the lines of its graph and those of its stack; both versions.
+_MESSAGE = re.compile(r"encountered:\s*(.*?)\s*(?:Stacktrace|Current pipeline|$)", re.DOTALL)
 _SOURCE_LINE = re.compile(r"\[\S+:\d+\]\s*")
 
+Decode = Callable[
+    [MicroBatch], None
+]  # decodes a part of a batch with DALI; RuntimeError or OSError when it cannot
 
-class BadFiles:
-    """Files of `manifest` that turned out to be bad after it was made.
 
-    The stand-in of a sample is the next one in the manifest's order that Pillow can read, cyclically. That depends on
-    the files alone, so every rank of any number of ranks finds the same one without asking the others.
+class StandIns:
+    """Files of `manifest` that turned out to be bad after it was made, and the samples used instead of them.
+
+    The stand-in of a sample is the next one in the manifest's order that Pillow can read, cyclically. That
+    depends on the files alone, so every rank of any number of ranks finds the same one without asking the
+    others.
 
     Args:
-        max_bad_fraction: more bad files than this share of the manifest end the run, but one file alone never does
-            unless the share is 0.
-        processes: that decode suspects.
+        max_bad_fraction: more bad files than this share of the manifest end the run, but a single file never
+            does unless the share is 0.
+        processes: number of processes that test-decode suspects.
     """
 
     def __init__(self, manifest: Manifest, max_bad_fraction: float, processes: int) -> None:
         self._manifest = manifest
         self._max_bad_fraction = max_bad_fraction
-        self._judges = Judges(processes, decode=True)
-        self._reasons: dict[int, str] = {}
+        self._pool = DecodePool(processes, decode=True)
+        self._bad: dict[int, BadFile] = {}
         self._good: set[int] = set()
-        self._untold: list[BadFile] = []
+        self._new: list[BadFile] = []
 
-    def places(self, indices: NDArray[np.int64]) -> list[int]:
-        """Where in `indices` the bad files known so far are."""
-        return np.flatnonzero(np.isin(indices, list(self._reasons))).tolist()
+    def bad_places(self, indices: NDArray[np.int64]) -> list[int]:
+        """Return where in `indices` the bad files known so far are."""
+        return np.flatnonzero(np.isin(indices, list(self._bad))).tolist()
 
-    def examine(self, indices: Iterable[int]) -> bool:
-        """Decodes the images at `indices`; returns whether one was found bad that was not known to be.
+    def check(self, indices: Iterable[int]) -> bool:
+        """Test-decode images with Pillow; return whether another bad file was found.
 
-        Raises:
-            DataError: more bad files than allowed.
+        Raises DataError for more bad files than allowed.
         """
-        unknown = sorted(set(indices) - self._reasons.keys())
-        before = len(self._reasons)
+        unknown = sorted(set(indices) - self._bad.keys())
+        before = len(self._bad)
         with self._manifest.files(unknown) as paths:
-            verdicts = list(self._judges.verdicts(paths))
-        for index, (height, width, reason) in zip(unknown, verdicts, strict=True):
+            results = list(self._pool.check(paths))
+        for index, (height, width, fault) in zip(unknown, results, strict=True):
             expected = int(self._manifest.heights[index]), int(self._manifest.widths[index])
-            if not reason and (height, width) != expected:
-                reason = f"is {height}x{width} now, was {expected[0]}x{expected[1]} when it was indexed"
-            if reason:
-                self._found(index, reason)
-        return len(self._reasons) > before
+            if not fault and (height, width) != expected:
+                was = f"was {expected[0]}x{expected[1]} when it was indexed"
+                fault = Fault("other", f"is {height}x{width} now, {was}")
+            if fault:
+                self._add(index, fault)
+        return len(self._bad) > before
 
-    def examine_alone(
-        self, batches: Sequence[MicroBatch], decode: Callable[[MicroBatch], None], error: Exception
-    ) -> None:
-        """Finds the files that DALI cannot decode although Pillow can, when a batch fails and `examine` finds nothing.
+    def find_undecodable(self, batches: Sequence[MicroBatch], decode: Decode, error: Exception) -> None:
+        """Find the files that DALI cannot decode although Pillow can, when `check` explains no failure.
 
         DALI 2.4 does not decode a BMP of 16 bits a pixel, for one, and 1.34 no animated WebP.
 
         Args:
-            batches: one of which failed; none if that happened before the first of them.
-            decode: decodes a part of a batch with DALI; raises RuntimeError or OSError when it cannot.
-            error: with which the batch failed.
+            batches: the batches in flight, one of which failed; none if DALI failed before the first of
+                them.
+            decode: test-decodes a part of a batch with DALI.
+            error: the batch's error.
 
-        Raises:
-            DataError: none fails alone, other images fail, too, or more files are bad than allowed.
+        Raises DataError when none fails alone, other images fail, too, or more files are bad than allowed.
         """
         num_suspects = len({index for batch in batches for index in batch.indices.tolist()})
         what = f"a batch failed twice, but Pillow can read all of the {num_suspects} images in flight"
         if not batches or not self._decodes_another(batches[0], decode):
-            raise DataError(f"{what}, and DALI can decode no others either: {_words(error)}") from error
-        before = len(self._reasons)
+            raise DataError(f"{what}, and DALI can decode no others either: {_message(error)}") from error
+        before = len(self._bad)
         for batch in batches:
-            for index, words in _failing_alone(batch, decode):
-                if index not in self._reasons:
-                    self._found(index, f"Pillow can read it, DALI cannot: {words}")
-        if len(self._reasons) == before:
+            for index, message in _failing_alone(batch, decode):
+                if index not in self._bad:
+                    self._add(index, Fault("other", f"Pillow can read it, DALI cannot: {message}"))
+        if len(self._bad) == before:
             raise DataError(
-                f"{what}, and DALI can decode each one alone; together: {_words(error)}"
+                f"{what}, and DALI can decode each one alone; together: {_message(error)}"
             ) from error
 
     def stand_in(self, index: int) -> int:
-        """The sample to use instead of `index`. Raises DataError when there are more bad files than allowed."""
+        """Return the sample to use instead of `index`. Raises DataError for more bad files than allowed."""
         for step in range(1, len(self._manifest)):
             candidate = (index + step) % len(self._manifest)
-            if (
-                candidate not in self._good
-                and candidate not in self._reasons
-                and not self.examine([candidate])
-            ):
+            if candidate in self._bad:
+                continue
+            if candidate in self._good or not self.check([candidate]):
                 self._good.add(candidate)
-            if candidate in self._good:
                 return candidate
         raise DataError(f"{self._manifest.root}: no image can be read")
 
-    def take_untold(self) -> list[BadFile]:
-        """The bad files found since the last call."""
-        untold, self._untold = self._untold, []
-        return untold
+    def take_new(self) -> list[BadFile]:
+        """Return the bad files found since the last call."""
+        new, self._new = self._new, []
+        return new
 
     def close(self) -> None:
-        """Ends the decoding processes."""
-        self._judges.close()
+        """End the decoding processes."""
+        self._pool.close()
 
-    def _decodes_another(self, batch: MicroBatch, decode: Callable[[MicroBatch], None]) -> bool:
-        """Whether any of a few images, spread over the manifest, can be decoded with the draws of one of `batch`."""
-        one, total = batch._replace(copies=batch.copies[:1]), len(self._manifest)
+    def _decodes_another(self, batch: MicroBatch, decode: Decode) -> bool:
+        """Return whether one of a few other images can be decoded with a sample's draws."""
+        total = len(self._manifest)
         for step in range(1, NUM_OTHERS + 1):
             other = (batch.indices[:1] + step * total // (NUM_OTHERS + 1)) % total
             with contextlib.suppress(RuntimeError, OSError):
-                decode(one._replace(indices=other))
+                decode(batch.part(slice(1))._replace(indices=other))
                 return True
         return False
 
-    def _found(self, index: int, reason: str) -> None:
-        self._reasons[index] = reason
+    def _add(self, index: int, fault: Fault) -> None:
+        self._bad[index] = bad_file = BadFile(self._manifest.file(index), *fault)
         self._good.discard(index)
-        self._untold.append(BadFile(self._manifest.file(index), reason))
+        self._new.append(bad_file)
         share, total = self._max_bad_fraction, len(self._manifest)
-        if len(self._reasons) > max(int(share * total), int(share > 0)):
-            named = "; ".join(
-                f"{self._manifest.file(i)}: {why}" for i, why in list(self._reasons.items())[:3]
-            )
-            raise DataError(
-                f"{self._manifest.root}: {len(self._reasons)} of {total} images became unreadable during the run, more "
-                f"than data.max_bad_fraction {share:g} allows: {named}"
-            )
+        if len(self._bad) > max(int(share * total), int(share > 0)):
+            named = "; ".join(f"{file.path}: {file.reason}" for file in list(self._bad.values())[:3])
+            what = f"{len(self._bad)} of {total} images became unreadable during the run"
+            limit = f"more than data.max_bad_fraction {share:g} allows"
+            raise DataError(f"{self._manifest.root}: {what}, {limit}: {named}")
 
 
-def _failing_alone(batch: MicroBatch, decode: Callable[[MicroBatch], None]) -> Iterator[tuple[int, str]]:
-    """The samples of `batch` that cannot be decoded by themselves and what DALI says, by trying ever smaller parts."""
+def _failing_alone(batch: MicroBatch, decode: Decode) -> Iterator[tuple[int, str]]:
+    """Yield the samples that cannot be decoded alone, with DALI's message, by trying ever smaller parts."""
     try:
         decode(batch)
     except (RuntimeError, OSError) as error:
         middle = len(batch.indices) // 2
         if not middle:
-            yield int(batch.indices[0]), _words(error)
+            yield int(batch.indices[0]), _message(error)
             return
         for half in (slice(middle), slice(middle, None)):
-            yield from _failing_alone(
-                batch._replace(indices=batch.indices[half], copies=batch.copies[half]), decode
-            )
+            yield from _failing_alone(batch.part(half), decode)
 
 
-def _words(error: Exception) -> str:
-    """What went wrong in one line, without the pages that DALI puts around it."""
-    found = _WORDS.search(str(error))
+def _message(error: Exception) -> str:
+    """Return what went wrong in one line, without the pages that DALI puts around it."""
+    found = _MESSAGE.search(str(error))
     return " ".join(_SOURCE_LINE.sub("", found[1] if found else str(error)).split())

@@ -1,4 +1,4 @@
-"""Batches without files: the same contract and the same order of samples, for tests and model-only benchmarks."""
+"""Make batches without files, in the order of the plan, for tests and model-only benchmarks."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ _POOL_SIZE = 64
 class SyntheticLoader:
     """Noise images drawn from a small pool that stays on the device.
 
-    Label and pixels are functions of the sample's index alone: label = index % num_classes, image = pool[label % 64].
-    So a model can learn them, any number of ranks sees the same samples, and a batch costs one gather.
+    Label and pixels are functions of the sample's index alone: label = index % num_classes, image =
+    pool[label % 64]. So a model can learn them, any number of ranks sees the same samples, and a batch costs
+    one gather.
     """
 
     def __init__(
@@ -30,16 +31,14 @@ class SyntheticLoader:
         device: torch.device | str,
         fp16: bool,
     ) -> None:
-        self._plan = plan
-        self._num_classes = num_classes
-        self._rank = rank
-        self._world = world
+        self._plan, self._num_classes = plan, num_classes
+        self._rank, self._world = rank, world
         self._device = torch.device(device)
         pool = torch.randn(_POOL_SIZE, image_px, image_px, 3, generator=torch.Generator().manual_seed(0))
         self._pool = pool.to(self._device, torch.float16 if fp16 else torch.float32)  # (64, H, W, 3)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """As `Loader.epoch`. Raises ValueError for what `Plan.micro_batches` refuses."""
+        """Yield batches as `Loader.epoch`. Raises ValueError for what `Plan.micro_batches` refuses."""
         for batch in self._plan.micro_batches(epoch, start, self._rank, self._world):
             indices = torch.from_numpy(batch.indices).to(self._device, non_blocking=True)
             labels = indices % self._num_classes
@@ -47,5 +46,5 @@ class SyntheticLoader:
             yield Batch(images, labels, indices)
 
     def close(self) -> None:
-        """Frees the pool."""
+        """Free the pool."""
         self._pool = torch.empty(0)

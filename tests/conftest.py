@@ -13,7 +13,9 @@ FORKS.set_forkserver_preload(["cmtrain.training.train", "cmtrain.cli.main"])
 
 @pytest.fixture
 def figure(record_property):
-    """figure(text): what a test has measured or counted. Listed after the tests, whichever process ran them."""
+    """figure(text): what a test has measured or counted. Listed after the tests, whichever process ran
+    them.
+    """
     return lambda text: record_property("figure", text)
 
 
@@ -46,7 +48,8 @@ def make_job(tmp_path, images):
             "mixing": {"mixup": 0.2, "cutmix": 0.5, "mixup_prob": 0.5, "smoothing": 0.1, "reprob": 0.1},
             "optim": {"lr": 2e-3, "weight_decay": 0.05, "clip_grad": 5.0},
             "schedule": {"epochs": 3, "warmup_epochs": 1},
-            "train": {"global_batch_size": 16, "max_batch_per_gpu": 8, "log_every_steps": 2, "precision": "fp32"},
+            "train": {"global_batch_size": 16, "max_batch_per_gpu": 8, "log_every_steps": 2}
+            | {"precision": "fp32"},
             "ema": {"decay": 0.9},
             "metrics": {"enabled": False},
         }  # fmt: skip

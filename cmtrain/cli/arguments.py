@@ -1,45 +1,40 @@
-"""Command-line arguments of a verb: its own options, and overrides of the configuration. Mistakes are one line."""
+"""Parse the arguments of a verb: its own options, and overrides of the configuration. A mistake is one
+line.
+"""
 
 import argparse
-import difflib
 import re
 from collections.abc import Sequence
 
 from cmtrain.config.load import Overrides, Resolved, load_config
-from cmtrain.errors import ConfigError
+from cmtrain.errors import ConfigError, did_you_mean
 
-
-def load(verb: str, path: str | None, overrides: Overrides) -> Resolved:
-    if path is None:
-        raise ConfigError(
-            f"cmtrain {verb}: --config is missing, e.g. cmtrain {verb} --config configs/demo.yaml"
-        )
-    return load_config(path, overrides)
+CONFIG_HELP = "configuration file, or one that ships with cmtrain"
 
 
 def make_parser(verb: str, description: str) -> argparse.ArgumentParser:
+    """Make the parser of `cmtrain VERB`."""
     return argparse.ArgumentParser(
         prog=f"cmtrain {verb}",
         description=description,
-        epilog="--SECTION.KEY VALUE overrides one value of the configuration; `cmtrain config schema` lists them all.",
+        epilog="--SECTION.KEY VALUE overrides a value of the configuration; see `cmtrain config reference`.",
         allow_abbrev=False,
         exit_on_error=False,
     )
 
 
 def parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[argparse.Namespace, Overrides]:
-    """The options of a verb, and whatever else looks like an option as an override: load_config knows what is right.
+    """Return the options of a verb, and as overrides whatever else looks like an option; load_config checks
+    those.
 
     Raises:
-        ConfigError: in one line, what is wrong with the verb's own options.
+        ConfigError: a mistake in the verb's own options.
     """
-    overrides: Overrides = []
+    overrides: list[tuple[str, str]] = []
     own, rest = [], list(arguments)
-    while rest:
+    while rest:  # overrides first, or argparse takes their values for positional arguments
         argument = rest.pop(0)
-        if re.match(
-            r"--[^=]*[.]", argument
-        ):  # taken out first, or argparse takes the values for positional arguments
+        if re.match(r"--[^=]*[.]", argument):
             overrides.append(_override(argument, rest))
         else:
             own.append(argument)
@@ -60,15 +55,27 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[ar
 
 
 def _override(argument: str, rest: list[str]) -> tuple[str, str]:
-    """`--key=value`, or `--key` and the value that is the first of `rest`, which is taken out of there."""
+    """Split `--key=value`; without `=`, the value is taken from the front of `rest`."""
     name, equals, value = argument.partition("=")
     if not equals and (not rest or rest[0].startswith("--")):
         raise ConfigError(f"{name}: needs a value")
     return name.removeprefix("--"), value if equals else rest.pop(0)
 
 
+def parse_with_config(
+    parser: argparse.ArgumentParser, arguments: Sequence[str]
+) -> tuple[argparse.Namespace, Resolved]:
+    """Return the options of a verb that has --config, and the configuration with its overrides."""
+    options, overrides = parse(parser, arguments)
+    if options.config is None:
+        raise ConfigError(
+            f"{parser.prog}: --config is missing, e.g. {parser.prog} --config configs/demo.yaml"
+        )
+    return options, load_config(options.config, overrides)
+
+
 def parse_alone(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.Namespace:
-    """The options of a verb that has no configuration, and so no overrides."""
+    """Return the options of a verb that has no configuration, and so no overrides."""
     options, overrides = parse(parser, arguments)
     if overrides:
         raise ConfigError(f"--{overrides[0][0]}: unknown option; see {parser.prog} --help")
@@ -85,8 +92,3 @@ def count(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"must be a whole number >= 0, got {text}")
     return int(text)
-
-
-def did_you_mean(given: str, choices: Sequence[str], prefix: str = "") -> str:
-    close = difflib.get_close_matches(given, choices, n=1)
-    return f", did you mean {prefix}{close[0]}?" if close else ""

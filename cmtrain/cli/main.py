@@ -1,4 +1,6 @@
-"""The command line. Whatever needs torch is imported inside a verb, so that help and mistakes answer at once."""
+"""Run the command line. Each verb imports what it needs, so help and mistakes answer without loading
+torch.
+"""
 
 import json
 import os
@@ -7,13 +9,22 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cmtrain import __version__
-from cmtrain.cli.arguments import count, did_you_mean, load, make_parser, parse, parse_alone, positive
+from cmtrain.cli.arguments import (
+    CONFIG_HELP,
+    count,
+    make_parser,
+    parse,
+    parse_alone,
+    parse_with_config,
+    positive,
+)  # fmt: skip
 from cmtrain.cli.data_verbs import data
 from cmtrain.cli.model_verbs import evaluate_trained, export_trained
 from cmtrain.commands import sweep
 from cmtrain.config.describe import config_reference, config_schema
+from cmtrain.config.load import load_config
 from cmtrain.config.schema import Config, to_yaml
-from cmtrain.errors import EXIT_CONFIG, EXIT_DATA, EXIT_DONE, EXIT_INTERRUPTED, ConfigError
+from cmtrain.errors import EXIT_CONFIG, EXIT_DATA, EXIT_DONE, EXIT_INTERRUPTED, ConfigError, did_you_mean
 from cmtrain.processes.launcher import run_ranks, visible_gpus
 from cmtrain.processes.rank import PARENT, hold_back, is_first_rank, is_started_by_launcher, run_as_rank
 from cmtrain.storage.run_folder import read_finished
@@ -32,27 +43,27 @@ verbs:
   train          train a configuration; the verb may be left out
   doctor         check this machine for a run: packages, driver, GPUs, decoding, ranks, data, disk
   demo           train a small CMT on images from installed packages: no GPU and no download needed
-  sweep          train many configurations, such as the re-implementation's tables, and compare with what was published
+  sweep          train many configurations, such as configs/ablations, and compare with what was published
   eval RUN       accuracy of a trained model and its EMA: other sizes, other images, by class, ImageNet-ReaL
-  export RUN     write a trained model for timm, ONNX or torch.export, compared with what it was
-  status RUN     print how a run stands: its step, speed, time left, and whether its process is there
+  export RUN     write a trained model for timm, ONNX or torch.export; each file is read back and compared
+  status RUN     print the state of a run: its step, speed, time left, and whether its process is alive
   watch RUN      the same, until the run ends
-  report RUN...  write what run folders tell as one HTML file; several runs are compared
+  report RUN...  draw a run folder as one HTML file; several runs are compared
   bench          time the loader, the model and training, and name the bottleneck
   repair-bn X    recompute the BatchNorm statistics of a run or of any weights file, such as NaN ones
   data check     find the images that cannot be read; training leaves them out from then on
-  data pack      write an image folder as tar shards with an index: few large files instead of many small ones
+  data pack      write an image folder as tar shards with an index: few large files instead of many small
   data preview   draw augmented training images as a grid
   data stats     count and measure the images of a configuration
   config show    print the resolved configuration and where each value comes from
-  config schema  print the JSON schema of configuration files: every key, its unit, range and default; `config
-                 reference` prints the same for people
+  config schema  print the JSON schema of configuration files, for editors; `config reference` prints every
+                 key, its unit, range and default for people
 
 main options (cmtrain VERB --help lists those of a verb):
   --config FILE         configuration file, or one that ships with cmtrain, such as configs/full_in1k.yaml
   --SECTION.KEY VALUE   override one value of it, e.g. --optim.lr 4e-3 or --augment.scale '[0.2, 1]'
-  --resume WHAT         auto (default): go on from the run folder's newest checkpoint, if there is one; never; force:
-                        also where the recipe has changed; or the path of a checkpoint or run folder
+  --resume WHAT         auto (default): continue from the run folder's newest checkpoint, if there is one;
+                        never; force: also where the recipe has changed; or a checkpoint or run folder
   --max-steps N         stop after N optimizer steps
   --nproc N             processes to train in, one per GPU (default: as many as there are GPUs; on a CPU 1)
   --max-restarts N      start all of them again when one fails, at most N times (default: 0)
@@ -97,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if verb not in _VERBS:
             hint = f" (verbs: {', '.join(_VERBS)}; a configuration file goes after --config)"
-            raise ConfigError(f"{verb}: unknown verb{did_you_mean(verb, list(_VERBS)) or hint}")
+            raise ConfigError(f"{verb}: unknown verb{did_you_mean(verb, _VERBS) or hint}")
         return _VERBS[verb](arguments)
     except ConfigError as error:
         hold_back()
@@ -112,34 +123,31 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _train(arguments: list[str]) -> int:
     parser = make_parser("train", "Train a configuration.")
-    parser.add_argument(
-        "--config", metavar="FILE", help="configuration file, or one that ships with cmtrain"
-    )
-    parser.add_argument(
-        "--resume", default="auto", metavar="WHAT", help="auto (default), never, force, or a path"
-    )
-    parser.add_argument("--max-steps", type=positive, metavar="N", help="stop after N optimizer steps")
-    parser.add_argument(
-        "--nproc", type=positive, metavar="N", help="processes to train in (default: one per GPU)"
-    )
-    parser.add_argument(
-        "--max-restarts", type=count, default=0, metavar="N", help="restarts after failures (0)"
-    )
-    parser.add_argument("--dry-run", action="store_true", help="print the plan of the run and stop")
-    options, overrides = parse(parser, arguments)
-    config = load("train", options.config, overrides).config
+    add = parser.add_argument
+    add("--config", metavar="FILE", help=CONFIG_HELP)
+    add("--resume", default="auto", metavar="WHAT", help="auto (default), never, force, or a path")
+    add("--max-steps", type=positive, metavar="N", help="stop after N optimizer steps")
+    add("--nproc", type=positive, metavar="N", help="processes to train in (default: one per GPU)")
+    add("--max-restarts", type=count, default=0, metavar="N", help="restarts after failures (0)")
+    add("--dry-run", action="store_true", help="print the plan of the run and stop")
+    options, resolved = parse_with_config(parser, arguments)
+    config = resolved.config
     if options.dry_run:
         sys.stdout.write(describe_plan(config))
         return EXIT_DONE
+
+    # A run that has finished is not started again.
     run_path = Path(config.run.dir) / str(config.run.name)
-    finished = (
-        read_finished(run_path, to_yaml(config), options.max_steps) if options.resume == "auto" else None
-    )
+    finished = None
+    if options.resume == "auto":
+        finished = read_finished(run_path, to_yaml(config), options.max_steps)
     if finished:
         if is_first_rank():
             sys.stderr.write(f"{run_path}: finished before\n")
             sys.stdout.write(json.dumps(finished["result"]) + "\n")
         return int(finished["exit_code"])
+
+    # Start one process per GPU, unless a launcher has started this one.
     if not is_started_by_launcher():
         nproc = options.nproc or max(1, visible_gpus())
         split_batch(config.train.global_batch_size, config.train.max_batch_per_gpu, nproc)
@@ -151,6 +159,8 @@ def _train(arguments: list[str]) -> int:
         )
 
     def work() -> int:
+        if is_first_rank() and sys.stderr.isatty():  # the import takes seconds
+            sys.stderr.write(f"cmtrain {__version__}: loading torch and DALI\n")
         from cmtrain.training.train import train
 
         return train(config, resume=options.resume, max_steps=options.max_steps)
@@ -159,9 +169,7 @@ def _train(arguments: list[str]) -> int:
 
 
 def _demo(arguments: list[str]) -> int:
-    parser = make_parser(
-        "demo", "Train a small CMT on images from installed packages: no GPU and no download needed."
-    )
+    parser = make_parser("demo", "Train a small CMT on images of installed packages; no GPU, no download.")
     parser.add_argument(
         "--photos", action="store_true", help="12 colour photographs instead of handwritten digits"
     )
@@ -173,89 +181,57 @@ def _demo(arguments: list[str]) -> int:
 
 def _bench(arguments: list[str]) -> int:
     parser = make_parser("bench", "Time the loader, the model and training, and name the bottleneck.")
-    parser.add_argument(
-        "--config", default="configs/demo.yaml", metavar="FILE", help="default: configs/demo.yaml"
+    add = parser.add_argument
+    add("--config", default="configs/demo.yaml", metavar="FILE", help="default: configs/demo.yaml")
+    add("--what", choices=BENCHMARKS, default="all", help="default: all")
+    add("--steps", type=positive, default=20, metavar="N", help="steps to time of each (default: 20)")
+    add(
+        "--rounds", type=positive, default=5, metavar="N", help="turns of each side (5; not with train, all)"
     )
-    parser.add_argument("--what", choices=BENCHMARKS, default="all", help="default: all")
-    parser.add_argument(
-        "--steps", type=positive, default=20, metavar="N", help="steps to time of each (default: 20)"
-    )
-    parser.add_argument(
-        "--rounds",
-        type=positive,
-        default=5,
-        metavar="N",
-        help="turns of each side (default: 5; not with train, all)",
-    )
-    parser.add_argument(
-        "--packed", metavar="DIR", help="packed copy of the data to time, too (with --what loader)"
-    )
-    parser.add_argument(
+    add("--packed", metavar="DIR", help="packed copy of the data to time, too (with --what loader)")
+    add(
         "--beside",
         default="resnet50,efficientnet_b0",
         metavar="NAMES",
         help="timm models to time, too (model, latency)",
     )
-    parser.add_argument("--compare", metavar="FILE", help="JSON of an earlier run to compare rates with")
-    parser.add_argument(
-        "--fail-below", type=float, metavar="X", help="exit code 5 where a rate is below X times that"
-    )
-    parser.add_argument("--json", metavar="FILE", help="write the figures there, too")
-    options, overrides = parse(parser, arguments)
+    add("--compare", metavar="FILE", help="JSON of an earlier run to compare rates with")
+    add("--fail-below", type=float, metavar="X", help="exit code 5 where a rate is below X times that")
+    add("--json", metavar="FILE", help="write the figures there, too")
+    options, resolved = parse_with_config(parser, arguments)
     if options.fail_below is not None and not options.compare:
         raise ConfigError("--fail-below: needs --compare FILE, the earlier run")
-    config = load("bench", options.config, overrides).config
     from cmtrain.commands.bench.bench import bench
 
     return bench(
-        options.what,
-        config,
-        steps=options.steps,
-        rounds=options.rounds,
-        packed=options.packed,
-        beside=[name for name in options.beside.split(",") if name],
-        compare=options.compare,
-        fail_below=options.fail_below,
-        json_path=options.json,
-    )
+        options.what, resolved.config, steps=options.steps, rounds=options.rounds, packed=options.packed,
+        beside=[name for name in options.beside.split(",") if name], compare=options.compare,
+        fail_below=options.fail_below, json_path=options.json,
+    )  # fmt: skip
 
 
 def _doctor(arguments: list[str]) -> int:
-    parser = make_parser("doctor", "Check this machine for a run, and say what to do about what is wrong.")
-    parser.add_argument(
-        "--config", default="configs/demo.yaml", metavar="FILE", help="default: configs/demo.yaml"
-    )
+    parser = make_parser("doctor", "Check this machine for a run, and suggest a remedy for every problem.")
+    parser.add_argument("--config", default="configs/demo.yaml", metavar="FILE", help=CONFIG_HELP)
     parser.add_argument("--json", action="store_true", help="as one JSON object")
-    options, overrides = parse(parser, arguments)
-    config = load("doctor", options.config, overrides).config
+    options, resolved = parse_with_config(parser, arguments)
     from cmtrain.commands.doctor import doctor
 
-    return doctor(config, as_json=options.json)
+    return doctor(resolved.config, as_json=options.json)
 
 
 def _sweep(arguments: list[str]) -> int:
-    parser = make_parser(
-        "sweep", "Train many configurations, and print what was published and what was measured."
-    )
-    parser.add_argument(
-        "files", nargs="*", metavar="FILE", help="configuration files, or folders such as configs/ablations"
-    )
-    parser.add_argument("--rows", metavar="LIST", help="only these, counted from 1, such as 1,3-5")
-    parser.add_argument(
-        "--jobs", choices=("local", "slurm"), default="local", help="one after another here (default)"
-    )
-    parser.add_argument(
-        "--sbatch", default=sweep.SBATCH, metavar="FILE", help=f"job script (default: {sweep.SBATCH})"
-    )
-    parser.add_argument(
-        "--scale", choices=("demo",), help="a few steps of each row on demo data, on any machine"
-    )
-    parser.add_argument(
-        "--max-steps", type=positive, metavar="N", help="stop each row after N optimizer steps"
-    )
-    parser.add_argument("--dry-run", action="store_true", help="print the commands and stop")
-    parser.add_argument("--table", action="store_true", help="print the table and stop")
-    parser.add_argument("--csv", action="store_true", help="print the table as CSV (default: Markdown)")
+    parser = make_parser("sweep", "Train many configurations; compare with what was published.")
+    add = parser.add_argument
+    add("files", nargs="*", metavar="FILE", help="configuration files, or folders such as configs/ablations")
+    add("--rows", metavar="LIST", help="only these, counted from 1, such as 1,3-5")
+    add("--jobs", choices=("local", "slurm"), default="local", help="one after another here (default)")
+    add("--sbatch", default=sweep.SBATCH, metavar="FILE", help=f"job script (default: {sweep.SBATCH})")
+    add("--scale", choices=("demo",), help="a few steps of each row on demo data, on any machine")
+    add("--max-steps", type=positive, metavar="N", help="stop each row after N optimizer steps")
+    add("--dry-run", action="store_true", help="print the commands and stop")
+    add("--table", action="store_true", help="print the table and stop")
+    add("--csv", action="store_true", help="print the table as CSV (default: Markdown)")
     options, overrides = parse(parser, arguments)
     if not options.files:
         raise ConfigError(
@@ -274,11 +250,12 @@ def _sweep(arguments: list[str]) -> int:
     return code
 
 
+RUN_HELP = "run folder, such as runs/demo, or the name of one below runs"
+
+
 def _status(arguments: list[str]) -> int:
-    parser = make_parser("status", "Print how a run stands.")
-    parser.add_argument(
-        "run", metavar="RUN", help="run folder, such as runs/demo, or the name of one below runs"
-    )
+    parser = make_parser("status", "Print the state of a run.")
+    parser.add_argument("run", metavar="RUN", help=RUN_HELP)
     parser.add_argument("--json", action="store_true", help="as one JSON object")
     options = parse_alone(parser, arguments)
     from cmtrain.commands.status import print_status
@@ -287,10 +264,8 @@ def _status(arguments: list[str]) -> int:
 
 
 def _watch(arguments: list[str]) -> int:
-    parser = make_parser("watch", "Show how a run stands until it ends.")
-    parser.add_argument(
-        "run", metavar="RUN", help="run folder, such as runs/demo, or the name of one below runs"
-    )
+    parser = make_parser("watch", "Show the state of a run until it ends.")
+    parser.add_argument("run", metavar="RUN", help=RUN_HELP)
     options = parse_alone(parser, arguments)
     from cmtrain.commands.status import watch
 
@@ -311,16 +286,14 @@ def _repair_bn(arguments: list[str]) -> int:
     options, overrides = parse(parser, arguments)
     if options.place is None:
         raise ConfigError("cmtrain repair-bn: which run or file? e.g. cmtrain repair-bn runs/full_in1k")
-    config = load("repair-bn", options.config, overrides).config if options.config else None
+    config = load_config(options.config, overrides).config if options.config else None
     from cmtrain.commands.repair_bn import repair_bn
 
     return repair_bn(options.place, config, overrides, out=options.out, batches=options.batches)
 
 
 def _report(arguments: list[str]) -> int:
-    parser = make_parser(
-        "report", "Write what run folders tell as one HTML file; several runs are compared."
-    )
+    parser = make_parser("report", "Draw a run folder as one HTML file; several runs are compared.")
     parser.add_argument("runs", nargs="*", metavar="RUN", help="run folder, such as runs/demo")
     parser.add_argument(
         "--out", metavar="FILE", help="default: RUN/report.html, or report.html for several runs"
@@ -346,11 +319,8 @@ def _config(arguments: list[str]) -> int:
             "cmtrain config: must be `config show --config FILE`, `config schema` or `config reference`"
         )
     parser = make_parser("config show", "Print the resolved configuration and where each value comes from.")
-    parser.add_argument(
-        "--config", metavar="FILE", help="configuration file, or one that ships with cmtrain"
-    )
-    options, overrides = parse(parser, arguments)
-    resolved = load("config show", options.config, overrides)
+    parser.add_argument("--config", metavar="FILE", help=CONFIG_HELP)
+    _, resolved = parse_with_config(parser, arguments)
     sys.stdout.write(to_yaml(resolved.config, resolved.origins))
     return EXIT_DONE
 
@@ -373,16 +343,18 @@ _VERBS: dict[str, Callable[[list[str]], int]] = {
 
 
 def describe_plan(config: Config) -> str:
-    """What is known of a run before its data is: the arithmetic of the batch and of the learning rate."""
-    size, schedule = config.train.global_batch_size, config.schedule
+    """Describe a run as far as it is known before its data is: model, epochs, learning rate and batch."""
+    size, plan = config.train.global_batch_size, config.schedule
+    variant = f" ({config.model.variant})" if config.model.name.startswith("cmt_") else ""
     lines = [
         f"run      {config.run.dir}/{config.run.name}",
-        f"model    {config.model.name} ({config.model.variant}), {config.data.image_px} px, from {config.data.root}",
-        f"epochs   {schedule.epochs}, warm-up {schedule.warmup_epochs:g}, cool-down {schedule.cooldown_epochs}",
-        f"lr       {schedule.warmup_lr:g} -> {config.optim.lr:g} -> {schedule.min_lr:g} ({config.optim.opt})",
-        f"steps    training images // {size} in an epoch",
+        f"data     {config.data.root}, {config.data.image_px} px",
+        f"model    {config.model.name}{variant}",
+        f"epochs   {plan.epochs}, warm-up {plan.warmup_epochs:g}, cool-down {plan.cooldown_epochs}",
+        f"lr       {plan.warmup_lr:g} -> {config.optim.lr:g} -> {plan.min_lr:g} ({config.optim.opt})",
+        f"steps    (training images // {size}) per epoch",
     ]
-    # A launcher says how many processes there are; without one, show what would happen on one node.
+    # A launcher sets the number of processes; without one, show what would happen on one node.
     launched = os.environ.get("WORLD_SIZE")
     for world_size in [int(launched)] if launched else [1, 2, 4, 8]:
         try:

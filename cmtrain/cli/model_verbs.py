@@ -1,52 +1,40 @@
-"""The verbs for what has been trained: eval and export."""
+"""Parse the verbs for a trained model: eval and export."""
 
 import argparse
 
 from cmtrain.cli.arguments import make_parser, parse, positive
+from cmtrain.config.load import Overrides
 from cmtrain.errors import ConfigError
 
 FORMATS = ("timm", "onnx", "torch-export")
 
 
 def evaluate_trained(arguments: list[str]) -> int:
-    """`cmtrain eval ...`: returns the exit code; errors as those of the verb."""
+    """Run `cmtrain eval ...`. Returns the exit code."""
     parser = make_parser("eval", "Evaluate a trained model and its EMA, as its run did or otherwise.")
-    _add_trained(parser)
-    parser.add_argument(
-        "--weights", choices=("model", "ema", "both"), default="both", help="default: both, if both are"
-    )
-    parser.add_argument(
-        "--image-px", type=_sizes, default=[], metavar="LIST", help="image sides, such as 160,192"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--weights", choices=("model", "ema", "both"), default="both", help="default: both, if both exist")
+    add("--image-px", type=_sizes, default=[], metavar="LIST", help="image sides, such as 160,192")
+    add(
         "--resize-px",
         type=_sizes,
         default=[],
         metavar="LIST",
-        help="shorter sides before the crop, such as 184,182, each with each image side (default: the run's own; for "
-        "another image side in the same proportion)",
+        help="shorter sides before the crop, such as 184,182, each with each image side (default: the run's "
+        "own; for another image side in the same proportion)",
     )
-    parser.add_argument(
+    add(
         "--folder",
         metavar="DIR",
-        help="other images: class folders named as the training classes, or else by the numbers 0, 1, ... of the "
-        "classes in order, as ImageNet-V2's",
+        help="other images: class folders named as the training classes, or by the numbers 0, 1, ... of "
+        "the classes in order, as ImageNet-V2's",
     )
-    parser.add_argument(
-        "--real", action="store_true", help="also by ImageNet-ReaL's labels, for ImageNet's val images"
-    )
-    parser.add_argument(
-        "--per-class", metavar="FILE", help="write images and accuracy of every class as CSV"
-    )
-    parser.add_argument(
-        "--confusion", metavar="FILE", help="write the best result's confusion matrix as CSV"
-    )
-    parser.add_argument(
-        "--expect", type=_fraction, metavar="TOP1", help="exit code 5 where the best top-1 is below it"
-    )
-    parser.add_argument("--json", metavar="FILE", help="write the results there, too")
-    options, overrides = parse(parser, arguments)
-    _check_trained(parser, options)
+    add("--real", action="store_true", help="also by ImageNet-ReaL's labels, for ImageNet's val images")
+    add("--per-class", metavar="FILE", help="write images and accuracy of every class as CSV")
+    add("--confusion", metavar="FILE", help="write the best result's confusion matrix as CSV")
+    add("--expect", type=_fraction, metavar="TOP1", help="exit code 5 where the best top-1 is below it")
+    add("--json", metavar="FILE", help="write the results there, too")
+    options, overrides = _parse_with_run(parser, arguments)
     from cmtrain.commands.evaluate import EvalRequest, evaluate_trained
     from cmtrain.commands.trained_model import open_trained
 
@@ -59,52 +47,41 @@ def evaluate_trained(arguments: list[str]) -> int:
         real=options.real,
     )
     return evaluate_trained(
-        open_trained(options.run, overrides),
-        request,
-        per_class=options.per_class,
-        confusion=options.confusion,
-        expect=options.expect,
-        json_path=options.json,
-    )
+        open_trained(options.run, overrides), request, per_class=options.per_class,
+        confusion=options.confusion, expect=options.expect, json_path=options.json,
+    )  # fmt: skip
 
 
 def export_trained(arguments: list[str]) -> int:
-    """`cmtrain export ...`: returns the exit code; errors as those of the verb."""
-    parser = make_parser(
-        "export", "Write a trained model as files for others, compared with it before they appear."
-    )
-    _add_trained(parser)
-    parser.add_argument("--format", choices=(*FORMATS, "all"), default="timm", help="default: timm")
-    parser.add_argument("--out", metavar="DIR", help="folder to write; must not exist")
-    parser.add_argument("--weights", choices=("model", "ema"), help="default: ema, if there is one")
-    parser.add_argument(
-        "--fold-bn", action="store_true", help="absorb BatchNorm where that is exact; not with timm"
-    )
-    options, overrides = parse(parser, arguments)
-    _check_trained(parser, options)
+    """Run `cmtrain export ...`. Returns the exit code."""
+    parser = make_parser("export", "Write a trained model as files for others, compared with it.")
+    add = parser.add_argument
+    add("--format", choices=(*FORMATS, "all"), default="timm", help="default: timm")
+    add("--out", metavar="DIR", help="folder to write; must not exist")
+    add("--weights", choices=("model", "ema"), help="default: ema, if there is one")
+    add("--fold-bn", action="store_true", help="absorb BatchNorm where that is exact; not with timm")
+    options, overrides = _parse_with_run(parser, arguments)
     if options.out is None:
         raise ConfigError("cmtrain export: --out is missing, e.g. --out exported")
     from cmtrain.commands.export import export
     from cmtrain.commands.trained_model import open_trained
 
-    return export(
-        open_trained(options.run, overrides),
-        formats=FORMATS if options.format == "all" else (options.format,),
-        out=options.out,
-        kind=options.weights,
-        fold_bn=options.fold_bn,
-    )
+    formats = FORMATS if options.format == "all" else (options.format,)
+    trained = open_trained(options.run, overrides)
+    return export(trained, formats=formats, out=options.out, kind=options.weights, fold_bn=options.fold_bn)
 
 
-def _add_trained(parser: argparse.ArgumentParser) -> None:
+def _parse_with_run(
+    parser: argparse.ArgumentParser, arguments: list[str]
+) -> tuple[argparse.Namespace, Overrides]:
+    """Return the options, among them the positional RUN, and the overrides."""
     parser.add_argument(
         "run", nargs="?", metavar="RUN", help="run folder, the name of one below runs, or a checkpoint"
     )
-
-
-def _check_trained(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    options, overrides = parse(parser, arguments)
     if options.run is None:
         raise ConfigError(f"{parser.prog}: of which run? e.g. {parser.prog} runs/demo")
+    return options, overrides
 
 
 def _sizes(text: str) -> list[int]:

@@ -11,8 +11,8 @@ import numpy as np
 
 from cmtrain.errors import EXIT_DATA, EXIT_DONE
 from pipelines.checks.bad_list import write_list
-from pipelines.checks.decode_one import kind_of
-from pipelines.checks.decode_pool import Judges
+from pipelines.checks.decode_one import Fault
+from pipelines.checks.decode_pool import DecodePool
 from pipelines.files.listing import Listing, classes_of_folder, list_folder
 from pipelines.files.manifest import Manifest
 from pipelines.progress import tracked
@@ -24,10 +24,10 @@ SPLITS = ("train", "val")
 
 @dataclass(frozen=True)
 class CheckedSplit:
-    """One split, and why images cannot be used: reasons by place in `listing`."""
+    """One split, and why images cannot be used: faults by place in `listing`."""
 
     listing: Listing
-    reasons: dict[int, str]
+    faults: dict[int, Fault]
     seconds: float
 
 
@@ -55,28 +55,28 @@ def check(
         DataError: no images there, or a validation class that training does not have.
     """
     folder = Path(root).absolute()
-    judges = Judges(processes, decode=full)
+    pool = DecodePool(processes, decode=full)
     try:
-        splits = [_check_split(listing, judges) for listing in _list_splits(folder)]
+        splits = [_check_split(listing, pool) for listing in _list_splits(folder)]
     finally:
-        judges.close()
-    reasons = {
-        str((split.listing.root / split.listing.paths[place]).relative_to(folder)): reason
+        pool.close()
+    faults = {
+        str((split.listing.root / split.listing.paths[place]).relative_to(folder)): fault
         for split in splits
-        for place, reason in split.reasons.items()
+        for place, fault in split.faults.items()
     }
-    if out or full:  # before the manifests are made, which leave out its images
-        written = write_list(folder, reasons, Path(out) if out else None)
+    if out or full:  # before the manifests are made, which leave out what it names
+        written = write_list(folder, faults, Path(out) if out else None)
         if written is not None:
-            _print(f"{len(reasons):,} bad files are listed in {written}")
+            _print(f"{len(faults):,} bad files are listed in {written}")
     class_names = splits[0].listing.class_names
     for split in splits:
         _describe(split, class_names, cache_dir)
-    for path, reason in list(reasons.items())[:NUM_SHOWN]:
-        _print(f"  {path}: {reason}")
-    if len(reasons) > NUM_SHOWN:
-        _print(f"  and {len(reasons) - NUM_SHOWN:,} more")
-    return EXIT_DATA if reasons else EXIT_DONE
+    for path, fault in list(faults.items())[:NUM_SHOWN]:
+        _print(f"  {path}: {fault.reason}")
+    if len(faults) > NUM_SHOWN:
+        _print(f"  and {len(faults) - NUM_SHOWN:,} more")
+    return EXIT_DATA if faults else EXIT_DONE
 
 
 def _list_splits(folder: Path) -> Iterator[Listing]:
@@ -88,23 +88,25 @@ def _list_splits(folder: Path) -> Iterator[Listing]:
         yield listing
 
 
-def _check_split(listing: Listing, judges: Judges) -> CheckedSplit:
+def _check_split(listing: Listing, pool: DecodePool) -> CheckedSplit:
     begin = time.monotonic()
-    places = [place for place in range(len(listing)) if place not in listing.bad]
-    verdicts = judges.verdicts([str(listing.root / listing.paths[place]) for place in places])
-    shown = tracked(verdicts, f"{listing.root}: checking", len(places))
-    found = {place: verdict.reason for place, verdict in zip(places, shown, strict=True) if verdict.reason}
-    return CheckedSplit(listing, dict(sorted((listing.bad | found).items())), time.monotonic() - begin)
+    places = [place for place in range(len(listing)) if place not in listing.faults]
+    results = pool.check([str(listing.root / listing.paths[place]) for place in places])
+    tracked_results = tracked(results, f"{listing.root}: checking", len(places))
+    found = {
+        place: result.fault for place, result in zip(places, tracked_results, strict=True) if result.fault
+    }
+    return CheckedSplit(listing, dict(sorted((listing.faults | found).items())), time.monotonic() - begin)
 
 
 def _describe(split: CheckedSplit, class_names: tuple[str, ...], cache_dir: str | None) -> None:
-    listing, num_bad = split.listing, len(split.reasons)
-    kinds = Counter(kind_of(reason) for reason in split.reasons.values())
+    listing, num_bad = split.listing, len(split.faults)
+    kinds = Counter(fault.kind for fault in split.faults.values())
     by_kind = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
     line = f"{listing.root}: {len(listing):,} files, {len(listing) - num_bad:,} good, {num_bad:,} bad"
     _print(f"{line} ({by_kind})" if kinds else line)
     _print(f"  {len(listing) / split.seconds:,.0f} images/s")
-    good = np.delete(listing.labels, list(split.reasons))
+    good = np.delete(listing.labels, list(split.faults))
     counts = np.bincount(good, minlength=len(class_names))
     fewest = class_names[int(counts.argmin())]
     _print(

@@ -63,7 +63,7 @@ def pack(
             manifest = Manifest.from_folder(root / split, class_names=class_names, **limits)
         class_names = manifest.class_names
         folder = Path(destination).absolute() / split
-        index = pack_split(
+        packed = pack_split(
             manifest,
             folder,
             resize_shorter=resize_shorter,
@@ -72,14 +72,22 @@ def pack(
             processes=processes or len(os.sched_getaffinity(0)),
             max_bad_fraction=max_bad_fraction,
         )
-        for path, reason in index.bad:
+        for path, _, reason in packed.bad:
             sys.stderr.write(f"left out: {path}: {reason}\n")
-        if damaged := damage(index):
+        shards = packed.packed
+        assert shards is not None
+        if damaged := damage(shards, packed.paths):
             first = "; ".join(damaged[:3])
             raise DataError(f"{first} ({len(damaged)} such): remove {folder} and pack again")
-        images, shards = len(index.labels), len(index.slices.shard_names)
-        size_bytes = int(index.slices.shard_bytes.sum())
-        report[split] = {"images": images, "left_out": len(index.bad), "shards": shards, "bytes": size_bytes}
-        sys.stderr.write(f"{folder}: {images:,} images in {shards} shards, {size_bytes:,} bytes, verified\n")
+        images, num_shards, size_bytes = len(packed), len(shards.shard_names), int(shards.shard_bytes.sum())
+        report[split] = {
+            "images": images,
+            "left_out": len(packed.bad),
+            "shards": num_shards,
+            "bytes": size_bytes,
+        }
+        sys.stderr.write(
+            f"{folder}: {images:,} images in {num_shards} shards, {size_bytes:,} bytes, verified\n"
+        )
     print(json.dumps({"destination": destination, **report}), flush=True)  # noqa: T201
     return EXIT_DONE

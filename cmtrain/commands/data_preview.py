@@ -49,7 +49,7 @@ def preview(config: Config, *, out: str, rows: int = 8, columns: int = 8, epoch:
     chosen = np.unique(np.linspace(0, len(data.train) - 1, rows).astype(np.int64))
     shown = data.train.select(chosen)
     schedule = build.plan_steps(config, len(data.train), accelerator.num_processes)
-    schedule = replace(schedule, global_batch_size=len(chosen), micro_batch_size=len(chosen))
+    schedule = replace(schedule, global_batch_size=len(chosen), max_batch_per_gpu=len(chosen), world_size=1)
     once = config.model_copy(update={"augment": config.augment.model_copy(update={"repeats": 1})})
     threads = build.split_threads(config, accelerator)
     loader = build.make_train_loader(once, shown, schedule, accelerator, threads)

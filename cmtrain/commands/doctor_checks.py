@@ -26,7 +26,7 @@ from cmtrain.config.schema import Config
 from cmtrain.monitoring.http_server import Exporter
 from cmtrain.processes.collectives import gather
 from cmtrain.processes.preflight import check_ranks
-from cmtrain.storage.run_lock import RunLock
+from cmtrain.storage.run_folder import RunLock
 from cmtrain.training import build
 from pipelines.files.manifest import Manifest
 from pipelines.loader import eval_loader

@@ -107,7 +107,7 @@ def evaluate_trained(
     for image_px, resize_px in sizes:
         data = config.data.model_copy(update={"image_px": image_px, "eval_resize_px": resize_px})
         sized = config.model_copy(update={"data": data})
-        loader = build.make_loader_of(sized, manifest, batch_size, accelerator, threads)
+        loader = build.make_eval_loader(sized, manifest, batch_size, accelerator, threads)
         for each in weights:
             model = make_trained_model(sized, each).to(accelerator.device)
             evaluation = evaluate(

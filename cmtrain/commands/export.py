@@ -6,7 +6,6 @@ import json
 import math
 import os
 import platform
-import shutil
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,7 +23,8 @@ from cmtrain.errors import EXIT_DONE, ConfigError
 from cmtrain.models.cmt import CMT
 from cmtrain.models.fold import folded
 from cmtrain.monitoring.console import Console
-from cmtrain.monitoring.report.templating import make_templates
+from cmtrain.monitoring.report.page import make_templates
+from cmtrain.storage.atomic import new_folder, sync
 from cmtrain.storage.run_record import read_run
 from cmtrain.storage.weights import Weights, fit, num_classes_in
 from cmtrain.training import build
@@ -69,18 +69,15 @@ def export(trained: Trained, *, formats: Sequence[str], out: str, kind: str | No
     model = make_trained_model(config, weights)
     temporary = final.absolute().parent / f".{final.name}.{os.getpid()}"
     try:
-        temporary.mkdir(parents=True)
-        differences = _write(temporary, model, formats, trained, fold_bn=fold_bn)
-        card = _card(trained, weights, model, differences, fold_bn=fold_bn)
-        (temporary / "README.md").write_text(card)
-        for path in temporary.iterdir():  # safetensors writes for its owner alone
-            path.chmod((temporary / "README.md").stat().st_mode)
-        _sync(temporary)
-        temporary.rename(final)
+        with new_folder(final, temporary):
+            differences = _write(temporary, model, formats, trained, fold_bn=fold_bn)
+            card = _card(trained, weights, model, differences, fold_bn=fold_bn)
+            (temporary / "README.md").write_text(card)
+            for path in temporary.iterdir():  # safetensors writes for its owner alone
+                path.chmod((temporary / "README.md").stat().st_mode)
+                sync(path)
     except OSError as error:
         raise DataError(f"--out {out}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     console = Console(enabled=True)
     for name, difference in differences.items():
         console.line(f"{name}: logits differ from the {weights.kind}'s by at most {difference:.1e}")
@@ -198,15 +195,6 @@ def _card(
         trained_with=trained.checkpoint.meta.get("versions", {}),
         exported_by=exported_by | {"python": platform.python_version()},
     )
-
-
-def _sync(folder: Path) -> None:
-    for path in (*folder.iterdir(), folder):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 # Each of the next functions writes one format and returns the model as it is read back, for comparison.

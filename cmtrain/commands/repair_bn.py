@@ -120,7 +120,7 @@ def repair_bn(
 
     # Evaluate, recompute, evaluate again.
     train_loader = build.make_train_loader(config, data.train, schedule, accelerator, threads)
-    eval_loader = build.make_eval_loader(config, data.val, schedule, accelerator, threads)
+    eval_loader = build.make_eval_loader(config, data.val, schedule.micro_batch_size, accelerator, threads)
 
     def evaluate_all() -> dict[str, Evaluation]:
         return {

@@ -8,8 +8,6 @@ import contextlib
 import difflib
 import http.client
 import json
-import os
-import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +21,7 @@ from rich.text import Text
 from cmtrain.config.strict_yaml import Node, parse
 from cmtrain.errors import EXIT_DONE
 from cmtrain.monitoring.units import duration
-from cmtrain.storage.run_folder import SILENT_SECONDS, read_status
+from cmtrain.storage.run_folder import SILENT_SECONDS, is_alive, read_status
 from pipelines.spec import DataError
 
 RUNS = Path("runs")
@@ -77,7 +75,7 @@ def current_status(path: Path) -> RunStatus:
     if status.get("state") != "running":
         return RunStatus(path, status, None, None, age_seconds, "")
     now = _ask(status)
-    alive = True if now else _process_exists(status)
+    alive = True if now else is_alive(status)
     warning = ""
     if alive is False:
         warning = f"process {status.get('pid')} is gone; run the same command to continue"
@@ -203,16 +201,3 @@ def _ask(status: dict[str, Any]) -> dict[str, Any] | None:
         return None
     same = isinstance(answer, dict) and all(answer.get(key) == status.get(key) for key in ("pid", "host"))
     return answer.get("now") if same else None
-
-
-def _process_exists(status: dict[str, Any]) -> bool | None:
-    """Return whether the process that wrote `status` exists; None if it wrote on another host."""
-    if status.get("host") != socket.gethostname() or not isinstance(status.get("pid"), int):
-        return None
-    try:
-        os.kill(status["pid"], 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # another user's process
-        pass
-    return True

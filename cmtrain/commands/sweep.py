@@ -19,8 +19,7 @@ from types import FrameType
 from typing import Any
 
 from cmtrain.config.load import Overrides, find_configs, load_config
-from cmtrain.config.recipe import recipe
-from cmtrain.config.schema import Config
+from cmtrain.config.schema import Config, recipe
 from cmtrain.config.strict_yaml import emit
 from cmtrain.errors import (
     EXIT_CONFIG,
@@ -31,7 +30,7 @@ from cmtrain.errors import (
     EXIT_PREEMPTED,
     ConfigError,
 )
-from cmtrain.processes.failure import STOP_SIGNALS
+from cmtrain.processes.failure import stop_signals
 from cmtrain.storage.run_folder import read_status
 from pipelines.spec import DataError
 
@@ -248,8 +247,7 @@ class _Child:
 @contextmanager
 def _forwarded_signals() -> Iterator[_Child]:
     child = _Child()
-    wanted = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup
-    previous = {number: signal.signal(number, child.receive) for number in wanted}
+    previous = {number: signal.signal(number, child.receive) for number in stop_signals()}
     try:
         yield child
     finally:

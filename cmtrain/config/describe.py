@@ -1,63 +1,55 @@
-"""`cmtrain config reference`: every key of a configuration file as Markdown, from the schema."""
+"""Describe the configuration: as Markdown for people, as JSON schema for editors, one field in words."""
 
+import functools
 import re
 from collections.abc import Mapping
 from typing import Any
 
 from pydantic_core import PydanticUndefined
 
-from cmtrain.config.schema import Config
+from cmtrain.config.schema import Config, fields
 from cmtrain.config.strict_yaml import emit
 
 HEAD = """\
 # Configuration
 
-A configuration file is YAML: sections with keys. Values are strict: `"512"` is no number, `yes` is not `true`; `6e-3`
-is a number. `extends: other.yaml` starts from another file: relative to this one, or one that ships with cmtrain, such
-as `configs/full_in1k.yaml`. Precedence: command line (`--section.key value`) > the file > the file that it extends >
-default. `cmtrain config show --config FILE` prints every value and where it comes from, `cmtrain config schema` a JSON
-schema for editors. This page is what `cmtrain config reference` prints.
+This page lists every key of a configuration file, with its values, default and meaning.
+
+A configuration file is YAML: sections with keys. Values are strict: `"512"` is not a number and `yes` is not
+`true`; `6e-3` is a number. `extends: other.yaml` starts from another file, which may extend a third one. The
+path is relative to this file, or names a file that ships with cmtrain, such as `configs/full_in1k.yaml`.
+
+The command line (`--section.key value`) takes precedence over the file, the file over the one it extends.
+`cmtrain config show --config FILE` prints every value and where it comes from, `cmtrain config schema` a
+JSON schema for editors, `cmtrain config reference` this page.
 """
+TABLE = "| key | value | default | meaning |\n|---|---|---|---|\n"
 
 
 def config_reference() -> str:
-    """All sections and keys, with legal values, default and meaning."""
-    definitions = config_schema()["$defs"]
-    parts = [HEAD]
-    for section, field in Config.model_fields.items():
-        model: Any = field.annotation
-        lines = [f"## {section}", "", "| key | value | default | meaning |", "|---|---|---|---|"]
-        for key, option in model.model_fields.items():
-            schema = definitions[model.__name__]["properties"][key]
-            default = "*required*" if option.default is PydanticUndefined else f"`{emit(option.default)}`"
-            value = re.sub(r"matches (\S+)", r"matches `\1`", describe_values(schema))
-            meaning = str(option.description).replace("<", "&lt;")
-            cells = [cell.replace("|", r"\|") for cell in (f"`{section}.{key}`", value, default, meaning)]
-            lines.append(f"| {' | '.join(cells)} |")
-        parts.append("\n".join(lines) + "\n")
-    return "\n".join(parts)
+    """Return docs/configuration.md: every key with its legal values, default and meaning."""
+    tables = {section: f"\n## {section}\n\n{TABLE}" for section in Config.model_fields}
+    for name, field in fields().items():
+        default = "*required*" if field.default is PydanticUndefined else f"`{emit(field.default)}`"
+        value = re.sub(r"matches (\S+)", r"matches `\1`", describe_values(schema_of(name)))
+        meaning = str(field.description).replace("<", "&lt;")
+        cells = [cell.replace("|", r"\|") for cell in (f"`{name}`", value, default, meaning)]
+        tables[name.split(".")[0]] += f"| {' | '.join(cells)} |\n"
+    return HEAD + "".join(tables.values())
 
 
 _KINDS = {
-    "number": "a number",
-    "integer": "a whole number",
-    "boolean": "true or false",
-    "string": "text",
+    "number": "a number", "integer": "a whole number", "boolean": "true or false", "string": "text",
     "null": "null",
-}
-
-
+}  # fmt: skip
 _LIMITS = {
-    "exclusiveMinimum": ">",
-    "minimum": ">=",
-    "exclusiveMaximum": "<",
-    "maximum": "<=",
+    "exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<=",
     "multipleOf": "a multiple of",
-}
+}  # fmt: skip
 
 
 def describe_values(schema: Mapping[str, Any]) -> str:
-    """A field's JSON schema in words: "a number > 0 and <= 1 or null"."""
+    """Return a field's JSON schema in words: "a number > 0 and <= 1 or null"."""
     if "anyOf" in schema:
         return " or ".join(describe_values(option) for option in schema["anyOf"])
     if "enum" in schema:
@@ -69,17 +61,23 @@ def describe_values(schema: Mapping[str, Any]) -> str:
         return f"a list of values, each {describe_values(schema['items'])}"
     if "pattern" in schema:
         return f"text that matches {schema['pattern']}"
-    stated = " and ".join(
-        f"{sign} {emit(schema[limit])}" for limit, sign in _LIMITS.items() if limit in schema
-    )
-    return f"{_KINDS[schema['type']]} {stated}".rstrip()
+    limits = [f"{sign} {emit(schema[limit])}" for limit, sign in _LIMITS.items() if limit in schema]
+    return f"{_KINDS[schema['type']]} {' and '.join(limits)}".rstrip()
 
 
+@functools.cache
 def config_schema() -> dict[str, Any]:
-    """JSON schema of a configuration file, for editors."""
+    """Return the JSON schema of a configuration file, for editors."""
     schema = Config.model_json_schema()
     schema["properties"]["extends"] = {
         "type": "string",
         "description": "file to start from: relative to this one, or one that ships with cmtrain",
     }
     return schema
+
+
+def schema_of(name: str) -> dict[str, Any]:
+    """Return the JSON schema of the field `name`, a dotted key."""
+    section, key = name.split(".")
+    model: Any = Config.model_fields[section].annotation
+    return config_schema()["$defs"][model.__name__]["properties"][key]

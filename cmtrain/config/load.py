@@ -1,13 +1,12 @@
-"""From a configuration file and command-line overrides to a Config, or to every mistake in them at once.
+"""Read a configuration file and command-line overrides; report every mistake at once, each with its line.
 
-Precedence: command line > the file > the file that it `extends` > default. A mistake is one line:
+Precedence: command line > the file > the file that it `extends`, and so on > default. A mistake is one line:
 
     configs/x.yaml:14: model.drop_pth: unknown key, did you mean model.drop_path_rate?
     --optim.lrr: unknown option, did you mean --optim.lr?
 """
 
 import difflib
-import functools
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -16,19 +15,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pydantic import ValidationError
-from pydantic.fields import FieldInfo
-from pydantic_core import ErrorDetails, PydanticUndefined
+from pydantic_core import ErrorDetails
 
-from cmtrain.config.describe import config_schema, describe_values
-from cmtrain.config.schema import Config, contradictions, flat
+from cmtrain.config.describe import describe_values, schema_of
+from cmtrain.config.schema import Config, contradictions, defaults, fields, flat
 from cmtrain.config.strict_yaml import REFUSED, Node, parse, parse_argument, show
-from cmtrain.errors import ConfigError
+from cmtrain.errors import ConfigError, did_you_mean
 
 MAX_FILE_BYTES = 1_000_000
 MAX_MISTAKES_SHOWN = 50
+MAX_FILES = 10
 COMMAND_LINE, DEFAULT = "command line", "default"
 
-# What other trainers call it, where the spelling alone does not lead to our name.
+Overrides = Sequence[tuple[str, str]]  # (dotted key, text as on a command line)
+
+# Names that other trainers use, where the spelling alone does not lead to ours.
 _FOREIGN_NAMES = {
     "aa": "augment.rand_augment",
     "amp": "train.precision",
@@ -53,11 +54,11 @@ class Resolved:
     origins: Mapping[str, str]
 
 
-def load_config(path: str | Path, overrides: Sequence[tuple[str, str]] = ()) -> Resolved:
+def load_config(path: str | Path, overrides: Overrides = ()) -> Resolved:
     """Read the configuration file `path`, or the packaged one of that name, and apply `overrides`.
 
     Args:
-        overrides: (dotted key, text as on a command line) pairs; the last of two equal keys wins.
+        overrides: the last of two equal keys wins.
 
     Raises:
         ConfigError: str() is all mistakes, one line each. Nothing has been created on disk.
@@ -69,16 +70,15 @@ def load_config(path: str | Path, overrides: Sequence[tuple[str, str]] = ()) -> 
     config = draft.validate(default_name=_run_name(path))
     if draft.mistakes or config is None:
         lines = [line for _, line in sorted(draft.mistakes)]
-        hidden = len(lines) - MAX_MISTAKES_SHOWN
-        raise ConfigError("\n".join(lines[:MAX_MISTAKES_SHOWN] + [f"... and {hidden} more"] * (hidden > 0)))
-    origins = {key: DEFAULT for key, _ in flat(config)}
-    return Resolved(
-        config, origins | {key: draft.origin(setting.place) for key, setting in draft.settings.items()}
-    )
+        if len(lines) > MAX_MISTAKES_SHOWN:
+            lines[MAX_MISTAKES_SHOWN:] = [f"... and {len(lines) - MAX_MISTAKES_SHOWN} more"]
+        raise ConfigError("\n".join(lines))
+    stated = {key: draft.origin(setting.place) for key, setting in draft.settings.items()}
+    return Resolved(config, dict.fromkeys(flat(config), DEFAULT) | stated)
 
 
 def find_config(path: str | Path) -> Path:
-    """`path` if it exists, else the file of that name among the configurations that ship with the program.
+    """Return `path` if it exists, else the file of that name among those that ship with cmtrain.
 
     Raises:
         ConfigError: there is neither.
@@ -89,13 +89,13 @@ def find_config(path: str | Path) -> Path:
     for name in (f"{Path(path)}", f"configs/{Path(path)}"):
         if name in packaged:
             return packaged[name]
-    raise ConfigError(f"{show(str(path))}: no such file{_did_you_mean(str(path), packaged)}")
+    raise ConfigError(f"{show(str(path))}: no such file{did_you_mean(str(path), packaged)}")
 
 
 def find_configs(path: str | Path) -> list[Path]:
-    """The file `path`, or all files in the folder `path` by name; either may be one that ships with the program.
+    """Return the file `path`, or all files of the folder `path` by name; either may ship with cmtrain.
 
-    `base.yaml` is left out of a folder: it is what the other files extend.
+    `base.yaml` is left out of a folder, since the other files extend it.
 
     Raises:
         ConfigError: there is neither.
@@ -110,9 +110,9 @@ def find_configs(path: str | Path) -> list[Path]:
 
 
 def _packaged() -> dict[str, Path]:
-    """Configurations that ship with the program: "configs/demo.yaml" -> where it is."""
+    """Return the configurations that ship with cmtrain: "configs/demo.yaml" -> its path."""
     package = Path(__file__).resolve().parent.parent
-    # In a wheel they lie inside the package, in a checkout beside it.
+    # In a wheel they are inside the package, in a checkout beside it.
     folder = package / "_configs" if (package / "_configs").is_dir() else package.parent / "configs"
     return {f"configs/{file.relative_to(folder)}": file for file in sorted(folder.rglob("*.yaml"))}
 
@@ -122,9 +122,9 @@ def _run_name(path: Path) -> str:
 
 
 class _Place(NamedTuple):
-    """Where something is written. Sorts in reading order: the file, the file that it extends, the command line."""
+    """A line of a source. Sorts in reading order: the file, the files that it extends, the command line."""
 
-    source: int
+    source: int  # position in _Draft.file_names, or _COMMAND_LINE
     line: int
 
 
@@ -133,13 +133,13 @@ class _Setting(NamedTuple):
     place: _Place
 
 
-_FILE, _EXTENDED_FILE, _COMMAND_LINE = 0, 1, 2
+_COMMAND_LINE = MAX_FILES
 
 
 class _Draft:
-    """A configuration in the making: what has been set, where, and all that is wrong with it.
+    """A configuration while it is read: what has been set, where, and every mistake in it.
 
-    `incomplete`: part of a file could not be read, so that what seems to be missing may be there.
+    `incomplete`: part of a file could not be read, so what seems to be missing may be in there.
     """
 
     def __init__(self) -> None:
@@ -150,11 +150,9 @@ class _Draft:
         self.incomplete = False
 
     def origin(self, place: _Place) -> str:
-        return (
-            COMMAND_LINE
-            if place.source == _COMMAND_LINE
-            else f"{self.file_names[place.source]}:{place.line}"
-        )
+        if place.source == _COMMAND_LINE:
+            return COMMAND_LINE
+        return f"{self.file_names[place.source]}:{place.line}"
 
     def mistake(self, place: _Place, message: str, key: str = "") -> None:
         subject = f"{key}: " if key else ""
@@ -162,34 +160,40 @@ class _Draft:
         self.mistakes.append((place, f"{start}{subject}{message}"))
 
     def read_files(self, path: Path) -> None:
-        """Read `path` and the file that it extends."""
-        self.file_names.append(_printable(path))
-        root = self._read(_FILE, path)
-        if extends := root.pop("extends", None):
-            self._add(_EXTENDED_FILE, self._read_extended(path.parent, extends))
-        # What is added later wins.
-        self._add(_FILE, root)
+        """Read `path`, the file that it extends, the file that this one extends, and so on."""
+        files: list[tuple[Path, dict[str, Node]]] = []
+        following: Path | None = path
+        while following:
+            self.file_names.append(_printable(following))
+            root = self._read(len(files), following)
+            extends = root.pop("extends", None)
+            files.append((following, root))
+            following = self._find_extended(extends, [path for path, _ in files]) if extends else None
+        for source, (_, root) in reversed([*enumerate(files)]):  # what is added later wins
+            self._add(source, root)
 
-    def _read_extended(self, folder: Path, extends: Node) -> dict[str, Node]:
-        place, name = _Place(_FILE, extends.line), extends.value
+    def _find_extended(self, extends: Node, read: Sequence[Path]) -> Path | None:
+        """Return the file that the last of `read` extends; None, and a mistake, if it cannot be taken."""
+        name = extends.value
         if not isinstance(name, str) or not name.isprintable() or os.path.isabs(name):
-            return self._cannot_read(
-                place, f"extends: must be the path of a file, relative to this one, got {show(name)}"
-            )
-        path = Path(os.path.normpath(folder / name))
-        if not path.is_file():
-            path = _packaged().get(name, path)
-        if not path.is_file():
-            return self._cannot_read(place, f"extends: no such file: {path}")
-        self.file_names.append(_printable(path))
-        base = self._read(_EXTENDED_FILE, path)
-        if second := base.pop("extends", None):
-            message = f"a file that is extended, as by {self.origin(place)}, may not itself extend another"
-            self.mistake(_Place(_EXTENDED_FILE, second.line), message, "extends")
-        return base
+            problem = f"must be the path of a file, relative to this one, got {show(name)}"
+        else:
+            path = Path(os.path.normpath(read[-1].parent / name))
+            if not path.is_file():
+                path = _packaged().get(name, path)
+            if not path.is_file():
+                problem = f"no such file: {path}"
+            elif any(path.samefile(other) for other in read):
+                problem = f"{path} would extend itself"
+            elif len(read) == MAX_FILES:
+                problem = f"more than {MAX_FILES} files extend one another"
+            else:
+                return path
+        self._cannot_read(_Place(len(read) - 1, extends.line), f"extends: {problem}")
+        return None
 
     def _read(self, source: int, path: Path) -> dict[str, Node]:
-        """The sections of a file, as far as it can be read."""
+        """Return the sections of a file, as far as it can be read."""
         start = _Place(source, 1)
         try:
             with open(path, "rb") as file:
@@ -201,10 +205,8 @@ class _Draft:
         try:
             text = content.decode("utf-8-sig")
         except UnicodeDecodeError as error:
-            line = content.count(b"\n", 0, error.start) + 1
-            return self._cannot_read(
-                _Place(source, line), f"not UTF-8 text: byte 0x{content[error.start]:02x}"
-            )
+            place = _Place(source, content.count(b"\n", 0, error.start) + 1)
+            return self._cannot_read(place, f"not UTF-8 text: byte 0x{content[error.start]:02x}")
         root, problems = parse(text)
         for line, message in problems:
             self._cannot_read(_Place(source, line), message)
@@ -233,16 +235,16 @@ class _Draft:
                 continue
             for key, child in node.value.items():
                 name, place = f"{section}.{key}", _Place(source, child.line)
-                if name in _fields():
+                if name in fields():
                     self.settings[name] = _Setting(child.value, place)
                 else:
                     self.mistake(place, f"unknown key{_suggest(section, key)}", _printable(name))
 
-    def read_overrides(self, overrides: Sequence[tuple[str, str]]) -> None:
+    def read_overrides(self, overrides: Overrides) -> None:
         for position, (name, text) in enumerate(overrides):
             place = _Place(_COMMAND_LINE, position)
             value, problem = parse_argument(text)
-            if name not in _fields():
+            if name not in fields():
                 section, _, key = name.rpartition(".")
                 self.mistake(place, f"unknown option{_suggest(section, key, '--')}", _printable(name))
                 continue
@@ -251,7 +253,7 @@ class _Draft:
             self.settings[name] = _Setting(value, place)
 
     def validate(self, *, default_name: str) -> Config | None:
-        """The configuration; None, and the reasons among the mistakes, if there is none."""
+        """Return the configuration; None, and more mistakes, where it is not valid."""
         tree: dict[str, dict[str, Any]] = {section: {} for section in Config.model_fields}
         for name, (value, _) in self.settings.items():
             section, key = name.split(".")
@@ -266,97 +268,67 @@ class _Draft:
         except ValidationError as errors:
             for error in errors.errors():
                 name = ".".join(str(part) for part in error["loc"][:2])
-                if error["type"] == "missing":
-                    if not self.incomplete and name not in wrong:
-                        place = self.sections.get(name.split(".")[0], _Place(_FILE, 1))
-                        self.mistake(place, f"required, but not set ({_fields()[name].description})", name)
-                elif name and name not in wrong:
-                    self.mistake(
-                        self.settings[name].place, _wrong_value(name, error, self.settings[name].value), name
-                    )
+                if not name or name in wrong:
+                    continue
+                if error["type"] != "missing":
+                    value, place = self.settings[name]
+                    self.mistake(place, _wrong_value(name, error, value), name)
                     wrong.add(name)
-        values = {
-            name: field.default
-            for name, field in _fields().items()
-            if field.default is not PydanticUndefined
-        }
-        values |= {name: setting.value for name, setting in self.settings.items()}
-        for names, message in contradictions(
-            {name: value for name, value in values.items() if name not in wrong}
-        ):
-            # Blame what was set last: an override rather than the file it contradicts, either rather than a default.
-            name = max(names, key=lambda name: self._precedence(name))
+                elif not self.incomplete:
+                    place = self.sections.get(name.split(".")[0], _Place(0, 1))
+                    self.mistake(place, f"required, but not set ({fields()[name].description})", name)
+        values = defaults() | {name: setting.value for name, setting in self.settings.items()}
+        for names, message in contradictions({name: values[name] for name in values.keys() - wrong}):
+            # Blame what takes precedence: an override rather than a file, either rather than a default.
+            name = max(names, key=self._precedence)
             self.mistake(self.settings[name].place, message, name)
         return config
 
     def _precedence(self, name: str) -> int:
-        order = {_EXTENDED_FILE: 1, _FILE: 2, _COMMAND_LINE: 3}
-        return order[self.settings[name].place.source] if name in self.settings else 0
-
-
-@functools.cache
-def _fields() -> dict[str, FieldInfo]:
-    """Every field by its dotted key."""
-    sections: dict[str, Any] = {section: field.annotation for section, field in Config.model_fields.items()}
-    return {
-        f"{section}.{key}": field
-        for section, model in sections.items()
-        for key, field in model.model_fields.items()
-    }
+        if name not in self.settings:
+            return -MAX_FILES
+        source = self.settings[name].place.source
+        return 1 if source == _COMMAND_LINE else -source
 
 
 def _suggest(section: str, key: str, prefix: str = "") -> str:
-    """`, did you mean ...?` for a key that `section` does not have; prefers the same name in another section."""
+    """Return `, did you mean ...?` for a key that `section` lacks: the same name elsewhere, or a similar
+    one.
+    """
     key = key.lower().replace("-", "_")
-    names = [name for name in _fields() if name.split(".")[1] == key]
+    names = [name for name in fields() if name.split(".")[1] == key]
     if not names and key in _FOREIGN_NAMES:
         names = [_FOREIGN_NAMES[key]]
+    for candidates in [name for name in fields() if name.startswith(f"{section}.")], list(fields()):
+        by_key = {name.split(".")[1]: name for name in candidates}
+        names = names or [by_key[close] for close in difflib.get_close_matches(key, by_key, n=1)]
     if not names:
-        own = [name for name in _fields() if name.startswith(f"{section}.")]
-        for candidates in own, list(_fields()):
-            by_key = {name.split(".")[1]: name for name in candidates}
-            names = names or [by_key[close] for close in difflib.get_close_matches(key, by_key, n=1)]
-    return (
-        f", did you mean {' or '.join(prefix + name for name in names)}?"
-        if names
-        else ", see `cmtrain config schema`"
-    )
+        return ", see `cmtrain config schema`"
+    return f", did you mean {' or '.join(prefix + name for name in names)}?"
 
 
 def _unknown_section(name: str, value: Any) -> str:
-    if name in _fields():
+    if name in fields():
         section, key = name.split(".")
         return f"write {key} below {section}, not with a dot"
     if isinstance(value, dict | None):
-        return f"unknown section{_did_you_mean(name, list(Config.model_fields)) or _suggest('', name)}"
+        return f"unknown section{did_you_mean(name, Config.model_fields) or _suggest('', name)}"
     return f"unknown key{_suggest('', name)}"
 
 
 def _wrong_value(name: str, error: ErrorDetails, value: Any) -> str:
-    """What `value` should have been. One sentence for all the ways in which pydantic says no."""
+    """Describe what `value` should have been, in one sentence for every reason of pydantic."""
     if error["type"] == "value_error":
         return f"{error['ctx']['error']}, got {show(value)}"
-    section, key = name.split(".")
-    model: Any = Config.model_fields[section].annotation
-    schema = config_schema()["$defs"][model.__name__]["properties"][key]
+    schema = schema_of(name)
     message = f"must be {describe_values(schema)}, got {show(value)}"
     if error["type"] == "literal_error" and isinstance(value, str):
-        choices = [
-            choice for option in [schema, *schema.get("anyOf", [])] for choice in option.get("enum", [])
-        ]
-        return message + _did_you_mean(value, choices)
-    return message + (
-        "; put it in quotes" if error["type"] == "string_type" and isinstance(value, int | float) else ""
-    )
-
-
-def _did_you_mean(given: str, choices: Sequence[str] | Mapping[str, Any]) -> str:
-    close = difflib.get_close_matches(given, choices, n=1)
-    return f", did you mean {close[0]}?" if close else ""
+        choices = [choice for part in [schema, *schema.get("anyOf", [])] for choice in part.get("enum", [])]
+        return message + did_you_mean(value, choices)
+    if error["type"] == "string_type" and isinstance(value, int | float):
+        return f"{message}; put it in quotes"
+    return message
 
 
 def _printable(text: str | Path) -> str:
     return str(text) if str(text).isprintable() and len(str(text)) <= 200 else ascii(str(text))[:200]
-
-
-Overrides = list[tuple[str, str]]

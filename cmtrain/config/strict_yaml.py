@@ -1,9 +1,9 @@
-"""YAML in which a value is what it looks like, and every value knows its line.
+"""Parse YAML in which a value is what it looks like, and give every value its line.
 
-Plain YAML 1.1 loaders read `6e-3` as text, `010` as 8 and `1:30` as 90, and let the last of two equal keys win. Here
-numbers are decimal, everything else that is not `true`, `false` or `null` is text, and duplicate keys, anchors,
-aliases and tags are errors. Values are built straight from the parser's events: nothing is executed and nothing is
-expanded, so neither a tag nor an alias bomb has anything to act on.
+YAML 1.1 loaders read `6e-3` as text, `010` as 8 and `1:30` as 90, and let the last of two equal keys win.
+Here numbers are decimal. Everything else is text, but for `true`, `false` and `null`. Duplicate keys,
+anchors, aliases and tags are errors. Values are built from the parser's events: nothing is executed or
+expanded, so a tag or an alias bomb has nothing to act on.
 """
 
 import json
@@ -17,7 +17,7 @@ import yaml
 
 MAX_DEPTH = 20
 
-# A value that was refused; the reason is among the problems.
+# The value of what was refused; the reason is among the problems.
 REFUSED = object()
 
 _INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]{0,17})")
@@ -36,7 +36,7 @@ _NEEDS_NO_QUOTES = re.compile(r"[A-Za-z_/.][A-Za-z0-9_/.:+@-]*(?<!:)")
 
 @dataclass(frozen=True)
 class Node:
-    """A value and the line where it, or its key, stands (1 is the first).
+    """A value and the line of it or of its key (1 is the first).
 
     `value`: None, bool, int, float, str, a tuple of such values, a dict of Nodes, or REFUSED.
     """
@@ -49,10 +49,10 @@ Problem = tuple[int, str]  # line, message
 
 
 def parse(text: str) -> tuple[Node | None, list[Problem]]:
-    """Read the one document in `text`.
+    """Parse the one document in `text`.
 
     Returns:
-        Its root, None where the text cannot be read to the end or holds no document; and all that is wrong with it.
+        Its root (None where the text cannot be read to the end or holds no document), and every problem.
     """
     root, problems = None, list[Problem]()
     try:
@@ -68,21 +68,19 @@ def parse(text: str) -> tuple[Node | None, list[Problem]]:
         return None, [*problems, (line, f"not YAML: the character {text[error.position]!a} is not allowed")]
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        return None, [
-            *problems,
-            (mark.line + 1 if mark else 1, f"not YAML: {error.problem or error.context}"),
-        ]
+        line = mark.line + 1 if mark else 1
+        return None, [*problems, (line, f"not YAML: {error.problem or error.context}")]
     except (ValueError, OverflowError) as error:
-        # PyYAML's scanner lets these out for an escape beyond Unicode and a version of thousands of digits.
+        # From PyYAML's scanner: an escape beyond Unicode, a version of thousands of digits.
         return None, [*problems, (1, f"not YAML: {error}")]
     return root, problems
 
 
 def parse_argument(text: str) -> tuple[Any, str | None]:
-    """Read the value of a command-line option: as YAML where it opens a list, a mapping or quotes, else as it stands.
+    """Parse the value of an option: as YAML where it opens a list, a mapping or quotes, else as a scalar.
 
     Returns:
-        the value (REFUSED if there is none), and what is wrong with it or None.
+        The value (REFUSED if there is none), and the problem or None.
     """
     if text[:1] not in ("[", "{", '"', "'"):
         return scalar(text), None
@@ -93,7 +91,7 @@ def parse_argument(text: str) -> tuple[Any, str | None]:
 
 
 def scalar(text: str) -> Any:
-    """The value of an unquoted scalar: None, bool, int, float, or the text itself."""
+    """Return the value of an unquoted scalar: None, bool, int, float, or the text itself."""
     if text in _WORDS:
         return _WORDS[text]
     if _INTEGER.fullmatch(text):
@@ -102,7 +100,7 @@ def scalar(text: str) -> Any:
 
 
 def emit(value: Any) -> str:
-    """`value` on one line, such that parse gives it back exactly. What was refused is shown as `...`."""
+    """Write `value` on one line that `parse` reads back as an equal value; REFUSED becomes `...`."""
     if value is REFUSED:
         return "..."
     if isinstance(value, dict):
@@ -117,7 +115,7 @@ def emit(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return json.dumps(value)
     if isinstance(value, float) and not math.isfinite(value):
-        return ".nan" if math.isnan(value) else f"{'-' * (value < 0)}.inf"
+        return ".nan" if math.isnan(value) else ".inf" if value > 0 else "-.inf"
     return repr(value)
 
 
@@ -126,7 +124,7 @@ def _line(event: yaml.Event) -> int:
 
 
 def _build(events: Iterator[yaml.Event], event: yaml.Event, depth: int, problems: list[Problem]) -> Any:
-    """The value that starts at `event`; takes its remaining events from `events`."""
+    """Return the value that starts at `event`; its other events are taken from `events`."""
     if depth > MAX_DEPTH:
         mark = cast(yaml.Mark, event.start_mark)
         raise yaml.MarkedYAMLError(problem=f"nested deeper than {MAX_DEPTH} levels", problem_mark=mark)
@@ -174,6 +172,6 @@ def _build_mapping(events: Iterator[yaml.Event], depth: int, problems: list[Prob
 
 
 def show(value: Any) -> str:
-    """`value` for an error message: as YAML, on one line, without control characters, cut to 60 characters."""
+    """Write `value` for an error message: on one line, without control characters, cut to 60 characters."""
     text = emit(value)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -1,43 +1,60 @@
-"""What a person sees on stderr: a rich progress bar on a terminal, one greppable line a log point otherwise."""
+"""Print a run's progress to stderr: a bar on a terminal, else one greppable line per log point."""
 
 import sys
-from typing import Any
 
 from rich.console import Console as RichConsole
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+MIN_BAR_WIDTH = 7
 
 
 class Console:
-    """Prints on rank 0 and keeps quiet elsewhere."""
+    """Prints on rank 0; `enabled` is false on the others, which print nothing."""
 
     def __init__(self, *, enabled: bool) -> None:
         self.enabled = enabled
         self.rich = RichConsole(stderr=True, highlight=False, soft_wrap=True)
         self.bar: Progress | None = None
-        self.task: Any = None
+        self.task = TaskID(0)
+        self.parts_width = 0  # columns of the terminal that are left for the parts of a log point
 
     def start(self, step: int, total_steps: int) -> None:
-        if self.enabled and self.rich.is_terminal:
-            columns = TextColumn("step {task.completed}/{task.total}"), BarColumn(None), TimeElapsedColumn()
-            self.bar = Progress(
-                *columns, TextColumn("{task.description}"), console=self.rich, transient=True
-            )
-            self.task = self.bar.add_task("", total=total_steps, completed=step)
-            self.bar.start()
+        """Show the bar, if stderr is a terminal."""
+        if not (self.enabled and self.rich.is_terminal):
+            return
+        digits = len(str(total_steps))
+        place = TextColumn(f"step {{task.completed:>{digits}}}/{{task.total}}")
+        columns = place, BarColumn(None), TimeElapsedColumn(), TextColumn("elapsed  {task.description}")
+        self.bar = Progress(*columns, console=self.rich, transient=True)
+        fixed = f"step {total_steps}/{total_steps} {' ' * MIN_BAR_WIDTH} 0:00:00 elapsed  "
+        self.parts_width = self.rich.width - len(fixed)
+        self.task = self.bar.add_task("", total=total_steps, completed=step)
+        self.bar.start()
 
     def advance(self, step: int) -> None:
         if self.bar:
             self.bar.update(self.task, completed=step)
 
-    def progress(self, line: str) -> None:
-        """One log point: shown beside the bar, or printed as a line."""
-        if self.bar:
-            self.bar.update(self.task, description=line.split(" ", 4)[-1])
-        else:
-            self.line(line)
+    def progress(self, place: str, *parts: str) -> None:
+        """Show one log point.
+
+        Args:
+            place: epoch and step. The bar shows the step itself, so only a line has it.
+            parts: the most important one first. A line has all of them, the bar as many as fit.
+        """
+        if not self.bar:
+            self.line(" ".join([place, *parts]))
+            return
+        shown = ""
+        for part in parts:
+            longer = f"{shown}  {part}" if shown else part
+            if len(longer) > self.parts_width:
+                break
+            shown = longer
+        self.bar.update(self.task, description=shown)
 
     def line(self, text: str) -> None:
-        """Something worth keeping on the screen: evaluations, checkpoints, the guard."""
+        """Print a line that stays on the screen: an evaluation, a checkpoint, what the guard did."""
         if self.enabled:
             if self.bar:
                 self.rich.print(text, markup=False)
@@ -45,6 +62,7 @@ class Console:
                 print(text, file=sys.stderr, flush=True)  # noqa: T201
 
     def stop(self) -> None:
+        """Remove the bar."""
         if self.bar:
             self.bar.stop()
             self.bar = None

@@ -1,11 +1,11 @@
-"""The HTTP server of a rank: a few pages about the run, which no number of clients can slow it with.
+"""Serve a few pages about a run over HTTP, so cheaply that no number of clients slows training down.
 
-prometheus_client's own server has a thread a connection and makes its page anew for every request. Each of those
-threads wants the interpreter's lock, which the training thread gives up at every torch call and then has to wait for.
-Here one thread with an event loop serves everybody, and takes up so many requests a second and no more: under a storm
-clients wait, and training does not. The standard library's parser reads the requests.
+One thread with an event loop serves everybody, and answers a limited number of requests per second. Under a
+storm of requests clients wait, and training does not. prometheus_client's own server starts one thread per
+connection and makes its page for every request. Each of those threads takes the interpreter's lock from the
+training thread, which gives it up at every torch call and then has to wait for it.
 
-Served is what `routes` names, and nothing else: a path is looked up as it is, never on a disk.
+Only the paths in `routes` are served. No path is ever looked up on a disk.
 """
 
 import asyncio
@@ -21,14 +21,14 @@ from http.server import BaseHTTPRequestHandler
 from typing import NamedTuple
 
 PORT_ATTEMPTS = 32
-ENDING_SECONDS = 0.05  # in which connections that were closed just now have been counted out
+CLOSE_GRACE_SECONDS = 0.05  # time for just-closed connections to leave the count
 MAX_CONNECTIONS = 32
 MAX_HEAD_BYTES = 8192  # request line and headers
-TIMEOUT_SECONDS = 5.0  # for a request to arrive, and for an answer to be taken
+TIMEOUT_SECONDS = 5.0  # for a request to arrive, and for its answer to be sent
 END_OF_HEAD = b"\r\n\r\n"
 
-# A turn is a new connection with its first request, or a further request: 0.4 ms on a slow core, so that the server
-# keeps the interpreter's lock from the training thread for 8 % of the time at most. A scraper needs one turn a scrape.
+# A turn is one request, with its connection if that is new. It takes 0.4 ms on a slow core, so the server
+# holds the interpreter's lock for 8 % of the time at most. A scraper needs one turn per scrape.
 TURNS_PER_SECOND = 200
 TURNS_AT_ONCE = 50
 
@@ -37,41 +37,39 @@ TOO_LONG = b"HTTP/1.1 431 Request Header Fields Too Large\r\nConnection: close\r
 
 
 class Page(NamedTuple):
-    """An answer: its type, its bytes and its HTTP status."""
+    """A response: content type, body and HTTP status."""
 
     content_type: str
     body: bytes
     status: int = 200
 
 
-# Makes a page, given the request's Accept header. Called on the server's thread.
+# Makes a page for a request's Accept header. Runs on the server's thread.
 Route = Callable[[str], Page]
 Routes = Mapping[str, Route]
 
 
 class Exporter:
-    """Serves `routes` from a thread of its own until `close`. The thread does not keep the process alive.
+    """Serves `routes` from a daemon thread until `close`.
 
-    Connections stay open between requests (HTTP/1.1). When there are `MAX_CONNECTIONS` of them, a new one takes the
-    place of the one that has been silent for longest, so that connections on which nobody ever asks anything cannot
-    keep a scraper out.
+    Connections stay open between requests (HTTP/1.1). Of MAX_CONNECTIONS, a new one replaces the one that
+    has been silent for longest: connections that never send a request cannot keep a scraper out.
 
     Args:
         routes: path -> function that makes the page.
-        host: name or address, IPv4 or IPv6, to listen at.
-        port: the first of 32 ports to try.
+        host: name or address to listen at, IPv4 or IPv6.
+        port: the first of PORT_ATTEMPTS ports to try.
 
     Raises:
-        OSError: none of them is free, or `host` is no address of this machine.
+        OSError: none of the ports is free, or `host` is no address of this machine.
     """
 
     def __init__(self, routes: Routes, host: str, port: int) -> None:
         self.routes = routes
         self.listener = _listen(host, port)
         self.host, self.port = host, int(self.listener.getsockname()[1])
-        self.idle: dict[
-            asyncio.Task[None], None
-        ] = {}  # connections that wait for a request, the longest first
+        # Connections that wait for a request, the longest-waiting one first: a dict keeps its order.
+        self.idle: dict[asyncio.Task[None], None] = {}
         self.num_connections = 0
         self.turns_taken_until = 0.0
         self.loop = asyncio.new_event_loop()
@@ -98,58 +96,58 @@ class Exporter:
     async def _serve(self) -> None:
         async with asyncio.TaskGroup() as connections:
             while True:
-                await self._turn()
+                await self._wait_for_turn()
                 try:
                     connection, _ = await self.loop.sock_accept(self.listener)
                 except OSError:  # the client is gone already, or this process has no file descriptor left
                     await asyncio.sleep(1)
                     continue
-                if self.num_connections >= MAX_CONNECTIONS and not self._drop_silent():
-                    await asyncio.sleep(ENDING_SECONDS)
+                if self.num_connections >= MAX_CONNECTIONS and not self._drop_longest_idle():
+                    await asyncio.sleep(CLOSE_GRACE_SECONDS)
                     if self.num_connections >= MAX_CONNECTIONS:
                         connection.close()
                         continue
                 self.num_connections += 1
-                conversation = connections.create_task(self._converse(connection))
-                self.idle[conversation] = None
-                conversation.add_done_callback(functools.partial(self._ended, connection))
+                task = connections.create_task(self._answer_requests(connection))
+                self.idle[task] = None
+                task.add_done_callback(functools.partial(self._forget, connection))
 
-    def _ended(self, connection: socket.socket, conversation: asyncio.Task[None]) -> None:
+    def _forget(self, connection: socket.socket, task: asyncio.Task[None]) -> None:
         connection.close()
         self.num_connections -= 1
-        self.idle.pop(conversation, None)
+        self.idle.pop(task, None)
 
-    def _drop_silent(self) -> bool:
-        """Whether there was a connection that could be dropped to make room."""
+    def _drop_longest_idle(self) -> bool:
+        """Return whether there was a silent connection to drop."""
         if not self.idle:
             return False
-        silent = next(iter(self.idle))
-        del self.idle[silent]
-        return silent.cancel()
+        task = next(iter(self.idle))
+        del self.idle[task]
+        return task.cancel()
 
-    async def _converse(self, connection: socket.socket) -> None:
-        """Answer the requests of one connection until one side has had enough."""
+    async def _answer_requests(self, connection: socket.socket) -> None:
+        """Answer the requests of one connection until the client leaves or is too slow."""
         try:
             reader, writer = await asyncio.open_connection(sock=connection, limit=MAX_HEAD_BYTES)
             writer.transport.set_write_buffer_limits(0)  # drain() returns when everything is sent
             try:
-                goes_on = True
-                while goes_on:
+                keep_open = True
+                while keep_open:
                     async with asyncio.timeout(TIMEOUT_SECONDS):
                         head = await self._read_head(reader)
-                    answer, goes_on = answer_to(head, self.routes)
+                    answer, keep_open = answer_to(head, self.routes)
                     writer.write(answer)
                     async with asyncio.timeout(TIMEOUT_SECONDS):
                         await writer.drain()
-                    if goes_on:
-                        await self._turn()
+                    if keep_open:
+                        await self._wait_for_turn()
             finally:
-                writer.transport.abort()  # without waiting for a client that takes nothing
+                writer.transport.abort()  # does not wait for a client that reads nothing
         except (OSError, TimeoutError, asyncio.IncompleteReadError):
-            pass  # the client is gone, or too slow
+            pass
 
     async def _read_head(self, reader: asyncio.StreamReader) -> bytes | None:
-        """Request line and headers, None if they are too long."""
+        """Return request line and headers, None if they are too long."""
         task = asyncio.current_task()
         assert task is not None
         self.idle[task] = None
@@ -160,15 +158,15 @@ class Exporter:
         finally:
             self.idle.pop(task, None)
 
-    async def _turn(self) -> None:
-        """Wait for the next free turn; who asked first goes first."""
+    async def _wait_for_turn(self) -> None:
+        """Wait for the next free turn; requests get theirs in the order in which they ask."""
         now = time.monotonic()
         self.turns_taken_until = max(self.turns_taken_until, now) + 1 / TURNS_PER_SECOND
         await asyncio.sleep(self.turns_taken_until - now - TURNS_AT_ONCE / TURNS_PER_SECOND)
 
 
 def answer_to(head: bytes | None, routes: Routes) -> tuple[bytes, bool]:
-    """The answer to a request, and whether another one may follow on its connection.
+    """Return the answer to a request, and whether its connection stays open for another one.
 
     Args:
         head: request line and headers with the empty line at their end; None if they were too long.
@@ -180,7 +178,7 @@ def answer_to(head: bytes | None, routes: Routes) -> tuple[bytes, bool]:
 
 
 class _Exchange(BaseHTTPRequestHandler):
-    """One request and its answer, both in memory: the standard library's handler without its socket."""
+    """One request and its answer in memory: the standard library's handler without its socket."""
 
     protocol_version, default_request_version = "HTTP/1.1", "HTTP/1.0"
     server_version, sys_version = "cmtrain", ""
@@ -190,7 +188,7 @@ class _Exchange(BaseHTTPRequestHandler):
         self.rfile, self.sent = io.BytesIO(head), io.BytesIO()
         self.wfile = self.sent
         self.raw_requestline = self.rfile.readline()
-        if self.parse_request():  # otherwise it has answered what is wrong
+        if self.parse_request():  # otherwise it has answered with an error
             self._answer(routes)
 
     def _answer(self, routes: Routes) -> None:
@@ -198,7 +196,7 @@ class _Exchange(BaseHTTPRequestHandler):
             page = _page(routes.get(self.path.partition("?")[0]), self.headers.get("Accept", ""))
         else:
             page = Page(TEXT, b"405 only GET and HEAD\n", 405)
-        # What follows the head of a request that has a body is not the next request.
+        # A body follows the head, and nothing here reads it: the next request cannot be found.
         has_body = "Content-Length" in self.headers or "Transfer-Encoding" in self.headers
         self.close_connection = self.close_connection or has_body or page.status == 405
         self.send_response(page.status)
@@ -214,7 +212,7 @@ class _Exchange(BaseHTTPRequestHandler):
             self.wfile.write(page.body)
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002
-        """Say nothing: stderr is the run's."""
+        """Write nothing: stderr belongs to the run."""
 
 
 def _page(route: Route | None, accept: str) -> Page:
@@ -227,17 +225,14 @@ def _page(route: Route | None, accept: str) -> Page:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    family, _, _, _, address = socket.getaddrinfo(
-        host, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-    )[0]
+    found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    family, _, _, _, (address, *_) = found[0]
+    dual = host == "::" and socket.has_dualstack_ipv6()
     last = min(port + PORT_ATTEMPTS - 1, 65535)
     for candidate in range(port, last + 1):
         try:
             listener = socket.create_server(
-                (str(address[0]), candidate),
-                family=family,
-                backlog=128,
-                dualstack_ipv6=host == "::" and socket.has_dualstack_ipv6(),
+                (str(address), candidate), family=family, backlog=128, dualstack_ipv6=dual
             )
         except OSError as error:
             if error.errno != errno.EADDRINUSE:

@@ -1,9 +1,9 @@
-"""The page of a run for people, at / of the metrics port: how far it is, its curves, and what happened last.
+"""Make the live page of a run, at / of the metrics port: progress, curves and the newest events.
 
-It needs nothing but a browser, and refreshes itself while its tab is in front. It is made when somebody asks for it, on
-the exporter's thread, at most once a second however many ask, from what the process knows and a glance at its folder.
-That takes 7 to 16 ms of CPU time, be it after 200 log points or after 200,000 (on a shared 2-core machine).
-The page is templates/live.html.
+The page needs only a browser, and refreshes itself while its tab is in front. It is made on request, on the
+server's thread, at most once a second for all clients. Its data is what the process knows and a bounded
+sample of the run folder. That takes 7 to 16 ms of CPU time, after 200 log points or after 200,000 (on a
+shared 2-core machine). The template is report/templates/live.html.
 """
 
 import time
@@ -15,28 +15,27 @@ from cmtrain import __version__
 from cmtrain.monitoring.discovery import read_target
 from cmtrain.monitoring.http_server import Page
 from cmtrain.monitoring.metrics import TrainMetrics
-from cmtrain.monitoring.report.curves import Run, large_charts, small_charts
+from cmtrain.monitoring.report.curves import PlottedRun, large_charts, small_charts
 from cmtrain.monitoring.report.events import newest_rows
-from cmtrain.monitoring.report.figures import number
-from cmtrain.monitoring.report.templating import join_scripts, make_templates
-from cmtrain.monitoring.units import duration, short, utc
-from cmtrain.storage.run_record import glance, is_sampled
+from cmtrain.monitoring.report.headline import Headline, number
+from cmtrain.monitoring.report.page import join_scripts, make_templates
+from cmtrain.monitoring.units import duration, percent, short, utc
+from cmtrain.storage.run_folder import REPORT_NAME
+from cmtrain.storage.run_record import is_sampled, read_sample
 
 HTML = "text/html; charset=utf-8"
 MAX_AGE_SECONDS = 1.0
 STATES = {"setup": "setting up", "train": "training", "evaluate": "evaluating", "checkpoint": "saving"}
 
-Figure = tuple[str, str, str]  # name, value, remark
-
 
 class LivePage:
-    """The page of one rank. Rank 0 shows the run; the others show themselves and where rank 0 is.
+    """The page of one rank. Rank 0 shows the run; other ranks show themselves and link to rank 0.
 
     Args:
-        status: what is known of the run on this rank, see pages.make_pages.
-        now: what this rank is doing, see pages.make_pages.
+        status: returns what this rank knows of the run, see routes.make_pages.
+        now: returns what this rank is doing, see routes.make_pages.
         run_path: the run folder; only rank 0 reads files in it.
-        links: (path, what is there) of the other pages.
+        links: (path, description) of the other pages.
     """
 
     def __init__(
@@ -60,75 +59,63 @@ class LivePage:
 
     def _render(self) -> str:
         metrics, now, status, at = self.metrics, self.now(), self.status(), time.time()
-        target, end = value_of(metrics.steps_target), value_of(metrics.eta_timestamp)
-        stalled, rank = now["stalled"], metrics.rank
+        target, end = _value(metrics.steps_target), _value(metrics.eta_timestamp)
         page: dict[str, Any] = {}
-        if rank == 0:
-            record = glance(self.run_path, status)
-            run = Run(record)
+        if metrics.rank == 0:
+            record = read_sample(self.run_path, status)
+            run = PlottedRun(record)
             page = {
                 "large_charts": large_charts([run]),
                 "small_charts": small_charts([run]),
                 "sampled": is_sampled(self.run_path / "log.jsonl"),
                 "events": newest_rows(record, at),
             }
-        first = read_target(self.run_path, 0) if rank else None
+        elif first := read_target(self.run_path, 0):
+            page = {"first_rank": f"http://{first}/"}
+        state, tone = STATES[now["state"]], "info" if now["state"] == "setup" else "good"
+        if now["stalled"]:
+            state, tone = "stalled", "bad"
         return self.templates.get_template("live.html").render(
             **join_scripts(self.templates, ["curves.js", "live.js"]),
             **page,
-            run=metrics.run,
-            rank=rank,
-            first_rank=first and f"http://{first}/",
-            state="stalled" if stalled else STATES[now["state"]],
-            tone="bad" if stalled else "info" if now["state"] == "setup" else "good",
-            stalled_seconds=now["seconds_since_progress"] if stalled else None,
-            summary=summary(metrics),
-            step=now["step"],
+            metrics=metrics,
+            now=now,
+            report=self.run_path / REPORT_NAME,
+            state=state,
+            tone=tone,
             target=int(target),
             share=min(1.0, now["step"] / target) if target else 0.0,
-            epoch=metrics.reported.epoch + 1 if metrics.reported.step else 0,
             left_seconds=max(0.0, end - at) if end else None,
             end=utc(end),
-            figures=figures(metrics, status, at),
+            numbers=headline_now(metrics, status, at),
             pages=self.links,
             version=__version__,
             written=utc(at),
         )
 
 
-def summary(metrics: TrainMetrics) -> str:
-    """What learns on what, from the facts of the run; empty before they are known."""
-    (family,) = metrics.run_info.collect()
-    for sample in family.samples:
-        facts = sample.labels
-        return " \u00b7 ".join(
-            (facts["model"], facts["precision"], f"{facts['world_size']} x {facts['device']}")
-        )
-    return ""
-
-
-def figures(metrics: TrainMetrics, status: dict[str, Any], at: float) -> list[Figure]:
-    """What is known of the newest log point, of evaluations and checkpoints. `at`: Unix time."""
-    report, found = metrics.reported, list[Figure]()
+def headline_now(metrics: TrainMetrics, status: dict[str, Any], at: float) -> Headline:
+    """Return the numbers of the newest log point, evaluation and checkpoint at the Unix time `at`."""
+    report = metrics.reported
+    found: Headline = []
     if (speed := number(status.get("images_per_second"))) is not None:
         waited = number(status.get("data_wait_ratio"))
-        remark = "" if waited is None else f"{waited:.0%} of the time waiting for data"
+        remark = "" if waited is None else f"{percent(waited, 0)} of the time waiting for data"
         found.append(("Images per second", f"{speed:,.0f}", remark))
     if report.step:
         found.append(("Loss", short(report.loss), f"at step {report.step:,}"))
         found.append(("Learning rate", short(report.lr), ""))
         found.append(("Gradient norm", short(report.grad_norm), ""))
-        rollbacks = round(value_of(metrics.rollbacks))
+        rollbacks = round(_value(metrics.rollbacks))
         found.append(("Bad steps", f"{report.bad_steps:,}", f"{rollbacks} rollbacks" if rollbacks else ""))
     best, best_step = number(status.get("best_top1")), number(status.get("best_step"))
     if best is not None and best_step is not None:
-        found.append(("Best top-1", f"{best:.2%}", f"at step {best_step:,.0f}"))
-    if saved := value_of(metrics.checkpoint_timestamp):
+        found.append(("Best top-1", percent(best), f"at step {best_step:,.0f}"))
+    if saved := _value(metrics.checkpoint_timestamp):
         found.append(("Last checkpoint", duration(max(0.0, at - saved)), "ago"))
     return found
 
 
-def value_of(metric: Any) -> float:
-    """Of a gauge or counter without labels of its own."""
-    (family,) = metric.collect()
+def _value(series: Any) -> float:
+    (family,) = series.collect()
     return float(family.samples[0].value)

@@ -1,4 +1,4 @@
-"""Where a run runs: what a person asks first when two runs differ."""
+"""Describe the machine that a run is on: versions and hardware, GPU identity, GPU memory."""
 
 import os
 import platform
@@ -10,9 +10,15 @@ import torch
 PACKAGES = ("torch", "accelerate", "timm", "numpy")
 DALI_FLAVOURS = ("cuda130", "cuda120", "cuda110")
 
+MEMORY_KINDS = {
+    "allocated": "allocated_bytes.all.current",
+    "reserved": "reserved_bytes.all.current",
+    "peak": "allocated_bytes.all.peak",
+}
+
 
 def environment() -> dict[str, str]:
-    """Host, hardware and versions, by name, for the event `environment`."""
+    """Return host, hardware and versions by name, for the event `environment`."""
     found = {"host": socket.gethostname(), "system": platform.platform(), "cores": str(os.cpu_count())}
     if torch.cuda.is_available():
         found |= {"gpu": torch.cuda.get_device_name(), "gpus of this host": str(torch.cuda.device_count())}
@@ -27,15 +33,8 @@ def environment() -> dict[str, str]:
     return found
 
 
-MEMORY_KINDS = {
-    "allocated": "allocated_bytes.all.current",
-    "reserved": "reserved_bytes.all.current",
-    "peak": "allocated_bytes.all.peak",
-}
-
-
 def gpu_identity(device: torch.device) -> tuple[str, str] | None:
-    """UUID, as DCGM and nvidia-smi write it, and model of a GPU; None for a CPU."""
+    """Return UUID (as DCGM and nvidia-smi write it) and model of a GPU; None for a CPU."""
     if device.type != "cuda":
         return None
     properties = torch.cuda.get_device_properties(device)
@@ -43,7 +42,7 @@ def gpu_identity(device: torch.device) -> tuple[str, str] | None:
 
 
 def memory_bytes(device: torch.device) -> dict[str, int]:
-    """Bytes of torch's allocator by MEMORY_KINDS, without asking the device; empty for a CPU."""
+    """Return bytes of torch's allocator by MEMORY_KINDS, without waiting for the GPU; empty for a CPU."""
     if device.type != "cuda":
         return {}
     statistics = torch.cuda.memory_stats(device)

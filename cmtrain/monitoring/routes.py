@@ -1,10 +1,10 @@
-"""What a rank serves over HTTP, as exporter.Routes: its metrics, its health, and where it stands.
+"""Make the pages that a rank serves over HTTP: metrics, health, status and the live page.
 
-/              the run for people, see live.py
-/metrics       Prometheus' text format, or OpenMetrics for those who ask for it
-/-/healthy     503 when training has finished no step for too long; evaluation and checkpoints may take their time
+/              the run for people, see live_page.py
+/metrics       Prometheus' text format, or OpenMetrics for clients that ask for it
+/-/healthy     503 when no training step has finished for too long; evaluation and saves may take longer
 /-/ready       503 until the first step of this process is done
-/status.json   rank 0: status.json of the run folder; every rank: its speed, and below "now" what it is doing now
+/status.json   rank 0: status.json of the run folder; other ranks: their speed; all: what they do "now"
 """
 
 import json
@@ -25,7 +25,7 @@ MAX_AGE_SECONDS = 1.0
 LINKS = [
     ("metrics", "for Prometheus"),
     ("status.json", "for programs"),
-    ("-/healthy", "503 when training stands still"),
+    ("-/healthy", "503 when training has stalled"),
     ("-/ready", "503 until the first step is done"),
 ]
 
@@ -33,23 +33,22 @@ LINKS = [
 def make_pages(
     metrics: TrainMetrics, status: Callable[[], dict[str, Any]], stall_seconds: float, run_path: Path
 ) -> dict[str, Route]:
-    """The pages by their paths.
+    """Return the pages by path.
 
     Args:
-        status: what is known of the run on this rank, as JSON values.
-        stall_seconds: how long a step may take before the run counts as stalled.
+        status: returns what this rank knows of the run, as JSON values.
+        stall_seconds: time without a finished step after which the run counts as stalled.
         run_path: the run folder.
     """
 
     def now() -> dict[str, Any]:
         seconds = time.monotonic() - metrics.progress_at
-        stalled = metrics.state == "train" and seconds > stall_seconds
         return {
             "rank": metrics.rank,
             "state": metrics.state,
             "step": metrics.reached_step,
             "seconds_since_progress": round(seconds, 3),
-            "stalled": stalled,
+            "stalled": metrics.state == "train" and seconds > stall_seconds,
         }
 
     def healthy(accept: str) -> Page:
@@ -74,10 +73,11 @@ def make_pages(
 
 
 class MetricsPage:
-    """The series of `registry` as text, made when somebody asks, and at most once a second for everybody.
+    """The series of `registry` as text, made on request and at most once a second for all clients.
 
-    Made at log points it would be as old as they are apart, and the training thread would have to make it. To make it
-    takes 1.7 ms for 138 series on one CPU core, most of which the interpreter's lock would be held.
+    Made at log points instead, the page would be as old as the last one, and the training thread would have
+    to make it. It takes 1.7 ms for 138 series on one CPU core, and holds the interpreter's lock for most of
+    that.
     """
 
     def __init__(self, registry: CollectorRegistry) -> None:
@@ -88,17 +88,15 @@ class MetricsPage:
         wants_openmetrics = "application/openmetrics-text" in accept
         at, page = self.made.get(wants_openmetrics, (0.0, None))
         if page is None or time.monotonic() - at >= MAX_AGE_SECONDS:
-            page = self._make(wants_openmetrics)
+            if wants_openmetrics:
+                page = Page(openmetrics.CONTENT_TYPE_LATEST, openmetrics.generate_latest(self))
+            else:
+                page = Page(PROMETHEUS_TEXT, generate_latest(self))
             self.made[wants_openmetrics] = time.monotonic(), page
         return page
 
-    def _make(self, wants_openmetrics: bool) -> Page:
-        if wants_openmetrics:
-            return Page(openmetrics.CONTENT_TYPE_LATEST, openmetrics.generate_latest(self))
-        return Page(PROMETHEUS_TEXT, generate_latest(self))
-
     def collect(self) -> Iterator[Metric]:
-        """The metrics of the registry, one by one, and between them a moment for the training thread."""
+        """Yield the metrics of the registry, and let the training thread run between them."""
         for metric in self.registry.collect():
             yield metric
-            time.sleep(0)  # gives the interpreter's lock away
+            time.sleep(0)  # releases the interpreter's lock

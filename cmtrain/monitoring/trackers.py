@@ -1,7 +1,8 @@
-"""TensorBoard, W&B and MLflow, by way of accelerate: they are told what log.jsonl and summary.csv are told.
+"""Send log points and evaluations to TensorBoard, W&B and MLflow, through accelerate.
 
-Nothing here knows one of them from another. A tracker that fails during a run (a server that went away) is told of once
-and left alone from then on: the run folder has everything, and a run is worth more than its mirror.
+They get the numbers of log.jsonl and summary.csv; no code here depends on one of the three. A tracker that
+fails during a run (its server went away) is reported once and then left alone, for the run folder has
+everything.
 """
 
 import importlib.util
@@ -18,18 +19,18 @@ from pipelines.spec import DataError
 
 PROJECT = "cmtrain"
 MAX_ERROR_CHARACTERS = 300
-FOLDER_NAME = "trackers"  # in the run folder, for those that write files
+FOLDER_NAME = "trackers"  # in the run folder, for trackers that write files
 
 
 class Trackers:
-    """The trackers of a run, on its rank 0; elsewhere they do nothing.
+    """The trackers of a run on rank 0; they do nothing on other ranks.
 
     Args:
-        accelerator: made with `tracker_options`.
-        config: by dotted key, for the trackers' own tables of hyperparameters.
+        accelerator: an Accelerator made with `tracker_options`.
+        config: the configuration by dotted key, for the trackers' tables of hyperparameters.
 
     Raises:
-        DataError: one of them cannot start, for want of a login or a server.
+        DataError: a tracker cannot start, because a login or a server is missing.
     """
 
     def __init__(self, accelerator: Accelerator, run_name: str, config: Mapping[str, Any]) -> None:
@@ -37,25 +38,20 @@ class Trackers:
         self.enabled = accelerator.is_main_process and bool(accelerator.log_with)
         if not self.enabled:
             return
-        values = {
-            key: value if isinstance(value, int | float | str) else emit(value)
-            for key, value in config.items()
-        }
+        values = {key: v if isinstance(v, int | float | str) else emit(v) for key, v in config.items()}
         names = {"wandb": {"name": run_name}, "mlflow": {"run_name": run_name}}
         try:
             accelerator.init_trackers(PROJECT, values, init_kwargs=names)
-        except Exception as error:  # each of them has errors of its own
+        except Exception as error:  # each tracker has exceptions of its own
             raise DataError(
                 f"metrics.trackers: cannot start: {_line(error)}; leave it out to run without"
             ) from error
 
     def log(self, values: Mapping[str, Any], step: int) -> str:
-        """Pass on the numbers among `values`. Returns why that failed, "" if it did not."""
+        """Log the finite numbers among `values`. Returns why that failed, else ""."""
         if not self.enabled:
             return ""
-        numbers = {
-            key: value for key, value in values.items() if key not in ("step", "time") and _is_finite(value)
-        }
+        numbers = {key: v for key, v in values.items() if key not in ("step", "time") and _is_finite(v)}
         try:
             self.accelerator.log(numbers, step=step)
         except Exception as error:
@@ -64,12 +60,12 @@ class Trackers:
         return ""
 
     def close(self) -> str:
-        """Let them write what they still hold. Returns why that failed, "" if it did not."""
+        """Let the trackers write what they still hold. Returns why that failed, else ""."""
         if not self.enabled:
             return ""
         self.enabled = False
         try:
-            # Not accelerate's end_training: it would also leave the process group, which other ranks still need.
+            # accelerate's end_training would also leave the process group, which other ranks still need.
             for tracker in self.accelerator.trackers:
                 tracker.finish()
         except Exception as error:
@@ -78,16 +74,16 @@ class Trackers:
 
 
 def tracker_options(names: Sequence[str], run_folder: Path) -> dict[str, Any]:
-    """What Accelerator must be made with.
+    """Return the options that an Accelerator with the trackers `names` needs.
 
     Raises:
-        ConfigError: a package is missing; accelerate itself would go on without a word.
+        ConfigError: a package is missing; accelerate itself would silently leave the tracker out.
     """
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
-        extras = ",".join(missing)
         raise ConfigError(
-            f"metrics.trackers: not installed: {', '.join(missing)}; pip install 'cmtrain[{extras}]', or leave it out"
+            f"metrics.trackers: not installed: {', '.join(missing)}; "
+            f"pip install -e '.[{','.join(missing)}]', or leave it out"
         )
     return {"log_with": list(names), "project_dir": run_folder / FOLDER_NAME} if names else {}
 

@@ -41,3 +41,8 @@ def with_exponent(value: float, digits: int) -> str:
     """Format a number as 1.5e-7, with `digits` significant digits."""
     mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
     return f"{float(mantissa):g}e{int(exponent)}"
+
+
+def percent(share: float, digits: int = 1) -> str:
+    """Format a share of 1, as people read it everywhere in cmtrain: 98.7 %."""
+    return f"{100 * share:.{digits}f} %"

@@ -13,18 +13,16 @@ T = TypeVar("T")
 
 
 def set_torch_defaults(run_path: Path) -> None:
-    """What torch should do when ranks hang or die, where the user has not said otherwise; before the group is joined.
+    """Set what torch does when ranks hang or die, unless the user has set it; before the group is joined.
 
-    A collective that times out ends the process, and its flight recorder (the last 20,000 collectives) goes to
-    `nccl-rank<r>` in the run folder. The first name of each is today's.
+    A collective that times out ends the process. Its flight recorder (the last 20,000 collectives) goes to
+    `nccl-rank<r>` in the run folder. Each variable has today's name first, and an older one.
     """
     defaults = {
         ("TORCH_NCCL_ASYNC_ERROR_HANDLING", "NCCL_ASYNC_ERROR_HANDLING"): "3",
         ("TORCH_NCCL_DUMP_ON_TIMEOUT", "TORCH_FR_DUMP_ON_TIMEOUT"): "1",
         ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"): "20000",
-        ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"): str(
-            run_path.absolute() / "nccl-rank"
-        ),
+        ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"): f"{run_path.absolute()}/nccl-rank",
     }
     for names, value in defaults.items():
         if not any(name in os.environ for name in names):
@@ -32,32 +30,30 @@ def set_torch_defaults(run_path: Path) -> None:
 
 
 def join_torchrun(backend: str, timeout: datetime.timedelta) -> None:
-    """Join the process group, where torchrun would hand every attempt the same store.
+    """Join the process group with a store of this attempt's own; torchrun reuses one for all attempts.
 
-    Otherwise ranks read addresses that died with the attempt before: without this, one of three restarts after a killed
-    rank used up all attempts (torch 2.15; pytorch issue 135712). A prefix for each attempt keeps them apart, as does
-    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment of torchrun itself.
+    Otherwise ranks read addresses that died with the attempt before. Without this, one of three restarts
+    after a killed rank used up all attempts (torch 2.15; pytorch issue 135712). A prefix per attempt keeps
+    them apart, as does TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment of torchrun itself.
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     store = dist.TCPStore(address, port, is_master=False, timeout=timeout)
-    store_of_attempt = dist.PrefixStore(f"attempt-{num_restarts()}", store)
-    dist.init_process_group(
-        backend, store=store_of_attempt, rank=rank, world_size=world_size, timeout=timeout
-    )
+    own = dist.PrefixStore(f"attempt-{num_restarts()}", store)
+    dist.init_process_group(backend, store=own, rank=rank, world_size=world_size, timeout=timeout)
 
 
 def control_group(num_processes: int, timeout_seconds: float) -> Any:
-    """A gloo group of all ranks for what the host has to say, None for a single process."""
+    """Return a gloo group of all ranks for values of the host; None for a single process."""
     if num_processes == 1:
         return None
     return dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout_seconds))
 
 
 def gather(mine: T, group: Any) -> list[T]:
-    """What each rank gives, by rank, on every rank; `group` None is a single process."""
+    """Return every rank's value, by rank, on every rank; `group` None is a single process."""
     if group is None:
         return [mine]
     everyone: list[Any] = [None] * dist.get_world_size(group)
@@ -66,7 +62,7 @@ def gather(mine: T, group: Any) -> list[T]:
 
 
 def leave_together() -> None:
-    """Leave the process group once every rank is done with it: who leaves early makes the others fail at the end."""
+    """Leave the process group after all ranks have come here: one that leaves early fails the others."""
     if dist.is_available() and dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""What must hold between ranks before they train together, found in a second instead of after hours."""
+"""Check before training that all ranks fit together: code, configuration, run folder, clocks."""
 
 import hashlib
 import platform
@@ -6,7 +6,7 @@ import secrets
 import socket
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,13 @@ from cmtrain.config.schema import Config, flat
 from cmtrain.processes.collectives import gather
 from pipelines.spec import DataError
 
-# torchrun's rendezvous compares clocks of different hosts and takes a host for dead that seems silent for 15 s
-# (torch issue 76287); file times and logs lie before that.
+# torchrun's rendezvous compares clocks of different hosts, and takes a host for dead that seems silent for
+# 15 s (torch issue 76287); file times and logs are wrong before that.
 MAX_CLOCK_SKEW_SECONDS = 5.0
 WARN_CLOCK_SKEW_SECONDS = 1.0
 CLOCK_ROUNDS = 3
 
-# What may differ between hosts without changing what is learned.
+# Keys that may differ between hosts without changing what is learned.
 PER_HOST_KEYS = ("data.root", "data.cache_dir", "data.threads", "metrics.host", "metrics.port")
 
 # How long a file that one host wrote may take to appear on the others.
@@ -35,10 +35,10 @@ SHARED_FOLDER_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class Facts:
-    """What one rank says about itself.
+    """Facts about one rank, for comparison.
 
-    `run_dir`: absolute. `sees_run_dir`: whether what rank 0 writes to its own is there. `clock_offset_seconds`: its
-    Unix time less rank 0's, at the same moment.
+    `run_dir`: absolute. `sees_run_dir`: whether it sees what rank 0 writes to its own.
+    `clock_offset_seconds`: its Unix time less rank 0's, at the same moment.
     """
 
     host: str
@@ -50,21 +50,21 @@ class Facts:
 
 
 def check_ranks(group: Any, config: Config, run_path: Path) -> list[str]:
-    """Refuse ranks that do not fit together; for all ranks, over `group` (None: a single process, nothing to check).
+    """Refuse ranks that do not fit together; for all ranks, over `group` (None: a single process).
 
     Returns:
-        Warnings, for the user to see.
+        Warnings for the user.
 
     Raises:
-        DataError: the same on all ranks: other code or another configuration on one of them, clocks more than 5 s
-            apart, or a run folder that not all of them share.
+        DataError: the same on all ranks: other code or another configuration on one of them, clocks more
+            than 5 s apart, or a run folder that not all of them share.
     """
     if group is None:
         return []
     mine = Facts(
         host=socket.gethostname(),
         code=version_of_code(),
-        config={key: value for key, value in flat(config) if key not in PER_HOST_KEYS},
+        config={key: value for key, value in flat(config).items() if key not in PER_HOST_KEYS},
         run_dir=str(run_path.parent.absolute()),
         sees_run_dir=sees_run_dir(group, run_path.parent),
         clock_offset_seconds=clock_offset_seconds(group),
@@ -76,54 +76,47 @@ def check_ranks(group: Any, config: Config, run_path: Path) -> list[str]:
 
 
 def contradictions(facts: Sequence[Facts]) -> list[str]:
-    """What makes ranks with these `facts` (by rank) unfit to train together, the gravest first."""
+    """Return why ranks with these `facts` (by rank) cannot train together, the gravest reason first."""
     first = facts[0]
     found = []
     for rank, other in enumerate(facts):
-        who = f"rank {rank} on {other.host}"
+        who, rank0 = f"rank {rank} on {other.host}", f"rank 0 on {first.host}"
         if other.code != first.code:
-            found.append(
-                f"{who} runs {other.code}, rank 0 on {first.host} {first.code}; install the same everywhere"
-            )
+            found.append(f"{who} runs {other.code}, {rank0} {first.code}; install the same everywhere")
         if differing := [key for key, value in first.config.items() if other.config.get(key) != value]:
             key = differing[0]
             mine, theirs = first.config[key], other.config.get(key)
-            found.append(
-                f"{key} is {theirs} for {who}, {mine} for rank 0 on {first.host}; start all ranks alike"
-            )
+            found.append(f"{key} is {theirs} for {who}, {mine} for {rank0}; start all ranks alike")
         if not other.sees_run_dir:
-            where = f"{first.run_dir}, which it knows as {other.run_dir}" * (first.run_dir != other.run_dir)
-            found.append(
-                f"{who} does not see what rank 0 on {first.host} writes to {where or first.run_dir}; "
-                "run.dir must be on a file system that all hosts share"
-            )
-    early, late = _clock_extremes(facts)
-    if (skew := late.clock_offset_seconds - early.clock_offset_seconds) > MAX_CLOCK_SKEW_SECONDS:
-        found.append(
-            f"the clock of {late.host} is {skew:.1f} s ahead of that of {early.host}; set them by NTP"
-        )
+            where = first.run_dir
+            if other.run_dir != first.run_dir:
+                where += f", which it knows as {other.run_dir}"
+            advice = "run.dir must be on a file system that all hosts share"
+            found.append(f"{who} does not see what {rank0} writes to {where}; {advice}")
+    skew, ahead = _clock_skew(facts)
+    if skew > MAX_CLOCK_SKEW_SECONDS:
+        found.append(f"{ahead}; set them by NTP")
     return found
 
 
 def clock_warnings(facts: Sequence[Facts]) -> list[str]:
-    early, late = _clock_extremes(facts)
-    skew = late.clock_offset_seconds - early.clock_offset_seconds
+    skew, ahead = _clock_skew(facts)
     if skew <= WARN_CLOCK_SKEW_SECONDS:
         return []
-    return [
-        f"the clock of {late.host} is {skew:.1f} s ahead of that of {early.host}; from 5 s on it is an error"
-    ]
+    return [f"{ahead}; from {MAX_CLOCK_SKEW_SECONDS:g} s on it is an error"]
 
 
-def _clock_extremes(facts: Sequence[Facts]) -> tuple[Facts, Facts]:
-    """The hosts with the earliest and the latest clock. Ranks of one host have one clock, whatever was measured."""
-    hosts: Mapping[str, Facts] = {fact.host: fact for fact in reversed(facts)}
-    ordered = sorted(hosts.values(), key=lambda fact: fact.clock_offset_seconds)
-    return ordered[0], ordered[-1]
+def _clock_skew(facts: Sequence[Facts]) -> tuple[float, str]:
+    """Return the seconds between the earliest and the latest clock of the hosts, and a line on them."""
+    # The ranks of one host have one clock, whatever was measured.
+    hosts = {fact.host: fact for fact in reversed(facts)}
+    early, *_, late = sorted([facts[0], *hosts.values()], key=lambda fact: fact.clock_offset_seconds)
+    skew = late.clock_offset_seconds - early.clock_offset_seconds
+    return skew, f"the clock of {late.host} is {skew:.1f} s ahead of that of {early.host}"
 
 
 def clock_offset_seconds(group: Any) -> float:
-    """This rank's clock less rank 0's. What each reads when all have met; the median of three such meetings."""
+    """Return this rank's clock less rank 0's: the median of three readings, each after all have met."""
     offsets = []
     for _ in range(CLOCK_ROUNDS):
         gather(None, group)
@@ -133,28 +126,28 @@ def clock_offset_seconds(group: Any) -> float:
 
 
 def sees_run_dir(group: Any, folder: Path) -> bool:
-    """Whether this rank sees a file that rank 0 writes to `folder`. Nothing stays behind."""
-    token = gather(secrets.token_hex(8), group)[0]
-    mine = torch.distributed.get_rank(group) == 0
+    """Return whether this rank sees a file that rank 0 writes to `folder`; nothing is left behind."""
+    path = folder / f".token-{gather(secrets.token_hex(8), group)[0]}"
+    is_first = torch.distributed.get_rank(group) == 0
     made: list[Path] = []
-    if mine:
-        made = [path for path in (folder, *folder.parents) if not path.exists()]
+    if is_first:
+        made = [parent for parent in path.parents if not parent.exists()]
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f".token-{token}").touch()
+        path.touch()
     gather(None, group)
     deadline = time.monotonic() + SHARED_FOLDER_SECONDS
-    while not (seen := (folder / f".token-{token}").exists()) and time.monotonic() < deadline:
+    while not (is_seen := path.exists()) and time.monotonic() < deadline:
         time.sleep(0.1)
     gather(None, group)
-    if mine:
-        (folder / f".token-{token}").unlink()
-        for path in made:
-            path.rmdir()
-    return seen
+    if is_first:
+        path.unlink()
+        for parent in made:
+            parent.rmdir()
+    return is_seen
 
 
 def version_of_code() -> str:
-    """What must be equal on all ranks: versions, and a digest of every source file of ours."""
+    """Return versions and a digest of every source file of ours: equal on ranks that compute the same."""
     roots = [Path(str(cmtrain.__file__)).parent, Path(str(pipelines.__file__)).parent]
     digest = hashlib.sha256()
     for path in sorted(path for root in roots for path in root.rglob("*.py")):

@@ -1,4 +1,4 @@
-"""What a process does because a launcher started it, as one of several ranks or alone. Needs no torch until it must."""
+"""Run this process as a rank: find its place, follow its launcher, report its failure. Needs no torch."""
 
 import ctypes
 import os
@@ -12,50 +12,40 @@ from pathlib import Path
 from types import FrameType
 
 from cmtrain.errors import EXIT_CONFIG, EXIT_DATA, EXIT_ERROR, EXIT_INTERRUPTED, EXIT_PREEMPTED, ConfigError
-from cmtrain.processes.failure import (
-    STOP_SIGNALS,
-    Failure,
-    cause_of,
-    conclude,
-    crash_loop,
-    leave_word,
-    stop_code,
-    words_left,
-)
+from cmtrain.processes import failure
+from cmtrain.processes.failure import Failure
 from cmtrain.storage.run_folder import read_status
 from pipelines.spec import DataError
 
-# Variables by which launchers can be told from a shell; cmtrain's own parent sets the first, to its process id.
+# Variables by which a launcher is recognised; cmtrain's own launcher sets the first, to its process id.
 PARENT = "CMTRAIN_PARENT"
 LAUNCHERS = (PARENT, "TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")
 RESTARTS = "TORCHELASTIC_RESTART_COUNT"
 
-# The kernel sends it when the launcher is gone. A signal of its own, because the kernel also sends it when only the
-# launcher's thread that started us ends, which must not stop a run.
+# The kernel sends it when the launcher is gone, or only the launcher's thread that started us, which must
+# not stop a run. So it is a signal of its own.
 LAUNCHER_GONE = signal.SIGRTMIN + 10
 PR_SET_PDEATHSIG = 1
 
-# How long a rank keeps an error to itself that its host's first rank has most likely found as well. That one says it
-# and ends, upon which the launcher ends the others.
+# How long a rank keeps back an error that its host's first rank has most likely found as well. That rank
+# prints it and ends, upon which the launcher ends the others.
 HOLD_BACK_SECONDS = 5.0
 
-# torch's own words for a connection that broke: gloo raises plain RuntimeErrors.
-BROKEN = (
-    "gloo",
-    "Connection closed by peer",
-    "Connection reset by peer",
-    "Connection refused",
-    "Broken pipe",
-)
+# How long a rank that lost contact waits for the report of the rank that failed.
+CAUSE_WAIT_SECONDS = 2.0
+
+# Messages of a broken connection: gloo raises plain RuntimeErrors.
+BROKEN = ("gloo", "Connection closed by peer", "Connection reset by peer", "Connection refused",
+          "Broken pipe")  # fmt: skip
 
 
 def is_started_by_launcher() -> bool:
-    """Whether some launcher, cmtrain's own parent included, decides how many processes there are."""
+    """Return whether a launcher, cmtrain's own included, decides how many processes there are."""
     return "RANK" in os.environ or any(name in os.environ for name in LAUNCHERS)
 
 
 def num_restarts() -> int:
-    """How often the launcher has started this run before."""
+    """Return how often the launcher has started this run before."""
     return int(os.environ.get(RESTARTS, "0"))
 
 
@@ -68,11 +58,11 @@ def num_ranks() -> int:
 
 
 def follow_launcher() -> None:
-    """Have the kernel tell this process when its launcher dies, so that no rank outlives it as an orphan.
+    """Have the kernel signal this process when its launcher dies, so that no rank outlives it as an orphan.
 
-    `accelerate launch` with one process does not pass SIGTERM on: it dies and leaves the trainer alone. From
-    StopRequest on this is answered with a checkpoint, before with an exit. A run that a shell started is not touched:
-    nohup and & work as ever.
+    `accelerate launch` with one process does not pass SIGTERM on: it dies and leaves the trainer alone.
+    Before training the signal is answered with an exit, from StopRequest on with a checkpoint. A run that a
+    shell started is not affected: nohup and & work as usual.
     """
     if not any(name in os.environ for name in LAUNCHERS):
         return
@@ -88,26 +78,25 @@ def follow_launcher() -> None:
 
 
 def leave_on_stop_signals() -> None:
-    """Let a stop signal end this process before training begins, where the kernel does not: in process 1.
-
-    The kernel does not deliver to process 1, which is what a container starts, what it has no handler for.
-    """
+    """Let a stop signal end process 1 of a container before training: the kernel would drop the signal."""
     if os.getpid() == 1:
-        for number in STOP_SIGNALS:
-            signal.signal(number, lambda number, frame: os._exit(stop_code(number)))
+        for number in failure.STOP_SIGNALS:
+            signal.signal(number, lambda number, frame: os._exit(failure.stop_code(number)))
 
 
 def run_as_rank(work: Callable[[], int], run_path: Path) -> int:
-    """Run `work` as whatever a launcher made of this process, and return the exit code.
+    """Run `work` in the place that a launcher gave this process, and return the exit code.
 
-    An error that all ranks have is printed by the first rank of a host. A restart of a run that fails at the same step
-    again and again does not start it once more, and ends with the exit code of the failure.
+    An error that all ranks have is printed by the first rank of each host. If the run failed at the same
+    step again and again, it is not started once more; the exit code is then that of the failure.
     """
     follow_launcher()
     leave_on_stop_signals()
-    if num_restarts() and is_first_rank() and PARENT not in os.environ:  # a parent has looked already
-        conclude(run_path, silent=True)
-        if loop := crash_loop(run_path):
+    if (
+        num_restarts() and is_first_rank() and PARENT not in os.environ
+    ):  # our own launcher has checked already
+        failure.record_cause(run_path, has_ended=True)
+        if loop := failure.crash_loop(run_path):
             sys.stderr.write(f"{run_path}: {loop}\n")
             return int((read_status(run_path) or {}).get("exit_code") or EXIT_ERROR)
     if num_ranks() == 1:
@@ -117,15 +106,15 @@ def run_as_rank(work: Callable[[], int], run_path: Path) -> int:
     except (ConfigError, DataError) as error:
         hold_back()
         sys.stderr.write(f"{error}\n")
-        code = EXIT_CONFIG if isinstance(error, ConfigError) else EXIT_DATA
+        code = _exit_code_of(error)
     except Exception as error:
         if is_lost_contact(error):
             hold_back()
         traceback.print_exc()
         code = EXIT_ERROR
     if code:
-        # torch's process groups may hang or abort when they are torn down without the other ranks, and the exit code
-        # would be lost.
+        # torch's process groups may hang or abort when they end without the other ranks; the exit code would
+        # be lost.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -133,8 +122,7 @@ def run_as_rank(work: Callable[[], int], run_path: Path) -> int:
 
 
 def is_lost_contact(error: BaseException) -> bool:
-    """Whether `error` says that another rank is gone, not that something is wrong with this one."""
-
+    """Return whether `error` means that another rank is gone, not that something is wrong with this one."""
     import torch.distributed as dist  # loaded by now, where a group can fail; the launcher never loads it
 
     if isinstance(error, dist.DistError):
@@ -143,44 +131,36 @@ def is_lost_contact(error: BaseException) -> bool:
 
 
 def hold_back() -> None:
-    """Leave it to the first rank of this host to say what all ranks have found."""
+    """Wait, on all but the first rank of this host, for that rank to print what all ranks have found."""
     if os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(HOLD_BACK_SECONDS)
 
 
-# How long a rank that lost contact waits for the word of the one that failed.
-WORD_SECONDS = 2.0
+def report_failure(error: BaseException, run_path: Path, rank: int, world_size: int, step: int) -> Failure:
+    """Write why this rank ended after `step` steps, and find out and record why the run ended.
 
-
-def tell_failure(error: BaseException, run_path: Path, *, rank: int, world_size: int, step: int) -> Failure:
-    """Leave word of what ended this rank after `step` steps, and find out what ended the run.
-
-    The cause is printed by the rank that has it, and status.json tells it from then on, whichever rank is left.
+    The rank that is the cause prints it. status.json holds it from then on, whichever rank is left.
 
     Returns:
-        The cause, which is another rank's where this one only lost contact.
+        The cause, which is another rank's failure if this rank only lost contact.
     """
     lost = is_lost_contact(error)
-    reason = _in_one_line(error)
+    reason = " ".join(str(error).split())
+    if not isinstance(error, DataError | ConfigError):
+        reason = f"{type(error).__name__}: {reason}" if reason else type(error).__name__
     if lost:  # without gloo's own source file and its guesses
         reason = f"lost contact with another rank: {re.sub(r'^.*?[]] ', '', reason).split('. This is')[0]}"
-    failure = Failure(rank, world_size, reason, _exit_code_of(error), step, lost)
-    leave_word(run_path, failure)
-    deadline = time.monotonic() + WORD_SECONDS
-    while lost and all(word.lost_contact for word in words_left(run_path)) and time.monotonic() < deadline:
+    mine = Failure(rank, world_size, reason, _exit_code_of(error), step, lost)
+    failure.write_failure(run_path, mine)
+    deadline = time.monotonic() + CAUSE_WAIT_SECONDS
+    cause = failure.cause_of(failure.read_failures(run_path)) or mine
+    while cause.lost_contact and time.monotonic() < deadline:
         time.sleep(0.1)
-    cause = cause_of(words_left(run_path)) or failure
-    conclude(run_path)
-    if cause.rank == rank != 0:  # rank 0 says it as the run's last word
-        sys.stderr.write(f"{cause.said()}\n")
+        cause = failure.cause_of(failure.read_failures(run_path)) or mine
+    failure.record_cause(run_path)
+    if cause.rank == rank != 0:  # rank 0 prints it as the run's last line
+        sys.stderr.write(f"{cause.describe()}\n")
     return cause
-
-
-def _in_one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    if isinstance(error, DataError | ConfigError):
-        return text
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def _exit_code_of(error: BaseException) -> int:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from cmtrain.processes.failure import STOP_SIGNALS
+from cmtrain.processes.failure import stop_signals
 from cmtrain.processes.rank import LAUNCHER_GONE
 
 T = TypeVar("T")
@@ -27,15 +27,16 @@ class Stopped(Exception):  # noqa: N818
 class StopRequest:
     """Turns a stop signal into a decision that every rank takes at the same step boundary.
 
-    The handler only sets a flag: a checkpoint written inside a handler may catch the state in the middle of a step. A
-    second SIGINT stops at once; repeated SIGTERM or SIGUSR2 change nothing, because launchers deliver them twice. The
-    launcher's death counts as SIGTERM. SIGHUP is left alone where nohup has switched it off.
+    The handler only sets a flag: a checkpoint written inside a handler may catch the state in the middle of
+    a step. A second SIGINT stops at once. Repeated SIGTERM or SIGUSR2 change nothing, because launchers
+    deliver them twice. The launcher's death counts as SIGTERM. SIGHUP is ignored if nohup has switched it
+    off.
 
-    With several ranks the flags are combined over `group`, which is not the device's, so that the device is never
-    synchronised for it. The reduction of one step is waited for at the next, which hides its latency and delays a stop
-    by one step.
+    With several ranks the flags are combined over `group`, which is not the device's, so that the device is
+    never synchronised for it. The reduction of one step is waited for at the next, which hides its latency
+    and delays a stop by one step.
 
-    `decision` is the signal agreed on so far, 0 for none; it does not change any more once it is set.
+    `decision` is the signal agreed on so far, 0 for none; once set, it does not change.
     """
 
     def __init__(self, group: Any) -> None:
@@ -46,7 +47,7 @@ class StopRequest:
         self.pending: tuple[Any, torch.Tensor] | None = None
         self.previous: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
-            wanted = [number for number in (*STOP_SIGNALS, LAUNCHER_GONE) if not _is_switched_off(number)]
+            wanted = [*stop_signals(), LAUNCHER_GONE]
             self.previous = {number: signal.signal(number, self._receive) for number in wanted}
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
@@ -61,7 +62,7 @@ class StopRequest:
             self.received, self.received_at = number, now
 
     def agreed(self) -> int:
-        """The signal to stop for, 0 for none; equal on all ranks. Call once a step, on every rank."""
+        """Return the signal to stop for, 0 for none, equal on all ranks. Call it once per step, on each."""
         if self.group is None:
             self.decision = self.decision or self.received
             return self.decision
@@ -71,7 +72,7 @@ class StopRequest:
         return self.decision
 
     def interrupting(self, items: Iterator[T], num_agreements: int) -> Iterator[T]:
-        """Pass `items` on; between two of the first `num_agreements`, which all ranks have, a stop signal ends it.
+        """Pass `items` on until a stop signal; ranks agree after each of the first `num_agreements` items.
 
         Raises:
             Stopped: on all ranks after the same item.
@@ -81,20 +82,16 @@ class StopRequest:
             if number < num_agreements and self.agreed():
                 raise Stopped
 
+    def close(self) -> None:
+        """Finish the reduction in flight and restore the handlers."""
+        self._wait()
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+        self.previous = {}
+
     def _wait(self) -> None:
         if self.pending is not None:
             work, flag = self.pending
             work.wait()
             self.pending = None
             self.decision = self.decision or int(flag.item())
-
-    def close(self) -> None:
-        """Finish the reduction in flight and give the signals back."""
-        self._wait()
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-        self.previous = {}
-
-
-def _is_switched_off(number: int) -> bool:
-    return number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN

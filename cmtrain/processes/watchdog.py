@@ -1,8 +1,9 @@
-"""Ends a process that hangs, and leaves behind where it hung.
+"""End a process that hangs, and write down where it hung.
 
-Two timers, because each alone is blind: a thread of ours can say what happened and end the process with its stacks in
-the run folder and on stderr, but it never runs while something holds the interpreter's lock; faulthandler's timer is
-plain C and always fires, but can only write stacks and exit. It comes a little later.
+There are two timers, because each alone has a blind spot. A thread of ours can report and end the process
+with its stacks in the run folder and on stderr, but never runs while something holds the interpreter's lock.
+faulthandler's timer is plain C and always fires, but can only write stacks and exit. It comes a little
+later.
 """
 
 import faulthandler
@@ -15,21 +16,22 @@ from pathlib import Path
 from typing import TypeVar
 
 from cmtrain.errors import EXIT_ERROR
-from cmtrain.processes.failure import Failure, conclude, hang_path, leave_word
+from cmtrain.processes.failure import Failure, hang_path, record_cause, write_failure
 
 T = TypeVar("T")
 
-# The first step of a process compiles, tunes kernels and builds the input pipeline; the first evaluation does as well.
+# The first step of a process compiles, tunes kernels and builds the input pipeline; so does the first
+# evaluation.
 FIRST_TIME_FACTOR = 3
 
-# By how much the C timer comes after the thread. Less than the time a parent gives its ranks to end.
+# Delay of the C timer after the thread. Less than the time a launcher gives its ranks to end.
 C_TIMER_SECONDS = 2.0
 
-LOOK_SECONDS = 0.5
+POLL_SECONDS = 0.5
 
 
 class Watchdog:
-    """Between two calls of `begin` no more than `timeout_seconds` may pass, three times that the first time.
+    """Allows `timeout_seconds` between two calls of `begin`, three times that the first time.
 
     Args:
         run_path: the run folder, in which `hang-rank<rank>.txt` is empty or absent unless there was a hang.
@@ -51,7 +53,7 @@ class Watchdog:
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def begin(self, phase: str, step: int) -> None:
-        """Say what is being done now, after `step` finished steps; takes some 50 microseconds."""
+        """Begin `phase` after `step` finished steps, and start its time; takes some 50 microseconds."""
         if self.timeout_seconds is None:
             return
         self.limit_seconds = self.timeout_seconds * (1 if phase in self.known_phases else FIRST_TIME_FACTOR)
@@ -68,7 +70,7 @@ class Watchdog:
             self.begin(phase, step)
 
     def close(self) -> None:
-        """Watch no more."""
+        """Stop watching."""
         if self.timeout_seconds is None or self.closed.is_set():
             return
         self.closed.set()
@@ -78,20 +80,20 @@ class Watchdog:
             self.path.unlink()
 
     def _watch(self) -> None:
-        while not self.closed.wait(LOOK_SECONDS):
+        while not self.closed.wait(POLL_SECONDS):
             if time.monotonic() >= self.deadline:
                 self._end()
 
     def _end(self) -> None:
         reason = (
             f"hung: the {self.phase} after step {self.step} took longer than {self.limit_seconds:g} s "
-            "(train.step_timeout_seconds); hang-rank*.txt say where each rank stood"
+            "(train.step_timeout_seconds); hang-rank*.txt have the stacks of each rank"
         )
         failure = Failure(self.rank, self.world_size, reason, step=self.step)
-        leave_word(self.run_path, failure)  # before the stacks: those alone would say "without a word"
+        write_failure(self.run_path, failure)  # before the stacks, which alone mean a hang without a report
         for file in (self.file, sys.stderr):
-            file.write(f"{failure.said()}\n")
+            file.write(f"{failure.describe()}\n")
             file.flush()
             faulthandler.dump_traceback(file)
-        conclude(self.run_path)
+        record_cause(self.run_path)
         os._exit(EXIT_ERROR)

@@ -1,4 +1,4 @@
-"""Evaluation that counts every image exactly once, whatever the number of ranks and the batch size."""
+"""Evaluate a model: every image counts exactly once, whatever the number of ranks and the batch size."""
 
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -13,18 +13,20 @@ from torch import Tensor, nn
 from cmtrain.step.guard import running_statistics
 from pipelines.spec import UNREADABLE, Batch
 
-MAX_CONFUSION_CLASSES = 100  # beyond it nobody can read the matrix, and it outgrows the model's own outputs
+MAX_CONFUSION_CLASSES = 100  # beyond it the matrix is unreadable, and larger than the model's own outputs
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`top1`, `top5`: shares 0..1 of all images, of which `num_unreadable` could not be read and count as wrong.
+    """The result of evaluating one set of weights.
 
-    `loss`: mean cross entropy (nats) of those that were read. With fewer than 5 classes top5 is top-all: 1.
-    `class_images`, `class_correct`: of the images that were read, how many each class has, and how many of them were
-    recognised. `confusion`: [true class][predicted class] counts; None beyond MAX_CONFUSION_CLASSES classes.
-    `ranked`: (N, 5) or (N, K) if there are fewer classes, int64 on the CPU: the classes of each image that were thought
-    likeliest, -1 for those of other ranks; None if it was not asked for.
+    `top1`, `top5`: shares 0..1 of all images. The `num_unreadable` ones that could not be read count as
+        wrong. With fewer than 5 classes top5 is 1.
+    `loss`: mean cross entropy (nats) of the images that were read.
+    `class_images`, `class_correct`: images read of each class, and how many of them were recognised.
+    `confusion`: [true class][predicted class] counts; None beyond MAX_CONFUSION_CLASSES classes.
+    `ranked`: (N, 5), or (N, K) with fewer classes, int64 on the CPU: the likeliest classes of each image, -1
+        for the images of other ranks; None without `keeps_ranked`.
     """
 
     top1: float
@@ -51,23 +53,23 @@ def evaluate(
     """Evaluate `model` on this rank's share of the images and add up over ranks.
 
     Args:
-        model: unwrapped; left in the mode it was in.
+        model: unwrapped; its mode is restored.
         batches: this rank's share, each image once; may be empty.
-        num_images: how many images all ranks together must have seen.
-        num_classes: outputs of `model`.
-        keeps_ranked: fill Evaluation.ranked; costs 40 bytes an image on the device.
+        num_images: number of images of all ranks together.
+        num_classes: number of `model`'s outputs.
+        keeps_ranked: fill Evaluation.ranked, which costs 40 bytes per image on the device.
     """
     was_training = model.training
     model.eval()
     totals = torch.zeros(5, dtype=torch.float64, device=device)  # as in _count
     outcomes = _Outcomes(num_classes, device)
-    ranked = torch.full((num_images * keeps_ranked, min(5, num_classes)), -1, device=device)
+    ranked = torch.full((num_images, min(5, num_classes)), -1, device=device) if keeps_ranked else None
     with torch.no_grad(), autocast:
         for images, labels, indices in batches:
             logits = model(images).float()
             totals += _count(logits, labels)
             outcomes.add(logits, labels)
-            if keeps_ranked:
+            if ranked is not None:
                 ranked[indices] = logits.topk(ranked.shape[1], dim=1).indices
     model.train(was_training)
     all_reduce_sum(totals)
@@ -80,14 +82,15 @@ def evaluate(
         num_images,
         int(unreadable),
         **outcomes.sum_up(),
-        ranked=ranked.cpu() if keeps_ranked else None,
+        ranked=None if ranked is None else ranked.cpu(),
     )
 
 
 class _Outcomes:
-    """What became of the images of each class, counted on the device.
+    """Counts right and wrong answers by class, on the device.
 
-    `counts`: flat (K, K) true by predicted class; beyond MAX_CONFUSION_CLASSES flat (K, 2), wrong and right. One more
+    `counts`: flat (K, K) true by predicted class; beyond MAX_CONFUSION_CLASSES flat (K, 2), wrong and right.
+        One more
     cell takes the unreadable images.
     """
 
@@ -97,14 +100,14 @@ class _Outcomes:
         self.counts = torch.zeros(num_classes * self.width + 1, dtype=torch.int64, device=device)
 
     def add(self, logits: Tensor, labels: Tensor) -> None:
-        """(B, K), (B,). Not torch.bincount: it makes the host wait for the largest value."""
+        """Count a batch: (B, K), (B,). torch.bincount would make the host wait for the largest value."""
         predicted = logits.argmax(dim=1)
         column = predicted if self.width == self.num_classes else (predicted == labels).long()
         cell = torch.where(labels == UNREADABLE, len(self.counts) - 1, labels * self.width + column)
         self.counts.index_add_(0, cell, torch.ones_like(cell))
 
     def sum_up(self) -> dict[str, Any]:
-        """The fields of Evaluation; for all ranks together."""
+        """Return the fields of Evaluation, of all ranks together; all ranks must call it."""
         all_reduce_sum(self.counts)
         table = self.counts[:-1].view(self.num_classes, self.width).cpu()
         whole = self.width == self.num_classes
@@ -133,9 +136,10 @@ def all_reduce_sum(values: Tensor) -> None:
 
 @torch.no_grad()
 def average_running_statistics(*models: nn.Module) -> None:
-    """Give every rank the mean over ranks of the BatchNorm running statistics, before they are used or saved.
+    """Give every rank the mean over ranks of the BatchNorm running statistics, before they are used or
+    saved.
 
-    The update of running statistics is linear, so averaging now equals having averaged after every step.
+    Their update is linear, so averaging now equals averaging after every step.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return
@@ -149,7 +153,7 @@ def average_running_statistics(*models: nn.Module) -> None:
 
 
 def by_class(results: dict[str, Evaluation], class_names: Sequence[str], step: int) -> dict[str, Any]:
-    """What classes.json says; outputs that no class of the data belongs to go by their number."""
+    """Return the content of classes.json. Outputs without a class of the data are named by their number."""
     num_classes = len(results["model"].class_images)
     weights = {
         name: {"images": result.class_images, "correct": result.class_correct, "confusion": result.confusion}

@@ -1,12 +1,12 @@
-"""What learns: everything that one optimizer step changes, and the step itself.
+"""Do one optimizer step and keep everything that it changes.
 
-    mix -> forward (autocast) -> loss -> backward -> propose        once a micro-batch
-    gradient norm -> settle -> clip -> update -> EMA -> record      once a step
+    mix -> forward (autocast) -> loss -> backward -> propose                   once per micro-batch
+    gradient norm -> commit or restore -> clip -> update -> EMA -> record      once per step
 
-The host never waits for the device. Whether a step counts is decided on the device by one flag: the norm of the
-gradient, reduced over all ranks, is finite. The same flag commits BatchNorm's statistics, lets the (fused) optimizer
-write, and moves the EMA; so all ranks agree without asking each other, and nothing depends on accelerate's
-`optimizer_step_was_skipped`, which is always False for fused optimizers (accelerate issue 4242).
+The host never waits for the device. The device decides by one flag whether a step counts: the norm of the
+gradient, reduced over all ranks, is finite. The same flag commits BatchNorm's statistics, lets the (fused)
+optimizer write, and moves the EMA. So all ranks agree without asking each other. accelerate's
+`optimizer_step_was_skipped` is not used: it is always False for fused optimizers (accelerate issue 4242).
 """
 
 import copy
@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 
 from cmtrain.step.evaluate import average_running_statistics
 from cmtrain.step.guard import Guard
-from cmtrain.step.measure import Phases, StepReport, Window, extremes
+from cmtrain.step.measure import Phases, StepBuffer, StepReport, extremes
 from cmtrain.step.mixing import MixSpec, mix
 from cmtrain.step.optimizer import Ema, set_lr
 from cmtrain.step.spikes import Spike, SpikeDetector
@@ -34,16 +34,16 @@ MIN_LOSS_SCALE = 1.0
 
 
 class Learner:
-    """Model, EMA, optimizer, guard, loss scaler, and what was measured since the last log point.
+    """Model, EMA, optimizer, guard, loss scaler, and the measurements since the last log point.
 
     Args:
         model: on `accelerator.device`, not yet wrapped.
-        ema_decay: per step, None for no EMA.
+        ema_decay: decay per step, None for no EMA.
         protect: whether the guard refuses bad steps, or only counts them.
         spike_sigma: standard deviations above the mean of loss or gradient norm that make a step a spike.
-        accumulation: micro-batches a step on this rank.
+        accumulation: micro-batches per step on this rank.
         clip_grad: largest L2 norm of the gradient, None for no clipping.
-        seed: of the run; dropout, drop path and mixing are functions of (seed, step, micro-batch).
+        seed: random seed of the run; see `_torch_seed`.
     """
 
     def __init__(
@@ -65,26 +65,23 @@ class Learner:
         # Copied before accelerate wraps the forward, or the copy would run the original's.
         self.ema = Ema(model, ema_decay) if ema_decay else None
         with warnings.catch_warnings():
-            # torch 2.15 renames the argument that build.make_accelerator sets; older versions do not know the new name.
+            # torch 2.15 renames the argument that build.make_accelerator sets; older versions do not know
+            # the new name.
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
             self.wrapped = accelerator.prepare_model(model)
         self.mixing, self.accumulation, self.clip_grad, self.seed = mixing, accumulation, clip_grad, seed
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.window = Window(accelerator.num_processes)
+        self.buffer = StepBuffer(accelerator.num_processes)
         self.detector = SpikeDetector(spike_sigma)
-        self.spikes: list[Spike] = []  # found by the last report, and this rank's samples of the highest one
-        self.spike_samples: list[int] = []
-        self.last_indices: list[Tensor] = []  # of the last step's samples, (B,) a micro-batch
+        self.spikes: list[Spike] = []  # found by the last report
+        self.spike_samples: list[int] = []  # this rank's samples of the highest of them
+        self.last_indices: list[Tensor] = []  # sample indices of the last step, (B,) per micro-batch
         self.fresh_scaler = None if accelerator.scaler is None else accelerator.scaler.state_dict()
         self.phases = Phases(accelerator.device)
-        self.last_forward: tuple[int, Tensor] | None = None  # random seed and images of its last micro-batch
+        self.last_forward: tuple[int, Tensor] | None = None  # torch's seed and the images
 
     def step(self, batches: Iterator[Batch], step: int, lr: float) -> int:
-        """Do step number `step` (from 0) on the next `accumulation` micro-batches.
-
-        Returns:
-            The number of images this rank worked on.
-        """
+        """Do step number `step` (from 0) on the next micro-batches; return how many images this rank had."""
         set_lr(self.optimizer, lr)
         self.optimizer.zero_grad(set_to_none=True)
         loss_of_step = torch.zeros((), device=self.accelerator.device)
@@ -95,10 +92,11 @@ class Learner:
             self.phases.begin("forward")
             # The number of this micro-batch within the global batch, whichever rank works on it.
             micro = self.accelerator.process_index + turn * self.accelerator.num_processes
-            seed = _seed_of(self.seed, step, micro)
-            torch.manual_seed(seed)
-            images, targets = mix(images, labels, self.mixing, (self.seed, step, micro))
-            self.last_forward = seed, images
+            key = self.seed, step, micro
+            torch_seed = _torch_seed(*key)
+            torch.manual_seed(torch_seed)
+            images, targets = mix(images, labels, self.mixing, key)
+            self.last_forward = torch_seed, images
             last = turn == self.accumulation - 1
             with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
                 loss = F.cross_entropy(self.wrapped(images).float(), targets)
@@ -119,32 +117,36 @@ class Learner:
             scaler.unscale_(self.optimizer)
         grad_norm = nn.utils.clip_grad_norm_(self.parameters, self.clip_grad or math.inf, foreach=True)
         ok = torch.isfinite(grad_norm)
-        go = self.guard.settle(ok)
-        # Fused optimizers leave parameters and state alone where found_inf is 1. An unguarded fp16 run still skips, as
-        # any GradScaler run does.
-        self.optimizer.found_inf = (~(go if scaler is None else ok)).float()  # type: ignore[attr-defined]
+        takes_step = self.guard.commit_or_restore(ok)
+        # Fused optimizers leave parameters and state alone where found_inf is 1. An unguarded fp16 run still
+        # skips, as any GradScaler run does.
+        writes = takes_step if scaler is None else ok
+        self.optimizer.found_inf = (~writes).float()  # type: ignore[attr-defined]
         self.optimizer.step()
         if scaler is not None:
             scaler.update()
-            # torch has no floor: after 165 overflows in a row the scale is 0, and the next good step writes NaN.
+            # torch has no floor: after 165 overflows in a row the scale is 0, and the next good step writes
+            # NaN.
             scaler._scale.clamp_(min=MIN_LOSS_SCALE)
         if self.ema is not None:
-            self.ema.update(go)
-        self.window.add(loss, grad_norm, self.last_indices)
+            self.ema.update(takes_step)
+        self.buffer.add(loss, grad_norm, self.last_indices)
 
     def report(self, step: int, epoch: int, lr: float, *, reset: bool) -> StepReport:
-        """Judge the steps since the last log point, `step` being the last of them; `reset` makes this a log point, too.
+        """Report on the steps since the last log point, up to `step`, and find the spikes among them.
 
-        Synchronises; for all ranks together.
+        `reset` makes this a log point: the next report begins after it. Synchronises; all ranks must call
+            it.
         """
-        measured = self.window.read()
+        measured = self.buffer.read()
         detector = self.detector if reset else copy.copy(self.detector)
-        self.spikes = detector.judge(step - len(measured), measured)
+        self.spikes = detector.find_spikes(step - len(measured), measured)
         self.spike_samples = []
         if self.spikes:
-            self.spike_samples = self.window.samples(step - max(self.spikes, key=lambda spike: spike.z).step)
+            highest = max(self.spikes, key=lambda spike: spike.z)
+            self.spike_samples = self.buffer.samples(step - highest.step)
         if reset:
-            self.window.clear()
+            self.buffer.clear()
         guard, scaler = self.guard, self.accelerator.scaler
         on_device = [guard.bad_steps, guard.bad_steps_in_a_row, guard.restores, *extremes(self.model)]
         numbers = torch.stack([value.double() for value in on_device]).tolist()
@@ -168,21 +170,17 @@ class Learner:
         )
 
     def roll_back(self, state: dict[str, Any]) -> None:
-        """Go back to an earlier state_dict of this process, with a fresh loss scale; what was counted stays counted."""
-        counted = {"num_spikes": self.detector.num_spikes, "good_steps_in_a_row": 0}
-        kept = {
-            "guard": self.guard.state_dict(),
-            "spikes": state["spikes"] | counted,
-            "window": {"steps": []},
-        }
-        self.load_state_dict(state | kept)
+        """Go back to an earlier state_dict of this process, with a fresh loss scale. Counters go on."""
+        spikes = {"num_spikes": self.detector.num_spikes, "good_steps_in_a_row": 0}
+        kept = {"guard": self.guard.state_dict(), "window": {"steps": []}}
+        self.load_state_dict(state | kept | {"spikes": state["spikes"] | spikes})
         self.guard.bad_steps_in_a_row.zero_()
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(self.fresh_scaler)
 
     @torch.no_grad()
     def replay(self) -> None:
-        """Run the last micro-batch through the model once more, for forward hooks to look at; nothing is changed."""
+        """Run the last micro-batch through the model once more, for forward hooks to see; change nothing."""
         if self.last_forward is not None:
             seed, images = self.last_forward
             torch.manual_seed(seed)
@@ -192,20 +190,20 @@ class Learner:
 
     @property
     def weights(self) -> dict[str, nn.Module]:
-        """The models worth evaluating: `model`, and `ema` if there is one."""
+        """The models to evaluate: `model`, and `ema` if there is one."""
         return {"model": self.model} | ({"ema": self.ema.module} if self.ema else {})
 
     def average_over_ranks(self) -> None:
-        """Make BatchNorm's running statistics equal on all ranks: before evaluating, before saving."""
+        """Make BatchNorm's running statistics equal on all ranks, before evaluating or saving."""
         average_running_statistics(*self.weights.values())
-        self.guard.resnapshot()
+        self.guard.accept_current()
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a step changes. Equal on all ranks; all ranks must call it together."""
+        """Return everything a step changes, equal on all ranks. All ranks must call it."""
         self.average_over_ranks()
         state = {name: module.state_dict() for name, module in self.weights.items()}
         state |= {"optimizer": self.optimizer.state_dict(), "guard": self.guard.state_dict()}
-        state |= {"spikes": self.detector.state_dict(), "window": self.window.state_dict()}
+        state |= {"spikes": self.detector.state_dict(), "window": self.buffer.state_dict()}
         if self.accelerator.scaler is not None:
             state["scaler"] = self.accelerator.scaler.state_dict()
         return state
@@ -216,15 +214,21 @@ class Learner:
         self.optimizer.load_state_dict(state["optimizer"])
         self.guard.load_state_dict(state["guard"])
         self.detector.load_state_dict(state["spikes"])
-        self.window.load_state_dict(state["window"])
+        self.buffer.load_state_dict(state["window"])
         if self.accelerator.scaler is not None and "scaler" in state:
             self.accelerator.scaler.load_state_dict(state["scaler"])
 
 
-def _seed_of(seed: int, step: int, micro: int) -> int:
-    """Spread (seed, step, micro) over 63 bits: neighbouring steps must not share generator states."""
-    mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + micro * 0x94D049BB133111EB) & (
-        2**64 - 1
-    )
-    mixed = ((mixed ^ (mixed >> 31)) * 0xD6E8FEB86659FD93) & (2**64 - 1)
+def _torch_seed(seed: int, step: int, micro: int) -> int:
+    """Return torch's seed for a micro-batch: (seed, step, micro) spread over 63 bits.
+
+    So neighbouring steps do not share generator states. Dropout, drop path and the noise of random erasing
+    draw from it, and mixing from numpy's generator for the same key: a resumed run, or one on another number
+    of ranks, draws the same. Augmentation has a recipe of its own (pipelines/plan.py): it needs many numbers
+    for every sample, so it hashes (seed, epoch, sample, repeat), vectorised over the batch, where a step
+    needs one seed per micro-batch.
+    """
+    mask = 2**64 - 1
+    mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + micro * 0x94D049BB133111EB) & mask
+    mixed = ((mixed ^ (mixed >> 31)) * 0xD6E8FEB86659FD93) & mask
     return (mixed ^ (mixed >> 32)) >> 1

@@ -1,4 +1,8 @@
-"""What the steps since the last log point measured: on the device until the log point reads it."""
+"""Measure steps: loss and gradient norm, the time of each phase, the pace, and the size of the model's
+numbers.
+
+A step must not wait for the device. So a step leaves its measurements there, and the log point reads them.
+"""
 
 import time
 from collections import deque
@@ -14,12 +18,20 @@ from cmtrain.step.evaluate import all_reduce_sum
 from cmtrain.step.guard import running_statistics
 from pipelines.spec import Batch
 
+PHASES = ("forward", "backward", "optimizer")
+MAX_PENDING_STEPS = 64  # not yet finished on the device; the host seldom is more than a few steps ahead
 
-class Window:
-    """Loss, gradient norm and samples of one step after another; a step costs one kernel and no synchronisation.
+
+# ---- loss and gradient norm
+
+
+class StepBuffer:
+    """Loss, gradient norm and samples of the steps since the last log point.
+
+    A step costs one kernel and no synchronisation.
 
     Args:
-        num_processes: the loss of a step is the mean over so many ranks.
+        num_processes: number of ranks; the loss of a step is the mean over them.
     """
 
     def __init__(self, num_processes: int) -> None:
@@ -28,35 +40,33 @@ class Window:
         self.unread_steps: list[Tensor] = []
         self.indices: list[
             list[Tensor]
-        ] = []  # of this rank's samples, a list a step of one (B,) a micro-batch
+        ] = []  # for each step, this rank's sample indices: (B,) per micro-batch
 
     def add(self, loss: Tensor, grad_norm: Tensor, indices: list[Tensor]) -> None:
-        """Take in a step: this rank's `loss`, the reduced `grad_norm`, both scalars."""
+        """Append a step: this rank's `loss`, the reduced `grad_norm`, both scalars."""
         self.unread_steps.append(torch.stack([loss, grad_norm]))
         self.indices.append(indices)
 
     def read(self) -> list[tuple[float, float]]:
-        """(loss, gradient norm) of every step, equal on all ranks. Synchronises; for all ranks together."""
+        """Return every step's (loss, gradient norm), equal on all ranks. Synchronises; all ranks must call it."""
         if self.unread_steps:
             loss, grad_norm = torch.stack(self.unread_steps, dim=1).unbind()  # (steps,) each
             all_reduce_sum(loss)
             steps = torch.stack([loss / self.num_processes, grad_norm], dim=1)
-            self.read_steps += [(one, other) for one, other in steps.tolist()]
+            self.read_steps += [(loss, grad_norm) for loss, grad_norm in steps.tolist()]
             self.unread_steps = []
         return self.read_steps
 
     def samples(self, steps_ago: int) -> list[int]:
-        """This rank's samples of the step so many steps before the last one; none if another process did that step."""
-        if steps_ago >= len(self.indices):
-            return []
-        return samples_of(self.indices[-1 - steps_ago])
+        """Return this rank's samples of an earlier step, 0: the last; [] if another process ran that step."""
+        return samples_of(self.indices[-1 - steps_ago]) if steps_ago < len(self.indices) else []
 
     def clear(self) -> None:
-        """Begin anew, at a log point."""
+        """Forget all steps, at a log point."""
         self.read_steps, self.unread_steps, self.indices = [], [], []
 
     def state_dict(self) -> dict[str, Any]:
-        """Synchronises; for all ranks together."""
+        """Synchronises; all ranks must call it."""
         return {"steps": list(self.read())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -65,18 +75,21 @@ class Window:
 
 
 def samples_of(indices: Sequence[Tensor]) -> list[int]:
-    """The samples of a step, given the indices of its micro-batches. Synchronises."""
+    """Return the samples of a step, given the indices (B,) of its micro-batches. Synchronises."""
     return [index for batch in indices for index in batch.tolist()]
+
+
+# ---- the log point
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one rank knows at a log point. Console, log.jsonl and metrics read the same object.
+    """One rank's measurements at a log point. Console, log.jsonl and metrics read the same object.
 
     `loss` is the mean over ranks and over the good steps since the last log point, NaN when there was none.
-    `bad_steps`, `restores` and `spikes` count since the start of the run; `bad_steps_in_a_row` and
+    `bad_steps`, `restores` and `spikes` count since the start of the run. `bad_steps_in_a_row` and
     `good_steps_in_a_row` (neither bad nor a spike) end at this step.
-    `bn_mean_abs_max`, `bn_var_max`, `weight_norm`: of this rank, see numerics.extremes.
+    `bn_mean_abs_max`, `bn_var_max`, `weight_norm`: this rank's `extremes`.
     """
 
     step: int
@@ -97,8 +110,11 @@ class StepReport:
 
 @torch.no_grad()
 def extremes(model: nn.Module) -> list[Tensor]:
-    """Scalars on the model's device: largest |running_mean| and largest running_var of all BatchNorm layers (0 without
-    any), and the L2 norm of all trainable parameters together. NaN where there is a NaN. For log points."""
+    """Return the size of the model's numbers, as scalars on its device; NaN where there is a NaN.
+
+    They are the largest |running_mean| and the largest running_var of all BatchNorm layers (0 without any),
+    and the L2 norm of all trainable parameters together.
+    """
     parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
     norm = torch.stack(torch._foreach_norm(parameters)).norm()
     statistics = running_statistics(model)
@@ -108,15 +124,11 @@ def extremes(model: nn.Module) -> list[Tensor]:
     return [means.abs().max(), variances.max(), norm]
 
 
-PHASES = ("forward", "backward", "optimizer")
-
-
-# Steps whose events the device may not have passed yet; the host seldom is more than a few steps ahead.
-MAX_PENDING_STEPS = 64
+# ---- time
 
 
 class Phases:
-    """Marks set during a step, and what they say once the step is over."""
+    """Times forward, backward and optimizer of each step; on a GPU by events, without waiting for it."""
 
     def __init__(self, device: torch.device) -> None:
         self.on_gpu = device.type == "cuda"
@@ -124,59 +136,51 @@ class Phases:
         self.pending: deque[list[tuple[str, Any]]] = deque(maxlen=MAX_PENDING_STEPS)
 
     def begin(self, phase: str) -> None:
-        """The step is in `phase` from here on; "" is none of PHASES."""
-        self.marks.append((phase, self._mark()))
+        """Begin one of PHASES, or "" for time that belongs to none of them."""
+        mark: Any = torch.cuda.Event(enable_timing=True) if self.on_gpu else time.perf_counter()
+        if self.on_gpu:
+            mark.record()
+        self.marks.append((phase, mark))
 
     def end_step(self) -> None:
         self.begin("")
         self.pending.append(self.marks)
         self.marks = []
 
-    def take(self) -> list[dict[str, float]]:
-        """Seconds by phase of each step that the device has finished since the last call, oldest first; never waits."""
-        taken = []
-        while self.pending and self._is_passed(self.pending[0][-1][1]):
-            taken.append(self._seconds(self.pending.popleft()))
-        return taken
-
-    def _mark(self) -> Any:
-        if not self.on_gpu:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def _is_passed(self, mark: Any) -> bool:
-        return not self.on_gpu or mark.query()
-
-    def _seconds(self, marks: list[tuple[str, Any]]) -> dict[str, float]:
-        seconds = dict.fromkeys(PHASES, 0.0)
-        for (phase, begin), (_, end) in pairwise(marks):
-            if phase:
-                seconds[phase] += begin.elapsed_time(end) / 1000 if self.on_gpu else end - begin
-        return seconds
+    def pop_finished(self) -> list[dict[str, float]]:
+        """Return seconds by phase of each step that the device finished since the last call, in order."""
+        finished = []
+        while self.pending and (not self.on_gpu or self.pending[0][-1][1].query()):
+            seconds = dict.fromkeys(PHASES, 0.0)
+            for (phase, begin), (_, end) in pairwise(self.pending.popleft()):
+                if phase:
+                    seconds[phase] += begin.elapsed_time(end) / 1000 if self.on_gpu else end - begin
+            finished.append(seconds)
+        return finished
 
 
 class Stopwatch:
-    """Reads one lap after another, and how much of each was waiting."""
+    """Measures the laps of a run, usually steps, and how much of each lap was waiting for data."""
 
     def __init__(self) -> None:
         self.last = time.perf_counter()
         self.waited = 0.0
 
     def waiting(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """Pass `batches` on, and note how long each one let us wait."""
-        while True:
-            asked = time.perf_counter()
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
+        """Yield `batches` and count the time until each one comes.
+
+        The first batch begins a new lap: building the pipeline is not a step's time.
+        """
+        asked = time.perf_counter()
+        for number, batch in enumerate(batches):
             self.waited += time.perf_counter() - asked
+            if number == 0:
+                self.lap()
             yield batch
+            asked = time.perf_counter()
 
     def lap(self) -> tuple[float, float]:
-        """Seconds since the last lap, and how many of them were waiting."""
+        """Return the seconds since the last lap, and how many of them were waiting; begin a new lap."""
         now = time.perf_counter()
         lap = now - self.last, self.waited
         self.last, self.waited = now, 0.0
@@ -184,28 +188,28 @@ class Stopwatch:
 
 
 class Pace:
-    """How fast steps go, since the last log point and over this process's part of the run."""
+    """Averages the pace of steps: since the last log point, and over this process's part of the run."""
 
     def __init__(self) -> None:
         self._steps, self._images, self._seconds, self._waited = 0, 0, 0.0, 0.0
         self._total_images, self._total_seconds = 0, 0.0
 
     def step(self, images: int, seconds: float, waited: float) -> None:
-        """Count a step of so many images; `waited` of its `seconds` for data."""
+        """Add a step. `waited`: the part of its `seconds` that it waited for data."""
         self._steps += 1
         self._images += images
         self._seconds += seconds
         self._waited += waited
 
-    def take(self) -> tuple[float, float, float]:
-        """(images/s, share of the time that steps waited, seconds a step) since the last call."""
-        taken = self._images / self._seconds, self._waited / self._seconds, self._seconds / self._steps
+    def pop_averages(self) -> tuple[float, float, float]:
+        """Return (images/s, share of the time spent waiting, seconds per step) since the last call."""
+        averages = self._images / self._seconds, self._waited / self._seconds, self._seconds / self._steps
         self._total_images += self._images
         self._total_seconds += self._seconds
         self._steps, self._images, self._seconds, self._waited = 0, 0, 0.0, 0.0
-        return taken
+        return averages
 
     @property
     def images_per_second(self) -> float | None:
-        """Up to the last `take`; None before the first one."""
+        """The average up to the last log point; None before the first one."""
         return round(self._total_images / self._total_seconds, 1) if self._total_seconds else None

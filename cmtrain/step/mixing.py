@@ -1,9 +1,9 @@
-"""What happens to a batch between the pipeline and the model: random erasing, then MixUp or CutMix, soft targets.
+"""Erase and mix a batch between the pipeline and the model: random erasing, MixUp or CutMix, soft targets.
 
 Semantics are timm's (`timm.data.Mixup` in batch mode with its flipped partner and lambda correction,
-`timm.data.RandomErasing` in pixel mode). Two things differ: all draws come from a key that the caller gives, not from
-global state, so that a resumed run mixes as the uninterrupted one; and erasing works on the batch at once, not image by
-image.
+`timm.data.RandomErasing` in pixel mode). Two things differ. All draws come from a key that the caller gives,
+not from global state, so that a resumed run mixes as the uninterrupted one. Erasing works on the whole batch
+at once.
 """
 
 import math
@@ -20,7 +20,7 @@ ERASE_ATTEMPTS = 10
 
 @dataclass(frozen=True)
 class MixSpec:
-    """timm's names. `mixup`, `cutmix`: Beta alphas, 0 is off. `reprob`, `recount`: random erasing."""
+    """Options, named as in timm. `mixup`, `cutmix`: Beta alphas, 0 is off. `re...`: random erasing."""
 
     num_classes: int
     mixup: float = 0.0
@@ -34,7 +34,7 @@ class MixSpec:
 
 @dataclass(frozen=True)
 class MixDraw:
-    """One batch's draw. `lam`: weight of the image itself. `box`: CutMix rows and columns (y0, y1, x0, x1), or None."""
+    """The draw for a batch. `lam`: weight of the image itself. `box`: CutMix's (y0, y1, x0, x1), or None."""
 
     lam: float = 1.0
     box: tuple[int, int, int, int] | None = None
@@ -46,10 +46,10 @@ def mix(images: Tensor, labels: Tensor, spec: MixSpec, key: tuple[int, ...]) -> 
     Args:
         images: (B, C, H, W) normalised; not modified.
         labels: (B,) int64.
-        key: what the draws are a function of, e.g. (seed, step, micro-batch).
+        key: numbers that determine every draw but the noise of erasing: (seed, step, micro-batch).
 
     Returns:
-        images (B, C, H, W) and targets (B, num_classes) float32 that sum to 1.
+        images (B, C, H, W) and targets (B, num_classes) float32, whose rows sum to 1.
     """
     rng = np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
     if spec.reprob:
@@ -79,12 +79,12 @@ def draw_mix(spec: MixSpec, height: int, width: int, rng: np.random.Generator) -
     y, x = int(rng.integers(height)), int(rng.integers(width))
     y0, y1 = max(y - half_height, 0), min(y + half_height, height)
     x0, x1 = max(x - half_width, 0), min(x + half_width, width)
-    # The box may be cut off by the border: weigh by what was really pasted.
+    # The border may cut the box off: weigh by the pasted area.
     return MixDraw(1 - (y1 - y0) * (x1 - x0) / (height * width), (y0, y1, x0, x1))
 
 
 def soft_targets(labels: Tensor, spec: MixSpec, lam: float) -> Tensor:
-    """(B,) int64 -> (B, num_classes) float32: smoothed one-hot rows, mixed with the flipped batch's."""
+    """Smooth one-hot rows and mix them with the flipped batch's: (B,) int64 -> (B, num_classes) float32."""
     off = spec.smoothing / spec.num_classes
     targets = torch.full((len(labels), spec.num_classes), off, device=labels.device)
     targets.scatter_(1, labels[:, None], 1 - spec.smoothing + off)
@@ -92,13 +92,13 @@ def soft_targets(labels: Tensor, spec: MixSpec, lam: float) -> Tensor:
 
 
 def erase(images: Tensor, spec: MixSpec, rng: np.random.Generator) -> Tensor:
-    """Replace `recount` random boxes by normal noise in a share `reprob` of the images (timm's pixel mode)."""
+    """Replace `recount` random boxes per image by normal noise, in a share `reprob` of the images."""
     batch, _, height, width = images.shape
     mask = torch.zeros((batch, 1, height, width), dtype=torch.bool, device=images.device)
     chosen = rng.random(batch) < spec.reprob
     for _ in range(spec.recount):
         top, left, box_height, box_width = draw_boxes(batch, height, width, spec.recount, rng) * chosen
-        edges = np.stack([top, top + box_height, left, left + box_width])
+        edges = np.stack([top, top + box_height, left, left + box_width])  # (4, B)
         y0, y1, x0, x1 = torch.from_numpy(edges).to(images.device, non_blocking=True)[:, :, None, None, None]
         rows = torch.arange(height, device=images.device)[:, None]
         columns = torch.arange(width, device=images.device)
@@ -107,19 +107,16 @@ def erase(images: Tensor, spec: MixSpec, rng: np.random.Generator) -> Tensor:
 
 
 def draw_boxes(batch: int, height: int, width: int, count: int, rng: np.random.Generator) -> np.ndarray:
-    """(4, batch) int64: top, left, height, width of one box an image, 0 x 0 where ten attempts did not fit."""
-    area = rng.uniform(*ERASE_AREA, size=(ERASE_ATTEMPTS, batch)) * height * width / count
-    aspect = np.exp(
-        rng.uniform(math.log(ERASE_ASPECT[0]), math.log(ERASE_ASPECT[1]), size=(ERASE_ATTEMPTS, batch))
-    )
+    """Draw a box per image: top, left, height, width, (4, batch) int64; 0 x 0 where no attempt fits."""
+    attempts = (ERASE_ATTEMPTS, batch)
+    area = rng.uniform(*ERASE_AREA, size=attempts) * height * width / count
+    aspect = np.exp(rng.uniform(math.log(ERASE_ASPECT[0]), math.log(ERASE_ASPECT[1]), size=attempts))
     box_height, box_width = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
     fits = (box_height < height) & (box_width < width)
     first = fits.argmax(0), np.arange(batch)
     box_height, box_width = (
-        (box_height * fits)[first].astype(np.int64),
-        (box_width * fits)[first].astype(np.int64),
+        np.where(fits, side, 0)[first].astype(np.int64) for side in (box_height, box_width)
     )
     # timm draws both ends inclusive.
-    return np.stack(
-        [rng.integers(height - box_height + 1), rng.integers(width - box_width + 1), box_height, box_width]
-    )
+    top, left = rng.integers(height - box_height + 1), rng.integers(width - box_width + 1)
+    return np.stack([top, left, box_height, box_width])

@@ -1,4 +1,4 @@
-"""SGD and AdamW as this project uses them: decay and no-decay groups, fused, and safe to skip a step on the device."""
+"""Build SGD and AdamW so that the device can skip a step, and average the weights (EMA)."""
 
 import copy
 from typing import Any
@@ -7,6 +7,8 @@ import torch
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
+
+# ---- optimizers
 
 
 def make_optimizer(
@@ -22,10 +24,10 @@ def make_optimizer(
 ) -> Optimizer:
     """Build the optimizer of `model`'s parameters.
 
-    Vectors (biases, norms) and whatever `model.no_weight_decay()` names (position tables) are not decayed.
-
-    Only fused optimizers are offered: they alone read `found_inf` on the device, so that a bad step is skipped without
-    a host synchronisation.
+    Vectors (biases, norms) and the names in `model.no_weight_decay()` (position tables) are not decayed.
+    Only fused optimizers are offered: they alone read `found_inf` on the device, so that a bad step is
+        skipped
+    without a host synchronisation.
     """
     keep: set[str] = getattr(model, "no_weight_decay", set)()
     groups = param_groups_weight_decay(model, weight_decay=weight_decay, no_weight_decay_list=keep)
@@ -33,8 +35,8 @@ def make_optimizer(
         return AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
     optimizer = SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov, fused=True)
     if momentum:
-        # torch allocates these at the first step with empty_like, and if that step is skipped the next one reads
-        # uninitialised memory as momentum. Zeros are the same mathematics without the hole.
+        # torch allocates these at the first step with empty_like. If that step is skipped, the next one
+        # reads uninitialised memory as momentum. Zeros are the same mathematics without the hole.
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
@@ -47,12 +49,15 @@ def set_lr(optimizer: Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
-class Ema:
-    """ema += (1 - decay) * (model - ema), over parameters and floating-point buffers.
+# ---- the average of the weights
 
-    timm's ModelEmaV3 and torch's AveragedModel take in whatever the model holds, so one NaN in a BatchNorm buffer stays
-    in the average for ever (ultralytics pull requests 24731 and 24986). Here a step that the guard refused adds exactly
-    zero, and that costs no host synchronisation.
+
+class Ema:
+    """Exponential moving average (EMA) of parameters and buffers: ema += (1 - decay) * (model - ema).
+
+    timm's ModelEmaV3 and torch's AveragedModel average anything that the model holds, so one NaN in a
+    BatchNorm buffer stays in the average for ever (ultralytics pull requests 24731 and 24986). Here a step
+    that the guard refused adds exactly zero, without a host synchronisation. Integer buffers are copied.
 
     Args:
         model: the unwrapped model; it is copied.
@@ -66,7 +71,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self, ok: Tensor) -> None:
-        """Move towards the model where `ok` (bool scalar on the device), else stay exactly where it is."""
+        """Move towards the model where `ok` (bool scalar on the device), else keep every bit."""
         average, average_counts = _split(self.average)
         source, source_counts = _split(self.source)
         # The model is finite here, refused step or not, so 0 * difference is 0 and x + 0 is x, bit for bit.
@@ -78,22 +83,16 @@ class Ema:
 
 
 def _places(model: nn.Module) -> list[tuple[dict[str, Any], str]]:
-    """Where `model` keeps its state: the dict and the key, not the tensor, which DDP and .to() replace."""
+    """Return where `model` keeps its state: dict and key, not the tensor, which DDP and .to() replace."""
     places: list[tuple[dict[str, Any], str]] = []
     for module in model.modules():
-        places += [
-            (module._parameters, name) for name, value in module._parameters.items() if value is not None
-        ]
-        unsaved = module._non_persistent_buffers_set
-        places += [
-            (module._buffers, n)
-            for n, value in module._buffers.items()
-            if value is not None and n not in unsaved
-        ]
-    return places
+        saved = [name for name in module._buffers if name not in module._non_persistent_buffers_set]
+        places += [(module._parameters, name) for name in module._parameters]
+        places += [(module._buffers, name) for name in saved]
+    return [(holder, name) for holder, name in places if holder[name] is not None]
 
 
 def _split(places: list[tuple[dict[str, Any], str]]) -> tuple[list[Tensor], list[Tensor]]:
-    """The tensors at `places`: floating point, and the rest."""
+    """Return the floating-point tensors at `places`, and the others."""
     tensors = [holder[name] for holder, name in places]
     return [t for t in tensors if t.is_floating_point()], [t for t in tensors if not t.is_floating_point()]

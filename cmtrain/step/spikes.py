@@ -1,13 +1,12 @@
-"""Loss spikes: steps that are finite, but whose loss or gradient norm stands far above those of the steps before.
+"""Find loss spikes: finite steps whose loss or gradient norm is far above those of the steps before.
 
-The rule is that of OLMo-core's and levanter's skip-step optimizers, more than 6 standard deviations above the mean of
-the last 128 steps, with two changes: of the logarithms, because the noise of both measurements grows with their size,
-and with exponential mean and variance, whose whole state is two numbers.
+The rule is that of OLMo-core's and levanter's skip-step optimizers: more than 6 standard deviations above
+the mean of the last 128 steps. Two things differ. The values are logarithms, because the noise of both
+measurements grows with their size. Mean and variance are exponential, so the whole state is two numbers.
 
-A step only leaves its loss and its norm on the device (see window.py); the rule is applied to one step after the other
-at the log point that reads them. So the loss that is judged is the mean over ranks, which the log point reduces anyway
-and a step would need a collective of its own for; every rank comes to the same verdict; and float64 on the host gives
-the same verdict on every device and however often the run was stopped.
+A step only leaves its loss and its norm on the device (see measure.py); the log point applies the rule to
+each step. So the loss is the mean over ranks, which the log point reduces anyway. Every rank finds the same
+spikes, and float64 on the host finds the same ones on every device, however often the run was stopped.
 """
 
 import math
@@ -16,12 +15,11 @@ from dataclasses import dataclass
 from typing import Any
 
 MEMORY_STEPS = 128
-# Of finite steps seen before the first verdict: half the memory, as in OLMo-core.
-WARMUP_STEPS = 64
-# Of the logarithm: what is less than 1 % times sigma above the mean is no spike, however calm the run.
-MIN_DEVIATION = 0.01
-# A loss of exactly 0 has no logarithm.
-MIN_VALUE = 1e-12
+WARMUP_STEPS = 64  # finite steps before the first possible spike: half the memory, as in OLMo-core
+MIN_DEVIATION = (
+    0.01  # of the logarithm: less than 1 % times sigma above the mean is no spike, however calm the run
+)
+MIN_VALUE = 1e-12  # a loss of exactly 0 has no logarithm
 
 
 @dataclass(frozen=True)
@@ -41,20 +39,21 @@ class Spike:
 
 @dataclass(frozen=True)
 class Trend:
-    """Exponential mean and variance of a measurement's logarithm over `steps` steps; the plain ones while few."""
+    """Exponential mean and variance of a measurement's logarithm over `steps` steps; at first plain ones."""
 
     steps: int = 0
     mean: float = 0.0
     variance: float = 0.0
 
     def z(self, value: float) -> float:
-        """How many standard deviations `value` is above the mean; 0 as long as it is too early to say."""
+        """Return how many standard deviations `value` is above the mean; 0 during the warm-up."""
         if self.steps < WARMUP_STEPS:
             return 0.0
         return (math.log(max(value, MIN_VALUE)) - self.mean) / max(math.sqrt(self.variance), MIN_DEVIATION)
 
     def with_value(self, value: float, max_z: float) -> "Trend":
-        """Take in one more step. What is further than `max_z` deviations from the mean counts as that far.
+        """Return the trend after one more step. A value further than `max_z` deviations away counts as that
+        far.
 
         So one spike moves the trend little, and a new level that stays is learned in some tens of steps.
         """
@@ -67,10 +66,10 @@ class Trend:
 
 
 class SpikeDetector:
-    """Judges a run's steps in their order.
+    """Finds the spikes among a run's steps, given in their order.
 
     Args:
-        sigma: how many standard deviations above the mean are a spike.
+        sigma: number of standard deviations above the mean that make a spike.
     """
 
     def __init__(self, sigma: float) -> None:
@@ -79,10 +78,10 @@ class SpikeDetector:
         self.num_spikes = 0
         self.good_steps_in_a_row = 0  # finite and no spike
 
-    def judge(self, steps_before: int, measured: Sequence[tuple[float, float]]) -> list[Spike]:
-        """The spikes among the steps after `steps_before`, given (loss, gradient norm) of each.
+    def find_spikes(self, steps_before: int, measured: Sequence[tuple[float, float]]) -> list[Spike]:
+        """Return the spikes among the steps after `steps_before`, given (loss, gradient norm) of each.
 
-        A step that is not finite is the guard's business: it is no spike and leaves no trace in the trends.
+        A step that is not finite is left to the guard: it is no spike and does not change the trends.
         """
         spikes = []
         for step, (loss, grad_norm) in enumerate(measured, start=steps_before + 1):

@@ -1,10 +1,10 @@
-"""The last look before a state is saved: is it worth going back to?
+"""Check weights before a save: repair a non-finite EMA, reject a non-finite model.
 
-The guard keeps non-finite values out of weights, statistics and EMA. Should they get in all the same, by a way that
-nobody thought of, a saver that takes whatever it is given replaces good checkpoints by bad ones, and one that merely
-refuses saves nothing for the rest of the run, because an EMA never loses a NaN by itself (ultralytics pull requests
-24731, 24986 and 25005: both happened). So the EMA is healed from the model where the model is finite, and only a model
-that is not finite is refused.
+The guard keeps non-finite values out of weights, statistics and EMA (the moving average of the weights).
+Should one get in by another way, a saver that takes everything replaces good checkpoints by bad ones. A
+saver that only refuses saves nothing for the rest of the run, because an EMA never loses a NaN by itself.
+Both happened: ultralytics pull requests 24731, 24986 and 25005. So the EMA is repaired from a finite model,
+and only a non-finite model is rejected.
 """
 
 from collections.abc import Sequence
@@ -15,50 +15,46 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """Names of tensors: `healed` ones of the EMA, and `bad` ones of the model, which is not worth saving then."""
+class FiniteCheck:
+    """Names of tensors: `repaired` ones of the EMA, `nonfinite` ones of a model that must not be saved."""
 
-    healed: tuple[str, ...] = ()
-    bad: tuple[str, ...] = ()
+    repaired: tuple[str, ...] = ()
+    nonfinite: tuple[str, ...] = ()
 
 
 @torch.no_grad()
-def inspect(model: nn.Module, ema: nn.Module | None = None) -> Verdict:
-    """Look at every parameter and buffer of `model` and `ema`, by one reduction on the device; synchronises.
+def repair_or_reject(model: nn.Module, ema: nn.Module | None = None) -> FiniteCheck:
+    """Check every parameter and buffer of `model` and `ema`, by one reduction on the device; synchronises.
 
-    Where the whole model is finite, the non-finite tensors of the EMA become copies of the model's, in place. All ranks
-    hold the same values here and do the same.
+    If the whole model is finite, the non-finite tensors of the EMA become copies of the model's, in place.
+    All ranks hold the same values here and do the same.
     """
-    mine = floating_tensors(model)
+    weights = floating_tensors(model)
     averages = floating_tensors(ema) if ema is not None else {}
-    finite = all_finite([*mine.values(), *averages.values()])
-    bad = tuple(name for name, good in zip(mine, finite, strict=False) if not good)
-    sick = tuple(name for name, good in zip(averages, finite[len(mine) :], strict=True) if not good)
-    if bad:
-        return Verdict(bad=bad)
-    for name in sick:
-        averages[name].copy_(mine[name])
-    return Verdict(healed=sick)
+    finite = all_finite([*weights.values(), *averages.values()])
+    nonfinite = tuple(name for name, good in zip(weights, finite, strict=False) if not good)
+    if nonfinite:
+        return FiniteCheck(nonfinite=nonfinite)
+    broken = tuple(name for name, good in zip(averages, finite[len(weights) :], strict=True) if not good)
+    for name in broken:
+        averages[name].copy_(weights[name])
+    return FiniteCheck(repaired=broken)
 
 
 def floating_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """The floating-point entries of the module's state_dict: the module's own memory, not copies."""
-    return {
-        name: value
-        for name, value in module.state_dict().items()
-        if value.is_floating_point() and value.numel()
-    }
+    """Return the floating-point entries of the module's state_dict: its own memory, not copies."""
+    return {name: t for name, t in module.state_dict().items() if t.is_floating_point() and t.numel()}
 
 
 def all_finite(tensors: list[Tensor]) -> list[bool]:
-    """Of each tensor, whether all of it is finite."""
-    # The sum of squares is the one reduction that is fused over tensors everywhere. It may overflow where no element
-    # does, so what it suspects is looked at again.
+    """Return for each tensor whether all of its elements are finite."""
+    # The sum of squares is the one reduction that is fused over tensors everywhere. It may overflow where no
+    # element does, so each tensor that it suspects is checked again.
     finite = torch.stack(torch._foreach_norm(tensors)).isfinite().tolist()
     return [good or bool(tensor.isfinite().all()) for good, tensor in zip(finite, tensors, strict=True)]
 
 
 def named(tensors: Sequence[str]) -> str:
-    """Some tensors, in few words."""
+    """Return the first of some names, and how many more there are."""
     more = f" and {len(tensors) - 1} more tensors" if len(tensors) > 1 else ""
     return f"{tensors[0]}{more}"

@@ -1,63 +1,69 @@
-"""The run folder: what a run leaves behind for people and for programs.
+"""Write and read the files of a run folder, and keep a second trainer out of it.
 
 config.yaml    the resolved configuration, loadable again
-status.json    the truth about how the run stands or ended (launchers flatten exit codes to 1)
-log.jsonl      one record a log point; after a resume it continues as if the run had never been killed
-summary.csv    one row an evaluation, with timm's column names
-events.jsonl   what happened: started, resumed, environment, evaluations, checkpoints, guard, signals
+status.json    how the run is doing, or how it ended (launchers turn every exit code into 1)
+log.jsonl      one record per log point; after a resume it continues as if the run had never been killed
+summary.csv    one row per evaluation, with timm's column names
+events.jsonl   started, resumed, environment, evaluations, checkpoints, guard, signals
 classes.json   the last evaluation by class: images, correct ones, confusion matrix
 augmented.png  the first augmented batch
-report.html    all of it for people, see report.py
+report.html    all of it for people, see monitoring/report/page.py
 checkpoints/   see checkpoint.py
 """
 
+import contextlib
 import csv
+import errno
 import io
 import json
 import math
 import os
+import socket
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from cmtrain.storage.atomic import replace_file
+from pipelines.spec import DataError
 
 SUMMARY_COLUMNS = (
     "epoch", "step", "train_loss", "eval_loss", "eval_top1", "eval_top5", "eval_ema_loss", "eval_ema_top1",
     "eval_ema_top5", "lr",
 )  # fmt: skip
-
-
 CLASSES_NAME = "classes.json"
 SAMPLE_NAME = "augmented.png"
 REPORT_NAME = "report.html"
 
-# A run that says it runs and has written nothing for so long probably does not; its metrics.stall_seconds comes first.
+# A running run that wrote nothing for this long has probably ended, unless it has a metrics.stall_seconds.
 SILENT_SECONDS = 600.0
+
+LOCK_SECONDS = 0.2
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 class RunFolder:
-    """Writes one run's files. Made on rank 0 only.
+    """Writes one run's files, on rank 0 only.
 
-    A write that fails after `path` was made (a full disk) does not end the run: `trouble` says why the latest one did.
+    A write that fails later than the making of `path` (a full disk) does not end the run: see `trouble`.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.trouble = ""
+        self.trouble = ""  # why the latest write failed
         self._status: dict[str, Any] = read_status(path) or {}
         path.mkdir(parents=True, exist_ok=True)
 
     def write_config(self, text: str) -> None:
-        self._try(_replace, "config.yaml", text)
+        self._try(replace_file, "config.yaml", text)
 
     def status(self, **fields: Any) -> None:
         """Merge `fields` into status.json, atomically."""
         self._status |= fields | {"updated": time.time(), "pid": os.getpid()}
-        self._try(_replace, "status.json", json.dumps(self._status, indent=1) + "\n")
+        self._try(replace_file, "status.json", json.dumps(self._status, indent=1) + "\n")
 
     def snapshot(self) -> dict[str, Any]:
-        """What status.json says; may be called from any thread."""
+        """Return the content of status.json; for any thread."""
         return dict(self._status)
 
     def event(self, kind: str, /, **fields: Any) -> None:
@@ -75,19 +81,18 @@ class RunFolder:
         self._try(_append, "summary.csv", text.getvalue())
 
     def classes(self, record: dict[str, Any]) -> None:
-        _replace(self.path / CLASSES_NAME, json.dumps(record) + "\n")
+        replace_file(self.path / CLASSES_NAME, json.dumps(record) + "\n")
 
     def rewind(self, step: int) -> None:
-        """Forget log records and summary rows after `step`: the steps that a resumed run is about to do again."""
-        log = self.path / "log.jsonl"
+        """Remove log records and summary rows after `step`: a resumed run will do those steps again."""
+        log, summary = self.path / "log.jsonl", self.path / "summary.csv"
         if log.exists():
             records = [line for line in log.read_text().splitlines() if _step_of(line) <= step]
-            _replace(log, "".join(f"{line}\n" for line in records))
-        summary = self.path / "summary.csv"
+            replace_file(log, "".join(f"{line}\n" for line in records))
         if summary.exists():
             header, *rows = summary.read_text().splitlines()
             kept = [row for row in rows if int(row.split(",")[1]) <= step]
-            _replace(summary, "".join(f"{line}\n" for line in [header, *kept]))
+            replace_file(summary, "".join(f"{line}\n" for line in [header, *kept]))
 
     def _try(self, write: Callable[[Path, str], None], name: str, text: str) -> None:
         try:
@@ -96,8 +101,69 @@ class RunFolder:
             self.trouble = f"{name}: {error.strerror}"
 
 
+class RunLock:
+    """The right to write to the run folder `folder`, from `acquire` to `close`.
+
+    Two trainers in one folder would mix their logs and overwrite each other's checkpoints. Rank 0 holds a
+    lock on the file `.lock`, which names its process and host. The kernel frees the lock when that process
+    ends, even by kill -9, so a lock is never stale. docs/checkpoints.md lists what shared file systems make
+    of it. Where a file system has no locks, the process named in the file is looked for, which works on its
+    own host only.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.path = folder, folder / ".lock"
+        self._lock: Any = None
+        self._made: list[Path] = []
+
+    def acquire(self) -> None:
+        """Take the lock, and make the folder if it is missing.
+
+        Raises:
+            DataError: another trainer holds it, or the folder cannot be written.
+        """
+        from filelock import FileLock, Timeout  # late: the launcher loads this module, and is to stay small
+
+        self._made = [folder for folder in (self.folder, *self.folder.parents) if not folder.exists()]
+        lock = FileLock(self.path, fallback_to_soft=False)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                # More than one try: the last holder may delete the file between our open and our lock.
+                lock.acquire(timeout=LOCK_SECONDS, poll_interval=LOCK_SECONDS / 10)
+            except Timeout:
+                raise self._in_use(_read_holder(self.path)) from None
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
+                holder = _read_holder(self.path)
+                if is_alive(holder):
+                    raise self._in_use(holder) from None
+            self._lock = lock
+            self.path.write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
+        except OSError as error:
+            self.close()
+            raise DataError(f"{self.folder}: cannot be written: {error.strerror}") from error
+
+    def _in_use(self, holder: dict[str, Any]) -> DataError:
+        who = f"process {holder.get('pid')} on {holder.get('host')}" if holder else "another process"
+        advice = "wait for it or stop it, or choose another --run.name"
+        return DataError(f"{self.folder} is in use by {who}; {advice}")
+
+    def close(self) -> None:
+        """Release the lock, if it is ours, and remove the folders that acquire made if they are empty."""
+        if self._lock is not None:
+            with contextlib.suppress(OSError):
+                self.path.unlink()
+            self._lock.release()
+        made, self._made, self._lock = self._made, [], None
+        with contextlib.suppress(OSError):
+            for folder in made:
+                folder.rmdir()
+
+
 def read_status(path: Path) -> dict[str, Any] | None:
-    """status.json of the run folder `path`, or None: there is none, or a power failure left an empty file of it."""
+    """Return status.json of the run folder `path`; None if missing, or empty after a power failure."""
     try:
         return json.loads((path / "status.json").read_text())
     except (FileNotFoundError, ValueError):
@@ -105,7 +171,7 @@ def read_status(path: Path) -> dict[str, Any] | None:
 
 
 def read_finished(path: Path, config_yaml: str, max_steps: int | None) -> dict[str, Any] | None:
-    """status.json of the run folder `path`, if this very run has finished and the same command has nothing to do."""
+    """Return status.json of the run folder `path` if this very run has finished, with nothing left to do."""
     status = read_status(path)
     if status is None or status["state"] != "finished" or (path / "config.yaml").read_text() != config_yaml:
         return None
@@ -114,24 +180,49 @@ def read_finished(path: Path, config_yaml: str, max_steps: int | None) -> dict[s
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
-    """events.jsonl of the run folder `path`, without lines that a kill cut short."""
+    """Return the events of the run folder `path`, without lines that a kill cut short."""
     events = []
     try:
         lines = (path / "events.jsonl").read_text().splitlines()
     except FileNotFoundError:
         return []
     for line in lines:
-        with suppress(ValueError):
+        with contextlib.suppress(ValueError):
             events.append(json.loads(line))
     return events
 
 
+def is_alive(process: dict[str, Any]) -> bool | None:
+    """Return whether the process with this `pid` and `host` runs; None if it is on another host."""
+    if process.get("host") != socket.gethostname() or not isinstance(process.get("pid"), int):
+        return None
+    try:
+        os.kill(process["pid"], 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # it is another user's
+        pass
+    return True
+
+
+def finite(value: Any) -> Any:
+    """Return None for NaN and infinity, which JSON lacks: a window without a good step has no loss."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _read_holder(path: Path) -> dict[str, Any]:
+    try:
+        holder = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return holder if isinstance(holder, dict) else {}
+
+
 def _step_of(line: str) -> float:
-    # A line cut short by a kill is after every checkpoint.
     try:
         return json.loads(line)["step"]
     except ValueError:
-        return float("inf")
+        return math.inf  # cut short by a kill, after every checkpoint
 
 
 def _append(path: Path, text: str) -> None:
@@ -145,18 +236,3 @@ def _append(path: Path, text: str) -> None:
         except OSError:
             file.truncate(end)
             raise
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text)
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def finite(value: Any) -> Any:
-    """JSON has no NaN: a window without one good step has no loss, nor does a model that was not guarded."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value

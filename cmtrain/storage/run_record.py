@@ -1,4 +1,4 @@
-"""What a run folder tells, whatever state it is in: running, killed in the middle of a line, files missing or damaged.
+"""Read the records of a run folder, whole or as a bounded sample, even if files are missing, cut or damaged.
 
 Needs no torch. Half a million log records are read in 2 s on one core, most of it JSON.
 """
@@ -22,15 +22,20 @@ from pipelines.spec import DataError
 RUN_FILES = ("status.json", "log.jsonl", "events.jsonl", "config.yaml")
 ROWS_AT_A_TIME = 20_000  # of a log: as dicts they take ten times the memory that they take as columns
 
+WHOLE_BYTES = 128 * 1024  # a file up to this size is read whole: about 400 log records
+MAX_PLACES = 512  # in a longer file, at which a line is read
+LAST_BYTES = 64 * 1024  # of events.jsonl
+BUFFER_BYTES = 1024  # two or three log records, so that little more is read than is used
+
 Columns = Mapping[str, np.ndarray]  # name -> (N,) float64, NaN where a row has no number
 
 
 @dataclass(frozen=True)
 class ClassCounts:
-    """How the validation images of each class fared, for one set of weights.
+    """Validation results by class, for one set of weights.
 
-    `images`, `correct`: (K,) counts. `confusion`: (K, K), rows are true and columns predicted classes; None where there
-    are too many classes for it.
+    `images`, `correct`: (K,) counts. `confusion`: (K, K), rows are true and columns predicted classes; None
+    if there are too many classes for it.
     """
 
     images: np.ndarray
@@ -40,22 +45,22 @@ class ClassCounts:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """All that is known of a run.
+    """The content of a run folder.
 
-    `config`: by dotted key. `log`, `evaluations`: ascending by "step", which is always there. `classes`: by name of the
-    weights, `model` or `ema`. `damage`: what could not be read, one line each.
+    `config`: by dotted key. `log`, `evaluations`: ascending by "step", which they always have. `classes`: by
+    name of the weights, `model` or `ema`. `damage`: one line for each thing that could not be read.
     """
 
     path: Path
     status: dict[str, Any]
-    config_text: str
-    config: dict[str, Any]
     log: Columns
     evaluations: Columns
     events: list[dict[str, Any]]
-    class_names: list[str]
-    classes: dict[str, ClassCounts]
-    sample: Path | None
+    config_text: str = ""
+    config: dict[str, Any] = field(default_factory=dict)
+    class_names: list[str] = field(default_factory=list)
+    classes: dict[str, ClassCounts] = field(default_factory=dict)
+    sample: Path | None = None
     damage: list[str] = field(default_factory=list)
 
     @property
@@ -64,11 +69,7 @@ class RunRecord:
 
 
 def read_run(path: Path) -> RunRecord:
-    """Read the run folder `path`.
-
-    Raises:
-        DataError: it is none.
-    """
+    """Read the run folder `path`. Raises DataError: it is none."""
     if not path.is_dir():
         raise DataError(f"{path}: no such run folder")
     if not any((path / name).is_file() for name in RUN_FILES):
@@ -80,11 +81,11 @@ def read_run(path: Path) -> RunRecord:
     return RunRecord(
         path=path,
         status=_status(path, damage),
-        config_text=config_text,
-        config=config,
         log=to_columns(_records(path / "log.jsonl", damage)),
         evaluations=to_columns(_summary(path / "summary.csv")),
         events=events,
+        config_text=config_text,
+        config=config,
         class_names=class_names,
         classes=classes,
         sample=path / SAMPLE_NAME if (path / SAMPLE_NAME).is_file() else None,
@@ -92,20 +93,41 @@ def read_run(path: Path) -> RunRecord:
     )
 
 
+def read_sample(path: Path, status: dict[str, Any]) -> RunRecord:
+    """Read a bounded sample of a run folder's logs, so that a page costs the same after a million steps.
+
+    Args:
+        status: the content of status.json.
+
+    Returns:
+        A record with a sample of the log and of the evaluations, and the newest events; the rest is empty.
+    """
+    lines = sample_lines(path / "log.jsonl")
+    rows = (line.decode(errors="replace") for line in sample_lines(path / "summary.csv"))
+    events = [parse_record(line) for line in last_lines(path / "events.jsonl", LAST_BYTES)]
+    return RunRecord(
+        path=path,
+        status=status,
+        log=to_columns(record for line in lines if (record := parse_record(line))),
+        evaluations=to_columns(parse_rows(rows)),
+        events=[event for event in events if event and is_event(event)],
+    )
+
+
 def last(columns: Columns, name: str) -> float | None:
-    """The newest number of a column; None if it never held one."""
+    """Return the newest number of a column; None if it never held one."""
     values = columns.get(name, np.empty(0))
     finite = values[np.isfinite(values)]
     return float(finite[-1]) if finite.size else None
 
 
 def is_number(value: Any) -> bool:
-    """Whether `value`, as read from JSON, is a finite number of a size to calculate with."""
+    """Return whether `value`, as read from JSON, is a finite number of a size to calculate with."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**63
 
 
 def is_event(record: Mapping[str, Any]) -> bool:
-    """Whether a record of events.jsonl says what happened, and when."""
+    """Return whether a record of events.jsonl has a kind and a time."""
     return isinstance(record.get("event"), str) and is_number(record.get("time"))
 
 
@@ -121,7 +143,7 @@ def _status(path: Path, damage: list[str]) -> dict[str, Any]:
 
 
 def _records(path: Path, damage: list[str]) -> Iterator[dict[str, Any]]:
-    """The JSON objects of a file, one a line; lines that a kill cut short are counted and left out."""
+    """Yield the JSON objects of a file, one per line. Lines that a kill cut short are counted as damage."""
     cut = 0
     try:
         with open(path, "rb") as file:
@@ -132,19 +154,24 @@ def _records(path: Path, damage: list[str]) -> Iterator[dict[str, Any]]:
                 else:
                     yield record
     except OSError as error:
-        damage.append(
-            f"{path.name}: {'missing' if isinstance(error, FileNotFoundError) else error.strerror}"
-        )
+        damage.append(_unreadable(path, error))
     if cut:
-        damage.append(f"{path.name}: {cut} damaged line{'s' * (cut > 1)} left out")
+        lines = "line" if cut == 1 else "lines"
+        damage.append(f"{path.name}: {cut} damaged {lines} left out")
+
+
+def _unreadable(path: Path, error: OSError) -> str:
+    what = "missing" if isinstance(error, FileNotFoundError) else error.strerror
+    return f"{path.name}: {what}"
 
 
 def parse_record(line: bytes) -> dict[str, Any] | None:
-    """The JSON object in a line; None if it holds none."""
+    """Return the JSON object in a line; None if it holds none."""
     try:
         record = from_json(line)
     except ValueError:
-        # The standard library's parser takes eight times as long, and also takes file names that are not UTF-8.
+        # The standard library's parser takes eight times as long, and also takes file names that are not
+        # UTF-8.
         try:
             record = json.loads(line)
         except ValueError:
@@ -153,7 +180,7 @@ def parse_record(line: bytes) -> dict[str, Any] | None:
 
 
 def parse_rows(lines: Iterable[str]) -> Iterator[dict[str, float | None]]:
-    """The numbers of summary.csv, by column."""
+    """Yield the rows of summary.csv, each as numbers by column."""
     try:
         for row in csv.DictReader(lines):
             yield {key: _number(text) for key, text in row.items() if key is not None}
@@ -170,20 +197,17 @@ def _summary(path: Path) -> Iterator[dict[str, float | None]]:
 
 
 def to_columns(records: Iterable[Mapping[str, Any]]) -> Columns:
-    """Records as columns, ascending by step; records without a step are left out."""
+    """Return records as columns, ascending by step; records without a step are left out."""
     rows = (record for record in records if is_number(record.get("step")))
     parts: list[dict[str, np.ndarray]] = []
     while batch := list(itertools.islice(rows, ROWS_AT_A_TIME)):
         names = dict.fromkeys(key for record in batch for key in record)
         parts.append({name: _as_floats([record.get(name) for record in batch]) for name in names})
-    sizes = [len(part["step"]) for part in parts]
-    columns = {
-        name: np.concatenate(
-            [part.get(name, np.full(size, np.nan)) for part, size in zip(parts, sizes, strict=True)]
+    columns = {"step": np.empty(0)}
+    for name in dict.fromkeys(name for part in parts for name in part):
+        columns[name] = np.concatenate(
+            [part.get(name, np.full(len(part["step"]), np.nan)) for part in parts]
         )
-        for name in dict.fromkeys(name for part in parts for name in part)
-    }  # fmt: skip
-    columns.setdefault("step", np.empty(0))
     order = np.argsort(columns["step"], kind="stable")
     return {name: values[order] for name, values in columns.items()}
 
@@ -201,9 +225,7 @@ def _config(path: Path, damage: list[str]) -> tuple[str, dict[str, Any]]:
     try:
         text = path.read_text(errors="replace")
     except OSError as error:
-        damage.append(
-            f"config.yaml: {'missing' if isinstance(error, FileNotFoundError) else error.strerror}"
-        )
+        damage.append(_unreadable(path, error))
         return "", {}
     root, _ = parse(text)
     sections = root.value if root is not None and isinstance(root.value, dict) else {}
@@ -248,47 +270,11 @@ def _number(text: str | None) -> float | None:
         return None
 
 
-WHOLE_BYTES = 128 * 1024  # up to here all of a file is read: about 400 log records
-
-
-MAX_PLACES = 512  # of a longer one, at which a line is read
-
-
-LAST_BYTES = 64 * 1024  # of events.jsonl
-
-
-BUFFER_BYTES = 1024  # two or three log records, so that little more is read than is used
-
-
-def glance(path: Path, status: dict[str, Any]) -> RunRecord:
-    """A sample of the log and of the evaluations, and the newest events, of the run folder `path`.
-
-    Args:
-        status: what status.json says.
-    """
-    log = (record for line in sample_lines(path / "log.jsonl") if (record := parse_record(line)))
-    events = (
-        event for line in last_lines(path / "events.jsonl", LAST_BYTES) if (event := parse_record(line))
-    )
-    rows = (line.decode(errors="replace") for line in sample_lines(path / "summary.csv"))
-    return RunRecord(
-        path=path,
-        status=status,
-        config_text="",
-        config={},
-        log=to_columns(log),
-        evaluations=to_columns(parse_rows(rows)),
-        events=[event for event in events if is_event(event)],
-        class_names=[],
-        classes={},
-        sample=None,
-    )
-
-
 def sample_lines(path: Path) -> Iterator[bytes]:
-    """Whole lines of a file: all of a short one; of a long one some 256 to 512, taken evenly, the first and last too.
+    """Yield all lines of a short file; of a long one some 256 to 512, evenly, with the first and last.
 
-    They are taken at multiples of a power of two, so a file that grows keeps its sample until it has doubled.
+    They are taken at multiples of a power of two, so a file that grows keeps its sample until it has
+    doubled.
     """
     try:
         with open(path, "rb", buffering=BUFFER_BYTES) as file:
@@ -309,7 +295,7 @@ def sample_lines(path: Path) -> Iterator[bytes]:
 
 
 def is_sampled(path: Path) -> bool:
-    """Whether sample_lines leaves out lines of a file."""
+    """Return whether sample_lines leaves out lines of a file."""
     try:
         return path.stat().st_size > WHOLE_BYTES
     except OSError:
@@ -317,7 +303,7 @@ def is_sampled(path: Path) -> bool:
 
 
 def last_lines(path: Path, num_bytes: int) -> list[bytes]:
-    """The whole lines among the last `num_bytes` of a file."""
+    """Return the whole lines among the last `num_bytes` of a file."""
     try:
         with open(path, "rb") as file:
             _seek_line(file, max(0, os.fstat(file.fileno()).st_size - num_bytes))
@@ -327,7 +313,7 @@ def last_lines(path: Path, num_bytes: int) -> list[bytes]:
 
 
 def _seek_line(file: BinaryIO, place: int) -> int:
-    """Go to the first line that begins at `place` or after it. Returns where it begins."""
+    """Go to the first line that begins at `place` or after it. Return where it begins."""
     file.seek(max(0, place - 1))
     if place:
         file.readline()

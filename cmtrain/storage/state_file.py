@@ -1,36 +1,34 @@
-"""One file of tensors and plain values: written with its checksum, read back without trusting it.
+"""Write tensors and plain values to one file with a checksum, and read them back without trusting the file.
 
-The format is torch.save's: a zip archive of one pickle and one record a tensor storage. Three things are not left to
-torch. It notices no flipped bit (pytorch issues 28858, 126952), so the checksum is ours. weights_only=True runs no
-code, but lets a file of 1 kB ask for memory without bound (tried on torch 2.15: `torch.Tensor(40000, 40000)`,
-`bytearray(6 * 10**9)`, a deflated record of zeros), so nothing is built before the archive was looked through: all
-records together no larger than the file, and no name in the pickle but those that our own states need. And a view may
-claim more elements than its storage holds memory for (stride 0); the next copy of it would pay for them.
+The format is safetensors: a JSON header and the bytes of each tensor. The header's metadata holds the state
+as JSON, in which a list begins with its kind: ["dict", [key, value], ...], ["list", value, ...], ["tuple",
+value, ...] or ["tensor", name, stride, ...]. So loading runs no code and takes no memory beyond the size of
+the file. The checksum is ours, because safetensors does not notice a flipped bit. safetensors' own writer is
+not used: it keeps neither strides (channels-last weights) nor a checksum of what was meant to be written.
 """
 
 import errno
 import hashlib
 import io
+import json
 import os
-import pickletools
 import stat
-import zipfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
-MAX_PICKLE_BYTES = 2**25  # CMT-B's is 0.5 MB
-_DTYPES = ("Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
-_NAMES = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2"} | {
-    f"torch {name}Storage" for name in _DTYPES
-}
-# Opcodes that find something by name or number, other than GLOBAL, whose name can be read off.
-_LOOKUPS = {"STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"}
-# What opening or reading a file says when the file is at fault, and not the machine, its memory or its permissions.
+MAX_HEADER_BYTES = 2**25  # CMT-B's has 0.6 MB
+MAX_DEPTH = 32
+DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
+    torch.bool: "BOOL",
+}  # fmt: skip
+# Errors of opening or reading that are the file's fault, not that of the machine or its permissions.
 _DAMAGE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EIO, errno.ENXIO)
 
 
@@ -40,7 +38,7 @@ class CheckpointError(Exception):
 
 @dataclass(frozen=True)
 class Digest:
-    """What a file must be. `sha256`: in hexadecimal digits."""
+    """Size and SHA-256 (in hexadecimal digits) that a file must have."""
 
     num_bytes: int
     sha256: str
@@ -50,19 +48,39 @@ def write_state(path: Path, state: dict[str, Any]) -> Digest:
     """Write `state` (nested dicts, lists and tuples of tensors, numbers, strings), synced to the disk.
 
     Returns:
-        The digest of what was meant to be written: comparing it with the file finds what the disk made of it.
+        The digest of what was meant to be written. Comparing it with the file finds what the disk changed.
 
     Raises:
-        OSError, RuntimeError: the write failed (torch reports a full disk as RuntimeError).
+        CheckpointError: `state` holds something else. OSError: the write failed.
     """
+    tensors: dict[str, Tensor] = {}
+    header: dict[str, Any] = {"__metadata__": {"state": json.dumps(_to_json(state, (), tensors))}}
+    # Tensors of large elements come first: the format wants each one aligned.
+    names = sorted(tensors, key=lambda name: -tensors[name].element_size())
+    end = 0
+    for name in names:
+        begin, end = end, end + tensors[name].nbytes
+        shape, dtype = list(tensors[name].shape), DTYPES[tensors[name].dtype]
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    if len(text) > MAX_HEADER_BYTES:
+        raise CheckpointError(f"the state without its tensors takes more than {MAX_HEADER_BYTES} bytes")
+    sha256 = hashlib.sha256()
     with open(path, "wb") as file:
-        hashing = _Hashing(file)
-        torch.save(state, cast(IO[bytes], hashing))
+
+        def write(data: Any) -> None:
+            sha256.update(data)
+            file.write(data)
+
+        write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            write(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         file.flush()
         os.fsync(file.fileno())
-        # Whoever reads it next reads what the disk holds, and the images keep their place in the page cache.
+        # The next reader gets what the disk holds, and the images keep their place in the page cache.
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    return Digest(hashing.num_bytes, hashing.sha256.hexdigest())
+    return Digest(8 + len(text) + end, sha256.hexdigest())
 
 
 def verify(path: Path, expected: Digest) -> None:
@@ -75,29 +93,25 @@ def read_state(path: Path, expected: Digest) -> dict[str, Any]:
     """Verify `path` and load it, onto the CPU.
 
     Raises:
-        CheckpointError: the file is damaged, or holds anything but tensors and plain values of its own size.
-        OSError: the machine cannot read it (permissions, too many open files); that says nothing about the file.
+        CheckpointError: the file is damaged, or is not what write_state writes.
+        OSError: the machine cannot read it (permissions, too many open files); the file may be good.
     """
     with open_regular(path) as file:
         _verify(file, path, expected)
         try:
-            _look_through(file, expected.num_bytes)
             file.seek(0)
-            state = torch.load(file, map_location="cpu", weights_only=True)
+            if int.from_bytes(file.read(8), "little") > MAX_HEADER_BYTES:
+                raise CheckpointError(f"its header has more than {MAX_HEADER_BYTES} bytes")
+            # By its descriptor: this is the very file that was verified.
+            with safe_open(f"/proc/self/fd/{file.fileno()}", framework="pt") as archive:
+                state = _Reader(archive).value(json.loads((archive.metadata() or {})["state"]))
             if not isinstance(state, dict):
                 raise CheckpointError(f"holds a {type(state).__name__} where a dict should be")
-            for tensor in tensors_of(state):
-                if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-                    raise CheckpointError(
-                        f"a tensor of shape {tuple(tensor.shape)} has less memory than elements"
-                    )
         except (OSError, MemoryError):
             raise
-        except (
-            Exception
-        ) as error:  # whatever zipfile, pickletools and torch make of a file that someone forged
+        except Exception as error:  # whatever safetensors, json and torch make of a forged file
             text = str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
-            raise CheckpointError(f"{path}: {text.splitlines()[0]}") from error
+            raise CheckpointError(f"{path}: {text.splitlines()[0][:200]}") from error
     return state
 
 
@@ -134,44 +148,57 @@ def _verify(file: io.BufferedReader, path: Path, expected: Digest) -> None:
         raise CheckpointError(f"{path}: sha256 differs from the manifest's")
 
 
-def _look_through(file: io.BufferedReader, num_bytes: int) -> None:
-    """Refuse what loading would be too late to refuse. Reads the directory of the archive and its pickle."""
-    with zipfile.ZipFile(file) as archive:
-        records = archive.infolist()
-        if sum(record.file_size for record in records) > num_bytes:
-            raise CheckpointError("its records claim to be larger than the file")
-        pickles = [record for record in records if record.filename.endswith("/data.pkl")]
-        if len(pickles) != 1 or pickles[0].file_size > MAX_PICKLE_BYTES:
-            raise CheckpointError(f"must hold one data.pkl of at most {MAX_PICKLE_BYTES} bytes")
-        for opcode, argument, _ in pickletools.genops(archive.read(pickles[0])):
-            if opcode.name in _LOOKUPS or (opcode.name == "GLOBAL" and argument not in _NAMES):
-                raise CheckpointError(
-                    f"names {argument or opcode.name}, and may hold tensors and plain values only"
-                )
+def _to_json(value: Any, place: tuple[Any, ...], tensors: dict[str, Tensor]) -> Any:
+    """Return `value`, found at the keys `place` of the state, as JSON; put its tensors into `tensors`."""
+    where = "/".join(map(str, place))
+    if len(place) > MAX_DEPTH:
+        raise CheckpointError(f"{where[:60]}...: nested more than {MAX_DEPTH} deep")
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if isinstance(value, Tensor) and value.dtype in DTYPES:
+        while where in tensors or where == "__metadata__":  # the keys 1 and "1" give the same name
+            where += "'"
+        by_stride = sorted(range(value.dim()), key=value.stride, reverse=True)
+        has_gaps = not value.permute(by_stride).is_contiguous()  # a slice, or expanded
+        tensors[where] = value.contiguous() if has_gaps else value
+        return ["tensor", where, *tensors[where].stride()]
+    if isinstance(value, dict) and all(type(key) in (int, str) for key in value):
+        return ["dict", *([key, _to_json(child, (*place, key), tensors)] for key, child in value.items())]
+    if isinstance(value, list | tuple):
+        kind = "list" if isinstance(value, list) else "tuple"
+        return [kind, *(_to_json(child, (*place, index), tensors) for index, child in enumerate(value))]
+    what = value.dtype if isinstance(value, Tensor) else type(value).__name__
+    raise CheckpointError(f"{where}: cannot save a {what}; only tensors, numbers, strings, dicts of them")
 
 
-def tensors_of(tree: Any) -> Iterator[Tensor]:
-    """Every tensor in nested dicts, lists and tuples."""
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, dict):
-        for value in tree.values():
-            yield from tensors_of(value)
-    elif isinstance(tree, list | tuple):
-        for value in tree:
-            yield from tensors_of(value)
+class _Reader:
+    """Builds a state from JSON that may be forged, and from the tensors of a safetensors file."""
 
+    def __init__(self, archive: safe_open) -> None:
+        self.archive, self.unread = archive, set(archive.keys())
 
-class _Hashing:
-    """Writes to `file`, and knows what was meant to be written."""
+    def value(self, tree: Any, depth: int = 0) -> Any:
+        if depth > MAX_DEPTH:
+            raise CheckpointError(f"nested more than {MAX_DEPTH} deep")
+        match tree:
+            case None | bool() | int() | float() | str():
+                return tree
+            case ["tensor", str(name), *strides]:
+                return self.tensor(name, strides)
+            case ["dict", *pairs]:
+                return {key: self.value(child, depth + 1) for key, child in pairs}
+            case ["list", *children]:
+                return [self.value(child, depth + 1) for child in children]
+            case ["tuple", *children]:
+                return tuple(self.value(child, depth + 1) for child in children)
+        raise CheckpointError(f"describes no value by {str(tree)[:60]}")
 
-    def __init__(self, file: io.BufferedWriter) -> None:
-        self.file, self.sha256, self.num_bytes = file, hashlib.sha256(), 0
-
-    def write(self, data: bytes | memoryview) -> int:
-        self.sha256.update(data)
-        self.num_bytes += len(data)
-        return self.file.write(data)
-
-    def flush(self) -> None:
-        """torch.save asks for it."""
+    def tensor(self, name: str, strides: list[int]) -> Tensor:
+        """Return a copy of the tensor `name`, because safetensors' own memory is the mapped file."""
+        if name not in self.unread:  # each once: else a small file could ask for much memory
+            raise CheckpointError(f"has no tensor {name[:60]!r}, or names it twice")
+        self.unread.remove(name)
+        stored = self.archive.get_tensor(name)
+        # as_strided refuses strides that lead out of this memory.
+        memory = torch.empty(stored.numel(), dtype=stored.dtype)
+        return memory.as_strided(stored.shape, strides).copy_(stored)

@@ -1,7 +1,6 @@
-"""From configuration to objects. Below this module nothing sees a Config: arguments are flat."""
+"""Build the parts of a run from its configuration; what is built takes flat arguments and no Config."""
 
 import datetime
-import difflib
 import os
 import sys
 from collections.abc import Sequence
@@ -16,7 +15,8 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from torch import nn
 
 from cmtrain.config.schema import CMT_OPTIONS, Config
-from cmtrain.errors import ConfigError
+from cmtrain.errors import ConfigError, did_you_mean
+from cmtrain.models.cost import training_flops_per_image
 from cmtrain.models.ffn_check import use_fused_where_it_agrees
 from cmtrain.monitoring.trackers import tracker_options
 from cmtrain.processes.collectives import control_group, join_torchrun, set_torch_defaults
@@ -24,13 +24,17 @@ from cmtrain.processes.preflight import check_ranks
 from cmtrain.step.learner import Learner
 from cmtrain.step.mixing import MixSpec
 from cmtrain.step.optimizer import make_optimizer
+from cmtrain.storage.run_folder import RunLock
+from cmtrain.storage.weights import start_from
 from cmtrain.training.recovery import Recovery
-from cmtrain.training.schedule import Schedule, make_schedule
+from cmtrain.training.resume import Start, choose_start
+from cmtrain.training.schedule import Schedule
+from pipelines import loader
 from pipelines.checks.bad_list import user_cache
 from pipelines.files.demo_images import demo_folder
 from pipelines.files.manifest import Manifest
 from pipelines.files.shards import is_packed
-from pipelines.loader import DaliLoader, eval_loader, train_loader
+from pipelines.loader import DaliLoader
 from pipelines.plan import Plan
 from pipelines.spec import AugmentSpec, EvalSpec
 from pipelines.synthetic import SyntheticLoader
@@ -40,21 +44,74 @@ MIXED_PRECISION = {"fp32": "no", "fp16": "fp16", "bf16": "bf16"}
 
 @dataclass(frozen=True)
 class Data:
-    """What a run learns from and is measured on."""
+    """The images of both splits."""
 
     train: Manifest
     val: Manifest
 
 
+@dataclass(frozen=True)
+class Parts:
+    """Everything a run is made of, before its first step.
+
+    `control`: a group of all ranks for what hosts exchange, None for a single process. `start`: the first
+    step and the checkpoint to resume from. `notes`: lines that the user should see.
+    """
+
+    accelerator: Accelerator
+    control: Any
+    data: Data
+    schedule: Schedule
+    start: Start
+    train_loader: DaliLoader
+    eval_loader: DaliLoader
+    learner: Learner
+    recovery: Recovery
+    num_classes: int
+    flops_per_image: int
+    notes: list[str]
+
+
+def assemble(config: Config, lock: RunLock, resume: str) -> Parts:
+    """Join the other ranks and build everything that a run needs. Writes nothing; rank 0 takes the `lock`.
+
+    Args:
+        resume: see resume.choose_start.
+
+    Raises:
+        ConfigError, DataError: a mistake in the configuration, the ranks, the data or the checkpoint.
+    """
+    accelerator, control, warnings = join_ranks(config, lock.folder)
+    threads = split_threads(config, accelerator)
+    data = open_data(config, accelerator)
+    schedule = plan_steps(config, len(data.train), accelerator.num_processes)
+    num_classes = num_classes_of(config, data.train)
+    model = make_model(config, num_classes, accelerator.device)
+    flops_per_image = training_flops_per_image(model, config.data.image_px)
+    start = choose_start(lock, resume, config, data.train.fingerprint, is_main=accelerator.is_main_process)
+    notes = [*warnings, *start.notes]
+    if config.model.init_from and not start.checkpoint:
+        notes += start_from(config.model.init_from, model)
+    # The loaders are not prepared by accelerate: order, sharding and every random draw are the plan's.
+    train_loader = make_train_loader(config, data.train, schedule, accelerator, threads)
+    eval_loader = make_eval_loader(config, data.val, schedule.micro_batch_size, accelerator, threads)
+    learner = make_learner(config, model, schedule, num_classes, accelerator)
+    recovery = make_recovery(config, schedule)
+    return Parts(
+        accelerator, control, data, schedule, start, train_loader, eval_loader, learner, recovery,
+        num_classes, flops_per_image, notes,
+    )  # fmt: skip
+
+
 def join_ranks(config: Config, run_path: Path) -> tuple[Accelerator, Any, list[str]]:
-    """Join the other ranks, if a launcher started several, and see that they fit together.
+    """Join the other ranks, if a launcher started several, and check that they fit together.
 
     Returns:
-        The accelerator, a group of all ranks for what the host has to say (None for a single process), and warnings.
+        The accelerator, a group of all ranks for what hosts exchange (None for one process), and warnings.
 
     Raises:
         ConfigError: fp16 without a GPU, or an experiment tracker that is not installed.
-        DataError: what does not fit; see preflight.check_ranks.
+        DataError: ranks that do not fit together; see preflight.check_ranks.
     """
     timeout_seconds = config.train.collective_timeout_seconds
     set_torch_defaults(run_path)
@@ -70,8 +127,8 @@ def make_accelerator(
     """Join the process group, if a launcher made one, and pick the device.
 
     Args:
-        collective_timeout_seconds: after which ranks that wait for one another give up.
-        options: more for Accelerator, as from trackers.tracker_options.
+        collective_timeout_seconds: how long ranks wait for one another before they give up.
+        options: more arguments of Accelerator, as from trackers.tracker_options.
 
     Raises:
         ConfigError: fp16 without a GPU.
@@ -83,18 +140,16 @@ def make_accelerator(
         raise ConfigError(
             "train.precision: fp16 needs a CUDA device, and there is none; use auto, bf16 or fp32"
         )
-    # Statistics are averaged when they are needed (evaluate.average_running_statistics), not at every forward.
-    handlers: list[Any] = [
-        DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-    ]
+    # BatchNorm statistics are averaged over ranks before an evaluation, not at every forward pass.
+    ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    handlers: list[Any] = [ddp]
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # accelerate takes a backend as proof of a launcher
         timeout = datetime.timedelta(seconds=collective_timeout_seconds)
         backend = "nccl" if cuda else "gloo"
         join_torchrun(backend, timeout)
         handlers.append(InitProcessGroupKwargs(backend=backend, timeout=timeout))
-    return Accelerator(
-        mixed_precision=MIXED_PRECISION[precision], cpu=not cuda, kwargs_handlers=handlers, **options
-    )
+    mixed_precision = MIXED_PRECISION[precision]
+    return Accelerator(mixed_precision=mixed_precision, cpu=not cuda, kwargs_handlers=handlers, **options)
 
 
 def precision_of(accelerator: Accelerator) -> str:
@@ -102,14 +157,15 @@ def precision_of(accelerator: Accelerator) -> str:
 
 
 def cache_folder(config: Config) -> Path:
-    """Where manifests and demo images are kept: data.cache_dir, else the user's cache."""
+    """Return the folder of manifests and demo images: data.cache_dir, else the user's cache."""
     return Path(config.data.cache_dir) if config.data.cache_dir else user_cache()
 
 
 def split_threads(config: Config, accelerator: Accelerator) -> int:
-    """Share this process's cores between decoding and, on a CPU, the model; returns the decode threads.
+    """Share this process's cores between decoding and, on a CPU, the model. Returns the number of decode
+    threads.
 
-    Two pools that together want more threads than there are cores spin at each other's barriers.
+    Two pools that together have more threads than there are cores spin at each other's barriers.
     """
     cores = cores_per_process(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     if accelerator.device.type == "cuda":
@@ -121,10 +177,11 @@ def split_threads(config: Config, accelerator: Accelerator) -> int:
 
 
 def open_data(config: Config, accelerator: Accelerator) -> Data:
-    """Index both splits. Of the processes that share a cache one looks at the files; the others wait and read it.
+    """Index both splits. Of the processes that share a cache, one scans the files and the others read its
+    result.
 
     Raises:
-        DataError: what is missing or unusable.
+        DataError: files that are missing or unusable.
     """
     data = config.data
     with accelerator.local_main_process_first():
@@ -138,7 +195,7 @@ def open_data(config: Config, accelerator: Accelerator) -> Data:
 
 
 def _root_of(config: Config) -> Path:
-    """data.root; demo images are written first if they are not there."""
+    """Return data.root; demo images are written first if they do not exist."""
     name = config.data.root.removeprefix("demo:")
     return demo_folder(name, cache_folder(config)) if name != config.data.root else Path(config.data.root)
 
@@ -148,37 +205,29 @@ def _open_split(
 ) -> Manifest:
     if list_file is None and is_packed(root / folder):
         return Manifest.from_shards(root / folder, class_names=class_names)
-    scan: dict[str, Any] = {
-        "cache_dir": cache_folder(config),
-        "max_bad_fraction": config.data.max_bad_fraction,
-    }
+    limit = config.data.max_bad_fraction
+    scan: dict[str, Any] = {"cache_dir": cache_folder(config), "max_bad_fraction": limit}
     if list_file is not None:
         return Manifest.from_list(root / list_file, root, class_names=class_names, **scan)
     return Manifest.from_folder(root / folder, class_names=class_names, **scan)
 
 
 def open_val(config: Config, class_names: Sequence[str]) -> Manifest:
-    """The validation split alone, by the `class_names` of training. Raises DataError as open_data."""
+    """Index the validation split alone, by the `class_names` of training. Raises DataError as open_data."""
     return _open_split(config, _root_of(config), config.data.val_dir, config.data.val_list, class_names)
 
 
 def plan_steps(config: Config, num_samples: int, num_processes: int) -> Schedule:
-    """All arithmetic of the run. Raises ConfigError or DataError when the numbers do not fit."""
-    train = config.train
-    schedule = make_schedule(
-        num_samples=num_samples,
-        world_size=num_processes,
-        global_batch_size=train.global_batch_size,
-        max_batch_per_gpu=train.max_batch_per_gpu,
-        lr=config.optim.lr,
-        **config.schedule.model_dump(),
-    )
+    """Plan all steps of the run. Raises ConfigError or DataError when the numbers do not fit."""
+    train, sizes = config.train, {"global_batch_size", "max_batch_per_gpu"}
+    lengths = config.train.model_dump(include=sizes) | config.schedule.model_dump()
+    schedule = Schedule(num_samples=num_samples, world_size=num_processes, lr=config.optim.lr, **lengths)
     if train.compile_mode != "default" and schedule.accumulation > 1:
         # A graph leaves its gradients where its next replay writes them.
         raise ConfigError(
-            f"train.compile_mode: {train.compile_mode} replays CUDA graphs, which cannot add up the gradients of "
-            f"{schedule.accumulation} micro-batches; use default, or a train.max_batch_per_gpu of "
-            f"{schedule.micro_batch_size * schedule.accumulation} or more"
+            f"train.compile_mode: {train.compile_mode} replays CUDA graphs, which cannot add up the "
+            f"gradients of {schedule.accumulation} micro-batches; use default, or a "
+            f"train.max_batch_per_gpu of {schedule.micro_batch_size * schedule.accumulation} or more"
         )
     return schedule
 
@@ -187,105 +236,65 @@ def make_train_loader(
     config: Config, manifest: Manifest, schedule: Schedule, accelerator: Accelerator, threads: int
 ) -> DaliLoader:
     plan = Plan(
-        seed=config.run.seed,
-        num_samples=len(manifest),
-        global_batch_size=schedule.global_batch_size,
-        micro_batch_size=schedule.micro_batch_size,
+        config.run.seed, len(manifest), schedule.global_batch_size, schedule.micro_batch_size,
         repeats=config.augment.repeats,
-    )
-    return train_loader(
-        manifest, plan, augment_spec(config, accelerator), **_placement(config, accelerator, threads)
-    )
+    )  # fmt: skip
+    spec = augment_spec(config, accelerator)
+    return loader.train_loader(manifest, plan, spec, **_placement(config, accelerator, threads))
 
 
 def make_eval_loader(
-    config: Config, manifest: Manifest, schedule: Schedule, accelerator: Accelerator, threads: int
-) -> DaliLoader:
-    return make_loader_of(config, manifest, schedule.micro_batch_size, accelerator, threads)
-
-
-def make_loader_of(
     config: Config, manifest: Manifest, batch_size: int, accelerator: Accelerator, threads: int
 ) -> DaliLoader:
-    """Evaluation batches of `batch_size`, where there is no schedule to say it."""
-    data = config.data
+    """Make the loader of evaluation batches, `batch_size` images each."""
+    data, fp16 = config.data, accelerator.mixed_precision == "fp16"
     spec = EvalSpec(
-        image_px=data.image_px,
-        resize_px=data.eval_resize_px,
-        interpolation=data.eval_interpolation,
-        mean=data.mean,
-        std=data.std,
-        fp16=accelerator.mixed_precision == "fp16",
+        data.image_px, data.eval_resize_px, data.eval_interpolation, mean=data.mean, std=data.std, fp16=fp16
     )
-    return eval_loader(manifest, spec, batch_size=batch_size, **_placement(config, accelerator, threads))
+    return loader.eval_loader(
+        manifest, spec, batch_size=batch_size, **_placement(config, accelerator, threads)
+    )
 
 
 def augment_spec(config: Config, accelerator: Accelerator) -> AugmentSpec:
-    data, augment = config.data, config.augment
-    return AugmentSpec(
-        image_px=data.image_px,
-        interpolation=data.interpolation,
-        scale=augment.scale,
-        ratio=augment.ratio,
-        hflip=augment.hflip,
-        color_jitter=augment.color_jitter,
-        rand_augment=augment.rand_augment,
-        mean=data.mean,
-        std=data.std,
-        fp16=accelerator.mixed_precision == "fp16",
-    )
+    geometry = config.data.model_dump(include={"image_px", "interpolation", "mean", "std"})
+    draws = config.augment.model_dump(exclude={"repeats"})
+    return AugmentSpec(**geometry, **draws, fp16=accelerator.mixed_precision == "fp16")
 
 
 def _placement(config: Config, accelerator: Accelerator, threads: int) -> dict[str, Any]:
-    """What both loaders need to know of this process and its machine."""
-    data = config.data
-    return {
-        "rank": accelerator.process_index,
-        "world": accelerator.num_processes,
-        "device": accelerator.device,
-        "decode": data.decode,
-        "threads": threads,
-        "prefetch_batches": data.prefetch_batches,
-        "max_bad_fraction": data.max_bad_fraction,
-        "hw_decoder_load": data.hw_decoder_load,
-    }
+    """Return the arguments that both loaders take: rank, device, threads and limits."""
+    given = {"decode", "prefetch_batches", "max_bad_fraction", "hw_decoder_load"}
+    rank, world = accelerator.process_index, accelerator.num_processes
+    here = {"rank": rank, "world": world, "device": accelerator.device, "threads": threads}
+    return here | config.data.model_dump(include=given)
 
 
 def make_synthetic_loader(
     config: Config, schedule: Schedule, num_classes: int, accelerator: Accelerator
 ) -> SyntheticLoader:
-    """Batches of the recipe's shape without files: eight steps an epoch."""
-    plan = Plan(
-        config.run.seed,
-        8 * schedule.global_batch_size,
-        schedule.global_batch_size,
-        schedule.micro_batch_size,
-    )
+    """Make a loader of random batches with the recipe's shape: no files, eight steps per epoch."""
+    size = schedule.global_batch_size
+    plan = Plan(config.run.seed, 8 * size, size, schedule.micro_batch_size)
     return SyntheticLoader(
-        plan,
-        config.data.image_px,
-        num_classes,
-        rank=accelerator.process_index,
-        world=accelerator.num_processes,
-        device=accelerator.device,
+        plan, config.data.image_px, num_classes, rank=accelerator.process_index,
+        world=accelerator.num_processes, device=accelerator.device,
         fp16=accelerator.mixed_precision == "fp16",
-    )
+    )  # fmt: skip
 
 
 def make_model(config: Config, num_classes: int, device: torch.device | str = "cpu") -> nn.Module:
-    """The model, initialised from run.seed, equal on all ranks.
+    """Make the model, CMT or any of timm's, with random weights from run.seed, equal on all ranks.
 
-    Any timm model will do. Weights of model.init_from are weights.start_from's, since a resumed run has its own.
+    Weights of model.init_from are not loaded here, since a resumed run has its own: see weights.start_from.
 
     Raises:
         ConfigError: an unknown name, or options that the model refuses.
     """
     model = config.model
     if not timm.is_model(model.name):
-        close = difflib.get_close_matches(model.name, timm.list_models(), n=1)
-        raise ConfigError(
-            f"model.name: no model {model.name!r}" + (f", did you mean {close[0]}?" if close else "")
-        )
+        hint = did_you_mean(model.name, timm.list_models())
+        raise ConfigError(f"model.name: no model {model.name!r}{hint}")
     options = model.model_dump(include={"drop_rate", "drop_path_rate"})
     if model.name.startswith("cmt_"):
         options |= model.model_dump(include=set(CMT_OPTIONS))
@@ -303,7 +312,7 @@ def make_model(config: Config, num_classes: int, device: torch.device | str = "c
 
 
 def compile_model(config: Config, model: nn.Module) -> None:
-    """Have torch.compile compile `model` at its next call, if that is wanted; its state_dict stays as it is."""
+    """Compile `model` with torch.compile at its next call, if configured; its state_dict does not change."""
     if config.train.compile:
         model.compile(mode=config.train.compile_mode)
 
@@ -321,7 +330,9 @@ def make_recovery(config: Config, schedule: Schedule) -> Recovery:
 
 
 def num_classes_of(config: Config, manifest: Manifest) -> int:
-    """model.num_classes, or as many as the data has."""
+    """Return model.num_classes, or the number of classes in the data. Raises ConfigError if it is too
+    small.
+    """
     found = len(manifest.class_names)
     stated = config.model.num_classes
     if stated is not None and stated < found:
@@ -332,24 +343,17 @@ def num_classes_of(config: Config, manifest: Manifest) -> int:
 def make_learner(
     config: Config, model: nn.Module, schedule: Schedule, num_classes: int, accelerator: Accelerator
 ) -> Learner:
-    optim = config.optim
-    optimizer = make_optimizer(model, **optim.model_dump(exclude={"clip_grad"}))
+    optimizer = make_optimizer(model, **config.optim.model_dump(exclude={"clip_grad"}))
     compile_model(config, model)
     return Learner(
-        model,
-        optimizer,
-        accelerator,
-        ema_decay=config.ema.decay,
-        protect=config.guard.enabled,
-        spike_sigma=config.guard.spike_sigma,
+        model, optimizer, accelerator, ema_decay=config.ema.decay, protect=config.guard.enabled,
+        spike_sigma=config.guard.spike_sigma, accumulation=schedule.accumulation,
         mixing=MixSpec(num_classes=num_classes, **config.mixing.model_dump()),
-        accumulation=schedule.accumulation,
-        clip_grad=optim.clip_grad,
-        seed=config.run.seed,
-    )
+        clip_grad=config.optim.clip_grad, seed=config.run.seed,
+    )  # fmt: skip
 
 
 def cores_per_process(num_local_processes: int) -> int:
-    """CPU cores this process may count on: its affinity mask, shared with the host's other ranks."""
+    """Return the CPU cores of this process: its affinity mask, shared with the other ranks of the host."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // num_local_processes)

@@ -1,10 +1,10 @@
-"""When skipping is not enough: go back to a state that was good, and go on more slowly.
+"""Go back to a good state in memory when skipping bad steps is not enough, and find what made them bad.
 
-A skipped step protects the weights, but an overflow in the *forward* pass comes back at every step: the weights that
-cause it never change again, the loss scale falls to its floor, and the run is frozen for ever (cmt_micro, SGD at the
-re-implementation's learning rate 1.6 without warm-up, fp16: 97 of 100 steps skipped). Then the learner goes back to a copy
-it kept in memory, with the learning rate lowered; the data goes on, so the batches that broke it are behind
-(PaLM, arXiv 2204.02311, section 5.1, does the same by hand).
+A skipped step protects the weights. But an overflow in the *forward* pass comes back at every step: the
+weights that cause it never change again, the loss scale falls to its floor, and the run is frozen for ever.
+(cmt_micro, SGD at the re-implementation's learning rate 1.6 without warm-up, fp16: 97 of 100 steps skipped.)
+Then the learner goes back to a copy in memory, with a lower learning rate. The data goes on, so the batches
+that broke it are over. PaLM (arXiv 2204.02311, section 5.1) did the same by hand.
 """
 
 import copy
@@ -19,18 +19,19 @@ from torch import Tensor, nn
 from cmtrain.step.learner import Learner
 from cmtrain.step.measure import samples_of
 
-KEEP = 3
+MAX_SNAPSHOTS = 3
 
 
 class Recovery:
-    """Copies of the learner's good states, and what is left of the patience.
+    """In-memory snapshots of good states, and how many rollbacks remain.
 
     Args:
-        after_bad_steps: that many bad steps in a row call for a rollback. A copy is trusted only between as many good
-            steps before it and as many steps after it: a run on its way out is finite for a while.
-        max_rollbacks: after that many, the next call means that the run has diverged.
+        after_bad_steps: number of bad steps in a row that call for a rollback. A snapshot is trusted only
+            between as many good steps before it and as many steps after it: a failing run is still finite
+            for a while.
+        max_rollbacks: rollbacks allowed; the next call for one means that the run has diverged.
         lr_backoff: factor on the learning rate after a rollback; factors of several rollbacks multiply.
-        backoff_steps: over how many steps a factor comes back to 1, evenly; None if it stays.
+        backoff_steps: steps over which a factor returns to 1, evenly; None if it stays.
         on_spikes: whether a loss spike calls for a rollback, too.
     """
 
@@ -47,10 +48,10 @@ class Recovery:
         self.lr_backoff, self.backoff_steps = lr_backoff, backoff_steps
         self.on_spikes = on_spikes
         self.rollback_steps: list[int] = []
-        self.copies: list[tuple[int, dict[str, Any]]] = []
+        self.snapshots: list[tuple[int, dict[str, Any]]] = []
 
     def lr_factor(self, step: int) -> float:
-        """What the schedule's learning rate is multiplied with at `step`."""
+        """Return the factor on the schedule's learning rate at `step`."""
         return math.prod(self._factor(step - at) for at in self.rollback_steps)
 
     def _factor(self, steps_since: int) -> float:
@@ -64,35 +65,33 @@ class Recovery:
         return len(self.rollback_steps) >= self.max_rollbacks
 
     def keep(self, step: int, learner: Learner) -> None:
-        """Remember the learner's state after `step`, unless the last copy is nearly as new; for all ranks together.
+        """Take a snapshot after `step`, unless the newest is recent. For all ranks together.
 
-        To be called after `after_bad_steps` good steps only.
+        Call it only after `after_bad_steps` good steps.
         """
-        if self.copies and step - self.copies[-1][0] < self.after_bad_steps:
+        if self.snapshots and step - self.snapshots[-1][0] < self.after_bad_steps:
             return
-        self.copies = [*self.copies[1 - KEEP :], (step, _clone(learner.state_dict()))]
+        self.snapshots = [*self.snapshots[1 - MAX_SNAPSHOTS :], (step, _clone(learner.state_dict()))]
 
     def roll_back(self, step: int, learner: Learner, *, good_until: int) -> int | None:
-        """Put the learner back to a good state. Returns the step of that state, None if patience is exhausted.
+        """Put the learner back to a good state. Returns the step of that state, None if no rollback remains.
 
-        The newest copy may have been taken on the way out already, so only one that was followed by `after_bad_steps`
-        more steps up to `good_until`, the last step before the trouble, is trusted, where there is such a one. A copy
-        that was used is spent: the next rollback goes further back.
+        The newest snapshot may be of a run that was failing already. So it is trusted only if
+        `after_bad_steps` more steps followed it up to `good_until`, the last step before the trouble; where
+        none is trusted, the oldest is taken. A snapshot is used once: the next rollback goes further back.
         """
-        if self.exhausted or not self.copies:
+        if self.exhausted or not self.snapshots:
             return None
-        trusted = [
-            entry for entry in self.copies if good_until - entry[0] >= self.after_bad_steps
-        ] or self.copies[:1]
-        good_step, state = trusted[-1]
-        older = [entry for entry in self.copies if entry[0] < good_step]
-        self.copies = older or [(good_step, state)]
+        trusted = [taken for taken in self.snapshots if good_until - taken[0] >= self.after_bad_steps]
+        good_step, state = trusted[-1] if trusted else self.snapshots[0]
+        older = [taken for taken in self.snapshots if taken[0] < good_step]
+        self.snapshots = older or [(good_step, state)]
         learner.roll_back(_clone(state))
         self.rollback_steps.append(step)
         return good_step
 
     def state_dict(self) -> dict[str, Any]:
-        """For checkpoints: the patience, not the copies, which a restarted process takes anew."""
+        """Return the rollbacks so far, for a checkpoint; a restarted process takes its own snapshots."""
         return {"rollback_steps": list(self.rollback_steps)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -100,7 +99,7 @@ class Recovery:
 
 
 def _clone(tree: Any) -> Any:
-    """A deep copy in which tensors stay on their device."""
+    """Return a deep copy in which tensors stay on their device."""
     if isinstance(tree, Tensor):
         return tree.detach().clone()
     if isinstance(tree, dict):
@@ -111,11 +110,11 @@ def _clone(tree: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class Finding:
-    """What one rank, or all of them together, found in the last step.
+class BadStep:
+    """What is known of a bad step, by one rank or by all of them together.
 
-    `cause`: one line. `suspects`: samples whose activations are not finite in the layer that it names; where images are
-    mixed, the one that each was mixed with is as suspect. `samples`: all samples of the step.
+    `cause`: one line. `suspects`: samples whose activations are not finite in the layer that `cause` names;
+    where images are mixed, the partner of each is as suspect. `samples`: all samples of the step.
     """
 
     cause: str
@@ -123,11 +122,12 @@ class Finding:
     samples: tuple[int, ...]
 
 
-def examine(learner: Learner) -> Finding:
-    """Run the model once more on this rank's last micro-batch and look for the first module whose output is not finite.
+def find_overflow(learner: Learner) -> BadStep:
+    """Run the last micro-batch of this rank again, and find the first module whose output is not finite.
 
-    Synchronises; meant for the moment before a rollback. BatchNorm's statistics are put back. `cause` reads like
-    `stem.conv2: not finite in 5 of 16 images, largest finite value 6.5e+04`, or is empty if all is finite.
+    Synchronises; meant for the moment before a rollback. BatchNorm's statistics are restored. `cause` reads
+    like `stem.conv2: not finite in 5 of 16 images, largest finite value 6.5e+04`; it is empty if all is
+    finite.
     """
     batch = samples_of(learner.last_indices[-1:])
     cause, suspects = "", list[int]()
@@ -159,16 +159,16 @@ def examine(learner: Learner) -> Finding:
     finally:
         for handle in handles:
             handle.remove()
-    return Finding(cause, tuple(suspects), tuple(samples_of(learner.last_indices)))
+    return BadStep(cause, tuple(suspects), tuple(samples_of(learner.last_indices)))
 
 
-def conclude(findings: Sequence[Finding]) -> Finding:
-    """What all ranks found, given what each of them did: the first cause, named by rank, and everybody's samples."""
-    causes = [f"rank {rank}: {finding.cause}" for rank, finding in enumerate(findings) if finding.cause]
-    if len(findings) == 1:
-        causes = [finding.cause for finding in findings if finding.cause]
-    return Finding(
+def merge_ranks(found: Sequence[BadStep]) -> BadStep:
+    """Return what all ranks found together: the first cause, with its rank, and the samples of all."""
+    causes = [f"rank {rank}: {bad.cause}" for rank, bad in enumerate(found) if bad.cause]
+    if len(found) == 1:
+        causes = [bad.cause for bad in found if bad.cause]
+    return BadStep(
         causes[0] if causes else "every value of the last forward pass was finite",
-        tuple(sample for finding in findings for sample in finding.suspects),
-        tuple(sample for finding in findings for sample in finding.samples),
+        tuple(sample for bad in found for sample in bad.suspects),
+        tuple(sample for bad in found for sample in bad.samples),
     )

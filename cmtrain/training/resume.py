@@ -1,4 +1,4 @@
-"""Where a run starts: at step 0, or at a checkpoint that belongs to this configuration and this data."""
+"""Choose where a run starts: at step 0, or at a checkpoint of this configuration and this data."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -7,10 +7,9 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from cmtrain.config.recipe import recipe
-from cmtrain.config.schema import Config
+from cmtrain.config.schema import Config, recipe
 from cmtrain.errors import ConfigError
-from cmtrain.processes.failure import settle
+from cmtrain.processes.failure import archive_previous_attempt
 from cmtrain.step.learner import Learner
 from cmtrain.step.measure import StepReport
 from cmtrain.storage.checkpoint import (
@@ -20,14 +19,16 @@ from cmtrain.storage.checkpoint import (
     load_checkpoint,
     load_newest,
 )
-from cmtrain.storage.run_lock import RunLock
+from cmtrain.storage.run_folder import RunLock
 from cmtrain.storage.state_file import CheckpointError
 from pipelines.spec import DataError
 
 
 @dataclass(frozen=True)
 class Start:
-    """The first step to do, and the checkpoint it follows (None: from scratch). `notes`: lines the user should see."""
+    """The first step to take, and the checkpoint before it (None: from scratch). `notes`: lines for the
+    user.
+    """
 
     step: int = 0
     checkpoint: Loaded | None = None
@@ -35,23 +36,26 @@ class Start:
 
     @property
     def evaluation_due(self) -> bool:
-        """Whether a stop signal came before the evaluation that belongs to the checkpoint."""
+        """Whether the evaluation that belongs to the checkpoint is missing, because a stop signal came
+        first.
+        """
         return self.checkpoint is not None and self.checkpoint.state["progress"].get("evaluation_due", False)
 
 
 def choose_start(lock: RunLock, resume: str, config: Config, fingerprint: str, *, is_main: bool) -> Start:
-    """Decide on rank 0, which takes the `lock`, and make every rank start from the same checkpoint.
+    """Choose on rank 0, which takes the `lock`, and make every rank start from the same checkpoint.
 
     Args:
-        lock: of the run folder, which need not exist; not taken yet.
-        resume: `auto` (newest checkpoint of the run folder, else from scratch), `never` (from scratch; refused if
-            there are checkpoints), `force` (as auto, but configuration and data may have changed), or the path of a
-            checkpoint or run folder to go on from.
-        fingerprint: of the training manifest.
+        lock: guards the run folder, which need not exist; not taken yet. resume: `auto` (newest checkpoint
+        of the run folder, else from scratch), `never` (from scratch; refused if
+            there are checkpoints), `force` (as auto, but configuration and data may have changed), or the
+            path of a checkpoint or run folder.
+        fingerprint: digest of the training manifest.
 
     Raises:
-        ConfigError: the checkpoint belongs to another configuration or to other data, or `never` would mix two runs.
-        DataError: no usable checkpoint where there should be one, or another trainer is at work in the run folder.
+        ConfigError: the checkpoint belongs to another configuration or other data, or `never` would mix two
+        runs. DataError: no usable checkpoint where there should be one, or another trainer works in the run
+        folder.
     """
     start, error = Start(), None
     if is_main:
@@ -73,13 +77,12 @@ def choose_start(lock: RunLock, resume: str, config: Config, fingerprint: str, *
 
 
 def _choose(run_path: Path, resume: str, config: Config, fingerprint: str) -> Start:
-    lost = settle(run_path)
+    lost = archive_previous_attempt(run_path)
     checkpoints = run_path / "checkpoints"
     if resume == "never":
         if checkpoint_steps(checkpoints):
-            raise ConfigError(
-                f"--resume never: {run_path} already holds checkpoints; choose another --run.name"
-            )
+            held = f"{run_path} already holds checkpoints"
+            raise ConfigError(f"--resume never: {held}; choose another --run.name")
         return Start(notes=lost)
     try:
         loaded = load_newest(checkpoints)
@@ -98,11 +101,10 @@ def _choose(run_path: Path, resume: str, config: Config, fingerprint: str) -> St
     if changes and resume != "force":
         raise ConfigError(
             f"{loaded.path} was made with another recipe: {'; '.join(changes)}; "
-            "choose another --run.name, or --resume force to go on with the new recipe"
+            "choose another --run.name, or --resume force to continue with the new recipe"
         )
-    notes = [f"checkpoint rejected: {line}" for line in loaded.rejected] + [
-        f"recipe changed: {c}" for c in changes
-    ]
+    notes = [f"checkpoint rejected: {line}" for line in loaded.rejected]
+    notes += [f"recipe changed: {change}" for change in changes]
     return Start(loaded.state["progress"]["step"], replace(loaded, rejected=()), (*lost, *notes))
 
 
@@ -114,10 +116,10 @@ def _load(path: Path) -> Loaded:
 
 
 def recipe_changes(loaded: Loaded, config: Config, fingerprint: str) -> list[str]:
-    """What differs from the recipe and data of a checkpoint, one `key: old -> new` each.
+    """Return what differs from the recipe and data of a checkpoint, one `key: old -> new` each.
 
     Raises:
-        DataError: a verified checkpoint that is none of a run of ours.
+        DataError: a verified checkpoint that no run of ours wrote.
     """
     meta = loaded.meta
     try:
@@ -128,19 +130,16 @@ def recipe_changes(loaded: Loaded, config: Config, fingerprint: str) -> list[str
             raise ValueError("best_top1, best_step or the step is missing")
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise DataError(f"{loaded.path}: no checkpoint of a run: {type(error).__name__}: {error}") from error
-    changes = [
-        f"{key}: {old.get(key)} -> {new.get(key)}"
-        for key in sorted(old | new)
-        if old.get(key) != new.get(key)
-    ]
+    changed = [key for key in sorted(old | new) if old.get(key) != new.get(key)]
+    changes = [f"{key}: {old.get(key)} -> {new.get(key)}" for key in changed]
     return changes if same_data else [*changes, "the training images (fingerprint) changed"]
 
 
 def restore(learner: Learner, checkpoint: Loaded) -> None:
-    """Load `checkpoint`, which `--resume force` may have chosen for another model.
+    """Load `checkpoint` into `learner`; `--resume force` may have chosen one of another model.
 
     Raises:
-        ConfigError: it does not fit; the first tensor that does not is named.
+        ConfigError: it does not fit; names the first tensor that does not.
     """
     state = checkpoint.state
     problem = _misfit(learner, state)
@@ -154,7 +153,7 @@ def restore(learner: Learner, checkpoint: Loaded) -> None:
 
 
 def _misfit(learner: Learner, state: dict[str, Any]) -> str | None:
-    """The first tensor of `state` that `learner` has no place for; torch looks at neither of the optimizer's shapes."""
+    """Return the first tensor of `state` that does not fit; torch checks no shapes in an optimizer."""
     for weights, module in learner.weights.items():
         saved, wanted = state.get(weights), module.state_dict()
         if not isinstance(saved, dict):

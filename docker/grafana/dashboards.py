@@ -1,6 +1,6 @@
 """Write the dashboards that Grafana loads, from panels.py: `make dashboards`.
 
-The JSON is committed, so nobody needs this program, or Grafana's SDK for it, but to change a panel. The SDK is
+The JSON is committed: this program and Grafana's SDK are needed only to change a panel. The SDK is
 `grafana-foundation-sdk==1769699379!11.6.0`; without the pin, pip picks the schema of Grafana 10.1.
 """
 
@@ -22,7 +22,7 @@ from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.models import common as looks
 from grafana_foundation_sdk.models import dashboard as model
 from grafana_foundation_sdk.models import xychart as xy
-from panels import ANNOTATIONS, FLEET_ROWS, RUN_ROWS, Panel, Row
+from panels import ANNOTATIONS, FLEET_ROWS, RUN_ROWS, Panel, PanelRow
 
 FOLDER = Path(__file__).parent / "dashboards"
 COLUMNS = 24
@@ -36,7 +36,7 @@ BUILDERS = {
     "table": table.Panel,
     "xychart": xychart.Panel,
 }
-LAST_VALUE = ("stat", "bargauge", "table")  # kinds that ask for one sample, not for a curve
+LAST_VALUE = ("stat", "bargauge", "table")  # kinds that need one sample, not a curve
 SOURCE = model.DataSourceRef(type_val="prometheus", uid="${datasource}")
 
 
@@ -94,10 +94,10 @@ def draw_curves(built: Any, panel: Panel, *, has_lines: bool) -> Any:
 
 
 def draw_over_each_other(built: Any, panel: Panel) -> Any:
-    """A line for each run: its first query is x, its second one y, at the same times.
+    """Draw one line per run: its first query is x, its second one y, at the same times.
 
-    The answers become one table (Time, run, x, y), which is parted by run again: the chart takes the first number of
-    each part as x.
+    The answers become one table (Time, run, x, y), which is split by run again. The chart takes the first
+    number of each part as x.
     """
     names = {f"Value #{letter}": column for letter, column in zip("AB", panel.queries, strict=True)}
     parted = {"fields": ["run"], "keepFields": False, "naming": {"asLabels": True}}
@@ -112,7 +112,7 @@ def draw_over_each_other(built: Any, panel: Panel) -> Any:
 
 
 def join_by_run(built: Any, panel: Panel) -> Any:
-    """One line for each run, one column for each query; those of the first one are its labels."""
+    """Show one line per run and one column per query; the columns of the first query are its labels."""
     _, *columns = panel.queries
     units = {"progress": "percentunit", "best top-1": "percentunit", "time left": "s"}
     names = {f"Value #{letter}": column for letter, column in zip("BCDEFGHIJ", columns, strict=False)}
@@ -126,8 +126,8 @@ def join_by_run(built: Any, panel: Panel) -> Any:
     return built.override_by_name("run", [model.DynamicConfigValue(id_val="links", value=[link])])
 
 
-def add_rows(board: Any, rows: tuple[Row, ...]) -> Any:
-    """Panels from left to right, in lines as high as their highest panel; each row has a line of its own."""
+def add_rows(board: Any, rows: tuple[PanelRow, ...]) -> Any:
+    """Place panels from left to right, in lines as high as their highest panel; each row begins a line."""
     number, y = 1, 0
     for row in rows:
         line = model.GridPos(h=1, w=COLUMNS, x=0, y=y)
@@ -143,7 +143,7 @@ def add_rows(board: Any, rows: tuple[Row, ...]) -> Any:
 
 
 def add_variable(board: Any, name: str, label: str, query: str) -> Any:
-    """A choice of label values, all of them at first."""
+    """Add a choice of label values; at first all are chosen."""
     everything = model.VariableOption(selected=True, text="All", value="$__all")
     return board.with_variable(
         dashboard.QueryVariable(name)
@@ -159,8 +159,8 @@ def add_variable(board: Any, name: str, label: str, query: str) -> Any:
     )
 
 
-def make(title: str, uid: str, description: str, rows: tuple[Row, ...]) -> str:
-    """One dashboard as JSON."""
+def make(title: str, uid: str, description: str, rows: tuple[PanelRow, ...]) -> str:
+    """Return one dashboard as JSON."""
     board = (
         dashboard.Dashboard(title)
         .uid(uid)
@@ -192,7 +192,7 @@ def make(title: str, uid: str, description: str, rows: tuple[Row, ...]) -> str:
 
 
 def make_all() -> dict[str, str]:
-    """File name -> JSON."""
+    """Return the JSON by file name."""
     return {
         "run.json": make("cmtrain run", RUN_UID, "How a run, or a few, are doing, and why.", RUN_ROWS),
         "fleet.json": make("cmtrain fleet", FLEET_UID, "All runs, side by side.", FLEET_ROWS),

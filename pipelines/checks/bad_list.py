@@ -1,7 +1,8 @@
-"""The list of files that `cmtrain data check` found unusable, and that training therefore leaves out.
+"""Read and write the list of unusable files that `cmtrain data check` finds and training leaves out.
 
-A text file, `path<TAB>reason` a line, paths relative to the folder that was checked: bad_files.tsv in that folder, or,
-where that cannot be written, a file in the user's cache. Deleting a line takes its file back in.
+A text file, one `path<TAB>kind<TAB>reason` per line, paths relative to the folder that was checked. It is
+bad_files.tsv in that folder or, where that cannot be written, a file in the user's cache. Deleting a line
+takes its file back in. Older lists have no kind: their files count as "other".
 """
 
 from __future__ import annotations
@@ -11,52 +12,65 @@ import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
+
+from pipelines.atomic import replacing
+from pipelines.checks.decode_one import KINDS, Fault, Kind
 
 NAME = "bad_files.tsv"
 _HEADER = "# cmtrain data check: these files are left out of training; delete a line to use its file again\n"
 
 
-def read_lists(root: Path) -> dict[str, str]:
-    """Reasons by path relative to `root`, from the lists of `root` and of the folder that holds it."""
-    reasons: dict[str, str] = {}
+class BadFile(NamedTuple):
+    """A file that cannot be used."""
+
+    path: str
+    kind: Kind
+    reason: str
+
+
+def read_lists(root: Path) -> dict[str, Fault]:
+    """Return faults by path relative to `root`, from the lists of `root` and of the folder that holds it."""
+    faults: dict[str, Fault] = {}
     for folder in (root.parent, root):
         prefix = "" if folder == root else f"{root.name}/"
         for path in _places(folder):
-            for listed, reason in _read(path).items():
+            for listed, (kind, reason) in _read(path).items():
                 if listed.startswith(prefix):
-                    reasons[listed.removeprefix(prefix)] = f"{reason}, says {NAME}"
-    return reasons
+                    faults[listed.removeprefix(prefix)] = Fault(kind, f"{reason} (listed in {NAME})")
+    return faults
 
 
-def write_list(folder: Path, reasons: Mapping[str, str], path: Path | None = None) -> Path | None:
-    """Replaces the list of `folder`; `reasons` by relative path, none for no list at all.
+def write_list(folder: Path, faults: Mapping[str, Fault], path: Path | None = None) -> Path | None:
+    """Replace the list of `folder`; without faults, delete it.
 
     Args:
-        path: write there and nowhere else.
+        faults: by path relative to `folder`.
+        path: the only file to write instead, if given.
 
     Returns:
         Where the list is, None when it is empty.
     """
     if path is not None:
-        _write(path, reasons)
+        _write(path, faults)
         return path
     beside, cached = _places(folder)
     for place in (beside, cached):
         with contextlib.suppress(OSError):
             place.unlink(missing_ok=True)
-    if not reasons:
+    if not faults:
         return None
     try:
-        _write(beside, reasons)
+        _write(beside, faults)
     except OSError:  # the data is read-only
         cached.parent.mkdir(parents=True, exist_ok=True)
-        _write(cached, reasons)
+        _write(cached, faults)
         return cached
     return beside
 
 
 def user_cache() -> Path:
-    """$XDG_CACHE_HOME/cmtrain."""
+    """Return $XDG_CACHE_HOME/cmtrain."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cmtrain"
 
 
@@ -65,20 +79,25 @@ def _places(folder: Path) -> tuple[Path, Path]:
     return folder / NAME, user_cache() / f"bad-files-{name}.tsv"
 
 
-def _read(path: Path) -> dict[str, str]:
+def _read(path: Path) -> dict[str, Fault]:
     try:
         text = path.read_text("utf-8", "surrogateescape")
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    pairs = (line.rpartition("\t") for line in text.split("\n") if line and not line.startswith("#"))
-    return {listed: reason for listed, _, reason in pairs}
+    faults: dict[str, Fault] = {}
+    for line in text.split("\n"):
+        if line and not line.startswith("#"):
+            listed, _, reason = line.rpartition("\t")  # a path may hold tabs, a reason does not
+            before, _, column = listed.rpartition("\t")
+            kind = next((kind for kind in KINDS if kind == column), None)
+            faults[before if kind else listed] = Fault(kind or "other", reason)
+    return faults
 
 
-def _write(path: Path, reasons: Mapping[str, str]) -> None:
-    lines = [f"{listed}\t{' '.join(reason.split())}\n" for listed, reason in sorted(reasons.items())]
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_text(_HEADER + "".join(lines), "utf-8", "surrogateescape")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+def _write(path: Path, faults: Mapping[str, Fault]) -> None:
+    lines = [
+        f"{listed}\t{kind}\t{' '.join(reason.split())}\n"
+        for listed, (kind, reason) in sorted(faults.items())
+    ]
+    with replacing(path) as file:
+        file.write((_HEADER + "".join(lines)).encode("utf-8", "surrogateescape"))

@@ -1,4 +1,4 @@
-"""Opinions on many image files, each formed in a process that the file may kill without harm."""
+"""Test-decode many files in worker processes; a file that crashes its decoder ends one worker only."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from pipelines.checks import decode_one
-from pipelines.checks.decode_one import Verdict
+from pipelines.checks.decode_one import CheckResult, Fault
 from pipelines.spec import DataError
 
 _PROGRAM = Path(decode_one.__file__)
 _BLOCK = 4096  # files handed to the threads at a time: a future takes more memory than a path
 
 
-class Judges:
-    """A pool of `judge.py` processes, started when they are needed.
+class DecodePool:
+    """Processes that run decode_one.py, each started when it is first needed.
 
     Args:
-        processes: at most so many; None is one per core.
+        processes: largest number of them; None is one per core.
         decode: whether to decode whole images or to read their headers only.
     """
 
@@ -32,38 +32,37 @@ class Judges:
         self.processes = processes or len(os.sched_getaffinity(0))
         self._task = "decode" if decode else "header"
         self._threads = ThreadPoolExecutor(self.processes)
-        # Last in, first out: a single question starts no second process.
+        # Last in, first out: a single file starts no second process.
         self._idle: queue.LifoQueue[subprocess.Popen[str] | None] = queue.LifoQueue()
         for _ in range(self.processes):
             self._idle.put(None)
 
-    def verdicts(self, paths: Sequence[str]) -> Iterator[Verdict]:
-        """One verdict a path, in order. Raises DataError when no process can be started."""
+    def check(self, paths: Sequence[str]) -> Iterator[CheckResult]:
+        """Yield one result per path, in order. Raises DataError when no process can be started."""
         for begin in range(0, len(paths), _BLOCK):
-            yield from self._threads.map(self._judge, paths[begin : begin + _BLOCK])
+            yield from self._threads.map(self._check, paths[begin : begin + _BLOCK])
 
     def close(self) -> None:
-        """Ends the processes; a later question starts new ones."""
-        everyone = [self._idle.get() for _ in range(self.processes)]
-        for process in everyone:
+        """End the processes; a later check starts new ones."""
+        for process in [self._idle.get() for _ in range(self.processes)]:
             if process is not None:
                 _end(process)
             self._idle.put(None)
 
-    def _judge(self, path: str) -> Verdict:
+    def _check(self, path: str) -> CheckResult:
         process = self._idle.get()
         try:
             process = process or self._start()
-            verdict = _ask(process, path)
-            if verdict is None:
-                verdict = Verdict(0, 0, _last_words(_end(process)))
+            result = _ask(process, path)
+            if result is None:
+                result = CheckResult(0, 0, _fault_of_exit(_end(process)))
                 process = None
-            return verdict
+            return result
         finally:
             self._idle.put(process)
 
     def _start(self) -> subprocess.Popen[str]:
-        # -P: the folder of the program is no place to import from. What decoders print tells nobody anything.
+        # -P: the program's folder must not be importable. What decoders print on stderr is of no use.
         process = subprocess.Popen(  # noqa: S603
             [sys.executable, "-P", str(_PROGRAM), self._task],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
@@ -74,8 +73,8 @@ class Judges:
         return process
 
 
-def _ask(process: subprocess.Popen[str], path: str) -> Verdict | None:
-    """None when the process does not live to answer."""
+def _ask(process: subprocess.Popen[str], path: str) -> CheckResult | None:
+    """Return the worker's answer, None when it ends before it answers."""
     assert process.stdin is not None
     assert process.stdout is not None
     try:
@@ -84,7 +83,10 @@ def _ask(process: subprocess.Popen[str], path: str) -> Verdict | None:
     except BrokenPipeError:
         return None
     answer = process.stdout.readline()
-    return Verdict(*json.loads(answer)) if answer.endswith("\n") else None
+    if not answer.endswith("\n"):
+        return None
+    height, width, fault = json.loads(answer)
+    return CheckResult(height, width, fault and Fault(*fault))
 
 
 def _end(process: subprocess.Popen[str]) -> int:
@@ -96,9 +98,9 @@ def _end(process: subprocess.Popen[str]) -> int:
     return process.returncode
 
 
-def _last_words(exit_code: int) -> str:
+def _fault_of_exit(exit_code: int) -> Fault:
     if exit_code == -signal.SIGALRM:
-        return f"takes more than {decode_one.MAX_SECONDS} seconds to decode"
+        return Fault("other", f"takes more than {decode_one.MAX_SECONDS} seconds to decode")
     if exit_code < 0:
-        return f"kills the decoder ({signal.Signals(-exit_code).name})"
-    return f"ends the decoder (exit code {exit_code})"
+        return Fault("other", f"kills the decoder ({signal.Signals(-exit_code).name})")
+    return Fault("other", f"ends the decoder (exit code {exit_code})")

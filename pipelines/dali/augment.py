@@ -1,11 +1,12 @@
-"""Pieces of a DALI graph, node in, node out. Images are uint8 HWC until `normalise`.
+"""Augment images in a DALI graph, node in, node out. Images are uint8 HWC until `normalise`.
 
-No operator here draws a random number: everything random comes in as data from the plan. Pixel for pixel the pieces
-follow Pillow, which timm and torchvision augment with; the few differences are stated where they are made.
+No operator here draws a random number: everything random is data from the plan. Pixel for pixel they follow
+Pillow, which timm and torchvision augment with; the few differences are stated where they are made.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -23,20 +24,20 @@ _equalize, _filter = (
     getattr(fn, name, None) or getattr(fn.experimental, name) for name in ("equalize", "filter")
 )
 
-# Pillow truncates where DALI rounds to the nearest level. A little less than one half, so that a result that is a
-# whole number in exact arithmetic survives a float32 error.
+# Pillow truncates where DALI rounds to the nearest level. A little less than one half, so that a result that
+# is a whole number in exact arithmetic survives a float32 error.
 _TRUNCATE = 0.498
 
 _INTERPOLATIONS = {"bicubic": types.INTERP_CUBIC, "bilinear": types.INTERP_LINEAR}
 
 
 def resize(image: Node, size: Any, interpolation: Interpolation) -> Node:
-    """Resizes to `size` (height, width) with an antialiasing filter, as Pillow does."""
+    """Resize to `size` (height, width) with an antialiasing filter, as Pillow does."""
     return fn.resize(image, size=size, interp_type=_INTERPOLATIONS[interpolation], antialias=True)
 
 
 def normalise(image: Node, mean: Channels, std: Channels, fp16: bool, flips: Node | int = 0) -> Node:
-    """uint8 levels to (x / 255 - mean) / std, still HWC, so that torch sees channels-last memory without a copy.
+    """Turn uint8 levels into (x / 255 - mean) / std, still HWC, which is torch's channels-last memory.
 
     Where `flips` is 1 the image is mirrored left to right in the same pass.
     """
@@ -51,14 +52,14 @@ def normalise(image: Node, mean: Channels, std: Channels, fp16: bool, flips: Nod
 
 
 def warp(image: Node, matrix: Node, background: Pixels) -> Node:
-    """Pillow's affine transform with bilinear interpolation; `matrix` (2, 3) maps destination to source.
+    """Warp as Pillow's affine transform, bilinearly; `matrix` (2, 3) maps destination to source.
 
-    `background` (H, W, 3) shows where the source has no pixel. DALI interpolates linearly or not at all, so timm's
-    bicubic warps come out slightly softer.
+    `background` (H, W, 3) shows where the source has no pixel. DALI interpolates linearly or not at all, so
+    timm's bicubic warps come out slightly softer.
     """
-    # DALI's own fill is one number for all channels and bleeds into the border pixels. So: repeat the border, find
-    # what lies inside by warping a white image, and fill the rest. The background has the size of the image because
-    # arithmetic that broadcasts is four times slower on a CPU.
+    # DALI's own fill is one number for all channels and bleeds into the border pixels. So: repeat the
+    # border, find what lies inside by warping a white image, and fill the rest. The background has the size
+    # of the image because arithmetic that broadcasts is four times slower on a CPU.
     white = fn.color_space_conversion(image, image_type=types.RGB, output_type=types.GRAY) | _level(255)
     inside = fn.warp_affine(
         white, matrix=matrix, fill_value=0, interp_type=types.INTERP_NN, inverse_map=True
@@ -78,13 +79,12 @@ def bits(image: Node, numbers: Node) -> Node:
 
 
 def scale(image: Node, factor: Node, about_mean: Node) -> Node:
-    """Brightness, or contrast if `about_mean` is 1: `factor * (image - centre) + centre`, centre 0 or the mean grey."""
+    """Change brightness, or contrast if `about_mean` is 1: scale about 0 or about the mean grey."""
     grey = fn.color_space_conversion(image, image_type=types.RGB, output_type=types.GRAY)
     centre = fn.reductions.mean(grey) * beside(image, about_mean)
-    if not on_gpu(image):  # ten times faster there, but its centre cannot come from a GPU
-        return fn.brightness_contrast(
-            image, contrast=factor, contrast_center=centre, brightness_shift=-_TRUNCATE / 255
-        )
+    if not on_gpu(image):  # ten times faster on a CPU, but its centre cannot come from a GPU
+        shift = -_TRUNCATE / 255
+        return fn.brightness_contrast(image, contrast=factor, contrast_center=centre, brightness_shift=shift)
     return fn.cast((image - centre) * beside(image, factor) + (centre - _TRUNCATE), dtype=types.UINT8)
 
 
@@ -97,35 +97,33 @@ def saturate(image: Node, factor: Node) -> Node:
 
 
 def _times(image: Node, factor: Node) -> Node:
-    """`factor * image` as int16, less half of what truncates a sum of two such. A shift counts in int16's range."""
-    shift = -_TRUNCATE / 2 / 32767
-    return fn.brightness_contrast(
-        image, contrast=factor, contrast_center=0.0, brightness_shift=shift, dtype=types.INT16
-    )
+    """Return `factor * image` as int16, less half of what truncates a sum of two such."""
+    # A shift counts in int16's range.
+    options = {"contrast_center": 0.0, "brightness_shift": -_TRUNCATE / 2 / 32767, "dtype": types.INT16}
+    return fn.brightness_contrast(image, contrast=factor, **options)
 
 
 def sharpen(image: Node, kernel: Node) -> Node:
-    """Blend with the smoothed image, as one filter. Pillow leaves the outermost pixels as they are, this does not."""
+    """Blend with the smoothed image, as one filter. Unlike Pillow, it changes the outermost pixels, too."""
     return _filter(image, beside(image, kernel))
 
 
 def blur(image: Node, sigma_px: Node) -> Node:
-    """Gaussian blur. Pillow's is three box filters, which come near; at the border it repeats the last pixel, where
-    this mirrors the image."""
+    """Blur with a Gaussian. Pillow's box filters come near; they repeat the border, this mirrors it."""
     return fn.gaussian_blur(image, sigma=sigma_px)
 
 
 def equalize(image: Node) -> Node:
-    """Pillow's histogram equalisation from OpenCV's.
+    """Equalise the histogram as Pillow, with OpenCV's operator.
 
-    OpenCV counts the values up to and including a level, Pillow those below it. Below in the image is above in the
-    negative, so the negative of the equalised negative is Pillow's result up to rounding.
+    OpenCV counts the values up to and including a level, Pillow those below it. Below in the image is above
+    in the negative, so the negative of the equalised negative is Pillow's result up to rounding.
     """
     return _equalize(image ^ _level(255)) ^ _level(255)
 
 
 def auto_contrast(image: Node) -> Node:
-    """Stretches every channel to 0..255; a channel of one value stays as it is."""
+    """Stretch every channel to 0..255; a channel of one value stays as it is."""
     gpu = on_gpu(image)
     low = fn.reductions.min(image, axes=[0, 1], keep_dims=gpu)  # (3,), on a GPU (1, 1, 3)
     high = fn.reductions.max(image, axes=[0, 1], keep_dims=gpu)
@@ -134,28 +132,22 @@ def auto_contrast(image: Node) -> Node:
     centre = low * (flat ^ True) + _TRUNCATE * levels
     if gpu:
         return fn.cast((image - centre) / levels, dtype=types.UINT8)
-    # Twice as fast there as arithmetic that broadcasts, but its mean cannot come from a GPU.
+    # Twice as fast on a CPU as arithmetic that broadcasts, but its mean cannot come from a GPU.
     return fn.crop_mirror_normalize(image, mean=centre, std=levels, dtype=types.UINT8, output_layout="HWC")
 
 
 def rand_augment_layer(
-    image: Node,
-    branch: Node,
-    matrix: Node,
-    numbers: Node,
-    factors: Node,
-    kernel: Node,
-    background: Pixels,
-    blurs: bool = False,
+    image: Node, branch: Node, numbers: Sequence[Node], background: Pixels, blurs: bool = False
 ) -> Node:
-    """One layer: every sample takes at most one of the branches (see `policy.LayerParams` for the numbers).
+    """Apply one layer: at most one branch per sample (see `rand_augment.LayerParams` for the numbers).
 
     Without `blurs` the graph has no branch for it, and other policies pay nothing for it.
     """
+    matrix, bytes4, factors, kernel = numbers
     if branch == int(Branch.WARP):
         image = warp(image, matrix, background)
     if branch == int(Branch.BITS):
-        image = bits(image, numbers)
+        image = bits(image, bytes4)
     if branch == int(Branch.SCALE):
         image = scale(image, factors[0], factors[1])
     if branch == int(Branch.SATURATE):
@@ -172,7 +164,7 @@ def rand_augment_layer(
 
 
 def color_jitter(image: Node, branches: Node, factors: Node) -> Node:
-    """Brightness, contrast and saturation in every sample's own order (see `plan.JitterParams`)."""
+    """Change brightness, contrast and saturation in every sample's own order (see `plan.JitterParams`)."""
     for slot in range(3):
         if branches[slot] == int(Branch.SCALE):
             image = scale(image, factors[slot, 0], factors[slot, 1])
@@ -186,7 +178,7 @@ def on_gpu(image: Node) -> bool:
 
 
 def beside(image: Node, node: Node) -> Node:
-    """`node` where `image` is: an arithmetic operator wants its operands on one device."""
+    """Return `node` on the device of `image`: an arithmetic operator needs its operands on one device."""
     return node.gpu() if on_gpu(image) else node
 
 

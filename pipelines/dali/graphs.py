@@ -1,6 +1,6 @@
-"""The DALI graphs. Every input comes from `source`; the graphs hold no state and draw nothing.
+"""Build the DALI graphs. Every input comes from a `source`; the graphs hold no state and draw nothing.
 
-One code base for DALI 1.34 and 2.x: features are looked for, versions are never compared.
+One code base serves DALI 1.34 and 2.x: it looks for features and never compares versions.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from pipelines.dali import augment
 from pipelines.rand_augment import parse
 from pipelines.spec import AugmentSpec, DataError, Decode, EvalSpec
 
-# Called once per batch; returns the graph's inputs, whole arrays (B, ...) in the order the graph names them.
+# Called once per batch; returns the graph's inputs, whole arrays (B, ...) in the graph's order.
 Source = Callable[[], Sequence[Any]]
 
 # DALI reads files itself, outside Python's lock, when it is given paths; 1.34 has to be given their bytes.
 READS_FILES = hasattr(fn, "io")
-# With the dynamic executor an output owns its memory; without it the memory is written again two batches later.
+# With the dynamic executor an output owns its memory; without it the memory is reused two batches later.
 OUTPUTS_OWN_MEMORY = "exec_dynamic" in inspect.signature(Pipeline.__init__).parameters
 
 # Type and number of dimensions of one sample of an input.
@@ -41,8 +41,8 @@ _EVAL_WINDOWS = [(types.FLOAT, 1), (types.INT32, 1)]
 class Execution:
     """Where and how a graph runs. `decode` "mixed" decodes JPEG on the GPU and needs `device` "gpu".
 
-    `hw_decoder_load` is the share of a batch that goes to the GPU's JPEG engine, where it has one (A100 and later); the
-    rest is decoded by its general cores. None is DALI's default, 0.65 in 1.34 and 2.4.
+    `hw_decoder_load` is the share of a batch that goes to the GPU's JPEG engine, where it has one (A100 and
+    later); the rest is decoded by its general cores. None is DALI's default, 0.65 in 1.34 and 2.4.
     """
 
     device: Literal["gpu", "cpu"]
@@ -51,124 +51,104 @@ class Execution:
     batch_size: int
     threads: int
     prefetch_batches: int
-    reads_files: bool = READS_FILES  # False: the graph is given the bytes of images, not the paths of files
+    reads_files: bool = READS_FILES  # False: its input is the bytes of images, not the paths of files
     hw_decoder_load: float | None = None
 
 
 def execution(
-    device: torch.device,
+    device: torch.device | str,
     decode: Decode,
     batch_size: int,
     threads: int,
     prefetch_batches: int,
-    *,
     reads_files: bool,
     hw_decoder_load: float | None,
 ) -> Execution:
-    """What `device` and `decode` mean on this machine. Raises DataError for "mixed" without a CUDA device."""
-    if decode == "mixed" and device.type != "cuda":
-        raise DataError("data.decode: mixed decodes on a GPU, and there is none; use auto or cpu")
-    on_gpu = device.type == "cuda"
-    return Execution(
-        device="gpu" if on_gpu else "cpu",
-        decode="mixed" if on_gpu and decode != "cpu" else "cpu",
-        device_id=(torch.cuda.current_device() if device.index is None else device.index)
-        if on_gpu
-        else None,
-        batch_size=batch_size,
-        threads=threads,
-        prefetch_batches=prefetch_batches,
-        reads_files=READS_FILES and reads_files,
-        # DALI takes the load for any decoder, but only the one on a GPU has an engine.
-        hw_decoder_load=hw_decoder_load if on_gpu and decode != "cpu" else None,
-    )
+    """Return what `device` and `decode` mean here. Raises DataError for "mixed" without a CUDA device."""
+    device = torch.device(device)
+    common = batch_size, threads, prefetch_batches, READS_FILES and reads_files
+    if device.type != "cuda":
+        if decode == "mixed":
+            raise DataError("data.decode: mixed decodes on a GPU, and there is none; use auto or cpu")
+        return Execution("cpu", "cpu", None, *common)
+    device_id = torch.cuda.current_device() if device.index is None else device.index
+    if decode == "cpu":  # DALI accepts the load for any decoder, but only the one on a GPU has an engine
+        return Execution("gpu", "cpu", device_id, *common)
+    return Execution("gpu", "mixed", device_id, *common, hw_decoder_load)
 
 
 def train_graph(source: Source, spec: AugmentSpec, run: Execution) -> Pipeline:
     """Crop window, resize, then as `augment_graph`: one output, (B, H, W, 3).
 
-    `source` yields files (see `Execution.reads_files`) and windows, then what `augment_graph` takes beside images.
+    `source` returns files (see `Execution.reads_files`) and windows, then the params of `finish_graph`.
     """
     inputs = [_FILES, _WINDOWS, *_augment_inputs(spec)]
 
     def graph() -> Any:
         files, windows, *params = _external_source(source, inputs)
-        image = augment.resize(
-            _decode(files, run, windows), [spec.image_px, spec.image_px], spec.interpolation
-        )
-        return _augmented(image, params, spec)
+        size = [spec.image_px, spec.image_px]
+        image = augment.resize(_decode(files, run, windows), size, spec.interpolation)
+        return _finished(image, params, spec)
 
-    return _pipeline(graph, run, conditionals=_has_conditionals(spec))
+    return _pipeline(graph, run, spec)
 
 
 def eval_graph(source: Source, spec: EvalSpec, run: Execution) -> Pipeline:
     """Resize, centre crop, normalise: one output, (B, H, W, 3).
 
-    `source` yields files, sizes (B, 2) after resizing and offsets (B, 2) of the crop, height first.
+    `source` returns files, sizes (B, 2) after resizing and offsets (B, 2) of the crop, height first.
     """
 
     def graph() -> Any:
         files, sizes, offsets = _external_source(source, [_FILES, *_EVAL_WINDOWS])
         image = augment.resize(_decode(files, run), sizes, spec.interpolation)
         image = fn.slice(image, start=offsets, shape=[spec.image_px, spec.image_px], axes=[0, 1])
-        return augment.normalise(image, spec.mean, spec.std, spec.fp16)
+        return _finished(image, (), spec)
 
-    return _pipeline(graph, run, conditionals=False)
+    return _pipeline(graph, run, spec)
 
 
 def decode_graph(source: Source, run: Execution, *, windows: bool) -> Pipeline:
-    """Decodes and does nothing else: one output, (h, w, 3) of every sample. `source` yields files, then `windows`."""
+    """Decode only: one output, (h, w, 3) of every sample. `source` returns files, then `windows`."""
     inputs = [_FILES, _WINDOWS] if windows else [_FILES]
 
     def graph() -> Any:
         given = _external_source(source, inputs)
         return _decode(given[0], run, *given[1:])
 
-    return _pipeline(graph, run, conditionals=False)
+    return _pipeline(graph, run)
 
 
-def augment_graph(resized: Source, params: Source, spec: AugmentSpec, run: Execution) -> Pipeline:
-    """Flip, RandAugment, colour jitter, normalise: one output, (B, H, W, 3).
+def finish_graph(resized: Source, params: Source, spec: AugmentSpec | EvalSpec, run: Execution) -> Pipeline:
+    """Augment if it is for training, and normalise: one output, (B, H, W, 3).
 
-    `resized` yields uint8 images (B, H, W, 3), which must stay as they are until the output is taken; `params` yields
-    flips, then JitterParams and LayerParams if the spec has them.
+    `resized` returns uint8 images (B, H, W, 3), which must stay as they are until the output is fetched. For
+    training, `params` returns flips, then JitterParams and LayerParams if the spec has them.
     """
 
     def graph() -> Any:
         (image,) = _external_source(resized, [_IMAGES], no_copy=True)
-        return _augmented(image, _external_source(params, _augment_inputs(spec)), spec)
+        if isinstance(spec, EvalSpec):
+            return _finished(image, (), spec)
+        return _finished(image, _external_source(params, _augment_inputs(spec)), spec)
 
-    return _pipeline(graph, replace(run, prefetch_batches=1), conditionals=_has_conditionals(spec))
-
-
-def normalise_graph(resized: Source, spec: EvalSpec, run: Execution) -> Pipeline:
-    """Normalises: one output, (B, H, W, 3). `resized` as for `augment_graph`."""
-
-    def graph() -> Any:
-        (image,) = _external_source(resized, [_IMAGES], no_copy=True)
-        return augment.normalise(image, spec.mean, spec.std, spec.fp16)
-
-    return _pipeline(graph, replace(run, prefetch_batches=1), conditionals=False)
+    return _pipeline(graph, replace(run, prefetch_batches=1), spec)
 
 
 def release_memory() -> None:
-    """Gives back GPU memory that no pipeline uses: DALI's pools never shrink by themselves (DALI issues 5087, 278)."""
+    """Free unused GPU memory: DALI's pools never shrink by themselves (DALI issues 5087, 278)."""
     backend.ReleaseUnusedMemory()  # type: ignore[attr-defined]
 
 
 def _augment_inputs(spec: AugmentSpec) -> list[tuple[Any, int]]:
-    return [
-        _FLIPS,
-        *(_JITTER if spec.color_jitter else []),
-        *(_LAYERS if spec.rand_augment is not None else []),
-    ]
+    jitter = _JITTER if spec.color_jitter else []
+    return [_FLIPS, *jitter, *(_LAYERS if spec.rand_augment is not None else [])]
 
 
-def _has_conditionals(spec: AugmentSpec) -> bool:
-    return bool(spec.color_jitter) or spec.rand_augment is not None
-
-
-def _augmented(image: Any, params: Sequence[Any], spec: AugmentSpec) -> Any:
+def _finished(image: Any, params: Sequence[Any], spec: AugmentSpec | EvalSpec) -> Any:
+    """Return the image normalised and, for training, flipped, augmented and jittered before."""
+    if isinstance(spec, EvalSpec):
+        return augment.normalise(image, spec.mean, spec.std, spec.fp16)
     policy = parse(spec.rand_augment) if spec.rand_augment is not None else None
     flips = params[0]
     if policy:
@@ -179,9 +159,8 @@ def _augmented(image: Any, params: Sequence[Any], spec: AugmentSpec) -> Any:
         background = np.full((spec.image_px, spec.image_px, 3), fill, np.uint8)
         branches, matrices, bits, factors, kernels = params[-5:]
         for k in range(policy.num_layers):
-            image = augment.rand_augment_layer(
-                image, branches[k], matrices[k], bits[k], factors[k], kernels[k], background, policy.blurs
-            )
+            numbers = matrices[k], bits[k], factors[k], kernels[k]
+            image = augment.rand_augment_layer(image, branches[k], numbers, background, policy.blurs)
     if spec.color_jitter:
         image = augment.color_jitter(image, params[1], params[2])
     return augment.normalise(image, spec.mean, spec.std, spec.fp16, flips)
@@ -200,30 +179,31 @@ def _external_source(source: Source, inputs: list[tuple[Any, int]], no_copy: boo
 
 
 def _decode(files: Any, run: Execution, windows: Any = None) -> Any:
-    """Whole images, or of each its window: (top, left, height, width)."""
+    """Decode whole images, or of each its window: (top, left, height, width)."""
     # Mapping a file that is then cut short ends the process; reading it ends one batch.
     contents = fn.io.file.read(files, dont_use_mmap=True) if run.reads_files else files
     decoder: Any = fn.decoders.image if windows is None else fn.decoders.image_slice
-    # Pillow, torchvision and timm do not rotate by EXIF; the sizes in the manifest are those of the stored image.
-    unrotated = (
-        {"adjust_orientation": False}
-        if "adjust_orientation" in inspect.signature(decoder).parameters
-        else {}
-    )
-    on_engine = {} if run.hw_decoder_load is None else {"hw_decoder_load": run.hw_decoder_load}
-    window = {} if windows is None else {"start": windows[:2], "shape": windows[2:], "axes": [0, 1]}
-    # Without fancy upsampling a GPU interpolates colour more coarsely than libjpeg, and so than Pillow. nvJPEG before
-    # CUDA 12.1 has none, and ignores the word.
-    image = decoder(
-        contents, device=run.decode, jpeg_fancy_upsampling=True, **unrotated, **on_engine, **window
-    )
-    # The rest is the GPU's even where it does not decode: DALI's resize takes a CPU nearly as long as decoding.
+    options: dict[str, Any] = {}
+    # As Pillow, torchvision and timm: no rotation by EXIF. The manifest's sizes are of the stored image.
+    if "adjust_orientation" in inspect.signature(decoder).parameters:
+        options["adjust_orientation"] = False
+    if run.hw_decoder_load is not None:
+        options["hw_decoder_load"] = run.hw_decoder_load
+    if windows is not None:
+        options |= {"start": windows[:2], "shape": windows[2:], "axes": [0, 1]}
+    # Without fancy upsampling a GPU interpolates colour more coarsely than libjpeg, and so than Pillow.
+    # nvJPEG before CUDA 12.1 has none, and ignores the option.
+    image = decoder(contents, device=run.decode, jpeg_fancy_upsampling=True, **options)
+    # The GPU does the rest even where it does not decode: on a CPU DALI's resize takes nearly as long.
     return image.gpu() if run.device == "gpu" and run.decode == "cpu" else image
 
 
-def _pipeline(graph: Callable[[], Any], run: Execution, conditionals: bool) -> Pipeline:
+def _pipeline(
+    graph: Callable[[], Any], run: Execution, spec: AugmentSpec | EvalSpec | None = None
+) -> Pipeline:
     executor = {"exec_dynamic": True} if OUTPUTS_OWN_MEMORY else {}
-    pipeline = pipeline_def(graph, enable_conditionals=conditionals)(
+    branches = isinstance(spec, AugmentSpec) and (bool(spec.color_jitter) or spec.rand_augment is not None)
+    pipeline = pipeline_def(graph, enable_conditionals=branches)(
         batch_size=run.batch_size,
         num_threads=run.threads,
         device_id=run.device_id,
@@ -232,7 +212,7 @@ def _pipeline(graph: Callable[[], Any], run: Execution, conditionals: bool) -> P
         **executor,
     )
     with warnings.catch_warnings():
-        # DALI 2.x asks every installation for NPP, which no operator here needs; and speaks of the wrong package.
+        # DALI 2.x asks for NPP, which no operator here needs, and names the wrong package.
         warnings.filterwarnings("ignore", message=".*NPP is typically provided", category=Warning)
         pipeline.build()
     return pipeline

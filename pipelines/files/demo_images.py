@@ -1,8 +1,8 @@
-"""Demo data: real JPEG folders made from images that ship inside PyPI wheels, so that nothing is downloaded.
+"""Write the demo data: JPEG folders of images that ship inside PyPI wheels, so that nothing is downloaded.
 
 `demo:digits`  scikit-learn's 1,797 handwritten digits (UCI, CC BY 4.0), 64 px; a fifth of them held out.
-`demo:photos`  12 colour photographs from scikit-image and scikit-learn (public domain, CC0, CC BY), 150 crops each; the
-               left 65 % of every photograph is for training, the right 35 % held out, so no validation pixel was seen.
+`demo:photos`  12 colour photographs from scikit-image and scikit-learn (public domain, CC0, CC BY), 150
+               crops each. The left 65 % of every photograph is for training, the right 35 % is held out.
 """
 
 import os
@@ -16,14 +16,14 @@ from PIL import Image
 from pipelines.spec import DataError
 
 PHOTOS = (
-    "astronaut", "cat", "coffee", "rocket", "hubble_deep_field", "retina", "immunohistochemistry", "grass", "gravel",
-    "brick",
+    "astronaut", "cat", "coffee", "rocket", "hubble_deep_field", "retina", "immunohistochemistry", "grass",
+    "gravel", "brick",
 )  # fmt: skip
 NUM_TRAIN_DIGITS = 1437
 
 
 def demo_folder(name: str, cache: Path) -> Path:
-    """The image folder of `demo:<name>` under `cache`, written first if it is not there.
+    """Return the image folder of `demo:<name>` under `cache`, written first if it is not there.
 
     Safe with several processes at once: each writes a folder of its own, and the first rename wins.
 

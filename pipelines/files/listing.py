@@ -1,103 +1,148 @@
-"""Candidate files of a folder or of a list file, before any of them is opened. Columns, not one object a file.
+"""List the candidate images of a folder or of a list file, without opening them.
 
-DALI's directory reader gives hidden and empty folders a label and ignores nested files, so the walk is our own.
+DALI's directory reader gives hidden and empty folders a label and ignores nested files, so the walk is our
+own.
 """
 
 from __future__ import annotations
 
 import os
 import re
-import stat
 import time
-from array import array
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.files.paths import Paths
+from pipelines.checks.decode_one import Fault, fault_in_stat, fault_of
 from pipelines.spec import DataError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 LAYOUT = "data.root must hold train/<class>/*.jpg and val/<class>/*.jpg"
 _ENCODED_EXTENSIONS = tuple(extension.encode() for extension in EXTENSIONS)
 _LIST_LINE = re.compile(rf"(.+(?:{'|'.join(map(re.escape, EXTENSIONS))}))\s*[,\s]\s*(.+)", re.IGNORECASE)
-
-
 _INT64_MASK = 2**63 - 1  # some file systems use all 64 bits of an inode number
 
+Ints = NDArray[np.int64]
 FolderState = tuple[int, int, int, int]
+FileState = tuple[int, int, Fault | None]
+# Yields (path, label) of the files below a folder, and fills the states of the folders.
+Entries = Callable[[bytes, dict[bytes, FolderState]], Iterator[tuple[bytes, int]]]
 
 
-class Folders(NamedTuple):
-    """The folders that hold the files. To add, remove or rename a file changes the state of its folder."""
+@dataclass(frozen=True, eq=False)
+class Paths:
+    """Relative paths as one array, because 1.28 million Python strings are heavy and slow to pickle."""
 
-    paths: Paths  # relative to root
-    states: NDArray[np.int64]  # (F, 4) of `folder_state`, from before their entries were read
+    encoded: NDArray[np.bytes_]  # (N,) in the file system's encoding
+
+    @staticmethod
+    def of(paths: Iterable[str]) -> Paths:
+        return Paths(np.array([os.fsencode(path) for path in paths], np.bytes_))
+
+    @staticmethod
+    def split(buffer: NDArray[np.uint8], offsets: Ints) -> Paths:
+        """Return the paths in a buffer of `joined`."""
+        lengths = np.diff(offsets)[:, None]
+        padded = np.zeros((len(lengths), lengths.max(initial=1)), np.uint8)
+        padded[np.arange(padded.shape[1]) < lengths] = buffer
+        return Paths(padded.view(f"S{padded.shape[1]}")[:, 0])
+
+    def __len__(self) -> int:
+        return len(self.encoded)
+
+    def __getitem__(self, index: int) -> str:
+        return os.fsdecode(self.encoded[index])
+
+    def __iter__(self) -> Iterator[str]:
+        return map(os.fsdecode, self.encoded)
+
+    def select(self, indices: Ints) -> Paths:
+        """Return the paths at `indices`, in their order."""
+        return Paths(self.encoded[indices])
+
+    def find(self, wanted: Paths) -> Ints:
+        """Return where each of `wanted` is in here, (len(wanted),); -1 where it is not."""
+        order = np.argsort(self.encoded, kind="stable")
+        rank = np.searchsorted(self.encoded, wanted.encoded, sorter=order)
+        places = order[np.minimum(rank, len(self) - 1)]
+        return np.where(self.encoded[places] == wanted.encoded, places, -1)
+
+    def joined(self) -> tuple[NDArray[np.uint8], Ints]:
+        """Return the bytes of all paths in one buffer; path i is `buffer[offsets[i] : offsets[i + 1]]`."""
+        flat = self.encoded.view(np.uint8)
+        return flat[flat != 0], np.cumsum(np.append(0, np.char.str_len(self.encoded)))
 
 
 @dataclass(frozen=True, eq=False)
 class Listing:
-    """Files that look like images. What is known to be unusable without opening it is in `bad`, by place."""
+    """Files that look like images."""
 
     root: Path
     paths: Paths  # relative to root
-    labels: NDArray[np.int64]  # (N,)
-    size_bytes: NDArray[np.int64]  # (N,)
-    mtime_ns: NDArray[np.int64]  # (N,)
+    labels: Ints  # (N,)
+    size_bytes: Ints  # (N,)
+    mtime_ns: Ints  # (N,)
     class_names: tuple[str, ...]
-    bad: dict[int, str]
-    folders: Folders
-    began_ns: int  # this host's clock before the first look at a folder
+    faults: dict[int, Fault]  # by place, of files that are known to be unusable without opening them
+    folders: Paths  # of the files, relative to root
+    folder_states: Ints  # (F, 4) of `folder_state`, from before their entries were read
+    began_ns: int  # this host's clock before the first folder was read
 
     def __len__(self) -> int:
         return len(self.labels)
 
+    def encoded_path(self, path: bytes) -> bytes:
+        """Return a path relative to the root as one that can be opened."""
+        return os.path.join(os.fsencode(self.root), path)
+
 
 def list_folder(root: Path) -> Listing:
-    """Images below `root/<class>/`, by class, then by the bytes of their path; the classes are the folders found."""
-    _check_root(root)
-    columns = _Columns()
-    start = os.fsencode(os.path.join(root, ""))
-    columns.folders[b""] = folder_state(start)
-    found = sorted(
-        entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith(".")
-    )
-    if not found:
-        raise DataError(f"{root}: no class folders; {LAYOUT}")
-    visited: set[tuple[int, int]] = set()
-    for label, name in enumerate(found):
-        for path, size_bytes, mtime_ns, reason in sorted(
-            _walk(start, os.fsencode(name), visited, columns.folders)
-        ):
-            columns.add(path, label, size_bytes, mtime_ns, reason)
-    return columns.listing(root, tuple(found))
+    """List the images below `root/<class>/`, by class, then by the bytes of their path.
+
+    Raises DataError when there is no such folder, no class or no image.
+    """
+    names: list[str] = []
+
+    def entries(start: bytes, folders: dict[bytes, FolderState]) -> Iterator[tuple[bytes, int]]:
+        folders[b""] = folder_state(start)
+        names.extend(sorted(e.name for e in os.scandir(root) if e.is_dir() and not e.name.startswith(".")))
+        if not names:
+            raise DataError(f"{root}: no class folders; {LAYOUT}")
+        visited: set[tuple[int, int]] = set()
+        for label, name in enumerate(names):
+            for path in sorted(_walk(start, os.fsencode(name), visited, folders)):
+                yield path, label
+
+    return _look_at(root, entries, names)
 
 
 def list_file(path: Path, root: Path) -> Listing:
-    """The images that `path` names, in its order; the classes are its labels, in order of their appearance."""
-    _check_root(root)
-    columns = _Columns()
+    """List the images that `path` names, in its order; classes are its labels, in order of appearance.
+
+    Raises DataError when there is no such folder or file, no image, or a line that cannot be read.
+    """
     place: dict[str, int] = {}
-    start = os.fsencode(os.path.join(root, ""))
-    for _, name, label in _read_list(path):
-        encoded = os.fsencode(name)
-        folder = os.path.dirname(encoded)
-        if folder not in columns.folders:
-            columns.folders[folder] = folder_state(start + folder)
-        columns.add(encoded, place.setdefault(label, len(place)), *file_state(start + encoded))
-    if not place:
-        raise DataError(f"{path}: names no images")
-    return columns.listing(root, tuple(place))
+
+    def entries(start: bytes, folders: dict[bytes, FolderState]) -> Iterator[tuple[bytes, int]]:
+        for _, name, label in _read_list(path):
+            encoded = os.fsencode(name)
+            folder = os.path.dirname(encoded)
+            if folder not in folders:
+                folders[folder] = folder_state(start + folder)
+            yield encoded, place.setdefault(label, len(place))
+        if not place:
+            raise DataError(f"{path}: names no images")
+
+    return _look_at(root, entries, place)
 
 
 def classes_of_folder(listing: Listing, class_names: Sequence[str] | None) -> Listing:
-    """The same files with places in `class_names` as labels; None takes the folders' names.
+    """Return the same files with places in `class_names` as labels; None takes the folders' names.
 
-    Raises DataError for a folder that is no class of `class_names`, and, if these are None, for an empty one.
+    Raises DataError for a folder that is no class of `class_names`, or, without these, for an empty one.
     """
     found, root = listing.class_names, listing.root
     names = found if class_names is None else tuple(class_names)
@@ -116,9 +161,9 @@ def classes_of_folder(listing: Listing, class_names: Sequence[str] | None) -> Li
 
 
 def classes_of_list(listing: Listing, path: Path, class_names: Sequence[str] | None) -> Listing:
-    """The same files with places in `class_names` as labels; None takes 0 to the largest number, or the names sorted.
+    """Return the same files with places in `class_names` as labels; None takes all numbers or names found.
 
-    Raises DataError for a label that is neither one of `class_names` nor the number of one, with its line in `path`.
+    Raises DataError for a label that is neither one of `class_names` nor the number of one, with its line.
     """
     found = listing.class_names
     names = tuple(class_names) if class_names is not None else _names_of(found)
@@ -131,15 +176,10 @@ def classes_of_list(listing: Listing, path: Path, class_names: Sequence[str] | N
     return _relabelled(listing, classes, names)
 
 
-def _relabelled(listing: Listing, classes: list[int], names: tuple[str, ...]) -> Listing:
-    return replace(listing, labels=np.array(classes, np.int64)[listing.labels], class_names=names)
-
-
 def folder_state(path: bytes) -> FolderState:
-    """What changes with the entries of a folder: inode, size, mtime, ctime; -1 for a folder that is not there.
+    """Return what changes with a folder's entries: inode, size, mtime, ctime; all -1 for a missing folder.
 
-    The time of modification alone is set back by rsync and tar, and is the same for all folders of some read-only
-    images.
+    The time of modification alone is not enough: rsync and tar set it back, and it may be all the same.
     """
     try:
         info = os.stat(path)
@@ -148,64 +188,58 @@ def folder_state(path: bytes) -> FolderState:
     return info.st_ino & _INT64_MASK, info.st_size, info.st_mtime_ns, info.st_ctime_ns
 
 
-def file_state(path: bytes) -> tuple[int, int, str]:
-    """Size in bytes, time of modification, and why the file cannot be used without opening it, or ""."""
+def file_state(path: bytes) -> FileState:
+    """Return size in bytes, time of modification, and the fault that shows without opening the file."""
     try:
         info = os.stat(path)
     except OSError as error:
-        return 0, 0, f"cannot be opened: {error.strerror}"
-    if not stat.S_ISREG(info.st_mode):
-        return 0, 0, "not a file"
-    return info.st_size, info.st_mtime_ns, "" if info.st_size else "empty file"
+        return 0, 0, fault_of(error)
+    return info.st_size, info.st_mtime_ns, fault_in_stat(info)
 
 
-@dataclass
-class _Columns:
-    """A listing while it grows."""
-
-    began_ns: int = field(default_factory=time.time_ns)
-    folders: dict[bytes, FolderState] = field(default_factory=dict)
-    buffer: bytearray = field(default_factory=bytearray)
-    ends: array[int] = field(default_factory=lambda: array("q", [0]))
-    labels: array[int] = field(default_factory=lambda: array("q"))
-    size_bytes: array[int] = field(default_factory=lambda: array("q"))
-    mtime_ns: array[int] = field(default_factory=lambda: array("q"))
-    bad: dict[int, str] = field(default_factory=dict)
-
-    def add(self, path: bytes, label: int, size_bytes: int, mtime_ns: int, reason: str) -> None:
-        if reason:
-            self.bad[len(self.labels)] = reason
-        self.buffer += path
-        self.ends.append(len(self.buffer))
-        self.labels.append(label)
-        self.size_bytes.append(size_bytes)
-        self.mtime_ns.append(mtime_ns)
-
-    def listing(self, root: Path, class_names: tuple[str, ...]) -> Listing:
-        if not self.labels:
-            raise DataError(f"{root}: no images; {LAYOUT}")
-        paths = Paths(np.frombuffer(self.buffer, np.uint8), np.frombuffer(self.ends, np.int64))
-        labels, size_bytes, mtime_ns = (
-            np.frombuffer(column, np.int64) for column in (self.labels, self.size_bytes, self.mtime_ns)
-        )
-        folders = Folders(
-            Paths.of(map(os.fsdecode, self.folders)),
-            np.array(list(self.folders.values()), np.int64).reshape(-1, 4),
-        )
-        return Listing(
-            root, paths, labels, size_bytes, mtime_ns, class_names, self.bad, folders, self.began_ns
-        )
-
-
-def _check_root(root: Path) -> None:
+def _look_at(root: Path, entries: Entries, classes: Iterable[str]) -> Listing:
+    """Return the listing of `entries(start, folders)`, which fills `folders` and `classes` as it is read."""
     if not root.is_dir():
         raise DataError(f"{root}: no such folder; {LAYOUT}")
+    began_ns, start = time.time_ns(), os.fsencode(os.path.join(root, ""))
+    folders: dict[bytes, FolderState] = {}
+    paths: list[bytes] = []
+    faults: dict[int, Fault] = {}
+
+    def rows() -> Iterator[tuple[int, int, int]]:
+        for path, label in entries(start, folders):
+            size_bytes, mtime_ns, fault = file_state(start + path)
+            if fault:
+                faults[len(paths)] = fault
+            paths.append(path)
+            yield label, size_bytes, mtime_ns
+
+    # Straight into an array: a million tuples would take more memory than all the rest.
+    labels, size_bytes, mtime_ns = np.fromiter(rows(), np.dtype((np.int64, 3))).T.copy()
+    if not paths:
+        raise DataError(f"{root}: no images; {LAYOUT}")
+    return Listing(
+        root=root,
+        paths=Paths(np.array(paths, np.bytes_)),
+        labels=labels,
+        size_bytes=size_bytes,
+        mtime_ns=mtime_ns,
+        class_names=tuple(classes),
+        faults=faults,
+        folders=Paths(np.array(list(folders), np.bytes_)),
+        folder_states=np.array(list(folders.values()), np.int64),
+        began_ns=began_ns,
+    )
+
+
+def _relabelled(listing: Listing, classes: list[int], names: tuple[str, ...]) -> Listing:
+    return replace(listing, labels=np.array(classes, np.int64)[listing.labels], class_names=names)
 
 
 def _walk(
     start: bytes, folder: bytes, visited: set[tuple[int, int]], folders: dict[bytes, FolderState]
-) -> Iterator[tuple[bytes, int, int, str]]:
-    """(path, size, time of change, why it cannot be used) of the images below `start + folder`."""
+) -> Iterator[bytes]:
+    """Yield the paths of the images below `start + folder`."""
     folders[folder] = folder_state(start + folder)
     info = os.stat(start + folder)
     if (info.st_dev, info.st_ino) in visited:  # a link back up, or a second link to the same folder
@@ -217,12 +251,13 @@ def _walk(
                 continue
             path = folder + b"/" + entry.name
             if entry.name.lower().endswith(_ENCODED_EXTENSIONS):
-                yield path, *file_state(start + path)
+                yield path
             elif entry.is_dir():
                 yield from _walk(start, path, visited, folders)
 
 
 def _read_list(path: Path) -> Iterator[tuple[int, str, str]]:
+    """Yield line number, path and label of every image."""
     try:
         with path.open(encoding="utf-8-sig") as lines:
             for number, raw in enumerate(lines, start=1):

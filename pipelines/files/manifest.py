@@ -1,7 +1,7 @@
-"""Which images there are, of which class and of which size: found once by our own walk, never by DALI's.
+"""List the usable images of a split, with class and size: found by our own walk, never by DALI's.
 
-DALI reports a broken file by ending the run. Here every file's header is read beforehand, and what cannot be trained on
-is left out and named.
+DALI answers a broken file by ending the run. Here every file's header is read beforehand, and a file that
+cannot be used is left out and named.
 """
 
 from __future__ import annotations
@@ -9,39 +9,40 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.checks.bad_list import read_lists, user_cache
-from pipelines.files import shards
+from pipelines.atomic import replacing
+from pipelines.checks.bad_list import BadFile, read_lists, user_cache
 from pipelines.files.headers import Scan
-from pipelines.files.listing import Listing, classes_of_folder, classes_of_list, list_file, list_folder
-from pipelines.files.paths import Paths
-from pipelines.files.scan_cache import list_digest, remembered
-from pipelines.files.shards import Slices
+from pipelines.files.listing import (
+    Listing,
+    Paths,
+    classes_of_folder,
+    classes_of_list,
+    list_file,
+    list_folder,
+)
+from pipelines.files.scan_cache import cached_scan, list_digest
+from pipelines.files.shards import INDEX, Slices
 from pipelines.plan import sample_keys
 from pipelines.spec import MAX_BAD_FRACTION, DataError
 
 _SUBSET_DOMAIN = 3  # keeps the choice of a subset apart from the plan's uses of the same seed
 
 
-class BadFile(NamedTuple):
-    """A file that was left out."""
-
-    path: str
-    reason: str
-
-
 @dataclass(frozen=True, eq=False)
 class Manifest:
-    """The usable images of one split, in a fixed order: by class, then by path (a list file keeps its own order)."""
+    """The usable images of one split, by class, then by path; a list file keeps its own order."""
 
     root: Path
     paths: Paths  # relative to root
@@ -58,24 +59,23 @@ class Manifest:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of paths, labels, sizes and class names, and of packed shards: two runs with equal fingerprints saw
-        the same samples."""
+        """SHA-256 of paths, labels, sizes, class names and shards: if it is equal, so are the samples."""
         digest = hashlib.sha256("\0".join(self.class_names).encode("utf-8", "surrogateescape"))
-        for array in (self.paths.buffer, self.paths.offsets, self.labels, self.heights, self.widths):
+        for array in (*self.paths.joined(), self.labels, self.heights, self.widths):
             digest.update(array.data)
         if self.packed is not None:
             digest.update(self.packed.digest.encode())
         return digest.hexdigest()
 
     def file(self, index: int) -> str:
-        """The path of one image; in packed shards `<shard>:<path in the source>`, a name that cannot be opened."""
+        """Return the path of one image; in packed shards `<shard>:<path in the source>`, for people."""
         if self.packed is not None:
-            return f"{self.root / self.packed.shard_names[self.packed.shards[index]]}:{self.paths[index]}"
+            return f"{self.packed.shard_path(self.packed.shards[index])}:{self.paths[index]}"
         return os.path.join(self.root, self.paths[index])
 
     @contextmanager
     def files(self, indices: Sequence[int]) -> Iterator[list[str]]:
-        """Paths that can be opened; those of packed images are copies that last as long as the context."""
+        """Yield paths that can be opened; those of packed images are copies for as long as the context."""
         if self.packed is None:
             yield [self.file(index) for index in indices]
             return
@@ -85,7 +85,7 @@ class Manifest:
             yield [os.path.join(folder, str(index)) for index in indices]
 
     def fraction(self, fraction: float, seed: int) -> Manifest:
-        """A fixed subset with `fraction` of every class (at least one image), by a hash of (seed, index)."""
+        """Return `fraction` of every class, at least one image, chosen by a hash of (seed, index)."""
         if not 0 < fraction <= 1:
             raise ValueError(f"fraction {fraction} is not in (0, 1]")
         keys = sample_keys(seed, _SUBSET_DOMAIN, np.arange(len(self)))
@@ -96,16 +96,11 @@ class Manifest:
         return self.select(np.sort(by_class[place < wanted]))
 
     def select(self, indices: NDArray[np.int64]) -> Manifest:
-        """The images at `indices`, in their order; they get new indices, and so other draws."""
-        return replace(
-            self,
-            paths=self.paths.select(indices),
-            labels=self.labels[indices],
-            heights=self.heights[indices],
-            widths=self.widths[indices],
-            size_bytes=self.size_bytes[indices],
-            packed=self.packed and self.packed.select(indices),
-        )
+        """Return the images at `indices`, in their order; they get new indices, and so other draws."""
+        columns = ("labels", "heights", "widths", "size_bytes")
+        arrays = {name: getattr(self, name)[indices] for name in columns}
+        packed = self.packed and self.packed.select(indices)
+        return replace(self, paths=self.paths.select(indices), packed=packed, **arrays)
 
     @staticmethod
     def from_folder(
@@ -117,29 +112,25 @@ class Manifest:
         threads: int | None = None,
         refresh: bool = False,
     ) -> Manifest:
-        """Images below `root/<class>/`, at any depth; hidden files and folders are skipped, links are followed once.
+        """Read the images below `root/<class>/`, at any depth, without hidden ones; links are followed once.
+
+        Raises DataError without a folder, classes or images, for a class that training does not know, and
+        for too many bad files.
 
         Args:
-            root: the folder of one split.
-            class_names: those of the training split, for a validation split; None takes the folders' names, sorted.
-            cache_dir: where the list of images and their sizes are remembered; None is `$XDG_CACHE_HOME/cmtrain`.
-            max_bad_fraction: more unusable files than this fraction are an error, fewer are left out (`bad`).
+            root: folder of one split.
+            class_names: classes of the training split, for a validation split; None takes the folders'
+                names, sorted.
+            cache_dir: folder for the cached list of images and sizes; None is `$XDG_CACHE_HOME/cmtrain`.
+            max_bad_fraction: largest share of unusable files; they are left out (`bad`).
             threads: readers of file headers; None is four per core.
-            refresh: look at every file, whatever is remembered (see `scan_cache` for what is used otherwise).
-
-        Raises:
-            DataError: no such folder, no classes, an empty class, a class that training does not know, too many bad
-                files.
+            refresh: whether to look at every file, whatever is cached (see `scan_cache`).
         """
         folder, cache = Path(root).absolute(), Path(cache_dir or user_cache())
-
-        def look() -> Listing:
-            listing = list_folder(folder)
-            classes_of_folder(listing, class_names)  # a wrong class is told before all headers are read
-            return listing
-
-        found = remembered(look, f"{folder}", content="", cache_dir=cache, threads=threads, refresh=refresh)
-        return _manifest(found, classes_of_folder(found.listing, class_names), max_bad_fraction)
+        relabel = partial(classes_of_folder, class_names=class_names)
+        list_files = partial(_checked, partial(list_folder, folder), relabel)
+        found = cached_scan(list_files, f"{folder}", "", cache, threads, refresh)
+        return _manifest(found, relabel(found.listing), max_bad_fraction)
 
     @staticmethod
     def from_list(
@@ -152,83 +143,124 @@ class Manifest:
         threads: int | None = None,
         refresh: bool = False,
     ) -> Manifest:
-        """Images named in a text file, one `path,label` or `path label` a line, paths relative to `root`.
+        """Read the images named in a text file, one `path,label` or `path label` per line, below `root`.
 
-        Labels are whole numbers or class names. Empty lines and lines that begin with # are skipped. Other arguments
-        as for `from_folder`.
-
-        Raises:
-            DataError: no such file or folder, a line that cannot be read, a label that training does not know, too
-                many bad files.
+        Labels are whole numbers or class names. Empty lines and lines that begin with # are skipped. Other
+        arguments as for `from_folder`. Raises DataError as it does, and for a line that cannot be read.
         """
         file, folder, cache = Path(path).absolute(), Path(root).absolute(), Path(cache_dir or user_cache())
-
-        def look() -> Listing:
-            listing = list_file(file, folder)
-            classes_of_list(listing, file, class_names)
-            return listing
-
-        content = list_digest(file)
-        found = remembered(
-            look, f"{folder}\0{file}", content=content, cache_dir=cache, threads=threads, refresh=refresh
-        )
-        return _manifest(found, classes_of_list(found.listing, file, class_names), max_bad_fraction)
+        relabel = partial(classes_of_list, path=file, class_names=class_names)
+        list_files = partial(_checked, partial(list_file, file, folder), relabel)
+        found = cached_scan(list_files, f"{folder}\0{file}", list_digest(file), cache, threads, refresh)
+        return _manifest(found, relabel(found.listing), max_bad_fraction)
 
     @staticmethod
     def from_shards(folder: Path | str, *, class_names: Sequence[str] | None = None) -> Manifest:
-        """The images of a packed split, in the order of the manifest that it was packed from.
+        """Read a packed split; its images are in the order of the manifest that it was packed from.
 
-        Raises:
-            DataError: no index or a damaged one, a shard that is missing or has another size, a class that training
-                does not know.
+        Raises DataError as `read_index`, and for a class that training does not know.
         """
-        index = shards.read_index(Path(folder).absolute())
-        return Manifest(
-            root=index.slices.folder,
-            paths=index.paths,
-            labels=index.labels if class_names is None else shards.relabel(index, class_names),
-            heights=index.heights,
-            widths=index.widths,
-            size_bytes=index.slices.size_bytes,
-            class_names=index.class_names if class_names is None else tuple(class_names),
-            bad=tuple(BadFile(path, reason) for path, reason in index.bad),
-            packed=index.slices,
+        _, packed = read_index(Path(folder).absolute())
+        if class_names is None:
+            return packed
+        place = {name: number for number, name in enumerate(class_names)}
+        unknown = [name for name in packed.class_names if name not in place]
+        if unknown:
+            what = f"not one of the {len(class_names)} training classes ({len(unknown)} such)"
+            raise DataError(f"{packed.root}: {unknown[0]} is {what}")
+        labels = np.array([place[name] for name in packed.class_names], np.int64)[packed.labels]
+        return replace(packed, labels=labels, class_names=tuple(class_names))
+
+
+def write_index(packed: Manifest, recipe: str) -> None:
+    """Put the index of a packed split beside its shards, whole or not at all. Raises OSError.
+
+    Args:
+        recipe: how and from what it was packed.
+    """
+    assert packed.packed is not None
+    slices, (path_buffer, path_offsets) = packed.packed, packed.paths.joined()
+    with replacing(packed.root / INDEX) as file:
+        np.savez(
+            file,
+            recipe=np.array(recipe),
+            path_buffer=path_buffer,
+            path_offsets=path_offsets,
+            labels=packed.labels,
+            heights=packed.heights,
+            widths=packed.widths,
+            class_names=np.array(packed.class_names, np.str_),
+            bad=np.array(packed.bad, np.str_).reshape(-1, 3),
+            shard_names=np.array(slices.shard_names, np.str_),
+            shard_bytes=slices.shard_bytes,
+            shard_sha256=np.array(slices.shard_sha256, np.str_),
+            shards=slices.shards,
+            offsets=slices.offsets,
+            size_bytes=slices.size_bytes,
+            checksums=slices.checksums,
         )
+
+
+def read_index(folder: Path) -> tuple[str, Manifest]:
+    """Return the recipe and the manifest of a packed split.
+
+    Raises DataError when the index cannot be read, or a shard is missing or has another size.
+    """
+    try:
+        with (folder / INDEX).open("rb") as file, np.load(file, allow_pickle=False) as data:
+            columns: dict[str, Any] = dict(data)
+        recipe, bad = str(columns.pop("recipe")), columns.pop("bad").tolist()
+        paths = Paths.split(columns.pop("path_buffer"), columns.pop("path_offsets"))
+        columns |= {
+            name: tuple(columns[name].tolist()) for name in ("class_names", "shard_names", "shard_sha256")
+        }
+        image = {name: columns.pop(name) for name in ("labels", "heights", "widths", "class_names")}
+        slices = Slices(folder, **columns)
+        # Older indexes have no kind: (path, reason).
+        bad_files = tuple(BadFile(row[0], row[1] if len(row) == 3 else "other", row[-1]) for row in bad)
+        packed = Manifest(folder, paths, **image, size_bytes=slices.size_bytes, bad=bad_files, packed=slices)
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(f"{folder / INDEX}: cannot be read ({error}); pack again") from error
+    slices.check()
+    return recipe, packed
+
+
+def _checked(list_files: Callable[[], Listing], relabel: Callable[[Listing], Listing]) -> Listing:
+    listing = list_files()
+    relabel(listing)  # reports a wrong class before all headers are read
+    return listing
 
 
 def _manifest(found: Scan, listing: Listing, max_bad_fraction: float) -> Manifest:
-    sizes, reasons = _without_listed(found)
-    if len(reasons) > max_bad_fraction * len(listing) or len(reasons) == len(listing):
-        named = "; ".join(f"{listing.paths[place]}: {reasons[place]}" for place in list(reasons)[:3])
-        raise DataError(
-            f"{listing.root}: {len(reasons)} of {len(listing)} images cannot be used, more than data.max_bad_fraction "
-            f"{max_bad_fraction:g} allows: {named}"
-        )
+    sizes, faults, paths = found.sizes, found.faults, listing.paths
+    if listed := read_lists(listing.root):  # by `cmtrain data check`; read every time, never cached
+        entries = Paths.of(listed).find(paths)
+        places = np.flatnonzero(entries >= 0)
+        sizes = sizes.copy()
+        sizes[places] = 0
+        listed_faults = list(listed.values())
+        faults = {place: listed_faults[entries[place]] for place in places.tolist()} | faults
+        faults = dict(sorted(faults.items()))
+    bad = tuple(BadFile(str(listing.root / paths[place]), *fault) for place, fault in faults.items())
+    check_num_bad(listing.root, bad, len(listing), max_bad_fraction)
     everything = Manifest(
         root=listing.root,
-        paths=listing.paths,
+        paths=paths,
         labels=listing.labels,
         heights=np.ascontiguousarray(sizes[:, 0]),
         widths=np.ascontiguousarray(sizes[:, 1]),
         size_bytes=listing.size_bytes,
         class_names=listing.class_names,
-        bad=tuple(
-            BadFile(str(listing.root / listing.paths[place]), reason) for place, reason in reasons.items()
-        ),
+        bad=bad,
     )
-    return everything.select(np.flatnonzero(sizes[:, 0])) if reasons else everything
+    return everything.select(np.flatnonzero(sizes[:, 0])) if bad else everything
 
 
-def _without_listed(found: Scan) -> tuple[NDArray[np.int32], dict[int, str]]:
-    """Sizes and reasons when what `cmtrain data check` listed is unusable, too; its list is read anew every time."""
-    listed = read_lists(found.listing.root)
-    if not listed:
-        return found.sizes, found.reasons
-    entries, reasons = Paths.of(listed).find(found.listing.paths), list(listed.values())
-    places = np.flatnonzero(entries >= 0)
-    sizes = found.sizes.copy()
-    sizes[places] = 0
-    of_listed = {
-        place: reasons[entry] for place, entry in zip(places.tolist(), entries[places].tolist(), strict=True)
-    }
-    return sizes, dict(sorted((of_listed | found.reasons).items()))
+def check_num_bad(root: Path, bad: Sequence[BadFile], num_files: int, max_bad_fraction: float) -> None:
+    """Raise DataError when more of the files below `root` are bad than allowed, or all of them."""
+    if len(bad) > max_bad_fraction * num_files or len(bad) == num_files:
+        named = "; ".join(f"{os.path.relpath(file.path, root)}: {file.reason}" for file in bad[:3])
+        raise DataError(
+            f"{root}: {len(bad)} of {num_files} images cannot be used, more than data.max_bad_fraction "
+            f"{max_bad_fraction:g} allows: {named}"
+        )

@@ -1,76 +1,76 @@
-"""What an earlier start found out about the files of a split, for as long as it holds.
+"""Cache what one start found out about the files of a split, for as long as it is valid.
 
-To look at 1.28 million files takes seconds on a local disk, and a file server feels it, from every rank at every start.
-So a scan is kept in one file, and used again while these are what they were then: the state of every folder, size and
-time of a sample of the files, and the header of every file that was unusable. docs/data.md tells what that cannot see.
+Looking at 1.28 million files takes seconds on a local disk and loads a file server, from every rank at every
+start. So a scan is kept in one file. It is valid while these are unchanged: the state of every folder, size
+and time of a sample of the files, and the header of every unusable file. docs/data.md describes which
+changes that cannot see.
 """
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import hashlib
-import os
 import sys
-import tempfile
-import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO
+from typing import Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 
+from pipelines.atomic import replacing
+from pipelines.checks.decode_one import Fault
 from pipelines.files.headers import Scan, in_threads, is_racy, read_headers, scan
-from pipelines.files.listing import Folders, Listing, file_state, folder_state
-from pipelines.files.paths import Paths
+from pipelines.files.listing import Listing, Paths, file_state, folder_state
 from pipelines.progress import LINE_SECONDS
 from pipelines.spec import DataError
 
 NUM_SAMPLED = 1024  # 1 % of files overwritten in place escape it with a probability of 0.00003
 
-_FORMAT = 1
-_POLL_SECONDS = 0.1
+_FORMAT = 2
 
 
-def remembered(
-    look: Callable[[], Listing],
+def cached_scan(
+    list_files: Callable[[], Listing],
     name: str,
-    *,
     content: str,
     cache_dir: Path,
     threads: int | None,
     refresh: bool,
 ) -> Scan:
-    """A scan of what `look` lists: an earlier one while it holds, else a new one, kept for the next start.
+    """Return the cached scan if it is still valid, else scan and cache.
 
-    Of several processes that find no scan that holds, one at a time looks; the others wait and use what it found.
+    Of several processes that find no valid scan, one at a time scans; the others wait and use what it found.
 
     Args:
-        look: lists the files.
-        name: of the split; scans of different names are kept apart.
-        content: must be as it was then.
-        cache_dir: where scans are kept; that nothing can be kept there is a warning.
-        threads: that look at files; None is four per core.
-        refresh: look at everything.
+        list_files: lists the files.
+        name: name of the split; scans of different names are kept apart.
+        content: digest of the list file, if there is one; a scan is valid for the same content only.
+        cache_dir: folder of the scans; it is a warning when none can be written there.
+        threads: number of threads that read files; None is four per core.
+        refresh: whether to look at everything again.
     """
     digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:32]
     path = cache_dir / f"files-{digest}.npz"
     kept = None if refresh else _load(path)
-    if kept and _holds(*kept, content, threads):
+    if kept and _is_valid(*kept, content, threads):
         return kept[1]
     kept = None  # it is large, and another process may write a new one while this one waits
-    with _alone(path.with_suffix(".lock")):
+    lock = _wait_for_lock(path.with_suffix(".lock"))
+    try:
         kept = None if refresh else _load(path)
-        if kept and _holds(*kept, content, threads):
+        if kept and _is_valid(*kept, content, threads):
             return kept[1]
-        found = scan(look(), threads, kept and kept[1])
+        found = scan(list_files(), threads, kept and kept[1])
         _store(path, content, found)
-    return found
+        return found
+    finally:
+        lock.release()
 
 
 def list_digest(path: Path) -> str:
-    """SHA-256 of a list of images. Raises DataError when it cannot be read."""
+    """Return the SHA-256 of a list of images. Raises DataError when it cannot be read."""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -78,65 +78,63 @@ def list_digest(path: Path) -> str:
         raise DataError(f"{path}: cannot read the list of images: {error}") from error
 
 
-def _holds(then: str, kept: Scan, content: str, threads: int | None) -> bool:
+def _is_valid(then: str, kept: Scan, content: str, threads: int | None) -> bool:
     listing = kept.listing
-    folder_times_ns = listing.folders.states[:, 2:]  # (F, 2) mtime, ctime
+    folder_times_ns = listing.folder_states[:, 2:]  # (F, 2) mtime, ctime
     if (folder_times_ns == 0).any():  # a file system that gives folders no time (s3fs issue 2048)
         return False
     if any(is_racy(times_ns, listing.began_ns).any() for times_ns in (folder_times_ns, listing.mtime_ns)):
         return False
     return (
         then == content
-        and _folders_hold(listing, threads)
-        and _files_hold(listing, threads)
-        and _reasons_hold(kept, threads)
+        and _folders_are_unchanged(listing, threads)
+        and _sample_is_unchanged(listing, threads)
+        and _faults_are_unchanged(kept, threads)
     )
 
 
-def _folders_hold(listing: Listing, threads: int | None) -> bool:
-    prefix = os.fsencode(os.path.join(listing.root, ""))
-    folders = [prefix + os.fsencode(path) for path in listing.folders.paths]
-    return np.array_equal(list(in_threads(folder_state, folders, threads)), listing.folders.states)
+def _folders_are_unchanged(listing: Listing, threads: int | None) -> bool:
+    folders = list(map(listing.encoded_path, listing.folders.encoded))
+    return np.array_equal(list(in_threads(folder_state, folders, threads)), listing.folder_states)
 
 
-def _files_hold(listing: Listing, threads: int | None) -> bool:
-    prefix = os.fsencode(os.path.join(listing.root, ""))
+def _sample_is_unchanged(listing: Listing, threads: int | None) -> bool:
     sample = np.linspace(0, len(listing) - 1, min(len(listing), NUM_SAMPLED)).astype(np.int64)
-    states = in_threads(
-        file_state, [prefix + os.fsencode(listing.paths[place]) for place in sample], threads
-    )
-    then = zip(listing.size_bytes[sample].tolist(), listing.mtime_ns[sample].tolist(), strict=True)
-    return [(size_bytes, mtime_ns) for size_bytes, mtime_ns, _ in states] == list(then)
+    files = list(map(listing.encoded_path, listing.paths.encoded[sample]))
+    then = np.stack([listing.size_bytes[sample], listing.mtime_ns[sample]], axis=1)
+    return np.array_equal([state[:2] for state in in_threads(file_state, files, threads)], then)
 
 
-def _reasons_hold(kept: Scan, threads: int | None) -> bool:
-    """What could not be used may have been repaired by a change that no time tells, as of its permissions."""
-    verdicts = read_headers(kept.listing, np.array(list(kept.reasons), np.int64), threads)
-    return [verdict.reason for verdict in verdicts] == list(kept.reasons.values())
+def _faults_are_unchanged(kept: Scan, threads: int | None) -> bool:
+    """An unusable file may have been repaired by a change that no time shows, as of its permissions."""
+    results = read_headers(kept.listing, list(kept.faults), threads)
+    return [result.fault for result in results] == list(kept.faults.values())
 
 
 def _load(path: Path) -> tuple[str, Scan] | None:
-    """The content and the scan; None when there is none, or one that is damaged or of another version."""
+    """Return content and scan; None when there is none, or one that is damaged or of another version."""
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as data:
-            columns = dict(data)  # checks a CRC-32 of each
+            columns: dict[str, Any] = dict(data)  # checks a CRC-32 of each
         if columns["format"] != _FORMAT:
             return None
         listing = Listing(
             root=Path(str(columns["root"])),
-            paths=Paths(columns["path_buffer"], columns["path_offsets"]),
+            paths=Paths(columns["paths"]),
             labels=columns["labels"],
             size_bytes=columns["size_bytes"],
             mtime_ns=columns["mtime_ns"],
             class_names=tuple(columns["class_names"].tolist()),
-            bad={},  # among the reasons of the scan
-            folders=Folders(
-                Paths(columns["folder_buffer"], columns["folder_offsets"]), columns["folder_states"]
-            ),
+            faults={},  # among those of the scan
+            folders=Paths(columns["folders"]),
+            folder_states=columns["folder_states"],
             began_ns=int(columns["began_ns"]),
         )
-        reasons = dict(zip(columns["bad_places"].tolist(), columns["bad_reasons"].tolist(), strict=True))
-        return str(columns["content"]), Scan(listing, columns["sizes"], reasons)
+        faults = map(Fault._make, columns["faults"].tolist())
+        places = columns["fault_places"].tolist()
+        return str(columns["content"]), Scan(
+            listing, columns["sizes"], dict(zip(places, faults, strict=True))
+        )
     except Exception:  # zipfile and numpy raise almost anything on damaged bytes
         return None
 
@@ -144,60 +142,37 @@ def _load(path: Path) -> tuple[str, Scan] | None:
 def _store(path: Path, content: str, found: Scan) -> None:
     listing = found.listing
     try:
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".files-") as folder:
-            partial = Path(folder, path.name)
+        with replacing(path) as file:
             np.savez(
-                partial,
+                file,
                 format=np.array(_FORMAT),
                 content=np.array(content),
                 root=np.array(str(listing.root)),
-                path_buffer=listing.paths.buffer,
-                path_offsets=listing.paths.offsets,
+                paths=listing.paths.encoded,
                 labels=listing.labels,
                 size_bytes=listing.size_bytes,
                 mtime_ns=listing.mtime_ns,
                 class_names=np.array(listing.class_names, np.str_),
-                folder_buffer=listing.folders.paths.buffer,
-                folder_offsets=listing.folders.paths.offsets,
-                folder_states=listing.folders.states,
+                folders=listing.folders.encoded,
+                folder_states=listing.folder_states,
                 began_ns=np.array(listing.began_ns),
                 sizes=found.sizes,
-                bad_places=np.array(list(found.reasons), np.int64),
-                bad_reasons=np.array(list(found.reasons.values()), np.str_),
+                fault_places=np.array(list(found.faults), np.int64),
+                faults=np.array(list(found.faults.values()), np.str_).reshape(-1, 2),
             )
-            partial.replace(path)
     except OSError as error:
-        warnings.warn(
-            f"the list of images is not cached: {error}; set data.cache_dir to a writable folder",
-            stacklevel=2,
-        )
+        advice = "set data.cache_dir to a writable folder"
+        warnings.warn(f"the list of images is not cached: {error}; {advice}", stacklevel=2)
 
 
-@contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Waits until no other process is in here, on this host or, if the file system of `path` can do it, on any."""
-    try:
+def _wait_for_lock(path: Path) -> FileLock:
+    """Hold the lock, once no process of this host, or of any host if the file system can, has it."""
+    lock = FileLock(path, fallback_to_soft=False)
+    with contextlib.suppress(OSError):  # no file can be locked there, so every process scans for itself
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("ab")
-    except OSError:  # nothing can be kept there, so there is nothing to wait for
-        yield
-        return
-    with file:
-        _lock(file)
-        yield
-
-
-def _lock(file: IO[bytes]) -> None:
-    tell_at = time.monotonic() + LINE_SECONDS
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            time.sleep(_POLL_SECONDS)
-        except OSError:  # a file system without locks: every process looks for itself
-            return
-        else:
-            return
-        if time.monotonic() > tell_at:
-            sys.stderr.write(f"waiting for the process that lists the images (it holds {file.name})\n")
-            tell_at = time.monotonic() + LINE_SECONDS
+        while not lock.is_locked:
+            try:
+                lock.acquire(timeout=LINE_SECONDS)
+            except Timeout:
+                sys.stderr.write(f"waiting for the process that lists the images (it holds {path})\n")
+    return lock

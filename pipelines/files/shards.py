@@ -1,28 +1,24 @@
-"""Packed shards: many images in few tar files, read at random through one index.
+"""Read packed shards: many images in few tar files, at random, through one index.
 
-A packed split is a folder of `shard-000000.tar`, ... and `index.npz`. The shards are plain tar files in webdataset's
-layout (`00000042.jpg`, then `00000042.cls` with the label). The index holds what a manifest holds, and where in which
-shard every image is, so the order of an epoch stays the plan's: no shuffle buffer, no sequential pass. It is written
-last: a folder without it is not a data set.
+A packed split is a folder of `shard-000000.tar`, ... and `index.npz`. The shards are plain tar files in
+webdataset's layout (`00000042.jpg`, then `00000042.cls` with the label). The index holds what a manifest
+holds, and where in which shard every image is, so the order of an epoch stays the plan's: no shuffle buffer,
+no sequential pass. It is written last: a folder without it is not a data set.
 """
 
 from __future__ import annotations
 
 import hashlib
 import mmap
-import os
-import zipfile
 import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.files.paths import Paths
+from pipelines.files.listing import Paths
 from pipelines.progress import tracked
 from pipelines.spec import DataError
 
@@ -42,6 +38,16 @@ class Slices:
     size_bytes: NDArray[np.int64]  # (N,)
     checksums: NDArray[np.uint32]  # (N,) CRC-32
 
+    def check(self) -> None:
+        """Raise DataError when a shard is missing or not as long as the index records."""
+        for number, size in enumerate(self.shard_bytes):
+            path = self.shard_path(number)
+            if not path.is_file():
+                raise DataError(f"{path}: missing, but {INDEX} names it; copy it again or pack again")
+            if path.stat().st_size != size:
+                what = f"{path.stat().st_size} bytes, not the {size} of {INDEX}"
+                raise DataError(f"{path}: {what}; copy it or pack again")
+
     @cached_property
     def digest(self) -> str:
         """SHA-256 over the contents of all shards and over where the images are in them."""
@@ -51,17 +57,15 @@ class Slices:
         return digest.hexdigest()
 
     def select(self, indices: NDArray[np.int64]) -> Slices:
-        return replace(
-            self,
-            shards=self.shards[indices],
-            offsets=self.offsets[indices],
-            size_bytes=self.size_bytes[indices],
-            checksums=self.checksums[indices],
-        )
+        columns = ("shards", "offsets", "size_bytes", "checksums")
+        return replace(self, **{name: getattr(self, name)[indices] for name in columns})
+
+    def shard_path(self, number: int) -> Path:
+        return self.folder / self.shard_names[number]
 
     def read(self, index: int) -> bytes:
-        """The encoded bytes of one image. Raises OSError as `open` does."""
-        with open(self.folder / self.shard_names[self.shards[index]], "rb") as file:
+        """Return the encoded bytes of one image. Raises OSError as `open` does."""
+        with self.shard_path(self.shards[index]).open("rb") as file:
             file.seek(self.offsets[index])
             return file.read(self.size_bytes[index])
 
@@ -69,9 +73,9 @@ class Slices:
 class SliceReader:
     """Encoded images as views of memory maps. A shard is mapped when it is first read from.
 
-    Python's share of a batch of 512 is 1.1 ms at 37 KB an image and 2.0 ms at 114 KB (page cache); reading 512 files of
-    114 KB into arrays takes 53 ms. Like every map, one that is cut short under it ends the process; the packer only
-    ever replaces whole files, which leaves a map as it was.
+    Python's share of a batch of 512 is 1.1 ms at 37 KB an image and 2.0 ms at 114 KB (page cache); reading
+    512 files of 114 KB into arrays takes 53 ms. Like every map, one that is cut short under it ends the
+    process; the packer only ever replaces whole files, which leaves a map as it was.
     """
 
     def __init__(self, slices: Slices) -> None:
@@ -79,7 +83,7 @@ class SliceReader:
         self._maps: list[tuple[mmap.mmap, NDArray[np.uint8]] | None] = [None] * len(slices.shard_names)
 
     def __call__(self, indices: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
-        """One (size,) view an image, valid as long as this reader. Raises OSError when a shard cannot be opened."""
+        """Return one (size,) view per image, valid as long as this reader. Raises OSError as `open` does."""
         slices, images = self._slices, []
         # Python integers all at once: numpy's, one at a time, cost more than everything else here.
         columns = (column[indices].tolist() for column in (slices.shards, slices.offsets, slices.size_bytes))
@@ -92,33 +96,18 @@ class SliceReader:
         return images
 
     def _map(self, shard: int) -> tuple[mmap.mmap, NDArray[np.uint8]]:
-        path = self._slices.folder / self._slices.shard_names[shard]
+        path, expected = self._slices.shard_path(shard), self._slices.shard_bytes[shard]
         with path.open("rb") as file:
             memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        if len(memory) != self._slices.shard_bytes[shard]:
-            raise OSError(
-                f"{path}: {len(memory)} bytes, not the {self._slices.shard_bytes[shard]} of its index"
-            )
+        if len(memory) != expected:
+            raise OSError(f"{path}: {len(memory)} bytes, not the {expected} of its index")
         memory.madvise(mmap.MADV_RANDOM)  # reading ahead would fetch neighbours that nobody asked for
         self._maps[shard] = mapped = memory, np.frombuffer(memory, np.uint8)
         return mapped
 
 
-class Index(NamedTuple):
-    """All of an index file. Heights and widths are those of the stored images."""
-
-    recipe: str  # how and from what it was packed
-    paths: Paths  # of the images in the source
-    labels: NDArray[np.int64]
-    heights: NDArray[np.int32]
-    widths: NDArray[np.int32]
-    class_names: tuple[str, ...]
-    bad: tuple[tuple[str, str], ...]  # (path, reason) of what was left out
-    slices: Slices
-
-
 def is_packed(folder: Path) -> bool:
-    """Whether `folder` is a packed split. Raises DataError when it is one that was not finished."""
+    """Return whether `folder` is a packed split. Raises DataError when it is one that was not finished."""
     if (folder / INDEX).is_file():
         return True
     if next(folder.glob("shard-*.tar"), None) is not None:
@@ -128,111 +117,21 @@ def is_packed(folder: Path) -> bool:
     return False
 
 
-def write_index(index: Index) -> None:
-    """Puts the index beside the shards, whole or not at all. Raises OSError."""
-    slices = index.slices
-    partial = slices.folder / f".{INDEX}.tmp"
-    with partial.open("wb") as file:
-        np.savez(
-            file,
-            recipe=np.array(index.recipe),
-            path_buffer=index.paths.buffer,
-            path_offsets=index.paths.offsets,
-            labels=index.labels,
-            heights=index.heights,
-            widths=index.widths,
-            class_names=np.array(index.class_names, np.str_),
-            bad=np.array(index.bad, np.str_).reshape(-1, 2),
-            shard_names=np.array(slices.shard_names, np.str_),
-            shard_bytes=slices.shard_bytes,
-            shard_sha256=np.array(slices.shard_sha256, np.str_),
-            shards=slices.shards,
-            offsets=slices.offsets,
-            size_bytes=slices.size_bytes,
-            checksums=slices.checksums,
-        )
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(slices.folder / INDEX)
-
-
-def read_index(folder: Path) -> Index:
-    """Reads an index and checks that the shards are there and as long as it says.
-
-    Raises:
-        DataError: the index cannot be read, or a shard is missing or has another size.
-    """
-    try:
-        with (folder / INDEX).open("rb") as file, np.load(file, allow_pickle=False) as data:
-            columns: dict[str, Any] = dict(data)
-        slices = Slices(
-            folder=folder,
-            shard_names=tuple(columns["shard_names"].tolist()),
-            shard_bytes=columns["shard_bytes"],
-            shard_sha256=tuple(columns["shard_sha256"].tolist()),
-            shards=columns["shards"],
-            offsets=columns["offsets"],
-            size_bytes=columns["size_bytes"],
-            checksums=columns["checksums"],
-        )
-        index = Index(
-            recipe=str(columns["recipe"]),
-            paths=Paths(columns["path_buffer"], columns["path_offsets"]),
-            labels=columns["labels"],
-            heights=columns["heights"],
-            widths=columns["widths"],
-            class_names=tuple(columns["class_names"].tolist()),
-            bad=tuple((path, reason) for path, reason in columns["bad"].tolist()),
-            slices=slices,
-        )
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(f"{folder / INDEX}: cannot be read ({error}); pack again") from error
-    for name, size in zip(slices.shard_names, slices.shard_bytes, strict=True):
-        path = folder / name
-        if not path.is_file():
-            raise DataError(f"{path}: missing, but {INDEX} names it; copy it again or pack again")
-        if path.stat().st_size != size:
-            raise DataError(
-                f"{path}: {path.stat().st_size} bytes, not the {size} of {INDEX}; copy it or pack again"
-            )
-    return index
-
-
-def damage(index: Index) -> list[str]:
-    """Reads every shard and compares SHA-256 of the file and CRC-32 of every image; one line for each difference.
+def damage(slices: Slices, paths: Paths) -> list[str]:
+    """Compare SHA-256 of every shard and CRC-32 of every image; return one line for each difference.
 
     Raises OSError when a shard cannot be read.
     """
-    slices, found = index.slices, []
-    for shard in tracked(
-        range(len(slices.shard_names)), f"{slices.folder}: verifying shards", len(slices.shard_names)
-    ):
-        contents = (slices.folder / slices.shard_names[shard]).read_bytes()
-        members = np.flatnonzero(slices.shards == shard)
-        differing = [
-            member
-            for member in members.tolist()
-            if _checksum(contents, slices, member) != slices.checksums[member]
-        ]
-        name = f"{slices.folder / slices.shard_names[shard]}"
-        found += [f"{name}: {index.paths[member]} has changed (CRC-32)" for member in differing]
-        if not differing and hashlib.sha256(contents).hexdigest() != slices.shard_sha256[shard]:
-            found.append(f"{name}: has changed between the images (SHA-256)")
+    found: list[str] = []
+    num_shards = len(slices.shard_names)
+    for shard in tracked(range(num_shards), f"{slices.folder}: verifying shards", num_shards):
+        path = slices.shard_path(shard)
+        contents = path.read_bytes()
+        view, num_found = memoryview(contents), len(found)
+        for member in np.flatnonzero(slices.shards == shard).tolist():
+            begin, size = int(slices.offsets[member]), int(slices.size_bytes[member])
+            if zlib.crc32(view[begin : begin + size]) != slices.checksums[member]:
+                found.append(f"{path}: {paths[member]} has changed (CRC-32)")
+        if len(found) == num_found and hashlib.sha256(contents).hexdigest() != slices.shard_sha256[shard]:
+            found.append(f"{path}: has changed between the images (SHA-256)")
     return found
-
-
-def _checksum(contents: bytes, slices: Slices, member: int) -> int:
-    begin = int(slices.offsets[member])
-    return zlib.crc32(memoryview(contents)[begin : begin + int(slices.size_bytes[member])])
-
-
-def relabel(index: Index, class_names: Sequence[str]) -> NDArray[np.int64]:
-    """The labels as places in `class_names`. Raises DataError when a class is not among them."""
-    place = {name: number for number, name in enumerate(class_names)}
-    unknown = [name for name in index.class_names if name not in place]
-    if unknown:
-        raise DataError(
-            f"{index.slices.folder}: {unknown[0]} is not one of the {len(class_names)} training classes "
-            f"({len(unknown)} such)"
-        )
-    return np.array([place[name] for name in index.class_names], np.int64)[index.labels]

@@ -1,4 +1,4 @@
-"""What a file becomes in a shard: its own bytes where possible, else a JPEG of the pixels that Pillow decodes."""
+"""Encode image files for shards: their own bytes where possible, else a JPEG of the decoded pixels."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from pipelines.checks.decode_one import FORMATS
+from pipelines.checks.decode_one import FORMATS, Fault, fault_of
 
 _BLOCK = 16  # files that a worker takes at a time
 _BLOCKS_AHEAD = 4  # of every worker: what is encoded and not yet written is in memory
@@ -24,25 +24,26 @@ _ORIENTATION = 0x0112
 
 
 class Encoded(NamedTuple):
-    """A JPEG file and its size in pixels, or why there is none."""
+    """A JPEG file and its size in pixels, or the fault of an image that cannot be used."""
 
     data: bytes
     height: int
     width: int
-    reason: str
+    fault: Fault | None
 
 
 def encode(path: str, resize_shorter: int | None, quality: int) -> Encoded:
-    """One image as a JPEG whose shorter side is at most `resize_shorter`; never enlarged. Never raises.
+    """Return one image as a JPEG whose shorter side is at most `resize_shorter`. Never raises.
 
-    Every image is decoded, so a file that is cut short is found here. A JPEG that is small enough keeps its bytes; all
-    else becomes a baseline JPEG of `quality` with full-resolution colour (4:4:4), grey if it was grey, RGB otherwise.
-    On 63 ImageNet photographs resized to 256, 4:4:4 at quality 90 is 38 KB and 2.0 levels (mean absolute error after
-    the evaluation transform at 160 px) from the original; 4:2:0 is 30 KB and 2.7, and so it is at equal bytes: 2.3
-    against 2.7 at 30 KB. Lanczos is nearest to the original (1.08 before JPEG; bicubic 1.31).
+    Every image is decoded, so a file that is cut short is found here. A JPEG that is small enough keeps its
+    bytes. Everything else becomes a baseline JPEG of `quality` with full-resolution colour (4:4:4), grey if
+    it was grey, else RGB. On 63 ImageNet photographs resized to 256, 4:4:4 at quality 90 is 38 KB and 2.0
+    levels from the original (mean absolute error after the evaluation transform at 160 px); 4:2:0 is 30 KB
+    and 2.7. At equal bytes (30 KB) it is 2.3 against 2.7. Lanczos is nearest to the original (1.08 before
+    JPEG; bicubic 1.31).
 
-    Pixels mean what they mean in the file: an EXIF orientation is not applied, as elsewhere here and in timm, and none
-    survives, so that no other reader turns some images and not others.
+    An EXIF orientation is not applied, as elsewhere here and in timm. It is removed, so that no other reader
+    turns some images and not others.
     """
     try:
         data = Path(path).read_bytes()
@@ -51,23 +52,23 @@ def encode(path: str, resize_shorter: int | None, quality: int) -> Encoded:
             shrink = resize_shorter is not None and min(width, height) > resize_shorter
             if not shrink and image.format in ("JPEG", "MPO"):
                 image.load()
-                return Encoded(_without_exif(data) if _may_rotate(image) else data, height, width, "")
+                return Encoded(_without_exif(data) if _may_rotate(image) else data, height, width, None)
             size = width, height
             if shrink:
                 assert resize_shorter is not None
                 # The longer side is truncated, as torchvision's Resize does.
                 shorter = min(width, height)
                 size = resize_shorter * width // shorter, resize_shorter * height // shorter
-                # libjpeg halves for nothing; twice the wanted size is left for the filter (MAE 1.083, without 1.082).
+                # libjpeg halves for nothing. The filter gets twice the size (MAE 1.083, without 1.082).
                 image.draft(None, (2 * size[0], 2 * size[1]))
             pixels = _grey_or_rgb(image)
     except Exception as error:  # Pillow's decoders raise almost anything on hostile bytes
-        return Encoded(b"", 0, 0, f"{type(error).__name__}: {error}")
+        return Encoded(b"", 0, 0, fault_of(error))
     if shrink:
         pixels = pixels.resize(size, Image.Resampling.LANCZOS)
     jpeg = io.BytesIO()
     pixels.save(jpeg, "JPEG", quality=quality, subsampling="4:4:4")
-    return Encoded(jpeg.getvalue(), pixels.height, pixels.width, "")
+    return Encoded(jpeg.getvalue(), pixels.height, pixels.width, None)
 
 
 def encode_all(
@@ -77,16 +78,14 @@ def encode_all(
     quality: int,
     processes: int,
 ) -> Generator[Encoded, None, None]:
-    """`encode` of the files at `places`, in their order, by `processes` processes that stay a little ahead."""
-    blocks = (places[begin : begin + _BLOCK] for begin in range(0, len(places), _BLOCK))
-    # Not forked: the program may have threads by now, and a lock that one of them holds would never be released.
-    pool = ProcessPoolExecutor(processes, get_context("spawn"), initializer=_live_and_die_with_the_parent)
+    """Yield `encode` of the files at `places`, in order, from processes that stay a little ahead."""
+    # Not forked: a lock that another thread of the program holds would never be released.
+    pool = ProcessPoolExecutor(processes, get_context("spawn"), initializer=_end_with_parent)
     ahead: deque[Future[list[Encoded]]] = deque()
     try:
-        for block in blocks:
-            ahead.append(
-                pool.submit(_encode_block, [path_of(place) for place in block], resize_shorter, quality)
-            )
+        for begin in range(0, len(places), _BLOCK):
+            paths = [path_of(place) for place in places[begin : begin + _BLOCK]]
+            ahead.append(pool.submit(_encode_block, paths, resize_shorter, quality))
             if len(ahead) > processes * _BLOCKS_AHEAD:
                 yield from ahead.popleft().result()
         while ahead:
@@ -99,7 +98,7 @@ def _encode_block(paths: list[str], resize_shorter: int | None, quality: int) ->
     return [encode(path, resize_shorter, quality) for path in paths]
 
 
-def _live_and_die_with_the_parent() -> None:
+def _end_with_parent() -> None:
     signal.signal(
         signal.SIGINT, signal.SIG_IGN
     )  # Ctrl-C reaches the whole group; the parent ends its workers
@@ -124,12 +123,12 @@ def _grey_or_rgb(image: Image.Image) -> Image.Image:
 def _may_rotate(image: Image.Image) -> bool:
     try:
         return image.getexif().get(_ORIENTATION, 1) != 1
-    except Exception:  # an EXIF block that Pillow cannot read may still tell another reader to rotate
+    except Exception:  # Pillow cannot read this EXIF block, but another reader may, and rotate
         return True
 
 
 def _without_exif(jpeg: bytes) -> bytes:
-    """The same JPEG without its EXIF segments (ITU-T T.81, B.1.1.4); the coded pixels stay as they are."""
+    """Return the JPEG without its EXIF segments (ITU-T T.81, B.1.1.4); the coded pixels stay as they are."""
     kept, at = [jpeg[:2]], 2
     while jpeg[at] == 0xFF and jpeg[at + 1] != 0xDA:  # up to the start of the scan
         if jpeg[at + 1] == 0xFF:  # padding

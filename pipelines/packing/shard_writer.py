@@ -1,30 +1,32 @@
-"""Writes the shards of one split, so that a killed run goes on where it was and ends with the same bytes.
+"""Write the shards of one split, so that a killed run resumes where it was and ends with the same bytes.
 
-A shard has its name only when it is whole and a record of it is on the disk. The record says what is in it and its
-SHA-256, so that a later run can keep it. All records together become the index, which is written last.
+A shard has its name only when it is whole and a record of it is on the disk. The record holds its contents
+and its SHA-256, so that a later run can keep it. All records together become the index, which is written
+last.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import itertools
 import json
-import os
 import tarfile
-import zipfile
 import zlib
 from collections.abc import Generator, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
-from pipelines.files.manifest import BadFile, Manifest
-from pipelines.files.shards import INDEX, Index, Slices, read_index, write_index
+from pipelines.atomic import replacing
+from pipelines.checks.bad_list import BadFile
+from pipelines.checks.decode_one import Kind
+from pipelines.files.manifest import Manifest, check_num_bad, read_index, write_index
+from pipelines.files.shards import INDEX, Slices
 from pipelines.packing.encode import Encoded, encode_all
 from pipelines.plan import sample_keys
 from pipelines.progress import tracked
@@ -35,18 +37,15 @@ _SHARD_DOMAIN = 4  # keeps the order inside shards apart from the plan's uses of
 _PLACE, _OFFSET, _SIZE, _HEIGHT, _WIDTH, _CHECKSUM = range(6)  # columns of _Record.rows
 
 
-@dataclass(frozen=True, eq=False)
-class _Record:
-    """What is in a finished shard."""
+class _Record(NamedTuple):
+    """The contents of a finished shard."""
 
     name: str
     size_bytes: int
     sha256: str
-    end: int  # so many samples, in the order of writing, are done with when this shard is
-    rows: NDArray[
-        np.int64
-    ]  # (n, 6): place in the source's manifest, offset, size_bytes, height, width, CRC-32
-    bad: dict[int, str]  # reasons by place
+    end: int  # samples, in the order of writing, that are finished with when this shard is
+    rows: NDArray[np.int64]  # (n, 6): place in the source, offset, size_bytes, height, width, CRC-32
+    faults: list[tuple[int, Kind, str]]  # place, kind and reason of the images that were left out
 
 
 def pack_split(
@@ -58,110 +57,88 @@ def pack_split(
     shard_bytes: int,
     processes: int,
     max_bad_fraction: float,
-) -> Index:
-    """Writes the images of `manifest` as shards and an index into `folder`, or goes on with what is there.
+) -> Manifest:
+    """Write the images of `manifest` as shards and an index into `folder`, or resume an earlier run.
 
-    Samples lie in the shards in a fixed random order, so that a sequential reader sees mixed classes, too; the index
-    keeps the manifest's order. Returns the index, that of an earlier run if that one had finished.
+    Samples lie in the shards in a fixed random order, so that a sequential reader sees mixed classes, too;
+    the index keeps the manifest's order. Returns the packed manifest, an earlier run's if that had finished.
 
     Args:
         resize_shorter, quality: see `encode.encode`.
-        shard_bytes: a shard is closed when it has reached this size.
-        processes: that read and encode; this one writes.
-        max_bad_fraction: more unusable files than this fraction are an error.
+        shard_bytes: size at which a shard is closed.
+        processes: number of processes that read and encode; this one writes.
+        max_bad_fraction: largest share of unusable files.
 
     Raises:
         DataError: too many bad images, no space, anything else in `folder`, another run at work there.
     """
-    recipe = json.dumps(
-        {
-            "format": _FORMAT,
-            "source": manifest.fingerprint,
-            "resize_shorter": resize_shorter,
-            "quality": quality,
-            "shard_bytes": shard_bytes,
-        }
-    )
-    with _told_in_one_line(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        with _alone(folder):
-            if (folder / INDEX).is_file():
-                index = read_index(folder)
-                _check_recipe(folder, index.recipe, recipe)
-            else:
-                records = _kept_records(folder, recipe)
-                _check_bad(manifest, records, max_bad_fraction)
-                order = np.argsort(
-                    sample_keys(0, _SHARD_DOMAIN, np.arange(len(manifest))), kind="stable"
-                ).tolist()
-                done = records[-1].end if records else 0
-                files = encode_all(manifest.file, order[done:], resize_shorter, quality, processes)
-                with (
-                    closing(files),
-                    closing(tracked(files, f"{folder}: packing", len(order), done)) as images,
-                ):
-                    samples = zip(order[done:], images, strict=True)
-                    while done < len(order):
-                        shard = _write_shard(
-                            folder, len(records), samples, manifest.labels, shard_bytes, done, recipe
-                        )
-                        records.append(shard)
-                        done = shard.end
-                        _check_bad(manifest, records, max_bad_fraction)
-                index = _index(manifest, folder, recipe, records)
-                write_index(index)
-            for number in range(len(index.slices.shard_names)):
-                _record_file(folder, number).unlink(missing_ok=True)
-    return index
+    options = {"resize_shorter": resize_shorter, "quality": quality, "shard_bytes": shard_bytes}
+    recipe = json.dumps({"format": _FORMAT, "source": manifest.fingerprint, **options})
+    with _errors_in_one_line(folder), _locked(folder):
+        if (folder / INDEX).is_file():
+            found, packed = read_index(folder)
+            _check_recipe(folder, found, recipe)
+        else:
+            records = _kept_records(folder, recipe)
+            bad = _left_out(manifest, records, max_bad_fraction)
+            keys = sample_keys(0, _SHARD_DOMAIN, np.arange(len(manifest)))
+            done = records[-1].end if records else 0
+            todo = np.argsort(keys, kind="stable").tolist()[done:]
+            encoded = encode_all(manifest.file, todo, resize_shorter, quality, processes)
+            bar = tracked(encoded, f"{folder}: packing", len(manifest), done)
+            with closing(encoded), closing(bar):
+                samples = zip(todo, bar, strict=True)
+                while done < len(manifest):
+                    number, labels = len(records), manifest.labels
+                    records.append(_write_shard(folder, number, done, samples, labels, shard_bytes, recipe))
+                    done = records[-1].end
+                    bad = _left_out(manifest, records, max_bad_fraction)
+            packed = _packed(manifest, folder, records, bad)
+            write_index(packed, recipe)
+        assert packed.packed is not None
+        for name in packed.packed.shard_names:
+            _record_file(folder, name).unlink(missing_ok=True)
+    return packed
 
 
 def _write_shard(
     folder: Path,
     number: int,
+    begin: int,
     samples: Iterator[tuple[int, Encoded]],
     labels: NDArray[np.int64],
     shard_bytes: int,
-    begin: int,
     recipe: str,
 ) -> _Record:
+    """Write one shard and its record, from as many `samples` as it takes; `begin` samples come before it."""
     name = _shard_name(number)
-    partial = folder / f".{name}.tmp"
     rows: list[tuple[int, ...]] = []
-    bad: dict[int, str] = {}
-    try:
-        with partial.open("wb") as file:
-            digest, size = hashlib.sha256(), 0
+    faults: list[tuple[int, Kind, str]] = []
+    digest, size = hashlib.sha256(), 0
+    with replacing(folder / name) as file:
 
-            def put(data: bytes) -> None:
-                nonlocal size
-                file.write(data)
-                digest.update(data)
-                size += len(data)
+        def put(data: bytes) -> None:
+            nonlocal size
+            file.write(data)
+            digest.update(data)
+            size += len(data)
 
-            for place, image in samples:
-                if image.reason:
-                    bad[place] = image.reason
-                    continue
-                offset = size + tarfile.BLOCKSIZE
-                rows.append(
-                    (place, offset, len(image.data), image.height, image.width, zlib.crc32(image.data))
-                )
-                put(_member(f"{place:08d}.jpg", image.data))
-                put(_member(f"{place:08d}.cls", str(labels[place]).encode()))
-                if size >= shard_bytes:
-                    break
-            put(bytes(2 * tarfile.BLOCKSIZE))
-            put(bytes(-size % tarfile.RECORDSIZE))
-            file.flush()
-            os.fsync(file.fileno())
+        for place, image in samples:
+            if image.fault:
+                faults.append((place, *image.fault))
+                continue
+            offset, checksum = size + tarfile.BLOCKSIZE, zlib.crc32(image.data)
+            rows.append((place, offset, len(image.data), image.height, image.width, checksum))
+            put(_member(f"{place:08d}.jpg", image.data))
+            put(_member(f"{place:08d}.cls", str(labels[place]).encode()))
+            if size >= shard_bytes:
+                break
+        put(bytes(2 * tarfile.BLOCKSIZE))
+        put(bytes(-size % tarfile.RECORDSIZE))
         columns = np.array(rows, np.int64).reshape(-1, 6)
-        end = begin + len(rows) + len(bad)
-        record = _Record(name, size, digest.hexdigest(), end, columns, bad)
-        _store_record(_record_file(folder, number), record, recipe)
-        partial.replace(folder / name)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+        end = begin + len(rows) + len(faults)
+        record = _Record(name, size, digest.hexdigest(), end, columns, faults)
+        _store_record(folder, record, recipe)  # before the shard gets its name
     return record
 
 
@@ -171,24 +148,22 @@ def _member(name: str, data: bytes) -> bytes:
     return info.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % tarfile.BLOCKSIZE)
 
 
-def _index(manifest: Manifest, folder: Path, recipe: str, records: list[_Record]) -> Index:
+def _packed(manifest: Manifest, folder: Path, records: list[_Record], bad: tuple[BadFile, ...]) -> Manifest:
     rows = np.concatenate([record.rows for record in records])
     shards = np.repeat(np.arange(len(records), dtype=np.int32), [len(record.rows) for record in records])
     by_place = np.argsort(rows[:, _PLACE])
     rows = rows[by_place]
     places = rows[:, _PLACE]
-    left_out = [
-        BadFile(manifest.file(place), reason) for record in records for place, reason in record.bad.items()
-    ]
-    return Index(
-        recipe=recipe,
+    return Manifest(
+        root=folder,
         paths=manifest.paths.select(places),
         labels=manifest.labels[places],
         heights=rows[:, _HEIGHT].astype(np.int32),
         widths=rows[:, _WIDTH].astype(np.int32),
+        size_bytes=rows[:, _SIZE],
         class_names=manifest.class_names,
-        bad=tuple(sorted((*manifest.bad, *left_out))),
-        slices=Slices(
+        bad=bad,
+        packed=Slices(
             folder=folder,
             shard_names=tuple(record.name for record in records),
             shard_bytes=np.array([record.size_bytes for record in records], np.int64),
@@ -201,65 +176,52 @@ def _index(manifest: Manifest, folder: Path, recipe: str, records: list[_Record]
     )
 
 
+def _left_out(manifest: Manifest, records: list[_Record], max_bad_fraction: float) -> tuple[BadFile, ...]:
+    """Return all bad files known so far. Raises DataError for more than allowed."""
+    faults = (fault for record in records for fault in record.faults)
+    found = [BadFile(manifest.file(place), kind, reason) for place, kind, reason in faults]
+    bad = tuple(sorted((*manifest.bad, *found)))
+    check_num_bad(manifest.root, bad, len(manifest) + len(manifest.bad), max_bad_fraction)
+    return bad
+
+
 def _kept_records(folder: Path, recipe: str) -> list[_Record]:
-    """The records of the shards, from the first on, that an earlier run has finished and that are still whole."""
+    """Return the records of an earlier run's finished shards, up to the first shard that is not whole."""
     for entry in sorted(folder.iterdir()):
-        ours = entry.name == INDEX or (folder / f".{entry.name}.npz").is_file()
-        if not entry.name.startswith(".") and not ours:
-            raise DataError(
-                f"{folder}: holds {entry.name}, which no pack has put there; give another destination"
-            )
+        ours = entry.name == INDEX or _record_file(folder, entry.name).is_file()
+        if entry.name.startswith(".") and entry.name.endswith(".tmp"):  # a killed run's unfinished file
+            entry.unlink()
+        elif not entry.name.startswith(".") and not ours:
+            what = f"holds {entry.name}, which no pack has put there"
+            raise DataError(f"{folder}: {what}; give another destination")
     records: list[_Record] = []
     for number in itertools.count():
-        record = _load_record(folder, number, recipe)
+        record = _load_record(_record_file(folder, _shard_name(number)), recipe)
         if record is None:
-            return records
+            break
         shard = folder / record.name
         if not shard.is_file() or shard.stat().st_size != record.size_bytes:
-            return records
+            break
         with shard.open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != record.sha256:
-                return records
+                break
         records.append(record)
-    raise AssertionError
+    return records
 
 
-def _store_record(path: Path, record: _Record, recipe: str) -> None:
-    partial = path.with_name(f"{path.name}.tmp")
-    with partial.open("wb") as file:
-        np.savez(
-            file,
-            recipe=np.array(recipe),
-            name=np.array(record.name),
-            size_bytes=record.size_bytes,
-            sha256=np.array(record.sha256),
-            end=record.end,
-            rows=record.rows,
-            bad_places=np.array(list(record.bad), np.int64),
-            bad_reasons=np.array(list(record.bad.values()), np.str_),
-        )
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+def _store_record(folder: Path, record: _Record, recipe: str) -> None:
+    with replacing(_record_file(folder, record.name)) as file:
+        file.write(json.dumps([recipe, *record._replace(rows=record.rows.tolist())]).encode())
 
 
-def _load_record(folder: Path, number: int, recipe: str) -> _Record | None:
+def _load_record(path: Path, recipe: str) -> _Record | None:
+    """Return a shard's record; None when it is missing or damaged, so that the shard is written again."""
     try:
-        with _record_file(folder, number).open("rb") as file, np.load(file, allow_pickle=False) as data:
-            found = str(data["recipe"])
-            bad = dict(zip(data["bad_places"].tolist(), data["bad_reasons"].tolist(), strict=True))
-            name, sha256, rows = str(data["name"]), str(data["sha256"]), data["rows"]
-            record = _Record(name, int(data["size_bytes"]), sha256, int(data["end"]), rows, bad)
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        EOFError,
-        zipfile.BadZipFile,
-        zlib.error,
-    ):  # absent or damaged: write again
+        found, name, size_bytes, sha256, end, rows, faults = json.loads(path.read_bytes())
+        record = _Record(name, size_bytes, sha256, end, np.array(rows, np.int64).reshape(-1, 6), faults)
+    except (OSError, ValueError, TypeError):
         return None
-    _check_recipe(folder, found, recipe)
+    _check_recipe(path.parent, found, recipe)
     return record
 
 
@@ -270,44 +232,33 @@ def _check_recipe(folder: Path, found: str, wanted: str) -> None:
         raise DataError(f"{folder}: was packed with another {names}; remove it or give another destination")
 
 
-def _check_bad(manifest: Manifest, records: list[_Record], max_bad_fraction: float) -> None:
-    bad = [
-        f"{manifest.paths[place]}: {reason}" for record in records for place, reason in record.bad.items()
-    ]
-    bad += [f"{file.path}: {file.reason}" for file in manifest.bad]
-    total = len(manifest) + len(manifest.bad)
-    if len(bad) > max_bad_fraction * total or len(bad) == total:
-        raise DataError(
-            f"{manifest.root}: {len(bad)} of {total} images cannot be used, more than max_bad_fraction "
-            f"{max_bad_fraction:g} allows: {'; '.join(bad[:3])}"
-        )
-
-
 def _shard_name(number: int) -> str:
     return f"shard-{number:06d}.tar"
 
 
-def _record_file(folder: Path, number: int) -> Path:
-    return folder / f".{_shard_name(number)}.npz"
+def _record_file(folder: Path, shard_name: str) -> Path:
+    return folder / f".{shard_name}.json"
 
 
 @contextmanager
-def _alone(folder: Path) -> Generator[None, None, None]:
-    """Holds the folder's lock, which ends with the process however that ends."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def _locked(folder: Path) -> Generator[None, None, None]:
+    """Hold the folder's lock, which ends with the process however that ends."""
+    path = folder / ".lock"
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError as error:
+        with FileLock(path, timeout=0, fallback_to_soft=False):
+            try:
+                yield
+            finally:
+                path.unlink()  # while it is held: filelock gives nobody a lock on a deleted file
+    except Timeout as error:
         raise DataError(f"{folder}: another process is packing there") from error
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager
-def _told_in_one_line(folder: Path) -> Generator[None, None, None]:
+def _errors_in_one_line(folder: Path) -> Generator[None, None, None]:
     again = "finished shards are kept, the same command goes on from there"
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         yield
     except OSError as error:
         raise DataError(f"{folder}: cannot be written: {error.strerror or error}; {again}") from error

@@ -1,4 +1,4 @@
-"""The command line: what each spelling starts, what mistakes say, which exit code comes back."""
+"""The command line: what each spelling starts, how mistakes read, which exit code comes back."""
 
 # ruff: noqa: E501 - error lines are compared whole
 
@@ -29,7 +29,9 @@ def _empty_folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Replaces the modules behind the verbs; the list receives (verb, args, kwargs) of each call. They return 4."""
+    """Replaces the modules behind the verbs; the list receives (verb, args, kwargs) of each call. They
+    return 4.
+    """
     received = []
     places = {
         "train": "training.train", "demo": "commands.demo", "bench": "commands.bench.bench", "check": "commands.data_check",
@@ -44,7 +46,7 @@ def calls(monkeypatch):
 
 
 def refusal(capsys, *arguments: str) -> str:
-    """What is said on stderr to arguments that are refused with exit code 2, before anything happened."""
+    """Return the stderr of arguments that are refused with exit code 2, before anything happened."""
     assert main(arguments) == 2
     assert os.listdir() == []
     captured = capsys.readouterr()

@@ -136,10 +136,10 @@ def test_every_work_is_done_by_every_loader(root, tmp_path, capsys):
 
 def test_steps_with_the_guard_and_without_take_turns(monkeypatch):
     learner = make_learner()
-    guard, window, step, turns = learner.guard, learner.window, learner.step, []
+    guard, buffer, step, turns = learner.guard, learner.buffer, learner.step, []
 
     def noted(*arguments):
-        turns.append("with" if (learner.guard, learner.window) == (guard, window) else "without")
+        turns.append("with" if (learner.guard, learner.buffer) == (guard, buffer) else "without")
         return step(*arguments)
 
     monkeypatch.setattr(learner, "step", noted)
@@ -150,7 +150,7 @@ def test_steps_with_the_guard_and_without_take_turns(monkeypatch):
     assert (
         turns[2 * WARMUP_STEPS :] == ["without"] * 2 + ["with"] * 4 + ["without"] * 2 + ["with"] * 2
     )  # for the save
-    assert (learner.guard, learner.window) == (guard, window)
+    assert (learner.guard, learner.buffer) == (guard, buffer)
     assert 0 < figures["alone"]["ms"] < figures["without"]["ms"]
     assert figures["with"]["percent_min"] <= figures["with"]["percent"] <= figures["with"]["percent_max"]
 

@@ -14,7 +14,7 @@ from cmtrain.commands import doctor, doctor_checks
 from cmtrain.commands.doctor import worst
 from cmtrain.commands.doctor_checks import CheckResult, checkpoint_bytes, pairing
 from cmtrain.config.load import load_config
-from cmtrain.storage.run_lock import RunLock
+from cmtrain.storage.run_folder import RunLock
 
 CUDA130, CUDA120 = ["nvidia-dali-cuda130"], ["nvidia-dali-cuda120"]
 
@@ -121,7 +121,7 @@ def test_an_error_is_a_result():
 def test_size_of_a_checkpoint_is_known_before_there_is_one(make_job, optim):
     job = make_job(optim=optim)
     job("--max-steps", "1")
-    size = next(job.run.glob("checkpoints/step-*/state.pt")).stat().st_size
+    size = next(job.run.glob("checkpoints/step-*/state.safetensors")).stat().st_size
     assert checkpoint_bytes(load_config(job.config).config, num_classes=3) == pytest.approx(size, rel=0.2)
 
 

@@ -1,4 +1,4 @@
-"""A configuration means what it looks like, and every mistake in it is one line that says where and what instead."""
+"""A configuration means what it looks like; every mistake is one line with its place and a remedy."""
 
 # ruff: noqa: E501 - error lines are compared whole
 
@@ -55,10 +55,10 @@ def mistakes(text: str | bytes, *overrides: tuple[str, str]) -> list[str]:
 
 
 def values(text: str, *overrides: tuple[str, str]) -> dict[str, object]:
-    return dict(flat(load_config(write(text), overrides).config))
+    return flat(load_config(write(text), overrides).config)
 
 
-# --- what people get wrong, and exactly what they are told ---
+# --- what people get wrong, and exactly what they read ---
 
 TYPICAL = [
     (
@@ -126,7 +126,7 @@ def test_all_mistakes_of_all_sources_are_reported_at_once_in_reading_order():
     assert mistakes(text, ("train.compile", "maybe"), ("lr", "1")) == [
         "x.yaml:1: train.global_batch_size: required, but not set (samples of one optimizer step, over all GPUs and accumulation)",
         "x.yaml:4: data.image_px: must be a whole number >= 32 and a multiple of 32, got 100",
-        "x.yaml:6: schedule.epochs: required, but not set (warm-up and cosine together)",
+        "x.yaml:6: schedule.epochs: required, but not set (epochs of warm-up and cosine together)",
         "base.yaml:1: optim.weight_decay: must be a number >= 0, got -1",
         "base.yaml:2: foo: unknown key, see `cmtrain config schema`",
         "--train.compile: must be true or false, got maybe",
@@ -210,7 +210,7 @@ HOSTILE = {
     "tab": ("run:\n\tname: x\n", "x.yaml:10: not YAML: found character '\\t' that cannot start any token"),
     "open bracket": ("run: [\n", "x.yaml:10: not YAML: "),
     "open quote": ("run: 'abc\n", "x.yaml:10: not YAML: "),
-    "extends itself": ("extends: x.yaml\n", "x.yaml:9: extends: a file that is extended, as by x.yaml:9, may not itself"),
+    "extends itself": ("extends: x.yaml\n", "x.yaml:9: extends: x.yaml would extend itself"),
     "extends nothing": ("extends: missing.yaml\n", "x.yaml:9: extends: no such file: missing.yaml"),
     "extends the system": ("extends: /etc/passwd\n", "x.yaml:9: extends: must be the path of a file, relative to this"),
     "extends a device": ("extends: ../../../../../../../../../dev/zero\n", "x.yaml:9: extends: no such file: "),
@@ -348,7 +348,7 @@ def test_precedence_and_origins():
     assert (config.optim.lr, origins["optim.lr"]) == (0.006, "x.yaml:5")
     assert (config.run.dir, origins["run.dir"]) == ("base", "base.yaml:1")
     assert (config.ema.decay, origins["ema.decay"]) == (None, "default")
-    assert set(origins) == {key for key, _ in flat(config)}
+    assert set(origins) == set(flat(config))
 
 
 def test_a_file_may_extend_one_that_ships(tmp_path, monkeypatch):
@@ -433,12 +433,27 @@ def test_reading_a_configuration_loads_nothing_heavy():
 def test_the_reference_in_the_documentation_is_the_schema_of_today():
     """After a change: cmtrain config reference > docs/configuration.md"""
     assert (ROOT / "docs" / "configuration.md").read_text() == config_reference()
-    assert all(
-        f"| `{key}` |" in config_reference() for key, _ in flat(load_config("configs/demo.yaml").config)
-    )
+    assert all(f"| `{key}` |" in config_reference() for key in flat(load_config("configs/demo.yaml").config))
 
 
 def test_not_one_of_those_above_was_executed(figure, tmp_path_factory):
     executed = len(list(tmp_path_factory.getbasetemp().rglob("canary")))
     figure(f"bad configurations: {len(TRIED)} tried, {sum(TRIED)} refused, {executed} executed")
     assert (executed, sum(TRIED)) == (0, len(TRIED))
+
+
+def test_extended_files_may_extend_others_and_the_nearest_wins(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(GOOD + "run: {seed: 1}\nema: {decay: 0.5}\nexpect: {top1: 0.5}\n", "c.yaml")
+    write("extends: c.yaml\nrun: {seed: 2}\nema: {decay: 0.6}\n", "b.yaml")
+    write("extends: b.yaml\nrun: {seed: 3}\n", "a.yaml")
+    config, origins = load_config("a.yaml").config, load_config("a.yaml").origins
+    assert (config.run.seed, config.ema.decay, config.expect.top1) == (3, 0.6, 0.5)
+    assert (origins["run.seed"], origins["ema.decay"]) == ("a.yaml:2", "b.yaml:3")
+    write("extends: a.yaml\n", "c.yaml")
+    with pytest.raises(ConfigError, match=r"c\.yaml:1: extends: a\.yaml would extend itself"):
+        load_config("a.yaml")
+    for number in range(12):
+        write(f"extends: {number + 1}.yaml\n", f"{number}.yaml")
+    with pytest.raises(ConfigError, match=r"^9\.yaml:1: extends: more than 10 files extend one another"):
+        load_config("0.yaml")

@@ -10,14 +10,14 @@ import torch
 import cmtrain.models  # noqa: F401 - registers the models with timm
 from cmtrain.config.load import load_config
 from cmtrain.training.build import plan_steps
-from cmtrain.training.schedule import make_schedule
+from cmtrain.training.schedule import Schedule
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 IMAGENET = 1_281_167
 
-# Effective learning rate, global batch, epochs with cool-down, evaluation resize, accuracy.
-# seed: section 4.3. paper: official README and defaults; lr = base x batch / 512, resize = int(256 / 224 * px).
+# Effective learning rate, global batch, epochs with cool-down, evaluation resize, accuracy. seed: section
+# 4.3. paper: official README and defaults; lr = base x batch / 512, resize = int(256 / 224 * px).
 STATED = {
     "full_in1k": (6e-3, 4096, 300, 184, 0.75124),
     "full_in1k_224": (6e-3, 4096, 300, 256, 0.784),
@@ -31,7 +31,7 @@ STATED = {
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_configuration_loads_builds_its_model_and_plans_its_steps(path):
     config = load_config(path).config
-    schedule = make_schedule(
+    schedule = Schedule(
         num_samples=IMAGENET,
         world_size=8,
         global_batch_size=config.train.global_batch_size,
@@ -81,7 +81,9 @@ PUBLISHED_TABLES = (ROOT / "tests" / "models" / "golden" / "published_tables.md"
 
 
 def seed_rows():
-    """(file, augmentations, epochs, optimizer and options, lr, weight decay, top-1 or None) of each published row."""
+    """(file, augmentations, epochs, optimizer and options, lr, weight decay, top-1 or None) of each
+    published row.
+    """
     counts = {"sgd": 0, "adamw": 0}
     for line in PUBLISHED_TABLES.splitlines():
         if not line.startswith("| CMT-TINY"):

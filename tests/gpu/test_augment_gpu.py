@@ -84,9 +84,8 @@ def test_an_operation(name):
     background = np.full((SIDE, SIDE, 3), (124, 116, 104), np.uint8)
 
     def layer(image, branches, matrices, bits, factors, kernels):
-        return augment.rand_augment_layer(
-            image, branches[0], matrices[0], bits[0], factors[0], kernels[0], background
-        )
+        numbers = matrices[0], bits[0], factors[0], kernels[0]
+        return augment.rand_augment_layer(image, branches[0], numbers, background)
 
     apart = differences(layer, images, list(params))
     print(f"\n{name}: mean {apart.mean():.4f}, largest {apart.max():.0f} levels")

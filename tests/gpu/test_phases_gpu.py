@@ -23,18 +23,18 @@ def test_phases_add_up_to_the_step_and_are_read_without_waiting():
     for step in range(3):
         learner.step(stream, step, 1e-3)
     torch.cuda.synchronize()
-    learner.phases.take()
+    learner.phases.pop_finished()
     begin, taken = time.perf_counter(), []
     torch.cuda.set_sync_debug_mode("error")
     try:
         for step in range(3, 13):
             learner.step(stream, step, 1e-3)
-            taken += learner.phases.take()
+            taken += learner.phases.pop_finished()
     finally:
         torch.cuda.set_sync_debug_mode("default")
     torch.cuda.synchronize()
     wall = time.perf_counter() - begin
-    taken += learner.phases.take()
+    taken += learner.phases.pop_finished()
     assert len(taken) == 10
     assert all(min(seconds.values()) > 0 for seconds in taken)
     total = sum(sum(seconds.values()) for seconds in taken)

@@ -35,7 +35,7 @@ def test_what_is_saved_is_the_state_at_the_save(tmp_path):
 def test_host_memory_is_pinned_and_used_again():
     copy = HostCopy()
     state = {"weight": torch.randn(8, 3, 4, 4, device="cuda").to(memory_format=torch.channels_last)}
-    first = copy.take(state).state["weight"]
+    first = copy.take(state)[0]["weight"]
     assert first.is_pinned()
     assert first.stride() == state["weight"].stride()
-    assert copy.take(state).state["weight"].data_ptr() == first.data_ptr()
+    assert copy.take(state)[0]["weight"].data_ptr() == first.data_ptr()

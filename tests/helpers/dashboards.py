@@ -4,9 +4,9 @@ import json
 import re
 
 import yaml
-from helpers.runs import ROOT
 
 from cmtrain.monitoring.metrics import TrainMetrics
+from helpers.runs import ROOT
 
 FOLDER = ROOT / "docker" / "grafana" / "dashboards"
 

@@ -2,10 +2,9 @@
 
 import sys
 
-from helpers.half import HalfAccelerator
-
 import cmtrain.training.build
 from cmtrain.cli.main import main
+from helpers.half import HalfAccelerator
 
 cmtrain.training.build.make_accelerator = lambda *_, **__: HalfAccelerator()
 sys.exit(main())

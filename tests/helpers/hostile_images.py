@@ -1,4 +1,4 @@
-"""Files that look like images: some are, in odd ways, and some are broken in the ways that files break."""
+"""Write files that look like images: odd ones that can be used, and broken ones of every kind."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def encoded(image: Image.Image = PHOTO, fmt: str = "JPEG", **options) -> bytes:
 
 
 def claiming(height: int, width: int) -> bytes:
-    """A small JPEG whose header promises height x width pixels."""
+    """Return a small JPEG whose header promises height x width pixels."""
     data = bytearray(encoded())
     struct.pack_into(">HH", data, data.find(b"\xff\xc0") + 5, height, width)
     return bytes(data)
@@ -30,7 +30,7 @@ def claiming(height: int, width: int) -> bytes:
 
 @cache
 def png_bomb(height: int, width: int) -> bytes:
-    """A whole PNG of black pixels: small as a file, height * width * 3 bytes when decoded."""
+    """Return a whole PNG of black pixels: small as a file, height * width * 3 bytes when decoded."""
     rows = zlib.compressobj(9)
     body = b"".join(rows.compress(bytes(width * 3 + 1)) for _ in range(height)) + rows.flush()
 
@@ -42,7 +42,7 @@ def png_bomb(height: int, width: int) -> bytes:
 
 
 def garbled() -> bytes:
-    """A JPEG with wrong bytes in its pixels: it decodes, to noise, and no decoder can tell."""
+    """Return a JPEG with wrong bytes in its pixels: it decodes, to noise, and no decoder can notice."""
     data = bytearray(encoded())
     for place in range(data.find(b"\xff\xda") + 200, len(data) - 2, 371):
         if 0xFF not in data[place - 1 : place + 2]:
@@ -51,7 +51,7 @@ def garbled() -> bytes:
 
 
 def write_good(folder: Path) -> set[str]:
-    """Writes what is odd and fine; returns the names."""
+    """Write odd files that can be used; return their names."""
     exif = Image.Exif()
     exif[0x0112] = 6
     files = {
@@ -70,7 +70,7 @@ def write_good(folder: Path) -> set[str]:
 
 
 def write_bad(folder: Path) -> dict[str, str]:
-    """Writes what cannot be used; returns the kind of each name."""
+    """Write files that cannot be used; return the kind of each name."""
     whole = encoded()
     files = {
         "empty.jpg": (b"", "truncated"),

@@ -66,12 +66,12 @@ def save_on_a_full_disk(root, step, state, meta):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def inspect_the_sick(**weights):
+def break_and_check(**weights):
     save = next(saves)
     for name, module in weights.items():
         if f"{save} {name}" in os.environ["SICK"].split(", "):
             next(m for m in module.modules() if hasattr(m, "running_var")).running_var[0] = float("nan")
-    return inspect(**weights)
+    return repair_or_reject(**weights)
 
 
 class Accelerator(HalfAccelerator):
@@ -97,7 +97,8 @@ if "SLOW" in os.environ:
 if "FULL" in os.environ:
     cmtrain.storage.checkpoint_writer.save_checkpoint = save_on_a_full_disk
 if "SICK" in os.environ:
-    inspect, cmtrain.training.train.inspect = cmtrain.training.train.inspect, inspect_the_sick
+    repair_or_reject = cmtrain.training.train.repair_or_reject
+    cmtrain.training.train.repair_or_reject = break_and_check
 code = main()
 sys.setprofile(None)
 if "COUNT" in os.environ:

@@ -18,7 +18,7 @@ from pipelines.spec import AugmentSpec, Loader
 
 
 def write_tree(root: Path, num_train: int, num_val: int, num_classes: int = 3, side: int = 48) -> Path:
-    """<root>/{train,val}/<class>/*.jpg: classes differ in colour and direction, so that a tiny model can learn them."""
+    """Write <root>/{train,val}/<class>/*.jpg; classes differ in colour and direction, to be learnt."""
     rng = np.random.default_rng(0)
     y, x = np.mgrid[:side, :side] / side
     for split, count in (("train", num_train), ("val", num_val)):
@@ -38,7 +38,7 @@ def vanish(path: Path) -> None:
 
 
 def garble(path: Path) -> None:
-    """As a disk does: neither size nor time of change tell."""
+    """Overwrite a file as a failing disk does: neither its size nor its time of change differ."""
     info = path.stat()
     path.write_bytes(b"<html>not found</html>" * 999)
     os.truncate(path, info.st_size)
@@ -58,18 +58,12 @@ def empty(path: Path) -> None:
 
 
 SIDE = 48
-
-
 SPEC = AugmentSpec(SIDE, rand_augment="rand-m9-mstd0.5-inc1", color_jitter=0.4)
 
 
 def plan_for(manifest: Manifest, **options) -> Plan:
-    return Plan(
-        **(
-            {"seed": 3, "num_samples": len(manifest), "global_batch_size": 12, "micro_batch_size": 1}
-            | options
-        )
-    )
+    sizes = {"num_samples": len(manifest), "global_batch_size": 12, "micro_batch_size": 1}
+    return Plan(**{"seed": 3} | sizes | options)
 
 
 def digest(image: torch.Tensor) -> str:
@@ -77,7 +71,7 @@ def digest(image: torch.Tensor) -> str:
 
 
 def pixels(loader: Loader, epoch: int, start: int = 0) -> list[tuple[int, str]]:
-    """(sample, digest of its pixels), in the order of the loader."""
+    """Return (sample, digest of its pixels), in the order of the loader."""
     return [
         (index, digest(image))
         for batch in loader.epoch(epoch, start)
@@ -92,7 +86,7 @@ def save(image: Image.Image, path: Path, fmt: str = "JPEG", **options) -> None:
 
 
 def write_awkward_files(folder: Path) -> None:
-    """What turns up in real data sets and is fine."""
+    """Write odd files that occur in real data sets and can be used."""
     folder.mkdir(parents=True)
     photo = Image.fromarray(photographs()[1][:300, :400])
     exif = Image.Exif()

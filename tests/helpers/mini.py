@@ -1,13 +1,13 @@
 """A network of a thousand parameters with everything that overflows in a large one, and a Learner for it."""
 
 import torch
-from helpers.half import HalfAccelerator
 from torch import nn
 
 from cmtrain.step.evaluate import evaluate
 from cmtrain.step.learner import Learner
 from cmtrain.step.mixing import MixSpec
 from cmtrain.step.optimizer import make_optimizer
+from helpers.half import HalfAccelerator
 from pipelines.spec import Batch
 
 NUM_CLASSES = 4

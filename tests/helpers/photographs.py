@@ -1,4 +1,4 @@
-"""Real photographs that ship inside the demo extra's packages, as arrays and as JPEG files."""
+"""Load real photographs from the demo extra's packages, as arrays, and write them as JPEG files."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ NAMES = ("astronaut", "cat", "coffee", "rocket", "hubble_deep_field", "retina", 
 
 @cache
 def photographs() -> tuple[np.ndarray, ...]:
-    """Nine colour photographs, (H, W, 3) uint8, 300 to 1411 pixels wide."""
+    """Return nine colour photographs, (H, W, 3) uint8, 300 to 1411 pixels wide."""
     samples = [sklearn.datasets.load_sample_image(f"{name}.jpg") for name in ("china", "flower")]
     return (*(getattr(skimage.data, name)() for name in NAMES), *samples)
 
 
 @cache
 def squares(side: int) -> np.ndarray:
-    """The same, resized to (9, side, side, 3)."""
+    """Return the same photographs, resized to (9, side, side, 3)."""
     resized = [Image.fromarray(x).resize((side, side), Image.Resampling.BICUBIC) for x in photographs()]
     return np.stack([np.asarray(image) for image in resized])
 
 
 def write_folder(root: Path, num_images: int, num_classes: int = 3) -> Path:
-    """root/c<class>/<number>.jpg: windows of the photographs in many sizes."""
+    """Write root/c<class>/<number>.jpg: windows of the photographs in many sizes."""
     rng = np.random.default_rng(0)
     for number in range(num_images):
         pixels = photographs()[number % len(NAMES)]

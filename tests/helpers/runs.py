@@ -24,8 +24,9 @@ ROOT = Path(__file__).parents[2]
 SHARED = ROOT.parent / "shared"
 
 
-# Processes forked from one that has imported everything: each is a process of its own with its own signals and exit
-# code, without the five seconds of imports. Tests that are about starting use a real command line instead.
+# Processes forked from one that has imported everything: each is a process of its own with its own signals
+# and exit code, without the five seconds of imports. Tests that are about starting use a real command line
+# instead.
 FORKS = multiprocessing.get_context("forkserver")
 
 
@@ -114,13 +115,16 @@ class Job:
         launcher: Sequence[str] = (),
         **environment: str,
     ) -> "Forked | subprocess.Popen[str]":
-        """Start the program: forked, or by a `launcher` such as ("-m", "torch.distributed.run", ...) of Python."""
+        """Start the program: forked, or by a `launcher` such as ("-m", "torch.distributed.run", ...) of
+        Python.
+        """
         command = [module, "--config", str(self.config), *arguments]
         if not launcher:
             return Forked(command, self.folder, environment, nproc)
         return subprocess.Popen(
             [sys.executable, *launcher, *command],
-            cwd=self.folder, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            cwd=self.folder, env=os.environ | environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
 
     def __call__(self, *arguments: str, code: int = 0, **how: Any) -> dict:

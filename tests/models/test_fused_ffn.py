@@ -268,7 +268,7 @@ def test_the_guard_takes_back_what_an_overflow_wrote():
     written = fused.stages[0].blocks[0].ffn.expand_norm.running_var
     assert not written.isfinite().all()
     guard.propose()
-    guard.settle(torch.tensor(True, device=DEVICE))
+    guard.commit_or_restore(torch.tensor(True, device=DEVICE))
     assert all(
         torch.equal(now, then) for now, then in zip(running_statistics(fused), committed, strict=True)
     )

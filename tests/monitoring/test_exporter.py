@@ -223,7 +223,7 @@ def test_nothing_is_left_of_a_closed_server(serve):
 
 def test_a_process_that_forgets_its_server_ends_and_says_nothing():
     code = (
-        "import socket; from cmtrain.exporter import *\n"
+        "import socket; from cmtrain.monitoring.http_server import *\n"
         f"server = Exporter({{}}, '127.0.0.1', {free_port()})\n"
         "half = socket.create_connection(('127.0.0.1', server.port)); half.send(b'GET'); import time; time.sleep(0.2)\n"
     )

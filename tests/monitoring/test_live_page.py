@@ -5,6 +5,7 @@ import json
 import time
 
 import pytest
+import torch
 from helpers.pages import DOUBLE_IDS, EVIL, OUTSIDE, OVERLAPS, UNNAMED, Page
 from helpers.report_runs import eventful, write_run
 from helpers.runs import free_port
@@ -14,16 +15,16 @@ from cmtrain.monitoring.http_server import Exporter
 from cmtrain.monitoring.metrics import TrainMetrics
 from cmtrain.monitoring.routes import make_pages
 from cmtrain.step.measure import StepReport
-from cmtrain.storage.run_record import MAX_PLACES, WHOLE_BYTES, glance, last_lines, sample_lines
+from cmtrain.storage.run_record import MAX_PLACES, WHOLE_BYTES, last_lines, read_sample, sample_lines
 
+FACTS = {"model": "cmt_ti", "precision": "fp16", "device": "cuda", "world_size": "8", "version": "0.1.0"}
 SPEED = {"images_per_second": 12_810.4, "data_wait_ratio": 0.034}
 
 
 def rank_at(step: int, run: str = "job", rank: int = 0) -> TrainMetrics:
     """A rank that is at `step` of 20,000."""
     metrics = TrainMetrics(run, rank)
-    metrics.one(metrics.run_info, "cmt_ti", "fp16", "cuda", "8", "0.1.0").set(1)
-    metrics.one(metrics.steps_target).set(20_000)
+    metrics.start(FACTS, last_step=20_000, flops_per_image=1, device=torch.device("cpu"))
     reach(metrics, step)
     return metrics
 
@@ -31,7 +32,7 @@ def rank_at(step: int, run: str = "job", rank: int = 0) -> TrainMetrics:
 def reach(metrics: TrainMetrics, step: int) -> None:
     metrics.count_step(step, num_images=1, num_bytes=1, seconds=0.1, wait_seconds=0.0, phases=[])
     metrics.report(StepReport(step, 4, 2.345, 3.1e-3, 1.9, 65536.0, 3, 0, 9, 3, 0))
-    metrics.one(metrics.eta_timestamp).set(time.time() + 7_770)
+    metrics.set_eta(time.time() + 7_770)
 
 
 def page_of(metrics, folder, status=SPEED, stall_seconds=600):
@@ -66,12 +67,13 @@ def serve():
 def test_what_a_run_says(folder):
     status = SPEED | {"best_top1": 0.4312, "best_step": 9_000}
     metrics = rank_at(10_000)
-    metrics.one(metrics.checkpoint_timestamp).set(time.time() - 125)
+    metrics.saved(seconds=1.0, num_bytes=1)
+    metrics.checkpoint_timestamp.set(time.time() - 125)
     words = words_of(metrics, folder, status)
     for said in (
-        "job training", "cmt_ti \u00b7 fp16 \u00b7 8 x cuda", "50.0% step 10,000 of 20,000, epoch 5", "2h 9m left",
-        "Images per second 12,810 3% of the time waiting for data", "Loss 2.345 at step 10,000", "Learning rate 0.0031",
-        "Best top-1 43.12% at step 9,000", "Last checkpoint 2m 5s ago", "Bad steps 3",
+        "job training", "cmt_ti \u00b7 fp16 \u00b7 8 x cuda", "50.0 % step 10,000 of 20,000, epoch 5", "2h 9m left",
+        "Images per second 12,810 3 % of the time waiting for data", "Loss 2.345 at step 10,000", "Learning rate 0.0031",
+        "Best top-1 43.1 % at step 9,000", "Last checkpoint 2m 5s ago", "Bad steps 3",
         "4,500 checkpoint path checkpoints/step-000004500", "2,500 rollback", "6,000 checkpoint failed",
         "/metrics", "/status.json", "/-/healthy", "/-/ready",
     ):  # fmt: skip
@@ -107,7 +109,7 @@ def test_a_folder_without_a_record_costs_no_page(tmp_path, content):
 def test_another_rank_shows_itself_and_where_the_first_one_is(folder):
     words = words_of(rank_at(10_000, rank=3), folder)
     assert "job rank 3 training" in words
-    assert "12,810 3% of the time waiting for data" in words
+    assert "12,810 3 % of the time waiting for data" in words
     assert "on the page of rank 0" in words
     assert "Curves" not in words
     assert 'href="http' not in page_of(rank_at(10_000, rank=3), folder)("").body.decode()
@@ -127,7 +129,7 @@ def hostile(tmp_path):
     run = write_run(tmp_path / "runs" / "job", events=told)
     (run / "summary.csv").write_text(f"step,{EVIL.replace(',', '')},eval_top1\n5,0.5,0.5\n")
     metrics = TrainMetrics(EVIL, 0)
-    metrics.one(metrics.run_info, *[EVIL] * 5).set(1)
+    metrics.start(dict.fromkeys(FACTS, EVIL), last_step=1, flops_per_image=1, device=torch.device("cpu"))
     return page_of(metrics, run, {"images_per_second": EVIL, "best_top1": EVIL})
 
 
@@ -162,7 +164,7 @@ def test_no_hostile_script_runs(browser, serve, tmp_path):
 def test_it_is_made_once_a_second_for_everybody_and_not_while_nobody_looks(folder, monkeypatch):
     looks = []
     monkeypatch.setattr(
-        "cmtrain.monitoring.live_page.glance", lambda *what: looks.append(what) or glance(*what)
+        "cmtrain.monitoring.live_page.read_sample", lambda *what: looks.append(what) or read_sample(*what)
     )
     page = page_of(rank_at(10_000), folder)
     assert looks == []
@@ -254,7 +256,7 @@ def test_it_refreshes_itself_and_tells_when_the_run_is_gone(browser, serve, fold
         log.write(json.dumps(record) + "\n")
     wait_until(lambda: "step 11,111 of" in browser.evaluate(shown))
     assert "training 1.234" in browser.evaluate(shown).replace("\n", " ")
-    assert browser.evaluate("document.title") == "56% job - cmtrain"
+    assert browser.evaluate("document.title") == "56 % job - cmtrain"
     assert browser.evaluate("document.body.dataset.first") == "yes"  # in place, not loaded anew
     # Values are read off the new curves, too.
     box = browser.evaluate(

@@ -7,12 +7,15 @@ import shutil
 import subprocess
 
 import pytest
+import torch
 from helpers.runs import ROOT
 from prometheus_client import generate_latest
 
 from cmtrain.monitoring.metrics import STATES, TrainMetrics
+from cmtrain.step.evaluate import Evaluation
 from cmtrain.step.measure import StepReport
 
+FACTS = {"model": "cmt_ti", "precision": "fp16", "device": "cuda", "world_size": "8", "version": "0.1.0"}
 REPORT = StepReport(step=10, epoch=1, loss=2.5, lr=0.1, grad_norm=3.0, loss_scale=65536.0, bad_steps=2, bad_steps_in_a_row=1, good_steps_in_a_row=0, restores=1, spikes=3)  # fmt: skip  # noqa: E501
 
 
@@ -67,6 +70,33 @@ def test_steps_and_waiting():
     assert value(metrics, "last_step_timestamp_seconds") > 0
 
 
+def test_events_are_counted():
+    metrics = TrainMetrics("r", 0)
+    metrics.bad_file("truncated")
+    metrics.rolled_back()
+    metrics.ema_healed()
+    metrics.save_failed()
+    metrics.waited_for_save(0.5)
+    metrics.saved(seconds=2.0, num_bytes=1000)
+    metrics.set_best(0.7)
+    metrics.set_eta(1.79e9)
+    metrics.evaluated("ema", Evaluation(top1=0.5, top5=0.9, loss=1.0, num_images=100), num_images=50)
+    assert value(metrics, "data_decode_errors_total", kind="truncated") == 1
+    assert value(metrics, "rollbacks_total") == 1
+    assert value(metrics, "nonfinite_total", where="ema", action="heal") == 1
+    assert value(metrics, "checkpoint_failures_total") == 1
+    assert value(metrics, "checkpoint_wait_seconds_total") == 0.5
+    assert value(metrics, "checkpoint_duration_seconds_sum") == 2
+    assert value(metrics, "checkpoint_size_bytes") == 1000
+    assert value(metrics, "checkpoint_last_success_timestamp_seconds") > 0
+    assert value(metrics, "eval_best_accuracy_ratio") == 0.7
+    assert value(metrics, "eta_timestamp_seconds") == 1.79e9
+    assert value(metrics, "eval_accuracy_ratio", k="1", weights="ema") == 0.5
+    assert value(metrics, "eval_accuracy_ratio", k="5", weights="ema") == 0.9
+    assert value(metrics, "eval_loss", weights="ema") == 1
+    assert value(metrics, "images_total", split="eval") == 50
+
+
 def test_a_rank_is_in_one_state():
     metrics = TrainMetrics("r", 0)
 
@@ -93,14 +123,12 @@ def every_metric():
     """A rank's metrics with a child of each, as they are on a GPU after an evaluation and a checkpoint."""
     metrics = TrainMetrics("r", 0)
     metrics.report(REPORT)
-    metrics.one(metrics.gpu_info, "GPU-0", "H100").set(1)
-    metrics.one(metrics.run_info, "cmt_ti", "fp16", "cuda", "8", "0.1.0").set(1)
+    metrics.start(FACTS, last_step=20, flops_per_image=10, device=torch.device("cpu"))
+    metrics.gpu_info("GPU-0", "H100").set(1)
     for kind in ("allocated", "reserved", "peak"):
-        metrics.one(metrics.gpu_memory, kind).set(1)
+        metrics.gpu_memory(kind).set(1)
     for weights in ("model", "ema"):
-        metrics.one(metrics.eval_loss, weights).set(1)
-        for k in ("1", "5"):
-            metrics.one(metrics.eval_accuracy, k, weights).set(1)
+        metrics.evaluated(weights, Evaluation(top1=0.5, top5=0.9, loss=1.0, num_images=100), num_images=50)
     return metrics
 
 

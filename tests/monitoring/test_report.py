@@ -16,7 +16,7 @@ from helpers.report_runs import BEGIN, eventful, write_run
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cmtrain.cli.main import main
-from cmtrain.monitoring.report.figures import measure_times
+from cmtrain.monitoring.report.headline import measure_times
 from cmtrain.monitoring.report.page import render, sample_uri, write_report
 from cmtrain.step.evaluate import Evaluation, _Outcomes, evaluate
 from cmtrain.storage.run_record import RUN_FILES, read_run
@@ -34,8 +34,8 @@ def test_a_run_ends_with_its_report(make_job):
     job = make_job()
     result = job(nproc=2)
     page = Page((job.folder / result["report"]).read_text())
-    assert f"Top-1 {result['top1']:.2%}" in page.words
-    assert f"Top-1, EMA {result['ema_top1']:.2%}" in page.words
+    assert f"Top-1 {100 * result['top1']:.1f} %" in page.words
+    assert f"Top-1, EMA {100 * result['ema_top1']:.1f} %" in page.words
     assert "finished" in page.words
     assert "global_batch_size: 16" in page.words
     assert f"torch {torch.__version__.split('+')[0]}" in page.words
@@ -146,7 +146,7 @@ def test_events_are_told_and_marked(tmp_path):
     run = write_run(tmp_path / "a", events=eventful())
     html = render([read_run(run)])
     page = Page(html)
-    assert "1m 40s 2,500 rollback good step 2000, cause blocks.1.3.attn.proj: not finite" in page.words
+    assert "1m 40s 2,500 rollback good step 2000 cause blocks.1.3.attn.proj: not finite" in page.words
     assert "4m 0s 6,000 checkpoint failed error No space left on device" in page.words
     assert "samples 0; 1; 2 and 96 more" in page.words
     assert "bad steps 3 " in page.words  # their lane
@@ -155,7 +155,7 @@ def test_events_are_told_and_marked(tmp_path):
     assert glyphs == {
         f"#glyph-{kind}" for kind in ("start", "bad", "spike", "rollback", "failure", "file", "end")
     }
-    assert "evaluation 5%" in page.words
+    assert "evaluation 5 %" in page.words
     assert "3 1 rollback" in page.words
 
 
@@ -195,7 +195,7 @@ def test_time_counts_only_while_a_process_was_there(tmp_path):
     (run / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in log))
     (run / "status.json").write_text(json.dumps({"state": "finished", "updated": BEGIN + 3700}))
     times = measure_times(read_run(run))
-    assert (times.num_processes, times.active_seconds) == (2, 200)
+    assert (times.num_starts, times.active_seconds) == (2, 200)
     assert times.end - times.begin == 3700
     assert (times.images, times.images_per_second) == (51_200, 512)
     assert times.data_wait_ratio == pytest.approx(0.3)
@@ -205,7 +205,9 @@ def test_time_counts_only_while_a_process_was_there(tmp_path):
     )
 
 
-@pytest.mark.parametrize(("expected", "said"), [(0.7, "reached 70%"), (0.99, "missed 99%")])
+@pytest.mark.parametrize(
+    ("expected", "said"), [(0.7, "70.0 % expected: reached"), (0.99, "99.0 % expected: missed")]
+)
 def test_the_expectation_is_judged(tmp_path, expected, said):
     assert said in page_of(write_run(tmp_path / "a", expect={"top1": expected})).words
 
@@ -229,8 +231,8 @@ def test_classes_worst_first_and_what_they_are_taken_for(tmp_path):
     content = {"step": 1, "classes": ["cat", "dog", "eel"], "weights": {"model": worse, "ema": counts}}
     (run / "classes.json").write_text(json.dumps(content))
     words = page_of(run).words
-    assert "dog 10 40.0% eel 5 cat 10 80.0% dog 2 eel 10 100.0%" in words
-    assert "dog eel 5 50.0% cat dog 2 20.0% dog cat 1 10.0%" in words
+    assert "dog 10 40.0 % eel 5 cat 10 80.0 % dog 2 eel 10 100.0 %" in words
+    assert "dog eel 5 50.0 % cat dog 2 20.0 % dog cat 1 10.0 %" in words
     assert "weights: EMA" in words
     many = page_of(write_run(tmp_path / "b", num_classes=1000)).words
     assert "1000 classes, median accuracy" in many
@@ -297,7 +299,7 @@ def test_a_hostile_run_is_shown_and_not_obeyed(tmp_path):
 @pytest.mark.parametrize("how", ["missing", "empty", "garbage", "wrong"])
 def test_a_file_that_is_missing_or_damaged_costs_only_itself(tmp_path, missing, how):
     run = write_run(tmp_path / "a", num_logs=20, events=eventful())
-    figure = f"Top-1 {read_run(run).evaluations['eval_top1'][-1]:.2%}"
+    top1 = f"Top-1 {100 * read_run(run).evaluations['eval_top1'][-1]:.1f} %"
     content = {
         "empty": b"",
         "garbage": b"\xff\xfe{]\x00,;\n" * 50,
@@ -308,7 +310,7 @@ def test_a_file_that_is_missing_or_damaged_costs_only_itself(tmp_path, missing, 
     assert "Curves" in page.words
     if missing in RUN_FILES and (how != "empty" or missing.startswith(("status", "config"))):
         assert f"{missing}: " in page.words
-    assert (figure in page.words) == (missing != "summary.csv")
+    assert (top1 in page.words) == (missing != "summary.csv")
 
 
 def test_a_log_cut_in_the_middle_of_a_line(tmp_path):

@@ -91,12 +91,12 @@ def test_a_missing_package_is_a_mistake_in_the_configuration(make_job, monkeypat
         job = make_job(metrics={"trackers": ["mlflow"]})
         job(code=2)
         assert job.stderr.read_text() == (
-            "metrics.trackers: not installed: mlflow; pip install 'cmtrain[mlflow]', or leave it out\n"
+            "metrics.trackers: not installed: mlflow; pip install -e '.[mlflow]', or leave it out\n"
         )
         assert not job.run.exists()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
-        ConfigError, match=r"not installed: wandb, mlflow; pip install 'cmtrain\[wandb,mlflow\]'"
+        ConfigError, match=r"not installed: wandb, mlflow; pip install -e '\.\[wandb,mlflow\]'"
     ):
         tracker_options(["wandb", "mlflow"], tmp_path)
     assert tracker_options([], tmp_path) == {}

@@ -47,8 +47,9 @@ LIMITS = {
     "TranslateX": (0.5, 1),
     "TranslateY": (0.5, 1),
 }
-# Pillow blurs by three box filters, each rounded to levels, and repeats the border where DALI mirrors the image (the
-# large single errors); without the border the mean error is 0.63 levels at the worst radius (0.7) and 0.3 at 2.
+# Pillow blurs by three box filters, each rounded to levels, and repeats the border where DALI mirrors the
+# image (the large single errors); without the border the mean error is 0.63 levels at the worst radius (0.7)
+# and 0.3 at 2.
 LIMITS_3A = {
     "Solarize": (0.0, 0),
     "Desaturate": (0.2, 1),
@@ -57,7 +58,7 @@ LIMITS_3A = {
 
 
 def run_graph(body, arrays: list[np.ndarray], layouts: list[str], conditionals: bool = True) -> np.ndarray:
-    """Runs body(*nodes) on one batch of arrays."""
+    """Run body(*nodes) on one batch of arrays."""
     dali_types = {"uint8": types.UINT8, "int32": types.INT32, "float32": types.FLOAT}
 
     def graph():
@@ -84,7 +85,7 @@ def run_layer(images: np.ndarray, params: LayerParams, fill=FILL) -> np.ndarray:
 
     def body(image, branches, matrices, bits, factors, kernels):
         numbers = matrices[0], bits[0], factors[0], kernels[0]
-        return augment.rand_augment_layer(image, branches[0], *numbers, background, blurs=True)
+        return augment.rand_augment_layer(image, branches[0], numbers, background, blurs=True)
 
     return run_graph(body, [images, *params], ["HWC", "", "", "", "", ""])
 
@@ -235,7 +236,7 @@ def test_colour_jitter_equals_torchvisions_in_every_order():
 
 
 def test_the_contrast_of_a_gpu_graph_equals_that_of_a_cpu_graph(monkeypatch):
-    """On a GPU the operator cannot take a computed centre, so contrast is arithmetic there; here on a CPU."""
+    """A GPU's operator needs a constant centre, so contrast is arithmetic there; this runs it on a CPU."""
     photos = squares(96)
     factors = np.linspace(0.1, 1.9, len(photos), dtype=np.float32)
     about_mean = (np.arange(len(photos)) % 2).astype(np.float32)

@@ -18,13 +18,13 @@ from helpers.runs import assert_same_state, logged, losses, wait_for
 from PIL import Image
 
 from cmtrain.step.evaluate import evaluate
-from cmtrain.training.run_logger import Journal
+from cmtrain.training.run_logger import RunLogger
 from pipelines.dali import graphs
 from pipelines.files.manifest import BadFile, Manifest
 from pipelines.loader import DaliLoader, eval_loader, train_loader
 from pipelines.plan import MicroBatch
 from pipelines.spec import UNREADABLE, AugmentSpec, Batch, DataError, EvalSpec
-from pipelines.stand_ins import BadFiles
+from pipelines.stand_ins import StandIns
 
 SPEC = AugmentSpec(SIDE)
 WHOLE = AugmentSpec(
@@ -37,7 +37,7 @@ def become_a_folder(path: Path) -> None:
     path.mkdir()
 
 
-WORDS = {
+REASONS = {
     vanish: "cannot be opened: No such file",
     garble: "not a JPEG",
     cut: "truncated",
@@ -54,7 +54,7 @@ def manifest(tmp_path) -> Manifest:
 
 @pytest.fixture
 def loaders():
-    """Collects loaders and closes them."""
+    """Collect loaders and close them."""
     made: list[DaliLoader] = []
     yield made
     for loader in made:
@@ -98,7 +98,7 @@ def evaluation(loaders, manifest, rank=0, world=1) -> DaliLoader:
 
 
 def samples(batches) -> list[tuple[int, int, str]]:
-    """(sample, label, digest of its pixels), in order."""
+    """Return (sample, label, digest of its pixels), in order."""
     return [
         (index, label, digest(image))
         for images, labels, indices in batches
@@ -107,14 +107,14 @@ def samples(batches) -> list[tuple[int, int, str]]:
 
 
 def break_some(manifest: Manifest) -> list[str]:
-    """Breaks nine files in all ways, the last one and two neighbours among them; returns their paths."""
+    """Break nine files in all ways, the last one and two neighbours among them; return their paths."""
     places = [3, 7, 19, 20, 21, 34, 40, 47, 52]
-    for place, harm in zip(places, itertools.cycle(WORDS), strict=False):
+    for place, harm in zip(places, itertools.cycle(REASONS), strict=False):
         harm(Path(manifest.file(place)))
     return [manifest.file(place) for place in places]
 
 
-@pytest.mark.parametrize("harm", WORDS)
+@pytest.mark.parametrize("harm", REASONS)
 def test_a_bad_file_costs_one_sample(loaders, manifest, harm):
     plan = plan_for(manifest, global_batch_size=53)
     before = [samples(train(loaders, manifest, plan, WHOLE).epoch(epoch)) for epoch in (0, 1)]
@@ -125,12 +125,12 @@ def test_a_bad_file_costs_one_sample(loaders, manifest, harm):
         assert samples(loader.epoch(epoch)) == [of_index[21] if s[0] == 20 else s for s in before[epoch]]
     (file,) = loader.take_bad_files()
     assert file.path == manifest.file(20)
-    assert WORDS[harm] in file.reason
+    assert REASONS[harm] in file.reason
     assert loader.take_bad_files() == []
 
 
 def test_pixels_depend_on_the_files_alone(loaders, manifest):
-    """Not on ranks, the depth of the queue, where a run begins, what it met before, or what a batch holds besides."""
+    """Not on ranks, the depth of the queue, where a run begins, what it met before, or other samples."""
     bad = break_some(manifest)
     plan = plan_for(manifest)
     alone = train(loaders, manifest, plan)
@@ -172,9 +172,9 @@ def test_a_bad_validation_image_keeps_its_place_and_is_never_right(loaders, mani
         assert [index for index, _, _ in after] == list(range(53))
         assert [label for index, label, _ in after if index in harmed] == [UNREADABLE] * 3
         assert [s for s in after if s[0] not in harmed] == [s for s in before if s[0] not in harmed]
-    told = [file.path for rank in ranks for file in rank.take_bad_files()]
+    found = {file.path for rank in ranks for file in rank.take_bad_files()}
     # A rank that looks for a stand-in may find its neighbour bad, too.
-    assert set(told) == {manifest.file(place) for place in harmed}
+    assert found == {manifest.file(place) for place in harmed}
 
 
 def test_a_cut_validation_image_is_found_by_dali_2_and_is_half_grey_on_1_34(loaders, manifest):
@@ -190,23 +190,22 @@ def test_a_cut_validation_image_is_found_by_dali_2_and_is_half_grey_on_1_34(load
         assert loader.take_bad_files() == []
 
 
-def test_a_file_that_two_ranks_met_is_told_and_counted_once(tmp_path):
+def test_a_file_that_two_ranks_met_is_logged_and_counted_once_by_its_kind(tmp_path):
+    """The kind is carried: the wording of a reason changes no label."""
     cut_file, gone = (
-        BadFile("a.jpg", "image file is truncated"),
-        BadFile("b.jpg", "cannot be opened: No such file"),
+        BadFile("a.jpg", "truncated", "not an image, more than 64 million pixels"),
+        BadFile("b.jpg", "missing", "empty file, truncated"),
     )
     counts = []
     for rank in (0, 1):
         steps = {"first_step": 0, "last_step": 1, "epochs": 1, "total_steps": 1}
-        serving = {"address": None, "stall_seconds": 600, "device": torch.device("cpu")}
-        journal = Journal(tmp_path / "run", rank=rank, world_size=2, **steps, **serving)
-        journal.left_out([gone])
-        journal.bad_files([[gone], [cut_file]])
-        journal.bad_files([[cut_file], []])
-        errors = journal.metrics.decode_errors
-        counts.append(
-            [journal.metrics.one(errors, kind)._value.get() for kind in ("missing", "truncated", "other")]
-        )
+        serving = {"address": None, "stall_seconds": 600}
+        logger = RunLogger(tmp_path / "run", rank=rank, world_size=2, **steps, **serving)
+        logger.left_out([gone])
+        logger.bad_files([[gone], [cut_file]])
+        logger.bad_files([[cut_file], []])
+        errors = logger.metrics.decode_errors
+        counts.append([errors(kind)._value.get() for kind in ("missing", "truncated", "other")])
     assert counts == [[1, 0, 0], [0, 1, 0]]
     events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
     assert [(e["event"], e["path"], e["kind"]) for e in events] == [
@@ -254,7 +253,7 @@ def test_a_folder_without_one_readable_file_ends_the_run(loaders, manifest):
         list(train(loaders, manifest, plan_for(manifest), max_bad_fraction=1.0).epoch(0))
 
 
-def test_a_passing_failure_is_tried_again_and_a_lasting_one_is_told(loaders, manifest):
+def test_a_passing_failure_is_tried_again_and_a_lasting_one_is_reported(loaders, manifest):
     plan = plan_for(manifest, micro_batch_size=4)
     expected = pixels(train(loaders, manifest, plan), 0)
     loader = train(loaders, manifest, plan)
@@ -312,9 +311,9 @@ def test_a_file_that_pillow_reads_and_dali_does_not_is_found_and_costs_one_sampl
         planned = np.concatenate([batch.indices for batch in plan.micro_batches(epoch, 0, 0, 1)]).tolist()
         used = [index for index, _ in pixels(loader, epoch)]
         assert used == [index + 1 if index in places else index for index in planned]
-    told = loader.take_bad_files()
-    assert {file.path for file in told} == {str(root / "c0/027.jpg"), str(root / "c2/026.jpg")}
-    for file in told:
+    found = loader.take_bad_files()
+    assert {file.path for file in found} == {str(root / "c0/027.jpg"), str(root / "c2/026.jpg")}
+    for file in found:
         assert file.reason.startswith("Pillow can read it, DALI cannot: ")
         assert "frame" not in file.reason
         assert len(file.reason) < 120
@@ -322,8 +321,8 @@ def test_a_file_that_pillow_reads_and_dali_does_not_is_found_and_costs_one_sampl
     assert [place for place, label in labels.items() if label == UNREADABLE] == places
 
 
-def examined(manifest: Manifest, failing: set[int]) -> tuple[int, list[BadFile]]:
-    """How often something was made to find which samples of two batches fail (25 is in both), and which are told."""
+def find_undecodable(manifest: Manifest, failing: set[int]) -> tuple[int, list[BadFile]]:
+    """Return how many parts of two batches were decoded (25 is in both), and the bad files found."""
     makes = 0
 
     def make(batch: MicroBatch) -> None:
@@ -332,33 +331,34 @@ def examined(manifest: Manifest, failing: set[int]) -> tuple[int, list[BadFile]]
         if failing & set(batch.indices.tolist()):
             raise RuntimeError("nvidia.dali says:\n  no")
 
-    bad_files = BadFiles(manifest, 0.5, 1)
+    stand_ins = StandIns(manifest, 0.5, 1)
     batches = [
         MicroBatch(0, 0, 0, np.arange(26), np.zeros(26)),
         MicroBatch(0, 1, 0, np.arange(25, 52), np.zeros(27)),
     ]
-    bad_files.examine_alone(batches, make, RuntimeError("together"))
-    return makes, bad_files.take_untold()
+    stand_ins.find_undecodable(batches, make, RuntimeError("together"))
+    return makes, stand_ins.take_new()
 
 
-def test_few_parts_of_a_batch_tell_which_files_fail(manifest):
-    makes, told = examined(manifest, {40})
-    assert told == [BadFile(manifest.file(40), "Pillow can read it, DALI cannot: nvidia.dali says: no")]
+def test_decoding_few_parts_of_a_batch_finds_the_files_that_fail(manifest):
+    makes, found = find_undecodable(manifest, {40})
+    reason = "Pillow can read it, DALI cannot: nvidia.dali says: no"
+    assert found == [BadFile(manifest.file(40), "other", reason)]
     assert makes <= 1 + 2 + 2 * 5
     for failing in ({0, 25, 26, 51}, set(range(26))):  # also where all neighbours are of the same kind
-        _, told = examined(manifest, failing)
-        assert [file.path for file in told] == [manifest.file(place) for place in sorted(failing)]
+        _, found = find_undecodable(manifest, failing)
+        assert [file.path for file in found] == [manifest.file(place) for place in sorted(failing)]
 
 
 def test_where_all_fail_or_none_alone_it_is_not_the_files(manifest):
     with pytest.raises(DataError, match=r"failed twice, .* of the 52 .* no others either: together"):
-        examined(manifest, set(range(53)))
+        find_undecodable(manifest, set(range(53)))
     with pytest.raises(DataError, match=r"failed twice, .* each one alone; together: together"):
-        examined(manifest, set())
+        find_undecodable(manifest, set())
     with pytest.raises(
         DataError, match=r"of the 0 images .*: no GPU"
     ):  # DALI failed while the graph was built
-        BadFiles(manifest, 0.5, 1).examine_alone([], lambda batch: None, RuntimeError("no GPU"))
+        StandIns(manifest, 0.5, 1).find_undecodable([], lambda batch: None, RuntimeError("no GPU"))
 
 
 def test_a_restored_file_is_used_again(loaders, manifest):
@@ -378,7 +378,7 @@ def test_a_restored_file_is_used_again(loaders, manifest):
 
 @pytest.fixture
 def bad_job(make_job, tmp_path):
-    """bad_job("name") -> Job on 220 images, and lists of 19 that only decoding finds bad and 3 whose header is bad."""
+    """bad_job("name") -> Job on 220 images, 19 that only decoding finds bad, and 3 whose header is bad."""
     root = write_tree(tmp_path / "data", 220, 31)
     files = sorted((root / "train").rglob("*.jpg"))
     never_good, broken = files[5:200:70], files[10:200:10]
@@ -404,18 +404,18 @@ def bad_job(make_job, tmp_path):
     return make
 
 
-def bad_files_told(job) -> list[str]:
+def logged_bad_files(job) -> list[str]:
     return sorted(event["path"] for event in job.events() if event["event"] == "bad_file")
 
 
 def test_a_run_over_a_folder_that_breaks(bad_job, tmp_path):
-    """Two ranks; files that are cut, overwritten or, while the run runs, removed. Again, and it is the same run."""
+    """Two ranks; files that are cut, overwritten or, during the run, removed. A second run is the same."""
     job, broken, never_good = bad_job("a")
     again, _, _ = bad_job("b")
     for each in (job, again):
         result = each(nproc=2)
         assert (result["state"], result["step"], result["num_unreadable"]) == ("finished", 26, 0)
-        assert bad_files_told(each) == sorted(map(str, [*broken, *never_good]))
+        assert logged_bad_files(each) == sorted(map(str, [*broken, *never_good]))
         kinds = [event["kind"] for event in each.events() if event["event"] == "bad_file"]
         assert (kinds.count("not_an_image"), kinds.count("truncated")) == (12, 10)
         assert "3 bad files are left out: " in each.stderr.read_text()
@@ -424,7 +424,7 @@ def test_a_run_over_a_folder_that_breaks(bad_job, tmp_path):
     assert_same_state(job, again)
 
 
-def test_files_that_vanish_while_the_run_runs(make_job, tmp_path):
+def test_files_that_vanish_during_the_run(make_job, tmp_path):
     root = write_tree(tmp_path / "data", 96, 31)
     job = make_job(data={"root": str(root), "max_bad_fraction": 0.1}, schedule={"epochs": 16})
     vanishing = [
@@ -439,7 +439,7 @@ def test_files_that_vanish_while_the_run_runs(make_job, tmp_path):
     assert process.returncode == 0, err
     assert '"num_unreadable": 1,' in out
     assert "on 31 images, 1 unreadable ones counted as wrong" in err
-    assert bad_files_told(job) == sorted(map(str, vanishing))
+    assert logged_bad_files(job) == sorted(map(str, vanishing))
     assert {event["kind"] for event in job.events() if event["event"] == "bad_file"} == {"missing"}
 
 

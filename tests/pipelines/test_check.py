@@ -1,4 +1,4 @@
-"""`cmtrain data check` finds exactly the bad files, survives all of them, and training leaves out what it found."""
+"""`cmtrain data check` finds exactly the bad files and survives them; training leaves out what it found."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from helpers.images import write_tree
 from helpers.runs import ROOT
 
 from cmtrain.commands.data_check import check
-from pipelines.checks import decode_one
-from pipelines.checks import decode_pool as pipelines_check
+from pipelines.checks import decode_one, decode_pool
 from pipelines.checks.bad_list import NAME, read_lists
-from pipelines.checks.decode_pool import Judges
+from pipelines.checks.decode_one import CheckResult, Fault
+from pipelines.checks.decode_pool import DecodePool
 from pipelines.files import headers, scan_cache
 from pipelines.files.manifest import Manifest
 from pipelines.spec import DataError
@@ -43,9 +43,10 @@ def data(tmp_path) -> Path:
     return tmp_path / "data"
 
 
-def listed(path: Path) -> dict[str, str]:
+def listed(path: Path) -> dict[str, tuple[str, str]]:
+    """Kind and reason by path."""
     lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
-    return dict(line.split("\t") for line in lines)
+    return {name: (kind, reason) for name, kind, reason in (line.split("\t") for line in lines)}
 
 
 def paths_of(manifest: Manifest) -> set[str]:
@@ -57,10 +58,11 @@ def test_finds_exactly_the_bad_files_in_little_memory(data):
     kinds = write_bad(data / "train" / "b")
     program = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))\n"
-        "from cmtrain.data_check import check\n"
+        "from cmtrain.commands.data_check import check\n"
         "code = check(sys.argv[1], full=True, processes=2, out=None)\n"
         # Its own peak from /proc: getrusage's would include what pytest held when it started this process.
-        "own = next(int(line.split()[1]) for line in open('/proc/self/status') if line.startswith('VmHWM'))\n"
+        "lines = open('/proc/self/status')\n"
+        "own = next(int(line.split()[1]) for line in lines if line.startswith('VmHWM'))\n"
         "print(max(own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss) * 1024); sys.exit(code)"
     )
     done = subprocess.run(
@@ -70,7 +72,7 @@ def test_finds_exactly_the_bad_files_in_little_memory(data):
     *report, peak_bytes = done.stdout.splitlines()
     assert int(peak_bytes) < 1e9
     found = listed(data / NAME)
-    assert {path: decode_one.kind_of(reason) for path, reason in found.items()} == {
+    assert {path: kind for path, (kind, _) in found.items()} == {
         f"train/b/{name}": kind for name, kind in kinds.items()
     }
     text = "\n".join(report)
@@ -79,10 +81,10 @@ def test_finds_exactly_the_bad_files_in_little_memory(data):
     assert f"{data}/val: 16 files, 16 good, 0 bad" in text
     assert "2 classes of 8 (a) to 8 good images, median 8" in text
     assert f"fingerprint {Manifest.from_folder(data / 'val').fingerprint}" in text
-    assert all(f"{path}: {reason}" in text for path, reason in found.items())
+    assert all(f"{path}: {reason}" in text for path, (_, reason) in found.items())
 
 
-def test_good_data_is_told_and_leaves_no_list(data, capsys):
+def test_good_data_leaves_no_list(data, capsys):
     (data / NAME).write_text("train/a/good.jpg\tof an earlier check\n")
     assert check(str(data), full=True, processes=2, out=None) == 0
     assert not (data / NAME).exists()
@@ -108,8 +110,8 @@ def test_training_leaves_out_what_the_check_found(data):
     assert paths_of(Manifest.from_folder(data / "train")) == paths_of(before)
 
 
-def test_the_check_looks_at_everything_and_runs_remember_what_it_saw(data, tmp_path, monkeypatch):
-    """A file overwritten in place, of which runs see a sample only."""
+def test_the_check_looks_at_everything_and_renews_the_cache_of_runs(data, tmp_path, monkeypatch):
+    """A file is overwritten in place, which runs see in a sample of the files only."""
     monkeypatch.setattr(headers, "TICK_NS", 0)
     monkeypatch.setattr(scan_cache, "NUM_SAMPLED", 1)
     path, runs = data / "train" / "b" / "good.jpg", tmp_path / "runs"
@@ -132,7 +134,7 @@ def test_the_check_looks_at_everything_and_runs_remember_what_it_saw(data, tmp_p
 def test_a_class_tree_of_its_own(data):
     (data / "train" / "a" / "empty.jpg").touch()
     assert check(str(data / "train"), full=True, processes=1, out=None) == 3
-    assert listed(data / "train" / NAME) == {"a/empty.jpg": "empty file"}
+    assert listed(data / "train" / NAME) == {"a/empty.jpg": ("truncated", "empty file")}
     assert "a/empty.jpg" in read_lists(data / "train")
     assert "train/a/empty.jpg" not in read_lists(data)
 
@@ -163,7 +165,7 @@ def test_a_check_of_headers_alone_is_no_list(data, tmp_path):
     assert set(listed(tmp_path / "headers.tsv")) == {"train/a/empty.jpg"}
 
 
-def test_nothing_but_bad_files_is_told_too(tmp_path, capsys):
+def test_a_folder_of_bad_files_only_is_described(tmp_path, capsys):
     (tmp_path / "data" / "a").mkdir(parents=True)
     kinds = write_bad(tmp_path / "data" / "a")
     assert check(str(tmp_path / "data"), full=True, processes=1, out=None) == 3
@@ -179,41 +181,58 @@ def test_what_is_no_data_set_is_refused(data, tmp_path):
 
 
 def program(tmp_path: Path, monkeypatch, body: str) -> None:
-    """Replaces what the checking processes do with a path by `body`."""
-    path = tmp_path / "judge.py"
+    """Replace what the decoding processes do with a path by `body`."""
+    path = tmp_path / "decode_one.py"
     path.write_text(
         f"import json, os, signal, sys, time\nprint(json.dumps({decode_one.READY!r}), flush=True)\n"
-        f"for line in sys.stdin:\n    path = json.loads(line)\n    {body}\n    print('[1, 2, \"\"]', flush=True)\n"
+        f"for line in sys.stdin:\n    path = json.loads(line)\n    {body}\n"
+        f"    print('[1, 2, null]', flush=True)\n"
     )
-    monkeypatch.setattr(pipelines_check, "_PROGRAM", path)
+    monkeypatch.setattr(decode_pool, "_PROGRAM", path)
+
+
+def test_the_kind_is_carried_and_never_read_from_the_reason(data, tmp_path, monkeypatch, capsys):
+    """From the decoding process over the list on the disk to the manifest."""
+    (data / "train" / "a" / "odd.jpg").write_bytes(encoded())
+    answer = json.dumps([0, 0, ["missing", "truncated, empty file, not a JPEG"]])
+    program(tmp_path, monkeypatch, f"if 'odd' in path: print({answer!r}, flush=True); continue")
+    assert check(str(data), full=True, processes=1, out=None) == 3
+    assert "1 bad (1 missing)" in capsys.readouterr().out
+    (bad,) = Manifest.from_folder(data / "train", max_bad_fraction=0.1).bad
+    assert bad.kind == "missing"
+    assert bad.reason == f"truncated, empty file, not a JPEG (listed in {NAME})"
+
+
+def test_an_older_list_has_no_kinds(data):
+    (data / NAME).write_text("train/a/cut.jpg\tempty file\ntrain/a/tab\there.jpg\tnot a JPEG\n")
+    assert read_lists(data / "train") == {
+        "a/cut.jpg": Fault("other", f"empty file (listed in {NAME})"),
+        "a/tab\there.jpg": Fault("other", f"not a JPEG (listed in {NAME})"),
+    }
 
 
 @pytest.mark.parametrize(
-    ("body", "reason", "kind"),
+    ("body", "reason"),
     [
-        ("'bad' in path and os.kill(os.getpid(), signal.SIGSEGV)", "kills the decoder (SIGSEGV)", "other"),
-        ("'bad' in path and os._exit(7)", "ends the decoder (exit code 7)", "other"),
-        (
-            "'bad' in path and (signal.alarm(1), time.sleep(9))",
-            "takes more than 60 seconds to decode",
-            "other",
-        ),
+        ("'bad' in path and os.kill(os.getpid(), signal.SIGSEGV)", "kills the decoder (SIGSEGV)"),
+        ("'bad' in path and os._exit(7)", "ends the decoder (exit code 7)"),
+        ("'bad' in path and (signal.alarm(1), time.sleep(9))", "takes more than 60 seconds to decode"),
     ],
 )
-def test_a_file_that_kills_the_decoder_is_bad_and_no_other(tmp_path, monkeypatch, body, reason, kind):
+def test_a_file_that_kills_the_decoder_is_bad_and_no_other(tmp_path, monkeypatch, body, reason):
     program(tmp_path, monkeypatch, body)
-    judges = Judges(2, decode=True)
+    pool = DecodePool(2, decode=True)
     paths = [f"{'bad' if index % 5 == 3 else 'good'}{index}.jpg" for index in range(12)]
-    verdicts = list(judges.verdicts(paths))
-    judges.close()
-    assert [verdict.reason for verdict in verdicts] == [reason * ("bad" in path) for path in paths]
-    assert decode_one.kind_of(reason) == kind
+    results = list(pool.check(paths))
+    pool.close()
+    good, bad = CheckResult(1, 2, None), CheckResult(0, 0, Fault("other", reason))
+    assert results == [bad if "bad" in path else good for path in paths]
 
 
 def test_a_decoder_that_cannot_start_condemns_no_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(pipelines_check, "_PROGRAM", tmp_path / "nowhere.py")
+    monkeypatch.setattr(decode_pool, "_PROGRAM", tmp_path / "nowhere.py")
     with pytest.raises(DataError, match=r"nowhere\.py: cannot be started"):
-        list(Judges(1, decode=True).verdicts(["a.jpg"]))
+        list(DecodePool(1, decode=True).check(["a.jpg"]))
 
 
 def test_memory_and_time_of_a_decoder_are_limited():
@@ -237,10 +256,12 @@ def test_memory_and_time_of_a_decoder_are_limited():
 
 
 @pytest.mark.timeout(20)
-def test_a_pipe_blocks_no_judge(tmp_path):
+def test_a_pipe_blocks_no_decoder(tmp_path):
     """One that took the place of an image after the folder was listed."""
     os.mkfifo(tmp_path / "pipe.jpg")
-    assert decode_one.decode(str(tmp_path / "pipe.jpg")).reason == "not a file"
+    assert decode_one.check_file(str(tmp_path / "pipe.jpg"), decode=True) == CheckResult(
+        0, 0, Fault("not_an_image", "not a file")
+    )
 
 
 def test_odd_names_arrive_and_return(tmp_path):
@@ -262,7 +283,7 @@ def test_odd_names_arrive_and_return(tmp_path):
     assert {os.path.basename(file.path) for file in manifest.bad} == set(names)
 
 
-def test_a_run_says_what_the_check_found(make_job, tmp_path):
+def test_a_run_logs_what_the_check_found(make_job, tmp_path):
     root = write_tree(tmp_path / "data", 40, 12)
     cut = sorted((root / "train").rglob("*.jpg"))[::8]
     for path in cut:
@@ -270,8 +291,8 @@ def test_a_run_says_what_the_check_found(make_job, tmp_path):
     assert check(str(root), full=True, processes=2, out=None) == 3
     job = make_job(data={"root": str(root), "max_bad_fraction": 0.2})
     job("--max-steps", "1")
-    told = [event for event in job.events() if event["event"] == "bad_file"]
-    assert sorted(event["path"] for event in told) == sorted(map(str, cut))
-    assert {event["kind"] for event in told} == {"truncated"}
+    logged = [event for event in job.events() if event["event"] == "bad_file"]
+    assert sorted(event["path"] for event in logged) == sorted(map(str, cut))
+    assert {event["kind"] for event in logged} == {"truncated"}
     assert f"{len(cut)} bad files are left out: " in job.stderr.read_text()
     assert "and 2 more in events.jsonl" in job.stderr.read_text()

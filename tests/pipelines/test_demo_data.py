@@ -1,4 +1,4 @@
-"""Demo data that cannot be made says why, in a line."""
+"""Demo data that cannot be made is an error of one line."""
 
 from pathlib import Path
 

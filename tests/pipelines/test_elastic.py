@@ -1,4 +1,4 @@
-"""A run that is killed in the middle of an epoch goes on, on any number of ranks, with the very same pixels."""
+"""A run that is killed in the middle of an epoch resumes on any number of ranks with the same pixels."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def manifest(tmp_path_factory) -> Manifest:
 def run(
     manifest: Manifest, world: int, first_step: int, last_step: int, repeats: int, fp16: bool
 ) -> list[Sample]:
-    """What all ranks together are given from step `first_step` to before `last_step`, counted over epochs."""
+    """Return what all ranks together get from step `first_step` to before `last_step`, over epochs."""
     plan = Plan(3, NUM_IMAGES, GLOBAL_BATCH_SIZE, MICRO_BATCH_SIZE[world], repeats)
     spec = AugmentSpec(SIDE, rand_augment="rand-m9-mstd0.5-inc1", color_jitter=0.4, fp16=fp16)
     samples: list[Sample] = []

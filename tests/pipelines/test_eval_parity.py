@@ -18,7 +18,8 @@ from pipelines.spec import EvalSpec
 SAMPLE = ROOT.parent / "shared" / "data" / "imagenet-sample.tar"
 MODES = {"bicubic": InterpolationMode.BICUBIC, "bilinear": InterpolationMode.BILINEAR}
 
-# The paper's recipes: 184 and 182 to 160, 256 to 224; bicubic in the official code, bilinear in the re-implementation's.
+# The paper's recipes: 184 and 182 to 160, 256 to 224; bicubic in the official code, bilinear in the
+# re-implementation's.
 RECIPES = [(160, 184, "bicubic"), (160, 182, "bilinear"), (224, 256, "bicubic")]
 
 
@@ -48,7 +49,8 @@ def errors_against_torchvision(
             errors.append(np.abs(np.rint(ours) - expected).mean())
     loader.close()
     print(
-        f"\n{resize_px} -> {image_px} {interpolation}: mean {np.mean(errors):.3f}, worst image {max(errors):.3f} levels"
+        f"\n{resize_px} -> {image_px} {interpolation}: mean {np.mean(errors):.3f}, "
+        f"worst image {max(errors):.3f} levels"
     )
     return np.array(errors)
 

@@ -1,4 +1,4 @@
-"""What the configuration says about decoding reaches DALI; a graph for a GPU can be defined without one."""
+"""The configuration of decoding reaches DALI; a graph for a GPU can be defined without one."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def make_loaders(manifest: Manifest, device: str, *overrides: tuple[str, str]) -
         is_main_process=True,
     )
     return [
-        make(config, manifest, schedule, accelerator, 1)
-        for make in (build.make_train_loader, build.make_eval_loader)
+        build.make_train_loader(config, manifest, schedule, accelerator, 1),
+        build.make_eval_loader(config, manifest, schedule.micro_batch_size, accelerator, 1),
     ]
 
 
@@ -65,7 +65,7 @@ def test_the_load_of_the_jpeg_engine_reaches_both_decoders(manifest, decoders, t
 
 
 @pytest.mark.parametrize(("device", "decode"), [("cuda:0", "cpu"), ("cpu", "auto")])
-def test_a_decoder_on_the_cpu_is_told_no_load(manifest, decoders, device, decode):
+def test_a_decoder_on_the_cpu_gets_no_load(manifest, decoders, device, decode):
     for loader in make_loaders(manifest, device, ("data.hw_decoder_load", "0.3"), ("data.decode", decode)):
         loader._build(lambda: [])
     assert [options["device"] for options in decoders] == ["cpu", "cpu"]

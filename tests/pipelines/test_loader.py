@@ -28,7 +28,7 @@ def manifest(tmp_path_factory) -> Manifest:
 
 @pytest.fixture
 def loaders():
-    """Collects loaders and closes them."""
+    """Collect loaders and close them."""
     made: list[DaliLoader] = []
     yield made
     for loader in made:

@@ -204,7 +204,8 @@ def test_rand_augment_draws_timms_operations_gates_and_magnitudes():
     for branch, number in per_branch.items():
         assert shares[branch] == pytest.approx(0.5 * number / 15, rel=0.06)
     assert shares[Branch.NONE] == pytest.approx(0.5, rel=0.02)
-    # Sharpness is one operation, so its factors show magnitude, noise, clipping and sign: 1 +- 0.9 * N(0.9, 0.05).
+    # Sharpness is one operation, so its factors show magnitude, noise, clipping and sign: 1 +- 0.9 * N(0.9,
+    # 0.05).
     strength = (params.factors[..., 0][params.branches == Branch.SHARPEN] - 1) / 0.9
     assert np.abs(strength).mean() == pytest.approx(0.899, abs=0.004)
     assert np.abs(strength).std() == pytest.approx(0.049, abs=0.004)
@@ -270,7 +271,7 @@ def test_uniform_magnitudes_when_the_noise_is_above_100():
     assert largest_gap(magnitude.ravel(), np.linspace(0, 0.6, 20_000)) < 1
 
 
-def test_the_seeds_solarize_is_no_operation_and_its_enhancements_are_all_1_9():
+def test_the_reimplementations_solarize_is_no_operation_and_its_enhancements_are_all_1_9():
     policy = parse("reimpl")
     op = np.arange(15)[:, None]
     params = op_params(policy, op, np.ones((15, 1)), np.ones((15, 1)), 160)

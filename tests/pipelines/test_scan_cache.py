@@ -1,4 +1,4 @@
-"""What is remembered of a folder or a list gives the manifest that a look at every file would give, or is not used."""
+"""A cached scan gives the manifest that a new scan would give, or it is not used."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from helpers.runs import ROOT
 from PIL import Image
 
 from pipelines.files import headers, manifest, scan_cache
+from pipelines.files.listing import Paths
 from pipelines.files.manifest import BadFile, Manifest
-from pipelines.files.paths import Paths
 from pipelines.loader import eval_loader, train_loader
 from pipelines.spec import AugmentSpec, DataError, EvalSpec
 
@@ -62,15 +62,15 @@ def assert_same(ours: Manifest, theirs: Manifest) -> None:
 
 @pytest.fixture
 def looks(monkeypatch) -> list[str]:
-    """Grows by a word for every listing and by a path for every header that is read."""
+    """Grow by "listed" for every listing and by a path for every header that is read."""
     seen: list[str] = []
     for module, name in ((manifest, "list_folder"), (manifest, "list_file")):
         original = getattr(module, name)
         monkeypatch.setattr(
             module, name, lambda *args, original=original: seen.append("listed") or original(*args)
         )
-    read = headers._read_header
-    monkeypatch.setattr(headers, "_read_header", lambda path: seen.append(path) or read(path))
+    check = headers.check_file
+    monkeypatch.setattr(headers, "check_file", lambda path, decode: seen.append(path) or check(path, decode))
     return seen
 
 
@@ -91,7 +91,7 @@ def rewritten(path: Path, side: int = 61) -> None:
 
 
 def replaced(path: Path) -> None:
-    """As rsync and tar do: neither the folder's nor the file's time of modification tells."""
+    """Replace as rsync and tar do, which set back the folder's and the file's time of modification."""
     file, folder = path.stat(), path.parent.stat()
     rewritten(path.with_suffix(".tmp.jpg"))
     path.with_suffix(".tmp.jpg").rename(path)
@@ -191,7 +191,7 @@ def test_a_folder_that_changed_within_a_tick_of_the_look_is_not_trusted(tmp_path
 
 
 def test_a_file_that_changed_within_a_tick_of_the_look_is_not_trusted(tmp_path, monkeypatch):
-    """One that is still being copied, say: its folder has changed long ago."""
+    """It is still being copied, for example: its folder has changed long ago."""
     monkeypatch.setattr(headers, "TICK_NS", 3_000_000_000)
     monkeypatch.setattr("pipelines.files.listing.folder_state", lambda path: (1, 1, 1, 1))
     monkeypatch.setattr(scan_cache, "folder_state", lambda path: (1, 1, 1, 1))
@@ -217,7 +217,7 @@ def test_a_time_far_ahead_is_no_change(tmp_path, monkeypatch, looks):
     assert looks.count("listed") == 1
 
 
-def test_names_that_are_no_utf8_are_remembered(tmp_path, looks):
+def test_names_that_are_no_utf8_are_cached(tmp_path, looks):
     root = Path(os.fsdecode(bytes(tmp_path) + b"/in\xff"))
     (root / "a").mkdir(parents=True)
     shutil.copytree(write_folder(tmp_path / "in", 6) / "c0", root / os.fsdecode(b"b\xe9"))
@@ -274,16 +274,16 @@ def test_another_version_is_not_used(opened, tmp_path, looks, monkeypatch):
 # A process of its own: it takes a second for its look, which it notes in a file.
 LOOK = """
 import sys, time
-from pipelines import dataset, headers
+from pipelines.files import headers, manifest
 
-def slowly(folder, original=dataset.list_folder):
+def slowly(folder, original=manifest.list_folder):
     with open(sys.argv[3], "a") as log:
         log.write("listed\\n")
     time.sleep(1)
     return original(folder)
 
-headers.TICK_NS, dataset.list_folder = 0, slowly
-assert len(dataset.Manifest.from_folder(sys.argv[1], cache_dir=sys.argv[2])) == 12
+headers.TICK_NS, manifest.list_folder = 0, slowly
+assert len(manifest.Manifest.from_folder(sys.argv[1], cache_dir=sys.argv[2])) == 12
 """
 
 
@@ -313,7 +313,7 @@ def test_a_killed_process_holds_nobody_up(tmp_path):
     assert len(Manifest.from_folder(root, cache_dir=tmp_path / "cache")) == 12
 
 
-def test_whoever_waits_says_for_what(tmp_path, monkeypatch, capsys):
+def test_a_waiting_process_reports_why(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(scan_cache, "LINE_SECONDS", 0.3)
     root = write_folder(tmp_path / "in", 12)
     process = started(root, tmp_path)
@@ -376,8 +376,7 @@ def test_to_touch_a_folder_or_to_ask_shows_an_image_overwritten_in_place(small_s
         assert (manifest.heights[PLACE], manifest.widths[PLACE]) == (10, 20)
 
 
-def test_paths_find_paths(monkeypatch):
-    monkeypatch.setattr("pipelines.files.paths._BLOCK", 7)
+def test_paths_find_paths():
     rng = np.random.default_rng(0)
     texts = [f"n{number:05d}/{'x' * int(rng.integers(0, 40))}{number}.jpg" for number in range(100)]
     paths = Paths.of(texts)

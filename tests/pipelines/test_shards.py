@@ -1,4 +1,4 @@
-"""A packed data set is the folder it was packed from: the same samples and pixels, whole or not there at all."""
+"""A packed data set gives the samples and pixels of the folder it was packed from, whole or not at all."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ from helpers.runs import ROOT
 from PIL import Image
 
 from cmtrain.commands.data_pack import pack
+from pipelines.checks.bad_list import BadFile
 from pipelines.files.manifest import Manifest
-from pipelines.files.shards import SliceReader, damage, is_packed, read_index
+from pipelines.files.shards import SliceReader, damage, is_packed
 from pipelines.loader import eval_loader, train_loader
 from pipelines.plan import Plan
 from pipelines.spec import DataError, EvalSpec
@@ -234,8 +235,8 @@ def test_a_full_disk_is_one_line_and_nothing_half_written_is_left(source, packed
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1
     assert err.splitlines()[-1] == (
-        f"{tmp_path / 'train'}: cannot be written: File too large; finished shards are kept, the same command goes on "
-        "from there"
+        f"{tmp_path / 'train'}: cannot be written: File too large; "
+        "finished shards are kept, the same command goes on from there"
     )
     assert "Traceback" not in err
     assert contents(tmp_path) == {}
@@ -245,7 +246,7 @@ def test_a_full_disk_is_one_line_and_nothing_half_written_is_left(source, packed
 
 def test_a_kept_shard_that_has_changed_is_written_again(source, packed, cache, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "pipelines.packing.shard_writer.write_index", lambda index: os.kill(os.getpid(), signal.SIGINT)
+        "pipelines.packing.shard_writer.write_index", lambda *_: os.kill(os.getpid(), signal.SIGINT)
     )
     with pytest.raises(KeyboardInterrupt):
         pack(str(source), str(tmp_path), **OPTIONS, cache_dir=str(cache))
@@ -259,15 +260,16 @@ def test_a_kept_shard_that_has_changed_is_written_again(source, packed, cache, t
 def test_a_flipped_byte_is_found(source, packed, cache, tmp_path, place):
     for name, content in contents(packed).items():
         put(tmp_path / name, content)
-    index = read_index(tmp_path / "train")
-    assert damage(index) == []
+    manifest = Manifest.from_shards(tmp_path / "train")
+    slices = manifest.packed
+    assert damage(slices, manifest.paths) == []
     member = 17
-    shard = tmp_path / "train" / index.slices.shard_names[index.slices.shards[member]]
-    offset = int(index.slices.offsets[member])
+    shard = tmp_path / "train" / slices.shard_names[slices.shards[member]]
+    offset = int(slices.offsets[member])
     flip(shard, offset + 300 if place == "image" else offset - 300)
-    (found,) = damage(index)
+    (found,) = damage(slices, manifest.paths)
     assert found.startswith(f"{shard}: ")
-    assert (index.paths[member] in found) == (place == "image")
+    assert (manifest.paths[member] in found) == (place == "image")
     with pytest.raises(DataError, match=r"shard-00000\d.tar: .*has changed.*pack again"):
         pack(str(source), str(tmp_path), **OPTIONS, cache_dir=str(cache))
 
@@ -288,6 +290,15 @@ def test_missing_cut_and_damaged_parts_are_named(packed, tmp_path):
     index.write_bytes(index.read_bytes()[:3000])
     with pytest.raises(DataError, match=r"index\.npz: cannot be read"):
         Manifest.from_shards(tmp_path / "train")
+
+
+def test_an_older_index_has_no_kinds(packed, tmp_path):
+    for name, content in contents(packed).items():
+        put(tmp_path / name, content)
+    with np.load(tmp_path / "train" / "index.npz") as data:
+        columns = dict(data) | {"bad": np.array([("a/cut.jpg", "truncated")])}
+    np.savez(tmp_path / "train" / "index.npz", **columns)
+    assert Manifest.from_shards(tmp_path / "train").bad == (BadFile("a/cut.jpg", "other", "truncated"),)
 
 
 def test_a_destination_of_something_else_is_left_alone(source, packed, cache, tmp_path):
@@ -368,7 +379,8 @@ def test_awkward_files(photo, cache, tmp_path):
     assert shards.packed is not None
     stored = {path: shards.packed.read(index) for index, path in enumerate(shards.paths)}
     assert stored.keys() == images.keys() | {f"b c/{name}" for name in others}
-    assert {path.removeprefix(f"{root}/") for path, _ in shards.bad} == bad.keys()
+    kinds = {file.path.removeprefix(f"{root}/"): file.kind for file in shards.bad}
+    assert kinds == {"a/cut.jpg": "truncated", "a/text.jpg": "not_an_image", "a/empty.jpg": "truncated"}
 
     assert {name for name, content in images.items() if stored[name] != content} == {"a/turned.jpg"}
     with Image.open(io.BytesIO(stored["a/turned.jpg"])) as image:

@@ -1,4 +1,4 @@
-"""The synthetic loader keeps the plan's order, and its images can be learnt. The contract: test_loader.py."""
+"""The synthetic loader keeps the plan's order, and its images can be learnt; see also test_loader.py."""
 
 from __future__ import annotations
 

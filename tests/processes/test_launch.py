@@ -12,15 +12,15 @@ from helpers.runs import FAULTY, TWO, assert_nobody_is_left, failures, faults, l
 from cmtrain.processes.collectives import set_torch_defaults
 from cmtrain.processes.failure import (
     Failure,
+    archive_previous_attempt,
     cause_of,
-    conclude,
     crash_loop,
     failed_steps,
-    leave_word,
-    settle,
+    record_cause,
+    write_failure,
 )
 from cmtrain.processes.launcher import num_visible
-from cmtrain.processes.rank import tell_failure
+from cmtrain.processes.rank import report_failure
 from cmtrain.storage.checkpoint import checkpoint_steps
 from cmtrain.storage.run_folder import RunFolder, read_events, read_status
 
@@ -240,8 +240,8 @@ def test_the_cause_is_the_first_failure_that_is_no_consequence():
 
 def test_ranks_that_fail_together_are_told_once(tmp_path):
     def reasons(failure):
-        leave_word(tmp_path, failure)
-        conclude(tmp_path)
+        write_failure(tmp_path, failure)
+        record_cause(tmp_path)
         return [event["reason"] for event in read_events(tmp_path)]
 
     RunFolder(tmp_path).status(state="running", step=9)
@@ -257,11 +257,11 @@ def test_ranks_that_fail_together_are_told_once(tmp_path):
 
 
 def test_what_became_of_a_run_is_found_out_by_the_next_start(tmp_path):
-    assert settle(tmp_path / "new") == ()
+    assert archive_previous_attempt(tmp_path / "new") == ()
     folder = RunFolder(tmp_path)
     folder.status(state="running", step=40)
-    assert settle(tmp_path) == (
-        "the attempt before failed: ended without a word: killed, or the machine went down",
+    assert archive_previous_attempt(tmp_path) == (
+        "the attempt before failed: ended without an error report: killed, or the machine went down",
     )
     status = read_status(tmp_path)
     assert (status["state"], status["step"]) == ("failed", 40)
@@ -269,15 +269,15 @@ def test_what_became_of_a_run_is_found_out_by_the_next_start(tmp_path):
     RunFolder(tmp_path).status(state="running", step=50, reason=None)
     (tmp_path / "hang-rank1.txt").write_text("Timeout (0:00:04)!")
     (tmp_path / "hang-rank0.txt").touch()
-    assert settle(tmp_path) == (
-        "the attempt before failed: rank 1: hung without a word; hang-rank1.txt says where",
+    assert archive_previous_attempt(tmp_path) == (
+        "the attempt before failed: rank 1: hung without an error report; see its stacks in hang-rank1.txt",
     )
     assert (tmp_path / "old-hang-rank1.txt").exists()
-    assert settle(tmp_path) == ()
+    assert archive_previous_attempt(tmp_path) == ()
     # What has ended well is left alone, whatever came after.
     RunFolder(tmp_path).status(state="finished", reason="top-1 0.9")
-    leave_word(tmp_path, Failure(1, 2, "killed by SIGABRT", exit_code=134))
-    assert settle(tmp_path) == ()
+    write_failure(tmp_path, Failure(1, 2, "killed by SIGABRT", exit_code=134))
+    assert archive_previous_attempt(tmp_path) == ()
     assert read_status(tmp_path)["state"] == "finished"
     assert not list(tmp_path.glob("failed-rank*"))
 
@@ -288,9 +288,9 @@ def test_a_full_disk_does_not_hide_the_failure(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", full)
-    leave_word(tmp_path, Failure(0, 1, "OSError: no space"))
-    assert conclude(tmp_path, silent=True).reason.startswith("ended without a word")
+    monkeypatch.setattr(Path, "write_bytes", full)
+    write_failure(tmp_path, Failure(0, 1, "OSError: no space"))
+    assert record_cause(tmp_path, has_ended=True).reason.startswith("ended without an error report")
 
 
 def test_a_crash_loop_is_the_same_step_three_times_in_one_launch(tmp_path):
@@ -340,9 +340,9 @@ def test_under_torchrun_a_mistake_is_said_once(make_job):
 def test_who_lost_contact_waits_for_the_word_of_who_failed(tmp_path, lost):
     RunFolder(tmp_path).status(state="running", step=1)
     failed = Failure(1, 2, "killed by SIGKILL", exit_code=137)
-    threading.Timer(0.5, leave_word, (tmp_path, failed)).start()
+    threading.Timer(0.5, write_failure, (tmp_path, failed)).start()
     error = RuntimeError("[/x/gloo/pair.cc:1] Connection closed by peer") if lost else KeyError("x")
-    cause = tell_failure(error, tmp_path, rank=0, world_size=2, step=7)
+    cause = report_failure(error, tmp_path, rank=0, world_size=2, step=7)
     assert cause.rank == (1 if lost else 0)
     assert cause.step == 7
-    assert read_status(tmp_path)["reason"] == cause.said()
+    assert read_status(tmp_path)["reason"] == cause.describe()

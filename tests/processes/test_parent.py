@@ -9,7 +9,7 @@ import pytest
 PARENT = """
 import ctypes, os, signal, sys
 from pathlib import Path
-from cmtrain.parent import run_ranks
+from cmtrain.processes.launcher import run_ranks
 ctypes.CDLL(None).prctl(36, 1)  # adopt orphans, as process 1 does
 command = [sys.executable, "-c", "import os, signal, sys, time; rank = int(os.environ['RANK']); " + sys.argv[2]]
 code = run_ranks(command, 2, max_restarts=int(sys.argv[3]), run_path=Path(sys.argv[1]))

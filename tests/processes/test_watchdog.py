@@ -36,8 +36,8 @@ def test_a_hang_that_holds_the_interpreters_lock_ends_too_and_the_next_start_tel
     assert "in gil" in (job.run / "hang-rank0.txt").read_text()
     job()
     (failed,) = [event for event in job.events() if event["event"] == "failed"]
-    assert failed["reason"] == "hung without a word; hang-rank0.txt says where"
-    assert "the attempt before failed: hung without a word" in job.stderr.read_text()
+    assert failed["reason"] == "hung without an error report; see its stacks in hang-rank0.txt"
+    assert "the attempt before failed: hung without an error report" in job.stderr.read_text()
     assert losses(job) == losses(undisturbed)
     assert [path.name for path in job.run.glob("*hang*")] == ["old-hang-rank0.txt"]
 
@@ -63,8 +63,8 @@ def test_a_run_that_is_paused_for_longer_than_a_step_may_take_ends_and_loses_not
 WATCHED = """
 import sys, time
 from pathlib import Path
-from cmtrain.run_folder import RunFolder
-from cmtrain.watchdog import Watchdog
+from cmtrain.storage.run_folder import RunFolder
+from cmtrain.processes.watchdog import Watchdog
 path = Path(sys.argv[1])
 RunFolder(path).status(state="running", step=0)
 watchdog = Watchdog(path, 0, 1, timeout_seconds=0.5)

@@ -1,4 +1,4 @@
-"""kill -9, anywhere: the same command goes on, and the run is the run that was never killed, bit for bit."""
+"""Kill -9 anywhere: the same command continues, and the run equals one never killed, bit for bit."""
 
 from helpers.runs import HURT
 
@@ -31,7 +31,7 @@ def curve(job: Job) -> list[tuple]:
 
 @pytest.fixture
 def undisturbed(make_job) -> Job:
-    """A run in fp16 that nobody kills; `calls.json` says how many calls its loop and its writer make."""
+    """A run in fp16 that nobody kills; `calls.json` counts the calls of its loop and its writer."""
     job = make_job("undisturbed", **SECTIONS)
     job(module=HURT, HALF="1", COUNT=str(job.folder / "calls.json"))
     scales = [record["loss_scale"] for record in job.log()]
@@ -44,7 +44,9 @@ def undisturbed(make_job) -> Job:
     ("kills", "seed"), [pytest.param(3, 0), *(pytest.param(5, seed, marks=pytest.mark.slow) for seed in range(1, 5))]
 )
 def test_killed_anywhere_is_never_killed(make_job, undisturbed, figure, kills, seed):
-    """`kills` in one run: every other one while a checkpoint is being written, each at a random call of a function."""
+    """`kills` in one run: every other one while a checkpoint is being written, each at a random call of a
+    function.
+    """
     draw = random.Random(seed)
     calls = json.loads((undisturbed.folder / "calls.json").read_text())
     job = make_job("killed", **SECTIONS)

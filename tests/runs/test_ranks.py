@@ -1,4 +1,4 @@
-"""Two ranks, one poisoned: the step is refused on both, and whatever they decide they decide alike."""
+"""Two ranks, one poisoned: both refuse the step, and they take every decision together."""
 
 import dataclasses
 import os
@@ -15,7 +15,9 @@ CASES = [(rank, broadcast) for rank in (0, 1) for broadcast in (False, True)]
 
 
 def _train(rank, port, folder, protect):
-    """One rank: for every case six steps, the third of them poisoned on one rank; leaves what it has at the end."""
+    """One rank: for every case six steps, the third of them poisoned on one rank; leaves what it has at the
+    end.
+    """
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     outcomes = {}
@@ -60,12 +62,14 @@ def shared(report):
 
 
 def test_a_poisoned_rank_poisons_nothing(tmp_path):
-    """Whichever rank, whether DDP sends rank 0's statistics before each forward pass or, as build.py has it, not."""
+    """Whichever rank, whether DDP sends rank 0's statistics before each forward pass or, as build.py has it,
+    not.
+    """
     ranks = run(tmp_path, protect=True)
     for case in CASES:
         one, other = (rank[case] for rank in ranks)
         assert one["changed"] == other["changed"] == []
-        # Between evaluations and saves each rank has statistics of its own, and says how large they are.
+        # Between evaluations and saves each rank has statistics of its own, and reports how large they are.
         assert shared(one["report"]) == shared(other["report"])
         assert one["report"].bad_steps == 1
         assert_same(one["end"], other["end"])

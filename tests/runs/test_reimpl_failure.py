@@ -1,4 +1,4 @@
-"""The re-implementation's own failure (section 4.3), end to end on the demo's JPEGs: SGD at 1.6 without warm-up in fp16."""
+"""The failure of the re-implementation (its section 4.3), end to end on the demo's JPEGs."""
 
 from helpers.runs import ROOT
 
@@ -20,7 +20,9 @@ REIMPL = {
 
 
 def test_the_run_that_was_lost_is_trained(make_job):
-    """Without the guard every evaluation is NaN; with it the run ends nearly where one at a sane rate ends."""
+    """Without the guard every evaluation is NaN; with it the run ends nearly where one at a sane rate
+    ends.
+    """
     lost, saved, sane = (make_job(name, **REIMPL) for name in ("lost", "saved", "sane"))
     unguarded = lost("--guard.enabled", "false", "--max-steps", "44", module=HALF)
     assert unguarded["loss"] is unguarded["ema_loss"] is None  # NaN, of which JSON knows nothing

@@ -1,4 +1,4 @@
-"""A run that is stopped on some number of ranks and goes on on another: the same samples, the same losses."""
+"""A run that stops on some ranks and continues on another number sees the same samples and pixels."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Stop signals, however the run was started: a checkpoint at that step, the true exit code, and nobody is left."""
+"""Stop signals, however the run was started: a checkpoint, the true exit code, no process left."""
 
 import os
 import signal
@@ -103,7 +103,9 @@ def test_process_1_can_be_stopped_before_training_begins(make_job):
     ],
 )
 def test_signals_to_other_launchers(make_job, launcher, number):
-    """accelerate with one process passes nothing on, and nobody passes SIGKILL on: the ranks notice its death."""
+    """accelerate with one process passes nothing on, and nobody passes SIGKILL on: the ranks notice its
+    death.
+    """
     job = make_job(**LONG)
     process = job.start(launcher=launcher)
     wait_for(lambda: logged(job, 4), process)

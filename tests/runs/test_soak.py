@@ -1,4 +1,4 @@
-"""Ten minutes of everything at once: what a run of weeks would meet, nothing lost, and nothing that grows."""
+"""Ten minutes of every fault that a run of weeks meets: nothing is lost and nothing grows."""
 
 import json
 import os
@@ -88,7 +88,7 @@ def test_nothing_is_lost_and_nothing_grows(make_job, figure):
             continue  # of a single one, nothing could be saved
         injected[fault] += 1
         if fault == "damage":
-            state = checkpoint_path(job.run / "checkpoints", saved[-1]) / "state.pt"
+            state = checkpoint_path(job.run / "checkpoints", saved[-1]) / "state.safetensors"
             with open(state, "r+b") as file:
                 file.seek(draw.randrange(state.stat().st_size))
                 byte = file.read(1)[0]

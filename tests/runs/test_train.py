@@ -1,4 +1,4 @@
-"""The promises of a run, kept by the program as a user starts it: whole processes, real JPEGs, real signals."""
+"""The promises of a run, kept by the program as a user starts it: whole processes, real JPEGs."""
 
 from helpers.runs import POISONED, losses, final_state, assert_same_state, wait_for, logged
 
@@ -60,7 +60,7 @@ def test_a_run_leaves_what_it_promises(make_job):
     assert checkpoint_steps(job.run / "checkpoints")[-3:] == [24, 30, 36]
     assert (job.run / "augmented.png").read_bytes()[:4] == b"\x89PNG"
     assert "top1" in job.stderr.read_text()
-    # The same command again has nothing to do, and says the same.
+    # The same command again has nothing to do, and reports the same.
     again = job()
     assert again["top1"] == result["top1"]
     assert [r["step"] for r in job.log()] == list(range(2, 37, 2))
@@ -143,7 +143,9 @@ def test_evaluation_is_exact_over_ranks(make_job, nproc):
 
 
 def test_a_folder_of_photographs_never_seen_before(make_job, tmp_path):
-    """Unicode names, grayscale, CMYK, a PNG named .jpg, odd sizes: trains and evaluates, on 1, 2 and 3 ranks."""
+    """Unicode names, grayscale, CMYK, a PNG named .jpg, odd sizes: trains and evaluates, on 1, 2 and 3
+    ranks.
+    """
     root = tmp_path / "photos"
     for split, count in (("train", 36), ("val", 17)):
         write_folder(root / split, count)
@@ -215,7 +217,8 @@ def test_metrics_are_served_while_the_run_runs(make_job):
         assert min(phases.values()) > 0
         assert sum(phases.values()) < value("step_duration_seconds_sum")
         assert value("phase_duration_seconds_count", phase="data_wait") == value("step_duration_seconds_count")
-        assert value("data_bytes_total") > 500 * value("images_total", split="train")  # JPEGs of 48 x 48 pixels
+        # JPEGs of 48 x 48 pixels
+        assert value("data_bytes_total") > 500 * value("images_total", split="train")
         assert min(value(name) for name in ("flops_per_image", "weight_norm", "bn_running_var_max", "loss_scale")) > 0
         assert sum(value("state", state=state) for state in STATES) == 1
         assert float(samples[f'cmtrain_images_total{{rank="{rank}",run="job",split="train"}}']) >= 32

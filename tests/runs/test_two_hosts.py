@@ -57,7 +57,7 @@ def start(job, module="cmtrain", at_the_second=None, **environment):
     """One launcher a host, with two ranks each, as on a cluster."""
     processes = []
     for number, (host, end) in enumerate(zip(HOSTS, CABLE, strict=True)):
-        # gloo takes the address of the host's name, unless it is told by which interface to go.
+        # gloo takes the address of the host's name, unless an interface is set.
         variables = os.environ | {"GLOO_SOCKET_IFNAME": end} | environment | ((at_the_second or {}) if number else {})
         command = ["ip", "netns", "exec", host, "unshare", "--uts", "sh", "-c", f'hostname {host}; exec "$@"', "sh"]
         command += [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "2"]
@@ -74,21 +74,23 @@ def exit_codes(processes, seconds=240):
     return [process.returncode for process in processes]
 
 
-def said(job):
+def errors_of(job):
     return [(job.folder / f"{host}.txt").read_text() for host in HOSTS]
 
 
 def test_two_hosts_train_what_one_does(make_job, cable):
     one, two = make_job("one"), make_job("two")
     one(nproc=4)
-    assert exit_codes(start(two, module=FAULTY, WEIGHTS="yes")) == [0, 0], said(two)
+    assert exit_codes(start(two, module=FAULTY, WEIGHTS="yes")) == [0, 0], errors_of(two)
     assert losses(two) == losses(one)
     assert_same_state(two, one)
     assert len({(two.folder / f"weights-rank{rank}").read_text() for rank in range(4)}) == 1
 
 
 def test_a_cable_that_is_pulled_costs_time_and_nothing_else(make_job, cable):
-    """Two seconds without it nobody notices; more than collective_timeout_seconds end the run, which then resumes."""
+    """Two seconds without it nobody notices; more than collective_timeout_seconds end the run, which then
+    resumes.
+    """
     sections = {"schedule": {"epochs": 12}, "checkpoint": {"every_steps": 4}, "evaluate": {"every_epochs": 12}}
     sections |= {"train": {"collective_timeout_seconds": 20.0}}
     one, two = make_job("one", **sections), make_job("two", **sections)
@@ -110,10 +112,10 @@ def test_a_cable_that_is_pulled_costs_time_and_nothing_else(make_job, cable):
     kept = checkpoint_steps(two.run / "checkpoints")[-1]
     assert kept >= status["step"] - 4 >= step - 4
     cable("up")
-    assert exit_codes(start(two)) == [0, 0], said(two)
+    assert exit_codes(start(two)) == [0, 0], errors_of(two)
     assert [failed_after for failed_after, _ in failures(two)] == [status["step"]]
-    # DDP orders its buckets anew after the first step of a process, and with more than two ranks sums in that order:
-    # only what began in the same step is equal to the bit.
+    # DDP orders its buckets again after the first step of a process, and with more than two ranks sums in
+    # that order: only what began in the same step is equal to the bit.
     one("--max-steps", str(kept), nproc=4)
     one(nproc=4)
     assert losses(two) == losses(one)
@@ -123,7 +125,7 @@ def test_a_cable_that_is_pulled_costs_time_and_nothing_else(make_job, cable):
 def test_a_host_with_another_time_is_refused(make_job, cable):
     job = make_job()
     assert exit_codes(start(job, module=FAULTY, at_the_second={"ODD_CLOCK": "60"})) == [1, 1]
-    for text in said(job):
+    for text in errors_of(job):
         (line,) = [line for line in text.splitlines() if "clock" in line]
         assert line.startswith("the clock of elsewhere is 60.")
         assert line.endswith("ahead of that of cmtrain-a; set them by NTP")

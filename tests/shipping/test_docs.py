@@ -1,11 +1,8 @@
-"""What README and docs/ tell a user to type exists: verbs, options, configuration keys, files, links."""
+"""Check that what README and docs/ name exists: verbs, options, keys, files, links, packages, tests."""
 
 import re
-from fnmatch import filter as filter_names
-from fnmatch import fnmatch
 
 import pytest
-import yaml
 from helpers.runs import ROOT
 
 from cmtrain.cli.main import _VERBS, main
@@ -13,15 +10,18 @@ from cmtrain.config.load import load_config
 from cmtrain.config.schema import flat
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-KEYS = {key for key, _ in flat(load_config("configs/demo.yaml").config)}
+KEYS = set(flat(load_config("configs/demo.yaml").config))
 SECTIONS = {key.split(".")[0] for key in KEYS}
 FILE_ENDINGS = {"py", "md", "yaml", "json", "jsonl", "png", "pt", "pt2", "onnx", "safetensors"}
 
 
 def commands(text):
-    """What follows `cmtrain` in code, up to the end of the command."""
+    """Yield what follows `cmtrain` in code, up to the end of the command."""
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    fenced = [code for language, code in blocks if language == "bash"]
     code = re.findall(r"^    (.*)$|`([^`\n]+)`", text, re.MULTILINE)
-    for line in (block or inline for block, inline in code):
+    lines = [line for block in fenced for line in block.replace("\\\n", " ").splitlines()]
+    for line in lines + [block or inline for block, inline in code]:
         for found in re.finditer(r"(?:^|[\s(])(?:-m )?cmtrain ([^#|]*)", line):
             yield found[1].replace(" \\", "").strip()
 
@@ -54,31 +54,57 @@ def test_configurations_that_are_named_ship(page):
         assert (ROOT / name).exists(), name
 
 
-def test_the_tree_names_every_module_and_no_other():
-    tree = (ROOT / "README.md").read_text().partition("## The tree")[2]
-    named = set(re.findall(r"[\w*]+\.py\b", tree))
-    modules = {
-        path.name for folder in ("cmtrain", "pipelines") for path in (ROOT / folder).rglob("[!_]*.py")
+def test_the_tree_names_every_package_and_only_files_that_exist():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    tree = text.partition("## The tree")[2].partition("\n## ")[0]
+    named = set(re.findall(r"^ +(\w+)/ ", tree, re.MULTILINE))
+    packages = {
+        path.parent for top in ("cmtrain", "pipelines") for path in (ROOT / top).rglob("__init__.py")
     }
-    there = modules | {
-        path.name for folder in ("tests", "examples") for path in (ROOT / folder).glob("*.py")
-    }
-    assert [module for module in modules if not any(fnmatch(module, name) for name in named)] == []
-    assert [name for name in named if not filter_names(there, name)] == []
+    assert {package.name for package in packages} - named == set()
+    files = {path.name for path in ROOT.rglob("*.*") if ".venv" not in path.parts}
+    assert set(re.findall(r"[\w.]+\.(?:py|md|yaml|sh)\b", tree)) - files == set()
 
 
-def test_the_tutorials_configuration_is_one(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    text = (ROOT / "docs" / "tutorial.md").read_text()
-    block = re.search(r"`shoes.yaml`:\n\n((?:    .*\n|\n)+)", text)[1]
-    (tmp_path / "shoes.yaml").write_text(re.sub("^    ", "", block, flags=re.MULTILINE))
-    assert yaml.safe_load((tmp_path / "shoes.yaml").read_text())["data"] == {"root": "shoes"}
-    assert main(["--config", "shoes.yaml", "--dry-run"]) == 0
-    assert "256 = 1 x 1 x 256" in capsys.readouterr().out
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_paths_that_are_named_exist(page):
+    named = r"`((?!pipelines/test_)(?:tests|cmtrain|pipelines|benchmarks|docker|examples)/[\w/.-]+\.\w+)"
+    for path in re.findall(named, page.read_text()):
+        assert (ROOT / path).exists(), path
+
+
+def test_every_fault_names_tests_that_exist():
+    text = (ROOT / "docs" / "faults.md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith("|")][2:]
+    assert len(rows) > 20
+    for row in rows:
+        named = re.findall(r"\b\w+/test_\w+\.py", row)
+        assert named, row
+        for path in named:
+            assert (ROOT / "tests" / path).exists(), path
+
+
+def test_the_readme_is_short_and_opens_with_a_picture():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 130
+    assert max(map(len, lines)) <= 160
+    assert any("docs/live.png" in line for line in lines[:30])
+
+
+def test_every_page_is_in_the_index():
+    index = (ROOT / "docs" / "README.md").read_text()
+    assert [page.name for page in (ROOT / "docs").glob("*.md") if f"({page.name})" not in index] == [
+        "README.md"
+    ]
+
+
+def test_pages_name_no_package_registry():
+    for page in PAGES:
+        assert not re.search(r"pypi\.org|index-url|pythonhosted", page.read_text()), page
 
 
 def test_options_that_are_shown_are_taken(capsys):
-    """Of the verbs' own options, without running them."""
+    """The verbs' own options, without running them."""
     shown = [command for page in PAGES for command in commands(page.read_text())]
     assert len(shown) > 50
     for command in shown:

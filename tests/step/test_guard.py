@@ -1,4 +1,4 @@
-"""The BatchNorm transaction by itself, and the parts that hang on its flag; test_learner.py has the whole step."""
+"""Test the guard, and EMA and optimizer, which obey its flag. test_learner.py has the whole step."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cmtrain.step.guard import Guard, running_statistics
-from cmtrain.step.measure import Window
+from cmtrain.step.measure import StepBuffer
 from cmtrain.step.optimizer import Ema, make_optimizer
 
 
@@ -52,8 +52,8 @@ def test_statistics_are_checked_even_where_gradients_hide_the_inf():
     model(batch(0))
     model.second.running_var[2] = float("inf")
     guard.propose()
-    go = guard.settle(torch.tensor(True))
-    assert bool(go)  # the other ranks know nothing of it: optimizer and EMA go on together
+    go = guard.commit_or_restore(torch.tensor(True))
+    assert bool(go)  # the other ranks do not know: optimizer and EMA go on together
     assert torch.equal(torch.cat(running_statistics(model)), committed)
     assert (int(guard.bad_steps), int(guard.restores)) == (0, 1)
 
@@ -65,7 +65,7 @@ def test_one_micro_batch_leaves_batchnorm_as_torch_would():
     plain(batch(0))
     model(batch(0))
     guard.propose()
-    guard.settle(torch.tensor(True))
+    guard.commit_or_restore(torch.tensor(True))
     for ours, theirs in zip(running_statistics(model), running_statistics(plain), strict=True):
         assert torch.equal(ours, theirs)
 
@@ -82,12 +82,12 @@ def test_accumulation_commits_the_mean_of_the_proposals():
     for index in range(2):
         model(batch(index))
         guard.propose()
-    guard.settle(torch.tensor(True))
+    guard.commit_or_restore(torch.tensor(True))
     torch.testing.assert_close(torch.cat(running_statistics(model)), (ranks[0] + ranks[1]) / 2)
 
 
 class Count(TorchDispatchMode):
-    """Counts what reaches the device's dispatcher: a kernel each, or a few for a list of tensors."""
+    """Counts the calls of the dispatcher: one kernel each, or a few for a list of tensors."""
 
     def __init__(self):
         super().__init__()
@@ -103,12 +103,12 @@ def test_the_number_of_operations_does_not_grow_with_depth():
     calls = []
     for depth in (2, 50):
         model = nn.Sequential(*[nn.BatchNorm2d(8) for _ in range(depth)])
-        guard, window = Guard(model), Window(num_processes=1)
+        guard, buffer = Guard(model), StepBuffer(num_processes=1)
         loss, norm = torch.ones(()), torch.ones(())
         with Count() as count:
             guard.propose()
-            guard.settle(torch.isfinite(norm))
-            window.add(loss, norm, [])
+            guard.commit_or_restore(torch.isfinite(norm))
+            buffer.add(loss, norm, [])
         calls.append(count.calls)
     print(f"\noperations of guard and record in a step: {calls[0]}")
     # Cutting the flat tensor into views is one call a call of split, whatever the number of pieces.
@@ -119,7 +119,7 @@ def test_a_model_without_batchnorm_is_fine():
     model = nn.Linear(2, 2)
     guard = Guard(model)
     guard.propose()
-    assert not bool(guard.settle(torch.tensor(False)))
+    assert not bool(guard.commit_or_restore(torch.tensor(False)))
     assert (int(guard.bad_steps), int(guard.restores)) == (1, 0)
 
 
@@ -135,7 +135,7 @@ def test_ema_follows_the_formula():
 
 @pytest.mark.parametrize("ours", [True, False])
 def test_a_skipped_first_step_of_fused_sgd_leaves_no_garbage_in_the_momentum(ours, monkeypatch):
-    """torch creates the momentum at the first step from memory as it was, and a skipped step does not write it."""
+    """torch creates the momentum from uninitialised memory at the first step, and a skipped step keeps it."""
 
     def dirty(tensor, **options):
         return torch.full_like(tensor, 12345.0)

@@ -1,4 +1,4 @@
-"""A step in half precision as it runs on a GPU, here on the CPU: one bad batch costs one update and nothing else."""
+"""Test a step in half precision, on the CPU: a bad batch costs one update and nothing else."""
 
 import copy
 import itertools
@@ -23,7 +23,7 @@ faults: Counter[str] = Counter()
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _figures():
+def _print_faults():
     yield
     print("\nfaults in single steps:", ", ".join(f"{count} {what}" for what, count in faults.items()))
 
@@ -35,7 +35,7 @@ def learner_of(opt, accumulation, precision, **options):
 
 @pytest.mark.parametrize(("opt", "accumulation", "precision"), CASES)
 @pytest.mark.parametrize("position", POSITIONS)
-def test_a_poisoned_batch_is_a_batch_that_never_was(opt, accumulation, precision, position):
+def test_a_poisoned_batch_leaves_no_trace(opt, accumulation, precision, position):
     """Model, BatchNorm, EMA and optimizer end bit for bit where a run without that step ends."""
     poisoned, without = (learner_of(opt, accumulation, precision) for _ in range(2))
     bad_step = POSITIONS[position]
@@ -46,7 +46,7 @@ def test_a_poisoned_batch_is_a_batch_that_never_was(opt, accumulation, precision
         if number != bad_step:
             step(without, number)
         elif scaler := without.accelerator.scaler:
-            scaler.scale(torch.zeros(()))  # which makes it, where this is the first step
+            scaler.scale(torch.zeros(()))  # the first call creates the scale
             scaler.update(2.0**9)  # an overflow halves the scale, and the scale decides the rounding
     faults["injected"] += 1
     for name, module in poisoned.weights.items():
@@ -62,8 +62,8 @@ def test_a_poisoned_batch_is_a_batch_that_never_was(opt, accumulation, precision
 
 @pytest.mark.parametrize(("opt", "accumulation", "precision"), CASES)
 @pytest.mark.parametrize("position", POSITIONS)
-def test_without_the_guard_the_same_batch_is_the_end(opt, accumulation, precision, position):
-    """The re-implementation's failure (section 4.3) and pytorch issue 88474: training looks fine, evaluation is NaN."""
+def test_without_the_guard_the_same_batch_makes_evaluation_nan(opt, accumulation, precision, position):
+    """Training looks fine, evaluation is NaN: the re-implementation's section 4.3, pytorch issue 88474."""
     learner = learner_of(opt, accumulation, precision, protect=False)
     for number in range(NUM_STEPS):
         step(learner, number, poison=POISON[precision] if number == POSITIONS[position] else 1.0)
@@ -109,7 +109,7 @@ def test_the_loss_scale_has_a_floor():
 
 
 def test_torch_alone_has_no_floor():
-    """The test above has teeth: this is what torch's scaler does with as many overflows."""
+    """Prove the test above: torch's scaler reaches 0 after as many overflows."""
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
     scaler.scale(torch.zeros(()))
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(()))], 0.1)
@@ -120,7 +120,7 @@ def test_torch_alone_has_no_floor():
     assert scaler.get_scale() == 0
 
 
-def test_state_round_trips_in_the_middle_of_a_window():
+def test_state_round_trips_between_log_points():
     learner = make_learner("adamw")
     other = make_learner("adamw", accelerator=HalfAccelerator(4.0))
     for number in range(3):
@@ -128,8 +128,8 @@ def test_state_round_trips_in_the_middle_of_a_window():
     # Copied as a file copies: torch's optimizers keep the tensors that they are given.
     other.load_state_dict(copy.deepcopy(learner.state_dict()))
     for number in range(3, 6):
-        for one in (learner, other):
-            step(one, number, lr=0.01)
+        step(learner, number, lr=0.01)
+        step(other, number, lr=0.01)
     assert_same(snapshot(learner), snapshot(other))
     assert learner.report(6, 0, 0.01, reset=True) == other.report(6, 0, 0.01, reset=True)
 
@@ -140,7 +140,7 @@ def test_dropout_is_a_function_of_seed_step_and_micro_batch():
         torch.manual_seed(first_seed)
         for number in range(3):
             learner.step(iter([batch(7)]), number, 0.0)
-        return [loss for loss, _ in learner.window.read()]
+        return [loss for loss, _ in learner.buffer.read()]
 
     a, b = losses(1), losses(2)
     assert a == b
@@ -159,8 +159,8 @@ def test_a_step_never_reads_the_device(opt, precision, monkeypatch):
         step(learner, 1)
 
 
-def test_the_proof_above_has_teeth(monkeypatch):
-    """A loss scaler with an optimizer that is not fused reads the device, and so does a log point."""
+def test_reading_the_device_fails_the_test_above(monkeypatch):
+    """A loss scaler reads the device if the optimizer is not fused, and so does a log point."""
     monkeypatch.setattr("cmtrain.step.optimizer.copy.deepcopy", lambda model: Mini())
     with FakeTensorMode():
         learner = learner_of("adamw", 1, "fp16")

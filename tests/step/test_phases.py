@@ -1,4 +1,4 @@
-"""Where a step's time goes, what a step costs, and how large a model's numbers are."""
+"""Test the measurements of a step: phases, waiting, FLOPs, and the size of the model's numbers."""
 
 import itertools
 import time
@@ -12,14 +12,14 @@ from torch import nn
 import cmtrain.models  # noqa: F401
 from cmtrain.models.cost import training_flops_per_image
 from cmtrain.monitoring.machine import gpu_identity, memory_bytes
-from cmtrain.step import measure as phases_module
-from cmtrain.step.measure import MAX_PENDING_STEPS, PHASES, Phases, extremes
+from cmtrain.step import measure
+from cmtrain.step.measure import MAX_PENDING_STEPS, PHASES, Phases, Stopwatch, extremes
 
 CPU = torch.device("cpu")
 
 
 def slow_batches(waited):
-    """Batches that each let the step wait, which is no phase of it; adds the seconds to `waited`."""
+    """Yield a batch every 0.2 s, a wait that belongs to no phase. Append the seconds to `waited`."""
     for number in itertools.count():
         begin = time.perf_counter()
         time.sleep(0.2)
@@ -32,21 +32,34 @@ def test_the_phases_of_a_step_add_up_to_its_time_without_waiting_for_data():
     waited = []
     batches = slow_batches(waited)
     learner.step(batches, 0, 1e-3)
-    learner.phases.take()
+    learner.phases.pop_finished()
     waited.clear()
     begin = time.perf_counter()
     learner.step(batches, 1, 1e-3)
     wall = time.perf_counter() - begin
-    (seconds,) = learner.phases.take()
+    (seconds,) = learner.phases.pop_finished()
     assert tuple(seconds) == PHASES
     assert min(seconds.values()) > 0
     assert len(waited) == 3
     assert 0.5 < sum(seconds.values()) / (wall - sum(waited)) <= 1
-    assert learner.phases.take() == []
+    assert learner.phases.pop_finished() == []
+
+
+def test_waiting_counts_the_time_until_each_batch_but_the_first():
+    waited, clock = [], Stopwatch()
+    batches = clock.waiting(slow_batches(waited))
+    next(batches)
+    assert clock.waited == 0
+    next(batches)
+    next(batches)
+    seconds, counted = clock.lap()
+    assert 0.9 < sum(waited[1:]) / counted <= 1
+    assert counted <= seconds < sum(waited)
+    assert clock.lap()[1] == 0
 
 
 class FakeEvent:
-    """A CUDA event on a device that is `behind` marks behind the host, and takes a millisecond from mark to mark."""
+    """A CUDA event. The device has passed `passed` of the `recorded` ones, a millisecond apart."""
 
     recorded = 0
     passed = 0
@@ -69,7 +82,7 @@ class FakeEvent:
 
 @pytest.fixture
 def gpu_phases(monkeypatch):
-    monkeypatch.setattr(phases_module.torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(measure.torch.cuda, "Event", FakeEvent)
     monkeypatch.setattr(FakeEvent, "recorded", 0)
     monkeypatch.setattr(FakeEvent, "passed", 0)
     return Phases(torch.device("cuda"))
@@ -85,23 +98,23 @@ def step(phases, micro_batches=1):
 
 def test_events_are_read_when_the_device_has_passed_them_and_never_waited_for(gpu_phases):
     step(gpu_phases)  # marks 1 to 5
-    assert gpu_phases.take() == []
+    assert gpu_phases.pop_finished() == []
     step(gpu_phases, micro_batches=2)  # 6 to 13
     FakeEvent.passed = 5
-    assert gpu_phases.take() == [{"forward": 0.001, "backward": 0.001, "optimizer": 0.001}]
+    assert gpu_phases.pop_finished() == [{"forward": 0.001, "backward": 0.001, "optimizer": 0.001}]
     FakeEvent.passed = 12
-    assert gpu_phases.take() == []
+    assert gpu_phases.pop_finished() == []
     step(gpu_phases)
     FakeEvent.passed = 18
     two = {"forward": 0.002, "backward": 0.002, "optimizer": 0.001}
-    assert gpu_phases.take() == [two, {"forward": 0.001, "backward": 0.001, "optimizer": 0.001}]
+    assert gpu_phases.pop_finished() == [two, {"forward": 0.001, "backward": 0.001, "optimizer": 0.001}]
 
 
-def test_steps_that_nobody_asks_about_are_forgotten(gpu_phases):
+def test_the_oldest_steps_are_dropped_where_nobody_reads_them(gpu_phases):
     for _ in range(3 * MAX_PENDING_STEPS):
         step(gpu_phases)
     FakeEvent.passed = FakeEvent.recorded
-    assert len(gpu_phases.take()) == MAX_PENDING_STEPS
+    assert len(gpu_phases.pop_finished()) == MAX_PENDING_STEPS
 
 
 @pytest.mark.parametrize("variant", ["paper", "reimpl"])
@@ -150,7 +163,7 @@ def test_extremes_of_a_model():
     assert [value.item() for value in extremes(nn.Linear(1, 1, bias=False).requires_grad_())[:2]] == [0, 0]
 
 
-def test_a_report_says_how_large_the_numbers_are():
+def test_a_report_holds_the_extremes_of_the_model():
     learner = make_learner("adamw")
     batches = iter([batch(0), batch(1)])
     for number in range(2):

@@ -1,4 +1,4 @@
-"""A spike is found where it is, nothing else is, and stopping a run changes neither."""
+"""Test that spikes, and nothing else, are found at their step, also in a run that was stopped."""
 
 import copy
 import math
@@ -8,13 +8,13 @@ import pytest
 from helpers.mini import make_learner, step
 
 from cmtrain.step.spikes import MEMORY_STEPS, WARMUP_STEPS, SpikeDetector
-from cmtrain.training.schedule import make_schedule
+from cmtrain.training.schedule import Schedule
 
 
 def healthy_run(num_steps, seed=0):
-    """(loss, norm) of every step as a good run has them: the loss falls, the norm rises with the warm-up and falls."""
+    """Yield (loss, norm) of a good run's steps: the loss falls, the norm rises in the warm-up and falls."""
     noise = random.Random(seed)
-    schedule = make_schedule(
+    schedule = Schedule(
         num_samples=100, world_size=1, global_batch_size=1, max_batch_per_gpu=1, lr=1.0,
         epochs=20, warmup_epochs=5, warmup_lr=1e-6, min_lr=0.0, cooldown_epochs=0,
     )  # fmt: skip
@@ -25,7 +25,7 @@ def healthy_run(num_steps, seed=0):
 
 
 def spikes_of(measured, sigma=6.0):
-    return [spike.step for spike in SpikeDetector(sigma).judge(0, list(measured))]
+    return [spike.step for spike in SpikeDetector(sigma).find_spikes(0, list(measured))]
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -43,7 +43,7 @@ def test_a_spike_is_found_at_its_step(which, at):
     assert spikes_of(measured) == [at + 1]
 
 
-def test_the_first_steps_are_not_judged():
+def test_the_first_steps_are_never_spikes():
     measured = list(healthy_run(WARMUP_STEPS))
     measured[-1] = (1000.0, 1000.0)
     assert spikes_of(measured) == []
@@ -61,7 +61,7 @@ def test_a_bad_step_is_no_spike_and_leaves_no_trace(bad):
     measured = list(healthy_run(300))
     with_bad = [*measured[:200], bad, *measured[200:]]
     a, b = SpikeDetector(6.0), SpikeDetector(6.0)
-    assert a.judge(0, measured) == b.judge(0, with_bad) == []
+    assert a.find_spikes(0, measured) == b.find_spikes(0, with_bad) == []
     assert (a.loss, a.grad_norm) == (b.loss, b.grad_norm)
     assert (a.good_steps_in_a_row, b.good_steps_in_a_row) == (300, 100)
 
@@ -91,18 +91,18 @@ def test_a_resumed_detector_goes_on_as_if_nothing_had_happened():
     measured = list(healthy_run(300))
     measured[250] = (50.0, 1.0)
     whole = SpikeDetector(6.0)
-    expected = whole.judge(0, measured)
+    expected = whole.find_spikes(0, measured)
     first, second = SpikeDetector(6.0), SpikeDetector(6.0)
-    found = first.judge(0, measured[:117])
+    found = first.find_spikes(0, measured[:117])
     second.load_state_dict(copy.deepcopy(first.state_dict()))
-    found += second.judge(117, measured[117:])
+    found += second.find_spikes(117, measured[117:])
     assert found == expected
     assert second.state_dict() == whole.state_dict()
     assert whole.num_spikes == 1
 
 
-def test_a_stopped_run_counts_as_the_one_that_was_not():
-    """Stopped in the middle of a window, of a model that learns; a low bar, so that there are spikes."""
+def test_a_stopped_run_counts_the_same_spikes():
+    """Stop a model that learns between two log points. A low sigma makes spikes."""
 
     def go(learner, first, last):
         reports = []
@@ -124,7 +124,7 @@ def test_a_stopped_run_counts_as_the_one_that_was_not():
 
 
 def test_a_spike_names_its_batch():
-    """Negative images, of which the model is sure that they are of the opposite class."""
+    """Feed negative images, which the model takes for the opposite class."""
     learner = make_learner(accumulation=2, spike_sigma=2.0)
     for number in range(80):
         step(learner, number, lr=0.01, poison=-3.0 if number == 77 else 1.0)

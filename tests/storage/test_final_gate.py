@@ -7,7 +7,8 @@ import torch
 from helpers.mini import batch, make_learner
 from helpers.runs import HURT
 
-from cmtrain.storage.finite import Verdict, all_finite, inspect
+from cmtrain.storage.checkpoint import load_checkpoint
+from cmtrain.storage.finite import FiniteCheck, all_finite, repair_or_reject
 
 
 @pytest.fixture
@@ -23,9 +24,9 @@ def first_statistic(module):
 
 def test_a_healthy_state_passes_untouched(learner):
     before = {name: value.clone() for name, value in learner.ema.module.state_dict().items()}
-    assert inspect(**learner.weights) == Verdict()
+    assert repair_or_reject(**learner.weights) == FiniteCheck()
     assert all(torch.equal(before[name], value) for name, value in learner.ema.module.state_dict().items())
-    assert inspect(learner.model) == Verdict()
+    assert repair_or_reject(learner.model) == FiniteCheck()
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -34,18 +35,18 @@ def test_a_sick_ema_is_healed_where_it_is_sick(learner, value):
     whole = learner.ema.module.state_dict()["head.weight"].clone()
     saved = learner.state_dict()  # what is about to be saved is healed, too
     statistic[0] = value
-    assert inspect(**learner.weights) == Verdict(healed=(name,))
+    assert repair_or_reject(**learner.weights) == FiniteCheck(repaired=(name,))
     assert torch.equal(saved["ema"][name], learner.model.state_dict()[name])
     assert torch.equal(learner.ema.module.state_dict()["head.weight"], whole)
     assert not torch.equal(whole, learner.model.state_dict()["head.weight"])
-    assert inspect(**learner.weights) == Verdict()
+    assert repair_or_reject(**learner.weights) == FiniteCheck()
 
 
 def test_a_sick_model_is_refused_and_named(learner):
     name, statistic = first_statistic(learner.model)
     statistic[0] = math.nan
     first_statistic(learner.ema.module)[1][0] = math.nan
-    assert inspect(**learner.weights) == Verdict(bad=(name,))
+    assert repair_or_reject(**learner.weights) == FiniteCheck(nonfinite=(name,))
     assert math.isnan(first_statistic(learner.ema.module)[1][0])
 
 
@@ -67,7 +68,7 @@ def test_a_run_saves_on_with_a_healed_ema_and_keeps_its_checkpoints_with_a_sick_
     assert "the model is not finite: " in events["checkpoint_failed", 8]["error"]
     assert job.status()["resume_from"].endswith("step-000000004")
     assert job.status()["state"] == "failed"
-    state = torch.load(job.run / "checkpoints" / "step-000000004" / "state.pt", weights_only=True)
+    state = load_checkpoint(job.run / "checkpoints" / "step-000000004").state
     assert all(value.isfinite().all() for value in state["ema"].values())
     job("--max-steps", "10")  # from step 4, well
     assert job.status()["state"] == "finished"

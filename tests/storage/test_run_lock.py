@@ -9,7 +9,7 @@ import socket
 import pytest
 from helpers.runs import logged, wait_for
 
-from cmtrain.storage.run_lock import RunLock
+from cmtrain.storage.run_folder import RunLock
 from pipelines.spec import DataError
 
 
@@ -92,12 +92,13 @@ def test_deleted_between_open_and_flock(tmp_path, monkeypatch):
     lock.close()
 
 
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
 @pytest.mark.parametrize(
     ("host", "pid", "taken"), [(None, 1, True), (None, 2**30, False), ("elsewhere", 1, False)]
 )
-def test_without_flock_the_process_is_looked_for(tmp_path, monkeypatch, host, pid, taken):
+def test_without_flock_the_process_is_looked_for(tmp_path, monkeypatch, number, host, pid, taken):
     def no_locks(descriptor, operation):
-        raise OSError(errno.ENOLCK, "No locks available")
+        raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
     (tmp_path / ".lock").write_text(f'{{"host": "{host or socket.gethostname()}", "pid": {pid}}}')
@@ -107,7 +108,10 @@ def test_without_flock_the_process_is_looked_for(tmp_path, monkeypatch, host, pi
             lock.acquire()
     else:
         lock.acquire()
+        with pytest.raises(DataError, match=f"process {os.getpid()} on"):
+            RunLock(tmp_path).acquire()
         lock.close()
+        assert not (tmp_path / ".lock").exists()
 
 
 @pytest.mark.parametrize("content", ["", "null", "[1]", '{"pid": "x"}', "\0\0"])
@@ -116,6 +120,14 @@ def test_whatever_the_file_holds(tmp_path, content):
     lock = RunLock(tmp_path)
     lock.acquire()
     lock.close()
+
+
+def test_a_link_in_place_of_the_lock_is_not_followed(tmp_path):
+    (tmp_path / ".lock").symlink_to(tmp_path / "precious")
+    (tmp_path / "precious").write_text("x")
+    with pytest.raises(DataError, match="cannot be written"):
+        RunLock(tmp_path).acquire()
+    assert (tmp_path / "precious").read_text() == "x"
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):

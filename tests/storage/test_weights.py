@@ -54,7 +54,7 @@ def test_digits_help_photographs_at_another_size(make_job, figure):
     scratch = make_job("scratch", model=model, **photos, **QUIET)("--max-steps", "12")
     told = tuned.stderr.read_text()
     assert "model.init_from: model weights of " in told
-    assert "the head is new: 12 classes, 10 there" in told
+    assert "new classifier head: 12 classes (the weights have 10)" in told
     assert "4 position tables resized" in told
     assert fine["step"] == scratch["step"]
     assert fine["top1"] > scratch["top1"] + 0.05
@@ -96,10 +96,14 @@ def test_the_head_stays_where_the_classes_are_as_many():
     assert torch.equal(new.head.weight, old.head.weight)
     kept = micro(num_classes=5, seed=2)
     fresh = kept.head.weight.clone()
-    assert fit(kept, old.state_dict(), keeps_head=False) == ["the head is new: 5 classes, 3 there"]
+    assert fit(kept, old.state_dict(), keeps_head=False) == [
+        "new classifier head: 5 classes (the weights have 3)"
+    ]
     assert torch.equal(kept.head.weight, fresh)
     assert torch.equal(kept.stem.conv1.weight, old.stem.conv1.weight)
-    with pytest.raises(ConfigError, match=r"head.weight is .3, 256. there and .5, 256. in the model"):
+    with pytest.raises(
+        ConfigError, match=r"head.weight is .3, 256. in the weights and .5, 256. in the model"
+    ):
         fit(micro(num_classes=5), old.state_dict(), keeps_head=True)
 
 
@@ -137,7 +141,7 @@ def test_other_models_and_damaged_files_are_refused_in_one_line(tmp_path):
     assert "cmtrain repair-bn" in refusal(lambda f: save_file(sick, f))
     assert "holds no weights" in refusal(lambda f: save_file({}, f))
     other = contiguous(timm.create_model("resnet18"))
-    assert " is missing there" in refusal(lambda f: save_file(other, f), ConfigError)
+    assert " is missing in the weights" in refusal(lambda f: save_file(other, f), ConfigError)
     reimpl = contiguous(micro(variant="reimpl"))
     assert "in the model" in refusal(lambda f: save_file(reimpl, f), ConfigError)
     assert "not a safetensors file" in refusal(lambda f: f.write_bytes(pickle.dumps({"a": 1})))

@@ -11,10 +11,13 @@ import torch
 from helpers.runs import FORKS, HURT
 
 import cmtrain.storage.checkpoint_writer
+from cmtrain.step.measure import StepReport
 from cmtrain.storage.checkpoint import checkpoint_steps, load_newest
 from cmtrain.storage.checkpoint_writer import CheckpointWriter, HostCopy
+from cmtrain.storage.finite import Verdict
 from cmtrain.storage.run_folder import RunFolder
-from cmtrain.training.run_logger import Journal
+from cmtrain.training.run_logger import RunLogger
+from cmtrain.training.saver import Saver
 
 
 def state_of(value, count=3):
@@ -73,17 +76,20 @@ def test_saves_in_quick_succession_are_all_there(tmp_path):
 
 
 def test_a_checkpoint_that_the_next_one_drops_before_it_is_told_is_told_all_the_same(tmp_path):
-    journal = Journal(
+    logger = RunLogger(
         tmp_path / "run", rank=0, world_size=1, first_step=0, last_step=2, epochs=1, total_steps=2,
-        address=None, stall_seconds=600, device=torch.device("cpu"),
+        address=None, stall_seconds=600,
     )  # fmt: skip
+    saver = Saver(tmp_path / "run", logger, keep=1)
+    logger.metrics.report(StepReport(2, 0, 1.0, 0.1, 1.0, 1.0, 0, 0, 0, 0, 0))
     for step in (1, 2):
-        journal.writer.save(step, state_of(step), {}, keep=1, last=step == 2)
-    journal.finish("finished", exit_code=0, reason="")
+        saver.save(state_of(step), step, {}, Verdict(), last=step == 2)
+    saver.close()
+    logger.finish("finished", exit_code=0, reason="")
     assert checkpoint_steps(tmp_path / "run" / "checkpoints") == [2]
     events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
     assert [event["step"] for event in events if event["event"] == "checkpoint"] == [1, 2]
-    size = journal.metrics.registry.get_sample_value(
+    size = logger.metrics.registry.get_sample_value(
         "cmtrain_checkpoint_size_bytes", {"run": "run", "rank": "0"}
     )
     assert size == sum(
@@ -111,15 +117,15 @@ def test_host_memory_is_used_again_and_layouts_stay():
         "a": torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last),
         "b": [torch.zeros(()), (1, None, "x")],
     }
-    first = copy.take(state).state
+    first = copy.take(state)[0]
     assert first["a"].is_contiguous(memory_format=torch.channels_last)
     assert first["b"][1] == (1, None, "x")
     pointer = first["a"].data_ptr()
     state["a"] += 1
-    second = copy.take(state).state
+    second = copy.take(state)[0]
     assert second["a"].data_ptr() == pointer
     assert torch.equal(second["a"], state["a"])
-    grown = copy.take({"a": torch.zeros(5)}).state
+    grown = copy.take({"a": torch.zeros(5)})[0]
     assert grown["a"].tolist() == [0.0] * 5
 
 

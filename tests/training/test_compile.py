@@ -23,7 +23,7 @@ from cmtrain.config.load import load_config
 from cmtrain.errors import ConfigError
 from cmtrain.storage.checkpoint import load_newest
 from cmtrain.training import build
-from cmtrain.training.recovery import examine
+from cmtrain.training.recovery import find_overflow
 
 COMPILED = str(ROOT / "tests" / "helpers" / "compiled_train.py")
 
@@ -60,7 +60,7 @@ def test_the_layer_that_overflowed_is_named():
     images, labels, indices = batch(1)
     images[3] *= POISON["bf16"]
     learner.step(iter([type(batch(1))(images, labels, indices)]), 1, 0.05)
-    found = examine(learner)
+    found = find_overflow(learner)
     assert found.cause.startswith("stem: not finite in 1 of 16 images")
     assert found.suspects == (16 + 3,)
 

@@ -11,7 +11,7 @@ from helpers.mini import POISON, Mini, accuracy, assert_same, make_learner, snap
 from helpers.runs import POISONED
 
 from cmtrain.step.learner import MIN_LOSS_SCALE
-from cmtrain.training.recovery import KEEP, Recovery
+from cmtrain.training.recovery import MAX_SNAPSHOTS, Recovery
 from cmtrain.training.train import keep_or_roll_back
 
 
@@ -26,8 +26,8 @@ def make_recovery(**options):
     return Recovery(**(defaults | options))
 
 
-class Told:
-    """What the journal is told."""
+class Logged:
+    """What is logged."""
 
     def __init__(self):
         self.found, self.rollbacks = [], []
@@ -40,8 +40,10 @@ class Told:
 
 
 def run(learner, recovery, *, lr, steps=120, poison=lambda number: 1.0):
-    """The loop of train.py, as far as the guard goes: the last report, what was told, and why it diverged."""
-    told, manifest, stop = Told(), SimpleNamespace(file=str), SimpleNamespace(group=None)
+    """The loop of train.py, as far as the guard goes: the last report, what was logged, and why it
+    diverged.
+    """
+    logged, manifest, stop = Logged(), SimpleNamespace(file=str), SimpleNamespace(group=None)
     if recovery:
         recovery.keep(0, learner)
     for number in range(steps):
@@ -50,9 +52,11 @@ def run(learner, recovery, *, lr, steps=120, poison=lambda number: 1.0):
         if (number + 1) % 5 == 0:
             report = learner.report(number + 1, 0, lr, reset=True)
             assert report.loss_scale >= MIN_LOSS_SCALE
-            if recovery and (diverged := keep_or_roll_back(report, learner, recovery, told, manifest, stop)):
-                return report, told, diverged
-    return report, told, ""
+            if recovery and (
+                diverged := keep_or_roll_back(report, learner, recovery, logged, manifest, stop)
+            ):
+                return report, logged, diverged
+    return report, logged, ""
 
 
 def deep_learner(**options):
@@ -71,40 +75,43 @@ def test_a_learning_rate_that_freezes_a_run_is_survived():
     assert math.isnan(accuracy(unguarded, unguarded.model)[1])
     guard_alone, _, _ = run(frozen, None, lr=1.6)
     assert guard_alone.bad_steps > 100  # finite weights, and never trained again
-    report, told, diverged = run(cured, recovery, lr=1.6)
+    report, logged, diverged = run(cured, recovery, lr=1.6)
     top1 = {name: accuracy(cured, module)[0] for name, module in cured.weights.items()}
     print(
-        f"\nSGD at 1.6, 120 steps, bad ones: no guard {without_guard.bad_steps}, guard {guard_alone.bad_steps}, "
-        f"guard and recovery {report.bad_steps} with {len(told.rollbacks)} rollbacks, top-1 {top1}"
+        f"\nSGD at 1.6, 120 steps, bad ones: no guard {without_guard.bad_steps}, "
+        f"guard {guard_alone.bad_steps}, "
+        f"guard and recovery {report.bad_steps} with {len(logged.rollbacks)} rollbacks, top-1 {top1}"
     )
     assert not diverged
-    assert 1 <= len(told.rollbacks) <= 3
-    assert "not finite in" in told.found[0].cause
+    assert 1 <= len(logged.rollbacks) <= 3
+    assert "not finite in" in logged.found[0].cause
     assert min(top1.values()) >= 0.99
 
 
 def test_overflows_that_no_rollback_ends_are_the_end():
-    """170 forced overflows would take any loss scale to 0; the patience ends first, the weights stay finite."""
+    """170 forced overflows would take any loss scale to 0; the patience ends first, the weights stay
+    finite.
+    """
     learner, recovery = make_learner(accelerator=HalfAccelerator()), make_recovery(max_rollbacks=2)
-    report, told, diverged = run(
+    report, logged, diverged = run(
         learner, recovery, lr=0.05, steps=200, poison=lambda number: POISON["fp16"] if number >= 30 else 1.0
     )
-    assert [at for at, _, _ in told.rollbacks] == [40, 50]
+    assert [at for at, _, _ in logged.rollbacks] == [40, 50]
     assert diverged.startswith(
         "10 bad steps in a row after 2 rollbacks, loss scale 64, stem: not finite in 16 of 16"
     )
     assert report.step == 60
-    assert len(told.found) == 3
-    assert told.found[-1].samples == tuple(range(59 * 16, 60 * 16))
+    assert len(logged.found) == 3
+    assert logged.found[-1].samples == tuple(range(59 * 16, 60 * 16))
 
 
 def test_a_healthy_run_is_not_touched():
     plain, watched, recovery = make_learner(), make_learner(), make_recovery()
     run(plain, None, lr=0.05, steps=40)
-    _, told, _ = run(watched, recovery, lr=0.05, steps=40)
+    _, logged, _ = run(watched, recovery, lr=0.05, steps=40)
     assert_same(snapshot(plain), snapshot(watched))
-    assert not told.rollbacks
-    assert [at for at, _ in recovery.copies] == [20, 30, 40]
+    assert not logged.rollbacks
+    assert [at for at, _ in recovery.snapshots] == [20, 30, 40]
 
 
 def test_a_state_is_kept_only_after_good_steps():
@@ -117,7 +124,7 @@ def test_a_state_is_kept_only_after_good_steps():
         steps=40,
         poison=lambda number: POISON["fp16"] if number in (12, 19, 26) else 1.0,
     )
-    assert [at for at, _ in recovery.copies] == [0, 10, 35]
+    assert [at for at, _ in recovery.snapshots] == [0, 10, 35]
 
 
 def test_a_rollback_restores_everything_but_the_counters():
@@ -150,14 +157,14 @@ def test_steps_before_a_kept_state_are_not_reported_after_it():
     step(learner, 1)
     learner.report(2, 0, 0.05, reset=True)
     recovery.roll_back(2, learner, good_until=1)
-    assert learner.window.read() == []
+    assert learner.buffer.read() == []
 
 
 def test_used_copies_are_spent_and_patience_ends():
     learner, recovery = make_learner(), make_recovery(max_rollbacks=3)
     for at in (10, 20, 30):
         recovery.keep(at, learner)
-    assert len(recovery.copies) == KEEP
+    assert len(recovery.snapshots) == MAX_SNAPSHOTS
     # The copy of step 30 is too young to be trusted, that of step 20 is not.
     assert [recovery.roll_back(40, learner, good_until=30) for _ in range(4)] == [20, 10, 10, None]
 
@@ -187,19 +194,21 @@ def test_spikes_go_back_only_where_that_is_wanted_and_never_end_a_run():
 
     for on_spikes, expected in ((False, 0), (True, 2)):
         learner = make_learner(spike_sigma=3.5)
-        report, told, diverged = run(
+        report, logged, diverged = run(
             learner, make_recovery(on_spikes=on_spikes, max_rollbacks=2), lr=0.002, steps=240, poison=poison
         )
         assert not diverged
         assert report.spikes >= 3
-        assert len(told.rollbacks) == expected
+        assert len(logged.rollbacks) == expected
     # Not to step 160, from which eight good steps did not follow.
-    assert told.rollbacks[0][:2] == (165, 150)
+    assert logged.rollbacks[0][:2] == (165, 150)
 
 
 @pytest.mark.parametrize("nproc", [1, 2])
 def test_a_whole_run_goes_back_and_goes_on(make_job, images, nproc):
-    """Six poisoned steps in a row, four are too many: one rollback, named with its cause, and the run finishes."""
+    """Six poisoned steps in a row, four are too many: one rollback, named with its cause, and the run
+    finishes.
+    """
     job = make_job(guard={"rollback_after_bad_steps": 4}, mixing={"mixup": 0, "cutmix": 0, "reprob": 0})
     steps = ",".join(map(str, range(10, 16)))
     result = job(nproc=nproc, module=POISONED, POISON_STEPS=steps, POISON_RANK=str(nproc - 1))

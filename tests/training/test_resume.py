@@ -1,4 +1,4 @@
-"""Where a run starts: never silently from scratch, and never from a checkpoint that is not its own."""
+"""A run never starts from scratch silently, and never from a checkpoint that is not its own."""
 
 from dataclasses import asdict
 
@@ -11,7 +11,7 @@ from cmtrain.config.load import load_config
 from cmtrain.errors import ConfigError
 from cmtrain.step.measure import StepReport
 from cmtrain.storage.checkpoint import Loaded, checkpoint_path, checkpoint_steps, save_checkpoint
-from cmtrain.storage.run_lock import RunLock
+from cmtrain.storage.run_folder import RunLock
 from cmtrain.training.resume import choose_start, restore
 from pipelines.spec import DataError
 
@@ -56,7 +56,7 @@ def test_from_scratch_and_from_the_newest(tmp_path):
 
 
 def test_nothing_usable_is_refused_until_from_scratch_is_asked_for(tmp_path):
-    flip(save(tmp_path, 3) / "state.pt")
+    flip(save(tmp_path, 3) / "state.safetensors")
     for _ in range(2):
         line = refusal(tmp_path)
         assert "no usable checkpoint in" in line
@@ -68,7 +68,7 @@ def test_nothing_usable_is_refused_until_from_scratch_is_asked_for(tmp_path):
 
 def test_a_damaged_newest_is_told(tmp_path):
     save(tmp_path, 3)
-    flip(save(tmp_path, 7) / "state.pt")
+    flip(save(tmp_path, 7) / "state.safetensors")
     chosen = start(tmp_path)
     assert chosen.step == 3
     assert "step-000000007" in chosen.notes[0]
@@ -77,7 +77,7 @@ def test_a_damaged_newest_is_told(tmp_path):
 def test_another_run_is_read_and_not_changed(tmp_path):
     other = tmp_path / "other"
     save(other, 3)
-    flip(save(other, 7) / "state.pt")
+    flip(save(other, 7) / "state.safetensors")
     assert start(tmp_path / "run", str(other)).step == 3
     assert checkpoint_steps(other / "checkpoints") == [3, 7]
     assert not (other / ".lock").exists()
@@ -100,7 +100,9 @@ def test_another_recipe_or_other_data(tmp_path):
 
 
 def test_the_same_recipe_in_other_ways(tmp_path):
-    """A checkpoint of a version that did not know a key yet, and a run on hardware that has other kernels."""
+    """A checkpoint of a version that did not know a key yet, and a run on hardware that has other
+    kernels.
+    """
     older = CONFIG.model_dump(mode="json")
     del older["model"]["init_from"], older["data"]["mean"]
     save(tmp_path, 3, config=older)
@@ -120,7 +122,8 @@ def test_the_same_recipe_in_other_ways(tmp_path):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"config": None}, {"config": {"run": 3}}, {"config": []}, {"report": {}}, {"report": REPORT | {"x": 1}},
+        {"config": None}, {"config": {"run": 3}}, {"config": []}, {"report": {}},
+        {"report": REPORT | {"x": 1}},
         {"report": None}, {"state": {"progress": {}}}, {"state": {"progress": {"step": -1}}},
         {"state": {"progress": {"step": "3"}}}, {"state": {"progress": []}},
     ],
@@ -169,7 +172,7 @@ def test_another_architecture_is_named_by_its_first_tensor(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("damage", "problem"),
     [
         (lambda o: o["state"][0].update(exp_avg=torch.zeros(9, 9, 9)), "optimizer exp_avg 0 is (9, 9, 9)"),
         (
@@ -182,11 +185,11 @@ def test_another_architecture_is_named_by_its_first_tensor(tmp_path):
         (lambda o: o.update(param_groups=[]), "ValueError"),
     ],
 )
-def test_an_optimizer_state_that_torch_would_take(tmp_path, damage, said):
+def test_an_optimizer_state_that_torch_would_take(tmp_path, damage, problem):
     """The fused kernels trust the shapes of what they are given."""
     state = trained().state_dict()
     damage(state["optimizer"])
-    assert misfit(state, tmp_path).startswith(said)
+    assert misfit(state, tmp_path).startswith(problem)
 
 
 def test_a_state_without_its_parts(tmp_path):

@@ -22,7 +22,7 @@ from cmtrain.monitoring.metrics import TrainMetrics
 from cmtrain.step.learner import Learner
 from cmtrain.step.mixing import mix
 from cmtrain.storage.checkpoint_writer import CheckpointWriter
-from cmtrain.storage.finite import inspect
+from cmtrain.storage.finite import repair_or_reject
 from pipelines.spec import Batch
 
 ALONE_REPEATS = 100
@@ -30,12 +30,12 @@ SAVES = 6
 
 
 class _Without:
-    """Replace the guard, the window and the metrics of a step, and do nothing."""
+    """Replace the guard, the step buffer and the metrics of a step, and do nothing."""
 
     def propose(self) -> None:
         pass
 
-    def settle(self, ok: Tensor) -> Tensor:
+    def commit_or_restore(self, ok: Tensor) -> Tensor:
         return ok
 
     def add(self, loss: Tensor, grad_norm: Tensor, indices: list[Tensor]) -> None:
@@ -64,7 +64,7 @@ def time_guard(
     device = learner.accelerator.device
     metrics = TrainMetrics("bench", learner.accelerator.process_index)
     sides: dict[str, Any] = {
-        "with": (learner.guard, learner.window, metrics),
+        "with": (learner.guard, learner.buffer, metrics),
         "without": (_Without(), _Without(), _Without()),
     }
     numbers = itertools.count()
@@ -72,12 +72,14 @@ def time_guard(
 
     def turn(side: str, num_steps: int) -> float:
         """Milliseconds of a step."""
-        learner.guard, learner.window, side_metrics = sides[side]
+        learner.guard, learner.buffer, side_metrics = sides[side]
 
         def all_steps() -> None:
             for step in itertools.islice(numbers, num_steps):
                 images = learner.step(batches, step, lr)
-                side_metrics.count_step(step, num_images=images, phases=learner.phases.take(), **counted)
+                side_metrics.count_step(
+                    step, num_images=images, phases=learner.phases.pop_finished(), **counted
+                )
 
         return _milliseconds(all_steps, device) / num_steps
 
@@ -91,20 +93,20 @@ def time_guard(
     for number in range(rounds):
         for side in list(sides) if number % 2 else reversed(sides):
             taken[side].append(turn(side, steps))
-    learner.guard, learner.window, _ = sides["with"]
+    learner.guard, learner.buffer, _ = sides["with"]
 
-    # Guard, window and metrics alone: of a step, and of a log point
+    # Guard, step buffer and metrics alone: of a step, and of a log point
     scalar = torch.ones((), device=device)
 
     def added_to_a_step() -> None:
         for _ in range(learner.accumulation):
             learner.guard.propose()
-        learner.guard.settle(torch.isfinite(scalar))
-        learner.window.add(scalar, scalar, learner.last_indices)
+        learner.guard.commit_or_restore(torch.isfinite(scalar))
+        learner.buffer.add(scalar, scalar, learner.last_indices)
         metrics.count_step(1, num_images=1, phases=(), **counted)
 
     alone_ms = alone(added_to_a_step)
-    learner.window.clear()
+    learner.buffer.clear()
     for _ in range(log_every_steps):
         added_to_a_step()
     drain(device)
@@ -152,7 +154,7 @@ def _time_saves(learner: Learner) -> float:
         for step in range(SAVES):
             drain(learner.accelerator.device)
             begin = time.perf_counter()
-            inspect(**learner.weights)
+            repair_or_reject(**learner.weights)
             writer.save(step, learner.state_dict(), {}, keep=1, last=False)
             waits.append(1000 * (time.perf_counter() - begin))
             writer.wait(None)

@@ -110,6 +110,6 @@ def _training(learner: Learner, batches: Iterator[Batch], lr: float) -> Callable
 
     def step() -> None:
         learner.step(batches, next(steps), lr)
-        learner.window.clear()  # nobody reads it here
+        learner.buffer.clear()  # nobody reads it here
 
     return step

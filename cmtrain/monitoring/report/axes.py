@@ -1,4 +1,4 @@
-"""Axes: what maps values to a plot, and the round numbers written beside it."""
+"""Map values to a plot, and choose the round numbers written beside it."""
 
 import math
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ Scale = Literal["linear", "log", "log2", "auto"]
 
 @dataclass(frozen=True)
 class Axis:
-    """What maps values to 0..1. `ticks`: (value, label)."""
+    """A mapping of low..high to 0..1. `ticks`: (value, label)."""
 
     low: float
     high: float
@@ -25,6 +25,7 @@ class Axis:
     ticks: list[tuple[float, str]]
 
     def place(self, values: Any) -> np.ndarray:
+        """Map `values`, a number or an array."""
         values, low, high = np.asarray(values, dtype=float), self.low, self.high
         if self.log:
             with np.errstate(invalid="ignore", divide="ignore"):
@@ -33,7 +34,7 @@ class Axis:
 
 
 def make_axis(values: np.ndarray, scale: Scale, *, percent: bool = False, zero: bool = False) -> Axis:
-    """The axis that shows all finite `values`; on a log axis the positive ones."""
+    """Return the axis that shows all finite `values`; on a log axis the positive ones."""
     values = values[np.isfinite(values)]
     positive = values[values > 0]
     if scale == "auto":
@@ -46,16 +47,19 @@ def make_axis(values: np.ndarray, scale: Scale, *, percent: bool = False, zero: 
 
 
 def linear_axis(low: float, high: float, count: int, *, percent: bool = False, exact: bool = False) -> Axis:
-    """From tick to tick, around low..high; `exact` ends at low and high instead."""
+    """Return an axis with about `count` ticks.
+
+    It goes from the tick below `low` to the tick above `high`, or from `low` to `high` if `exact`.
+    """
     if high <= low:
         room = abs(low) * 0.1 or 1.0
-        low, high = low - room * (low != 0), high + room
+        high = low + room
+        low = low - room if low else low
     rough = (high - low) / count
     unit = 10.0 ** math.floor(math.log10(rough))
     step = unit * next(factor for factor in (1, 2, 2.5, 5, 10) if factor * unit >= rough * 0.999)
     slack = step * 1e-6
-    first, final = math.floor((low + slack) / step), math.ceil((high - slack) / step)
-    ticks = [index * step for index in range(first, final + 1)]
+    ticks = [i * step for i in range(math.floor((low + slack) / step), math.ceil((high - slack) / step) + 1)]
     if exact:
         ticks = [tick for tick in ticks if low - slack <= tick <= high + slack]
     else:
@@ -65,7 +69,7 @@ def linear_axis(low: float, high: float, count: int, *, percent: bool = False, e
 
 
 def log_axis(low: float, high: float, *, base: int) -> Axis:
-    """A little beyond low..high; ticks at powers of `base`, at 10 also between them where there is room."""
+    """Return an axis a little beyond low..high, with ticks at powers of `base` and, if few, between."""
     room = max((high / low) ** 0.04, 1.05)
     low, high = low / room, high * room
     first, final = math.ceil(math.log(low, base)), math.floor(math.log(high, base))
@@ -77,23 +81,17 @@ def log_axis(low: float, high: float, *, base: int) -> Axis:
         )
     ticks = [10.0**e for e in powers]
     for factors in ((1, 3), (1, 2, 5), (1, 2, 3, 4, 6, 8)):
-        denser = [
-            f * 10.0**e for e in range(first - 1, final + 1) for f in factors if low <= f * 10.0**e <= high
-        ]
+        denser = [factor * 10.0**e for e in range(first - 1, final + 1) for factor in factors]
+        denser = [tick for tick in denser if low <= tick <= high]
         if len(ticks) < 3 and len(denser) <= 6:
             ticks = denser
-    return Axis(
-        low,
-        high,
-        log=True,
-        ticks=[(tick, _tick_label(tick, percent=False, tiny=tick < 1e-3)) for tick in ticks],
-    )
+    return Axis(low, high, log=True, ticks=[(tick, _tick_label(tick, tiny=tick < 1e-3)) for tick in ticks])
 
 
-def _tick_label(value: float, percent: bool, tiny: bool) -> str:
-    """A round number in few characters; `tiny` ones with an exponent."""
+def _tick_label(value: float, percent: bool = False, tiny: bool = False) -> str:
+    """Write a round number in few characters; a `tiny` one with an exponent."""
     if percent:
-        return f"{round(value * 100, 6):g}%"
+        return f"{round(value * 100, 6):g} %"
     size = abs(value)
     for unit, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if unit <= size < 1e12:

@@ -1,28 +1,28 @@
-"""Line charts, event lanes and heat maps as inline SVG.
+"""Draw line charts, event lanes and heat maps as inline SVG.
 
-Written here because a report of a run is a file to keep and to mail: its charts take 10 to 100 kB. plotly, which would
-draw them, too, puts 4.6 MB of JavaScript into every file.
+A report is a file to keep and to mail: its charts take 10 to 100 kB. plotly would put 4.6 MB of JavaScript
+into every file, so the SVG is written here. ElementTree builds the elements, and escapes all text.
 
-A chart has no width: lines live in a nested <svg> that is stretched to whatever room there is, with strokes that do not
-stretch, and text and marks are placed in per cent of it. So the same chart is sharp, with text of the same size, on a
-desk and on a phone. Colours are CSS classes; the page says what they are by day and by night.
-
-Elements are built by ElementTree, which escapes whatever it is given.
+A chart has no width of its own. Its lines are in a nested <svg> that is stretched to the room there is,
+while strokes keep their width. Text and marks are placed in per cent. So a chart is equally sharp on a
+monitor and on a phone. Colours are CSS classes, which the page defines for light and dark.
 """
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 from xml.etree.ElementTree import Element, SubElement, tostring
 
 import numpy as np
 
 from cmtrain.monitoring.report.axes import Axis, Scale, linear_axis, make_axis
+from cmtrain.monitoring.units import percent as as_percent
 from cmtrain.monitoring.units import short
 
 PLOT_UNITS = 1000  # width of the nested <svg>, in its own units
-MAX_COLUMNS = 600  # of a thinned line: about the pixels of half a page
+MAX_COLUMNS = 600  # of a thinned line: about half the pixels of a page's width
 MEDIAN_COLUMNS = 200
 LABEL_PITCH_PX = 12
 HEAT_LEVELS = 8
@@ -31,7 +31,7 @@ MAX_LANE_COLUMNS = 150
 
 @dataclass(frozen=True)
 class Series:
-    """A line. `color`: 0..7. `dots`: mark every point, for few of them. `label`: written at its end."""
+    """A line. `color`: 0..7. `dots`: mark every point (for few points). `label`: text at its end."""
 
     name: str
     x: np.ndarray
@@ -41,10 +41,19 @@ class Series:
     dots: bool = False
     label: str = ""
 
+    def known(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return (x, y) of the points whose y is finite."""
+        finite = np.isfinite(self.y)
+        return self.x[finite], self.y[finite]
+
+    @property
+    def css(self) -> str:
+        return f"c{self.color} dashed" if self.dashed else f"c{self.color}"
+
 
 @dataclass(frozen=True)
 class Mark:
-    """Something that happened at `x`. `kind` picks its glyph and colour, `text` is shown when it is pointed at."""
+    """An event at `x`. `kind`: its glyph and colour. `text`: shown under the pointer."""
 
     x: float
     kind: str
@@ -53,12 +62,30 @@ class Mark:
 
 @dataclass(frozen=True)
 class Chart:
-    """`key`: its id on the page. `legend`: (name, CSS class, last value) of each line."""
+    """A drawn chart. `key`: its id on the page. `legend`: (name, CSS class, last value) of each line."""
 
     key: str
     title: str
     svg: str
     legend: list[tuple[str, str, str]]
+
+
+@dataclass(frozen=True)
+class _Plot:
+    """The place of values in a chart: x in per cent of its width, y in pixels."""
+
+    x_axis: Axis
+    y_axis: Axis
+    height_px: int
+
+    def x(self, value: float) -> str:
+        return _percent(float(self.x_axis.place(value)))
+
+    def y_px(self, values: Any) -> Any:
+        return self.height_px * (1 - self.y_axis.place(values))
+
+    def y(self, value: float) -> str:
+        return _px(self.y_px(value))
 
 
 def line_chart(
@@ -74,55 +101,51 @@ def line_chart(
     marks: Iterable[Mark] = (),
     height_px: int = 150,
 ) -> Chart:
-    """Lines over steps 0..x_high.
+    """Draw lines over steps 0..x_high.
 
     Args:
         key: an id that no other chart of the page has.
-        scale: of y; auto is log where the largest value is far above the usual one.
+        scale: scale of y; auto is log if the largest value is far above the median.
         percent: show values 0..1 as 0..100 %.
-        zero: y begins at 0.
-        level: a value to compare with, and what it is called.
-        marks: drawn as hairlines over the height of the plot.
+        zero: begin y at 0.
+        level: a value to compare with, and its name.
+        marks: events, drawn as hairlines over the height of the plot.
     """
     x_axis = linear_axis(0, x_high, 6, exact=True)
     values = [line.y for line in series] + ([np.array([level[0]])] if level else [])
     y_axis = make_axis(np.concatenate(values) if values else np.empty(0), scale, percent=percent, zero=zero)
-    svg = Element("svg", {"class": "plot", "role": "img", "height": str(height_px + 22), "id": key})
-    svg.set("aria-labelledby", f"{key}-title")
-    svg.set("aria-describedby", f"{key}-desc")
-    # What the page's few lines of script need to read values off the lines.
-    svg.set(
-        "data-axes",
-        f"{x_high:g} {y_axis.low:.17g} {y_axis.high:.17g} {height_px} {y_axis.log:d} {percent:d}",
-    )
-    _add(svg, "desc", describe(series, percent), id=f"{key}-desc")
-    _draw_axes(svg, x_axis, y_axis, height_px)
+    show = as_percent if percent else short
+    svg = _labelled_svg(key, {"class": "plot", "height": str(height_px + 22)}, _describe(series, show))
+    # The page's script reads values off the lines with these.
+    ends = f"{x_high:g} {y_axis.low:.17g} {y_axis.high:.17g}"
+    svg.set("data-axes", f"{ends} {height_px} {y_axis.log:d} {percent:d}")
+    plot = _Plot(x_axis, y_axis, height_px)
+    _draw_axes(svg, plot)
     if level:
-        y = _px(height_px * (1 - float(y_axis.place(level[0]))))
+        y = plot.y(level[0])
         _add(svg, "line", x1="0", x2="100%", y1=y, y2=y, cls="level")
     for mark in marks:
-        x = _percent(float(x_axis.place(mark.x)))
+        x = plot.x(mark.x)
         hairline = _add(svg, "line", x1=x, x2=x, y1="0", y2=str(height_px), cls=f"mark {mark.kind}")
         _add(hairline, "title", mark.text)
     stretched = _add(svg, "svg", viewBox=f"0 0 {PLOT_UNITS} {height_px}", preserveAspectRatio="none")
     stretched.attrib |= {"width": "100%", "height": str(height_px)}
     for line in series:
-        _draw_line(stretched, line, x_axis, y_axis, height_px)
+        _draw_line(stretched, line, plot)
     if level:
-        # Below where the lines end above it, so that they do not cross it.
-        ends_above = any(
-            line.y[np.isfinite(line.y)][-1:].max(initial=-math.inf) >= level[0] for line in series
-        )
+        # The text is below the level if a line ends above it, so that they do not cross.
+        ends_above = any((line.known()[1][-1:] >= level[0]).any() for line in series)
         _add(svg, "text", level[1], x="100%", dx="-4", y=y, dy="13" if ends_above else "-5", cls="level")
-    _end_labels(svg, series, x_axis, y_axis, height_px)
-    legend = [
-        (line.name, f"c{line.color}" + " dashed" * line.dashed, _last(line, percent)) for line in series
-    ]
+    _end_labels(svg, series, plot)
+    legend = []
+    for line in series:
+        last = line.known()[1][-1:].tolist()
+        legend.append((line.name, line.css, show(last[0]) if last else "-"))
     return Chart(key, title, tostring(svg, encoding="unicode"), legend)
 
 
 def lane(marks: Sequence[Mark], x_high: float) -> str:
-    """Marks as glyphs along 0..x_high; those that would cover each other are drawn once, with their number."""
+    """Draw marks as glyphs along 0..x_high; marks that would overlap become one, with their number."""
     svg = Element("svg", {"class": "lane", "height": "18", "aria-hidden": "true"})
     _add(svg, "line", x1="0", x2="100%", y1="9", y2="9", cls="grid")
 
@@ -138,36 +161,33 @@ def lane(marks: Sequence[Mark], x_high: float) -> str:
 
 
 def heat_map(matrix: np.ndarray, *, key: str, description: str) -> str:
-    """A square matrix of counts, each row as shares of its sum. One path for each of a few shades, not one a cell."""
+    """Draw a square matrix of counts; shades show each row's shares of its sum.
+
+    All cells of one shade are one path, which keeps the file small.
+    """
     size = len(matrix)
-    svg = Element("svg", {"class": "heat", "role": "img", "viewBox": f"0 0 {size} {size}", "id": key})
-    svg.set("aria-labelledby", f"{key}-title")
-    svg.set("aria-describedby", f"{key}-desc")
-    _add(svg, "desc", description, id=f"{key}-desc")
+    svg = _labelled_svg(key, {"class": "heat", "viewBox": f"0 0 {size} {size}"}, description)
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-    level = np.ceil(np.sqrt(shares) * HEAT_LEVELS).astype(
-        int
-    )  # the root, so that a few errors in a hundred are seen
+    # The root makes a few errors in a hundred visible.
+    level = np.ceil(np.sqrt(shares) * HEAT_LEVELS).astype(int)
     diagonal = np.eye(size, dtype=bool)
     for right, value in itertools.product((True, False), range(1, HEAT_LEVELS + 1)):
-        rows, columns = np.nonzero((level == value) & (diagonal == right))
-        if len(rows):
-            cells = "".join(
-                f"M{x} {y}h1v1h-1z" for y, x in zip(rows.tolist(), columns.tolist(), strict=True)
-            )
-            _add(svg, "path", d=cells, cls="right" if right else "wrong").set(
-                "fill-opacity", f"{value / HEAT_LEVELS}"
-            )
+        cells = np.argwhere((level == value) & (diagonal == right)).tolist()
+        if cells:
+            path = "".join(f"M{x} {y}h1v1h-1z" for y, x in cells)
+            shade = {"fill-opacity": f"{value / HEAT_LEVELS}"}
+            _add(svg, "path", d=path, cls="right" if right else "wrong", **shade)
     return tostring(svg, encoding="unicode")
 
 
 def thin(x: np.ndarray, y: np.ndarray, columns: int) -> np.ndarray:
-    """Indices of the points worth drawing: of each of `columns` stripes the lowest and the highest one.
+    """Return indices of the points to draw: the lowest and the highest point of each of `columns` stripes.
 
-    So a spike of one step in half a million is still there.
+    So a spike of one step in half a million stays visible.
 
     Args:
-        x: (N,) ascending. y: (N,), may hold NaN.
+        x: (N,) ascending.
+        y: (N,), may hold NaN.
     """
     if len(x) <= 2 * columns:
         return np.arange(len(x))
@@ -184,7 +204,7 @@ def thin(x: np.ndarray, y: np.ndarray, columns: int) -> np.ndarray:
 
 
 def medians(x: np.ndarray, y: np.ndarray, columns: int) -> tuple[np.ndarray, np.ndarray]:
-    """(x, y) of the middle of each of `columns` stripes: the trend, which one spike does not bend."""
+    """Return the median (x, y) of each of `columns` stripes: the trend, which one spike does not bend."""
     stripes = _stripes(x, columns)
     middles = np.array([x[start:end].mean() for start, end in stripes])
     pieces = (y[start:end][np.isfinite(y[start:end])] for start, end in stripes)
@@ -192,79 +212,65 @@ def medians(x: np.ndarray, y: np.ndarray, columns: int) -> tuple[np.ndarray, np.
 
 
 def _stripes(x: np.ndarray, columns: int) -> list[tuple[int, int]]:
-    """(start, end) of the points in each of `columns` stripes of equal width that holds any; `x` ascends."""
+    """Return (start, end) of the points in each stripe of equal width that has any; `x` ascends."""
     stripe = np.minimum(((x - x[0]) / max(x[-1] - x[0], 1) * columns).astype(int), columns - 1)
     starts = np.flatnonzero(np.diff(stripe, prepend=-1)).tolist()
     return list(itertools.pairwise([*starts, len(x)]))
 
 
-def describe(series: Sequence[Series], percent: bool = False) -> str:
-    """A chart in words, for those who do not see it."""
-    show = (lambda value: f"{value:.2%}") if percent else short
-    said = []
+def _describe(series: Sequence[Series], show: Callable[[float], str]) -> str:
+    """Describe a chart in words, for a screen reader."""
+    sentences = []
     for line in series:
-        known = np.flatnonzero(np.isfinite(line.y))
-        if known.size:
-            x, y = line.x[known], line.y[known]
+        x, y = line.known()
+        if y.size:
             ends = f"{show(y[0])} at step {x[0]:,.0f} to {show(y[-1])} at step {x[-1]:,.0f}"
-            said.append(f"{line.name}: from {ends}; lowest {show(y.min())}, highest {show(y.max())}.")
-    return " ".join(said) or "Nothing was recorded."
+            sentences.append(f"{line.name}: from {ends}; lowest {show(y.min())}, highest {show(y.max())}.")
+    return " ".join(sentences) or "Nothing was recorded."
 
 
-def _draw_axes(svg: Element, x_axis: Axis, y_axis: Axis, height_px: int) -> None:
-    for value, label in y_axis.ticks:
-        y = _px(height_px * (1 - float(y_axis.place(value))))
+def _draw_axes(svg: Element, plot: _Plot) -> None:
+    for value, label in plot.y_axis.ticks:
+        y = plot.y(value)
         _add(svg, "line", x1="0", x2="100%", y1=y, y2=y, cls="grid")
         _add(svg, "text", label, x="-8", y=y, dy=".32em", cls="y")
-    for value, label in x_axis.ticks:
-        _add(svg, "text", label, x=_percent(float(x_axis.place(value))), y=str(height_px + 16), cls="x")
+    for value, label in plot.x_axis.ticks:
+        _add(svg, "text", label, x=plot.x(value), y=str(plot.height_px + 16), cls="x")
 
 
-def _draw_line(stretched: Element, line: Series, x_axis: Axis, y_axis: Axis, height_px: int) -> None:
-    """A line of many points becomes a band from the lowest to the highest of each stripe, and its medians in front."""
-
-    def place(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return PLOT_UNITS * x_axis.place(x), height_px * (1 - y_axis.place(y))
-
+def _draw_line(stretched: Element, line: Series, plot: _Plot) -> None:
+    """Draw a line; one of many points as a band from lowest to highest, with the medians in front."""
     kept = thin(line.x, line.y, MAX_COLUMNS)
     x, y = line.x, line.y
     if len(kept) < len(x):
-        _add(stretched, "path", d=_path(*place(x[kept], y[kept])), cls=f"band c{line.color}")
+        band = _path(PLOT_UNITS * plot.x_axis.place(x[kept]), plot.y_px(y[kept]))
+        _add(stretched, "path", d=band, cls=f"band c{line.color}")
         x, y = medians(x, y, MEDIAN_COLUMNS)
-    x, y = place(x, y)
-    _add(stretched, "path", d=_path(x, y), cls=f"line c{line.color}" + " dashed" * line.dashed)
+    x, y = PLOT_UNITS * plot.x_axis.place(x), plot.y_px(y)
+    _add(stretched, "path", d=_path(x, y), cls=f"line {line.css}")
     if line.dots:
-        # A stroke of no length with round caps is a dot that is round however the plot is stretched.
+        # A stroke of no length with round caps is a dot that stays round however the plot is stretched.
         dots = "".join(f"M{_px(a)} {_px(b)}h0" for a, b in zip(x, y, strict=True) if math.isfinite(b))
         _add(stretched, "path", d=dots, cls=f"dots c{line.color}")
 
 
-def _end_labels(svg: Element, series: Sequence[Series], x_axis: Axis, y_axis: Axis, height_px: int) -> None:
-    """Write labels to the right of the last points; those that end side by side are kept apart from each other."""
-    ends = []
+def _end_labels(svg: Element, series: Sequence[Series], plot: _Plot) -> None:
+    """Write labels to the right of the last points, and keep them apart from each other."""
+    columns: dict[int, list[tuple[float, float, Series]]] = {}
     for line in series:
-        known = np.flatnonzero(np.isfinite(line.y))
-        if line.label and known.size:
-            x, y = float(x_axis.place(line.x[known[-1]])), float(y_axis.place(line.y[known[-1]]))
-            ends.append((round(20 * x), height_px * (1 - y), x, line))
-    ends.sort(key=lambda end: end[:2])
-    for _, group in itertools.groupby(ends, key=lambda end: end[0]):
-        column = list(group)
-        for (_, _, x, line), y in zip(column, _apart([end[1] for end in column], height_px), strict=True):
-            _add(
-                svg,
-                "text",
-                line.label,
-                x=_percent(x),
-                dx="5",
-                y=_px(y),
-                dy=".32em",
-                cls=f"end c{line.color}",
-            )
+        xs, ys = line.known()
+        if line.label and ys.size:
+            column = round(20 * float(plot.x_axis.place(xs[-1])))
+            columns.setdefault(column, []).append((float(plot.y_px(ys[-1])), xs[-1], line))
+    for ends in columns.values():
+        ends.sort(key=lambda end: end[0])
+        for (_, x, line), y in zip(ends, _apart([end[0] for end in ends], plot.height_px), strict=True):
+            place = {"x": plot.x(x), "dx": "5", "y": _px(y), "dy": ".32em"}
+            _add(svg, "text", line.label, cls=f"end c{line.color}", **place)
 
 
 def _apart(places: Sequence[float], highest: float) -> list[float]:
-    """Ascending `places`, moved until they are LABEL_PITCH_PX apart and none is above `highest`."""
+    """Move ascending `places` until they are LABEL_PITCH_PX apart and none is above `highest`."""
     moved = list(places)
     for index in range(1, len(moved)):
         moved[index] = max(moved[index], moved[index - 1] + LABEL_PITCH_PX)
@@ -273,26 +279,23 @@ def _apart(places: Sequence[float], highest: float) -> list[float]:
     return moved
 
 
-def _last(line: Series, percent: bool) -> str:
-    known = line.y[np.isfinite(line.y)]
-    return "-" if not known.size else f"{known[-1]:.2%}" if percent else short(float(known[-1]))
-
-
 def _path(x: np.ndarray, y: np.ndarray) -> str:
-    """Straight lines through the points; NaN lifts the pen, and a point between two of them becomes a dot."""
-    parts: list[str] = []
-    drawing = False
-    for a, b in zip(x.tolist(), y.tolist(), strict=True):
-        if not math.isfinite(b):
-            if parts and drawing and parts[-1][0] == "M":
-                parts.append("h0")
-            drawing = False
-            continue
-        parts.append(f"{'L' if drawing else 'M'}{_px(a)} {_px(b)}")
-        drawing = True
-    if parts and parts[-1][0] == "M":
-        parts.append("h0")
-    return "".join(parts)
+    """Return straight lines through the points. NaN interrupts them; a point on its own becomes a dot."""
+    finite = np.isfinite(y)
+    texts = [f"{_px(a)} {_px(b)}" for a, b in zip(x.tolist(), y.tolist(), strict=True)]
+    # Each stretch of finite points begins where `finite` changes to true, and ends where it changes back.
+    stretches = np.flatnonzero(np.diff(finite, prepend=False, append=False)).reshape(-1, 2).tolist()
+    paths = ["M" + "L".join(texts[start:end]) for start, end in stretches]
+    return "".join(path if "L" in path else f"{path}h0" for path in paths)
+
+
+def _labelled_svg(key: str, attributes: dict[str, str], description: str) -> Element:
+    """Begin an <svg> that the page titles `<key>-title`, and describe it for a screen reader."""
+    svg = Element("svg", attributes | {"role": "img", "id": key})
+    svg.set("aria-labelledby", f"{key}-title")
+    svg.set("aria-describedby", f"{key}-desc")
+    _add(svg, "desc", description, id=f"{key}-desc")
+    return svg
 
 
 def _px(value: float) -> str:

@@ -1,4 +1,4 @@
-"""How each class fared in the last evaluation, as a report shows it."""
+"""Summarise the last evaluation by class: accuracies, confused pairs and the confusion matrix."""
 
 from dataclasses import dataclass
 
@@ -9,13 +9,13 @@ from cmtrain.storage.run_record import ClassCounts, RunRecord
 
 MAX_TABLE_CLASSES = 25  # up to here the confusion matrix is a table with numbers
 MAX_ROWS = 100
-MAX_PAIRS = 12
 NUM_OPEN_ROWS = 12  # of the table of classes; the others unfold
+MAX_PAIRS = 12
 
 
 @dataclass(frozen=True)
 class ClassRow:
-    """`taken_for`: the class it was most often mistaken for, and how often; "" where that is not known."""
+    """One class. `taken_for`: the class it was mistaken for most often, `mistakes` times; "" if unknown."""
 
     name: str
     images: int
@@ -25,111 +25,77 @@ class ClassRow:
 
 
 @dataclass(frozen=True)
-class Cell:
-    """`strength`: 0..1, how dark it is."""
-
-    count: int
-    strength: float
-    right: bool
-
-
-@dataclass(frozen=True)
 class ClassSection:
-    """`rows`: the worst classes first. `pairs`: (true, predicted, count, share of the true class's images).
+    """What the report shows of the classes.
 
-    One of `cells` (a table) and `heat` (a picture) is there if there is a confusion matrix.
+    `rows`, `more_rows`: classes, the worst first. `pairs`: (true, predicted, count, share of the true
+    class's images). `counts`, `shades`: the confusion matrix as a table, and how dark each cell is, 0 to 1.
+    `heat`: the matrix as SVG, if it is too large for a table.
     """
 
     weights: str
-    num_classes: int
+    names: list[str]
     median_accuracy: float
     rows: list[ClassRow]
+    more_rows: list[ClassRow]
     pairs: list[tuple[str, str, int, float]]
-    names: list[str]
-    cells: list[list[Cell]]
+    counts: list[list[int]]
+    shades: list[list[float]]
     heat: str
 
 
 def class_section(record: RunRecord) -> ClassSection | None:
-    """Of the better of the model's and the EMA's weights; None before the first evaluation."""
+    """Return the section for the better of model and EMA weights; None before the first evaluation."""
     if not record.classes:
         return None
-    weights, counts = max(record.classes.items(), key=lambda item: int(item[1].correct.sum()))
-    names = record.class_names
-    accuracy = counts.correct / np.maximum(counts.images, 1)
-    seen = np.flatnonzero(counts.images)
+    weights, result = max(record.classes.items(), key=lambda item: int(item[1].correct.sum()))
+    names, matrix = record.class_names, result.confusion
+    seen = np.flatnonzero(result.images)
     if not seen.size:
         return None
-    worst = seen[np.lexsort((-counts.images[seen], accuracy[seen]))][:MAX_ROWS]
-    errors = _errors(counts)
-    matrix = counts.confusion
-    as_table = matrix is not None and len(names) <= MAX_TABLE_CLASSES
+    accuracy = result.correct / np.maximum(result.images, 1)
+    worst = seen[np.lexsort((-result.images[seen], accuracy[seen]))][:MAX_ROWS]
+    errors = np.zeros((len(names), 1), int)
+    counts, shades, heat = np.empty((0, 0), int), np.empty((0, 0)), ""
+    if matrix is not None:
+        errors = matrix - np.diag(np.diagonal(matrix))
+        if len(names) <= MAX_TABLE_CLASSES:
+            # The root makes a few errors in a hundred visible.
+            counts, shades = matrix, np.sqrt(matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1))
+        else:
+            heat = _heat(matrix)
+    rows = [_row(index, names, result, errors[index]) for index in worst.tolist()]
     return ClassSection(
         weights=weights,
-        num_classes=len(names),
-        median_accuracy=float(np.median(accuracy[seen])),
-        rows=[_row(int(index), names, counts, errors) for index in worst],
-        pairs=_pairs(names, counts, errors),
         names=names,
-        cells=_cells(matrix) if matrix is not None and as_table else [],
-        heat=_heat(matrix) if matrix is not None and not as_table else "",
+        median_accuracy=float(np.median(accuracy[seen])),
+        rows=rows[:NUM_OPEN_ROWS],
+        more_rows=rows[NUM_OPEN_ROWS:],
+        pairs=_pairs(names, result, errors),
+        counts=counts.tolist(),
+        shades=shades.round(2).tolist(),
+        heat=heat,
     )
 
 
-def _errors(counts: ClassCounts) -> np.ndarray | None:
-    if counts.confusion is None:
-        return None
-    errors = counts.confusion.copy()
-    np.fill_diagonal(errors, 0)
-    return errors
+def _row(index: int, names: list[str], result: ClassCounts, errors: np.ndarray) -> ClassRow:
+    images, taken_for = int(result.images[index]), int(errors.argmax())
+    mistakes = int(errors[taken_for])
+    accuracy = int(result.correct[index]) / images
+    return ClassRow(names[index], images, accuracy, names[taken_for] if mistakes else "", mistakes)
 
 
-def _row(index: int, names: list[str], counts: ClassCounts, errors: np.ndarray | None) -> ClassRow:
-    taken_for = int(errors[index].argmax()) if errors is not None else -1
-    mistakes = int(errors[index, taken_for]) if errors is not None else 0
-    images = int(counts.images[index])
-    return ClassRow(
-        names[index],
-        images,
-        int(counts.correct[index]) / images,
-        names[taken_for] if mistakes else "",
-        mistakes,
-    )
-
-
-def _pairs(
-    names: list[str], counts: ClassCounts, errors: np.ndarray | None
-) -> list[tuple[str, str, int, float]]:
-    if errors is None:
-        return []
-    order = np.argsort(-errors, axis=None, kind="stable")[:MAX_PAIRS]
-    pairs = zip(*(axis.tolist() for axis in np.unravel_index(order, errors.shape)), strict=True)
-    return [
-        (
-            names[true],
-            names[predicted],
-            int(errors[true, predicted]),
-            errors[true, predicted] / counts.images[true],
-        )
-        for true, predicted in pairs
-        if errors[true, predicted]
-    ]
-
-
-def _cells(matrix: np.ndarray) -> list[list[Cell]]:
-    shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-    return [
-        [
-            Cell(int(count), round(float(share) ** 0.5, 2), row == column)
-            for column, (count, share) in enumerate(zip(counts, row_shares, strict=True))
-        ]
-        for row, (counts, row_shares) in enumerate(zip(matrix, shares, strict=True))
-    ]
+def _pairs(names: list[str], result: ClassCounts, errors: np.ndarray) -> list[tuple[str, str, int, float]]:
+    pairs = []
+    for place in np.argsort(-errors, axis=None, kind="stable")[:MAX_PAIRS].tolist():
+        true, predicted = divmod(place, errors.shape[1])
+        if count := int(errors[true, predicted]):
+            pairs.append((names[true], names[predicted], count, count / int(result.images[true])))
+    return pairs
 
 
 def _heat(matrix: np.ndarray) -> str:
-    wrong = int(matrix.sum() - np.trace(matrix))
-    description = (
-        f"{len(matrix)} classes, {int(matrix.sum()):,} images, {wrong:,} of them not on the diagonal."
-    )
+    images = int(matrix.sum())
+    wrong = images - int(np.trace(matrix))
+    description = f"{len(matrix)} classes, {images:,} images, {wrong:,} of them not on the diagonal."
     return heat_map(matrix, key="confusion", description=description)

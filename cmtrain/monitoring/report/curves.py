@@ -1,4 +1,4 @@
-"""The curves of one run, or of several over each other, as a report and the live page show them."""
+"""Choose and draw the curves of one run, or of several runs over each other."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,10 +9,11 @@ import numpy as np
 from cmtrain.monitoring.report.axes import Scale
 from cmtrain.monitoring.report.charts import Chart, Mark, Series, line_chart
 from cmtrain.monitoring.report.events import hairlines
-from cmtrain.monitoring.report.figures import number
+from cmtrain.monitoring.report.headline import number
+from cmtrain.monitoring.units import percent
 from cmtrain.storage.run_record import Columns, RunRecord, last
 
-# (column of the log, title, scale, options); a column that is not there or always 1 has no chart.
+# (column of the log, title, scale, options); a column that is missing or always 1 has no chart.
 LOG_CHARTS: tuple[tuple[str, str, Scale, dict[str, Any]], ...] = (
     ("lr", "Learning rate", "linear", {"zero": True}),
     ("grad_norm", "Gradient norm", "auto", {}),
@@ -23,8 +24,8 @@ LOG_CHARTS: tuple[tuple[str, str, Scale, dict[str, Any]], ...] = (
 
 
 @dataclass(frozen=True)
-class Run:
-    """A run as curves show it. `letter`, `color`: of its lines, where there are several runs."""
+class PlottedRun:
+    """A run, with the letter and colour of its lines where several runs share a chart."""
 
     record: RunRecord
     letter: str = ""
@@ -38,62 +39,61 @@ class Run:
         return max([0.0, *(step for step in steps if step is not None)])
 
 
-def large_charts(runs: Sequence[Run]) -> list[Chart]:
-    """Loss and accuracy, of one run with its events, or of several runs over each other."""
+def large_charts(runs: Sequence[PlottedRun]) -> list[Chart]:
+    """Draw loss and accuracy. A single run also shows its events and the expected accuracy."""
     expected = number(runs[0].record.config.get("expect.top1")) if len(runs) == 1 else None
-    level = None if expected is None else (expected, f"expected {100 * expected:.4g}%")
-    look: dict[str, Any] = {"x_high": x_high(runs), "marks": _marks(runs), "height_px": 200}
-    losses, accuracies = _losses(runs), _accuracies(runs)
-    charts = [line_chart("Loss", losses, key="loss", scale="auto", **look)] if losses else []
+    level = None if expected is None else (expected, f"expected {percent(expected)}")
+    options: dict[str, Any] = {"x_high": x_high(runs), "marks": _marks(runs), "height_px": 200}
+    losses, accuracies, charts = _losses(runs), _accuracies(runs), []
+    if losses:
+        charts.append(line_chart("Loss", losses, key="loss", scale="auto", **options))
     if accuracies:
-        charts.append(
-            line_chart("Top-1 accuracy", accuracies, key="accuracy", percent=True, level=level, **look)
-        )
+        options |= {"percent": True, "level": level}
+        charts.append(line_chart("Top-1 accuracy", accuracies, key="accuracy", **options))
     return charts
 
 
-def small_charts(runs: Sequence[Run]) -> list[Chart]:
-    """Learning rate, norms and speed, as far as they are known and say something."""
+def small_charts(runs: Sequence[PlottedRun]) -> list[Chart]:
+    """Draw learning rate, norms and speed, as far as they are known and not constantly 1."""
     charts = []
     for column, title, scale, options in LOG_CHARTS:
-        series = _known([_series(run, run.record.log, column, name=run.letter) for run in runs])
+        series = _known([_series(run, run.record.log, column, run.letter) for run in runs])
         if any((line.y[np.isfinite(line.y)] != 1).any() for line in series):
-            look: dict[str, Any] = {"x_high": x_high(runs), "marks": _marks(runs)}
-            charts.append(line_chart(title, series, key=column, scale=scale, **look, **options))
+            place: dict[str, Any] = {"x_high": x_high(runs), "marks": _marks(runs)}
+            charts.append(line_chart(title, series, key=column, scale=scale, **place, **options))
     return charts
 
 
-def x_high(runs: Sequence[Run]) -> float:
-    """The step at the right end of the curves."""
+def x_high(runs: Sequence[PlottedRun]) -> float:
+    """Return the step at the right end of the curves."""
     return max(1.0, *(run.last_step for run in runs))
 
 
-def _marks(runs: Sequence[Run]) -> list[Mark]:
+def _marks(runs: Sequence[PlottedRun]) -> list[Mark]:
     return hairlines(runs[0].record) if len(runs) == 1 else []
 
 
-def _losses(runs: Sequence[Run]) -> list[Series]:
+def _losses(runs: Sequence[PlottedRun]) -> list[Series]:
     if len(runs) > 1:
-        return _known([_series(run, run.record.log, "loss", name=run.letter) for run in runs])
-    run = runs[0]
-    lines = [_series(run, run.record.log, "loss", name="training")]
-    lines += [_series(run, run.record.evaluations, "eval_loss", name="validation", color=1, dots=True)]
-    lines += [
-        _series(run, run.record.evaluations, "eval_ema_loss", name="validation, EMA", color=2, dots=True)
-    ]
-    return _known(lines)
+        return _known([_series(run, run.record.log, "loss", run.letter) for run in runs])
+    run, known = runs[0], runs[0].record.evaluations
+    return _known([
+        _series(run, run.record.log, "loss", "training"),
+        _series(run, known, "eval_loss", "validation", color=1, dots=True),
+        _series(run, known, "eval_ema_loss", "validation, EMA", color=2, dots=True),
+    ])  # fmt: skip
 
 
-def _accuracies(runs: Sequence[Run]) -> list[Series]:
+def _accuracies(runs: Sequence[PlottedRun]) -> list[Series]:
     lines = []
     for run in runs:
         known = run.record.evaluations
         if len(runs) == 1:
-            lines += [_series(run, known, "eval_top1", name="model", color=1, dots=True)]
-            lines += [_series(run, known, "eval_ema_top1", name="EMA", color=2, dots=True)]
+            lines += [_series(run, known, "eval_top1", "model", color=1, dots=True)]
+            lines += [_series(run, known, "eval_ema_top1", "EMA", color=2, dots=True)]
         else:
-            lines += [_series(run, known, "eval_top1", name=run.letter, dots=True)]
-            lines += [_series(run, known, "eval_ema_top1", name=f"{run.letter} EMA", dashed=True)]
+            lines += [_series(run, known, "eval_top1", run.letter, dots=True)]
+            lines += [_series(run, known, "eval_ema_top1", f"{run.letter} EMA", dashed=True)]
     return _known(lines)
 
 
@@ -102,8 +102,10 @@ def _known(lines: Sequence[Series]) -> list[Series]:
 
 
 def _series(
-    run: Run, columns: Columns, column: str, *, name: str, color: int | None = None, **look: Any
+    run: PlottedRun, columns: Columns, column: str, name: str, *, color: int | None = None, **style: Any
 ) -> Series:
     y = columns.get(column, np.full(len(columns["step"]), np.nan))
-    label = "" if look.get("dashed") else run.letter
-    return Series(name, columns["step"], y, color=run.color if color is None else color, label=label, **look)
+    label = "" if style.get("dashed") else run.letter
+    return Series(
+        name, columns["step"], y, color=run.color if color is None else color, label=label, **style
+    )

@@ -1,4 +1,4 @@
-// Reads values off the curves under the pointer. The page says everything without it.
+// Shows the values of the curves under the pointer. The page is complete without it.
 const readCurves = () => {
   for (const plot of document.querySelectorAll("svg.plot")) {
     const [xHigh, low, high, height, log, percent] = plot.dataset.axes.split(" ").map(Number);
@@ -9,9 +9,9 @@ const readCurves = () => {
     const cursor = document.createElementNS("http://www.w3.org/2000/svg", "line");
     cursor.setAttribute("class", "cursor");
     cursor.setAttribute("y2", height);
-    const say = (y) => {
+    const show = (y) => {
       const share = 1 - y / height, value = log ? low * (high / low) ** share : low + (high - low) * share;
-      return percent ? (100 * value).toFixed(1) + "%" : String(+value.toPrecision(3));
+      return percent ? (100 * value).toFixed(1) + " %" : String(+value.toPrecision(3));
     };
     plot.addEventListener("pointermove", (event) => {
       const box = plot.getBoundingClientRect();
@@ -23,7 +23,7 @@ const readCurves = () => {
       lines.forEach((points, index) => {
         if (!points.length) return;
         const nearest = points.reduce((best, point) => (Math.abs(point[0] - x) < Math.abs(best[0] - x) ? point : best));
-        shown[index].textContent = say(nearest[1]);
+        shown[index].textContent = show(nearest[1]);
       });
     });
     plot.addEventListener("pointerleave", () => {

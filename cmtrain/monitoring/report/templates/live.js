@@ -1,4 +1,4 @@
-// Shows the newest page in place of this one, as long as somebody looks and does not read a curve.
+// Replaces the page with the newest one, unless its tab is hidden or the pointer is on a curve.
 const REFRESH_MS = 2000;
 const refresh = async () => {
   if (!document.hidden && !document.querySelector("svg.plot:hover")) {

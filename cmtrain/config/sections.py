@@ -1,0 +1,258 @@
+"""Define every configuration key: its type, limits, default and meaning, one pydantic model per section.
+
+Names follow timm where timm has a name. Values are strict: "512" is not a number and `yes` is not true.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from pipelines.spec import MAX_BAD_FRACTION
+
+
+def _printable(text: str) -> str:
+    if not text or not text.isprintable():
+        raise ValueError("must be text of at least one character, without control characters")
+    return text
+
+
+# What Linux allows a name, and a quarter of what it allows a path: paths are joined, and files come below.
+MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 1024
+
+
+def _path(text: str) -> str:
+    longest = max(len(part.encode()) for part in _printable(text).split("/"))
+    if len(text.encode()) > MAX_PATH_BYTES or longest > MAX_NAME_BYTES:
+        limits = f"{MAX_PATH_BYTES} bytes, and {MAX_NAME_BYTES} between two slashes"
+        raise ValueError(f"must be a path of at most {limits}")
+    return text
+
+
+def _below_root(text: str) -> str:
+    if text.startswith("/") or ".." in text.split("/"):
+        raise ValueError("must be below data.root: not absolute, and without ..")
+    return _path(text)
+
+
+Text = Annotated[str, AfterValidator(_printable)]
+AnyPath = Annotated[str, AfterValidator(_path)]
+PathBelowRoot = Annotated[str, AfterValidator(_below_root)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+FractionBelowOne = Annotated[float, Field(ge=0, lt=1)]
+Count = Annotated[int, Field(ge=1)]
+FromList = Field(strict=False)  # a list is as good as a tuple
+Pair = Annotated[tuple[Positive, Positive], FromList]
+Scale = Annotated[tuple[Positive, Fraction], FromList]
+Betas = Annotated[tuple[FractionBelowOne, FractionBelowOne], FromList]
+Mean = Annotated[tuple[float, float, float], FromList]
+Std = Annotated[tuple[Positive, Positive, Positive], FromList]
+Interpolation = Literal["bicubic", "bilinear"]
+Trackers = Annotated[tuple[Literal["tensorboard", "wandb", "mlflow"], ...], FromList]
+
+
+def _key(default: Any, description: str, **limits: Any) -> Any:
+    """Declare a key: its default (`...` if it is required), its meaning and its limits."""
+    return Field(default, description=description, **limits)
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Run(Section):
+    name: str | None = _key(
+        None,
+        "name of the run and of its folder below run.dir; null: the name of the configuration file",
+        pattern="^[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}$",
+    )
+    dir: AnyPath = _key("runs", "folder that holds the run folders; on several nodes, one that all share")
+    seed: int = _key(42, "random seed of initial weights, sample order and every draw", ge=0, le=2**31 - 1)
+
+
+class Model(Section):
+    name: str = _key(
+        "cmt_ti", "CMT or any other model that timm can create", pattern="^[A-Za-z0-9][A-Za-z0-9._:/-]*$"
+    )
+    variant: Literal["paper", "reimpl"] = _key(
+        "paper", "paper: the official architecture (arXiv 2107.06263 v2); reimpl: the re-implementation's"
+    )
+    num_classes: Count | None = _key(None, "outputs of the classifier; null: as many as the data has")
+    attention_bias: Literal["none", "relative", "pairwise"] | None = _key(
+        None, "position bias of attention, by offset or by (query, key) pair; null: the variant's own"
+    )
+    attention_bias_scope: Literal["stage", "block"] | None = _key(
+        None, "one bias table per stage or per block; null: the variant's own"
+    )
+    absolute_position: bool = _key(False, "add a learned position embedding (the re-implementation's ape)")
+    absolute_position_px: int | None = _key(
+        None, "image side of its table; null: data.image_px", ge=4, multiple_of=4
+    )
+    qkv_bias: bool = _key(True, "bias in the query, key and value projections")
+    drop_rate: FractionBelowOne = _key(0.0, "dropout probability before the classifier")
+    attn_drop_rate: FractionBelowOne = _key(0.0, "dropout probability of attention weights")
+    proj_drop_rate: FractionBelowOne = _key(0.0, "dropout probability after the projections of a block")
+    drop_path_rate: FractionBelowOne = _key(0.0, "stochastic depth: probability at the last block")
+    ffn_kernel: Literal["auto", "fused", "eager"] = _key(
+        "auto",
+        "fused: feed-forward networks and perception units by Triton; eager: operation by operation; "
+        "auto: fused where the GPU can",
+    )
+    init_from: AnyPath | None = _key(
+        None,
+        "run, checkpoint, export folder or .safetensors file to start from; image size and classes may "
+        "differ; null: random weights",
+    )
+
+
+# The keys of Model that only CMT has.
+CMT_OPTIONS = (
+    "variant", "attention_bias", "attention_bias_scope", "absolute_position", "absolute_position_px",
+    "qkv_bias", "attn_drop_rate", "proj_drop_rate", "ffn_kernel",
+)  # fmt: skip
+
+
+class Data(Section):
+    root: AnyPath = _key(..., "folder that holds the images, or demo:digits or demo:photos")
+    train_dir: PathBelowRoot = _key("train", "<class>/<image> tree of the training images, below root")
+    val_dir: PathBelowRoot = _key("val", "<class>/<image> tree of the validation images, below root")
+    train_list: PathBelowRoot | None = _key(
+        None,
+        'list of training images below root, one "path,label" or "path label" per line; replaces train_dir',
+    )
+    val_list: PathBelowRoot | None = _key(None, "the same for validation; replaces val_dir")
+    fraction: float = _key(1.0, "share of the training images to use, equal in every class", gt=0, le=1)
+    decode: Literal["auto", "mixed", "cpu"] = _key(
+        "auto", "place of decoding; mixed: the GPU; auto: the GPU if there is one"
+    )
+    hw_decoder_load: Fraction | None = _key(
+        None, "share of JPEGs given to a GPU's JPEG engine with decode: mixed; null: DALI's default"
+    )
+    threads: Count | None = _key(None, "decoding threads of a process; null: its share of the cores")
+    prefetch_batches: Count = _key(2, "micro-batches prepared ahead")
+    cache_dir: AnyPath | None = _key(None, "folder for indexes and demo images; null: the user's cache")
+    max_bad_fraction: Fraction = _key(
+        MAX_BAD_FRACTION, "share of unreadable files above which a run is refused or ends"
+    )
+    image_px: int = _key(160, "side of the training crop and of the evaluation crop", ge=32, multiple_of=32)
+    eval_resize_px: Count = _key(184, "evaluation: shorter side before the centre crop")
+    interpolation: Interpolation = _key("bicubic", "resampling of training images")
+    eval_interpolation: Interpolation = _key("bicubic", "resampling of evaluation images")
+    mean: Mean = _key((0.485, 0.456, 0.406), "subtracted from R, G, B in 0..1")
+    std: Std = _key((0.229, 0.224, 0.225), "R, G, B are divided by it after that")
+
+
+class Augment(Section):
+    scale: Scale = _key((0.08, 1.0), "share of the image that the crop takes")
+    ratio: Pair = _key((0.75, 1.3333333), "width / height of the random crop")
+    hflip: Fraction = _key(0.5, "probability of a mirror image")
+    color_jitter: NotNegative | None = _key(
+        None, "brightness, contrast, saturation times 1 +- this; null: off"
+    )
+    rand_augment: str | None = _key(
+        None,
+        "a timm string such as rand-m9-mstd0.5-inc1 (the paper's) or 3a (DeiT III: grey, solarise or blur); "
+        "reimpl: the re-implementation's; dali-n2-m9: DALI's own suite (2 operations, bin 9); null: off",
+        pattern="^(reimpl|3a|dali(-[mn][0-9]+)*|rand(-([mn]|inc)[0-9]+|-(p|mstd)[0-9]+([.][0-9]+)?)*)$",
+    )
+    repeats: Count = _key(1, "repeated augmentation: views of a sample per epoch (the paper: 3)")
+
+
+class Mixing(Section):
+    mixup: NotNegative = _key(0.0, "alpha of MixUp's Beta distribution; 0: off")
+    cutmix: NotNegative = _key(0.0, "alpha of CutMix's Beta distribution; 0: off")
+    mixup_prob: Fraction = _key(1.0, "probability that a batch is mixed at all")
+    mixup_switch_prob: Fraction = _key(0.5, "probability of CutMix where both are on")
+    smoothing: FractionBelowOne = _key(0.0, "label smoothing: target mass spread over all classes")
+    reprob: Fraction = _key(0.0, "probability that an image is randomly erased (pixel noise)")
+    recount: Count = _key(1, "rectangles erased in such an image")
+
+
+class Optim(Section):
+    opt: Literal["adamw", "sgd"] = _key("adamw", "the optimizer")
+    lr: Positive = _key(
+        ...,
+        "peak learning rate for this global batch size; if you change the batch, change lr in proportion",
+    )
+    weight_decay: NotNegative = _key(0.05, "weight decay of matrices and convolutions; others have none")
+    momentum: FractionBelowOne = _key(0.9, "momentum of sgd")
+    nesterov: bool = _key(True, "Nesterov momentum of sgd")
+    betas: Betas = _key((0.9, 0.999), "decay rates of adamw's averages")
+    eps: Positive = _key(1e-08, "added to the denominator of adamw")
+    clip_grad: Positive | None = _key(None, "L2 norm that gradients are clipped to; null: off")
+
+
+class ScheduleSection(Section):
+    epochs: Count = _key(..., "epochs of warm-up and cosine together")
+    warmup_epochs: NotNegative = _key(5.0, "linear warm-up, the first part of epochs")
+    warmup_lr: NotNegative = _key(1e-06, "learning rate at step 0")
+    min_lr: NotNegative = _key(0.0, "learning rate at the end of epochs")
+    cooldown_epochs: int = _key(0, "epochs at min_lr, after the cosine", ge=0)
+
+
+class Train(Section):
+    global_batch_size: Count = _key(..., "samples of one optimizer step, over all GPUs and accumulation")
+    max_batch_per_gpu: Count = _key(512, "most samples of one forward pass; larger batches are accumulated")
+    precision: Literal["auto", "fp16", "bf16", "fp32"] = _key("auto", "auto: fp16 on a GPU, fp32 without")
+    compile: bool = _key(False, "compile the model with torch.compile")
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = _key(
+        "default",
+        "mode of torch.compile; the other two replay CUDA graphs, which pays below some 256 images per GPU",
+    )
+    log_every_steps: Count = _key(50, "optimizer steps between two log points")
+    step_timeout_seconds: Positive | None = _key(
+        900.0,
+        "a step, a batch of an evaluation or a checkpoint that takes longer ends the process and leaves its "
+        "stacks in the run folder; the first of each may take three times as long; null: never",
+    )
+    collective_timeout_seconds: Positive = _key(600.0, "how long ranks wait for one another")
+
+
+class Ema(Section):
+    decay: float | None = _key(
+        None, "decay per step of the weights' moving average (EMA); null: off", gt=0, lt=1
+    )
+
+
+class Guard(Section):
+    enabled: bool = _key(True, "undo what a non-finite step did to weights, statistics and EMA")
+    rollback_after_bad_steps: Count = _key(
+        20, "this many bad steps in a row take the run back to a good state"
+    )
+    max_rollbacks: int = _key(3, "rollbacks allowed; one more ends the run with exit code 4", ge=0)
+    lr_backoff: float = _key(0.25, "factor on the learning rate after a rollback", gt=0, le=1)
+    lr_backoff_epochs: NotNegative | None = _key(
+        None, "epochs over which that factor returns to 1; null: it stays"
+    )
+    spike_sigma: Positive = _key(6.0, "standard deviations above the recent mean that make a step a spike")
+    spike_action: Literal["report", "rollback"] = _key(
+        "report", "rollback: a spike takes the run back, too, as long as max_rollbacks allows"
+    )
+
+
+class Checkpoint(Section):
+    every_epochs: Count = _key(1, "epochs between two checkpoints; the last step is always saved")
+    every_steps: Count | None = _key(None, "optimizer steps between two more checkpoints; null: none")
+    keep: Count = _key(3, "newest checkpoints kept, beside the best one and the milestones")
+    milestone_every_epochs: Count | None = _key(None, "epochs between checkpoints that are never deleted")
+
+
+class Evaluate(Section):
+    every_epochs: Count = _key(1, "epochs between two evaluations; the last step is always evaluated")
+
+
+class Metrics(Section):
+    enabled: bool = _key(True, "serve Prometheus metrics over HTTP")
+    host: str = _key("127.0.0.1", "address to serve at; 0.0.0.0: all", pattern="^[A-Za-z0-9.:_-]+$")
+    port: int = _key(9410, "port of local rank 0; local rank r serves at port + r", ge=1, le=65535)
+    stall_seconds: Positive = _key(600.0, "/-/healthy answers 503 if no step ended for this long")
+    trackers: Trackers = _key((), "experiment trackers that get log points and evaluations")
+
+
+class Expect(Section):
+    top1: Fraction | None = _key(None, "accuracy that the run should reach, 0..1")
+    tolerance: Fraction = _key(0.01, "how far below top1 still counts as reached")
+    diverges: bool = _key(False, "the source reports that its own run did not converge")
+    source: Text | None = _key(None, "where that accuracy was published")
+    enforce: bool = _key(False, "end with exit code 5 where top1 is not reached")

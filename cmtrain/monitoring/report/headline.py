@@ -1,0 +1,195 @@
+"""Compute the numbers at the top of a report, and where the time of the run went.
+
+Times cover all processes of the run, kills and resumes included, as far as its folder has a record.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cmtrain.config.strict_yaml import emit
+from cmtrain.monitoring.units import duration, percent, short
+from cmtrain.storage.run_record import RunRecord, is_number, last
+
+PHASE_NAMES = {"data_wait": "waiting for data"}
+
+Headline = list[tuple[str, str, str]]  # name, value, remark
+
+
+@dataclass(frozen=True)
+class Share:
+    """A part of a run's time. `kind` is its colour on the page."""
+
+    name: str
+    kind: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Times:
+    """The times of a run.
+
+    `begin`, `end`: Unix times of the first and the last record. `active_seconds`: time in which a process
+    ran. `images`: trained on, as far as the log goes. `images_per_second`, `data_wait_ratio`: means over the
+    logged steps, without evaluations and checkpoints; None without a log. `shares`: of `active_seconds`, in
+    the order of a step.
+    """
+
+    begin: float
+    end: float
+    active_seconds: float
+    num_starts: int
+    images: float
+    images_per_second: float | None
+    data_wait_ratio: float | None
+    shares: list[Share]
+
+
+def measure_times(record: RunRecord) -> Times:
+    """Sum up the time of a run.
+
+    The log holds a step once, even if a kill made it necessary twice. Its first time is in "start and the
+    rest".
+    """
+    events = [float(event["time"]) for event in record.events]
+    if is_number(updated := record.status.get("updated", "")):
+        events.append(float(updated))
+    seen = np.concatenate([events, record.log.get("time", np.empty(0))])
+    seen = np.sort(seen[np.isfinite(seen)]) if np.isfinite(seen).any() else np.zeros(1)
+    starts = sorted(event["time"] for event in record.events if event["event"] in ("started", "resumed"))
+    starts = [seen[0], *starts[1:]]
+    ends = [seen[seen < start].max(initial=seen[0]) for start in starts[1:]] + [seen[-1]]
+    active_seconds = float(sum(end - start for start, end in zip(starts, ends, strict=True)))
+
+    num_images, seconds = _windows(record)
+    shares = _shares(record, seconds)
+    total = sum(share.seconds for share in shares)
+    if shares and active_seconds > total:
+        shares.append(Share("start and the rest", "rest", active_seconds - total))
+    trained = float(seconds.sum())
+    return Times(
+        begin=float(seen[0]),
+        end=float(seen[-1]),
+        active_seconds=active_seconds,
+        num_starts=len(starts),
+        images=float(num_images.sum()),
+        images_per_second=float(num_images.sum()) / trained if trained else None,
+        data_wait_ratio=_seconds_of(record, "data_wait_ratio", seconds) / trained if trained else None,
+        shares=shares,
+    )
+
+
+def _windows(record: RunRecord) -> tuple[np.ndarray, np.ndarray]:
+    """Return images and seconds of training between each log point and the one before it."""
+    batch_size = record.config.get("train.global_batch_size")
+    images_per_second = record.log.get("images_per_second", np.empty(0))
+    if not isinstance(batch_size, int) or not images_per_second.size:
+        return np.zeros(0), np.zeros(0)
+    num_images = np.diff(record.log["step"], prepend=0) * batch_size
+    known = images_per_second > 0
+    return num_images, np.divide(num_images, images_per_second, out=np.zeros_like(num_images), where=known)
+
+
+def _shares(record: RunRecord, seconds: np.ndarray) -> list[Share]:
+    """Divide `seconds` among the phases: a log column `<phase>_ratio` is that phase's share of the step."""
+    if not seconds.sum():
+        return []
+    phases = [name for name in record.log if name.endswith("_ratio") and np.isfinite(record.log[name]).any()]
+    shares = []
+    for name in sorted(phases, key=lambda name: name != "data_wait_ratio"):
+        phase = name.removesuffix("_ratio")
+        shares.append(Share(PHASE_NAMES.get(phase, phase), phase, _seconds_of(record, name, seconds)))
+    step = max(0.0, float(seconds.sum()) - sum(share.seconds for share in shares))
+    shares.append(Share("rest of the step" if len(phases) > 1 else "training step", "step", step))
+    for kind, name in (("evaluated", "evaluation"), ("checkpoint", "checkpoints")):
+        spent: list[Any] = [event.get("seconds") for event in record.events if event["event"] == kind]
+        if known := [float(value) for value in spent if is_number(value)]:
+            shares.append(Share(name, kind, sum(known)))
+    return shares
+
+
+def _seconds_of(record: RunRecord, column: str, seconds: np.ndarray) -> float:
+    ratio = record.log.get(column, np.zeros(len(seconds)))
+    return float(np.nansum(ratio * seconds))
+
+
+def summary(record: RunRecord) -> str:
+    """Return the run in one line: model, data, image size, precision, ranks."""
+    config, facts = record.config, environment_of(record)
+    parts = [config.get("model.name"), config.get("data.root")]
+    if "data.image_px" in config:
+        parts.append(f"{emit(config['data.image_px'])} px")
+    parts += [facts.get("precision"), f"{facts.get('world_size', '?')} x {facts.get('device', '?')}"]
+    return " \u00b7 ".join(str(part) for part in parts if part)
+
+
+def headline(record: RunRecord, times: Times, last_step: float) -> Headline:
+    """Return the numbers at the top of the report, without those that are not known."""
+    status = record.status
+    found: Headline = []
+    # Accuracy.
+    top1, ema_top1 = _accuracy(record, "top1"), _accuracy(record, "ema_top1")
+    if top1 is not None:
+        found.append(("Top-1", percent(top1), _expectation(record, max(top1, ema_top1 or 0.0))))
+    if ema_top1 is not None:
+        found.append(("Top-1, EMA", percent(ema_top1), ""))
+    top5, ema_top5 = _accuracy(record, "top5"), _accuracy(record, "ema_top5")
+    if top5 is not None:
+        found.append(("Top-5", percent(top5), f"EMA {percent(ema_top5)}" if ema_top5 is not None else ""))
+    best, best_step = number(status.get("best_top1")), number(status.get("best_step"))
+    if best is not None and best_step is not None:
+        found.append(("Best top-1", percent(best), f"at step {best_step:,.0f}"))
+    # Steps and time.
+    target = number(status.get("last_step"))
+    remark = f"{short(times.images)} images" if times.images else ""
+    if target and target > last_step:
+        remark = f"of {target:,.0f}"
+    found.append(("Steps", f"{last_step:,.0f}", remark))
+    starts = f"{times.num_starts} starts, {duration(times.end - times.begin)} from first to last"
+    found.append(("Duration", duration(times.active_seconds), starts if times.num_starts > 1 else ""))
+    if times.images_per_second:
+        waited = times.data_wait_ratio
+        remark = "" if waited is None else f"{percent(waited, 0)} waiting for data"
+        found.append(("Images per second", f"{times.images_per_second:,.0f}", remark))
+    # Trouble.
+    rollbacks = sum(event["event"] == "rollback" for event in record.events)
+    if (bad_steps := last(record.log, "bad_steps")) is not None:
+        remark = "undone" if record.config.get("guard.enabled", True) else "not undone"
+        if rollbacks:
+            remark = "1 rollback" if rollbacks == 1 else f"{rollbacks} rollbacks"
+        found.append(("Bad steps", f"{bad_steps:,.0f}", remark if bad_steps else ""))
+    return found
+
+
+def _accuracy(record: RunRecord, key: str) -> float | None:
+    """Return `key` of the newest evaluation: from summary.csv, else from the result of a finished run."""
+    logged = last(record.evaluations, f"eval_{key}")
+    result = record.status.get("result")
+    if logged is None and isinstance(result, dict):
+        return number(result.get(key))
+    return logged
+
+
+def _expectation(record: RunRecord, top1: float) -> str:
+    expected = number(record.config.get("expect.top1"))
+    if expected is None:
+        return ""
+    if record.status.get("state") != "finished":
+        return f"{percent(expected)} expected"
+    reached = top1 >= expected - (number(record.config.get("expect.tolerance")) or 0.0)
+    return f"{percent(expected)} expected: {'reached' if reached else 'missed'}"
+
+
+def environment_of(record: RunRecord) -> dict[str, str]:
+    """Return model, hardware and versions of the newest process of the run, by name."""
+    found: dict[str, str] = {}
+    for event in record.events:
+        if event["event"] in ("started", "resumed", "environment"):
+            found |= {str(k): str(v) for k, v in event.items() if k not in ("time", "event", "step")}
+    return found
+
+
+def number(value: Any) -> float | None:
+    """Return `value`, as read from JSON or YAML, if it is a number."""
+    return float(value) if is_number(value) else None

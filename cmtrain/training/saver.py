@@ -1,0 +1,77 @@
+"""Save checkpoints in the background, and remember which one is best."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from cmtrain.step.evaluate import Evaluation
+from cmtrain.storage.checkpoint_writer import PATIENCE_SECONDS, CheckpointWriter, Outcome
+from cmtrain.storage.finite import FiniteCheck, named
+from cmtrain.training.run_logger import RunLogger
+
+
+class Saver:
+    """Writes checkpoints on rank 0 and logs how each save ended.
+
+    Args:
+        keep: the newest checkpoints to keep; see checkpoint.drop_old.
+
+    `best`: the best top-1 so far and its step, (0, -1) before the first evaluation. `unsaved`: why the
+    newest state has no checkpoint, "" if it has one.
+    """
+
+    def __init__(self, path: Path, logger: RunLogger, *, keep: int) -> None:
+        self.writer = CheckpointWriter(path / "checkpoints")
+        self.logger, self.keep = logger, keep
+        self.best: tuple[float, int] = (0.0, -1)
+        self.unsaved = ""
+
+    def resume(self, meta: Mapping[str, Any]) -> None:
+        """Continue from a checkpoint with this `meta`."""
+        self.best = meta["best_top1"], meta["best_step"]
+
+    def is_best(self, results: Mapping[str, Evaluation], step: int) -> bool:
+        """Note the accuracy at `step`; return whether it is the run's best."""
+        top1 = max(result.top1 for result in results.values())
+        improved = top1 > self.best[0] or self.best[1] < 0
+        if improved:
+            self.best = top1, step
+        return improved
+
+    def save(
+        self, state: dict[str, Any], step: int, meta: Mapping[str, Any], checked: FiniteCheck, *, last: bool
+    ) -> None:
+        """Start to write a checkpoint, unless the model was `checked` to be not finite.
+
+        The `last` one exists when this returns. A failure (a full disk) is logged; the run goes on.
+        """
+        begin, metrics = time.perf_counter(), self.logger.metrics
+        metrics.enter("checkpoint")
+        if checked.repaired:
+            self.logger.ema_healed(step, checked.repaired)
+        if self.logger.folder:
+            if checked.nonfinite:
+                self._log(Outcome(step, None, 0.0, f"the model is not finite: {named(checked.nonfinite)}"))
+            else:
+                best = {"best_top1": self.best[0], "best_step": self.best[1]}
+                meta = {**meta, **best, "report": asdict(metrics.reported)}
+                self.writer.save(step, state, meta, keep=self.keep, last=last)
+                self.log_finished()
+        metrics.waited_for_save(time.perf_counter() - begin)
+        metrics.enter("train")
+
+    def log_finished(self) -> None:
+        """Log the saves that have ended since the last call. Never waits."""
+        for outcome in self.writer.take_outcomes():
+            self._log(outcome)
+
+    def _log(self, outcome: Outcome) -> None:
+        self.unsaved = "" if outcome.path else outcome.error
+        self.logger.saved(outcome)
+
+    def close(self) -> None:
+        """Wait for the save under way, for PATIENCE_SECONDS at most, and log it."""
+        self.writer.wait(PATIENCE_SECONDS)
+        self.log_finished()
