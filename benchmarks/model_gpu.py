@@ -178,7 +178,7 @@ def part_times(batch: int, steps: int) -> dict[str, float]:
         for kernel in kernels:
             for part in (
                 ResidualDepthwiseConv(channels, kernel),
-                FeedForward(channels, hidden, seed=False, drop=0.0, kernel=kernel),
+                FeedForward(channels, hidden, variant="paper", drop=0.0, kernel=kernel),
             ):
                 part.to(DEVICE)
 

@@ -41,15 +41,9 @@ class Evaluation:
 
 
 def evaluate(
-    model: nn.Module,
-    batches: Iterable[Batch],
-    *,
-    autocast: AbstractContextManager,
-    device: torch.device,
-    num_images: int,
-    num_classes: int,
-    keeps_ranked: bool = False,
-) -> Evaluation:
+    model: nn.Module, batches: Iterable[Batch], *, autocast: AbstractContextManager, device: torch.device,
+    num_images: int, num_classes: int, keeps_ranked: bool = False,
+) -> Evaluation:  # fmt: skip
     """Evaluate `model` on this rank's share of the images and add up over ranks.
 
     Args:
@@ -76,14 +70,9 @@ def evaluate(
     top1, top5, loss, seen, unreadable = totals.tolist()
     assert seen == num_images, f"evaluated {seen:.0f} images of {num_images}"
     return Evaluation(
-        top1 / seen,
-        top5 / seen,
-        loss / max(seen - unreadable, 1),
-        num_images,
-        int(unreadable),
-        **outcomes.sum_up(),
-        ranked=None if ranked is None else ranked.cpu(),
-    )
+        top1 / seen, top5 / seen, loss / max(seen - unreadable, 1), num_images, int(unreadable),
+        **outcomes.sum_up(), ranked=None if ranked is None else ranked.cpu(),
+    )  # fmt: skip
 
 
 class _Outcomes:
@@ -136,8 +125,7 @@ def all_reduce_sum(values: Tensor) -> None:
 
 @torch.no_grad()
 def average_running_statistics(*models: nn.Module) -> None:
-    """Give every rank the mean over ranks of the BatchNorm running statistics, before they are used or
-    saved.
+    """Give every rank the mean over ranks of the BatchNorm running statistics, before evaluating or saving.
 
     Their update is linear, so averaging now equals averaging after every step.
     """

@@ -47,19 +47,10 @@ class Learner:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        optimizer: Optimizer,
-        accelerator: Accelerator,
-        *,
-        ema_decay: float | None,
-        protect: bool,
-        spike_sigma: float,
-        mixing: MixSpec,
-        accumulation: int,
-        clip_grad: float | None,
-        seed: int,
-    ) -> None:
+        self, model: nn.Module, optimizer: Optimizer, accelerator: Accelerator, *,
+        ema_decay: float | None, protect: bool, spike_sigma: float,
+        mixing: MixSpec, accumulation: int, clip_grad: float | None, seed: int,
+    ) -> None:  # fmt: skip
         self.model, self.optimizer, self.accelerator = model, optimizer, accelerator
         self.guard = Guard(model, protect=protect)
         # Copied before accelerate wraps the forward, or the copy would run the original's.
@@ -135,8 +126,7 @@ class Learner:
     def report(self, step: int, epoch: int, lr: float, *, reset: bool) -> StepReport:
         """Report on the steps since the last log point, up to `step`, and find the spikes among them.
 
-        `reset` makes this a log point: the next report begins after it. Synchronises; all ranks must call
-            it.
+        `reset`: the next report begins after this one. Synchronises; all ranks must call it.
         """
         measured = self.buffer.read()
         detector = self.detector if reset else copy.copy(self.detector)
@@ -147,27 +137,20 @@ class Learner:
             self.spike_samples = self.buffer.samples(step - highest.step)
         if reset:
             self.buffer.clear()
-        guard, scaler = self.guard, self.accelerator.scaler
-        on_device = [guard.bad_steps, guard.bad_steps_in_a_row, guard.restores, *extremes(self.model)]
-        numbers = torch.stack([value.double() for value in on_device]).tolist()
-        bad, bad_in_a_row, restores, mean_abs_max, var_max, weight_norm = numbers
+        # One copy to the host for all numbers; a counter is exact in float64.
+        counters, sizes = self.guard.state_dict(), extremes(self.model)
+        numbers = torch.stack([value.double() for value in (counters | sizes).values()]).tolist()
+        counts, values = map(int, numbers[: len(counters)]), numbers[len(counters) :]
         good = [loss for loss, grad_norm in measured if math.isfinite(grad_norm)]
+        scaler = self.accelerator.scaler
         return StepReport(
-            step=step,
-            epoch=epoch,
+            step=step, epoch=epoch, lr=lr,
             loss=sum(good) / len(good) if good else math.nan,
-            lr=lr,
             grad_norm=measured[-1][1] if measured else math.nan,
             loss_scale=1.0 if scaler is None else scaler.get_scale(),
-            bad_steps=int(bad),
-            bad_steps_in_a_row=int(bad_in_a_row),
-            restores=int(restores),
-            spikes=detector.num_spikes,
-            good_steps_in_a_row=detector.good_steps_in_a_row,
-            bn_mean_abs_max=mean_abs_max,
-            bn_var_max=var_max,
-            weight_norm=weight_norm,
-        )
+            spikes=detector.num_spikes, good_steps_in_a_row=detector.good_steps_in_a_row,
+            **dict(zip(counters, counts, strict=True)), **dict(zip(sizes, values, strict=True)),
+        )  # fmt: skip
 
     def roll_back(self, state: dict[str, Any]) -> None:
         """Go back to an earlier state_dict of this process, with a fresh loss scale. Counters go on."""
