@@ -1,7 +1,6 @@
 """Build the layers of a CMT (arXiv 2107.06263), in the paper's and in the re-implementation's form.
 
-Letters: B batch, C channels, H x W map, N = H * W tokens (queries), K reduced tokens (keys), h heads,
-d = C / h, r reduction.
+Letters: B batch, C channels, H x W map, N = H * W queries, K reduced keys, h heads, d = C / h, r reduction.
 
 Maps are (B, C, H, W) in channels-last memory from the stem to the head. So a map and its tokens (B, H, W, C)
 are two views of the same memory: no copy is made between convolution and attention.
@@ -105,8 +104,7 @@ class ResidualDepthwiseConv(nn.Conv2d):
     """x plus its depth-wise 3x3 convolution: (B, C, H, W) -> (B, C, H, W).
 
     On a GPU it is one Triton kernel (`kernel`: see FeedForward). On a CPU the addition is a 1 in the centre
-    of every kernel, which saves passes over x; not in half precision, where the weight would be rounded to
-    2^-10 (fp16) or 2^-7 (bf16).
+    of every kernel, which saves passes over x. fp16 would round the weight to 2^-10, bf16 to 2^-7.
     """
 
     def __init__(self, channels: int, kernel: FfnKernel = "auto"):
@@ -181,12 +179,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: float,
         scores = q @ (k * scale).transpose(-1, -2)
         weights = (scores if bias is None else scores + bias).softmax(-1)
         return F.dropout(weights, dropout).to(v.dtype) @ v
-    if bias is None:
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale)
-    # Some fused kernels are silently wrong if the mask's dtype is not q's. Most of them refuse a mask that
-    # requires a gradient, even where no gradient is taken.
-    mask = (bias if torch.is_grad_enabled() else bias.detach()).to(q.dtype)[None]
-    if not q.is_cuda:
+    mask = None
+    if bias is not None:
+        # Some fused kernels are silently wrong if the mask's dtype is not q's. Most refuse a mask that
+        # requires a gradient, even where none is taken.
+        mask = (bias if torch.is_grad_enabled() else bias.detach()).to(q.dtype)[None]
+    if mask is None or not q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
     with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
@@ -196,13 +194,11 @@ class Attention(nn.Module):
     """Multi-head self-attention (section 3.2): keys and values come from a map reduced r times per side.
 
     The paper reduces by a depth-wise convolution and BatchNorm, the re-implementation by a full convolution
-    and LayerNorm. Projections that read the same tokens are one matrix, its rows ordered q, k, v, then head,
-    then channel.
+    and LayerNorm. Projections of the same tokens are one matrix, rows ordered q, k, v, then head, channel.
 
     Fused attention on CUDA refuses heads whose channels are no multiple of 8. So they are padded there (46
     to 48 in CMT-Ti), by zero rows in the matrices that make q, k and v, and zero columns in the one that
-    reads the result. Every forward pass makes the padding again. It is no parameter: it learns nothing, and
-    no checkpoint holds it.
+    reads the result. Every forward pass makes the padding again: nothing is learned or saved in it.
     """
 
     def __init__(self, dim: int, heads: int, reduction: int, options: BlockOptions):
@@ -213,11 +209,9 @@ class Attention(nn.Module):
         else:
             self.q = TokenLinear(dim, dim, bias=options.qkv_bias)
             self.kv = TokenLinear(dim, 2 * dim, bias=options.qkv_bias)
-            self.reduce: nn.Module
-            self.reduce_norm: nn.Module
             if options.variant == "paper":
                 self.reduce = depthwise_conv(dim, reduction, reduction)
-                self.reduce_norm = nn.BatchNorm2d(dim)
+                self.reduce_norm: nn.Module = nn.BatchNorm2d(dim)
             else:
                 self.reduce = nn.Conv2d(dim, dim, reduction, reduction)
                 self.reduce_norm = nn.LayerNorm(dim, eps=1e-5)
@@ -375,8 +369,7 @@ def init_weights(module: nn.Module) -> None:
     Linear layers: normal with standard deviation 0.02, as in DeiT, whose recipe the paper follows.
     Convolutions: He's normal over fan-out. BatchNorm follows most of them, so the scale matters for the
     depth-wise branches only: their fan-out counts all channels, so they start near zero, and the skip
-    connections carry the signal. Biases: zero (the re-implementation leaves those of convolutions at torch's
-    default). Norms keep torch's ones and zeros.
+    connections carry the signal. Biases: zero (the re-implementation keeps torch's for convolutions).
     """
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)

@@ -1,8 +1,7 @@
 """Convert weights between the public CMT implementations and ours, and resize position tables.
 
 The paper's release (huawei-noah/Efficient-AI-Backbones, cmt_pytorch) and the re-implementation
-(FlyEgle/CMT-pytorch) have other names for the same layers, and split the attention's projections
-differently. Nothing is lost either way.
+(FlyEgle/CMT-pytorch) name the same layers differently and split the attention's projections differently.
 """
 
 from collections.abc import Mapping
@@ -87,8 +86,7 @@ def load_reference_checkpoint(model: CMT, state_dict: Mapping, *, skip_head: boo
     """Load weights of the paper's authors or the re-implementation into a model of that variant, in place.
 
     state_dict: the reference's own keys, also inside {"model": ...}, {"state_dict": ...}, {"model_ema": ...}
-        or {"state_dict_ema": ...} (averaged weights are taken where a file has both) and behind "module."
-        prefixes.
+        or {"state_dict_ema": ...} (averaged weights are preferred) and behind "module." prefixes.
     skip_head: keep the model's own classifier, for another number of classes.
 
     Position tables of another image size are resized. Anything else that does not fit - variant, options,
@@ -147,11 +145,8 @@ def _listed(what: str, items: list[str]) -> list[str]:
 
 
 def _unwrap(state_dict: Mapping) -> dict[str, Tensor]:
-    for wrapper in WRAPPERS:
-        if isinstance(state_dict.get(wrapper), Mapping):
-            state_dict = state_dict[wrapper]
-            break
-    return {key.removeprefix("module."): tensor for key, tensor in state_dict.items()}
+    inner = [state_dict[name] for name in WRAPPERS if isinstance(state_dict.get(name), Mapping)]
+    return {key.removeprefix("module."): tensor for key, tensor in (inner or [state_dict])[0].items()}
 
 
 def _variant_of(given: Mapping[str, Tensor]) -> str:
@@ -173,8 +168,7 @@ def _option_problems(model: CMT, given: Mapping[str, Tensor]) -> list[str]:
         theirs: dict[str, object] = {"qkv_bias": "blocks_a.0.attn.q.bias" in given}
     else:
         table = given.get("stage1.block_list.0.LMHSA.position_embeeding")
-        # A side has 2n - 1 offsets, which is odd, or n * n queries: even, as the first stage's n is a
-        # multiple of 8.
+        # A side has 2n - 1 offsets, which is odd, or n * n queries: even, n being a multiple of 8.
         kind = "none" if table is None else "relative" if len(table) % 2 else "pairwise"
         theirs = {
             "qkv_bias": "stage1.block_list.0.LMHSA.q.bias" in given,

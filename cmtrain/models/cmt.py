@@ -1,7 +1,6 @@
 """Build CMTs ("Convolutional Neural Networks Meet Vision Transformers") and register them with timm.
 
-They come in the paper's sizes and with the methods that timm asks of a model. Letters: B batch, C channels,
-H x W map, px image side in pixels.
+Letters: B batch, C channels, H x W map, px image side in pixels.
 """
 
 from collections.abc import Sequence
@@ -75,19 +74,14 @@ class CMT(nn.Module):
         (FlyEgle/CMT-pytorch), whose ablations we reproduce.
     img_size: pixels per side, a multiple of 32 (four halvings, and 8-fold reduced keys in the first stage).
     attention_bias, attention_bias_scope: kind of the table that is added to the scores, and whether a
-        stage's blocks share it; None is the variant's own (paper: pairwise per stage, reimpl: relative per
-        block).
-    absolute_position: adds a learned vector per pixel before the first stage's blocks (the
-        re-implementation's `ape`).
-    absolute_position_px: image side, a multiple of 4, that its table is made for; it is resampled to
-        img_size, the default.
+        stage's blocks share it; None is the variant's own (pairwise per stage; reimpl: relative per block).
+    absolute_position: adds a learned vector per pixel before the first blocks (the re-implementation's ape).
+    absolute_position_px: image side of its table, a multiple of 4; resampled to img_size, the default.
     drop_rate: dropout before the classifier. attn_drop_rate: dropout of attention weights. proj_drop_rate:
         dropout after the attention's projection and, in the paper's variant only, twice in the FFN.
-    drop_path_rate: drop path of the last block, growing linearly from 0 at the first; on both branches of a
-        block (paper) or on the FFN's only (reimpl).
+    drop_path_rate: rate of the last block, growing linearly from 0; reimpl: on the FFN's branch only.
     ffn_kernel: "fused" computes feed-forward networks and local perception units in Triton kernels, "eager"
-        operation by operation, "auto" is fused on a GPU that can and eager elsewhere. Function and
-        parameters are the same.
+        operation by operation, "auto" is fused on a GPU that can and eager elsewhere. All compute the same.
     global_pool: "avg", or "" for the unpooled map, which needs num_classes=0.
 
     Raises ValueError for an illegal option, an illegal size, and an input of another size than img_size.

@@ -51,9 +51,8 @@ def count(
     """Count the traffic of `model` on CUDA under autocast to `dtype` (none for float32).
 
     Counts forward and backward pass of a model in train(), the forward pass of one in eval(). Optimizer,
-    augmentation and loss are left out, and so are the savings of a cache, and reads that a kernel repeats
-    because of it. The model is not changed and may be on any device, "meta" included. A CMT needs a definite
-    `ffn_kernel`: "auto" asks a GPU.
+    augmentation and loss are left out, and every effect of a cache. The model is not changed and may be
+    on any device, also "meta". Where a CMT's `ffn_kernel` is "auto", the GPU decides.
     """
     counter = _Counter()
     with FakeTensorMode():
@@ -154,8 +153,7 @@ def training_flops_per_image(model: nn.Module, image_px: int) -> int:
     image = torch.zeros(1, 3, image_px, image_px, device=parameter.device, dtype=parameter.dtype)
     was_training = model.training
     model.eval()
-    # Detached: the counter would follow tensors that require a gradient, which a view of a parameter cannot
-    # offer here.
+    # Detached: the counter would follow gradients, which a view of a parameter cannot offer here.
     detached = {name: value.detach() for name, value in model.named_parameters()}
     with FlopCounterMode(display=False) as counter:
         torch.func.functional_call(model, detached, (image,))

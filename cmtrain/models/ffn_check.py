@@ -4,7 +4,7 @@ import copy
 import warnings
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from cmtrain.models.blocks import FeedForward, FfnKernel, ResidualDepthwiseConv
 from cmtrain.models.position import Variant
@@ -72,9 +72,6 @@ def _error(part: Part, device: torch.device, dtype: torch.dtype, kernel: FfnKern
         gradients = torch.autograd.grad((out.float() * weight).sum(), [images, *network.parameters()])
         statistics = [buffer for buffer in network.buffers() if buffer.is_floating_point()]
         results.append([out, *gradients, *statistics])
-    return max(_difference(expected, found) for expected, found in zip(*results, strict=True))
-
-
-def _difference(expected: Tensor, found: Tensor) -> float:
-    error = (expected.float() - found.float()).norm() / expected.float().norm().clamp(min=1e-6)
-    return error.nan_to_num(nan=torch.inf).item()
+    pairs = [(expected.float(), found.float()) for expected, found in zip(*results, strict=True)]
+    errors = [(expected - found).norm() / expected.norm().clamp(min=1e-6) for expected, found in pairs]
+    return torch.stack(errors).nan_to_num(nan=torch.inf).max().item()

@@ -50,8 +50,7 @@ def _gelu_and_slope(z):
 def _welford(tile, inside, i, mean, m2):
     """Add the i-th tile to mean and squared deviations at each of its places, without cancellation.
 
-    Places outside keep theirs. Only the last tiles have such places, so every other place has counted i
-    tiles before.
+    Places outside keep theirs. Only the last tiles have such places: every other place has counted i tiles.
     """
     away = tl.where(inside, tile - mean, 0.0)
     mean += away * (1.0 / (i + 1))

@@ -1,7 +1,6 @@
 """Launch the kernels of the feed-forward network, as operators for autograd, torch.compile and fake tensors.
 
-fused_ffn.py has the algebra that they add up to. Letters: M = B * H * W rows, C channels, h hidden channels,
-p = h rounded up to PITCH.
+fused_ffn.py has the algebra. Letters: M = B * H * W rows, C channels, h hidden channels, p = padded(h).
 
 Hidden tensors are (M, p): rows begin at multiples of 32 bytes, so that loads are vectors whatever h is
 (CMT-Ti's are 165, 331, 662 and 1324). The last p - h columns are zero in all of them, forward and backward,
@@ -114,8 +113,7 @@ def expand(x: Tensor, weight: Tensor, bias: Tensor, training: bool) -> tuple[Ten
 def normalise(means: Tensor, m2s: Tensor, gamma: Tensor, beta: Tensor, rows: int, eps: float) -> Tensor:
     """Merge the statistics of parts -> (5, p): mean, unbiased variance, 1 / deviation, scale, shift.
 
-    scale * a + shift is BatchNorm of a, which divides by the biased deviation. gamma and beta are its weight
-    and bias, (h,).
+    scale * a + shift is BatchNorm, which divides by the biased deviation; gamma and beta (h,) are its own.
     """
     parts, pitch = means.shape
     out = _empty(means, 5, pitch)
@@ -134,8 +132,7 @@ def depthwise(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """conv3x3(n), plus n with `residual`, of n = scale * a + shift: (M, p), (p,), (p,), (10, p) -> (M, p).
 
-    weight holds the nine taps and the bias. Without scale and shift n is a. Also returns the sums of the
-    result's GELU, like expand.
+    weight: nine taps and the bias. Without scale and shift n is a. Also returns sums, like expand.
     """
     rows, pitch = a.shape
     num_partials = _num_partials(rows, pitch)
@@ -238,7 +235,7 @@ def depthwise_grad(
 def normalise_grad(d: Tensor, e: Tensor, mean: Tensor, inverse: Tensor, scale: Tensor, rows: int) -> Tensor:
     """Return a BatchNorm's d gamma, slope and offset (3, p).
 
-    The gradient of a is scale * dn + slope * a + offset. d and e (p,) are the sums over rows of dn * a and of dn.
+    a's gradient is scale * dn + slope * a + offset. d and e (p,): the sums over rows of dn * a and of dn.
     """
     pitch = len(d)
     out = _empty(d, 3, pitch)

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cmtrain.models.blocks import FeedForward
 from cmtrain.models.cmt import CMT
 
 
@@ -28,16 +27,13 @@ def folded(model: CMT) -> CMT:
         for block in stage.blocks:
             if isinstance(getattr(block.attn, "reduce_norm", None), nn.BatchNorm2d):
                 block.attn.reduce_norm = _into_previous(block.attn.reduce, block.attn.reduce_norm)
-            _fold_feed_forward(block.ffn)
+            ffn = block.ffn
+            if ffn.variant == "paper":
+                ffn.depthwise_norm = _into_next(ffn.depthwise_norm, ffn.project)
+            ffn.project_norm = _into_previous(ffn.project, ffn.project_norm)
     if isinstance(model.fc_norm, nn.BatchNorm2d):
         model.fc_norm = _into_previous(model.fc, model.fc_norm)
     return model
-
-
-def _fold_feed_forward(ffn: FeedForward) -> None:
-    if ffn.variant == "paper":
-        ffn.depthwise_norm = _into_next(ffn.depthwise_norm, ffn.project)
-    ffn.project_norm = _into_previous(ffn.project, ffn.project_norm)
 
 
 def _scale_and_shift(norm: Any) -> tuple[Tensor, Tensor]:  # (C,), (C,), in float64: two roundings become one

@@ -12,7 +12,7 @@ z1 to n2 are h = 3.6 times as wide as x, and moving them is most of a GPU's time
 - the depthwise convolution normalises its input as it reads it,
 - so does the product behind it, but for the shift: y = (s2 a2) W2' + (b2 + W2 t2), exactly; in the
   re-implementation's form, y = (s1 a1 + s2 a2) W2' + (b2 + W2 (t1 + t2)),
-- GELU is computed again from z where it is needed, but for the 3x3 window, which would compute it nine times,
+- GELU is computed again from z where needed, but for the 3x3 window, which would compute it nine times,
 - the kernel that has a in registers also takes its statistics.
 
 Backward, with M rows, D = sum of dn * a and E = sum of dn over them, BatchNorm gives
@@ -131,8 +131,7 @@ def feed_forward(
     """Compute the network up to its last BatchNorm: (B, C, H, W) -> (B, C, H, W), channels-last.
 
     expand and project hold a matrix and a bias. In training the norms' running statistics move as torch
-    moves them. Evaluation has no backward here; it normalises with the running statistics, or not where
-    folding left an Identity.
+    moves them. Evaluation has no backward here; where folding left an Identity it does not normalise.
     """
     adds_late = variant == "reimpl"
     rows, (height, width) = _rows(x), x.shape[2:]

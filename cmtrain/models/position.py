@@ -41,8 +41,7 @@ def relative_windows(table: Tensor, queries_per_side: int, step: int) -> Tensor:
 
     Entry [y, x, i, j] is table[i * step - y + n - 1, j * step - x + n - 1]: the offset from query (y, x) to
     the key at pixel (i * step, j * step). Neighbouring queries see shifted windows of the table, so strided
-    views and one flip replace an index table. No buffer is kept, and the backward pass is free of
-    index_put's atomic additions.
+    views and one flip replace an index table: no buffer, and no atomic additions of index_put's backward.
     """
     n = queries_per_side
     windows = table.unfold(-2, n, step).unfold(-2, n, step)  # (..., i, j, n, n), query coordinates reversed
@@ -96,8 +95,7 @@ class RelativeBias(nn.Module):
 
     The paper asks for a relative bias (section 3.3) but released a pairwise table; this is the literal
     reading. Offsets are counted in query pixels against the true key grid, 2n - r of them per axis. Drawn
-    like the re-implementation's table (standard deviation 0.2), the only relative table with published
-    accuracies.
+    like the re-implementation's table (standard deviation 0.2), the only one with published accuracies.
     """
 
     def __init__(self, heads: int, queries_per_side: int, reduction: int):
@@ -121,8 +119,7 @@ class ReimplPairwiseBias(nn.Module):
     """The re-implementation's "no distance" table: (N, N) for all heads; it reads the first K columns.
 
     Key j of the reduced map reads column j, so those K columns are a pairwise table. The other columns have
-    no effect and a gradient of exactly zero; they are kept because the re-implementation's checkpoints hold
-    them.
+    no effect and a gradient of exactly zero; they are kept because its checkpoints hold them.
     """
 
     def __init__(self, queries_per_side: int, reduction: int):
@@ -146,8 +143,7 @@ class ReimplRelativeBias(nn.Module):
     """The re-implementation's relative table: (2n - 1, 2n - 1) for all heads, sliced to the first K keys.
 
     Its key j is the j-th pixel of the unreduced map in reading order. So with a reduction the offsets point
-    to the map's top rows, not to the reduced cell. The published accuracies were reached with that, so it
-    stays.
+    to the map's top rows, not to the reduced cell. It stays, because the published accuracies have it.
     """
 
     def __init__(self, queries_per_side: int, reduction: int):

@@ -20,8 +20,7 @@ MAX_CONFUSION_CLASSES = 100  # beyond it the matrix is unreadable, and larger th
 class Evaluation:
     """The result of evaluating one set of weights.
 
-    `top1`, `top5`: shares 0..1 of all images. The `num_unreadable` ones that could not be read count as
-        wrong. With fewer than 5 classes top5 is 1.
+    `top1`, `top5`: shares 0..1 of all images; `num_unreadable` count as wrong. Below 5 classes top5 is 1.
     `loss`: mean cross entropy (nats) of the images that were read.
     `class_images`, `class_correct`: images read of each class, and how many of them were recognised.
     `confusion`: [true class][predicted class] counts; None beyond MAX_CONFUSION_CLASSES classes.
@@ -78,9 +77,8 @@ def evaluate(
 class _Outcomes:
     """Counts right and wrong answers by class, on the device.
 
-    `counts`: flat (K, K) true by predicted class; beyond MAX_CONFUSION_CLASSES flat (K, 2), wrong and right.
-        One more
-    cell takes the unreadable images.
+    `counts`: flat (K, K) true by predicted class, or (K, 2) wrong, right beyond MAX_CONFUSION_CLASSES, and
+    one more cell for the unreadable images.
     """
 
     def __init__(self, num_classes: int, device: torch.device) -> None:
@@ -147,5 +145,5 @@ def by_class(results: dict[str, Evaluation], class_names: Sequence[str], step: i
         name: {"images": result.class_images, "correct": result.class_correct, "confusion": result.confusion}
         for name, result in results.items()
     }
-    unnamed = map(str, range(len(class_names), num_classes))
-    return {"step": step, "classes": [*class_names, *unnamed], "weights": weights}
+    names = [*class_names, *map(str, range(len(class_names), num_classes))]
+    return {"step": step, "classes": names, "weights": weights}

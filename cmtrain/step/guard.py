@@ -89,8 +89,7 @@ class Guard:
         self.bad_steps_in_a_row.add_(1).mul_(bad)
         if self.batchnorms:
             proposal = self.proposed / self.num_proposals
-            # The buffers themselves are checked too: a masked branch can hide an inf from loss and
-            # gradients.
+            # Statistics are checked too: a masked branch can hide an inf from loss and gradients.
             good = ok & torch.isfinite(proposal).all()
             self.restores += ~good
             if self.protect:

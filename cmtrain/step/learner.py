@@ -26,7 +26,7 @@ from cmtrain.step.evaluate import average_running_statistics
 from cmtrain.step.guard import Guard
 from cmtrain.step.measure import Phases, StepBuffer, StepReport, extremes
 from cmtrain.step.mixing import MixSpec, mix
-from cmtrain.step.optimizer import Ema, set_lr
+from cmtrain.step.optimizer import Ema
 from cmtrain.step.spikes import Spike, SpikeDetector
 from pipelines.spec import Batch
 
@@ -56,8 +56,7 @@ class Learner:
         # Copied before accelerate wraps the forward, or the copy would run the original's.
         self.ema = Ema(model, ema_decay) if ema_decay else None
         with warnings.catch_warnings():
-            # torch 2.15 renames the argument that build.make_accelerator sets; older versions do not know
-            # the new name.
+            # torch 2.15 renames an argument of build.make_accelerator; older ones lack the new name.
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
             self.wrapped = accelerator.prepare_model(model)
         self.mixing, self.accumulation, self.clip_grad, self.seed = mixing, accumulation, clip_grad, seed
@@ -73,7 +72,8 @@ class Learner:
 
     def step(self, batches: Iterator[Batch], step: int, lr: float) -> int:
         """Do step number `step` (from 0) on the next micro-batches; return how many images this rank had."""
-        set_lr(self.optimizer, lr)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
         loss_of_step = torch.zeros((), device=self.accelerator.device)
         self.last_indices = []
@@ -109,15 +109,13 @@ class Learner:
         grad_norm = nn.utils.clip_grad_norm_(self.parameters, self.clip_grad or math.inf, foreach=True)
         ok = torch.isfinite(grad_norm)
         takes_step = self.guard.commit_or_restore(ok)
-        # Fused optimizers leave parameters and state alone where found_inf is 1. An unguarded fp16 run still
-        # skips, as any GradScaler run does.
+        # Fused optimizers write nothing where found_inf is 1. Unguarded fp16 skips, as GradScaler does.
         writes = takes_step if scaler is None else ok
         self.optimizer.found_inf = (~writes).float()  # type: ignore[attr-defined]
         self.optimizer.step()
         if scaler is not None:
             scaler.update()
-            # torch has no floor: after 165 overflows in a row the scale is 0, and the next good step writes
-            # NaN.
+            # torch has no floor: after 165 overflows in a row the scale is 0, and a good step writes NaN.
             scaler._scale.clamp_(min=MIN_LOSS_SCALE)
         if self.ema is not None:
             self.ema.update(takes_step)
@@ -208,8 +206,7 @@ def _torch_seed(seed: int, step: int, micro: int) -> int:
     So neighbouring steps do not share generator states. Dropout, drop path and the noise of random erasing
     draw from it, and mixing from numpy's generator for the same key: a resumed run, or one on another number
     of ranks, draws the same. Augmentation has a recipe of its own (pipelines/plan.py): it needs many numbers
-    for every sample, so it hashes (seed, epoch, sample, repeat), vectorised over the batch, where a step
-    needs one seed per micro-batch.
+    for every sample, so it hashes (seed, epoch, sample, repeat), vectorised. A step needs one seed.
     """
     mask = 2**64 - 1
     mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + micro * 0x94D049BB133111EB) & mask

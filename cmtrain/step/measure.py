@@ -109,7 +109,7 @@ class StepReport:
 
 @torch.no_grad()
 def extremes(model: nn.Module) -> dict[str, Tensor]:
-    """Return `bn_mean_abs_max`, `bn_var_max` and `weight_norm` of a StepReport, scalars on the model's device.
+    """Return `bn_mean_abs_max`, `bn_var_max` and `weight_norm` of a StepReport, on the model's device.
 
     They are the largest |running_mean| and the largest running_var of all BatchNorm layers (0 without any),
     and the L2 norm of all trainable parameters together.
