@@ -26,7 +26,7 @@ def built(part: str, channels: int, hidden: int, kernel: FfnKernel) -> nn.Module
     if part == "perception unit":
         network: nn.Module = ResidualDepthwiseConv(channels, kernel)
     else:
-        network = FeedForward(channels, hidden, seed=part == "reimpl", drop=0.0, kernel=kernel)
+        network = FeedForward(channels, hidden, variant=part, drop=0.0, kernel=kernel)
         network.project_norm.eval()  # on batch statistics it would let no gradient through to the shifts before it
     for parameter in network.parameters():
         nn.init.normal_(parameter, std=0.3)

@@ -41,11 +41,11 @@ def large_tiles(monkeypatch):
             monkeypatch.setattr(ffn_operators, name, size)
 
 
-def networks(channels: int, hidden: int, *, reimpl: bool = False) -> tuple[FeedForward, FeedForward]:
+def networks(channels: int, hidden: int, *, variant: str = "paper") -> tuple[FeedForward, FeedForward]:
     """(fused in float32, eager in float64), equal and with no parameter at a value that hides a mistake."""
     torch.manual_seed(0)
-    fused = FeedForward(channels, hidden, reimpl=reimpl, drop=0.0, kernel="fused")
-    eager = FeedForward(channels, hidden, reimpl=reimpl, drop=0.0, kernel="eager")
+    fused = FeedForward(channels, hidden, variant=variant, drop=0.0, kernel="fused")
+    eager = FeedForward(channels, hidden, variant=variant, drop=0.0, kernel="eager")
     with torch.no_grad():
         for key, parameter in fused.named_parameters():
             nn.init.normal_(parameter, std=0.3)
@@ -68,7 +68,7 @@ def perception_units(channels: int) -> tuple[ResidualDepthwiseConv, ResidualDept
     return fused.to(DEVICE), eager.to(DEVICE, torch.float64)
 
 
-FORMS = pytest.mark.parametrize("reimpl", [False, True], ids=["paper", "reimpl"])
+VARIANTS = pytest.mark.parametrize("variant", ["paper", "reimpl"])
 
 
 def pictures(channels: int, height: int, width: int, batch: int = 2) -> torch.Tensor:
@@ -99,11 +99,11 @@ def compare(fused: nn.Module, eager: nn.Module, x: torch.Tensor, forward=None) -
     return errors
 
 
-@FORMS
+@VARIANTS
 @pytest.mark.parametrize(("name", "stage"), STAGES)
-def test_forward_and_backward_equal_autograd(name, stage, reimpl):
+def test_forward_and_backward_equal_autograd(name, stage, variant):
     """All stage widths, at a map small enough to be interpreted; 18 positions are no multiple of a tile."""
-    fused, eager = networks(*STAGES[name, stage], reimpl=reimpl)
+    fused, eager = networks(*STAGES[name, stage], variant=variant)
     errors = compare(fused, eager, pictures(STAGES[name, stage][0], 3, 3))
     assert max(errors.values()) < 1e-5, errors
 
@@ -114,13 +114,13 @@ def test_the_perception_unit_equals_autograd(channels):
     assert max(errors.values()) < 1e-6, errors
 
 
-@FORMS
+@VARIANTS
 @pytest.mark.parametrize(("height", "width", "batch"), [(1, 1, 2), (2, 3, 1), (1, 9, 3), (16, 4, 3)])
-def test_maps_of_any_shape(monkeypatch, height, width, batch, reimpl):
+def test_maps_of_any_shape(monkeypatch, height, width, batch, variant):
     """With the tiles that a GPU uses, several of them to a program."""
     monkeypatch.undo()
     monkeypatch.setattr(ffn_operators, "MIN_PROGRAMS", 1)
-    fused, eager = networks(6, 37, reimpl=reimpl)
+    fused, eager = networks(6, 37, variant=variant)
     errors = compare(fused, eager, pictures(6, height, width, batch))
     if (height, width) == (1, 1):  # two values have no spread that rounding leaves alone
         errors = {"output": errors["output"]}
@@ -133,11 +133,11 @@ NEEDS_GPU = pytest.mark.skipif(
 )
 
 
-@FORMS
+@VARIANTS
 @pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=NEEDS_GPU)])
-def test_in_half_precision_it_is_no_worse_than_operation_by_operation(dtype, reimpl):
-    fused, eager = networks(46, 165, reimpl=reimpl)
-    other, _ = networks(46, 165, reimpl=reimpl)
+def test_in_half_precision_it_is_no_worse_than_operation_by_operation(dtype, variant):
+    fused, eager = networks(46, 165, variant=variant)
+    other, _ = networks(46, 165, variant=variant)
     other.kernel = "eager"
     x = pictures(46, 8, 8).to(dtype)
     with torch.autocast(DEVICE, dtype):
@@ -158,9 +158,9 @@ def test_in_half_precision_the_perception_unit_is_no_worse(dtype):
     assert all(ours[key] < 1.2 * theirs[key] for key in ours)
 
 
-@FORMS
-def test_evaluation_uses_the_running_statistics(reimpl):
-    fused, eager = networks(46, 165, reimpl=reimpl)
+@VARIANTS
+def test_evaluation_uses_the_running_statistics(variant):
+    fused, eager = networks(46, 165, variant=variant)
     x = pictures(46, 5, 4)
     fused.eval(), eager.eval()
     before = copy.deepcopy(fused.state_dict())
@@ -191,9 +191,9 @@ class Padding(TorchDispatchMode):
         return out
 
 
-@FORMS
-def test_padding_is_zero_forward_and_backward_and_parameters_know_nothing_of_it(reimpl):
-    fused, eager = networks(46, 165, reimpl=reimpl)
+@VARIANTS
+def test_padding_is_zero_forward_and_backward_and_parameters_know_nothing_of_it(variant):
+    fused, eager = networks(46, 165, variant=variant)
     with Padding(165) as padding:
         fused(pictures(46, 4, 4).requires_grad_()).square().sum().backward()
     assert padding.num_tensors >= 12
@@ -224,7 +224,7 @@ def train_once(model: nn.Module, forward=None) -> tuple[torch.Tensor, dict[str, 
     return logits, {key: p.grad for key, p in model.named_parameters()} | dict(model.named_buffers())
 
 
-@pytest.mark.parametrize("variant", ["paper", "reimpl"])
+@VARIANTS
 def test_a_model_trains_the_same_whichever_kernel(variant):
     """As near to float64 as operation by operation: BatchNorm of a 1x1 map makes much of a rounding error."""
     fused, eager = models(variant=variant)
@@ -240,9 +240,9 @@ def test_a_model_trains_the_same_whichever_kernel(variant):
     }
 
 
-@FORMS
-def test_compiled_it_is_one_graph_and_the_same(reimpl):
-    fused, eager = networks(6, 37, reimpl=reimpl)
+@VARIANTS
+def test_compiled_it_is_one_graph_and_the_same(variant):
+    fused, eager = networks(6, 37, variant=variant)
     compiled = torch.compile(fused, backend="aot_eager", fullgraph=True)
     errors = compare(fused, eager, pictures(6, 4, 4), compiled)
     assert max(errors.values()) < 1e-5, errors
@@ -319,14 +319,16 @@ class LooksLikeCuda(TorchFunctionMode):
 def test_auto_is_fused_where_it_can_be(monkeypatch, capability, training, grad, dtype, fused):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    ffn = FeedForward(6, 37, reimpl=False, drop=0.0).train(training)
+    ffn = FeedForward(6, 37, variant="paper", drop=0.0).train(training)
     with LooksLikeCuda(), torch.set_grad_enabled(grad):
         assert ffn._is_fused(torch.zeros(1, dtype=dtype)) == fused
         assert (
-            FeedForward(6, 37, reimpl=True, drop=0.0).train(training)._is_fused(torch.zeros(1, dtype=dtype))
+            FeedForward(6, 37, variant="reimpl", drop=0.0)
+            .train(training)
+            ._is_fused(torch.zeros(1, dtype=dtype))
             == fused
         )
-        assert not FeedForward(6, 37, reimpl=False, drop=0.1)._is_fused(torch.zeros(1))
+        assert not FeedForward(6, 37, variant="paper", drop=0.1)._is_fused(torch.zeros(1))
     assert not ffn._is_fused(torch.zeros(1, dtype=dtype))
 
 
@@ -383,11 +385,11 @@ def test_every_stage_compiles_without_spills_that_matter(name, dtype):
 # --- the check before training ---
 
 
-@FORMS
-def test_the_check_finds_kernels_right_that_are_right(reimpl):
-    assert worst_error(torch.device("cpu"), torch.float32, "fused", reimpl=reimpl) < 1e-4
+@VARIANTS
+def test_the_check_finds_kernels_right_that_are_right(variant):
+    assert worst_error(torch.device("cpu"), torch.float32, "fused", variant=variant) < 1e-4
     assert (
-        worst_error(torch.device("cpu"), torch.float16, "fused", reimpl=reimpl)
+        worst_error(torch.device("cpu"), torch.float16, "fused", variant=variant)
         < TOLERANCES[torch.float16] / 2
     )
 
