@@ -1,8 +1,8 @@
 """Record how each process of a run failed, and find the failure that caused the others. Needs no torch.
 
-Each rank that fails writes `failed-rank<r>.json` in the run folder, which all ranks share; nobody else
-writes that file. Most of these failures are consequences: when one rank is gone, the others lose contact.
-The last process (a rank, the launcher, or the next start) picks the cause and writes it to status.json.
+Each rank that fails writes `failed-rank<r>.json` in the run folder, which all ranks share. Most of these
+failures are consequences: when one rank is gone, the others lose contact. The last process (a rank, the
+launcher, or the next start) picks the cause and writes it to status.json.
 """
 
 import json
@@ -19,8 +19,7 @@ from cmtrain.errors import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_PREEMPTED
 from cmtrain.storage.atomic import replace_file
 from cmtrain.storage.run_folder import RunFolder, read_events, read_status
 
-# Batch systems send SIGUSR2 before the time limit (SIGUSR1 clashes with NCCL's tools); a closed terminal
-# sends SIGHUP.
+# Batch systems send SIGUSR2 before the time limit (NCCL's tools use SIGUSR1), closed terminals SIGHUP.
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)
 
 # A step that fails this many times in a row will fail again: restarting only wastes the machines.
@@ -70,11 +69,6 @@ def failure_of_dead_process(rank: int, world_size: int, exit_code: int) -> Failu
         return Failure(rank, world_size, f"ended with exit code {exit_code}", exit_code=exit_code)
     number = signal.Signals(-exit_code)
     return Failure(rank, world_size, f"killed by {number.name}", exit_code=stop_code(number) or 128 + number)
-
-
-def hang_path(run_path: Path, rank: int) -> Path:
-    """Return the file to which a rank that hangs writes its stacks."""
-    return run_path / f"hang-rank{rank}.txt"
 
 
 def write_failure(run_path: Path, failure: Failure) -> None:

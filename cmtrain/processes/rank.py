@@ -22,13 +22,11 @@ PARENT = "CMTRAIN_PARENT"
 LAUNCHERS = (PARENT, "TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")
 RESTARTS = "TORCHELASTIC_RESTART_COUNT"
 
-# The kernel sends it when the launcher is gone, or only the launcher's thread that started us, which must
-# not stop a run. So it is a signal of its own.
+# From the kernel when the launcher is gone, or only its thread that started us, which must not stop a run.
 LAUNCHER_GONE = signal.SIGRTMIN + 10
 PR_SET_PDEATHSIG = 1
 
-# How long a rank keeps back an error that its host's first rank has most likely found as well. That rank
-# prints it and ends, upon which the launcher ends the others.
+# How long a rank keeps back an error that its host's first rank has most likely found, and prints, as well.
 HOLD_BACK_SECONDS = 5.0
 
 # How long a rank that lost contact waits for the report of the rank that failed.
@@ -51,10 +49,6 @@ def num_restarts() -> int:
 
 def is_first_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
-
-
-def num_ranks() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def follow_launcher() -> None:
@@ -99,7 +93,7 @@ def run_as_rank(work: Callable[[], int], run_path: Path) -> int:
         if loop := failure.crash_loop(run_path):
             sys.stderr.write(f"{run_path}: {loop}\n")
             return int((read_status(run_path) or {}).get("exit_code") or EXIT_ERROR)
-    if num_ranks() == 1:
+    if os.environ.get("WORLD_SIZE", "1") == "1":
         return work()
     try:
         code = work()
@@ -139,7 +133,7 @@ def hold_back() -> None:
 def report_failure(error: BaseException, run_path: Path, rank: int, world_size: int, step: int) -> Failure:
     """Write why this rank ended after `step` steps, and find out and record why the run ended.
 
-    The rank that is the cause prints it. status.json holds it from then on, whichever rank is left.
+    The rank that caused it prints the reason; status.json has it from then on.
 
     Returns:
         The cause, which is another rank's failure if this rank only lost contact.

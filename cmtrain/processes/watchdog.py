@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from cmtrain.errors import EXIT_ERROR
-from cmtrain.processes.failure import Failure, hang_path, record_cause, write_failure
+from cmtrain.processes.failure import Failure, record_cause, write_failure
 
 T = TypeVar("T")
 
@@ -45,7 +45,7 @@ class Watchdog:
         self.deadline = float("inf")
         self.known_phases: set[str] = set()
         self.closed = threading.Event()
-        self.path = hang_path(run_path, rank)
+        self.path = run_path / f"hang-rank{rank}.txt"
         if timeout_seconds is None:
             return
         run_path.mkdir(parents=True, exist_ok=True)
