@@ -22,8 +22,7 @@ from cmtrain.storage.run_folder import RunFolder, read_events, read_status
 # Batch systems send SIGUSR2 before the time limit (NCCL's tools use SIGUSR1), closed terminals SIGHUP.
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)
 
-# A step that fails this many times in a row will fail again: restarting only wastes the machines.
-CRASH_LOOP = 3
+CRASH_LOOP = 3  # a step that fails this many times in a row will fail again: restarting wastes the machines
 
 
 @dataclass(frozen=True)
@@ -102,8 +101,7 @@ def record_cause(run_path: Path, *, since: float = 0, has_ended: bool = False) -
 
     Args:
         since: Unix time; failures before it belong to an earlier attempt.
-        has_ended: the run is known to have ended, so that "running" is wrong even if no rank reported a
-            failure.
+        has_ended: whether the run is known to have ended, so that "running" is wrong.
 
     Returns:
         The cause, None if nothing failed.
@@ -119,9 +117,7 @@ def record_cause(run_path: Path, *, since: float = 0, has_ended: bool = False) -
     # Ranks that fail together come here together. What the first of them recorded stays, unless it had only
     # lost contact or would end with another exit code.
     kind = (cause.lost_contact, cause.exit_code)
-    equivalent = {f.describe() for f in failures if (f.lost_contact, f.exit_code) == kind} | {
-        cause.describe()
-    }
+    equivalent = [f.describe() for f in (cause, *failures) if (f.lost_contact, f.exit_code) == kind]
     already_recorded = status.get("state") == "failed" and status.get("reason") in equivalent
     if not already_recorded and status.get("state") in ("running", "failed"):
         step = cause.step if cause.step is not None else status.get("step")

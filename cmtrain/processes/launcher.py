@@ -28,14 +28,11 @@ from cmtrain.storage.run_folder import read_status
 # How long the other ranks have to notice that one is gone, and to report. More than the 2 s of
 # rank.CAUSE_WAIT_SECONDS and of watchdog.C_TIMER_SECONDS.
 GRACE_SECONDS = 5.0
-
-# Exit codes on which all ranks agree.
-AGREED = (errors.EXIT_DIVERGED, errors.EXIT_EXPECTATION, errors.EXIT_INTERRUPTED, errors.EXIT_PREEMPTED)
-
-# Starting again does not help against any of these.
-FINAL = (errors.EXIT_DONE, errors.EXIT_CONFIG, errors.EXIT_DATA, *AGREED)
-
 POLL_SECONDS = 0.5
+
+# Exit codes on which all ranks agree, and those against which starting again does not help.
+AGREED = (errors.EXIT_DIVERGED, errors.EXIT_EXPECTATION, errors.EXIT_INTERRUPTED, errors.EXIT_PREEMPTED)
+FINAL = (errors.EXIT_DONE, errors.EXIT_CONFIG, errors.EXIT_DATA, *AGREED)
 
 Start = Callable[[Sequence[str], dict[str, str]], int]
 

@@ -26,11 +26,8 @@ RESTARTS = "TORCHELASTIC_RESTART_COUNT"
 LAUNCHER_GONE = signal.SIGRTMIN + 10
 PR_SET_PDEATHSIG = 1
 
-# How long a rank keeps back an error that its host's first rank has most likely found, and prints, as well.
-HOLD_BACK_SECONDS = 5.0
-
-# How long a rank that lost contact waits for the report of the rank that failed.
-CAUSE_WAIT_SECONDS = 2.0
+HOLD_BACK_SECONDS = 5.0  # a rank keeps back an error that its host's first rank most likely prints as well
+CAUSE_WAIT_SECONDS = 2.0  # a rank that lost contact waits for the report of the rank that failed
 
 # Messages of a broken connection: gloo raises plain RuntimeErrors.
 BROKEN = ("gloo", "Connection closed by peer", "Connection reset by peer", "Connection refused",
@@ -86,9 +83,8 @@ def run_as_rank(work: Callable[[], int], run_path: Path) -> int:
     """
     follow_launcher()
     leave_on_stop_signals()
-    if (
-        num_restarts() and is_first_rank() and PARENT not in os.environ
-    ):  # our own launcher has checked already
+    # Our own launcher has checked this already.
+    if num_restarts() and is_first_rank() and PARENT not in os.environ:
         failure.record_cause(run_path, has_ended=True)
         if loop := failure.crash_loop(run_path):
             sys.stderr.write(f"{run_path}: {loop}\n")

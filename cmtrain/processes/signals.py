@@ -16,8 +16,7 @@ from cmtrain.processes.rank import LAUNCHER_GONE
 
 T = TypeVar("T")
 
-# Launchers and terminals may both deliver one Ctrl-C; a person's second one comes later.
-SECOND_CTRL_C_SECONDS = 2.0
+SECOND_CTRL_C_SECONDS = 2.0  # launchers and terminals may deliver one Ctrl-C twice; a person's comes later
 
 
 class Stopped(Exception):  # noqa: N818

@@ -20,13 +20,8 @@ from cmtrain.processes.failure import Failure, record_cause, write_failure
 
 T = TypeVar("T")
 
-# The first step of a process compiles, tunes kernels and builds the input pipeline; so does the first
-# evaluation.
-FIRST_TIME_FACTOR = 3
-
-# Delay of the C timer after the thread. Less than the time a launcher gives its ranks to end.
-C_TIMER_SECONDS = 2.0
-
+FIRST_TIME_FACTOR = 3  # the first step and the first evaluation compile, tune and build the input pipeline
+C_TIMER_SECONDS = 2.0  # delay of the C timer after the thread; less than launcher.GRACE_SECONDS
 POLL_SECONDS = 0.5
 
 

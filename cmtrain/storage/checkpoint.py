@@ -174,10 +174,8 @@ def _read_manifest(path: Path) -> tuple[Digest, dict[str, Any]]:
         manifest = json.loads(text)
         files, meta = manifest["files"], manifest["meta"]
         if list(files) == [_OLD_STATE]:
-            raise OldFormatError(
-                f"{path}: {_OLD_STATE} is the format of an older cmtrain, which this one does not read; export "
-                "the weights with that version, and start a new run from them (model.init_from)"
-            )
+            advice = "export the weights with that version, and start a new run from them (model.init_from)"
+            raise OldFormatError(f"{path}: {_OLD_STATE} is the format of an older cmtrain; {advice}")
         # One file of one name: nothing in a manifest is a path that could lead elsewhere.
         if list(files) != [_STATE] or not isinstance(meta, dict):
             raise ValueError(f"must describe {_STATE} and nothing else")

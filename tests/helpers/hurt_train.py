@@ -1,8 +1,8 @@
 """Run cmtrain with kills, slow or full disks and non-finite weights, as the environment asks.
 
-HALF: train in fp16 on the CPU, with a loss scale that must come down first: one more value to lose.
-KILL: "main N" or "writer N": kill -9 before the N-th call of any function, C or Python, that the training loop
-    or the thread that writes checkpoints makes.
+HALF: train in fp16 on the CPU, with a loss scale that must come down first: one more value.
+KILL: "main N" or "writer N": kill -9 before the N-th call of any function, C or Python, that the training
+    loop or the thread that writes checkpoints makes.
 COUNT: a file to write the two numbers of calls to, for a run that is not killed.
 SLOW: seconds that every fsync takes longer.
 FULL: steps (comma-separated) during whose save no file can grow beyond 100 kB, as on a full disk.

@@ -70,5 +70,7 @@ def test_options_of_cmt_are_refused_for_it_all_in_one_line_each():
 def test_its_head_is_replaced_by_the_name_timm_gives_it():
     config = load_config("configs/demo.yaml", [("model.name", "resnet18")]).config
     old, new = build.make_model(config, 10), build.make_model(config, 4)
-    assert fit(new, old.state_dict(), keeps_head=False) == ["new classifier head: 4 classes (the weights have 10)"]
+    assert fit(new, old.state_dict(), keeps_head=False) == [
+        "new classifier head: 4 classes (the weights have 10)"
+    ]
     assert torch.equal(new.conv1.weight, old.conv1.weight)
