@@ -1,11 +1,11 @@
 """Compile the Triton kernels of a CMT for GPUs that this machine lacks; test_fused_ffn.py runs it.
 
-    python tests/helpers/cross_compile.py fp16 46:165:40 ...    type, then channels : hidden channels : side of a map
+    python tests/helpers/cross_compile.py fp16 46:165:40 ...   # type, then channels : hidden channels : side
 
-Networks of these sizes run with kernels that only record their launches, and each recorded launch is compiled.
-Prints a line of JSON for each architecture, size and launch: registers and spilled bytes of a thread, how many of its
-loads and stores of device memory are 16 bytes wide, and how many only 2, and the instructions that one hidden number
-costs in the longest loop (of 46 channels, whose loops are unrolled: others count too little).
+Networks of these sizes run with kernels that only record their launches, and each launch is then compiled.
+Prints a line of JSON for each architecture, size and launch: registers and spilled bytes of a thread, how
+many of its loads and stores of device memory are 16 bytes wide, and how many only 2, and the instructions
+that a hidden number costs in the longest loop. Loops of 46 channels are unrolled: others count too little.
 """
 
 import json
@@ -59,7 +59,7 @@ def kind_of(value: Any) -> str:
 
 
 def launches(dtype: str, channels: int, hidden: int, side: int) -> dict[str, Launches]:
-    """Return the launches of each kernel, in training and evaluation of both forms and the perception unit."""
+    """Return the launches of each kernel, of both forms and the perception unit, trained and evaluated."""
     found = {}
     for name, kernel in list(vars(ffn_kernels).items()):
         if name.endswith("_kernel"):

@@ -1,10 +1,10 @@
-"""Print inductor's count of the bytes per image of a compiled training step of CMT-Ti at 160 px, a line of JSON.
+"""Print inductor's count of bytes per image in a compiled training step of CMT-Ti at 160 px, as JSON.
 
     python tests/helpers/inductor_traffic.py eager | fused
 
-The step is compiled for the CPU. Inductor's schedule knows the reads and writes of every group of operations,
-whatever it is compiled for. Projections take the form they have on CUDA. The Triton kernels are not launched: only
-the shapes of their results count. It needs a process of its own, because none of this can be undone.
+The step is compiled for the CPU. Inductor's schedule knows the reads and writes of every group of operations
+on any device. Projections take the form they have on CUDA. The Triton kernels are not launched: only the
+shapes of their results count. It needs a process of its own, because none of this can be undone.
 """
 
 import json
