@@ -59,7 +59,7 @@ def test_a_run_leaves_what_it_promises(make_job):
     assert kinds.count("checkpoint") >= 6
     assert checkpoint_steps(job.run / "checkpoints")[-3:] == [24, 30, 36]
     assert (job.run / "augmented.png").read_bytes()[:4] == b"\x89PNG"
-    assert "top1" in job.stderr.read_text()
+    assert "top-1" in job.stderr.read_text()
     # The same command again has nothing to do, and reports the same.
     again = job()
     assert again["top1"] == result["top1"]
