@@ -1,4 +1,4 @@
-"""A headless Chromium, driven over its debugging pipe: what a page looks like, how wide it is, what it complains of."""
+"""Drive a headless Chromium over its debugging pipe: open pages, evaluate scripts, take screenshots."""
 
 import base64
 import fcntl
@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-# Nothing but the page: no first-run pages, no calls to its maker's servers.
+# Only the page: no first-run pages, no calls to the servers of its maker.
 FLAGS = [
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync", "--remote-debugging-pipe",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+    "--remote-debugging-pipe",
 ]  # fmt: skip
 
 
@@ -24,7 +25,7 @@ class Browser:
     def __init__(self, profile: Path) -> None:
         assert CHROMIUM
         (its_input, self.commands), (replies, its_output) = os.pipe(), os.pipe()
-        # It expects them as 3 and 4, which may be taken here: so they are moved out of the way first.
+        # Chromium expects them as 3 and 4, which may be in use here: so they are moved first.
         ends = [fcntl.fcntl(number, fcntl.F_DUPFD, 10) for number in (its_input, its_output)]
 
         def put_pipes() -> None:
@@ -90,12 +91,12 @@ class Browser:
         return result["result"].get("value")
 
     def complaints(self) -> list[str]:
-        """Console errors, exceptions, and whatever a policy blocked, since `open`."""
+        """Return console errors, exceptions and everything that a policy blocked, since `open`."""
         bad = ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded")
         return [json.dumps(event["params"])[:500] for event in self.events if event.get("method") in bad]
 
     def screenshot(self, path: Path, height_px: int | None = None) -> None:
-        """The whole page, or its first `height_px`, as a PNG."""
+        """Save the whole page, or its first `height_px`, as a PNG."""
         size = self("Page.getLayoutMetrics")["cssContentSize"]
         clip = {"x": 0, "y": 0, "width": size["width"], "height": height_px or size["height"], "scale": 1}
         shot = self("Page.captureScreenshot", captureBeyondViewport=True, clip=clip)

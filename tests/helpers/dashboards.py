@@ -43,12 +43,12 @@ ASKED = [expr for dashboard in DASHBOARDS.values() for expr in expressions(dashb
 
 
 def names_in(text):
-    """Names of our own series; a recorded one does not count as the metric within its name."""
+    """Return the names of our own series; a recorded one does not count as the metric within its name."""
     return set(re.findall(r"(?<![\w:])cmtrain_\w+\b(?!:)", text))
 
 
 def families():
-    """Metric family -> the names of its series."""
+    """Return the names of the series of each metric family."""
     suffixes = {"counter": ["_total"], "histogram": ["_bucket", "_count", "_sum"], "gauge": [""]}
     return {
         family.name: {family.name + suffix for suffix in suffixes[family.type]}

@@ -1,6 +1,9 @@
-"""`python hammer.py PORT CLIENTS SECONDS`: scrape as fast as possible; prints {"answers": N, "seconds": [of each]}.
+"""Scrape as fast as possible, and print {"answers": N, "seconds": [of each]}.
 
-A process of its own, so that its threads do not compete with the server for one interpreter's lock.
+    python hammer.py PORT CLIENTS SECONDS
+
+It runs in a process of its own, so that its threads do not compete with the server for one interpreter's
+lock.
 """
 
 import http.client

@@ -5,8 +5,8 @@ from html.parser import HTMLParser
 EVIL = '"><script>hacked=1</script><img src=x onerror="hacked=1">{{7*7}}\u202e'
 
 
-class Page(HTMLParser):
-    """Tags with their attributes, and the text that a reader sees."""
+class ParsedPage(HTMLParser):
+    """The tags of a page with their attributes, and the text that a reader sees."""
 
     def __init__(self, html: str) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Run folders for the tests of the report, written as a run writes them."""
+"""Write run folders for the tests of the report, as a run writes them."""
 
 import csv
 import json
@@ -28,7 +28,7 @@ def write_run(
     seed: int = 0,
     **sections: dict,
 ) -> Path:
-    """A run of `num_logs` log points at `path`, with an evaluation at each tenth of it; 2 s a log point."""
+    """Write a run of `num_logs` log points, 2 s each, with an evaluation at each tenth of it."""
     path.mkdir(parents=True)
     rng = np.random.default_rng(seed)
     last_step = num_logs * log_every_steps
@@ -80,9 +80,9 @@ def write_run(
         "precision": "fp16",
         "device": "cuda",
     }
-    told = [started | {"world_size": "8", "version": "0.1.0"}, *(events or [])]
-    told.append({"time": BEGIN + 2 * num_logs, "event": state, "exit_code": 0, "reason": reason})
-    (path / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in told))
+    happened = [started | {"world_size": "8", "version": "0.1.0"}, *(events or [])]
+    happened.append({"time": BEGIN + 2 * num_logs, "event": state, "exit_code": 0, "reason": reason})
+    (path / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in happened))
     status = {"state": state, "step": last_step, "last_step": last_step, "exit_code": 0, "reason": reason}
     status |= {"updated": BEGIN + 2 * num_logs, "best_top1": 0.8, "best_step": last_step}
     (path / "status.json").write_text(json.dumps(status))
@@ -92,7 +92,7 @@ def write_run(
 
 
 def class_outcomes(num_classes: int, names: list[str] | None, rng: np.random.Generator) -> dict:
-    """classes.json: 50 images a class, most of them recognised, the others taken for a neighbour."""
+    """Return classes.json: 50 images per class, most recognised, the others taken for a neighbour."""
     confusion = np.zeros((num_classes, num_classes), int)
     for label in range(num_classes):
         right = rng.uniform(0.6, 1.0)
@@ -105,19 +105,19 @@ def class_outcomes(num_classes: int, names: list[str] | None, rng: np.random.Gen
 
 
 def eventful() -> list[dict]:
-    """One of everything that can go wrong, and a resume."""
+    """Return one event of everything that can go wrong, and a resume."""
     at = [{"step": step, "time": BEGIN + 2 * step / 50} for step in range(0, 10_001, 500)]
     found = "blocks.1.3.attn.proj: not finite in 5 of 64 images"
-    told = [
+    happened = [
         at[2]
         | {"event": "bad_file", "path": "train/n01440764/x.jpg", "reason": "truncated", "kind": "truncated"}
     ]
-    told += [
+    happened += [
         at[i] | {"event": "bad_steps", "since": 450 * i, "bad": i, "restores": 1, "loss_scale": 2.0**11}
         for i in (3, 4, 11)
     ]
-    told += [at[5] | {"event": "rollback", "good_step": 2000, "cause": found, "lr_factor": 0.25}]
-    told += [
+    happened += [at[5] | {"event": "rollback", "good_step": 2000, "cause": found, "lr_factor": 0.25}]
+    happened += [
         at[7]
         | {
             "event": "loss_spikes",
@@ -127,12 +127,12 @@ def eventful() -> list[dict]:
             "samples": list(range(99)),
         }
     ]
-    told += [at[9] | {"event": "checkpoint", "path": "checkpoints/step-000004500", "seconds": 3.2}]
-    told += [at[9] | {"event": "evaluated", "top1": 0.7, "seconds": 21.5}]
-    told += [at[12] | {"event": "checkpoint_failed", "error": "No space left on device"}]
-    told += [at[14] | {"event": "resumed", "model": "cmt_ti", "world_size": "16", "version": "0.1.0"}]
-    told += [
+    happened += [at[9] | {"event": "checkpoint", "path": "checkpoints/step-000004500", "seconds": 3.2}]
+    happened += [at[9] | {"event": "evaluated", "top1": 0.7, "seconds": 21.5}]
+    happened += [at[12] | {"event": "checkpoint_failed", "error": "No space left on device"}]
+    happened += [at[14] | {"event": "resumed", "model": "cmt_ti", "world_size": "16", "version": "0.1.0"}]
+    happened += [
         at[14]
         | {"event": "environment", "host": "node-7", "torch": "2.10.0", "gpu": "NVIDIA H100 80GB HBM3"}
     ]
-    return told
+    return happened

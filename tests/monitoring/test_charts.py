@@ -1,4 +1,4 @@
-"""Charts show what they are given: no spike is lost, no value lies outside, every tick has a label of its own."""
+"""Charts show all of their data: no spike is lost, no value is outside, no two ticks have one label."""
 
 import re
 from xml.etree import ElementTree
@@ -12,7 +12,7 @@ from cmtrain.monitoring.units import short
 
 
 def points(svg: str) -> np.ndarray:
-    """(N, 2) what the first line of a chart goes through."""
+    """Return the (N, 2) points of the first line of a chart."""
     path = re.search(r'<path d="([^"]*)" class="line', svg)
     return np.array([[float(v) for v in pair] for pair in re.findall(r"(-?[\d.]+) (-?[\d.]+)", path[1])])
 
@@ -67,7 +67,7 @@ def test_every_value_lies_inside_the_plot():
 
 @pytest.mark.parametrize("size", [1e-30, 3e-7, 4e-4, 0.013, 1.0, 97.0, 12_345.0, 8e6, 2e11, 1e25])
 @pytest.mark.parametrize("spread", [0.01, 0.7, 1.0, 40.0, 1e7])
-def test_ticks_are_few_ascending_and_told_apart(size, spread):
+def test_ticks_are_few_ascending_and_distinct(size, spread):
     axes = [linear_axis(size, size * (1 + spread), count) for count in (4, 6)] + [
         log_axis(size, size * (1 + spread), base=10)
     ]
@@ -96,7 +96,7 @@ def test_numbers_are_short():
     ]  # fmt: skip
 
 
-def test_what_is_said_for_those_who_do_not_see_it():
+def test_a_screen_reader_gets_a_description():
     chart = line_chart(
         "Loss", [Series("training", np.array([10.0, 20, 30]), np.array([3.0, 5, 1]))], key="loss", x_high=30
     )

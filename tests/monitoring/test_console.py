@@ -12,7 +12,7 @@ PARTS = "eta 43s", "loss 0.5182", "388 img/s", "data 14 %", "lr 1.86e-03", "grad
 
 
 def bar_at(width):
-    """The text of the bar on a terminal of `width` columns, after a log point."""
+    """Return the text of the bar on a terminal of `width` columns, after a log point."""
     console = Console(enabled=True)
     console.rich = RichConsole(file=io.StringIO(), force_terminal=True, width=width, soft_wrap=True)
     console.start(0, 450)

@@ -1,4 +1,4 @@
-"""Dashboards, rules and documentation: well formed, and of the metrics that there are. Needs no server."""
+"""Dashboards, rules and documentation are well formed, and use metrics that exist. Needs no server."""
 
 import importlib
 import itertools
@@ -46,7 +46,7 @@ def test_panels_do_not_overlap_and_have_ids_of_their_own(name):
 
 
 @pytest.mark.parametrize("name", DASHBOARDS)
-def test_a_panel_says_its_unit_and_what_to_do(name):
+def test_a_panel_has_a_unit_and_an_instruction(name):
     dashboard = DASHBOARDS[name]
     assert dashboard["uid"] == f"cmtrain-{name.removesuffix('.json')}"
     for panel in panels_of(dashboard):
@@ -73,8 +73,8 @@ def test_panels_show_the_chosen_runs_only(name):
         assert set(re.findall(r"\$(?!__)(\w+)", expr)) <= variables, expr
 
 
-def test_loss_over_steps_is_parted_by_run():
-    """Grafana takes the first number of each part as x: the step, which so has to be asked for first."""
+def test_loss_over_steps_is_split_by_run():
+    """Grafana takes the first number of each part as x, so the query of the step has to be the first."""
     (panel,) = [panel for panel in panels_of(DASHBOARDS["fleet.json"]) if panel["type"] == "xychart"]
     assert [target["format"] for target in panel["targets"]] == ["table"] * 2
     assert all(target["range"] and not target.get("instant") for target in panel["targets"])
@@ -96,7 +96,7 @@ def test_committed_dashboards_are_what_the_generator_makes(monkeypatch):
 
 
 @pytest.mark.parametrize("place", ["dashboards", "rules", "documentation"])
-def test_only_metrics_that_exist_are_asked_for(place):
+def test_queries_use_metrics_that_exist(place):
     text = {
         "dashboards": "\n".join(ASKED),
         "rules": "\n".join(rule["expr"] for rule in RULES),
@@ -106,7 +106,7 @@ def test_only_metrics_that_exist_are_asked_for(place):
     assert recorded_in(text) <= RECORDED
 
 
-def test_whatever_is_measured_is_shown_or_alerted_on():
+def test_every_metric_is_shown_or_alerted_on():
     used = names_in("\n".join(ASKED + [rule["expr"] for rule in RULES]))
     for family, series in families().items():
         assert series & used or family in NOT_SHOWN, f"{family} is in no dashboard and in no rule"
@@ -114,14 +114,15 @@ def test_whatever_is_measured_is_shown_or_alerted_on():
 
 
 @pytest.mark.parametrize("alert", ALERTS, ids=lambda alert: alert["alert"])
-def test_an_alert_says_what_is_and_what_to_do(alert):
+def test_an_alert_has_a_cause_and_an_instruction(alert):
     assert alert["labels"]["severity"] in ("critical", "warning")
     annotations = alert["annotations"]
     assert set(annotations) == {"summary", "description", "runbook"}
     assert "$labels.run" in annotations["summary"]
     assert "$value" in annotations["description"]
     assert len(annotations["runbook"]) > 60
-    row = f"| `{alert['alert']}` | {alert['labels']['severity']} | {alert.get('for', '0m')} | {annotations['runbook']} |"
+    severity, duration = alert["labels"]["severity"], alert.get("for", "0m")
+    row = f"| `{alert['alert']}` | {severity} | {duration} | {annotations['runbook']} |"
     assert row in DOCUMENTATION.splitlines(), f"docs/metrics.md misses or contradicts\n{row}"
 
 

@@ -1,4 +1,4 @@
-"""The exporter serves what it is told to and nothing else, and no client can slow the run, fill it or end it."""
+"""The HTTP server serves its routes and nothing else; no client can slow, fill or end the run."""
 
 import contextlib
 import http.client
@@ -44,7 +44,7 @@ ROUTES = {"/metrics": lambda accept: Page(TEXT, b"cmtrain_step 1\n")}
 
 @pytest.fixture
 def serve():
-    """serve(routes) -> Exporter on a free port of 127.0.0.1."""
+    """Return serve(routes) -> Exporter on a free port of 127.0.0.1."""
     with contextlib.ExitStack() as stack:
 
         def start(routes=ROUTES, host="127.0.0.1"):
@@ -62,7 +62,7 @@ def get(port, path="/metrics", method="GET", body=None, **headers):
         return answer.status, dict(answer.getheaders()), answer.read()
 
 
-def say(port, *parts):
+def talk(port, *parts):
     """Send raw bytes and read until the server hangs up."""
     with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
         received = b""
@@ -75,7 +75,7 @@ def say(port, *parts):
 
 
 def serving_threads():
-    """The exporters' own: those of other tests in this process may end at any time."""
+    """Return the threads of exporters; those of other tests in this process may end at any time."""
     return sum(thread.name == "exporter" for thread in threading.enumerate())
 
 
@@ -92,7 +92,7 @@ def test_get_head_and_what_is_not_served(serve):
     assert (status, headers["Content-Type"], body) == (200, TEXT, b"cmtrain_step 1\n")
     status, headers, body = get(port, method="HEAD")
     assert (status, headers["Content-Length"], body) == (200, "15", b"")
-    assert say(port, b"HEAD /metrics HTTP/1.0\r\n\r\n").endswith(b"\r\n\r\n")
+    assert talk(port, b"HEAD /metrics HTTP/1.0\r\n\r\n").endswith(b"\r\n\r\n")
     assert get(port, "/metrics?name[]=x")[0] == 200
     assert get(port, "/metrics/")[0] == 404
     for method in ("POST", "PUT", "DELETE", "OPTIONS", "TRACE", "BREW"):
@@ -101,11 +101,12 @@ def test_get_head_and_what_is_not_served(serve):
 
 
 @pytest.mark.parametrize(
-    "path", ["/../../etc/passwd", "//etc/passwd", "/metrics/../../../etc/passwd", "/%2e%2e/%2e%2e/etc/passwd", "*",
-             "/etc/passwd", "http://127.0.0.1/metrics", "/\\..\\etc\\passwd", "/metrics%00", "file:///etc/passwd"],
+    "path",
+    ["/../../etc/passwd", "//etc/passwd", "/metrics/../../../etc/passwd", "/%2e%2e/%2e%2e/etc/passwd", "*",
+     "/etc/passwd", "http://127.0.0.1/metrics", "/\\..\\etc\\passwd", "/metrics%00", "file:///etc/passwd"],
 )  # fmt: skip
 def test_there_is_no_way_to_a_file(serve, path):
-    answer = say(serve().port, f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+    answer = talk(serve().port, f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
     assert answer.startswith(b"HTTP/1.1 404 ")
     assert b"root:" not in answer
 
@@ -123,25 +124,25 @@ def test_a_connection_stays_open_for_the_next_request(serve):
         assert connection.sock is first
     connection.close()
     request = b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n"
-    assert say(port, request + request, b"GET / HTTP/1.0\r\n\r\n").count(b"cmtrain_step 1") == 2
-    assert b"Connection: close" in say(port, b"GET /metrics HTTP/1.0\r\n\r\n")
+    assert talk(port, request + request, b"GET / HTTP/1.0\r\n\r\n").count(b"cmtrain_step 1") == 2
+    assert b"Connection: close" in talk(port, b"GET /metrics HTTP/1.0\r\n\r\n")
 
 
 def test_a_body_is_not_taken_for_the_next_request(serve):
     inner = b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n"
     head = b"HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(inner)
     for method in (b"GET /metrics ", b"POST /metrics "):
-        assert say(serve().port, method + head + inner).count(b"HTTP/1.1 ") == 1
+        assert talk(serve().port, method + head + inner).count(b"HTTP/1.1 ") == 1
 
 
 def test_long_and_broken_requests_are_cut_off(serve):
     port = serve().port
-    assert say(port, HALF_A_REQUEST, b"X: " + b"y" * 100_000).startswith(b"HTTP/1.1 431 ")
-    assert say(port, b"GET /" + b"y" * 100_000).startswith(b"HTTP/1.1 431 ")
+    assert talk(port, HALF_A_REQUEST, b"X: " + b"y" * 100_000).startswith(b"HTTP/1.1 431 ")
+    assert talk(port, b"GET /" + b"y" * 100_000).startswith(b"HTTP/1.1 431 ")
     many = b"".join(b"X%d: y\r\n" % number for number in range(200))
-    assert say(port, HALF_A_REQUEST + many + b"\r\n").startswith(b"HTTP/1.1 431 ")
-    assert say(port, b"GET\r\n\r\n").split()[1] == b"400"
-    assert say(port, b"GET / HTTP/2.0\r\n\r\n").split()[1] == b"505"
+    assert talk(port, HALF_A_REQUEST + many + b"\r\n").startswith(b"HTTP/1.1 431 ")
+    assert talk(port, b"GET\r\n\r\n").split()[1] == b"400"
+    assert talk(port, b"GET / HTTP/2.0\r\n\r\n").split()[1] == b"505"
     draw = random.Random(0)
     for _ in range(100):
         noise = bytearray(b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
@@ -155,7 +156,7 @@ def test_a_client_that_stops_in_the_middle_is_dropped(serve, monkeypatch):
     monkeypatch.setattr(exporter_module, "TIMEOUT_SECONDS", 0.3)
     begin = time.monotonic()
     server = serve({"/metrics": lambda accept: Page(TEXT, bytes(50_000_000))})
-    assert say(server.port, HALF_A_REQUEST) == b""
+    assert talk(server.port, HALF_A_REQUEST) == b""
     with socket.create_connection(("127.0.0.1", server.port)) as takes_nothing:
         takes_nothing.sendall(HALF_A_REQUEST + b"\r\n")
         while server.num_connections == 0 and time.monotonic() < begin + 30:
@@ -221,11 +222,12 @@ def test_nothing_is_left_of_a_closed_server(serve):
     server.close()  # twice is as good as once
 
 
-def test_a_process_that_forgets_its_server_ends_and_says_nothing():
+def test_a_process_that_forgets_its_server_ends_quietly():
     code = (
         "import socket; from cmtrain.monitoring.http_server import *\n"
         f"server = Exporter({{}}, '127.0.0.1', {free_port()})\n"
-        "half = socket.create_connection(('127.0.0.1', server.port)); half.send(b'GET'); import time; time.sleep(0.2)\n"
+        "half = socket.create_connection(('127.0.0.1', server.port)); half.send(b'GET')\n"
+        "import time; time.sleep(0.2)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
@@ -275,7 +277,7 @@ def test_silent_connections_make_room_for_a_scraper(serve):
 
 
 def test_a_training_run_in_a_storm(make_job, figure):
-    """Eight scrapers as fast as they can, 500 half-open connections, a busy port, a POST, a header too long."""
+    """8 scrapers at full speed, 500 half-open connections, a busy port, a POST, a header too long."""
     with socket.create_server(("127.0.0.1", 0)) as busy:
         port = busy.getsockname()[1]
         job = make_job(schedule={"epochs": 4000}, metrics={"enabled": True, "port": port})
@@ -289,7 +291,7 @@ def test_a_training_run_in_a_storm(make_job, figure):
             return json.loads(get(port, "/status.json")[2])["now"]["step"]
 
         def pace(seconds):
-            """Seconds a step, over the next `seconds`."""
+            """Return seconds per step, over the next `seconds`."""
             begin, first = time.monotonic(), steps_done()
             time.sleep(seconds)
             return (time.monotonic() - begin) / max(1, steps_done() - first)
@@ -310,7 +312,7 @@ def test_a_training_run_in_a_storm(make_job, figure):
         for connection in silent:
             connection.sendall(HALF_A_REQUEST)
         assert get(port, method="POST", body=b"x")[0] == 405
-        assert say(port, HALF_A_REQUEST, b"X: " + b"y" * 100_000).startswith(b"HTTP/1.1 431 ")
+        assert talk(port, HALF_A_REQUEST, b"X: " + b"y" * 100_000).startswith(b"HTTP/1.1 431 ")
         scrapes = []
         for _ in range(20):
             begin = time.perf_counter()
@@ -325,11 +327,12 @@ def test_a_training_run_in_a_storm(make_job, figure):
         _, err = process.communicate(timeout=60)
         assert process.returncode == 143, err
         figure(
-            f"step time under a storm / alone: {', '.join(f'{ratio:.2f}' for ratio in ratios)}; a scrape takes "
-            f"{1000 * statistics.median(scrapes):.0f} ms, in the storm {1000 * statistics.median(answers):.0f} ms"
+            f"step time under a storm / alone: {', '.join(f'{ratio:.2f}' for ratio in ratios)}; "
+            f"a scrape takes {1000 * statistics.median(scrapes):.0f} ms, "
+            f"in the storm {1000 * statistics.median(answers):.0f} ms"
         )
-        # Generous, because machines are shared: prometheus_client's own server makes it 3 to 5. benchmarks/storm.py
-        # measures what this only bounds.
+        # Generous, because machines are shared: prometheus_client's own server makes it 3 to 5.
+        # benchmarks/storm.py measures what this only bounds.
         assert statistics.median(ratios) < 2.5
         assert statistics.median(scrapes) < 0.1
         assert job.status()["state"] == "preempted"
@@ -358,7 +361,7 @@ def test_metrics_are_made_once_a_second_for_everybody(monkeypatch):
     assert b"cmtrain_step 2.0" in page("").body
 
 
-def test_both_formats_are_what_they_say(metrics, tmp_path):
+def test_both_formats_match_their_content_type(metrics, tmp_path):
     pages = make_pages(metrics, dict, 600, tmp_path)
     text = pages["/metrics"]("text/plain;version=0.0.4;q=0.5,*/*;q=0.1")
     assert text.content_type == "text/plain; version=0.0.4; charset=utf-8"
@@ -377,7 +380,7 @@ def test_ready_after_the_first_step(metrics, tmp_path):
     assert pages["/-/ready"]("").status == 200
 
 
-def test_unhealthy_when_training_stands_still(metrics, tmp_path):
+def test_unhealthy_when_training_has_stalled(metrics, tmp_path):
     stalled, patient = make_pages(metrics, dict, 0.05, tmp_path), make_pages(metrics, dict, 600, tmp_path)
     time.sleep(0.1)
     assert stalled["/-/healthy"]("").status == 200  # setting up may take its time
@@ -392,13 +395,13 @@ def test_unhealthy_when_training_stands_still(metrics, tmp_path):
     time.sleep(0.1)
     assert stalled["/-/healthy"]("").status == 200  # so may evaluation
     metrics.enter("train")
-    assert stalled["/-/healthy"]("").status == 200  # the clock of a step begins anew
+    assert stalled["/-/healthy"]("").status == 200  # the clock of a step starts again
     time.sleep(0.1)
     assert stalled["/-/healthy"]("").status == 503
 
 
 def test_a_loader_that_blocks_turns_the_run_unhealthy(make_job, images, tmp_path):
-    """As on a network share that hangs: the images are there, and whoever reads one waits for ever."""
+    """As on a network share that hangs: the images exist, and reading one never ends."""
     root = shutil.copytree(images, tmp_path / "images")
     job = make_job(
         data={"root": str(root)}, schedule={"epochs": 4000},
@@ -433,7 +436,7 @@ def test_status_and_index(metrics, tmp_path):
 # --- discovery ---
 
 
-def test_ranks_that_are_no_more_are_forgotten(tmp_path):
+def test_ranks_that_no_longer_exist_are_forgotten(tmp_path):
     runs = tmp_path / "runs"
     for run, rank in (("a", 0), ("a", 1), ("a", 12), ("a-1", 12), ("b", 12)):
         write_target(runs / run, rank, "127.0.0.1", 9410 + rank)
@@ -451,7 +454,7 @@ def test_every_address_of_this_machine_is_announced_by_its_name(tmp_path):
 
 
 def test_prometheus_finds_a_rank_and_loses_it(serve, metrics, tmp_path):
-    """The server itself: promtool accepts globs that it refuses."""
+    """Uses the server itself: promtool accepts globs that the server refuses."""
     if not shutil.which("prometheus"):
         pytest.skip("prometheus is not installed")
     count_step(metrics)

@@ -1,4 +1,4 @@
-"""The page at / of the metrics port: what it shows, whom it obeys, what it costs, and that it keeps itself fresh."""
+"""The live page shows the run, obeys no script but its own, costs little and keeps itself fresh."""
 
 import itertools
 import json
@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from helpers.pages import DOUBLE_IDS, EVIL, OUTSIDE, OVERLAPS, UNNAMED, Page
+from helpers.pages import DOUBLE_IDS, EVIL, OUTSIDE, OVERLAPS, UNNAMED, ParsedPage
 from helpers.report_runs import eventful, write_run
 from helpers.runs import free_port
 
@@ -22,7 +22,7 @@ SPEED = {"images_per_second": 12_810.4, "data_wait_ratio": 0.034}
 
 
 def rank_at(step: int, run: str = "job", rank: int = 0) -> TrainMetrics:
-    """A rank that is at `step` of 20,000."""
+    """Return the metrics of a rank that is at `step` of 20,000."""
     metrics = TrainMetrics(run, rank)
     metrics.start(FACTS, last_step=20_000, flops_per_image=1, device=torch.device("cpu"))
     reach(metrics, step)
@@ -40,7 +40,7 @@ def page_of(metrics, folder, status=SPEED, stall_seconds=600):
 
 
 def words_of(*arguments, **how) -> str:
-    return Page(page_of(*arguments, **how)("").body.decode()).words
+    return ParsedPage(page_of(*arguments, **how)("").body.decode()).words
 
 
 @pytest.fixture
@@ -61,30 +61,31 @@ def serve():
         server.close()
 
 
-# ---- what it says
+# ---- what it shows
 
 
-def test_what_a_run_says(folder):
+def test_it_shows_the_state_of_a_run(folder):
     status = SPEED | {"best_top1": 0.4312, "best_step": 9_000}
     metrics = rank_at(10_000)
     metrics.saved(seconds=1.0, num_bytes=1)
     metrics.checkpoint_timestamp.set(time.time() - 125)
     words = words_of(metrics, folder, status)
-    for said in (
-        "job training", "cmt_ti \u00b7 fp16 \u00b7 8 x cuda", "50.0 % step 10,000 of 20,000, epoch 5", "2h 9m left",
-        "Images per second 12,810 3 % of the time waiting for data", "Loss 2.345 at step 10,000", "Learning rate 0.0031",
+    for text in (
+        "job training", "cmt_ti \u00b7 fp16 \u00b7 8 x cuda", "50.0 % step 10,000 of 20,000, epoch 5",
+        "2h 9m left", "Images per second 12,810 3 % of the time waiting for data",
+        "Loss 2.345 at step 10,000", "Learning rate 0.0031",
         "Best top-1 43.1 % at step 9,000", "Last checkpoint 2m 5s ago", "Bad steps 3",
         "4,500 checkpoint path checkpoints/step-000004500", "2,500 rollback", "6,000 checkpoint failed",
         "/metrics", "/status.json", "/-/healthy", "/-/ready",
     ):  # fmt: skip
-        assert said in words, said
+        assert text in words, text
     assert words.index("7,000 resumed") < words.index("2,500 rollback")  # the newest first
     html = page_of(metrics, folder, status)("").body.decode()
     for key in ("loss", "accuracy", "lr", "images_per_second"):
         assert f'id="{key}-title"' in html
 
 
-def test_a_run_that_stands_still_says_so(folder):
+def test_a_stalled_run_is_marked(folder):
     metrics = rank_at(10_000)
     metrics.progress_at -= 700
     assert "job stalled" in words_of(metrics, folder)
@@ -95,7 +96,7 @@ def test_a_run_that_stands_still_says_so(folder):
 
 @pytest.mark.parametrize("content", [None, b"", b"\xff\xfe{]\x00,;\n" * 50, b'[1]\n3\n"x"\n{"step": "x"}\n'])
 def test_a_folder_without_a_record_costs_no_page(tmp_path, content):
-    """As at the first look at a run that has just begun, or on a disk that is full."""
+    """As in a run that has just begun, or on a full disk."""
     folder = tmp_path / "job"
     if content is not None:
         folder.mkdir()
@@ -117,16 +118,16 @@ def test_another_rank_shows_itself_and_where_the_first_one_is(folder):
     assert 'href="http://127.0.0.1:9410/"' in page_of(rank_at(10_000, rank=3), folder)("").body.decode()
 
 
-# ---- whom it obeys
+# ---- safety
 
 
 def hostile(tmp_path):
-    """A page in which everything that a person or a file can name is hostile."""
-    told = [
+    """Return a page in which every name from a person or a file is hostile."""
+    events = [
         {"time": 1.79e9, "event": EVIL, EVIL: EVIL},
         {"time": 1.79e9, "event": "rollback", "step": 9, "cause": EVIL},
     ]
-    run = write_run(tmp_path / "runs" / "job", events=told)
+    run = write_run(tmp_path / "runs" / "job", events=events)
     (run / "summary.csv").write_text(f"step,{EVIL.replace(',', '')},eval_top1\n5,0.5,0.5\n")
     metrics = TrainMetrics(EVIL, 0)
     metrics.start(dict.fromkeys(FACTS, EVIL), last_step=1, flops_per_image=1, device=torch.device("cpu"))
@@ -135,7 +136,7 @@ def hostile(tmp_path):
 
 def test_a_hostile_run_is_shown_and_not_obeyed(tmp_path):
     html = hostile(tmp_path)("").body.decode()
-    page = Page(html)
+    page = ParsedPage(html)
     assert html.count("<script") == 1
     for tag, attributes in page.tags:
         assert not [name for name in attributes if name.startswith("on")]
@@ -192,7 +193,7 @@ def test_a_long_log_is_sampled_evenly_and_a_short_one_read(tmp_path):
 
 
 def test_the_sample_of_a_growing_log_stays(tmp_path):
-    """So a curve does not flicker: what was taken stays, but for the dense end, until the log has doubled."""
+    """A curve must not flicker: its points stay, but for the dense end, until the log has doubled."""
     first, second = numbered(tmp_path / "log", 30_000), numbered(tmp_path / "log", 38_000)
     assert set(first[:-21]) <= set(second)
 
@@ -211,7 +212,7 @@ def test_the_end_of_a_file_is_whole_lines(tmp_path):
 
 @pytest.mark.parametrize("width_px", [1280, 400])
 def test_it_looks_right_in_a_browser(browser, serve, tmp_path, width_px):
-    """No errors, nothing wider than the window, no label over another; by day and by night, early and late."""
+    """No errors, nothing wider than the window, no overlaps; light and dark, early and late in a run."""
     name = "a-name-of-sixty-four-characters-which-is-the-longest-there-can-be"[:64]
     long = {
         "event": "bad_file",
@@ -241,7 +242,7 @@ def test_it_looks_right_in_a_browser(browser, serve, tmp_path, width_px):
             assert browser.complaints() == []
 
 
-def test_it_refreshes_itself_and_tells_when_the_run_is_gone(browser, serve, folder):
+def test_it_refreshes_itself_and_shows_when_the_run_is_gone(browser, serve, folder):
     metrics = rank_at(10_000)
     page = page_of(metrics, folder)
     server = serve(page)
@@ -257,7 +258,7 @@ def test_it_refreshes_itself_and_tells_when_the_run_is_gone(browser, serve, fold
     wait_until(lambda: "step 11,111 of" in browser.evaluate(shown))
     assert "training 1.234" in browser.evaluate(shown).replace("\n", " ")
     assert browser.evaluate("document.title") == "56 % job - cmtrain"
-    assert browser.evaluate("document.body.dataset.first") == "yes"  # in place, not loaded anew
+    assert browser.evaluate("document.body.dataset.first") == "yes"  # in place, not loaded again
     # Values are read off the new curves, too.
     box = browser.evaluate(
         "JSON.parse(JSON.stringify(document.querySelector('#lr').getBoundingClientRect()))"

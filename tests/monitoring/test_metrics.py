@@ -120,7 +120,7 @@ def test_two_runs_in_one_process_do_not_clash():
 
 
 def every_metric():
-    """A rank's metrics with a child of each, as they are on a GPU after an evaluation and a checkpoint."""
+    """Return a rank's metrics with all series, as on a GPU after an evaluation and a checkpoint."""
     metrics = TrainMetrics("r", 0)
     metrics.report(REPORT)
     metrics.start(FACTS, last_step=20, flops_per_image=10, device=torch.device("cpu"))
@@ -140,7 +140,7 @@ def test_names_satisfy_promtool():
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
 
 
-def test_names_say_their_unit_and_labels_are_few():
+def test_names_have_units_and_labels_are_few():
     """Prometheus' naming rules, where promtool does not check them."""
     for family in every_metric().registry.collect():
         if not family.name.startswith("cmtrain_"):
@@ -158,7 +158,7 @@ def test_names_say_their_unit_and_labels_are_few():
 
 
 def test_every_metric_is_documented():
-    """docs/metrics.md holds the line of each metric: name, type, labels, what it is. A failure prints what differs."""
+    """docs/metrics.md has a row per metric: name, type, labels, meaning. A failure prints the difference."""
     lines = set()
     for family in every_metric().registry.collect():
         if family.name.startswith("cmtrain_"):

@@ -1,4 +1,4 @@
-"""Rules and dashboards in a real Prometheus that watches real training; promtool on the rules."""
+"""Rules and dashboards work in a real Prometheus that watches real training; promtool accepts the rules."""
 
 import http.client
 import http.server
@@ -28,8 +28,8 @@ needs_prometheus = pytest.mark.skipif(not shutil.which("prometheus"), reason="pr
 # What Grafana would put in. Two seconds of scrapes are enough for a rate here.
 VARIABLES = {"$__rate_interval": "15s", "$__interval": "15s", "$__range": "5m", "$run": ".+", "$rank": ".+"}
 
-# What dcgm-exporter serves on a node whose first GPU is that of rank 0 (its names: etc/default-counters.csv), and what
-# rank 0 itself would serve there.
+# What dcgm-exporter serves on a node whose first GPU is that of rank 0 (its names:
+# etc/default-counters.csv), and what rank 0 itself would serve there.
 GPU_PAGE = """
 DCGM_FI_DEV_GPU_UTIL{gpu="0",UUID="GPU-1",hostname="node"} 97
 DCGM_FI_PROF_PIPE_TENSOR_ACTIVE{gpu="0",UUID="GPU-1",hostname="node"} 0.41
@@ -44,7 +44,7 @@ cmtrain_gpu_memory_bytes{run="job",rank="0",kind="peak"} 4e10
 
 
 def promtool(*arguments: str | Path, **how: Any) -> str:
-    """Its output, whatever it thinks of the input."""
+    """Return its output, whether or not it accepts the input."""
     done = subprocess.run(
         ["promtool", *arguments], capture_output=True, text=True, timeout=120, check=False, **how
     )
@@ -62,13 +62,13 @@ def test_rules_are_valid():
 
 
 @needs_promtool
-def test_the_composition_s_configuration_is_valid():
+def test_the_configuration_of_compose_is_valid():
     assert passes("check", "config", RULES.with_name("prometheus.yaml"))  # and the rules that it names
 
 
 @needs_promtool
 def test_a_configuration_with_a_mistake_does_not_pass(tmp_path):
-    """So that the tests above can fail."""
+    """Proves that the tests above can fail."""
     text = RULES.with_name("prometheus.yaml").read_text()
     (tmp_path / "rules.yaml").write_text(RULES.read_text())
     for wrong in (text.replace("file_sd_configs", "file_configs"), text.replace("rules.yaml", "rule.yaml")):
@@ -77,7 +77,7 @@ def test_a_configuration_with_a_mistake_does_not_pass(tmp_path):
 
 
 @pytest.mark.skipif(not shutil.which("amtool"), reason="amtool is not installed")
-def test_alertmanager_s_configuration_is_valid():
+def test_the_configuration_of_alertmanager_is_valid():
     path = ROOT / "docker" / "alertmanager.yaml"
     done = subprocess.run(
         ["amtool", "check-config", path], capture_output=True, text=True, timeout=60, check=False
@@ -92,8 +92,8 @@ def test_alerts_fire_keep_silent_and_resolve():
 
 
 @needs_promtool
-def test_what_an_alert_says_has_no_holes(tmp_path):
-    """Expects nothing of an alert when it fires: promtool prints what it says instead."""
+def test_the_text_of_an_alert_has_no_holes(tmp_path):
+    """Expects nothing of an alert when it fires: promtool then prints its text."""
     tests = []
     for test in RULE_TESTS[1:]:
         firing = [
@@ -107,14 +107,16 @@ def test_what_an_alert_says_has_no_holes(tmp_path):
     path.write_text(
         yaml.safe_dump({"rule_files": [str(RULES)], "evaluation_interval": "1m", "tests": tests})
     )
-    said = dict(re.findall(r'alertname="(\w+)".*\n\s+Annotations:\{(.*)\}', promtool("test", "rules", path)))
-    assert set(said) == {alert["alert"] for alert in ALERTS}
-    for name, annotations in said.items():
+    texts = dict(
+        re.findall(r'alertname="(\w+)".*\n\s+Annotations:\{(.*)\}', promtool("test", "rules", path))
+    )
+    assert set(texts) == {alert["alert"] for alert in ALERTS}
+    for name, annotations in texts.items():
         assert not re.search(r"\{\{|<no value>|<error", annotations), f"{name}: {annotations}"
 
 
 class Gpus(http.server.BaseHTTPRequestHandler):
-    """Serves GPU_PAGE."""
+    """Serve GPU_PAGE."""
 
     def do_GET(self) -> None:
         self.send_response(200)
@@ -224,7 +226,7 @@ def watched(tmp_path_factory, images):
 
 
 def is_rare(expr: str) -> bool:
-    """Has no value while all is well."""
+    """Return whether a query has no value while all is well."""
     return "ALERTS" in expr or ("> 0" in expr and "changes(" in expr)
 
 
@@ -263,7 +265,8 @@ def test_rules_are_evaluated_and_nothing_fires_in_a_sound_run(watched):
     watched.wait(lambda: errors() or all(watched.ask(f'{name}{{run="job"}}') for name in RECORDED))
     assert errors() == {}
     assert watched.ask('ALERTS{run="job",alertstate="firing"}') == []
-    # On a busy machine one rank may be behind the other for a while; what is wrong with the run itself never is.
+    # On a busy machine one rank may be behind the other for a while; what is wrong with the run itself never
+    # is.
     assert (
         watched.ask('ALERTS{run="job",alertname!~"CmtrainStraggler|CmtrainDataBound|CmtrainThroughputDrop"}')
         == []
@@ -298,7 +301,8 @@ def test_a_run_that_ends_takes_its_targets_away_and_leaves_the_other_alone(watch
     watched.wait(lambda: len(watched.ask('up{job="cmtrain"}')) == 2)
     watched.wait(lambda: not watched.ask('cmtrain_step{run="other"}'))
     assert len(watched.ask('cmtrain_step{run="job"}')) == 2
-    # Between the end of its server and the next look at the folder, a rank seems down: pending, and never firing.
+    # Between the end of its server and the next look at the folder, a rank seems down: pending, and never
+    # firing.
     watched.wait(lambda: not watched.ask('ALERTS{alertname="CmtrainRankDown"}'))
 
 

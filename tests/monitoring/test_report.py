@@ -1,4 +1,4 @@
-"""The report says what a run folder holds, whatever state that is in, and shows nobody's script but its own."""
+"""The report shows a run folder in any state, and runs no script but its own."""
 
 import dataclasses
 import json
@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.pages import DOUBLE_IDS, EVIL, OUTSIDE, OVERLAPS, UNNAMED, Page
+from helpers.pages import DOUBLE_IDS, EVIL, OUTSIDE, OVERLAPS, UNNAMED, ParsedPage
 from helpers.report_runs import BEGIN, eventful, write_run
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -23,8 +23,8 @@ from cmtrain.storage.run_record import RUN_FILES, read_run
 from pipelines.spec import UNREADABLE, Batch, DataError
 
 
-def page_of(*folders: Path) -> Page:
-    return Page(render([read_run(folder) for folder in folders]))
+def page_of(*folders: Path) -> ParsedPage:
+    return ParsedPage(render([read_run(folder) for folder in folders]))
 
 
 # ---- what a run writes
@@ -33,7 +33,7 @@ def page_of(*folders: Path) -> Page:
 def test_a_run_ends_with_its_report(make_job):
     job = make_job()
     result = job(nproc=2)
-    page = Page((job.folder / result["report"]).read_text())
+    page = ParsedPage((job.folder / result["report"]).read_text())
     assert f"Top-1 {100 * result['top1']:.1f} %" in page.words
     assert f"Top-1, EMA {100 * result['ema_top1']:.1f} %" in page.words
     assert "finished" in page.words
@@ -42,7 +42,7 @@ def test_a_run_ends_with_its_report(make_job):
     assert any(
         tag == "img" and attributes["src"].startswith("data:image/png") for tag, attributes in page.tags
     )
-    # Every image once, over both ranks: the classes' counts say the accuracy that the run says.
+    # Every image counts once, over both ranks: the counts of the classes give the accuracy of the run.
     classes = json.loads((job.run / "classes.json").read_text())
     assert classes["classes"] == ["class0", "class1", "class2"]
     for weights, key in (("model", "top1"), ("ema", "ema_top1")):
@@ -103,7 +103,7 @@ def test_counting_never_makes_the_host_wait(num_classes):
 # ---- the verb
 
 
-def test_the_verb_loads_no_torch_and_says_where_the_report_is(tmp_path):
+def test_the_verb_loads_no_torch_and_prints_the_path(tmp_path):
     write_run(tmp_path / "a")
     code = (
         "import sys\n"
@@ -118,7 +118,7 @@ def test_the_verb_loads_no_torch_and_says_where_the_report_is(tmp_path):
     assert (tmp_path / "a" / "report.html").stat().st_size < 150_000
 
 
-def test_what_is_no_run_is_told_in_a_line(tmp_path, capsys):
+def test_a_folder_that_is_no_run_is_an_error_of_one_line(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     for folder, words in (("nowhere", "no such run folder"), ("empty", "not a run folder")):
         assert main(["report", str(tmp_path / folder)]) == 3
@@ -139,13 +139,13 @@ def test_out_and_several_runs(tmp_path, capsys, monkeypatch):
     assert "2 runs" in (tmp_path / "report.html").read_text()
 
 
-# ---- what it says
+# ---- what it shows
 
 
-def test_events_are_told_and_marked(tmp_path):
+def test_events_are_listed_and_marked(tmp_path):
     run = write_run(tmp_path / "a", events=eventful())
     html = render([read_run(run)])
-    page = Page(html)
+    page = ParsedPage(html)
     assert "1m 40s 2,500 rollback good step 2000 cause blocks.1.3.attn.proj: not finite" in page.words
     assert "4m 0s 6,000 checkpoint failed error No space left on device" in page.words
     assert "samples 0; 1; 2 and 96 more" in page.words
@@ -159,7 +159,7 @@ def test_events_are_told_and_marked(tmp_path):
     assert "3 1 rollback" in page.words
 
 
-def test_a_flood_of_events_is_cut_and_said_to_be(tmp_path):
+def test_a_flood_of_events_is_cut_with_a_note(tmp_path):
     flood = [
         {"time": BEGIN + i, "event": "bad_file", "path": f"{i}.jpg", "reason": "truncated"}
         for i in range(1000)
@@ -170,7 +170,7 @@ def test_a_flood_of_events_is_cut_and_said_to_be(tmp_path):
     assert "path 15.jpg" not in page.words
 
 
-def test_time_counts_only_while_a_process_was_there(tmp_path):
+def test_time_counts_only_while_a_process_ran(tmp_path):
     """Killed after 100 s, resumed an hour later from the step of second 50, and 100 s of work."""
     run = write_run(tmp_path / "a", num_logs=2)
     events = [
@@ -206,10 +206,10 @@ def test_time_counts_only_while_a_process_was_there(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("expected", "said"), [(0.7, "70.0 % expected: reached"), (0.99, "99.0 % expected: missed")]
+    ("expected", "text"), [(0.7, "70.0 % expected: reached"), (0.99, "99.0 % expected: missed")]
 )
-def test_the_expectation_is_judged(tmp_path, expected, said):
-    assert said in page_of(write_run(tmp_path / "a", expect={"top1": expected})).words
+def test_the_expectation_is_reached_or_missed(tmp_path, expected, text):
+    assert text in page_of(write_run(tmp_path / "a", expect={"top1": expected})).words
 
 
 def test_a_run_that_fell_silent_is_not_called_running(tmp_path):
@@ -251,7 +251,7 @@ def test_comparing_runs(tmp_path):
         write_run(tmp_path / name, lr=lr, num_logs=50) for name, lr in (("low", 1e-3), ("high", 9e-3))
     ]
     html = render([read_run(folder) for folder in folders])
-    page = Page(html)
+    page = ParsedPage(html)
     differing = re.search(r"What differs A low B high (.*?) A low", page.words)[1]
     assert differing == "run.name low high optim.lr 0.001 0.009"
     ends = re.findall(r'class="end c(\d)">(\w)<', html)
@@ -264,19 +264,18 @@ def test_comparing_runs(tmp_path):
 
 
 def test_a_hostile_run_is_shown_and_not_obeyed(tmp_path):
-    told = [
+    hostile = [
         {"time": BEGIN, "event": EVIL, EVIL: EVIL},
         {"time": BEGIN, "event": "rollback", "step": 9, "cause": EVIL},
     ]
     run = write_run(
-        tmp_path / "a", class_names=[f"{EVIL}{i}" for i in range(10)], state=EVIL, reason=EVIL, run={"name": "a"},
-        events=told,
-        data={"root": "<script>hacked=1</script>"},
+        tmp_path / "a", class_names=[f"{EVIL}{i}" for i in range(10)], state=EVIL, reason=EVIL,
+        run={"name": "a"}, events=hostile, data={"root": "<script>hacked=1</script>"},
     )  # fmt: skip
     folder = run.rename(tmp_path / EVIL.replace("/", ":"))
     (folder / "summary.csv").write_text(f"step,{EVIL.replace(',', '')},eval_top1\n5,0.5,0.5\n")
     for html in (render([read_run(folder)]), render([read_run(folder), read_run(folder)])):
-        page = Page(html)
+        page = ParsedPage(html)
         assert html.count("<script") == 1
         assert [tag for tag, _ in page.tags].count("script") == 1
         for tag, attributes in page.tags:
@@ -418,7 +417,7 @@ def test_half_a_million_log_points(tmp_path):
 
 @pytest.mark.parametrize("width_px", [1280, 400])
 def test_it_looks_right_in_a_browser(browser, tmp_path, width_px):
-    """No errors, nothing wider than the window, no label over another; by day and by night, alone and compared."""
+    """No errors, nothing wider than the window, no overlaps; light and dark, alone and compared."""
     long = "a-name-of-sixty-four-characters-which-is-the-longest-there-can-be"[:64]
     names = [f"n01440764 {'tench, Tinca tinca, a fish with a long name ' * 2}{i}" for i in range(20)]
     runs = [
@@ -466,5 +465,5 @@ def test_no_hostile_script_runs_and_values_are_read_off_the_curves(browser, tmp_
     assert "Content Security Policy" in "".join(browser.complaints())
 
 
-def test_evaluation_has_defaults_for_those_who_count_no_classes():
+def test_an_evaluation_without_counts_of_classes_has_defaults():
     assert dataclasses.asdict(Evaluation(0.5, 0.9, 1.0, 10))["confusion"] is None

@@ -1,4 +1,4 @@
-"""Trackers are told what the run folder is told, and no trouble of theirs is a trouble of the run."""
+"""Trackers get the records of the run folder, and their failures do not harm the run."""
 
 import csv
 import importlib.util
@@ -52,7 +52,7 @@ class FakeAccelerator:
         self._call("finish")
 
 
-def test_a_run_tells_its_trackers_what_it_tells_its_folder(make_job, tmp_path):
+def test_trackers_get_the_records_of_the_run_folder(make_job, tmp_path):
     package = tmp_path / "packages"
     for name, text in (
         ("wandb/__init__.py", FAKE_WANDB),
@@ -77,13 +77,13 @@ def test_a_run_tells_its_trackers_what_it_tells_its_folder(make_job, tmp_path):
     ]
     assert calls[0][1] == {"project": "cmtrain", "name": "job"}
     assert (calls[1][1]["optim.lr"], calls[1][1]["optim.betas"]) == (2e-3, "[0.9, 0.999]")
-    told = [call[1:] for call in calls if call[0] == "log"]
+    logged = [call[1:] for call in calls if call[0] == "log"]
     points = [
         [r.pop("step"), {k: v for k, v in r.items() if k != "time" and v is not None}] for r in job.log()
     ]
     rows = csv.DictReader((job.run / "summary.csv").read_text().splitlines())
     evaluations = [[int(row.pop("step")), {k: float(v) for k, v in row.items() if v}] for row in rows]
-    assert sorted(told, key=str) == sorted(points + evaluations, key=str)
+    assert sorted(logged, key=str) == sorted(points + evaluations, key=str)
 
 
 def test_a_missing_package_is_a_mistake_in_the_configuration(make_job, monkeypatch, tmp_path):
@@ -102,14 +102,14 @@ def test_a_missing_package_is_a_mistake_in_the_configuration(make_job, monkeypat
     assert tracker_options([], tmp_path) == {}
 
 
-def test_a_tracker_that_cannot_start_is_told_before_anything_is_done():
+def test_a_tracker_that_cannot_start_stops_the_run_at_once():
     with pytest.raises(
         DataError, match=r"^metrics.trackers: cannot start: RuntimeError: no init!+\.\.\.; leave it out"
     ):
         Trackers(FakeAccelerator("init"), "run", {})
 
 
-def test_a_tracker_that_breaks_is_told_of_once():
+def test_a_tracker_that_breaks_is_reported_once():
     accelerator = FakeAccelerator("log")
     trackers = Trackers(accelerator, "run", {})
     assert trackers.log({"loss": 1.0}, 1).startswith(

@@ -1,4 +1,4 @@
-"""The files of docker/ are what their tools take them for, and agree with the program and with each other."""
+"""The files of docker/ are valid for their tools, and agree with the program and each other."""
 
 import os
 import re
@@ -23,7 +23,7 @@ SCRIPTS = [SBATCH, ROOT / "benchmarks" / "gpu.sh", ROOT / ".ci" / "run"]
 
 
 def finds_nothing(tool, *arguments):
-    """Run a linter of the `dev` extra, which must have nothing to say."""
+    """Run a linter of the `dev` extra, which must print nothing."""
     path = shutil.which(tool, path=os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]]))
     if path is None:
         pytest.skip(f"{tool} is not installed; it is in the dev extra")
@@ -59,7 +59,7 @@ def test_yaml(path):
 
 @pytest.mark.parametrize(("name", "kind"), [("runtime", "TrainingRuntime"), ("trainjob", "TrainJob")])
 def test_kubeflow(name, kind):
-    """Its models leave out the keys that they do not know: nothing may be missing of what they give back."""
+    """Kubeflow's models drop keys that they do not know, so nothing may be missing in what they return."""
     models = pytest.importorskip(
         "kubeflow_trainer_api.models", reason="kubeflow-trainer-api, of the dev extra"
     )
@@ -68,7 +68,7 @@ def test_kubeflow(name, kind):
 
 
 def missing(written, kept, path=""):
-    """Where `kept` is not what was written; defaults may have been added."""
+    """Return the places where `kept` differs from what was written; defaults may have been added."""
     if isinstance(written, dict) and isinstance(kept, dict):
         return [line for key in written for line in missing(written[key], kept.get(key), f"{path}.{key}")]
     if isinstance(written, list) and isinstance(kept, list) and len(written) == len(kept):
@@ -99,7 +99,7 @@ def test_kubernetes_files_fit_each_other():
     ("name", "num_machines", "num_processes"), [("1gpu", 1, 1), ("8gpus", 1, 8), ("2nodes", 2, 16)]
 )
 def test_accelerate(name, num_machines, num_processes):
-    """accelerate refuses keys that it does not know, and for our precision must leave the configuration's alone."""
+    """accelerate refuses unknown keys, and must leave the precision to our configuration."""
     loaded = load_config_from_file(str(DOCKER / "accelerate" / f"{name}.yaml"))
     assert (loaded.num_machines, loaded.num_processes, loaded.mixed_precision) == (
         num_machines,
@@ -118,8 +118,8 @@ exit "$CODE"
 """
 
 
-@pytest.mark.parametrize(("code", "said"), [(0, ""), (3, ""), (143, "requeue 12345\n")])
-def test_slurm_requeues_what_was_preempted_and_nothing_else(tmp_path, code, said):
+@pytest.mark.parametrize(("code", "printed"), [(0, ""), (3, ""), (143, "requeue 12345\n")])
+def test_slurm_requeues_what_was_preempted_and_nothing_else(tmp_path, code, printed):
     scontrol = '#!/bin/bash\n[ "$1" = show ] && printf "node7\\nnode8\\n" || echo "$*"\n'
     for name, script in (("srun", SRUN), ("scontrol", scontrol), ("cmtrain", RANK)):
         (tmp_path / name).write_text(script)
@@ -138,11 +138,11 @@ def test_slurm_requeues_what_was_preempted_and_nothing_else(tmp_path, code, said
         timeout=60,
     )
     assert (done.returncode, done.stderr) == (code, "")
-    assert done.stdout == f"9 1 16 8 node7 22345 --config a b.yaml\n{said}"
+    assert done.stdout == f"9 1 16 8 node7 22345 --config a b.yaml\n{printed}"
 
 
 def needed_by(extras):
-    """Names of all packages that cmtrain with these extras needs, as far as they are installed."""
+    """Return the names of all installed packages that cmtrain with these extras needs."""
     found, waiting = set(), [Requirement(f"cmtrain[{','.join(extras)}]")]
     while waiting:
         requirement = waiting.pop()
@@ -164,7 +164,7 @@ def needed_by(extras):
 
 
 def test_the_image_leaves_out_what_only_development_needs():
-    """The lock files do not tell which package is there for which; the Dockerfile lists what to leave out."""
+    """The lock files do not show which package needs which; the Dockerfile lists those to leave out."""
     try:
         metadata.distribution("cmtrain")
     except metadata.PackageNotFoundError:

@@ -1,6 +1,6 @@
-"""The image: built by `make image`, and run as docs/clusters.md says, by podman on a machine without a registry.
+"""The image builds with `make image` and runs as in docs/clusters.md, by podman without a registry.
 
-What was built stays in podman's storage, so that another run of these tests builds only what has changed since.
+The image stays in podman's storage, so that another run of these tests builds only what has changed since.
 """
 
 import contextlib
@@ -22,8 +22,8 @@ CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
 PIP = [Path(name).expanduser() for name in ("/etc/pip.conf", "~/.config/pip/pip.conf", "~/.pip/pip.conf")]
 USER = 10001
 
-# What podman cannot do inside of a container or without systemd: limits above its own, cgroups by systemd, a timer for
-# health checks, of which it would tell with every command.
+# Inside a container or without systemd, podman has no limits above its own, no cgroups by systemd and no
+# timer for health checks; it would warn of these with every command.
 PODMAN = ["podman", "--cgroup-manager=cgroupfs", "--runtime=runc", "--log-level=fatal"]
 NESTED = ["--network=none", "--ulimit=nofile=1024:1024", "--ulimit=nproc=1024:1024"]
 HARDENED = ["--read-only", "--tmpfs=/tmp:exec", "--cap-drop=ALL", "--security-opt=no-new-privileges"]
@@ -37,7 +37,7 @@ pytestmark = [
 
 
 def make_base(folder):
-    """Debian with Python, from its packages, and with the certificates that this machine trusts."""
+    """Build Debian with Python, from its packages, with the certificates that this machine trusts."""
     packages = "--include=python3,python3-venv,ca-certificates"
     subprocess.run(
         ["debootstrap", "--variant=minbase", packages, "bookworm", folder], check=True, capture_output=True
@@ -81,7 +81,7 @@ def inspect(name):
 
 
 def run(image, *arguments, options=(), code=0):
-    """Run to the end in the foreground; what was written to stdout and stderr."""
+    """Run to the end in the foreground, and return stdout and stderr."""
     done = subprocess.run(
         [*PODMAN, "run", "--rm", *NESTED, *HARDENED, *options, image, *arguments],
         capture_output=True,
@@ -93,7 +93,7 @@ def run(image, *arguments, options=(), code=0):
 
 @contextlib.contextmanager
 def container(image, runs, *arguments):
-    """A container in the background that writes to the folder `runs`; yields its name."""
+    """Start a container in the background that writes to the folder `runs`; yields its name."""
     command = [*PODMAN, "run", "--detach", *NESTED, *HARDENED, f"--volume={runs}:/runs", image, *arguments]
     name = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
     try:
@@ -117,7 +117,7 @@ def wait_for_step(run_path, step, name, seconds=120):
 
 @pytest.fixture
 def runs(tmp_path):
-    """A folder that the image's user, who is nobody here, may write to."""
+    """Return a folder that the image's user, who does not exist here, may write to."""
     for folder in tmp_path.parents:
         if folder.owner() == "root" and folder.is_relative_to("/tmp"):
             folder.chmod(folder.stat().st_mode | 0o011)
@@ -170,7 +170,7 @@ def test_any_user_may_run_it(image):
     )
 
 
-def test_what_the_image_says_of_itself(image):
+def test_the_labels_of_the_image(image):
     config = inspect(image)["Config"]
     assert config["User"] == f"{USER}:{USER}"
     assert config["Entrypoint"] == ["tini", "--", "cmtrain"]
@@ -179,5 +179,8 @@ def test_what_the_image_says_of_itself(image):
     assert config["Labels"]["org.opencontainers.image.version"] == __version__
     assert run(image, "--version") == (f"cmtrain {__version__}\n", "")
     assert run(image)[0].startswith("usage: cmtrain")
-    left_out = "import importlib.util as u; print([n for n in ('pytest', 'mypy', 'ruff', 'requests') if u.find_spec(n)])"
+    left_out = (
+        "import importlib.util as u\n"
+        "print([n for n in ('pytest', 'mypy', 'ruff', 'requests') if u.find_spec(n)])"
+    )
     assert run(image, "-c", left_out, options=["--entrypoint=python"])[0] == "[]\n"

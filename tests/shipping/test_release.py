@@ -1,4 +1,4 @@
-"""What is released is complete, and works in an empty environment and from any folder."""
+"""A release is complete, and works in an empty environment and from any folder."""
 
 import json
 import os
@@ -22,7 +22,7 @@ pytestmark = [
 
 
 def call(folder, *command):
-    """stdout of a command that has to succeed; nothing of this checkout is on its path."""
+    """Return stdout of a command that has to succeed; nothing of this checkout is on its path."""
     clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     done = subprocess.run(
         list(map(str, command)), cwd=folder, env=clean, capture_output=True, text=True, timeout=240
@@ -33,7 +33,7 @@ def call(folder, *command):
 
 @pytest.fixture(scope="module")
 def dist(tmp_path_factory):
-    """As `make dist` builds them: the wheel from the unpacked source archive."""
+    """Build as `make dist` does: the wheel from the unpacked source archive."""
     folder = tmp_path_factory.mktemp("dist")
     command = [
         UV,
@@ -52,7 +52,7 @@ def dist(tmp_path_factory):
 
 
 def sources(*folders):
-    """What is in these folders of the checkout, but for what Python leaves there."""
+    """Return the files in these folders of the checkout, without those that Python leaves."""
     paths = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file()]
     return {path.relative_to(ROOT).as_posix() for path in paths if "__pycache__" not in path.parts}
 
@@ -82,7 +82,7 @@ def test_the_source_archive_can_be_built_tested_and_made_an_image_of(dist):
 
 
 def test_the_wheel_trains_from_an_empty_folder(dist, tmp_path):
-    """Its dependencies are those of this environment, laid under an empty one."""
+    """Uses the dependencies of this environment below an empty one."""
     venv.create(tmp_path / "venv", with_pip=False)
     python = tmp_path / "venv" / "bin" / "python"
     (wheel,) = dist.glob("*.whl")
