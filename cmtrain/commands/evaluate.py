@@ -19,6 +19,7 @@ from cmtrain.commands.trained_model import Trained
 from cmtrain.config.schema import Config
 from cmtrain.errors import EXIT_DONE, EXIT_EXPECTATION, ConfigError
 from cmtrain.monitoring.console import Console
+from cmtrain.monitoring.units import percent
 from cmtrain.step.evaluate import Evaluation, evaluate
 from cmtrain.storage.weights import num_classes_in
 from cmtrain.training import build
@@ -143,7 +144,7 @@ def evaluate_trained(
     _show(figures)
     print(json.dumps(report), flush=True)  # noqa: T201
     if expect is not None and best.top1 < expect:
-        Console(enabled=True).line(f"top-1 {100 * best.top1:.2f} %, expected {100 * expect:.2f} %: missed")
+        Console(enabled=True).line(f"top-1 {percent(best.top1, 2)}, expected {percent(expect, 2)}: missed")
         return EXIT_EXPECTATION
     return EXIT_DONE
 
@@ -236,12 +237,11 @@ def _show(figures: Sequence[dict[str, Any]]) -> None:
     header = "weights  image px  resize px    top-1    top-5    loss   images"
     console.line(header + "   ReaL top-1" if "real_top1" in figures[0] else header)
     for row in figures:
-        line = (
-            f"{row['weights']:<7}  {row['image_px']:>8}  {row['resize_px']:>9}  {100 * row['top1']:5.2f} %"
-        )
-        line += f"  {100 * row['top5']:5.2f} %  {row['loss']:6.4f}  {row['num_images']:>7}"
+        top1, top5 = percent(row["top1"], 2), percent(row["top5"], 2)
+        line = f"{row['weights']:<7}  {row['image_px']:>8}  {row['resize_px']:>9}  {top1:>7}  {top5:>7}"
+        line += f"  {row['loss']:6.4f}  {row['num_images']:>7}"
         if "real_top1" in row:
-            line += f"   {100 * row['real_top1']:8.2f} %"
+            line += f"   {percent(row['real_top1'], 2):>10}"
         console.line(line)
     if unreadable := figures[0]["num_unreadable"]:
         console.line(f"{unreadable} images could not be read and count as wrong")

@@ -11,16 +11,14 @@ import json
 import math
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import timm
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
@@ -29,12 +27,14 @@ from cmtrain.config.load import Overrides
 from cmtrain.config.schema import Config
 from cmtrain.errors import EXIT_DONE, ConfigError
 from cmtrain.monitoring.console import Console
+from cmtrain.monitoring.units import percent
 from cmtrain.step.evaluate import Evaluation, evaluate
 from cmtrain.step.mixing import MixSpec, mix
 from cmtrain.storage.checkpoint import checkpoint_path, find_checkpoint, save_checkpoint
 from cmtrain.storage.finite import all_finite
 from cmtrain.storage.state_file import CheckpointError
 from cmtrain.training import build
+from pipelines.atomic import replacing
 from pipelines.spec import DataError, Loader
 
 SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
@@ -155,7 +155,7 @@ def repair_bn(
     console.line(f"{source.path}: {found}; averaged over {batches} batches")
     for label, was in before.items():
         now, nan = after[label], "" if math.isfinite(was.loss) else " (its outputs were NaN)"
-        console.line(f"{label}: top-1 {100 * was.top1:.1f} % before{nan}, {100 * now.top1:.1f} % after")
+        console.line(f"{label}: top-1 {percent(was.top1)} before{nan}, {percent(now.top1)} after")
     console.line(f"written to {written}{source.next_step}")
     top1 = {label: [was.top1, after[label].top1] for label, was in before.items()}
     result = {"out": str(written), "nonfinite_statistics": nonfinite, "batches": batches, "top1": top1}
@@ -209,7 +209,7 @@ def _open_file(path: Path, out: Path | None) -> Source:
     metadata = None
     try:
         if is_safetensors:
-            with safe_open(path, "pt") as file:
+            with safetensors.safe_open(path, "pt") as file:
                 metadata = file.metadata()
                 content = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         else:
@@ -227,20 +227,14 @@ def _open_file(path: Path, out: Path | None) -> Source:
         raise DataError(f"{path}: {why}") from error
 
     def write(record: dict[str, Any]) -> Path:
-        temporary = final.with_name(f".{final.name}.{os.getpid()}")
         try:
-            if is_safetensors:
-                save_file(content, temporary, metadata)
-            else:
-                torch.save(content, temporary)
-            shutil.copymode(path, temporary)  # safetensors writes for its owner alone
-            with open(temporary, "rb") as file:
-                os.fsync(file.fileno())
-            temporary.replace(final)
-        except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is torch's RuntimeError
+            with replacing(final) as file:
+                if is_safetensors:
+                    file.write(safetensors.torch.save(content, metadata))
+                else:
+                    torch.save(content, file)
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
             raise DataError(f"{final}: cannot be written: {error}") from error
-        finally:
-            temporary.unlink(missing_ok=True)
         return final
 
     return Source(path, content, write)

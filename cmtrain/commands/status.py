@@ -20,7 +20,7 @@ from rich.text import Text
 
 from cmtrain.config.strict_yaml import Node, parse
 from cmtrain.errors import EXIT_DONE
-from cmtrain.monitoring.units import duration
+from cmtrain.monitoring.units import duration, percent
 from cmtrain.storage.run_folder import SILENT_SECONDS, is_alive, read_status
 from pipelines.spec import DataError
 
@@ -141,7 +141,7 @@ def describe(run_status: RunStatus) -> list[str]:
     if run_status.is_running and status.get("eta_seconds") is not None:
         lines.append(f"left     {duration(status['eta_seconds'])}")
     if status.get("best_step") is not None:
-        lines.append(f"best     top-1 {100 * status['best_top1']:.1f} % at step {status['best_step']:,}")
+        lines.append(f"best     top-1 {percent(status['best_top1'])} at step {status['best_step']:,}")
     if status.get("resume_from"):
         lines.append(f"saved    {status['resume_from']}")
     if run_status.is_running and status.get("metrics_url"):
@@ -163,8 +163,8 @@ def _headline(run_status: RunStatus) -> str:
 def _speed(status: dict[str, Any]) -> str:
     if status.get("images_per_second") is None:
         return ""
-    wait = f"{100 * status['data_wait_ratio']:.0f} % of the time waiting for data"
-    return f"{status['images_per_second']:,.0f} images/s, {wait}"
+    wait = percent(status["data_wait_ratio"], 0)
+    return f"{status['images_per_second']:,.0f} images/s, {wait} of the time waiting for data"
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -33,6 +33,7 @@ from cmtrain.commands.bench.timing import (
 )
 from cmtrain.config.schema import Config
 from cmtrain.errors import EXIT_DONE, EXIT_EXPECTATION
+from cmtrain.monitoring.units import percent
 from cmtrain.step.learner import Learner
 from cmtrain.training import build
 from pipelines.files.manifest import Manifest
@@ -162,14 +163,13 @@ def verdict(figures: Figures) -> str:
         return "measure with --what all to learn what limits a run"
     loader, model = figures["loader"], figures["model"]
     ratio = loader["images_per_second"] / model["images_per_second"]
-    feeds = f"the loader feeds {100 * ratio:.0f} % of what the model takes"
+    feeds = f"the loader feeds {percent(ratio, 0)} of what the model takes"
     if ratio < 1:
         return f"limited by decode: {feeds}"
     if ratio < COMFORTABLE_RATIO:
         feeds += ", which leaves little for jitter"
     if model.get("host_share", 0.0) > HOST_SHARE:
-        busy = f"{100 * model['host_share']:.0f} % of a step"
-        return f"limited by host: it needs {busy} to queue the step; {feeds}"
+        return f"limited by host: it needs {percent(model['host_share'], 0)} of a step to queue it; {feeds}"
     memory, compute = model["percent_of_copy"], model["percent_of_matrix"]
     if memory >= compute:
         limit = f"memory: {memory:.0f} % of a copy's bandwidth, counted as if nothing were fused"
