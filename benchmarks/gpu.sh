@@ -1,24 +1,20 @@
 #!/usr/bin/env bash
-# Everything a GPU can show and a CPU cannot, in one command of under nine minutes. Raw results go to benchmarks/results/
-# (or $OUT), named by device and date, with versions and the command line beside them.
+# Measure on a GPU what a CPU cannot show, in under nine minutes. Raw results go to benchmarks/results/ (or $OUT),
+# named by device and date, with versions and the command line beside them.
 #
-#   benchmarks/gpu.sh [folder with JPEGs in train/<class>/ and val/<class>/; the demo photographs if left out]
-#   ONLY="model decoding" benchmarks/gpu.sh     # these lines alone, as for what a first run had no time left for
-#   STEPS=2 benchmarks/gpu.sh                   # on a machine without a GPU: every line runs, the figures mean nothing
+#   benchmarks/gpu.sh [folder with JPEGs in train/<class>/ and val/<class>/; default: the demo photographs]
+#   ONLY="model decoding" benchmarks/gpu.sh     # only these lines, such as those that a first run skipped
+#   STEPS=2 benchmarks/gpu.sh                   # without a GPU: every line runs, the figures mean nothing
 #
-# On a machine without a package index, install from a folder. Elsewhere, with the same version of Python (a copy of the
-# lock file without what `pip list` shows there already makes the folder smaller):
+# On a machine without a package index, install from wheels that were made elsewhere with the same Python:
 #
 #   python3 -m pip wheel --no-deps -r requirements.lock -w wheels
-#
-# and there:
-#
-#   python3 -m pip install --no-index --no-deps --target site wheels/*.whl
+#   python3 -m pip install --no-index --no-deps --target site wheels/*.whl      # there
 #   PYTHONPATH=$PWD/site benchmarks/gpu.sh
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
-export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}  # cmtrain may be no installed package here
-export COLUMNS=160  # the tables of cmtrain bench, which are not told to a terminal
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}  # where cmtrain is not installed
+export COLUMNS=160  # width of the tables of cmtrain bench, which go to a file
 data=${1:-demo:photos}
 python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 steps=${STEPS:-30}
@@ -36,7 +32,7 @@ failed=() skipped=()
 } > "$out/environment.txt" 2>&1
 cat "$out/environment.txt"
 
-# measure SECONDS NAME COMMAND...: what it prints, and what it says; a failing one does not stop the others
+# measure SECONDS NAME COMMAND...: keep its stdout and stderr; a failure does not stop the others
 measure() {
   local limit=$1 name=$2 left=$((530 - SECONDS)); shift 2
   [ -z "${ONLY:-}" ] || [[ " $ONLY " == *" $name "* ]] || return 0
@@ -46,7 +42,7 @@ measure() {
   tail -n 25 "$out/$name.txt" "$out/$name.log"
 }
 
-# bench SECONDS NAME ARGUMENTS...: one JSON file a measurement
+# bench SECONDS NAME ARGUMENTS...: one JSON file per measurement
 bench() {
   local limit=$1 name=$2; shift 2
   measure "$limit" "$name" "$python" -m cmtrain bench --config configs/full_in1k.yaml --data.root "$data" --steps "$steps" \
@@ -56,7 +52,7 @@ bench() {
 batch=512
 fp16=fp16 bf16=bf16 mixed=mixed compile=true graphs=reduce-overhead
 model=(--batch "$batch" --small-batch 128 --steps "$steps" --seconds 140)
-# Without a GPU the same lines run in small, in the precision and with the decoder that a CPU has.
+# Without a GPU the same lines run with small batches, in the precision and with the decoder of a CPU.
 if [ -z "$gpu" ]; then
   batch=8 fp16=fp32 bf16=fp32 mixed=cpu compile=false graphs=default
   model=(--batch 2 --small-batch 2 --steps 1 --seconds 20)
@@ -66,19 +62,19 @@ one_gpu=(--train.global_batch_size "$batch" --train.max_batch_per_gpu "$batch" -
 alone=(--what model --rounds 2 --beside "" --train.precision "$fp16")
 few=(--train.global_batch_size "$((batch / 8))" --augment.repeats 1)
 
-# The most wanted first: what there is no time for is skipped, and said to be.
+# The most wanted first: lines without time left are skipped and reported.
 measure 150 tests "$python" -m pytest -q -s tests/gpu tests/models/test_fused_ffn.py -m "not slow" -k "not compiled_for"
 # The model alone: eager, fused, compiled, folded for inference, fp16 and bf16, beside timm's; attention at both head sizes.
 measure 170 model "$python" benchmarks/model_gpu.py "${model[@]}" --json "$out/model.jsonl"
-# Files to updates, and the loader alone at many threads, with RandAugment and without, and at loads of the JPEG engine.
+# From files to updates; the loader alone with many threads, with RandAugment and without, at loads of the JPEG engine.
 bench 60 train                --what all "${one_gpu[@]}" --train.precision "$fp16"
 measure 90 decoding "$python" benchmarks/decoding.py "$data" --batch "$batch" --batches "$((steps / 2))" --decode "$mixed" --json "$out/decoding.json"
 bench 60 guard                --what guard "${one_gpu[@]}" --train.precision "$fp16"
-# What a step of few images loses to launching kernels, and what CUDA graphs give back.
+# The time that a step of few images loses to launching kernels, and that CUDA graphs give back.
 bench 40 few_images           "${alone[@]}" "${few[@]}"
 bench 90 few_images_graphs    "${alone[@]}" "${few[@]}" --train.compile "$compile" --train.compile_mode "$graphs"
 bench 120 loader_beside_timm  --what loader "${one_gpu[@]}" --train.precision "$fp16" --data.decode "$mixed" --steps "$((steps / 6 + 1))" --rounds 3
-# The step with its optimizer, as the trainer takes it.
+# The step with its optimizer, as in the trainer.
 bench 90 step                 --what model "${one_gpu[@]}" --train.precision "$fp16" --rounds 2
 bench 40 step_bf16            "${alone[@]}" "${one_gpu[@]}" --train.precision "$bf16"
 bench 40 step_eager           "${alone[@]}" "${one_gpu[@]}" --model.ffn_kernel eager

@@ -154,7 +154,7 @@ def part_times(batch: int, steps: int) -> dict[str, float]:
         x = torch.randn(batch, channels, side, side, device=DEVICE, dtype=DTYPES["fp16"])
         x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
         for kernel in kernels:
-            ffn = FeedForward(channels, hidden, seed=False, drop=0.0, kernel=kernel)
+            ffn = FeedForward(channels, hidden, variant="paper", drop=0.0, kernel=kernel)
             for part in (ResidualDepthwiseConv(channels, kernel).to(DEVICE), ffn.to(DEVICE)):
 
                 def run(part=part, x=x) -> None:

@@ -219,7 +219,7 @@ class DaliLoader:
                 assert self._stages is not None
                 self._stages.skip()
                 self._in_flight.popleft()
-        except (RuntimeError, OSError):  # a bad file that nobody asked for any more
+        except (RuntimeError, OSError):  # a bad file in a batch that is no longer wanted
             self._rewind()
         self._undelivered.clear()
 

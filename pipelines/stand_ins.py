@@ -1,7 +1,4 @@
-"""Replace samples whose files turn out to be bad during a run.
-
-Every rank finds the bad files by itself and replaces them alike, so nothing has to be exchanged.
-"""
+"""Replace samples whose files turn out to be bad during a run."""
 
 from __future__ import annotations
 
@@ -25,17 +22,15 @@ NUM_OTHERS = 7  # images tried to tell a fault of files from one of the file ser
 _MESSAGE = re.compile(r"encountered:\s*(.*?)\s*(?:Stacktrace|Current pipeline|$)", re.DOTALL)
 _SOURCE_LINE = re.compile(r"\[\S+:\d+\]\s*")
 
-Decode = Callable[
-    [MicroBatch], None
-]  # decodes a part of a batch with DALI; RuntimeError or OSError when it cannot
+# Decodes a part of a batch with DALI and drops the images. Raises RuntimeError or OSError when DALI cannot.
+TestDecode = Callable[[MicroBatch], None]
 
 
 class StandIns:
     """Files of `manifest` that turned out to be bad after it was made, and the samples used instead of them.
 
     The stand-in of a sample is the next one in the manifest's order that Pillow can read, cyclically. That
-    depends on the files alone, so every rank of any number of ranks finds the same one without asking the
-    others.
+    depends on the files alone, so all ranks find the same one without asking each other.
 
     Args:
         max_bad_fraction: more bad files than this share of the manifest end the run, but a single file never
@@ -73,14 +68,13 @@ class StandIns:
                 self._add(index, fault)
         return len(self._bad) > before
 
-    def find_undecodable(self, batches: Sequence[MicroBatch], decode: Decode, error: Exception) -> None:
+    def find_undecodable(self, batches: Sequence[MicroBatch], decode: TestDecode, error: Exception) -> None:
         """Find the files that DALI cannot decode although Pillow can, when `check` explains no failure.
 
         DALI 2.4 does not decode a BMP of 16 bits a pixel, for one, and 1.34 no animated WebP.
 
         Args:
-            batches: the batches in flight, one of which failed; none if DALI failed before the first of
-                them.
+            batches: the batches in flight, one of which failed; none if DALI failed before any.
             decode: test-decodes a part of a batch with DALI.
             error: the batch's error.
 
@@ -120,7 +114,7 @@ class StandIns:
         """End the decoding processes."""
         self._pool.close()
 
-    def _decodes_another(self, batch: MicroBatch, decode: Decode) -> bool:
+    def _decodes_another(self, batch: MicroBatch, decode: TestDecode) -> bool:
         """Return whether one of a few other images can be decoded with a sample's draws."""
         total = len(self._manifest)
         for step in range(1, NUM_OTHERS + 1):
@@ -142,7 +136,7 @@ class StandIns:
             raise DataError(f"{self._manifest.root}: {what}, {limit}: {named}")
 
 
-def _failing_alone(batch: MicroBatch, decode: Decode) -> Iterator[tuple[int, str]]:
+def _failing_alone(batch: MicroBatch, decode: TestDecode) -> Iterator[tuple[int, str]]:
     """Yield the samples that cannot be decoded alone, with DALI's message, by trying ever smaller parts."""
     try:
         decode(batch)

@@ -63,7 +63,7 @@ def pack(
             manifest = Manifest.from_folder(root / split, class_names=class_names, **limits)
         class_names = manifest.class_names
         folder = Path(destination).absolute() / split
-        packed = pack_split(
+        split_index = pack_split(
             manifest,
             folder,
             resize_shorter=resize_shorter,
@@ -72,22 +72,17 @@ def pack(
             processes=processes or len(os.sched_getaffinity(0)),
             max_bad_fraction=max_bad_fraction,
         )
-        for path, _, reason in packed.bad:
+        for path, _, reason in split_index.bad:
             sys.stderr.write(f"left out: {path}: {reason}\n")
-        shards = packed.packed
+        shards = split_index.packed
         assert shards is not None
-        if damaged := damage(shards, packed.paths):
+        if damaged := damage(shards, split_index.paths):
             first = "; ".join(damaged[:3])
             raise DataError(f"{first} ({len(damaged)} such): remove {folder} and pack again")
-        images, num_shards, size_bytes = len(packed), len(shards.shard_names), int(shards.shard_bytes.sum())
-        report[split] = {
-            "images": images,
-            "left_out": len(packed.bad),
-            "shards": num_shards,
-            "bytes": size_bytes,
-        }
-        sys.stderr.write(
-            f"{folder}: {images:,} images in {num_shards} shards, {size_bytes:,} bytes, verified\n"
-        )
+        images, size_bytes = len(split_index), int(shards.shard_bytes.sum())
+        counts = {"images": images, "left_out": len(split_index.bad), "shards": len(shards.shard_names)}
+        report[split] = counts | {"bytes": size_bytes}
+        written = f"{images:,} images in {counts['shards']} shards, {size_bytes:,} bytes"
+        sys.stderr.write(f"{folder}: {written}, verified\n")
     print(json.dumps({"destination": destination, **report}), flush=True)  # noqa: T201
     return EXIT_DONE

@@ -32,7 +32,7 @@ MAX_ANSWER_BYTES = 1_000_000
 
 @dataclass(frozen=True)
 class RunStatus:
-    """What status.json says, checked against the live process.
+    """The content of status.json, checked against the live process.
 
     `status`: status.json. `now`: the answer of the run itself ("now" of /status.json); None without one.
     `alive`: whether its process exists; None if that cannot be known from here, or if the run has ended.

@@ -1,13 +1,13 @@
-"""The parts of a CMT (arXiv 2107.06263), in the paper's and the re-implementation's form, in the order a picture meets them.
+"""Build the layers of a CMT (arXiv 2107.06263), in the paper's and in the re-implementation's form.
 
-Letters: B batch, C channels, H x W map, N = H * W tokens (queries), K reduced tokens (keys), h heads, d = C / h,
-r reduction.
+Letters: B batch, C channels, H x W map, N = H * W queries, K reduced keys, h heads, d = C / h, r reduction.
 
-Maps are (B, C, H, W) in channels-last memory from the stem to the head, so a map and its tokens (B, H, W, C) are two
-views of the same memory: no copy is made between convolution and attention.
+Maps are (B, C, H, W) in channels-last memory from the stem to the head. So a map and its tokens (B, H, W, C)
+are two views of the same memory: no copy is made between convolution and attention.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -16,7 +16,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from cmtrain.models.position import AbsolutePosition
+from cmtrain.models.position import AbsolutePosition, Variant
 
 try:
     import cmtrain.models.fused_ffn as fused_ffn
@@ -24,6 +24,8 @@ except ModuleNotFoundError:  # torch's builds for machines without a GPU bring n
     fused_ffn = None  # type: ignore[assignment]
 
 FfnKernel = Literal["auto", "fused", "eager"]
+
+# ---- maps and tokens
 
 
 def _tokens(x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, H, W, C), a view
@@ -35,13 +37,12 @@ def _map(tokens: Tensor) -> Tensor:  # (B, H, W, C) -> (B, C, H, W), a view
 
 
 def _is_eager_on_cpu(x: Tensor) -> bool:
-    # What is exported on a CPU runs elsewhere.
-    return not x.is_cuda and not torch.compiler.is_compiling()
+    return not x.is_cuda and not torch.compiler.is_compiling()  # what a CPU exports runs elsewhere
 
 
 @torch.compiler.assume_constant_result
 def _runs_triton(cuda_index: int) -> bool:
-    # Where bytes are counted, tensors claim to be on CUDA, and there may be none (traffic.py).
+    # Tensors claim to be on CUDA where bytes are counted (cost.py), and there may be no GPU.
     return torch.cuda.is_available() and torch.cuda.get_device_capability(cuda_index) >= (8, 0)
 
 
@@ -52,10 +53,10 @@ def _takes_kernel(kernel: FfnKernel, x: Tensor) -> bool:
 
 
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The same matrix for every pixel: (B, C, H, W), (out, C), (out,) -> (B, out, H, W).
+    """Multiply every pixel by the same matrix: (B, C, H, W), (out, C), (out,) -> (B, out, H, W).
 
-    On CUDA it is one GEMM; on the CPU oneDNN's convolution is the faster kernel for the same sum (fp32, batch 32, one
-    thread: 1.1 to 1.8 times F.linear on CMT-Ti's FFN shapes).
+    On CUDA it is one GEMM. On a CPU oneDNN's convolution is faster for the same sum: 1.1 to 1.8 times
+    F.linear on CMT-Ti's FFN shapes (fp32, batch 32, one thread).
     """
     if x.is_cuda:
         return _map(F.linear(_tokens(x), weight, bias))
@@ -67,8 +68,11 @@ def gelu(x: Tensor) -> Tensor:
     return _map(F.gelu(_tokens(x))) if _is_eager_on_cpu(x) else F.gelu(x)
 
 
+# ---- convolutions and norms
+
+
 class PointwiseConv(nn.Module):
-    """1x1 convolution with a matrix for a weight: (B, C, H, W) -> (B, out, H, W).
+    """1x1 convolution whose weight is a matrix: (B, C, H, W) -> (B, out, H, W).
 
     A matrix has one memory layout, so its gradient and DDP's bucket cannot disagree about strides.
     """
@@ -90,19 +94,17 @@ class TokenLinear(nn.Linear):
 
 
 def depthwise_conv(channels: int, kernel: int, stride: int) -> nn.Conv2d:
-    """Depth-wise convolution. Its weight carries channels-last strides: those its gradient comes in, as DDP wants."""
-    conv = nn.Conv2d(
-        channels, channels, kernel, stride, padding=kernel // 2 if stride == 1 else 0, groups=channels
-    )
+    """Depth-wise convolution. Its weight has the strides of its gradient, channels-last, as DDP wants."""
+    padding = kernel // 2 if stride == 1 else 0
+    conv = nn.Conv2d(channels, channels, kernel, stride, padding, groups=channels)
     return conv.to(memory_format=torch.channels_last)
 
 
 class ResidualDepthwiseConv(nn.Conv2d):
     """x plus its depth-wise 3x3 convolution: (B, C, H, W) -> (B, C, H, W).
 
-    On a CPU the addition is a 1 in the centre of every kernel, which saves passes over x. Not in half precision, which
-    would round the weight under it to 2^-10 (fp16) or 2^-7 (bf16). On a GPU it is one Triton kernel (kernel: see
-    FeedForward).
+    On a GPU it is one Triton kernel (`kernel`: see FeedForward). On a CPU the addition is a 1 in the centre
+    of every kernel, which saves passes over x. fp16 would round the weight to 2^-10, bf16 to 2^-7.
     """
 
     def __init__(self, channels: int, kernel: FfnKernel = "auto"):
@@ -120,16 +122,30 @@ class ResidualDepthwiseConv(nn.Conv2d):
 
 
 def layer_norm(norm: nn.LayerNorm, tokens: Tensor) -> Tensor:
-    """LayerNorm of (..., C) that answers in the dtype it was asked in; statistics are fp32 inside the kernel anyway.
+    """LayerNorm of (..., C) in the dtype of `tokens`; the kernel computes statistics in fp32 anyway.
 
-    Autocast would compute and return fp32, and every residual add after it would stay fp32: twice the bytes in a model
-    that is bound by memory. The residual stream is the autocast dtype throughout.
+    Autocast would return fp32, and every residual addition after it would stay fp32: twice the bytes in a
+    model that memory bounds. So the residual stream has the autocast dtype throughout.
     """
     if tokens.dtype == norm.weight.dtype:
         return norm(tokens)
     with torch.autocast(tokens.device.type, enabled=False):
         weight, bias = norm.weight.to(tokens.dtype), norm.bias.to(tokens.dtype)
         return F.layer_norm(tokens, norm.normalized_shape, weight, bias, norm.eps)
+
+
+# ---- blocks
+
+
+@dataclass(frozen=True)
+class BlockOptions:
+    """Options that all blocks of a model share; see CMT."""
+
+    variant: Variant
+    qkv_bias: bool
+    attn_drop: float
+    proj_drop: float
+    ffn_kernel: FfnKernel
 
 
 class Stem(nn.Module):
@@ -150,67 +166,57 @@ class Stem(nn.Module):
         return self.norm3(gelu(self.conv3(x)))
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout_prob: float, scale: float
-) -> Tensor:
-    """Scaled dot-product attention with a learned bias: (B, h, N, d), 2 x (B, h, K, d), (h or 1, N, K) -> (B, h, N, d).
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: float, scale: float) -> Tensor:
+    """Scaled dot-product attention with a learned bias.
 
-    On CUDA a bias goes to the memory-efficient backend, the only fused one that returns its gradient: cuDNN's does not,
-    flash attention takes no bias. It wants d to be a multiple of 8; float64 gets the plain formula. So does a CPU,
-    where K is so small that it is the fastest.
+    q (B, h, N, d), k and v (B, h, K, d), bias (h or 1, N, K) -> (B, h, N, d).
+
+    On CUDA a bias goes to the memory-efficient backend, the only fused one that returns its gradient.
+    cuDNN's does not, and flash attention takes no bias. It wants d to be a multiple of 8; float64 gets the
+    plain formula. So does a CPU, where K is so small that the plain formula is the fastest.
     """
     if _is_eager_on_cpu(q):
         scores = q @ (k * scale).transpose(-1, -2)
         weights = (scores if bias is None else scores + bias).softmax(-1)
-        return F.dropout(weights, dropout_prob).to(v.dtype) @ v
-    if bias is None:
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_prob, scale=scale)
-    # A mask of another dtype than q is silently wrong in some fused kernels, and one that requires a gradient rules
-    # most of them out even where no gradient is taken.
-    mask = (bias if torch.is_grad_enabled() else bias.detach()).to(q.dtype)[None]
-    if not q.is_cuda:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_prob, scale=scale)
+        return F.dropout(weights, dropout).to(v.dtype) @ v
+    mask = None
+    if bias is not None:
+        # Some fused kernels are silently wrong if the mask's dtype is not q's. Most refuse a mask that
+        # requires a gradient, even where none is taken.
+        mask = (bias if torch.is_grad_enabled() else bias.detach()).to(q.dtype)[None]
+    if mask is None or not q.is_cuda:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
     with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_prob, scale=scale)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
 
 
 class Attention(nn.Module):
-    """Lightweight multi-head self-attention: keys and values come from a map reduced r times per side (section 3.2).
+    """Multi-head self-attention (section 3.2): keys and values come from a map reduced r times per side.
 
-    The paper reduces by a depth-wise convolution and BatchNorm, the re-implementation by a full convolution and LayerNorm.
-    Projections that read the same tokens are one matrix, its rows ordered q, k, v, then head, then channel.
+    The paper reduces by a depth-wise convolution and BatchNorm, the re-implementation by a full convolution
+    and LayerNorm. Projections of the same tokens are one matrix, rows ordered q, k, v, then head, channel.
 
-    On CUDA heads are padded to a multiple of 8 channels (46 to 48 in CMT-Ti), or fused attention refuses them: by zero
-    rows in the matrices that make q, k and v, and zero columns in the one that reads the result. The padding is made
-    anew in every forward pass and is no parameter, so nothing can be learned in it and no checkpoint holds it.
+    Fused attention on CUDA refuses heads whose channels are no multiple of 8. So they are padded there (46
+    to 48 in CMT-Ti), by zero rows in the matrices that make q, k and v, and zero columns in the one that
+    reads the result. Every forward pass makes the padding again: nothing is learned or saved in it.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        heads: int,
-        reduction: int,
-        *,
-        reimpl: bool,
-        qkv_bias: bool,
-        attn_drop: float,
-        proj_drop: float,
-    ):
+    def __init__(self, dim: int, heads: int, reduction: int, options: BlockOptions):
         super().__init__()
-        self.heads, self.reduction, self.attn_drop = heads, reduction, attn_drop
-        if reduction > 1:
-            self.q = TokenLinear(dim, dim, bias=qkv_bias)
-            self.kv = TokenLinear(dim, 2 * dim, bias=qkv_bias)
-            self.reduce = (
-                nn.Conv2d(dim, dim, reduction, reduction)
-                if reimpl
-                else depthwise_conv(dim, reduction, reduction)
-            )
-            self.reduce_norm = nn.LayerNorm(dim, eps=1e-5) if reimpl else nn.BatchNorm2d(dim)
+        self.heads, self.reduction, self.attn_drop = heads, reduction, options.attn_drop
+        if reduction == 1:
+            self.qkv = TokenLinear(dim, 3 * dim, bias=options.qkv_bias)
         else:
-            self.qkv = TokenLinear(dim, 3 * dim, bias=qkv_bias)
+            self.q = TokenLinear(dim, dim, bias=options.qkv_bias)
+            self.kv = TokenLinear(dim, 2 * dim, bias=options.qkv_bias)
+            if options.variant == "paper":
+                self.reduce = depthwise_conv(dim, reduction, reduction)
+                self.reduce_norm: nn.Module = nn.BatchNorm2d(dim)
+            else:
+                self.reduce = nn.Conv2d(dim, dim, reduction, reduction)
+                self.reduce_norm = nn.LayerNorm(dim, eps=1e-5)
         self.proj = TokenLinear(dim, dim)
-        self.proj_drop = nn.Dropout(proj_drop)
+        self.proj_drop = nn.Dropout(options.proj_drop)
 
     def reduced(self, tokens: Tensor) -> Tensor:  # (B, H, W, C) -> (B, H/r, W/r, C)
         x = self.reduce(_map(tokens))
@@ -218,9 +224,8 @@ class Attention(nn.Module):
             return layer_norm(self.reduce_norm, _tokens(x))
         return _tokens(self.reduce_norm(x))
 
-    def forward(
-        self, tokens: Tensor, bias: Tensor | None
-    ) -> Tensor:  # (B, H, W, C), (h or 1, N, K) -> (B, H, W, C)
+    # (B, H, W, C), (h or 1, N, K) -> (B, H, W, C)
+    def forward(self, tokens: Tensor, bias: Tensor | None) -> Tensor:
         batch, height, width, dim = tokens.shape
         head_dim = dim // self.heads
         padding = -head_dim % 8 if tokens.is_cuda else 0
@@ -241,11 +246,9 @@ class Attention(nn.Module):
             return linear(x)
         head_dim = linear.in_features // self.heads
         weight = F.pad(linear.weight.unflatten(0, (-1, head_dim)), (0, 0, 0, padding)).flatten(0, 1)
-        bias = (
-            None
-            if linear.bias is None
-            else F.pad(linear.bias.unflatten(0, (-1, head_dim)), (0, padding)).flatten()
-        )
+        bias: Tensor | None = linear.bias
+        if bias is not None:
+            bias = F.pad(bias.unflatten(0, (-1, head_dim)), (0, padding)).flatten()
         return F.linear(x, weight, bias)
 
     def _out_of_heads(self, linear: nn.Linear, x: Tensor, padding: int) -> Tensor:
@@ -260,21 +263,21 @@ class FeedForward(nn.Module):
 
     The paper adds the depth-wise branch before GELU and BatchNorm, the re-implementation after them.
 
-    kernel: "eager" computes what is written below, "fused" the same in Triton kernels (fused_ffn.py; without dropout),
-    "auto" takes those on a GPU that has them (compute capability 8.0), where a backward of evaluation is not asked for.
+    kernel: "eager" computes operation by operation, as written below. "fused" computes the same in Triton
+        kernels (fused_ffn.py), without dropout and without a backward pass of evaluation. "auto" is fused on
+        a GPU that runs Triton (compute capability 8.0), where neither is asked for.
     """
 
-    def __init__(self, dim: int, hidden: int, *, reimpl: bool, drop: float, kernel: FfnKernel = "auto"):
+    def __init__(self, dim: int, hidden: int, *, variant: Variant, drop: float, kernel: FfnKernel = "auto"):
         super().__init__()
         if kernel == "fused" and (fused_ffn is None or drop):
             raise ValueError("ffn_kernel='fused' needs Triton and, in variant='paper', proj_drop_rate=0")
         self.kernel = kernel
-        self.residual_before_norm = not reimpl
+        self.variant: Variant = variant
         self.expand = PointwiseConv(dim, hidden)
         self.expand_norm = nn.BatchNorm2d(hidden)
-        self.depthwise = (
-            depthwise_conv(hidden, 3, 1) if reimpl else ResidualDepthwiseConv(hidden, kernel="eager")
-        )
+        is_paper = variant == "paper"
+        self.depthwise = ResidualDepthwiseConv(hidden, "eager") if is_paper else depthwise_conv(hidden, 3, 1)
         self.depthwise_norm = nn.BatchNorm2d(hidden)
         self.project = PointwiseConv(hidden, dim)
         self.project_norm = nn.BatchNorm2d(dim)
@@ -283,25 +286,21 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, H, W)
         if self._is_fused(x):
             layers = self.expand, self.expand_norm, self.depthwise, self.depthwise_norm, self.project
-            return self.project_norm(
-                fused_ffn.feed_forward(x, *layers, reimpl=not self.residual_before_norm)
-            )
+            return self.project_norm(fused_ffn.feed_forward(x, *layers, variant=self.variant))
         x = self.drop(self.expand_norm(gelu(self.expand(x))))
-        if self.residual_before_norm:
-            x = self.depthwise_norm(gelu(self.depthwise(x)))
-        else:
-            x = x + self.depthwise_norm(gelu(self.depthwise(x)))
+        branch = self.depthwise_norm(gelu(self.depthwise(x)))
+        x = branch if self.variant == "paper" else x + branch
         return self.drop(self.project_norm(self.project(x)))
 
     def _is_fused(self, x: Tensor) -> bool:
         if any(layer._forward_hooks for layer in self.children()):
-            return False  # who looks at the layers one by one, as the search for an overflow does, is to see them
+            return False  # the hooks, such as those of the search for an overflow, must see every layer
         has_kernel = self.drop.p == 0 and (self.training or not torch.is_grad_enabled())
         return has_kernel and _takes_kernel(self.kernel, x)
 
 
 def add_branch(x: Tensor, branch: Tensor, drop_path: DropPath) -> Tensor:
-    """x + drop_path(branch), all (B, C, H, W): one pass over the maps where DropPath and the addition take two."""
+    """Return x + drop_path(branch), all (B, C, H, W), in one pass over the maps where DropPath takes two."""
     if not (drop_path.training and drop_path.drop_prob):
         return x + branch
     keep = 1 - drop_path.drop_prob
@@ -310,37 +309,25 @@ def add_branch(x: Tensor, branch: Tensor, drop_path: DropPath) -> Tensor:
 
 
 class Block(nn.Module):
-    """CMT block: local perception unit, attention, feed-forward network, each added to its input (section 3.2)."""
+    """CMT block (section 3.2): local perception unit, attention and FFN, each added to its input."""
 
     def __init__(
-        self,
-        dim: int,
-        hidden: int,
-        heads: int,
-        reduction: int,
-        bias: nn.Module | None,
-        *,
-        reimpl: bool,
-        qkv_bias: bool,
-        attn_drop: float,
-        proj_drop: float,
-        drop_path_prob: float,
-        ffn_kernel: FfnKernel,
-    ):
+        self, dim: int, hidden: int, heads: int, reduction: int,
+        bias: nn.Module | None, drop_path_prob: float, options: BlockOptions,
+    ):  # fmt: skip
         super().__init__()
-        eps = 1e-5 if reimpl else 1e-6
-        self.lpu = ResidualDepthwiseConv(dim, ffn_kernel)
+        variant, kernel = options.variant, options.ffn_kernel
+        is_paper = variant == "paper"
+        eps = 1e-6 if is_paper else 1e-5
+        self.lpu = ResidualDepthwiseConv(dim, kernel)
         self.norm1 = nn.LayerNorm(dim, eps=eps)
-        self.attn = Attention(
-            dim, heads, reduction, reimpl=reimpl, qkv_bias=qkv_bias, attn_drop=attn_drop, proj_drop=proj_drop
-        )
+        self.attn = Attention(dim, heads, reduction, options)
         self.bias = bias
         self.norm2 = nn.LayerNorm(dim, eps=eps)
         # The re-implementation drops paths of the FFN branch only, and has no dropout inside the FFN.
-        self.ffn = FeedForward(
-            dim, hidden, reimpl=reimpl, drop=0.0 if reimpl else proj_drop, kernel=ffn_kernel
-        )
-        self.attn_drop_path = DropPath(0.0 if reimpl else drop_path_prob)
+        drop = options.proj_drop if is_paper else 0.0
+        self.ffn = FeedForward(dim, hidden, variant=variant, drop=drop, kernel=kernel)
+        self.attn_drop_path = DropPath(drop_path_prob if is_paper else 0.0)
         self.ffn_drop_path = DropPath(drop_path_prob)
 
     def forward(self, x: Tensor, stage_bias: Tensor | None) -> Tensor:  # (B, C, H, W) -> (B, C, H, W)
@@ -351,21 +338,15 @@ class Block(nn.Module):
 
 
 class Stage(nn.Module):
-    """Patch aggregation (2x2 convolution, stride 2; the paper adds LayerNorm), then blocks at one resolution."""
+    """Patch aggregation (2x2 convolution, stride 2; the paper adds LayerNorm), then blocks of one size."""
 
     def __init__(
-        self,
-        in_channels: int,
-        dim: int,
-        *,
-        reimpl: bool,
-        absolute: AbsolutePosition | None,
-        bias: nn.Module | None,
-        blocks: Sequence[Block],
-    ):
+        self, in_channels: int, dim: int, variant: Variant,
+        absolute: AbsolutePosition | None, bias: nn.Module | None, blocks: Sequence[Block],
+    ):  # fmt: skip
         super().__init__()
         self.embed = nn.Conv2d(in_channels, dim, 2, stride=2)
-        self.norm = None if reimpl else nn.LayerNorm(dim, eps=1e-5)
+        self.norm = nn.LayerNorm(dim, eps=1e-5) if variant == "paper" else None
         self.absolute = absolute
         self.bias = bias
         self.blocks = nn.ModuleList(blocks)
@@ -383,12 +364,12 @@ class Stage(nn.Module):
 
 
 def init_weights(module: nn.Module) -> None:
-    """The references' scheme.
+    """Initialise a layer as the references do.
 
-    Linears: normal with standard deviation 0.02, DeiT's, whose recipe the paper follows. Convolutions: He's normal over
-    fan-out. BatchNorm follows most of them, so the scale matters for the depth-wise branches only: their fan-out counts
-    all channels, they start near zero, and the skip connections carry the signal. Biases zero (the re-implementation leaves those of
-    convolutions at torch's default). LayerNorm and BatchNorm keep torch's ones and zeros.
+    Linear layers: normal with standard deviation 0.02, as in DeiT, whose recipe the paper follows.
+    Convolutions: He's normal over fan-out. BatchNorm follows most of them, so the scale matters for the
+    depth-wise branches only: their fan-out counts all channels, so they start near zero, and the skip
+    connections carry the signal. Biases: zero (the re-implementation keeps torch's for convolutions).
     """
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)

@@ -1,7 +1,7 @@
-"""Weights of the two public CMT implementations <-> ours, and position tables <-> another image size.
+"""Convert weights between the public CMT implementations and ours, and resize position tables.
 
-The paper's release (huawei-noah/Efficient-AI-Backbones, cmt_pytorch) and the re-implementation (FlyEgle/CMT-pytorch) name the same
-things differently and split the attention's projections differently; nothing is lost either way.
+The paper's release (huawei-noah/Efficient-AI-Backbones, cmt_pytorch) and the re-implementation
+(FlyEgle/CMT-pytorch) name the same layers differently and split the attention's projections differently.
 """
 
 from collections.abc import Mapping
@@ -13,41 +13,24 @@ from torch import Tensor, nn
 from cmtrain.models.cmt import CMT
 from cmtrain.models.position import POSITION_MODULES
 
-# Our module inside a block -> theirs. Two names: our matrix holds the rows of both.
-PAPER_BLOCK = {
-    "lpu": ("proj",),
-    "norm1": ("norm1",),
-    "attn.q": ("attn.q",),
-    "attn.kv": ("attn.k", "attn.v"),
-    "attn.qkv": ("attn.q", "attn.k", "attn.v"),
-    "attn.proj": ("attn.proj",),
-    "attn.reduce": ("attn.sr.0",),
-    "attn.reduce_norm": ("attn.sr.1",),
-    "norm2": ("norm2",),
-    "ffn.expand": ("mlp.conv1.0",),
-    "ffn.expand_norm": ("mlp.conv1.2",),
-    "ffn.depthwise": ("mlp.proj",),
-    "ffn.depthwise_norm": ("mlp.proj_bn",),
-    "ffn.project": ("mlp.conv2.0",),
-    "ffn.project_norm": ("mlp.conv2.1",),
-}
-REIMPL_BLOCK = {
-    "lpu": ("LPU.conv_3x3_dw.conv",),
-    "norm1": ("norm1",),
-    "attn.q": ("LMHSA.q",),
-    "attn.kv": ("LMHSA.kv",),
-    "attn.qkv": ("LMHSA.q", "LMHSA.kv"),
-    "attn.proj": ("LMHSA.proj",),
-    "attn.reduce": ("LMHSA.sr",),
-    "attn.reduce_norm": ("LMHSA.norm",),
-    "bias": ("LMHSA.position_embeeding",),
-    "norm2": ("norm2",),
-    "ffn.expand": ("IRFFN.conv1x1_gelu_bn.conv3x3_gelu_bn.0",),
-    "ffn.expand_norm": ("IRFFN.conv1x1_gelu_bn.conv3x3_gelu_bn.2",),
-    "ffn.depthwise": ("IRFFN.conv3x3_dw.conv",),
-    "ffn.depthwise_norm": ("IRFFN.act.1",),
-    "ffn.project": ("IRFFN.conv1x1_pw.0",),
-    "ffn.project_norm": ("IRFFN.conv1x1_pw.1",),
+# Our module inside a block -> the paper's names, the re-implementation's. Our matrix holds the rows of all.
+IN_BLOCK = {
+    "lpu": ("proj", "LPU.conv_3x3_dw.conv"),
+    "norm1": ("norm1", "norm1"),
+    "attn.q": ("attn.q", "LMHSA.q"),
+    "attn.kv": ("attn.k attn.v", "LMHSA.kv"),
+    "attn.qkv": ("attn.q attn.k attn.v", "LMHSA.q LMHSA.kv"),
+    "attn.proj": ("attn.proj", "LMHSA.proj"),
+    "attn.reduce": ("attn.sr.0", "LMHSA.sr"),
+    "attn.reduce_norm": ("attn.sr.1", "LMHSA.norm"),
+    "bias": ("", "LMHSA.position_embeeding"),
+    "norm2": ("norm2", "norm2"),
+    "ffn.expand": ("mlp.conv1.0", "IRFFN.conv1x1_gelu_bn.conv3x3_gelu_bn.0"),
+    "ffn.expand_norm": ("mlp.conv1.2", "IRFFN.conv1x1_gelu_bn.conv3x3_gelu_bn.2"),
+    "ffn.depthwise": ("mlp.proj", "IRFFN.conv3x3_dw.conv"),
+    "ffn.depthwise_norm": ("mlp.proj_bn", "IRFFN.act.1"),
+    "ffn.project": ("mlp.conv2.0", "IRFFN.conv1x1_pw.0"),
+    "ffn.project_norm": ("mlp.conv2.1", "IRFFN.conv1x1_pw.1"),
 }
 PAPER_ENDS = {
     **{f"stem.{kind}{i}": f"stem_{kind}{i}" for kind in ("conv", "norm") for i in (1, 2, 3)},
@@ -55,10 +38,10 @@ PAPER_ENDS = {
     "fc_norm": "_bn",
     "head": "head",
 }
-SEED_STEM = ("conv3x3_gelu_bn_downsample", "conv3x3_gelu_bn_list.0", "conv3x3_gelu_bn_list.1")
+REIMPL_STEM = ("conv3x3_gelu_bn_downsample", "conv3x3_gelu_bn_list.0", "conv3x3_gelu_bn_list.1")
 REIMPL_ENDS = {
-    **{f"stem.conv{i}": f"stem.{name}.conv3x3_gelu_bn.0" for i, name in enumerate(SEED_STEM, 1)},
-    **{f"stem.norm{i}": f"stem.{name}.conv3x3_gelu_bn.2" for i, name in enumerate(SEED_STEM, 1)},
+    **{f"stem.conv{i}": f"stem.{name}.conv3x3_gelu_bn.0" for i, name in enumerate(REIMPL_STEM, 1)},
+    **{f"stem.norm{i}": f"stem.{name}.conv3x3_gelu_bn.2" for i, name in enumerate(REIMPL_STEM, 1)},
     "stages.0.absolute": "absolute_pos_embed",
     "fc": "fc",
     "head": "classifier",
@@ -67,19 +50,17 @@ WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 
 
 def resize_positions(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Copy of one of our own state_dicts with every position table at the image size `model` was built for.
+    """Return one of our own state_dicts with every position table at `model`'s image size.
 
-    Tables are resampled bicubically; one that fits already is passed on untouched. Use it before
+    Tables are resampled bicubically; one that fits is passed on untouched. Use it before
     `model.load_state_dict` to go on at another resolution. Raises ValueError for a table of another kind.
     """
     resized = dict(state_dict)
     for name, module in model.named_modules():
         key = f"{name}.table"
-        if (
-            isinstance(module, POSITION_MODULES)
-            and key in resized
-            and resized[key].shape != module.table.shape
-        ):
+        if not (isinstance(module, POSITION_MODULES) and key in resized):
+            continue
+        if resized[key].shape != module.table.shape:
             try:
                 resized[key] = module.resized(resized[key])
             except ValueError as error:
@@ -88,9 +69,9 @@ def resize_positions(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict
 
 
 def to_reference_state_dict(model: CMT, tensors: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """The model's weights and buffers under the names and shapes of its variant's reference.
+    """Return the model's weights and buffers under the names and shapes of its variant's reference.
 
-    tensors: anything keyed by our parameter names (all or some) to rename instead, such as gradients.
+    tensors: tensors to rename instead, such as gradients, keyed by our parameter names (all or some).
     Raises ValueError when the model has an option that its reference does not know.
     """
     modules = _reference_modules(model)
@@ -102,14 +83,14 @@ def to_reference_state_dict(model: CMT, tensors: Mapping[str, Tensor] | None = N
 
 
 def load_reference_checkpoint(model: CMT, state_dict: Mapping, *, skip_head: bool = False) -> None:
-    """Load weights released by the paper's authors or by the re-implementation into a model of that variant, in place.
+    """Load weights of the paper's authors or the re-implementation into a model of that variant, in place.
 
-    state_dict: the reference's own keys, also inside {"model": ...}, {"state_dict": ...}, {"model_ema": ...} or
-        {"state_dict_ema": ...} (averaged weights are taken where a file has both) and behind "module." prefixes.
+    state_dict: the reference's own keys, also inside {"model": ...}, {"state_dict": ...}, {"model_ema": ...}
+        or {"state_dict_ema": ...} (averaged weights are preferred) and behind "module." prefixes.
     skip_head: keep the model's own classifier, for another number of classes.
 
-    Position tables of another image size are resized. Anything else that does not fit - variant, options, missing and
-    unexpected keys, shapes - is told in one ValueError, and the model is left as it was.
+    Position tables of another image size are resized. Anything else that does not fit - variant, options,
+    missing and unexpected keys, shapes - is listed in one ValueError, and the model is not changed.
     """
     given = _unwrap(state_dict)
     variant = _variant_of(given)
@@ -125,6 +106,7 @@ def load_reference_checkpoint(model: CMT, state_dict: Mapping, *, skip_head: boo
         given = {key: tensor for key, tensor in given.items() if not key.startswith(head)}
         expected = {key: tensor for key, tensor in expected.items() if not key.startswith(head)}
 
+    # Convert every tensor that fits, and note the others.
     problems = _option_problems(model, given)
     misshapen = []
     converted: dict[str, Tensor] = {}
@@ -135,16 +117,17 @@ def load_reference_checkpoint(model: CMT, state_dict: Mapping, *, skip_head: boo
         if key.endswith(".table"):
             converted[key] = given[names[0]]
             continue
-        wrong = [name for name in names if given[name].shape != expected[name].shape]
-        misshapen += [
-            f"{name} {tuple(given[name].shape)}, not {tuple(expected[name].shape)}" for name in wrong
-        ]
+        shapes = {name: (tuple(given[name].shape), tuple(expected[name].shape)) for name in names}
+        wrong = [f"{name} {has}, not {wanted}" for name, (has, wanted) in shapes.items() if has != wanted]
+        misshapen += wrong
         if not wrong:
             converted[key] = _pack(model, key, [given[name] for name in names])
     try:
         converted = resize_positions(converted, model)
     except ValueError as error:
         misshapen.append(str(error))
+
+    # Load all of them or none.
     problems += _listed("missing", [key for key in expected if key not in given])
     problems += _listed("unexpected", [key for key in given if key not in expected])
     problems += _listed("wrong shape", misshapen)
@@ -154,7 +137,7 @@ def load_reference_checkpoint(model: CMT, state_dict: Mapping, *, skip_head: boo
 
 
 def _listed(what: str, items: list[str]) -> list[str]:
-    """One phrase naming the first of `items` and how many more there are; nothing for none."""
+    """Return a phrase with the first three of `items` and the number of the others; [] for no items."""
     if not items:
         return []
     more = f" and {len(items) - 3} more" if len(items) > 3 else ""
@@ -162,36 +145,30 @@ def _listed(what: str, items: list[str]) -> list[str]:
 
 
 def _unwrap(state_dict: Mapping) -> dict[str, Tensor]:
-    for wrapper in WRAPPERS:
-        if isinstance(state_dict.get(wrapper), Mapping):
-            state_dict = state_dict[wrapper]
-            break
-    return {key.removeprefix("module."): tensor for key, tensor in state_dict.items()}
+    inner = [state_dict[name] for name in WRAPPERS if isinstance(state_dict.get(name), Mapping)]
+    return {key.removeprefix("module."): tensor for key, tensor in (inner or [state_dict])[0].items()}
 
 
 def _variant_of(given: Mapping[str, Tensor]) -> str:
     if "stem_conv1.weight" in given:
         return "paper"
-    if f"stem.{SEED_STEM[0]}.conv3x3_gelu_bn.0.weight" in given:
+    if f"stem.{REIMPL_STEM[0]}.conv3x3_gelu_bn.0.weight" in given:
         return "reimpl"
     if "stem.conv1.weight" in given:
-        raise ValueError(
-            "these are cmtrain's own weights: pass them through resize_positions to model.load_state_dict"
-        )
-    raise ValueError(
-        f"neither the paper's nor the re-implementation's weights; the first keys are {', '.join(list(given)[:3])}"
-    )
+        raise ValueError("these are cmtrain's own weights: use model.load_state_dict(resize_positions(...))")
+    first = ", ".join(list(given)[:3])
+    raise ValueError(f"neither the paper's nor the re-implementation's weights; the first keys are {first}")
 
 
 def _option_problems(model: CMT, given: Mapping[str, Tensor]) -> list[str]:
-    """Options the checkpoint was visibly made with that differ from the model's."""
+    """Return a phrase for each option that the checkpoint's keys show and that differs from the model's."""
     stage: Any = model.stages[0]
     ours: dict[str, object] = {"qkv_bias": stage.blocks[0].attn.q.bias is not None}
     if model.variant == "paper":
         theirs: dict[str, object] = {"qkv_bias": "blocks_a.0.attn.q.bias" in given}
     else:
         table = given.get("stage1.block_list.0.LMHSA.position_embeeding")
-        # 2n - 1 offsets per side are odd; n * n queries are even, n being a multiple of 8 in the first stage.
+        # A side has 2n - 1 offsets, which is odd, or n * n queries: even, n being a multiple of 8.
         kind = "none" if table is None else "relative" if len(table) % 2 else "pairwise"
         theirs = {
             "qkv_bias": "stage1.block_list.0.LMHSA.q.bias" in given,
@@ -199,44 +176,40 @@ def _option_problems(model: CMT, given: Mapping[str, Tensor]) -> list[str]:
             "absolute_position": "absolute_pos_embed" in given,
         }
         ours |= {"attention_bias": model.attention_bias, "absolute_position": stage.absolute is not None}
-    return [
-        f"it was made with {k}={v!r}, the model has {k}={ours[k]!r}"
-        for k, v in theirs.items()
-        if v != ours[k]
-    ]
+    different = [name for name in theirs if theirs[name] != ours[name]]
+    return [f"it was made with {k}={theirs[k]!r}, the model has {k}={ours[k]!r}" for k in different]
 
 
 def _reference_modules(model: CMT) -> dict[str, tuple[str, ...]]:
-    """Our module path -> the reference's (a position table's path is its key). ValueError for foreign options."""
-    reimpl = model.variant == "reimpl"
+    """Map our module paths to the reference's (or table keys). Raises ValueError for foreign options."""
+    is_paper = model.variant == "paper"
     stages: Any = model.stages
-    if reimpl and model.attention_bias != "none" and model.attention_bias_scope == "stage":
-        raise ValueError(
-            "the re-implementation has a table per block: attention_bias_scope='stage' has no counterpart there"
-        )
-    if not reimpl and (model.attention_bias, model.attention_bias_scope) != ("pairwise", "stage"):
-        raise ValueError(
-            "the paper's release has pairwise tables per stage: other attention biases have no counterpart"
-        )
-    if not reimpl and stages[0].absolute is not None:
-        raise ValueError(
-            "the paper's release has no absolute position embedding: absolute_position has no counterpart"
-        )
+    kind, scope = model.attention_bias, model.attention_bias_scope
+    if is_paper and (kind, scope) != ("pairwise", "stage"):
+        foreign = "the paper's release has pairwise tables per stage: other attention biases have"
+    elif is_paper and stages[0].absolute is not None:
+        foreign = "the paper's release has no absolute position embedding: absolute_position has"
+    elif not is_paper and kind != "none" and scope == "stage":
+        foreign = "the re-implementation has a table per block: attention_bias_scope='stage' has"
+    else:
+        foreign = ""
+    if foreign:
+        raise ValueError(f"{foreign} no counterpart there")
 
-    modules: dict[str, tuple[str, ...]] = {}
-    for ours, name in (REIMPL_ENDS if reimpl else PAPER_ENDS).items():
-        modules[ours] = (name,)
+    ends = PAPER_ENDS if is_paper else REIMPL_ENDS
+    modules: dict[str, tuple[str, ...]] = {ours: (name,) for ours, name in ends.items()}
     for i, stage in enumerate(stages):
         letter = "abcd"[i]
-        if reimpl:
-            modules[f"stages.{i}.embed"] = (f"pool{i + 1}.patch_aggregation",)
-        else:
+        if is_paper:
             modules[f"stages.{i}.embed"] = (f"patch_embed_{letter}.proj",)
             modules[f"stages.{i}.norm"] = (f"patch_embed_{letter}.norm",)
             modules[f"stages.{i}.bias"] = (f"relative_pos_{letter}",)
+        else:
+            modules[f"stages.{i}.embed"] = (f"pool{i + 1}.patch_aggregation",)
         for j in range(len(stage.blocks)):
-            block = f"stage{i + 1}.block_list.{j}" if reimpl else f"blocks_{letter}.{j}"
-            for ours, theirs in (REIMPL_BLOCK if reimpl else PAPER_BLOCK).items():
+            block = f"blocks_{letter}.{j}" if is_paper else f"stage{i + 1}.block_list.{j}"
+            for ours, (paper, reimpl) in IN_BLOCK.items():
+                theirs = (paper if is_paper else reimpl).split()
                 modules[f"stages.{i}.blocks.{j}.{ours}"] = tuple(f"{block}.{name}" for name in theirs)
     return modules
 
@@ -251,9 +224,9 @@ def _is_joint(key: str) -> bool:
 
 
 def _is_conv_matrix(model: CMT, key: str) -> bool:
-    """Whether the reference keeps this matrix as a 1x1 convolution (the re-implementation's `fc` is a linear layer)."""
-    names = (".expand.weight", ".project.weight") + (("fc.weight",) if model.variant == "paper" else ())
-    return key.endswith(names)
+    """Return whether the reference has a 1x1 convolution here; the re-implementation's fc is linear."""
+    in_ffn = key.endswith((".expand.weight", ".project.weight"))
+    return in_ffn or (key == "fc.weight" and model.variant == "paper")
 
 
 def _heads(model: CMT, key: str) -> int:
@@ -262,7 +235,7 @@ def _heads(model: CMT, key: str) -> int:
 
 
 def _unpack(model: CMT, key: str, tensor: Tensor) -> tuple[Tensor, ...]:
-    """One of our tensors as the reference's: rows split between its projections, matrices of convolutions 4-D."""
+    """Convert one of our tensors to the reference's: rows split by projection, convolutions 4-D."""
     if _is_conv_matrix(model, key):
         return (tensor[:, :, None, None],)
     if not _is_joint(key):
@@ -270,14 +243,13 @@ def _unpack(model: CMT, key: str, tensor: Tensor) -> tuple[Tensor, ...]:
     parts = tensor.chunk(2 if ".kv." in key else 3)  # (q,) k, v
     if model.variant == "paper":
         return tuple(part.clone() for part in parts)
-    kv = torch.cat(parts[-2:]).unflatten(
-        0, (2, _heads(model, key), -1)
-    )  # the re-implementation's rows: channel, head, k or v
+    # The re-implementation orders its rows by channel, then head, then k or v.
+    kv = torch.cat(parts[-2:]).unflatten(0, (2, _heads(model, key), -1))
     return (*(part.clone() for part in parts[:-2]), kv.transpose(0, 2).flatten(0, 2))
 
 
 def _pack(model: CMT, key: str, tensors: list[Tensor]) -> Tensor:
-    """The reference's tensors as one of ours: the inverse of _unpack."""
+    """Convert the reference's tensors to one of ours: the inverse of _unpack."""
     if _is_conv_matrix(model, key):
         return tensors[0][:, :, 0, 0]
     if not _is_joint(key):

@@ -1,11 +1,12 @@
-"""CMT: Convolutional Neural Networks Meet Vision Transformers (arXiv 2107.06263), in the paper's and the re-implementation's form.
+"""Build CMTs ("Convolutional Neural Networks Meet Vision Transformers") and register them with timm.
 
-The network, its sizes, and what timm asks of a model. Letters: B batch, C channels, H x W map, px image side in pixels.
+Letters: B batch, C channels, H x W map, px image side in pixels.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any, Literal, get_args
 
 import torch
@@ -15,15 +16,15 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from cmtrain.models.blocks import Block, FfnKernel, PointwiseConv, Stage, Stem, init_weights
+from cmtrain.models.blocks import Block, BlockOptions, FfnKernel, PointwiseConv, Stage, Stem, init_weights
 from cmtrain.models.position import (
     POSITION_MODULES,
     AbsolutePosition,
     AttentionBiasKind,
+    Variant,
     make_attention_bias,
 )
 
-Variant = Literal["paper", "reimpl"]
 BiasScope = Literal["stage", "block"]
 
 REDUCTIONS = (8, 4, 2, 1)  # of keys and values, per stage (paper, table 1)
@@ -32,7 +33,7 @@ HEADS = (1, 2, 4, 8)
 
 @dataclass(frozen=True)
 class Size:
-    """One column of the paper's table 1. The re-implementation widens the FFN of XS a little more: `reimpl_ffn_ratio`."""
+    """One column of the paper's table 1. The re-implementation's FFN of XS is a little wider."""
 
     image_px: int
     stem_channels: int
@@ -44,9 +45,7 @@ class Size:
 
 
 SIZES = {
-    "cmt_micro": Size(
-        32, 16, (16, 32, 64, 128), (1, 1, 2, 1), 2.0, 2.0, head_width=256
-    ),  # ours: demos and tests
+    "cmt_micro": Size(32, 16, (16, 32, 64, 128), (1, 1, 2, 1), 2.0, 2.0, head_width=256),  # ours
     "cmt_ti": Size(160, 16, (46, 92, 184, 368), (2, 2, 10, 2), 3.6, 3.6),
     "cmt_xs": Size(192, 16, (52, 104, 208, 416), (3, 3, 12, 3), 3.77, 3.8),
     "cmt_s": Size(224, 32, (64, 128, 256, 512), (3, 3, 16, 3), 4.0, 4.0),
@@ -69,53 +68,39 @@ def _square_px(img_size: int | tuple[int, int]) -> int:
 
 
 class CMT(nn.Module):
-    """CMT classifier: (B, in_chans, img_size, img_size) -> (B, num_classes). Built by `timm.create_model("cmt_ti")`.
+    """CMT classifier: (B, in_chans, img_size, img_size) -> (B, num_classes).
 
-    variant: "paper" is the authors' released network, "reimpl" the re-implementation whose ablations we reproduce.
+    variant: "paper" is the authors' released network, "reimpl" the re-implementation's
+        (FlyEgle/CMT-pytorch), whose ablations we reproduce.
     img_size: pixels per side, a multiple of 32 (four halvings, and 8-fold reduced keys in the first stage).
-    attention_bias, attention_bias_scope: which table is added to the scores and whether a stage's blocks share it; None
-        is the variant's own (paper: pairwise per stage, reimpl: relative per block).
-    absolute_position: adds a learned vector per pixel before the first stage's blocks (the re-implementation's `ape`).
-    absolute_position_px: image side, a multiple of 4, that its table is made for; None for img_size, another one is
-        resampled.
-    drop_rate: dropout before the classifier. attn_drop_rate: dropout of attention weights. proj_drop_rate: dropout
-        after the attention's projection and, in the paper's variant only, twice in the FFN.
-    drop_path_rate: of the last block, growing linearly from 0 at the first; on both branches of a block (paper) or on
-        the FFN's only (reimpl).
-    ffn_kernel: "fused" computes feed-forward networks and local perception units in Triton kernels, "eager" operation
-        by operation, "auto" is fused on a GPU that can and eager elsewhere. The same function; no parameter depends on
-        it.
+    attention_bias, attention_bias_scope: kind of the table that is added to the scores, and whether a
+        stage's blocks share it; None is the variant's own (pairwise per stage; reimpl: relative per block).
+    absolute_position: adds a learned vector per pixel before the first blocks (the re-implementation's ape).
+    absolute_position_px: image side of its table, a multiple of 4; resampled to img_size, the default.
+    drop_rate: dropout before the classifier. attn_drop_rate: dropout of attention weights. proj_drop_rate:
+        dropout after the attention's projection and, in the paper's variant only, twice in the FFN.
+    drop_path_rate: rate of the last block, growing linearly from 0; reimpl: on the FFN's branch only.
+    ffn_kernel: "fused" computes feed-forward networks and local perception units in Triton kernels, "eager"
+        operation by operation, "auto" is fused on a GPU that can and eager elsewhere. All compute the same.
     global_pool: "avg", or "" for the unpooled map, which needs num_classes=0.
 
-    Raises ValueError for an illegal option, for an illegal size, and for an input of another size than img_size.
+    Raises ValueError for an illegal option, an illegal size, and an input of another size than img_size.
     """
 
     def __init__(
-        self,
-        size: Size,
-        *,
-        img_size: int | tuple[int, int] | None = None,
-        in_chans: int = 3,
-        num_classes: int = 1000,
-        global_pool: str = "avg",
-        variant: Variant = "paper",
-        attention_bias: AttentionBiasKind | None = None,
-        attention_bias_scope: BiasScope | None = None,
-        absolute_position: bool = False,
-        absolute_position_px: int | None = None,
-        qkv_bias: bool = True,
-        drop_rate: float = 0.0,
-        attn_drop_rate: float = 0.0,
-        proj_drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
-        ffn_kernel: FfnKernel = "auto",
-    ):
+        self, size: Size, *, img_size: int | tuple[int, int] | None = None, in_chans: int = 3,
+        num_classes: int = 1000, global_pool: str = "avg", variant: Variant = "paper", qkv_bias: bool = True,
+        attention_bias: AttentionBiasKind | None = None, attention_bias_scope: BiasScope | None = None,
+        absolute_position: bool = False, absolute_position_px: int | None = None,
+        drop_rate: float = 0.0, attn_drop_rate: float = 0.0, proj_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0, ffn_kernel: FfnKernel = "auto",
+    ):  # fmt: skip
         super().__init__()
         _choose("ffn_kernel", ffn_kernel, get_args(FfnKernel))
         _choose("variant", variant, get_args(Variant))
-        reimpl = variant == "reimpl"
-        bias_kind = attention_bias or ("relative" if reimpl else "pairwise")
-        bias_scope = attention_bias_scope or ("block" if reimpl else "stage")
+        is_paper = variant == "paper"
+        bias_kind = attention_bias or ("pairwise" if is_paper else "relative")
+        bias_scope = attention_bias_scope or ("stage" if is_paper else "block")
         _choose("attention_bias", bias_kind, get_args(AttentionBiasKind))
         _choose("attention_bias_scope", bias_scope, get_args(BiasScope))
 
@@ -127,15 +112,8 @@ class CMT(nn.Module):
             {"num_chs": dim, "reduction": 4 << i, "module": f"stages.{i}"} for i, dim in enumerate(size.dims)
         ]
 
-        make_block = partial(
-            Block,
-            reimpl=reimpl,
-            qkv_bias=qkv_bias,
-            attn_drop=attn_drop_rate,
-            proj_drop=proj_drop_rate,
-            ffn_kernel=ffn_kernel,
-        )
-        ffn_ratio = size.reimpl_ffn_ratio if reimpl else size.ffn_ratio
+        options = BlockOptions(variant, qkv_bias, attn_drop_rate, proj_drop_rate, ffn_kernel)
+        ffn_ratio = size.ffn_ratio if is_paper else size.reimpl_ffn_ratio
         num_blocks = sum(size.depths)
         drop_path_probs = iter([drop_path_rate * i / (num_blocks - 1) for i in range(num_blocks)])
         self.stem = Stem(in_chans, size.stem_channels)
@@ -145,38 +123,23 @@ class CMT(nn.Module):
             zip(size.dims, size.depths, HEADS, REDUCTIONS, strict=True)
         ):
             side = self.img_size // 4 >> i
-            make_bias = partial(
-                make_attention_bias,
-                bias_kind,
-                reimpl=reimpl,
-                heads=heads,
-                queries_per_side=side,
-                reduction=reduction,
-            )
-            blocks = [
-                make_block(
-                    dim,
-                    int(dim * ffn_ratio),
-                    heads,
-                    reduction,
-                    make_bias() if bias_scope == "block" else None,
-                    drop_path_prob=next(drop_path_probs),
-                )
-                for _ in range(depth)
-            ]
+            make_bias = partial(make_attention_bias, bias_kind, variant, heads, side, reduction)
+            blocks = []
+            for drop_path_prob in islice(drop_path_probs, depth):
+                bias = make_bias() if bias_scope == "block" else None
+                hidden = int(dim * ffn_ratio)
+                blocks.append(Block(dim, hidden, heads, reduction, bias, drop_path_prob, options))
             table_side = absolute_position_px // 4 if absolute_position_px else side
             absolute = AbsolutePosition(dim, side, table_side) if absolute_position and i == 0 else None
             stage_bias = make_bias() if bias_scope == "stage" else None
-            self.stages.append(
-                Stage(in_channels, dim, reimpl=reimpl, absolute=absolute, bias=stage_bias, blocks=blocks)
-            )
+            self.stages.append(Stage(in_channels, dim, variant, absolute, stage_bias, blocks))
             in_channels = dim
 
         self.fc: nn.Module = PointwiseConv(in_channels, size.head_width)
-        self.fc_norm = None if reimpl else nn.BatchNorm2d(size.head_width)
+        self.fc_norm = nn.BatchNorm2d(size.head_width) if is_paper else None
         self.head: nn.Module = nn.Identity()
         self.apply(init_weights)
-        if reimpl:  # a linear layer on the pooled vector there, so it starts as one
+        if not is_paper:  # a linear layer on the pooled vector in the re-implementation, so it starts as one
             nn.init.trunc_normal_(self.fc.weight, std=0.02)
         self.reset_classifier(num_classes)
 
@@ -197,30 +160,19 @@ class CMT(nn.Module):
         return self.head
 
     def no_weight_decay(self) -> set[str]:
-        """Names of the position tables: decay would pull them towards "no position", not a simpler function."""
-        return {
-            f"{name}.table" for name, module in self.named_modules() if isinstance(module, POSITION_MODULES)
-        }
+        """Return the position tables: decay would pull them towards "no position", no simpler function."""
+        return {f"{name}.table" for name, part in self.named_modules() if isinstance(part, POSITION_MODULES)}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Depth of a parameter for timm's layer-wise learning-rate decay: by stage, or by block."""
-        blocks = (
-            r"^stages\.(\d+)"
-            if coarse
-            else [(r"^stages\.(\d+)\.blocks\.(\d+)", None), (r"^stages\.(\d+)", (0,))]
-        )
-        return {"stem": r"^stem", "blocks": blocks}
+        """Group parameters by depth, a stage or a block, for timm's layer-wise learning-rate decay."""
+        by_block = [(r"^stages\.(\d+)\.blocks\.(\d+)", None), (r"^stages\.(\d+)", (0,))]
+        return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else by_block}
 
     def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | Sequence[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Stage outputs (B, C, H, W) at strides 4 to 32, the call timm's `features_only` makes.
+        self, x: Tensor, indices: int | Sequence[int] | None = None, norm: bool = False,
+        stop_early: bool = False, output_fmt: str = "NCHW", intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:  # fmt: skip
+        """Return stage outputs (B, C, H, W) at strides 4 to 32. timm's `features_only` calls it.
 
         `norm` has no effect: CMT has no norm after its last stage.
         """
@@ -238,7 +190,7 @@ class CMT(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop what the stages in `indices` do not need, so that a backbone has no unused parameter."""
+        """Drop the layers behind the stages in `indices`, so that a backbone has no unused parameter."""
         take, last = feature_take_indices(len(self.stages), indices)
         self.stages = self.stages[: last + 1]
         if prune_head:
@@ -248,9 +200,8 @@ class CMT(nn.Module):
 
     def _enter(self, x: Tensor) -> Tensor:  # (B, in_chans, px, px) -> (B, C, px/2, px/2)
         if x.shape[-2:] != (self.img_size, self.img_size):
-            raise ValueError(
-                f"input is {x.shape[-2]}x{x.shape[-1]} px, the model was built for img_size={self.img_size}"
-            )
+            given = f"{x.shape[-2]}x{x.shape[-1]}"
+            raise ValueError(f"input is {given} px, the model was built for img_size={self.img_size}")
         return self.stem(x.contiguous(memory_format=torch.channels_last))
 
     def forward_features(self, x: Tensor) -> Tensor:  # (B, in_chans, px, px) -> (B, C, px/32, px/32)
@@ -293,7 +244,7 @@ default_cfgs = generate_default_cfgs({name: _cfg(size) for name, size in SIZES.i
 
 
 def _create(name: str, pretrained: bool, *, variant: Variant = "paper", **kwargs: Any) -> nn.Module:
-    # `variant` is bound here because timm's builder uses the word for the model's name.
+    # `variant` is bound here because timm's builder has an argument of that name.
     features = {"out_indices": (0, 1, 2, 3), "feature_cls": "getter"}
     build = partial(CMT, SIZES[name], variant=variant)
     return build_model_with_cfg(build, name, pretrained, feature_cfg=features, **kwargs)

@@ -1,8 +1,8 @@
-"""How many bytes a forward and a backward pass move, and in how many kernels: figures that need no GPU and never vary.
+"""Count the bytes, kernels and floating-point operations of a model's passes, without a GPU.
 
-CMT is bound by memory traffic, not by arithmetic (docs/performance.md), so bytes are what a change to the model has to
-answer for. The passes run on fake tensors, which have shapes, strides and dtypes but no memory, and every operation is
-charged what it reads and writes.
+Memory traffic bounds CMT, not arithmetic (docs/performance.md), so a change to the model is judged by its
+bytes. The passes run on fake tensors, which have shapes, strides and dtypes but no memory. Every operation
+is charged its reads and writes, so the counts never vary.
 """
 
 import collections
@@ -23,9 +23,12 @@ from torch.utils.flop_counter import FlopCounterMode
 NO_KERNEL = {"_unsafe_view", "detach", "alias", "lift_fresh"}
 
 
+# ---- bytes and kernels
+
+
 @dataclass(frozen=True)
 class Traffic:
-    """What one pass over a batch moves, per image. Operations that only make a view, or allocate, are no kernels."""
+    """Bytes per image and kernels of a pass over a batch. Operations that only view or allocate are none."""
 
     forward_bytes: float
     backward_bytes: float
@@ -45,12 +48,11 @@ class Traffic:
 def count(
     model: nn.Module, *, image_px: int, batch: int = 256, dtype: torch.dtype = torch.float16
 ) -> Traffic:
-    """Traffic of `model` on CUDA under autocast to `dtype` (none for float32).
+    """Count the traffic of `model` on CUDA under autocast to `dtype` (none for float32).
 
-    Of forward and backward for a model in train(), of inference for one in eval(). Optimizer, augmentation and loss are
-    left out; so is what a cache saves, and what a kernel re-reads because of it.
-    The model is left as it is and may be on any device, "meta" included. A CMT has to say with `ffn_kernel` what it
-    runs: "auto" would ask a GPU.
+    Counts forward and backward pass of a model in train(), the forward pass of one in eval(). Optimizer,
+    augmentation and loss are left out, and every effect of a cache. The model is not changed and may be
+    on any device, also "meta". Where a CMT's `ffn_kernel` is "auto", the GPU decides.
     """
     counter = _Counter()
     with FakeTensorMode():
@@ -64,12 +66,10 @@ def count(
             if model.training:
                 logits.backward(torch.empty_like(logits))
     return Traffic(
-        forward_bytes=forward_bytes / batch,
-        backward_bytes=(counter.bytes.total() - forward_bytes) / batch,
-        forward_kernels=forward_kernels,
-        backward_kernels=counter.kernels - forward_kernels,
-        bytes_by_op={name: amount / batch for name, amount in counter.bytes.most_common()},
-    )
+        forward_bytes / batch, (counter.bytes.total() - forward_bytes) / batch,
+        forward_kernels, counter.kernels - forward_kernels,
+        {name: amount / batch for name, amount in counter.bytes.most_common()},
+    )  # fmt: skip
 
 
 def _fake(tensor: Tensor) -> Tensor:
@@ -77,17 +77,16 @@ def _fake(tensor: Tensor) -> Tensor:
 
 
 def _bytes(tree: Any) -> int:
-    return sum(_bytes_of(leaf) for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
-
-
-def _bytes_of(tensor: Tensor) -> int:
-    # What was expanded is read from a cache.
-    sides = [side for side, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride]
-    return math.prod(sides) * tensor.element_size()
+    total = 0
+    for tensor in tree_leaves(tree):
+        if isinstance(tensor, Tensor):  # an expanded side has stride 0: it is read once, then from a cache
+            sides = [side for side, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride]
+            total += math.prod(sides) * tensor.element_size()
+    return total
 
 
 class _Counter(TorchDispatchMode):
-    """Charges every kernel what it is given and what it gives, and some for reading their input more than once."""
+    """Charges every kernel its inputs and outputs, and some kernels for reading an input more than once."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -99,7 +98,7 @@ class _Counter(TorchDispatchMode):
         name = func._overloadpacket.__name__
         if func.is_view or func.namespace == "prim" or name in NO_KERNEL or "empty" in name:
             return out
-        amount = _bytes(args) + _bytes(kwargs) + _bytes(out)
+        amount = _bytes((args, kwargs, out))
         if name == "native_batch_norm":  # statistics first, then again to normalise
             amount += _bytes(args[0])
         elif name == "native_batch_norm_backward":  # likewise, of gradient and input
@@ -112,9 +111,9 @@ class _Counter(TorchDispatchMode):
 
 
 class _Cuda(TorchFunctionMode):
-    """Fake tensors of the CPU answer as those of CUDA would; a fake backward on CUDA needs a real device.
+    """Makes fake tensors of the CPU behave like those of CUDA, whose fake backward needs a real device.
 
-    Of the rules that differ between the two autocasts, those for normalisation, softmax and attention concern us.
+    The two autocasts differ in rules; those for normalisation, softmax and attention concern a CMT.
     """
 
     def __torch_function__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -130,35 +129,31 @@ class _Cuda(TorchFunctionMode):
 
 
 def _efficient_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    scale: float | None = None,
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **options: float
 ) -> Tensor:
     dtype = torch.get_autocast_dtype("cpu")
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     bias = None if attn_mask is None else attn_mask.to(dtype).expand(*q.shape[:3], k.shape[2])
     attention = torch.ops.aten._scaled_dot_product_efficient_attention
-    return attention(
-        q, k, v, bias, compute_log_sumexp=torch.is_grad_enabled(), dropout_p=dropout_p, scale=scale
-    )[0]
+    return attention(q, k, v, bias, compute_log_sumexp=torch.is_grad_enabled(), **options)[0]
+
+
+# ---- floating-point operations
 
 
 @torch.no_grad()
 def training_flops_per_image(model: nn.Module, image_px: int) -> int:
-    """Floating-point operations of forward and backward pass for one image; a multiply-add is two.
+    """Count the floating-point operations of forward and backward pass for one image; a multiply-add is two.
 
-    The backward pass is counted as two forward passes, as is usual (torch's counter takes the backward pass of a
-    grouped convolution for that of a dense one). Changes nothing; one forward pass of one image in evaluation mode,
-    0.3 s for cmt_ti at 160 px on one CPU core, most of it the counter's own start.
+    The backward pass counts as two forward passes, as is usual: torch's counter takes the backward pass of a
+    grouped convolution for that of a dense one. Runs one forward pass of one image in evaluation mode and
+    changes nothing: 0.3 s for cmt_ti at 160 px on one CPU core, most of it the counter's own start.
     """
     parameter = next(model.parameters())
     image = torch.zeros(1, 3, image_px, image_px, device=parameter.device, dtype=parameter.dtype)
     was_training = model.training
     model.eval()
-    # Detached: the counter wants to follow what requires a gradient, which a view of a parameter cannot offer here.
+    # Detached: the counter would follow gradients, which a view of a parameter cannot offer here.
     detached = {name: value.detach() for name, value in model.named_parameters()}
     with FlopCounterMode(display=False) as counter:
         torch.func.functional_call(model, detached, (image,))

@@ -1,47 +1,43 @@
-"""Do the Triton kernels of a CMT compute on this GPU what torch computes? Asked before they train anything."""
+"""Check before training that a CMT's Triton kernels compute on this GPU what torch computes."""
 
 import copy
 import warnings
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from cmtrain.models.blocks import FeedForward, FfnKernel, ResidualDepthwiseConv
+from cmtrain.models.position import Variant
 
+Part = FeedForward | ResidualDepthwiseConv
 # Small, with a hidden width that is no multiple of anything and a map that is no multiple of a tile.
 DIM, HIDDEN, SIDE, BATCH = 24, 37, 7, 3
 TOLERANCES = {torch.float32: 2e-2, torch.float16: 5e-2}  # TF32 has ten bits, as fp16 has
 
 
 def use_fused_where_it_agrees(model: nn.Module) -> None:
-    """Leave what is "auto" in `model` to the kernels only if those agree with torch where it lies.
+    """Make the "auto" parts of `model` "eager" unless the kernels agree with torch on its device.
 
-    A compiler or a driver that gets them wrong then costs speed, and a warning says so, not a run.
+    So a compiler or driver that gets the kernels wrong costs speed and a warning, not a run.
     """
-    parts = _undecided(model)
+    parts = [part for part in model.modules() if isinstance(part, Part) and part.kernel == "auto"]
     device = _device_of(model)
     if device.type != "cuda" or not parts:
         return
     try:
-        reimpl = any(isinstance(part, FeedForward) and not part.residual_before_norm for part in parts)
-        errors = {dtype: worst_error(device, dtype, reimpl=reimpl) for dtype in TOLERANCES}
+        (variant,) = {part.variant for part in parts if isinstance(part, FeedForward)}
+        errors = {dtype: worst_error(device, dtype, variant=variant) for dtype in TOLERANCES}
         wrong = [
             f"{dtype}: {error:.1e}" for dtype, error in errors.items() if not error <= TOLERANCES[dtype]
         ]
         trouble = f"differ from torch's results by {', '.join(wrong)}" if wrong else ""
-    except Exception as error:  # whatever Triton, its compiler or the driver raise: there is another way
-        trouble = f"do not run: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    except Exception as error:  # from Triton, its compiler or the driver: the model runs without them
+        trouble = f"do not run: {type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
     if trouble:
-        warnings.warn(
-            f"model.ffn_kernel: the fused kernels {trouble}; computing operation by operation", stacklevel=2
-        )
+        message = f"model.ffn_kernel: the fused kernels {trouble}; computing operation by operation"
+        warnings.warn(message, stacklevel=2)
         for part in parts:
             part.kernel = "eager"
-
-
-def _undecided(model: nn.Module) -> list[FeedForward | ResidualDepthwiseConv]:
-    parts = [m for m in model.modules() if isinstance(m, FeedForward | ResidualDepthwiseConv)]
-    return [part for part in parts if part.kernel == "auto"]
 
 
 def _device_of(model: nn.Module) -> torch.device:
@@ -49,38 +45,33 @@ def _device_of(model: nn.Module) -> torch.device:
 
 
 def worst_error(
-    device: torch.device, dtype: torch.dtype, kernel: FfnKernel = "auto", *, reimpl: bool = False
+    device: torch.device, dtype: torch.dtype, kernel: FfnKernel = "auto", *, variant: Variant = "paper"
 ) -> float:
-    """Of a perception unit and of a feed-forward network the larger difference from what torch computes; see _error."""
+    """Return the largest difference from torch, of a perception unit and an FFN; see _error."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
-        parts = ResidualDepthwiseConv(DIM), FeedForward(DIM, HIDDEN, reimpl=reimpl, drop=0.0)
+        parts = ResidualDepthwiseConv(DIM), FeedForward(DIM, HIDDEN, variant=variant, drop=0.0)
         return max(_error(part, device, dtype, kernel) for part in parts)
 
 
-def _error(
-    part: FeedForward | ResidualDepthwiseConv, device: torch.device, dtype: torch.dtype, kernel: FfnKernel
-) -> float:
-    """Largest difference in a tensor, of the output, the gradients and the statistics, relative to its norm."""
+def _error(part: Part, device: torch.device, dtype: torch.dtype, kernel: FfnKernel) -> float:
+    """Return the largest difference in the output, a gradient or a statistic, relative to its norm."""
     for parameter in part.parameters():
         nn.init.normal_(parameter, std=0.3)
     if isinstance(part, FeedForward):
-        part.project_norm.eval()  # on batch statistics it would let no gradient through to the shifts before it
+        part.project_norm.eval()  # batch statistics would pass no gradient on to the shifts before it
     x, weight = torch.randn(2, BATCH, DIM, SIDE, SIDE).to(device)
     eager = part.to(device)
     fused = copy.deepcopy(eager)
     eager.kernel, fused.kernel = "eager", kernel
     results = []
     for network in (eager, fused):
-        taken = x.to(memory_format=torch.channels_last).requires_grad_()
+        images = x.to(memory_format=torch.channels_last).requires_grad_()
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            out = network(taken)
-        gradients = torch.autograd.grad((out.float() * weight).sum(), [taken, *network.parameters()])
+            out = network(images)
+        gradients = torch.autograd.grad((out.float() * weight).sum(), [images, *network.parameters()])
         statistics = [buffer for buffer in network.buffers() if buffer.is_floating_point()]
         results.append([out, *gradients, *statistics])
-    return max(_difference(expected, found) for expected, found in zip(*results, strict=True))
-
-
-def _difference(expected: Tensor, found: Tensor) -> float:
-    error = (expected.float() - found.float()).norm() / expected.float().norm().clamp(min=1e-6)
-    return error.nan_to_num(nan=torch.inf).item()
+    pairs = [(expected.float(), found.float()) for expected, found in zip(*results, strict=True)]
+    errors = [(expected - found).norm() / expected.norm().clamp(min=1e-6) for expected, found in pairs]
+    return torch.stack(errors).nan_to_num(nan=torch.inf).max().item()

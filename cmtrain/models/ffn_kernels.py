@@ -1,14 +1,14 @@
-"""Triton kernels of the fused feed-forward network. ffn_operators.py launches them and says what each computes.
+"""Compute the feed-forward network in Triton kernels. ffn_operators.py launches and documents them.
 
 Letters: M = B * H * W rows, C channels, h (here H) hidden channels, p (here P) = h rounded up.
 
-Programs of the same rows start one after another (the grid's first axis is columns), so that what they all read comes
-from the device's memory once and from its L2 cache then: the counted bytes (traffic.py) take that for granted.
+Programs of the same rows start one after another (the grid's first axis is columns). So the device's memory
+delivers their common input once, and then its L2 cache does. The counted bytes (cost.py) rely on it.
 
-Sums over rows are taken in fp32, always in the same order: no atomics, so equal inputs, equal bits. They are kept for
-each place of a tile, and taken over its rows once a program, because for that threads exchange them. An H100 issues
-some 10 instructions in the time in which it moves a byte, so instructions are counted, too
-(tests/helpers/cross_compile.py).
+Sums over rows are fp32, always in the same order and without atomics: equal inputs give equal bits. Each
+place of a tile keeps its own sum. They are added over the tile's rows once per program, because threads
+exchange them for that. An H100 issues some 10 instructions in the time in which it moves a byte, so
+instructions are counted, too (tests/helpers/cross_compile.py).
 """
 
 import triton
@@ -19,10 +19,10 @@ import triton.language as tl
 
 @triton.jit
 def _upper_tail(z):
-    """The normal distribution's integral from |z| on, and exp(-z * z / 2), which GELU's derivative needs too.
+    """Return the normal distribution's integral from |z| on, and exp(-z * z / 2) for GELU's derivative.
 
-    Abramowitz and Stegun 7.1.26: the error of erf is at most 1.5e-7, as large as fp32's rounding of it. rsqrt and exp2
-    are one instruction each, where a division is seven and exp five.
+    Abramowitz and Stegun 7.1.26: the error of erf is at most 1.5e-7, as large as fp32's rounding of it.
+    rsqrt and exp2 are one instruction each, where a division is seven and exp five.
     """
     root = tl.rsqrt(1.0 + 0.23164189 * tl.abs(z))  # 0.3275911 / sqrt(2)
     t = root * root
@@ -48,9 +48,9 @@ def _gelu_and_slope(z):
 
 @triton.jit
 def _welford(tile, inside, i, mean, m2):
-    """Mean and squared deviations at each place of a tile with the i-th tile more: nothing cancels, nothing is summed.
+    """Add the i-th tile to mean and squared deviations at each of its places, without cancellation.
 
-    A place outside stays as it is; as only the last tiles have any, the others have seen i before.
+    Places outside keep theirs. Only the last tiles have such places: every other place has counted i tiles.
     """
     away = tl.where(inside, tile - mean, 0.0)
     mean += away * (1.0 / (i + 1))
@@ -59,7 +59,7 @@ def _welford(tile, inside, i, mean, m2):
 
 @triton.jit
 def _over_rows(mean, m2, part, rows, ROWS: tl.constexpr, TILES: tl.constexpr):
-    """_welford's answers of all rows of a tile as those of one, merged as Chan et al. do."""
+    """Merge _welford's results over the rows of a tile, as Chan et al. do."""
     left = rows - part * TILES * ROWS - tl.arange(0, ROWS)
     count = tl.minimum(tl.maximum((left + ROWS - 1) // ROWS, 0), TILES).to(tl.float32)[:, None]
     total = tl.sum(mean * count, 0) / tl.maximum(tl.sum(count), 1.0)
@@ -158,7 +158,7 @@ def depthwise_kernel(
         y, x = pixel // WIDTH, pixel % WIDTH
         at = row.to(tl.int64)[:, None] * P + column[None, :]
         inside = (row < rows)[:, None] & (column < P)[None, :]
-        # Read again for every tile: kept, they would be spilled.
+        # Read again for every tile: registers do not hold it that long.
         bias = tl.load(weight + 9 * P + column, mask=column < P, other=0.0)
         total = tl.zeros([ROWS, COLUMNS], tl.float32) + bias[None, :]
         if not PLAIN:
@@ -267,17 +267,17 @@ def project_grad_kernel(
 
 
 @triton.jit
-def _through_tap(
-    dz, weight, at, inside, x, y, column, normal, total, d_tap,
+def _tap(
+    dz, weight, at, inside, x, y, column, normal, total, tap,
     TAP: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of input and tap with what came back through the tap, by the row on its other side, added."""
+    """Add to the gradients of input and tap what comes back through it from the row on its other side."""
     dy: tl.constexpr = 1 - TAP // 3
     dx: tl.constexpr = 1 - TAP % 3
     on_map = _on_map(x + dx, y + dy, HEIGHT, WIDTH)
     near = tl.load(dz + at + (dy * WIDTH + dx) * P, mask=inside & on_map, other=0.0).to(tl.float32)
     w = tl.load(weight + TAP * P + column, mask=column < P, other=0.0)[None, :]
-    return total + near * w, d_tap + near * normal
+    return total + near * w, tap + near * normal
 
 
 @triton.jit
@@ -290,8 +290,8 @@ def depthwise_grad_kernel(
     part = tl.program_id(1)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     none = tl.zeros([ROWS, COLUMNS], tl.float32)
-    d_tap0, d_tap1, d_tap2, d_tap3, d_tap4 = none, none, none, none, none
-    d_tap5, d_tap6, d_tap7, d_tap8, d_bias, d_shift, d_scale = none, none, none, none, none, none, none
+    tap0, tap1, tap2, tap3, tap4 = none, none, none, none, none
+    tap5, tap6, tap7, tap8, d_bias, d_shift, d_scale = none, none, none, none, none, none, none
     for i in range(TILES):
         row = (part * TILES + i) * ROWS + tl.arange(0, ROWS)
         pixel = row % (HEIGHT * WIDTH)
@@ -309,33 +309,15 @@ def depthwise_grad_kernel(
         d_bias += total
         if SKIP:
             total = tl.load(skip + at, mask=inside, other=0.0).to(tl.float32)
-        total, d_tap0 = _through_tap(
-            dz, weight, at, inside, x, y, column, normal, total, d_tap0, 0, HEIGHT, WIDTH, P
-        )
-        total, d_tap1 = _through_tap(
-            dz, weight, at, inside, x, y, column, normal, total, d_tap1, 1, HEIGHT, WIDTH, P
-        )
-        total, d_tap2 = _through_tap(
-            dz, weight, at, inside, x, y, column, normal, total, d_tap2, 2, HEIGHT, WIDTH, P
-        )
-        total, d_tap3 = _through_tap(
-            dz, weight, at, inside, x, y, column, normal, total, d_tap3, 3, HEIGHT, WIDTH, P
-        )
-        total, d_tap4 = _through_tap(
-            dz, weight, at, inside, x, y, column, normal, total, d_tap4, 4, HEIGHT, WIDTH, P
-        )
-        total, d_tap5 = _through_tap(
-            dz, weight, at, inside, x, y, column, normal, total, d_tap5, 5, HEIGHT, WIDTH, P
-        )
-        total, d_tap6 = _through_tap(
-            dz, weight, at, inside, x, y, column, normal, total, d_tap6, 6, HEIGHT, WIDTH, P
-        )
-        total, d_tap7 = _through_tap(
-            dz, weight, at, inside, x, y, column, normal, total, d_tap7, 7, HEIGHT, WIDTH, P
-        )
-        total, d_tap8 = _through_tap(
-            dz, weight, at, inside, x, y, column, normal, total, d_tap8, 8, HEIGHT, WIDTH, P
-        )
+        total, tap0 = _tap(dz, weight, at, inside, x, y, column, normal, total, tap0, 0, HEIGHT, WIDTH, P)
+        total, tap1 = _tap(dz, weight, at, inside, x, y, column, normal, total, tap1, 1, HEIGHT, WIDTH, P)
+        total, tap2 = _tap(dz, weight, at, inside, x, y, column, normal, total, tap2, 2, HEIGHT, WIDTH, P)
+        total, tap3 = _tap(dz, weight, at, inside, x, y, column, normal, total, tap3, 3, HEIGHT, WIDTH, P)
+        total, tap4 = _tap(dz, weight, at, inside, x, y, column, normal, total, tap4, 4, HEIGHT, WIDTH, P)
+        total, tap5 = _tap(dz, weight, at, inside, x, y, column, normal, total, tap5, 5, HEIGHT, WIDTH, P)
+        total, tap6 = _tap(dz, weight, at, inside, x, y, column, normal, total, tap6, 6, HEIGHT, WIDTH, P)
+        total, tap7 = _tap(dz, weight, at, inside, x, y, column, normal, total, tap7, 7, HEIGHT, WIDTH, P)
+        total, tap8 = _tap(dz, weight, at, inside, x, y, column, normal, total, tap8, 8, HEIGHT, WIDTH, P)
         gradient = total.to(dn.dtype.element_ty)
         tl.store(dn + at, gradient, mask=inside)
         if not PLAIN:
@@ -343,15 +325,15 @@ def depthwise_grad_kernel(
             d_shift += total
             d_scale += total * active
     to = sums + part * SUMS * P + column
-    tl.store(to + 0 * P, tl.sum(d_tap0, 0), mask=column < P)
-    tl.store(to + 1 * P, tl.sum(d_tap1, 0), mask=column < P)
-    tl.store(to + 2 * P, tl.sum(d_tap2, 0), mask=column < P)
-    tl.store(to + 3 * P, tl.sum(d_tap3, 0), mask=column < P)
-    tl.store(to + 4 * P, tl.sum(d_tap4, 0), mask=column < P)
-    tl.store(to + 5 * P, tl.sum(d_tap5, 0), mask=column < P)
-    tl.store(to + 6 * P, tl.sum(d_tap6, 0), mask=column < P)
-    tl.store(to + 7 * P, tl.sum(d_tap7, 0), mask=column < P)
-    tl.store(to + 8 * P, tl.sum(d_tap8, 0), mask=column < P)
+    tl.store(to + 0 * P, tl.sum(tap0, 0), mask=column < P)
+    tl.store(to + 1 * P, tl.sum(tap1, 0), mask=column < P)
+    tl.store(to + 2 * P, tl.sum(tap2, 0), mask=column < P)
+    tl.store(to + 3 * P, tl.sum(tap3, 0), mask=column < P)
+    tl.store(to + 4 * P, tl.sum(tap4, 0), mask=column < P)
+    tl.store(to + 5 * P, tl.sum(tap5, 0), mask=column < P)
+    tl.store(to + 6 * P, tl.sum(tap6, 0), mask=column < P)
+    tl.store(to + 7 * P, tl.sum(tap7, 0), mask=column < P)
+    tl.store(to + 8 * P, tl.sum(tap8, 0), mask=column < P)
     tl.store(to + 9 * P, tl.sum(d_bias, 0), mask=column < P)
     tl.store(to + 10 * P, tl.sum(d_shift, 0), mask=column < P)
     tl.store(to + 11 * P, tl.sum(d_scale, 0), mask=column < P)

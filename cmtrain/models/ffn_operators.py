@@ -1,44 +1,51 @@
-"""The fused feed-forward network's kernels as operators, which autograd, torch.compile and fake tensors can meet.
+"""Launch the kernels of the feed-forward network, as operators for autograd, torch.compile and fake tensors.
 
-What they compute adds up to the network as fused_ffn.py tells. Letters: M = B * H * W rows, C channels, h hidden
-channels, p = h rounded up to PITCH.
+fused_ffn.py has the algebra. Letters: M = B * H * W rows, C channels, h hidden channels, p = padded(h).
 
-Hidden tensors are (M, p): rows begin at multiples of 32 bytes, so that loads are vectors whatever h is (CMT-Ti's are
-165, 331, 662 and 1324). The last p - h columns are zero in all of them, forward and backward, because weights are read
-as zero there. Parameters and their gradients are never padded.
+Hidden tensors are (M, p): rows begin at multiples of 32 bytes, so that loads are vectors whatever h is
+(CMT-Ti's are 165, 331, 662 and 1324). The last p - h columns are zero in all of them, forward and backward,
+because weights are read as zero there. Parameters and their gradients are never padded.
 
-All of it runs on a CPU, slowly, in processes that have TRITON_INTERPRET=1.
+On a CPU everything runs, slowly, in processes that have TRITON_INTERPRET=1.
 """
+
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import triton
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
-from cmtrain.models.ffn_kernels import (
-    depthwise_grad_kernel,
-    depthwise_kernel,
-    expand_grad_kernel,
-    expand_kernel,
-    normalise_grad_kernel,
-    normalise_kernel,
-    project_grad_kernel,
-    project_kernel,
-    project_weight_grad_kernel,
-)
+from cmtrain.models import ffn_kernels as kernels
 
 PITCH = 16
-ROWS = 64  # of a tile
-GEMM_COLUMNS, GEMM_INNER = 64, 32  # of a tile of a matrix product
-GEMM_CHANNELS = 128  # of one that has the network's input or output for columns, at most
-MAP_COLUMNS = 32  # of a tile of everything else: 64 bytes in half precision, two sectors
-GRAD_ROWS = 32  # of a tile of depthwise_grad, which keeps twelve sums for each of its places
-# Consecutive tiles of rows that a program works on: fewer partial sums to add up, but programs enough for a large GPU.
+ROWS = 64  # rows of a tile
+GEMM_COLUMNS, GEMM_INNER = 64, 32  # columns and inner size of a tile of a matrix product
+GEMM_CHANNELS = 128  # most columns of a tile that has the network's input or output for columns
+MAP_COLUMNS = 32  # columns of every other tile: 64 bytes in half precision, two sectors
+GRAD_ROWS = 32  # rows of a tile of depthwise_grad, which keeps twelve sums for each of its places
+# Consecutive tiles of rows per program: fewer partial sums to add, but programs enough for a large GPU.
 MAX_TILES, MIN_PROGRAMS = 16, 1024
-SUMS = 12  # that depthwise_grad takes: nine taps, bias, shift, scale
+SUMS = 12  # sums of depthwise_grad: nine taps, bias, shift, scale
 # So that two or more programs fit a multiprocessor of sm_80 or sm_90.
 LAUNCH = {"num_warps": 8, "enable_fp_fusion": True}
-# A product whose left side is made in registers: with more warps, each row's would be made by two of them.
+# A product whose left side is made in registers: with more warps, two of them would make each row's.
 PRODUCT_LAUNCH = LAUNCH | {"num_warps": 4}
+
+Function = TypeVar("Function", bound=Callable)
+
+
+def _operator(function: Function) -> Function:
+    """Register `function` with torch, also for fake tensors, where its launches do nothing."""
+    operator = torch.library.custom_op(f"cmtrain::ffn_{function.__name__}", mutates_args=())(function)
+    operator.register_fake(function)
+    return operator  # type: ignore[return-value]
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    if not isinstance(arguments[0], FakeTensor):
+        kernel[grid](*arguments, **constants)
 
 
 def _cdiv(total: int, size: int) -> int:  # triton.cdiv takes 5 us, and a step would call it a thousand times
@@ -58,10 +65,6 @@ def _num_partials(rows: int, pitch: int) -> int:
     return _cdiv(rows, ROWS * _tiles(rows, pitch))
 
 
-def _grad_tiles(rows: int, pitch: int) -> int:
-    return _tiles(rows, pitch) * (ROWS // GRAD_ROWS)
-
-
 def _depthwise_launch(z: Tensor) -> dict[str, int]:
     return LAUNCH | {"maxnreg": 128} if z.itemsize == 2 else LAUNCH  # in fp32 that would spill too much
 
@@ -75,22 +78,30 @@ def _precision(x: Tensor) -> str:
     return "tf32" if x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
-def _like(x: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+def _empty(x: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, device=x.device, dtype=dtype)
 
 
-@torch.library.custom_op("cmtrain::ffn_expand", mutates_args=())
-def expand(x: Tensor, weight: Tensor, bias: Tensor, training: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """gelu(x @ weight.T + bias): (M, C), (h, C), (h,) -> before GELU (M, p), after it (M, p), and sums of that.
+# ---- forward
 
-    In training, the sums are (parts, p) means and squared deviations of equal parts of the rows. Else they and what is
-    before GELU are empty.
+
+@_operator
+def expand(x: Tensor, weight: Tensor, bias: Tensor, training: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """gelu(x @ weight.T + bias): (M, C), (h, C), (h,) -> before GELU (M, p), after it (M, p), its sums.
+
+    In training, the sums are (parts, p) means and squared deviations of equal parts of the rows. In
+    evaluation the sums and the tensor before GELU are empty.
     """
-    z, a, means, m2s = _expand_fake(x, weight, bias, training)
-    (rows, channels), hidden, pitch = x.shape, weight.shape[0], a.shape[1]
-    # Bound by what it writes where there are few channels, by reading x again and again where there are many.
+    (rows, channels), hidden = x.shape, weight.shape[0]
+    pitch = padded(hidden)
+    num_partials = _num_partials(rows, pitch)
+    z = _empty(x, rows if training else 0, pitch, dtype=x.dtype)
+    a = _empty(x, rows, pitch, dtype=x.dtype)
+    means, m2s = (_empty(x, num_partials if training else 0, pitch) for _ in range(2))
+    # With few channels the writes bound it, with many the repeated reads of x.
     columns = MAP_COLUMNS if channels <= GEMM_COLUMNS else GEMM_COLUMNS
-    expand_kernel[(_cdiv(pitch, columns), _num_partials(rows, pitch))](
+    _launch(
+        kernels.expand_kernel, (_cdiv(pitch, columns), num_partials),
         x, weight, bias, z, a, means, m2s, rows,
         C=channels, H=hidden, P=pitch, TRAINING=training, PRECISION=_precision(x),
         ROWS=ROWS, COLUMNS=columns, INNER=GEMM_INNER, TILES=_tiles(rows, pitch), **LAUNCH,
@@ -98,51 +109,37 @@ def expand(x: Tensor, weight: Tensor, bias: Tensor, training: bool) -> tuple[Ten
     return z, a, means, m2s
 
 
-@expand.register_fake
-def _expand_fake(
-    x: Tensor, weight: Tensor, bias: Tensor, training: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows, pitch = x.shape[0], padded(weight.shape[0])
-    kept, parts = (rows, _num_partials(rows, pitch)) if training else (0, 0)
-    z, a = _like(x, kept, pitch, dtype=x.dtype), _like(x, rows, pitch, dtype=x.dtype)
-    return z, a, _like(x, parts, pitch), _like(x, parts, pitch)
-
-
-@torch.library.custom_op("cmtrain::ffn_normalise", mutates_args=())
+@_operator
 def normalise(means: Tensor, m2s: Tensor, gamma: Tensor, beta: Tensor, rows: int, eps: float) -> Tensor:
-    """Statistics of all rows from those of their parts -> (5, p): mean, unbiased variance, 1 / deviation, scale, shift.
+    """Merge the statistics of parts -> (5, p): mean, unbiased variance, 1 / deviation, scale, shift.
 
-    scale * a + shift is BatchNorm's answer to a (which divides by the biased deviation); gamma and beta are its weight
-    and bias, (h,).
+    scale * a + shift is BatchNorm, which divides by the biased deviation; gamma and beta (h,) are its own.
     """
-    out = _normalise_fake(means, m2s, gamma, beta, rows, eps)
     parts, pitch = means.shape
-    normalise_kernel[(_cdiv(pitch, MAP_COLUMNS),)](
+    out = _empty(means, 5, pitch)
+    _launch(
+        kernels.normalise_kernel, (_cdiv(pitch, MAP_COLUMNS),),
         means, m2s, gamma, beta, out, rows, eps, parts, ROWS * _tiles(rows, pitch),
         H=gamma.shape[0], P=pitch, COLUMNS=MAP_COLUMNS, PARTS=ROWS, **LAUNCH,
     )  # fmt: skip
     return out
 
 
-@normalise.register_fake
-def _normalise_fake(
-    means: Tensor, m2s: Tensor, gamma: Tensor, beta: Tensor, rows: int, eps: float
-) -> Tensor:
-    return _like(means, 5, means.shape[1])
-
-
-@torch.library.custom_op("cmtrain::ffn_depthwise", mutates_args=())
+@_operator
 def depthwise(
     a: Tensor, scale: Tensor | None, shift: Tensor | None, weight: Tensor,
     height: int, width: int, residual: bool, training: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """conv3x3(n), with `residual` n + conv3x3(n), of n = scale * a + shift: (M, p), (p,), (p,), (10, p) -> (M, p).
+    """conv3x3(n), plus n with `residual`, of n = scale * a + shift: (M, p), (p,), (p,), (10, p) -> (M, p).
 
-    weight holds the nine taps and the bias. Without scale and shift n is a. And sums of its GELU, as expand's.
+    weight: nine taps and the bias. Without scale and shift n is a. Also returns sums, like expand.
     """
-    z, means, m2s = _depthwise_fake(a, scale, shift, weight, height, width, residual, training)
     rows, pitch = a.shape
-    depthwise_kernel[(_cdiv(pitch, MAP_COLUMNS), _num_partials(rows, pitch))](
+    num_partials = _num_partials(rows, pitch)
+    z = torch.empty_like(a)
+    means, m2s = (_empty(a, num_partials if training else 0, pitch) for _ in range(2))
+    _launch(
+        kernels.depthwise_kernel, (_cdiv(pitch, MAP_COLUMNS), num_partials),
         a, scale, shift, weight, z, means, m2s, rows,
         HEIGHT=height, WIDTH=width, P=pitch, RESIDUAL=residual, PLAIN=scale is None, TRAINING=training,
         ROWS=ROWS, COLUMNS=MAP_COLUMNS, TILES=_tiles(rows, pitch), **_depthwise_launch(z),
@@ -150,72 +147,58 @@ def depthwise(
     return z, means, m2s
 
 
-@depthwise.register_fake
-def _depthwise_fake(
-    a: Tensor, scale: Tensor | None, shift: Tensor | None, weight: Tensor,
-    height: int, width: int, residual: bool, training: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    parts = _num_partials(*a.shape) if training else 0
-    return torch.empty_like(a), _like(a, parts, a.shape[1]), _like(a, parts, a.shape[1])
-
-
-@torch.library.custom_op("cmtrain::ffn_project", mutates_args=())
+@_operator
 def project(
     z: Tensor, scale: Tensor, weight: Tensor, bias: Tensor, skip: Tensor | None, skip_scale: Tensor | None
 ) -> Tensor:
-    """(scale * gelu(z) + skip_scale * skip) @ weight.T + bias: (M, p), (p,), (C, p), (C,), (M, p), (p,) -> (M, C)."""
-    out = _project_fake(z, scale, weight, bias, skip, skip_scale)
+    """(scale * gelu(z) + skip_scale * skip) @ weight.T + bias -> (M, C).
+
+    z, skip (M, p), scale, skip_scale (p,), weight (C, p), bias (C,).
+    """
     (rows, pitch), channels = z.shape, weight.shape[0]
+    out = _empty(z, rows, channels, dtype=z.dtype)
     columns = _channel_columns(channels, z.dtype)
-    project_kernel[(_cdiv(rows, ROWS) * _cdiv(channels, columns),)](
-        z, scale, weight, bias, z if skip is None else skip, scale if skip_scale is None else skip_scale, out, rows,
+    _launch(
+        kernels.project_kernel, (_cdiv(rows, ROWS) * _cdiv(channels, columns),), z, scale, weight, bias,
+        z if skip is None else skip, scale if skip_scale is None else skip_scale, out, rows,
         C=channels, P=pitch, SKIP=skip is not None, PRECISION=_precision(z),
         ROWS=ROWS, COLUMNS=columns, INNER=GEMM_INNER, **PRODUCT_LAUNCH,
     )  # fmt: skip
     return out
 
 
-@project.register_fake
-def _project_fake(
-    z: Tensor, scale: Tensor, weight: Tensor, bias: Tensor, skip: Tensor | None, skip_scale: Tensor | None
-) -> Tensor:
-    return _like(z, z.shape[0], weight.shape[0], dtype=z.dtype)
+# ---- backward
 
 
-@torch.library.custom_op("cmtrain::ffn_project_weight_grad", mutates_args=())
+@_operator
 def project_weight_grad(dy: Tensor, z: Tensor) -> Tensor:
     """dy.T @ gelu(z), in parts of the rows: (M, C), (M, p) -> (parts, C, p) fp32."""
-    out = _project_weight_grad_fake(dy, z)
-    (rows, channels), pitch, parts = dy.shape, z.shape[1], out.shape[0]
+    (rows, channels), pitch = dy.shape, z.shape[1]
     channel_rows = _channel_columns(channels, z.dtype)
-    grid = _cdiv(pitch, GEMM_COLUMNS), _cdiv(channels, channel_rows), parts
-    project_weight_grad_kernel[grid](
-        dy, z, out, rows, _cdiv(rows, parts),
+    tiles = _cdiv(pitch, GEMM_COLUMNS), _cdiv(channels, channel_rows)
+    parts = max(1, min(MIN_PROGRAMS // (tiles[0] * tiles[1]), rows // (ROWS * MAX_TILES)))
+    out = _empty(z, parts, channels, pitch)
+    _launch(
+        kernels.project_weight_grad_kernel, (*tiles, parts), dy, z, out, rows, _cdiv(rows, parts),
         C=channels, P=pitch, PRECISION=_precision(z),
         ROWS=channel_rows, COLUMNS=GEMM_COLUMNS, INNER=GEMM_INNER, **LAUNCH,
     )  # fmt: skip
     return out
 
 
-@project_weight_grad.register_fake
-def _project_weight_grad_fake(dy: Tensor, z: Tensor) -> Tensor:
-    (rows, channels), pitch = dy.shape, z.shape[1]
-    tiles = _cdiv(channels, _channel_columns(channels, z.dtype)) * _cdiv(pitch, GEMM_COLUMNS)
-    parts = max(1, min(MIN_PROGRAMS // tiles, rows // (ROWS * MAX_TILES)))
-    return _like(z, parts, channels, pitch)
-
-
-@torch.library.custom_op("cmtrain::ffn_project_grad", mutates_args=())
+@_operator
 def project_grad(
     dy: Tensor, weight: Tensor, z: Tensor, scale: Tensor, slope: Tensor, offset: Tensor, skip: bool
 ) -> tuple[Tensor, Tensor]:
-    """(scale * dn + slope * gelu(z) + offset) * gelu'(z), dn = dy @ weight: (M, C), (C, p), (M, p), 3 x (p,) -> (M, p).
+    """(scale * dn + slope * gelu(z) + offset) * gelu'(z) with dn = dy @ weight -> (M, p).
 
-    And dn (M, p), for what skips z's normalisation; empty without `skip`.
+    dy (M, C), weight (C, p), z (M, p), the others (p,). With `skip` also returns dn (M, p), for the branch
+    that skips z's normalisation; else an empty tensor.
     """
-    dz, dn = _project_grad_fake(dy, weight, z, scale, slope, offset, skip)
     (rows, channels), pitch = dy.shape, z.shape[1]
-    project_grad_kernel[(_cdiv(rows, ROWS) * _cdiv(pitch, GEMM_COLUMNS),)](
+    dz, dn = torch.empty_like(z), _empty(z, rows if skip else 0, pitch, dtype=z.dtype)
+    _launch(
+        kernels.project_grad_kernel, (_cdiv(rows, ROWS) * _cdiv(pitch, GEMM_COLUMNS),),
         dy, weight, z, scale, slope, offset, dz, dn, rows,
         C=channels, P=pitch, SKIP=skip, PRECISION=_precision(z),
         ROWS=ROWS, COLUMNS=GEMM_COLUMNS, INNER=GEMM_INNER, **LAUNCH,
@@ -223,30 +206,24 @@ def project_grad(
     return dz, dn
 
 
-@project_grad.register_fake
-def _project_grad_fake(
-    dy: Tensor, weight: Tensor, z: Tensor, scale: Tensor, slope: Tensor, offset: Tensor, skip: bool
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(z), _like(z, len(z) if skip else 0, z.shape[1], dtype=z.dtype)
-
-
-@torch.library.custom_op("cmtrain::ffn_depthwise_grad", mutates_args=())
+@_operator
 def depthwise_grad(
     dz: Tensor, skip: Tensor | None, z: Tensor, scale: Tensor | None, shift: Tensor | None, weight: Tensor,
     height: int, width: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Gradient of `depthwise` with a = gelu(z): (M, p), (M, p), ... -> that of n (M, p), and sums (parts, SUMS, p).
+    """Return the gradient of `depthwise`'s n (M, p), a being gelu(z), and sums (parts, SUMS, p).
 
-    skip (M, p) is what reached n past the convolution; None says that n was added to it: dz itself. Without scale and
-    shift, n is z.
+    dz, z (M, p). skip (M, p): the gradient that reached n past the convolution; None where `depthwise` added
+    n, whose gradient is dz itself. Without scale and shift, n is z.
 
-    The first ten sums are the gradient of the weight (10, p), the last two, zero where n is z, that of n and of n
-    times a over all rows.
+    The first ten sums are the gradient of the weight (10, p). The last two, zero where n is z, are the
+    gradient of n and its product with a, over all rows.
     """
-    dn, sums = _depthwise_grad_fake(dz, skip, z, scale, shift, weight, height, width)
     rows, pitch = z.shape
-    tiles = _grad_tiles(rows, pitch)
-    depthwise_grad_kernel[(_cdiv(pitch, MAP_COLUMNS), sums.shape[0])](
+    tiles = _tiles(rows, pitch) * (ROWS // GRAD_ROWS)
+    dn, sums = torch.empty_like(z), _empty(z, _cdiv(rows, GRAD_ROWS * tiles), SUMS, pitch)
+    _launch(
+        kernels.depthwise_grad_kernel, (_cdiv(pitch, MAP_COLUMNS), sums.shape[0]),
         dz, dz if skip is None else skip, z, scale, shift, weight, dn, sums, rows,
         HEIGHT=height, WIDTH=width, P=pitch, SKIP=skip is not None, PLAIN=scale is None, SUMS=SUMS,
         ROWS=GRAD_ROWS, COLUMNS=MAP_COLUMNS, TILES=tiles, **_depthwise_launch(z),
@@ -254,53 +231,35 @@ def depthwise_grad(
     return dn, sums
 
 
-@depthwise_grad.register_fake
-def _depthwise_grad_fake(
-    dz: Tensor, skip: Tensor | None, z: Tensor, scale: Tensor | None, shift: Tensor | None, weight: Tensor,
-    height: int, width: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    rows, pitch = z.shape
-    parts = _cdiv(rows, GRAD_ROWS * _grad_tiles(rows, pitch))
-    return torch.empty_like(z), _like(z, parts, SUMS, pitch)
-
-
-@torch.library.custom_op("cmtrain::ffn_normalise_grad", mutates_args=())
+@_operator
 def normalise_grad(d: Tensor, e: Tensor, mean: Tensor, inverse: Tensor, scale: Tensor, rows: int) -> Tensor:
-    """Gradient through a BatchNorm and its statistics: five (p,) -> (3, p), d gamma, slope and offset.
+    """Return a BatchNorm's d gamma, slope and offset (3, p).
 
-    d and e are the sums over rows of dn * a and of dn; scale * dn + slope * a + offset is the gradient of a.
+    a's gradient is scale * dn + slope * a + offset. d and e (p,): the sums over rows of dn * a and of dn.
     """
-    out = _normalise_grad_fake(d, e, mean, inverse, scale, rows)
     pitch = len(d)
-    normalise_grad_kernel[(_cdiv(pitch, MAP_COLUMNS),)](
-        d, e, mean, inverse, scale, out, rows, P=pitch, COLUMNS=MAP_COLUMNS, **LAUNCH
-    )
+    out = _empty(d, 3, pitch)
+    _launch(
+        kernels.normalise_grad_kernel, (_cdiv(pitch, MAP_COLUMNS),),
+        d, e, mean, inverse, scale, out, rows, P=pitch, COLUMNS=MAP_COLUMNS, **LAUNCH,
+    )  # fmt: skip
     return out
 
 
-@normalise_grad.register_fake
-def _normalise_grad_fake(
-    d: Tensor, e: Tensor, mean: Tensor, inverse: Tensor, scale: Tensor, rows: int
-) -> Tensor:
-    return _like(d, 3, len(d))
-
-
-@torch.library.custom_op("cmtrain::ffn_expand_grad", mutates_args=())
+@_operator
 def expand_grad(
     dn: Tensor, z: Tensor, scale: Tensor, slope: Tensor, offset: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """(scale * dn + slope * gelu(z) + offset) * gelu'(z): (M, p), (M, p), 3 x (p,) -> (M, p), and sums (parts, p)."""
-    dz, sums = _expand_grad_fake(dn, z, scale, slope, offset)
+    """(scale * dn + slope * gelu(z) + offset) * gelu'(z) -> (M, p), and its sums (parts, p).
+
+    dn, z (M, p), the others (p,).
+    """
     rows, pitch = z.shape
-    expand_grad_kernel[(_cdiv(pitch, MAP_COLUMNS), _num_partials(rows, pitch))](
+    num_partials = _num_partials(rows, pitch)
+    dz, sums = torch.empty_like(z), _empty(z, num_partials, pitch)
+    _launch(
+        kernels.expand_grad_kernel, (_cdiv(pitch, MAP_COLUMNS), num_partials),
         dn, z, scale, slope, offset, dz, sums, rows,
         P=pitch, ROWS=ROWS, COLUMNS=MAP_COLUMNS, TILES=_tiles(rows, pitch), **LAUNCH,
     )  # fmt: skip
     return dz, sums
-
-
-@expand_grad.register_fake
-def _expand_grad_fake(
-    dn: Tensor, z: Tensor, scale: Tensor, slope: Tensor, offset: Tensor
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(z), _like(z, _num_partials(*z.shape), z.shape[1])

@@ -1,8 +1,8 @@
-"""BatchNorm folded away for inference, where that is exact.
+"""Fold BatchNorm into the layers around it for inference, where that is exact.
 
-In evaluation a BatchNorm is scale * x + shift, which the linear layer before or behind it can absorb. Not a convolution
-behind it that pads with zeros: the zeros stand for normalised values, and the shift would be missing at the border. So
-the norms in front of the stem's second and third convolution and of every depth-wise 3x3 stay.
+In evaluation a BatchNorm is scale * x + shift, which the linear layer before or behind it can absorb. A
+convolution behind it that pads with zeros cannot: the zeros are normalised values, and the border would lack
+the shift. So the norms in front of the stem's second and third convolution and of every depth-wise 3x3 stay.
 """
 
 import copy
@@ -11,15 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cmtrain.models.blocks import FeedForward
 from cmtrain.models.cmt import CMT
 
 
 def folded(model: CMT) -> CMT:
-    """A copy of `model` for inference, in eval() and without gradients: the same logits but for rounding, fewer passes.
+    """Return a copy of `model` for inference: the same logits up to rounding, fewer passes, no gradients.
 
-    An nn.Identity stands where a norm was absorbed. Of CMT-Ti's 66 BatchNorms 18 are left in the paper's form, 34 of
-    51 in the re-implementation's, where the depth-wise branch is added after its norm.
+    An nn.Identity replaces an absorbed norm. Of CMT-Ti's 66 BatchNorms 18 are left in the paper's form, 34
+    of 51 in the re-implementation's, where the depth-wise branch is added after its norm.
     """
     model = copy.deepcopy(model).eval().requires_grad_(False)
     stages: Any = model.stages
@@ -28,16 +27,13 @@ def folded(model: CMT) -> CMT:
         for block in stage.blocks:
             if isinstance(getattr(block.attn, "reduce_norm", None), nn.BatchNorm2d):
                 block.attn.reduce_norm = _into_previous(block.attn.reduce, block.attn.reduce_norm)
-            _fold_feed_forward(block.ffn)
+            ffn = block.ffn
+            if ffn.variant == "paper":
+                ffn.depthwise_norm = _into_next(ffn.depthwise_norm, ffn.project)
+            ffn.project_norm = _into_previous(ffn.project, ffn.project_norm)
     if isinstance(model.fc_norm, nn.BatchNorm2d):
         model.fc_norm = _into_previous(model.fc, model.fc_norm)
     return model
-
-
-def _fold_feed_forward(ffn: FeedForward) -> None:
-    if ffn.residual_before_norm:
-        ffn.depthwise_norm = _into_next(ffn.depthwise_norm, ffn.project)
-    ffn.project_norm = _into_previous(ffn.project, ffn.project_norm)
 
 
 def _scale_and_shift(norm: Any) -> tuple[Tensor, Tensor]:  # (C,), (C,), in float64: two roundings become one
@@ -46,7 +42,7 @@ def _scale_and_shift(norm: Any) -> tuple[Tensor, Tensor]:  # (C,), (C,), in floa
 
 
 def _into_previous(layer: Any, norm: nn.Module) -> Any:
-    """norm(layer(x)) as layer(x), for a layer whose weight is (C, ...)."""
+    """Make layer(x) what norm(layer(x)) was, for a weight (C, ...); return the norm's replacement."""
     scale, shift = _scale_and_shift(norm)
     rows = scale.view(-1, *[1] * (layer.weight.ndim - 1))
     layer.weight.copy_(layer.weight.double() * rows)
@@ -55,7 +51,7 @@ def _into_previous(layer: Any, norm: nn.Module) -> Any:
 
 
 def _into_next(norm: nn.Module, layer: Any) -> Any:
-    """layer(norm(x)) as layer(x), for a layer without padding whose weight is (out, C, ...)."""
+    """Make layer(x) what layer(norm(x)) was, for a weight (out, C, ...) and no padding; as above."""
     scale, shift = _scale_and_shift(norm)
     columns = [1, -1] + [1] * (layer.weight.ndim - 2)
     weight = layer.weight.double()

@@ -1,35 +1,36 @@
-"""The feed-forward network with a third of the passes over its hidden tensor. The algebra, once.
+"""Compute the feed-forward network with a third of the passes over its hidden tensor.
 
-With a = gelu(z) and n = s * a + t for BatchNorm, whose s = gamma / deviation and t = beta - mean * s are known once the
-statistics of a are, the network is
+With a = gelu(z), and n = s * a + t for BatchNorm, the network in the paper's form is
 
-    z1 = x W1' + b1      n1 = s1 a1 + t1      z2 = n1 + depthwise(n1)      n2 = s2 a2 + t2      y = n2 W2' + b2
+    z1 = x W1' + b1    n1 = s1 a1 + t1    z2 = n1 + depthwise(n1)    n2 = s2 a2 + t2    y = n2 W2' + b2
 
-in the paper's form. The re-implementation adds n1 later: z2 = depthwise(n1), y = (n1 + n2) W2' + b2.
+The statistics of a give s = gamma / deviation and t = beta - mean * s. The re-implementation adds n1 later:
+z2 = depthwise(n1), y = (n1 + n2) W2' + b2.
 
-z1 to n2 are h = 3.6 times as wide as x, and a GPU spends its time carrying it to and fro. So n is never written:
+z1 to n2 are h = 3.6 times as wide as x, and moving them is most of a GPU's time. So n is never written:
 
-- the depthwise convolution normalises what it reads,
-- so does the product behind it, but for the shift: y = (s2 a2) W2' + (b2 + W2 t2), or, in the re-implementation's form,
-  y = (s1 a1 + s2 a2) W2' + (b2 + W2 (t1 + t2)), exactly,
-- GELU is computed again from z wherever it is needed, but for the 3x3 window, which would compute it nine times,
-- both statistics are taken by the kernel that has a in registers.
+- the depthwise convolution normalises its input as it reads it,
+- so does the product behind it, but for the shift: y = (s2 a2) W2' + (b2 + W2 t2), exactly; in the
+  re-implementation's form, y = (s1 a1 + s2 a2) W2' + (b2 + W2 (t1 + t2)),
+- GELU is computed again from z where needed, but for the 3x3 window, which would compute it nine times,
+- the kernel that has a in registers also takes its statistics.
 
 Backward, with M rows, D = sum of dn * a and E = sum of dn over them, BatchNorm gives
 
     d gamma = (D - mean E) / deviation      d beta = E      da = s dn + k a + c
     k = -s (D - mean E) / (M deviation^2)   c = -s E / M - k mean
 
-For the second one D and E need no pass of their own: they are column sums of W2 * G2 and of W2 * sum(dy), and
-G2 = dy' a2 is what the gradient of W2, G2 s2 + sum(dy) t2', is made of anyway. In the re-implementation's form that has a second
-part, from G1 = dy' a1, and dn1 has dy W2 added.
+The second BatchNorm's D and E need no pass of their own: they are column sums of W2 * G2 and of W2 *
+sum(dy). The gradient of W2, G2 s2 + sum(dy) t2', needs G2 = dy' a2 anyway. In the re-implementation's form
+it has a second part, from G1 = dy' a1, and dn1 has dy W2 added.
 
-Passes over a hidden tensor, reads and writes: 5 forward (z1 w, a1 w r, z2 w r) and 11 backward (G2 r; dz2 r w;
-dn1 r r w; dz1 r r w; dx r; dW1 r), where op by op it is 44. The re-implementation's form has 4 more: y reads a1, G1 reads z1, and
-dy W2 is written beside dz2 and read for dn1. fp16, bf16 and fp32; sums and scales are fp32 always.
+Passes over a hidden tensor, reads and writes: 5 forward (z1 w, a1 w r, z2 w r) and 11 backward (G2 r; dz2 r
+w; dn1 r r w; dz1 r r w; dx r; dW1 r); operation by operation it is 44. The re-implementation's form has 4
+more: y reads a1, G1 reads z1, and dy W2 is written beside dz2 and read for dn1. The kernels take fp16, bf16
+and fp32; sums and scales are fp32 always.
 
-The local perception unit in front of the attention, x + depthwise(x), is the same kernels without a BatchNorm to take
-in: 2 passes over x forward and 3 backward, where it is 13.
+The local perception unit in front of the attention, x + depthwise(x), uses the same kernels without a
+BatchNorm: 2 passes over x forward and 3 backward, instead of 13.
 """
 
 from typing import Any
@@ -39,23 +40,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cmtrain.models.ffn_operators as ops
+from cmtrain.models.position import Variant
 
 
 class _FeedForward(torch.autograd.Function):
-    """Rows (M, C) -> (M, C), and the two layers' batch means and unbiased variances, (p,) each, not differentiable."""
+    """Rows (M, C) -> (M, C), and both norms' batch means and unbiased variances (p,), without gradients.
+
+    adds_late: the re-implementation's form, which adds n1 to n2, not to the convolution's result.
+    """
 
     @staticmethod
     def forward(
-        ctx, x, w1, b1, gamma1, beta1, taps, gamma2, beta2, w2, b2, height, width, eps1, eps2, reimpl
+        ctx, x, w1, b1, gamma1, beta1, taps, gamma2, beta2, w2, b2, height, width, eps1, eps2, adds_late
     ):
         rows = x.shape[0]
-        z1, a1, *sums = ops.expand(x, w1.to(x.dtype), b1, True)
-        mean1, var1, inverse1, s1, t1 = ops.normalise(*sums, gamma1, beta1, rows, eps1).unbind()
-        z2, *sums = ops.depthwise(a1, s1, t1, taps, height, width, not reimpl, True)
-        mean2, var2, inverse2, s2, t2 = ops.normalise(*sums, gamma2, beta2, rows, eps2).unbind()
-        y = _project(z2, s2, t2, w2, b2, (a1, s1, t1) if reimpl else None)
+        z1, a1, means, m2s = ops.expand(x, w1.to(x.dtype), b1, True)
+        mean1, var1, inverse1, s1, t1 = ops.normalise(means, m2s, gamma1, beta1, rows, eps1).unbind()
+        z2, means, m2s = ops.depthwise(a1, s1, t1, taps, height, width, not adds_late, True)
+        mean2, var2, inverse2, s2, t2 = ops.normalise(means, m2s, gamma2, beta2, rows, eps2).unbind()
+        y = _project(z2, s2, t2, w2, b2, (a1, s1, t1) if adds_late else None)
         ctx.save_for_backward(x, w1, taps, w2, z1, z2, mean1, inverse1, s1, t1, mean2, inverse2, s2, t2)
-        ctx.size, ctx.reimpl = (height, width), reimpl
+        ctx.size, ctx.adds_late = (height, width), adds_late
         ctx.mark_non_differentiable(mean1, var1, mean2, var2)
         return y, mean1, var1, mean2, var2
 
@@ -67,14 +72,14 @@ class _FeedForward(torch.autograd.Function):
         g2 = ops.project_weight_grad(dy, z2).sum(0)  # (C, p)
         db2 = dy.sum(0, dtype=torch.float32)
         dw2 = torch.addcmul(g2 * s2, db2[:, None], t2)
-        if ctx.reimpl:
+        if ctx.adds_late:
             dw2 += torch.addcmul(ops.project_weight_grad(dy, z1).sum(0) * s1, db2[:, None], t1)
         e2 = (w2 * db2[:, None]).sum(0)
         d2 = (w2 * g2).sum(0)
         dgamma2, slope, offset = ops.normalise_grad(d2, e2, mean2, inverse2, s2, rows).unbind()
 
-        dz2, skip = ops.project_grad(dy, w2.to(dy.dtype), z2, s2, slope, offset, ctx.reimpl)
-        dn1, sums = ops.depthwise_grad(dz2, skip if ctx.reimpl else None, z1, s1, t1, taps, *ctx.size)
+        dz2, skip = ops.project_grad(dy, w2.to(dy.dtype), z2, s2, slope, offset, ctx.adds_late)
+        dn1, sums = ops.depthwise_grad(dz2, skip if ctx.adds_late else None, z1, s1, t1, taps, *ctx.size)
         sums = sums.sum(0)  # (SUMS, p)
         dgamma1, slope, offset = ops.normalise_grad(sums[11], sums[10], mean1, inverse1, s1, rows).unbind()
         dz1, db1 = ops.expand_grad(dn1, z1, s1, slope, offset)
@@ -112,7 +117,7 @@ def _pad(w2: Tensor, s2: Tensor) -> Tensor:  # (C, h) -> (C, p)
 def _project(
     z2: Tensor, s2: Tensor, t2: Tensor, w2: Tensor, b2: Tensor, skip: tuple[Tensor, Tensor, Tensor] | None
 ) -> Tensor:
-    """y; skip: a1, s1 and t1 where n1 is added to n2."""
+    """Return y. skip: a1, s1 and t1 where n1 is added to n2."""
     w2 = _pad(w2, s2)
     a1, s1, t1 = skip or (None, None, None)
     shift = t2 if t1 is None else t1 + t2
@@ -120,21 +125,15 @@ def _project(
 
 
 def feed_forward(
-    x: Tensor,
-    expand: Any,
-    expand_norm: nn.BatchNorm2d,
-    depthwise: nn.Conv2d,
-    depthwise_norm: nn.BatchNorm2d | nn.Identity,
-    project: Any,
-    *,
-    reimpl: bool,
-) -> Tensor:
-    """The network up to its last BatchNorm: (B, C, H, W) -> (B, C, H, W), channels-last.
+    x: Tensor, expand: Any, expand_norm: nn.BatchNorm2d, depthwise: nn.Conv2d,
+    depthwise_norm: nn.BatchNorm2d | nn.Identity, project: Any, *, variant: Variant,
+) -> Tensor:  # fmt: skip
+    """Compute the network up to its last BatchNorm: (B, C, H, W) -> (B, C, H, W), channels-last.
 
-    expand and project hold a matrix and a bias; reimpl says which form it is. In training the
-    norms' running statistics move as torch moves them; in evaluation, which has no backward here, they are what is
-    normalised with, or nothing where folding left an Identity.
+    expand and project hold a matrix and a bias. In training the norms' running statistics move as torch
+    moves them. Evaluation has no backward here; where folding left an Identity it does not normalise.
     """
+    adds_late = variant == "reimpl"
     rows, (height, width) = _rows(x), x.shape[2:]
     taps = _taps(depthwise, ops.padded(len(depthwise.weight)))
     with torch.autocast(x.device.type, enabled=False):
@@ -143,26 +142,26 @@ def feed_forward(
             y, mean1, var1, mean2, var2 = _FeedForward.apply(
                 rows, expand.weight, expand.bias, expand_norm.weight, expand_norm.bias, taps,
                 depthwise_norm.weight, depthwise_norm.bias, project.weight, project.bias,
-                height, width, expand_norm.eps, depthwise_norm.eps, reimpl,
+                height, width, expand_norm.eps, depthwise_norm.eps, adds_late,
             )  # fmt: skip
             _track(expand_norm, mean1, var1)
             _track(depthwise_norm, mean2, var2)
         else:
             _, a, *_ = ops.expand(rows, expand.weight.to(rows.dtype), expand.bias, False)
             s1, t1 = _evaluation(expand_norm, expand.bias)
-            z, *_ = ops.depthwise(a, s1, t1, taps, height, width, not reimpl, False)
+            z, *_ = ops.depthwise(a, s1, t1, taps, height, width, not adds_late, False)
             s2, t2 = _evaluation(depthwise_norm, expand.bias)
-            y = _project(z, s2, t2, project.weight, project.bias, (a, s1, t1) if reimpl else None)
+            y = _project(z, s2, t2, project.weight, project.bias, (a, s1, t1) if adds_late else None)
     return _map(y, x)
 
 
 def residual_depthwise(x: Tensor, depthwise: nn.Conv2d) -> Tensor:
-    """x plus its depth-wise 3x3 convolution, whose layer is given: (B, C, H, W) -> (B, C, H, W), channels-last."""
+    """Return x plus its depth-wise 3x3 convolution: (B, C, H, W) -> (B, C, H, W), channels-last."""
     return _map(_ResidualDepthwise.apply(_rows(x), _taps(depthwise, x.shape[1]), *x.shape[2:]), x)
 
 
 def _taps(depthwise: nn.Conv2d, pitch: int) -> Tensor:
-    """The nine taps and the bias, (10, pitch): what a thread reads of them lies side by side."""
+    """Return the nine taps and the bias, (10, pitch), so that a thread reads neighbours."""
     assert depthwise.bias is not None
     taps = torch.cat([depthwise.weight.flatten(1).t(), depthwise.bias[None]])
     return taps if pitch == taps.shape[1] else F.pad(taps, (0, pitch - taps.shape[1]))
@@ -180,24 +179,18 @@ def _map(rows: Tensor, like: Tensor) -> Tensor:  # (M, C) -> (B, C, H, W)
 
 
 @torch.no_grad()
-def _track(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor) -> None:
-    """What torch's batch_norm does to the running statistics."""
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    assert norm.num_batches_tracked is not None
-    assert norm.momentum is not None
+def _track(norm: Any, mean: Tensor, var: Tensor) -> None:
+    """Update the running statistics of a BatchNorm as torch's batch_norm does."""
     hidden = len(norm.running_mean)
     norm.num_batches_tracked.add_(1)
     torch._foreach_lerp_([norm.running_mean, norm.running_var], [mean[:hidden], var[:hidden]], norm.momentum)
 
 
-def _evaluation(norm: nn.BatchNorm2d | nn.Identity, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale and shift (p,) of `norm` in evaluation."""
+def _evaluation(norm: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Return scale and shift (p,) of a BatchNorm in evaluation, or of the Identity that folding left."""
     if isinstance(norm, nn.Identity):
         scale, shift = torch.ones_like(like), torch.zeros_like(like)
     else:
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
         scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
         shift = norm.bias - norm.running_mean * scale
     padding = (0, ops.padded(len(scale)) - len(scale))

@@ -1,10 +1,12 @@
-"""Learned position tables: the attention bias in its four forms, and the absolute embedding.
+"""Learn positions: the attention bias in its four forms, and the absolute embedding.
 
-Letters: h heads, n queries per side of the map, N = n * n queries, r reduction, k = n / r keys per side, K = k * k keys
-(m, M, L: the same of a table from another image size).
+Letters: h heads, n queries per side of the map, N = n * n queries, r reduction, k = n / r keys per side, K =
+    k * k
+keys (m, M, L: the same of a table from another image size).
 
-Every class holds one parameter, `table`, and answers two calls: `forward` gives what is added to the attention scores
-(or to the map), `resized` turns a table learned at another image size into one of this size.
+Every class holds one parameter, `table`, and has two methods. `forward` returns the bias of the attention
+scores (or the map with the embedding added). `resized` returns a table that was learned at another image
+size at this one's, and raises ValueError for a table of another kind.
 """
 
 import math
@@ -14,14 +16,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+Variant = Literal[
+    "paper", "reimpl"
+]  # the authors' released network; the re-implementation's (FlyEgle/CMT-pytorch)
 AttentionBiasKind = Literal["none", "relative", "pairwise"]
 
 
 def resize_grid(grid: Tensor, side: int) -> Tensor:
     """Resample square grids bicubically: (..., m, m) -> (..., side, side).
 
-    Antialiased, as timm resizes position embeddings, so that shrinking averages instead of picking. Half precision is
-    resampled in fp32. A grid of the wanted side is returned untouched, bit for bit.
+    Antialiased, as timm resizes position embeddings, so that shrinking averages instead of picking. Half
+    precision is resampled in fp32. A grid of that side already is returned untouched, bit for bit.
     """
     if grid.shape[-1] == side:
         return grid
@@ -34,33 +39,32 @@ def resize_grid(grid: Tensor, side: int) -> Tensor:
 def relative_windows(table: Tensor, queries_per_side: int, step: int) -> Tensor:
     """Read a table of 2-D offsets as a bias: (..., a, b) -> (..., n, n, i, j), with i = (a - n) / step + 1.
 
-    Entry [y, x, i, j] is table[i * step - y + n - 1, j * step - x + n - 1]: the offset from query (y, x) to the key at
-    pixel (i * step, j * step). Neighbouring queries see shifted windows of the table, so strided views and one flip do
-    the work of an index table: nothing to keep in buffers, and the backward is free of index_put's atomic additions.
+    Entry [y, x, i, j] is table[i * step - y + n - 1, j * step - x + n - 1]: the offset from query (y, x) to
+    the key at pixel (i * step, j * step). Neighbouring queries see shifted windows of the table, so strided
+    views and one flip replace an index table: no buffer, and no atomic additions of index_put's backward.
     """
     n = queries_per_side
     windows = table.unfold(-2, n, step).unfold(-2, n, step)  # (..., i, j, n, n), query coordinates reversed
     return windows.flip(-2, -1).movedim((-2, -1), (-4, -3))
 
 
-def _side(count: int) -> int | None:
-    """Side of a square of `count` cells, or None when `count` is not a square."""
+def _side(count: int) -> int:
+    """Return the side of a square of `count` cells, or 0 when `count` is not a square."""
     side = math.isqrt(count)
-    return side if side * side == count else None
+    return side if side * side == count else 0
 
 
-def _resize_pairs(pairs: Tensor, queries_per_side: int, keys_per_side: int) -> Tensor | None:
-    """(h, M, L) -> (h, N, K): the query grid and the key grid are resampled one after the other."""
+def _resize_pairs(pairs: Tensor, queries_per_side: int, keys_per_side: int) -> Tensor:
+    """Resample the query grid, then the key grid: (h, M, L) -> (h, N, K), M and L being squares."""
     heads, old_queries, old_keys = pairs.shape
     m, k = _side(old_queries), _side(old_keys)
-    if m is None or k is None:
-        return None
     per_key = resize_grid(pairs.mT.reshape(heads, old_keys, m, m), queries_per_side).flatten(2)  # (h, L, N)
     return resize_grid(per_key.mT.unflatten(2, (k, k)), keys_per_side).flatten(2)
 
 
-def _refuse(table: Tensor, wanted: Tensor) -> ValueError:
-    return ValueError(f"a table of shape {tuple(table.shape)} cannot be resized to {tuple(wanted.shape)}")
+def _require(fits: bool, table: Tensor, wanted: Tensor) -> None:
+    if not fits:
+        raise ValueError(f"a table of shape {tuple(table.shape)} cannot be resized to {tuple(wanted.shape)}")
 
 
 class PairwiseBias(nn.Module):
@@ -79,21 +83,19 @@ class PairwiseBias(nn.Module):
         return self.table
 
     def resized(self, table: Tensor) -> Tensor:
-        """Table of another image size at this one's. Raises ValueError when it is no table of this kind."""
-        if table.ndim != 3 or table.shape[0] != self.table.shape[0]:
-            raise _refuse(table, self.table)
-        pairs = _resize_pairs(table, self.queries_per_side, self.keys_per_side)
-        if pairs is None:
-            raise _refuse(table, self.table)
-        return pairs
+        is_pairs = (
+            table.ndim == 3 and table.shape[0] == self.table.shape[0] and all(map(_side, table.shape[1:]))
+        )
+        _require(is_pairs, table, self.table)
+        return _resize_pairs(table, self.queries_per_side, self.keys_per_side)
 
 
 class RelativeBias(nn.Module):
     """One learned number per (head, 2-D offset from a query to the origin of a reduced key's cell).
 
-    The paper asks for a relative bias (section 3.3) but released a pairwise table; this is the literal reading. Offsets
-    are counted in query pixels against the true key grid, 2n - r of them per axis. Drawn like the re-implementation's table
-    (standard deviation 0.2), the only relative table with published accuracies.
+    The paper asks for a relative bias (section 3.3) but released a pairwise table; this is the literal
+    reading. Offsets are counted in query pixels against the true key grid, 2n - r of them per axis. Drawn
+    like the re-implementation's table (standard deviation 0.2), the only one with published accuracies.
     """
 
     def __init__(self, heads: int, queries_per_side: int, reduction: int):
@@ -108,17 +110,16 @@ class RelativeBias(nn.Module):
         return windows.flatten(3, 4).flatten(1, 2)
 
     def resized(self, table: Tensor) -> Tensor:
-        """Table of another image size at this one's. Raises ValueError when it is no table of this kind."""
-        if table.ndim != 3 or table.shape[0] != self.table.shape[0] or table.shape[1] != table.shape[2]:
-            raise _refuse(table, self.table)
+        is_offsets = table.ndim == 3 and table.shape == (self.table.shape[0], table.shape[1], table.shape[1])
+        _require(is_offsets, table, self.table)
         return resize_grid(table, self.table.shape[-1])
 
 
 class ReimplPairwiseBias(nn.Module):
-    """The re-implementation's "no distance" table: (N, N) for all heads, of which the first K columns are read.
+    """The re-implementation's "no distance" table: (N, N) for all heads; it reads the first K columns.
 
-    Key j of the reduced map reads column j, so those K columns are a pairwise table; the other columns have no effect,
-    are kept because the re-implementation's checkpoints hold them, and receive a gradient of exactly zero.
+    Key j of the reduced map reads column j, so those K columns are a pairwise table. The other columns have
+    no effect and a gradient of exactly zero; they are kept because its checkpoints hold them.
     """
 
     def __init__(self, queries_per_side: int, reduction: int):
@@ -131,21 +132,18 @@ class ReimplPairwiseBias(nn.Module):
         return self.table[None, :, : self.table.shape[0] // self.reduction**2]
 
     def resized(self, table: Tensor) -> Tensor:
-        """Table of another image size at this one's. Raises ValueError when it is no table of this kind."""
-        if table.ndim != 2 or table.shape[0] != table.shape[1] or table.shape[0] % self.reduction**2:
-            raise _refuse(table, self.table)
-        used = table[None, :, : table.shape[0] // self.reduction**2]
+        is_pairs = table.ndim == 2 and len(table) == table.shape[1] and len(table) % self.reduction**2 == 0
+        _require(is_pairs and _side(len(table)) > 0, table, self.table)
+        used = table[None, :, : len(table) // self.reduction**2]
         pairs = _resize_pairs(used, self.queries_per_side, self.queries_per_side // self.reduction)
-        if pairs is None:
-            raise _refuse(table, self.table)
         return F.pad(pairs[0], (0, self.table.shape[1] - pairs.shape[2]))
 
 
 class ReimplRelativeBias(nn.Module):
     """The re-implementation's relative table: (2n - 1, 2n - 1) for all heads, sliced to the first K keys.
 
-    Its key j is the j-th pixel of the unreduced map in reading order, so with a reduction the offsets are those to the
-    map's top rows, not to the reduced cell. The re-implementation's accuracies were reached with that, so it stays.
+    Its key j is the j-th pixel of the unreduced map in reading order. So with a reduction the offsets point
+    to the map's top rows, not to the reduced cell. It stays, because the published accuracies have it.
     """
 
     def __init__(self, queries_per_side: int, reduction: int):
@@ -162,14 +160,13 @@ class ReimplRelativeBias(nn.Module):
         return windows.flatten(2).flatten(0, 1)[None, :, :num_keys]
 
     def resized(self, table: Tensor) -> Tensor:
-        """Table of another image size at this one's. Raises ValueError when it is no table of this kind."""
-        if table.ndim != 2 or table.shape[0] != table.shape[1] or table.shape[0] % 2 == 0:
-            raise _refuse(table, self.table)
+        is_offsets = table.ndim == 2 and len(table) == table.shape[1] and len(table) % 2 == 1
+        _require(is_offsets, table, self.table)
         return resize_grid(table, self.table.shape[-1])
 
 
 class AbsolutePosition(nn.Module):
-    """One learned vector per pixel, added to the map (the re-implementation's absolute embedding, its initialisation).
+    """One learned vector per pixel, added to the map; drawn like the re-implementation's embedding.
 
     A table of another side than the map's is resampled to it in every forward pass.
     """
@@ -185,10 +182,8 @@ class AbsolutePosition(nn.Module):
         return x + resize_grid(embedding, self.side).to(x.dtype)  # (1, C, H, W)
 
     def resized(self, table: Tensor) -> Tensor:
-        """Table of another image size at this one's. Raises ValueError when it is no table of this kind."""
-        side = _side(table.shape[1]) if table.ndim == 3 else None
-        if side is None or table.shape[::2] != self.table.shape[::2]:
-            raise _refuse(table, self.table)
+        side = _side(table.shape[1]) if table.ndim == 3 else 0
+        _require(side > 0 and table.shape[::2] == self.table.shape[::2], table, self.table)
         planes = table.mT.unflatten(2, (side, side))  # (1, C, m, m)
         return resize_grid(planes, self.table_side).flatten(2).mT
 
@@ -197,12 +192,13 @@ POSITION_MODULES = (PairwiseBias, RelativeBias, ReimplPairwiseBias, ReimplRelati
 
 
 def make_attention_bias(
-    kind: AttentionBiasKind, *, reimpl: bool, heads: int, queries_per_side: int, reduction: int
+    kind: AttentionBiasKind, variant: Variant, heads: int, queries_per_side: int, reduction: int
 ) -> nn.Module | None:
-    """The bias of one stage or block: a module whose forward() gives (h or 1, N, K), or None for kind "none"."""
+    """Build the bias of one stage or block, whose forward() returns (h or 1, N, K); None for kind "none"."""
     if kind == "none":
         return None
-    if reimpl:
-        kinds = {"relative": ReimplRelativeBias, "pairwise": ReimplPairwiseBias}
-        return kinds[kind](queries_per_side, reduction)
-    return {"relative": RelativeBias, "pairwise": PairwiseBias}[kind](heads, queries_per_side, reduction)
+    if variant == "paper":
+        return {"relative": RelativeBias, "pairwise": PairwiseBias}[kind](heads, queries_per_side, reduction)
+    return {"relative": ReimplRelativeBias, "pairwise": ReimplPairwiseBias}[kind](
+        queries_per_side, reduction
+    )

@@ -1,8 +1,8 @@
 """Record how each process of a run failed, and find the failure that caused the others. Needs no torch.
 
-Each rank that fails writes `failed-rank<r>.json` in the run folder, which all ranks share; nobody else
-writes that file. Most of these failures are consequences: when one rank is gone, the others lose contact.
-The last process (a rank, the launcher, or the next start) picks the cause and writes it to status.json.
+Each rank that fails writes `failed-rank<r>.json` in the run folder, which all ranks share. Most of these
+failures are consequences: when one rank is gone, the others lose contact. The last process (a rank, the
+launcher, or the next start) picks the cause and writes it to status.json.
 """
 
 import json
@@ -19,12 +19,10 @@ from cmtrain.errors import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_PREEMPTED
 from cmtrain.storage.atomic import replace_file
 from cmtrain.storage.run_folder import RunFolder, read_events, read_status
 
-# Batch systems send SIGUSR2 before the time limit (SIGUSR1 clashes with NCCL's tools); a closed terminal
-# sends SIGHUP.
+# Batch systems send SIGUSR2 before the time limit (NCCL's tools use SIGUSR1), closed terminals SIGHUP.
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)
 
-# A step that fails this many times in a row will fail again: restarting only wastes the machines.
-CRASH_LOOP = 3
+CRASH_LOOP = 3  # a step that fails this many times in a row will fail again: restarting wastes the machines
 
 
 @dataclass(frozen=True)
@@ -72,11 +70,6 @@ def failure_of_dead_process(rank: int, world_size: int, exit_code: int) -> Failu
     return Failure(rank, world_size, f"killed by {number.name}", exit_code=stop_code(number) or 128 + number)
 
 
-def hang_path(run_path: Path, rank: int) -> Path:
-    """Return the file to which a rank that hangs writes its stacks."""
-    return run_path / f"hang-rank{rank}.txt"
-
-
 def write_failure(run_path: Path, failure: Failure) -> None:
     """Write `failure` where the other processes look for it, or nothing if the folder cannot be written."""
     with suppress(OSError):
@@ -108,8 +101,7 @@ def record_cause(run_path: Path, *, since: float = 0, has_ended: bool = False) -
 
     Args:
         since: Unix time; failures before it belong to an earlier attempt.
-        has_ended: the run is known to have ended, so that "running" is wrong even if no rank reported a
-            failure.
+        has_ended: whether the run is known to have ended, so that "running" is wrong.
 
     Returns:
         The cause, None if nothing failed.
@@ -125,9 +117,7 @@ def record_cause(run_path: Path, *, since: float = 0, has_ended: bool = False) -
     # Ranks that fail together come here together. What the first of them recorded stays, unless it had only
     # lost contact or would end with another exit code.
     kind = (cause.lost_contact, cause.exit_code)
-    equivalent = {f.describe() for f in failures if (f.lost_contact, f.exit_code) == kind} | {
-        cause.describe()
-    }
+    equivalent = [f.describe() for f in (cause, *failures) if (f.lost_contact, f.exit_code) == kind]
     already_recorded = status.get("state") == "failed" and status.get("reason") in equivalent
     if not already_recorded and status.get("state") in ("running", "failed"):
         step = cause.step if cause.step is not None else status.get("step")

@@ -1,15 +1,12 @@
 """Start one process per GPU, pass signals on, restart the ranks if they fail, and report how the run ended.
 
-This is not torch's elastic agent, which torchrun and accelerate use on several hosts, because that -
-restarts after any exit code, also that of a preempted rank; - handles a signal by an exception from its
-handler, so that a second one interrupts the shutdown; - waits a fixed 30 s for a rank that is frozen, and
-ends with exit code 1 whatever the ranks ended with; - needs torch: 2.9 s of CPU time, for which the ranks
-would wait, and 533 MiB (torch 2.15). This process takes 0.4 s and
-  35 MiB.
+torch's elastic agent (torchrun, accelerate) is not used on one host. It restarts after any exit code, also
+that of a preempted rank. A second signal interrupts its shutdown. It waits a fixed 30 s for a frozen rank,
+and ends with exit code 1 whatever the ranks ended with. Its torch takes 2.9 s of CPU time, for which the
+ranks would wait, and 533 MiB (torch 2.15); this process takes 0.4 s and 35 MiB.
 
-This process imports no torch, starts no thread and opens no CUDA device. Signals are blocked and taken one
-by one from `sigtimedwait`, which also works as process 1 of a container. Every child is reaped, adopted ones
-included.
+So this process imports no torch, starts no thread and opens no CUDA device. Signals are blocked and taken by
+`sigtimedwait`, which also works as process 1 of a container. All children are reaped, adopted ones included.
 """
 
 import ctypes
@@ -28,18 +25,14 @@ from cmtrain.processes.failure import Failure
 from cmtrain.processes.rank import PARENT, RESTARTS
 from cmtrain.storage.run_folder import read_status
 
-# How long the other ranks have to notice that one is gone, and to report. It is more than the 2 s that a
-# rank waits for another's report (rank.CAUSE_WAIT_SECONDS), and that faulthandler's timer comes late
-# (watchdog.C_TIMER_SECONDS).
+# How long the other ranks have to notice that one is gone, and to report. More than the 2 s of
+# rank.CAUSE_WAIT_SECONDS and of watchdog.C_TIMER_SECONDS.
 GRACE_SECONDS = 5.0
-
-# What all ranks end with together: divergence, a missed expectation, a stop.
-AGREED = (errors.EXIT_DIVERGED, errors.EXIT_EXPECTATION, errors.EXIT_INTERRUPTED, errors.EXIT_PREEMPTED)
-
-# Starting again does not help against any of these.
-FINAL = (errors.EXIT_DONE, errors.EXIT_CONFIG, errors.EXIT_DATA, *AGREED)
-
 POLL_SECONDS = 0.5
+
+# Exit codes on which all ranks agree, and those against which starting again does not help.
+AGREED = (errors.EXIT_DIVERGED, errors.EXIT_EXPECTATION, errors.EXIT_INTERRUPTED, errors.EXIT_PREEMPTED)
+FINAL = (errors.EXIT_DONE, errors.EXIT_CONFIG, errors.EXIT_DATA, *AGREED)
 
 Start = Callable[[Sequence[str], dict[str, str]], int]
 
@@ -104,7 +97,7 @@ def run_ranks(
     """Run `command` as ranks 0..nproc-1, again if it fails, and return the exit code.
 
     Args:
-        run_path: the run folder, from which is read how far the run came and what failed.
+        max_restarts: how often it is started again at most.
         start: starts a process with additional environment variables and returns its id.
     """
     taken = {signal.SIGCHLD} | {n for n in failure.STOP_SIGNALS if signal.getsignal(n) != signal.SIG_IGN}
@@ -160,12 +153,11 @@ def _watch(attempt: Attempt, taken: set[signal.Signals], run_path: Path) -> bool
 def _reap(attempt: Attempt, run_path: Path) -> None:
     """Collect exit codes, and write the failures of ranks that began to train and wrote none."""
     failed_before = attempt.failed
-    while True:
+    pid = -1
+    while pid:  # 0: no other child has ended
         try:
             pid, status = os.waitpid(-1, os.WNOHANG)
         except ChildProcessError:
-            return
-        if pid == 0:
             return
         if pid not in attempt.ranks:
             continue
@@ -174,7 +166,7 @@ def _reap(attempt: Attempt, run_path: Path) -> None:
         if code and not failed_before:  # a later end is a consequence, or was our doing
             dead = failure.failure_of_dead_process(rank, len(attempt.ranks), code)
             attempt.failures.append(dead)
-            reported = {reported.rank for reported in failure.read_failures(run_path)}
+            reported = [known.rank for known in failure.read_failures(run_path)]
             if _has_begun(attempt, run_path) and rank not in reported:
                 failure.write_failure(run_path, dead)
 

@@ -26,11 +26,10 @@ MAX_CLOCK_SKEW_SECONDS = 5.0
 WARN_CLOCK_SKEW_SECONDS = 1.0
 CLOCK_ROUNDS = 3
 
+SHARED_FOLDER_SECONDS = 5.0  # for a file that one host wrote to appear on the others
+
 # Keys that may differ between hosts without changing what is learned.
 PER_HOST_KEYS = ("data.root", "data.cache_dir", "data.threads", "metrics.host", "metrics.port")
-
-# How long a file that one host wrote may take to appear on the others.
-SHARED_FOLDER_SECONDS = 5.0
 
 
 @dataclass(frozen=True)

@@ -22,17 +22,12 @@ PARENT = "CMTRAIN_PARENT"
 LAUNCHERS = (PARENT, "TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")
 RESTARTS = "TORCHELASTIC_RESTART_COUNT"
 
-# The kernel sends it when the launcher is gone, or only the launcher's thread that started us, which must
-# not stop a run. So it is a signal of its own.
+# From the kernel when the launcher is gone, or only its thread that started us, which must not stop a run.
 LAUNCHER_GONE = signal.SIGRTMIN + 10
 PR_SET_PDEATHSIG = 1
 
-# How long a rank keeps back an error that its host's first rank has most likely found as well. That rank
-# prints it and ends, upon which the launcher ends the others.
-HOLD_BACK_SECONDS = 5.0
-
-# How long a rank that lost contact waits for the report of the rank that failed.
-CAUSE_WAIT_SECONDS = 2.0
+HOLD_BACK_SECONDS = 5.0  # a rank keeps back an error that its host's first rank most likely prints as well
+CAUSE_WAIT_SECONDS = 2.0  # a rank that lost contact waits for the report of the rank that failed
 
 # Messages of a broken connection: gloo raises plain RuntimeErrors.
 BROKEN = ("gloo", "Connection closed by peer", "Connection reset by peer", "Connection refused",
@@ -51,10 +46,6 @@ def num_restarts() -> int:
 
 def is_first_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
-
-
-def num_ranks() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def follow_launcher() -> None:
@@ -92,14 +83,13 @@ def run_as_rank(work: Callable[[], int], run_path: Path) -> int:
     """
     follow_launcher()
     leave_on_stop_signals()
-    if (
-        num_restarts() and is_first_rank() and PARENT not in os.environ
-    ):  # our own launcher has checked already
+    # Our own launcher has checked this already.
+    if num_restarts() and is_first_rank() and PARENT not in os.environ:
         failure.record_cause(run_path, has_ended=True)
         if loop := failure.crash_loop(run_path):
             sys.stderr.write(f"{run_path}: {loop}\n")
             return int((read_status(run_path) or {}).get("exit_code") or EXIT_ERROR)
-    if num_ranks() == 1:
+    if os.environ.get("WORLD_SIZE", "1") == "1":
         return work()
     try:
         code = work()
@@ -139,7 +129,7 @@ def hold_back() -> None:
 def report_failure(error: BaseException, run_path: Path, rank: int, world_size: int, step: int) -> Failure:
     """Write why this rank ended after `step` steps, and find out and record why the run ended.
 
-    The rank that is the cause prints it. status.json holds it from then on, whichever rank is left.
+    The rank that caused it prints the reason; status.json has it from then on.
 
     Returns:
         The cause, which is another rank's failure if this rank only lost contact.

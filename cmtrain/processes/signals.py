@@ -16,8 +16,7 @@ from cmtrain.processes.rank import LAUNCHER_GONE
 
 T = TypeVar("T")
 
-# Launchers and terminals may both deliver one Ctrl-C; a person's second one comes later.
-SECOND_CTRL_C_SECONDS = 2.0
+SECOND_CTRL_C_SECONDS = 2.0  # launchers and terminals may deliver one Ctrl-C twice; a person's comes later
 
 
 class Stopped(Exception):  # noqa: N818
@@ -27,15 +26,12 @@ class Stopped(Exception):  # noqa: N818
 class StopRequest:
     """Turns a stop signal into a decision that every rank takes at the same step boundary.
 
-    The handler only sets a flag: a checkpoint written inside a handler may catch the state in the middle of
-    a step. A second SIGINT stops at once. Repeated SIGTERM or SIGUSR2 change nothing, because launchers
-    deliver them twice. The launcher's death counts as SIGTERM. SIGHUP is ignored if nohup has switched it
-    off.
+    The handler only sets a flag: a checkpoint written inside a handler may catch the middle of a step. A
+    second SIGINT stops at once. Repeated SIGTERM or SIGUSR2 change nothing, because launchers deliver them
+    twice. The end of the launcher counts as SIGTERM.
 
-    With several ranks the flags are combined over `group`, which is not the device's, so that the device is
-    never synchronised for it. The reduction of one step is waited for at the next, which hides its latency
-    and delays a stop by one step.
-
+    With several ranks the flags are combined over the host's `group`, which never synchronises the device.
+    The reduction of one step is waited for at the next: that hides its latency and delays a stop by a step.
     `decision` is the signal agreed on so far, 0 for none; once set, it does not change.
     """
 

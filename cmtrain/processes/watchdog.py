@@ -16,17 +16,12 @@ from pathlib import Path
 from typing import TypeVar
 
 from cmtrain.errors import EXIT_ERROR
-from cmtrain.processes.failure import Failure, hang_path, record_cause, write_failure
+from cmtrain.processes.failure import Failure, record_cause, write_failure
 
 T = TypeVar("T")
 
-# The first step of a process compiles, tunes kernels and builds the input pipeline; so does the first
-# evaluation.
-FIRST_TIME_FACTOR = 3
-
-# Delay of the C timer after the thread. Less than the time a launcher gives its ranks to end.
-C_TIMER_SECONDS = 2.0
-
+FIRST_TIME_FACTOR = 3  # the first step and the first evaluation compile, tune and build the input pipeline
+C_TIMER_SECONDS = 2.0  # delay of the C timer after the thread; less than launcher.GRACE_SECONDS
 POLL_SECONDS = 0.5
 
 
@@ -45,7 +40,7 @@ class Watchdog:
         self.deadline = float("inf")
         self.known_phases: set[str] = set()
         self.closed = threading.Event()
-        self.path = hang_path(run_path, rank)
+        self.path = run_path / f"hang-rank{rank}.txt"
         if timeout_seconds is None:
             return
         run_path.mkdir(parents=True, exist_ok=True)

@@ -20,8 +20,7 @@ MAX_CONFUSION_CLASSES = 100  # beyond it the matrix is unreadable, and larger th
 class Evaluation:
     """The result of evaluating one set of weights.
 
-    `top1`, `top5`: shares 0..1 of all images. The `num_unreadable` ones that could not be read count as
-        wrong. With fewer than 5 classes top5 is 1.
+    `top1`, `top5`: shares 0..1 of all images; `num_unreadable` count as wrong. Below 5 classes top5 is 1.
     `loss`: mean cross entropy (nats) of the images that were read.
     `class_images`, `class_correct`: images read of each class, and how many of them were recognised.
     `confusion`: [true class][predicted class] counts; None beyond MAX_CONFUSION_CLASSES classes.
@@ -41,15 +40,9 @@ class Evaluation:
 
 
 def evaluate(
-    model: nn.Module,
-    batches: Iterable[Batch],
-    *,
-    autocast: AbstractContextManager,
-    device: torch.device,
-    num_images: int,
-    num_classes: int,
-    keeps_ranked: bool = False,
-) -> Evaluation:
+    model: nn.Module, batches: Iterable[Batch], *, autocast: AbstractContextManager, device: torch.device,
+    num_images: int, num_classes: int, keeps_ranked: bool = False,
+) -> Evaluation:  # fmt: skip
     """Evaluate `model` on this rank's share of the images and add up over ranks.
 
     Args:
@@ -76,22 +69,16 @@ def evaluate(
     top1, top5, loss, seen, unreadable = totals.tolist()
     assert seen == num_images, f"evaluated {seen:.0f} images of {num_images}"
     return Evaluation(
-        top1 / seen,
-        top5 / seen,
-        loss / max(seen - unreadable, 1),
-        num_images,
-        int(unreadable),
-        **outcomes.sum_up(),
-        ranked=None if ranked is None else ranked.cpu(),
-    )
+        top1 / seen, top5 / seen, loss / max(seen - unreadable, 1), num_images, int(unreadable),
+        **outcomes.sum_up(), ranked=None if ranked is None else ranked.cpu(),
+    )  # fmt: skip
 
 
 class _Outcomes:
     """Counts right and wrong answers by class, on the device.
 
-    `counts`: flat (K, K) true by predicted class; beyond MAX_CONFUSION_CLASSES flat (K, 2), wrong and right.
-        One more
-    cell takes the unreadable images.
+    `counts`: flat (K, K) true by predicted class, or (K, 2) wrong, right beyond MAX_CONFUSION_CLASSES, and
+    one more cell for the unreadable images.
     """
 
     def __init__(self, num_classes: int, device: torch.device) -> None:
@@ -136,8 +123,7 @@ def all_reduce_sum(values: Tensor) -> None:
 
 @torch.no_grad()
 def average_running_statistics(*models: nn.Module) -> None:
-    """Give every rank the mean over ranks of the BatchNorm running statistics, before they are used or
-    saved.
+    """Give every rank the mean over ranks of the BatchNorm running statistics, before evaluating or saving.
 
     Their update is linear, so averaging now equals averaging after every step.
     """
@@ -159,5 +145,5 @@ def by_class(results: dict[str, Evaluation], class_names: Sequence[str], step: i
         name: {"images": result.class_images, "correct": result.class_correct, "confusion": result.confusion}
         for name, result in results.items()
     }
-    unnamed = map(str, range(len(class_names), num_classes))
-    return {"step": step, "classes": [*class_names, *unnamed], "weights": weights}
+    names = [*class_names, *map(str, range(len(class_names), num_classes))]
+    return {"step": step, "classes": names, "weights": weights}

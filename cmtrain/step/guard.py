@@ -6,10 +6,9 @@ pass*. The loss scaler then skips the optimizer step, and training goes on, beca
 those statistics. Evaluation does, and is NaN for good: 0.9 * NaN is NaN.
 
 The cure: what a forward pass writes is only *proposed*. Once the gradients of all ranks are reduced, one
-    flag on the
-device tells a good step from a bad one. The same flag commits or restores the statistics and lets the
-optimizer and the EMA move. Everything happens in place and on the device: no host synchronisation, no second
-pass over activations, and 25 operations per step however deep the model is.
+flag on the device tells a good step from a bad one. The same flag commits or restores the statistics and
+lets the optimizer and the EMA move. Everything happens in place and on the device: no host synchronisation,
+no second pass over activations, and 25 operations per step however deep the model is.
 """
 
 from collections.abc import Iterable
@@ -64,12 +63,10 @@ class Guard:
 
     @torch.no_grad()
     def propose(self) -> None:
-        """Collect the proposal of one micro-batch and restore the committed statistics for the next
-        micro-batch.
+        """Collect the proposal of one micro-batch and restore the committed statistics for the next one.
 
         Call after the backward pass, never between forward and backward: BatchNorm's backward holds the
-            buffers, and
-        an in-place write there raises a version error.
+        buffers, and an in-place write there raises a version error.
         """
         self.num_proposals += 1
         if self.batchnorms:
@@ -78,24 +75,21 @@ class Guard:
 
     @torch.no_grad()
     def commit_or_restore(self, ok: Tensor) -> Tensor:
-        """End the step: commit the mean proposal if it is finite and `ok`, else restore the committed
-        statistics.
+        """End the step: commit the mean proposal if it is finite and `ok`, else restore the last commit.
 
         Args:
             ok: bool scalar on the device, equal on all ranks: the global gradient norm is finite.
 
         Returns:
             bool scalar on the device: whether optimizer and EMA may take this step (always True without
-                `protect`).
-            It is `ok`, whatever this rank's statistics are, so that all ranks do the same.
+            `protect`). It is `ok`, whatever this rank's statistics are, so that all ranks do the same.
         """
         bad = ~ok
         self.bad_steps += bad
         self.bad_steps_in_a_row.add_(1).mul_(bad)
         if self.batchnorms:
             proposal = self.proposed / self.num_proposals
-            # The buffers themselves are checked too: a masked branch can hide an inf from loss and
-            # gradients.
+            # Statistics are checked too: a masked branch can hide an inf from loss and gradients.
             good = ok & torch.isfinite(proposal).all()
             self.restores += ~good
             if self.protect:

@@ -26,7 +26,7 @@ from cmtrain.step.evaluate import average_running_statistics
 from cmtrain.step.guard import Guard
 from cmtrain.step.measure import Phases, StepBuffer, StepReport, extremes
 from cmtrain.step.mixing import MixSpec, mix
-from cmtrain.step.optimizer import Ema, set_lr
+from cmtrain.step.optimizer import Ema
 from cmtrain.step.spikes import Spike, SpikeDetector
 from pipelines.spec import Batch
 
@@ -47,26 +47,16 @@ class Learner:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        optimizer: Optimizer,
-        accelerator: Accelerator,
-        *,
-        ema_decay: float | None,
-        protect: bool,
-        spike_sigma: float,
-        mixing: MixSpec,
-        accumulation: int,
-        clip_grad: float | None,
-        seed: int,
-    ) -> None:
+        self, model: nn.Module, optimizer: Optimizer, accelerator: Accelerator, *,
+        ema_decay: float | None, protect: bool, spike_sigma: float,
+        mixing: MixSpec, accumulation: int, clip_grad: float | None, seed: int,
+    ) -> None:  # fmt: skip
         self.model, self.optimizer, self.accelerator = model, optimizer, accelerator
         self.guard = Guard(model, protect=protect)
         # Copied before accelerate wraps the forward, or the copy would run the original's.
         self.ema = Ema(model, ema_decay) if ema_decay else None
         with warnings.catch_warnings():
-            # torch 2.15 renames the argument that build.make_accelerator sets; older versions do not know
-            # the new name.
+            # torch 2.15 renames an argument of build.make_accelerator; older ones lack the new name.
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
             self.wrapped = accelerator.prepare_model(model)
         self.mixing, self.accumulation, self.clip_grad, self.seed = mixing, accumulation, clip_grad, seed
@@ -82,7 +72,8 @@ class Learner:
 
     def step(self, batches: Iterator[Batch], step: int, lr: float) -> int:
         """Do step number `step` (from 0) on the next micro-batches; return how many images this rank had."""
-        set_lr(self.optimizer, lr)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
         loss_of_step = torch.zeros((), device=self.accelerator.device)
         self.last_indices = []
@@ -118,15 +109,13 @@ class Learner:
         grad_norm = nn.utils.clip_grad_norm_(self.parameters, self.clip_grad or math.inf, foreach=True)
         ok = torch.isfinite(grad_norm)
         takes_step = self.guard.commit_or_restore(ok)
-        # Fused optimizers leave parameters and state alone where found_inf is 1. An unguarded fp16 run still
-        # skips, as any GradScaler run does.
+        # Fused optimizers write nothing where found_inf is 1. Unguarded fp16 skips, as GradScaler does.
         writes = takes_step if scaler is None else ok
         self.optimizer.found_inf = (~writes).float()  # type: ignore[attr-defined]
         self.optimizer.step()
         if scaler is not None:
             scaler.update()
-            # torch has no floor: after 165 overflows in a row the scale is 0, and the next good step writes
-            # NaN.
+            # torch has no floor: after 165 overflows in a row the scale is 0, and a good step writes NaN.
             scaler._scale.clamp_(min=MIN_LOSS_SCALE)
         if self.ema is not None:
             self.ema.update(takes_step)
@@ -135,8 +124,7 @@ class Learner:
     def report(self, step: int, epoch: int, lr: float, *, reset: bool) -> StepReport:
         """Report on the steps since the last log point, up to `step`, and find the spikes among them.
 
-        `reset` makes this a log point: the next report begins after it. Synchronises; all ranks must call
-            it.
+        `reset`: the next report begins after this one. Synchronises; all ranks must call it.
         """
         measured = self.buffer.read()
         detector = self.detector if reset else copy.copy(self.detector)
@@ -147,27 +135,20 @@ class Learner:
             self.spike_samples = self.buffer.samples(step - highest.step)
         if reset:
             self.buffer.clear()
-        guard, scaler = self.guard, self.accelerator.scaler
-        on_device = [guard.bad_steps, guard.bad_steps_in_a_row, guard.restores, *extremes(self.model)]
-        numbers = torch.stack([value.double() for value in on_device]).tolist()
-        bad, bad_in_a_row, restores, mean_abs_max, var_max, weight_norm = numbers
+        # One copy to the host for all numbers; a counter is exact in float64.
+        counters, sizes = self.guard.state_dict(), extremes(self.model)
+        numbers = torch.stack([value.double() for value in (counters | sizes).values()]).tolist()
+        counts, values = map(int, numbers[: len(counters)]), numbers[len(counters) :]
         good = [loss for loss, grad_norm in measured if math.isfinite(grad_norm)]
+        scaler = self.accelerator.scaler
         return StepReport(
-            step=step,
-            epoch=epoch,
+            step=step, epoch=epoch, lr=lr,
             loss=sum(good) / len(good) if good else math.nan,
-            lr=lr,
             grad_norm=measured[-1][1] if measured else math.nan,
             loss_scale=1.0 if scaler is None else scaler.get_scale(),
-            bad_steps=int(bad),
-            bad_steps_in_a_row=int(bad_in_a_row),
-            restores=int(restores),
-            spikes=detector.num_spikes,
-            good_steps_in_a_row=detector.good_steps_in_a_row,
-            bn_mean_abs_max=mean_abs_max,
-            bn_var_max=var_max,
-            weight_norm=weight_norm,
-        )
+            spikes=detector.num_spikes, good_steps_in_a_row=detector.good_steps_in_a_row,
+            **dict(zip(counters, counts, strict=True)), **dict(zip(sizes, values, strict=True)),
+        )  # fmt: skip
 
     def roll_back(self, state: dict[str, Any]) -> None:
         """Go back to an earlier state_dict of this process, with a fresh loss scale. Counters go on."""
@@ -225,8 +206,7 @@ def _torch_seed(seed: int, step: int, micro: int) -> int:
     So neighbouring steps do not share generator states. Dropout, drop path and the noise of random erasing
     draw from it, and mixing from numpy's generator for the same key: a resumed run, or one on another number
     of ranks, draws the same. Augmentation has a recipe of its own (pipelines/plan.py): it needs many numbers
-    for every sample, so it hashes (seed, epoch, sample, repeat), vectorised over the batch, where a step
-    needs one seed per micro-batch.
+    for every sample, so it hashes (seed, epoch, sample, repeat), vectorised. A step needs one seed.
     """
     mask = 2**64 - 1
     mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + micro * 0x94D049BB133111EB) & mask

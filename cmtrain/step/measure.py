@@ -1,5 +1,4 @@
-"""Measure steps: loss and gradient norm, the time of each phase, the pace, and the size of the model's
-numbers.
+"""Measure steps: loss, gradient norm, time by phase, pace, and the size of the model's numbers.
 
 A step must not wait for the device. So a step leaves its measurements there, and the log point reads them.
 """
@@ -48,7 +47,7 @@ class StepBuffer:
         self.indices.append(indices)
 
     def read(self) -> list[tuple[float, float]]:
-        """Return every step's (loss, gradient norm), equal on all ranks. Synchronises; all ranks must call it."""
+        """Return each step's (loss, gradient norm), equal on all ranks. Synchronises; all must call it."""
         if self.unread_steps:
             loss, grad_norm = torch.stack(self.unread_steps, dim=1).unbind()  # (steps,) each
             all_reduce_sum(loss)
@@ -58,7 +57,7 @@ class StepBuffer:
         return self.read_steps
 
     def samples(self, steps_ago: int) -> list[int]:
-        """Return this rank's samples of an earlier step, 0: the last; [] if another process ran that step."""
+        """Return this rank's samples of an earlier step; 0 is the last. [] if another process ran it."""
         return samples_of(self.indices[-1 - steps_ago]) if steps_ago < len(self.indices) else []
 
     def clear(self) -> None:
@@ -109,19 +108,17 @@ class StepReport:
 
 
 @torch.no_grad()
-def extremes(model: nn.Module) -> list[Tensor]:
-    """Return the size of the model's numbers, as scalars on its device; NaN where there is a NaN.
+def extremes(model: nn.Module) -> dict[str, Tensor]:
+    """Return `bn_mean_abs_max`, `bn_var_max` and `weight_norm` of a StepReport, on the model's device.
 
     They are the largest |running_mean| and the largest running_var of all BatchNorm layers (0 without any),
     and the L2 norm of all trainable parameters together.
     """
     parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
     norm = torch.stack(torch._foreach_norm(parameters)).norm()
-    statistics = running_statistics(model)
-    if not statistics:
-        return [torch.zeros_like(norm), torch.zeros_like(norm), norm]
+    statistics = running_statistics(model) or [torch.zeros_like(norm)[None]] * 2
     means, variances = torch.cat(statistics[0::2]), torch.cat(statistics[1::2])
-    return [means.abs().max(), variances.max(), norm]
+    return {"bn_mean_abs_max": means.abs().max(), "bn_var_max": variances.max(), "weight_norm": norm}
 
 
 # ---- time

@@ -2,8 +2,7 @@
 
 Semantics are timm's (`timm.data.Mixup` in batch mode with its flipped partner and lambda correction,
 `timm.data.RandomErasing` in pixel mode). Two things differ. All draws come from a key that the caller gives,
-not from global state, so that a resumed run mixes as the uninterrupted one. Erasing works on the whole batch
-at once.
+not from global state, so that a resumed run mixes the same. Erasing works on the whole batch at once.
 """
 
 import math
@@ -20,7 +19,7 @@ ERASE_ATTEMPTS = 10
 
 @dataclass(frozen=True)
 class MixSpec:
-    """Options, named as in timm. `mixup`, `cutmix`: Beta alphas, 0 is off. `re...`: random erasing."""
+    """timm's options. `mixup`, `cutmix`: Beta alphas, 0 is off. `reprob`, `recount`: random erasing."""
 
     num_classes: int
     mixup: float = 0.0
@@ -57,8 +56,7 @@ def mix(images: Tensor, labels: Tensor, spec: MixSpec, key: tuple[int, ...]) -> 
     draw = draw_mix(spec, images.shape[-2], images.shape[-1], rng)
     if draw.box is not None:
         y0, y1, x0, x1 = draw.box
-        partner = images.flip(0)
-        images = images.clone()
+        partner, images = images.flip(0), images.clone()
         images[:, :, y0:y1, x0:x1] = partner[:, :, y0:y1, x0:x1]
     elif draw.lam < 1:
         images = torch.lerp(images.flip(0), images, draw.lam)

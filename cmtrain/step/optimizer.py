@@ -12,22 +12,13 @@ from torch.optim import SGD, AdamW, Optimizer
 
 
 def make_optimizer(
-    model: nn.Module,
-    *,
-    opt: str,
-    lr: float,
-    weight_decay: float,
-    momentum: float,
-    nesterov: bool,
-    betas: tuple[float, float],
-    eps: float,
-) -> Optimizer:
+    model: nn.Module, *, opt: str, lr: float, weight_decay: float,
+    momentum: float, nesterov: bool, betas: tuple[float, float], eps: float,
+) -> Optimizer:  # fmt: skip
     """Build the optimizer of `model`'s parameters.
 
     Vectors (biases, norms) and the names in `model.no_weight_decay()` (position tables) are not decayed.
-    Only fused optimizers are offered: they alone read `found_inf` on the device, so that a bad step is
-        skipped
-    without a host synchronisation.
+    Only fused optimizers read `found_inf` on the device and so skip a bad step without synchronising.
     """
     keep: set[str] = getattr(model, "no_weight_decay", set)()
     groups = param_groups_weight_decay(model, weight_decay=weight_decay, no_weight_decay_list=keep)
@@ -41,12 +32,6 @@ def make_optimizer(
             for parameter in group["params"]:
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
-
-
-def set_lr(optimizer: Optimizer, lr: float) -> None:
-    """Set the learning rate of every group."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
 
 
 # ---- the average of the weights

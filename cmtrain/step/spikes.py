@@ -52,8 +52,7 @@ class Trend:
         return (math.log(max(value, MIN_VALUE)) - self.mean) / max(math.sqrt(self.variance), MIN_DEVIATION)
 
     def with_value(self, value: float, max_z: float) -> "Trend":
-        """Return the trend after one more step. A value further than `max_z` deviations away counts as that
-        far.
+        """Return the trend after one more step, whose value counts as `max_z` deviations away at most.
 
         So one spike moves the trend little, and a new level that stays is learned in some tens of steps.
         """

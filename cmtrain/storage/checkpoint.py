@@ -1,13 +1,10 @@
 """Save, load, find and delete checkpoints, each of which exists whole or not at all.
 
 A checkpoint is a folder `step-000001234/` with `state.safetensors` (see state_file.py) and `manifest.json`
-(size and sha256 of that file, versions, configuration). It is written under a temporary name, synced, read
-back, and published by one rename. Loading verifies the checksum, because safetensors does not notice a
-flipped bit. A damaged checkpoint is reported, and the one before it is used. A higher step is the newer
-checkpoint; no `latest` link can be wrong.
-
-accelerate's save_state is not used: it is not atomic, deletes the old before the new is written, and cannot
-be verified.
+(its size and sha256, versions, configuration). It is written under a temporary name, synced, read back, and
+published by one rename. A damaged one is reported, and the one before it is used. A higher step is newer; no
+`latest` link can be wrong. accelerate's save_state is not used: it is not atomic, deletes the old checkpoint
+before the new one is written, and cannot be verified.
 """
 
 import contextlib
@@ -30,7 +27,7 @@ _MANIFEST, _STATE, _OLD_STATE = "manifest.json", "state.safetensors", "state.pt"
 
 
 class OldFormatError(CheckpointError):
-    """A checkpoint of cmtrain 0.1.0: not damaged, but unreadable for this version."""
+    """A checkpoint of an older cmtrain: not damaged, but unreadable for this one."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +42,8 @@ class Loaded:
 
 def checkpoint_steps(root: Path) -> list[int]:
     """Return the steps of the published checkpoints under `root`, ascending. Symbolic links do not count."""
-    if not root.is_dir():
-        return []
-    with os.scandir(root) as entries:
-        folders = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
-    return sorted(int(match[1]) for name in folders if (match := _NAME.fullmatch(name)))
+    found = [path.name for path in root.glob("step-*") if path.is_dir() and not path.is_symlink()]
+    return sorted(int(match[1]) for name in found if (match := _NAME.fullmatch(name)))
 
 
 def checkpoint_path(root: Path, step: int) -> Path:
@@ -77,7 +71,8 @@ def save_checkpoint(root: Path, step: int, state: dict[str, Any], meta: dict[str
         manifest = {"step": step, "time": time.time(), "files": files, "meta": meta}
         (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=1))
         sync(temporary / _MANIFEST)
-        verify(temporary / _STATE, digest)
+        with open_regular(temporary / _STATE) as file:
+            verify(file, temporary / _STATE, digest)
     return final
 
 
@@ -116,11 +111,10 @@ def load_newest(root: Path, *, set_aside: bool = True) -> Loaded | None:
                 path.rename(root / f"{CORRUPT}{step}-{time.time_ns()}")
     if rejected:
         raise CheckpointError(f"no usable checkpoint in {root}: " + "; ".join(rejected))
-    if root.exists():
-        # A writer that was killed before it published its first checkpoint leaves a temporary folder only.
-        others = sorted(entry.name for entry in root.iterdir() if not entry.name.startswith(TEMPORARY))
-        if others:
-            raise CheckpointError(f"no usable checkpoint in {root}, but {', '.join(others[:3])}")
+    # A writer that was killed before it published its first checkpoint leaves a temporary folder only.
+    names = sorted(path.name for path in root.iterdir()) if root.exists() else []
+    if others := [name for name in names if not name.startswith(TEMPORARY)]:
+        raise CheckpointError(f"no usable checkpoint in {root}, but {', '.join(others[:3])}")
     return None
 
 
@@ -180,10 +174,8 @@ def _read_manifest(path: Path) -> tuple[Digest, dict[str, Any]]:
         manifest = json.loads(text)
         files, meta = manifest["files"], manifest["meta"]
         if list(files) == [_OLD_STATE]:
-            raise OldFormatError(
-                f"{path}: saved by cmtrain 0.1.0, whose {_OLD_STATE} this version does not read; export its "
-                "weights with cmtrain 0.1.0 and start a new run from them (model.init_from)"
-            )
+            advice = "export the weights with that version, and start a new run from them (model.init_from)"
+            raise OldFormatError(f"{path}: {_OLD_STATE} is the format of an older cmtrain; {advice}")
         # One file of one name: nothing in a manifest is a path that could lead elsewhere.
         if list(files) != [_STATE] or not isinstance(meta, dict):
             raise ValueError(f"must describe {_STATE} and nothing else")

@@ -1,14 +1,12 @@
 """Write checkpoints in a background thread, while training goes on.
 
-At a save the training thread only copies the state into host memory. A second thread serialises, syncs,
-verifies and publishes it, and drops old checkpoints. Only one write is under way at a time, so one copy is
-enough, and its memory is used again. The training thread fetches how each write ended: it alone writes to
-console, metrics and run folder.
+At a save the training thread only copies the state into host memory, the same for every save. A second
+thread serialises, syncs, verifies and publishes it, and drops old checkpoints. The training thread fetches
+how each write ended: it alone writes to console, metrics and run folder.
 
-A save that comes while another is being written waits for it, so that none is left out, but at most
-PATIENCE_SECONDS. Where storage hangs, training goes on without that checkpoint and reports it, before the
-other ranks, which wait in their next all-reduce, give the run up. The last save of a process waits as long
-as it must.
+A save that comes while another is being written waits for it, at most PATIENCE_SECONDS. If storage hangs for
+longer, training goes on without that checkpoint, before the other ranks, which wait in their next
+all-reduce, give the run up. The last save of a process waits as long as it must.
 """
 
 import threading
@@ -32,8 +30,7 @@ class Outcome:
     """How the save of `step` ended, after `seconds`. `path` is None if it failed.
 
     `error`: why there is no checkpoint; or, if there is one, why no old one was deleted. `num_bytes`: its
-    size, which is measured here because a later save may have dropped the checkpoint before this is
-    reported.
+    size, known here because a later save may drop the checkpoint before this is reported.
     """
 
     step: int

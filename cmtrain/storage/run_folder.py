@@ -182,13 +182,10 @@ def read_finished(path: Path, config_yaml: str, max_steps: int | None) -> dict[s
 def read_events(path: Path) -> list[dict[str, Any]]:
     """Return the events of the run folder `path`, without lines that a kill cut short."""
     events = []
-    try:
-        lines = (path / "events.jsonl").read_text().splitlines()
-    except FileNotFoundError:
-        return []
-    for line in lines:
-        with contextlib.suppress(ValueError):
-            events.append(json.loads(line))
+    with contextlib.suppress(FileNotFoundError):
+        for line in (path / "events.jsonl").read_text().splitlines():
+            with contextlib.suppress(ValueError):
+                events.append(json.loads(line))
     return events
 
 

@@ -170,8 +170,7 @@ def parse_record(line: bytes) -> dict[str, Any] | None:
     try:
         record = from_json(line)
     except ValueError:
-        # The standard library's parser takes eight times as long, and also takes file names that are not
-        # UTF-8.
+        # The standard library's parser takes eight times as long, but also file names that are not UTF-8.
         try:
             record = json.loads(line)
         except ValueError:

@@ -2,9 +2,9 @@
 
 The format is safetensors: a JSON header and the bytes of each tensor. The header's metadata holds the state
 as JSON, in which a list begins with its kind: ["dict", [key, value], ...], ["list", value, ...], ["tuple",
-value, ...] or ["tensor", name, stride, ...]. So loading runs no code and takes no memory beyond the size of
-the file. The checksum is ours, because safetensors does not notice a flipped bit. safetensors' own writer is
-not used: it keeps neither strides (channels-last weights) nor a checksum of what was meant to be written.
+value, ...] or ["tensor", name, stride, ...]. Loading runs no code and takes no memory beyond the file's
+size. The checksum is ours: safetensors notices no flipped bit. Its own writer is not used, because it keeps
+neither strides (of channels-last weights) nor a checksum of what was meant to be written.
 """
 
 import errno
@@ -21,7 +21,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-MAX_HEADER_BYTES = 2**25  # CMT-B's has 0.6 MB
+MAX_HEADER_BYTES = 2**25  # CMT-B's has 1.1 MB
 MAX_DEPTH = 32
 DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -83,12 +83,6 @@ def write_state(path: Path, state: dict[str, Any]) -> Digest:
     return Digest(8 + len(text) + end, sha256.hexdigest())
 
 
-def verify(path: Path, expected: Digest) -> None:
-    """Raises CheckpointError: `path` is not a file with that digest. OSError: the machine cannot read it."""
-    with open_regular(path) as file:
-        _verify(file, path, expected)
-
-
 def read_state(path: Path, expected: Digest) -> dict[str, Any]:
     """Verify `path` and load it, onto the CPU.
 
@@ -97,7 +91,7 @@ def read_state(path: Path, expected: Digest) -> dict[str, Any]:
         OSError: the machine cannot read it (permissions, too many open files); the file may be good.
     """
     with open_regular(path) as file:
-        _verify(file, path, expected)
+        verify(file, path, expected)
         try:
             file.seek(0)
             if int.from_bytes(file.read(8), "little") > MAX_HEADER_BYTES:
@@ -134,10 +128,11 @@ def open_regular(path: Path) -> io.BufferedReader:
     return open(descriptor, "rb")
 
 
-def _verify(file: io.BufferedReader, path: Path, expected: Digest) -> None:
+def verify(file: io.BufferedReader, path: Path, expected: Digest) -> None:
+    """Raises CheckpointError: `file`, at `path`, has another digest. OSError: the machine cannot read it."""
     size = os.fstat(file.fileno()).st_size
     if size != expected.num_bytes:
-        raise CheckpointError(f"{path}: {size} bytes, the manifest says {expected.num_bytes}")
+        raise CheckpointError(f"{path}: {size} bytes, the manifest has {expected.num_bytes}")
     try:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:

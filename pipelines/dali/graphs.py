@@ -39,7 +39,7 @@ _EVAL_WINDOWS = [(types.FLOAT, 1), (types.INT32, 1)]
 
 @dataclass(frozen=True)
 class Execution:
-    """Where and how a graph runs. `decode` "mixed" decodes JPEG on the GPU and needs `device` "gpu".
+    """Device and resources of a graph. `decode` "mixed" decodes JPEG on the GPU and needs `device` "gpu".
 
     `hw_decoder_load` is the share of a batch that goes to the GPU's JPEG engine, where it has one (A100 and
     later); the rest is decoded by its general cores. None is DALI's default, 0.65 in 1.34 and 2.4.

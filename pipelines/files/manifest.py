@@ -160,37 +160,37 @@ class Manifest:
 
         Raises DataError as `read_index`, and for a class that training does not know.
         """
-        _, packed = read_index(Path(folder).absolute())
+        _, shards = read_index(Path(folder).absolute())
         if class_names is None:
-            return packed
+            return shards
         place = {name: number for number, name in enumerate(class_names)}
-        unknown = [name for name in packed.class_names if name not in place]
+        unknown = [name for name in shards.class_names if name not in place]
         if unknown:
             what = f"not one of the {len(class_names)} training classes ({len(unknown)} such)"
-            raise DataError(f"{packed.root}: {unknown[0]} is {what}")
-        labels = np.array([place[name] for name in packed.class_names], np.int64)[packed.labels]
-        return replace(packed, labels=labels, class_names=tuple(class_names))
+            raise DataError(f"{shards.root}: {unknown[0]} is {what}")
+        labels = np.array([place[name] for name in shards.class_names], np.int64)[shards.labels]
+        return replace(shards, labels=labels, class_names=tuple(class_names))
 
 
-def write_index(packed: Manifest, recipe: str) -> None:
+def write_index(shards: Manifest, recipe: str) -> None:
     """Put the index of a packed split beside its shards, whole or not at all. Raises OSError.
 
     Args:
         recipe: how and from what it was packed.
     """
-    assert packed.packed is not None
-    slices, (path_buffer, path_offsets) = packed.packed, packed.paths.joined()
-    with replacing(packed.root / INDEX) as file:
+    assert shards.packed is not None
+    slices, (path_buffer, path_offsets) = shards.packed, shards.paths.joined()
+    with replacing(shards.root / INDEX) as file:
         np.savez(
             file,
             recipe=np.array(recipe),
             path_buffer=path_buffer,
             path_offsets=path_offsets,
-            labels=packed.labels,
-            heights=packed.heights,
-            widths=packed.widths,
-            class_names=np.array(packed.class_names, np.str_),
-            bad=np.array(packed.bad, np.str_).reshape(-1, 3),
+            labels=shards.labels,
+            heights=shards.heights,
+            widths=shards.widths,
+            class_names=np.array(shards.class_names, np.str_),
+            bad=np.array(shards.bad, np.str_).reshape(-1, 3),
             shard_names=np.array(slices.shard_names, np.str_),
             shard_bytes=slices.shard_bytes,
             shard_sha256=np.array(slices.shard_sha256, np.str_),
@@ -218,11 +218,11 @@ def read_index(folder: Path) -> tuple[str, Manifest]:
         slices = Slices(folder, **columns)
         # Older indexes have no kind: (path, reason).
         bad_files = tuple(BadFile(row[0], row[1] if len(row) == 3 else "other", row[-1]) for row in bad)
-        packed = Manifest(folder, paths, **image, size_bytes=slices.size_bytes, bad=bad_files, packed=slices)
+        shards = Manifest(folder, paths, **image, size_bytes=slices.size_bytes, bad=bad_files, packed=slices)
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{folder / INDEX}: cannot be read ({error}); pack again") from error
-    slices.check()
-    return recipe, packed
+    slices.check_shards()
+    return recipe, shards
 
 
 def _checked(list_files: Callable[[], Listing], relabel: Callable[[Listing], Listing]) -> Listing:

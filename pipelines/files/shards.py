@@ -27,7 +27,7 @@ INDEX = "index.npz"
 
 @dataclass(frozen=True, eq=False)
 class Slices:
-    """Where the encoded bytes of N images are."""
+    """Places of the encoded bytes of N images in their shards."""
 
     folder: Path
     shard_names: tuple[str, ...]  # (S,)
@@ -38,7 +38,7 @@ class Slices:
     size_bytes: NDArray[np.int64]  # (N,)
     checksums: NDArray[np.uint32]  # (N,) CRC-32
 
-    def check(self) -> None:
+    def check_shards(self) -> None:
         """Raise DataError when a shard is missing or not as long as the index records."""
         for number, size in enumerate(self.shard_bytes):
             path = self.shard_path(number)
@@ -101,7 +101,7 @@ class SliceReader:
             memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         if len(memory) != expected:
             raise OSError(f"{path}: {len(memory)} bytes, not the {expected} of its index")
-        memory.madvise(mmap.MADV_RANDOM)  # reading ahead would fetch neighbours that nobody asked for
+        memory.madvise(mmap.MADV_RANDOM)  # reading ahead would fetch neighbours that are not needed
         self._maps[shard] = mapped = memory, np.frombuffer(memory, np.uint8)
         return mapped
 

@@ -76,9 +76,10 @@ def pack_split(
     recipe = json.dumps({"format": _FORMAT, "source": manifest.fingerprint, **options})
     with _errors_in_one_line(folder), _locked(folder):
         if (folder / INDEX).is_file():
-            found, packed = read_index(folder)
+            found, shards = read_index(folder)
             _check_recipe(folder, found, recipe)
         else:
+            # Resume after the last whole shard.
             records = _kept_records(folder, recipe)
             bad = _left_out(manifest, records, max_bad_fraction)
             keys = sample_keys(0, _SHARD_DOMAIN, np.arange(len(manifest)))
@@ -93,12 +94,13 @@ def pack_split(
                     records.append(_write_shard(folder, number, done, samples, labels, shard_bytes, recipe))
                     done = records[-1].end
                     bad = _left_out(manifest, records, max_bad_fraction)
-            packed = _packed(manifest, folder, records, bad)
-            write_index(packed, recipe)
-        assert packed.packed is not None
-        for name in packed.packed.shard_names:
+            # The index is last: it makes the folder a data set, and the records are then of no use.
+            shards = _packed(manifest, folder, records, bad)
+            write_index(shards, recipe)
+        assert shards.packed is not None
+        for name in shards.packed.shard_names:
             _record_file(folder, name).unlink(missing_ok=True)
-    return packed
+    return shards
 
 
 def _write_shard(
@@ -189,7 +191,7 @@ def _kept_records(folder: Path, recipe: str) -> list[_Record]:
     """Return the records of an earlier run's finished shards, up to the first shard that is not whole."""
     for entry in sorted(folder.iterdir()):
         ours = entry.name == INDEX or _record_file(folder, entry.name).is_file()
-        if entry.name.startswith(".") and entry.name.endswith(".tmp"):  # a killed run's unfinished file
+        if entry.name.startswith((".shard-", f".{INDEX}.")) and entry.suffix == ".tmp":  # of a killed run
             entry.unlink()
         elif not entry.name.startswith(".") and not ours:
             what = f"holds {entry.name}, which no pack has put there"

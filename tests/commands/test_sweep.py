@@ -76,7 +76,7 @@ def test_every_row_is_trained_in_order_and_a_base_is_no_row(study, outcomes, cap
 @pytest.mark.parametrize(
     ("codes", "code", "last"),
     [
-        ({"b": 4}, 0, "d"),  # as the file says
+        ({"b": 4}, 0, "d"),  # as the file expects
         ({"a": 4}, 4, "d"),
         ({"a": 5, "c": 1}, 5, "d"),
         ({"b": 3}, 3, "b"),  # no data: no row has any
@@ -104,7 +104,7 @@ def test_overrides_hold_for_every_row_in_any_position(study, capsys):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "line"),
     [
         ([], "cmtrain sweep: of which files? e.g. "),
         (["study", "--rows", "0-2"], "--rows: 0-2: there are rows 1 to 4"),
@@ -119,10 +119,10 @@ def test_overrides_hold_for_every_row_in_any_position(study, capsys):
         (["study", "--optim.lrr", "1"], "--optim.lrr: unknown option, did you mean --optim.lr?"),
     ],
 )
-def test_mistakes_are_one_line_and_start_nothing(study, outcomes, capsys, arguments, said):
+def test_mistakes_are_one_line_and_start_nothing(study, outcomes, capsys, arguments, line):
     assert main(["sweep", *arguments]) == 2
     err = capsys.readouterr().err
-    assert err.startswith(said)
+    assert err.startswith(line)
     assert err.count("\n") == 1
     assert outcomes[1] == []
 

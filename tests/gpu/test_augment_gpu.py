@@ -1,4 +1,4 @@
-"""Every operation gives the same levels on a GPU as on a CPU."""
+"""Test that every operation gives the same levels on a GPU as on a CPU."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ pytestmark = [
 
 SIDE = 160
 POLICY = parse("rand-m9-mstd0.5-inc1")
-# Mean and largest absolute difference in levels. Bits are exact; elsewhere a float may round the other way, and a warp
-# may take the neighbour of a pixel that lies half-way.
+# Mean and largest absolute difference in levels. Operations on bits are exact. Elsewhere a float may round
+# the other way, and a warp may take the neighbour of a pixel that lies half-way.
 EXACT, ROUNDING, HALF_WAY = (0.0, 0), (0.05, 1), (0.1, 255)
 LIMITS = {
     "Invert": EXACT,
@@ -43,7 +43,7 @@ TYPES = {"uint8": types.UINT8, "int32": types.INT32, "float32": types.FLOAT}
 
 
 def run(device: str, body, images: np.ndarray, params: list[np.ndarray]) -> np.ndarray:
-    """body(image on `device`, *params on the CPU) on one batch."""
+    """Run body(image on `device`, *params on the CPU) on one batch."""
     arrays = [images, *params]
 
     def graph():

@@ -1,4 +1,4 @@
-"""Decoding on the GPU: what is exact whatever the share of the JPEG engine, odd files, and the memory that it keeps."""
+"""Test decoding on the GPU: exactness at any share of the JPEG engine, odd files, the memory it keeps."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def train(
 ) -> DaliLoader:
     plan = Plan(seed=3, num_samples=len(manifest), global_batch_size=48, micro_batch_size=micro_batch_size)
     return train_loader(
-        manifest, plan, spec, rank=rank, world=world, device="cuda", decode="mixed", threads=2, prefetch_batches=2,
-        hw_decoder_load=load,
+        manifest, plan, spec, rank=rank, world=world, device="cuda", decode="mixed", threads=2,
+        prefetch_batches=2, hw_decoder_load=load,
     )  # fmt: skip
 
 
@@ -68,7 +68,7 @@ def digests(images: dict[int, torch.Tensor]) -> dict[int, str]:
 
 @pytest.mark.parametrize("load", [0.0, 1.0])
 def test_one_decoder_alone_is_elastic(manifest, load):
-    """All images on the engine or none: no rank, batch or resumption may change a pixel."""
+    """With all images on the engine or none, no rank, batch or resumption may change a pixel."""
     whole = digests(by_sample(train(manifest, load)))
     ranks = [digests(by_sample(train(manifest, load, rank, 2))) for rank in range(2)]
     assert ranks[0] | ranks[1] == whole
@@ -79,7 +79,7 @@ def test_one_decoder_alone_is_elastic(manifest, load):
 
 
 def test_a_shared_load_stays_within_the_difference_of_the_two_decoders(manifest):
-    """DALI deals a batch out to engine and cores, so which of them an image meets depends on its batch."""
+    """DALI divides a batch between engine and cores, so an image's decoder depends on its batch."""
     plain = AugmentSpec(SIDE)
     one = by_sample(train(manifest, None, spec=plain))
     other = by_sample(train(manifest, None, micro_batch_size=24, spec=plain))
@@ -95,14 +95,13 @@ def test_the_engine_and_the_cores_see_the_same_image(manifest):
     plain = AugmentSpec(SIDE)
     cores, engine = (by_sample(train(manifest, load, spec=plain)) for load in (0.0, 1.0))
     apart = torch.stack([(cores[index] - engine[index]).abs().mean() for index in cores])
-    print(
-        f"\nengine against cores: mean {apart.mean() / LEVEL:.4f} levels, worst image {apart.max() / LEVEL:.4f}"
-    )
+    mean, worst = apart.mean() / LEVEL, apart.max() / LEVEL
+    print(f"\nengine against cores: mean {mean:.4f} levels, worst image {worst:.4f}")
     assert apart.mean() < 1.0 * LEVEL
 
 
 def test_awkward_files_look_as_in_pillow(tmp_path):
-    """Progressive, grey, CMYK, PNG, WebP, EXIF, one pixel: what the GPU cannot decode falls back to the CPU."""
+    """Progressive, grey, CMYK, PNG, WebP, EXIF, one pixel: the CPU decodes what the GPU cannot."""
     write_awkward_files(tmp_path / "in" / "c")
     manifest = Manifest.from_folder(tmp_path / "in", cache_dir=tmp_path / "cache")
     spec = EvalSpec(48, 48, "bilinear")
@@ -121,7 +120,7 @@ def test_awkward_files_look_as_in_pillow(tmp_path):
 
 
 def test_evaluation_leaves_no_memory_behind(tmp_path):
-    """Closed after each evaluation, as training does it: training and evaluation never hold memory together."""
+    """The loader is closed after each evaluation, as in training: the two never hold memory together."""
     manifest = Manifest.from_folder(write_folder(tmp_path / "in", 192), cache_dir=tmp_path / "cache")
     training = train(manifest, None)
     batches = training.epoch(0)
@@ -139,7 +138,7 @@ def test_evaluation_leaves_no_memory_behind(tmp_path):
         torch.cuda.empty_cache()
         return during, torch.cuda.mem_get_info()[0]
 
-    evaluate()  # what libraries load once and keep
+    evaluate()  # libraries load some things once and keep them
     free_bytes = [evaluate() for _ in range(4)]
     print(
         "\nfree MiB while the loader is open, after it was closed:",

@@ -1,4 +1,4 @@
-"""What only a GPU can show of the launcher. Skips itself without one."""
+"""Test the launcher's count of GPUs. Skips itself without one."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What only a GPU can show of the model: its kernels at their real size, its attention, its compiled form."""
+"""Test the model on a GPU: its kernels at their real size, its attention, its compiled form."""
 
 import pytest
 import torch
@@ -21,13 +21,13 @@ PARTS = pytest.mark.parametrize("part", ["perception unit", "paper", "reimpl"])
 
 
 def built(part: str, channels: int, hidden: int, kernel: FfnKernel) -> nn.Module:
-    """A perception unit, or a feed-forward network of the paper's or the re-implementation's form."""
+    """Build a perception unit, or a feed-forward network in the paper's or the re-implementation's form."""
     torch.manual_seed(0)
     if part == "perception unit":
         network: nn.Module = ResidualDepthwiseConv(channels, kernel)
     else:
-        network = FeedForward(channels, hidden, seed=part == "reimpl", drop=0.0, kernel=kernel)
-        network.project_norm.eval()  # on batch statistics it would let no gradient through to the shifts before it
+        network = FeedForward(channels, hidden, variant=part, drop=0.0, kernel=kernel)
+        network.project_norm.eval()  # batch statistics would pass no gradient on to the shifts before it
     for parameter in network.parameters():
         nn.init.normal_(parameter, std=0.3)
     return network.to("cuda", memory_format=torch.channels_last)
@@ -40,7 +40,7 @@ def picture(channels: int, side: int, dtype: torch.dtype, batch: int = 32) -> to
 
 
 def step(network: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The answer, all gradients, all statistics."""
+    """Return the output, all gradients and all statistics of a step."""
     network.zero_grad()
     x.grad = None
     with torch.autocast("cuda", x.dtype, enabled=x.dtype.itemsize == 2):
@@ -60,7 +60,7 @@ def error(ours: torch.Tensor, exact: torch.Tensor) -> float:
 @PARTS
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("channels", "hidden", "side"), STAGES)
-def test_what_is_fused_is_no_worse_than_the_eager_form_and_repeats_its_bits(
+def test_the_fused_form_is_no_worse_than_the_eager_one_and_repeats_its_bits(
     channels, hidden, side, dtype, part
 ):
     x = picture(channels, side, dtype)
@@ -111,7 +111,7 @@ def test_compiled_and_fused_trains_as_fused():
     assert error(logits_after(True), logits_after(False)) < 0.1
 
 
-def test_folded_inference_answers_the_same():
+def test_folded_inference_computes_the_same():
     torch.manual_seed(0)
     model = timm.create_model("cmt_ti", num_classes=10).cuda()
     x = torch.randn(16, 3, 160, 160, device="cuda")

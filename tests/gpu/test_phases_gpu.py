@@ -1,4 +1,4 @@
-"""Phases by CUDA events, memory and identity of a real GPU. Skips itself without one."""
+"""Test phases by CUDA events, memory and identity of a real GPU. Skips itself without one."""
 
 import shutil
 import subprocess

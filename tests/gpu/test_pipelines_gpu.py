@@ -1,4 +1,4 @@
-"""The promises of the pipelines on a GPU: the same contract, the same pixels up to the decoder."""
+"""Test the pipelines on a GPU: the same contract as on a CPU, the same pixels up to the decoder."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def by_sample(loader: DaliLoader, epoch: int = 0) -> dict[int, torch.Tensor]:
 
 
 def mean_levels_apart(a: dict[int, torch.Tensor], b: dict[int, torch.Tensor]) -> float:
-    """Mean absolute difference in levels of 0..255, the standard deviation of the channels taken as 0.226."""
+    """Return the mean absolute difference in levels of 0..255, taking 0.226 for the channels' deviation."""
     assert a.keys() == b.keys()
     return float(torch.stack([(a[index] - b[index]).abs().mean() for index in a]).mean()) * 255 * 0.226
 
@@ -98,7 +98,7 @@ def test_pixels_do_not_depend_on_the_number_of_ranks(manifest):
 
 @pytest.mark.parametrize("decode", ["mixed", "cpu"])
 def test_kept_batches_are_not_written_to_again(manifest, decode):
-    """Kept over three epochs, read by kernels that are queued behind others, on a stream that is not the default."""
+    """Batches live over three epochs; kernels queued behind others, on another stream, read them."""
     loader = train(manifest, decode=decode)
     kept = []
     with torch.cuda.stream(torch.cuda.Stream()):
@@ -114,7 +114,7 @@ def test_kept_batches_are_not_written_to_again(manifest, decode):
 
 @pytest.mark.parametrize("decode", ["mixed", "cpu"])
 def test_batches_that_are_dropped_while_kernels_still_read_them(manifest, decode):
-    """As training drops them: what is queued reads the batch that it was queued with."""
+    """Training drops batches like this: a queued kernel reads the batch that it was queued with."""
 
     def sums(queued_milliseconds: int) -> list[float]:
         loader, taken = train(manifest, decode=decode), []
@@ -133,7 +133,7 @@ def test_batches_that_are_dropped_while_kernels_still_read_them(manifest, decode
 
 @pytest.mark.parametrize("load", [None, 0.0, 1.0])
 def test_bad_files_cost_their_own_samples(tmp_path, load):
-    """As on a CPU: the same files are named, the same ones stand in, nobody else's pixels change."""
+    """As on a CPU, the same files are named, the same ones replace them, and no other pixels change."""
     manifest = Manifest.from_folder(write_folder(tmp_path / "in", 96), cache_dir=tmp_path / "cache")
     plain = AugmentSpec(SIDE, scale=(1.0, 1.0), ratio=(1.0, 1.0), hflip=0.0)  # whole images
     plan = Plan(seed=3, num_samples=96, global_batch_size=48, micro_batch_size=8)
@@ -167,13 +167,13 @@ def test_bad_files_cost_their_own_samples(tmp_path, load):
 
 
 def test_a_file_cut_in_the_middle_ends_nothing(tmp_path):
-    """Whether nvJPEG gives its upper half, or it is replaced, is told; that the rest is whole is asked for."""
+    """nvJPEG may decode the upper half, or the file is replaced: it is printed. The rest must be whole."""
     manifest = Manifest.from_folder(write_folder(tmp_path / "in", 96), cache_dir=tmp_path / "cache")
     before = by_sample(train(manifest, AugmentSpec(SIDE)))
     cut(Path(manifest.file(20)))
     loader = train(manifest, AugmentSpec(SIDE))
     after = by_sample(loader)
-    print("\ncut file:", loader.take_bad_files() or "decoded without a word")
+    print("\ncut file:", loader.take_bad_files() or "decoded without an error")
     whole = before.keys() & after.keys() - {20}
     assert len(whole) == 95
     assert mean_levels_apart({i: before[i] for i in whole}, {i: after[i] for i in whole}) < 0.1

@@ -1,4 +1,4 @@
-"""What only a GPU can show of a training step. Skips itself without one."""
+"""Test a step on a GPU: no synchronisation, CUDA graphs, overflow in fp16. Skips itself without one."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""A save on a GPU: queued behind the work that is queued there, and not waited for."""
+"""Test a save on a GPU: it is queued behind the work that is queued there, and nobody waits for it."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ pytestmark = [
 
 
 def test_what_is_saved_is_the_state_at_the_save(tmp_path):
-    """The host neither waits for the copy nor for the work before it, and the work after it changes nothing saved."""
+    """The host waits neither for the copy nor for the work before it; later work changes nothing saved."""
     weight, busy = torch.ones(1000, 1000, device="cuda"), torch.randn(4096, 4096, device="cuda")
     writer = CheckpointWriter(tmp_path)
     writer.save(1, {"weight": weight, "progress": {"step": 1}}, {}, keep=1, last=True)  # buffers are there

@@ -1,4 +1,4 @@
-"""cmtrain whose `train.compile` stops before code is generated: torch.compile in seconds instead of minutes."""
+"""Run cmtrain with a `train.compile` that generates no code: torch.compile in seconds instead of minutes."""
 
 import functools
 import sys

@@ -1,4 +1,4 @@
-"""A process that is killed before its N-th change of the file system, for every N."""
+"""Kill a process before its N-th change of the file system."""
 
 import os
 import signal
@@ -9,7 +9,7 @@ CHANGES = {"mkdir", "open", "fsync", "rename", "replace", "unlink", "rmdir", "li
 
 
 def killed_before(number: int, work: Callable[[], None]) -> bool:
-    """Do `work` in a fork of this process, which is killed before its change `number` (from 0). Returns whether it was.
+    """Do `work` in a fork that is killed before its change `number` (from 0). Return whether it was killed.
 
     Call from a process without threads of its own, such as conftest.FORKS starts.
     """

@@ -1,11 +1,11 @@
-"""Compile the Triton kernels of a CMT for GPUs that are not there; run by test_fused_ffn.py.
+"""Compile the Triton kernels of a CMT for GPUs that this machine lacks; test_fused_ffn.py runs it.
 
-    python tests/helpers/cross_compile.py fp16 46:165:40 ...    type, then channels : hidden channels : side of a map
+    python tests/helpers/cross_compile.py fp16 46:165:40 ...   # type, then channels : hidden channels : side
 
-Networks of these sizes compute with kernels that only write down how they are launched; what is compiled is that.
-Prints a JSON line for each architecture, size and kernel as it is launched: registers and spilled bytes of a thread,
-how many of its loads and stores of device memory are 16 bytes wide, and how many only 2, and the instructions that one
-hidden number costs in the longest loop (of 46 channels, whose loops are unrolled: others count too little).
+Networks of these sizes run with kernels that only record their launches, and each launch is then compiled.
+Prints a line of JSON for each architecture, size and launch: registers and spilled bytes of a thread, how
+many of its loads and stores of device memory are 16 bytes wide, and how many only 2, and the instructions
+that a hidden number costs in the longest loop. Loops of 46 channels are unrolled: others count too little.
 """
 
 import json
@@ -35,7 +35,7 @@ KINDS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"
 
 
 class Launches:
-    """Stands for a kernel: notes each way in which it is launched, and computes nothing."""
+    """Replaces a kernel: records each kind of launch, and computes nothing."""
 
     def __init__(self, kernel: triton.JITFunction) -> None:
         self.kernel = kernel
@@ -59,17 +59,17 @@ def kind_of(value: Any) -> str:
 
 
 def launches(dtype: str, channels: int, hidden: int, side: int) -> dict[str, Launches]:
-    """By kernel, of training and evaluating both forms of the network and the perception unit."""
+    """Return the launches of each kernel, of both forms and the perception unit, trained and evaluated."""
     found = {}
-    for name, kernel in vars(ffn_kernels).items():
+    for name, kernel in list(vars(ffn_kernels).items()):
         if name.endswith("_kernel"):
             found[name.removesuffix("_kernel")] = Launches(kernel)
-            setattr(ops, name, found[name.removesuffix("_kernel")])
+            setattr(ffn_kernels, name, found[name.removesuffix("_kernel")])
     ops.MIN_PROGRAMS = 1  # as with many images
     for network in (
         ResidualDepthwiseConv(channels, "fused"),
-        FeedForward(channels, hidden, seed=False, drop=0.0, kernel="fused"),
-        FeedForward(channels, hidden, seed=True, drop=0.0, kernel="fused"),
+        FeedForward(channels, hidden, variant="paper", drop=0.0, kernel="fused"),
+        FeedForward(channels, hidden, variant="reimpl", drop=0.0, kernel="fused"),
     ):
         x = torch.zeros(2, channels, side, side, dtype=DTYPES[dtype]).to(memory_format=torch.channels_last)
         with torch.autocast("cpu", DTYPES[dtype], enabled=dtype != "fp32"):
@@ -124,7 +124,7 @@ def usage(name: str, kernel: CompiledKernel, constants: dict[str, Any], num_warp
 
 
 def instructions(code: str) -> int:
-    """Of a turn of the longest loop, or of all where there is none."""
+    """Count the instructions in one turn of the longest loop, or all of them without a loop."""
     places = [int(place, 16) for place in re.findall(r"^\s+/\*([0-9a-f]{4,})\*/", code, re.MULTILINE)]
     back = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/[^;]*\bBRA\b[^;]*\b0x([0-9a-f]+)", code, re.MULTILINE)
     loops = [(int(target, 16), int(place, 16)) for place, target in back if int(target, 16) < int(place, 16)]

@@ -1,15 +1,15 @@
-"""cmtrain with a fault on one rank, and ranks that cmtrain's own parent forks from this warm process.
+"""Run cmtrain with a fault on one rank, or with ranks that its launcher forks from this warm process.
 
-Environment, none of which has to be there; everything else is the program itself:
+All environment variables are optional; everything else is the program itself:
 
 FAULT, FAULT_RANK, FAULT_STEP, FAULT_TIMES
-    a function below, the rank that it befalls, the steps done before it, how many attempts have it (default 1)
+    a function below, its rank, the steps done before it, how many attempts have it (default 1)
 SLOW_START, SLOW_CHECKPOINT, SLOW_EVALUATION
-    opening the data, each write, each batch of an evaluation leaves the file `slow` and takes two seconds more
+    opening the data, each write, each batch of an evaluation writes the file `slow` and takes 2 s more
 ODD_CLOCK, ODD_FOLDER, ODD_OPTION
-    rank 1 is on another host with a clock so many seconds ahead, works in another folder, has one more --OPTION=VALUE
+    rank 1 is on another host with a clock this many seconds ahead, in another folder, with one more option
 WEIGHTS
-    each rank leaves a digest of its weights after each evaluation, as the file `weights-rank<r>`
+    each rank writes a digest of its weights after each evaluation, to the file `weights-rank<r>`
 WARM
     fork the ranks instead of starting them; else ODD_* are about every rank that has them in its environment
 PROCESS_1
@@ -78,14 +78,14 @@ def faulty_mix(mix, images, labels, spec, key):
 
 
 def slowly(function, marker, *arguments, **keywords):
-    """Leave the file `marker`, and take two seconds more."""
+    """Write the file `marker`, and take two seconds more."""
     open(marker, "w").close()
     time.sleep(2)
     return function(*arguments, **keywords)
 
 
 def weighed(evaluate_weights, learner, *arguments):
-    """Leave a digest of this rank's weights."""
+    """Write a digest of this rank's weights."""
     results = evaluate_weights(learner, *arguments)
     digest = hashlib.sha256()
     for name, module in learner.weights.items():
@@ -119,7 +119,7 @@ def fork(command, environment):
 
 
 def become_process_1():
-    """Go on as the first process of a new process namespace, while this one waits for it and passes its end on."""
+    """Go on as process 1 of a new process namespace, while this one waits for it and passes its end on."""
     clone_newpid = 0x20000000
     if ctypes.CDLL(None, use_errno=True).unshare(clone_newpid) != 0:
         raise OSError(ctypes.get_errno(), "unshare")
@@ -132,7 +132,7 @@ def become_process_1():
 
 
 def be_odd():
-    """What must not differ between ranks does."""
+    """Differ from the other ranks in what must be equal."""
     if "ODD_CLOCK" in os.environ:
         ahead, now = float(os.environ["ODD_CLOCK"]), time.time
         cmtrain.processes.preflight.time = types.SimpleNamespace(

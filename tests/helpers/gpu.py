@@ -24,8 +24,8 @@ def make_learner(opt="adamw", precision="fp16", compile_mode=None, accumulation=
     )
     spec = MixSpec(10, mixup=0.8, cutmix=1.0, smoothing=0.1, reprob=0.25, **mixing)
     return Learner(
-        model, optimizer, accelerator,
-        ema_decay=0.999, protect=True, spike_sigma=6.0, mixing=spec, accumulation=accumulation, clip_grad=5.0, seed=0,
+        model, optimizer, accelerator, ema_decay=0.999, protect=True, spike_sigma=6.0, mixing=spec,
+        accumulation=accumulation, clip_grad=5.0, seed=0,
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Half precision on a CPU: what cmtrain uses of accelerate's Accelerator, which refuses fp16 without a GPU."""
+"""Replace accelerate's Accelerator, which refuses fp16 without a GPU, by half precision on a CPU."""
 
 from contextlib import ExitStack, nullcontext
 
@@ -9,7 +9,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class GpuArithmetic(TorchFunctionMode):
-    """Convolutions and matrix products of half-precision numbers, summed in fp32 and rounded at the end, as GPUs do it.
+    """Rounds convolutions and matrix products of half precision once, after a sum in fp32, as GPUs do.
 
     A CPU's own fp16 convolutions take four fifths of a step.
     """
@@ -60,7 +60,7 @@ class HalfAccelerator:
 
 
 class Wrapped(nn.Module):
-    """What accelerate makes of a model: it computes in half precision and answers in fp32."""
+    """A model as accelerate wraps it: it computes in half precision and returns fp32."""
 
     def __init__(self, inner, autocast):
         super().__init__()

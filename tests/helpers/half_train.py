@@ -1,4 +1,4 @@
-"""cmtrain in fp16 with a loss scaler on a CPU; everything else is the program itself."""
+"""Run cmtrain in fp16 with a loss scaler on a CPU; everything else is the program itself."""
 
 import sys
 

@@ -1,12 +1,13 @@
-"""cmtrain on a bad day. Environment: what is to happen; everything else is the program itself.
+"""Run cmtrain with kills, slow or full disks and non-finite weights, as the environment asks.
 
-HALF: train in fp16 on the CPU, with a loss scale that must come down first, so that it is part of what a run can lose.
-KILL: "main N" or "writer N": kill -9 before the N-th call of any function, C or Python, that the training loop or the
-    thread that writes checkpoints makes. COUNT: a file to write those two numbers to for a run that nobody kills.
+HALF: train in fp16 on the CPU, with a loss scale that must come down first: one more value.
+KILL: "main N" or "writer N": kill -9 before the N-th call of any function, C or Python, that the training
+    loop or the thread that writes checkpoints makes.
+COUNT: a file to write the two numbers of calls to, for a run that is not killed.
 SLOW: seconds that every fsync takes longer.
-FULL: steps (comma-separated) while whose checkpoint is written no file can grow beyond 100 kB, as on a full disk.
-SICK: "1 ema, 2 model": a NaN in the BatchNorm statistics of these weights right before the first, second, ... save.
-SEEN: a folder to write the samples of each micro-batch to, one [step, samples] a line.
+FULL: steps (comma-separated) during whose save no file can grow beyond 100 kB, as on a full disk.
+NONFINITE: "1 ema, 2 model": a NaN in the BatchNorm statistics of these weights before the 1st, 2nd save.
+SEEN: a folder to write the samples of each micro-batch to, one [step, samples] per line.
 """
 
 import contextlib
@@ -69,7 +70,7 @@ def save_on_a_full_disk(root, step, state, meta):
 def break_and_check(**weights):
     save = next(saves)
     for name, module in weights.items():
-        if f"{save} {name}" in os.environ["SICK"].split(", "):
+        if f"{save} {name}" in os.environ["NONFINITE"].split(", "):
             next(m for m in module.modules() if hasattr(m, "running_var")).running_var[0] = float("nan")
     return repair_or_reject(**weights)
 
@@ -96,7 +97,7 @@ if "SLOW" in os.environ:
     os.fsync = lambda file: (time.sleep(float(os.environ["SLOW"])), fsync(file))
 if "FULL" in os.environ:
     cmtrain.storage.checkpoint_writer.save_checkpoint = save_on_a_full_disk
-if "SICK" in os.environ:
+if "NONFINITE" in os.environ:
     repair_or_reject = cmtrain.training.train.repair_or_reject
     cmtrain.training.train.repair_or_reject = break_and_check
 code = main()

@@ -1,4 +1,4 @@
-"""A network of a thousand parameters with everything that overflows in a large one, and a Learner for it."""
+"""Build a network of a thousand parameters that overflows like a large one, and a Learner for it."""
 
 import torch
 from torch import nn
@@ -11,12 +11,12 @@ from helpers.half import HalfAccelerator
 from pipelines.spec import Batch
 
 NUM_CLASSES = 4
-# Times the images: what is out of a precision's range after the first convolution.
+# A factor for the images that exceeds a precision's range after the first convolution.
 POISON = {"fp16": 3e6, "bf16": 3e38}
 
 
 class Mini(nn.Module):
-    """conv -> GELU -> BatchNorm as in CMT's stem, blocks of a residual add with no norm after it, a linear head."""
+    """conv -> GELU -> BatchNorm as in CMT's stem, residual blocks without a last norm, a linear head."""
 
     def __init__(self, num_blocks=1):
         super().__init__()
@@ -38,7 +38,7 @@ class Mini(nn.Module):
 
 
 def make_learner(opt="sgd", *, accelerator=None, model=None, protect=True, accumulation=1, **options):
-    """A Learner of a Mini, with EMA; fp16 with a loss scale of 1024 unless another `accelerator` is given."""
+    """Build a Learner of a Mini, with EMA; fp16 with a loss scale of 1024 unless `accelerator` differs."""
     torch.manual_seed(0)
     model = Mini() if model is None else model
     optimizer = make_optimizer(
@@ -58,7 +58,7 @@ def make_learner(opt="sgd", *, accelerator=None, model=None, protect=True, accum
 
 
 def batch(number, poison=1.0, size=16, side=16):
-    """Noise images whose brightness tells the class; the same number is the same batch."""
+    """Return noise images whose brightness depends on the class. The same number gives the same batch."""
     generator = torch.Generator().manual_seed(number)
     labels = torch.randint(0, NUM_CLASSES, (size,), generator=generator)
     images = torch.randn(size, 3, side, side, generator=generator) * 0.3 + labels[:, None, None, None] - 1.5
@@ -66,14 +66,14 @@ def batch(number, poison=1.0, size=16, side=16):
 
 
 def step(learner, number, lr=0.05, poison=1.0):
-    """Step `number` on batches of its own, the last of which is multiplied by `poison`."""
+    """Do step `number` on its own batches, the last of them multiplied by `poison`."""
     turns = learner.accumulation
     batches = [batch(number * turns + turn, poison if turn == turns - 1 else 1.0) for turn in range(turns)]
     learner.step(iter(batches), number, lr)
 
 
 def snapshot(learner):
-    """A copy of all that a step may change."""
+    """Return a copy of everything that a step may change."""
     state = {f"model.{k}": v.clone() for k, v in learner.model.state_dict().items()}
     if learner.ema:
         state |= {f"ema.{k}": v.clone() for k, v in learner.ema.module.state_dict().items()}
@@ -83,14 +83,14 @@ def snapshot(learner):
 
 
 def assert_same(a, b):
-    """Two snapshots are equal, bit for bit."""
+    """Assert that two snapshots are equal, bit for bit."""
     assert a.keys() == b.keys()
     different = [key for key in a if not torch.equal(a[key], b[key])]
     assert not different, f"{len(different)} of {len(a)} differ: {different[:3]}"
 
 
 def accuracy(learner, module, side=16):
-    """(top-1, loss) on two batches that no step takes."""
+    """Return (top-1, loss) on two batches that no step takes."""
     batches = [batch(10**6, side=side), batch(10**6 + 1, side=side)]
     autocast = learner.accelerator.autocast()
     cpu = torch.device("cpu")

@@ -1,7 +1,7 @@
-"""cmtrain with a fault: at some steps, on one rank, every image of the batch becomes inf, or the loss a large number.
+"""Run cmtrain with a fault: at some steps, on one rank, every image becomes inf, or the loss a large number.
 
-Environment: POISON_STEPS (comma-separated, from 0), POISON_RANK, POISON_LOSS (what to multiply the loss with, instead
-of the images with inf). Everything else is the program itself.
+Environment: POISON_STEPS (comma-separated, from 0), POISON_RANK, POISON_LOSS (a factor for the loss; without
+it the images are inf). Everything else is the program itself.
 """
 
 import os

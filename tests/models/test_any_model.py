@@ -1,4 +1,4 @@
-"""A model that is not CMT goes the same way: guard, EMA, evaluation, export."""
+"""Test that another model than CMT takes the same path: guard, EMA, evaluation, export."""
 
 import json
 
@@ -38,14 +38,14 @@ def test_resnet18_goes_all_the_way(make_job):
     config = json.loads((job.folder / "out" / "config.json").read_text())
     assert (config["architecture"], config["num_classes"]) == ("resnet18", 3)
     assert "cmtrain  # registers" not in (job.folder / "out" / "README.md").read_text()
-    job("--run.name", "more", "--model.init_from", "out", "--data.image_px", "64", "--data.eval_resize_px", "72",
-        "--max-steps", "1")  # fmt: skip
+    size = "--data.image_px", "64", "--data.eval_resize_px", "72"
+    job("--run.name", "more", "--model.init_from", "out", *size, "--max-steps", "1")
     assert "model.init_from: model weights of " in job.stderr.read_text()
 
 
 def test_a_model_of_one_size_is_built_for_the_images():
-    config = load_config("configs/demo.yaml", [("model.name", "vit_tiny_patch16_224"), ("data.image_px", "64"),
-                                               ("data.eval_resize_px", "64")]).config  # fmt: skip
+    size = [("data.image_px", "64"), ("data.eval_resize_px", "64")]
+    config = load_config("configs/demo.yaml", [("model.name", "vit_tiny_patch16_224"), *size]).config
     model = build.make_model(config, 10)
     assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 10)
 

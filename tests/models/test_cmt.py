@@ -1,4 +1,4 @@
-"""The model as timm's users meet it: sizes, options, features, checkpoints, precisions, wrappers."""
+"""Test the model as timm's users see it: sizes, options, features, checkpoints, precisions, wrappers."""
 
 import contextlib
 import copy
@@ -18,6 +18,8 @@ from cmtrain.models.blocks import add_branch
 
 NAMES = ["cmt_micro", "cmt_ti", "cmt_xs", "cmt_s", "cmt_b"]
 VARIANTS = ["paper", "reimpl"]
+REIMPL = {"variant": "reimpl"}
+FC = torch.zeros(2, 3, 1, 1)
 REFERENCE_OPTIONS = [
     {"variant": "paper"},
     {"variant": "paper", "qkv_bias": False},
@@ -309,7 +311,7 @@ def test_group_matcher_places_every_parameter():
     assert depth["stages.3.blocks.0.norm1.weight"] < depth["head.weight"]
 
 
-def test_pretrained_says_that_there_are_no_weights():
+def test_pretrained_weights_are_refused():
     with pytest.raises(RuntimeError, match="No pretrained weights"):
         timm.create_model("cmt_ti", pretrained=True)
 
@@ -318,7 +320,7 @@ def test_pretrained_says_that_there_are_no_weights():
 
 
 def released(**options) -> dict[str, torch.Tensor]:
-    """Weights in a reference's layout, every tensor different from a fresh model's."""
+    """Return weights in a reference's layout, every tensor different from a new model's."""
     model = micro(img_size=64, **options)
     model(images(64))  # moves the BatchNorm buffers
     return to_reference_state_dict(model)
@@ -361,19 +363,19 @@ def test_gradients_can_be_renamed_too():
 @pytest.mark.parametrize(
     ("made_with", "change", "loaded_into", "message"),
     [
-        ({}, {}, {"variant": "reimpl"}, r"of variant='paper', the model was built with 'reimpl'"),
-        ({"variant": "reimpl"}, {}, {}, r"of variant='reimpl', the model was built with 'paper'"),
-        ({}, {}, {"qkv_bias": False}, r"made with qkv_bias=True, the model has qkv_bias=False; unexpected: .*q\.bias"),
-        ({"variant": "reimpl"}, {}, {"variant": "reimpl", "attention_bias": "pairwise"}, "attention_bias='relative', the"),
-        ({"variant": "reimpl"}, {}, {"variant": "reimpl", "absolute_position": True}, "absolute_position=False, the model"),
+        ({}, {}, REIMPL, r"of variant='paper', the model was built with 'reimpl'"),
+        (REIMPL, {}, {}, r"of variant='reimpl', the model was built with 'paper'"),
+        ({}, {}, {"qkv_bias": False}, r"qkv_bias=True, the model has qkv_bias=False; unexpected: .*q\.bias"),
+        (REIMPL, {}, REIMPL | {"attention_bias": "pairwise"}, "attention_bias='relative', the"),
+        (REIMPL, {}, REIMPL | {"absolute_position": True}, "absolute_position=False, the model"),
         ({}, {"_bn.weight": None}, {}, r"missing: _bn\.weight$"),
         ({}, {"other": torch.zeros(1)}, {}, r"unexpected: other$"),
-        ({}, {"_fc.weight": torch.zeros(2, 3, 1, 1)}, {}, r"shape: _fc.weight \(2, 3, 1, 1\), not \(256, 128, 1, 1\)$"),
-        ({}, {"relative_pos_a": torch.zeros(1, 60, 4)}, {}, r"wrong shape: stages.0.bias.table: .*\(1, 60, 4\) cannot"),
+        ({}, {"_fc.weight": FC}, {}, r"wrong shape: _fc.weight \(2, 3, 1, 1\), not \(256, 128, 1, 1\)$"),
+        ({}, {"relative_pos_a": torch.zeros(1, 60, 4)}, {}, r"stages.0.bias.table: .*\(1, 60, 4\) cannot"),
         ({"num_classes": 5}, {}, {}, r"wrong shape: head.weight \(5, 256\), not \(10, 256\), head.bias"),
         ({}, {}, {"attention_bias": "relative"}, "other attention biases have no counterpart"),
         ({}, {}, {"absolute_position": True}, "absolute_position has no counterpart"),
-        ({"variant": "reimpl"}, {}, {"variant": "reimpl", "attention_bias_scope": "stage"}, "has no counterpart there"),
+        (REIMPL, {}, REIMPL | {"attention_bias_scope": "stage"}, "has no counterpart there"),
     ],
 )  # fmt: skip
 def test_weights_that_do_not_fit_are_refused_and_nothing_is_loaded(made_with, change, loaded_into, message):
@@ -457,7 +459,7 @@ class LooksLikeCuda(TorchFunctionMode):
 
 
 @pytest.mark.parametrize("options", REFERENCE_OPTIONS)
-def test_what_is_computed_differently_on_cuda_is_the_same_function(options):
+def test_the_cuda_form_computes_the_same_function(options):
     """Padded heads (46 -> 48) and matrix products for 1x1 convolutions, in float64, with all gradients."""
     model = timm.create_model("cmt_ti", img_size=64, num_classes=3, **options).double()
     x = images(64).double()
@@ -471,7 +473,7 @@ def test_what_is_computed_differently_on_cuda_is_the_same_function(options):
     torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-10)
 
 
-def test_attention_on_cuda_asks_for_the_backend_that_returns_the_gradient_of_the_bias(monkeypatch):
+def test_attention_on_cuda_uses_the_backend_that_returns_the_gradient_of_the_bias(monkeypatch):
     from cmtrain.models import blocks
 
     seen = []
@@ -525,7 +527,7 @@ def test_autocast_trains_and_keeps_the_residual_stream_narrow(variant, dtype):
 
 
 def test_layer_norm_answers_in_the_dtype_of_the_stream_where_autocast_would_not(monkeypatch):
-    """CUDA's autocast widens every layer_norm it sees; ours must be called with autocast off and narrow inputs."""
+    """CUDA's autocast widens every layer_norm; ours must run with autocast off and narrow inputs."""
     from cmtrain.models import blocks
 
     seen = []
@@ -544,7 +546,7 @@ def test_layer_norm_answers_in_the_dtype_of_the_stream_where_autocast_would_not(
 
 
 def test_compiled_equals_eager():
-    """One graph, no break, with the re-implementation's table read and LayerNorm's autocast switched off inside it."""
+    """Compile one graph without a break, which reads the reimpl table and switches autocast off."""
     model, x = micro(variant="reimpl"), images()
     with torch.autocast("cpu", torch.bfloat16):
         expected = copy.deepcopy(model)(x)
@@ -556,7 +558,7 @@ def test_compiled_equals_eager():
 
 @pytest.mark.parametrize("options", [{}, {"variant": "reimpl"}, OURS])
 def test_ddp_finds_every_parameter_and_no_foreign_stride(options):
-    """Warnings are errors here: DDP warns when a gradient's strides are not its bucket's, and copies from then on."""
+    """DDP warns, an error here, if a gradient's strides are not its bucket's, and copies from then on."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         model = nn.parallel.DistributedDataParallel(
@@ -570,7 +572,7 @@ def test_ddp_finds_every_parameter_and_no_foreign_stride(options):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_initial_logits_are_small_and_gradients_flow(variant):
-    """A fresh model knows nothing: its softmax is nearly uniform, yet every stage receives a gradient."""
+    """A new model's softmax is nearly uniform, yet every stage receives a gradient."""
     model = micro(variant=variant, img_size=64)
     logits = model(images(64, 16))
     assert logits.abs().max() < 1

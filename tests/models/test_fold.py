@@ -1,4 +1,4 @@
-"""A folded model answers as the one it was made of, with fewer passes over its maps."""
+"""Test that a folded model computes what its original does, with fewer passes over its maps."""
 
 import copy
 
@@ -11,8 +11,8 @@ from cmtrain.models.cost import count
 from cmtrain.models.fold import folded
 
 
-def lived_in(variant: str, px: int = 64, name: str = "cmt_micro") -> nn.Module:
-    """A model whose BatchNorms have statistics, scales and shifts of their own."""
+def with_statistics(variant: str, px: int = 64, name: str = "cmt_micro") -> nn.Module:
+    """Build a model whose BatchNorms have random statistics, scales and shifts."""
     torch.manual_seed(0)
     model = timm.create_model(name, variant=variant, img_size=px, num_classes=10, ffn_kernel="eager").eval()
     for norm in batch_norms(model):
@@ -29,7 +29,7 @@ def batch_norms(model: nn.Module) -> list[nn.BatchNorm2d]:
 @pytest.mark.parametrize("variant", ["paper", "reimpl"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-4)])
 def test_the_logits_are_the_same(variant, dtype, tolerance):
-    model = lived_in(variant).to(dtype)
+    model = with_statistics(variant).to(dtype)
     before = copy.deepcopy(model.state_dict())
     x = torch.randn(4, 3, 64, 64, dtype=dtype)
     with torch.no_grad():
@@ -39,7 +39,7 @@ def test_the_logits_are_the_same(variant, dtype, tolerance):
 
 
 @pytest.mark.parametrize(("variant", "left"), [("paper", 18), ("reimpl", 34)])
-def test_what_is_left_stands_before_a_convolution_that_pads(variant, left):
+def test_only_norms_before_a_convolution_that_pads_are_left(variant, left):
     with torch.device("meta"):
         model = timm.create_model("cmt_ti", variant=variant)
     assert len(batch_norms(folded(model))) == left
@@ -47,7 +47,7 @@ def test_what_is_left_stands_before_a_convolution_that_pads(variant, left):
 
 
 def test_it_moves_fewer_bytes():
-    model = lived_in("paper", px=160, name="cmt_ti")
+    model = with_statistics("paper", px=160, name="cmt_ti")
     plain, fewer = (count(m, image_px=160) for m in (model, folded(model)))
     assert fewer.total_bytes < 0.85 * plain.total_bytes
     assert fewer.num_kernels <= plain.num_kernels - 48

@@ -1,4 +1,4 @@
-"""What is in Triton kernels is what is in blocks.py: on a GPU if there is one, else interpreted."""
+"""Test that the Triton kernels compute what blocks.py does: on a GPU if there is one, else interpreted."""
 
 import copy
 import json
@@ -32,7 +32,7 @@ STAGES = {
 
 @pytest.fixture(autouse=True)
 def large_tiles(monkeypatch):
-    """Interpreted, an operation costs the same whatever the size of its tile."""
+    """Enlarge the tiles: the interpreter takes as long for an operation on any tile."""
     torch.set_num_threads(1)
     if DEVICE == "cpu":
         sizes = {"ROWS": 16, "GRAD_ROWS": 16, "MAP_COLUMNS": 1024, "MIN_PROGRAMS": 1}
@@ -41,11 +41,11 @@ def large_tiles(monkeypatch):
             monkeypatch.setattr(ffn_operators, name, size)
 
 
-def networks(channels: int, hidden: int, *, reimpl: bool = False) -> tuple[FeedForward, FeedForward]:
-    """(fused in float32, eager in float64), equal and with no parameter at a value that hides a mistake."""
+def networks(channels: int, hidden: int, *, variant: str = "paper") -> tuple[FeedForward, FeedForward]:
+    """Build (fused in float32, eager in float64), equal; no parameter has a value that hides a mistake."""
     torch.manual_seed(0)
-    fused = FeedForward(channels, hidden, reimpl=reimpl, drop=0.0, kernel="fused")
-    eager = FeedForward(channels, hidden, reimpl=reimpl, drop=0.0, kernel="eager")
+    fused = FeedForward(channels, hidden, variant=variant, drop=0.0, kernel="fused")
+    eager = FeedForward(channels, hidden, variant=variant, drop=0.0, kernel="eager")
     with torch.no_grad():
         for key, parameter in fused.named_parameters():
             nn.init.normal_(parameter, std=0.3)
@@ -56,19 +56,19 @@ def networks(channels: int, hidden: int, *, reimpl: bool = False) -> tuple[FeedF
             norm.running_var.uniform_(0.5, 2)
     eager.load_state_dict(fused.state_dict())
     for network in (fused, eager):
-        network.project_norm.eval()  # on batch statistics it would let no gradient through to the shifts before it
+        network.project_norm.eval()  # batch statistics would pass no gradient on to the shifts before it
     return fused.to(DEVICE), eager.to(DEVICE, torch.float64)
 
 
 def perception_units(channels: int) -> tuple[ResidualDepthwiseConv, ResidualDepthwiseConv]:
-    """(fused in float32, eager in float64), equal."""
+    """Build (fused in float32, eager in float64), equal."""
     torch.manual_seed(0)
     fused, eager = ResidualDepthwiseConv(channels, "fused"), ResidualDepthwiseConv(channels, "eager")
     eager.load_state_dict(fused.state_dict())
     return fused.to(DEVICE), eager.to(DEVICE, torch.float64)
 
 
-FORMS = pytest.mark.parametrize("reimpl", [False, True], ids=["paper", "reimpl"])
+VARIANTS = pytest.mark.parametrize("variant", ["paper", "reimpl"])
 
 
 def pictures(channels: int, height: int, width: int, batch: int = 2) -> torch.Tensor:
@@ -82,7 +82,7 @@ def error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 
 def compare(fused: nn.Module, eager: nn.Module, x: torch.Tensor, forward=None) -> dict[str, float]:
-    """Relative errors of the answer, of all gradients and of the running statistics after one training step."""
+    """Return relative errors of output, gradients and running statistics after one training step."""
     ours, theirs = x.clone().requires_grad_(), x.double().requires_grad_()
     ours_out, theirs_out = fused(ours) if forward is None else forward(ours), eager(theirs)
     dy = torch.randn_like(theirs_out)
@@ -99,11 +99,11 @@ def compare(fused: nn.Module, eager: nn.Module, x: torch.Tensor, forward=None) -
     return errors
 
 
-@FORMS
+@VARIANTS
 @pytest.mark.parametrize(("name", "stage"), STAGES)
-def test_forward_and_backward_equal_autograd(name, stage, reimpl):
-    """All stage widths, at a map small enough to be interpreted; 18 positions are no multiple of a tile."""
-    fused, eager = networks(*STAGES[name, stage], reimpl=reimpl)
+def test_forward_and_backward_equal_autograd(name, stage, variant):
+    """Compare all stage widths, on small maps for the interpreter: 18 positions, no multiple of a tile."""
+    fused, eager = networks(*STAGES[name, stage], variant=variant)
     errors = compare(fused, eager, pictures(STAGES[name, stage][0], 3, 3))
     assert max(errors.values()) < 1e-5, errors
 
@@ -114,13 +114,13 @@ def test_the_perception_unit_equals_autograd(channels):
     assert max(errors.values()) < 1e-6, errors
 
 
-@FORMS
+@VARIANTS
 @pytest.mark.parametrize(("height", "width", "batch"), [(1, 1, 2), (2, 3, 1), (1, 9, 3), (16, 4, 3)])
-def test_maps_of_any_shape(monkeypatch, height, width, batch, reimpl):
-    """With the tiles that a GPU uses, several of them to a program."""
+def test_maps_of_any_shape(monkeypatch, height, width, batch, variant):
+    """Use the tiles of a GPU, several of them per program."""
     monkeypatch.undo()
     monkeypatch.setattr(ffn_operators, "MIN_PROGRAMS", 1)
-    fused, eager = networks(6, 37, reimpl=reimpl)
+    fused, eager = networks(6, 37, variant=variant)
     errors = compare(fused, eager, pictures(6, height, width, batch))
     if (height, width) == (1, 1):  # two values have no spread that rounding leaves alone
         errors = {"output": errors["output"]}
@@ -133,11 +133,11 @@ NEEDS_GPU = pytest.mark.skipif(
 )
 
 
-@FORMS
+@VARIANTS
 @pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=NEEDS_GPU)])
-def test_in_half_precision_it_is_no_worse_than_operation_by_operation(dtype, reimpl):
-    fused, eager = networks(46, 165, reimpl=reimpl)
-    other, _ = networks(46, 165, reimpl=reimpl)
+def test_in_half_precision_it_is_no_worse_than_operation_by_operation(dtype, variant):
+    fused, eager = networks(46, 165, variant=variant)
+    other, _ = networks(46, 165, variant=variant)
     other.kernel = "eager"
     x = pictures(46, 8, 8).to(dtype)
     with torch.autocast(DEVICE, dtype):
@@ -158,9 +158,9 @@ def test_in_half_precision_the_perception_unit_is_no_worse(dtype):
     assert all(ours[key] < 1.2 * theirs[key] for key in ours)
 
 
-@FORMS
-def test_evaluation_uses_the_running_statistics(reimpl):
-    fused, eager = networks(46, 165, reimpl=reimpl)
+@VARIANTS
+def test_evaluation_uses_the_running_statistics(variant):
+    fused, eager = networks(46, 165, variant=variant)
     x = pictures(46, 5, 4)
     fused.eval(), eager.eval()
     before = copy.deepcopy(fused.state_dict())
@@ -175,7 +175,7 @@ def test_evaluation_uses_the_running_statistics(reimpl):
 
 
 class Padding(TorchDispatchMode):
-    """The largest number that any kernel of ours wrote into the padding of a hidden tensor."""
+    """Records the largest number that a kernel of ours wrote into the padding of a hidden tensor."""
 
     def __init__(self, hidden: int) -> None:
         super().__init__()
@@ -191,9 +191,9 @@ class Padding(TorchDispatchMode):
         return out
 
 
-@FORMS
-def test_padding_is_zero_forward_and_backward_and_parameters_know_nothing_of_it(reimpl):
-    fused, eager = networks(46, 165, reimpl=reimpl)
+@VARIANTS
+def test_padding_is_zero_forward_and_backward_and_parameters_have_none(variant):
+    fused, eager = networks(46, 165, variant=variant)
     with Padding(165) as padding:
         fused(pictures(46, 4, 4).requires_grad_()).square().sum().backward()
     assert padding.num_tensors >= 12
@@ -215,7 +215,7 @@ def models(**options) -> tuple[nn.Module, nn.Module]:
 
 
 def train_once(model: nn.Module, forward=None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """-> logits, and everything else a step leaves behind."""
+    """Return logits, and all gradients and buffers after the step."""
     torch.manual_seed(1)
     forward = model if forward is None else forward
     images = torch.randn(3, 3, 32, 32, device=DEVICE)  # a deviation of two is ill-conditioned
@@ -224,12 +224,12 @@ def train_once(model: nn.Module, forward=None) -> tuple[torch.Tensor, dict[str, 
     return logits, {key: p.grad for key, p in model.named_parameters()} | dict(model.named_buffers())
 
 
-@pytest.mark.parametrize("variant", ["paper", "reimpl"])
-def test_a_model_trains_the_same_whichever_kernel(variant):
-    """As near to float64 as operation by operation: BatchNorm of a 1x1 map makes much of a rounding error."""
+@VARIANTS
+def test_a_model_trains_the_same_with_either_kernel(variant):
+    """Be as near to float64 as operation by operation: BatchNorm of a 1x1 map enlarges rounding errors."""
     fused, eager = models(variant=variant)
     (exact_logits, exact), *ours_and_theirs = map(train_once, (copy.deepcopy(eager).double(), fused, eager))
-    moved = [key for key in exact if exact[key].double().norm() > 1e-6]  # BatchNorm takes the rest back
+    moved = [key for key in exact if exact[key].double().norm() > 1e-6]  # BatchNorm cancels the rest
     ours, theirs = (
         {"logits": error(logits, exact_logits)} | {key: error(left[key], exact[key]) for key in moved}
         for logits, left in ours_and_theirs
@@ -240,15 +240,15 @@ def test_a_model_trains_the_same_whichever_kernel(variant):
     }
 
 
-@FORMS
-def test_compiled_it_is_one_graph_and_the_same(reimpl):
-    fused, eager = networks(6, 37, reimpl=reimpl)
+@VARIANTS
+def test_compiled_it_is_one_graph_and_the_same(variant):
+    fused, eager = networks(6, 37, variant=variant)
     compiled = torch.compile(fused, backend="aot_eager", fullgraph=True)
     errors = compare(fused, eager, pictures(6, 4, 4), compiled)
     assert max(errors.values()) < 1e-5, errors
 
 
-def test_who_hooks_the_layers_sees_them():
+def test_hooks_see_every_layer():
     fused, _ = networks(6, 37)
     seen = []
     for name, layer in fused.named_children():
@@ -288,7 +288,7 @@ def test_gradients_fit_their_ddp_buckets():
         dist.destroy_process_group()
 
 
-def test_what_has_no_kernel_is_refused_on_request_and_eager_otherwise():
+def test_options_without_a_kernel_are_refused_on_request_and_eager_otherwise():
     with pytest.raises(
         ValueError, match="ffn_kernel='fused' needs Triton and, in variant='paper', proj_drop_rate=0"
     ):
@@ -319,40 +319,41 @@ class LooksLikeCuda(TorchFunctionMode):
 def test_auto_is_fused_where_it_can_be(monkeypatch, capability, training, grad, dtype, fused):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    ffn = FeedForward(6, 37, reimpl=False, drop=0.0).train(training)
+    ffn = FeedForward(6, 37, variant="paper", drop=0.0).train(training)
     with LooksLikeCuda(), torch.set_grad_enabled(grad):
         assert ffn._is_fused(torch.zeros(1, dtype=dtype)) == fused
         assert (
-            FeedForward(6, 37, reimpl=True, drop=0.0).train(training)._is_fused(torch.zeros(1, dtype=dtype))
+            FeedForward(6, 37, variant="reimpl", drop=0.0)
+            .train(training)
+            ._is_fused(torch.zeros(1, dtype=dtype))
             == fused
         )
-        assert not FeedForward(6, 37, reimpl=False, drop=0.1)._is_fused(torch.zeros(1))
+        assert not FeedForward(6, 37, variant="paper", drop=0.1)._is_fused(torch.zeros(1))
     assert not ffn._is_fused(torch.zeros(1, dtype=dtype))
 
 
 # ---- compiled
 
 MAX_SPILL = 64  # bytes: 16 registers, of 128
-NUM_KERNELS = (
-    9 + 4 + 2 + 3
-)  # in the re-implementation's form too, in the perception unit's, and in evaluation
-# For a hidden number, in the time in which an H100 moves a byte of device memory some 10 are issued.
+# The paper's form, then the re-implementation's, the perception unit's, and those of evaluation.
+NUM_KERNELS = 9 + 4 + 2 + 3
+# Per hidden number. An H100 issues some 10 in the time in which it moves a byte of device memory.
 INSTRUCTIONS = {
-    "expand": 46, "depthwise": 86, "project": 48, "project_weight_grad": 48, "depthwise_grad": 86, "expand_grad": 32,
+    "expand": 46, "depthwise": 86, "project": 48,
+    "project_weight_grad": 48, "depthwise_grad": 86, "expand_grad": 32,
 }  # fmt: skip
 
 
 def compiled_for_gpus(dtype: str, *sizes: tuple[int, int, int]) -> list[dict]:
     command = [sys.executable, str(ROOT / "tests" / "helpers" / "cross_compile.py"), dtype]
-    told = subprocess.run(
-        [*command, *(":".join(map(str, size)) for size in sizes)], capture_output=True, text=True, check=True
-    )
-    print(told.stdout)
-    return [json.loads(line) for line in told.stdout.splitlines()]
+    command += [":".join(map(str, size)) for size in sizes]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    print(printed)
+    return [json.loads(line) for line in printed.splitlines()]
 
 
 def test_compiled_for_sm_80_and_sm_90_without_spills_that_matter_and_without_scalar_access():
-    """Of CMT-Ti's first stage, whose 165 hidden channels no vector load likes."""
+    """Compile for CMT-Ti's first stage, whose 165 hidden channels fit no vector load."""
     found = compiled_for_gpus("fp16", (46, 165, 40))
     assert len(found) == 2 * NUM_KERNELS
     assert max(kernel["spilled_bytes"] for kernel in found) <= MAX_SPILL
@@ -361,13 +362,10 @@ def test_compiled_for_sm_80_and_sm_90_without_spills_that_matter_and_without_sca
         (kernel["kernel"], kernel["instructions"]) for kernel in found if kernel["kernel"] in INSTRUCTIONS
     ]
     assert all(cost <= INSTRUCTIONS[name] for name, cost in costs), costs
-    found = [
-        kernel for kernel in found if "plain" not in kernel["forms"]
-    ]  # 46 channels are read 4 bytes at a time
+    # The plain form reads 46 channels 4 bytes at a time, and project makes asynchronous copies.
+    found = [kernel for kernel in found if "plain" not in kernel["forms"]]
     wide = {"expand", "depthwise", "project_weight_grad", "project_grad", "depthwise_grad", "expand_grad"}
-    assert all(
-        kernel["vectors"] for kernel in found if kernel["kernel"] in wide
-    )  # project's are asynchronous copies
+    assert all(kernel["vectors"] for kernel in found if kernel["kernel"] in wide)
 
 
 @pytest.mark.slow
@@ -380,21 +378,21 @@ def test_every_stage_compiles_without_spills_that_matter(name, dtype):
     assert max(kernel["spilled_bytes"] for kernel in found) <= MAX_SPILL
 
 
-# --- the check before training ---
+# ---- the check before training
 
 
-@FORMS
-def test_the_check_finds_kernels_right_that_are_right(reimpl):
-    assert worst_error(torch.device("cpu"), torch.float32, "fused", reimpl=reimpl) < 1e-4
+@VARIANTS
+def test_the_check_accepts_correct_kernels(variant):
+    assert worst_error(torch.device("cpu"), torch.float32, "fused", variant=variant) < 1e-4
     assert (
-        worst_error(torch.device("cpu"), torch.float16, "fused", reimpl=reimpl)
+        worst_error(torch.device("cpu"), torch.float16, "fused", variant=variant)
         < TOLERANCES[torch.float16] / 2
     )
 
 
 @pytest.mark.parametrize("part", ["y", "gradient", "statistic", "perception unit"])
-def test_the_check_finds_what_is_wrong(part, monkeypatch):
-    """A kernel that is 3 % off, somewhere."""
+def test_the_check_finds_a_wrong_kernel(part, monkeypatch):
+    """Make one result of a kernel wrong by 3 %."""
     module, name = {
         "y": (fused_ffn.ops, "project"),
         "gradient": (fused_ffn.ops, "expand_grad"),
@@ -418,7 +416,7 @@ def test_kernels_that_fail_the_check_are_not_used(trouble, monkeypatch):
     networks += [block.lpu for stage in model.stages for block in stage.blocks]
     parameter = next(model.parameters())
     use_fused_where_it_agrees(model)
-    assert {network.kernel for network in networks} == {"auto"}  # on a CPU nothing is asked
+    assert {network.kernel for network in networks} == {"auto"}  # on a CPU nothing is checked
     monkeypatch.setattr("cmtrain.models.ffn_check.worst_error", trouble)
     monkeypatch.setattr("cmtrain.models.ffn_check._device_of", lambda _: torch.device("cuda"))
     with pytest.warns(

@@ -1,4 +1,4 @@
-"""The model is CMT: numbers measured on the two public references, reproduced from weights made of their key names."""
+"""Test that the model is CMT: it reproduces both public references, with weights made of key names."""
 
 import json
 import zlib
@@ -35,7 +35,7 @@ LABELS = torch.tensor([3, 707])
 
 
 def golden_weight(key: str, shape: list[int], seed: int) -> torch.Tensor:
-    """The weight every implementation agrees on: a function of the reference's key name and the case's seed."""
+    """Return a weight made of the reference's key name and the case's seed, for every implementation."""
     x = np.random.default_rng([seed, zlib.crc32(key.encode())]).standard_normal(shape)
     if key.endswith("running_var"):
         x = 1 + 0.1 * np.abs(x)
@@ -51,7 +51,7 @@ def golden_weight(key: str, shape: list[int], seed: int) -> torch.Tensor:
 
 
 def load_case(name: str, dtype: torch.dtype):
-    """-> model holding the case's weights, its images (2, 3, px, px), its numbers, its logits (2, 1000)."""
+    """Return a model with the case's weights, images (2, 3, px, px), numbers, and logits (2, 1000)."""
     torch.set_num_threads(1)
     case = json.loads((GOLDEN / f"{name}.json").read_text())
     px, seed = case["resolution"], case["seed"]
@@ -82,7 +82,8 @@ def test_golden_float64(name):
 
     gradients = to_reference_state_dict(model, {key: p.grad for key, p in model.named_parameters()})
     assert gradients.keys() == case["grad_norms"].keys()
-    # Some gradients vanish exactly (a key bias under softmax, a bias before BatchNorm); their norms are rounding noise.
+    # Some gradients vanish exactly (a key bias under softmax, a bias before BatchNorm): their norms are
+    # noise.
     noise = 1e-12 * max(case["grad_norms"].values())
     for key, norm in case["grad_norms"].items():
         assert gradients[key].norm().item() == pytest.approx(norm, rel=1e-8, abs=noise), key
@@ -102,7 +103,7 @@ def test_golden_float32(name):
 
 @pytest.mark.parametrize("name", ["official_cmt_ti_160", "blog_cmt_ti_160_rpe_qkvbias"])
 def test_half_precision_on_photographs(name):
-    """Logits under autocast against float64, by relative error: below four roundings of fp16 (2^-11) or bf16 (2^-8)."""
+    """Logits under autocast are within four roundings of fp16 (2^-11) or bf16 (2^-8) of float64's."""
     model, _, case, _ = load_case(name, torch.float64)
     photos = torch.as_tensor(squares(case["resolution"])[:4]).permute(0, 3, 1, 2) / 255
     photos = (photos - 0.45) / 0.226

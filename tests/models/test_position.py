@@ -1,4 +1,4 @@
-"""Position tables: what each entry means, and what happens to it at another image size."""
+"""Test position tables: the meaning of each entry, and resizing to another image size."""
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ def test_relative_bias_uses_every_entry_and_its_gradient_counts_the_pairs(n, r):
 
 
 @pytest.mark.parametrize(("n", "r"), GRIDS)
-def test_seed_relative_bias_is_the_first_columns_of_the_full_matrix(n, r):
+def test_reimpl_relative_bias_is_the_first_columns_of_the_full_matrix(n, r):
     bias = ReimplRelativeBias(queries_per_side=n, reduction=r)
     dense, num_keys = bias(), (n // r) ** 2
     assert dense.shape == (1, n * n, num_keys)
@@ -48,7 +48,7 @@ def test_seed_relative_bias_is_the_first_columns_of_the_full_matrix(n, r):
             assert dense[0, query, key] == expected
 
 
-def test_seed_pairwise_bias_reads_the_first_columns_only():
+def test_reimpl_pairwise_bias_reads_the_first_columns_only():
     bias = ReimplPairwiseBias(queries_per_side=8, reduction=4)
     assert torch.equal(bias()[0], bias.table[:, :4])
     bias().sum().backward()
@@ -102,10 +102,9 @@ def test_pairwise_tables_resize_queries_and_keys_separately():
     expected = resize_grid(queries, 24).flatten(1)[:, :, None] + resize_grid(keys, 6).flatten(1)[:, None, :]
     torch.testing.assert_close(resized, expected)
 
-    in_the_seed = F.pad(
-        table[0], (0, 240), value=9.0
-    )  # columns that are never read must not leak into those that are
-    torch.testing.assert_close(ReimplPairwiseBias(24, 4).resized(in_the_seed)[:, :36], expected[0])
+    # Columns that are never read must not leak into the others.
+    reimpl_table = F.pad(table[0], (0, 240), value=9.0)
+    torch.testing.assert_close(ReimplPairwiseBias(24, 4).resized(reimpl_table)[:, :36], expected[0])
 
 
 def test_absolute_positions_resize_as_a_map_and_enlarge_a_ramp_into_a_ramp():
@@ -117,7 +116,7 @@ def test_absolute_positions_resize_as_a_map_and_enlarge_a_ramp_into_a_ramp():
     torch.testing.assert_close(resized[3, inner, 1], (torch.arange(4.0, 12.0) - 0.5) / 2)
 
 
-def test_a_table_of_another_side_is_added_as_the_map_sees_it():
+def test_a_table_of_another_side_is_resampled_to_the_map():
     position = AbsolutePosition(2, 4, table_side=8)
     x = torch.randn(3, 2, 4, 4)
     of_the_map = AbsolutePosition(2, 4)

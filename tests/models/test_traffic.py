@@ -1,4 +1,4 @@
-"""Bytes and kernels of a step: counted, not timed, so a regression shows on any machine."""
+"""Test the bytes and kernels of a step: counted, not timed, so a regression shows on any machine."""
 
 import json
 import subprocess
@@ -22,7 +22,7 @@ def traffic_of(name: str, image_px: int = 160, training: bool = True, **options)
     traffic = count(model, image_px=image_px)
     print(
         f"\n{name}@{image_px} {options} {'training' if training else 'inference'}: "
-        f"{traffic.forward_bytes / MB:.0f} + {traffic.backward_bytes / MB:.0f} MB an image, "
+        f"{traffic.forward_bytes / MB:.0f} + {traffic.backward_bytes / MB:.0f} MB per image, "
         f"{traffic.forward_kernels} + {traffic.backward_kernels} kernels"
     )
     return traffic
@@ -38,17 +38,17 @@ class Small(nn.Module):
 
 
 def test_every_pass_over_a_tensor_is_charged():
-    """A 1x1 convolution (3 -> 16 channels of 4x4 px, no bias), GELU and a mean over the map, in fp16, by hand."""
+    """Count by hand: 1x1 convolution (3 -> 16 channels of 4x4 px, no bias), GELU and the map's mean."""
     traffic = count(Small(), image_px=4, batch=1024)
     images, hidden, logits = 2 * 3 * 16, 2 * 16 * 16, 2 * 16
     forward = (images + hidden) + (hidden + hidden) + (hidden + logits)
-    # Of the mean: spread and divided. Of GELU: gradient and input, output. Of the weight: the images need no gradient.
+    # The mean's is spread and divided, GELU's reads gradient and input. The images need no gradient.
     backward = (logits + hidden) + (2 * hidden + hidden) + (hidden + images)
     assert traffic.forward_bytes == pytest.approx(forward, rel=0.001)
     assert traffic.backward_bytes == pytest.approx(backward, rel=0.001)
 
 
-def test_inference_moves_what_the_forward_pass_moves_and_the_model_is_left_alone():
+def test_inference_has_no_backward_pass_and_counting_changes_nothing():
     model = timm.create_model("cmt_micro", ffn_kernel="eager").train()
     before = {name: (tensor, tensor.clone()) for name, tensor in model.state_dict(keep_vars=True).items()}
     training = count(model, image_px=32)
@@ -62,7 +62,7 @@ def test_inference_moves_what_the_forward_pass_moves_and_the_model_is_left_alone
 
 
 def test_a_training_step_of_cmt_ti_stays_within_its_budget():
-    """The paper's released code moves 300 MB an image, counted the same way; resnet50 at 160 px moves 250."""
+    """The paper's released code moves 300 MB per image, counted the same way; resnet50 at 160 px 250."""
     eager = traffic_of("cmt_ti", ffn_kernel="eager")
     assert eager.total_bytes <= 232 * MB
     assert eager.num_kernels <= 1870
@@ -78,7 +78,7 @@ def test_a_training_step_of_cmt_ti_stays_within_its_budget():
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_a_compiled_step_of_cmt_ti_stays_within_its_budget(figure):
-    """By inductor's own count, which charges a group of fused operations what it reads and writes. Five minutes.
+    """Inductor's own count charges a group of fused operations its reads and writes. It takes five minutes.
 
     The paper's released code, compiled: 220 MB.
     """
@@ -94,9 +94,8 @@ def counted_by_inductor(ffn_kernel: str, figure) -> float:
     )
     counted = json.loads(run.stdout)
     forward_bytes, backward_bytes = counted["forward_bytes"], counted["backward_bytes"]
-    figure(
-        f"inductor, ffn_kernel={ffn_kernel}: {forward_bytes / MB:.0f} + {backward_bytes / MB:.0f} MB an image"
-    )
+    counts = f"{forward_bytes / MB:.0f} + {backward_bytes / MB:.0f} MB per image"
+    figure(f"inductor, ffn_kernel={ffn_kernel}: {counts}")
     return forward_bytes + backward_bytes
 
 
@@ -106,7 +105,7 @@ def test_inference_of_cmt_ti_moves_less_than_half_of_resnet50s():
 
 
 def test_the_residual_stream_is_narrow():
-    """Twice as many bytes for fp32, and not many more for half: nothing is widened in silence."""
+    """Half precision moves about half the bytes of fp32: nothing is widened in silence."""
     half, full = (count_in(dtype) for dtype in (torch.float16, torch.float32))
     assert half.total_bytes < 0.52 * full.total_bytes
 

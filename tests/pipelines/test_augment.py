@@ -256,7 +256,7 @@ def manifest(tmp_path_factory) -> Manifest:
 
 
 def train_levels(manifest: Manifest, plan: Plan, spec: AugmentSpec) -> np.ndarray:
-    """The only batch of epoch 0 as levels, (B, H, W, 3)."""
+    """Return the only batch of epoch 0 as levels, (B, H, W, 3)."""
     loader = train_loader(
         manifest, plan, spec, rank=0, world=1, device="cpu", decode="auto", threads=1, prefetch_batches=1
     )

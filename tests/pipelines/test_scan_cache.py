@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import shutil
 import subprocess
@@ -311,6 +313,20 @@ def test_a_killed_process_holds_nobody_up(tmp_path):
     process.kill()
     process.wait(60)
     assert len(Manifest.from_folder(root, cache_dir=tmp_path / "cache")) == 12
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+def test_a_file_system_without_locks_holds_nobody_up(tmp_path, monkeypatch, looks, number):
+    def no_locks(*_) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    root = write_folder(tmp_path / "in", 6)
+    for _ in range(2):
+        time.sleep(0.02)
+        assert len(Manifest.from_folder(root, cache_dir=tmp_path / "cache")) == 6
+    assert looks.count("listed") == 1
 
 
 def test_a_waiting_process_reports_why(tmp_path, monkeypatch, capsys):

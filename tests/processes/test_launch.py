@@ -1,4 +1,4 @@
-"""Ranks that fail and what starts them again: the run goes on as if nothing had been, or says truly why it does not."""
+"""Ranks that fail are started again: the run goes on unchanged, or records truly why it does not."""
 
 import json
 import subprocess
@@ -70,7 +70,7 @@ def test_without_restarts_the_exit_code_is_that_of_the_cause(make_job):
     assert (status["state"], status["exit_code"], status["step"]) == ("failed", 137, 9)
     assert status["reason"].startswith("rank 1 on ")
     assert status["reason"].endswith("killed by SIGKILL")
-    assert len(failures(job)) == 1  # rank 0 waited for the parent's word, and told that
+    assert len(failures(job)) == 1  # rank 0 waited for the launcher's report, and used it
     assert_nobody_is_left(job)
 
 
@@ -85,8 +85,8 @@ def test_a_data_error_of_one_rank_ends_the_run_and_is_not_tried_again(make_job):
     assert [event["event"] for event in job.events()].count("started") == 1
 
 
-def test_ranks_without_a_launcher_tell_the_cause_too(make_job):
-    """Nobody watches them: rank 0 loses contact, and waits for the word of rank 1."""
+def test_ranks_without_a_launcher_record_the_cause_too(make_job):
+    """No launcher watches them: rank 0 loses contact, and waits for the report of rank 1."""
     job = make_job()
     job(nproc=2, module=FAULTY, code=3, **faults("data"))
     assert "injected: the data is gone" in job.status()["reason"]
@@ -123,7 +123,7 @@ def test_ranks_do_not_outlive_their_parent(make_job):
     assert checkpoint_steps(job.run / "checkpoints")
 
 
-def test_mistakes_are_found_before_anything_is_started_and_said_once(make_job):
+def test_mistakes_are_found_before_anything_is_started_and_printed_once(make_job):
     job = make_job()
     job("--nproc", "3", code=2)
     assert job.stderr.read_text().startswith("train.global_batch_size: 16 does not split over 3 processes")
@@ -178,7 +178,7 @@ def test_torchrun_starts_the_ranks_again(make_job, undisturbed, fault):
 
 
 @pytest.mark.slow
-def test_torchrun_is_told_when_it_is_in_vain(make_job):
+def test_torchrun_does_not_restart_in_vain(make_job):
     job = make_job()
     launcher = [*TORCHRUN[:-1], "4"]
     job(launcher=launcher, module=FAULTY, code=1, **faults("exception", step=2, times=9))
@@ -199,7 +199,8 @@ def test_ten_times_each(make_job, undisturbed, fault, turn):
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", [(), TORCHRUN])
 def test_a_frozen_rank(make_job, undisturbed, launcher):
-    """SIGSTOP stops its watchdog, too; the other rank's fires. torchrun waits 30 s before it kills, cmtrain 5."""
+    """SIGSTOP stops its watchdog, too; the other rank's fires. torchrun kills after 30 s, cmtrain after
+    5."""
     job = make_job(checkpoint={"every_steps": 4}, train={"step_timeout_seconds": 4.0})
     arguments = () if launcher else (*TWO, "--max-restarts", "2")
     job(*arguments, launcher=launcher, module=FAULTY, WARM="1", **faults("freeze"))
@@ -221,8 +222,8 @@ def test_a_finished_job_ends_well_twenty_times(make_job):
 
 @pytest.mark.parametrize(
     ("devices", "installed", "visible"),
-    [(None, 8, 8), ("", 8, 0), ("0,1", 8, 2), ("3, 5", 8, 2), ("0,9,1", 8, 1), ("-1", 8, 0), ("GPU-8932f937", 8, 1),
-     ("MIG-a, MIG-b", 1, 2), ("0,1", 0, 0)],
+    [(None, 8, 8), ("", 8, 0), ("0,1", 8, 2), ("3, 5", 8, 2), ("0,9,1", 8, 1), ("-1", 8, 0),
+     ("GPU-8932f937", 8, 1), ("MIG-a, MIG-b", 1, 2), ("0,1", 0, 0)],
 )  # fmt: skip
 def test_visible_gpus(devices, installed, visible):
     assert num_visible(devices, installed) == visible
@@ -238,25 +239,25 @@ def test_the_cause_is_the_first_failure_that_is_no_consequence():
     assert (cause.rank, cause.exit_code, cause.step) == (2, 137, 12)
 
 
-def test_ranks_that_fail_together_are_told_once(tmp_path):
+def test_ranks_that_fail_together_are_recorded_once(tmp_path):
     def reasons(failure):
         write_failure(tmp_path, failure)
         record_cause(tmp_path)
         return [event["reason"] for event in read_events(tmp_path)]
 
     RunFolder(tmp_path).status(state="running", step=9)
-    told = ["rank 2 on a: lost contact"]
-    assert reasons(Failure(2, 3, "lost contact", lost_contact=True, host="a", time=7.0)) == told
-    told += ["rank 1 on a: hung"]
-    assert reasons(Failure(1, 3, "hung", host="a", time=6.0)) == told
-    assert reasons(Failure(0, 3, "hung", host="a", time=5.0)) == told
-    assert read_status(tmp_path)["reason"] == told[-1]
-    told += ["rank 0 on a: the data is gone"]  # the earliest failure decides how the run ends
-    assert reasons(Failure(0, 3, "the data is gone", exit_code=3, host="a", time=4.0)) == told
+    recorded = ["rank 2 on a: lost contact"]
+    assert reasons(Failure(2, 3, "lost contact", lost_contact=True, host="a", time=7.0)) == recorded
+    recorded += ["rank 1 on a: hung"]
+    assert reasons(Failure(1, 3, "hung", host="a", time=6.0)) == recorded
+    assert reasons(Failure(0, 3, "hung", host="a", time=5.0)) == recorded
+    assert read_status(tmp_path)["reason"] == recorded[-1]
+    recorded += ["rank 0 on a: the data is gone"]  # the earliest failure decides how the run ends
+    assert reasons(Failure(0, 3, "the data is gone", exit_code=3, host="a", time=4.0)) == recorded
     assert read_status(tmp_path)["exit_code"] == 3
 
 
-def test_what_became_of_a_run_is_found_out_by_the_next_start(tmp_path):
+def test_the_next_start_records_how_a_run_ended(tmp_path):
     assert archive_previous_attempt(tmp_path / "new") == ()
     folder = RunFolder(tmp_path)
     folder.status(state="running", step=40)
@@ -328,7 +329,7 @@ def test_torchs_settings_are_defaults(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_under_torchrun_a_mistake_is_said_once(make_job):
+def test_under_torchrun_a_mistake_is_printed_once(make_job):
     job = make_job()
     once = (*TORCHRUN[:-1], "0")  # and not again at every restart
     process = job.start("--optim.lr", "none", launcher=once, module=FAULTY)
@@ -337,7 +338,7 @@ def test_under_torchrun_a_mistake_is_said_once(make_job):
 
 
 @pytest.mark.parametrize("lost", [True, False])
-def test_who_lost_contact_waits_for_the_word_of_who_failed(tmp_path, lost):
+def test_a_rank_that_lost_contact_waits_for_the_report_of_the_cause(tmp_path, lost):
     RunFolder(tmp_path).status(state="running", step=1)
     failed = Failure(1, 2, "killed by SIGKILL", exit_code=137)
     threading.Timer(0.5, write_failure, (tmp_path, failed)).start()

@@ -1,4 +1,4 @@
-"""Ranks that do not fit together are refused in a second, with a line that names hosts, and nothing is written."""
+"""Ranks that do not fit together are refused in one line that names hosts; nothing is written."""
 
 import pytest
 from helpers.runs import ROOT

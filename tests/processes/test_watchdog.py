@@ -1,4 +1,4 @@
-"""What hangs is ended, and leaves behind where it hung."""
+"""A process that hangs is ended, and its stacks are written down."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def test_a_hang_ends_with_its_stacks(make_job, nproc):
     assert len([event for event in job.events() if event["event"] == "failed"]) == 1
 
 
-def test_a_hang_that_holds_the_interpreters_lock_ends_too_and_the_next_start_tells_it(make_job):
+def test_a_hang_that_holds_the_interpreters_lock_ends_too_and_the_next_start_reports_it(make_job):
     undisturbed, job = make_job("undisturbed"), make_job("job", train={"step_timeout_seconds": 1.0})
     undisturbed()
     job(module=FAULTY, code=1, **faults("gil", rank=0))
@@ -43,7 +43,7 @@ def test_a_hang_that_holds_the_interpreters_lock_ends_too_and_the_next_start_tel
 
 
 def test_a_run_that_is_paused_for_longer_than_a_step_may_take_ends_and_loses_nothing(make_job):
-    """As `docker pause` and `scontrol suspend` do; the timers cannot tell it from a hang."""
+    """As `docker pause` and `scontrol suspend` do; for the timers it is a hang."""
     undisturbed, job = make_job("undisturbed"), make_job("job", train={"step_timeout_seconds": 1.0})
     undisturbed()
     process = job.start(module=FAULTY, **faults("freeze", rank=0))

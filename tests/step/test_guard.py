@@ -135,7 +135,7 @@ def test_ema_follows_the_formula():
 
 @pytest.mark.parametrize("ours", [True, False])
 def test_a_skipped_first_step_of_fused_sgd_leaves_no_garbage_in_the_momentum(ours, monkeypatch):
-    """torch creates the momentum from uninitialised memory at the first step, and a skipped step keeps it."""
+    """torch creates the momentum at the first step from uninitialised memory; a skipped step keeps it."""
 
     def dirty(tensor, **options):
         return torch.full_like(tensor, 12345.0)

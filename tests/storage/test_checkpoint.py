@@ -1,4 +1,4 @@
-"""A checkpoint exists whole or not at all; a damaged one is never loaded and never silently skipped to zero."""
+"""A checkpoint exists whole or not at all; a damaged one is never loaded, nor silently passed over."""
 
 import os
 import resource

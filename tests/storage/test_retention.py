@@ -75,12 +75,12 @@ def _killed_in_a_deletion(root, step):
 
 
 def test_killed_at_every_change_of_the_file_system(tmp_path, figure):
-    """One save, which deletes one, killed before each of its changes: there is always a usable newest checkpoint."""
+    """A save that deletes one, killed before each of its changes: a usable checkpoint is always left."""
     process = FORKS.Process(target=_killed_everywhere, args=(tmp_path,))
     process.start()
     process.join(120)
     assert process.exitcode == 0
-    figure(f"crash points: {(tmp_path / 'told').read_text()}")
+    figure(f"crash points: {(tmp_path / 'summary').read_text()}")
 
 
 def _killed_everywhere(folder):
@@ -102,8 +102,8 @@ def _killed_everywhere(folder):
     assert newest == sorted(newest)  # once the new one is published, it is the newest for good
     assert newest[0] == 1
     assert number > 10
-    told = f"{number} kills survived, {newest.count(1)} before the new checkpoint was published"
-    (folder / "told").write_text(told)
+    summary = f"{number} kills survived, {newest.count(1)} before the new checkpoint was published"
+    (folder / "summary").write_text(summary)
 
 
 def test_the_best_that_exists_stays_when_a_better_one_could_not_be_written(tmp_path):
@@ -150,7 +150,7 @@ def test_the_manifest_says_what_a_checkpoint_is_kept_for(tmp_path):
 
 
 def test_a_run_keeps_its_milestones(make_job):
-    """Every third epoch is saved and every second one for ever; an evaluation that would make a best is at the end."""
+    """Every third epoch is saved, and every second one kept for ever. The only evaluation is at the end."""
     job = make_job(
         schedule={"epochs": 4},
         evaluate={"every_epochs": 4},

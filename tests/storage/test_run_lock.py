@@ -1,4 +1,4 @@
-"""Two trainers never write to one run folder, and a dead one is in nobody's way."""
+"""Two trainers never write to one run folder, and a dead one does not block the next."""
 
 import errno
 import fcntl
@@ -19,9 +19,9 @@ def test_a_second_trainer_is_refused_until_the_first_is_dead(make_job):
     wait_for(lambda: logged(job, 4), first)
     files = {path: path.read_bytes() for path in (job.run / "config.yaml", job.run / "augmented.png")}
     job("--optim.lr", "1e-3", code=3)
-    said = job.stderr.read_text()  # the first one writes there, too
-    assert said.count(f"in use by process {first.processes[0].pid} on {socket.gethostname()}") == 1
-    assert "Traceback" not in said
+    printed = job.stderr.read_text()  # the first one writes there, too
+    assert printed.count(f"in use by process {first.processes[0].pid} on {socket.gethostname()}") == 1
+    assert "Traceback" not in printed
     assert files == {path: path.read_bytes() for path in files}
     first.send_signal(signal.SIGKILL)
     first.communicate()
@@ -75,7 +75,8 @@ def test_what_was_written_stays(tmp_path):
 
 
 def test_deleted_between_open_and_flock(tmp_path, monkeypatch):
-    """The last holder deletes the file that we have just opened: a lock on a deleted file would keep nobody out."""
+    """The last holder deletes the file that we have just opened: a lock on a deleted file excludes no
+    other."""
     flock, path = fcntl.flock, tmp_path / ".lock"
 
     def late(descriptor, operation):

@@ -1,4 +1,4 @@
-"""Only the few lines that are meant to may parse what could run someone else's code; nothing is unpickled."""
+"""Nothing is unpickled, and only the sanctioned lines parse what could run someone else's code."""
 
 import ast
 
@@ -14,7 +14,8 @@ SANCTIONED = {
 MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "xmlrpc"}
 NAMES = {"eval", "exec", "compile", "__import__"}
 METHODS = {
-    "torch": {"load"}, "os": {"system", "popen", "execv", "execve"}, "subprocess": {"getoutput", "getstatusoutput"},
+    "torch": {"load"}, "os": {"system", "popen", "execv", "execve"},
+    "subprocess": {"getoutput", "getstatusoutput"},
     "numpy": {"load"}, "np": {"load"}, "shutil": {"unpack_archive"},
     "yaml": {"load", "load_all", "unsafe_load", "full_load", "safe_load", "parse", "compose"},
 }  # fmt: skip
@@ -55,8 +56,9 @@ def test_only_the_sanctioned_lines(path):
 @pytest.mark.parametrize(
     "line",
     [
-        "import pickle", "from pickle import loads", "torch.load(x)", "from torch import load", "eval(x)", "exec(x)",
-        "subprocess.run(x, shell=True)", "yaml.load(x)", "yaml.load(x, Loader=L)", "from yaml import unsafe_load",
+        "import pickle", "from pickle import loads", "torch.load(x)", "from torch import load", "eval(x)",
+        "exec(x)", "subprocess.run(x, shell=True)", "yaml.load(x)", "yaml.load(x, Loader=L)",
+        "from yaml import unsafe_load",
         "os.system(x)", "np.load(x)", "np.load(x, allow_pickle=True)", "import joblib.numpy_pickle",
     ],
 )  # fmt: skip

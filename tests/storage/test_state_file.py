@@ -1,4 +1,4 @@
-"""A checkpoint from anyone: it runs no code, takes no memory, leads nowhere else, and is refused in one line."""
+"""A forged checkpoint runs no code, takes no memory, leads nowhere else, and is refused in one line."""
 
 import hashlib
 import io
@@ -17,6 +17,7 @@ from cmtrain.storage.checkpoint import load_checkpoint, load_newest, save_checkp
 from cmtrain.storage.state_file import MAX_DEPTH, CheckpointError, Digest, read_state, write_state
 
 GOOD = {"model": {"weight": torch.arange(6.0)}, "progress": {"step": 1}}
+DEEP = MAX_DEPTH + 2
 BIG = 40000  # a square of it in fp32 is 6.4 GB
 MAX_GROWTH_KB = 300_000  # of this process, by one refusal
 STATE = "state.safetensors"
@@ -66,7 +67,8 @@ def holding(tensors, state=("dict", ["model", ("tensor", "w", 1)])):
 
 
 def describing(*state, text=None):
-    """A safetensors file with the tensor `w` of 4 numbers, and a state that is the JSON `state` or `text`."""
+    """A safetensors file with the tensor `w` of 4 numbers, and a state that is the JSON `state` or
+    `text`."""
     return holding({"w": ("F32", [4], [0, 16])}, text or state)
 
 
@@ -82,6 +84,7 @@ def saved(state=GOOD):
 
 
 SYSTEM = ("os", "system")
+TORCH_MAGIC = 0x1950A86A20F9469CFC6C
 W = ("tensor", "w", 1)
 # Files that would run code or take memory if they were unpickled.
 PICKLES = {
@@ -89,7 +92,7 @@ PICKLES = {
     "code by STACK_GLOBAL": lambda canary: archive(calling(SYSTEM, (f"touch {canary}",), "STACK_GLOBAL")),
     "eval": lambda canary: archive(calling(("builtins", "eval"), (f"open({str(canary)!r}, 'w')",))),
     "code in a plain pickle": lambda canary: calling(SYSTEM, (f"touch {canary}",)),
-    "code as torch wrote before zip": lambda canary: pickle.dumps(0x1950A86A20F9469CFC6C) + calling(SYSTEM, ("x",)),
+    "code as torch wrote it before zip": lambda canary: pickle.dumps(TORCH_MAGIC) + calling(SYSTEM, "x"),
     "6.4 GB tensor in 1 kB": lambda canary: archive(calling(("torch", "Tensor"), (BIG, BIG))),
     "6 GB bytearray in 1 kB": lambda canary: archive(calling(("builtins", "bytearray"), (6 * 10**9,))),
     "a good file of torch.save": lambda canary: saved(),
@@ -137,7 +140,7 @@ STATES = {
     "entry without a value": lambda: model("dict", ["a"]),
     "entry that is a number": lambda: model("dict", 1),
     "list as a key": lambda: model("dict", [["a"], 1]),
-    "nested too deeply": lambda: describing(text='["dict", ["a", ' * (MAX_DEPTH + 2) + "1" + "]]" * (MAX_DEPTH + 2)),
+    "nested too deeply": lambda: describing(text='["list", ' * DEEP + "1" + "]" * DEEP),
     "nested 100,000 deep": lambda: describing(text="[" * 100_000),
     "number of 100,000 digits": lambda: describing(text='["dict", ["a", ' + "1" * 100_000 + "]]"),
 }  # fmt: skip
@@ -230,10 +233,10 @@ def test_a_checkpoint_of_an_older_version_is_refused_with_advice_and_kept(tmp_pa
     files = {"state.pt": {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}}
     path = publish(tmp_path, data, files=files)
     (path / STATE).rename(path / "state.pt")
-    assert "saved by cmtrain 0.1.0" in refusal(path)
+    assert "state.pt is the format of an older cmtrain" in refusal(path)
     for _ in range(2):
         with pytest.raises(
-            CheckpointError, match=r"export its weights with cmtrain 0\.1\.0 .*model\.init_from"
+            CheckpointError, match=r"export the weights with that version, .*model\.init_from"
         ):
             load_newest(tmp_path)
     assert path.exists()
@@ -242,8 +245,8 @@ def test_a_checkpoint_of_an_older_version_is_refused_with_advice_and_kept(tmp_pa
 def tensors():
     """Tensors of every dtype, shape and layout that a state may hold."""
     dtypes = [
-        torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
-        torch.uint8, torch.bool,
+        torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16,
+        torch.int8, torch.uint8, torch.bool,
     ]  # fmt: skip
     images = torch.randn(2, 3, 4, 4)
     found = {str(dtype): (10 * torch.randn(2, 3)).to(dtype) for dtype in dtypes}
@@ -288,8 +291,9 @@ def test_views_and_shared_tensors_keep_their_values(tmp_path):
 
 
 VALUES = [
-    0, -1, 2**63, -(2**200), 0.1, 1e-320, -0.0, math.inf, -math.inf, True, False, None, "", "ä\n\0\udcff\U0001f600", [],
-    (), {}, [[]], ((),), [1, (2, [3.0])], {"": 1}, {0: "a", "0": "b", -1: {}}, ["list", 1], ("tensor", "w", 1), ["dict"],
+    0, -1, 2**63, -(2**200), 0.1, 1e-320, -0.0, math.inf, -math.inf, True, False, None, "",
+    "ä\n\0\udcff\U0001f600", [], (), {}, [[]], ((),), [1, (2, [3.0])], {"": 1}, {0: "a", "0": "b", -1: {}},
+    ["list", 1], ("tensor", "w", 1), ["dict"],
 ]  # fmt: skip
 
 

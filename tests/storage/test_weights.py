@@ -1,4 +1,5 @@
-"""Weights of another resolution and class count start a run; wrong and hostile files are refused before it starts."""
+"""Weights of another resolution and class count start a run; wrong and hostile files are refused before it
+starts."""
 
 import json
 import os
@@ -52,10 +53,10 @@ def test_digits_help_photographs_at_another_size(make_job, figure):
     tuned = make_job("tuned", model=model | {"init_from": str(digits.run)}, **photos, **QUIET)
     fine = tuned("--max-steps", "12")
     scratch = make_job("scratch", model=model, **photos, **QUIET)("--max-steps", "12")
-    told = tuned.stderr.read_text()
-    assert "model.init_from: model weights of " in told
-    assert "new classifier head: 12 classes (the weights have 10)" in told
-    assert "4 position tables resized" in told
+    printed = tuned.stderr.read_text()
+    assert "model.init_from: model weights of " in printed
+    assert "new classifier head: 12 classes (the weights have 10)" in printed
+    assert "4 position tables resized" in printed
     assert fine["step"] == scratch["step"]
     assert fine["top1"] > scratch["top1"] + 0.05
     figure(f"digits {base['top1']:.3f}; photographs: {fine['top1']:.3f}, from scratch {scratch['top1']:.3f}")
@@ -134,11 +135,11 @@ def test_other_models_and_damaged_files_are_refused_in_one_line(tmp_path):
         assert line.startswith(f"model.init_from: {file}")
         return line
 
-    sick = tensors | {
+    broken = tensors | {
         "stem.norm1.running_var": torch.full_like(tensors["stem.norm1.running_var"], torch.nan)
     }
-    assert "running_var not finite; " in refusal(lambda f: save_file(sick, f))
-    assert "cmtrain repair-bn" in refusal(lambda f: save_file(sick, f))
+    assert "running_var not finite; " in refusal(lambda f: save_file(broken, f))
+    assert "cmtrain repair-bn" in refusal(lambda f: save_file(broken, f))
     assert "holds no weights" in refusal(lambda f: save_file({}, f))
     other = contiguous(timm.create_model("resnet18"))
     assert " is missing in the weights" in refusal(lambda f: save_file(other, f), ConfigError)

@@ -1,4 +1,4 @@
-"""Training does not wait for a disk, and no save is lost without a word, however slow or full the disk is."""
+"""Training does not wait for a disk, and every failed save is reported, however slow or full the disk is."""
 
 import itertools
 import json
@@ -14,7 +14,7 @@ import cmtrain.storage.checkpoint_writer
 from cmtrain.step.measure import StepReport
 from cmtrain.storage.checkpoint import checkpoint_steps, load_newest
 from cmtrain.storage.checkpoint_writer import CheckpointWriter, HostCopy
-from cmtrain.storage.finite import Verdict
+from cmtrain.storage.finite import FiniteCheck
 from cmtrain.storage.run_folder import RunFolder
 from cmtrain.training.run_logger import RunLogger
 from cmtrain.training.saver import Saver
@@ -75,7 +75,7 @@ def test_saves_in_quick_succession_are_all_there(tmp_path):
     assert load_newest(tmp_path).state["model"]["weight"].tolist() == state_of(8)["model"]["weight"].tolist()
 
 
-def test_a_checkpoint_that_the_next_one_drops_before_it_is_told_is_told_all_the_same(tmp_path):
+def test_a_checkpoint_that_the_next_one_drops_is_still_reported(tmp_path):
     logger = RunLogger(
         tmp_path / "run", rank=0, world_size=1, first_step=0, last_step=2, epochs=1, total_steps=2,
         address=None, stall_seconds=600,
@@ -83,7 +83,7 @@ def test_a_checkpoint_that_the_next_one_drops_before_it_is_told_is_told_all_the_
     saver = Saver(tmp_path / "run", logger, keep=1)
     logger.metrics.report(StepReport(2, 0, 1.0, 0.1, 1.0, 1.0, 0, 0, 0, 0, 0))
     for step in (1, 2):
-        saver.save(state_of(step), step, {}, Verdict(), last=step == 2)
+        saver.save(state_of(step), step, {}, FiniteCheck(), last=step == 2)
     saver.close()
     logger.finish("finished", exit_code=0, reason="")
     assert checkpoint_steps(tmp_path / "run" / "checkpoints") == [2]
@@ -97,7 +97,7 @@ def test_a_checkpoint_that_the_next_one_drops_before_it_is_told_is_told_all_the_
     )
 
 
-def test_where_storage_hangs_a_save_is_given_up_and_told(tmp_path, gate, monkeypatch):
+def test_where_storage_hangs_a_save_is_given_up_and_reported(tmp_path, gate, monkeypatch):
     monkeypatch.setattr(cmtrain.storage.checkpoint_writer, "PATIENCE_SECONDS", 0.05)
     writer = CheckpointWriter(tmp_path)
     for step in (1, 2):
@@ -171,7 +171,7 @@ def test_a_full_disk_costs_its_checkpoints_and_nothing_else(make_job, figure):
     figure(f"full disk: {len(failed)} checkpoints failed, run finished, error: {failed[0]['error']}")
 
 
-def test_a_run_whose_last_checkpoint_failed_does_not_say_it_is_done(make_job):
+def test_a_run_whose_last_checkpoint_failed_is_not_finished(make_job):
     job = make_job()
     job(module=HURT, FULL="18", code=3)
     status = job.status()
@@ -228,7 +228,7 @@ def test_a_read_only_folder_fails_like_a_full_disk(tmp_path):
 
 
 def _save_as_nobody(folder):
-    """root may write anywhere, so become nobody, in a process of its own and by relative paths."""
+    """root may write anywhere, so become the user nobody, in a new process and by relative paths."""
     os.chdir(folder)
     writer = CheckpointWriter(folder.relative_to(folder) / "checkpoints")
     writer.save(1, state_of(1), {}, keep=1, last=True)

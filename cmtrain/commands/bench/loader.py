@@ -32,6 +32,7 @@ from cmtrain.commands.bench.loader_workers import (
 )
 from cmtrain.commands.bench.timing import Figures, best_seconds, endless
 from cmtrain.config.schema import Config
+from cmtrain.errors import EXIT_DONE
 from cmtrain.training import build
 from pipelines.files.manifest import Manifest
 from pipelines.packing.shard_writer import pack_split
@@ -106,7 +107,7 @@ def bench_loader(
     print(json.dumps(report), flush=True)  # noqa: T201
     if json_path:
         Path(json_path).write_text(json.dumps(report, indent=1) + "\n")
-    return 0
+    return EXIT_DONE
 
 
 def summarise(rounds: list[Figures]) -> Figures:
@@ -125,9 +126,8 @@ def summarise(rounds: list[Figures]) -> Figures:
             "cpu_ms_per_image_min": min(cpu_ms),
         }
         if name != "timm":
-            rate_ratios = [
-                row[name]["images_per_second"] / row["timm"]["images_per_second"] for row in rounds
-            ]
+            timm_rates = [row["timm"]["images_per_second"] for row in rounds]
+            rate_ratios = [ours / theirs for ours, theirs in zip(rates, timm_rates, strict=True)]
             cpu_ratios = [row["timm"]["cpu_ms_per_image"] / row[name]["cpu_ms_per_image"] for row in rounds]
             figures[name]["times_timm"] = statistics.median(rate_ratios)
             figures[name]["times_timm_by_cpu"] = statistics.median(cpu_ratios)

@@ -14,7 +14,6 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 import torch
 
-from cmtrain.commands.bench.timing import endless
 from pipelines.dali import graphs
 from pipelines.files.manifest import Manifest
 from pipelines.loader import DaliLoader, file_reader, train_loader
@@ -113,16 +112,19 @@ def _dali_batches(contender: LoaderContender, spec: AugmentSpec | None) -> Count
     size = min(BATCH_SIZE, len(manifest))
     if spec is not None:
         loader, _ = make_loader(contender, spec, size)
-        return (len(batch.labels) for batch in endless(loader))
+        return (len(batch.labels) for epoch in itertools.count() for batch in loader.epoch(epoch))
     plan = Plan(0, len(manifest), size, size)
     read = file_reader(manifest, cores)
     upcoming = (batch.indices for epoch in itertools.count() for batch in plan.micro_batches(epoch, 0, 0, 1))
-    how: dict[str, Any] = {
-        "reads_files": manifest.packed is None,
-        "hw_decoder_load": contender.hw_decoder_load,
-    }
-    device = torch.device(contender.device)
-    run = graphs.execution(device, contender.decode, size, cores, PREFETCH_BATCHES, **how)
+    run = graphs.execution(
+        torch.device(contender.device),
+        contender.decode,
+        size,
+        cores,
+        PREFETCH_BATCHES,
+        reads_files=manifest.packed is None,
+        hw_decoder_load=contender.hw_decoder_load,
+    )
     pipeline = graphs.decode_graph(lambda: [read(next(upcoming))], run, windows=False)
     return (len(pipeline.run()[0]) for _ in itertools.count())
 
@@ -146,8 +148,7 @@ def _timm_batches(contender: LoaderContender, spec: AugmentSpec | None) -> Count
     import timm.data
     from timm.data import auto_augment
 
-    # timm asks Pillow to keep 0 bits at full magnitude, which Pillow refuses since 12.0; our loader keeps
-    # one bit.
+    # timm asks Pillow to keep 0 bits at full magnitude, which Pillow refuses since 12.0; ours keeps one bit.
     keep_bits = auto_augment.LEVEL_TO_ARG["PosterizeIncreasing"]
     auto_augment.LEVEL_TO_ARG["PosterizeIncreasing"] = lambda *args: (max(1, keep_bits(*args)[0]),)
     augmented = spec or AugmentSpec(32)

@@ -1,4 +1,4 @@
-"""A saver that takes NaN throws good checkpoints away, one that merely refuses never saves again; ours does neither."""
+"""Before a save, a non-finite EMA is repaired from the model, and a non-finite model is rejected."""
 
 import math
 
@@ -30,10 +30,10 @@ def test_a_healthy_state_passes_untouched(learner):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_sick_ema_is_healed_where_it_is_sick(learner, value):
+def test_a_nonfinite_ema_is_repaired_where_it_is_nonfinite(learner, value):
     name, statistic = first_statistic(learner.ema.module)
     whole = learner.ema.module.state_dict()["head.weight"].clone()
-    saved = learner.state_dict()  # what is about to be saved is healed, too
+    saved = learner.state_dict()  # what is about to be saved is repaired, too
     statistic[0] = value
     assert repair_or_reject(**learner.weights) == FiniteCheck(repaired=(name,))
     assert torch.equal(saved["ema"][name], learner.model.state_dict()[name])
@@ -42,7 +42,7 @@ def test_a_sick_ema_is_healed_where_it_is_sick(learner, value):
     assert repair_or_reject(**learner.weights) == FiniteCheck()
 
 
-def test_a_sick_model_is_refused_and_named(learner):
+def test_a_nonfinite_model_is_rejected_and_named(learner):
     name, statistic = first_statistic(learner.model)
     statistic[0] = math.nan
     first_statistic(learner.ema.module)[1][0] = math.nan
@@ -58,10 +58,11 @@ def test_what_is_large_is_not_what_is_infinite():
     ]
 
 
-def test_a_run_saves_on_with_a_healed_ema_and_keeps_its_checkpoints_with_a_sick_model(make_job):
-    """The EMA is poisoned before the save at step 4, the model's statistics before those at steps 8 and 10."""
+def test_a_run_repairs_its_ema_and_keeps_its_checkpoints_if_the_model_is_nonfinite(make_job):
+    """The EMA is damaged before the save at step 4, the model's statistics before those at steps 8 and
+    10."""
     job = make_job(evaluate={"every_epochs": 3}, checkpoint={"every_steps": 4, "every_epochs": 3})
-    job("--max-steps", "10", module=HURT, SICK="1 ema, 2 model, 3 model", code=3)
+    job("--max-steps", "10", module=HURT, NONFINITE="1 ema, 2 model, 3 model", code=3)
     events = {(e["event"], e["step"]): e for e in job.events() if "step" in e}
     assert len(events["ema_healed", 4]["tensors"]) == 1
     assert ("checkpoint", 4) in events

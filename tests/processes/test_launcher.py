@@ -1,4 +1,4 @@
-"""The parent of the ranks by itself, with ranks that are a line of Python: whom it ends, and what it returns."""
+"""The launcher by itself, with ranks that are a line of Python: which it ends, and what it returns."""
 
 import subprocess
 import sys
@@ -6,12 +6,13 @@ import time
 
 import pytest
 
-PARENT = """
+LAUNCHER = """
 import ctypes, os, signal, sys
 from pathlib import Path
 from cmtrain.processes.launcher import run_ranks
 ctypes.CDLL(None).prctl(36, 1)  # adopt orphans, as process 1 does
-command = [sys.executable, "-c", "import os, signal, sys, time; rank = int(os.environ['RANK']); " + sys.argv[2]]
+rank = "import os, signal, sys, time; rank = int(os.environ['RANK']); " + sys.argv[2]
+command = [sys.executable, "-c", rank]
 code = run_ranks(command, 2, max_restarts=int(sys.argv[3]), run_path=Path(sys.argv[1]))
 print("children:", Path(f"/proc/self/task/{os.getpid()}/children").read_text())
 sys.exit(code)
@@ -20,7 +21,7 @@ sys.exit(code)
 
 def start(folder, rank, max_restarts=0):
     return subprocess.Popen(
-        [sys.executable, "-c", PARENT, str(folder), rank, str(max_restarts)],
+        [sys.executable, "-c", LAUNCHER, str(folder), rank, str(max_restarts)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
@@ -49,7 +50,7 @@ def test_the_exit_code_is_that_of_the_rank_that_failed(tmp_path, rank, code):
     assert run(tmp_path, rank)[0] == code
 
 
-def test_what_does_not_heal_is_not_tried_again(tmp_path):
+def test_a_final_exit_code_is_not_tried_again(tmp_path):
     for code in (2, 3, 4, 5, 130, 143):
         assert run(tmp_path, f"print('started', flush=True); sys.exit({code})", 3) == (code, "")
     code, error = run(tmp_path, "sys.exit(os.environ['TORCHELASTIC_RESTART_COUNT'] != '2')", 3)
@@ -58,7 +59,8 @@ def test_what_does_not_heal_is_not_tried_again(tmp_path):
 
 def test_a_rank_that_ends_by_no_signal_is_killed(tmp_path):
     begin = time.monotonic()
-    stubborn = "signal.signal(15, lambda *_: None); time.sleep(0.5); rank and sys.exit(7); time.sleep(99); time.sleep(99)"
+    stubborn = "signal.signal(15, lambda *_: None); time.sleep(0.5); rank and sys.exit(7); "
+    stubborn += "time.sleep(99); time.sleep(99)"
     code, _ = run(tmp_path, stubborn)
     assert code == 7
     assert 5 < time.monotonic() - begin < 20
@@ -66,7 +68,8 @@ def test_a_rank_that_ends_by_no_signal_is_killed(tmp_path):
 
 def test_adopted_children_are_reaped(tmp_path):
     """A rank leaves a grandchild behind that ends before the ranks do."""
-    orphan = "os.fork() or (os.fork() and os._exit(0) or time.sleep(0.3) or os._exit(0)); os.wait(); time.sleep(1)"
+    orphan = "os.fork() or (os.fork() and os._exit(0) or time.sleep(0.3) or os._exit(0)); "
+    orphan += "os.wait(); time.sleep(1)"
     assert run(tmp_path, orphan)[0] == 0
 
 
