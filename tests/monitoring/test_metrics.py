@@ -5,6 +5,7 @@ import re
 import runpy
 import shutil
 import subprocess
+import time
 
 import pytest
 import torch
@@ -184,5 +185,7 @@ def test_a_rank_has_few_series():
 
 def test_what_metrics_cost_can_be_measured():
     benchmark = runpy.run_path(str(ROOT / "benchmarks" / "metrics_cost.py"))
-    seconds = benchmark["work"](1000, TrainMetrics("r", 0), 50) / 1000
+    begin = time.thread_time()
+    benchmark["work"](1000, TrainMetrics("r", 0), 50)
+    seconds = (time.thread_time() - begin) / 1000
     assert seconds < 0.05 * benchmark["STEP_SECONDS"]  # it is 0.3 %; shared machines are slow at times

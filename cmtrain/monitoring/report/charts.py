@@ -191,31 +191,24 @@ def thin(x: np.ndarray, y: np.ndarray, columns: int) -> np.ndarray:
     """
     if len(x) <= 2 * columns:
         return np.arange(len(x))
-    kept = {0, len(x) - 1}
-    for start, end in _stripes(x, columns):
-        piece = y[start:end]
-        finite = np.flatnonzero(np.isfinite(piece))
-        if finite.size:
-            piece = piece[finite]
-            kept |= {start + int(finite[piece.argmin()]), start + int(finite[piece.argmax()])}
-        else:
-            kept.add(start)  # a hole stays a hole
-    return np.array(sorted(kept))
+    stripes = _stripes(x, columns)
+    starts = np.flatnonzero(np.diff(stripes, prepend=-1))
+    # NaN sorts last: a stripe without a number keeps a NaN, so a hole stays a hole.
+    lowest, highest = (np.lexsort((values, stripes))[starts] for values in (y, -y))
+    return np.unique([0, *lowest, *highest, len(x) - 1])
 
 
 def medians(x: np.ndarray, y: np.ndarray, columns: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the median (x, y) of each of `columns` stripes: the trend, which one spike does not bend."""
-    stripes = _stripes(x, columns)
-    middles = np.array([x[start:end].mean() for start, end in stripes])
-    pieces = (y[start:end][np.isfinite(y[start:end])] for start, end in stripes)
-    return middles, np.array([np.median(piece) if piece.size else np.nan for piece in pieces])
+    starts = np.flatnonzero(np.diff(_stripes(x, columns), prepend=-1))[1:]
+    pieces = [piece[np.isfinite(piece)] for piece in np.split(y, starts)]
+    trend = np.array([np.median(piece) if piece.size else np.nan for piece in pieces])
+    return np.array([piece.mean() for piece in np.split(x, starts)]), trend
 
 
-def _stripes(x: np.ndarray, columns: int) -> list[tuple[int, int]]:
-    """Return (start, end) of the points in each stripe of equal width that has any; `x` ascends."""
-    stripe = np.minimum(((x - x[0]) / max(x[-1] - x[0], 1) * columns).astype(int), columns - 1)
-    starts = np.flatnonzero(np.diff(stripe, prepend=-1)).tolist()
-    return list(itertools.pairwise([*starts, len(x)]))
+def _stripes(x: np.ndarray, columns: int) -> np.ndarray:
+    """Return the stripe of each point, of `columns` stripes of equal width; `x` ascends."""
+    return np.minimum(((x - x[0]) / max(x[-1] - x[0], 1) * columns).astype(int), columns - 1)
 
 
 def _describe(series: Sequence[Series], show: Callable[[float], str]) -> str:

@@ -127,9 +127,8 @@ def _run_page(run: PlottedRun) -> dict[str, Any]:
         state = "running?"
         reason = f"nothing was written for {duration(silent_seconds)}; the run may have been killed"
     return {
-        "name": record.name,
-        "letter": run.letter,
-        "color": run.color,
+        "plot": run,
+        "record": record,
         "state": state,
         "tone": "warn" if exit_code == 5 else TONES.get(state, "warn"),
         "exit_code": exit_code,
@@ -146,9 +145,7 @@ def _run_page(run: PlottedRun) -> dict[str, Any]:
         "classes": class_section(record),
         "sample": sample_uri(record.sample) if record.sample else None,
         "config": _config_lines(record),
-        "config_text": record.config_text,
         "environment": environment_of(record),
-        "damage": record.damage,
     }
 
 
