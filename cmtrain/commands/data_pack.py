@@ -9,6 +9,7 @@ from typing import Any
 from cmtrain.errors import EXIT_DONE
 from pipelines.files.manifest import Manifest
 from pipelines.files.shards import damage, is_packed
+from pipelines.packing.encode import PackSpec
 from pipelines.packing.shard_writer import pack_split
 from pipelines.spec import MAX_BAD_FRACTION, DataError
 
@@ -51,6 +52,7 @@ def pack(
     found = [split for split in SPLITS if listed[split] or (root / split).is_dir()]
     if not found:
         raise DataError(f"{root}: holds neither train/<class>/ nor val/<class>/, and no list is given")
+    spec = PackSpec(resize_shorter, quality, shard_mib * 2**20)
     report: dict[str, dict[str, int]] = {}
     limits: dict[str, Any] = {"cache_dir": cache_dir, "max_bad_fraction": max_bad_fraction}
     class_names: tuple[str, ...] | None = None
@@ -65,14 +67,9 @@ def pack(
             manifest = Manifest.from_folder(root / split, class_names=class_names, **limits)
         class_names = manifest.class_names
         folder = Path(destination).absolute() / split
+        workers = processes or len(os.sched_getaffinity(0))
         split_index = pack_split(
-            manifest,
-            folder,
-            resize_shorter=resize_shorter,
-            quality=quality,
-            shard_bytes=shard_mib * 2**20,
-            processes=processes or len(os.sched_getaffinity(0)),
-            max_bad_fraction=max_bad_fraction,
+            manifest, folder, spec, processes=workers, max_bad_fraction=max_bad_fraction
         )
         for path, _, reason in split_index.bad:
             sys.stderr.write(f"left out: {path}: {reason}\n")

@@ -159,13 +159,11 @@ def _finished(image: Any, params: Sequence[Any], spec: AugmentSpec | EvalSpec) -
 
 
 def _external_source(source: Source, inputs: list[tuple[Any, int]], no_copy: bool = False) -> Any:
-    dtypes, ndims = map(list, zip(*inputs, strict=True))
-    formats = {
-        "dtype": dtypes,
-        "ndim": ndims,
-        "layout": ["HWC" if given == _IMAGES else "" for given in inputs],
-    }
-    return fn.external_source(source, len(inputs), batch=True, no_copy=no_copy, **formats)
+    dtypes, ndims = [dtype for dtype, _ in inputs], [ndim for _, ndim in inputs]
+    layout = ["HWC" if given == _IMAGES else "" for given in inputs]
+    return fn.external_source(
+        source, len(inputs), batch=True, no_copy=no_copy, dtype=dtypes, ndim=ndims, layout=layout
+    )
 
 
 def _decode(files: Any, run: Execution, windows: Any = None) -> Any:

@@ -115,8 +115,8 @@ class Manifest:
     ) -> Manifest:
         """Read the images below `root/<class>/`, at any depth, without hidden ones; links are followed once.
 
-        Raises DataError without a folder, classes or images, for a list that cannot be read, for a class that
-        training does not know, and for too many bad files.
+        Raises DataError without a folder, classes or images, for a list that cannot be read, a class that
+        training does not know, and too many bad files.
 
         Args:
             root: folder of one split.

@@ -34,12 +34,7 @@ _PATHS = ("paths", "folders")
 
 
 def cached_scan(
-    lister: Callable[[], Listing],
-    name: str,
-    content: str,
-    cache_dir: Path,
-    threads: int | None,
-    refresh: bool,
+    lister: Callable[[], Listing], name: str, content: str, cache: Path, threads: int | None, refresh: bool
 ) -> Scan:
     """Return the cached scan if it is still valid, else scan and cache.
 
@@ -48,12 +43,12 @@ def cached_scan(
     Args:
         name: name of the split; scans of different names are kept apart.
         content: digest of the list file, if there is one; a scan is valid for the same content only.
-        cache_dir: folder of the scans; it is a warning when none can be written there.
+        cache: folder of the scans; it is a warning when none can be written there.
         threads: number of threads that read files; None is four per core.
         refresh: whether to look at everything again.
     """
     digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:32]
-    path = cache_dir / f"files-{digest}.npz"
+    path = cache / f"files-{digest}.npz"
     kept = None if refresh else _load(path)
     if kept and _is_valid(*kept, content, threads):
         return kept[1]
@@ -134,17 +129,14 @@ def _load(path: Path) -> tuple[str, Scan] | None:
 
 def _store(path: Path, content: str, found: Scan) -> None:
     listing = found.listing
-    columns: dict[str, Any] = {
-        name: getattr(listing, name) for name in (*_ARRAYS, "class_names", "began_ns")
-    }
+    columns = {name: getattr(listing, name) for name in (*_ARRAYS, "class_names", "began_ns")}
     columns |= {name: getattr(listing, name).encoded for name in _PATHS}
+    columns |= {"format": _FORMAT, "content": content, "root": str(listing.root), "sizes": found.sizes}
     columns["fault_places"] = np.array(list(found.faults), np.int64)
     columns["faults"] = np.array(list(found.faults.values()), np.str_).reshape(-1, 2)
     try:
         with replacing(path) as file:
-            np.savez(
-                file, format=_FORMAT, content=content, root=f"{listing.root}", sizes=found.sizes, **columns
-            )
+            np.savez(file, **columns)
     except OSError as error:
         advice = "set data.cache_dir to a writable folder"
         warnings.warn(f"the list of images is not cached: {error}; {advice}", stacklevel=2)

@@ -34,6 +34,7 @@ from cmtrain.config.schema import Config
 from cmtrain.errors import EXIT_DONE
 from cmtrain.training import build
 from pipelines.files.manifest import Manifest
+from pipelines.packing.encode import PackSpec
 from pipelines.packing.shard_writer import pack_split
 from pipelines.plan import augment_params
 from pipelines.spec import AugmentSpec, Decode, Placement
@@ -142,8 +143,8 @@ def _packed_copy(files: Manifest, folder: Path | None) -> Iterator[Manifest | No
         return
     sample = files.fraction(min(1.0, PACKED_IMAGES / len(files)), seed=0)
     with tempfile.TemporaryDirectory() as temporary:
-        options = {"resize_shorter": PACKED_PX, "quality": PACKED_QUALITY, "shard_bytes": 2**28}
-        pack_split(sample, Path(temporary, "train"), **options, processes=1, max_bad_fraction=1.0)
+        spec = PackSpec(PACKED_PX, PACKED_QUALITY, shard_bytes=2**28)
+        pack_split(sample, Path(temporary, "train"), spec, processes=1, max_bad_fraction=1.0)
         yield Manifest.from_shards(Path(temporary, "train"))
 
 
