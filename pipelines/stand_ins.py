@@ -90,9 +90,8 @@ class StandIns:
                 if index not in self._bad:
                     self._add(index, Fault("other", f"Pillow can read it, DALI cannot: {message}"))
         if len(self._bad) == before:
-            raise DataError(
-                f"{what}, and DALI can decode each one alone; together: {_message(error)}"
-            ) from error
+            what = f"{what}, and DALI can decode each one alone; together"
+            raise DataError(f"{what}: {_message(error)}") from error
 
     def stand_in(self, index: int) -> int:
         """Return the sample to use instead of `index`. Raises DataError for more bad files than allowed."""
