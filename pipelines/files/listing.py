@@ -139,7 +139,7 @@ def list_file(path: Path, root: Path) -> Listing:
     return _look_at(root, entries, place)
 
 
-def classes_of_folder(listing: Listing, class_names: Sequence[str] | None) -> Listing:
+def relabel_folder(listing: Listing, class_names: Sequence[str] | None) -> Listing:
     """Return the same files with places in `class_names` as labels; None takes the folders' names.
 
     Raises DataError for a folder that is no class of `class_names`, or, without these, for an empty one.
@@ -158,7 +158,7 @@ def classes_of_folder(listing: Listing, class_names: Sequence[str] | None) -> Li
     return _relabelled(listing, [index_of[name] for name in found], names)
 
 
-def classes_of_list(listing: Listing, path: Path, class_names: Sequence[str] | None) -> Listing:
+def relabel_list(listing: Listing, path: Path, class_names: Sequence[str] | None) -> Listing:
     """Return the same files with places in `class_names` as labels; None takes all numbers or names found.
 
     Raises DataError for a label that is neither one of `class_names` nor the number of one, with its line.
@@ -216,11 +216,9 @@ def _look_at(root: Path, entries: Entries, classes: Iterable[str]) -> Listing:
     labels, size_bytes, mtime_ns = np.fromiter(rows(), np.dtype((np.int64, 3))).T.copy()
     if not paths:
         raise DataError(f"{root}: no images; {LAYOUT}")
-    images, holders = (Paths(np.array(list(names), np.bytes_)) for names in (paths, folders))
-    states, class_names = np.array(list(folders.values()), np.int64), tuple(classes)
-    return Listing(
-        root, images, labels, size_bytes, mtime_ns, class_names, faults, holders, states, began_ns
-    )
+    images, holders = (Paths(np.array(list(found), np.bytes_)) for found in (paths, folders))
+    states, names = np.array(list(folders.values()), np.int64), tuple(classes)
+    return Listing(root, images, labels, size_bytes, mtime_ns, names, faults, holders, states, began_ns)
 
 
 def _relabelled(listing: Listing, classes: list[int], names: tuple[str, ...]) -> Listing:

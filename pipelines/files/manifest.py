@@ -24,14 +24,7 @@ from numpy.typing import NDArray
 from pipelines.atomic import replacing
 from pipelines.checks.bad_list import BadFile, read_lists, user_cache
 from pipelines.files.headers import Scan
-from pipelines.files.listing import (
-    Listing,
-    Paths,
-    classes_of_folder,
-    classes_of_list,
-    list_file,
-    list_folder,
-)
+from pipelines.files.listing import Listing, Paths, list_file, list_folder, relabel_folder, relabel_list
 from pipelines.files.scan_cache import cached_scan, list_digest
 from pipelines.files.shards import INDEX, Slices
 from pipelines.plan import sample_keys
@@ -132,11 +125,11 @@ class Manifest:
         folder, cache = Path(root).absolute(), Path(cache_dir or user_cache())
         if image_list is None:
             name, content, find = f"{folder}", "", partial(list_folder, folder)
-            relabel = partial(classes_of_folder, class_names=class_names)
+            relabel = partial(relabel_folder, class_names=class_names)
         else:
             file = Path(image_list).absolute()
             name, content, find = f"{folder}\0{file}", list_digest(file), partial(list_file, file, folder)
-            relabel = partial(classes_of_list, path=file, class_names=class_names)
+            relabel = partial(relabel_list, path=file, class_names=class_names)
 
         def checked() -> Listing:
             listing = find()
