@@ -16,7 +16,7 @@ from pipelines.files.manifest import Manifest
 from pipelines.plan import MicroBatch
 from pipelines.spec import DataError
 
-NUM_OTHERS = 7  # images tried to tell a fault of files from one of the file server or the GPU
+NUM_OTHERS = 7  # images tried, to separate a fault of files from one of the file server or the GPU
 
 # DALI's own message, between the lines of its graph and those of its stack; both versions.
 _MESSAGE = re.compile(r"encountered:\s*(.*?)\s*(?:Stacktrace|Current pipeline|$)", re.DOTALL)
