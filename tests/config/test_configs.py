@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 IMAGENET = 1_281_167
 
-# Effective learning rate, global batch, epochs with cool-down, evaluation resize, accuracy. seed: section
+# Effective learning rate, global batch, epochs with cool-down, evaluation resize, accuracy. full: section
 # 4.3. paper: official README and defaults; lr = base x batch / 512, resize = int(256 / 224 * px).
 STATED = {
     "full_in1k": (6e-3, 4096, 300, 184, 0.75124),
@@ -80,7 +80,7 @@ def test_recipe_is_the_one_that_its_source_states(name):
 PUBLISHED_TABLES = (ROOT / "tests" / "models" / "golden" / "published_tables.md").read_text()
 
 
-def seed_rows():
+def published_rows():
     """(file, augmentations, epochs, optimizer and options, lr, weight decay, top-1 or None) of each
     published row.
     """
@@ -106,7 +106,7 @@ def seed_rows():
         )
 
 
-REIMPL_ROWS = list(seed_rows())
+REIMPL_ROWS = list(published_rows())
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ REIMPL_ROWS = list(seed_rows())
     REIMPL_ROWS,
     ids=[row[0] for row in REIMPL_ROWS],
 )
-def test_seed_row_is_the_published_one(name, augments, epochs, options, lr, weight_decay, top1):
+def test_an_ablation_is_the_published_one(name, augments, epochs, options, lr, weight_decay, top1):
     config = load_config(ROOT / "configs" / "ablations" / f"{name}.yaml").config
     model, mixing, augment = config.model, config.mixing, config.augment
     assert (model.name, model.variant, config.data.image_px, config.data.fraction) == (
@@ -149,7 +149,7 @@ def test_seed_row_is_the_published_one(name, augments, epochs, options, lr, weig
     assert model.absolute_position_px == (184 if "ape(wrong" in options else None)
 
 
-def test_every_seed_row_is_there_and_no_more():
+def test_every_ablation_exists_and_no_more():
     names = [row[0] for row in REIMPL_ROWS]
     assert [sum(name.startswith(kind) for name in names) for kind in ("sgd", "adamw")] == [17, 15]
     assert {path.stem for path in (ROOT / "configs" / "ablations").glob("*.yaml")} == {"base", *names}
@@ -163,7 +163,7 @@ def test_every_seed_row_is_there_and_no_more():
 
 
 @pytest.mark.parametrize("row", REIMPL_ROWS, ids=lambda row: row[0])
-def test_arithmetic_of_a_seed_row_on_eight_gpus(row):
+def test_arithmetic_of_an_ablation_on_eight_gpus(row):
     """512 images a GPU, 4096 a step; a fifth of ImageNet is 256,233 images, 62 whole steps an epoch."""
     name, _, epochs, _, lr, _, _ = row
     config = load_config(ROOT / "configs" / "ablations" / f"{name}.yaml").config

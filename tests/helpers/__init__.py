@@ -4,8 +4,9 @@ import os
 import signal
 from pathlib import Path
 
-# One thread each: several ranks on few cores spin at each other's barriers otherwise. The proxy setting keeps
-# requests to the metrics port on this machine. Scripts in this folder import each other as `helpers.x`.
+# One thread each: several ranks on few cores spin at each other's barriers otherwise. The proxy setting
+# keeps requests to the metrics port on this machine. Scripts in this folder import each other as
+# `helpers.x`.
 os.environ |= {"OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 os.environ["PYTHONPATH"] = os.pathsep.join(
     dict.fromkeys(
