@@ -1,4 +1,4 @@
-"""Load batches with DALI, in the order of a plan, and replace the samples that cannot be decoded."""
+"""Make batches in the order of a plan: with DALI, replacing what cannot be decoded, or synthetic ones."""
 
 from __future__ import annotations
 
@@ -21,100 +21,59 @@ from pipelines.dali.stages import Stages, make_stages
 from pipelines.files.manifest import Manifest
 from pipelines.files.shards import SliceReader
 from pipelines.plan import MicroBatch, Plan, augment_params
-from pipelines.spec import MAX_BAD_FRACTION, UNREADABLE, AugmentSpec, Batch, DataError, Decode, EvalSpec
+from pipelines.spec import UNREADABLE, AugmentSpec, Batch, DataError, EvalSpec, Placement
 from pipelines.stand_ins import StandIns
 
+_POOL_SIZE = 64  # synthetic images
 
-def train_loader(
-    manifest: Manifest,
-    plan: Plan,
-    spec: AugmentSpec,
-    *,
-    rank: int,
-    world: int,
-    device: torch.device | str,
-    decode: Decode,
-    threads: int,
-    prefetch_batches: int,
-    max_bad_fraction: float = MAX_BAD_FRACTION,
-    hw_decoder_load: float | None = None,
-) -> DaliLoader:
+
+def train_loader(manifest: Manifest, plan: Plan, spec: AugmentSpec, place: Placement) -> DaliLoader:
     """Return a loader of this rank's augmented micro-batches, in the plan's order.
 
-    Args:
-        decode: place of decoding: "mixed" is the GPU; "cpu" decodes on the CPU and does the rest where
-            `device` is; "auto" is "mixed" where there is a GPU.
-        threads: DALI's threads in this process.
-        prefetch_batches: micro-batches in flight, those of the next epoch included.
-        hw_decoder_load: share of a batch that a GPU's JPEG engine decodes, 0..1; None is DALI's default.
-        max_bad_fraction: largest share of files that may turn out to be bad (a single one always may, unless
-            it is 0). Another sample, with its own label and draws, replaces one that cannot be decoded.
+    Another sample, with its own label and draws, replaces one that cannot be decoded.
 
     Raises:
         DataError: "mixed" without a CUDA device; from `epoch`, too many bad files.
         ValueError: from `epoch`, a world that does not divide the plan; a RandAugment string that is not
             understood.
     """
-    read = file_reader(manifest, threads)
+    read = file_reader(manifest, place.threads)
 
     def inputs(batch: MicroBatch) -> Sequence[Any]:
         indices = batch.indices
         params = augment_params(plan, batch, manifest.heights[indices], manifest.widths[indices], spec)
         return [read(indices), params.windows, params.flips, *(params.jitter or ()), *(params.layers or ())]
 
-    reads_files = manifest.packed is None
-    run = graphs.execution(
-        device, decode, plan.micro_batch_size, threads, prefetch_batches, reads_files, hw_decoder_load
-    )
-    stand_ins = StandIns(manifest, max_bad_fraction, threads)
-    micro_batches = functools.partial(plan.micro_batches, rank=rank, world=world)
-    return DaliLoader(manifest, spec, run, stand_ins, micro_batches, inputs)
+    micro_batches = functools.partial(plan.micro_batches, rank=place.rank, world=place.world)
+    return DaliLoader(manifest, spec, place, plan.micro_batch_size, micro_batches, inputs)
 
 
-def eval_loader(
-    manifest: Manifest,
-    spec: EvalSpec,
-    *,
-    batch_size: int,
-    rank: int,
-    world: int,
-    device: torch.device | str,
-    decode: Decode,
-    threads: int,
-    prefetch_batches: int,
-    max_bad_fraction: float = MAX_BAD_FRACTION,
-    hw_decoder_load: float | None = None,
-) -> DaliLoader:
+def eval_loader(manifest: Manifest, spec: EvalSpec, place: Placement, *, batch_size: int) -> DaliLoader:
     """Return a loader of every image once over all ranks: this rank's are `[rank::world]`.
 
     Its last batch may be smaller. An image that cannot be decoded keeps its place, with another one's pixels
-    and the label `UNREADABLE`. `epoch` ignores the epoch's number and accepts no `start`. Arguments and
-    errors as for `train_loader`; ValueError also when the crop is larger than the resized image.
+    and the label `UNREADABLE`. `epoch` ignores the epoch's number and accepts no `start`. Errors as for
+    `train_loader`; ValueError also when the crop is larger than the resized image.
     """
     if spec.resize_px < spec.image_px:
         raise ValueError(f"resize_px {spec.resize_px} is below image_px {spec.image_px}")
-    read = file_reader(manifest, threads)
+    read = file_reader(manifest, place.threads)
 
     def micro_batches(epoch: int, start: int) -> Iterator[MicroBatch]:
         if start:
             raise ValueError(f"evaluation begins at 0, not at {start}")
-        mine = np.arange(rank, len(manifest), world)
+        mine = np.arange(place.rank, len(manifest), place.world)
         for step, begin in enumerate(range(0, len(mine), batch_size)):
             indices = mine[begin : begin + batch_size]
             # Always epoch 0: all evaluations are alike, so the batches in flight fit the next one.
-            yield MicroBatch(0, step, rank, indices, np.zeros_like(indices))
+            yield MicroBatch(0, step, place.rank, indices, np.zeros_like(indices))
 
     def inputs(batch: MicroBatch) -> Sequence[Any]:
         heights, widths = manifest.heights[batch.indices], manifest.widths[batch.indices]
         sizes, offsets = eval_windows(heights, widths, spec.resize_px, spec.image_px)
         return [read(batch.indices), sizes.astype(np.float32), offsets]
 
-    reads_files = manifest.packed is None
-    run = graphs.execution(
-        device, decode, batch_size, threads, prefetch_batches, reads_files, hw_decoder_load
-    )
-    stand_ins = StandIns(manifest, max_bad_fraction, threads)
-    return DaliLoader(manifest, spec, run, stand_ins, micro_batches, inputs)
+    return DaliLoader(manifest, spec, place, batch_size, micro_batches, inputs)
 
 
 def eval_windows(
@@ -146,16 +105,18 @@ class DaliLoader:
         self,
         manifest: Manifest,
         spec: AugmentSpec | EvalSpec,
-        run: graphs.Execution,
-        stand_ins: StandIns,
+        place: Placement,
+        batch_size: int,
         micro_batches: Callable[[int, int], Iterator[MicroBatch]],
         inputs: Callable[[MicroBatch], Sequence[Any]],
     ) -> None:
-        self._manifest, self._run, self._stand_ins = manifest, run, stand_ins
-        self._micro_batches, self._inputs = micro_batches, inputs
-        self._build = functools.partial(make_stages, spec=spec, run=run)
+        self._run = graphs.execution(place, batch_size, reads_files=manifest.packed is None)
+        self._stand_ins = StandIns(manifest, place.max_bad_fraction, place.threads)
+        self._manifest, self._micro_batches, self._inputs = manifest, micro_batches, inputs
+        self._build = functools.partial(make_stages, spec=spec, run=self._run)
         self._trains = isinstance(spec, AugmentSpec)
-        self._device = torch.device("cpu" if run.device_id is None else f"cuda:{run.device_id}")
+        device_id = self._run.device_id
+        self._device = torch.device("cpu" if device_id is None else f"cuda:{device_id}")
         self._stages: Stages | None = None
         self._upcoming: Iterator[MicroBatch] = iter(())
         self._undelivered: deque[MicroBatch] = deque()  # taken from `_upcoming`, as planned
@@ -308,3 +269,29 @@ def file_reader(manifest: Manifest, threads: int) -> Callable[[NDArray[np.int64]
         return lambda indices: np.char.add(prefix, paths[indices]).view(np.uint8).reshape(len(indices), -1)
     pool = ThreadPoolExecutor(threads)
     return lambda indices: list(pool.map(lambda i: np.fromfile(manifest.file(int(i)), np.uint8), indices))
+
+
+class SyntheticLoader:
+    """Noise images drawn from a small pool that stays on the device; no files, for tests and benchmarks.
+
+    Label and pixels are functions of the sample's index alone: label = index % num_classes, image =
+    pool[label % 64]. So a model can learn them, any number of ranks sees the same samples, and a batch costs
+    one gather.
+    """
+
+    def __init__(self, plan: Plan, image_px: int, num_classes: int, place: Placement, *, fp16: bool) -> None:
+        self._plan, self._num_classes, self._place = plan, num_classes, place
+        pool = torch.randn(_POOL_SIZE, image_px, image_px, 3, generator=torch.Generator().manual_seed(0))
+        self._pool = pool.to(place.device, torch.float16 if fp16 else torch.float32)  # (64, H, W, 3)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """Yield batches as `Loader.epoch`. Raises ValueError for what `Plan.micro_batches` refuses."""
+        for batch in self._plan.micro_batches(epoch, start, self._place.rank, self._place.world):
+            indices = torch.from_numpy(batch.indices).to(self._place.device, non_blocking=True)
+            labels = indices % self._num_classes
+            images = self._pool[labels % _POOL_SIZE].permute(0, 3, 1, 2)  # (B, H, W, 3) -> (B, 3, H, W)
+            yield Batch(images, labels, indices)
+
+    def close(self) -> None:
+        """Free the pool."""
+        self._pool = torch.empty(0)

@@ -80,9 +80,8 @@ class Plan:
     def __post_init__(self) -> None:
         size = self.global_batch_size
         if self.micro_batch_size < 1 or size % self.micro_batch_size:
-            raise ValueError(
-                f"global_batch_size {size} is no multiple of micro_batch_size {self.micro_batch_size}"
-            )
+            what = f"no multiple of micro_batch_size {self.micro_batch_size}"
+            raise ValueError(f"global_batch_size {size} is {what}")
         if not 1 <= size <= self.num_samples:
             raise ValueError(f"global_batch_size {size} is not in 1..{self.num_samples} (samples)")
         if self.repeats < 1:
@@ -107,16 +106,13 @@ class Plan:
         Raises ValueError, at the call, when `world` does not divide the micro-batches of a global batch or
         `start` is no multiple of global_batch_size in the epoch.
         """
-        if self.num_micro_batches % world:
-            raise ValueError(
-                f"{world} ranks do not divide the {self.num_micro_batches} micro-batches of a global batch "
-                f"({self.global_batch_size} / {self.micro_batch_size})"
-            )
-        if start % self.global_batch_size or not 0 <= start <= self.num_samples:
-            raise ValueError(
-                f"start {start} is no multiple of global_batch_size {self.global_batch_size} in the epoch"
-            )
-        return self._micro_batches(epoch, start // self.global_batch_size, rank, world)
+        size, count = self.global_batch_size, self.num_micro_batches
+        if count % world:
+            what = f"the {count} micro-batches of a global batch ({size} / {self.micro_batch_size})"
+            raise ValueError(f"{world} ranks do not divide {what}")
+        if start % size or not 0 <= start <= self.num_samples:
+            raise ValueError(f"start {start} is no multiple of global_batch_size {size} in the epoch")
+        return self._micro_batches(epoch, start // size, rank, world)
 
     def _micro_batches(self, epoch: int, first_step: int, rank: int, world: int) -> Iterator[MicroBatch]:
         for step in range(first_step, self.steps_per_epoch):

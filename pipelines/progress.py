@@ -22,10 +22,7 @@ def tracked(
 ) -> Generator[T, None, None]:
     """Pass `steps` on; after two seconds draw a bar on stderr or, without a terminal, print lines.
 
-    Args:
-        what: the work, as in "reading image headers".
-        total, done: number of samples, all of them and those done before.
-        per_step: number of samples in a step.
+    `what` is as in "reading image headers"; `total`, `done` before and `per_step` are numbers of samples.
     """
     began = time.monotonic()
     next_report = began + QUIET_SECONDS
@@ -51,7 +48,7 @@ def _bar(what: str, total: int) -> Progress:
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     count = TextColumn("{task.completed:,} of {task.total:,}")
-    columns = (TextColumn(what), BarColumn(), count, TimeRemainingColumn())
+    columns = TextColumn(what), BarColumn(), count, TimeRemainingColumn()
     bar = Progress(*columns, console=Console(stderr=True), transient=True)
     bar.add_task(what, total=total)
     return bar

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Mask = NDArray[np.bool_]
+Severity = Literal["timm", "timm_increasing", "dali", "3a"]
 
 # Uniforms used by one layer of one sample: operation, gate, sign, and two for the noise of the magnitude.
 NUM_LAYER_DRAWS = 5
@@ -84,7 +85,7 @@ class Policy:
     prob: float
     magnitude: float
     magnitude_std: float
-    severity: Literal["timm", "timm_increasing", "dali", "3a"]
+    severity: Severity
     translate: float
 
     @property
@@ -113,9 +114,7 @@ def parse(text: str) -> Policy:
     if text == "reimpl":
         return parse("rand-m10-n2-p0.5")
     if text == "3a":
-        return Policy(
-            _THREE_OPS, 1, prob=1.0, magnitude=1.0, magnitude_std=math.inf, severity="3a", translate=0.0
-        )
+        return Policy(_THREE_OPS, 1, 1.0, 1.0, math.inf, "3a", 0.0)
     family, *parts = text.split("-")
     known = {"rand": ("m", "n", "p", "mstd", "inc"), "dali": ("m", "n")}.get(family)
     if known is None:
@@ -127,16 +126,10 @@ def parse(text: str) -> Policy:
         if magnitude_bin > 30:
             raise ValueError(f"{text!r}: m{magnitude_bin:g} is not one of DALI's magnitude bins 0..30")
         return Policy(_DALI_OPS, num_layers, 1.0, magnitude_bin / 30, 0.0, "dali", 100 / 224)
-    std = values.get("mstd", 0.0)
-    return Policy(
-        ops=_TIMM_OPS,
-        num_layers=num_layers,
-        prob=values.get("p", 0.5),
-        magnitude=values.get("m", 10.0) / 10,
-        magnitude_std=math.inf if std > 100 else std / 10,  # above 100 means uniform in timm
-        severity="timm_increasing" if values.get("inc", 0.0) else "timm",
-        translate=0.45,
-    )
+    std, magnitude, prob = values.get("mstd", 0.0), values.get("m", 10.0) / 10, values.get("p", 0.5)
+    std = math.inf if std > 100 else std / 10  # above 100 means uniform in timm
+    severity: Severity = "timm_increasing" if values.get("inc", 0.0) else "timm"
+    return Policy(_TIMM_OPS, num_layers, prob, magnitude, std, severity, 0.45)
 
 
 def _parse_parts(text: str, parts: list[str], known: tuple[str, ...]) -> dict[str, float]:
@@ -144,9 +137,8 @@ def _parse_parts(text: str, parts: list[str], known: tuple[str, ...]) -> dict[st
     for part in parts:
         found = re.fullmatch(r"([a-z]+)(\d+(?:\.\d+)?)", part)
         if found is None or found[1] not in known:
-            raise ValueError(
-                f"{text!r}: unknown part {part!r}; known are {', '.join(known)}, each with its number"
-            )
+            names = ", ".join(known)
+            raise ValueError(f"{text!r}: unknown part {part!r}; known are {names}, each with its number")
         if found[1] in {"m", "n", "inc"} and not found[2].isdigit():
             raise ValueError(f"{text!r}: {part!r} needs a whole number")
         values[found[1]] = float(found[2])

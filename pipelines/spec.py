@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    import torch
 
 Interpolation = Literal["bicubic", "bilinear"]
 Decode = Literal["auto", "mixed", "cpu"]
@@ -30,9 +30,9 @@ class DataError(Exception):
 class Batch(NamedTuple):
     """One micro-batch on the device."""
 
-    images: Tensor  # (B, 3, H, W) normalised, fp16 or fp32, channels-last memory
-    labels: Tensor  # (B,) int64; UNREADABLE in evaluation only
-    indices: Tensor  # (B,) int64 into the manifest, so that a bad sample can be named
+    images: torch.Tensor  # (B, 3, H, W) normalised, fp16 or fp32, channels-last memory
+    labels: torch.Tensor  # (B,) int64; UNREADABLE in evaluation only
+    indices: torch.Tensor  # (B,) int64 into the manifest, so that a bad sample can be named
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,21 @@ class EvalSpec:
     mean: Channels = IMAGENET_MEAN
     std: Channels = IMAGENET_STD
     fp16: bool = False
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Rank, device and limits of a process's loaders."""
+
+    rank: int = 0
+    world: int = 1
+    device: torch.device | str = "cpu"
+    decode: Decode = "auto"  # "mixed" is on the GPU, as is "auto" where there is one; "cpu" is never
+    threads: int = 1  # DALI's, in this process
+    prefetch_batches: int = 2  # micro-batches in flight, those of the next epoch included
+    # Largest share of files that may turn out to be bad during the run. One file always may, unless it is 0.
+    max_bad_fraction: float = MAX_BAD_FRACTION
+    hw_decoder_load: float | None = None  # see `graphs.Execution`
 
 
 class Loader(Protocol):

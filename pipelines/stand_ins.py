@@ -16,7 +16,7 @@ from pipelines.files.manifest import Manifest
 from pipelines.plan import MicroBatch
 from pipelines.spec import DataError
 
-NUM_OTHERS = 7  # images tried to tell a fault of files from one of the file server or the GPU
+NUM_OTHERS = 7  # images tried, to separate a fault of files from one of the file server or the GPU
 
 # DALI's own message, between the lines of its graph and those of its stack; both versions.
 _MESSAGE = re.compile(r"encountered:\s*(.*?)\s*(?:Stacktrace|Current pipeline|$)", re.DOTALL)
@@ -90,9 +90,8 @@ class StandIns:
                 if index not in self._bad:
                     self._add(index, Fault("other", f"Pillow can read it, DALI cannot: {message}"))
         if len(self._bad) == before:
-            raise DataError(
-                f"{what}, and DALI can decode each one alone; together: {_message(error)}"
-            ) from error
+            what = f"{what}, and DALI can decode each one alone; together"
+            raise DataError(f"{what}: {_message(error)}") from error
 
     def stand_in(self, index: int) -> int:
         """Return the sample to use instead of `index`. Raises DataError for more bad files than allowed."""

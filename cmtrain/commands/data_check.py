@@ -13,7 +13,7 @@ from cmtrain.errors import EXIT_DATA, EXIT_DONE
 from pipelines.checks.bad_list import write_list
 from pipelines.checks.decode_one import Fault
 from pipelines.checks.decode_pool import DecodePool
-from pipelines.files.listing import Listing, classes_of_folder, list_folder
+from pipelines.files.listing import Listing, list_folder, relabel_folder
 from pipelines.files.manifest import Manifest
 from pipelines.progress import tracked
 from pipelines.spec import DataError
@@ -83,7 +83,7 @@ def _list_splits(folder: Path) -> Iterator[Listing]:
     class_names = None
     roots = [folder / name for name in SPLITS if (folder / name).is_dir()] or [folder]
     for root in roots:
-        listing = classes_of_folder(list_folder(root), class_names)
+        listing = relabel_folder(list_folder(root), class_names)
         class_names = listing.class_names
         yield listing
 

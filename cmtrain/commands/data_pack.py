@@ -9,6 +9,7 @@ from typing import Any
 from cmtrain.errors import EXIT_DONE
 from pipelines.files.manifest import Manifest
 from pipelines.files.shards import damage, is_packed
+from pipelines.packing.encode import PackSpec
 from pipelines.packing.shard_writer import pack_split
 from pipelines.spec import MAX_BAD_FRACTION, DataError
 
@@ -51,26 +52,24 @@ def pack(
     found = [split for split in SPLITS if listed[split] or (root / split).is_dir()]
     if not found:
         raise DataError(f"{root}: holds neither train/<class>/ nor val/<class>/, and no list is given")
+    spec = PackSpec(resize_shorter, quality, shard_mib * 2**20)
     report: dict[str, dict[str, int]] = {}
     limits: dict[str, Any] = {"cache_dir": cache_dir, "max_bad_fraction": max_bad_fraction}
     class_names: tuple[str, ...] | None = None
     for split in found:
         if list_name := listed[split]:
-            manifest = Manifest.from_list(root / list_name, root, class_names=class_names, **limits)
+            manifest = Manifest.from_folder(
+                root, image_list=root / list_name, class_names=class_names, **limits
+            )
         elif is_packed(root / split):
             raise DataError(f"{root / split}: is packed already; give the folder that holds the image files")
         else:
             manifest = Manifest.from_folder(root / split, class_names=class_names, **limits)
         class_names = manifest.class_names
         folder = Path(destination).absolute() / split
+        workers = processes or len(os.sched_getaffinity(0))
         split_index = pack_split(
-            manifest,
-            folder,
-            resize_shorter=resize_shorter,
-            quality=quality,
-            shard_bytes=shard_mib * 2**20,
-            processes=processes or len(os.sched_getaffinity(0)),
-            max_bad_fraction=max_bad_fraction,
+            manifest, folder, spec, processes=workers, max_bad_fraction=max_bad_fraction
         )
         for path, _, reason in split_index.bad:
             sys.stderr.write(f"left out: {path}: {reason}\n")

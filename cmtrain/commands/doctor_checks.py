@@ -30,7 +30,7 @@ from cmtrain.storage.run_folder import RunLock
 from cmtrain.training import build
 from pipelines.files.manifest import Manifest
 from pipelines.loader import eval_loader
-from pipelines.spec import UNREADABLE, Decode, EvalSpec
+from pipelines.spec import UNREADABLE, Decode, EvalSpec, Placement
 
 Severity = Literal["ok", "warn", "fail"]
 
@@ -149,13 +149,13 @@ def decode_on_gpu(device: torch.device) -> CheckResult:
 def decode(device: torch.device, decode: Decode) -> CheckResult:
     """Read a JPEG of a known colour through the loader of evaluation."""
     spec = EvalSpec(image_px=32, resize_px=32, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
-    how: dict[str, Any] = {"decode": decode, "threads": 1, "prefetch_batches": 1}
+    place = Placement(device=device, decode=decode, prefetch_batches=1)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "images" / "class" / "image.jpg"
         path.parent.mkdir(parents=True)
         Image.new("RGB", (64, 64), COLOUR).save(path)
         manifest = Manifest.from_folder(path.parent.parent, cache_dir=folder)
-        loader = eval_loader(manifest, spec, batch_size=1, rank=0, world=1, device=device, **how)
+        loader = eval_loader(manifest, spec, place, batch_size=1)
         try:
             batch = next(iter(loader.epoch(0)))
             colour = batch.images.float().mean(dim=(0, 2, 3)).mul(255).tolist()

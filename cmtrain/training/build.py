@@ -29,15 +29,13 @@ from cmtrain.storage.weights import start_from
 from cmtrain.training.recovery import Recovery
 from cmtrain.training.resume import Start, choose_start
 from cmtrain.training.schedule import Schedule
-from pipelines import loader
 from pipelines.checks.bad_list import user_cache
 from pipelines.files.demo_images import demo_folder
 from pipelines.files.manifest import Manifest
 from pipelines.files.shards import is_packed
-from pipelines.loader import DaliLoader
+from pipelines.loader import DaliLoader, SyntheticLoader, eval_loader, train_loader
 from pipelines.plan import Plan
-from pipelines.spec import AugmentSpec, EvalSpec
-from pipelines.synthetic import SyntheticLoader
+from pipelines.spec import AugmentSpec, EvalSpec, Placement
 
 MIXED_PRECISION = {"fp32": "no", "fp16": "fp16", "bf16": "bf16"}
 
@@ -208,7 +206,7 @@ def _open_split(
     limit = config.data.max_bad_fraction
     scan: dict[str, Any] = {"cache_dir": cache_folder(config), "max_bad_fraction": limit}
     if list_file is not None:
-        return Manifest.from_list(root / list_file, root, class_names=class_names, **scan)
+        return Manifest.from_folder(root, image_list=root / list_file, class_names=class_names, **scan)
     return Manifest.from_folder(root / folder, class_names=class_names, **scan)
 
 
@@ -240,7 +238,7 @@ def make_train_loader(
         repeats=config.augment.repeats,
     )  # fmt: skip
     spec = augment_spec(config, accelerator)
-    return loader.train_loader(manifest, plan, spec, **_placement(config, accelerator, threads))
+    return train_loader(manifest, plan, spec, _placement(config, accelerator, threads))
 
 
 def make_eval_loader(
@@ -251,9 +249,7 @@ def make_eval_loader(
     spec = EvalSpec(
         data.image_px, data.eval_resize_px, data.eval_interpolation, mean=data.mean, std=data.std, fp16=fp16
     )
-    return loader.eval_loader(
-        manifest, spec, batch_size=batch_size, **_placement(config, accelerator, threads)
-    )
+    return eval_loader(manifest, spec, _placement(config, accelerator, threads), batch_size=batch_size)
 
 
 def augment_spec(config: Config, accelerator: Accelerator) -> AugmentSpec:
@@ -262,12 +258,11 @@ def augment_spec(config: Config, accelerator: Accelerator) -> AugmentSpec:
     return AugmentSpec(**geometry, **draws, fp16=accelerator.mixed_precision == "fp16")
 
 
-def _placement(config: Config, accelerator: Accelerator, threads: int) -> dict[str, Any]:
-    """Return the arguments that both loaders take: rank, device, threads and limits."""
+def _placement(config: Config, accelerator: Accelerator, threads: int) -> Placement:
     given = {"decode", "prefetch_batches", "max_bad_fraction", "hw_decoder_load"}
     rank, world = accelerator.process_index, accelerator.num_processes
-    here = {"rank": rank, "world": world, "device": accelerator.device, "threads": threads}
-    return here | config.data.model_dump(include=given)
+    limits = config.data.model_dump(include=given)
+    return Placement(rank, world, accelerator.device, threads=threads, **limits)
 
 
 def make_synthetic_loader(
@@ -276,11 +271,8 @@ def make_synthetic_loader(
     """Make a loader of random batches with the recipe's shape: no files, eight steps per epoch."""
     size = schedule.global_batch_size
     plan = Plan(config.run.seed, 8 * size, size, schedule.micro_batch_size)
-    return SyntheticLoader(
-        plan, config.data.image_px, num_classes, rank=accelerator.process_index,
-        world=accelerator.num_processes, device=accelerator.device,
-        fp16=accelerator.mixed_precision == "fp16",
-    )  # fmt: skip
+    place, fp16 = _placement(config, accelerator, 1), accelerator.mixed_precision == "fp16"
+    return SyntheticLoader(plan, config.data.image_px, num_classes, place, fp16=fp16)
 
 
 def make_model(config: Config, num_classes: int, device: torch.device | str = "cpu") -> nn.Module:

@@ -95,9 +95,8 @@ def _read(path: Path) -> dict[str, Fault]:
 
 
 def _write(path: Path, faults: Mapping[str, Fault]) -> None:
-    lines = [
-        f"{listed}\t{kind}\t{' '.join(reason.split())}\n"
-        for listed, (kind, reason) in sorted(faults.items())
-    ]
+    text = _HEADER
+    for listed, (kind, reason) in sorted(faults.items()):
+        text += f"{listed}\t{kind}\t{' '.join(reason.split())}\n"
     with replacing(path) as file:
-        file.write((_HEADER + "".join(lines)).encode("utf-8", "surrogateescape"))
+        file.write(text.encode("utf-8", "surrogateescape"))

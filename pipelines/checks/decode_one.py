@@ -25,6 +25,7 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP")  # Pillow and every DALI decode these alike
 # A header can promise gigabytes; ImageNet's largest image has 38 megapixels.
 MAX_PIXELS = 64_000_000
+_TOO_MANY_PIXELS = f"more than {MAX_PIXELS // 1_000_000} million pixels"
 # 64 megapixels take 256 MB as RGBA; a progressive JPEG's coefficients take another 384 MB.
 MAX_MEMORY_BYTES = 1_000_000_000
 MAX_SECONDS = 60
@@ -58,7 +59,7 @@ def fault_of(error: Exception) -> Fault:
     if isinstance(error, UnidentifiedImageError):
         return Fault("not_an_image", "not a JPEG, PNG, BMP or WebP image")
     if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
-        return Fault("too_large", f"more than {MAX_PIXELS // 1_000_000} million pixels")
+        return Fault("too_large", _TOO_MANY_PIXELS)
     if isinstance(error, MemoryError):
         return Fault("too_large", f"needs more than {MAX_MEMORY_BYTES // 1_000_000} MB to decode")
     if isinstance(error, OSError) and error.errno is not None:
@@ -79,17 +80,14 @@ def check_file(path: str, decode: bool) -> CheckResult:
                     if decode:
                         image.load()
                     return CheckResult(height, width, None)
-            limit = f"more than {MAX_PIXELS // 1_000_000} million pixels"
-            fault = Fault("too_large", f"{height}x{width} pixels, {limit}")
+            fault = Fault("too_large", f"{height}x{width} pixels, {_TOO_MANY_PIXELS}")
     except Exception as error:  # Pillow's decoders raise almost anything on hostile bytes
         fault = fault_of(error)
     return CheckResult(0, 0, fault)
 
 
 def _answer_requests(decode: bool) -> None:
-    with contextlib.suppress(
-        ValueError, OSError
-    ):  # a tighter limit is set already, or the platform has none
+    with contextlib.suppress(ValueError, OSError):  # a tighter limit is set already, or none can be
         resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
     # Pillow warns from 89 megapixels on and raises from 179 on; both are over our limit anyway.
     warnings.simplefilter("error", Image.DecompressionBombWarning)

@@ -41,14 +41,9 @@ def normalise(image: Node, mean: Channels, std: Channels, fp16: bool, flips: Nod
 
     Where `flips` is 1 the image is mirrored left to right in the same pass.
     """
-    return fn.crop_mirror_normalize(
-        image,
-        mirror=flips,
-        mean=[255.0 * value for value in mean],
-        std=[255.0 * value for value in std],
-        dtype=types.FLOAT16 if fp16 else types.FLOAT,
-        output_layout="HWC",
-    )
+    levels: Any = {"mean": [255.0 * value for value in mean], "std": [255.0 * value for value in std]}
+    dtype = types.FLOAT16 if fp16 else types.FLOAT
+    return fn.crop_mirror_normalize(image, mirror=flips, dtype=dtype, output_layout="HWC", **levels)
 
 
 def warp(image: Node, matrix: Node, background: Pixels) -> Node:
@@ -61,9 +56,8 @@ def warp(image: Node, matrix: Node, background: Pixels) -> Node:
     # border, find what lies inside by warping a white image, and fill the rest. The background has the size
     # of the image because arithmetic that broadcasts is four times slower on a CPU.
     white = fn.color_space_conversion(image, image_type=types.RGB, output_type=types.GRAY) | _level(255)
-    inside = fn.warp_affine(
-        white, matrix=matrix, fill_value=0, interp_type=types.INTERP_NN, inverse_map=True
-    )
+    nearest = types.INTERP_NN
+    inside = fn.warp_affine(white, matrix=matrix, fill_value=0, interp_type=nearest, inverse_map=True)
     inside = fn.color_space_conversion(inside, image_type=types.GRAY, output_type=types.RGB)
     warped = fn.warp_affine(image, matrix=matrix, interp_type=types.INTERP_LINEAR, inverse_map=True)
     behind = types.Constant(background, device=image.device)

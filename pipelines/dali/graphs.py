@@ -18,7 +18,7 @@ from nvidia.dali.pipeline import Pipeline
 
 from pipelines.dali import augment
 from pipelines.rand_augment import parse
-from pipelines.spec import AugmentSpec, DataError, Decode, EvalSpec
+from pipelines.spec import AugmentSpec, DataError, EvalSpec, Placement
 
 # Called once per batch; returns the graph's inputs, whole arrays (B, ...) in the graph's order.
 Source = Callable[[], Sequence[Any]]
@@ -55,26 +55,18 @@ class Execution:
     hw_decoder_load: float | None = None
 
 
-def execution(
-    device: torch.device | str,
-    decode: Decode,
-    batch_size: int,
-    threads: int,
-    prefetch_batches: int,
-    reads_files: bool,
-    hw_decoder_load: float | None,
-) -> Execution:
-    """Return what `device` and `decode` mean here. Raises DataError for "mixed" without a CUDA device."""
-    device = torch.device(device)
-    common = batch_size, threads, prefetch_batches, READS_FILES and reads_files
+def execution(place: Placement, batch_size: int, *, reads_files: bool) -> Execution:
+    """Return what `place` means here. Raises DataError for "mixed" without a CUDA device."""
+    device = torch.device(place.device)
+    common = batch_size, place.threads, place.prefetch_batches, READS_FILES and reads_files
     if device.type != "cuda":
-        if decode == "mixed":
+        if place.decode == "mixed":
             raise DataError("data.decode: mixed decodes on a GPU, and there is none; use auto or cpu")
         return Execution("cpu", "cpu", None, *common)
     device_id = torch.cuda.current_device() if device.index is None else device.index
-    if decode == "cpu":  # DALI accepts the load for any decoder, but only the one on a GPU has an engine
+    if place.decode == "cpu":  # only the decoder on a GPU has an engine, though DALI accepts its load here
         return Execution("gpu", "cpu", device_id, *common)
-    return Execution("gpu", "mixed", device_id, *common, hw_decoder_load)
+    return Execution("gpu", "mixed", device_id, *common, place.hw_decoder_load)
 
 
 def train_graph(source: Source, spec: AugmentSpec, run: Execution) -> Pipeline:
@@ -116,7 +108,7 @@ def decode_graph(source: Source, run: Execution, *, windows: bool) -> Pipeline:
         given = _external_source(source, inputs)
         return _decode(given[0], run, *given[1:])
 
-    return _pipeline(graph, run)
+    return _pipeline(graph, run, None)
 
 
 def finish_graph(resized: Source, params: Source, spec: AugmentSpec | EvalSpec, run: Execution) -> Pipeline:
@@ -167,14 +159,10 @@ def _finished(image: Any, params: Sequence[Any], spec: AugmentSpec | EvalSpec) -
 
 
 def _external_source(source: Source, inputs: list[tuple[Any, int]], no_copy: bool = False) -> Any:
+    dtypes, ndims = [dtype for dtype, _ in inputs], [ndim for _, ndim in inputs]
+    layout = ["HWC" if given == _IMAGES else "" for given in inputs]
     return fn.external_source(
-        source=source,
-        num_outputs=len(inputs),
-        batch=True,
-        no_copy=no_copy,
-        dtype=[dtype for dtype, _ in inputs],
-        ndim=[ndim for _, ndim in inputs],
-        layout=["HWC" if given == _IMAGES else "" for given in inputs],
+        source, len(inputs), batch=True, no_copy=no_copy, dtype=dtypes, ndim=ndims, layout=layout
     )
 
 
@@ -198,18 +186,12 @@ def _decode(files: Any, run: Execution, windows: Any = None) -> Any:
     return image.gpu() if run.device == "gpu" and run.decode == "cpu" else image
 
 
-def _pipeline(
-    graph: Callable[[], Any], run: Execution, spec: AugmentSpec | EvalSpec | None = None
-) -> Pipeline:
-    executor = {"exec_dynamic": True} if OUTPUTS_OWN_MEMORY else {}
+def _pipeline(graph: Callable[[], Any], run: Execution, spec: AugmentSpec | EvalSpec | None) -> Pipeline:
+    options: dict[str, Any] = {"exec_dynamic": True} if OUTPUTS_OWN_MEMORY else {}
+    options |= {"prefetch_queue_depth": run.prefetch_batches, "seed": 0}
     branches = isinstance(spec, AugmentSpec) and (bool(spec.color_jitter) or spec.rand_augment is not None)
     pipeline = pipeline_def(graph, enable_conditionals=branches)(
-        batch_size=run.batch_size,
-        num_threads=run.threads,
-        device_id=run.device_id,
-        prefetch_queue_depth=run.prefetch_batches,
-        seed=0,
-        **executor,
+        batch_size=run.batch_size, num_threads=run.threads, device_id=run.device_id, **options
     )
     with warnings.catch_warnings():
         # DALI 2.x asks for NPP, which no operator here needs, and names the wrong package.

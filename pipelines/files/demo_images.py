@@ -32,9 +32,8 @@ def demo_folder(name: str, cache: Path) -> Path:
     """
     writers = {"digits": _digits, "photos": _photos}
     if name not in writers:
-        raise DataError(
-            f"demo:{name}: no such demo data; there are {', '.join(f'demo:{w}' for w in writers)}"
-        )
+        known = ", ".join(f"demo:{writer}" for writer in writers)
+        raise DataError(f"demo:{name}: no such demo data; there are {known}")
     folder = cache / f"demo-{name}"
     if folder.exists():
         return folder
@@ -47,9 +46,8 @@ def demo_folder(name: str, cache: Path) -> Path:
     except ImportError as error:
         raise DataError(f"demo:{name}: needs {error.name}; pip install 'cmtrain[demo]'") from error
     except OSError as error:
-        raise DataError(
-            f"{cache}: cannot be written: {error.strerror}; set data.cache_dir to another"
-        ) from error
+        advice = "set data.cache_dir to another"
+        raise DataError(f"{cache}: cannot be written: {error.strerror}; {advice}") from error
     try:
         temporary.rename(folder)
     except OSError:

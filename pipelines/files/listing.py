@@ -139,7 +139,7 @@ def list_file(path: Path, root: Path) -> Listing:
     return _look_at(root, entries, place)
 
 
-def classes_of_folder(listing: Listing, class_names: Sequence[str] | None) -> Listing:
+def relabel_folder(listing: Listing, class_names: Sequence[str] | None) -> Listing:
     """Return the same files with places in `class_names` as labels; None takes the folders' names.
 
     Raises DataError for a folder that is no class of `class_names`, or, without these, for an empty one.
@@ -148,19 +148,17 @@ def classes_of_folder(listing: Listing, class_names: Sequence[str] | None) -> Li
     names = found if class_names is None else tuple(class_names)
     unknown = sorted(set(found) - set(names))
     if unknown:
-        raise DataError(
-            f"{root / unknown[0]}: not one of the {len(names)} training classes ({len(unknown)} such)"
-        )
+        what = f"not one of the {len(names)} training classes ({len(unknown)} such)"
+        raise DataError(f"{root / unknown[0]}: {what}")
     empty = np.flatnonzero(np.bincount(listing.labels, minlength=len(found)) == 0)
     if len(empty) and class_names is None:
-        raise DataError(
-            f"{root / found[empty[0]]}: no images in this class folder; add some or remove the folder"
-        )
+        what = "no images in this class folder; add some or remove the folder"
+        raise DataError(f"{root / found[empty[0]]}: {what}")
     index_of = {name: index for index, name in enumerate(names)}
     return _relabelled(listing, [index_of[name] for name in found], names)
 
 
-def classes_of_list(listing: Listing, path: Path, class_names: Sequence[str] | None) -> Listing:
+def relabel_list(listing: Listing, path: Path, class_names: Sequence[str] | None) -> Listing:
     """Return the same files with places in `class_names` as labels; None takes all numbers or names found.
 
     Raises DataError for a label that is neither one of `class_names` nor the number of one, with its line.
@@ -218,18 +216,9 @@ def _look_at(root: Path, entries: Entries, classes: Iterable[str]) -> Listing:
     labels, size_bytes, mtime_ns = np.fromiter(rows(), np.dtype((np.int64, 3))).T.copy()
     if not paths:
         raise DataError(f"{root}: no images; {LAYOUT}")
-    return Listing(
-        root=root,
-        paths=Paths(np.array(paths, np.bytes_)),
-        labels=labels,
-        size_bytes=size_bytes,
-        mtime_ns=mtime_ns,
-        class_names=tuple(classes),
-        faults=faults,
-        folders=Paths(np.array(list(folders), np.bytes_)),
-        folder_states=np.array(list(folders.values()), np.int64),
-        began_ns=began_ns,
-    )
+    images, holders = (Paths(np.array(list(found), np.bytes_)) for found in (paths, folders))
+    states, names = np.array(list(folders.values()), np.int64), tuple(classes)
+    return Listing(root, images, labels, size_bytes, mtime_ns, names, faults, holders, states, began_ns)
 
 
 def _relabelled(listing: Listing, classes: list[int], names: tuple[str, ...]) -> Listing:
@@ -265,14 +254,11 @@ def _read_list(path: Path) -> Iterator[tuple[int, str, str]]:
                 if not line or line.startswith("#"):
                     continue
                 found = _LIST_LINE.fullmatch(line)
+                where = f"{path}:{number}"
                 if found is None:
-                    raise DataError(
-                        f"{path}:{number}: expected 'path,label' or 'path label', found {line[:100]!r}"
-                    )
+                    raise DataError(f"{where}: expected 'path,label' or 'path label', found {line[:100]!r}")
                 if found[1].startswith("/") or ".." in found[1].split("/") or "\0" in line:
-                    raise DataError(
-                        f"{path}:{number}: must be below data.root: not absolute, without .. and NUL"
-                    )
+                    raise DataError(f"{where}: must be below data.root: not absolute, without .. and NUL")
                 yield number, found[1], found[2].strip()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot read the list of images: {error}") from error

@@ -11,9 +11,9 @@ import os
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -24,14 +24,7 @@ from numpy.typing import NDArray
 from pipelines.atomic import replacing
 from pipelines.checks.bad_list import BadFile, read_lists, user_cache
 from pipelines.files.headers import Scan
-from pipelines.files.listing import (
-    Listing,
-    Paths,
-    classes_of_folder,
-    classes_of_list,
-    list_file,
-    list_folder,
-)
+from pipelines.files.listing import Listing, Paths, list_file, list_folder, relabel_folder, relabel_list
 from pipelines.files.scan_cache import cached_scan, list_digest
 from pipelines.files.shards import INDEX, Slices
 from pipelines.plan import sample_keys
@@ -106,6 +99,7 @@ class Manifest:
     def from_folder(
         root: Path | str,
         *,
+        image_list: Path | str | None = None,
         class_names: Sequence[str] | None = None,
         cache_dir: Path | str | None = None,
         max_bad_fraction: float = MAX_BAD_FRACTION,
@@ -114,44 +108,35 @@ class Manifest:
     ) -> Manifest:
         """Read the images below `root/<class>/`, at any depth, without hidden ones; links are followed once.
 
-        Raises DataError without a folder, classes or images, for a class that training does not know, and
-        for too many bad files.
+        Raises DataError without a folder, classes or images, for a list that cannot be read, a class that
+        training does not know, and too many bad files.
 
         Args:
             root: folder of one split.
-            class_names: classes of the training split, for a validation split; None takes the folders'
-                names, sorted.
+            image_list: text file that names the images below `root` instead, one `path,label` or
+                `path label` per line. Labels are whole numbers or class names. Empty lines and lines that
+                begin with # are skipped.
+            class_names: classes of the training split, for a validation split; None takes those found.
             cache_dir: folder for the cached list of images and sizes; None is `$XDG_CACHE_HOME/cmtrain`.
             max_bad_fraction: largest share of unusable files; they are left out (`bad`).
             threads: readers of file headers; None is four per core.
             refresh: whether to look at every file, whatever is cached (see `scan_cache`).
         """
         folder, cache = Path(root).absolute(), Path(cache_dir or user_cache())
-        relabel = partial(classes_of_folder, class_names=class_names)
-        list_files = partial(_checked, partial(list_folder, folder), relabel)
-        found = cached_scan(list_files, f"{folder}", "", cache, threads, refresh)
-        return _manifest(found, relabel(found.listing), max_bad_fraction)
+        if image_list is None:
+            name, content, find = f"{folder}", "", partial(list_folder, folder)
+            relabel = partial(relabel_folder, class_names=class_names)
+        else:
+            file = Path(image_list).absolute()
+            name, content, find = f"{folder}\0{file}", list_digest(file), partial(list_file, file, folder)
+            relabel = partial(relabel_list, path=file, class_names=class_names)
 
-    @staticmethod
-    def from_list(
-        path: Path | str,
-        root: Path | str,
-        *,
-        class_names: Sequence[str] | None = None,
-        cache_dir: Path | str | None = None,
-        max_bad_fraction: float = MAX_BAD_FRACTION,
-        threads: int | None = None,
-        refresh: bool = False,
-    ) -> Manifest:
-        """Read the images named in a text file, one `path,label` or `path label` per line, below `root`.
+        def checked() -> Listing:
+            listing = find()
+            relabel(listing)  # reports a wrong class before all headers are read
+            return listing
 
-        Labels are whole numbers or class names. Empty lines and lines that begin with # are skipped. Other
-        arguments as for `from_folder`. Raises DataError as it does, and for a line that cannot be read.
-        """
-        file, folder, cache = Path(path).absolute(), Path(root).absolute(), Path(cache_dir or user_cache())
-        relabel = partial(classes_of_list, path=file, class_names=class_names)
-        list_files = partial(_checked, partial(list_file, file, folder), relabel)
-        found = cached_scan(list_files, f"{folder}\0{file}", list_digest(file), cache, threads, refresh)
+        found = cached_scan(checked, name, content, cache, threads, refresh)
         return _manifest(found, relabel(found.listing), max_bad_fraction)
 
     @staticmethod
@@ -173,32 +158,15 @@ class Manifest:
 
 
 def write_index(shards: Manifest, recipe: str) -> None:
-    """Put the index of a packed split beside its shards, whole or not at all. Raises OSError.
-
-    Args:
-        recipe: how and from what it was packed.
-    """
+    """Put the index of a packed split beside its shards; `recipe` is how and from what. Raises OSError."""
     assert shards.packed is not None
-    slices, (path_buffer, path_offsets) = shards.packed, shards.paths.joined()
+    path_buffer, path_offsets = shards.paths.joined()
+    image = {name: getattr(shards, name) for name in ("labels", "heights", "widths", "class_names")}
+    bad = np.array(shards.bad, np.str_).reshape(-1, 3)
+    places = {field.name: getattr(shards.packed, field.name) for field in fields(Slices)[1:]}  # but `folder`
+    columns: dict[str, Any] = {"path_buffer": path_buffer, "path_offsets": path_offsets, **image, "bad": bad}
     with replacing(shards.root / INDEX) as file:
-        np.savez(
-            file,
-            recipe=np.array(recipe),
-            path_buffer=path_buffer,
-            path_offsets=path_offsets,
-            labels=shards.labels,
-            heights=shards.heights,
-            widths=shards.widths,
-            class_names=np.array(shards.class_names, np.str_),
-            bad=np.array(shards.bad, np.str_).reshape(-1, 3),
-            shard_names=np.array(slices.shard_names, np.str_),
-            shard_bytes=slices.shard_bytes,
-            shard_sha256=np.array(slices.shard_sha256, np.str_),
-            shards=slices.shards,
-            offsets=slices.offsets,
-            size_bytes=slices.size_bytes,
-            checksums=slices.checksums,
-        )
+        np.savez(file, recipe=recipe, **columns, **places)
 
 
 def read_index(folder: Path) -> tuple[str, Manifest]:
@@ -211,9 +179,8 @@ def read_index(folder: Path) -> tuple[str, Manifest]:
             columns: dict[str, Any] = dict(data)
         recipe, bad = str(columns.pop("recipe")), columns.pop("bad").tolist()
         paths = Paths.split(columns.pop("path_buffer"), columns.pop("path_offsets"))
-        columns |= {
-            name: tuple(columns[name].tolist()) for name in ("class_names", "shard_names", "shard_sha256")
-        }
+        for name in ("class_names", "shard_names", "shard_sha256"):
+            columns[name] = tuple(columns[name].tolist())
         image = {name: columns.pop(name) for name in ("labels", "heights", "widths", "class_names")}
         slices = Slices(folder, **columns)
         # Older indexes have no kind: (path, reason).
@@ -223,12 +190,6 @@ def read_index(folder: Path) -> tuple[str, Manifest]:
         raise DataError(f"{folder / INDEX}: cannot be read ({error}); pack again") from error
     slices.check_shards()
     return recipe, shards
-
-
-def _checked(list_files: Callable[[], Listing], relabel: Callable[[Listing], Listing]) -> Listing:
-    listing = list_files()
-    relabel(listing)  # reports a wrong class before all headers are read
-    return listing
 
 
 def _manifest(found: Scan, listing: Listing, max_bad_fraction: float) -> Manifest:
@@ -243,24 +204,16 @@ def _manifest(found: Scan, listing: Listing, max_bad_fraction: float) -> Manifes
         faults = dict(sorted(faults.items()))
     bad = tuple(BadFile(str(listing.root / paths[place]), *fault) for place, fault in faults.items())
     check_num_bad(listing.root, bad, len(listing), max_bad_fraction)
-    everything = Manifest(
-        root=listing.root,
-        paths=paths,
-        labels=listing.labels,
-        heights=np.ascontiguousarray(sizes[:, 0]),
-        widths=np.ascontiguousarray(sizes[:, 1]),
-        size_bytes=listing.size_bytes,
-        class_names=listing.class_names,
-        bad=bad,
-    )
-    return everything.select(np.flatnonzero(sizes[:, 0])) if bad else everything
+    heights, widths = sizes.T.copy()
+    image = paths, listing.labels, heights, widths, listing.size_bytes
+    everything = Manifest(listing.root, *image, listing.class_names, bad)
+    return everything.select(np.flatnonzero(heights)) if bad else everything
 
 
 def check_num_bad(root: Path, bad: Sequence[BadFile], num_files: int, max_bad_fraction: float) -> None:
     """Raise DataError when more of the files below `root` are bad than allowed, or all of them."""
     if len(bad) > max_bad_fraction * num_files or len(bad) == num_files:
         named = "; ".join(f"{os.path.relpath(file.path, root)}: {file.reason}" for file in bad[:3])
-        raise DataError(
-            f"{root}: {len(bad)} of {num_files} images cannot be used, more than data.max_bad_fraction "
-            f"{max_bad_fraction:g} allows: {named}"
-        )
+        what = f"{len(bad)} of {num_files} images cannot be used"
+        limit = f"more than data.max_bad_fraction {max_bad_fraction:g} allows"
+        raise DataError(f"{root}: {what}, {limit}: {named}")

@@ -29,30 +29,26 @@ from pipelines.spec import DataError
 NUM_SAMPLED = 1024  # 1 % of files overwritten in place escape it with a probability of 0.00003
 
 _FORMAT = 2
+_ARRAYS = ("labels", "size_bytes", "mtime_ns", "folder_states")  # columns of a listing
+_PATHS = ("paths", "folders")
 
 
 def cached_scan(
-    list_files: Callable[[], Listing],
-    name: str,
-    content: str,
-    cache_dir: Path,
-    threads: int | None,
-    refresh: bool,
+    lister: Callable[[], Listing], name: str, content: str, cache: Path, threads: int | None, refresh: bool
 ) -> Scan:
     """Return the cached scan if it is still valid, else scan and cache.
 
     Of several processes that find no valid scan, one at a time scans; the others wait and use what it found.
 
     Args:
-        list_files: lists the files.
         name: name of the split; scans of different names are kept apart.
         content: digest of the list file, if there is one; a scan is valid for the same content only.
-        cache_dir: folder of the scans; it is a warning when none can be written there.
+        cache: folder of the scans; it is a warning when none can be written there.
         threads: number of threads that read files; None is four per core.
         refresh: whether to look at everything again.
     """
     digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:32]
-    path = cache_dir / f"files-{digest}.npz"
+    path = cache / f"files-{digest}.npz"
     kept = None if refresh else _load(path)
     if kept and _is_valid(*kept, content, threads):
         return kept[1]
@@ -62,7 +58,7 @@ def cached_scan(
         kept = None if refresh else _load(path)
         if kept and _is_valid(*kept, content, threads):
             return kept[1]
-        found = scan(list_files(), threads, kept and kept[1])
+        found = scan(lister(), threads, kept and kept[1])
         _store(path, content, found)
         return found
     finally:
@@ -118,48 +114,29 @@ def _load(path: Path) -> tuple[str, Scan] | None:
             columns: dict[str, Any] = dict(data)  # checks a CRC-32 of each
         if columns["format"] != _FORMAT:
             return None
-        listing = Listing(
-            root=Path(str(columns["root"])),
-            paths=Paths(columns["paths"]),
-            labels=columns["labels"],
-            size_bytes=columns["size_bytes"],
-            mtime_ns=columns["mtime_ns"],
-            class_names=tuple(columns["class_names"].tolist()),
-            faults={},  # among those of the scan
-            folders=Paths(columns["folders"]),
-            folder_states=columns["folder_states"],
-            began_ns=int(columns["began_ns"]),
-        )
+        names = tuple(columns["class_names"].tolist())
+        arrays = {name: columns[name] for name in _ARRAYS} | {name: Paths(columns[name]) for name in _PATHS}
+        root, began_ns = Path(str(columns["root"])), int(columns["began_ns"])
+        # The faults are among those of the scan.
+        listing = Listing(root=root, **arrays, class_names=names, faults={}, began_ns=began_ns)
         faults = map(Fault._make, columns["faults"].tolist())
         places = columns["fault_places"].tolist()
-        return str(columns["content"]), Scan(
-            listing, columns["sizes"], dict(zip(places, faults, strict=True))
-        )
+        found = Scan(listing, columns["sizes"], dict(zip(places, faults, strict=True)))
+        return str(columns["content"]), found
     except Exception:  # zipfile and numpy raise almost anything on damaged bytes
         return None
 
 
 def _store(path: Path, content: str, found: Scan) -> None:
     listing = found.listing
+    columns = {name: getattr(listing, name) for name in (*_ARRAYS, "class_names", "began_ns")}
+    columns |= {name: getattr(listing, name).encoded for name in _PATHS}
+    columns |= {"format": _FORMAT, "content": content, "root": str(listing.root), "sizes": found.sizes}
+    columns["fault_places"] = np.array(list(found.faults), np.int64)
+    columns["faults"] = np.array(list(found.faults.values()), np.str_).reshape(-1, 2)
     try:
         with replacing(path) as file:
-            np.savez(
-                file,
-                format=np.array(_FORMAT),
-                content=np.array(content),
-                root=np.array(str(listing.root)),
-                paths=listing.paths.encoded,
-                labels=listing.labels,
-                size_bytes=listing.size_bytes,
-                mtime_ns=listing.mtime_ns,
-                class_names=np.array(listing.class_names, np.str_),
-                folders=listing.folders.encoded,
-                folder_states=listing.folder_states,
-                began_ns=np.array(listing.began_ns),
-                sizes=found.sizes,
-                fault_places=np.array(list(found.faults), np.int64),
-                faults=np.array(list(found.faults.values()), np.str_).reshape(-1, 2),
-            )
+            np.savez(file, **columns)
     except OSError as error:
         advice = "set data.cache_dir to a writable folder"
         warnings.warn(f"the list of images is not cached: {error}; {advice}", stacklevel=2)

@@ -111,9 +111,8 @@ def is_packed(folder: Path) -> bool:
     if (folder / INDEX).is_file():
         return True
     if next(folder.glob("shard-*.tar"), None) is not None:
-        raise DataError(
-            f"{folder}: has shards but no {INDEX}: give the same `cmtrain data pack` again to finish it"
-        )
+        what = f"has shards but no {INDEX}: give the same `cmtrain data pack` again to finish it"
+        raise DataError(f"{folder}: {what}")
     return False
 
 

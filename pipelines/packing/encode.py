@@ -23,6 +23,14 @@ _BLOCKS_AHEAD = 4  # of every worker: what is encoded and not yet written is in 
 _ORIENTATION = 0x0112
 
 
+class PackSpec(NamedTuple):
+    """Encoding and size of shards."""
+
+    resize_shorter: int | None
+    quality: int
+    shard_bytes: int  # a shard is closed at this size
+
+
 class Encoded(NamedTuple):
     """A JPEG file and its size in pixels, or the fault of an image that cannot be used."""
 
@@ -72,11 +80,7 @@ def encode(path: str, resize_shorter: int | None, quality: int) -> Encoded:
 
 
 def encode_all(
-    path_of: Callable[[int], str],
-    places: list[int],
-    resize_shorter: int | None,
-    quality: int,
-    processes: int,
+    path_of: Callable[[int], str], places: list[int], spec: PackSpec, processes: int
 ) -> Generator[Encoded, None, None]:
     """Yield `encode` of the files at `places`, in order, from processes that stay a little ahead."""
     # Not forked: a lock that another thread of the program holds would never be released.
@@ -85,7 +89,7 @@ def encode_all(
     try:
         for begin in range(0, len(places), _BLOCK):
             paths = [path_of(place) for place in places[begin : begin + _BLOCK]]
-            ahead.append(pool.submit(_encode_block, paths, resize_shorter, quality))
+            ahead.append(pool.submit(_encode_block, paths, spec))
             if len(ahead) > processes * _BLOCKS_AHEAD:
                 yield from ahead.popleft().result()
         while ahead:
@@ -94,14 +98,12 @@ def encode_all(
         pool.shutdown(cancel_futures=True)
 
 
-def _encode_block(paths: list[str], resize_shorter: int | None, quality: int) -> list[Encoded]:
-    return [encode(path, resize_shorter, quality) for path in paths]
+def _encode_block(paths: list[str], spec: PackSpec) -> list[Encoded]:
+    return [encode(path, spec.resize_shorter, spec.quality) for path in paths]
 
 
 def _end_with_parent() -> None:
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C reaches the whole group; the parent ends its workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent ends its workers
     parent = parent_process()
     assert parent is not None
 

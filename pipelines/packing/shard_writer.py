@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Generator, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,14 +28,16 @@ from pipelines.checks.bad_list import BadFile
 from pipelines.checks.decode_one import Kind
 from pipelines.files.manifest import Manifest, check_num_bad, read_index, write_index
 from pipelines.files.shards import INDEX, Slices
-from pipelines.packing.encode import Encoded, encode_all
+from pipelines.packing.encode import Encoded, PackSpec, encode_all
 from pipelines.plan import sample_keys
 from pipelines.progress import tracked
 from pipelines.spec import DataError
 
 _FORMAT = 1
 _SHARD_DOMAIN = 4  # keeps the order inside shards apart from the plan's uses of a seed
-_PLACE, _OFFSET, _SIZE, _HEIGHT, _WIDTH, _CHECKSUM = range(6)  # columns of _Record.rows
+
+
+Samples = Iterator[tuple[int, int, Encoded]]  # place in the source, label, image
 
 
 class _Record(NamedTuple):
@@ -49,14 +52,7 @@ class _Record(NamedTuple):
 
 
 def pack_split(
-    manifest: Manifest,
-    folder: Path,
-    *,
-    resize_shorter: int | None,
-    quality: int,
-    shard_bytes: int,
-    processes: int,
-    max_bad_fraction: float,
+    manifest: Manifest, folder: Path, spec: PackSpec, *, processes: int, max_bad_fraction: float
 ) -> Manifest:
     """Write the images of `manifest` as shards and an index into `folder`, or resume an earlier run.
 
@@ -64,16 +60,13 @@ def pack_split(
     the index keeps the manifest's order. Returns the packed manifest, an earlier run's if that had finished.
 
     Args:
-        resize_shorter, quality: see `encode.encode`.
-        shard_bytes: size at which a shard is closed.
         processes: number of processes that read and encode; this one writes.
         max_bad_fraction: largest share of unusable files.
 
     Raises:
         DataError: too many bad images, no space, anything else in `folder`, another run at work there.
     """
-    options = {"resize_shorter": resize_shorter, "quality": quality, "shard_bytes": shard_bytes}
-    recipe = json.dumps({"format": _FORMAT, "source": manifest.fingerprint, **options})
+    recipe = json.dumps({"format": _FORMAT, "source": manifest.fingerprint, **spec._asdict()})
     with _errors_in_one_line(folder), _locked(folder):
         if (folder / INDEX).is_file():
             found, shards = read_index(folder)
@@ -85,35 +78,28 @@ def pack_split(
             keys = sample_keys(0, _SHARD_DOMAIN, np.arange(len(manifest)))
             done = records[-1].end if records else 0
             todo = np.argsort(keys, kind="stable").tolist()[done:]
-            encoded = encode_all(manifest.file, todo, resize_shorter, quality, processes)
+            encoded = encode_all(manifest.file, todo, spec, processes)
             bar = tracked(encoded, f"{folder}: packing", len(manifest), done)
             with closing(encoded), closing(bar):
-                samples = zip(todo, bar, strict=True)
+                samples = zip(todo, manifest.labels[todo].tolist(), bar, strict=True)
                 while done < len(manifest):
-                    number, labels = len(records), manifest.labels
-                    records.append(_write_shard(folder, number, done, samples, labels, shard_bytes, recipe))
+                    name = _shard_name(len(records))
+                    records.append(_write_shard(folder, name, done, samples, spec.shard_bytes, recipe))
                     done = records[-1].end
                     bad = _left_out(manifest, records, max_bad_fraction)
             # The index is last: it makes the folder a data set, and the records are then of no use.
             shards = _packed(manifest, folder, records, bad)
             write_index(shards, recipe)
         assert shards.packed is not None
-        for name in shards.packed.shard_names:
-            _record_file(folder, name).unlink(missing_ok=True)
+        for shard_name in shards.packed.shard_names:
+            _record_file(folder, shard_name).unlink(missing_ok=True)
     return shards
 
 
 def _write_shard(
-    folder: Path,
-    number: int,
-    begin: int,
-    samples: Iterator[tuple[int, Encoded]],
-    labels: NDArray[np.int64],
-    shard_bytes: int,
-    recipe: str,
+    folder: Path, name: str, begin: int, samples: Samples, shard_bytes: int, recipe: str
 ) -> _Record:
     """Write one shard and its record, from as many `samples` as it takes; `begin` samples come before it."""
-    name = _shard_name(number)
     rows: list[tuple[int, ...]] = []
     faults: list[tuple[int, Kind, str]] = []
     digest, size = hashlib.sha256(), 0
@@ -125,14 +111,14 @@ def _write_shard(
             digest.update(data)
             size += len(data)
 
-        for place, image in samples:
+        for place, label, image in samples:
             if image.fault:
                 faults.append((place, *image.fault))
                 continue
             offset, checksum = size + tarfile.BLOCKSIZE, zlib.crc32(image.data)
             rows.append((place, offset, len(image.data), image.height, image.width, checksum))
             put(_member(f"{place:08d}.jpg", image.data))
-            put(_member(f"{place:08d}.cls", str(labels[place]).encode()))
+            put(_member(f"{place:08d}.cls", str(label).encode()))
             if size >= shard_bytes:
                 break
         put(bytes(2 * tarfile.BLOCKSIZE))
@@ -153,28 +139,15 @@ def _member(name: str, data: bytes) -> bytes:
 def _packed(manifest: Manifest, folder: Path, records: list[_Record], bad: tuple[BadFile, ...]) -> Manifest:
     rows = np.concatenate([record.rows for record in records])
     shards = np.repeat(np.arange(len(records), dtype=np.int32), [len(record.rows) for record in records])
-    by_place = np.argsort(rows[:, _PLACE])
-    rows = rows[by_place]
-    places = rows[:, _PLACE]
-    return Manifest(
-        root=folder,
-        paths=manifest.paths.select(places),
-        labels=manifest.labels[places],
-        heights=rows[:, _HEIGHT].astype(np.int32),
-        widths=rows[:, _WIDTH].astype(np.int32),
-        size_bytes=rows[:, _SIZE],
-        class_names=manifest.class_names,
-        bad=bad,
-        packed=Slices(
-            folder=folder,
-            shard_names=tuple(record.name for record in records),
-            shard_bytes=np.array([record.size_bytes for record in records], np.int64),
-            shard_sha256=tuple(record.sha256 for record in records),
-            shards=shards[by_place],
-            offsets=rows[:, _OFFSET],
-            size_bytes=rows[:, _SIZE],
-            checksums=rows[:, _CHECKSUM].astype(np.uint32),
-        ),
+    by_place = np.argsort(rows[:, 0])
+    places, offsets, sizes, heights, widths, checksums = rows[by_place].T
+    names, size_bytes, digests, *_ = zip(*records, strict=True)
+    shard_bytes, checksums = np.array(size_bytes, np.int64), checksums.astype(np.uint32)
+    slices = Slices(folder, names, shard_bytes, digests, shards[by_place], offsets, sizes, checksums)
+    heights, widths = heights.astype(np.int32), widths.astype(np.int32)
+    source = manifest.select(places)
+    return replace(
+        source, root=folder, heights=heights, widths=widths, size_bytes=sizes, bad=bad, packed=slices
     )
 
 
@@ -265,6 +238,5 @@ def _errors_in_one_line(folder: Path) -> Generator[None, None, None]:
     except OSError as error:
         raise DataError(f"{folder}: cannot be written: {error.strerror or error}; {again}") from error
     except BrokenProcessPool as error:
-        raise DataError(
-            f"{folder}: a worker process was killed, for want of memory perhaps; {again}"
-        ) from error
+        what = "a worker process was killed, for want of memory perhaps"
+        raise DataError(f"{folder}: {what}; {again}") from error

@@ -22,7 +22,7 @@ from cmtrain.commands.bench.loader_workers import LoaderContender, _cpu_seconds,
 from cmtrain.commands.bench.timing import WARMUP_STEPS, Contender, race
 from cmtrain.config.load import load_config
 from pipelines.files.manifest import Manifest
-from pipelines.spec import AugmentSpec, DataError
+from pipelines.spec import AugmentSpec, DataError, Placement
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_a_loader_and_its_workers_stay_on_their_core_and_end_with_the_pipe(root,
     context = multiprocessing.get_context("spawn")
     pipe, theirs = context.Pipe()
     process = context.Process(
-        target=serve, args=(theirs, LoaderContender(kind, kind, manifest, "cpu", "cpu", 1))
+        target=serve, args=(theirs, LoaderContender(kind, kind, manifest, Placement()))
     )
     process.start()
     theirs.close()

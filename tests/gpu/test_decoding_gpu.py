@@ -14,7 +14,7 @@ from PIL import Image
 from pipelines.files.manifest import Manifest
 from pipelines.loader import DaliLoader, eval_loader, train_loader
 from pipelines.plan import Plan
-from pipelines.spec import AugmentSpec, EvalSpec
+from pipelines.spec import AugmentSpec, EvalSpec, Placement
 
 pytestmark = [
     pytest.mark.gpu,
@@ -37,16 +37,12 @@ def train(
 ) -> DaliLoader:
     plan = Plan(seed=3, num_samples=len(manifest), global_batch_size=48, micro_batch_size=micro_batch_size)
     return train_loader(
-        manifest, plan, spec, rank=rank, world=world, device="cuda", decode="mixed", threads=2,
-        prefetch_batches=2, hw_decoder_load=load,
-    )  # fmt: skip
+        manifest, plan, spec, Placement(rank, world, "cuda", "mixed", 2, hw_decoder_load=load)
+    )
 
 
 def evaluation(manifest: Manifest, spec: EvalSpec, batch_size: int) -> DaliLoader:
-    return eval_loader(
-        manifest, spec, batch_size=batch_size, rank=0, world=1, device="cuda", decode="mixed", threads=2,
-        prefetch_batches=2,
-    )  # fmt: skip
+    return eval_loader(manifest, spec, Placement(0, 1, "cuda", "mixed", 2), batch_size=batch_size)
 
 
 def by_sample(loader: DaliLoader, epoch: int = 0, start: int = 0) -> dict[int, torch.Tensor]:

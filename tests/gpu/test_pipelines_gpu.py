@@ -12,7 +12,7 @@ from helpers.photographs import write_folder
 from pipelines.files.manifest import Manifest
 from pipelines.loader import DaliLoader, eval_loader, train_loader
 from pipelines.plan import Plan
-from pipelines.spec import AugmentSpec, EvalSpec
+from pipelines.spec import AugmentSpec, EvalSpec, Placement
 
 pytestmark = [
     pytest.mark.gpu,
@@ -31,17 +31,7 @@ def manifest(tmp_path_factory) -> Manifest:
 
 def train(manifest: Manifest, spec=SPEC, device="cuda", decode="mixed", rank=0, world=1) -> DaliLoader:
     plan = Plan(seed=3, num_samples=len(manifest), global_batch_size=48, micro_batch_size=8)
-    return train_loader(
-        manifest,
-        plan,
-        spec,
-        rank=rank,
-        world=world,
-        device=device,
-        decode=decode,
-        threads=2,
-        prefetch_batches=2,
-    )
+    return train_loader(manifest, plan, spec, Placement(rank, world, device, decode, 2))
 
 
 def by_sample(loader: DaliLoader, epoch: int = 0) -> dict[int, torch.Tensor]:
@@ -137,13 +127,11 @@ def test_bad_files_cost_their_own_samples(tmp_path, load):
     manifest = Manifest.from_folder(write_folder(tmp_path / "in", 96), cache_dir=tmp_path / "cache")
     plain = AugmentSpec(SIDE, scale=(1.0, 1.0), ratio=(1.0, 1.0), hflip=0.0)  # whole images
     plan = Plan(seed=3, num_samples=96, global_batch_size=48, micro_batch_size=8)
-    options = {"rank": 0, "world": 1, "threads": 2, "prefetch_batches": 2, "max_bad_fraction": 0.5}
     on_engine = {"cuda": {"hw_decoder_load": load}, "cpu": {}}
 
     def images_and_bad(device: str, decode) -> tuple[dict[int, torch.Tensor], set[str]]:
-        loader = train_loader(
-            manifest, plan, plain, device=device, decode=decode, **options, **on_engine[device]
-        )
+        place = Placement(0, 1, device, decode, 2, max_bad_fraction=0.5, **on_engine[device])
+        loader = train_loader(manifest, plan, plain, place)
         images = {
             index: image.float().cpu()
             for batch in loader.epoch(0)
@@ -182,19 +170,8 @@ def test_a_file_cut_in_the_middle_ends_nothing(tmp_path):
 @pytest.mark.parametrize("decode", ["mixed", "cpu"])
 def test_evaluation_sees_every_image_once_and_nearly_as_on_the_cpu(manifest, decode):
     def evaluate(device: str, how) -> dict[int, torch.Tensor]:
-        return by_sample(
-            eval_loader(
-                manifest,
-                EvalSpec(SIDE, 110),
-                batch_size=7,
-                rank=0,
-                world=1,
-                device=device,
-                decode=how,
-                threads=2,
-                prefetch_batches=2,
-            )
-        )
+        place = Placement(0, 1, device, how, 2)
+        return by_sample(eval_loader(manifest, EvalSpec(SIDE, 110), place, batch_size=7))
 
     gpu = evaluate("cuda", decode)
     assert sorted(gpu) == list(range(96))

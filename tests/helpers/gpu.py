@@ -8,8 +8,9 @@ import cmtrain.models  # noqa: F401
 from cmtrain.step.learner import Learner
 from cmtrain.step.mixing import MixSpec
 from cmtrain.step.optimizer import make_optimizer
+from pipelines.loader import SyntheticLoader
 from pipelines.plan import Plan
-from pipelines.synthetic import SyntheticLoader
+from pipelines.spec import Placement
 
 
 def make_learner(opt="adamw", precision="fp16", compile_mode=None, accumulation=2, **mixing):
@@ -31,7 +32,7 @@ def make_learner(opt="adamw", precision="fp16", compile_mode=None, accumulation=
 
 def batches(fp16=True):
     plan = Plan(0, 1024, 128, 64)
-    loader = SyntheticLoader(plan, 160, 10, rank=0, world=1, device=torch.device("cuda"), fp16=fp16)
+    loader = SyntheticLoader(plan, 160, 10, Placement(device="cuda"), fp16=fp16)
     epoch = 0
     while True:
         yield from loader.epoch(epoch)

@@ -19,7 +19,7 @@ from pipelines.files.manifest import Manifest
 from pipelines.loader import train_loader
 from pipelines.plan import AugmentParams, JitterParams, Plan, augment_params
 from pipelines.rand_augment import BRANCH_OF, Branch, LayerParams, op_params, parse
-from pipelines.spec import AugmentSpec
+from pipelines.spec import AugmentSpec, Placement
 
 SIDE = 160
 FILL = (124, 116, 104)
@@ -257,9 +257,7 @@ def manifest(tmp_path_factory) -> Manifest:
 
 def train_levels(manifest: Manifest, plan: Plan, spec: AugmentSpec) -> np.ndarray:
     """Return the only batch of epoch 0 as levels, (B, H, W, 3)."""
-    loader = train_loader(
-        manifest, plan, spec, rank=0, world=1, device="cpu", decode="auto", threads=1, prefetch_batches=1
-    )
+    loader = train_loader(manifest, plan, spec, Placement(prefetch_batches=1))
     (batch,) = loader.epoch(0)
     loader.close()
     return (batch.images.permute(0, 2, 3, 1).numpy() * spec.std + spec.mean) * 255

@@ -23,7 +23,7 @@ from pipelines.dali import graphs
 from pipelines.files.manifest import BadFile, Manifest
 from pipelines.loader import DaliLoader, eval_loader, train_loader
 from pipelines.plan import MicroBatch
-from pipelines.spec import UNREADABLE, AugmentSpec, Batch, DataError, EvalSpec
+from pipelines.spec import UNREADABLE, AugmentSpec, Batch, DataError, EvalSpec, Placement
 from pipelines.stand_ins import StandIns
 
 SPEC = AugmentSpec(SIDE)
@@ -64,35 +64,15 @@ def loaders():
 def train(
     loaders, manifest, plan, spec=SPEC, rank=0, world=1, prefetch_batches=2, max_bad_fraction=0.5
 ) -> DaliLoader:
-    loader = train_loader(
-        manifest,
-        plan,
-        spec,
-        rank=rank,
-        world=world,
-        device="cpu",
-        decode="auto",
-        threads=1,
-        prefetch_batches=prefetch_batches,
-        max_bad_fraction=max_bad_fraction,
-    )
+    place = Placement(rank, world, prefetch_batches=prefetch_batches, max_bad_fraction=max_bad_fraction)
+    loader = train_loader(manifest, plan, spec, place)
     loaders.append(loader)
     return loader
 
 
 def evaluation(loaders, manifest, rank=0, world=1) -> DaliLoader:
-    loader = eval_loader(
-        manifest,
-        EvalSpec(SIDE, 56),
-        batch_size=7,
-        rank=rank,
-        world=world,
-        device="cpu",
-        decode="auto",
-        threads=1,
-        prefetch_batches=2,
-        max_bad_fraction=0.5,
-    )
+    place = Placement(rank, world, max_bad_fraction=0.5)
+    loader = eval_loader(manifest, EvalSpec(SIDE, 56), place, batch_size=7)
     loaders.append(loader)
     return loader
 

@@ -197,12 +197,12 @@ def test_lists_of_numbers_and_of_names(tmp_path, cache, separator):
     lines = ["x/1.jpg{}2", "with space/2.JPG{}0", "k\u00e4se,z.png{}2"]
     text = "\ufeff# a comment\n\n" + "\n".join(lines).replace("{}", separator)
     (tmp_path / "list.txt").write_text(text, "utf-8")
-    manifest = Manifest.from_list(tmp_path / "list.txt", tmp_path / "in", cache_dir=cache)
+    manifest = Manifest.from_folder(tmp_path / "in", image_list=tmp_path / "list.txt", cache_dir=cache)
     assert names(manifest) == ["x/1.jpg", "with space/2.JPG", "k\u00e4se,z.png"]
     assert manifest.labels.tolist() == [2, 0, 2]
     assert manifest.class_names == ("0", "1", "2")
     (tmp_path / "list.txt").write_text(f"x/1.jpg{separator}tabby cat\nwith space/2.JPG{separator}dog\n")
-    manifest = Manifest.from_list(tmp_path / "list.txt", tmp_path / "in", cache_dir=cache)
+    manifest = Manifest.from_folder(tmp_path / "in", image_list=tmp_path / "list.txt", cache_dir=cache)
     assert manifest.class_names == ("dog", "tabby cat")
     assert manifest.labels.tolist() == [1, 0]
 
@@ -228,8 +228,8 @@ def test_a_bad_line_is_named_with_its_number(tmp_path, cache, text, message):
     put(tmp_path / "in", "a.jpg")
     (tmp_path / "list.txt").write_text(text)
     with pytest.raises(DataError, match=message):
-        Manifest.from_list(
-            tmp_path / "list.txt", tmp_path / "in", class_names=("x", "y", "z"), cache_dir=cache
+        Manifest.from_folder(
+            tmp_path / "in", image_list=tmp_path / "list.txt", class_names=("x", "y", "z"), cache_dir=cache
         )
 
 
@@ -237,9 +237,9 @@ def test_listed_files_that_are_missing_are_named(tmp_path, cache):
     put(tmp_path / "in", "a.jpg")
     (tmp_path / "list.txt").write_text("a.jpg,0\nb.jpg,1\n")
     with pytest.raises(DataError, match=r"1 of 2 images.*b\.jpg: cannot be opened: No such file"):
-        Manifest.from_list(tmp_path / "list.txt", tmp_path / "in", cache_dir=cache)
+        Manifest.from_folder(tmp_path / "in", image_list=tmp_path / "list.txt", cache_dir=cache)
     with pytest.raises(DataError, match=r"nowhere\.txt: cannot read the list"):
-        Manifest.from_list(tmp_path / "nowhere.txt", tmp_path / "in", cache_dir=cache)
+        Manifest.from_folder(tmp_path / "in", image_list=tmp_path / "nowhere.txt", cache_dir=cache)
 
 
 def test_a_fraction_is_balanced_fixed_and_seeded(tmp_path, cache):

@@ -12,7 +12,7 @@ from helpers.photographs import write_folder
 from pipelines.files.manifest import Manifest
 from pipelines.loader import train_loader
 from pipelines.plan import Plan
-from pipelines.spec import AugmentSpec
+from pipelines.spec import AugmentSpec, Placement
 
 SIDE = 48
 NUM_IMAGES = 53
@@ -37,17 +37,7 @@ def run(
     spec = AugmentSpec(SIDE, rand_augment="rand-m9-mstd0.5-inc1", color_jitter=0.4, fp16=fp16)
     samples: list[Sample] = []
     for rank in range(world):
-        loader = train_loader(
-            manifest,
-            plan,
-            spec,
-            rank=rank,
-            world=world,
-            device="cpu",
-            decode="cpu",
-            threads=1,
-            prefetch_batches=2,
-        )
+        loader = train_loader(manifest, plan, spec, Placement(rank, world, decode="cpu"))
         epoch, step = divmod(first_step, STEPS)
         batches = itertools.chain(
             loader.epoch(epoch, step * GLOBAL_BATCH_SIZE),

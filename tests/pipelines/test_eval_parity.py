@@ -13,7 +13,7 @@ from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resiz
 
 from pipelines.files.manifest import Manifest
 from pipelines.loader import eval_loader, eval_windows
-from pipelines.spec import EvalSpec
+from pipelines.spec import EvalSpec, Placement
 
 SAMPLE = ROOT.parent / "shared" / "data" / "imagenet-sample.tar"
 MODES = {"bicubic": InterpolationMode.BICUBIC, "bilinear": InterpolationMode.BILINEAR}
@@ -28,17 +28,7 @@ def errors_against_torchvision(
 ) -> np.ndarray:
     """Mean absolute error in levels of every image."""
     spec = EvalSpec(image_px, resize_px, interpolation)
-    loader = eval_loader(
-        manifest,
-        spec,
-        batch_size=16,
-        rank=0,
-        world=1,
-        device="cpu",
-        decode="auto",
-        threads=1,
-        prefetch_batches=2,
-    )
+    loader = eval_loader(manifest, spec, Placement(), batch_size=16)
     transform = Compose([Resize(resize_px, MODES[interpolation]), CenterCrop(image_px)])
     errors = []
     for batch in loader.epoch(0):

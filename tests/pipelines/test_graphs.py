@@ -16,7 +16,7 @@ from cmtrain.training import build
 from pipelines.dali import graphs
 from pipelines.files.manifest import Manifest
 from pipelines.loader import file_reader
-from pipelines.spec import DataError
+from pipelines.spec import DataError, Placement
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def test_mixed_without_a_gpu_is_refused(manifest):
 
 
 def test_decoding_alone_gives_whole_images(manifest):
-    run = graphs.execution(torch.device("cpu"), "auto", 12, 1, 2, reads_files=True, hw_decoder_load=None)
+    run = graphs.execution(Placement(), 12, reads_files=True)
     read = file_reader(manifest, 1)
     (output,) = graphs.decode_graph(lambda: [read(torch.arange(12).numpy())], run, windows=False).run()
     sizes = [np.asarray(output[i]).shape for i in range(12)]

@@ -13,9 +13,8 @@ from helpers.photographs import write_folder
 from PIL import Image
 
 from pipelines.files.manifest import Manifest
-from pipelines.loader import DaliLoader, eval_loader, train_loader
-from pipelines.spec import AugmentSpec, DataError, EvalSpec, Loader
-from pipelines.synthetic import SyntheticLoader
+from pipelines.loader import DaliLoader, SyntheticLoader, eval_loader, train_loader
+from pipelines.spec import AugmentSpec, DataError, EvalSpec, Loader, Placement
 
 UNAUGMENTED = AugmentSpec(SIDE, scale=(1.0, 1.0), ratio=(1.0, 1.0), hflip=0.0, interpolation="bilinear")
 
@@ -36,33 +35,14 @@ def loaders():
 
 
 def train(loaders, manifest, plan, spec=SPEC, rank=0, world=1, prefetch_batches=2) -> DaliLoader:
-    loader = train_loader(
-        manifest,
-        plan,
-        spec,
-        rank=rank,
-        world=world,
-        device="cpu",
-        decode="auto",
-        threads=1,
-        prefetch_batches=prefetch_batches,
-    )
+    loader = train_loader(manifest, plan, spec, Placement(rank, world, prefetch_batches=prefetch_batches))
     loaders.append(loader)
     return loader
 
 
 def evaluation(loaders, manifest, batch_size=8, rank=0, world=1, spec=None) -> DaliLoader:
-    loader = eval_loader(
-        manifest,
-        spec or EvalSpec(SIDE, 56),
-        batch_size=batch_size,
-        rank=rank,
-        world=world,
-        device="cpu",
-        decode="auto",
-        threads=1,
-        prefetch_batches=2,
-    )
+    spec = spec or EvalSpec(SIDE, 56)
+    loader = eval_loader(manifest, spec, Placement(rank, world), batch_size=batch_size)
     loaders.append(loader)
     return loader
 
@@ -207,7 +187,7 @@ def test_the_contract(loaders, manifest, kind, fp16):
     elif kind == "eval":
         loader = evaluation(loaders, manifest, 6, 1, 2, EvalSpec(SIDE, 56, fp16=fp16))
     else:
-        loader = SyntheticLoader(plan, SIDE, 3, rank=1, world=2, device="cpu", fp16=fp16)
+        loader = SyntheticLoader(plan, SIDE, 3, Placement(1, 2), fp16=fp16)
     batches = list(loader.epoch(0))
     assert len(batches) == (5 if kind == "eval" else 4)
     for batch in batches[:4]:
@@ -239,17 +219,7 @@ def test_a_closed_loader_frees_its_graphs(loaders, manifest):
 
 def test_mixed_decoding_without_a_gpu_is_refused(manifest):
     with pytest.raises(DataError, match=r"data\.decode: mixed decodes on a GPU"):
-        eval_loader(
-            manifest,
-            EvalSpec(SIDE, 56),
-            batch_size=4,
-            rank=0,
-            world=1,
-            device="cpu",
-            decode="mixed",
-            threads=1,
-            prefetch_batches=2,
-        )
+        eval_loader(manifest, EvalSpec(SIDE, 56), Placement(decode="mixed"), batch_size=4)
 
 
 def test_awkward_files_look_as_in_pillow(loaders, tmp_path):

@@ -23,7 +23,7 @@ from pipelines.files import headers, manifest, scan_cache
 from pipelines.files.listing import Paths
 from pipelines.files.manifest import BadFile, Manifest
 from pipelines.loader import eval_loader, train_loader
-from pipelines.spec import AugmentSpec, DataError, EvalSpec
+from pipelines.spec import AugmentSpec, DataError, EvalSpec, Placement
 
 Opened = Callable[[Path], Manifest]
 
@@ -48,7 +48,7 @@ def opened(request, tmp_path) -> Opened:
     def manifest(cache: Path) -> Manifest:
         time.sleep(0.02)  # the kernel's clock ticks every 4 ms
         if request.param == "list":
-            return Manifest.from_list(tmp_path / "list.txt", root, cache_dir=cache)
+            return Manifest.from_folder(root, image_list=tmp_path / "list.txt", cache_dir=cache)
         return Manifest.from_folder(root, cache_dir=cache)
 
     return manifest
@@ -150,13 +150,13 @@ def test_a_list_is_known_by_its_content(tmp_path, looks):
     root = write_folder(tmp_path / "in", 6)
     path, cache = tmp_path / "list.txt", tmp_path / "cache"
     path.write_text("c0/000.jpg,x\nc1/001.jpg,y\n")
-    Manifest.from_list(path, root, cache_dir=cache)
+    Manifest.from_folder(root, image_list=path, cache_dir=cache)
     info = path.stat()
     path.write_text("c0/000.jpg,y\nc1/001.jpg,x\n")
     os.utime(path, ns=(info.st_atime_ns, info.st_mtime_ns))
     looks.clear()
     time.sleep(0.02)
-    assert Manifest.from_list(path, root, cache_dir=cache).labels.tolist() == [1, 0]
+    assert Manifest.from_folder(root, image_list=path, cache_dir=cache).labels.tolist() == [1, 0]
     assert looks == ["listed"]
 
 
@@ -356,12 +356,11 @@ def overwrite(manifest: Manifest) -> None:
 
 def pixels_of(manifest: Manifest) -> tuple[list[list[tuple[int, str]]], list[BadFile]]:
     """(index, digest) of all samples in four epochs of each of two sizes of crops, and of an evaluation."""
-    where = {"rank": 0, "world": 1, "device": "cpu", "decode": "auto", "threads": 1, "prefetch_batches": 2}
     specs = AugmentSpec(SIDE), AugmentSpec(SIDE, scale=(1.0, 1.0), ratio=(1.0, 1.0))
     plan = plan_for(manifest, global_batch_size=53)
-    loaders = [train_loader(manifest, plan, spec, **where) for spec in specs]
+    loaders = [train_loader(manifest, plan, spec, Placement()) for spec in specs]
     samples = [pixels(loader, epoch) for loader in loaders for epoch in range(4)]
-    loaders.append(eval_loader(manifest, EvalSpec(SIDE, 56), batch_size=7, **where))
+    loaders.append(eval_loader(manifest, EvalSpec(SIDE, 56), Placement(), batch_size=7))
     samples.append(pixels(loaders[-1], 0))
     bad = [file for loader in loaders for file in loader.take_bad_files()]
     for loader in loaders:

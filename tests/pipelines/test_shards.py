@@ -27,7 +27,7 @@ from pipelines.files.manifest import Manifest
 from pipelines.files.shards import SliceReader, damage, is_packed
 from pipelines.loader import eval_loader, train_loader
 from pipelines.plan import Plan
-from pipelines.spec import DataError, EvalSpec
+from pipelines.spec import DataError, EvalSpec, Placement
 
 OPTIONS = {"resize_shorter": None, "quality": 90, "shard_mib": 1, "processes": 1}
 
@@ -153,22 +153,16 @@ def both(loader, world: int = 1) -> list[tuple[int, str]]:
 
 
 def test_batches_from_shards_are_those_from_the_folder_bit_for_bit(source, packed, cache):
-    execution = {"device": "cpu", "decode": "auto", "threads": 1, "prefetch_batches": 2}
     folder = Manifest.from_folder(source / "train", cache_dir=cache)
     shards = Manifest.from_shards(packed / "train")
 
     def training(manifest, world):
         plan = Plan(seed=3, num_samples=len(manifest), global_batch_size=24, micro_batch_size=6)
-        return both(
-            lambda rank: train_loader(manifest, plan, SPEC, rank=rank, world=world, **execution), world
-        )
+        return both(lambda rank: train_loader(manifest, plan, SPEC, Placement(rank, world)), world)
 
     def evaluation(manifest, world):
         spec = EvalSpec(48, 56)
-        return both(
-            lambda rank: eval_loader(manifest, spec, batch_size=9, rank=rank, world=world, **execution),
-            world,
-        )
+        return both(lambda rank: eval_loader(manifest, spec, Placement(rank, world), batch_size=9), world)
 
     for run in (training, evaluation):
         assert run(shards, 1) == run(folder, 1), run.__name__
@@ -448,8 +442,7 @@ def test_an_image_that_went_bad_in_its_shard_costs_one_sample(packed, tmp_path):
         file.seek(int(shards.packed.offsets[5]))
         file.write(bytes(2000))
     plan = Plan(seed=3, num_samples=len(shards), global_batch_size=31, micro_batch_size=31)
-    options = {"rank": 0, "world": 1, "device": "cpu", "decode": "auto", "threads": 1, "prefetch_batches": 2}
-    loader = train_loader(shards, plan, SPEC, **options)
+    loader = train_loader(shards, plan, SPEC, Placement())
     (batch,) = loader.epoch(0)
     assert 5 not in batch.indices
     (bad,) = loader.take_bad_files()

@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from pipelines.loader import SyntheticLoader
 from pipelines.plan import Plan
 from pipelines.preview import contact_sheet
-from pipelines.spec import IMAGENET_MEAN, IMAGENET_STD
-from pipelines.synthetic import SyntheticLoader
+from pipelines.spec import IMAGENET_MEAN, IMAGENET_STD, Placement
 
 PLAN = Plan(seed=0, num_samples=500, global_batch_size=24, micro_batch_size=4)
 
@@ -17,7 +17,7 @@ PLAN = Plan(seed=0, num_samples=500, global_batch_size=24, micro_batch_size=4)
 def samples(world: int, start: int = 0) -> dict[int, tuple[int, float]]:
     found = {}
     for rank in range(world):
-        loader = SyntheticLoader(PLAN, 16, 10, rank=rank, world=world, device="cpu", fp16=False)
+        loader = SyntheticLoader(PLAN, 16, 10, Placement(rank, world), fp16=False)
         for batch in loader.epoch(1, start):
             sums = batch.images.double().sum((1, 2, 3)).tolist()
             found |= dict(

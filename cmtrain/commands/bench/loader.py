@@ -25,7 +25,6 @@ from rich.table import Table
 from cmtrain import __version__
 from cmtrain.commands.bench.loader_workers import (
     BATCH_SIZE,
-    PREFETCH_BATCHES,
     LoaderContender,
     make_loader,
     serve,
@@ -35,9 +34,10 @@ from cmtrain.config.schema import Config
 from cmtrain.errors import EXIT_DONE
 from cmtrain.training import build
 from pipelines.files.manifest import Manifest
+from pipelines.packing.encode import PackSpec
 from pipelines.packing.shard_writer import pack_split
 from pipelines.plan import augment_params
-from pipelines.spec import AugmentSpec, Decode
+from pipelines.spec import AugmentSpec, Decode, Placement
 
 RAND_AUGMENT = "rand-m9-mstd0.5-inc1"  # the paper's
 COLOR_JITTER = 0.4
@@ -94,9 +94,10 @@ def bench_loader(
         sources = {"dali": files} | ({} if shards is None else {"dali packed": shards})
 
         def race(device: str, decode: Decode, cores: int, load: float | None = None) -> dict[str, Figures]:
-            contenders = [LoaderContender("timm", "timm", files, device, "cpu", cores)]
+            place = Placement(device=device, decode=decode, threads=cores, hw_decoder_load=load)
+            contenders = [LoaderContender("timm", "timm", files, place)]
             for name, images in sources.items():
-                contenders.append(LoaderContender(name, "dali", images, device, decode, cores, load))
+                contenders.append(LoaderContender(name, "dali", images, place))
             return _race(contenders, works, steps, rounds)
 
         report["cpu"] = race("cpu", "cpu", 1)
@@ -142,8 +143,8 @@ def _packed_copy(files: Manifest, folder: Path | None) -> Iterator[Manifest | No
         return
     sample = files.fraction(min(1.0, PACKED_IMAGES / len(files)), seed=0)
     with tempfile.TemporaryDirectory() as temporary:
-        options = {"resize_shorter": PACKED_PX, "quality": PACKED_QUALITY, "shard_bytes": 2**28}
-        pack_split(sample, Path(temporary, "train"), **options, processes=1, max_bad_fraction=1.0)
+        spec = PackSpec(PACKED_PX, PACKED_QUALITY, shard_bytes=2**28)
+        pack_split(sample, Path(temporary, "train"), spec, processes=1, max_bad_fraction=1.0)
         yield Manifest.from_shards(Path(temporary, "train"))
 
 
@@ -185,9 +186,9 @@ def _ask(pipe: Connection, question: tuple[str, Any]) -> Any:
 def _overhead(manifest: Manifest, spec: AugmentSpec) -> dict[str, float]:
     """Time what a batch takes of the training thread, and the random draws of one sample."""
     size = min(OVERHEAD_BATCH_SIZE, len(manifest))
-    loader, plan = make_loader(LoaderContender("dali", "dali", manifest, "cpu", "cpu", 1), spec, size)
+    loader, plan = make_loader(LoaderContender("dali", "dali", manifest, Placement()), spec, size)
     batches = endless(loader)
-    for _ in range(PREFETCH_BATCHES):
+    for _ in range(Placement.prefetch_batches):
         next(batches)
     in_thread = best_seconds(lambda: next(batches), 5, time.thread_time)
     loader.close()

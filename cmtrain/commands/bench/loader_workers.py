@@ -18,10 +18,9 @@ from pipelines.dali import graphs
 from pipelines.files.manifest import Manifest
 from pipelines.loader import DaliLoader, file_reader, train_loader
 from pipelines.plan import Plan
-from pipelines.spec import AugmentSpec, Decode
+from pipelines.spec import AugmentSpec, Placement
 
 BATCH_SIZE = 64
-PREFETCH_BATCHES = 2
 _TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 Counter = Iterator[int]  # number of images in each batch
 
@@ -33,16 +32,13 @@ class LoaderContender:
     name: str
     kind: Literal["dali", "timm"]
     manifest: Manifest
-    device: str
-    decode: Decode
-    cores: int
-    hw_decoder_load: float | None = None
+    place: Placement  # its threads are the cores, of timm as well
 
 
 def serve(pipe: Connection, contender: LoaderContender) -> None:
     """Build the loader that the parent asks for, time it, and end when the pipe is closed."""
     cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, cores[-contender.cores :])
+    os.sched_setaffinity(0, cores[-contender.place.threads :])
     torch.set_num_threads(1)
     # timm's workers start as they do in a training script.
     multiprocessing.set_start_method("fork", force=True)
@@ -63,7 +59,7 @@ def serve(pipe: Connection, contender: LoaderContender) -> None:
 
 def _measure(batches: Counter, steps: int) -> dict[str, float]:
     # The queue was filled during the turns of the others: its batches cost nothing now.
-    _take(batches, PREFETCH_BATCHES + 2)
+    _take(batches, Placement.prefetch_batches + 2)
     begin, cpu = time.perf_counter(), _cpu_seconds(os.getpid())
     images = _take(batches, steps)
     if torch.cuda.is_available():
@@ -92,39 +88,19 @@ def _cpu_seconds(pid: int) -> float:
 def make_loader(contender: LoaderContender, spec: AugmentSpec, size: int) -> tuple[DaliLoader, Plan]:
     """Return our loader of training batches of `size` images, and its plan."""
     plan = Plan(0, len(contender.manifest), size, size)
-    loader = train_loader(
-        contender.manifest,
-        plan,
-        spec,
-        rank=0,
-        world=1,
-        device=contender.device,
-        decode=contender.decode,
-        threads=contender.cores,
-        prefetch_batches=PREFETCH_BATCHES,
-        hw_decoder_load=contender.hw_decoder_load,
-    )
-    return loader, plan
+    return train_loader(contender.manifest, plan, spec, contender.place), plan
 
 
 def _dali_batches(contender: LoaderContender, spec: AugmentSpec | None) -> Counter:
-    manifest, cores = contender.manifest, contender.cores
+    manifest, place = contender.manifest, contender.place
     size = min(BATCH_SIZE, len(manifest))
     if spec is not None:
         loader, _ = make_loader(contender, spec, size)
         return (len(batch.labels) for epoch in itertools.count() for batch in loader.epoch(epoch))
     plan = Plan(0, len(manifest), size, size)
-    read = file_reader(manifest, cores)
+    read = file_reader(manifest, place.threads)
     upcoming = (batch.indices for epoch in itertools.count() for batch in plan.micro_batches(epoch, 0, 0, 1))
-    run = graphs.execution(
-        torch.device(contender.device),
-        contender.decode,
-        size,
-        cores,
-        PREFETCH_BATCHES,
-        reads_files=manifest.packed is None,
-        hw_decoder_load=contender.hw_decoder_load,
-    )
+    run = graphs.execution(place, size, reads_files=manifest.packed is None)
     pipeline = graphs.decode_graph(lambda: [read(next(upcoming))], run, windows=False)
     return (len(pipeline.run()[0]) for _ in itertools.count())
 
@@ -166,10 +142,10 @@ def _timm_batches(contender: LoaderContender, spec: AugmentSpec | None) -> Count
         interpolation=augmented.interpolation,
         mean=augmented.mean,
         std=augmented.std,
-        num_workers=contender.cores,
+        num_workers=contender.place.threads,
         use_multi_epochs_loader=True,  # or its queue runs dry at the end of every epoch
-        pin_memory=contender.device == "cuda",
-        device=torch.device(contender.device),
+        pin_memory=contender.place.device == "cuda",
+        device=torch.device(contender.place.device),
     )
     if spec is None:
         dataset.transform = _one_pixel  # the dataset has decoded the image by then
