@@ -24,7 +24,7 @@ from cmtrain.models.cmt import CMT
 from cmtrain.models.fold import folded
 from cmtrain.monitoring.console import Console
 from cmtrain.monitoring.report.page import make_templates
-from cmtrain.storage.atomic import new_folder, sync
+from cmtrain.storage.checkpoint import new_folder, sync
 from cmtrain.storage.run_record import read_run
 from cmtrain.storage.weights import Weights, fit, num_classes_in
 from cmtrain.training import build

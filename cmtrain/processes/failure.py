@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cmtrain.errors import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_PREEMPTED
-from cmtrain.storage.atomic import replace_file
-from cmtrain.storage.run_folder import RunFolder, read_events, read_status
+from cmtrain.storage.run_folder import RunFolder, read_events, read_status, replace_file
 
 # Batch systems send SIGUSR2 before the time limit (NCCL's tools use SIGUSR1), closed terminals SIGHUP.
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)
@@ -97,21 +96,16 @@ def cause_of(failures: Iterable[Failure]) -> Failure | None:
 
 
 def record_cause(run_path: Path, *, since: float = 0, has_ended: bool = False) -> Failure | None:
-    """Write the cause of a failure to status.json and events.jsonl, unless they have it.
+    """Write the cause of a failure to status.json and events.jsonl, unless they have it, and return it.
 
-    Args:
-        since: Unix time; failures before it belong to an earlier attempt.
-        has_ended: whether the run is known to have ended, so that "running" is wrong.
-
-    Returns:
-        The cause, None if nothing failed.
+    Failures before the Unix time `since` belong to an earlier attempt. `has_ended`: whether the run is known
+    to have ended, so that "running" is wrong.
     """
     status = read_status(run_path) or {}
     failures = read_failures(run_path, since)
     cause = cause_of(failures)
     if cause is None and has_ended and status.get("state") == "running":
-        reason = "ended without an error report: killed, or the machine went down"
-        cause = Failure(0, 1, reason, host="")
+        cause = Failure(0, 1, "ended without an error report: killed, or the machine went down", host="")
     if cause is None:
         return None
     # Ranks that fail together come here together. What the first of them recorded stays, unless it had only
@@ -121,18 +115,18 @@ def record_cause(run_path: Path, *, since: float = 0, has_ended: bool = False) -
     already_recorded = status.get("state") == "failed" and status.get("reason") in equivalent
     if not already_recorded and status.get("state") in ("running", "failed"):
         step = cause.step if cause.step is not None else status.get("step")
+        fields = {"step": step, "exit_code": cause.exit_code, "reason": cause.describe()}
         with suppress(OSError):
             folder = RunFolder(run_path)
-            folder.status(state="failed", step=step, exit_code=cause.exit_code, reason=cause.describe())
-            folder.event("failed", step=step, exit_code=cause.exit_code, reason=cause.describe())
+            folder.status(state="failed", **fields)
+            folder.event("failed", **fields)
     return cause
 
 
 def archive_previous_attempt(run_path: Path) -> tuple[str, ...]:
     """Record how the attempt before ended, and put its files away. For one process, before all others.
 
-    Returns:
-        A line for the user if the attempt before ended without recording why.
+    Returns a line for the user if the attempt before ended without recording why.
     """
     was_running = (read_status(run_path) or {}).get("state") == "running"
     cause = record_cause(run_path, has_ended=True)

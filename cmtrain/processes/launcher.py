@@ -10,12 +10,13 @@ So this process imports no torch, starts no thread and opens no CUDA device. Sig
 """
 
 import ctypes
+import itertools
 import os
 import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,7 +35,7 @@ POLL_SECONDS = 0.5
 AGREED = (errors.EXIT_DIVERGED, errors.EXIT_EXPECTATION, errors.EXIT_INTERRUPTED, errors.EXIT_PREEMPTED)
 FINAL = (errors.EXIT_DONE, errors.EXIT_CONFIG, errors.EXIT_DATA, *AGREED)
 
-Start = Callable[[Sequence[str], dict[str, str]], int]
+Start = Callable[[list[str], dict[str, str]], int]
 
 
 @dataclass
@@ -58,8 +59,7 @@ class Attempt:
 def visible_gpus() -> int:
     """Return how many GPUs training would see, without CUDA, which would put a context into this process.
 
-    The driver's management library counts what this container has; CUDA_VISIBLE_DEVICES leaves some of them
-    out.
+    The driver's management library counts this container's GPUs; CUDA_VISIBLE_DEVICES leaves some out.
     """
     try:
         library = ctypes.CDLL("libnvidia-ml.so.1")
@@ -77,28 +77,24 @@ def num_visible(devices: str | None, num_installed: int) -> int:
     """Return how many installed GPUs CUDA_VISIBLE_DEVICES leaves: those before the first invalid entry."""
     if devices is None:
         return num_installed
-    entries = [entry.strip() for entry in devices.split(",")]
-    for place, entry in enumerate(entries):
-        is_gpu = entry.startswith(("GPU-", "MIG-")) or (entry.isdecimal() and int(entry) < num_installed)
-        if not is_gpu:
-            return place
-    return len(entries)
+
+    def is_gpu(entry: str) -> bool:
+        return entry.startswith(("GPU-", "MIG-")) or (entry.isdecimal() and int(entry) < num_installed)
+
+    return len(list(itertools.takewhile(is_gpu, map(str.strip, devices.split(",")))))
 
 
-def start(command: Sequence[str], environment: dict[str, str]) -> int:
+def start(command: list[str], environment: dict[str, str]) -> int:
     """Start `command` in a session of its own, so that a terminal's Ctrl-C reaches it once, through us."""
-    variables = os.environ | environment
-    return os.posix_spawn(sys.executable, list(command), variables, setsid=True, setsigmask=())
+    return os.posix_spawn(sys.executable, command, os.environ | environment, setsid=True, setsigmask=())
 
 
 def run_ranks(
-    command: Sequence[str], nproc: int, *, max_restarts: int, run_path: Path, start: Start = start
+    command: list[str], nproc: int, *, max_restarts: int, run_path: Path, start: Start = start
 ) -> int:
-    """Run `command` as ranks 0..nproc-1, again if it fails, and return the exit code.
+    """Run `command` as ranks 0..nproc-1, up to `max_restarts` times more if it fails; return the exit code.
 
-    Args:
-        max_restarts: how often it is started again at most.
-        start: starts a process with additional environment variables and returns its id.
+    `start`: starts a process with additional environment variables and returns its id.
     """
     taken = {signal.SIGCHLD} | {n for n in failure.STOP_SIGNALS if signal.getsignal(n) != signal.SIG_IGN}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, taken)
@@ -119,7 +115,7 @@ def run_ranks(
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _start_ranks(command: Sequence[str], nproc: int, restarts: int, start: Start) -> Attempt:
+def _start_ranks(command: list[str], nproc: int, restarts: int, start: Start) -> Attempt:
     common = {PARENT: str(os.getpid()), RESTARTS: str(restarts)}
     if nproc == 1:
         return Attempt({start(command, common): 0})
@@ -133,8 +129,7 @@ def _start_ranks(command: Sequence[str], nproc: int, restarts: int, start: Start
 
 def _watch(attempt: Attempt, taken: set[signal.Signals], run_path: Path) -> bool:
     """Wait until all ranks have ended; when one fails, end the others. Return whether a stop signal came."""
-    is_stopped = False
-    deadline = float("inf")
+    is_stopped, deadline = False, float("inf")
     while attempt.running:
         received = signal.sigtimedwait(taken, POLL_SECONDS)
         if received and received.si_signo != signal.SIGCHLD:
@@ -152,8 +147,7 @@ def _watch(attempt: Attempt, taken: set[signal.Signals], run_path: Path) -> bool
 
 def _reap(attempt: Attempt, run_path: Path) -> None:
     """Collect exit codes, and write the failures of ranks that began to train and wrote none."""
-    failed_before = attempt.failed
-    pid = -1
+    failed_before, pid = attempt.failed, -1
     while pid:  # 0: no other child has ended
         try:
             pid, status = os.waitpid(-1, os.WNOHANG)
@@ -188,9 +182,8 @@ def _outcome(attempt: Attempt, run_path: Path) -> int:
     status = read_status(run_path) or {}
     if status.get("state") in ("finished", "preempted", "diverged") and status["updated"] >= attempt.began:
         return int(status["exit_code"])
-    cause: Failure | None = attempt.failures[0]
-    if _has_begun(attempt, run_path):
-        cause = failure.record_cause(run_path, since=attempt.began)
+    has_begun = _has_begun(attempt, run_path)
+    cause = failure.record_cause(run_path, since=attempt.began) if has_begun else attempt.failures[0]
     if cause is None:
         return errors.EXIT_ERROR
     if cause.exit_code not in FINAL and cause.exit_code > 128:  # killed, so it could not print why

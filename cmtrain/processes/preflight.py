@@ -49,25 +49,17 @@ class Facts:
 
 
 def check_ranks(group: Any, config: Config, run_path: Path) -> list[str]:
-    """Refuse ranks that do not fit together; for all ranks, over `group` (None: a single process).
+    """Refuse ranks that do not fit together, over `group` (None: a single process). Return warnings.
 
-    Returns:
-        Warnings for the user.
-
-    Raises:
-        DataError: the same on all ranks: other code or another configuration on one of them, clocks more
-            than 5 s apart, or a run folder that not all of them share.
+    Raises DataError: the same on all ranks: other code or another configuration on one of them, clocks more
+    than 5 s apart, or a run folder that not all of them share.
     """
     if group is None:
         return []
-    mine = Facts(
-        host=socket.gethostname(),
-        code=version_of_code(),
-        config={key: value for key, value in flat(config).items() if key not in PER_HOST_KEYS},
-        run_dir=str(run_path.parent.absolute()),
-        sees_run_dir=sees_run_dir(group, run_path.parent),
-        clock_offset_seconds=clock_offset_seconds(group),
-    )
+    folder = run_path.parent
+    common = {key: value for key, value in flat(config).items() if key not in PER_HOST_KEYS}
+    place = str(folder.absolute()), sees_run_dir(group, folder)
+    mine = Facts(socket.gethostname(), version_of_code(), common, *place, clock_offset_seconds(group))
     facts = gather(mine, group)
     if found := contradictions(facts):
         raise DataError(found[0])
@@ -76,8 +68,7 @@ def check_ranks(group: Any, config: Config, run_path: Path) -> list[str]:
 
 def contradictions(facts: Sequence[Facts]) -> list[str]:
     """Return why ranks with these `facts` (by rank) cannot train together, the gravest reason first."""
-    first = facts[0]
-    found = []
+    first, found = facts[0], []
     for rank, other in enumerate(facts):
         who, rank0 = f"rank {rank} on {other.host}", f"rank 0 on {first.host}"
         if other.code != first.code:
@@ -87,11 +78,9 @@ def contradictions(facts: Sequence[Facts]) -> list[str]:
             mine, theirs = first.config[key], other.config.get(key)
             found.append(f"{key} is {theirs} for {who}, {mine} for {rank0}; start all ranks alike")
         if not other.sees_run_dir:
-            where = first.run_dir
-            if other.run_dir != first.run_dir:
-                where += f", which it knows as {other.run_dir}"
+            alias = f", which it knows as {other.run_dir}" if other.run_dir != first.run_dir else ""
             advice = "run.dir must be on a file system that all hosts share"
-            found.append(f"{who} does not see what {rank0} writes to {where}; {advice}")
+            found.append(f"{who} does not see what {rank0} writes to {first.run_dir}{alias}; {advice}")
     skew, ahead = _clock_skew(facts)
     if skew > MAX_CLOCK_SKEW_SECONDS:
         found.append(f"{ahead}; set them by NTP")
@@ -100,9 +89,8 @@ def contradictions(facts: Sequence[Facts]) -> list[str]:
 
 def clock_warnings(facts: Sequence[Facts]) -> list[str]:
     skew, ahead = _clock_skew(facts)
-    if skew <= WARN_CLOCK_SKEW_SECONDS:
-        return []
-    return [f"{ahead}; from {MAX_CLOCK_SKEW_SECONDS:g} s on it is an error"]
+    warning = f"{ahead}; from {MAX_CLOCK_SKEW_SECONDS:g} s on it is an error"
+    return [warning] if skew > WARN_CLOCK_SKEW_SECONDS else []
 
 
 def _clock_skew(facts: Sequence[Facts]) -> tuple[float, str]:

@@ -103,8 +103,7 @@ def run_as_rank(work: Callable[[], int], run_path: Path) -> int:
         traceback.print_exc()
         code = EXIT_ERROR
     if code:
-        # torch's process groups may hang or abort when they end without the other ranks; the exit code would
-        # be lost.
+        # torch's process groups may hang or abort without the other ranks; the exit code would be lost.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -127,12 +126,9 @@ def hold_back() -> None:
 
 
 def report_failure(error: BaseException, run_path: Path, rank: int, world_size: int, step: int) -> Failure:
-    """Write why this rank ended after `step` steps, and find out and record why the run ended.
+    """Write why this rank ended after `step` steps, and find out, record and return why the run ended.
 
-    The rank that caused it prints the reason; status.json has it from then on.
-
-    Returns:
-        The cause, which is another rank's failure if this rank only lost contact.
+    The cause is another rank's failure if this rank only lost contact. The rank that caused it prints it.
     """
     lost = is_lost_contact(error)
     reason = " ".join(str(error).split())
@@ -143,10 +139,10 @@ def report_failure(error: BaseException, run_path: Path, rank: int, world_size: 
     mine = Failure(rank, world_size, reason, _exit_code_of(error), step, lost)
     failure.write_failure(run_path, mine)
     deadline = time.monotonic() + CAUSE_WAIT_SECONDS
-    cause = failure.cause_of(failure.read_failures(run_path)) or mine
-    while cause.lost_contact and time.monotonic() < deadline:
+    while (cause := failure.cause_of(failure.read_failures(run_path)) or mine).lost_contact:
+        if time.monotonic() >= deadline:
+            break
         time.sleep(0.1)
-        cause = failure.cause_of(failure.read_failures(run_path)) or mine
     failure.record_cause(run_path)
     if cause.rank == rank != 0:  # rank 0 prints it as the run's last line
         sys.stderr.write(f"{cause.describe()}\n")

@@ -36,10 +36,8 @@ class StopRequest:
     """
 
     def __init__(self, group: Any) -> None:
-        self.received, self.decision = 0, 0
-        self.received_at = 0.0
-        self.group = group
-        self.launcher = os.getppid()
+        self.received, self.received_at, self.decision = 0, 0.0, 0
+        self.group, self.launcher = group, os.getppid()
         self.pending: tuple[Any, torch.Tensor] | None = None
         self.previous: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
@@ -70,8 +68,7 @@ class StopRequest:
     def interrupting(self, items: Iterator[T], num_agreements: int) -> Iterator[T]:
         """Pass `items` on until a stop signal; ranks agree after each of the first `num_agreements` items.
 
-        Raises:
-            Stopped: on all ranks after the same item.
+        Raises Stopped: on all ranks after the same item.
         """
         for number, item in enumerate(items):
             yield item

@@ -26,18 +26,15 @@ POLL_SECONDS = 0.5
 
 
 class Watchdog:
-    """Allows `timeout_seconds` between two calls of `begin`, three times that the first time.
+    """Allows `timeout_seconds` (None: any time) between calls of `begin`, three times that the first time.
 
-    Args:
-        run_path: the run folder, in which `hang-rank<rank>.txt` is empty or absent unless there was a hang.
-        timeout_seconds: None for no watchdog.
+    In the run folder `run_path`, `hang-rank<rank>.txt` is empty or absent unless there was a hang.
     """
 
     def __init__(self, run_path: Path, rank: int, world_size: int, *, timeout_seconds: float | None) -> None:
         self.run_path, self.rank, self.world_size = run_path, rank, world_size
         self.timeout_seconds = timeout_seconds
-        self.phase, self.step, self.limit_seconds = "", 0, 0.0
-        self.deadline = float("inf")
+        self.phase, self.step, self.limit_seconds, self.deadline = "", 0, 0.0, float("inf")
         self.known_phases: set[str] = set()
         self.closed = threading.Event()
         self.path = run_path / f"hang-rank{rank}.txt"

@@ -70,7 +70,7 @@ def evaluate(
     assert seen == num_images, f"evaluated {seen:.0f} images of {num_images}"
     return Evaluation(
         top1 / seen, top5 / seen, loss / max(seen - unreadable, 1), num_images, int(unreadable),
-        **outcomes.sum_up(), ranked=None if ranked is None else ranked.cpu(),
+        *outcomes.sum_up(), None if ranked is None else ranked.cpu(),
     )  # fmt: skip
 
 
@@ -93,17 +93,13 @@ class _Outcomes:
         cell = torch.where(labels == UNREADABLE, len(self.counts) - 1, labels * self.width + column)
         self.counts.index_add_(0, cell, torch.ones_like(cell))
 
-    def sum_up(self) -> dict[str, Any]:
-        """Return the fields of Evaluation, of all ranks together; all ranks must call it."""
+    def sum_up(self) -> tuple[list[int], list[int], list[list[int]] | None]:
+        """Return Evaluation's images, correct ones and confusion of all ranks; all ranks must call it."""
         all_reduce_sum(self.counts)
         table = self.counts[:-1].view(self.num_classes, self.width).cpu()
         whole = self.width == self.num_classes
         correct = table.diagonal() if whole else table[:, 1]
-        return {
-            "class_images": table.sum(dim=1).tolist(),
-            "class_correct": correct.tolist(),
-            "confusion": table.tolist() if whole else None,
-        }
+        return table.sum(dim=1).tolist(), correct.tolist(), table.tolist() if whole else None
 
 
 def _count(logits: Tensor, labels: Tensor) -> Tensor:

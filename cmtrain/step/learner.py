@@ -129,26 +129,21 @@ class Learner:
         measured = self.buffer.read()
         detector = self.detector if reset else copy.copy(self.detector)
         self.spikes = detector.find_spikes(step - len(measured), measured)
-        self.spike_samples = []
-        if self.spikes:
-            highest = max(self.spikes, key=lambda spike: spike.z)
-            self.spike_samples = self.buffer.samples(step - highest.step)
+        highest = max(self.spikes, key=lambda spike: spike.z, default=None)
+        self.spike_samples = self.buffer.samples(step - highest.step) if highest else []
         if reset:
             self.buffer.clear()
         # One copy to the host for all numbers; a counter is exact in float64.
         counters, sizes = self.guard.state_dict(), extremes(self.model)
-        numbers = torch.stack([value.double() for value in (counters | sizes).values()]).tolist()
-        counts, values = map(int, numbers[: len(counters)]), numbers[len(counters) :]
+        values = torch.stack([value.double() for value in (counters | sizes).values()]).tolist()
+        numbers = dict(zip(counters | sizes, values, strict=True))
+        numbers |= {name: int(numbers[name]) for name in counters}
+        numbers |= {"spikes": detector.num_spikes, "good_steps_in_a_row": detector.good_steps_in_a_row}
         good = [loss for loss, grad_norm in measured if math.isfinite(grad_norm)]
+        loss = sum(good) / len(good) if good else math.nan
+        grad_norm = measured[-1][1] if measured else math.nan
         scaler = self.accelerator.scaler
-        return StepReport(
-            step=step, epoch=epoch, lr=lr,
-            loss=sum(good) / len(good) if good else math.nan,
-            grad_norm=measured[-1][1] if measured else math.nan,
-            loss_scale=1.0 if scaler is None else scaler.get_scale(),
-            spikes=detector.num_spikes, good_steps_in_a_row=detector.good_steps_in_a_row,
-            **dict(zip(counters, counts, strict=True)), **dict(zip(sizes, values, strict=True)),
-        )  # fmt: skip
+        return StepReport(step, epoch, loss, lr, grad_norm, scaler.get_scale() if scaler else 1.0, **numbers)
 
     def roll_back(self, state: dict[str, Any]) -> None:
         """Go back to an earlier state_dict of this process, with a fresh loss scale. Counters go on."""

@@ -25,21 +25,16 @@ MAX_PENDING_STEPS = 64  # not yet finished on the device; the host seldom is mor
 
 
 class StepBuffer:
-    """Loss, gradient norm and samples of the steps since the last log point.
+    """Loss (mean over ranks), gradient norm and samples of the steps since the last log point.
 
     A step costs one kernel and no synchronisation.
-
-    Args:
-        num_processes: number of ranks; the loss of a step is the mean over them.
     """
 
     def __init__(self, num_processes: int) -> None:
         self.num_processes = num_processes
         self.read_steps: list[tuple[float, float]] = []
         self.unread_steps: list[Tensor] = []
-        self.indices: list[
-            list[Tensor]
-        ] = []  # for each step, this rank's sample indices: (B,) per micro-batch
+        self.indices: list[list[Tensor]] = []  # of each step, this rank's samples: (B,) per micro-batch
 
     def add(self, loss: Tensor, grad_norm: Tensor, indices: list[Tensor]) -> None:
         """Append a step: this rank's `loss`, the reduced `grad_norm`, both scalars."""
@@ -164,10 +159,7 @@ class Stopwatch:
         self.waited = 0.0
 
     def waiting(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """Yield `batches` and count the time until each one comes.
-
-        The first batch begins a new lap: building the pipeline is not a step's time.
-        """
+        """Yield `batches` and count the time until each comes. The first one begins a new lap."""
         asked = time.perf_counter()
         for number, batch in enumerate(batches):
             self.waited += time.perf_counter() - asked
@@ -188,22 +180,20 @@ class Pace:
     """Averages the pace of steps: since the last log point, and over this process's part of the run."""
 
     def __init__(self) -> None:
-        self._steps, self._images, self._seconds, self._waited = 0, 0, 0.0, 0.0
+        self._steps: list[tuple[int, float, float]] = []
         self._total_images, self._total_seconds = 0, 0.0
 
     def step(self, images: int, seconds: float, waited: float) -> None:
         """Add a step. `waited`: the part of its `seconds` that it waited for data."""
-        self._steps += 1
-        self._images += images
-        self._seconds += seconds
-        self._waited += waited
+        self._steps.append((images, seconds, waited))
 
     def pop_averages(self) -> tuple[float, float, float]:
         """Return (images/s, share of the time spent waiting, seconds per step) since the last call."""
-        averages = self._images / self._seconds, self._waited / self._seconds, self._seconds / self._steps
-        self._total_images += self._images
-        self._total_seconds += self._seconds
-        self._steps, self._images, self._seconds, self._waited = 0, 0, 0.0, 0.0
+        images, seconds, waited = (sum(values) for values in zip(*self._steps, strict=True))
+        averages = images / seconds, waited / seconds, seconds / len(self._steps)
+        self._steps = []
+        self._total_images += images
+        self._total_seconds += seconds
         return averages
 
     @property

@@ -40,15 +40,10 @@ class MixDraw:
 
 
 def mix(images: Tensor, labels: Tensor, spec: MixSpec, key: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Erase, mix and soften one batch.
+    """Erase, mix and soften one batch: normalised images (B, C, H, W), not modified, and labels (B,) int64.
 
-    Args:
-        images: (B, C, H, W) normalised; not modified.
-        labels: (B,) int64.
-        key: numbers that determine every draw but the noise of erasing: (seed, step, micro-batch).
-
-    Returns:
-        images (B, C, H, W) and targets (B, num_classes) float32, whose rows sum to 1.
+    `key`: numbers that determine every draw but the noise of erasing: (seed, step, micro-batch). Returns
+    images (B, C, H, W) and targets (B, num_classes) float32, whose rows sum to 1.
     """
     rng = np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
     if spec.reprob:
@@ -112,9 +107,8 @@ def draw_boxes(batch: int, height: int, width: int, count: int, rng: np.random.G
     box_height, box_width = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
     fits = (box_height < height) & (box_width < width)
     first = fits.argmax(0), np.arange(batch)
-    box_height, box_width = (
-        np.where(fits, side, 0)[first].astype(np.int64) for side in (box_height, box_width)
-    )
+    sides = np.where(fits, [box_height, box_width], 0)  # (2, attempts, batch)
+    box_height, box_width = sides[:, *first].astype(np.int64)
     # timm draws both ends inclusive.
     top, left = rng.integers(height - box_height + 1), rng.integers(width - box_width + 1)
     return np.stack([top, left, box_height, box_width])

@@ -11,14 +11,12 @@ spikes, and float64 on the host finds the same ones on every device, however oft
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 MEMORY_STEPS = 128
 WARMUP_STEPS = 64  # finite steps before the first possible spike: half the memory, as in OLMo-core
-MIN_DEVIATION = (
-    0.01  # of the logarithm: less than 1 % times sigma above the mean is no spike, however calm the run
-)
+MIN_DEVIATION = 0.01  # of the logarithm: less than 1 % times sigma above the mean is never a spike
 MIN_VALUE = 1e-12  # a loss of exactly 0 has no logarithm
 
 
@@ -65,17 +63,12 @@ class Trend:
 
 
 class SpikeDetector:
-    """Finds the spikes among a run's steps, given in their order.
-
-    Args:
-        sigma: number of standard deviations above the mean that make a spike.
-    """
+    """Finds the spikes among a run's steps, given in order: more than `sigma` deviations above the mean."""
 
     def __init__(self, sigma: float) -> None:
         self.sigma = sigma
         self.loss, self.grad_norm = Trend(), Trend()
-        self.num_spikes = 0
-        self.good_steps_in_a_row = 0  # finite and no spike
+        self.num_spikes, self.good_steps_in_a_row = 0, 0  # good: finite and no spike
 
     def find_spikes(self, steps_before: int, measured: Sequence[tuple[float, float]]) -> list[Spike]:
         """Return the spikes among the steps after `steps_before`, given (loss, gradient norm) of each.
@@ -98,12 +91,8 @@ class SpikeDetector:
         return spikes
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "loss": [self.loss.steps, self.loss.mean, self.loss.variance],
-            "grad_norm": [self.grad_norm.steps, self.grad_norm.mean, self.grad_norm.variance],
-            "num_spikes": self.num_spikes,
-            "good_steps_in_a_row": self.good_steps_in_a_row,
-        }
+        trends = {"loss": list(astuple(self.loss)), "grad_norm": list(astuple(self.grad_norm))}
+        return trends | {"num_spikes": self.num_spikes, "good_steps_in_a_row": self.good_steps_in_a_row}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.loss, self.grad_norm = Trend(*state["loss"]), Trend(*state["grad_norm"])

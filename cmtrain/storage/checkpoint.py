@@ -13,16 +13,15 @@ import os
 import re
 import shutil
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cmtrain.storage.atomic import new_folder, sync
 from cmtrain.storage.state_file import CheckpointError, Digest, open_regular, read_state, verify, write_state
 
 MAX_MANIFEST_BYTES = 2**20  # a full one has 4 kB
 TEMPORARY, DOOMED, CORRUPT = ".tmp-", ".del-", ".corrupt-"
-_NAME = re.compile(r"step-(\d{9})")
 _MANIFEST, _STATE, _OLD_STATE = "manifest.json", "state.safetensors", "state.pt"
 
 
@@ -43,7 +42,7 @@ class Loaded:
 def checkpoint_steps(root: Path) -> list[int]:
     """Return the steps of the published checkpoints under `root`, ascending. Symbolic links do not count."""
     found = [path.name for path in root.glob("step-*") if path.is_dir() and not path.is_symlink()]
-    return sorted(int(match[1]) for name in found if (match := _NAME.fullmatch(name)))
+    return sorted(int(name[5:]) for name in found if re.fullmatch(r"step-\d{9}", name, re.ASCII))
 
 
 def checkpoint_path(root: Path, step: int) -> Path:
@@ -51,12 +50,9 @@ def checkpoint_path(root: Path, step: int) -> Path:
 
 
 def save_checkpoint(root: Path, step: int, state: dict[str, Any], meta: dict[str, Any]) -> Path:
-    """Publish `state` as the checkpoint of `step`.
+    """Publish `state`, as state_file takes it, as the checkpoint of `step` in the folder `root`.
 
-    Args:
-        root: the `checkpoints` folder; made if missing.
-        state: nested dicts and lists of tensors, numbers, strings.
-        meta: JSON values. drop_old reads two of them, `best_step` and `milestone`.
+    `meta`: JSON values. drop_old reads two of them, `best_step` and `milestone`.
 
     Raises:
         OSError, CheckpointError: the write failed, `state` cannot be saved, or the disk returns other bytes
@@ -77,12 +73,7 @@ def save_checkpoint(root: Path, step: int, state: dict[str, Any], meta: dict[str
 
 
 def load_checkpoint(path: Path) -> Loaded:
-    """Verify and load one checkpoint folder, onto the CPU.
-
-    Raises:
-        CheckpointError: it is damaged, of an older version, or no checkpoint of ours.
-        OSError: the machine cannot read it (permissions, too many open files); the checkpoint may be good.
-    """
+    """Verify and load one checkpoint folder, onto the CPU. Raises as read_state, or OldFormatError."""
     digest, meta = _read_manifest(path)
     return Loaded(path, read_state(path / _STATE, digest), meta)
 
@@ -121,8 +112,7 @@ def load_newest(root: Path, *, set_aside: bool = True) -> Loaded | None:
 def find_checkpoint(path: Path) -> Loaded:
     """Load the checkpoint folder `path`, or the newest usable one of the run folder `path`; change neither.
 
-    Raises:
-        CheckpointError: there is none. OSError: the machine cannot read it.
+    Raises CheckpointError: there is none. OSError: the machine cannot read it.
     """
     is_run = (path / "checkpoints").is_dir()
     loaded = load_newest(path / "checkpoints", set_aside=False) if is_run else load_checkpoint(path)
@@ -136,9 +126,7 @@ def drop_old(root: Path, keep: int) -> None:
 
     The best is the newest one whose meta has its own step as `best_step`: it was the best when it was saved.
     A milestone's meta has `milestone`. One with an unreadable manifest is kept, since it may be either.
-
-    Raises:
-        OSError: a checkpoint could not be renamed; all others are as they were.
+    Raises OSError: a checkpoint could not be renamed; all others are as they were.
     """
     found_best = False
     for num_newer, step in enumerate(reversed(checkpoint_steps(root))):
@@ -192,6 +180,30 @@ def _delete(path: Path) -> None:
         with contextlib.suppress(OSError):
             path.unlink()
     else:
-        # rmtree holds on to the folders it descends into, so that a link put in their place is not followed
-        # either.
-        shutil.rmtree(path, ignore_errors=True)
+        shutil.rmtree(path, ignore_errors=True)  # follows no link that is put in place of a folder meanwhile
+
+
+@contextlib.contextmanager
+def new_folder(final: Path, temporary: Path) -> Iterator[None]:
+    """Publish as `final`, by one rename, the folder `temporary`, made here and filled by the caller.
+
+    The caller syncs the files. An error in its block is raised again, and leaves no folder behind.
+    """
+    try:
+        temporary.mkdir(parents=True)
+        yield
+        sync(temporary)
+        temporary.rename(final)
+        sync(final.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def sync(path: Path) -> None:
+    """Wait until the disk holds the file or folder `path`: only then does it survive a power failure."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -9,6 +9,7 @@ longer, training goes on without that checkpoint, before the other ranks, which 
 all-reduce, give the run up. The last save of a process waits as long as it must.
 """
 
+import itertools
 import threading
 import time
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from cmtrain.storage.checkpoint import drop_old, remove_leftovers, save_checkpoint
 
@@ -44,19 +46,15 @@ class CheckpointWriter:
     """Saves under `root`, in the background."""
 
     def __init__(self, root: Path) -> None:
-        self.root = root
-        self._copy = HostCopy()
+        self.root, self._copy = root, HostCopy()
         self._thread: threading.Thread | None = None
         self._outcomes: list[Outcome] = []
 
     def save(self, step: int, state: dict[str, Any], meta: dict[str, Any], *, keep: int, last: bool) -> None:
         """Copy `state` and begin to write it. The `last` save returns when it is published or has failed.
 
-        A write that fails (a full disk) raises nothing: see `take_outcomes`.
-
-        Args:
-            state, meta: see checkpoint.save_checkpoint; the tensors may change as soon as this returns.
-            keep: how many of the newest checkpoints to keep; see checkpoint.drop_old.
+        A write that fails (a full disk) raises nothing: see `take_outcomes`. The tensors of `state` may
+        change as soon as this returns. See save_checkpoint for `state` and `meta`, drop_old for `keep`.
         """
         if not self.wait(None if last else PATIENCE_SECONDS):
             error = f"the one before is still being written after {PATIENCE_SECONDS:g} s of waiting"
@@ -104,28 +102,18 @@ class HostCopy:
     """Host memory for a state; pinned for tensors on a GPU, which then copies without the host waiting."""
 
     def __init__(self) -> None:
-        self._buffers: dict[tuple[Any, ...], Tensor] = {}
+        self._buffers: list[Tensor] = []
 
     def take(self, state: dict[str, Any]) -> Copied:
         """Copy `state` over the copy before. On a GPU the copies are queued behind the work queued there."""
-        used: dict[tuple[Any, ...], Tensor] = {}
-        on_gpu = False
-
-        def copy(tree: Any, place: tuple[Any, ...]) -> Any:
-            nonlocal on_gpu
-            if isinstance(tree, Tensor):
-                on_gpu = on_gpu or tree.is_cuda
-                used[place] = _copied(tree.detach(), self._buffers.get(place))
-                return used[place]
-            if isinstance(tree, dict):
-                return {key: copy(value, (*place, key)) for key, value in tree.items()}
-            if isinstance(tree, list | tuple):
-                return type(tree)(copy(value, (*place, index)) for index, value in enumerate(tree))
-            return tree
-
-        copied = copy(state, ())
-        self._buffers = used
-        if not on_gpu:
+        leaves, structure = tree_flatten(state)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        pairs = itertools.zip_longest(tensors, self._buffers[: len(tensors)])
+        self._buffers = [_copied(tensor.detach(), buffer) for tensor, buffer in pairs]
+        copies = iter(self._buffers)
+        mixed = [next(copies) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        copied = tree_unflatten(mixed, structure)
+        if not any(tensor.is_cuda for tensor in tensors):
             return copied, None
         arrived = torch.cuda.Event()
         arrived.record()

@@ -29,11 +29,10 @@ def repair_or_reject(model: nn.Module, ema: nn.Module | None = None) -> FiniteCh
     If the whole model is finite, the non-finite tensors of the EMA become copies of the model's, in place.
     All ranks hold the same values here and do the same.
     """
-    weights = floating_tensors(model)
-    averages = floating_tensors(ema) if ema is not None else {}
+    weights = floating_tensors(model.state_dict())
+    averages = floating_tensors(ema.state_dict()) if ema is not None else {}
     finite = all_finite([*weights.values(), *averages.values()])
-    nonfinite = tuple(name for name, good in zip(weights, finite, strict=False) if not good)
-    if nonfinite:
+    if nonfinite := tuple(name for name, good in zip(weights, finite, strict=False) if not good):
         return FiniteCheck(nonfinite=nonfinite)
     broken = tuple(name for name, good in zip(averages, finite[len(weights) :], strict=True) if not good)
     for name in broken:
@@ -41,9 +40,9 @@ def repair_or_reject(model: nn.Module, ema: nn.Module | None = None) -> FiniteCh
     return FiniteCheck(repaired=broken)
 
 
-def floating_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Return the floating-point entries of the module's state_dict: its own memory, not copies."""
-    return {name: t for name, t in module.state_dict().items() if t.is_floating_point() and t.numel()}
+def floating_tensors(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the floating-point entries of a state_dict that have elements."""
+    return {name: t for name, t in state.items() if t.is_floating_point() and t.numel()}
 
 
 def all_finite(tensors: list[Tensor]) -> list[bool]:

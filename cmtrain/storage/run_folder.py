@@ -24,16 +24,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cmtrain.storage.atomic import replace_file
 from pipelines.spec import DataError
 
-SUMMARY_COLUMNS = (
-    "epoch", "step", "train_loss", "eval_loss", "eval_top1", "eval_top5", "eval_ema_loss", "eval_ema_top1",
-    "eval_ema_top5", "lr",
-)  # fmt: skip
-CLASSES_NAME = "classes.json"
-SAMPLE_NAME = "augmented.png"
-REPORT_NAME = "report.html"
+SUMMARY_COLUMNS = ("epoch", "step", "train_loss", "eval_loss", "eval_top1", "eval_top5", "eval_ema_loss",
+                   "eval_ema_top1", "eval_ema_top5", "lr")  # fmt: skip
+CLASSES_NAME, SAMPLE_NAME, REPORT_NAME = "classes.json", "augmented.png", "report.html"
 
 # A running run that wrote nothing for this long has probably ended, unless it has a metrics.stall_seconds.
 SILENT_SECONDS = 600.0
@@ -106,9 +101,8 @@ class RunLock:
 
     Two trainers in one folder would mix their logs and overwrite each other's checkpoints. Rank 0 holds a
     lock on the file `.lock`, which names its process and host. The kernel frees the lock when that process
-    ends, even by kill -9, so a lock is never stale. docs/checkpoints.md lists what shared file systems make
-    of it. Where a file system has no locks, the process named in the file is looked for, which works on its
-    own host only.
+    ends, even by kill -9. On shared file systems see docs/checkpoints.md. Where a file system has no locks,
+    the process named in the file is looked for, which works on its own host only.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -119,8 +113,7 @@ class RunLock:
     def acquire(self) -> None:
         """Take the lock, and make the folder if it is missing.
 
-        Raises:
-            DataError: another trainer holds it, or the folder cannot be written.
+        Raises DataError: another trainer holds it, or the folder cannot be written.
         """
         from filelock import FileLock, Timeout  # late: the launcher loads this module, and is to stay small
 
@@ -220,6 +213,20 @@ def _step_of(line: str) -> float:
         return json.loads(line)["step"]
     except ValueError:
         return math.inf  # cut short by a kill, after every checkpoint
+
+
+def replace_file(path: Path, content: str | bytes) -> None:
+    """Write `content` to `path`, in place of what it held, by one rename: a kill leaves the old or the new.
+
+    Raises OSError: `path` is as it was.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _append(path: Path, text: str) -> None:

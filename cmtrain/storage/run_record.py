@@ -76,42 +76,23 @@ def read_run(path: Path) -> RunRecord:
         raise DataError(f"{path}: not a run folder: it holds none of {', '.join(RUN_FILES)}")
     damage: list[str] = []
     events = [event for event in _records(path / "events.jsonl", damage) if is_event(event)]
-    config_text, config = _config(path / "config.yaml", damage)
-    class_names, classes = _classes(path / CLASSES_NAME, damage)
-    return RunRecord(
-        path=path,
-        status=_status(path, damage),
-        log=to_columns(_records(path / "log.jsonl", damage)),
-        evaluations=to_columns(_summary(path / "summary.csv")),
-        events=events,
-        config_text=config_text,
-        config=config,
-        class_names=class_names,
-        classes=classes,
-        sample=path / SAMPLE_NAME if (path / SAMPLE_NAME).is_file() else None,
-        damage=damage,
-    )
+    config, classes = _config(path / "config.yaml", damage), _classes(path / CLASSES_NAME, damage)
+    status, log = _status(path, damage), to_columns(_records(path / "log.jsonl", damage))
+    evaluations = to_columns(_summary(path / "summary.csv"))
+    sample = path / SAMPLE_NAME if (path / SAMPLE_NAME).is_file() else None
+    return RunRecord(path, status, log, evaluations, events, *config, *classes, sample, damage)
 
 
 def read_sample(path: Path, status: dict[str, Any]) -> RunRecord:
     """Read a bounded sample of a run folder's logs, so that a page costs the same after a million steps.
 
-    Args:
-        status: the content of status.json.
-
-    Returns:
-        A record with a sample of the log and of the evaluations, and the newest events; the rest is empty.
+    `status`: the content of status.json. The record has a sample of the log and of the evaluations, and the
+    newest events; the rest is empty.
     """
-    lines = sample_lines(path / "log.jsonl")
+    log = filter(None, map(parse_record, sample_lines(path / "log.jsonl")))
     rows = (line.decode(errors="replace") for line in sample_lines(path / "summary.csv"))
-    events = [parse_record(line) for line in last_lines(path / "events.jsonl", LAST_BYTES)]
-    return RunRecord(
-        path=path,
-        status=status,
-        log=to_columns(record for line in lines if (record := parse_record(line))),
-        evaluations=to_columns(parse_rows(rows)),
-        events=[event for event in events if event and is_event(event)],
-    )
+    events = filter(None, map(parse_record, last_lines(path / "events.jsonl", LAST_BYTES)))
+    return RunRecord(path, status, to_columns(log), to_columns(_rows(rows)), list(filter(is_event, events)))
 
 
 def last(columns: Columns, name: str) -> float | None:
@@ -147,8 +128,7 @@ def _records(path: Path, damage: list[str]) -> Iterator[dict[str, Any]]:
     cut = 0
     try:
         with open(path, "rb") as file:
-            for line in file:
-                record = parse_record(line)
+            for record in map(parse_record, file):
                 if record is None:
                     cut += 1
                 else:
@@ -156,13 +136,11 @@ def _records(path: Path, damage: list[str]) -> Iterator[dict[str, Any]]:
     except OSError as error:
         damage.append(_unreadable(path, error))
     if cut:
-        lines = "line" if cut == 1 else "lines"
-        damage.append(f"{path.name}: {cut} damaged {lines} left out")
+        damage.append(f"{path.name}: {cut} damaged {'line' if cut == 1 else 'lines'} left out")
 
 
 def _unreadable(path: Path, error: OSError) -> str:
-    what = "missing" if isinstance(error, FileNotFoundError) else error.strerror
-    return f"{path.name}: {what}"
+    return f"{path.name}: {'missing' if isinstance(error, FileNotFoundError) else error.strerror}"
 
 
 def parse_record(line: bytes) -> dict[str, Any] | None:
@@ -178,7 +156,7 @@ def parse_record(line: bytes) -> dict[str, Any] | None:
     return record if isinstance(record, dict) else None
 
 
-def parse_rows(lines: Iterable[str]) -> Iterator[dict[str, float | None]]:
+def _rows(lines: Iterable[str]) -> Iterator[dict[str, float | None]]:
     """Yield the rows of summary.csv, each as numbers by column."""
     try:
         for row in csv.DictReader(lines):
@@ -190,7 +168,7 @@ def parse_rows(lines: Iterable[str]) -> Iterator[dict[str, float | None]]:
 def _summary(path: Path) -> Iterator[dict[str, float | None]]:
     try:
         with open(path, newline="", errors="replace") as file:
-            yield from parse_rows(file)
+            yield from _rows(file)
     except OSError:
         return  # a run that was not evaluated has none
 
@@ -200,13 +178,11 @@ def to_columns(records: Iterable[Mapping[str, Any]]) -> Columns:
     rows = (record for record in records if is_number(record.get("step")))
     parts: list[dict[str, np.ndarray]] = []
     while batch := list(itertools.islice(rows, ROWS_AT_A_TIME)):
-        names = dict.fromkeys(key for record in batch for key in record)
+        names = dict.fromkeys(itertools.chain(*batch))
         parts.append({name: _as_floats([record.get(name) for record in batch]) for name in names})
     columns = {"step": np.empty(0)}
-    for name in dict.fromkeys(name for part in parts for name in part):
-        columns[name] = np.concatenate(
-            [part.get(name, np.full(len(part["step"]), np.nan)) for part in parts]
-        )
+    for name in dict.fromkeys(itertools.chain(*parts)):
+        columns[name] = np.concatenate([p.get(name, np.full_like(p["step"], np.nan)) for p in parts])
     order = np.argsort(columns["step"], kind="stable")
     return {name: values[order] for name, values in columns.items()}
 
@@ -230,13 +206,8 @@ def _config(path: Path, damage: list[str]) -> tuple[str, dict[str, Any]]:
     sections = root.value if root is not None and isinstance(root.value, dict) else {}
     if not sections:
         damage.append("config.yaml: cannot be read as a configuration")
-    flat = {
-        f"{section}.{key}": child.value
-        for section, node in sections.items()
-        if isinstance(node, Node) and isinstance(node.value, dict)
-        for key, child in node.value.items()
-    }
-    return text, flat
+    pairs = [(k, n.value) for k, n in sections.items() if isinstance(n, Node) and isinstance(n.value, dict)]
+    return text, {f"{section}.{key}": child.value for section, keys in pairs for key, child in keys.items()}
 
 
 def _classes(path: Path, damage: list[str]) -> tuple[list[str], dict[str, ClassCounts]]:
@@ -272,8 +243,7 @@ def _number(text: str | None) -> float | None:
 def sample_lines(path: Path) -> Iterator[bytes]:
     """Yield all lines of a short file; of a long one some 256 to 512, evenly, with the first and last.
 
-    They are taken at multiples of a power of two, so a file that grows keeps its sample until it has
-    doubled.
+    They are taken at multiples of a power of two: a file that grows keeps its sample until it has doubled.
     """
     try:
         with open(path, "rb", buffering=BUFFER_BYTES) as file:

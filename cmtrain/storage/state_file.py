@@ -47,21 +47,18 @@ class Digest:
 def write_state(path: Path, state: dict[str, Any]) -> Digest:
     """Write `state` (nested dicts, lists and tuples of tensors, numbers, strings), synced to the disk.
 
-    Returns:
-        The digest of what was meant to be written. Comparing it with the file finds what the disk changed.
-
-    Raises:
-        CheckpointError: `state` holds something else. OSError: the write failed.
+    Returns the digest of what was meant to be written, which finds what the disk changed. Raises
+    CheckpointError: `state` holds something else. OSError: the write failed.
     """
     tensors: dict[str, Tensor] = {}
     header: dict[str, Any] = {"__metadata__": {"state": json.dumps(_to_json(state, (), tensors))}}
     # Tensors of large elements come first: the format wants each one aligned.
-    names = sorted(tensors, key=lambda name: -tensors[name].element_size())
+    ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())
     end = 0
-    for name in names:
-        begin, end = end, end + tensors[name].nbytes
-        shape, dtype = list(tensors[name].shape), DTYPES[tensors[name].dtype]
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+    for name, tensor in ordered:
+        begin, end = end, end + tensor.nbytes
+        kind = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape)}
+        header[name] = kind | {"data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     if len(text) > MAX_HEADER_BYTES:
@@ -74,8 +71,8 @@ def write_state(path: Path, state: dict[str, Any]) -> Digest:
             file.write(data)
 
         write(len(text).to_bytes(8, "little") + text)
-        for name in names:
-            write(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        for _, tensor in ordered:
+            write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         file.flush()
         os.fsync(file.fileno())
         # The next reader gets what the disk holds, and the images keep their place in the page cache.
@@ -86,9 +83,8 @@ def write_state(path: Path, state: dict[str, Any]) -> Digest:
 def read_state(path: Path, expected: Digest) -> dict[str, Any]:
     """Verify `path` and load it, onto the CPU.
 
-    Raises:
-        CheckpointError: the file is damaged, or is not what write_state writes.
-        OSError: the machine cannot read it (permissions, too many open files); the file may be good.
+    Raises CheckpointError: the file is damaged, or is not what write_state writes. OSError: the machine
+    cannot read it (permissions, too many open files); the file may be good.
     """
     with open_regular(path) as file:
         verify(file, path, expected)
@@ -112,8 +108,7 @@ def read_state(path: Path, expected: Digest) -> dict[str, Any]:
 def open_regular(path: Path) -> io.BufferedReader:
     """Open a regular file for reading: no symbolic link, no device, and no pipe that would block.
 
-    Raises:
-        CheckpointError: there is none. OSError: the machine cannot open it.
+    Raises CheckpointError: there is none. OSError: the machine cannot open it.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
@@ -182,10 +177,9 @@ class _Reader:
                 return self.tensor(name, strides)
             case ["dict", *pairs]:
                 return {key: self.value(child, depth + 1) for key, child in pairs}
-            case ["list", *children]:
-                return [self.value(child, depth + 1) for child in children]
-            case ["tuple", *children]:
-                return tuple(self.value(child, depth + 1) for child in children)
+            case ["list" | "tuple" as kind, *children]:
+                values = [self.value(child, depth + 1) for child in children]
+                return values if kind == "list" else tuple(values)
         raise CheckpointError(f"describes no value by {str(tree)[:60]}")
 
     def tensor(self, name: str, strides: list[int]) -> Tensor:

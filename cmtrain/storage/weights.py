@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from cmtrain.errors import ConfigError
 from cmtrain.models.checkpoints import resize_positions
 from cmtrain.storage.checkpoint import find_checkpoint
-from cmtrain.storage.finite import all_finite, named
+from cmtrain.storage.finite import all_finite, floating_tensors, named
 from cmtrain.storage.state_file import CheckpointError, open_regular
 from pipelines.spec import DataError
 
@@ -33,10 +33,7 @@ def read_weights(path: str) -> Weights:
     """Read an export folder, a .safetensors file, a checkpoint, or the newest checkpoint of a run folder.
 
     Of a checkpoint the EMA is taken, if it has one. No file can run code, or ask for more memory than its
-    size.
-
-    Raises:
-        DataError: there are no weights, or they are damaged or not finite.
+    size. Raises DataError: there are no weights, or they are damaged or not finite.
     """
     given = Path(path).resolve()  # a model hub's cache is made of links
     try:
@@ -60,18 +57,14 @@ def read_weights(path: str) -> Weights:
 def state_of(state: Mapping[str, Any], kind: str, path: Path) -> dict[str, Tensor]:
     """Return the weights `kind` (`model` or `ema`) in the state of checkpoint `path`. Raises DataError."""
     tensors = state.get(kind)
-    if (
-        not isinstance(tensors, dict)
-        or not tensors
-        or any(not isinstance(t, Tensor) for t in tensors.values())
-    ):
-        raise DataError(f"{path}: it has no {kind} weights")
-    return tensors
+    if isinstance(tensors, dict) and tensors and all(isinstance(t, Tensor) for t in tensors.values()):
+        return tensors
+    raise DataError(f"{path}: it has no {kind} weights")
 
 
 def check_finite(weights: Weights) -> None:
     """Raises DataError: the first tensor that is not finite, and what to do about it."""
-    floating = {name: t for name, t in weights.tensors.items() if t.is_floating_point() and t.numel()}
+    floating = floating_tensors(weights.tensors)
     if not floating:
         raise DataError(f"{weights.path}: it holds no weights")
     finite = all_finite(list(floating.values()))
@@ -83,17 +76,11 @@ def check_finite(weights: Weights) -> None:
 def fit(model: nn.Module, tensors: Mapping[str, Tensor], *, keeps_head: bool) -> list[str]:
     """Load `tensors` into `model`, which may be of another image size; position tables are resized to it.
 
-    Args:
-        keeps_head: whether another number of classes is refused; else the model keeps its own new head.
-
-    Returns:
-        What was changed on the way, one line each.
-
-    Raises:
-        ConfigError: `tensors` do not fit; the model is as it was.
+    `keeps_head`: whether another number of classes is refused; else the model keeps its own new head.
+    Returns what was changed on the way, one line each. Raises ConfigError: `tensors` do not fit; the model
+    is as it was.
     """
-    own, notes = model.state_dict(), []
-    given = dict(tensors)
+    own, given, notes = model.state_dict(), dict(tensors), []
     # The classifier, as timm records it.
     head_name = (getattr(model, "pretrained_cfg", {}).get("classifier") or "head") + "."
     head = [name for name in own if name.startswith(head_name)]
@@ -126,8 +113,7 @@ def num_classes_in(weights: Weights, name: str) -> int:
 def start_from(path: str, model: nn.Module) -> list[str]:
     """Give a new `model` the weights at `path`, for model.init_from. Return lines for the user.
 
-    Raises:
-        ConfigError: they are of another model. DataError: as read_weights.
+    Raises ConfigError: they are of another model. DataError: as read_weights.
     """
     try:
         weights = read_weights(path)
@@ -138,9 +124,7 @@ def start_from(path: str, model: nn.Module) -> list[str]:
 
 
 def _read_safetensors(file: Path) -> dict[str, Tensor]:
-    open_regular(
-        file
-    ).close()  # no device, no pipe; the format holds no code, and its reader checks all sizes
+    open_regular(file).close()  # no device, no pipe; the format has no code, and its reader checks all sizes
     try:
         return load_file(file)
     except SafetensorError as error:
@@ -149,7 +133,5 @@ def _read_safetensors(file: Path) -> dict[str, Tensor]:
 
 def _misfit(own: Mapping[str, Tensor], given: Mapping[str, Tensor], names: list[str]) -> str | None:
     """Return the first of `names` that the two do not both have, in one shape."""
-    for name in names:
-        if name not in own or name not in given or own[name].shape != given[name].shape:
-            return name
-    return None
+    shapes = [{name: tensor.shape for name, tensor in side.items()} for side in (own, given)]
+    return next((name for name in names if shapes[0].get(name) != shapes[1].get(name)), None)

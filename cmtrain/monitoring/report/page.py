@@ -26,8 +26,7 @@ from cmtrain.monitoring.report.curves import PlottedRun, large_charts, small_cha
 from cmtrain.monitoring.report.events import event_lanes, event_rows
 from cmtrain.monitoring.report.headline import environment_of, headline, measure_times, number, summary
 from cmtrain.monitoring.units import duration, percent, short, utc
-from cmtrain.storage.atomic import replace_file
-from cmtrain.storage.run_folder import REPORT_NAME, SILENT_SECONDS
+from cmtrain.storage.run_folder import REPORT_NAME, SILENT_SECONDS, replace_file
 from cmtrain.storage.run_record import Columns, RunRecord, read_run
 
 NUM_COLORS = 8  # of lines that colour can distinguish; further runs differ by their letters
