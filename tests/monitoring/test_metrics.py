@@ -72,14 +72,14 @@ def test_steps_and_waiting():
 
 def test_events_are_counted():
     metrics = TrainMetrics("r", 0)
-    metrics.bad_file("truncated")
-    metrics.rolled_back()
-    metrics.ema_healed()
-    metrics.save_failed()
-    metrics.waited_for_save(0.5)
+    metrics.decode_errors("truncated").inc()
+    metrics.rollbacks.inc()
+    metrics.nonfinite("ema", "heal").inc()
+    metrics.checkpoint_failures.inc()
+    metrics.checkpoint_wait.inc(0.5)
     metrics.saved(seconds=2.0, num_bytes=1000)
-    metrics.set_best(0.7)
-    metrics.set_eta(1.79e9)
+    metrics.best_accuracy.set(0.7)
+    metrics.eta_timestamp.set(1.79e9)
     metrics.evaluated("ema", Evaluation(top1=0.5, top5=0.9, loss=1.0, num_images=100), num_images=50)
     assert value(metrics, "data_decode_errors_total", kind="truncated") == 1
     assert value(metrics, "rollbacks_total") == 1
