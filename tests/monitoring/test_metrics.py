@@ -5,6 +5,7 @@ import re
 import runpy
 import shutil
 import subprocess
+import time
 
 import pytest
 import torch
@@ -16,7 +17,10 @@ from cmtrain.step.evaluate import Evaluation
 from cmtrain.step.measure import StepReport
 
 FACTS = {"model": "cmt_ti", "precision": "fp16", "device": "cuda", "world_size": "8", "version": "0.1.0"}
-REPORT = StepReport(step=10, epoch=1, loss=2.5, lr=0.1, grad_norm=3.0, loss_scale=65536.0, bad_steps=2, bad_steps_in_a_row=1, good_steps_in_a_row=0, restores=1, spikes=3)  # fmt: skip  # noqa: E501
+REPORT = StepReport(
+    step=10, epoch=1, loss=2.5, lr=0.1, grad_norm=3.0, loss_scale=65536.0, bad_steps=2, bad_steps_in_a_row=1,
+    good_steps_in_a_row=0, restores=1, spikes=3,
+)  # fmt: skip
 
 
 def value(metrics, name, **labels):
@@ -184,5 +188,7 @@ def test_a_rank_has_few_series():
 
 def test_what_metrics_cost_can_be_measured():
     benchmark = runpy.run_path(str(ROOT / "benchmarks" / "metrics_cost.py"))
-    seconds = benchmark["work"](1000, TrainMetrics("r", 0), 50) / 1000
+    begin = time.thread_time()
+    benchmark["work"](1000, TrainMetrics("r", 0), 50)
+    seconds = (time.thread_time() - begin) / 1000
     assert seconds < 0.05 * benchmark["STEP_SECONDS"]  # it is 0.3 %; shared machines are slow at times
