@@ -70,7 +70,7 @@ def main() -> None:
             print(f"{name}: top-1 {', '.join(f'{value:.3f}' for value in top1)}")
     chart = line_chart(
         "validation top-1", series, key="nan", x_high=float(max(line.x[-1] for line in series)),
-        percent=True, zero=True, marks=marks, height_px=HEIGHT_PX - TOP_PX - 30,
+        percent=True, scale="zero", marks=marks, height_px=HEIGHT_PX - TOP_PX - 30,
     )  # fmt: skip
     plot = ElementTree.fromstring(chart.svg)
     size = {"x": LEFT_PX, "y": TOP_PX, "width": WIDTH_PX - LEFT_PX - RIGHT_PX, "overflow": "visible"}

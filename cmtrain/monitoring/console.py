@@ -36,11 +36,9 @@ class Console:
             self.bar.update(self.task, completed=step)
 
     def progress(self, place: str, *parts: str) -> None:
-        """Show one log point.
+        """Show one log point: a line of `place` (epoch and step) and all `parts`, the most important first.
 
-        Args:
-            place: epoch and step. The bar shows the step itself, so only a line has it.
-            parts: the most important one first. A line has all of them, the bar as many as fit.
+        The bar shows the step itself, and as many parts as fit.
         """
         if not self.bar:
             self.line(" ".join([place, *parts]))

@@ -23,17 +23,9 @@ from cmtrain.storage.run_folder import replace_file
 
 
 def write_target(run_path: Path, rank: int, host: str, port: int) -> Path:
-    """Announce the address of `rank`.
+    """Announce the address of `rank`, and return the file, which the caller deletes at the end.
 
-    Args:
-        run_path: the run folder.
-        host: the configured host; an address that means "all" becomes this machine's name.
-
-    Returns:
-        The file, which the caller deletes at the end.
-
-    Raises:
-        OSError: the file cannot be written.
+    A `host` that means "all" becomes this machine's name. Raises OSError if the file cannot be written.
     """
     if host in ("0.0.0.0", "::"):  # noqa: S104 - compared, not listened at
         host = socket.gethostname()

@@ -231,9 +231,7 @@ def _listen(host: str, port: int) -> socket.socket:
     last = min(port + PORT_ATTEMPTS - 1, 65535)
     for candidate in range(port, last + 1):
         try:
-            listener = socket.create_server(
-                (str(address), candidate), family=family, backlog=128, dualstack_ipv6=dual
-            )
+            listener = socket.create_server((str(address), candidate), family=family, dualstack_ipv6=dual)
         except OSError as error:
             if error.errno != errno.EADDRINUSE:
                 raise

@@ -8,18 +8,18 @@ shared 2-core machine). The template is report/templates/live.html.
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cmtrain import __version__
 from cmtrain.monitoring.discovery import read_target
 from cmtrain.monitoring.http_server import Page
 from cmtrain.monitoring.metrics import TrainMetrics
-from cmtrain.monitoring.report.curves import PlottedRun, large_charts, small_charts
+from cmtrain.monitoring.report.curves import PlottedRun, draw_charts
 from cmtrain.monitoring.report.events import newest_rows
 from cmtrain.monitoring.report.headline import Headline, number
-from cmtrain.monitoring.report.page import join_scripts, make_templates
-from cmtrain.monitoring.units import duration, percent, short, utc
+from cmtrain.monitoring.report.page import render_page
+from cmtrain.monitoring.units import duration, percent, short
 from cmtrain.storage.run_folder import REPORT_NAME
 from cmtrain.storage.run_record import is_sampled, read_sample
 
@@ -28,31 +28,23 @@ MAX_AGE_SECONDS = 1.0
 STATES = {"setup": "setting up", "train": "training", "evaluate": "evaluating", "checkpoint": "saving"}
 
 
+@dataclass
 class LivePage:
     """The page of one rank. Rank 0 shows the run; other ranks show themselves and link to rank 0.
 
-    Args:
-        status: returns what this rank knows of the run, see routes.make_pages.
-        now: returns what this rank is doing, see routes.make_pages.
-        run_path: the run folder; only rank 0 reads files in it.
-        links: (path, description) of the other pages.
+    `status` returns what this rank knows of the run, `now` what it is doing; see routes.make_pages. Only
+    rank 0 reads files in the run folder, `run_path`.
     """
 
-    def __init__(
-        self,
-        metrics: TrainMetrics,
-        status: Callable[[], dict[str, Any]],
-        now: Callable[[], dict[str, Any]],
-        run_path: Path,
-        links: list[tuple[str, str]],
-    ) -> None:
-        self.metrics, self.status, self.now = metrics, status, now
-        self.run_path, self.links = run_path, links
-        self.templates = make_templates()
-        self.made_at, self.page = 0.0, Page(HTML, b"")
+    metrics: TrainMetrics
+    status: Callable[[], dict[str, Any]]
+    now: Callable[[], dict[str, Any]]
+    run_path: Path
+    page: Page | None = None
+    made_at: float = 0.0
 
     def __call__(self, accept: str) -> Page:
-        if not self.page.body or time.monotonic() - self.made_at >= MAX_AGE_SECONDS:
+        if self.page is None or time.monotonic() - self.made_at >= MAX_AGE_SECONDS:
             self.page = Page(HTML, self._render().encode(errors="replace"))
             self.made_at = time.monotonic()
         return self.page
@@ -60,38 +52,20 @@ class LivePage:
     def _render(self) -> str:
         metrics, now, status, at = self.metrics, self.now(), self.status(), time.time()
         target, end = _value(metrics.steps_target), _value(metrics.eta_timestamp)
-        page: dict[str, Any] = {}
+        page: dict[str, Any] = {"metrics": metrics, "now": now, "report": self.run_path / REPORT_NAME}
         if metrics.rank == 0:
             record = read_sample(self.run_path, status)
-            run = PlottedRun(record)
-            page = {
-                "large_charts": large_charts([run]),
-                "small_charts": small_charts([run]),
-                "sampled": is_sampled(self.run_path / "log.jsonl"),
-                "events": newest_rows(record, at),
-            }
+            page |= draw_charts([PlottedRun(record)])
+            page |= {"sampled": is_sampled(self.run_path / "log.jsonl"), "events": newest_rows(record, at)}
         elif first := read_target(self.run_path, 0):
-            page = {"first_rank": f"http://{first}/"}
+            page["first_rank"] = f"http://{first}/"
         state, tone = STATES[now["state"]], "info" if now["state"] == "setup" else "good"
         if now["stalled"]:
             state, tone = "stalled", "bad"
-        return self.templates.get_template("live.html").render(
-            **join_scripts(self.templates, ["curves.js", "live.js"]),
-            **page,
-            metrics=metrics,
-            now=now,
-            report=self.run_path / REPORT_NAME,
-            state=state,
-            tone=tone,
-            target=int(target),
-            share=min(1.0, now["step"] / target) if target else 0.0,
-            left_seconds=max(0.0, end - at) if end else None,
-            end=utc(end),
-            numbers=headline_now(metrics, status, at),
-            pages=self.links,
-            version=__version__,
-            written=utc(at),
-        )
+        page |= {"state": state, "tone": tone, "numbers": headline_now(metrics, status, at), "at": at}
+        page |= {"target": int(target), "share": min(1.0, now["step"] / target) if target else 0.0}
+        page |= {"end": end, "left_seconds": max(0.0, end - at) if end else None}
+        return render_page("live.html", page, ["curves.js", "live.js"])
 
 
 def headline_now(metrics: TrainMetrics, status: dict[str, Any], at: float) -> Headline:
@@ -111,7 +85,7 @@ def headline_now(metrics: TrainMetrics, status: dict[str, Any], at: float) -> He
     best, best_step = number(status.get("best_top1")), number(status.get("best_step"))
     if best is not None and best_step is not None:
         found.append(("Best top-1", percent(best), f"at step {best_step:,.0f}"))
-    if saved := _value(metrics.checkpoint_timestamp):
+    if saved := _value(metrics.saved_at):
         found.append(("Last checkpoint", duration(max(0.0, at - saved)), "ago"))
     return found
 

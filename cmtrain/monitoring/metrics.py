@@ -16,23 +16,16 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import prometheus_client
 import torch
-from prometheus_client import (
-    CollectorRegistry,
-    Counter,
-    Gauge,
-    Histogram,
-    PlatformCollector,
-    ProcessCollector,
-    disable_created_metrics,
-)
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from cmtrain.monitoring.machine import gpu_identity, memory_bytes
 from cmtrain.step.evaluate import Evaluation
 from cmtrain.step.measure import PHASES, StepReport
 from pipelines.checks.decode_one import KINDS
 
-disable_created_metrics()  # they would double the number of counter series
+prometheus_client.disable_created_metrics()  # they would double the number of counter series
 
 STEP_BUCKETS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1, 2, 5, 10, 30)
 PHASE_BUCKETS = (0.001, 0.005, 0.02, 0.1, 0.5, 2)
@@ -42,7 +35,7 @@ STATES = ("setup", "train", "evaluate", "checkpoint")
 DATA_WAIT = "data_wait"
 RUN_FACTS = ("model", "precision", "device", "world_size", "version")
 
-PhaseSeconds = Sequence[Mapping[str, float]]  # seconds by phase, of some steps
+Timing = Sequence[Mapping[str, float]]  # seconds by phase, of each of some steps
 
 
 @dataclass
@@ -62,12 +55,9 @@ class TrainMetrics:
         self.images = counter("images", "Images processed by this rank.", split=("train", "eval"))
         self.steps = counter("steps", "Optimizer steps by result.", result=("applied", "skipped"))
         self.step_seconds = histogram("step_duration_seconds", "Wall time of a step.", STEP_BUCKETS)
-        self.phase_seconds = histogram(
-            "phase_duration_seconds",
-            "Time of a step in one phase; GPU time on a GPU, except data_wait.",
-            PHASE_BUCKETS,
-            phase=(DATA_WAIT, *PHASES),
-        )
+        text = "Time of a step in one phase; GPU time on a GPU, except data_wait."
+        phases = (DATA_WAIT, *PHASES)
+        self.phase_seconds = histogram("phase_duration_seconds", text, PHASE_BUCKETS, phase=phases)
         self.data_wait_seconds = counter("data_wait_seconds", "Time the step waited for a batch.")
         self.data_bytes = counter("data_bytes", "Encoded bytes of the images that this rank trained on.")
         self.decode_errors = counter("data_decode_errors", "Unreadable image files by kind.", kind=KINDS)
@@ -90,35 +80,25 @@ class TrainMetrics:
             "weight_norm": gauge("weight_norm", "L2 norm of all trainable parameters together."),
             "loss_scale": gauge("loss_scale", "Scale of the fp16 loss, 1 without a scaler."),
             "bad_steps_in_a_row": gauge("guard_consecutive_skips", "Bad steps in a row up to now."),
-            "bn_mean_abs_max": gauge(
-                "bn_running_mean_abs_max", "Largest absolute running mean of any BatchNorm."
-            ),
-            "bn_var_max": gauge("bn_running_var_max", "Largest running variance of any BatchNorm."),
+            "bn_mean_abs_max": gauge("bn_running_mean_abs_max", "Largest absolute mean of any BatchNorm."),
+            "bn_var_max": gauge("bn_running_var_max", "Largest variance of any BatchNorm."),
         }
-        self.eval_accuracy = gauge(
-            "eval_accuracy_ratio", "Accuracy on the validation set.", k=(), weights=()
-        )
+        self.eval_accuracy = gauge("eval_accuracy_ratio", "Accuracy on validation data.", k=(), weights=())
         self.eval_loss = gauge("eval_loss", "Cross entropy on the validation set (nats).", weights=())
         self.eval_seconds = histogram("eval_duration_seconds", "Time of an evaluation.", EVAL_BUCKETS)
         self.best_accuracy = gauge("eval_best_accuracy_ratio", "Best top-1 of the run so far.")
         self.checkpoint_seconds = histogram("checkpoint_duration_seconds", "Time to publish a checkpoint.")
-        self.checkpoint_wait_seconds = counter(
-            "checkpoint_wait_seconds", "Time training stood still for checkpoints."
-        )
+        self.checkpoint_wait = counter("checkpoint_wait_seconds", "Time training waited for checkpoints.")
         self.checkpoint_failures = counter("checkpoint_failures", "Checkpoints that could not be written.")
-        self.checkpoint_timestamp = gauge(
-            "checkpoint_last_success_timestamp_seconds", "Unix time of the last published checkpoint."
-        )
+        self.saved_at = gauge("checkpoint_last_success_timestamp_seconds", "Unix time of the last save.")
         self.checkpoint_bytes = gauge("checkpoint_size_bytes", "Size of the last published checkpoint.")
-        self.flops_per_image = gauge(
-            "flops_per_image", "Floating-point operations to train on one image: three forward passes."
-        )
+        self.flops_per_image = gauge("flops_per_image", "FLOPs to train on one image: 3 forward passes.")
         self.gpu_memory = gauge("gpu_memory_bytes", "Memory of torch's allocator at the last log.", kind=())
         self.gpu_info = gauge("gpu_info", "The GPU of this rank, value 1; joins to DCGM.", UUID=(), model=())
         self.run_info = gauge("run_info", "Facts of the run, value 1.", **dict.fromkeys(RUN_FACTS, ()))
         # The process's memory, CPU time and file descriptors, and Python's version, under their usual names.
-        ProcessCollector(registry=self.registry)
-        PlatformCollector(registry=self.registry)
+        prometheus_client.ProcessCollector(registry=self.registry)
+        prometheus_client.PlatformCollector(registry=self.registry)
         for where, action in (("gradient", "skip"), ("batchnorm", "restore"), ("ema", "heal")):
             self.nonfinite(where, action)
         self.start_timestamp.set(time.time())
@@ -130,16 +110,10 @@ class TrainMetrics:
         self.progress_at = self.entered_at = time.monotonic()
         self.in_state(self.state).set(1)
 
-    def _make(
-        self, kind: Any, name: str, text: str, buckets: Sequence[float] = (), /, **labels: Sequence[str]
-    ) -> Any:
-        """Declare a metric, and return the series of this run and rank.
+    def _make(self, kind: Any, name: str, text: str, buckets: Any = (), /, **labels: Sequence[str]) -> Any:
+        """Declare a metric, and return the series of this run and rank, which starts at 0.
 
-        Args:
-            labels: the known values of each label. A series that exists starts at 0.
-
-        Returns:
-            The series; for a metric with labels, a function from their values to the series.
+        With `labels`, the known values of each, return a function from their values to the series.
         """
         options = {"buckets": buckets} if buckets else {}
         metric = kind(f"cmtrain_{name}", text, ("run", "rank", *labels), registry=self.registry, **options)
@@ -153,13 +127,7 @@ class TrainMetrics:
     def start(
         self, facts: Mapping[str, str], *, last_step: int, flops_per_image: int, device: torch.device
     ) -> None:
-        """Publish what is known before the first step.
-
-        Args:
-            facts: a value for each of RUN_FACTS.
-            last_step: the step at which the run is complete.
-            device: the device of this rank; report() publishes its memory.
-        """
+        """Publish what is known before the first step. `facts`: a value for each of RUN_FACTS."""
         self.facts, self.device = facts, device
         self.steps_target.set(last_step)
         self.run_info(*(facts[name] for name in RUN_FACTS)).set(1)
@@ -183,21 +151,12 @@ class TrainMetrics:
         self.step.set(report.step)
 
     def count_step(
-        self,
-        step: int,
-        *,
-        num_images: int,
-        num_bytes: int,
-        seconds: float,
-        wait_seconds: float,
-        phases: PhaseSeconds,
+        self, step: int, num_images: int, num_bytes: int, seconds: float, wait_seconds: float, phases: Timing
     ) -> None:
-        """Count `step`, which has just ended. Takes numbers of the host only: it never waits for the device.
+        """Count `step`, which has just ended, on the host only: this never waits for the device.
 
-        Args:
-            num_images, num_bytes: this rank's images in the step, and their encoded size.
-            seconds, wait_seconds: wall time of the step, and the part of it spent waiting for data.
-            phases: seconds by phase of the steps that the device has finished since the last call.
+        `num_images` of `num_bytes` are those of this rank. `seconds` include `wait_seconds` for data.
+        `phases` are of the steps that the device has finished since the last call.
         """
         if self.state == "setup":
             self.enter("train")
@@ -228,10 +187,6 @@ class TrainMetrics:
         for kind, num_bytes in memory_bytes(self.device).items():
             self.gpu_memory(kind).set(num_bytes)
 
-    def set_eta(self, end: float) -> None:
-        """Publish the Unix time at which training should end."""
-        self.eta_timestamp.set(end)
-
     def evaluated(self, weights: str, result: Evaluation, num_images: int) -> None:
         """Publish an evaluation of `weights` (model or ema), in which this rank saw `num_images`."""
         self.eval_accuracy("1", weights).set(result.top1)
@@ -239,32 +194,8 @@ class TrainMetrics:
         self.eval_loss(weights).set(result.loss)
         self.images("eval").inc(num_images)
 
-    def set_best(self, top1: float) -> None:
-        """Publish the best top-1 accuracy of the run so far, 0 to 1."""
-        self.best_accuracy.set(top1)
-
-    def bad_file(self, kind: str) -> None:
-        """Count an image file that cannot be decoded. `kind`: one of decode_one.KINDS."""
-        self.decode_errors(kind).inc()
-
-    def rolled_back(self) -> None:
-        """Count a return to a good state kept in memory."""
-        self.rollbacks.inc()
-
-    def ema_healed(self) -> None:
-        """Count a repair of the EMA from the model."""
-        self.nonfinite("ema", "heal").inc()
-
-    def waited_for_save(self, seconds: float) -> None:
-        """Add to the time that training stood still for checkpoints."""
-        self.checkpoint_wait_seconds.inc(seconds)
-
     def saved(self, seconds: float, num_bytes: int) -> None:
         """Publish that a checkpoint of `num_bytes` was written just now, in `seconds`."""
         self.checkpoint_seconds.observe(seconds)
-        self.checkpoint_timestamp.set(time.time())
+        self.saved_at.set(time.time())
         self.checkpoint_bytes.set(num_bytes)
-
-    def save_failed(self) -> None:
-        """Count a checkpoint that could not be written."""
-        self.checkpoint_failures.inc()

@@ -22,12 +22,6 @@ from cmtrain.monitoring.metrics import TrainMetrics
 
 PROMETHEUS_TEXT = "text/plain; version=0.0.4; charset=utf-8"
 MAX_AGE_SECONDS = 1.0
-LINKS = [
-    ("metrics", "for Prometheus"),
-    ("status.json", "for programs"),
-    ("-/healthy", "503 when training has stalled"),
-    ("-/ready", "503 until the first step is done"),
-]
 
 
 def make_pages(
@@ -43,13 +37,9 @@ def make_pages(
 
     def now() -> dict[str, Any]:
         seconds = time.monotonic() - metrics.progress_at
-        return {
-            "rank": metrics.rank,
-            "state": metrics.state,
-            "step": metrics.reached_step,
-            "seconds_since_progress": round(seconds, 3),
-            "stalled": metrics.state == "train" and seconds > stall_seconds,
-        }
+        stalled = metrics.state == "train" and seconds > stall_seconds
+        facts = {"rank": metrics.rank, "state": metrics.state, "step": metrics.reached_step}
+        return facts | {"seconds_since_progress": round(seconds, 3), "stalled": stalled}
 
     def healthy(accept: str) -> Page:
         facts = now()
@@ -63,21 +53,16 @@ def make_pages(
     def status_json(accept: str) -> Page:
         return Page("application/json", json.dumps(status() | {"now": now()}, indent=1).encode() + b"\n")
 
-    return {
-        "/": LivePage(metrics, status, now, run_path, LINKS),
-        "/metrics": MetricsPage(metrics.registry),
-        "/-/healthy": healthy,
-        "/-/ready": ready,
-        "/status.json": status_json,
-    }
+    pages: dict[str, Route] = {"/": LivePage(metrics, status, now, run_path)}
+    pages |= {"/metrics": MetricsPage(metrics.registry), "/status.json": status_json}
+    return pages | {"/-/healthy": healthy, "/-/ready": ready}
 
 
 class MetricsPage:
     """The series of `registry` as text, made on request and at most once a second for all clients.
 
-    Made at log points instead, the page would be as old as the last one, and the training thread would have
-    to make it. It takes 1.7 ms for 138 series on one CPU core, and holds the interpreter's lock for most of
-    that.
+    It takes 1.7 ms for 138 series on one CPU core, and holds the interpreter's lock for most of that. If it
+    were made at log points, it would be as old as the last one, and the training thread would make it.
     """
 
     def __init__(self, registry: CollectorRegistry) -> None:

@@ -43,9 +43,8 @@ class Trackers:
         try:
             accelerator.init_trackers(PROJECT, values, init_kwargs=names)
         except Exception as error:  # each tracker has exceptions of its own
-            raise DataError(
-                f"metrics.trackers: cannot start: {_line(error)}; leave it out to run without"
-            ) from error
+            message = f"metrics.trackers: cannot start: {_line(error)}; leave it out to run without"
+            raise DataError(message) from error
 
     def log(self, values: Mapping[str, Any], step: int) -> str:
         """Log the finite numbers among `values`. Returns why that failed, else ""."""
@@ -81,10 +80,8 @@ def tracker_options(names: Sequence[str], run_folder: Path) -> dict[str, Any]:
     """
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
-        raise ConfigError(
-            f"metrics.trackers: not installed: {', '.join(missing)}; "
-            f"pip install -e '.[{','.join(missing)}]', or leave it out"
-        )
+        remedy = f"pip install -e '.[{','.join(missing)}]', or leave it out"
+        raise ConfigError(f"metrics.trackers: not installed: {', '.join(missing)}; {remedy}")
     return {"log_with": list(names), "project_dir": run_folder / FOLDER_NAME} if names else {}
 
 

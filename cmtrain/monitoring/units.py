@@ -5,7 +5,7 @@ import math
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person says it: 41s, 12m 5s, 3h 20m, 1d 4h."""
+    """Format seconds for people: 41s, 12m 5s, 3h 20m, 1d 4h."""
     minutes, hours, days = seconds / 60, seconds / 3600, seconds / 86400
     if minutes < 1:
         return f"{seconds:.0f}s"

@@ -157,7 +157,7 @@ class RunLogger:
         self.train_loss = report.loss
         images_per_second, wait_share, step_seconds = self.pace.pop_averages()
         eta_seconds = step_seconds * (self.last_step - report.step)
-        self.metrics.set_eta(time.time() + eta_seconds)
+        self.metrics.eta_timestamp.set(time.time() + eta_seconds)
         speed, share = round(images_per_second, 1), round(wait_share, 4)
         self.speed = {"images_per_second": speed, "data_wait_ratio": share}
         if self.folder:
@@ -203,7 +203,7 @@ class RunLogger:
                     continue
                 self.bad_paths.add(file.path)
                 if rank == self.rank:
-                    self.metrics.bad_file(file.kind)
+                    self.metrics.decode_errors(file.kind).inc()
                 self._event("bad_file", path=file.path, reason=file.reason, kind=file.kind)
                 if not quiet:
                     self.console.line(f"bad file, replaced from now on: {file.path}: {file.reason}")
@@ -229,7 +229,7 @@ class RunLogger:
 
     def rolled_back(self, step: int, good_step: int, cause: str, lr_factor: float) -> None:
         """Log a rollback from `step` to the state of `good_step`."""
-        self.metrics.rolled_back()
+        self.metrics.rollbacks.inc()
         self._event("rollback", step=step, good_step=good_step, cause=cause, lr_factor=lr_factor)
         self.console.line(
             f"step {step}: back to the state of step {good_step}, learning rate x {lr_factor:g}"
@@ -265,7 +265,7 @@ class RunLogger:
             if result.num_unreadable:
                 line += f", {result.num_unreadable} unreadable ones counted as wrong"
             self.console.line(line)
-        self.metrics.set_best(best[0])
+        self.metrics.best_accuracy.set(best[0])
         if self.folder:
             self.folder.summary(row)
             self._track(row, step)
@@ -277,7 +277,7 @@ class RunLogger:
 
     def ema_healed(self, step: int, tensors: Sequence[str]) -> None:
         """Log that tensors of the EMA were not finite and were copied from the model again."""
-        self.metrics.ema_healed()
+        self.metrics.nonfinite("ema", "heal").inc()
         self._event("ema_healed", step=step, tensors=list(tensors))
         self.console.line(f"step {step}: EMA not finite, copied from the model again: {named(tensors)}")
 
@@ -285,7 +285,7 @@ class RunLogger:
         """Log how the save of a checkpoint ended."""
         step = outcome.step
         if outcome.path is None:
-            self.metrics.save_failed()
+            self.metrics.checkpoint_failures.inc()
             self._event("checkpoint_failed", step=step, error=outcome.error)
             self.console.line(f"checkpoint at step {step} failed, older ones are untouched: {outcome.error}")
             return

@@ -59,7 +59,7 @@ class Saver:
                 meta = {**meta, **best, "report": asdict(metrics.reported)}
                 self.writer.save(step, state, meta, keep=self.keep, last=last)
                 self.log_finished()
-        metrics.waited_for_save(time.perf_counter() - begin)
+        metrics.checkpoint_wait.inc(time.perf_counter() - begin)
         metrics.enter("train")
 
     def log_finished(self) -> None:

@@ -134,7 +134,7 @@ def test_marks_that_would_cover_each_other_are_drawn_once_with_their_number():
 def test_a_heat_map_of_a_hundred_classes_is_small_and_complete():
     rng = np.random.default_rng(0)
     matrix = rng.integers(0, 9, (100, 100))
-    svg = heat_map(matrix, key="k", description="d")
+    svg = heat_map(matrix, key="k")
     assert svg.count("M") == np.count_nonzero(matrix)
     assert svg.count("<path") <= 16
     assert len(svg) < 200_000
@@ -148,7 +148,7 @@ def test_names_are_escaped():
     for svg in (
         chart.svg,
         lane([Mark(0, "bad", evil)], 1),
-        heat_map(np.ones((2, 2), int), key="k", description=evil),
+        heat_map(np.ones((2, 2), int), key="k"),
     ):
         assert "<script" not in svg
         ElementTree.fromstring(svg)

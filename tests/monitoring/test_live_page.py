@@ -32,7 +32,7 @@ def rank_at(step: int, run: str = "job", rank: int = 0) -> TrainMetrics:
 def reach(metrics: TrainMetrics, step: int) -> None:
     metrics.count_step(step, num_images=1, num_bytes=1, seconds=0.1, wait_seconds=0.0, phases=[])
     metrics.report(StepReport(step, 4, 2.345, 3.1e-3, 1.9, 65536.0, 3, 0, 9, 3, 0))
-    metrics.set_eta(time.time() + 7_770)
+    metrics.eta_timestamp.set(time.time() + 7_770)
 
 
 def page_of(metrics, folder, status=SPEED, stall_seconds=600):
@@ -68,7 +68,7 @@ def test_it_shows_the_state_of_a_run(folder):
     status = SPEED | {"best_top1": 0.4312, "best_step": 9_000}
     metrics = rank_at(10_000)
     metrics.saved(seconds=1.0, num_bytes=1)
-    metrics.checkpoint_timestamp.set(time.time() - 125)
+    metrics.saved_at.set(time.time() - 125)
     words = words_of(metrics, folder, status)
     for text in (
         "job training", "cmt_ti \u00b7 fp16 \u00b7 8 x cuda", "50.0 % step 10,000 of 20,000, epoch 5",

@@ -17,7 +17,10 @@ from cmtrain.step.evaluate import Evaluation
 from cmtrain.step.measure import StepReport
 
 FACTS = {"model": "cmt_ti", "precision": "fp16", "device": "cuda", "world_size": "8", "version": "0.1.0"}
-REPORT = StepReport(step=10, epoch=1, loss=2.5, lr=0.1, grad_norm=3.0, loss_scale=65536.0, bad_steps=2, bad_steps_in_a_row=1, good_steps_in_a_row=0, restores=1, spikes=3)  # fmt: skip  # noqa: E501
+REPORT = StepReport(
+    step=10, epoch=1, loss=2.5, lr=0.1, grad_norm=3.0, loss_scale=65536.0, bad_steps=2, bad_steps_in_a_row=1,
+    good_steps_in_a_row=0, restores=1, spikes=3,
+)  # fmt: skip
 
 
 def value(metrics, name, **labels):
@@ -73,14 +76,14 @@ def test_steps_and_waiting():
 
 def test_events_are_counted():
     metrics = TrainMetrics("r", 0)
-    metrics.bad_file("truncated")
-    metrics.rolled_back()
-    metrics.ema_healed()
-    metrics.save_failed()
-    metrics.waited_for_save(0.5)
+    metrics.decode_errors("truncated").inc()
+    metrics.rollbacks.inc()
+    metrics.nonfinite("ema", "heal").inc()
+    metrics.checkpoint_failures.inc()
+    metrics.checkpoint_wait.inc(0.5)
     metrics.saved(seconds=2.0, num_bytes=1000)
-    metrics.set_best(0.7)
-    metrics.set_eta(1.79e9)
+    metrics.best_accuracy.set(0.7)
+    metrics.eta_timestamp.set(1.79e9)
     metrics.evaluated("ema", Evaluation(top1=0.5, top5=0.9, loss=1.0, num_images=100), num_images=50)
     assert value(metrics, "data_decode_errors_total", kind="truncated") == 1
     assert value(metrics, "rollbacks_total") == 1

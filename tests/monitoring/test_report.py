@@ -78,7 +78,10 @@ def test_classes_are_counted_exactly(num_classes):
     rng = np.random.default_rng(num_classes)
     logits = rng.normal(size=(500, num_classes)).astype(np.float32)
     labels = rng.integers(-1, num_classes, 500)
-    batches = [Batch(*(torch.tensor(part) for part in parts), torch.arange(0)) for parts in ((logits[:130], labels[:130]), (logits[130:], labels[130:]))]  # fmt: skip  # noqa: E501
+    halves = [
+        (torch.tensor(logits[part]), torch.tensor(labels[part])) for part in (slice(130), slice(130, None))
+    ]
+    batches = [Batch(*half, torch.arange(0)) for half in halves]
     how = {
         "autocast": torch.autocast("cpu", enabled=False),
         "device": torch.device("cpu"),
@@ -356,7 +359,9 @@ def test_random_damage_never_stops_a_report(tmp_path):
 def test_numbers_that_no_run_writes(tmp_path):
     run = write_run(tmp_path / "a", num_logs=5)
     wild = ["1e308", "-1e308", "NaN", "Infinity", "9" * 400, "true", '"x"', "[]", "null", "-0.0"]
-    lines = [f'{{"step": {i}, "loss": {v}, "lr": {v}, "grad_norm": {v}, "images_per_second": {v}, "time": {v}, "data_wait_ratio": {v}, "loss_scale": {v}}}' for i, v in enumerate(wild)]  # fmt: skip  # noqa: E501
+    keys = ("loss", "lr", "grad_norm", "images_per_second", "time", "data_wait_ratio", "loss_scale")
+    fields = [", ".join(f'"{key}": {v}' for key in keys) for v in wild]
+    lines = [f'{{"step": {i}, {texts}}}' for i, texts in enumerate(fields)]
     lines += [f'{{"step": {v}, "loss": 1.0}}' for v in wild]
     (run / "log.jsonl").write_text("\n".join(lines))
     fields = (

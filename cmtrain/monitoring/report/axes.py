@@ -8,11 +8,9 @@ import numpy as np
 
 from cmtrain.monitoring.units import with_exponent
 
-_SUPERSCRIPT = str.maketrans(
-    "-0123456789", "\u207b\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079"
-)
+_SUPERSCRIPT = str.maketrans("-0123456789", "\u207b\u2070\xb9\xb2\xb3\u2074\u2075\u2076\u2077\u2078\u2079")
 
-Scale = Literal["linear", "log", "log2", "auto"]
+Scale = Literal["linear", "zero", "log", "log2", "auto"]  # zero: linear, from 0
 
 
 @dataclass(frozen=True)
@@ -33,8 +31,11 @@ class Axis:
         return (values - low) / (high - low)
 
 
-def make_axis(values: np.ndarray, scale: Scale, *, percent: bool = False, zero: bool = False) -> Axis:
-    """Return the axis that shows all finite `values`; on a log axis the positive ones."""
+def make_axis(values: np.ndarray, scale: Scale, *, percent: bool = False) -> Axis:
+    """Return the axis that shows all finite `values`; on a log axis the positive ones.
+
+    Scale auto is log if the largest value is far above the median.
+    """
     values = values[np.isfinite(values)]
     positive = values[values > 0]
     if scale == "auto":
@@ -43,7 +44,7 @@ def make_axis(values: np.ndarray, scale: Scale, *, percent: bool = False, zero: 
     if scale in ("log", "log2") and positive.size:
         return log_axis(float(positive.min()), float(positive.max()), base=2 if scale == "log2" else 10)
     low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 1.0)
-    return linear_axis(0.0 if zero else low, high, 4, percent=percent)
+    return linear_axis(0.0 if scale == "zero" else low, high, 4, percent=percent)
 
 
 def linear_axis(low: float, high: float, count: int, *, percent: bool = False, exact: bool = False) -> Axis:
@@ -76,9 +77,8 @@ def log_axis(low: float, high: float, *, base: int) -> Axis:
     stride = max(1, math.ceil((final - first + 1) / 6))
     powers = [exponent for exponent in range(first, final + 1) if exponent % stride == 0]
     if base == 2:
-        return Axis(
-            low, high, log=True, ticks=[(2.0**e, f"2{str(e).translate(_SUPERSCRIPT)}") for e in powers]
-        )
+        labels = [(2.0**e, f"2{str(e).translate(_SUPERSCRIPT)}") for e in powers]
+        return Axis(low, high, log=True, ticks=labels)
     ticks = [10.0**e for e in powers]
     for factors in ((1, 3), (1, 2, 5), (1, 2, 3, 4, 6, 8)):
         denser = [factor * 10.0**e for e in range(first - 1, final + 1) for factor in factors]

@@ -17,9 +17,8 @@ from xml.etree.ElementTree import Element, SubElement, tostring
 
 import numpy as np
 
+from cmtrain.monitoring import units
 from cmtrain.monitoring.report.axes import Axis, Scale, linear_axis, make_axis
-from cmtrain.monitoring.units import percent as as_percent
-from cmtrain.monitoring.units import short
 
 PLOT_UNITS = 1000  # width of the nested <svg>, in its own units
 MAX_COLUMNS = 600  # of a thinned line: about half the pixels of a page's width
@@ -96,25 +95,19 @@ def line_chart(
     x_high: float,
     scale: Scale = "linear",
     percent: bool = False,
-    zero: bool = False,
     level: tuple[float, str] | None = None,
     marks: Iterable[Mark] = (),
     height_px: int = 150,
 ) -> Chart:
-    """Draw lines over steps 0..x_high.
+    """Draw lines over steps 0..x_high, and `marks` as hairlines over the height of the plot.
 
-    Args:
-        key: an id that no other chart of the page has.
-        scale: scale of y; auto is log if the largest value is far above the median.
-        percent: show values 0..1 as 0..100 %.
-        zero: begin y at 0.
-        level: a value to compare with, and its name.
-        marks: events, drawn as hairlines over the height of the plot.
+    No other chart of the page has the id `key`. `level`: a value to compare with, and its name. `percent`:
+    show values 0..1 as 0..100 %.
     """
     x_axis = linear_axis(0, x_high, 6, exact=True)
     values = [line.y for line in series] + ([np.array([level[0]])] if level else [])
-    y_axis = make_axis(np.concatenate(values) if values else np.empty(0), scale, percent=percent, zero=zero)
-    show = as_percent if percent else short
+    y_axis = make_axis(np.concatenate(values) if values else np.empty(0), scale, percent=percent)
+    show = units.percent if percent else units.short
     svg = _labelled_svg(key, {"class": "plot", "height": str(height_px + 22)}, _describe(series, show))
     # The page's script reads values off the lines with these.
     ends = f"{x_high:g} {y_axis.low:.17g} {y_axis.high:.17g}"
@@ -160,12 +153,14 @@ def lane(marks: Sequence[Mark], x_high: float) -> str:
     return tostring(svg, encoding="unicode")
 
 
-def heat_map(matrix: np.ndarray, *, key: str, description: str) -> str:
-    """Draw a square matrix of counts; shades show each row's shares of its sum.
+def heat_map(matrix: np.ndarray, *, key: str) -> str:
+    """Draw a confusion matrix; shades show each row's shares of its sum.
 
     All cells of one shade are one path, which keeps the file small.
     """
-    size = len(matrix)
+    size, images = len(matrix), int(matrix.sum())
+    wrong = images - int(np.trace(matrix))
+    description = f"{size} classes, {images:,} images, {wrong:,} of them not on the diagonal."
     svg = _labelled_svg(key, {"class": "heat", "viewBox": f"0 0 {size} {size}"}, description)
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     # The root makes a few errors in a hundred visible.
@@ -183,11 +178,7 @@ def heat_map(matrix: np.ndarray, *, key: str, description: str) -> str:
 def thin(x: np.ndarray, y: np.ndarray, columns: int) -> np.ndarray:
     """Return indices of the points to draw: the lowest and the highest point of each of `columns` stripes.
 
-    So a spike of one step in half a million stays visible.
-
-    Args:
-        x: (N,) ascending.
-        y: (N,), may hold NaN.
+    So a spike of one step in half a million stays visible. `x` ascends, `y` may hold NaN; both are (N,).
     """
     if len(x) <= 2 * columns:
         return np.arange(len(x))
@@ -284,9 +275,8 @@ def _path(x: np.ndarray, y: np.ndarray) -> str:
 
 def _labelled_svg(key: str, attributes: dict[str, str], description: str) -> Element:
     """Begin an <svg> that the page titles `<key>-title`, and describe it for a screen reader."""
-    svg = Element("svg", attributes | {"role": "img", "id": key})
-    svg.set("aria-labelledby", f"{key}-title")
-    svg.set("aria-describedby", f"{key}-desc")
+    names = {"aria-labelledby": f"{key}-title", "aria-describedby": f"{key}-desc"}
+    svg = Element("svg", attributes | {"role": "img", "id": key} | names)
     _add(svg, "desc", description, id=f"{key}-desc")
     return svg
 

@@ -1,6 +1,7 @@
 """Summarise the last evaluation by class: accuracies, confused pairs and the confusion matrix."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -24,28 +25,13 @@ class ClassRow:
     mistakes: int
 
 
-@dataclass(frozen=True)
-class ClassSection:
-    """What the report shows of the classes.
+def class_section(record: RunRecord) -> dict[str, Any] | None:
+    """Return what the template shows of the better of model and EMA; None before the first evaluation.
 
     `rows`, `more_rows`: classes, the worst first. `pairs`: (true, predicted, count, share of the true
     class's images). `counts`, `shades`: the confusion matrix as a table, and how dark each cell is, 0 to 1.
     `heat`: the matrix as SVG, if it is too large for a table.
     """
-
-    weights: str
-    names: list[str]
-    median_accuracy: float
-    rows: list[ClassRow]
-    more_rows: list[ClassRow]
-    pairs: list[tuple[str, str, int, float]]
-    counts: list[list[int]]
-    shades: list[list[float]]
-    heat: str
-
-
-def class_section(record: RunRecord) -> ClassSection | None:
-    """Return the section for the better of model and EMA weights; None before the first evaluation."""
     if not record.classes:
         return None
     weights, result = max(record.classes.items(), key=lambda item: int(item[1].correct.sum()))
@@ -63,19 +49,12 @@ def class_section(record: RunRecord) -> ClassSection | None:
             # The root makes a few errors in a hundred visible.
             counts, shades = matrix, np.sqrt(matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1))
         else:
-            heat = _heat(matrix)
+            heat = heat_map(matrix, key="confusion")
     rows = [_row(index, names, result, errors[index]) for index in worst.tolist()]
-    return ClassSection(
-        weights=weights,
-        names=names,
-        median_accuracy=float(np.median(accuracy[seen])),
-        rows=rows[:NUM_OPEN_ROWS],
-        more_rows=rows[NUM_OPEN_ROWS:],
-        pairs=_pairs(names, result, errors),
-        counts=counts.tolist(),
-        shades=shades.round(2).tolist(),
-        heat=heat,
-    )
+    section = {"weights": weights, "names": names, "median_accuracy": float(np.median(accuracy[seen]))}
+    section |= {"rows": rows[:NUM_OPEN_ROWS], "more_rows": rows[NUM_OPEN_ROWS:]}
+    section |= {"counts": counts.tolist(), "shades": shades.round(2).tolist(), "heat": heat}
+    return section | {"pairs": _pairs(names, result, errors)}
 
 
 def _row(index: int, names: list[str], result: ClassCounts, errors: np.ndarray) -> ClassRow:
@@ -92,10 +71,3 @@ def _pairs(names: list[str], result: ClassCounts, errors: np.ndarray) -> list[tu
         if count := int(errors[true, predicted]):
             pairs.append((names[true], names[predicted], count, count / int(result.images[true])))
     return pairs
-
-
-def _heat(matrix: np.ndarray) -> str:
-    images = int(matrix.sum())
-    wrong = images - int(np.trace(matrix))
-    description = f"{len(matrix)} classes, {images:,} images, {wrong:,} of them not on the diagonal."
-    return heat_map(matrix, key="confusion", description=description)

@@ -1,7 +1,9 @@
 """Turn the events of a run into table rows and marks over the steps."""
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -9,6 +11,8 @@ import numpy as np
 from cmtrain.monitoring.report.charts import Mark, lane
 from cmtrain.monitoring.units import percent, short, utc
 from cmtrain.storage.run_record import RunRecord
+
+Event = dict[str, Any]
 
 # These go as planned: the report leaves them out.
 ROUTINE = ("checkpoint", "evaluated", "environment")
@@ -49,51 +53,44 @@ class EventRow:
     more: int
 
 
-@dataclass(frozen=True)
-class Lane:
-    """`count` events of one kind. `svg` shows at which steps they were."""
-
-    name: str
-    glyph: str
-    count: int
-    svg: str
-
-
 def event_rows(record: RunRecord) -> list[EventRow]:
     """Return a row for every event that is not routine, but only the first few of each kind."""
-    events = sorted(_noteworthy(record), key=lambda event: event["time"])
-    total = Counter(event["event"] for event in events)
-    seen: Counter[str] = Counter()
-    rows = []
-    for event in events:
-        kind = event["event"]
-        seen[kind] += 1
-        if seen[kind] <= MAX_ROWS_OF_A_KIND:
-            more = total[kind] - seen[kind] if seen[kind] == MAX_ROWS_OF_A_KIND else 0
-            rows.append(_row(record, event, event["time"] - events[0]["time"], more))
-    return rows
+    events = sorted(_noteworthy(record), key=itemgetter("time"))
+    return _rows(record, events, MAX_ROWS_OF_A_KIND, lambda time: time - events[0]["time"])
 
 
 def newest_rows(record: RunRecord, now: float) -> list[EventRow]:
     """Return rows of the newest events, the newest first, a few of each kind. `now`: Unix time."""
-    seen: Counter[str] = Counter()
+    events = [event for event in record.events if event["event"] != "environment"]
+    events.sort(key=itemgetter("time"), reverse=True)
+    return _rows(record, events, MAX_NEWEST_OF_A_KIND, lambda time: max(0.0, now - time))[:MAX_NEWEST]
+
+
+def _rows(
+    record: RunRecord, events: list[Event], most: int, seconds: Callable[[float], float]
+) -> list[EventRow]:
+    """Return rows of `events`, at most `most` of each kind. `seconds`: of a Unix time."""
+    total, seen = Counter(event["event"] for event in events), Counter[str]()
     rows = []
-    for event in sorted(record.events, key=lambda event: event["time"], reverse=True):
-        kind = event["event"]
+    for event in events:
+        kind, time = event["event"], event["time"]
         seen[kind] += 1
-        if kind != "environment" and seen[kind] <= MAX_NEWEST_OF_A_KIND:
-            rows.append(_row(record, event, max(0.0, now - event["time"])))
-    return rows[:MAX_NEWEST]
+        if seen[kind] <= most:
+            step, glyph = round(_step_of(record, event)), GLYPHS.get(kind, "note")
+            more = total[kind] - most if seen[kind] == most else 0
+            row = utc(time), seconds(time), step, _name(event), glyph, _details(event), more
+            rows.append(EventRow(*row))
+    return rows
 
 
-def event_lanes(record: RunRecord, x_high: float) -> list[Lane]:
-    """Return one lane for each kind of event that occurred; a single start gets none."""
+def event_lanes(record: RunRecord, x_high: float) -> list[tuple[str, str, int, str]]:
+    """Return (name, glyph, number of events, SVG) of each kind that occurred; a single start has no lane."""
     marks = _marks(record)
     lanes = []
     for glyph, (name, _) in LANES.items():
         mine = [mark for mark in marks if mark.kind == glyph]
         if len(mine) > 1 or (mine and glyph != "start"):
-            lanes.append(Lane(name, glyph, len(mine), lane(mine, x_high)))
+            lanes.append((name, glyph, len(mine), lane(mine, x_high)))
     return lanes
 
 
@@ -103,16 +100,11 @@ def hairlines(record: RunRecord) -> list[Mark]:
     return found[:: max(1, -(-len(found) // MAX_HAIRLINES))]
 
 
-def _row(record: RunRecord, event: dict[str, Any], seconds: float, more: int = 0) -> EventRow:
-    step, glyph = round(_step_of(record, event)), GLYPHS.get(event["event"], "note")
-    return EventRow(utc(event["time"]), seconds, step, _name(event), glyph, _details(event), more)
-
-
-def _name(event: dict[str, Any]) -> str:
+def _name(event: Event) -> str:
     return event["event"].replace("_", " ").replace("ema", "EMA")
 
 
-def _noteworthy(record: RunRecord) -> list[dict[str, Any]]:
+def _noteworthy(record: RunRecord) -> list[Event]:
     return [event for event in record.events if event["event"] not in ROUTINE]
 
 
@@ -126,7 +118,7 @@ def _marks(record: RunRecord) -> list[Mark]:
     return marks
 
 
-def _step_of(record: RunRecord, event: dict[str, Any]) -> float:
+def _step_of(record: RunRecord, event: Event) -> float:
     """Return the step that an event names, else the last step that was logged before it."""
     step = event.get("step", event.get("last_step"))
     if isinstance(step, int | float) and 0 <= step < 2**63:
@@ -136,7 +128,7 @@ def _step_of(record: RunRecord, event: dict[str, Any]) -> float:
     return float(before.max(initial=0))
 
 
-def _details(event: dict[str, Any]) -> list[tuple[str, str]]:
+def _details(event: Event) -> list[tuple[str, str]]:
     return [
         (key.replace("_", " "), _text(key, value))
         for key, value in event.items()

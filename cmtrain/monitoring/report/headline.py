@@ -67,17 +67,10 @@ def measure_times(record: RunRecord) -> Times:
     total = sum(share.seconds for share in shares)
     if shares and active_seconds > total:
         shares.append(Share("start and the rest", "rest", active_seconds - total))
-    trained = float(seconds.sum())
-    return Times(
-        begin=float(seen[0]),
-        end=float(seen[-1]),
-        active_seconds=active_seconds,
-        num_starts=len(starts),
-        images=float(num_images.sum()),
-        images_per_second=float(num_images.sum()) / trained if trained else None,
-        data_wait_ratio=_seconds_of(record, "data_wait_ratio", seconds) / trained if trained else None,
-        shares=shares,
-    )
+    begin, end, images, trained = map(float, (seen[0], seen[-1], num_images.sum(), seconds.sum()))
+    speed = images / trained if trained else None
+    wait_ratio = _seconds_of(record, "data_wait_ratio", seconds) / trained if trained else None
+    return Times(begin, end, active_seconds, len(starts), images, speed, wait_ratio, shares)
 
 
 def _windows(record: RunRecord) -> tuple[np.ndarray, np.ndarray]:

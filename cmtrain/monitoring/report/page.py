@@ -6,6 +6,7 @@ templates/report.html, and charts.py draws the charts. Needs no torch.
 """
 
 import base64
+import functools
 import hashlib
 import io
 import itertools
@@ -22,7 +23,7 @@ from cmtrain import __version__
 from cmtrain.config.schema import defaults
 from cmtrain.config.strict_yaml import emit
 from cmtrain.monitoring.report.classes import class_section
-from cmtrain.monitoring.report.curves import PlottedRun, large_charts, small_charts, x_high
+from cmtrain.monitoring.report.curves import PlottedRun, draw_charts, x_high
 from cmtrain.monitoring.report.events import event_lanes, event_rows
 from cmtrain.monitoring.report.headline import environment_of, headline, measure_times, number, summary
 from cmtrain.monitoring.units import duration, percent, short, utc
@@ -47,9 +48,7 @@ def report(paths: Sequence[str], out: str | None) -> int:
         DataError: one of `paths` is no run folder.
     """
     folders = [Path(path) for path in paths]
-    target = folders[0] / REPORT_NAME if len(folders) == 1 else Path(REPORT_NAME)
-    if out:
-        target = Path(out)
+    target = Path(out or (folders[0] / REPORT_NAME if len(folders) == 1 else REPORT_NAME))
     write_report(folders, target)
     print(target)  # noqa: T201
     return 0
@@ -66,72 +65,59 @@ def write_report(folders: Sequence[Path], target: Path) -> None:
     replace_file(target, page.encode(errors="replace"))
 
 
+@functools.cache
 def make_templates() -> Environment:
     """Return the templates of pages and model cards.
 
     Jinja escapes all values; the templates mark only what charts.py drew as safe.
     """
-    templates = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    templates.filters |= {"short": short, "duration": duration, "percent": percent}
+    loader = FileSystemLoader(Path(__file__).parent / "templates")
+    templates = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
+    templates.trim_blocks = templates.lstrip_blocks = True
+    templates.filters |= {"short": short, "duration": duration, "percent": percent, "utc": utc}
     return templates
 
 
-def join_scripts(templates: Environment, names: Sequence[str]) -> dict[str, str]:
-    """Return `script`, the files `names` together, and `script_hash` for the page's security policy.
+def render_page(template: str, values: dict[str, Any], scripts: Sequence[str]) -> str:
+    """Return a page with `scripts` in it.
 
-    A browser runs only the script with this hash, even if something got past the escaping.
+    Its security policy names their hash: a browser runs no other, even if one got past the escaping.
     """
-    script = "".join(templates.get_template(name).render() for name in names)
-    digest = hashlib.sha256(script.encode()).digest()
-    return {"script": script, "script_hash": base64.b64encode(digest).decode()}
+    templates = make_templates()
+    script = "".join(templates.get_template(name).render() for name in scripts)
+    script_hash = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    values |= {"script": script, "script_hash": script_hash, "version": __version__}
+    return templates.get_template(template).render(values)
 
 
 def render(records: Sequence[RunRecord]) -> str:
     """Return the report of `records` as HTML."""
     several = len(records) > 1
-    runs = [
-        PlottedRun(record, letter=_letter(index) if several else "", color=index % NUM_COLORS)
-        for index, record in enumerate(records)
-    ]
-    templates = make_templates()
+    letters = [_letter(index) if several else "" for index in range(len(records))]
+    runs = [PlottedRun(record, letters[i], i % NUM_COLORS) for i, record in enumerate(records)]
     pages = [_run_page(run) for run in runs]
+    title = f"{len(records)} runs" if several else records[0].name
     configs = [{key: emit(value) for key, value in record.config.items()} for record in records]
-    return templates.get_template("report.html").render(
-        title=f"{len(records)} runs" if several else records[0].name,
-        **join_scripts(templates, ["curves.js"]),
-        version=__version__,
-        written=utc(time.time()),
-        large_charts=large_charts(runs),
-        small_charts=small_charts(runs),
-        runs=pages,
-        headline_names=list(dict.fromkeys(name for page in pages for name, _, _ in page["headline"])),
-        differences=_differences(configs) + _differences([environment_of(record) for record in records]),
-    )
+    differences = _differences(configs) + _differences([page["environment"] for page in pages])
+    names = list(dict.fromkeys(name for page in pages for name, _, _ in page["headline"]))
+    values = {"title": title, "at": time.time(), "differences": differences, "headline_names": names}
+    return render_page("report.html", values | draw_charts(runs) | {"runs": pages}, ["curves.js"])
 
 
 def _run_page(run: PlottedRun) -> dict[str, Any]:
     """Return what the template needs of one run."""
     record, status, times = run.record, run.record.status, measure_times(run.record)
-    state, reason = str(status.get("state", "unknown")), status.get("reason")
-    exit_code = status.get("exit_code")
+    state, exit_code = str(status.get("state", "unknown")), status.get("exit_code")
+    reason = status.get("reason")
     silent_seconds = time.time() - times.end
     patience_seconds = number(record.config.get("metrics.stall_seconds")) or SILENT_SECONDS
     if state == "running" and silent_seconds > patience_seconds:
         state = "running?"
         reason = f"nothing was written for {duration(silent_seconds)}; the run may have been killed"
-    return {
-        "plot": run,
-        "record": record,
-        "state": state,
-        "tone": "warn" if exit_code == 5 else TONES.get(state, "warn"),
-        "exit_code": exit_code,
-        "reason": reason,
+    tone = "warn" if exit_code == 5 else TONES.get(state, "warn")
+    page = {"plot": run, "record": record}
+    page |= {"state": state, "tone": tone, "exit_code": exit_code, "reason": reason}
+    return page | {
         "summary": summary(record),
         "began": utc(times.begin) if times.begin else "",
         "headline": headline(record, times, run.last_step),
