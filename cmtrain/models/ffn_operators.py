@@ -17,7 +17,7 @@ import triton
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from cmtrain.models import ffn_kernels as kernels
+import cmtrain.models.ffn_kernels as kernels
 
 PITCH = 16
 ROWS = 64  # rows of a tile
