@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from helpers.pages import DOUBLE_IDS, EVIL, OUTSIDE, OVERLAPS, UNNAMED, ParsedPage
 from helpers.report_runs import BEGIN, eventful, write_run
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -79,12 +80,7 @@ def test_classes_are_counted_exactly(num_classes):
     logits = rng.normal(size=(500, num_classes)).astype(np.float32)
     labels = rng.integers(-1, num_classes, 500)
     batches = [Batch(*(torch.tensor(part) for part in parts), torch.arange(0)) for parts in ((logits[:130], labels[:130]), (logits[130:], labels[130:]))]  # fmt: skip  # noqa: E501
-    how = {
-        "autocast": torch.autocast("cpu", enabled=False),
-        "device": torch.device("cpu"),
-        "num_images": 500,
-    }
-    result = evaluate(torch.nn.Identity(), batches, num_classes=num_classes, **how)
+    result = evaluate(torch.nn.Identity(), batches, Accelerator(cpu=True), 500, num_classes)
     expected = outcomes_by_numpy(logits, labels, num_classes)
     assert result.class_images == expected.sum(1).tolist()
     assert result.class_correct == expected.diagonal().tolist()
