@@ -16,18 +16,10 @@ SPLITS = ("train", "val")
 
 
 def pack(
-    source: str,
-    destination: str,
-    *,
-    resize_shorter: int | None,
-    quality: int,
-    shard_mib: int,
-    processes: int | None,
-    train_list: str | None = None,
-    val_list: str | None = None,
-    max_bad_fraction: float = MAX_BAD_FRACTION,
-    cache_dir: str | None = None,
-) -> int:
+    source: str, destination: str, *, train_list: str | None = None, val_list: str | None = None,
+    max_bad_fraction: float = MAX_BAD_FRACTION, cache_dir: str | None = None, shard_mib: int,
+    processes: int | None, **encoding: Any,
+) -> int:  # fmt: skip
     """Pack the training and the validation images of `source`; `destination` is then a data.root.
 
     After a kill or a full disk the same command continues; after success it verifies the shards. Prints one
@@ -35,13 +27,12 @@ def pack(
 
     Args:
         source: holds train/<class>/* and val/<class>/*, or the files on the lists; one split may be missing.
-        resize_shorter: longest shorter side in pixels, larger images are reduced; None keeps all sizes.
-        quality: JPEG quality of changed images; JPEGs that need no change are copied.
-        shard_mib: size at which a shard is closed.
-        processes: number of processes that read and encode; None is one per core.
         train_list, val_list: list files, relative to `source`, used instead of the folders.
         max_bad_fraction: share of unusable files above which a split is refused.
         cache_dir: cache for image sizes, as data.cache_dir.
+        shard_mib: size at which a shard is closed.
+        processes: number of processes that read and encode; None is one per core.
+        encoding: `resize_shorter` and `quality`, see pipelines.packing.encode.
 
     Raises:
         DataError: nothing to pack, too many bad images, no space, a destination in use, a damaged shard.
@@ -63,15 +54,9 @@ def pack(
             manifest = Manifest.from_folder(root / split, class_names=class_names, **limits)
         class_names = manifest.class_names
         folder = Path(destination).absolute() / split
-        split_index = pack_split(
-            manifest,
-            folder,
-            resize_shorter=resize_shorter,
-            quality=quality,
-            shard_bytes=shard_mib * 2**20,
-            processes=processes or len(os.sched_getaffinity(0)),
-            max_bad_fraction=max_bad_fraction,
-        )
+        workers = processes or len(os.sched_getaffinity(0))
+        how = encoding | {"shard_bytes": shard_mib * 2**20, "processes": workers}
+        split_index = pack_split(manifest, folder, max_bad_fraction=max_bad_fraction, **how)
         for path, _, reason in split_index.bad:
             sys.stderr.write(f"left out: {path}: {reason}\n")
         shards = split_index.packed

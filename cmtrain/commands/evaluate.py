@@ -80,7 +80,9 @@ def evaluate_trained(options: argparse.Namespace, overrides: Overrides) -> int:
             model = make_trained_model(sized, each).to(accelerator.device)
             outputs = num_classes_in(each, config.model.name)
             images = loader.epoch(0)
-            evaluation = evaluate(model, images, accelerator, len(manifest), outputs, keeps_ranked=options.real)
+            evaluation = evaluate(
+                model, images, accelerator, len(manifest), outputs, keeps_ranked=options.real
+            )
             real_top1 = None if real is None else real_accuracy(real, evaluation)
             results.append(Result(each.kind, image_px, resize_px, evaluation, real_top1))
         loader.close()
@@ -199,7 +201,9 @@ def _show(figures: Sequence[dict[str, Any]]) -> None:
     header = "weights  image px  resize px    top-1    top-5    loss   images"
     console.line(header + "   ReaL top-1" if "real_top1" in figures[0] else header)
     for row in figures:
-        line = f"{row['weights']:<7}  {row['image_px']:>8}  {row['resize_px']:>9}  {100 * row['top1']:5.2f} %  "
+        line = (
+            f"{row['weights']:<7}  {row['image_px']:>8}  {row['resize_px']:>9}  {100 * row['top1']:5.2f} %  "
+        )
         line += f"{100 * row['top5']:5.2f} %  {row['loss']:6.4f}  {row['num_images']:>7}"
         console.line(line + (f"   {100 * row['real_top1']:8.2f} %" if "real_top1" in row else ""))
     if unreadable := figures[0]["num_unreadable"]:

@@ -48,7 +48,7 @@ def export(trained: Trained, *, formats: Sequence[str], out: str, kind: str | No
 
     Args:
         kind: `model` or `ema`; None: the EMA if there is one.
-        fold_bn: absorb BatchNorm where that is exact; not in timm's layout, which has a place for every norm.
+        fold_bn: absorb BatchNorm where that is exact; not in timm's layout, which has a place for each norm.
 
     Raises:
         ConfigError: `out` exists, or these options do not fit together.
@@ -169,15 +169,16 @@ def _card(
     evaluations = read_run(trained.run).evaluations
     prefix = "eval_ema" if weights.kind == "ema" else "eval"
     place = {int(step): place for place, step in enumerate(evaluations["step"])}.get(trained.step)
-    columns = {key: evaluations.get(f"{prefix}_{key}") for key in ("top1", "top5", "loss") if place is not None}
+    columns = {
+        key: evaluations.get(f"{prefix}_{key}") for key in ("top1", "top5", "loss") if place is not None
+    }
     metrics = {key: float(column[place]) for key, column in columns.items() if column is not None}
     exported_by = {"cmtrain": __version__, "torch": torch.__version__, "timm": timm.__version__}
     exported_by["python"] = platform.python_version()
-    return make_templates().get_template("model_card.md").render(
-        trained=trained, config=config, config_yaml=to_yaml(config), weights=weights.kind, metrics=metrics,
-        num_parameters=sum(p.numel() for p in model.parameters()), num_classes=model.num_classes,
-        differences=differences, fold_bn=fold_bn, exported_by=exported_by,
-    )  # fmt: skip
+    facts: dict[str, Any] = {"trained": trained, "config": config, "config_yaml": to_yaml(config)}
+    facts |= {"weights": weights.kind, "metrics": metrics, "differences": differences, "fold_bn": fold_bn}
+    facts |= {"num_parameters": sum(p.numel() for p in model.parameters()), "num_classes": model.num_classes}
+    return make_templates().get_template("model_card.md").render(facts, exported_by=exported_by)
 
 
 # Each of the next functions writes one format and returns the model as it is read back, for comparison.
@@ -189,7 +190,9 @@ def to_timm(folder: Path, model: nn.Module, config: Config, class_names: Sequenc
 
     The parameters of `model` must be contiguous. `class_names` that are not one per output are left out.
     """
-    described = {"pretrained_cfg": preprocessing_of(config) | {"num_classes": model.num_classes}}
+    described: dict[str, Any] = {
+        "pretrained_cfg": preprocessing_of(config) | {"num_classes": model.num_classes}
+    }
     if class_names and len(class_names) == model.num_classes:
         described["label_names"] = list(class_names)
     model_args = model_args_of(config)
@@ -200,7 +203,7 @@ def to_timm(folder: Path, model: nn.Module, config: Config, class_names: Sequenc
 def to_onnx(folder: Path, model: nn.Module, example: Tensor) -> Logits:
     """Write model.onnx, with input `images` and output `logits`. `example`: (B, 3, px, px), B > 1."""
     with warnings.catch_warnings(action="ignore"):  # of its own internals, differently in every version
-        names = {"input_names": ["images"], "output_names": ["logits"]}
+        names: dict[str, Any] = {"input_names": ["images"], "output_names": ["logits"]}
         how = names | {"dynamic_shapes": ANY_BATCH, "external_data": False, "verbose": False}
         torch.onnx.export(model, (example,), folder / ONNX_NAME, dynamo=True, **how)
     onnxruntime = importlib.import_module("onnxruntime")  # an extra, not always there

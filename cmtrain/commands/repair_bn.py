@@ -134,7 +134,9 @@ def repair_bn(place: str, config: Config | None, overrides: Overrides, out: str 
     # Write and report.
     written = source.write({"from": str(source.path), "statistics": nonfinite, "batches": batches})
     console = Console(enabled=True)
-    first = f"{len(nonfinite)} BatchNorm statistics were not finite, {nonfinite[0]} first" if nonfinite else ""
+    first = (
+        f"{len(nonfinite)} BatchNorm statistics were not finite, {nonfinite[0]} first" if nonfinite else ""
+    )
     found = first or "all BatchNorm statistics were finite"
     console.line(f"{source.path}: {found}; averaged over {batches} batches")
     top1 = {}

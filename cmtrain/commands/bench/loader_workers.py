@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -28,10 +28,9 @@ Counter = Iterator[int]  # number of images in each batch
 
 @dataclass(frozen=True)
 class LoaderContender:
-    """A loader to time. `manifest` may be packed; timm reads the same bytes."""
+    """A loader to time: timm's if that is its `name`, else ours. `manifest` may be packed."""
 
     name: str
-    kind: Literal["dali", "timm"]
     manifest: Manifest
     device: str
     decode: Decode
@@ -46,7 +45,7 @@ def serve(pipe: Connection, contender: LoaderContender) -> None:
     torch.set_num_threads(1)
     # timm's workers start as they do in a training script.
     multiprocessing.set_start_method("fork", force=True)
-    make = _timm_batches if contender.kind == "timm" else _dali_batches
+    make = _timm_batches if contender.name == "timm" else _dali_batches
     batches: Counter = iter(())
     while True:
         try:
@@ -92,19 +91,9 @@ def _cpu_seconds(pid: int) -> float:
 def make_loader(contender: LoaderContender, spec: AugmentSpec, size: int) -> tuple[DaliLoader, Plan]:
     """Return our loader of training batches of `size` images, and its plan."""
     plan = Plan(0, len(contender.manifest), size, size)
-    loader = train_loader(
-        contender.manifest,
-        plan,
-        spec,
-        rank=0,
-        world=1,
-        device=contender.device,
-        decode=contender.decode,
-        threads=contender.cores,
-        prefetch_batches=PREFETCH_BATCHES,
-        hw_decoder_load=contender.hw_decoder_load,
-    )
-    return loader, plan
+    how: dict[str, Any] = {"decode": contender.decode, "hw_decoder_load": contender.hw_decoder_load}
+    how |= {"device": contender.device, "threads": contender.cores, "prefetch_batches": PREFETCH_BATCHES}
+    return train_loader(contender.manifest, plan, spec, rank=0, world=1, **how), plan
 
 
 def _dali_batches(contender: LoaderContender, spec: AugmentSpec | None) -> Counter:
@@ -116,15 +105,8 @@ def _dali_batches(contender: LoaderContender, spec: AugmentSpec | None) -> Count
     plan = Plan(0, len(manifest), size, size)
     read = file_reader(manifest, cores)
     upcoming = (batch.indices for epoch in itertools.count() for batch in plan.micro_batches(epoch, 0, 0, 1))
-    run = graphs.execution(
-        torch.device(contender.device),
-        contender.decode,
-        size,
-        cores,
-        PREFETCH_BATCHES,
-        reads_files=manifest.packed is None,
-        hw_decoder_load=contender.hw_decoder_load,
-    )
+    where, load = (contender.device, contender.decode), contender.hw_decoder_load
+    run = graphs.execution(*where, size, cores, PREFETCH_BATCHES, manifest.packed is None, load)
     pipeline = graphs.decode_graph(lambda: [read(next(upcoming))], run, windows=False)
     return (len(pipeline.run()[0]) for _ in itertools.count())
 
@@ -152,24 +134,15 @@ def _timm_batches(contender: LoaderContender, spec: AugmentSpec | None) -> Count
     keep_bits = auto_augment.LEVEL_TO_ARG["PosterizeIncreasing"]
     auto_augment.LEVEL_TO_ARG["PosterizeIncreasing"] = lambda *args: (max(1, keep_bits(*args)[0]),)
     augmented = spec or AugmentSpec(32)
+    kept = ("scale", "ratio", "hflip", "interpolation", "mean", "std")
+    how = {name: getattr(augmented, name) for name in kept}
+    how |= {"color_jitter": augmented.color_jitter or 0.0, "auto_augment": augmented.rand_augment}
+    how |= {"num_workers": contender.cores, "pin_memory": contender.device == "cuda"}
+    how |= {"use_multi_epochs_loader": True}  # or its queue runs dry at the end of every epoch
     dataset = timm.data.ImageDataset("", reader=_ManifestReader(contender.manifest))
+    size, device = min(BATCH_SIZE, len(dataset)), torch.device(contender.device)
     loader = timm.data.create_loader(
-        dataset,
-        input_size=augmented.image_px,
-        batch_size=min(BATCH_SIZE, len(dataset)),
-        is_training=True,
-        scale=augmented.scale,
-        ratio=augmented.ratio,
-        hflip=augmented.hflip,
-        color_jitter=augmented.color_jitter or 0.0,
-        auto_augment=augmented.rand_augment,
-        interpolation=augmented.interpolation,
-        mean=augmented.mean,
-        std=augmented.std,
-        num_workers=contender.cores,
-        use_multi_epochs_loader=True,  # or its queue runs dry at the end of every epoch
-        pin_memory=contender.device == "cuda",
-        device=torch.device(contender.device),
+        dataset, augmented.image_px, size, is_training=True, device=device, **how
     )
     if spec is None:
         dataset.transform = _one_pixel  # the dataset has decoded the image by then
