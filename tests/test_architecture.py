@@ -107,7 +107,7 @@ def test_pipelines_do_not_know_the_trainer():
 
 def test_only_entry_points_import_the_training_run():
     users = {name for name, imported in GRAPH.items() if "cmtrain.training.train" in imported}
-    assert users == {"cmtrain.cli.main", "cmtrain.commands.demo"}
+    assert users == {"cmtrain.cli.main"}
 
 
 TRACKERS = "cmtrain.monitoring.trackers"

@@ -2,6 +2,7 @@
 torch.
 """
 
+import itertools
 import json
 import os
 import sys
@@ -27,10 +28,17 @@ from cmtrain.config.schema import Config, to_yaml
 from cmtrain.errors import EXIT_CONFIG, EXIT_DATA, EXIT_DONE, EXIT_INTERRUPTED, ConfigError, did_you_mean
 from cmtrain.processes.launcher import run_ranks, visible_gpus
 from cmtrain.processes.rank import PARENT, hold_back, is_first_rank, is_started_by_launcher, run_as_rank
-from cmtrain.storage.run_folder import read_finished
+from cmtrain.storage.run_folder import read_finished, read_status
 from cmtrain.training.schedule import split_batch
 from pipelines.spec import DataError
 
+DEMO_PHOTOS = [
+    ("data.root", "demo:photos"),
+    ("data.image_px", "64"),
+    ("data.eval_resize_px", "72"),
+    ("augment.hflip", "0.5"),
+    ("expect.top1", "0.85"),
+]
 BENCHMARKS = ("loader", "model", "latency", "guard", "train", "all")
 
 HELP = """\
@@ -174,9 +182,16 @@ def _demo(arguments: list[str]) -> int:
         "--photos", action="store_true", help="12 colour photographs instead of handwritten digits"
     )
     options, overrides = parse(parser, arguments)
-    from cmtrain.commands.demo import demo
+    base, given = ("demo-photos", DEMO_PHOTOS) if options.photos else ("demo", [])
+    for attempt in itertools.count(1):  # an interrupted demo continues; a finished one is left alone
+        name = base if attempt == 1 else f"{base}-{attempt}"
+        config = load_config("configs/demo.yaml", [*given, ("run.name", name), *overrides]).config
+        status = read_status(Path(config.run.dir) / str(config.run.name)) or {}
+        if status.get("state") != "finished" or any(key == "run.name" for key, _ in overrides):
+            break
+    from cmtrain.training.train import train  # torch is loaded here, after the mistakes
 
-    return demo(options.photos, overrides)
+    return train(config)
 
 
 def _bench(arguments: list[str]) -> int:
@@ -185,16 +200,11 @@ def _bench(arguments: list[str]) -> int:
     add("--config", default="configs/demo.yaml", metavar="FILE", help="default: configs/demo.yaml")
     add("--what", choices=BENCHMARKS, default="all", help="default: all")
     add("--steps", type=positive, default=20, metavar="N", help="steps to time of each (default: 20)")
-    add(
-        "--rounds", type=positive, default=5, metavar="N", help="turns of each side (5; not with train, all)"
-    )
+    rounds = "turns of each side (5; not with train, all)"
+    add("--rounds", type=positive, default=5, metavar="N", help=rounds)
     add("--packed", metavar="DIR", help="packed copy of the data to time, too (with --what loader)")
-    add(
-        "--beside",
-        default="resnet50,efficientnet_b0",
-        metavar="NAMES",
-        help="timm models to time, too (model, latency)",
-    )
+    beside = "timm models to time, too (model, latency)"
+    add("--beside", type=_names, default="resnet50,efficientnet_b0", metavar="NAMES", help=beside)
     add("--compare", metavar="FILE", help="JSON of an earlier run to compare rates with")
     add("--fail-below", type=float, metavar="X", help="exit code 5 where a rate is below X times that")
     add("--json", metavar="FILE", help="write the figures there, too")
@@ -203,11 +213,11 @@ def _bench(arguments: list[str]) -> int:
         raise ConfigError("--fail-below: needs --compare FILE, the earlier run")
     from cmtrain.commands.bench.bench import bench
 
-    return bench(
-        options.what, resolved.config, steps=options.steps, rounds=options.rounds, packed=options.packed,
-        beside=[name for name in options.beside.split(",") if name], compare=options.compare,
-        fail_below=options.fail_below, json_path=options.json,
-    )  # fmt: skip
+    return bench(resolved.config, options)
+
+
+def _names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
 
 
 def _doctor(arguments: list[str]) -> int:
@@ -237,9 +247,7 @@ def _sweep(arguments: list[str]) -> int:
         raise ConfigError(
             "cmtrain sweep: of which files? e.g. cmtrain sweep configs/ablations --data.root /data/imagenet"
         )
-    rows = sweep.read_rows(
-        options.files, overrides, select=options.rows, scale=options.scale, max_steps=options.max_steps
-    )
+    rows = sweep.read_rows(options.files, overrides, options.rows, options.scale, options.max_steps)
     if options.dry_run:
         sys.stdout.write(sweep.commands(rows, options.jobs, options.sbatch))
         return EXIT_DONE
@@ -289,7 +297,7 @@ def _repair_bn(arguments: list[str]) -> int:
     config = load_config(options.config, overrides).config if options.config else None
     from cmtrain.commands.repair_bn import repair_bn
 
-    return repair_bn(options.place, config, overrides, out=options.out, batches=options.batches)
+    return repair_bn(options.place, config, overrides, options.out, options.batches)
 
 
 def _report(arguments: list[str]) -> int:

@@ -35,21 +35,9 @@ def evaluate_trained(arguments: list[str]) -> int:
     add("--expect", type=_fraction, metavar="TOP1", help="exit code 5 where the best top-1 is below it")
     add("--json", metavar="FILE", help="write the results there, too")
     options, overrides = _parse_with_run(parser, arguments)
-    from cmtrain.commands.evaluate import EvalRequest, evaluate_trained
-    from cmtrain.commands.trained_model import open_trained
+    from cmtrain.commands.evaluate import evaluate_trained
 
-    request = EvalRequest(
-        kinds=("model", "ema") if options.weights == "both" else (options.weights,),
-        must_have=options.weights != "both",
-        image_px=tuple(options.image_px),
-        resize_px=tuple(options.resize_px),
-        folder=options.folder,
-        real=options.real,
-    )
-    return evaluate_trained(
-        open_trained(options.run, overrides), request, per_class=options.per_class,
-        confusion=options.confusion, expect=options.expect, json_path=options.json,
-    )  # fmt: skip
+    return evaluate_trained(options, overrides)
 
 
 def export_trained(arguments: list[str]) -> int:

@@ -17,18 +17,10 @@ SPLITS = ("train", "val")
 
 
 def pack(
-    source: str,
-    destination: str,
-    *,
-    resize_shorter: int | None,
-    quality: int,
-    shard_mib: int,
-    processes: int | None,
-    train_list: str | None = None,
-    val_list: str | None = None,
-    max_bad_fraction: float = MAX_BAD_FRACTION,
-    cache_dir: str | None = None,
-) -> int:
+    source: str, destination: str, *, train_list: str | None = None, val_list: str | None = None,
+    max_bad_fraction: float = MAX_BAD_FRACTION, cache_dir: str | None = None, shard_mib: int,
+    processes: int | None, **encoding: Any,
+) -> int:  # fmt: skip
     """Pack the training and the validation images of `source`; `destination` is then a data.root.
 
     After a kill or a full disk the same command continues; after success it verifies the shards. Prints one
@@ -36,13 +28,12 @@ def pack(
 
     Args:
         source: holds train/<class>/* and val/<class>/*, or the files on the lists; one split may be missing.
-        resize_shorter: longest shorter side in pixels, larger images are reduced; None keeps all sizes.
-        quality: JPEG quality of changed images; JPEGs that need no change are copied.
-        shard_mib: size at which a shard is closed.
-        processes: number of processes that read and encode; None is one per core.
         train_list, val_list: list files, relative to `source`, used instead of the folders.
         max_bad_fraction: share of unusable files above which a split is refused.
         cache_dir: cache for image sizes, as data.cache_dir.
+        shard_mib: size at which a shard is closed.
+        processes: number of processes that read and encode; None is one per core.
+        encoding: `resize_shorter` and `quality`, see pipelines.packing.encode.
 
     Raises:
         DataError: nothing to pack, too many bad images, no space, a destination in use, a damaged shard.
@@ -52,7 +43,7 @@ def pack(
     found = [split for split in SPLITS if listed[split] or (root / split).is_dir()]
     if not found:
         raise DataError(f"{root}: holds neither train/<class>/ nor val/<class>/, and no list is given")
-    spec = PackSpec(resize_shorter, quality, shard_mib * 2**20)
+    spec = PackSpec(shard_bytes=shard_mib * 2**20, **encoding)
     report: dict[str, dict[str, int]] = {}
     limits: dict[str, Any] = {"cache_dir": cache_dir, "max_bad_fraction": max_bad_fraction}
     class_names: tuple[str, ...] | None = None

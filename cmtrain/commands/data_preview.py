@@ -33,13 +33,8 @@ def preview(config: Config, *, out: str, rows: int = 8, columns: int = 8, epoch:
     """Write a PNG of augmented training images: one row per image, one column per epoch.
 
     The images are spread evenly over the training split. They are augmented as in training, with other
-    random draws. If the recipe mixes or erases, `<out>-mixed.png` shows the same images after that. Returns
-    the exit code, 0.
-
-    Args:
-        out: PNG to write.
-        rows, columns: number of images and of epochs.
-        epoch: first epoch.
+    random draws, from `epoch` on. If the recipe mixes or erases, `<out>-mixed.png` shows the same images
+    after that. Returns the exit code, 0.
 
     Raises:
         ConfigError, DataError: as for training; DataError also if `out` cannot be written.

@@ -58,7 +58,7 @@ def doctor(config: Config, *, as_json: bool) -> int:
 def run_checks(config: Config, accelerator: Accelerator, control: Any) -> dict[str, CheckResult]:
     """Run all checks on this rank; every rank runs the same ones in the same order."""
     run_path = Path(config.run.dir) / str(config.run.name)
-    num_classes = config.model.num_classes or 1000
+    num_classes, cuda = config.model.num_classes or 1000, torch.version.cuda
 
     def data() -> CheckResult:
         nonlocal num_classes
@@ -68,9 +68,7 @@ def run_checks(config: Config, accelerator: Accelerator, control: Any) -> dict[s
 
     run: dict[str, Callable[[], CheckResult]] = {
         "packages": checks.packages,
-        "driver": lambda: checks.pairing(
-            checks.cuda_of_driver(), torch.version.cuda, checks.dali_flavours()
-        ),
+        "driver": lambda: checks.pairing(checks.cuda_of_driver(), cuda, checks.dali_flavours()),
         "GPUs": lambda: checks.gpus(config.train.precision),
         "decode on the CPU": lambda: checks.decode(torch.device("cpu"), "cpu"),
         "decode on the GPU": lambda: checks.decode_on_gpu(accelerator.device),

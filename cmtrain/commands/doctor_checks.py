@@ -38,8 +38,7 @@ GIB = 2**30
 MIN_SHARED_MEMORY_BYTES = GIB  # NCCL joins the GPUs of a host through it; Docker's default is 64 MiB
 MIN_OPEN_FILES = 1024
 
-# A JPEG of one colour is within a level or two of it; channels in another order, or a missing one, are 50
-# off.
+# A JPEG of one colour is within a level or two of it; swapped or missing channels are 50 off.
 COLOUR = (200, 100, 50)
 MAX_COLOUR_ERROR = 4
 
@@ -58,9 +57,7 @@ class CheckResult:
 def packages() -> CheckResult:
     """Compare the installed packages with this program's own metadata."""
     names = ["torch", "torchvision", "timm", "accelerate", *dali_flavours()]
-    found = ", ".join(
-        [f"Python {platform.python_version()}", *(f"{name} {_version(name)}" for name in names)]
-    )
+    found = ", ".join([f"Python {platform.python_version()}", *(f"{n} {_version(n)}" for n in names)])
     try:
         program = metadata.metadata("cmtrain")
     except metadata.PackageNotFoundError:
@@ -102,19 +99,14 @@ def cuda_of_driver() -> int | None:
 
 
 def pairing(driver: int | None, torch_cuda: str | None, flavours: Sequence[str]) -> CheckResult:
-    """Check that driver, torch and DALI fit. A driver runs every CUDA of its own major version and older
-    ones.
+    """Check that driver, torch and DALI fit. A driver runs every CUDA of its major version and older ones.
 
-    Args:
-        driver: as from cuda_of_driver.
-        torch_cuda: CUDA that torch was built with, such as 13.2; None for a build without.
-        flavours: as from dali_flavours.
+    `driver`: as from cuda_of_driver. `torch_cuda`: CUDA that torch was built with, such as 13.2; None for a
+    build without. `flavours`: as from dali_flavours.
     """
     if len(flavours) != 1:
-        found = " and ".join(flavours) or "no DALI"
-        return CheckResult(
-            "fail", f"{found} installed", "install exactly one of nvidia-dali-cuda130, -cuda120"
-        )
+        found, advice = " and ".join(flavours) or "no DALI", "exactly one of nvidia-dali-cuda130, -cuda120"
+        return CheckResult("fail", f"{found} installed", f"install {advice}")
     flavour = flavours[0].removeprefix("nvidia-dali-cuda")
     built = f"torch for CUDA {torch_cuda or '(none)'}, DALI for CUDA {flavour[:-1]}"
     if driver is None:
@@ -175,9 +167,8 @@ def ranks(control: Any, config: Config, run_path: Path) -> CheckResult:
         return CheckResult("ok", "one process; under the launcher of a run, all of its ranks are checked")
     if warnings := check_ranks(control, config, run_path):
         return CheckResult("warn", "; ".join(warnings))
-    hosts = len(set(gather(socket.gethostname(), control)))
-    same = "same code and configuration, same time"
-    return CheckResult("ok", f"{dist.get_world_size()} on {hosts} host(s): {same}")
+    met = f"{dist.get_world_size()} on {len(set(gather(socket.gethostname(), control)))} host(s)"
+    return CheckResult("ok", f"{met}: same code and configuration, same time")
 
 
 def all_reduce(accelerator: Accelerator) -> CheckResult:
@@ -242,8 +233,8 @@ def disk(config: Config, run_path: Path, num_classes: int) -> CheckResult:
     count = checkpoint.keep + 2  # the best one, and the one that is being written
     if checkpoint.milestone_every_epochs:
         count += total_epochs // checkpoint.milestone_every_epochs
-    folder = next(path for path in (run_path.absolute(), *run_path.absolute().parents) if path.exists())
-    free = shutil.disk_usage(folder).free
+    place = run_path.absolute()
+    free = shutil.disk_usage(next(path for path in (place, *place.parents) if path.exists())).free
     found = f"{free / GIB:,.1f} GiB free, {count} checkpoints of {size / GIB:.2g} GiB"
     if free < count * size:
         return CheckResult("fail", found, "make room, set run.dir, or lower checkpoint.keep")
@@ -260,7 +251,7 @@ def metrics_port(config: Config, local_rank: int) -> CheckResult:
         return CheckResult("warn", f"{host}: {error}", "a run will do without; set metrics.host and .port")
     exporter.close()
     if exporter.port != port:
-        targets = f"Prometheus finds it through {config.run.dir}/.targets/"
-        advice = f"{targets}; a scrape of fixed ports needs another metrics.port"
+        found = f"Prometheus finds it through {config.run.dir}/.targets/"
+        advice = f"{found}; a scrape of fixed ports needs another metrics.port"
         return CheckResult("warn", f"{port} is taken; {exporter.port} would be used", advice)
     return CheckResult("ok", f"{exporter.url} is free")

@@ -3,6 +3,7 @@
 The images go through the run's own evaluation loop and loader.
 """
 
+import argparse
 import csv
 import json
 import os
@@ -15,7 +16,8 @@ import numpy as np
 from timm.data import RealLabelsImagenet
 
 from cmtrain.commands.export import make_trained_model
-from cmtrain.commands.trained_model import Trained
+from cmtrain.commands.trained_model import open_trained
+from cmtrain.config.load import Overrides
 from cmtrain.config.schema import Config
 from cmtrain.errors import EXIT_DONE, EXIT_EXPECTATION, ConfigError
 from cmtrain.monitoring.console import Console
@@ -31,22 +33,6 @@ NUM_REAL_FILES = 50_000
 
 
 @dataclass(frozen=True)
-class EvalRequest:
-    """What to evaluate; empty sizes are the run's own.
-
-    `kinds`: of weights, `model` and `ema`; missing ones are skipped unless `must_have`. `folder`: other
-    images than the run's validation split. `real`: also by ImageNet-ReaL's labels.
-    """
-
-    kinds: tuple[str, ...] = ("model", "ema")
-    must_have: bool = False
-    image_px: tuple[int, ...] = ()
-    resize_px: tuple[int, ...] = ()
-    folder: str | None = None
-    real: bool = False
-
-
-@dataclass(frozen=True)
 class Result:
     """One evaluation. `real_top1`: by ImageNet-ReaL's labels, if they were asked for."""
 
@@ -58,31 +44,14 @@ class Result:
 
     def figures(self) -> dict[str, Any]:
         figures = {"weights": self.weights, "image_px": self.image_px, "resize_px": self.resize_px}
-        for key in ("top1", "top5", "loss", "num_images", "num_unreadable"):
-            figures[key] = getattr(self.evaluation, key)
-        if self.real_top1 is not None:
-            figures["real_top1"] = self.real_top1
-        return figures
+        counted = ("top1", "top5", "loss", "num_images", "num_unreadable")
+        figures |= {key: getattr(self.evaluation, key) for key in counted}
+        return figures if self.real_top1 is None else figures | {"real_top1": self.real_top1}
 
 
-def evaluate_trained(
-    trained: Trained,
-    request: EvalRequest,
-    *,
-    per_class: str | None = None,
-    confusion: str | None = None,
-    expect: float | None = None,
-    json_path: str | None = None,
-) -> int:
-    """Evaluate `trained` as `request` asks: a table on stderr, one JSON line on stdout.
-
-    Args:
-        per_class, confusion: CSV files to write, for every result and for the best one.
-        expect: top-1, a share 0..1, that the best result must reach.
-        json_path: file for a copy of the JSON.
-
-    Returns:
-        The process exit code: 0, or 5 if `expect` was missed.
+def evaluate_trained(options: argparse.Namespace, overrides: Overrides) -> int:
+    """Evaluate a trained model as the `options` of `cmtrain eval` ask: a table on stderr, one JSON line on
+    stdout. Returns the exit code: 0, or 5 if the best top-1 is below `options.expect`.
 
     Raises:
         ConfigError: sizes or options that do not fit together.
@@ -91,18 +60,17 @@ def evaluate_trained(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("cmtrain eval: runs in one process, without a launcher")
     # What to evaluate, on which images
+    trained = open_trained(options.run, overrides)
     config = trained.config
-    sizes = sizes_of(config, request.image_px, request.resize_px)
-    kinds = [kind for kind in request.kinds if request.must_have or kind in trained.kinds]
+    sizes = sizes_of(config, options.image_px, options.resize_px)
+    kinds = trained.kinds if options.weights == "both" else [options.weights]
     weights = [trained.weights(kind) for kind in kinds]
     accelerator = build.make_accelerator(config.train.precision)
     threads = build.split_threads(config, accelerator)
     names = trained.class_names or build.open_data(config, accelerator).train.class_names
-    if request.folder:
-        manifest = open_folder(request.folder, names, config)
-    else:
-        manifest = build.open_val(config, names)
-    real = real_labels(manifest) if request.real else None
+    folder = options.folder
+    manifest = open_folder(folder, names, config) if folder else build.open_val(config, names)
+    real = real_labels(manifest) if options.real else None
     batch_size, _ = split_batch(config.train.global_batch_size, config.train.max_batch_per_gpu, 1)
     results = []
     for image_px, resize_px in sizes:
@@ -111,14 +79,10 @@ def evaluate_trained(
         loader = build.make_eval_loader(sized, manifest, batch_size, accelerator, threads)
         for each in weights:
             model = make_trained_model(sized, each).to(accelerator.device)
+            outputs = num_classes_in(each, config.model.name)
+            images = loader.epoch(0)
             evaluation = evaluate(
-                model,
-                loader.epoch(0),
-                autocast=accelerator.autocast(),
-                device=accelerator.device,
-                num_images=len(manifest),
-                num_classes=num_classes_in(each, config.model.name),
-                keeps_ranked=request.real,
+                model, images, accelerator, len(manifest), outputs, keeps_ranked=options.real
             )
             real_top1 = None if real is None else real_accuracy(real, evaluation)
             results.append(Result(each.kind, image_px, resize_px, evaluation, real_top1))
@@ -127,24 +91,25 @@ def evaluate_trained(
     # Write files, and report
     best = max((result.evaluation for result in results), key=lambda evaluation: evaluation.top1)
     labels = [*names, *map(str, range(len(names), len(best.class_images)))]
-    if confusion and best.confusion is None:
+    if options.confusion and best.confusion is None:
         raise ConfigError(f"--confusion: {len(labels)} classes are too many for a matrix; use --per-class")
     figures = [result.figures() for result in results]
     report = {"checkpoint": str(trained.checkpoint.path), "step": trained.step, "results": figures}
     try:
-        if per_class:
-            _write_csv(per_class, class_rows(results, labels))
-        if confusion and best.confusion is not None:
+        if options.per_class:
+            _write_csv(options.per_class, class_rows(results, labels))
+        if options.confusion and best.confusion is not None:
             matrix = [[name, *counts] for name, counts in zip(labels, best.confusion, strict=True)]
-            _write_csv(confusion, [["true \\ predicted", *labels], *matrix])
-        if json_path:
-            Path(json_path).write_text(json.dumps(report, indent=1) + "\n")
+            _write_csv(options.confusion, [["true \\ predicted", *labels], *matrix])
+        if options.json:
+            Path(options.json).write_text(json.dumps(report, indent=1) + "\n")
     except OSError as error:
         raise DataError(f"{error.filename}: {error.strerror}") from error
     _show(figures)
     print(json.dumps(report), flush=True)  # noqa: T201
-    if expect is not None and best.top1 < expect:
-        Console(enabled=True).line(f"top-1 {percent(best.top1, 2)}, expected {percent(expect, 2)}: missed")
+    if options.expect is not None and best.top1 < options.expect:
+        missed = f"top-1 {percent(best.top1, 2)}, expected {percent(options.expect, 2)}: missed"
+        Console(enabled=True).line(missed)
         return EXIT_EXPECTATION
     return EXIT_DONE
 
@@ -183,7 +148,7 @@ def open_folder(folder: str, class_names: Sequence[str], config: Config) -> Mani
         raise DataError(f"--folder {folder}: {error.strerror}") from error
     if set(found) <= set(class_names):
         return Manifest.from_folder(folder, class_names=class_names, **scan)
-    numbers = [str(number) for number in range(len(class_names))]
+    numbers = list(map(str, range(len(class_names))))
     if set(found) <= set(numbers):
         return Manifest.from_folder(folder, class_names=numbers, **scan)
     strange = next(name for name in found if name not in class_names and name not in numbers)
@@ -240,8 +205,6 @@ def _show(figures: Sequence[dict[str, Any]]) -> None:
         top1, top5 = percent(row["top1"], 2), percent(row["top5"], 2)
         line = f"{row['weights']:<7}  {row['image_px']:>8}  {row['resize_px']:>9}  {top1:>7}  {top5:>7}"
         line += f"  {row['loss']:6.4f}  {row['num_images']:>7}"
-        if "real_top1" in row:
-            line += f"   {percent(row['real_top1'], 2):>10}"
-        console.line(line)
+        console.line(line + (f"   {percent(row['real_top1'], 2):>10}" if "real_top1" in row else ""))
     if unreadable := figures[0]["num_unreadable"]:
         console.line(f"{unreadable} images could not be read and count as wrong")

@@ -36,6 +36,7 @@ FOLDED_TOLERANCE = 1e-4
 ONNX_NAME, PROGRAM_NAME = "model.onnx", "model.pt2"
 ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 Logits = Callable[[Tensor], Tensor]  # (B, 3, px, px) fp32, normalised -> (B, num_classes)
+ANY_BATCH = ({0: torch.export.Dim("batch")},)
 CHECKED_BATCHES = (1, 3)  # images; neither is the size that the exporters trace
 
 
@@ -46,10 +47,8 @@ def export(trained: Trained, *, formats: Sequence[str], out: str, kind: str | No
     Prints what was written on stderr, and one JSON line on stdout. Returns the exit code, 0.
 
     Args:
-        out: a folder that does not exist yet.
         kind: `model` or `ema`; None: the EMA if there is one.
-        fold_bn: absorb BatchNorm where that is exact; not in timm's layout, which has a place for every
-            norm.
+        fold_bn: absorb BatchNorm where that is exact; not in timm's layout, which has a place for each norm.
 
     Raises:
         ConfigError: `out` exists, or these options do not fit together.
@@ -70,11 +69,11 @@ def export(trained: Trained, *, formats: Sequence[str], out: str, kind: str | No
     temporary = final.absolute().parent / f".{final.name}.{os.getpid()}"
     try:
         with new_folder(final, temporary):
-            differences = _write(temporary, model, formats, trained, fold_bn=fold_bn)
-            card = _card(trained, weights, model, differences, fold_bn=fold_bn)
-            (temporary / "README.md").write_text(card)
+            differences = _write(temporary, model, formats, trained, fold_bn)
+            card = temporary / "README.md"
+            card.write_text(_card(trained, weights, model, differences, fold_bn))
             for path in temporary.iterdir():  # safetensors writes for its owner alone
-                path.chmod((temporary / "README.md").stat().st_mode)
+                path.chmod(card.stat().st_mode)
                 sync(path)
     except OSError as error:
         raise DataError(f"--out {out}: {error.strerror or error}") from error
@@ -104,18 +103,16 @@ def make_trained_model(config: Config, weights: Weights) -> nn.Module:
 
 
 def _write(
-    folder: Path, model: nn.Module, formats: Sequence[str], trained: Trained, *, fold_bn: bool
+    folder: Path, model: nn.Module, formats: Sequence[str], trained: Trained, fold_bn: bool
 ) -> dict[str, float]:
     """Write each format and compare it with `model`. Returns its largest difference."""
-    config = trained.config
-    generator, side = torch.Generator().manual_seed(0), config.data.image_px
+    config, generator = trained.config, torch.Generator().manual_seed(0)
+    side = config.data.image_px
     sample = torch.randn(max(CHECKED_BATCHES), 3, side, side, generator=generator)
     for_inference = folded(model) if fold_bn and isinstance(model, CMT) else model
 
-    how: dict[str, Any] = {"model_args": model_args_of(config), "preprocessing": preprocessing_of(config)}
-    labels = trained.class_names if len(trained.class_names) == model.num_classes else ()
     writers: dict[str, Callable[[], Logits]] = {
-        "timm": lambda: to_timm(folder, model, labels=labels, **how),
+        "timm": lambda: to_timm(folder, model, config, trained.class_names),
         "onnx": lambda: to_onnx(folder, for_inference, sample[:2]),
         "torch-export": lambda: to_program(folder, for_inference, sample[:2]),
     }
@@ -124,9 +121,8 @@ def _write(
         tolerance = FOLDED_TOLERANCE if fold_bn and name != "timm" else TOLERANCE
         differences[name] = difference = largest_difference(model, writers[name](), sample)
         if not difference <= tolerance:
-            raise DataError(
-                f"--format {name}: its logits differ by {difference:.1e}, more than {tolerance:g}"
-            )
+            found = f"its logits differ by {difference:.1e}, more than {tolerance:g}"
+            raise DataError(f"--format {name}: {found}")
     return differences
 
 
@@ -166,60 +162,40 @@ def preprocessing_of(config: Config) -> dict[str, Any]:
 
 
 def _card(
-    trained: Trained, weights: Weights, model: nn.Module, differences: dict[str, float], *, fold_bn: bool
+    trained: Trained, weights: Weights, model: nn.Module, differences: dict[str, float], fold_bn: bool
 ) -> str:
     """Return the README.md of the export, from the run's own record."""
     config = trained.config
     evaluations = read_run(trained.run).evaluations
     prefix = "eval_ema" if weights.kind == "ema" else "eval"
     place = {int(step): place for place, step in enumerate(evaluations["step"])}.get(trained.step)
-    metrics = {}
-    for key in ("top1", "top5", "loss"):
-        column = evaluations.get(f"{prefix}_{key}")
-        if place is not None and column is not None:
-            metrics[key] = float(column[place])
+    columns = {
+        key: evaluations.get(f"{prefix}_{key}") for key in ("top1", "top5", "loss") if place is not None
+    }
+    metrics = {key: float(column[place]) for key, column in columns.items() if column is not None}
     exported_by = {"cmtrain": __version__, "torch": torch.__version__, "timm": timm.__version__}
-    template = make_templates().get_template("model_card.md")
-    return template.render(
-        name=config.run.name,
-        config=config,
-        config_yaml=to_yaml(config),
-        weights=weights.kind,
-        step=trained.step,
-        metrics=metrics,
-        num_parameters=sum(p.numel() for p in model.parameters()),
-        num_classes=model.num_classes,
-        class_names=trained.class_names,
-        differences=differences,
-        fold_bn=fold_bn,
-        trained_with=trained.checkpoint.meta.get("versions", {}),
-        exported_by=exported_by | {"python": platform.python_version()},
-    )
+    exported_by["python"] = platform.python_version()
+    facts: dict[str, Any] = {"trained": trained, "config": config, "config_yaml": to_yaml(config)}
+    facts |= {"weights": weights.kind, "metrics": metrics, "differences": differences, "fold_bn": fold_bn}
+    facts |= {"num_parameters": sum(p.numel() for p in model.parameters()), "num_classes": model.num_classes}
+    return make_templates().get_template("model_card.md").render(facts, exported_by=exported_by)
 
 
 # Each of the next functions writes one format and returns the model as it is read back, for comparison.
 # All take a batch of any size at the model's one image size.
 
 
-def to_timm(
-    folder: Path,
-    model: nn.Module,
-    *,
-    model_args: dict[str, Any],
-    preprocessing: dict[str, Any],
-    labels: Sequence[str],
-) -> Logits:
+def to_timm(folder: Path, model: nn.Module, config: Config, class_names: Sequence[str]) -> Logits:
     """Write model.safetensors and config.json, for `timm.create_model("local-dir:FOLDER", pretrained=True)`.
 
-    Args:
-        model: a model with contiguous parameters, as safetensors needs them.
-        model_args: arguments of timm.create_model beside the name.
-        preprocessing: pretrained_cfg's input_size, mean, std, crop_pct and interpolation.
-        labels: names of the outputs; empty if they are not known.
+    The parameters of `model` must be contiguous. `class_names` that are not one per output are left out.
     """
-    described: dict[str, Any] = {"pretrained_cfg": preprocessing | {"num_classes": model.num_classes}}
-    if labels:
-        described["label_names"] = list(labels)
+    described: dict[str, Any] = {
+        "pretrained_cfg": preprocessing_of(config) | {"num_classes": model.num_classes}
+    }
+    if class_names and len(class_names) == model.num_classes:
+        described["label_names"] = list(class_names)
+    model_args = model_args_of(config)
     save_for_hf(model, str(folder), model_config=described, model_args=model_args, safe_serialization=True)
     return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
 
@@ -227,17 +203,9 @@ def to_timm(
 def to_onnx(folder: Path, model: nn.Module, example: Tensor) -> Logits:
     """Write model.onnx, with input `images` and output `logits`. `example`: (B, 3, px, px), B > 1."""
     with warnings.catch_warnings(action="ignore"):  # of its own internals, differently in every version
-        torch.onnx.export(
-            model,
-            (example,),
-            folder / ONNX_NAME,
-            input_names=["images"],
-            output_names=["logits"],
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
-            dynamo=True,
-            external_data=False,
-            verbose=False,
-        )
+        names: dict[str, Any] = {"input_names": ["images"], "output_names": ["logits"]}
+        how = names | {"dynamic_shapes": ANY_BATCH, "external_data": False, "verbose": False}
+        torch.onnx.export(model, (example,), folder / ONNX_NAME, dynamo=True, **how)
     onnxruntime = importlib.import_module("onnxruntime")  # an extra, not always there
     session = onnxruntime.InferenceSession(str(folder / ONNX_NAME), providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
@@ -246,7 +214,7 @@ def to_onnx(folder: Path, model: nn.Module, example: Tensor) -> Logits:
 def to_program(folder: Path, model: nn.Module, example: Tensor) -> Logits:
     """Write model.pt2, for torch.export.load without this package. `example`: as for to_onnx."""
     with warnings.catch_warnings(action="ignore"):  # as above
-        program = torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+        program = torch.export.export(model, (example,), dynamic_shapes=ANY_BATCH)
         torch.export.save(program, folder / PROGRAM_NAME)
         return torch.export.load(folder / PROGRAM_NAME).module()
 

@@ -6,6 +6,7 @@ moving average cannot heal them, not even with momentum 1: the old value is in t
 """
 
 import argparse
+import functools
 import itertools
 import json
 import math
@@ -31,7 +32,6 @@ from cmtrain.monitoring.units import percent
 from cmtrain.step.evaluate import Evaluation, evaluate
 from cmtrain.step.mixing import MixSpec, mix
 from cmtrain.storage.checkpoint import checkpoint_path, find_checkpoint, save_checkpoint
-from cmtrain.storage.finite import all_finite
 from cmtrain.storage.state_file import CheckpointError
 from cmtrain.training import build
 from pipelines.atomic import replacing
@@ -73,23 +73,19 @@ class Entry:
                 self.state[key] = own[name].to("cpu", self.state[key].dtype, copy=True)
 
 
-def repair_bn(
-    place: str, config: Config | None, overrides: Overrides, *, out: str | None, batches: int
-) -> int:
+def repair_bn(place: str, config: Config | None, overrides: Overrides, out: str | None, batches: int) -> int:
     """Recompute the BatchNorm statistics of all weights (model and EMA) at `place`; write a repaired copy.
 
-    Images are the training batches, augmented and mixed. The forward passes run in fp32, which does not
+    They are averaged over `batches` micro-batches of training, augmented and mixed, in fp32, which does not
     overflow where fp16 did. Prints accuracy before and after on stderr, and one JSON line on stdout. Returns
     the exit code, 0.
 
     Args:
-        place: a run folder, the name of one below runs/, a checkpoint folder, or a weights file by
-            torch.save or safetensors: a state_dict, or a dictionary that holds some.
-        config: model and data; None takes a run's own configuration.
-        overrides: changes to the run's configuration, where `config` is None.
-        out: for a file, the file to write (None: `x-repaired.pth` beside `x.pth`); for a run, the folder of
-            the new checkpoint (None: `repaired` in the run folder).
-        batches: number of micro-batches to average over.
+        place: a run or a checkpoint folder, or a weights file by torch.save or safetensors: a state_dict, or
+            a dictionary that holds some.
+        config: model and data; None takes a run's own configuration, with `overrides`.
+        out: the file to write (None: `x-repaired.pth` beside `x.pth`); for a run, the folder of the new
+            checkpoint (None: `repaired` in the run folder).
 
     Raises:
         ConfigError: no configuration, one of another model, or several processes.
@@ -111,10 +107,8 @@ def repair_bn(
     num_classes = build.num_classes_of(config, data.train)
 
     # Load every state_dict, and refuse what new statistics cannot heal.
-    entries = [
-        _load(source.path, label, state, config, num_classes, accelerator.device)
-        for label, state in _states_in(source).items()
-    ]
+    load = functools.partial(_load, source.path, config, num_classes, accelerator.device)
+    entries = list(itertools.starmap(load, _states_in(source).items()))
     nonfinite = [name for entry in entries for name in entry.nonfinite()]
     _refuse(source.path, [name for name in nonfinite if not name.endswith(STATISTICS)])
 
@@ -122,42 +116,35 @@ def repair_bn(
     train_loader = build.make_train_loader(config, data.train, schedule, accelerator, threads)
     eval_loader = build.make_eval_loader(config, data.val, schedule.micro_batch_size, accelerator, threads)
 
-    def evaluate_all() -> dict[str, Evaluation]:
-        return {
-            entry.label: evaluate(
-                entry.model,
-                eval_loader.epoch(0),
-                autocast=accelerator.autocast(),
-                device=accelerator.device,
-                num_images=len(data.val),
-                num_classes=entry.num_classes,
-            )
-            for entry in entries
-        }
+    def accuracy(entry: Entry) -> Evaluation:
+        return evaluate(entry.model, eval_loader.epoch(0), accelerator, len(data.val), entry.num_classes)
 
-    before = evaluate_all()
+    before = [accuracy(entry) for entry in entries]
     torch.manual_seed(config.run.seed)  # for stochastic depth and dropout
     for entry in entries:
         update_bn(_images(train_loader, config, entry.num_classes, batches), entry.model)
         entry.take_statistics()
         if still := entry.nonfinite():
             raise DataError(f"{source.path}: {still[0]} is not finite after {batches} fp32 batches either")
-    after = evaluate_all()
+    after = [accuracy(entry) for entry in entries]
     train_loader.close()
     eval_loader.close()
 
     # Write and report.
     written = source.write({"from": str(source.path), "statistics": nonfinite, "batches": batches})
     console = Console(enabled=True)
-    found = "all BatchNorm statistics were finite"
-    if nonfinite:
-        found = f"{len(nonfinite)} BatchNorm statistics were not finite, {nonfinite[0]} first"
+    first = (
+        f"{len(nonfinite)} BatchNorm statistics were not finite, {nonfinite[0]} first" if nonfinite else ""
+    )
+    found = first or "all BatchNorm statistics were finite"
     console.line(f"{source.path}: {found}; averaged over {batches} batches")
-    for label, was in before.items():
-        now, nan = after[label], "" if math.isfinite(was.loss) else " (its outputs were NaN)"
-        console.line(f"{label}: top-1 {percent(was.top1)} before{nan}, {percent(now.top1)} after")
+    top1 = {}
+    for entry, was, now in zip(entries, before, after, strict=True):
+        nan = "" if math.isfinite(was.loss) else " (its outputs were NaN)"
+        change = f"top-1 {percent(was.top1)} before{nan}, {percent(now.top1)} after"
+        console.line(f"{entry.label}: {change}")
+        top1[entry.label] = [was.top1, now.top1]
     console.line(f"written to {written}{source.next_step}")
-    top1 = {label: [was.top1, after[label].top1] for label, was in before.items()}
     result = {"out": str(written), "nonfinite_statistics": nonfinite, "batches": batches, "top1": top1}
     print(json.dumps(result), flush=True)  # noqa: T201
     return EXIT_DONE
@@ -183,7 +170,7 @@ def _open_run(
         raise DataError(f"{loaded.path}: no checkpoint of a run") from error
     for line in loaded.rejected:
         Console(enabled=True).line(f"checkpoint rejected: {line}")
-    root = Path(out) if out else loaded.path.absolute().parent.parent / "repaired"
+    root = Path(out or loaded.path.absolute().parent.parent / "repaired")
     final = checkpoint_path(root, step)
     if final.exists():
         raise DataError(f"{final} exists already; choose another --out")
@@ -194,8 +181,8 @@ def _open_run(
         except (OSError, RuntimeError, CheckpointError) as error:
             raise DataError(f"{root}: {error}") from error
 
-    next_step = f"; continue from it with --run.name NEW --resume {final}"
-    return config, Source(loaded.path, loaded.state, write, next_step)
+    advice = f"; continue from it with --run.name NEW --resume {final}"
+    return config, Source(loaded.path, loaded.state, write, advice)
 
 
 def _open_file(path: Path, out: Path | None) -> Source:
@@ -251,7 +238,7 @@ def _states_in(source: Source) -> dict[str, dict[str, Any]]:
 
 
 def _load(
-    path: Path, label: str, state: dict[str, Any], config: Config, data_classes: int, device: torch.device
+    path: Path, config: Config, data_classes: int, device: torch.device, label: str, state: dict[str, Any]
 ) -> Entry:
     """Load `state` into a new model of `config`. Its keys may share any prefix, such as `module.`.
 
@@ -263,19 +250,16 @@ def _load(
     head_key = _find_key(state, f"{head}.weight")
     num_classes = len(state[head_key]) if head_key else data_classes
     if num_classes < data_classes:
-        counts = f"{label} has {num_classes} classes, the data {data_classes}"
-        raise ConfigError(f"{path}: {counts}; set data.root")
+        counts = f"{num_classes} classes, the data {data_classes}"
+        raise ConfigError(f"{path}: {label} has {counts}; set data.root")
     model = build.make_model(config, num_classes, device)
     own = model.state_dict()
     first = next((key for key in own if key.endswith("running_var")), None)
     if first is None:
         raise ConfigError(f"model.name: {name} has no BatchNorm; set it to the model in {path}")
     prefix = (_find_key(state, first) or first).removesuffix(first)
-    keys = {
-        key.removeprefix(prefix): key
-        for key, value in state.items()
-        if isinstance(key, str) and key.startswith(prefix) and isinstance(value, Tensor)
-    }
+    tensors = [key for key, value in state.items() if isinstance(key, str) and isinstance(value, Tensor)]
+    keys = {key.removeprefix(prefix): key for key in tensors if key.startswith(prefix)}
     misfits = [f"{key} is not in the model" for key in keys if key not in own]
     for key, tensor in own.items():
         if key in keys and state[keys[key]].shape != tensor.shape:
@@ -298,15 +282,13 @@ def _find_key(state: dict[str, Any], name: str) -> str | None:
 
 
 def _nonfinite(tensors: dict[str, Any]) -> list[str]:
-    floating = {n: t for n, t in tensors.items() if isinstance(t, Tensor) and t.is_floating_point()}
-    finite = all_finite(list(floating.values())) if floating else []
-    return [name for name, good in zip(floating, finite, strict=True) if not good]
+    return [name for name, t in tensors.items() if isinstance(t, Tensor) and not t.isfinite().all()]
 
 
 def _refuse(path: Path, nonfinite: list[str]) -> None:
     if nonfinite:
-        advice = "only BatchNorm statistics can be recomputed"
-        raise DataError(f"{path}: {nonfinite[0]} is not finite, and {advice}")
+        why = f"{nonfinite[0]} is not finite, and only BatchNorm statistics can be recomputed"
+        raise DataError(f"{path}: {why}")
 
 
 def _images(loader: Loader, config: Config, num_classes: int, batches: int) -> Iterator[Tensor]:

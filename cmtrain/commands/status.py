@@ -25,6 +25,7 @@ from cmtrain.storage.run_folder import SILENT_SECONDS, is_alive, read_status
 from pipelines.spec import DataError
 
 RUNS = Path("runs")
+NO_RUN = "a run is a folder with a status.json, such as runs/demo"
 ANSWER_SECONDS = 2.0
 REFRESH_SECONDS = 1.0
 MAX_ANSWER_BYTES = 1_000_000
@@ -62,9 +63,7 @@ def find_run(run: str) -> Path:
             return path
     known = sorted(path.parent.name for path in RUNS.glob("*/status.json"))
     close = difflib.get_close_matches(Path(run).name, known, n=1)
-    hint = "a run is a folder with a status.json, such as runs/demo"
-    if close:
-        hint = f"did you mean {RUNS / close[0]}?"
+    hint = f"did you mean {RUNS / close[0]}?" if close else NO_RUN
     raise DataError(f"{run}: no such run; {hint}")
 
 
@@ -147,8 +146,7 @@ def describe(run_status: RunStatus) -> list[str]:
     if run_status.is_running and status.get("metrics_url"):
         lines.append(f"metrics  {status['metrics_url']}{'' if now else ' (no answer)'}")
     writer = f"process {status.get('pid')} on {status.get('host')}"
-    lines.append(f"written  {duration(run_status.age_seconds)} ago by {writer}")
-    return lines
+    return [*lines, f"written  {duration(run_status.age_seconds)} ago by {writer}"]
 
 
 def _headline(run_status: RunStatus) -> str:

@@ -18,18 +18,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from cmtrain import errors
 from cmtrain.config.load import Overrides, find_configs, load_config
 from cmtrain.config.schema import Config, recipe
 from cmtrain.config.strict_yaml import emit
-from cmtrain.errors import (
-    EXIT_CONFIG,
-    EXIT_DATA,
-    EXIT_DIVERGED,
-    EXIT_DONE,
-    EXIT_INTERRUPTED,
-    EXIT_PREEMPTED,
-    ConfigError,
-)
+from cmtrain.errors import ConfigError
 from cmtrain.processes.failure import stop_signals
 from cmtrain.storage.run_folder import read_status
 from pipelines.spec import DataError
@@ -65,12 +58,7 @@ class SweepRow:
 
 
 def read_rows(
-    files: Sequence[str],
-    overrides: Overrides,
-    *,
-    select: str | None,
-    scale: str | None,
-    max_steps: int | None,
+    files: Sequence[str], overrides: Overrides, select: str | None, scale: str | None, max_steps: int | None
 ) -> list[SweepRow]:
     """Read configuration files and folders of them as rows, numbered from 1 in the order given.
 
@@ -113,14 +101,19 @@ def run_here(rows: Sequence[SweepRow]) -> int:
     Expected divergence (`expect.diverges`) is no failure. The sweep continues after a row that diverges,
     misses its accuracy or crashes; missing data, a mistake and a stop request end it.
     """
-    failed = EXIT_DONE
+    failed = errors.EXIT_DONE
     with _forwarded_signals() as child:
         for row in rows:
             _print(f"row {row.number}: {row.run_path} ({row.changes})")
             code = child.call([sys.executable, "-m", "cmtrain", *row.command])
-            if child.received or code in (EXIT_CONFIG, EXIT_DATA, EXIT_INTERRUPTED, EXIT_PREEMPTED):
+            if child.received or code in (
+                errors.EXIT_CONFIG,
+                errors.EXIT_DATA,
+                errors.EXIT_INTERRUPTED,
+                errors.EXIT_PREEMPTED,
+            ):
                 return code
-            if code and not (code == EXIT_DIVERGED and row.config.expect.diverges):
+            if code and not (code == errors.EXIT_DIVERGED and row.config.expect.diverges):
                 _print(f"row {row.number}: exit code {code}")
                 failed = failed or code
     return failed
@@ -144,7 +137,7 @@ def submit(rows: Sequence[SweepRow], script: str) -> int:
             _print(f"row {row.number}: job {queued.split()[0]} is queued or runs")
         else:
             _print(f"row {row.number}: {_ask(_sbatch(row, script))}")
-    return EXIT_DONE
+    return errors.EXIT_DONE
 
 
 def commands(rows: Sequence[SweepRow], jobs: str, script: str) -> str:
@@ -233,7 +226,7 @@ class _Child:
     def call(self, command: Sequence[str]) -> int:
         """Run a command and return its exit code. After a stop signal nothing is run."""
         if self.received:
-            return EXIT_INTERRUPTED if self.received == signal.SIGINT else EXIT_PREEMPTED
+            return errors.EXIT_INTERRUPTED if self.received == signal.SIGINT else errors.EXIT_PREEMPTED
         self.process = subprocess.Popen(command)  # noqa: S603 - our own program
         self._forward()  # a signal that came before there was a process
         code = self.process.wait()

@@ -1,13 +1,13 @@
 """Evaluate a model: every image counts exactly once, whatever the number of ranks and the batch size."""
 
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from cmtrain.step.guard import running_statistics
@@ -40,24 +40,25 @@ class Evaluation:
 
 
 def evaluate(
-    model: nn.Module, batches: Iterable[Batch], *, autocast: AbstractContextManager, device: torch.device,
-    num_images: int, num_classes: int, keeps_ranked: bool = False,
+    model: nn.Module, batches: Iterable[Batch], accelerator: Accelerator, num_images: int, num_classes: int,
+    keeps_ranked: bool = False,
 ) -> Evaluation:  # fmt: skip
     """Evaluate `model` on this rank's share of the images and add up over ranks.
 
     Args:
         model: unwrapped; its mode is restored.
         batches: this rank's share, each image once; may be empty.
+        accelerator: device and precision.
         num_images: number of images of all ranks together.
         num_classes: number of `model`'s outputs.
         keeps_ranked: fill Evaluation.ranked, which costs 40 bytes per image on the device.
     """
-    was_training = model.training
+    was_training, device = model.training, accelerator.device
     model.eval()
     totals = torch.zeros(5, dtype=torch.float64, device=device)  # as in _count
     outcomes = _Outcomes(num_classes, device)
     ranked = torch.full((num_images, min(5, num_classes)), -1, device=device) if keeps_ranked else None
-    with torch.no_grad(), autocast:
+    with torch.no_grad(), accelerator.autocast():
         for images, labels, indices in batches:
             logits = model(images).float()
             totals += _count(logits, labels)

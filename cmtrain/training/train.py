@@ -288,12 +288,9 @@ def evaluate_weights(
     learner.average_over_ranks()
     try:
         results = {
-            name: evaluate(
-                module, batches(), autocast=accelerator.autocast(), device=accelerator.device,
-                num_images=num_images, num_classes=num_classes,
-            )
+            name: evaluate(module, batches(), accelerator, num_images, num_classes)
             for name, module in learner.weights.items()
-        }  # fmt: skip
+        }
     except Stopped:
         results = {}
     if accelerator.device.type == "cuda":

@@ -34,7 +34,7 @@ def calls(monkeypatch):
     """
     received = []
     places = {
-        "train": "training.train", "demo": "commands.demo", "bench": "commands.bench.bench", "check": "commands.data_check",
+        "train": "training.train", "bench": "commands.bench.bench", "check": "commands.data_check",
         "pack": "commands.data_pack", "preview": "commands.data_preview", "stats": "commands.data_preview",
     }  # fmt: skip
     for verb, place in places.items():
@@ -98,21 +98,12 @@ def test_demo_and_bench_pass_their_options_on(calls):
     assert (
         main(["bench", "--what", "loader", "--steps", "7", "--json", "f.json", "--data.threads", "2"]) == 4
     )
-    assert calls[0] == ("demo", (True, [("schedule.epochs", "3")]), {})
-    config = load_config("configs/demo.yaml", [("data.threads", "2")]).config
-    assert calls[1] == (
-        "bench",
-        ("loader", config),
-        {
-            "steps": 7,
-            "rounds": 5,
-            "packed": None,
-            "beside": ["resnet50", "efficientnet_b0"],
-            "compare": None,
-            "fail_below": None,
-            "json_path": "f.json",
-        },
-    )
+    (name, (demo,), _), (_, (config, options), _) = calls
+    assert (name, demo.schedule.epochs, demo.data.root) == ("train", 3, "demo:photos")
+    assert config == load_config("configs/demo.yaml", [("data.threads", "2")]).config
+    assert (options.what, options.steps, options.rounds, options.json) == ("loader", 7, 5, "f.json")
+    assert options.beside == ["resnet50", "efficientnet_b0"]
+    assert options.packed is options.compare is options.fail_below is None
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import multiprocessing
@@ -15,7 +16,8 @@ import torch
 from helpers.mini import batch, make_learner
 from helpers.photographs import write_folder
 
-from cmtrain.commands.bench.bench import bench, verdict
+from cmtrain.commands.bench import bench as bench_command
+from cmtrain.commands.bench.bench import verdict
 from cmtrain.commands.bench.guard import time_guard
 from cmtrain.commands.bench.loader import bench_loader, summarise
 from cmtrain.commands.bench.loader_workers import LoaderContender, _cpu_seconds, serve
@@ -82,14 +84,19 @@ def root(tmp_path_factory):
     return folder
 
 
+def bench(what, config, **options):
+    """Call bench with the defaults of the command line."""
+    unset = dict.fromkeys(("packed", "compare", "fail_below", "json"))
+    defaults = {"what": what, "rounds": 5, "beside": []} | unset
+    return bench_command.bench(config, argparse.Namespace(**defaults | options))
+
+
 @pytest.mark.parametrize("kind", ["timm", "dali"])
 def test_a_loader_and_its_workers_stay_on_their_core_and_end_with_the_pipe(root, tmp_path, kind):
     manifest = Manifest.from_folder(root / "train", cache_dir=tmp_path)
     context = multiprocessing.get_context("spawn")
     pipe, theirs = context.Pipe()
-    process = context.Process(
-        target=serve, args=(theirs, LoaderContender(kind, kind, manifest, Placement()))
-    )
+    process = context.Process(target=serve, args=(theirs, LoaderContender(kind, manifest, Placement())))
     process.start()
     theirs.close()
     try:
@@ -158,7 +165,7 @@ def test_steps_with_the_guard_and_without_take_turns(monkeypatch):
 def test_the_guard_is_timed_with_the_recipe_of_a_configuration(root, tmp_path, capsys):
     overrides = {"data.root": str(root), "data.cache_dir": str(tmp_path), "train.global_batch_size": "8"}
     config = load_config("configs/demo.yaml", list(overrides.items())).config
-    assert bench("guard", config, steps=1, rounds=2, json_path=None) == 0
+    assert bench("guard", config, steps=1, rounds=2) == 0
     report = json.loads(capsys.readouterr().out)
     assert list(report["figures"]) == ["without", "with", "alone", "log point", "mixing", "together", "save"]
     assert report["verdict"].startswith("guard, spike detection and metrics add ")
@@ -177,7 +184,7 @@ def small(root, tmp_path, **more):
 
 def test_models_take_turns_through_the_same_step(root, tmp_path, capsys):
     config = small(root, tmp_path)
-    assert bench("model", config, steps=2, rounds=2, beside=["resnet18", "cmt_micro"], json_path=None) == 0
+    assert bench("model", config, steps=2, rounds=2, beside=["resnet18", "cmt_micro"]) == 0
     report = json.loads(capsys.readouterr().out)
     rows = report["figures"]
     assert list(rows) == [
@@ -217,16 +224,14 @@ def test_a_race_alternates_and_its_ratio_is_that_of_a_round():
 
 
 def test_latency_is_of_one_image(root, tmp_path, capsys):
-    assert (
-        bench("latency", small(root, tmp_path), steps=2, rounds=2, beside=["resnet18"], json_path=None) == 0
-    )
+    assert bench("latency", small(root, tmp_path), steps=2, rounds=2, beside=["resnet18"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["batch"] == 1
     assert list(report["figures"]) == ["cmt_micro", "resnet18"]
 
 
 def test_all_names_what_limits_a_run(root, tmp_path, capsys):
-    assert bench("all", small(root, tmp_path), steps=2, json_path=None) == 0
+    assert bench("all", small(root, tmp_path), steps=2) == 0
     report = json.loads(capsys.readouterr().out)
     assert list(report["figures"]) == ["loader", "model", "train"]
     assert report["verdict"].startswith("limited by ")
@@ -235,19 +240,19 @@ def test_all_names_what_limits_a_run(root, tmp_path, capsys):
 
 def test_a_comparison_is_of_the_same_work_and_fails_below_its_ratio(root, tmp_path, capsys):
     config, path = small(root, tmp_path), tmp_path / "earlier.json"
-    assert bench("train", config, steps=1, json_path=str(path)) == 0
+    assert bench("train", config, steps=1, json=str(path)) == 0
     earlier = json.loads(path.read_text())
     for rate, code in ((1e-3, 0), (1e9, 5)):
         earlier["figures"]["train"]["images_per_second"] = rate
         path.write_text(json.dumps(earlier))
         capsys.readouterr()
-        assert bench("train", config, steps=1, json_path=None, compare=str(path), fail_below=0.97) == code
+        assert bench("train", config, steps=1, compare=str(path), fail_below=0.97) == code
         out, err = capsys.readouterr()
         assert json.loads(out)["figures"]["train"]["times_earlier"] > 0
         assert ("less than 0.97" in err) == (code == 5)
     path.write_text(json.dumps(earlier | {"image_px": 224}))
     with pytest.raises(DataError, match="of another benchmark: image_px 224 -> 32"):
-        bench("train", config, steps=1, json_path=None, compare=str(path))
+        bench("train", config, steps=1, compare=str(path))
     path.write_text("[]")
     with pytest.raises(DataError, match=r"earlier\.json: no report of cmtrain bench"):
-        bench("train", config, steps=1, json_path=None, compare=str(path))
+        bench("train", config, steps=1, compare=str(path))

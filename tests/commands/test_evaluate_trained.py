@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from helpers.images import write_tree
 from helpers.runs import Forked
 
@@ -146,10 +147,10 @@ def test_ranked_classes_lie_at_their_images_place():
         Batch(logits[indices], torch.zeros(len(indices), dtype=torch.long), torch.tensor(indices))
         for indices in ([4, 0, 2], [6, 1, 5, 3])
     ]
-    how = {"autocast": torch.autocast("cpu", enabled=False), "device": torch.device("cpu"), "num_images": 7}
-    result = evaluate(torch.nn.Identity(), batches, **how, num_classes=6, keeps_ranked=True)
+    how = {"accelerator": Accelerator(cpu=True), "num_images": 7, "num_classes": 6}
+    result = evaluate(torch.nn.Identity(), batches, **how, keeps_ranked=True)
     assert torch.equal(result.ranked, logits.topk(5).indices)
-    assert evaluate(torch.nn.Identity(), batches, **how, num_classes=6).ranked is None
+    assert evaluate(torch.nn.Identity(), batches, **how).ranked is None
 
 
 def test_what_cannot_be_evaluated_is_refused_in_one_line(trained):

@@ -92,7 +92,5 @@ def assert_same(a, b):
 def accuracy(learner, module, side=16):
     """Return (top-1, loss) on two batches that no step takes."""
     batches = [batch(10**6, side=side), batch(10**6 + 1, side=side)]
-    autocast = learner.accelerator.autocast()
-    cpu = torch.device("cpu")
-    result = evaluate(module, batches, autocast=autocast, device=cpu, num_images=32, num_classes=NUM_CLASSES)
+    result = evaluate(module, batches, learner.accelerator, 32, NUM_CLASSES)
     return result.top1, result.loss

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from helpers.pages import DOUBLE_IDS, EVIL, OUTSIDE, OVERLAPS, UNNAMED, ParsedPage
 from helpers.report_runs import BEGIN, eventful, write_run
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -82,12 +83,7 @@ def test_classes_are_counted_exactly(num_classes):
         (torch.tensor(logits[part]), torch.tensor(labels[part])) for part in (slice(130), slice(130, None))
     ]
     batches = [Batch(*half, torch.arange(0)) for half in halves]
-    how = {
-        "autocast": torch.autocast("cpu", enabled=False),
-        "device": torch.device("cpu"),
-        "num_images": 500,
-    }
-    result = evaluate(torch.nn.Identity(), batches, num_classes=num_classes, **how)
+    result = evaluate(torch.nn.Identity(), batches, Accelerator(cpu=True), 500, num_classes)
     expected = outcomes_by_numpy(logits, labels, num_classes)
     assert result.class_images == expected.sum(1).tolist()
     assert result.class_correct == expected.diagonal().tolist()

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from helpers.images import SIDE, cut, digest, empty, garble, pixels, plan_for, shrink, vanish, write_tree
 from helpers.photographs import write_folder
 from helpers.runs import assert_same_state, logged, losses, wait_for
@@ -197,14 +198,7 @@ def test_a_file_that_two_ranks_met_is_logged_and_counted_once_by_its_kind(tmp_pa
 def test_an_unreadable_image_counts_as_wrong_and_has_no_loss():
     logits = torch.tensor([[3.0, 0.0, 0.0], [3.0, 0.0, 0.0], [0.0, 0.0, 3.0]])
     batch = Batch(logits, torch.tensor([0, UNREADABLE, 1]), torch.arange(3))
-    result = evaluate(
-        torch.nn.Identity(),
-        [batch],
-        autocast=torch.autocast("cpu", enabled=False),
-        device="cpu",
-        num_images=3,
-        num_classes=3,
-    )
+    result = evaluate(torch.nn.Identity(), [batch], Accelerator(cpu=True), num_images=3, num_classes=3)
     assert (result.num_images, result.num_unreadable) == (3, 1)
     assert result.top1 == pytest.approx(1 / 3)
     assert result.top5 == pytest.approx(2 / 3)

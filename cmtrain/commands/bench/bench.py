@@ -6,11 +6,11 @@ their ratio. Steps are timed by a host clock, with the device drained before and
 never inside it. Compare with an earlier run (`--compare`) on the same quiet machine only.
 """
 
+import argparse
 import json
 import statistics
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +19,10 @@ from rich.console import Console
 from rich.table import Table
 
 from cmtrain import __version__
-from cmtrain.commands.bench import guard
+from cmtrain.commands.bench import guard, timing
 from cmtrain.commands.bench.loader import bench_loader
 from cmtrain.commands.bench.models import against_ceilings, time_latency, time_models
-from cmtrain.commands.bench.timing import (
-    WARMUP_STEPS,
-    Figures,
-    Setup,
-    best_seconds,
-    drain,
-    endless,
-    measure_ceilings,
-)
+from cmtrain.commands.bench.timing import WARMUP_STEPS, Figures, Setup, drain, endless
 from cmtrain.config.schema import Config
 from cmtrain.errors import EXIT_DONE, EXIT_EXPECTATION
 from cmtrain.monitoring.units import percent
@@ -55,55 +47,35 @@ HEADERS = {
 }  # fmt: skip
 
 
-def bench(
-    what: str,
-    config: Config,
-    *,
-    steps: int,
-    json_path: str | None,
-    rounds: int = 5,
-    packed: str | None = None,
-    beside: Sequence[str] = (),
-    compare: str | None = None,
-    fail_below: float | None = None,
-) -> int:
-    """Measure `what` with the recipe of `config`, for `steps` steps each.
+def bench(config: Config, options: argparse.Namespace) -> int:
+    """Measure `options.what` with the recipe of `config`, by the `options` of `cmtrain bench`.
 
-    "loader": ours against timm's, see `bench_loader`, which alone takes `packed`. "model", "latency": the
-    model beside the timm models `beside` it, see `time_models`. "guard": a step with the guard and without,
-    see `time_guard`. "train": training on real data. "all": loader, model and training one after the other,
-    and what limits them. All but the last two take `rounds`.
+    "loader": ours against timm's, see `bench_loader`. "model", "latency": the model beside timm's, see
+    `time_models`. "guard": a step with the guard and without, see `time_guard`. "train": training on real
+    data. "all": loader, model and training one after the other, and what limits them.
 
-    Prints a table on stderr and one JSON line on stdout; writes the JSON to `json_path` as well, if given.
-
-    Args:
-        compare: JSON of an earlier run; the table then shows each rate divided by the earlier one.
-        fail_below: a ratio; with a rate below it the exit code is 5.
-
-    Returns:
-        The process exit code, 0 or 5.
+    Prints a table on stderr and one JSON line on stdout; writes the JSON to a file as well, if asked to.
+    Returns the exit code: 0, or 5 if a rate is below `fail_below` times the one in the report `compare`.
 
     Raises:
         ConfigError, DataError: as for training, and an earlier run that cannot be compared.
     """
+    what = options.what
     if what == "loader":
-        return bench_loader(config, steps=steps, rounds=rounds, packed=packed, json_path=json_path)
-    earlier = _read_earlier(compare) if compare else None
+        return bench_loader(config, options.steps, options.rounds, options.packed, options.json)
+    earlier = _read_earlier(options.compare) if options.compare else None
     accelerator = build.make_accelerator(config.train.precision)
     threads = build.split_threads(config, accelerator)
     data = build.open_data(config, accelerator)
     schedule = build.plan_steps(config, len(data.train), accelerator.num_processes)
     num_classes = build.num_classes_of(config, data.train)
-    setup = Setup(config, accelerator, schedule, num_classes, threads, steps, rounds)
-    if what == "model":
-        figures = time_models(setup, beside)
-    elif what == "latency":
-        figures = time_latency(setup, beside)
+    setup = Setup(config, accelerator, schedule, num_classes, threads, options.steps, options.rounds)
+    if what in ("model", "latency"):
+        figures = (time_models if what == "model" else time_latency)(setup, options.beside)
     elif what == "guard":
-        model = build.make_model(config, num_classes, setup.device)
-        learner = build.make_learner(config, model, schedule, num_classes, accelerator)
-        how = {"steps": steps, "rounds": rounds, "log_every_steps": config.train.log_every_steps}
-        figures = guard.time_guard(learner, setup.synthetic_batches(), lr=config.optim.lr, **how)
+        how = {"steps": setup.steps, "rounds": setup.rounds, "log_every_steps": config.train.log_every_steps}
+        learner, batches = setup.make_learner(config), setup.synthetic_batches()
+        figures = guard.time_guard(learner, batches, lr=config.optim.lr, **how)
     else:
         figures = _time_run(what, setup, data.train)
     report = {
@@ -121,12 +93,12 @@ def bench(
         "figures": figures,
         "verdict": guard.verdict(figures) if what == "guard" else verdict(figures),
     }
-    below = _compare(report, earlier, fail_below) if earlier else []
+    below = _compare(report, earlier, options.fail_below) if earlier else []
     if accelerator.is_main_process:
         _show(report)
         print(json.dumps(report), flush=True)  # noqa: T201
-        if json_path:
-            Path(json_path).write_text(json.dumps(report, indent=1) + "\n")
+        if options.json:
+            Path(options.json).write_text(json.dumps(report, indent=1) + "\n")
         for line in below:
             sys.stderr.write(f"{line}\n")
     return EXIT_EXPECTATION if below else EXIT_DONE
@@ -140,12 +112,11 @@ def _time_run(what: str, setup: Setup, images: Manifest) -> Figures:
         loader = build.make_train_loader(config, images, setup.schedule, accelerator, setup.threads)
         figures["loader"] = _time_loader(loader, setup)
         loader.close()
-    model = build.make_model(config, setup.num_classes, setup.device)
-    learner = build.make_learner(config, model, setup.schedule, setup.num_classes, accelerator)
+    learner = setup.make_learner(config)
     if what == "all":
         synthetic = build.make_synthetic_loader(config, setup.schedule, setup.num_classes, accelerator)
         alone = figures["model"] = _time_steps(learner, synthetic, setup)
-        ceilings = measure_ceilings(setup.device, setup.dtype)
+        ceilings = timing.measure_ceilings(setup.device, setup.dtype)
         alone |= against_ceilings(setup, config.model.name, "train", alone["images_per_second"], ceilings)
     loader = build.make_train_loader(config, images, setup.schedule, accelerator, setup.threads)
     figures["train"] = _time_steps(learner, loader, setup)
@@ -194,10 +165,8 @@ def _compare(report: dict[str, Any], earlier: dict[str, Any], fail_below: float 
     Raises:
         DataError: the two reports are about different work or different kinds of device.
     """
-    others = [
-        f"{key} {earlier.get(key)} -> {report[key]}" for key in SAME if earlier.get(key) != report[key]
-    ]
-    if others:
+    others = [key for key in SAME if earlier.get(key) != report[key]]
+    if others := [f"{key} {earlier.get(key)} -> {report[key]}" for key in others]:
         raise DataError(f"--compare: of another benchmark: {', '.join(others)}")
     below = []
     for name, row in report["figures"].items():
@@ -221,7 +190,7 @@ def _time_loader(loader: Loader, setup: Setup) -> dict[str, float]:
         for _ in range(setup.steps * accumulation):
             images += len(next(batches).labels)
 
-    seconds = best_seconds(read, 1, device=setup.device)
+    seconds = timing.best_seconds(read, 1, device=setup.device)
     return {"images_per_second": images / seconds}
 
 

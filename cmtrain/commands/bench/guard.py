@@ -76,10 +76,8 @@ def time_guard(
 
         def all_steps() -> None:
             for step in itertools.islice(numbers, num_steps):
-                images = learner.step(batches, step, lr)
-                side_metrics.count_step(
-                    step, num_images=images, phases=learner.phases.pop_finished(), **counted
-                )
+                images, phases = learner.step(batches, step, lr), learner.phases.pop_finished()
+                side_metrics.count_step(step, num_images=images, phases=phases, **counted)
 
         return _milliseconds(all_steps, device) / num_steps
 
@@ -134,14 +132,11 @@ def time_guard(
     without_ms = statistics.median(taken["without"])
     spread_ms = log_point_ms / log_every_steps
     together_ms = alone_ms + spread_ms + sum(parts.values())
-    figures = {
-        "without": {"ms": without_ms},
-        "with": {"ms": statistics.median(taken["with"]), "percent": statistics.median(added)}
-        | {"percent_min": min(added), "percent_max": max(added)},
-        "alone": {"ms": alone_ms, "percent": 100 * alone_ms / without_ms},
-        "log point": {"ms": log_point_ms, "percent": 100 * spread_ms / without_ms},
-    }
-    for name, ms in (parts | {"together": together_ms}).items():
+    with_row = {"ms": statistics.median(taken["with"]), "percent": statistics.median(added)}
+    with_row |= {"percent_min": min(added), "percent_max": max(added)}
+    log_row = {"ms": log_point_ms, "percent": 100 * spread_ms / without_ms}
+    figures = {"without": {"ms": without_ms}, "with": with_row, "alone": {}, "log point": log_row}
+    for name, ms in ({"alone": alone_ms} | parts | {"together": together_ms}).items():
         figures[name] = {"ms": ms, "percent": 100 * ms / without_ms}
     return figures | {"save": {"ms": save_ms, "percent": 100 * save_ms / wall_ms}}
 

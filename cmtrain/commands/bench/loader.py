@@ -23,12 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cmtrain import __version__
-from cmtrain.commands.bench.loader_workers import (
-    BATCH_SIZE,
-    LoaderContender,
-    make_loader,
-    serve,
-)
+from cmtrain.commands.bench.loader_workers import BATCH_SIZE, LoaderContender, make_loader, serve
 from cmtrain.commands.bench.timing import Figures, best_seconds, endless
 from cmtrain.config.schema import Config
 from cmtrain.errors import EXIT_DONE
@@ -53,17 +48,14 @@ COLUMNS = {
 }
 
 
-def bench_loader(
-    config: Config, *, steps: int, rounds: int, packed: str | None, json_path: str | None
-) -> int:
+def bench_loader(config: Config, steps: int, rounds: int, packed: str | None, json_path: str | None) -> int:
     """Time decoding, crop + resize + flip, colour jitter and RandAugment, by DALI and by timm.
 
     Prints a table on stderr and one JSON line on stdout; writes the JSON to `json_path` as well, if given.
     Returns the exit code, 0.
 
     Args:
-        steps: batches of 64 images that are timed in each round.
-        rounds: turns of each contender at each work.
+        steps: batches of 64 images that are timed in each of the `rounds` of each work.
         packed: copy of data.root by `cmtrain data pack`, timed beside the files; None packs up to 2000 of
             the images into a temporary one, with shorter sides of 256 pixels.
 
@@ -74,30 +66,18 @@ def bench_loader(
     threads = build.split_threads(config, accelerator)
     files = build.open_data(config, accelerator).train
     crop = replace(build.augment_spec(config, accelerator), color_jitter=None, rand_augment=None, fp16=False)
-    hardest = replace(crop, rand_augment=RAND_AUGMENT)
-    works = {
-        "decode": None,
-        "crop": crop,
-        "crop + jitter": replace(crop, color_jitter=COLOR_JITTER),
-        "crop + randaugment": hardest,
-    }
-    report: dict[str, Any] = {
-        "device": "cpu",
-        "image_px": config.data.image_px,
-        "interpolation": config.data.interpolation,
-        "batch": BATCH_SIZE,
-        "images": len(files),
-        "versions": {"cmtrain": __version__, "torch": torch.__version__},
-        "overhead": _overhead(files, hardest),
-    }
+    jitter, hardest = replace(crop, color_jitter=COLOR_JITTER), replace(crop, rand_augment=RAND_AUGMENT)
+    works = {"decode": None, "crop": crop, "crop + jitter": jitter, "crop + randaugment": hardest}
+    report = {"device": "cpu"} | config.data.model_dump(include={"image_px", "interpolation"})
+    report |= {"batch": BATCH_SIZE, "images": len(files), "overhead": _overhead(files, hardest)}
+    report["versions"] = {"cmtrain": __version__, "torch": torch.__version__}
     with _packed_copy(files, Path(packed, config.data.train_dir) if packed else None) as shards:
         sources = {"dali": files} | ({} if shards is None else {"dali packed": shards})
 
         def race(device: str, decode: Decode, cores: int, load: float | None = None) -> dict[str, Figures]:
             place = Placement(device=device, decode=decode, threads=cores, hw_decoder_load=load)
-            contenders = [LoaderContender("timm", "timm", files, place)]
-            for name, images in sources.items():
-                contenders.append(LoaderContender(name, "dali", images, place))
+            contenders = [LoaderContender("timm", files, place)]
+            contenders += [LoaderContender(name, images, place) for name, images in sources.items()]
             return _race(contenders, works, steps, rounds)
 
         report["cpu"] = race("cpu", "cpu", 1)
@@ -127,11 +107,11 @@ def summarise(rounds: list[Figures]) -> Figures:
             "cpu_ms_per_image_min": min(cpu_ms),
         }
         if name != "timm":
-            timm_rates = [row["timm"]["images_per_second"] for row in rounds]
-            rate_ratios = [ours / theirs for ours, theirs in zip(rates, timm_rates, strict=True)]
-            cpu_ratios = [row["timm"]["cpu_ms_per_image"] / row[name]["cpu_ms_per_image"] for row in rounds]
-            figures[name]["times_timm"] = statistics.median(rate_ratios)
-            figures[name]["times_timm_by_cpu"] = statistics.median(cpu_ratios)
+            theirs = [row["timm"] for row in rounds]
+            by_rate = [rate / row["images_per_second"] for rate, row in zip(rates, theirs, strict=True)]
+            by_cpu = [row["cpu_ms_per_image"] / ms for ms, row in zip(cpu_ms, theirs, strict=True)]
+            figures[name]["times_timm"] = statistics.median(by_rate)
+            figures[name]["times_timm_by_cpu"] = statistics.median(by_cpu)
     return figures
 
 
@@ -167,7 +147,7 @@ def _race(
                 _ask(pipe, ("prepare", spec))
             measured = []
             for number in range(rounds):
-                order = list(pipes) if number % 2 == 0 else list(reversed(pipes))
+                order = reversed(pipes) if number % 2 else pipes
                 measured.append({name: _ask(pipes[name], ("measure", steps)) for name in order})
             figures[work] = summarise(measured)
     finally:
@@ -186,7 +166,7 @@ def _ask(pipe: Connection, question: tuple[str, Any]) -> Any:
 def _overhead(manifest: Manifest, spec: AugmentSpec) -> dict[str, float]:
     """Time what a batch takes of the training thread, and the random draws of one sample."""
     size = min(OVERHEAD_BATCH_SIZE, len(manifest))
-    loader, plan = make_loader(LoaderContender("dali", "dali", manifest, Placement()), spec, size)
+    loader, plan = make_loader(LoaderContender("dali", manifest, Placement()), spec, size)
     batches = endless(loader)
     for _ in range(Placement.prefetch_batches):
         next(batches)
@@ -195,11 +175,8 @@ def _overhead(manifest: Manifest, spec: AugmentSpec) -> dict[str, float]:
     batch = next(plan.micro_batches(0, 0, 0, 1))
     heights, widths = manifest.heights[batch.indices], manifest.widths[batch.indices]
     draws = best_seconds(lambda: augment_params(plan, batch, heights, widths, spec), 20)
-    return {
-        "batch": size,
-        "thread_ms_per_batch": 1000 * in_thread,
-        "draws_us_per_sample": 1e6 * draws / size,
-    }
+    micros = 1e6 * draws / size
+    return {"batch": size, "thread_ms_per_batch": 1000 * in_thread, "draws_us_per_sample": micros}
 
 
 def _show(report: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -27,10 +27,9 @@ Counter = Iterator[int]  # number of images in each batch
 
 @dataclass(frozen=True)
 class LoaderContender:
-    """A loader to time. `manifest` may be packed; timm reads the same bytes."""
+    """A loader to time: timm's if that is its `name`, else ours. `manifest` may be packed."""
 
     name: str
-    kind: Literal["dali", "timm"]
     manifest: Manifest
     place: Placement  # its threads are the cores, of timm as well
 
@@ -42,7 +41,7 @@ def serve(pipe: Connection, contender: LoaderContender) -> None:
     torch.set_num_threads(1)
     # timm's workers start as they do in a training script.
     multiprocessing.set_start_method("fork", force=True)
-    make = _timm_batches if contender.kind == "timm" else _dali_batches
+    make = _timm_batches if contender.name == "timm" else _dali_batches
     batches: Counter = iter(())
     while True:
         try:
@@ -128,24 +127,15 @@ def _timm_batches(contender: LoaderContender, spec: AugmentSpec | None) -> Count
     keep_bits = auto_augment.LEVEL_TO_ARG["PosterizeIncreasing"]
     auto_augment.LEVEL_TO_ARG["PosterizeIncreasing"] = lambda *args: (max(1, keep_bits(*args)[0]),)
     augmented = spec or AugmentSpec(32)
+    kept = ("scale", "ratio", "hflip", "interpolation", "mean", "std")
+    how = {name: getattr(augmented, name) for name in kept}
+    how |= {"color_jitter": augmented.color_jitter or 0.0, "auto_augment": augmented.rand_augment}
+    how |= {"num_workers": contender.place.threads, "pin_memory": contender.place.device == "cuda"}
+    how |= {"use_multi_epochs_loader": True}  # or its queue runs dry at the end of every epoch
     dataset = timm.data.ImageDataset("", reader=_ManifestReader(contender.manifest))
+    size, device = min(BATCH_SIZE, len(dataset)), torch.device(contender.place.device)
     loader = timm.data.create_loader(
-        dataset,
-        input_size=augmented.image_px,
-        batch_size=min(BATCH_SIZE, len(dataset)),
-        is_training=True,
-        scale=augmented.scale,
-        ratio=augmented.ratio,
-        hflip=augmented.hflip,
-        color_jitter=augmented.color_jitter or 0.0,
-        auto_augment=augmented.rand_augment,
-        interpolation=augmented.interpolation,
-        mean=augmented.mean,
-        std=augmented.std,
-        num_workers=contender.place.threads,
-        use_multi_epochs_loader=True,  # or its queue runs dry at the end of every epoch
-        pin_memory=contender.place.device == "cuda",
-        device=torch.device(contender.place.device),
+        dataset, augmented.image_px, size, is_training=True, device=device, **how
     )
     if spec is None:
         dataset.transform = _one_pixel  # the dataset has decoded the image by then

@@ -24,11 +24,9 @@ def time_models(setup: Setup, beside: Sequence[str]) -> Figures:
     Returns:
         Rows "NAME train" and "NAME infer" as of Contender.figures and against_ceilings, and "machine".
     """
-    config, num_classes, accelerator = setup.config, setup.num_classes, setup.accelerator
-    learners = {}
-    for name in dict.fromkeys([config.model.name, *beside]):
-        model = build.make_model(with_model(config, name), num_classes, setup.device)
-        learners[name] = build.make_learner(config, model, setup.schedule, num_classes, accelerator)
+    config, accelerator = setup.config, setup.accelerator
+    names = dict.fromkeys([config.model.name, *beside])
+    learners = {name: setup.make_learner(with_model(config, name)) for name in names}
     batches = setup.synthetic_batches()
     images = next(batches).images
     ceilings = measure_ceilings(setup.device, setup.dtype)
@@ -38,11 +36,10 @@ def time_models(setup: Setup, beside: Sequence[str]) -> Figures:
         contenders = []
         for name, learner in learners.items():
             if mode == "train":
-                contenders.append(Contender(name, step_images, _training(learner, batches, config.optim.lr)))
+                work, size = _training(learner, batches, config.optim.lr), step_images
             else:
-                contenders.append(
-                    Contender(name, len(images), inference(learner.model, images, accelerator))
-                )
+                work, size = inference(learner.model, images, accelerator), len(images)
+            contenders.append(Contender(name, size, work))
         race(contenders, setup.device, steps=setup.steps, rounds=setup.rounds)
         for contender in contenders:
             row = contender.figures(contenders[0])
@@ -95,7 +92,6 @@ def with_model(config: Config, name: str) -> Config:
 def inference(model: nn.Module, images: Tensor, accelerator: Accelerator) -> Callable[[], object]:
     """Return a function that passes `images` through `model` once, in the precision of `accelerator`."""
     images = images.contiguous(memory_format=torch.channels_last)
-
     model.eval()
 
     def infer() -> None:

@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 
 from cmtrain.config.schema import Config
+from cmtrain.step.learner import Learner
 from cmtrain.training import build
 from cmtrain.training.schedule import Schedule
 from pipelines.spec import Batch, Loader
@@ -53,10 +54,15 @@ class Setup:
     def dtype(self) -> torch.dtype:
         return DTYPES[build.precision_of(self.accelerator)]
 
+    def make_learner(self, config: Config) -> Learner:
+        """Make a new model and what trains it; `config` may name another model than the setup's."""
+        model = build.make_model(config, self.num_classes, self.device)
+        return build.make_learner(config, model, self.schedule, self.num_classes, self.accelerator)
+
     def synthetic_batches(self) -> Iterator[Batch]:
         """Yield batches that lie ready on the device, without end."""
-        arguments = self.config, self.schedule, self.num_classes, self.accelerator
-        return endless(build.make_synthetic_loader(*arguments))
+        recipe = self.config, self.schedule, self.num_classes, self.accelerator
+        return endless(build.make_synthetic_loader(*recipe))
 
 
 @dataclass
