@@ -202,9 +202,9 @@ def _show(figures: Sequence[dict[str, Any]]) -> None:
     console.line(header + "   ReaL top-1" if "real_top1" in figures[0] else header)
     for row in figures:
         line = (
-            f"{row['weights']:<7}  {row['image_px']:>8}  {row['resize_px']:>9}  {100 * row['top1']:5.2f} %  "
+            f"{row['weights']:<7}  {row['image_px']:>8}  {row['resize_px']:>9}  {100 * row['top1']:5.2f} %"
         )
-        line += f"{100 * row['top5']:5.2f} %  {row['loss']:6.4f}  {row['num_images']:>7}"
+        line += f"  {100 * row['top5']:5.2f} %  {row['loss']:6.4f}  {row['num_images']:>7}"
         console.line(line + (f"   {100 * row['real_top1']:8.2f} %" if "real_top1" in row else ""))
     if unreadable := figures[0]["num_unreadable"]:
         console.line(f"{unreadable} images could not be read and count as wrong")
