@@ -17,10 +17,17 @@ SPLITS = ("train", "val")
 
 
 def pack(
-    source: str, destination: str, *, train_list: str | None = None, val_list: str | None = None,
-    max_bad_fraction: float = MAX_BAD_FRACTION, cache_dir: str | None = None, shard_mib: int,
-    processes: int | None, **encoding: Any,
-) -> int:  # fmt: skip
+    source: str,
+    destination: str,
+    *,
+    shard_mib: int,
+    processes: int | None,
+    train_list: str | None = None,
+    val_list: str | None = None,
+    max_bad_fraction: float = MAX_BAD_FRACTION,
+    cache_dir: str | None = None,
+    **encoding: Any,
+) -> int:
     """Pack the training and the validation images of `source`; `destination` is then a data.root.
 
     After a kill or a full disk the same command continues; after success it verifies the shards. Prints one
@@ -28,11 +35,11 @@ def pack(
 
     Args:
         source: holds train/<class>/* and val/<class>/*, or the files on the lists; one split may be missing.
+        shard_mib: size at which a shard is closed.
+        processes: number of processes that read and encode; None is one per core.
         train_list, val_list: list files, relative to `source`, used instead of the folders.
         max_bad_fraction: share of unusable files above which a split is refused.
         cache_dir: cache for image sizes, as data.cache_dir.
-        shard_mib: size at which a shard is closed.
-        processes: number of processes that read and encode; None is one per core.
         encoding: `resize_shorter` and `quality`, see pipelines.packing.encode.
 
     Raises:

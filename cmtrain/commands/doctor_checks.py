@@ -251,7 +251,7 @@ def metrics_port(config: Config, local_rank: int) -> CheckResult:
         return CheckResult("warn", f"{host}: {error}", "a run will do without; set metrics.host and .port")
     exporter.close()
     if exporter.port != port:
-        found = f"Prometheus finds it through {config.run.dir}/.targets/"
-        advice = f"{found}; a scrape of fixed ports needs another metrics.port"
+        targets = f"Prometheus finds it through {config.run.dir}/.targets/"
+        advice = f"{targets}; a scrape of fixed ports needs another metrics.port"
         return CheckResult("warn", f"{port} is taken; {exporter.port} would be used", advice)
     return CheckResult("ok", f"{exporter.url} is free")

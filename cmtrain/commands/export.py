@@ -169,10 +169,8 @@ def _card(
     evaluations = read_run(trained.run).evaluations
     prefix = "eval_ema" if weights.kind == "ema" else "eval"
     place = {int(step): place for place, step in enumerate(evaluations["step"])}.get(trained.step)
-    columns = {
-        key: evaluations.get(f"{prefix}_{key}") for key in ("top1", "top5", "loss") if place is not None
-    }
-    metrics = {key: float(column[place]) for key, column in columns.items() if column is not None}
+    names = {key: f"{prefix}_{key}" for key in ("top1", "top5", "loss") if place is not None}
+    metrics = {key: float(evaluations[name][place]) for key, name in names.items() if name in evaluations}
     exported_by = {"cmtrain": __version__, "torch": torch.__version__, "timm": timm.__version__}
     exported_by["python"] = platform.python_version()
     facts: dict[str, Any] = {"trained": trained, "config": config, "config_yaml": to_yaml(config)}
@@ -190,9 +188,8 @@ def to_timm(folder: Path, model: nn.Module, config: Config, class_names: Sequenc
 
     The parameters of `model` must be contiguous. `class_names` that are not one per output are left out.
     """
-    described: dict[str, Any] = {
-        "pretrained_cfg": preprocessing_of(config) | {"num_classes": model.num_classes}
-    }
+    pretrained_cfg = preprocessing_of(config) | {"num_classes": model.num_classes}
+    described: dict[str, Any] = {"pretrained_cfg": pretrained_cfg}
     if class_names and len(class_names) == model.num_classes:
         described["label_names"] = list(class_names)
     model_args = model_args_of(config)

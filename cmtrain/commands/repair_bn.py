@@ -108,7 +108,7 @@ def repair_bn(place: str, config: Config | None, overrides: Overrides, out: str 
 
     # Load every state_dict, and refuse what new statistics cannot heal.
     load = functools.partial(_load, source.path, config, num_classes, accelerator.device)
-    entries = list(itertools.starmap(load, _states_in(source).items()))
+    entries = [load(label, state) for label, state in _states_in(source).items()]
     nonfinite = [name for entry in entries for name in entry.nonfinite()]
     _refuse(source.path, [name for name in nonfinite if not name.endswith(STATISTICS)])
 
@@ -133,10 +133,9 @@ def repair_bn(place: str, config: Config | None, overrides: Overrides, out: str 
     # Write and report.
     written = source.write({"from": str(source.path), "statistics": nonfinite, "batches": batches})
     console = Console(enabled=True)
-    first = (
-        f"{len(nonfinite)} BatchNorm statistics were not finite, {nonfinite[0]} first" if nonfinite else ""
-    )
-    found = first or "all BatchNorm statistics were finite"
+    found = "all BatchNorm statistics were finite"
+    if nonfinite:
+        found = f"{len(nonfinite)} BatchNorm statistics were not finite, {nonfinite[0]} first"
     console.line(f"{source.path}: {found}; averaged over {batches} batches")
     top1 = {}
     for entry, was, now in zip(entries, before, after, strict=True):

@@ -25,7 +25,6 @@ from cmtrain.storage.run_folder import SILENT_SECONDS, is_alive, read_status
 from pipelines.spec import DataError
 
 RUNS = Path("runs")
-NO_RUN = "a run is a folder with a status.json, such as runs/demo"
 ANSWER_SECONDS = 2.0
 REFRESH_SECONDS = 1.0
 MAX_ANSWER_BYTES = 1_000_000
@@ -63,7 +62,8 @@ def find_run(run: str) -> Path:
             return path
     known = sorted(path.parent.name for path in RUNS.glob("*/status.json"))
     close = difflib.get_close_matches(Path(run).name, known, n=1)
-    hint = f"did you mean {RUNS / close[0]}?" if close else NO_RUN
+    hint = "a run is a folder with a status.json, such as runs/demo"
+    hint = f"did you mean {RUNS / close[0]}?" if close else hint
     raise DataError(f"{run}: no such run; {hint}")
 
 

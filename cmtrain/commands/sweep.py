@@ -41,6 +41,7 @@ DEMO_SCALE = [
     ("train.log_every_steps", "1"),
 ]
 DEMO_STEPS = 3
+END_CODES = (errors.EXIT_CONFIG, errors.EXIT_DATA, errors.EXIT_INTERRUPTED, errors.EXIT_PREEMPTED)
 
 
 @dataclass(frozen=True)
@@ -106,12 +107,7 @@ def run_here(rows: Sequence[SweepRow]) -> int:
         for row in rows:
             _print(f"row {row.number}: {row.run_path} ({row.changes})")
             code = child.call([sys.executable, "-m", "cmtrain", *row.command])
-            if child.received or code in (
-                errors.EXIT_CONFIG,
-                errors.EXIT_DATA,
-                errors.EXIT_INTERRUPTED,
-                errors.EXIT_PREEMPTED,
-            ):
+            if child.received or code in END_CODES:
                 return code
             if code and not (code == errors.EXIT_DIVERGED and row.config.expect.diverges):
                 _print(f"row {row.number}: exit code {code}")

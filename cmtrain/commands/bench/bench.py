@@ -70,8 +70,10 @@ def bench(config: Config, options: argparse.Namespace) -> int:
     schedule = build.plan_steps(config, len(data.train), accelerator.num_processes)
     num_classes = build.num_classes_of(config, data.train)
     setup = Setup(config, accelerator, schedule, num_classes, threads, options.steps, options.rounds)
-    if what in ("model", "latency"):
-        figures = (time_models if what == "model" else time_latency)(setup, options.beside)
+    if what == "model":
+        figures = time_models(setup, options.beside)
+    elif what == "latency":
+        figures = time_latency(setup, options.beside)
     elif what == "guard":
         how = {"steps": setup.steps, "rounds": setup.rounds, "log_every_steps": config.train.log_every_steps}
         learner, batches = setup.make_learner(config), setup.synthetic_batches()

@@ -134,10 +134,10 @@ def time_guard(
     together_ms = alone_ms + spread_ms + sum(parts.values())
     with_row = {"ms": statistics.median(taken["with"]), "percent": statistics.median(added)}
     with_row |= {"percent_min": min(added), "percent_max": max(added)}
-    log_row = {"ms": log_point_ms, "percent": 100 * spread_ms / without_ms}
-    figures = {"without": {"ms": without_ms}, "with": with_row, "alone": {}, "log point": log_row}
-    for name, ms in ({"alone": alone_ms} | parts | {"together": together_ms}).items():
-        figures[name] = {"ms": ms, "percent": 100 * ms / without_ms}
+    figures = {"without": {"ms": without_ms}, "with": with_row}
+    shares = {"alone": alone_ms, "log point": spread_ms} | parts | {"together": together_ms}
+    figures |= {name: {"ms": ms, "percent": 100 * ms / without_ms} for name, ms in shares.items()}
+    figures["log point"]["ms"] = log_point_ms
     return figures | {"save": {"ms": save_ms, "percent": 100 * save_ms / wall_ms}}
 
 

@@ -69,8 +69,9 @@ def bench_loader(config: Config, steps: int, rounds: int, packed: str | None, js
     jitter, hardest = replace(crop, color_jitter=COLOR_JITTER), replace(crop, rand_augment=RAND_AUGMENT)
     works = {"decode": None, "crop": crop, "crop + jitter": jitter, "crop + randaugment": hardest}
     report = {"device": "cpu"} | config.data.model_dump(include={"image_px", "interpolation"})
-    report |= {"batch": BATCH_SIZE, "images": len(files), "overhead": _overhead(files, hardest)}
-    report["versions"] = {"cmtrain": __version__, "torch": torch.__version__}
+    versions = {"cmtrain": __version__, "torch": torch.__version__}
+    report |= {"batch": BATCH_SIZE, "images": len(files), "versions": versions}
+    report["overhead"] = _overhead(files, hardest)
     with _packed_copy(files, Path(packed, config.data.train_dir) if packed else None) as shards:
         sources = {"dali": files} | ({} if shards is None else {"dali packed": shards})
 
