@@ -184,12 +184,8 @@ def run(config: Config, lock: RunLock, resume: str, max_steps: int | None) -> in
     stop.close()
     saver.close()
     if received:
-        state, code, reason = (
-            "preempted",
-            stop_code(received),
-            stopped_by(received, logger.step, saver.unsaved),
-        )
-        results = {}
+        state, code, results = "preempted", stop_code(received), {}
+        reason = stopped_by(received, logger.step, saver.unsaved)
     elif diverged:
         state, code, results = "diverged", EXIT_DIVERGED, {}
         reason = f"{diverged}; lower optim.lr or set optim.clip_grad"
