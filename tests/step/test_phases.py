@@ -10,6 +10,7 @@ from helpers.mini import batch, make_learner
 from torch import nn
 
 import cmtrain.models  # noqa: F401
+from cmtrain.models.blocks import FeedForward
 from cmtrain.models.cost import training_flops_per_image
 from cmtrain.monitoring.machine import gpu_identity, memory_bytes
 from cmtrain.step import measure
@@ -125,6 +126,17 @@ def test_flops_of_every_kind_of_position(variant, bias, absolute):
     model = timm.create_model("cmt_micro", num_classes=4, **options)
     assert training_flops_per_image(model, 32) == training_flops_per_image(timm.create_model(
         "cmt_micro", num_classes=4, variant=variant, attention_bias="none"), 32)  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "px"), [("cmt_ti", 160), ("cmt_xs", 192), ("cmt_s", 224), ("cmt_b", 256)])
+def test_flops_are_the_same_with_either_kernel(name, px):
+    """Torch's counter does not know the Triton operators: without help it counts a third."""
+    flops = {}
+    for kernel in ("eager", "fused"):
+        model = timm.create_model(name, img_size=px, ffn_kernel=kernel)
+        flops[kernel] = training_flops_per_image(model, px)
+        assert {part.kernel for part in model.modules() if isinstance(part, FeedForward)} == {kernel}
+    assert flops["fused"] == flops["eager"]
 
 
 def test_flops_are_three_forward_passes_and_counting_changes_nothing():
