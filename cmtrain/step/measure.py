@@ -4,8 +4,10 @@ A step must not wait for the device. So a step leaves its measurements there, an
 """
 
 import time
+import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -200,3 +202,15 @@ class Pace:
     def images_per_second(self) -> float | None:
         """The average up to the last log point; None before the first one."""
         return round(self._total_images / self._total_seconds, 1) if self._total_seconds else None
+
+
+@contextmanager
+def no_host_sync() -> Iterator[None]:
+    """Make every wait of the host for a GPU an error, until the end of the block."""
+    try:
+        with warnings.catch_warnings():  # torch warns once that the mode is a prototype, after setting it
+            warnings.filterwarnings("ignore", "Synchronization debug mode")
+            torch.cuda.set_sync_debug_mode("error")
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -2,6 +2,7 @@
 
 import itertools
 import time
+import warnings
 
 import pytest
 import timm
@@ -194,3 +195,18 @@ def test_a_report_holds_the_extremes_of_the_model():
     expected = numbers_of(learner.model)
     assert {name: getattr(report, name) for name in expected} == expected
     assert min(expected.values()) > 0
+
+
+def test_waiting_for_the_device_is_an_error_in_the_block_and_nowhere_else(monkeypatch):
+    """Torch warns once, after it set the mode; a warning is an error here, and the mode must not stay."""
+    modes = []
+
+    def set_mode(mode):
+        modes.append(mode)
+        if len(modes) == 1:
+            warnings.warn("Synchronization debug mode is a prototype feature", stacklevel=1)
+
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", set_mode)
+    with pytest.raises(KeyError), measure.no_host_sync():
+        raise KeyError(modes.copy())
+    assert modes == ["error", "default"]

@@ -20,6 +20,7 @@ from torch import Tensor
 from cmtrain.commands.bench.timing import WARMUP_STEPS, Figures, best_seconds, drain
 from cmtrain.monitoring.metrics import TrainMetrics
 from cmtrain.step.learner import Learner
+from cmtrain.step.measure import no_host_sync
 from cmtrain.step.mixing import mix
 from cmtrain.storage.checkpoint_writer import CheckpointWriter
 from cmtrain.storage.finite import repair_or_reject
@@ -177,12 +178,9 @@ def _milliseconds(work: Callable[[], None], device: torch.device) -> float:
         return 1000 * best_seconds(work, 1, time.thread_time)
     drain(device)
     begins, ends = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_host_sync():
         begins.record()
         work()
         ends.record()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     ends.synchronize()
     return begins.elapsed_time(ends)
