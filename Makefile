@@ -3,11 +3,15 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-# The lock file that fits the driver: CUDA 12 and 11 drivers cannot run the newest torch and DALI.
-CUDA := $(shell nvidia-smi 2>/dev/null | sed -n 's/.*CUDA Version: \([0-9]*\).*/\1/p')
-LOCK ?= $(if $(filter 12,$(CUDA)),requirements-cuda120.lock,$(if $(filter 11,$(CUDA)),requirements-cuda110.lock,requirements.lock))
+# The lock file that fits driver and GPUs. Drivers for CUDA 12, and GPUs older than Turing (compute capability
+# 7.5), cannot run the newest torch and DALI. Since driver 610 nvidia-smi prints "CUDA UMD Version".
+CUDA    := $(shell nvidia-smi 2>/dev/null | sed -n 's/.*CUDA \(UMD \)*Version: \([0-9]*\).*/\2/p')
+OLD_GPU := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | awk '/^[0-9.]+$$/ && $$1 < 7.5' | head -n 1)
+LOCK    ?= $(if $(filter 12,$(CUDA))$(OLD_GPU),requirements-cuda120.lock,requirements.lock)
+# No lock can use a GPU through a driver for CUDA 11 or older: torch needs driver 525.
+TOO_OLD := $(if $(filter file,$(origin LOCK)),$(filter 8 9 10 11,$(CUDA)))
 
-# A second environment for the oldest DALI that is supported, the last one for CUDA 11 drivers: a layer over VENV that
+# A second environment for the oldest DALI that is supported, the last one of nvidia-dali-cuda110: a layer over VENV that
 # differs in DALI alone. What it needs, at the version and hashes of its lock file:
 DALI110       := $(VENV)-dali110
 DALI110_NAMES := nvidia-dali-cuda110 dm-tree absl-py attrs wrapt
@@ -20,6 +24,7 @@ setup: $(VENV)/.installed
 OLD := Python 3.11 or newer is needed; name one, as in: make setup PYTHON=python3.12
 
 $(VENV)/.installed: $(LOCK) pyproject.toml
+	@if [ "$(TOO_OLD)" ]; then echo "the NVIDIA driver is for CUDA $(TOO_OLD): install driver 525 or newer, or ask for a CPU's packages with LOCK=requirements.lock" >&2; exit 2; fi
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "$(PYTHON): $(OLD)")'
 	@echo "installing torch, DALI and the rest into $(VENV): about 6 GB, some minutes"
 	@$(PYTHON) -m venv $(VENV)

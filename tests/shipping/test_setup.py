@@ -1,0 +1,52 @@
+"""`make setup` takes the lock file that fits the driver and the GPUs, or refuses in one line."""
+
+import os
+import subprocess
+
+import pytest
+from helpers.runs import ROOT
+
+V100, H100 = "7.0", "9.0"
+OLD, NEW = "CUDA Version: {}", "CUDA UMD Version: {}"
+
+
+def make_setup(tmp_path, banner, *capabilities, arguments=()):
+    """Run `make setup` with an nvidia-smi that reports this; without a banner there is none."""
+    if banner:
+        smi = tmp_path / "nvidia-smi"
+        listed = "\\n".join(capabilities)
+        smi.write_text(
+            f'#!/bin/sh\ncase "$*" in *compute_cap*) printf "{listed}\\n";; *) echo "| {banner}  |";; esac\n'
+        )
+        smi.chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    command = ["make", "-C", str(ROOT), f"VENV={tmp_path}/venv", "PYTHON=python3", *arguments, "setup"]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("banner", "capabilities", "lock"),
+    [
+        (OLD.format("13.0"), [V100], "requirements-cuda120.lock"),  # driver 580 still drives a V100
+        (OLD.format("13.0"), [H100, V100], "requirements-cuda120.lock"),
+        (OLD.format("13.0"), [H100], "requirements.lock"),
+        (NEW.format("13.3"), [H100], "requirements.lock"),  # as driver 610 prints it
+        (NEW.format("12.9"), [H100], "requirements-cuda120.lock"),
+        (OLD.format("12.2"), [H100], "requirements-cuda120.lock"),
+        (OLD.format("13.0"), ["[N/A]"], "requirements.lock"),
+        (None, [], "requirements.lock"),
+    ],
+)
+def test_the_lock_fits_driver_and_gpu(tmp_path, banner, capabilities, lock):
+    run = make_setup(tmp_path, banner, *capabilities, arguments=("-n",))
+    assert run.returncode == 0, run.stderr
+    assert f"-r {lock}" in run.stdout
+
+
+def test_a_driver_that_no_lock_fits_is_refused_and_leaves_nothing(tmp_path):
+    run = make_setup(tmp_path, OLD.format("11.4"), V100)  # driver 470
+    assert run.returncode == 2
+    assert run.stderr.startswith("the NVIDIA driver is for CUDA 11: install driver 525 or newer")
+    assert not (tmp_path / "venv").exists()
+    asked = make_setup(tmp_path, OLD.format("11.4"), V100, arguments=("-n", "LOCK=requirements.lock"))
+    assert "-r requirements.lock" in asked.stdout
