@@ -357,7 +357,9 @@ def test_a_file_may_extend_one_that_ships(tmp_path, monkeypatch):
     mine.write_text("extends: configs/full_in1k.yaml\noptim: {lr: 1e-3}\n")
     resolved = load_config(mine)
     assert (resolved.config.model.name, resolved.config.optim.lr) == ("cmt_ti", 1e-3)
-    assert resolved.origins["model.name"].endswith("configs/full_in1k.yaml:10")
+    shipped = (ROOT / "configs" / "full_in1k.yaml").read_text().splitlines()
+    line = shipped.index("  name: cmt_ti") + 1
+    assert resolved.origins["model.name"].endswith(f"configs/full_in1k.yaml:{line}")
     (tmp_path / "configs").mkdir()  # one's own comes first
     (tmp_path / "configs" / "full_in1k.yaml").write_text((ROOT / "configs" / "demo.yaml").read_text())
     assert load_config(mine).config.model.name == "cmt_micro"
