@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import statistics
 import subprocess
 import sys
 
@@ -235,9 +236,10 @@ def test_a_model_trains_the_same_with_either_kernel(variant):
         for logits, left in ours_and_theirs
     )
     assert max(ours.values()) < 0.02
-    assert all(ours[key] < 3 * theirs[key] + 1e-5 for key in ours), {
-        key: (ours[key], theirs[key]) for key in ours
-    }
+    # By luck of rounding, which differs from CPU to CPU, a tensor of theirs may be much nearer than the others.
+    usual = statistics.median(theirs.values())
+    far = {key: (ours[key], theirs[key]) for key in ours if ours[key] >= 3 * max(theirs[key], usual)}
+    assert far == {}
 
 
 @VARIANTS
