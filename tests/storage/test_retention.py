@@ -1,4 +1,4 @@
-"""What is kept is exactly what was promised, whenever the process that deletes is killed."""
+"""Keep exactly the checkpoints that were promised, whenever the process that deletes is killed."""
 
 import itertools
 import json
