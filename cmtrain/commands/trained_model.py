@@ -1,6 +1,7 @@
 """Open a finished run for eval, export and repair-bn: its configuration, checkpoint and class names."""
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,6 +49,8 @@ class Trained:
 def open_trained(place: str, overrides: Overrides) -> Trained:
     """Open `place`: a run folder, the name of one below runs/, or a checkpoint folder in a run folder.
 
+    Newer checkpoints that are damaged are named on stderr.
+
     Raises:
         ConfigError: wrong overrides. DataError: no run or no usable checkpoint there.
     """
@@ -65,6 +68,8 @@ def open_trained(place: str, overrides: Overrides) -> Trained:
         raise DataError(str(error)) from error
     except (KeyError, TypeError) as error:
         raise DataError(f"{loaded.path}: no checkpoint of a run") from error
+    for line in loaded.rejected:
+        sys.stderr.write(f"checkpoint rejected: {line}; taking {loaded.path.name} instead\n")
     return Trained(run, config, loaded, _class_names(run))
 
 

@@ -9,10 +9,11 @@ import pytest
 import torch
 from accelerate import Accelerator
 from helpers.images import write_tree
-from helpers.runs import Forked
+from helpers.runs import Forked, flip
 
 from cmtrain.commands import evaluate as evaluate_command
 from cmtrain.commands.evaluate import open_folder, real_accuracy, real_labels, sizes_of
+from cmtrain.commands.trained_model import open_trained
 from cmtrain.config.load import load_config
 from cmtrain.errors import ConfigError
 from cmtrain.step.evaluate import Evaluation, evaluate
@@ -31,6 +32,20 @@ def run_eval(job, *arguments, code=0):
 def trained(make_job):
     job = make_job(run={"name": "job", "seed": 1})
     return job, job("--max-steps", "8")
+
+
+def test_an_older_checkpoint_is_never_taken_in_silence(trained, capsys):
+    """An export of a model that is an epoch older than its report looks the same."""
+    job, _ = trained
+    older, newest = sorted((job.run / "checkpoints").iterdir())[-2:]
+    assert open_trained(str(job.run), []).checkpoint.path == newest
+    assert capsys.readouterr().err == ""
+    flip(newest / "state.safetensors")
+    assert open_trained(str(job.run), []).checkpoint.path == older
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("checkpoint rejected: ")
+    assert newest.name in line
+    assert line.endswith(f"; taking {older.name} instead")
 
 
 def test_it_reports_what_the_run_reported(trained):
