@@ -184,7 +184,7 @@ def test_a_run_whose_last_checkpoint_failed_is_not_finished(make_job):
 
 
 def test_a_slow_disk_does_not_slow_the_steps(make_job, figure):
-    """Every fsync takes two seconds longer, a checkpoint has four of them, and no step waits for half of it."""
+    """Every fsync takes two seconds longer, and a checkpoint has four; no step waits for half of that."""
     job = make_job(train={"log_every_steps": 1}, evaluate={"every_epochs": 3})
     job("--checkpoint.every_steps", "10", "--checkpoint.every_epochs", "3", module=HURT, SLOW="2")
     times = {record["step"]: record["time"] for record in job.log()}
