@@ -1,6 +1,6 @@
 """Count the bytes, kernels and floating-point operations of a model's passes, without a GPU.
 
-Memory traffic bounds CMT, not arithmetic (docs/performance.md), so a change to the model is judged by its
+Memory traffic bounds CMT, not arithmetic (docs/performance.md), so a change to the model is measured by its
 bytes. The passes run on fake tensors, which have shapes, strides and dtypes but no memory. Every operation
 is charged its reads and writes, so the counts never vary.
 """
