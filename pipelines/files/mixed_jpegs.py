@@ -42,7 +42,7 @@ KINDS = (
 
 
 def mixed_jpegs(count: int, seed: int = 0) -> Iterator[bytes]:
-    """Yield `count` encoded images in the shares of KINDS, in random order; from six on, one of every kind."""
+    """Yield `count` encoded images in the shares of KINDS, in random order; of six or more, each kind."""
     rng = np.random.default_rng(seed)
     shares = np.array([kind.per_hundred for kind in KINDS])
     numbers = np.maximum(shares * count // 100, 1)
