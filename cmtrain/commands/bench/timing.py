@@ -42,7 +42,6 @@ class Setup:
     accelerator: Accelerator
     schedule: Schedule
     num_classes: int
-    threads: int
     steps: int
     rounds: int
 
