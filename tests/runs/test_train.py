@@ -14,7 +14,7 @@ import urllib.request
 import pytest
 import torch
 from helpers.photographs import write_folder
-from helpers.runs import POISONED, assert_same_state, final_state, logged, losses, wait_for
+from helpers.runs import POISONED, ROOT, assert_same_state, final_state, logged, losses, wait_for
 from PIL import Image
 
 from cmtrain.monitoring.metrics import STATES
@@ -288,6 +288,20 @@ def test_data_errors_leave_nothing_behind(make_job):
     job("--model.name", "cmt_tiny", code=2)
     assert "cmt_ti" in job.stderr.read_text()
     assert not (job.folder / "runs").exists()
+
+
+def test_a_run_goes_on_where_the_gpus_decoder_does_not_work(make_job):
+    """One line per way to decode that failed, on the console and in the run's events; then it trains."""
+    job = make_job(schedule={"epochs": 1, "warmup_epochs": 0})
+    assert job(module=str(ROOT / "tests" / "helpers" / "faulty_decoder_train.py"))["state"] == "finished"
+    shown = [line for line in job.stderr.read_text().splitlines() if "data.decode" in line]
+    noted = [event["text"] for event in job.events() if event["event"] == "note"]
+    assert len(noted) == len(shown) == 2
+    for text, note, line in zip(
+        ("crashes (SIGSEGV)", "hangs (no answer in 2 s)"), noted, shown, strict=True
+    ):
+        assert text in note
+        assert note in line
 
 
 def test_an_expectation_that_is_not_met(make_job):
