@@ -19,7 +19,7 @@ from cmtrain.processes.failure import (
     record_cause,
     write_failure,
 )
-from cmtrain.processes.launcher import num_visible
+from cmtrain.processes.gpus import num_visible
 from cmtrain.processes.rank import report_failure
 from cmtrain.storage.checkpoint import checkpoint_steps
 from cmtrain.storage.run_folder import RunFolder, read_events, read_status
