@@ -11,13 +11,12 @@ LOCK    ?= $(if $(filter 12,$(CUDA))$(OLD_GPU),requirements-cuda120.lock,require
 # No lock can use a GPU through a driver for CUDA 11 or older: torch needs driver 525.
 TOO_OLD := $(if $(filter file,$(origin LOCK)),$(filter 8 9 10 11,$(CUDA)))
 
-# A second environment for the oldest DALI that is supported, the last one of nvidia-dali-cuda110: a layer over VENV that
-# differs in DALI alone. What it needs, at the version and hashes of its lock file:
-DALI110       := $(VENV)-dali110
+# Environments for the other DALIs that are supported, the last one of nvidia-dali-cuda110 and the newest: layers over VENV
+# that differ in DALI alone. What 1.34 needs, at the version and hashes of its lock file:
 DALI110_NAMES := nvidia-dali-cuda110 dm-tree absl-py attrs wrapt
 SITE          := 'import sysconfig; print(sysconfig.get_path("purelib"))'
 
-.PHONY: setup demo test test-dali110 test-nightly check bench dashboards image dist lock clean
+.PHONY: setup demo test test-dali110 test-dali24 test-nightly check bench dashboards image dist lock clean
 
 setup: $(VENV)/.installed
 
@@ -43,16 +42,24 @@ test: setup  ## what continuous integration runs, with `check`
 DALI110_WARNS := -W "ignore:invalid escape sequence:DeprecationWarning" \
 	-W "ignore:The distutils package is deprecated:DeprecationWarning" \
 	-W "ignore:distutils Version classes are deprecated:DeprecationWarning"
-test-dali110: $(DALI110)/.installed  ## the tests of the pipelines on DALI 1.34
-	$(DALI110)/bin/python -c 'import nvidia.dali as dali; print("DALI", dali.__version__); assert dali.__version__.startswith("1.34.")'
-	$(DALI110)/bin/python -m pytest -n 2 --dist loadfile -m "not slow" $(DALI110_WARNS) tests/pipelines
+test-dali110: VERSION_WANTED := 1.34.
+test-dali24:  VERSION_WANTED := 2.4.
+test-dali110 test-dali24: test-dali%: $(VENV)-dali%/.installed  ## the tests of the pipelines on DALI 1.34 and 2.4
+	$(VENV)-dali$*/bin/python -c 'import nvidia.dali as dali; print("DALI", dali.__version__); assert dali.__version__.startswith("$(VERSION_WANTED)")'
+	$(VENV)-dali$*/bin/python -m pytest -n 2 --dist loadfile -m "not slow" $(DALI110_WARNS) tests/pipelines
 
-$(DALI110)/.installed: $(VENV)/.installed requirements-cuda110.lock
-	rm -rf $(DALI110)
-	$(BIN)/uv venv -q --python $(BIN)/python $(DALI110)
-	for name in $(DALI110_NAMES); do sed -n "/^$$name==/,/[^\\]$$/p" requirements-cuda110.lock; done > $(DALI110)/requirements.txt
-	$(BIN)/uv pip install -q --python $(DALI110)/bin/python --no-deps --require-hashes -r $(DALI110)/requirements.txt
-	echo "import site; site.addsitedir('$$($(BIN)/python -c $(SITE))')" > $$($(DALI110)/bin/python -c $(SITE))/layer.pth
+$(VENV)-dali110/requirements.txt: requirements-cuda110.lock
+	@mkdir -p $(@D)
+	for name in $(DALI110_NAMES); do sed -n "/^$$name==/,/[^\\]$$/p" $<; done > $@
+
+$(VENV)-dali24/requirements.txt: tests/requirements-dali24.lock
+	@mkdir -p $(@D)
+	cp $< $@
+
+$(VENV)-dali%/.installed: $(VENV)-dali%/requirements.txt $(VENV)/.installed
+	$(BIN)/uv venv -q --allow-existing --python $(BIN)/python $(@D)
+	$(BIN)/uv pip sync -q --python $(@D)/bin/python --require-hashes $<
+	echo "import site; site.addsitedir('$$($(BIN)/python -c $(SITE))')" > $$($(@D)/bin/python -c $(SITE))/layer.pth
 	@touch $@
 
 test-nightly: setup
@@ -87,13 +94,19 @@ dist: setup  ## wheel and source archive
 	$(BIN)/uv build -q --build-constraints docker/build.lock --require-hashes
 
 lock: setup  ## pin again, from pyproject.toml
-	$(BIN)/uv pip compile pyproject.toml --extra cuda130 $(COMPILE) -o requirements.lock
-	echo "torch<2.11" | $(BIN)/uv pip compile pyproject.toml --extra cuda120 $(COMPILE) -c - -o requirements-cuda120.lock
+	echo "nvidia-dali-cuda130$(DALI_2)" | $(BIN)/uv pip compile pyproject.toml --extra cuda130 $(COMPILE) -c - -o requirements.lock
+	printf '%s\n' "torch<2.11" "nvidia-dali-cuda120$(DALI_2)" | $(BIN)/uv pip compile pyproject.toml --extra cuda120 $(COMPILE) -c - -o requirements-cuda120.lock
 	echo "torch<2.11" | $(BIN)/uv pip compile pyproject.toml --extra cuda110 $(COMPILE) -c - -o requirements-cuda110.lock
-	echo hatchling | $(BIN)/uv pip compile - $(filter-out --extra demo dev,$(COMPILE)) -o docker/build.lock
+	echo hatchling | $(BIN)/uv pip compile - $(BARE) -o docker/build.lock
+	printf '%s\n' "nvidia-dali-cuda130~=2.4.0" "nvidia-nvimgcodec-cu13~=0.9.0" "nvidia-libnvcomp-cu13~=5.3" \
+		nvidia-nvjpeg nvidia-nvjpeg2k-cu13 nvidia-nvtiff-cu13 | $(BIN)/uv pip compile - $(BARE) --no-deps -o tests/requirements-dali24.lock
 
+# The last DALI that goes with nvImageCodec 0.8. 0.9 is reported to crash on an H100 when it decodes regions, and
+# decodes them on the CPU where nvJPEG is older than 13.2, as it is for CUDA 12.
+DALI_2  := <2.3
 COMPILE := -q -U --extra demo --extra dev --universal --python-version 3.11 --generate-hashes \
 	--no-emit-index-url --no-emit-find-links --no-annotate --no-header
+BARE     = $(filter-out --extra demo dev,$(COMPILE))
 
 clean:
-	rm -rf $(VENV) $(DALI110) .pytest_cache .ruff_cache .mypy_cache dist
+	rm -rf $(VENV) $(VENV)-dali* .pytest_cache .ruff_cache .mypy_cache dist

@@ -114,7 +114,7 @@ CMT_OPTIONS = (
 
 
 class Data(Section):
-    root: AnyPath = _key(..., "folder that holds the images, or demo:digits or demo:photos")
+    root: AnyPath = _key(..., "folder that holds the images, or demo:digits, demo:photos or demo:jpegs")
     train_dir: PathBelowRoot = _key("train", "<class>/<image> tree of the training images, below root")
     val_dir: PathBelowRoot = _key("val", "<class>/<image> tree of the validation images, below root")
     train_list: PathBelowRoot | None = _key(

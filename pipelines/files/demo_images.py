@@ -1,10 +1,13 @@
-"""Write the demo data: JPEG folders of images that ship inside PyPI wheels, so that nothing is downloaded.
+"""Write the demo data: JPEG folders of images that ship inside PyPI wheels or are made, without a download.
 
 `demo:digits`  scikit-learn's 1,797 handwritten digits (UCI, CC BY 4.0), 64 px; a fifth of them held out.
 `demo:photos`  12 colour photographs from scikit-image and scikit-learn (public domain, CC0, CC BY), 150
                crops each. The left 65 % of every photograph is for training, the right 35 % is held out.
+`demo:jpegs`   2,000 JPEGs of noise as large as ImageNet's, in its mixture of kinds, to measure decoding; 200
+               more are held out. There is nothing to learn in them.
 """
 
+import io
 import os
 import shutil
 from collections.abc import Iterator
@@ -13,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from pipelines.files.mixed_jpegs import mixed_jpegs
 from pipelines.spec import DataError
 
 PHOTOS = (
@@ -20,6 +24,7 @@ PHOTOS = (
     "gravel", "brick",
 )  # fmt: skip
 NUM_TRAIN_DIGITS = 1437
+NUM_JPEG_CLASSES = 10
 
 
 def demo_folder(name: str, cache: Path) -> Path:
@@ -30,7 +35,7 @@ def demo_folder(name: str, cache: Path) -> Path:
     Raises:
         DataError: no such demo data, its packages are not installed, or `cache` cannot be written.
     """
-    writers = {"digits": _digits, "photos": _photos}
+    writers = {"digits": _digits, "photos": _photos, "jpegs": _jpegs}
     if name not in writers:
         known = ", ".join(f"demo:{writer}" for writer in writers)
         raise DataError(f"demo:{name}: no such demo data; there are {known}")
@@ -39,10 +44,10 @@ def demo_folder(name: str, cache: Path) -> Path:
         return folder
     temporary = cache / f".demo-{name}.{os.getpid()}"
     try:
-        for relative, image in writers[name]():
+        for relative, encoded in writers[name]():
             path = temporary / relative
             path.parent.mkdir(parents=True, exist_ok=True)
-            image.save(path, quality=90)
+            path.write_bytes(encoded)
     except ImportError as error:
         raise DataError(f"demo:{name}: needs {error.name}; pip install 'cmtrain[demo]'") from error
     except OSError as error:
@@ -57,7 +62,13 @@ def demo_folder(name: str, cache: Path) -> Path:
     return folder
 
 
-def _digits() -> Iterator[tuple[str, Image.Image]]:
+def _jpeg(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=90)
+    return file.getvalue()
+
+
+def _digits() -> Iterator[tuple[str, bytes]]:
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -66,10 +77,10 @@ def _digits() -> Iterator[tuple[str, Image.Image]]:
         split = "train" if position < NUM_TRAIN_DIGITS else "val"
         pixels = (digits.images[index] * 255 / 16).astype(np.uint8)  # (8, 8), 0..16 in the source
         image = Image.fromarray(pixels).resize((64, 64), Image.Resampling.BICUBIC).convert("RGB")
-        yield f"{split}/{digits.target[index]}/{index:04d}.jpg", image
+        yield f"{split}/{digits.target[index]}/{index:04d}.jpg", _jpeg(image)
 
 
-def _photos() -> Iterator[tuple[str, Image.Image]]:
+def _photos() -> Iterator[tuple[str, bytes]]:
     from skimage import data
     from sklearn.datasets import load_sample_image
 
@@ -85,4 +96,11 @@ def _photos() -> Iterator[tuple[str, Image.Image]]:
                 side = int(rng.integers(96, min(160, right - left, height) + 1))
                 x = int(rng.integers(left, right - side + 1))
                 y = int(rng.integers(0, height - side + 1))
-                yield f"{split}/{name}/{index:03d}.jpg", Image.fromarray(pixels[y : y + side, x : x + side])
+                crop = Image.fromarray(pixels[y : y + side, x : x + side])
+                yield f"{split}/{name}/{index:03d}.jpg", _jpeg(crop)
+
+
+def _jpegs() -> Iterator[tuple[str, bytes]]:
+    for seed, (split, count) in enumerate((("train", 2000), ("val", 200))):
+        for index, encoded in enumerate(mixed_jpegs(count, seed)):
+            yield f"{split}/{index % NUM_JPEG_CLASSES}/{index:04d}.jpg", encoded
