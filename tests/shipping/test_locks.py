@@ -8,8 +8,8 @@ from packaging.version import Version
 
 LOCKS = sorted(ROOT.glob("requirements*.lock"))
 CRASH = (
-    "nvImageCodec is not 0.8: 0.9 is reported to end the process on an H100, and to fail on an A100, when it "
-    "decodes regions (NVIDIA/nvImageCodec issue 55); lock 0.8, which DALI 2.2 wants, until a GPU shows otherwise"
+    "nvImageCodec is not 0.8: 0.9 is reported to end the process on an H100, and to fail on an A100, where "
+    "it decodes regions (NVIDIA/nvImageCodec issue 55); until a GPU shows otherwise lock 0.8, with DALI 2.2"
 )
 ON_CPU = (
     "nvImageCodec 0.9 leaves regions of subsampled JPEGs to the CPU where fancy upsampling is on and nvJPEG "
