@@ -21,7 +21,13 @@ from cmtrain.errors import ConfigError, did_you_mean
 from cmtrain.models.cost import training_flops_per_image
 from cmtrain.models.ffn_check import use_fused_where_it_agrees
 from cmtrain.monitoring.trackers import tracker_options
-from cmtrain.processes.collectives import control_group, gather, join_torchrun, set_torch_defaults
+from cmtrain.processes.collectives import (
+    control_group,
+    gather,
+    join_torchrun,
+    set_cuda_math,
+    set_torch_defaults,
+)  # fmt: skip
 from cmtrain.processes.gpus import why_unusable
 from cmtrain.processes.preflight import check_ranks
 from cmtrain.step.learner import Learner
@@ -46,7 +52,8 @@ if TYPE_CHECKING:
 
 # DALI keeps 32 MiB of GPU memory and of pinned memory for each decoding thread, for either loader.
 MAX_GPU_DECODE_THREADS = 24
-MIXED_PRECISION = {"fp32": "no", "fp16": "fp16", "bf16": "bf16"}
+MIXED_PRECISION = {"fp32": "no", "tf32": "no", "fp16": "fp16", "bf16": "bf16"}
+TF32_CAPABILITY = (8, 0)  # A100
 
 
 @dataclass(frozen=True)
@@ -117,7 +124,7 @@ def join_ranks(config: Config, run_path: Path) -> tuple[Accelerator, Any, list[s
         The accelerator, a group of all ranks for what hosts exchange (None for one process), and warnings.
 
     Raises:
-        ConfigError: fp16 without a GPU, or an experiment tracker that is not installed.
+        ConfigError: a precision that the GPU does not have, or an experiment tracker that is not installed.
         DataError: GPUs that torch cannot use, or ranks that do not fit together: preflight.check_ranks.
     """
     timeout_seconds = config.train.collective_timeout_seconds
@@ -143,7 +150,7 @@ def make_accelerator(
         options: more arguments of Accelerator, as from trackers.tracker_options.
 
     Raises:
-        ConfigError: fp16 without a GPU.
+        ConfigError: fp16 or tf32 without a GPU, or tf32 on one that has none.
         DataError: GPUs that torch cannot use.
     """
     if checks_gpus and (why := why_unusable()):
@@ -151,10 +158,7 @@ def make_accelerator(
     cuda = torch.cuda.is_available()
     if precision == "auto":
         precision = "fp16" if cuda else "fp32"
-    if precision == "fp16" and not cuda:
-        raise ConfigError(
-            "train.precision: fp16 needs a CUDA device, and there is none; use auto, bf16 or fp32"
-        )
+    _check_precision(precision, cuda)
     # BatchNorm statistics are averaged over ranks before an evaluation, not at every forward pass.
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     handlers: list[Any] = [ddp]
@@ -164,11 +168,30 @@ def make_accelerator(
         join_torchrun(backend, timeout)
         handlers.append(InitProcessGroupKwargs(backend=backend, timeout=timeout))
     mixed_precision = MIXED_PRECISION[precision]
-    return Accelerator(mixed_precision=mixed_precision, cpu=not cuda, kwargs_handlers=handlers, **options)
+    accelerator = Accelerator(
+        mixed_precision=mixed_precision, cpu=not cuda, kwargs_handlers=handlers, **options
+    )
+    set_cuda_math(precision)  # after accelerate, which may allow TF32
+    return accelerator
+
+
+def _check_precision(precision: str, cuda: bool) -> None:
+    if precision in ("fp16", "tf32") and not cuda:
+        what = f"{precision} needs a CUDA device, and there is none"
+        raise ConfigError(f"train.precision: {what}; use auto, bf16 or fp32")
+    if precision == "tf32":
+        oldest = min(map(torch.cuda.get_device_capability, range(torch.cuda.device_count())))
+        if oldest < TF32_CAPABILITY:
+            needs = "tf32 needs GPUs of compute capability 8.0 (A100) or newer, and one here has"
+            raise ConfigError(f"train.precision: {needs} {oldest[0]}.{oldest[1]}; use fp16 or fp32")
 
 
 def precision_of(accelerator: Accelerator) -> str:
-    return {value: name for name, value in MIXED_PRECISION.items()}[accelerator.mixed_precision]
+    """Return how `accelerator` and its process compute: fp32, tf32, fp16 or bf16."""
+    mixed = accelerator.mixed_precision
+    if mixed != "no":
+        return mixed
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "fp32"
 
 
 def cache_folder(config: Config) -> Path:
