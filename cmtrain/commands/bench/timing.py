@@ -16,7 +16,7 @@ from accelerate import Accelerator
 
 from cmtrain.config.schema import Config
 from cmtrain.step.learner import Learner
-from cmtrain.training import build
+from cmtrain.training import build, loaders
 from cmtrain.training.schedule import Schedule
 from pipelines.spec import Batch, Loader
 
@@ -63,7 +63,7 @@ class Setup:
     def synthetic_batches(self) -> Iterator[Batch]:
         """Yield batches that lie ready on the device, without end."""
         recipe = self.config, self.schedule, self.num_classes, self.accelerator
-        return endless(build.make_synthetic_loader(*recipe))
+        return endless(loaders.make_synthetic_loader(*recipe))
 
 
 @dataclass
