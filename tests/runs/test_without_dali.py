@@ -9,7 +9,10 @@ import pytest
 from helpers.runs import ROOT
 
 HIDDEN = ROOT / "tests" / "helpers" / "without_dali"
-REMEDY = "DALI is not installed: install nvidia-dali-cuda130 (or -cuda120 for drivers of CUDA 12), or run make setup"
+REMEDY = (
+    "DALI is not installed: install nvidia-dali-cuda130 (or -cuda120 for drivers of CUDA 12), "
+    "or run make setup"
+)
 
 
 def start(job, *command: str) -> subprocess.CompletedProcess[str]:
