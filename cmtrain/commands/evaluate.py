@@ -5,6 +5,7 @@ The images go through the run's own evaluation loop and loader.
 
 import argparse
 import csv
+import io
 import json
 import os
 import sys
@@ -24,6 +25,7 @@ from cmtrain.errors import EXIT_DONE, EXIT_EXPECTATION, ConfigError
 from cmtrain.monitoring.console import Console
 from cmtrain.monitoring.units import percent
 from cmtrain.step.evaluate import Evaluation, evaluate
+from cmtrain.storage.records import replace_file
 from cmtrain.storage.weights import num_classes_in
 from cmtrain.training import build, loaders
 from cmtrain.training.schedule import split_batch
@@ -96,7 +98,8 @@ def evaluate_trained(options: argparse.Namespace, overrides: Overrides) -> int:
     if options.confusion and best.confusion is None:
         raise ConfigError(f"--confusion: {len(labels)} classes are too many for a matrix; use --per-class")
     figures = [result.figures() for result in results]
-    report = {"checkpoint": str(trained.checkpoint.path), "step": trained.step, "results": figures}
+    report: dict[str, Any] = {"checkpoint": str(trained.checkpoint.path), "step": trained.step}
+    report |= {"rejected": list(trained.checkpoint.rejected), "results": figures}
     try:
         if options.per_class:
             _write_csv(options.per_class, class_rows(results, labels))
@@ -104,9 +107,9 @@ def evaluate_trained(options: argparse.Namespace, overrides: Overrides) -> int:
             matrix = [[name, *counts] for name, counts in zip(labels, best.confusion, strict=True)]
             _write_csv(options.confusion, [["true \\ predicted", *labels], *matrix])
         if options.json:
-            Path(options.json).write_text(json.dumps(report, indent=1) + "\n")
+            replace_file(Path(options.json), json.dumps(report, indent=1) + "\n")
     except OSError as error:
-        raise DataError(f"{error.filename}: {error.strerror}") from error
+        raise DataError(f"{error.filename or 'a file'}: cannot be written: {error.strerror}") from error
     _show(figures)
     print(json.dumps(report), flush=True)  # noqa: T201
     if options.expect is not None and best.top1 < options.expect:
@@ -195,8 +198,9 @@ def class_rows(results: Sequence[Result], class_names: Sequence[str]) -> list[li
 
 
 def _write_csv(path: str, table: Sequence[Sequence[Any]]) -> None:
-    with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        csv.writer(file).writerows(table)
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows(table)
+    replace_file(Path(path), text.getvalue().encode("utf-8", "surrogateescape"))
 
 
 def _show(figures: Sequence[dict[str, Any]]) -> None:

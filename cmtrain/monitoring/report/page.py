@@ -27,8 +27,10 @@ from cmtrain.monitoring.report.curves import PlottedRun, draw_charts, x_high
 from cmtrain.monitoring.report.events import event_lanes, event_rows
 from cmtrain.monitoring.report.headline import environment_of, headline, measure_times, number, summary
 from cmtrain.monitoring.units import duration, percent, short, utc
-from cmtrain.storage.run_folder import REPORT_NAME, SILENT_SECONDS, replace_file
+from cmtrain.storage.records import remove_leftovers, replace_file
+from cmtrain.storage.run_folder import REPORT_NAME, SILENT_SECONDS
 from cmtrain.storage.run_record import Columns, RunRecord, read_run
+from pipelines.spec import DataError
 
 NUM_COLORS = 8  # of lines that colour can distinguish; further runs differ by their letters
 MAX_SAMPLE_BYTES = 200_000  # a larger contact sheet becomes a smaller JPEG
@@ -45,24 +47,28 @@ def report(paths: Sequence[str], out: str | None) -> int:
         out: the file to write; None for report.html in the run folder, or here if there are several.
 
     Raises:
-        DataError: one of `paths` is no run folder.
+        DataError: one of `paths` is no run folder, or the file cannot be written.
     """
     folders = [Path(path) for path in paths]
     target = Path(out or (folders[0] / REPORT_NAME if len(folders) == 1 else REPORT_NAME))
-    write_report(folders, target)
+    remove_leftovers(target.parent, target.name)
+    try:
+        write_report(folders, target)
+    except OSError as error:
+        raise DataError(f"{target}: cannot be written: {error.strerror or error}") from error
     print(target)  # noqa: T201
     return 0
 
 
-def write_report(folders: Sequence[Path], target: Path) -> None:
-    """Write the report of `folders` to `target`, whole or not at all.
+def write_report(folders: Sequence[Path], target: Path) -> Path:
+    """Write the report of `folders` to `target`, whole or not at all. Returns `target`.
 
     Raises:
         DataError: one of `folders` is no run folder.
         OSError: `target` cannot be written.
     """
     page = render([read_run(folder) for folder in folders])
-    replace_file(target, page.encode(errors="replace"))
+    return replace_file(target, page.encode(errors="replace"))
 
 
 @functools.cache
