@@ -23,7 +23,8 @@ from cmtrain.commands.doctor_checks import CheckResult, Severity
 from cmtrain.config.schema import Config
 from cmtrain.errors import EXIT_DATA, EXIT_DONE, ConfigError
 from cmtrain.processes.collectives import control_group, gather, leave_together
-from cmtrain.training import build
+from cmtrain.processes.gpus import cuda_of_driver
+from cmtrain.training import build, loaders
 from pipelines.spec import DataError
 
 SEVERITIES: tuple[Severity, ...] = ("ok", "warn", "fail")
@@ -58,20 +59,22 @@ def doctor(config: Config, *, as_json: bool) -> int:
 def run_checks(config: Config, accelerator: Accelerator, control: Any) -> dict[str, CheckResult]:
     """Run all checks on this rank; every rank runs the same ones in the same order."""
     run_path = Path(config.run.dir) / str(config.run.name)
-    num_classes, cuda = config.model.num_classes or 1000, torch.version.cuda
+    num_classes, cuda, data_keys = config.model.num_classes or 1000, torch.version.cuda, config.data
 
     def data() -> CheckResult:
         nonlocal num_classes
-        opened = build.open_data(config, accelerator)
-        num_classes = build.num_classes_of(config, opened.train)
+        opened = loaders.open_data(config, accelerator)
+        num_classes = loaders.num_classes_of(config, opened.train)
         return checks.data(opened)
 
     run: dict[str, Callable[[], CheckResult]] = {
         "packages": checks.packages,
-        "driver": lambda: checks.pairing(checks.cuda_of_driver(), cuda, checks.dali_flavours()),
+        "driver": lambda: checks.pairing(cuda_of_driver(), cuda, checks.dali_flavours()),
         "GPUs": lambda: checks.gpus(config.train.precision),
-        "decode on the CPU": lambda: checks.decode(torch.device("cpu"), "cpu"),
-        "decode on the GPU": lambda: checks.decode_on_gpu(accelerator.device),
+        "decode on the CPU": checks.decode_on_cpu,
+        "decode on the GPU": lambda: checks.decode_on_gpu(
+            accelerator.device, data_keys.decode, data_keys.hw_decoder_load
+        ),
         "ranks": lambda: checks.ranks(control, config, run_path),
         "all-reduce": lambda: checks.all_reduce(accelerator),
         "shared memory": lambda: checks.shared_memory(Path("/dev/shm")),  # noqa: S108 - only read
@@ -118,7 +121,7 @@ def _meet(config: Config) -> tuple[Accelerator, Any]:
     timeout_seconds = config.train.collective_timeout_seconds
     precision = config.train.precision if torch.cuda.is_available() else "auto"
     try:
-        accelerator = build.make_accelerator(precision, timeout_seconds)
+        accelerator = build.make_accelerator(precision, timeout_seconds, checks_gpus=False)
         return accelerator, control_group(accelerator.num_processes, timeout_seconds)
     except RuntimeError as error:
         raise DataError(f"the ranks cannot meet: {' '.join(str(error).split())}") from error

@@ -1,12 +1,13 @@
 """Build the parts of a run from its configuration; what is built takes flat arguments and no Config."""
 
+from __future__ import annotations
+
 import datetime
 import os
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import timm
 import torch
@@ -19,33 +20,30 @@ from cmtrain.errors import ConfigError, did_you_mean
 from cmtrain.models.cost import training_flops_per_image
 from cmtrain.models.ffn_check import use_fused_where_it_agrees
 from cmtrain.monitoring.trackers import tracker_options
-from cmtrain.processes.collectives import control_group, join_torchrun, set_torch_defaults
+from cmtrain.processes.collectives import (
+    control_group,
+    join_torchrun,
+    set_cuda_math,
+    set_torch_defaults,
+)  # fmt: skip
+from cmtrain.processes.gpus import why_unusable
 from cmtrain.processes.preflight import check_ranks
 from cmtrain.step.learner import Learner
 from cmtrain.step.mixing import MixSpec
 from cmtrain.step.optimizer import make_optimizer
 from cmtrain.storage.run_folder import RunLock
 from cmtrain.storage.weights import start_from
+from cmtrain.training import loaders
 from cmtrain.training.recovery import Recovery
 from cmtrain.training.resume import Start, choose_start
 from cmtrain.training.schedule import Schedule
-from pipelines.checks.bad_list import user_cache
-from pipelines.files.demo_images import demo_folder
-from pipelines.files.manifest import Manifest
-from pipelines.files.shards import is_packed
-from pipelines.loader import DaliLoader, SyntheticLoader, eval_loader, train_loader
-from pipelines.plan import Plan
-from pipelines.spec import AugmentSpec, EvalSpec, Placement
+from pipelines.spec import DataError
 
-MIXED_PRECISION = {"fp32": "no", "fp16": "fp16", "bf16": "bf16"}
+if TYPE_CHECKING:
+    from pipelines.loader import DaliLoader
 
-
-@dataclass(frozen=True)
-class Data:
-    """The images of both splits."""
-
-    train: Manifest
-    val: Manifest
+MIXED_PRECISION = {"fp32": "no", "tf32": "no", "fp16": "fp16", "bf16": "bf16"}
+TF32_CAPABILITY = (8, 0)  # A100
 
 
 @dataclass(frozen=True)
@@ -58,7 +56,7 @@ class Parts:
 
     accelerator: Accelerator
     control: Any
-    data: Data
+    data: loaders.Data
     schedule: Schedule
     start: Start
     train_loader: DaliLoader
@@ -80,19 +78,19 @@ def assemble(config: Config, lock: RunLock, resume: str) -> Parts:
         ConfigError, DataError: a mistake in the configuration, the ranks, the data or the checkpoint.
     """
     accelerator, control, warnings = join_ranks(config, lock.folder)
-    threads = split_threads(config, accelerator)
-    data = open_data(config, accelerator)
+    place, lines = loaders.place_loaders(config, accelerator, control)
+    data = loaders.open_data(config, accelerator)
     schedule = plan_steps(config, len(data.train), accelerator.num_processes)
-    num_classes = num_classes_of(config, data.train)
+    num_classes = loaders.num_classes_of(config, data.train)
     model = make_model(config, num_classes, accelerator.device)
     flops_per_image = training_flops_per_image(model, config.data.image_px)
     start = choose_start(lock, resume, config, data.train.fingerprint, is_main=accelerator.is_main_process)
-    notes = [*warnings, *start.notes]
+    notes = [*warnings, *lines, *start.notes]
     if config.model.init_from and not start.checkpoint:
         notes += start_from(config.model.init_from, model)
     # The loaders are not prepared by accelerate: order, sharding and every random draw are the plan's.
-    train_loader = make_train_loader(config, data.train, schedule, accelerator, threads)
-    eval_loader = make_eval_loader(config, data.val, schedule.micro_batch_size, accelerator, threads)
+    train_loader = loaders.make_train_loader(config, data.train, schedule, accelerator, place)
+    eval_loader = loaders.make_eval_loader(config, data.val, schedule.micro_batch_size, accelerator, place)
     learner = make_learner(config, model, schedule, num_classes, accelerator)
     recovery = make_recovery(config, schedule)
     return Parts(
@@ -108,8 +106,8 @@ def join_ranks(config: Config, run_path: Path) -> tuple[Accelerator, Any, list[s
         The accelerator, a group of all ranks for what hosts exchange (None for one process), and warnings.
 
     Raises:
-        ConfigError: fp16 without a GPU, or an experiment tracker that is not installed.
-        DataError: ranks that do not fit together; see preflight.check_ranks.
+        ConfigError: a precision that the GPU does not have, or an experiment tracker that is not installed.
+        DataError: GPUs that torch cannot use, or ranks that do not fit together: preflight.check_ranks.
     """
     timeout_seconds = config.train.collective_timeout_seconds
     set_torch_defaults(run_path)
@@ -120,24 +118,29 @@ def join_ranks(config: Config, run_path: Path) -> tuple[Accelerator, Any, list[s
 
 
 def make_accelerator(
-    precision: str, collective_timeout_seconds: float = 600.0, **options: Any
+    precision: str,
+    collective_timeout_seconds: float = 600.0,
+    *,
+    checks_gpus: bool = True,
+    **options: Any,
 ) -> Accelerator:
     """Join the process group, if a launcher made one, and pick the device.
 
     Args:
         collective_timeout_seconds: how long ranks wait for one another before they give up.
+        checks_gpus: refuse GPUs that torch cannot use, rather than take the CPU.
         options: more arguments of Accelerator, as from trackers.tracker_options.
 
     Raises:
-        ConfigError: fp16 without a GPU.
+        ConfigError: fp16 or tf32 without a GPU, or tf32 on one that has none.
+        DataError: GPUs that torch cannot use.
     """
+    if checks_gpus and (why := why_unusable()):
+        raise DataError(why)
     cuda = torch.cuda.is_available()
     if precision == "auto":
         precision = "fp16" if cuda else "fp32"
-    if precision == "fp16" and not cuda:
-        raise ConfigError(
-            "train.precision: fp16 needs a CUDA device, and there is none; use auto, bf16 or fp32"
-        )
+    _check_precision(precision, cuda)
     # BatchNorm statistics are averaged over ranks before an evaluation, not at every forward pass.
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     handlers: list[Any] = [ddp]
@@ -147,72 +150,30 @@ def make_accelerator(
         join_torchrun(backend, timeout)
         handlers.append(InitProcessGroupKwargs(backend=backend, timeout=timeout))
     mixed_precision = MIXED_PRECISION[precision]
-    return Accelerator(mixed_precision=mixed_precision, cpu=not cuda, kwargs_handlers=handlers, **options)
+    accelerator = Accelerator(
+        mixed_precision=mixed_precision, cpu=not cuda, kwargs_handlers=handlers, **options
+    )
+    set_cuda_math(precision)  # after accelerate, which may allow TF32
+    return accelerator
+
+
+def _check_precision(precision: str, cuda: bool) -> None:
+    if precision in ("fp16", "tf32") and not cuda:
+        what = f"{precision} needs a CUDA device, and there is none"
+        raise ConfigError(f"train.precision: {what}; use auto, bf16 or fp32")
+    if precision == "tf32":
+        oldest = min(map(torch.cuda.get_device_capability, range(torch.cuda.device_count())))
+        if oldest < TF32_CAPABILITY:
+            needs = "tf32 needs GPUs of compute capability 8.0 (A100) or newer, and one here has"
+            raise ConfigError(f"train.precision: {needs} {oldest[0]}.{oldest[1]}; use fp16 or fp32")
 
 
 def precision_of(accelerator: Accelerator) -> str:
-    return {value: name for name, value in MIXED_PRECISION.items()}[accelerator.mixed_precision]
-
-
-def cache_folder(config: Config) -> Path:
-    """Return the folder of manifests and demo images: data.cache_dir, else the user's cache."""
-    return Path(config.data.cache_dir) if config.data.cache_dir else user_cache()
-
-
-def split_threads(config: Config, accelerator: Accelerator) -> int:
-    """Share this process's cores between decoding and, on a CPU, the model. Returns the number of decode
-    threads.
-
-    Two pools that together have more threads than there are cores spin at each other's barriers.
-    """
-    cores = cores_per_process(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    if accelerator.device.type == "cuda":
-        return config.data.threads or cores
-    threads = config.data.threads or max(1, cores // 4)
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, cores - threads))
-    return threads
-
-
-def open_data(config: Config, accelerator: Accelerator) -> Data:
-    """Index both splits. Of the processes that share a cache, one scans the files and the others read its
-    result.
-
-    Raises:
-        DataError: files that are missing or unusable.
-    """
-    data = config.data
-    with accelerator.local_main_process_first():
-        root = _root_of(config)
-    # Outside: the others would wait at a barrier, which a first look at a large folder outlasts.
-    train = _open_split(config, root, data.train_dir, data.train_list, None)
-    val = _open_split(config, root, data.val_dir, data.val_list, train.class_names)
-    if data.fraction < 1:
-        train = train.fraction(data.fraction, config.run.seed)
-    return Data(train, val)
-
-
-def _root_of(config: Config) -> Path:
-    """Return data.root; demo images are written first if they do not exist."""
-    name = config.data.root.removeprefix("demo:")
-    return demo_folder(name, cache_folder(config)) if name != config.data.root else Path(config.data.root)
-
-
-def _open_split(
-    config: Config, root: Path, folder: str, list_file: str | None, class_names: Sequence[str] | None
-) -> Manifest:
-    if list_file is None and is_packed(root / folder):
-        return Manifest.from_shards(root / folder, class_names=class_names)
-    limit = config.data.max_bad_fraction
-    scan: dict[str, Any] = {"cache_dir": cache_folder(config), "max_bad_fraction": limit}
-    if list_file is not None:
-        return Manifest.from_folder(root, image_list=root / list_file, class_names=class_names, **scan)
-    return Manifest.from_folder(root / folder, class_names=class_names, **scan)
-
-
-def open_val(config: Config, class_names: Sequence[str]) -> Manifest:
-    """Index the validation split alone, by the `class_names` of training. Raises DataError as open_data."""
-    return _open_split(config, _root_of(config), config.data.val_dir, config.data.val_list, class_names)
+    """Return how `accelerator` and its process compute: fp32, tf32, fp16 or bf16."""
+    mixed = accelerator.mixed_precision
+    if mixed != "no":
+        return mixed
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "fp32"
 
 
 def plan_steps(config: Config, num_samples: int, num_processes: int) -> Schedule:
@@ -228,51 +189,6 @@ def plan_steps(config: Config, num_samples: int, num_processes: int) -> Schedule
             f"train.max_batch_per_gpu of {schedule.micro_batch_size * schedule.accumulation} or more"
         )
     return schedule
-
-
-def make_train_loader(
-    config: Config, manifest: Manifest, schedule: Schedule, accelerator: Accelerator, threads: int
-) -> DaliLoader:
-    plan = Plan(
-        config.run.seed, len(manifest), schedule.global_batch_size, schedule.micro_batch_size,
-        repeats=config.augment.repeats,
-    )  # fmt: skip
-    spec = augment_spec(config, accelerator)
-    return train_loader(manifest, plan, spec, _placement(config, accelerator, threads))
-
-
-def make_eval_loader(
-    config: Config, manifest: Manifest, batch_size: int, accelerator: Accelerator, threads: int
-) -> DaliLoader:
-    """Make the loader of evaluation batches, `batch_size` images each."""
-    data, fp16 = config.data, accelerator.mixed_precision == "fp16"
-    spec = EvalSpec(
-        data.image_px, data.eval_resize_px, data.eval_interpolation, mean=data.mean, std=data.std, fp16=fp16
-    )
-    return eval_loader(manifest, spec, _placement(config, accelerator, threads), batch_size=batch_size)
-
-
-def augment_spec(config: Config, accelerator: Accelerator) -> AugmentSpec:
-    geometry = config.data.model_dump(include={"image_px", "interpolation", "mean", "std"})
-    draws = config.augment.model_dump(exclude={"repeats"})
-    return AugmentSpec(**geometry, **draws, fp16=accelerator.mixed_precision == "fp16")
-
-
-def _placement(config: Config, accelerator: Accelerator, threads: int) -> Placement:
-    given = {"decode", "prefetch_batches", "max_bad_fraction", "hw_decoder_load"}
-    rank, world = accelerator.process_index, accelerator.num_processes
-    limits = config.data.model_dump(include=given)
-    return Placement(rank, world, accelerator.device, threads=threads, **limits)
-
-
-def make_synthetic_loader(
-    config: Config, schedule: Schedule, num_classes: int, accelerator: Accelerator
-) -> SyntheticLoader:
-    """Make a loader of random batches with the recipe's shape: no files, eight steps per epoch."""
-    size = schedule.global_batch_size
-    plan = Plan(config.run.seed, 8 * size, size, schedule.micro_batch_size)
-    place, fp16 = _placement(config, accelerator, 1), accelerator.mixed_precision == "fp16"
-    return SyntheticLoader(plan, config.data.image_px, num_classes, place, fp16=fp16)
 
 
 def make_model(config: Config, num_classes: int, device: torch.device | str = "cpu") -> nn.Module:
@@ -321,17 +237,6 @@ def make_recovery(config: Config, schedule: Schedule) -> Recovery:
     )
 
 
-def num_classes_of(config: Config, manifest: Manifest) -> int:
-    """Return model.num_classes, or the number of classes in the data. Raises ConfigError if it is too
-    small.
-    """
-    found = len(manifest.class_names)
-    stated = config.model.num_classes
-    if stated is not None and stated < found:
-        raise ConfigError(f"model.num_classes: {stated}, but the training data has {found} classes")
-    return stated or found
-
-
 def make_learner(
     config: Config, model: nn.Module, schedule: Schedule, num_classes: int, accelerator: Accelerator
 ) -> Learner:
@@ -343,9 +248,3 @@ def make_learner(
         mixing=MixSpec(num_classes=num_classes, **config.mixing.model_dump()),
         clip_grad=config.optim.clip_grad, seed=config.run.seed,
     )  # fmt: skip
-
-
-def cores_per_process(num_local_processes: int) -> int:
-    """Return the CPU cores of this process: its affinity mask, shared with the other ranks of the host."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // num_local_processes)

@@ -14,7 +14,7 @@ from helpers.runs import ROOT
 from nvidia.dali import fn, pipeline_def, types
 
 from cmtrain.config.load import load_config
-from cmtrain.training import build
+from cmtrain.training import loaders
 from pipelines.dali import augment, graphs
 from pipelines.spec import AugmentSpec, EvalSpec
 
@@ -30,7 +30,7 @@ def nothing() -> list:
 def specs(path: Path) -> tuple[AugmentSpec, EvalSpec]:
     """Return the transforms of a recipe. What changes only numbers, and no operator, is the same for all."""
     config = load_config(path).config
-    given = build.augment_spec(config, SimpleNamespace(mixed_precision="no"))
+    given = loaders.augment_spec(config, SimpleNamespace(mixed_precision="no"))
     jitter = 0.4 if given.color_jitter else None
     train = AugmentSpec(32, given.interpolation, color_jitter=jitter, rand_augment=given.rand_augment)
     return train, EvalSpec(32, 36, config.data.eval_interpolation)

@@ -27,7 +27,7 @@ from cmtrain.config.schema import Config
 from cmtrain.errors import EXIT_DONE, EXIT_EXPECTATION
 from cmtrain.monitoring.units import percent
 from cmtrain.step.learner import Learner
-from cmtrain.training import build
+from cmtrain.training import build, loaders
 from pipelines.files.manifest import Manifest
 from pipelines.spec import DataError, Loader
 
@@ -65,11 +65,11 @@ def bench(config: Config, options: argparse.Namespace) -> int:
         return bench_loader(config, options.steps, options.rounds, options.packed, options.json)
     earlier = _read_earlier(options.compare) if options.compare else None
     accelerator = build.make_accelerator(config.train.precision)
-    threads = build.split_threads(config, accelerator)
-    data = build.open_data(config, accelerator)
+    threads = loaders.split_threads(config, accelerator.device)
+    data = loaders.open_data(config, accelerator)
     schedule = build.plan_steps(config, len(data.train), accelerator.num_processes)
-    num_classes = build.num_classes_of(config, data.train)
-    setup = Setup(config, accelerator, schedule, num_classes, threads, options.steps, options.rounds)
+    num_classes = loaders.num_classes_of(config, data.train)
+    setup = Setup(config, accelerator, schedule, num_classes, options.steps, options.rounds)
     if what == "model":
         figures = time_models(setup, options.beside)
     elif what == "latency":
@@ -109,18 +109,20 @@ def bench(config: Config, options: argparse.Namespace) -> int:
 def _time_run(what: str, setup: Setup, images: Manifest) -> Figures:
     """Time training on real data ("train"); for "all" first the loader and the model, each alone."""
     config, accelerator = setup.config, setup.accelerator
+    place, lines = loaders.place_loaders(config, accelerator)
+    sys.stderr.writelines(f"{line}\n" for line in lines)
     figures: Figures = {}
     if what == "all":
-        loader = build.make_train_loader(config, images, setup.schedule, accelerator, setup.threads)
+        loader = loaders.make_train_loader(config, images, setup.schedule, accelerator, place)
         figures["loader"] = _time_loader(loader, setup)
         loader.close()
     learner = setup.make_learner(config)
     if what == "all":
-        synthetic = build.make_synthetic_loader(config, setup.schedule, setup.num_classes, accelerator)
+        synthetic = loaders.make_synthetic_loader(config, setup.schedule, setup.num_classes, accelerator)
         alone = figures["model"] = _time_steps(learner, synthetic, setup)
         ceilings = timing.measure_ceilings(setup.device, setup.dtype)
         alone |= against_ceilings(setup, config.model.name, "train", alone["images_per_second"], ceilings)
-    loader = build.make_train_loader(config, images, setup.schedule, accelerator, setup.threads)
+    loader = loaders.make_train_loader(config, images, setup.schedule, accelerator, place)
     figures["train"] = _time_steps(learner, loader, setup)
     loader.close()
     if what == "all":
@@ -145,7 +147,7 @@ def verdict(figures: Figures) -> str:
         return f"limited by host: it needs {percent(model['host_share'], 0)} of a step to queue it; {feeds}"
     memory, compute = model["percent_of_copy"], model["percent_of_matrix"]
     if memory >= compute:
-        limit = f"memory: {memory:.0f} % of a copy's bandwidth, counted as if nothing were fused"
+        limit = f"memory: {memory:.0f} % of a copy's bandwidth, counted as without torch.compile"
     else:
         limit = f"compute: {compute:.0f} % of a matrix product's rate"
     return f"limited by {limit}; {feeds}"

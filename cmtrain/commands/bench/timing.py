@@ -16,12 +16,14 @@ from accelerate import Accelerator
 
 from cmtrain.config.schema import Config
 from cmtrain.step.learner import Learner
-from cmtrain.training import build
+from cmtrain.training import build, loaders
 from cmtrain.training.schedule import Schedule
 from pipelines.spec import Batch, Loader
 
 WARMUP_STEPS = 3
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {
+    "fp16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32, "fp32": torch.float32,
+}  # fmt: skip
 COPY_BYTES = {"cuda": 2**31, "cpu": 2**28}  # far beyond any cache
 MATRIX_SIDE = {"cuda": 8192, "cpu": 1024}
 CEILING_REPEATS = 6
@@ -42,7 +44,6 @@ class Setup:
     accelerator: Accelerator
     schedule: Schedule
     num_classes: int
-    threads: int
     steps: int
     rounds: int
 
@@ -62,7 +63,7 @@ class Setup:
     def synthetic_batches(self) -> Iterator[Batch]:
         """Yield batches that lie ready on the device, without end."""
         recipe = self.config, self.schedule, self.num_classes, self.accelerator
-        return endless(build.make_synthetic_loader(*recipe))
+        return endless(loaders.make_synthetic_loader(*recipe))
 
 
 @dataclass
