@@ -17,20 +17,21 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 
 from cmtrain.config.load import load_config
 from cmtrain.training import build
+from cmtrain.training.loaders import make_synthetic_loader
 
 # Two micro-batches per rank and step, the first without an all-reduce.
 SETTINGS = {
     "model.name": "cmt_micro", "model.drop_path_rate": "0.1", "model.drop_rate": "0.1",
-    "data.image_px": "32", "data.eval_resize_px": "36", "train.precision": "fp32",
-    "train.global_batch_size": "8", "train.max_batch_per_gpu": "2",
+    "data.image_px": "64", "data.eval_resize_px": "72", "train.precision": "fp32",
+    "train.global_batch_size": "16", "train.max_batch_per_gpu": "4",
 }  # fmt: skip
-NUM_CLASSES, STEPS = 1000, 3
+NUM_CLASSES = 1000
 # torch's default splits the graph where DDP's buckets end; False leaves one graph.
 CASES = {"eager": None, "split": "default", "whole": False}
 
 
 def _train(rank, port, folder):
-    """One rank: for every case three steps as the trainer does them; leaves what was seen of the last one."""
+    """One rank: for every case two steps as the trainer does them; leaves what was seen of them."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
@@ -77,13 +78,14 @@ def _steps(compiled):
         patch.setattr(nn.Module, "compile", functools.partialmethod(nn.Module.compile, backend=backend))
         learner = build.make_learner(config, model, schedule, NUM_CLASSES, accelerator)
     learner.wrapped.register_comm_hook(None, all_reduce)
-    batches = build.make_synthetic_loader(config, schedule, NUM_CLASSES, accelerator).epoch(0)
-    for number in range(STEPS):
+    batches = make_synthetic_loader(config, schedule, NUM_CLASSES, accelerator).epoch(0)
+    gradients = []
+    for number in range(2):
         log.clear()
-        learner.step(batches, number, 0.05)
+        learner.step(batches, number, 1e-3)
+        gradients.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
     return {
-        "gradients": {name: parameter.grad.clone() for name, parameter in model.named_parameters()},
-        "weights": {name: value.clone() for name, value in model.state_dict().items()},
+        "gradients": gradients,
         "log": list(log),
         "graphs": graphs,
         "breaks": dict(counters["graph_break"]),
@@ -116,17 +118,16 @@ def test_ddp_breaks_no_graph(outcomes):
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_gradients_are_those_of_the_model_that_is_not_compiled(outcomes, case):
-    one, other = outcomes
-    for name, expected in one["eager"]["gradients"].items():
-        gradient = one[case]["gradients"][name]
-        assert torch.equal(gradient, other[case]["gradients"][name]), name
-        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
-    for name, expected in one["eager"]["weights"].items():
-        torch.testing.assert_close(one[case]["weights"][name], expected, rtol=1e-4, atol=1e-6)
+    one, other = (rank[case]["gradients"] for rank in outcomes)
+    for step, expected in enumerate(outcomes[0]["eager"]["gradients"]):
+        assert all(torch.equal(one[step][name], other[step][name]) for name in expected)
+        apart = torch.stack([(one[step][name] - expected[name]).norm() for name in expected]).norm()
+        size = torch.stack([gradient.norm() for gradient in expected.values()]).norm()
+        assert apart < 1e-4 * size, step  # 3e-6, as torch.compile rounds otherwise
 
 
 def test_the_trainer_reduces_gradients_while_it_computes_others(outcomes):
-    """The first backward passes are of the micro-batch without an all-reduce. One graph leaves no overlap."""
+    """First come the backward passes of the micro-batch without an all-reduce. One graph has no overlap."""
     for rank in outcomes:
         assert rank["split"]["log"] == ["backward"] * 3 + ["all-reduce", "backward", "all-reduce"]
         assert rank["whole"]["log"] == ["backward"] * 2 + ["all-reduce"] * 2
