@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from cmtrain.commands.bench.timing import Ceilings, Contender, Figures, Setup, measure_ceilings, race
+from cmtrain.commands.bench.timing import Ceilings, Contender, Rows, Setup, measure_ceilings, race
 from cmtrain.config.schema import Config, Model
 from cmtrain.models import cost
 from cmtrain.step.learner import Learner
@@ -18,10 +18,10 @@ from cmtrain.training import build
 from pipelines.spec import Batch
 
 
-def time_models(setup: Setup, beside: Sequence[str]) -> Figures:
+def time_models(setup: Setup, beside: Sequence[str]) -> Rows:
     """Time training and inference of the configuration's model and of the timm models `beside` it.
 
-    Returns:
+    Yields:
         Rows "NAME train" and "NAME infer" as of Contender.figures and against_ceilings, and "machine".
     """
     config, accelerator = setup.config, setup.accelerator
@@ -31,7 +31,6 @@ def time_models(setup: Setup, beside: Sequence[str]) -> Figures:
     images = next(batches).images
     ceilings = measure_ceilings(setup.device, setup.dtype)
     step_images = setup.schedule.micro_batch_size * setup.schedule.accumulation
-    figures: Figures = {}
     for mode in ("train", "infer"):
         contenders = []
         for name, learner in learners.items():
@@ -44,16 +43,16 @@ def time_models(setup: Setup, beside: Sequence[str]) -> Figures:
         for contender in contenders:
             row = contender.figures(contenders[0])
             row |= against_ceilings(setup, contender.name, mode, row["images_per_second"], ceilings)
-            figures[f"{contender.name} {mode}"] = row
-    figures["machine"] = {
+            yield f"{contender.name} {mode}", row
+    machine = {
         "copy_gb_per_second": ceilings.copy_bytes_per_second / 1e9,
         "matrix_tflops": ceilings.matrix_flops_per_second / 1e12,
     }
-    return figures
+    yield "machine", machine
 
 
-def time_latency(setup: Setup, beside: Sequence[str]) -> Figures:
-    """Time inference of one image by the same models. Returns rows "NAME", as of Contender.figures."""
+def time_latency(setup: Setup, beside: Sequence[str]) -> Rows:
+    """Time inference of one image by the same models. Yields rows "NAME", as of Contender.figures."""
     config, side = setup.config, setup.config.data.image_px
     image = torch.randn(1, 3, side, side, device=setup.device)
     contenders = []
@@ -62,7 +61,8 @@ def time_latency(setup: Setup, beside: Sequence[str]) -> Figures:
         build.compile_model(config, model)
         contenders.append(Contender(name, 1, inference(model, image, setup.accelerator)))
     race(contenders, setup.device, steps=setup.steps, rounds=setup.rounds)
-    return {contender.name: contender.figures(contenders[0]) for contender in contenders}
+    for contender in contenders:
+        yield contender.name, contender.figures(contenders[0])
 
 
 def against_ceilings(

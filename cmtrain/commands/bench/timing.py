@@ -5,10 +5,13 @@ a disturbance hits all of them; a ratio is the median of the ratios within a rou
 """
 
 import itertools
+import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +21,7 @@ from cmtrain.config.schema import Config
 from cmtrain.step.learner import Learner
 from cmtrain.training import build
 from cmtrain.training.schedule import Schedule
+from pipelines.atomic import replacing
 from pipelines.spec import Batch, Loader
 
 WARMUP_STEPS = 3
@@ -31,7 +35,9 @@ CPU = torch.device("cpu")
 Clock = Callable[[], float]
 WALL: Clock = time.perf_counter
 Work = Callable[[], object]  # one step or pass
-Figures = dict[str, dict[str, float]]  # rows of the table, by name
+Row = dict[str, float]
+Figures = dict[str, Row]  # rows of the table, by name
+Rows = Iterator[tuple[str, Row]]  # the same, each as soon as it is known
 
 
 @dataclass(frozen=True)
@@ -169,3 +175,10 @@ def drain(device: torch.device) -> None:
     """Wait until the device has finished all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def write_report(path: str | None, report: dict[str, Any]) -> None:
+    """Write `report` as JSON, if there is a path. A kill leaves the report of the call before, whole."""
+    if path:
+        with replacing(Path(path)) as file:
+            file.write((json.dumps(report, indent=1) + "\n").encode())
