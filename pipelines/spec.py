@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     import torch
 
 Interpolation = Literal["bicubic", "bilinear"]
-Decode = Literal["auto", "mixed", "cpu"]
+Decode = Literal["auto", "mixed", "mixed_whole", "cpu"]
 Channels = tuple[float, float, float]
 
 IMAGENET_MEAN: Channels = (0.485, 0.456, 0.406)
@@ -74,7 +74,9 @@ class Placement:
     rank: int = 0
     world: int = 1
     device: torch.device | str = "cpu"
-    decode: Decode = "auto"  # "mixed" is on the GPU, as is "auto" where there is one; "cpu" is never
+    # "mixed": on the GPU, crop windows only; "mixed_whole": whole images, cut on the GPU; "auto": as "mixed"
+    # where there is a GPU, else "cpu"
+    decode: Decode = "auto"
     threads: int = 1  # DALI's, in this process
     prefetch_batches: int = 2  # micro-batches in flight, those of the next epoch included
     # Largest share of files that may turn out to be bad during the run. One file always may, unless it is 0.

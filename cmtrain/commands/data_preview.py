@@ -46,8 +46,8 @@ def preview(config: Config, *, out: str, rows: int = 8, columns: int = 8, epoch:
     schedule = build.plan_steps(config, len(data.train), accelerator.num_processes)
     schedule = replace(schedule, global_batch_size=len(chosen), max_batch_per_gpu=len(chosen), world_size=1)
     once = config.model_copy(update={"augment": config.augment.model_copy(update={"repeats": 1})})
-    threads = build.split_threads(config, accelerator)
-    loader = build.make_train_loader(once, shown, schedule, accelerator, threads)
+    place, _ = build.place_loaders(config, accelerator)
+    loader = build.make_train_loader(once, shown, schedule, accelerator, place)
     spec = MixSpec(num_classes=len(data.train.class_names), **config.mixing.model_dump())
 
     plain, mixed = [], []

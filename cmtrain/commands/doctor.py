@@ -58,7 +58,7 @@ def doctor(config: Config, *, as_json: bool) -> int:
 def run_checks(config: Config, accelerator: Accelerator, control: Any) -> dict[str, CheckResult]:
     """Run all checks on this rank; every rank runs the same ones in the same order."""
     run_path = Path(config.run.dir) / str(config.run.name)
-    num_classes, cuda = config.model.num_classes or 1000, torch.version.cuda
+    num_classes, cuda, data_keys = config.model.num_classes or 1000, torch.version.cuda, config.data
 
     def data() -> CheckResult:
         nonlocal num_classes
@@ -70,8 +70,10 @@ def run_checks(config: Config, accelerator: Accelerator, control: Any) -> dict[s
         "packages": checks.packages,
         "driver": lambda: checks.pairing(checks.cuda_of_driver(), cuda, checks.dali_flavours()),
         "GPUs": lambda: checks.gpus(config.train.precision),
-        "decode on the CPU": lambda: checks.decode(torch.device("cpu"), "cpu"),
-        "decode on the GPU": lambda: checks.decode_on_gpu(accelerator.device),
+        "decode on the CPU": checks.decode_on_cpu,
+        "decode on the GPU": lambda: checks.decode_on_gpu(
+            accelerator.device, data_keys.decode, data_keys.hw_decoder_load
+        ),
         "ranks": lambda: checks.ranks(control, config, run_path),
         "all-reduce": lambda: checks.all_reduce(accelerator),
         "shared memory": lambda: checks.shared_memory(Path("/dev/shm")),  # noqa: S108 - only read

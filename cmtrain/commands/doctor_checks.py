@@ -28,6 +28,7 @@ from cmtrain.processes.collectives import gather
 from cmtrain.processes.preflight import check_ranks
 from cmtrain.storage.run_folder import RunLock
 from cmtrain.training import build
+from pipelines.decoder_probe import choose_decode
 from pipelines.files.manifest import Manifest
 from pipelines.loader import eval_loader
 from pipelines.spec import UNREADABLE, Decode, EvalSpec, Placement
@@ -132,16 +133,23 @@ def gpus(precision: str) -> CheckResult:
     return CheckResult("ok", f"{num_gpus} x {', '.join(sorted(names))}")
 
 
-def decode_on_gpu(device: torch.device) -> CheckResult:
+def decode_on_gpu(device: torch.device, decode: Decode = "auto", load: float | None = None) -> CheckResult:
+    """Decode a batch of JPEGs of all kinds in a process of its own, and compare it with the CPU's."""
     if device.type != "cuda":
         return CheckResult("warn", "no GPU", "images will be decoded on the CPU")
-    return decode(device, "mixed")
+    chosen, lines = choose_decode(Placement(device=device, decode=decode, threads=4, hw_decoder_load=load))
+    found = "; ".join(
+        [*lines, f"data.decode: {chosen} gives the CPU's pixels"] if chosen != "cpu" else lines
+    )
+    if lines:
+        return CheckResult("warn", found, "install DALI from the requirements*.lock that fits the driver")
+    return CheckResult("ok", found or "data.decode: cpu")
 
 
-def decode(device: torch.device, decode: Decode) -> CheckResult:
+def decode_on_cpu() -> CheckResult:
     """Read a JPEG of a known colour through the loader of evaluation."""
     spec = EvalSpec(image_px=32, resize_px=32, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
-    place = Placement(device=device, decode=decode, prefetch_batches=1)
+    place = Placement(device="cpu", decode="cpu", prefetch_batches=1)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "images" / "class" / "image.jpg"
         path.parent.mkdir(parents=True)

@@ -7,6 +7,7 @@ import argparse
 import csv
 import json
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +67,8 @@ def evaluate_trained(options: argparse.Namespace, overrides: Overrides) -> int:
     kinds = trained.kinds if options.weights == "both" else [options.weights]
     weights = [trained.weights(kind) for kind in kinds]
     accelerator = build.make_accelerator(config.train.precision)
-    threads = build.split_threads(config, accelerator)
+    place, lines = build.place_loaders(config, accelerator)
+    sys.stderr.writelines(f"{line}\n" for line in lines)
     names = trained.class_names or build.open_data(config, accelerator).train.class_names
     folder = options.folder
     manifest = open_folder(folder, names, config) if folder else build.open_val(config, names)
@@ -76,7 +78,7 @@ def evaluate_trained(options: argparse.Namespace, overrides: Overrides) -> int:
     for image_px, resize_px in sizes:
         data = config.data.model_copy(update={"image_px": image_px, "eval_resize_px": resize_px})
         sized = config.model_copy(update={"data": data})
-        loader = build.make_eval_loader(sized, manifest, batch_size, accelerator, threads)
+        loader = build.make_eval_loader(sized, manifest, batch_size, accelerator, place)
         for each in weights:
             model = make_trained_model(sized, each).to(accelerator.device)
             outputs = num_classes_in(each, config.model.name)

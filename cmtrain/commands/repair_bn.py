@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,7 +102,8 @@ def repair_bn(place: str, config: Config | None, overrides: Overrides, out: str 
     else:
         config, source = _open_run(place, config, overrides, out)
     accelerator = build.make_accelerator(config.train.precision)
-    threads = build.split_threads(config, accelerator)
+    placement, lines = build.place_loaders(config, accelerator)
+    sys.stderr.writelines(f"{line}\n" for line in lines)
     data = build.open_data(config, accelerator)
     schedule = build.plan_steps(config, len(data.train), 1)
     num_classes = build.num_classes_of(config, data.train)
@@ -113,8 +115,8 @@ def repair_bn(place: str, config: Config | None, overrides: Overrides, out: str 
     _refuse(source.path, [name for name in nonfinite if not name.endswith(STATISTICS)])
 
     # Evaluate, recompute, evaluate again.
-    train_loader = build.make_train_loader(config, data.train, schedule, accelerator, threads)
-    eval_loader = build.make_eval_loader(config, data.val, schedule.micro_batch_size, accelerator, threads)
+    train_loader = build.make_train_loader(config, data.train, schedule, accelerator, placement)
+    eval_loader = build.make_eval_loader(config, data.val, schedule.micro_batch_size, accelerator, placement)
 
     def accuracy(entry: Entry) -> Evaluation:
         return evaluate(entry.model, eval_loader.epoch(0), accelerator, len(data.val), entry.num_classes)

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from pipelines.spec import MAX_BAD_FRACTION
+from pipelines.spec import MAX_BAD_FRACTION, Decode
 
 
 def _printable(text: str) -> str:
@@ -123,11 +123,13 @@ class Data(Section):
     )
     val_list: PathBelowRoot | None = _key(None, "the same for validation; replaces val_dir")
     fraction: float = _key(1.0, "share of the training images to use, equal in every class", gt=0, le=1)
-    decode: Literal["auto", "mixed", "cpu"] = _key(
-        "auto", "place of decoding; mixed: the GPU; auto: the GPU if there is one"
+    decode: Decode = _key(
+        "auto",
+        "place of decoding; mixed: the GPU; mixed_whole: the GPU, by whole images that it cuts; cpu; "
+        "auto: mixed, without a GPU cpu. A start tests the decoder; if it fails, the next of these is used",
     )
     hw_decoder_load: Fraction | None = _key(
-        None, "share of JPEGs given to a GPU's JPEG engine with decode: mixed; null: DALI's default"
+        None, "share of JPEGs given to a GPU's JPEG engine with mixed or mixed_whole; null: DALI's default"
     )
     threads: Count | None = _key(None, "decoding threads of a process; null: its share of the cores")
     prefetch_batches: Count = _key(2, "micro-batches prepared ahead")

@@ -4,7 +4,7 @@ import datetime
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from cmtrain.errors import ConfigError, did_you_mean
 from cmtrain.models.cost import training_flops_per_image
 from cmtrain.models.ffn_check import use_fused_where_it_agrees
 from cmtrain.monitoring.trackers import tracker_options
-from cmtrain.processes.collectives import control_group, join_torchrun, set_torch_defaults
+from cmtrain.processes.collectives import control_group, gather, join_torchrun, set_torch_defaults
 from cmtrain.processes.preflight import check_ranks
 from cmtrain.step.learner import Learner
 from cmtrain.step.mixing import MixSpec
@@ -30,6 +30,7 @@ from cmtrain.training.recovery import Recovery
 from cmtrain.training.resume import Start, choose_start
 from cmtrain.training.schedule import Schedule
 from pipelines.checks.bad_list import user_cache
+from pipelines.decoder_probe import WAYS, choose_decode
 from pipelines.files.demo_images import demo_folder
 from pipelines.files.manifest import Manifest
 from pipelines.files.shards import is_packed
@@ -37,6 +38,8 @@ from pipelines.loader import DaliLoader, SyntheticLoader, eval_loader, train_loa
 from pipelines.plan import Plan
 from pipelines.spec import AugmentSpec, EvalSpec, Placement
 
+# DALI keeps 32 MiB of GPU memory and of pinned memory for each decoding thread, for either loader.
+MAX_GPU_DECODE_THREADS = 24
 MIXED_PRECISION = {"fp32": "no", "fp16": "fp16", "bf16": "bf16"}
 
 
@@ -80,19 +83,19 @@ def assemble(config: Config, lock: RunLock, resume: str) -> Parts:
         ConfigError, DataError: a mistake in the configuration, the ranks, the data or the checkpoint.
     """
     accelerator, control, warnings = join_ranks(config, lock.folder)
-    threads = split_threads(config, accelerator)
+    place, lines = place_loaders(config, accelerator, control)
     data = open_data(config, accelerator)
     schedule = plan_steps(config, len(data.train), accelerator.num_processes)
     num_classes = num_classes_of(config, data.train)
     model = make_model(config, num_classes, accelerator.device)
     flops_per_image = training_flops_per_image(model, config.data.image_px)
     start = choose_start(lock, resume, config, data.train.fingerprint, is_main=accelerator.is_main_process)
-    notes = [*warnings, *start.notes]
+    notes = [*warnings, *lines, *start.notes]
     if config.model.init_from and not start.checkpoint:
         notes += start_from(config.model.init_from, model)
     # The loaders are not prepared by accelerate: order, sharding and every random draw are the plan's.
-    train_loader = make_train_loader(config, data.train, schedule, accelerator, threads)
-    eval_loader = make_eval_loader(config, data.val, schedule.micro_batch_size, accelerator, threads)
+    train_loader = make_train_loader(config, data.train, schedule, accelerator, place)
+    eval_loader = make_eval_loader(config, data.val, schedule.micro_batch_size, accelerator, place)
     learner = make_learner(config, model, schedule, num_classes, accelerator)
     recovery = make_recovery(config, schedule)
     return Parts(
@@ -159,15 +162,41 @@ def cache_folder(config: Config) -> Path:
     return Path(config.data.cache_dir) if config.data.cache_dir else user_cache()
 
 
-def split_threads(config: Config, accelerator: Accelerator) -> int:
+def place_loaders(
+    config: Config, accelerator: Accelerator, control: Any = None
+) -> tuple[Placement, list[str]]:
+    """Decide where and with how many threads this process decodes. All ranks decode in the same way.
+
+    Args:
+        control: a group of all ranks, None for a single process.
+
+    Returns:
+        The placement of the loaders, and one line for each way to decode that failed a test on this machine.
+    """
+    device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
+    given = {"decode", "prefetch_batches", "max_bad_fraction", "hw_decoder_load"}
+    limits = config.data.model_dump(include=given)
+    place = Placement(rank, world, device, threads=split_threads(config, device), **limits)
+    if device.type == "cuda":  # DALI itself refuses "mixed" on a CPU
+        # The GPUs of a host are alike, so one of its processes tries for all.
+        tries = control is None or accelerator.is_local_main_process
+        tried = choose_decode(place) if tries else None
+        results = [result for result in gather(tried, control) if result is not None]
+        decode = max((decode for decode, _ in results), key=WAYS.index)
+        lines = dict.fromkeys(line for _, lines in results for line in lines)
+        return replace(place, decode=decode), list(lines)
+    return place, []
+
+
+def split_threads(config: Config, device: torch.device) -> int:
     """Share this process's cores between decoding and, on a CPU, the model. Returns the number of decode
     threads.
 
     Two pools that together have more threads than there are cores spin at each other's barriers.
     """
     cores = cores_per_process(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    if accelerator.device.type == "cuda":
-        return config.data.threads or cores
+    if device.type == "cuda":
+        return config.data.threads or min(cores, MAX_GPU_DECODE_THREADS)
     threads = config.data.threads or max(1, cores // 4)
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, cores - threads))
@@ -231,25 +260,24 @@ def plan_steps(config: Config, num_samples: int, num_processes: int) -> Schedule
 
 
 def make_train_loader(
-    config: Config, manifest: Manifest, schedule: Schedule, accelerator: Accelerator, threads: int
+    config: Config, manifest: Manifest, schedule: Schedule, accelerator: Accelerator, place: Placement
 ) -> DaliLoader:
     plan = Plan(
         config.run.seed, len(manifest), schedule.global_batch_size, schedule.micro_batch_size,
         repeats=config.augment.repeats,
     )  # fmt: skip
-    spec = augment_spec(config, accelerator)
-    return train_loader(manifest, plan, spec, _placement(config, accelerator, threads))
+    return train_loader(manifest, plan, augment_spec(config, accelerator), place)
 
 
 def make_eval_loader(
-    config: Config, manifest: Manifest, batch_size: int, accelerator: Accelerator, threads: int
+    config: Config, manifest: Manifest, batch_size: int, accelerator: Accelerator, place: Placement
 ) -> DaliLoader:
     """Make the loader of evaluation batches, `batch_size` images each."""
     data, fp16 = config.data, accelerator.mixed_precision == "fp16"
     spec = EvalSpec(
         data.image_px, data.eval_resize_px, data.eval_interpolation, mean=data.mean, std=data.std, fp16=fp16
     )
-    return eval_loader(manifest, spec, _placement(config, accelerator, threads), batch_size=batch_size)
+    return eval_loader(manifest, spec, place, batch_size=batch_size)
 
 
 def augment_spec(config: Config, accelerator: Accelerator) -> AugmentSpec:
@@ -258,20 +286,14 @@ def augment_spec(config: Config, accelerator: Accelerator) -> AugmentSpec:
     return AugmentSpec(**geometry, **draws, fp16=accelerator.mixed_precision == "fp16")
 
 
-def _placement(config: Config, accelerator: Accelerator, threads: int) -> Placement:
-    given = {"decode", "prefetch_batches", "max_bad_fraction", "hw_decoder_load"}
-    rank, world = accelerator.process_index, accelerator.num_processes
-    limits = config.data.model_dump(include=given)
-    return Placement(rank, world, accelerator.device, threads=threads, **limits)
-
-
 def make_synthetic_loader(
     config: Config, schedule: Schedule, num_classes: int, accelerator: Accelerator
 ) -> SyntheticLoader:
     """Make a loader of random batches with the recipe's shape: no files, eight steps per epoch."""
     size = schedule.global_batch_size
     plan = Plan(config.run.seed, 8 * size, size, schedule.micro_batch_size)
-    place, fp16 = _placement(config, accelerator, 1), accelerator.mixed_precision == "fp16"
+    place = Placement(accelerator.process_index, accelerator.num_processes, accelerator.device)
+    fp16 = accelerator.mixed_precision == "fp16"
     return SyntheticLoader(plan, config.data.image_px, num_classes, place, fp16=fp16)
 
 

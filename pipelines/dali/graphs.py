@@ -41,12 +41,15 @@ _EVAL_WINDOWS = [(types.FLOAT, 1), (types.INT32, 1)]
 class Execution:
     """Device and resources of a graph. `decode` "mixed" decodes JPEG on the GPU and needs `device` "gpu".
 
+    Of images with crop windows, "mixed" decodes the windows only. "mixed_whole" decodes whole images, then
+    cuts the windows: the same pixels for more memory, where a decoder fails with windows.
+
     `hw_decoder_load` is the share of a batch that goes to the GPU's JPEG engine, where it has one (A100 and
     later); the rest is decoded by its general cores. None is DALI's default, 0.65 in 1.34 and 2.4.
     """
 
     device: Literal["gpu", "cpu"]
-    decode: Literal["mixed", "cpu"]
+    decode: Literal["mixed", "mixed_whole", "cpu"]
     device_id: int | None
     batch_size: int
     threads: int
@@ -60,13 +63,16 @@ def execution(place: Placement, batch_size: int, *, reads_files: bool) -> Execut
     device = torch.device(place.device)
     common = batch_size, place.threads, place.prefetch_batches, READS_FILES and reads_files
     if device.type != "cuda":
-        if place.decode == "mixed":
-            raise DataError("data.decode: mixed decodes on a GPU, and there is none; use auto or cpu")
+        if place.decode in ("mixed", "mixed_whole"):
+            raise DataError(
+                f"data.decode: {place.decode} decodes on a GPU, and there is none; use auto or cpu"
+            )
         return Execution("cpu", "cpu", None, *common)
     device_id = torch.cuda.current_device() if device.index is None else device.index
     if place.decode == "cpu":  # only the decoder on a GPU has an engine, though DALI accepts its load here
         return Execution("gpu", "cpu", device_id, *common)
-    return Execution("gpu", "mixed", device_id, *common, place.hw_decoder_load)
+    decode = "mixed" if place.decode == "auto" else place.decode
+    return Execution("gpu", decode, device_id, *common, place.hw_decoder_load)
 
 
 def train_graph(source: Source, spec: AugmentSpec, run: Execution) -> Pipeline:
@@ -170,20 +176,25 @@ def _decode(files: Any, run: Execution, windows: Any = None) -> Any:
     """Decode whole images, or of each its window: (top, left, height, width)."""
     # Mapping a file that is then cut short ends the process; reading it ends one batch.
     contents = fn.io.file.read(files, dont_use_mmap=True) if run.reads_files else files
-    decoder: Any = fn.decoders.image if windows is None else fn.decoders.image_slice
+    whole = windows is None or run.decode == "mixed_whole"
+    decoder: Any = fn.decoders.image if whole else fn.decoders.image_slice
     options: dict[str, Any] = {}
     # As Pillow, torchvision and timm: no rotation by EXIF. The manifest's sizes are of the stored image.
     if "adjust_orientation" in inspect.signature(decoder).parameters:
         options["adjust_orientation"] = False
     if run.hw_decoder_load is not None:
         options["hw_decoder_load"] = run.hw_decoder_load
-    if windows is not None:
-        options |= {"start": windows[:2], "shape": windows[2:], "axes": [0, 1]}
+    region = {} if windows is None else {"start": windows[:2], "shape": windows[2:], "axes": [0, 1]}
+    if not whole:
+        options |= region
     # Without fancy upsampling a GPU interpolates colour more coarsely than libjpeg, and so than Pillow.
     # nvJPEG before CUDA 12.1 has none, and ignores the option.
-    image = decoder(contents, device=run.decode, jpeg_fancy_upsampling=True, **options)
+    on_cpu = run.device == "cpu" or run.decode == "cpu"
+    image = decoder(contents, device="cpu" if on_cpu else "mixed", jpeg_fancy_upsampling=True, **options)
+    if whole and region:
+        image = fn.slice(image, **region)
     # The GPU does the rest even where it does not decode: on a CPU DALI's resize takes nearly as long.
-    return image.gpu() if run.device == "gpu" and run.decode == "cpu" else image
+    return image.gpu() if run.device == "gpu" and on_cpu else image
 
 
 def _pipeline(graph: Callable[[], Any], run: Execution, spec: AugmentSpec | EvalSpec | None) -> Pipeline:

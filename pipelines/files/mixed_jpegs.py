@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 WIDTH, HEIGHT = 500, 375
-_TEXTURE_PX = 2048
+_TEXTURE_PX = 1024
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,12 @@ class JpegKind:
 
 
 KINDS = (
-    JpegKind("4:2:0", 70, 95),
-    JpegKind("4:4:4", 25, 93, subsampling=0),
-    JpegKind("4:2:2", 1, 94, subsampling=1),
-    JpegKind("grey", 2, 96, mode="L"),
+    JpegKind("4:2:0", 70, 94),
+    JpegKind("4:4:4", 25, 92, subsampling=0),
+    JpegKind("4:2:2", 1, 93, subsampling=1),
+    JpegKind("grey", 2, 95, mode="L"),
     JpegKind("progressive", 1, 95, progressive=True),
-    JpegKind("CMYK", 1, 70, subsampling=0, mode="CMYK"),
+    JpegKind("CMYK", 1, 62, subsampling=0, mode="CMYK"),
 )
 
 
@@ -65,7 +65,7 @@ def _encode(kind: JpegKind, rng: np.random.Generator) -> bytes:
 
 @functools.cache
 def _texture() -> NDArray[np.uint8]:
-    """Return noise whose amplitude falls with frequency as in photographs, in colour: (2048, 2048, 3)."""
+    """Return noise whose amplitude falls with frequency as in photographs, in colour: (1024, 1024, 3)."""
     rng = np.random.default_rng(0)
     # Colour is smoother than brightness, which keeps different ways of upsampling it comparable.
     y, cb, cr = (deviation * _noise(power, rng) for deviation, power in ((50, 1.2), (18, 1.5), (18, 1.5)))

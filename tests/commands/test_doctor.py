@@ -105,7 +105,7 @@ def test_wrong_pixels_are_noticed(monkeypatch):
     monkeypatch.setattr(
         doctor_checks.Image, "new", lambda mode, size, colour: made(mode, size, colour[::-1])
     )
-    result = doctor_checks.decode(torch.device("cpu"), "cpu")
+    result = doctor_checks.decode_on_cpu()
     assert result.verdict == "fail"
     assert "came out as" in result.found
 

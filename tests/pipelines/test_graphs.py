@@ -24,6 +24,12 @@ def manifest(tmp_path) -> Manifest:
     return Manifest.from_folder(write_folder(tmp_path / "in", 12), cache_dir=tmp_path / "cache")
 
 
+@pytest.fixture(autouse=True)
+def sound_gpu(monkeypatch):
+    """No GPU is there to be tried."""
+    monkeypatch.setattr("pipelines.decoder_probe.fault_of", lambda *_: "")
+
+
 @pytest.fixture
 def decoders(monkeypatch) -> list[dict]:
     """The arguments of every decoder in graphs that are defined, but not built."""
@@ -44,15 +50,12 @@ def make_loaders(manifest: Manifest, device: str, *overrides: tuple[str, str]) -
     config = load_config("configs/demo.yaml", [("train.global_batch_size", "12"), *overrides]).config
     schedule = build.plan_steps(config, len(manifest), 1)
     accelerator = SimpleNamespace(
-        device=torch.device(device),
-        mixed_precision="no",
-        process_index=0,
-        num_processes=1,
-        is_main_process=True,
+        device=torch.device(device), mixed_precision="no", process_index=0, num_processes=1
     )
+    place, _ = build.place_loaders(config, accelerator)
     return [
-        build.make_train_loader(config, manifest, schedule, accelerator, 1),
-        build.make_eval_loader(config, manifest, schedule.micro_batch_size, accelerator, 1),
+        build.make_train_loader(config, manifest, schedule, accelerator, place),
+        build.make_eval_loader(config, manifest, schedule.micro_batch_size, accelerator, place),
     ]
 
 
@@ -72,9 +75,43 @@ def test_a_decoder_on_the_cpu_gets_no_load(manifest, decoders, device, decode):
     assert not any("hw_decoder_load" in options for options in decoders)
 
 
-def test_mixed_without_a_gpu_is_refused(manifest):
-    with pytest.raises(DataError, match=r"data\.decode: mixed decodes on a GPU"):
-        make_loaders(manifest, "cpu", ("data.decode", "mixed"))
+@pytest.mark.parametrize("decode", ["mixed", "mixed_whole"])
+def test_mixed_without_a_gpu_is_refused(manifest, decode):
+    with pytest.raises(DataError, match=rf"data\.decode: {decode} decodes on a GPU"):
+        make_loaders(manifest, "cpu", ("data.decode", decode))
+
+
+@pytest.mark.parametrize("asked", ["mixed_whole", "auto"])
+def test_mixed_whole_decodes_no_windows(manifest, decoders, monkeypatch, asked):
+    """Neither where the user asks for it nor where the GPU's decoder fails with windows."""
+    monkeypatch.setattr("pipelines.decoder_probe.fault_of", lambda _, way: "fails" * (way == "mixed"))
+    for loader in make_loaders(manifest, "cuda:0", ("data.decode", asked)):
+        loader._build(lambda: [])
+    assert [options["device"] for options in decoders] == ["mixed", "mixed"]
+    assert not any("start" in options for options in decoders)
+
+
+def test_all_ranks_decode_in_the_way_that_works_on_every_host(monkeypatch):
+    """The first process of each host tries; the slowest way found is everyone's."""
+    config = load_config("configs/demo.yaml", [("train.global_batch_size", "12")]).config
+    found = {"gpu1": ("mixed", []), "gpu2": ("mixed_whole", ["a line"]), "gpu3": ("mixed_whole", ["a line"])}
+    monkeypatch.setattr(build, "gather", lambda mine, _: [*found.values(), mine, None])
+    monkeypatch.setattr(build, "choose_decode", lambda place: pytest.fail("was tried"))
+    accelerator = SimpleNamespace(
+        device=torch.device("cuda:1"), process_index=3, num_processes=5, is_local_main_process=False
+    )
+    place, lines = build.place_loaders(config, accelerator, control="a group")
+    assert (place.decode, lines) == ("mixed_whole", ["a line"])
+
+
+def test_decoding_threads_for_a_gpu_are_capped(monkeypatch):
+    """DALI keeps GPU memory for each of them."""
+    config = load_config("configs/demo.yaml").config
+    without = config.model_copy(update={"data": config.data.model_copy(update={"threads": None})})
+    monkeypatch.setattr(build, "cores_per_process", lambda _: 128)
+    assert build.split_threads(without, torch.device("cuda:0")) == 24
+    many = without.data.model_copy(update={"threads": 96})
+    assert build.split_threads(without.model_copy(update={"data": many}), torch.device("cuda:0")) == 96
 
 
 def test_decoding_alone_gives_whole_images(manifest):

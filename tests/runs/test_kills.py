@@ -1,14 +1,11 @@
 """Kill -9 anywhere: the same command continues, and the run equals one never killed, bit for bit."""
 
-from helpers.runs import HURT
-
 import json
 import random
 import signal
 
 import pytest
-from helpers.runs import ROOT, Job
-from helpers.runs import assert_same_state
+from helpers.runs import HURT, Job, assert_same_state
 
 from cmtrain.storage.checkpoint import checkpoint_path, checkpoint_steps, load_checkpoint
 
@@ -41,7 +38,8 @@ def undisturbed(make_job) -> Job:
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
-    ("kills", "seed"), [pytest.param(3, 0), *(pytest.param(5, seed, marks=pytest.mark.slow) for seed in range(1, 5))]
+    ("kills", "seed"),
+    [pytest.param(3, 0), *(pytest.param(5, seed, marks=pytest.mark.slow) for seed in range(1, 5))],
 )
 def test_killed_anywhere_is_never_killed(make_job, undisturbed, figure, kills, seed):
     """`kills` in one run: every other one while a checkpoint is being written, each at a random call of a

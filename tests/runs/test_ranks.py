@@ -8,8 +8,8 @@ import socket
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
-from helpers.runs import FORKS
 from helpers.mini import assert_same, batch, make_learner, snapshot
+from helpers.runs import FORKS
 
 CASES = [(rank, broadcast) for rank in (0, 1) for broadcast in (False, True)]
 

@@ -33,8 +33,9 @@ def test_the_run_that_was_lost_is_trained(make_job):
     rollbacks = [event for event in saved.events() if event["event"] == "rollback"]
     last = saved.log()[-1]
     print(
-        f"\nSGD at 1.6 in fp16, {last['step']} steps: top-1 {guarded['top1']:.3f} (EMA {guarded['ema_top1']:.3f}), "
-        f"{last['bad_steps']} bad steps, {last['restores']} restores of BatchNorm and {len(rollbacks)} rollbacks; "
+        f"\nSGD at 1.6 in fp16, {last['step']} steps: top-1 {guarded['top1']:.3f} "
+        f"(EMA {guarded['ema_top1']:.3f}), {last['bad_steps']} bad steps, "
+        f"{last['restores']} restores of BatchNorm and {len(rollbacks)} rollbacks; "
         f"at 0.1 {healthy['top1']:.3f}; without the guard NaN"
     )
     assert guarded["top1"] >= 0.95 * healthy["top1"]

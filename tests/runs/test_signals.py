@@ -7,9 +7,7 @@ import time
 from contextlib import suppress
 
 import pytest
-from helpers.runs import ROOT
-from helpers.runs import TWO, assert_nobody_is_left
-from helpers.runs import assert_same_state, logged, losses, wait_for
+from helpers.runs import ROOT, TWO, assert_nobody_is_left, assert_same_state, logged, losses, wait_for
 
 from cmtrain.storage.checkpoint import checkpoint_steps
 

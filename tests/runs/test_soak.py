@@ -10,9 +10,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from helpers.runs import ROOT
-from helpers.runs import free_port
-from helpers.runs import assert_same_state, losses, wait_for
+from helpers.runs import ROOT, assert_same_state, free_port, losses, wait_for
 
 from cmtrain.storage.checkpoint import checkpoint_path, checkpoint_steps
 
@@ -39,7 +37,11 @@ def last_step(job):
 def resources(pid):
     """Resident bytes, open descriptors and threads of a process."""
     pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGESIZE"), len(os.listdir(f"/proc/{pid}/fd")), len(os.listdir(f"/proc/{pid}/task"))
+    return (
+        pages * os.sysconf("SC_PAGESIZE"),
+        len(os.listdir(f"/proc/{pid}/fd")),
+        len(os.listdir(f"/proc/{pid}/task")),
+    )
 
 
 @pytest.mark.slow
@@ -97,7 +99,9 @@ def test_nothing_is_lost_and_nothing_grows(make_job, figure):
         hurt = {
             "kill the writer": {"KILL": f"writer {draw.randrange(1, 600)}"},
             "full disk": {
-                "FULL": ",".join(str(step) for step in range(0, STEPS, 2 * SECTIONS["checkpoint"]["every_steps"]))
+                "FULL": ",".join(
+                    str(step) for step in range(0, STEPS, 2 * SECTIONS["checkpoint"]["every_steps"])
+                )
             },
             "slow disk": {"SLOW": "0.1"},
         }

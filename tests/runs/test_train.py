@@ -1,7 +1,5 @@
 """The promises of a run, kept by the program as a user starts it: whole processes, real JPEGs."""
 
-from helpers.runs import POISONED, losses, final_state, assert_same_state, wait_for, logged
-
 import csv
 import json
 import shutil
@@ -15,26 +13,13 @@ import urllib.request
 
 import pytest
 import torch
-from helpers.runs import ROOT
 from helpers.photographs import write_folder
+from helpers.runs import POISONED, ROOT, assert_same_state, final_state, logged, losses, wait_for
 from PIL import Image
 
-from cmtrain.storage.checkpoint import checkpoint_steps, load_newest
 from cmtrain.monitoring.metrics import STATES
 from cmtrain.step.measure import PHASES
-
-
-
-
-
-
-
-
-
-
-
-
-
+from cmtrain.storage.checkpoint import checkpoint_steps
 
 
 def test_a_run_leaves_what_it_promises(make_job):
@@ -86,7 +71,9 @@ def test_kill_9_and_the_same_command_again_is_the_run_that_was_never_killed(make
     assert_same_state(killed, undisturbed)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR2, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR2, 143)]
+)
 def test_a_stop_signal_ends_with_a_checkpoint_at_that_step(make_job, number, code):
     job = make_job(schedule={"epochs": 400})
     process = job.start("--checkpoint.every_epochs", "400", "--evaluate.every_epochs", "400")
@@ -118,7 +105,10 @@ def test_sigterm_and_resume_lose_no_step(make_job):
 
 def test_two_ranks_are_one_rank_with_twice_the_accumulation(make_job):
     """Also: an SGD run that goes from 1 rank to 2 and back."""
-    one, two = make_job("one", optim={"opt": "sgd", "lr": 0.02}), make_job("two", optim={"opt": "sgd", "lr": 0.02})
+    one, two = (
+        make_job("one", optim={"opt": "sgd", "lr": 0.02}),
+        make_job("two", optim={"opt": "sgd", "lr": 0.02}),
+    )
     one()
     two("--max-steps", "6")
     two("--max-steps", "12", nproc=2)
@@ -210,20 +200,33 @@ def test_metrics_are_served_while_the_run_runs(make_job):
         def value(name, rank=rank, samples=samples, **labels):
             labels = {"rank": str(rank), "run": "job"} | labels
             return float(
-                samples[f"cmtrain_{name}{{{','.join(f'{k}={json.dumps(labels[k])}' for k in sorted(labels))}}}"]
+                samples[
+                    f"cmtrain_{name}{{{','.join(f'{k}={json.dumps(labels[k])}' for k in sorted(labels))}}}"
+                ]
             )
 
         phases = {name: value("phase_duration_seconds_sum", phase=name) for name in PHASES}
         assert min(phases.values()) > 0
         assert sum(phases.values()) < value("step_duration_seconds_sum")
-        assert value("phase_duration_seconds_count", phase="data_wait") == value("step_duration_seconds_count")
+        assert value("phase_duration_seconds_count", phase="data_wait") == value(
+            "step_duration_seconds_count"
+        )
         # JPEGs of 48 x 48 pixels
         assert value("data_bytes_total") > 500 * value("images_total", split="train")
-        assert min(value(name) for name in ("flops_per_image", "weight_norm", "bn_running_var_max", "loss_scale")) > 0
+        assert (
+            min(
+                value(name)
+                for name in ("flops_per_image", "weight_norm", "bn_running_var_max", "loss_scale")
+            )
+            > 0
+        )
         assert sum(value("state", state=state) for state in STATES) == 1
         assert float(samples[f'cmtrain_images_total{{rank="{rank}",run="job",split="train"}}']) >= 32
         assert float(samples[f'cmtrain_steps_total{{rank="{rank}",result="applied",run="job"}}']) >= 4
-        assert float(samples[f'cmtrain_last_step_timestamp_seconds{{rank="{rank}",run="job"}}']) > time.time() - 60
+        assert (
+            float(samples[f'cmtrain_last_step_timestamp_seconds{{rank="{rank}",run="job"}}'])
+            > time.time() - 60
+        )
         assert 'world_size="2"' in page
     if shutil.which("promtool"):
         subprocess.run(["promtool", "check", "metrics"], input=pages[0].encode(), check=True, timeout=60)
@@ -243,12 +246,18 @@ def test_without_the_guard_the_same_inf_poisons_the_run(make_job):
     job = make_job(guard={"enabled": False}, mixing={"mixup": 0, "cutmix": 0})
     job(module=POISONED, POISON_STEPS="7", POISON_RANK="0")
     state = final_state(job)
-    assert torch.isnan(state[next(k for k in state if k.startswith(".model.") and k.endswith("running_var"))]).any()
-    assert torch.isnan(state[next(k for k in state if k.startswith(".ema.") and k.endswith("running_var"))]).any()
+    assert torch.isnan(
+        state[next(k for k in state if k.startswith(".model.") and k.endswith("running_var"))]
+    ).any()
+    assert torch.isnan(
+        state[next(k for k in state if k.startswith(".ema.") and k.endswith("running_var"))]
+    ).any()
 
 
 def test_a_run_of_bad_steps_ends_as_diverged(make_job):
-    job = make_job(guard={"rollback_after_bad_steps": 4, "max_rollbacks": 0}, mixing={"mixup": 0, "cutmix": 0})
+    job = make_job(
+        guard={"rollback_after_bad_steps": 4, "max_rollbacks": 0}, mixing={"mixup": 0, "cutmix": 0}
+    )
     job(module=POISONED, POISON_STEPS=",".join(map(str, range(6, 18))), POISON_RANK="0", code=4)
     status = job.status()
     assert (status["state"], status["exit_code"]) == ("diverged", 4)
@@ -281,8 +290,24 @@ def test_data_errors_leave_nothing_behind(make_job):
     assert not (job.folder / "runs").exists()
 
 
+def test_a_run_goes_on_where_the_gpus_decoder_does_not_work(make_job):
+    """One line per way to decode that failed, on the console and in the run's events; then it trains."""
+    job = make_job(schedule={"epochs": 1, "warmup_epochs": 0})
+    assert job(module=str(ROOT / "tests" / "helpers" / "faulty_decoder_train.py"))["state"] == "finished"
+    shown = [line for line in job.stderr.read_text().splitlines() if "data.decode" in line]
+    noted = [event["text"] for event in job.events() if event["event"] == "note"]
+    assert len(noted) == len(shown) == 2
+    for text, note, line in zip(
+        ("crashes (SIGSEGV)", "hangs (no answer in 2 s)"), noted, shown, strict=True
+    ):
+        assert text in note
+        assert note in line
+
+
 def test_an_expectation_that_is_not_met(make_job):
-    job = make_job(expect={"top1": 1.0, "tolerance": 0.0, "enforce": True}, optim={"lr": 1e-6, "weight_decay": 0})
+    job = make_job(
+        expect={"top1": 1.0, "tolerance": 0.0, "enforce": True}, optim={"lr": 1e-6, "weight_decay": 0}
+    )
     job("--schedule.epochs", "1", "--schedule.warmup_epochs", "0", code=5)
     assert job.status()["state"] == "finished"
     assert "expected" in job.status()["reason"]

@@ -7,9 +7,7 @@ import sys
 import time
 
 import pytest
-from helpers.runs import ROOT
-from helpers.runs import assert_nobody_is_left, failures
-from helpers.runs import assert_same_state, logged, losses, wait_for
+from helpers.runs import ROOT, assert_nobody_is_left, assert_same_state, failures, logged, losses, wait_for
 
 from cmtrain.storage.checkpoint import checkpoint_steps
 
@@ -27,12 +25,16 @@ def may_make_hosts():
     if os.getuid() != 0 or not shutil.which("ip"):
         return False
     probe = "ip link add cmtrain-probe type veth && ip link del cmtrain-probe"
-    return subprocess.run(["unshare", "--net", "--uts", "sh", "-c", probe], capture_output=True).returncode == 0
+    return (
+        subprocess.run(["unshare", "--net", "--uts", "sh", "-c", probe], capture_output=True).returncode == 0
+    )
 
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not may_make_hosts(), reason="needs root and iproute2, and a kernel that makes veth pairs"),
+    pytest.mark.skipif(
+        not may_make_hosts(), reason="needs root and iproute2, and a kernel that makes veth pairs"
+    ),
 ]
 
 
@@ -42,7 +44,20 @@ def cable():
     for host in HOSTS:
         ip("netns", "add", host)
     try:
-        ip("link", "add", CABLE[0], "netns", HOSTS[0], "type", "veth", "peer", "name", CABLE[1], "netns", HOSTS[1])
+        ip(
+            "link",
+            "add",
+            CABLE[0],
+            "netns",
+            HOSTS[0],
+            "type",
+            "veth",
+            "peer",
+            "name",
+            CABLE[1],
+            "netns",
+            HOSTS[1],
+        )
         for host, end, address in zip(HOSTS, CABLE, ("10.77.0.1/24", "10.77.0.2/24"), strict=True):
             ip("-n", host, "address", "add", address, "dev", end)
             ip("-n", host, "link", "set", end, "up")
@@ -58,13 +73,31 @@ def start(job, module="cmtrain", at_the_second=None, **environment):
     processes = []
     for number, (host, end) in enumerate(zip(HOSTS, CABLE, strict=True)):
         # gloo takes the address of the host's name, unless an interface is set.
-        variables = os.environ | {"GLOO_SOCKET_IFNAME": end} | environment | ((at_the_second or {}) if number else {})
-        command = ["ip", "netns", "exec", host, "unshare", "--uts", "sh", "-c", f'hostname {host}; exec "$@"', "sh"]
+        variables = (
+            os.environ
+            | {"GLOO_SOCKET_IFNAME": end}
+            | environment
+            | ((at_the_second or {}) if number else {})
+        )
+        command = [
+            "ip",
+            "netns",
+            "exec",
+            host,
+            "unshare",
+            "--uts",
+            "sh",
+            "-c",
+            f'hostname {host}; exec "$@"',
+            "sh",
+        ]
         command += [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "2"]
         command += ["--node_rank", str(number), "--master_addr", HEAD, "--master_port", "29500"]
         command += ["-m"] * (module == "cmtrain") + [module, "--config", str(job.config)]
         with (job.folder / f"{host}.txt").open("w") as log:
-            processes.append(subprocess.Popen(command, cwd=job.folder, env=variables, stdout=log, stderr=log))
+            processes.append(
+                subprocess.Popen(command, cwd=job.folder, env=variables, stdout=log, stderr=log)
+            )
     return processes
 
 
@@ -91,7 +124,11 @@ def test_a_cable_that_is_pulled_costs_time_and_nothing_else(make_job, cable):
     """Two seconds without it nobody notices; more than collective_timeout_seconds end the run, which then
     resumes.
     """
-    sections = {"schedule": {"epochs": 12}, "checkpoint": {"every_steps": 4}, "evaluate": {"every_epochs": 12}}
+    sections = {
+        "schedule": {"epochs": 12},
+        "checkpoint": {"every_steps": 4},
+        "evaluate": {"every_epochs": 12},
+    }
     sections |= {"train": {"collective_timeout_seconds": 20.0}}
     one, two = make_job("one", **sections), make_job("two", **sections)
     hosts = start(two)

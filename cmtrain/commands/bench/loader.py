@@ -9,6 +9,7 @@ included) is the steadier figure.
 import json
 import multiprocessing
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -63,7 +64,8 @@ def bench_loader(config: Config, steps: int, rounds: int, packed: str | None, js
         ConfigError, DataError: as for training.
     """
     accelerator = build.make_accelerator(config.train.precision)
-    threads = build.split_threads(config, accelerator)
+    placed, lines = build.place_loaders(config, accelerator)
+    sys.stderr.writelines(f"{line}\n" for line in lines)
     files = build.open_data(config, accelerator).train
     crop = replace(build.augment_spec(config, accelerator), color_jitter=None, rand_augment=None, fp16=False)
     jitter, hardest = replace(crop, color_jitter=COLOR_JITTER), replace(crop, rand_augment=RAND_AUGMENT)
@@ -86,8 +88,12 @@ def bench_loader(config: Config, steps: int, rounds: int, packed: str | None, js
 
         race("cpu", "cpu", 1)
         if accelerator.device.type == "cuda":
-            report |= {"device": torch.cuda.get_device_name(), "cores": threads}
-            race("cuda", config.data.decode, threads, config.data.hw_decoder_load)
+            report |= {
+                "device": torch.cuda.get_device_name(),
+                "cores": placed.threads,
+                "decode": placed.decode,
+            }
+            race("cuda", placed.decode, placed.threads, placed.hw_decoder_load)
     _show(report)
     print(json.dumps(report), flush=True)  # noqa: T201
     return EXIT_DONE

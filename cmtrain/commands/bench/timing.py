@@ -48,7 +48,6 @@ class Setup:
     accelerator: Accelerator
     schedule: Schedule
     num_classes: int
-    threads: int
     steps: int
     rounds: int
 

@@ -1,0 +1,144 @@
+"""Try a GPU's image decoder in a process of its own before a run depends on it.
+
+Some versions of NVIDIA's decoders crash, hang or give wrong pixels on some GPUs, for JPEGs of some kinds, or
+only for batches that mix kinds. A crash would end the run without a message. Run as a program, this file
+decodes one batch of every kind and compares it with the CPU's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from pipelines.files.mixed_jpegs import HEIGHT, WIDTH, mixed_jpegs
+from pipelines.spec import Decode, Placement
+
+# The ways to decode for a GPU, the fastest first; each is the fallback of those before it.
+WAYS: tuple[Decode, ...] = ("mixed", "mixed_whole", "cpu")
+_HOW = {
+    "mixed": "on the GPU",
+    "mixed_whole": "whole images on the GPU and cutting them there",
+    "cpu": "on the CPU",
+}
+
+BATCH_SIZE = (
+    32  # of these at least 13 go to the JPEG engine, which then decodes batches of mixed kinds at once
+)
+MAX_SECONDS = 120  # to import DALI from a slow disk and to create CUDA's context
+# Decoders round differently and interpolate colour differently: less than one level of 255. A window that is
+# one pixel off is 8 levels away, another image's window more than 40.
+MAX_MEAN_LEVELS = 2.5
+
+_UNTRIED = "untried"  # begins an answer
+
+
+def choose_decode(
+    place: Placement, probe: Callable[[Placement, Decode], str] | None = None
+) -> tuple[Decode, list[str]]:
+    """Return the fastest way to decode that works on `place.device`, and one line for each that does not.
+
+    Begins with the way that `place.decode` names; "auto" is the fastest one.
+
+    Args:
+        probe: returns what is wrong with a way to decode on a device, or nothing; `fault_of` if None.
+    """
+    if not str(place.device).startswith("cuda") or place.decode == "cpu":
+        return "cpu", []
+    first = 0 if place.decode == "auto" else WAYS.index(place.decode)
+    lines: list[str] = []
+    for way, fallback in zip(WAYS[first:-1], WAYS[first + 1 :], strict=True):
+        fault = (probe or fault_of)(place, way)
+        if not fault:
+            return way, lines
+        if fault.startswith(_UNTRIED):
+            return way, [*lines, f"data.decode: {way} is {fault}"]
+        lines.append(f"data.decode: {way} {fault}; decoding {_HOW[fallback]} instead")
+    return "cpu", lines
+
+
+def fault_of(
+    place: Placement, decode: Decode, *, max_seconds: float = MAX_SECONDS, program: Sequence[str] = ()
+) -> str:
+    """Return what is wrong with a way to decode on `place.device`, "" if nothing is.
+
+    Args:
+        program: the command that decodes and compares; this file if empty.
+    """
+    request = {"decode": decode, "device": str(place.device), "load": place.hw_decoder_load}
+    request |= {"threads": min(place.threads, 4), "max_seconds": max_seconds}
+    command = [*(program or (sys.executable, "-P", "-m", __name__)), json.dumps(request)]
+    # The child finds what this process has imported, wherever that came from.
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+    try:
+        # What decoders print, one line per image at times, is of no use beside the answer.
+        done = subprocess.run(  # noqa: S603
+            command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+            errors="replace", timeout=max_seconds, check=False,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return f"hangs (no answer in {max_seconds:g} s)"
+    if done.returncode == -signal.SIGALRM:
+        return f"hangs (no answer in {max_seconds:g} s)"
+    if done.returncode < 0:
+        return f"crashes ({signal.Signals(-done.returncode).name})"
+    answers = [line for line in done.stdout.splitlines() if line.startswith('{"fault"')]
+    if done.returncode or not answers:
+        last = next(iter(reversed(done.stderr.strip().splitlines())), "no message")
+        return f"fails (exit code {done.returncode}: {last.strip()})"
+    return str(json.loads(answers[-1])["fault"])
+
+
+def _compare(decode: Decode, device: str, load: float | None, threads: int) -> str:
+    """Decode a batch on `device` and on the CPU. Return how they differ, "" if they do not."""
+    import torch
+
+    try:
+        torch.zeros(1, device=device)
+    except Exception as error:  # such as a GPU that serves one process at a time
+        return f"{_UNTRIED}, because another process cannot use {device}: {str(error).splitlines()[0]}"
+    place = Placement(device=device, decode=decode, threads=threads, hw_decoder_load=load)
+    for windows in (True, False):
+        expected, found = decoded(Placement(threads=threads), windows), decoded(place, windows)
+        if [image.shape for image in expected] != [image.shape for image in found]:
+            return "gives images of other sizes than the CPU"
+        apart = [float(np.abs(a.astype(np.int16) - b).mean()) for a, b in zip(expected, found, strict=True)]
+        if max(apart) > MAX_MEAN_LEVELS:
+            wrong = f"{sum(mean > MAX_MEAN_LEVELS for mean in apart)} of {len(apart)} images"
+            return f"gives other pixels than the CPU in {wrong} (by up to {max(apart):.0f} of 255)"
+    return ""
+
+
+def decoded(place: Placement, windows: bool, batch_size: int = BATCH_SIZE) -> list[Any]:
+    """Return a batch of `mixed_jpegs`, (h, w, 3) uint8 each: crop windows of them, or whole images."""
+    from pipelines.dali import graphs
+
+    rng = np.random.default_rng(0)
+    files = [np.frombuffer(encoded, np.uint8) for encoded in mixed_jpegs(batch_size)]
+    heights, widths = rng.integers(32, HEIGHT, batch_size), rng.integers(32, WIDTH, batch_size)
+    tops, lefts = rng.integers(0, HEIGHT - heights + 1), rng.integers(0, WIDTH - widths + 1)
+    inputs: list[Any] = [files]
+    if windows:
+        inputs.append(np.stack([tops, lefts, heights, widths], axis=1).astype(np.int32))
+    run = graphs.execution(place, batch_size, reads_files=False)
+    pipeline = graphs.decode_graph(lambda: inputs, run, windows=windows)
+    for _ in range(3):  # the first batch finds the decoder's buffers empty, the later ones do not
+        (images,) = pipeline.run()
+    images = images.as_cpu() if run.device == "gpu" else images
+    return [np.array(images[index]) for index in range(batch_size)]
+
+
+def main() -> None:
+    request = json.loads(sys.argv[1])
+    signal.alarm(int(request.pop("max_seconds")) + 1)  # a hanging child does not outlive its parent for long
+    sys.stdout.write(json.dumps({"fault": _compare(**request)}) + "\n")
+
+
+if __name__ == "__main__":
+    main()
