@@ -1,6 +1,6 @@
 """Time the loader alone: threads, loads of the GPU's JPEG engine, RandAugment. Also its GPU memory.
 
-    python benchmarks/decoding.py FOLDER --json FILE [--batch 512] [--batches 30] [--decode mixed|cpu]
+    python benchmarks/decoding.py FOLDER --json FILE [--batch 512] [--batches 30] [--decode WAY]
 
 FOLDER holds train/<class>/*.jpg, or is demo:jpegs. One process for all, because starting costs more than
 measuring. Writes one JSON line per measurement as soon as it is known. Every setting is measured twice,
@@ -17,6 +17,7 @@ import torch
 from cmtrain.commands.bench.loader_workers import LoaderContender, make_loader
 from cmtrain.commands.bench.timing import best_seconds, endless
 from pipelines.checks.bad_list import user_cache
+from pipelines.checks.decoder_probe import WAYS
 from pipelines.files.demo_images import demo_folder
 from pipelines.files.manifest import Manifest
 from pipelines.spec import AugmentSpec, Placement
@@ -57,7 +58,7 @@ def main() -> None:
     parser.add_argument("root")
     parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--batches", type=int, default=30)
-    parser.add_argument("--decode", choices=("mixed", "cpu"), default="mixed")
+    parser.add_argument("--decode", choices=WAYS, default="mixed")
     parser.add_argument("--json", type=Path, required=True)
     options = parser.parse_args()
     name = options.root.removeprefix("demo:")

@@ -21,8 +21,8 @@ from rich.table import Table
 from cmtrain import __version__
 from cmtrain.commands.bench import guard, timing
 from cmtrain.commands.bench.loader import bench_loader
-from cmtrain.commands.bench.models import against_ceilings, time_latency, time_models
-from cmtrain.commands.bench.timing import WARMUP_STEPS, Figures, Rows, Setup, drain, endless, write_report
+from cmtrain.commands.bench.models import Setup, against_ceilings, time_latency, time_models
+from cmtrain.commands.bench.timing import WARMUP_STEPS, Figures, Rows, drain, endless, write_report
 from cmtrain.config.schema import Config
 from cmtrain.errors import EXIT_DONE, EXIT_EXPECTATION
 from cmtrain.monitoring.units import percent

@@ -5,17 +5,49 @@ Batches are synthetic and lie ready on the device.
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from cmtrain.commands.bench.timing import Ceilings, Contender, Rows, Setup, measure_ceilings, race
+from cmtrain.commands.bench.timing import DTYPES, Ceilings, Contender, Rows, endless, measure_ceilings, race
 from cmtrain.config.schema import Config, Model
 from cmtrain.models import cost
 from cmtrain.step.learner import Learner
 from cmtrain.training import build
+from cmtrain.training.schedule import Schedule
 from pipelines.spec import Batch
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Common input of all benchmarks of a call. `steps` in each turn, `rounds`: turns of each side."""
+
+    config: Config
+    accelerator: Accelerator
+    schedule: Schedule
+    num_classes: int
+    steps: int
+    rounds: int
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[build.precision_of(self.accelerator)]
+
+    def make_learner(self, config: Config) -> Learner:
+        """Make a new model and what trains it; `config` may name another model than the setup's."""
+        model = build.make_model(config, self.num_classes, self.device)
+        return build.make_learner(config, model, self.schedule, self.num_classes, self.accelerator)
+
+    def synthetic_batches(self) -> Iterator[Batch]:
+        """Yield batches that lie ready on the device, without end."""
+        recipe = self.config, self.schedule, self.num_classes, self.accelerator
+        return endless(build.make_synthetic_loader(*recipe))
 
 
 def time_models(setup: Setup, beside: Sequence[str]) -> Rows:

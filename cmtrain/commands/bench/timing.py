@@ -15,12 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 
-from cmtrain.config.schema import Config
-from cmtrain.step.learner import Learner
-from cmtrain.training import build
-from cmtrain.training.schedule import Schedule
 from pipelines.atomic import replacing
 from pipelines.spec import Batch, Loader
 
@@ -38,36 +33,6 @@ Work = Callable[[], object]  # one step or pass
 Row = dict[str, float]
 Figures = dict[str, Row]  # rows of the table, by name
 Rows = Iterator[tuple[str, Row]]  # the same, each as soon as it is known
-
-
-@dataclass(frozen=True)
-class Setup:
-    """Common input of all benchmarks of a call. `steps` in each turn, `rounds`: turns of each side."""
-
-    config: Config
-    accelerator: Accelerator
-    schedule: Schedule
-    num_classes: int
-    steps: int
-    rounds: int
-
-    @property
-    def device(self) -> torch.device:
-        return self.accelerator.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return DTYPES[build.precision_of(self.accelerator)]
-
-    def make_learner(self, config: Config) -> Learner:
-        """Make a new model and what trains it; `config` may name another model than the setup's."""
-        model = build.make_model(config, self.num_classes, self.device)
-        return build.make_learner(config, model, self.schedule, self.num_classes, self.accelerator)
-
-    def synthetic_batches(self) -> Iterator[Batch]:
-        """Yield batches that lie ready on the device, without end."""
-        recipe = self.config, self.schedule, self.num_classes, self.accelerator
-        return endless(build.make_synthetic_loader(*recipe))
 
 
 @dataclass
