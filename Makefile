@@ -20,11 +20,14 @@ SITE          := 'import sysconfig; print(sysconfig.get_path("purelib"))'
 
 setup: $(VENV)/.installed
 
-OLD := Python 3.11 or newer is needed; name one, as in: make setup PYTHON=python3.12
+# The wheels of DALI 1.34 end with Python 3.12.
+NEEDED   := 3.11 or $(if $(filter %cuda110.lock,$(LOCK)),3.12,newer)
+BEFORE   := 3, $(if $(filter %cuda110.lock,$(LOCK)),13,99)
+UNUSABLE := Python $(NEEDED) is needed; name one, as in: make setup PYTHON=python3.12
 
 $(VENV)/.installed: $(LOCK) pyproject.toml
 	@if [ "$(TOO_OLD)" ]; then echo "the NVIDIA driver is for CUDA $(TOO_OLD): install driver 525 or newer, or ask for a CPU's packages with LOCK=requirements.lock" >&2; exit 2; fi
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "$(PYTHON): $(OLD)")'
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < ($(BEFORE)) and "$(PYTHON): $(UNUSABLE)")'
 	@echo "installing torch, DALI and the rest into $(VENV): about 6 GB, some minutes"
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/pip install -q --disable-pip-version-check "uv>=0.8"

@@ -27,6 +27,7 @@ from cmtrain.commands.bench.timing import WARMUP_STEPS, Work, best_seconds, laps
 from cmtrain.models.blocks import FeedForward, FfnKernel, ResidualDepthwiseConv, attend
 from cmtrain.models.cost import count
 from cmtrain.models.fold import folded
+from cmtrain.processes.collectives import set_cuda_math
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
@@ -206,7 +207,7 @@ def main() -> None:
     parser.add_argument("--json", required=True)
     options = parser.parse_args()
     begin = time.monotonic()
-    torch.backends.cudnn.benchmark = True
+    set_cuda_math("fp32")  # as training does, also for fp16 and bf16
     torch.manual_seed(0)
     rate = measure_ceilings(DEVICE, DTYPES["fp16"]).copy_bytes_per_second
     cases = [case for case in CASES if bool(case.compiled) == options.compiled]

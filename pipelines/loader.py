@@ -1,4 +1,4 @@
-"""Make batches in the order of a plan: with DALI, replacing what cannot be decoded, or synthetic ones."""
+"""Make batches with DALI in the order of a plan, replacing what cannot be decoded."""
 
 from __future__ import annotations
 
@@ -23,8 +23,6 @@ from pipelines.files.shards import SliceReader
 from pipelines.plan import MicroBatch, Plan, augment_params
 from pipelines.spec import UNREADABLE, AugmentSpec, Batch, DataError, EvalSpec, Placement
 from pipelines.stand_ins import StandIns
-
-_POOL_SIZE = 64  # synthetic images
 
 
 def train_loader(manifest: Manifest, plan: Plan, spec: AugmentSpec, place: Placement) -> DaliLoader:
@@ -269,29 +267,3 @@ def file_reader(manifest: Manifest, threads: int) -> Callable[[NDArray[np.int64]
         return lambda indices: np.char.add(prefix, paths[indices]).view(np.uint8).reshape(len(indices), -1)
     pool = ThreadPoolExecutor(threads)
     return lambda indices: list(pool.map(lambda i: np.fromfile(manifest.file(int(i)), np.uint8), indices))
-
-
-class SyntheticLoader:
-    """Noise images drawn from a small pool that stays on the device; no files, for tests and benchmarks.
-
-    Label and pixels are functions of the sample's index alone: label = index % num_classes, image =
-    pool[label % 64]. So a model can learn them, any number of ranks sees the same samples, and a batch costs
-    one gather.
-    """
-
-    def __init__(self, plan: Plan, image_px: int, num_classes: int, place: Placement, *, fp16: bool) -> None:
-        self._plan, self._num_classes, self._place = plan, num_classes, place
-        pool = torch.randn(_POOL_SIZE, image_px, image_px, 3, generator=torch.Generator().manual_seed(0))
-        self._pool = pool.to(place.device, torch.float16 if fp16 else torch.float32)  # (64, H, W, 3)
-
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """Yield batches as `Loader.epoch`. Raises ValueError for what `Plan.micro_batches` refuses."""
-        for batch in self._plan.micro_batches(epoch, start, self._place.rank, self._place.world):
-            indices = torch.from_numpy(batch.indices).to(self._place.device, non_blocking=True)
-            labels = indices % self._num_classes
-            images = self._pool[labels % _POOL_SIZE].permute(0, 3, 1, 2)  # (B, H, W, 3) -> (B, 3, H, W)
-            yield Batch(images, labels, indices)
-
-    def close(self) -> None:
-        """Free the pool."""
-        self._pool = torch.empty(0)

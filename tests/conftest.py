@@ -8,7 +8,8 @@ from helpers.browser import CHROMIUM, Browser
 from helpers.images import write_tree
 from helpers.runs import FORKS, Job
 
-FORKS.set_forkserver_preload(["cmtrain.training.train", "cmtrain.cli.main"])
+# A preloaded module may be missing, as DALI may be; ours would end the server with a DataError.
+FORKS.set_forkserver_preload(["cmtrain.training.train", "cmtrain.cli.main", "nvidia.dali.plugin.pytorch"])
 
 
 @pytest.fixture

@@ -26,7 +26,8 @@ from cmtrain.config.describe import config_reference, config_schema
 from cmtrain.config.load import load_config
 from cmtrain.config.schema import Config, to_yaml
 from cmtrain.errors import EXIT_CONFIG, EXIT_DATA, EXIT_DONE, EXIT_INTERRUPTED, ConfigError, did_you_mean
-from cmtrain.processes.launcher import run_ranks, visible_gpus
+from cmtrain.processes.gpus import hide_gpus_if_cpu_is_asked_for, visible_gpus
+from cmtrain.processes.launcher import run_ranks
 from cmtrain.processes.rank import PARENT, hold_back, is_first_rank, is_started_by_launcher, run_as_rank
 from cmtrain.storage.run_folder import read_finished, read_status
 from cmtrain.training.schedule import split_batch
@@ -112,6 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments[0] == "--version":
         sys.stdout.write(f"cmtrain {__version__}\n")
         return EXIT_DONE
+    hide_gpus_if_cpu_is_asked_for()
     verb = "train" if arguments[0].startswith("-") else arguments.pop(0)
     try:
         if verb not in _VERBS:

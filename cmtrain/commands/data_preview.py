@@ -74,7 +74,7 @@ def stats(config: Config) -> int:
     Raises:
         ConfigError, DataError: as for training.
     """
-    data = build.open_data(config, build.make_accelerator("auto"))
+    data = build.open_data(config, build.make_accelerator("auto", checks_gpus=False))
     report = {"train": _split_stats(data.train, config), "val": _split_stats(data.val, config)}
     table = Table("", *report)
     for key in report["train"]:

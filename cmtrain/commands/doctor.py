@@ -23,6 +23,7 @@ from cmtrain.commands.doctor_checks import CheckResult, Severity
 from cmtrain.config.schema import Config
 from cmtrain.errors import EXIT_DATA, EXIT_DONE, ConfigError
 from cmtrain.processes.collectives import control_group, gather, leave_together
+from cmtrain.processes.gpus import cuda_of_driver
 from cmtrain.training import build
 from pipelines.spec import DataError
 
@@ -68,7 +69,7 @@ def run_checks(config: Config, accelerator: Accelerator, control: Any) -> dict[s
 
     run: dict[str, Callable[[], CheckResult]] = {
         "packages": checks.packages,
-        "driver": lambda: checks.pairing(checks.cuda_of_driver(), cuda, checks.dali_flavours()),
+        "driver": lambda: checks.pairing(cuda_of_driver(), cuda, checks.dali_flavours()),
         "GPUs": lambda: checks.gpus(config.train.precision),
         "decode on the CPU": checks.decode_on_cpu,
         "decode on the GPU": lambda: checks.decode_on_gpu(
@@ -120,7 +121,7 @@ def _meet(config: Config) -> tuple[Accelerator, Any]:
     timeout_seconds = config.train.collective_timeout_seconds
     precision = config.train.precision if torch.cuda.is_available() else "auto"
     try:
-        accelerator = build.make_accelerator(precision, timeout_seconds)
+        accelerator = build.make_accelerator(precision, timeout_seconds, checks_gpus=False)
         return accelerator, control_group(accelerator.num_processes, timeout_seconds)
     except RuntimeError as error:
         raise DataError(f"the ranks cannot meet: {' '.join(str(error).split())}") from error

@@ -3,7 +3,6 @@
 A check returns a CheckResult, or raises the error that a run would end with.
 """
 
-import ctypes
 import platform
 import resource
 import shutil
@@ -25,12 +24,12 @@ from PIL import Image
 from cmtrain.config.schema import Config
 from cmtrain.monitoring.http_server import Exporter
 from cmtrain.processes.collectives import gather
+from cmtrain.processes.gpus import newer_driver, packages_for, why_unusable
 from cmtrain.processes.preflight import check_ranks
 from cmtrain.storage.run_folder import RunLock
 from cmtrain.training import build
 from pipelines.decoder_probe import choose_decode
 from pipelines.files.manifest import Manifest
-from pipelines.loader import eval_loader
 from pipelines.spec import UNREADABLE, Decode, EvalSpec, Placement
 
 Severity = Literal["ok", "warn", "fail"]
@@ -42,8 +41,6 @@ MIN_OPEN_FILES = 1024
 # A JPEG of one colour is within a level or two of it; swapped or missing channels are 50 off.
 COLOUR = (200, 100, 50)
 MAX_COLOUR_ERROR = 4
-
-DRIVERS = {13: "580", 12: "525"}  # the first driver for each CUDA
 
 
 @dataclass(frozen=True)
@@ -57,8 +54,10 @@ class CheckResult:
 
 def packages() -> CheckResult:
     """Compare the installed packages with this program's own metadata."""
-    names = ["torch", "torchvision", "timm", "accelerate", *dali_flavours()]
+    dali = dali_flavours()
+    names = ["torch", "torchvision", "timm", "accelerate", *dali]
     found = ", ".join([f"Python {platform.python_version()}", *(f"{n} {_version(n)}" for n in names)])
+    found += "" if dali else ", no DALI installed"
     try:
         program = metadata.metadata("cmtrain")
     except metadata.PackageNotFoundError:
@@ -89,16 +88,6 @@ def dali_flavours() -> list[str]:
     return sorted(name for name in names if name.startswith("nvidia-dali-cuda"))
 
 
-def cuda_of_driver() -> int | None:
-    """Return the newest CUDA that the driver can run, 12040 for 12.4; None without a driver."""
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return None
-    version = ctypes.c_int()
-    return version.value if driver.cuDriverGetVersion(ctypes.byref(version)) == 0 else None
-
-
 def pairing(driver: int | None, torch_cuda: str | None, flavours: Sequence[str]) -> CheckResult:
     """Check that driver, torch and DALI fit. A driver runs every CUDA of its major version and older ones.
 
@@ -106,23 +95,24 @@ def pairing(driver: int | None, torch_cuda: str | None, flavours: Sequence[str])
     build without. `flavours`: as from dali_flavours.
     """
     if len(flavours) != 1:
-        found, advice = " and ".join(flavours) or "no DALI", "exactly one of nvidia-dali-cuda130, -cuda120"
-        return CheckResult("fail", f"{found} installed", f"install {advice}")
+        found = f"{' and '.join(flavours) or 'no DALI'} installed"
+        return CheckResult("fail", found, "install exactly one of nvidia-dali-cuda130, -cuda120")
     flavour = flavours[0].removeprefix("nvidia-dali-cuda")
     built = f"torch for CUDA {torch_cuda or '(none)'}, DALI for CUDA {flavour[:-1]}"
     if driver is None:
         return CheckResult("warn", f"no NVIDIA driver; {built}", "training will run on the CPU")
     found = f"driver for CUDA {driver // 1000}.{driver % 1000 // 10}, {built}"
-    wanted = max(int(torch_cuda.split(".")[0]) if torch_cuda else 0, int(flavour[:2]))
-    if driver // 1000 < wanted:
-        lock = f"requirements-cuda{driver // 1000}0.lock"
-        return CheckResult("fail", found, f"install a driver >= {DRIVERS[wanted]}, or what {lock} lists")
     if torch_cuda is None:
-        return CheckResult("fail", found, "install torch from the requirements*.lock that fits the driver")
+        return CheckResult("fail", found, f"install {packages_for(driver)}")
+    wanted = max(int(torch_cuda.split(".")[0]), int(flavour[:2]))
+    if driver // 1000 < wanted:
+        return CheckResult("fail", found, f"install {newer_driver(driver, wanted)}")
     return CheckResult("ok", found)
 
 
 def gpus(precision: str) -> CheckResult:
+    if why := why_unusable():
+        return CheckResult("fail", why)
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if num_gpus == 0:
         if precision == "fp16":
@@ -148,6 +138,8 @@ def decode_on_gpu(device: torch.device, decode: Decode = "auto", load: float | N
 
 def decode_on_cpu() -> CheckResult:
     """Read a JPEG of a known colour through the loader of evaluation."""
+    from pipelines.loader import eval_loader
+
     spec = EvalSpec(image_px=32, resize_px=32, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
     place = Placement(device="cpu", decode="cpu", prefetch_batches=1)
     with tempfile.TemporaryDirectory() as folder:

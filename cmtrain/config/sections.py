@@ -196,7 +196,12 @@ class ScheduleSection(Section):
 class Train(Section):
     global_batch_size: Count = _key(..., "samples of one optimizer step, over all GPUs and accumulation")
     max_batch_per_gpu: Count = _key(512, "most samples of one forward pass; larger batches are accumulated")
-    precision: Literal["auto", "fp16", "bf16", "fp32"] = _key("auto", "auto: fp16 on a GPU, fp32 without")
+    precision: Literal["auto", "fp16", "bf16", "tf32", "fp32"] = _key(
+        "auto",
+        "auto: fp16 on a GPU, fp32 without; fp16 and bf16 are the fastest; tf32 (A100 or newer): fp32 whose "
+        "products and convolutions have ten bits of its 23, for matrix units; fp32: exact, also in "
+        "convolutions",
+    )
     compile: bool = _key(False, "compile the model with torch.compile")
     compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = _key(
         "default",

@@ -12,7 +12,9 @@ from cmtrain.models.position import Variant
 Part = FeedForward | ResidualDepthwiseConv
 # Small, with a hidden width that is no multiple of anything and a map that is no multiple of a tile.
 DIM, HIDDEN, SIDE, BATCH = 24, 37, 7, 3
-TOLERANCES = {torch.float32: 2e-2, torch.float16: 5e-2}  # TF32 has ten bits, as fp16 has
+# TF32 has ten bits, as fp16 has; bf16 has seven.
+TOLERANCES = {torch.float32: 2e-2, torch.float16: 5e-2, torch.bfloat16: 2e-1}
+BF16_CAPABILITY = (8, 0)  # of a GPU; older ones emulate it, if at all
 
 
 def use_fused_where_it_agrees(model: nn.Module) -> None:
@@ -26,7 +28,7 @@ def use_fused_where_it_agrees(model: nn.Module) -> None:
         return
     try:
         (variant,) = {part.variant for part in parts if isinstance(part, FeedForward)}
-        errors = {dtype: worst_error(device, dtype, variant=variant) for dtype in TOLERANCES}
+        errors = {dtype: worst_error(device, dtype, variant=variant) for dtype in _checked_dtypes(device)}
         wrong = [
             f"{dtype}: {error:.1e}" for dtype, error in errors.items() if not error <= TOLERANCES[dtype]
         ]
@@ -38,6 +40,12 @@ def use_fused_where_it_agrees(model: nn.Module) -> None:
         warnings.warn(message, stacklevel=2)
         for part in parts:
             part.kernel = "eager"
+
+
+def _checked_dtypes(device: torch.device) -> list[torch.dtype]:
+    """Return the dtypes in which a run may train on a CUDA `device`."""
+    has_bf16 = torch.cuda.get_device_capability(device) >= BF16_CAPABILITY
+    return [dtype for dtype in TOLERANCES if has_bf16 or dtype != torch.bfloat16]
 
 
 def _device_of(model: nn.Module) -> torch.device:

@@ -75,7 +75,9 @@ def _channel_columns(channels: int, dtype: torch.dtype) -> int:
 
 
 def _precision(x: Tensor) -> str:
-    return "tf32" if x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    # Not allow_tf32, which raises where only fp32_precision was set.
+    is_tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if is_tf32 else "ieee"
 
 
 def _empty(x: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

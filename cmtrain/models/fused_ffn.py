@@ -53,20 +53,27 @@ class _FeedForward(torch.autograd.Function):
     def forward(
         ctx, x, w1, b1, gamma1, beta1, taps, gamma2, beta2, w2, b2, height, width, eps1, eps2, adds_late
     ):
-        rows = x.shape[0]
-        z1, a1, means, m2s = ops.expand(x, w1.to(x.dtype), b1, True)
+        rows, hidden = len(x), len(w1)
+        # Padded for dX, which takes dz1 with its zero padding: cuBLAS wants inner sizes in multiples of 8.
+        w1_padded = w1.new_zeros(ops.padded(hidden), w1.shape[1], dtype=x.dtype)
+        w1_padded[:hidden] = w1
+        z1, a1, means, m2s = ops.expand(x, w1_padded[:hidden], b1, True)
         mean1, var1, inverse1, s1, t1 = ops.normalise(means, m2s, gamma1, beta1, rows, eps1).unbind()
         z2, means, m2s = ops.depthwise(a1, s1, t1, taps, height, width, not adds_late, True)
         mean2, var2, inverse2, s2, t2 = ops.normalise(means, m2s, gamma2, beta2, rows, eps2).unbind()
         y = _project(z2, s2, t2, w2, b2, (a1, s1, t1) if adds_late else None)
-        ctx.save_for_backward(x, w1, taps, w2, z1, z2, mean1, inverse1, s1, t1, mean2, inverse2, s2, t2)
+        ctx.save_for_backward(
+            x, w1, w1_padded, taps, w2, z1, z2, mean1, inverse1, s1, t1, mean2, inverse2, s2, t2
+        )  # fmt: skip
         ctx.size, ctx.adds_late = (height, width), adds_late
         ctx.mark_non_differentiable(mean1, var1, mean2, var2)
         return y, mean1, var1, mean2, var2
 
     @staticmethod
     def backward(ctx, dy, *_):
-        x, w1, taps, w2, z1, z2, mean1, inverse1, s1, t1, mean2, inverse2, s2, t2 = ctx.saved_tensors
+        x, w1, w1_padded, taps, w2, z1, z2, mean1, inverse1, s1, t1, mean2, inverse2, s2, t2 = (
+            ctx.saved_tensors
+        )
         rows, hidden = len(x), len(w1)
         dy, w2 = dy.contiguous(), _pad(w2, s2)
         g2 = ops.project_weight_grad(dy, z2).sum(0)  # (C, p)
@@ -84,9 +91,8 @@ class _FeedForward(torch.autograd.Function):
         dgamma1, slope, offset = ops.normalise_grad(sums[11], sums[10], mean1, inverse1, s1, rows).unbind()
         dz1, db1 = ops.expand_grad(dn1, z1, s1, slope, offset)
 
-        dz = dz1[:, :hidden]
-        dx = dz @ w1.to(x.dtype)
-        dw1 = (dz.t() @ x).to(w1.dtype)
+        dx = dz1 @ w1_padded
+        dw1 = (dz1.t() @ x)[:hidden].to(w1.dtype)
         db1, dgamma1, dbeta1 = (v[:hidden] for v in (db1.sum(0), dgamma1, sums[10]))
         return (
             dx, dw1, db1, dgamma1, dbeta1, sums[:10], dgamma2[:hidden], e2[:hidden], dw2[:, :hidden], db2,

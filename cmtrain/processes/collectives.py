@@ -1,10 +1,12 @@
-"""Join the process group, gather values over the ranks, and leave together."""
+"""Set torch up for a run, join the process group, gather values over the ranks, and leave together."""
 
 import datetime
 import os
+import warnings
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from cmtrain.processes.rank import num_restarts
@@ -27,6 +29,26 @@ def set_torch_defaults(run_path: Path) -> None:
     for names, value in defaults.items():
         if not any(name in os.environ for name in names):
             os.environ[names[0]] = value
+
+
+def set_cuda_math(precision: str) -> None:
+    """Set how this process computes on CUDA: fp32 exactly, or in TF32 for "tf32"; convolutions by trial.
+
+    torch's own default lets cuDNN's convolutions in fp32 use TF32, and its environment variables can let
+    matrix products. Both hold under autocast as well, for what stays in fp32.
+    """
+    # cuDNN times its algorithms at the first pass of each shape, once in a process: training has one shape,
+    # evaluation that and the one of its last, smaller batch, both the same at every evaluation.
+    torch.backends.cudnn.benchmark = True
+    tf32 = precision == "tf32"
+    with warnings.catch_warnings():
+        # torch has two interfaces to these settings. Its compiler reads the older one, which raises unless
+        # both agree (pytorch issue 166387), and only the older one sets both.
+        warnings.filterwarnings("ignore", "Please use the new API", UserWarning)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    cudnn: Any = torch.backends.cudnn
+    for backend in (cudnn, cudnn.conv, cudnn.rnn, torch.backends.cuda.matmul):
+        backend.fp32_precision = "tf32" if tf32 else "ieee"
 
 
 def join_torchrun(backend: str, timeout: datetime.timedelta) -> None:
@@ -64,5 +86,6 @@ def gather(mine: T, group: Any) -> list[T]:
 def leave_together() -> None:
     """Leave the process group after all ranks have come here: one that leaves early fails the others."""
     if dist.is_available() and dist.is_initialized():
-        dist.barrier()
+        # NCCL wants to be given the GPU, and gloo not.
+        dist.barrier(device_ids=[torch.cuda.current_device()] if dist.get_backend() == "nccl" else None)
         dist.destroy_process_group()

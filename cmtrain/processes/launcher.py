@@ -9,8 +9,6 @@ So this process imports no torch, starts no thread and opens no CUDA device. Sig
 `sigtimedwait`, which also works as process 1 of a container. All children are reaped, adopted ones included.
 """
 
-import ctypes
-import itertools
 import os
 import signal
 import socket
@@ -54,34 +52,6 @@ class Attempt:
     @property
     def failed(self) -> bool:
         return any(code and code not in AGREED for code in self.exit_codes.values())
-
-
-def visible_gpus() -> int:
-    """Return how many GPUs training would see, without CUDA, which would put a context into this process.
-
-    The driver's management library counts this container's GPUs; CUDA_VISIBLE_DEVICES leaves some out.
-    """
-    try:
-        library = ctypes.CDLL("libnvidia-ml.so.1")
-    except OSError:
-        return 0
-    count = ctypes.c_uint()
-    if library.nvmlInit_v2() != 0:
-        return 0
-    library.nvmlDeviceGetCount_v2(ctypes.byref(count))
-    library.nvmlShutdown()
-    return num_visible(os.environ.get("CUDA_VISIBLE_DEVICES"), count.value)
-
-
-def num_visible(devices: str | None, num_installed: int) -> int:
-    """Return how many installed GPUs CUDA_VISIBLE_DEVICES leaves: those before the first invalid entry."""
-    if devices is None:
-        return num_installed
-
-    def is_gpu(entry: str) -> bool:
-        return entry.startswith(("GPU-", "MIG-")) or (entry.isdecimal() and int(entry) < num_installed)
-
-    return len(list(itertools.takewhile(is_gpu, map(str.strip, devices.split(",")))))
 
 
 def start(command: list[str], environment: dict[str, str]) -> int:

@@ -175,7 +175,7 @@ class Learner:
         self.guard.accept_current()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything a step changes, equal on all ranks. All ranks must call it."""
+        """Return everything a step changes, equal on all ranks. Synchronises; all ranks must call it."""
         self.average_over_ranks()
         state = {name: module.state_dict() for name, module in self.weights.items()}
         state |= {"optimizer": self.optimizer.state_dict(), "guard": self.guard.state_dict()}

@@ -1,8 +1,10 @@
 """Write checkpoints in a background thread, while training goes on.
 
-At a save the training thread only copies the state into host memory, the same for every save. A second
-thread serialises, syncs, verifies and publishes it, and drops old checkpoints. The training thread fetches
-how each write ended: it alone writes to console, metrics and run folder.
+At a save the training thread only copies the state into host memory, the same for every save. On a GPU it
+does not wait for that copy; collecting the state (Learner.state_dict) does wait for the device, to read the
+losses since the last log point and, in fp16, the loss scale. A second thread serialises, syncs, verifies and
+publishes the copy, and drops old checkpoints. The training thread fetches how each write ended: it alone
+writes to console, metrics and run folder.
 
 A save that comes while another is being written waits for it, at most PATIENCE_SECONDS. If storage hangs for
 longer, training goes on without that checkpoint, before the other ranks, which wait in their next

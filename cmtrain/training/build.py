@@ -1,12 +1,14 @@
 """Build the parts of a run from its configuration; what is built takes flat arguments and no Config."""
 
+from __future__ import annotations
+
 import datetime
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import timm
 import torch
@@ -19,7 +21,14 @@ from cmtrain.errors import ConfigError, did_you_mean
 from cmtrain.models.cost import training_flops_per_image
 from cmtrain.models.ffn_check import use_fused_where_it_agrees
 from cmtrain.monitoring.trackers import tracker_options
-from cmtrain.processes.collectives import control_group, gather, join_torchrun, set_torch_defaults
+from cmtrain.processes.collectives import (
+    control_group,
+    gather,
+    join_torchrun,
+    set_cuda_math,
+    set_torch_defaults,
+)  # fmt: skip
+from cmtrain.processes.gpus import why_unusable
 from cmtrain.processes.preflight import check_ranks
 from cmtrain.step.learner import Learner
 from cmtrain.step.mixing import MixSpec
@@ -34,13 +43,17 @@ from pipelines.decoder_probe import WAYS, choose_decode
 from pipelines.files.demo_images import demo_folder
 from pipelines.files.manifest import Manifest
 from pipelines.files.shards import is_packed
-from pipelines.loader import DaliLoader, SyntheticLoader, eval_loader, train_loader
 from pipelines.plan import Plan
-from pipelines.spec import AugmentSpec, EvalSpec, Placement
+from pipelines.spec import AugmentSpec, DataError, EvalSpec, Placement
+from pipelines.synthetic import SyntheticLoader
+
+if TYPE_CHECKING:
+    from pipelines.loader import DaliLoader
 
 # DALI keeps 32 MiB of GPU memory and of pinned memory for each decoding thread, for either loader.
 MAX_GPU_DECODE_THREADS = 24
-MIXED_PRECISION = {"fp32": "no", "fp16": "fp16", "bf16": "bf16"}
+MIXED_PRECISION = {"fp32": "no", "tf32": "no", "fp16": "fp16", "bf16": "bf16"}
+TF32_CAPABILITY = (8, 0)  # A100
 
 
 @dataclass(frozen=True)
@@ -111,8 +124,8 @@ def join_ranks(config: Config, run_path: Path) -> tuple[Accelerator, Any, list[s
         The accelerator, a group of all ranks for what hosts exchange (None for one process), and warnings.
 
     Raises:
-        ConfigError: fp16 without a GPU, or an experiment tracker that is not installed.
-        DataError: ranks that do not fit together; see preflight.check_ranks.
+        ConfigError: a precision that the GPU does not have, or an experiment tracker that is not installed.
+        DataError: GPUs that torch cannot use, or ranks that do not fit together: preflight.check_ranks.
     """
     timeout_seconds = config.train.collective_timeout_seconds
     set_torch_defaults(run_path)
@@ -123,24 +136,29 @@ def join_ranks(config: Config, run_path: Path) -> tuple[Accelerator, Any, list[s
 
 
 def make_accelerator(
-    precision: str, collective_timeout_seconds: float = 600.0, **options: Any
+    precision: str,
+    collective_timeout_seconds: float = 600.0,
+    *,
+    checks_gpus: bool = True,
+    **options: Any,
 ) -> Accelerator:
     """Join the process group, if a launcher made one, and pick the device.
 
     Args:
         collective_timeout_seconds: how long ranks wait for one another before they give up.
+        checks_gpus: refuse GPUs that torch cannot use, rather than take the CPU.
         options: more arguments of Accelerator, as from trackers.tracker_options.
 
     Raises:
-        ConfigError: fp16 without a GPU.
+        ConfigError: fp16 or tf32 without a GPU, or tf32 on one that has none.
+        DataError: GPUs that torch cannot use.
     """
+    if checks_gpus and (why := why_unusable()):
+        raise DataError(why)
     cuda = torch.cuda.is_available()
     if precision == "auto":
         precision = "fp16" if cuda else "fp32"
-    if precision == "fp16" and not cuda:
-        raise ConfigError(
-            "train.precision: fp16 needs a CUDA device, and there is none; use auto, bf16 or fp32"
-        )
+    _check_precision(precision, cuda)
     # BatchNorm statistics are averaged over ranks before an evaluation, not at every forward pass.
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     handlers: list[Any] = [ddp]
@@ -150,11 +168,30 @@ def make_accelerator(
         join_torchrun(backend, timeout)
         handlers.append(InitProcessGroupKwargs(backend=backend, timeout=timeout))
     mixed_precision = MIXED_PRECISION[precision]
-    return Accelerator(mixed_precision=mixed_precision, cpu=not cuda, kwargs_handlers=handlers, **options)
+    accelerator = Accelerator(
+        mixed_precision=mixed_precision, cpu=not cuda, kwargs_handlers=handlers, **options
+    )
+    set_cuda_math(precision)  # after accelerate, which may allow TF32
+    return accelerator
+
+
+def _check_precision(precision: str, cuda: bool) -> None:
+    if precision in ("fp16", "tf32") and not cuda:
+        what = f"{precision} needs a CUDA device, and there is none"
+        raise ConfigError(f"train.precision: {what}; use auto, bf16 or fp32")
+    if precision == "tf32":
+        oldest = min(map(torch.cuda.get_device_capability, range(torch.cuda.device_count())))
+        if oldest < TF32_CAPABILITY:
+            needs = "tf32 needs GPUs of compute capability 8.0 (A100) or newer, and one here has"
+            raise ConfigError(f"train.precision: {needs} {oldest[0]}.{oldest[1]}; use fp16 or fp32")
 
 
 def precision_of(accelerator: Accelerator) -> str:
-    return {value: name for name, value in MIXED_PRECISION.items()}[accelerator.mixed_precision]
+    """Return how `accelerator` and its process compute: fp32, tf32, fp16 or bf16."""
+    mixed = accelerator.mixed_precision
+    if mixed != "no":
+        return mixed
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "fp32"
 
 
 def cache_folder(config: Config) -> Path:
@@ -172,7 +209,12 @@ def place_loaders(
 
     Returns:
         The placement of the loaders, and one line for each way to decode that failed a test on this machine.
+
+    Raises:
+        DataError: DALI is not installed, or cannot be loaded.
     """
+    import pipelines.loader  # noqa: F401 - without DALI a run ends here, not after a first look at its files
+
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
     given = {"decode", "prefetch_batches", "max_bad_fraction", "hw_decoder_load"}
     limits = config.data.model_dump(include=given)
@@ -262,6 +304,9 @@ def plan_steps(config: Config, num_samples: int, num_processes: int) -> Schedule
 def make_train_loader(
     config: Config, manifest: Manifest, schedule: Schedule, accelerator: Accelerator, place: Placement
 ) -> DaliLoader:
+    """Make the loader of training batches. Raises DataError where DALI cannot be loaded."""
+    from pipelines.loader import train_loader
+
     plan = Plan(
         config.run.seed, len(manifest), schedule.global_batch_size, schedule.micro_batch_size,
         repeats=config.augment.repeats,
@@ -272,7 +317,9 @@ def make_train_loader(
 def make_eval_loader(
     config: Config, manifest: Manifest, batch_size: int, accelerator: Accelerator, place: Placement
 ) -> DaliLoader:
-    """Make the loader of evaluation batches, `batch_size` images each."""
+    """Make the loader of evaluation batches, `batch_size` images each. Raises DataError as for training."""
+    from pipelines.loader import eval_loader
+
     data, fp16 = config.data, accelerator.mixed_precision == "fp16"
     spec = EvalSpec(
         data.image_px, data.eval_resize_px, data.eval_interpolation, mean=data.mean, std=data.std, fp16=fp16

@@ -1,12 +1,14 @@
 """Train: read `run` from top to bottom, its loop is one batch's way from JPEG to metric."""
 
+from __future__ import annotations
+
 import math
 import platform
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -34,9 +36,11 @@ from cmtrain.training.run_logger import RunLogger
 from cmtrain.training.saver import Saver
 from cmtrain.training.schedule import Schedule
 from pipelines.files.manifest import Manifest
-from pipelines.loader import DaliLoader
 from pipelines.preview import contact_sheet
 from pipelines.spec import Batch, Loader
+
+if TYPE_CHECKING:
+    from pipelines.loader import DaliLoader
 
 NUM_NAMED_FILES = 3
 

@@ -32,8 +32,8 @@ from pipelines.spec import AugmentSpec, DataError, Placement
     ("loader", "host", "copy", "matrix", "expected"),
     [
         (900, 0.2, 60, 5, "limited by decode: the loader feeds 90 % of what the model takes"),
-        (1100, 0.2, 60, 5, "limited by memory: 60 % of a copy's bandwidth, counted as if nothing were "
-         "fused; the loader feeds 110 % of what the model takes, which leaves little for jitter"),
+        (1100, 0.2, 60, 5, "limited by memory: 60 % of a copy's bandwidth, counted as without "
+         "torch.compile; the loader feeds 110 % of what the model takes, which leaves little for jitter"),
         (2000, 0.95, 60, 5, "limited by host: it needs 95 % of a step to queue it; the loader feeds 200 %"),
         (2000, 0.2, 20, 45, "limited by compute: 45 % of a matrix product's rate; the loader feeds 200 %"),
     ],

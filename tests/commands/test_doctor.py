@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import socket
 from importlib import metadata
@@ -14,9 +15,16 @@ from cmtrain.commands import doctor, doctor_checks
 from cmtrain.commands.doctor import worst
 from cmtrain.commands.doctor_checks import CheckResult, checkpoint_bytes, pairing
 from cmtrain.config.load import load_config
+from cmtrain.processes import gpus
 from cmtrain.storage.run_folder import RunLock
 
-CUDA130, CUDA120 = ["nvidia-dali-cuda130"], ["nvidia-dali-cuda120"]
+CUDA130, CUDA120, CUDA110 = ([f"nvidia-dali-cuda{number}"] for number in (130, 120, 110))
+LOCKS = {
+    "requirements.lock": ("13.2", CUDA130),
+    "requirements-cuda120.lock": ("12.8", CUDA120),
+    "requirements-cuda110.lock": ("12.8", CUDA110),
+}
+DRIVERS = {"525": 12000, "580": 13000}
 
 
 def examined(job: Job, code: int, nproc: int = 1) -> dict[str, dict]:
@@ -72,8 +80,8 @@ def test_everything_that_is_missing_is_reported_at_once(make_job, tmp_path):
         (12040, "12.8", CUDA120, "ok", "driver for CUDA 12.4"),
         (13000, "12.8", CUDA120, "ok", "DALI for CUDA 12"),
         (12040, "13.2", CUDA130, "fail", "driver >= 580, or what requirements-cuda120.lock lists"),
-        (11040, "12.8", ["nvidia-dali-cuda110"], "fail", "driver >= 525"),
-        (13000, None, CUDA130, "fail", "install torch"),
+        (11040, "12.8", CUDA110, "fail", "driver >= 525"),
+        (13000, None, CUDA130, "fail", "install what requirements.lock lists"),
         (None, "13.2", CUDA130, "warn", "on the CPU"),
         (13000, "13.2", [], "fail", "exactly one"),
         (13000, "13.2", CUDA120 + CUDA130, "fail", "exactly one"),
@@ -83,6 +91,21 @@ def test_driver_torch_and_dali_must_go_together(driver, torch_cuda, flavours, ve
     result = pairing(driver, torch_cuda, flavours)
     assert result.verdict == verdict
     assert text in f"{result.found}; {result.advice}"
+
+
+@pytest.mark.parametrize("driver", [11040, 12040, 13000])
+@pytest.mark.parametrize("torch_cuda", [None, "12.8", "13.2"])
+@pytest.mark.parametrize("flavours", [CUDA110, CUDA120, CUDA130])
+def test_advice_on_the_pairing_helps_and_never_names_what_is_installed(driver, torch_cuda, flavours):
+    result = pairing(driver, torch_cuda, flavours)
+    needed = max(float(torch_cuda or "99"), int(flavours[0][-3:]) / 10) // 1
+    assert result.verdict == ("ok" if needed <= driver / 1000 else "fail")
+    for way in result.advice.split(", or ") if result.advice else ():
+        drivers, locks = re.findall(r">= (\d+)", way), re.findall(r"requirements[-\w]*\.lock", way)
+        assert drivers or locks
+        changed = LOCKS[locks[0]] if locks else (torch_cuda, flavours)
+        assert locks == [] or changed != (torch_cuda, flavours)
+        assert pairing(DRIVERS[drivers[0]] if drivers else driver, *changed).verdict == "ok", way
 
 
 def test_the_gravest_result_of_all_ranks_is_shown():
@@ -138,6 +161,29 @@ def test_a_disk_too_small_for_the_checkpoints_fails(make_job, monkeypatch, tmp_p
 
 
 def test_fp16_needs_a_gpu(monkeypatch):
+    monkeypatch.setattr(gpus, "visible_gpus", lambda: 0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert doctor_checks.gpus("auto").verdict == "warn"
     assert doctor_checks.gpus("fp16").verdict == "fail"
+
+
+def test_gpus_that_torch_cannot_use_are_a_failure_with_its_cause(monkeypatch):
+    monkeypatch.setattr(gpus, "visible_gpus", lambda: 8)
+    monkeypatch.setattr(gpus, "cuda_of_driver", lambda: 11040)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    result = doctor_checks.gpus("auto")
+    assert result.verdict == "fail"
+    assert "the driver is for 11.4" in result.found
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_80", "sm_90"])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Tesla V100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 0))
+    assert "has no code for Tesla V100 (sm_70)" in doctor_checks.gpus("auto").found
+
+
+def test_a_machine_without_dali_is_named_as_such(monkeypatch):
+    monkeypatch.setattr(doctor_checks, "dali_flavours", list)
+    assert doctor_checks.packages().found.endswith(", no DALI installed")
+    assert pairing(13000, "13.2", []).found == "no DALI installed"

@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 import torch
 from helpers.photographs import squares
+
+pytest.importorskip("nvidia.dali")
+
 from nvidia.dali import fn, pipeline_def, types
 
 from pipelines.dali import augment

@@ -11,6 +11,8 @@ from helpers.images import write_awkward_files
 from helpers.photographs import write_folder
 from PIL import Image
 
+pytest.importorskip("nvidia.dali")
+
 from pipelines.files.manifest import Manifest
 from pipelines.loader import DaliLoader, eval_loader, train_loader
 from pipelines.plan import Plan

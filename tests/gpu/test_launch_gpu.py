@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cmtrain.processes.launcher import visible_gpus
+from cmtrain.processes.gpus import visible_gpus
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)

@@ -9,6 +9,8 @@ import torch
 from helpers.images import cut, empty, garble, shrink, vanish
 from helpers.photographs import write_folder
 
+pytest.importorskip("nvidia.dali")
+
 from pipelines.files.manifest import Manifest
 from pipelines.loader import DaliLoader, eval_loader, train_loader
 from pipelines.plan import Plan

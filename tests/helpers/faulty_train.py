@@ -34,6 +34,7 @@ import cmtrain.step.learner
 import cmtrain.storage.checkpoint
 import cmtrain.training.build
 import cmtrain.training.train
+import pipelines.loader  # noqa: F401 - DALI, for the ranks that are forked
 from cmtrain.processes.rank import num_restarts
 from pipelines.spec import DataError
 

@@ -8,9 +8,9 @@ import cmtrain.models  # noqa: F401
 from cmtrain.step.learner import Learner
 from cmtrain.step.mixing import MixSpec
 from cmtrain.step.optimizer import make_optimizer
-from pipelines.loader import SyntheticLoader
 from pipelines.plan import Plan
 from pipelines.spec import Placement
+from pipelines.synthetic import SyntheticLoader
 
 
 def make_learner(opt="adamw", precision="fp16", compile_mode=None, accumulation=2, **mixing):

@@ -24,6 +24,7 @@ def after(job, verb, *arguments):
 
 
 def test_resnet18_goes_all_the_way(make_job):
+    pytest.importorskip("nvidia.dali")
     job = make_job(
         run={"name": "job", "seed": 1}, model={"name": "resnet18"}, mixing={"mixup": 0, "cutmix": 0}
     )

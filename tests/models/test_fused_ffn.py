@@ -1,11 +1,14 @@
 """Test that the Triton kernels compute what blocks.py does: on a GPU if there is one, else interpreted."""
 
+import ast
 import copy
 import json
 import math
 import statistics
 import subprocess
 import sys
+from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +24,7 @@ from cmtrain.models import ffn_operators, fused_ffn
 from cmtrain.models.blocks import FeedForward, ResidualDepthwiseConv
 from cmtrain.models.cmt import SIZES
 from cmtrain.models.ffn_check import TOLERANCES, use_fused_where_it_agrees, worst_error
+from cmtrain.processes.collectives import set_cuda_math
 from cmtrain.step.guard import Guard, running_statistics
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -29,6 +33,28 @@ STAGES = {
     for name in SIZES
     for stage, dim in enumerate(SIZES[name].dims)
 }
+
+
+# On a GPU each stage compiles kernels of its own, half a second each: by default odd widths, wide ones, and
+# the smallest of another model.
+COMPILED = [("cmt_ti", 0), ("cmt_ti", 3), ("cmt_s", 0)]
+
+
+def few_on_a_gpu(compiled: list, cases: Iterable) -> list:
+    """Return `cases`; on a GPU all but the `compiled` ones are marked slow."""
+    marks = {case: [] if DEVICE == "cpu" or case in compiled else [pytest.mark.slow] for case in cases}
+    return [
+        pytest.param(*(case if isinstance(case, tuple) else [case]), marks=mark)
+        for case, mark in marks.items()
+    ]
+
+
+@pytest.fixture(autouse=True)
+def exact_fp32():
+    """Let torch compute what is compared in fp32 exactly: by default its convolutions on a GPU do not."""
+    set_cuda_math("fp32")
+    yield
+    set_cuda_math("fp32")
 
 
 @pytest.fixture(autouse=True)
@@ -101,7 +127,7 @@ def compare(fused: nn.Module, eager: nn.Module, x: torch.Tensor, forward=None) -
 
 
 @VARIANTS
-@pytest.mark.parametrize(("name", "stage"), STAGES)
+@pytest.mark.parametrize(("name", "stage"), few_on_a_gpu(COMPILED, STAGES))
 def test_forward_and_backward_equal_autograd(name, stage, variant):
     """Compare all stage widths, on small maps for the interpreter: 18 positions, no multiple of a tile."""
     fused, eager = networks(*STAGES[name, stage], variant=variant)
@@ -109,7 +135,12 @@ def test_forward_and_backward_equal_autograd(name, stage, variant):
     assert max(errors.values()) < 1e-5, errors
 
 
-@pytest.mark.parametrize("channels", sorted({channels for channels, _ in STAGES.values()}))
+@pytest.mark.parametrize(
+    "channels",
+    few_on_a_gpu(
+        [STAGES[size][0] for size in COMPILED], sorted({channels for channels, _ in STAGES.values()})
+    ),
+)
 def test_the_perception_unit_equals_autograd(channels):
     errors = compare(*perception_units(channels), pictures(channels, 3, 3))
     assert max(errors.values()) < 1e-6, errors
@@ -201,6 +232,31 @@ def test_padding_is_zero_forward_and_backward_and_parameters_have_none(variant):
     assert padding.largest == 0
     assert all(parameter.grad.shape == parameter.shape for parameter in fused.parameters())
     assert fused.state_dict().keys() == eager.state_dict().keys()
+
+
+class Products(TorchDispatchMode):
+    """Records (M, K, N) of every matrix product of torch's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[tuple[int, int, int]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.mm.default:
+            self.sizes.append((*args[0].shape, args[1].shape[1]))
+        return func(*args, **(kwargs or {}))
+
+
+@VARIANTS
+@pytest.mark.parametrize(("channels", "hidden"), [(46, 165), (92, 331)])
+def test_products_left_to_cublas_have_inner_sizes_that_are_multiples_of_8(channels, hidden, variant):
+    """Its fast kernels want 16 bytes: dX and dW1, which take the hidden tensor with its padding."""
+    fused, _ = networks(channels, hidden, variant=variant)
+    with Products() as products:
+        fused(pictures(channels, 4, 4).requires_grad_()).square().sum().backward()
+    rows, pitch = 2 * 4 * 4, ffn_operators.padded(hidden)
+    assert sorted(products.sizes) == sorted([(rows, pitch, channels), (pitch, rows, channels)])
+    assert all(inner % 8 == 0 for _, inner, _ in products.sizes)
 
 
 # ---- inside a model
@@ -385,11 +441,10 @@ def test_every_stage_compiles_without_spills_that_matter(name, dtype):
 
 @VARIANTS
 def test_the_check_accepts_correct_kernels(variant):
-    assert worst_error(torch.device("cpu"), torch.float32, "fused", variant=variant) < 1e-4
-    assert (
-        worst_error(torch.device("cpu"), torch.float16, "fused", variant=variant)
-        < TOLERANCES[torch.float16] / 2
-    )
+    device = torch.device(DEVICE)
+    assert worst_error(device, torch.float32, "fused", variant=variant) < 1e-4
+    for dtype in [torch.float16] if DEVICE == "cpu" else [torch.float16, torch.bfloat16]:
+        assert worst_error(device, dtype, "fused", variant=variant) < TOLERANCES[dtype] / 2
 
 
 @pytest.mark.parametrize("part", ["y", "gradient", "statistic", "perception unit"])
@@ -408,7 +463,39 @@ def test_the_check_finds_a_wrong_kernel(part, monkeypatch):
         return tuple(1.03 * r for r in result) if isinstance(result, tuple | list) else 1.03 * result
 
     monkeypatch.setattr(module, name, wrong)
-    assert worst_error(torch.device("cpu"), torch.float32, "fused") > TOLERANCES[torch.float32]
+    assert worst_error(torch.device(DEVICE), torch.float32, "fused") > TOLERANCES[torch.float32]
+
+
+@pytest.mark.parametrize(
+    ("capability", "last"), [((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)]
+)
+def test_the_check_is_in_bf16_where_the_device_has_it(capability, last, monkeypatch):
+    checked = []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr("cmtrain.models.ffn_check._device_of", lambda _: torch.device("cuda"))
+    monkeypatch.setattr(
+        "cmtrain.models.ffn_check.worst_error", lambda _, dtype, **__: checked.append(dtype) or 0.0
+    )
+    use_fused_where_it_agrees(timm.create_model("cmt_micro"))
+    assert checked == [torch.float32, torch.float16, torch.bfloat16][: 2 + (last == torch.bfloat16)]
+
+
+@pytest.mark.parametrize(("matmul", "conv"), [("tf32", "ieee"), ("ieee", "tf32")])
+def test_the_check_runs_whatever_torch_allows_fp32_to_be(matmul, conv):
+    """The older interface to these settings raises where only the newer one was used."""
+    torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision = matmul, conv
+    # A product in TF32 is exact in the interpreter.
+    tolerance = 1e-4 if DEVICE == "cpu" else TOLERANCES[torch.float32]
+    assert worst_error(torch.device(DEVICE), torch.float32, "fused") < tolerance
+
+
+def test_no_test_here_puts_a_tensor_on_the_cpu_by_name():
+    """With a GPU, Triton compiles for it and cannot read such a tensor: use DEVICE."""
+    calls = [node for node in ast.walk(ast.parse(Path(__file__).read_text())) if isinstance(node, ast.Call)]
+    given = [value for call in calls for value in [*call.args, *(word.value for word in call.keywords)]]
+    assert [
+        value.lineno for value in given if isinstance(value, ast.Constant) and value.value == "cpu"
+    ] == []
 
 
 @pytest.mark.parametrize("trouble", [lambda *_, **__: 0.3, lambda *_, **__: 1 / 0])
@@ -421,6 +508,7 @@ def test_kernels_that_fail_the_check_are_not_used(trouble, monkeypatch):
     assert {network.kernel for network in networks} == {"auto"}  # on a CPU nothing is checked
     monkeypatch.setattr("cmtrain.models.ffn_check.worst_error", trouble)
     monkeypatch.setattr("cmtrain.models.ffn_check._device_of", lambda _: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     with pytest.warns(
         UserWarning, match=r"ffn_kernel: the fused kernels (differ|do not run: ZeroDivisionError)"
     ):

@@ -13,8 +13,9 @@ from helpers.photographs import write_folder
 from PIL import Image
 
 from pipelines.files.manifest import Manifest
-from pipelines.loader import DaliLoader, SyntheticLoader, eval_loader, train_loader
+from pipelines.loader import DaliLoader, eval_loader, train_loader
 from pipelines.spec import AugmentSpec, DataError, EvalSpec, Loader, Placement
+from pipelines.synthetic import SyntheticLoader
 
 UNAUGMENTED = AugmentSpec(SIDE, scale=(1.0, 1.0), ratio=(1.0, 1.0), hflip=0.0, interpolation="bilinear")
 

@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pipelines.loader import SyntheticLoader
 from pipelines.plan import Plan
 from pipelines.preview import contact_sheet
 from pipelines.spec import IMAGENET_MEAN, IMAGENET_STD, Placement
+from pipelines.synthetic import SyntheticLoader
 
 PLAN = Plan(seed=0, num_samples=500, global_batch_size=24, micro_batch_size=4)
 

@@ -7,9 +7,11 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 from helpers.runs import FAULTY, TWO, assert_nobody_is_left, failures, faults, logged, losses, wait_for
 
-from cmtrain.processes.collectives import set_torch_defaults
+from cmtrain.processes.collectives import leave_together, set_torch_defaults
 from cmtrain.processes.failure import (
     Failure,
     archive_previous_attempt,
@@ -19,7 +21,7 @@ from cmtrain.processes.failure import (
     record_cause,
     write_failure,
 )
-from cmtrain.processes.launcher import num_visible
+from cmtrain.processes.gpus import num_visible
 from cmtrain.processes.rank import report_failure
 from cmtrain.storage.checkpoint import checkpoint_steps
 from cmtrain.storage.run_folder import RunFolder, read_events, read_status
@@ -326,6 +328,19 @@ def test_torchs_settings_are_defaults(tmp_path, monkeypatch):
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3",
         "TORCH_FR_DUMP_TEMP_FILE": str(tmp_path / "run" / "nccl-rank"),
     }
+
+
+@pytest.mark.parametrize(("backend", "device_ids"), [("nccl", [3]), ("gloo", None)])
+def test_ranks_leave_by_a_barrier_on_their_own_gpu(backend, device_ids, monkeypatch):
+    """NCCL warns of a barrier that names none."""
+    calls = []
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_backend", lambda: backend)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(dist, "barrier", lambda **options: calls.append(options))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: calls.append("left"))
+    leave_together()
+    assert calls == [{"device_ids": device_ids}, "left"]
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 
 import pytest
 from helpers.runs import ROOT
@@ -50,3 +51,35 @@ def test_a_driver_that_no_lock_fits_is_refused_and_leaves_nothing(tmp_path):
     assert not (tmp_path / "venv").exists()
     asked = make_setup(tmp_path, OLD.format("11.4"), V100, arguments=("-n", "LOCK=requirements.lock"))
     assert "-r requirements.lock" in asked.stdout
+
+
+@pytest.mark.parametrize(
+    ("version", "lock", "needed"),
+    [
+        ((3, 10, 14), "requirements.lock", "3.11 or newer"),
+        ((3, 10, 14), "requirements-cuda110.lock", "3.11 or 3.12"),
+        ((3, 13, 0), "requirements-cuda110.lock", "3.11 or 3.12"),  # DALI 1.34 has no wheels for it
+        ((3, 11, 0), "requirements-cuda110.lock", None),
+        ((3, 12, 9), "requirements-cuda110.lock", None),
+        ((3, 13, 0), "requirements-cuda120.lock", None),
+        ((3, 14, 1), "requirements.lock", None),
+    ],
+)
+def test_a_python_without_wheels_is_refused_in_one_line(tmp_path, version, lock, needed):
+    """A Python that reports this version, and can do no more than that: its venv fails."""
+    python = tmp_path / "python"
+    python.write_text(
+        "#!/bin/sh\n"
+        f'[ "$1" = -c ] && exec {sys.executable} -c "import sys; sys.version_info = {version}; $2"\n'
+        "echo no venv >&2; exit 9\n"
+    )
+    python.chmod(0o755)
+    run = make_setup(tmp_path, None, arguments=(f"PYTHON={python}", f"LOCK={lock}"))
+    assert run.returncode == 2
+    first, *_ = run.stderr.splitlines()
+    if needed:
+        assert first == f"{python}: Python {needed} is needed; name one, as in: make setup PYTHON=python3.12"
+    else:
+        assert first == "no venv"
+    assert ("installing" in run.stdout) == (needed is None)
+    assert not (tmp_path / "venv").exists()

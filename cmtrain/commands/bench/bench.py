@@ -153,7 +153,7 @@ def verdict(figures: Figures) -> str:
         return f"limited by host: it needs {percent(model['host_share'], 0)} of a step to queue it; {feeds}"
     memory, compute = model["percent_of_copy"], model["percent_of_matrix"]
     if memory >= compute:
-        limit = f"memory: {memory:.0f} % of a copy's bandwidth, counted as if nothing were fused"
+        limit = f"memory: {memory:.0f} % of a copy's bandwidth, counted as without torch.compile"
     else:
         limit = f"compute: {compute:.0f} % of a matrix product's rate"
     return f"limited by {limit}; {feeds}"

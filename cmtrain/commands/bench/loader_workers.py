@@ -1,5 +1,7 @@
 """Run the loaders that `cmtrain bench --what loader` compares, each in a process pinned to its cores."""
 
+from __future__ import annotations
+
 import io
 import itertools
 import multiprocessing
@@ -9,16 +11,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import torch
 
-from pipelines.dali import graphs
 from pipelines.files.manifest import Manifest
-from pipelines.loader import DaliLoader, file_reader, train_loader
 from pipelines.plan import Plan
 from pipelines.spec import AugmentSpec, Placement
+
+if TYPE_CHECKING:
+    from pipelines.loader import DaliLoader
 
 BATCH_SIZE = 64
 _TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
@@ -85,7 +88,9 @@ def _cpu_seconds(pid: int) -> float:
 
 
 def make_loader(contender: LoaderContender, spec: AugmentSpec, size: int) -> tuple[DaliLoader, Plan]:
-    """Return our loader of training batches of `size` images, and its plan."""
+    """Return our loader of `size` training images a batch, and its plan. Raises DataError without DALI."""
+    from pipelines.loader import train_loader
+
     plan = Plan(0, len(contender.manifest), size, size)
     return train_loader(contender.manifest, plan, spec, contender.place), plan
 
@@ -96,6 +101,9 @@ def _dali_batches(contender: LoaderContender, spec: AugmentSpec | None) -> Count
     if spec is not None:
         loader, _ = make_loader(contender, spec, size)
         return (len(batch.labels) for epoch in itertools.count() for batch in loader.epoch(epoch))
+    from pipelines.dali import graphs
+    from pipelines.loader import file_reader
+
     plan = Plan(0, len(manifest), size, size)
     read = file_reader(manifest, place.threads)
     upcoming = (batch.indices for epoch in itertools.count() for batch in plan.micro_batches(epoch, 0, 0, 1))

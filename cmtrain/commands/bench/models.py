@@ -102,8 +102,9 @@ def against_ceilings(
 ) -> dict[str, float]:
     """Return the share of the machine's ceilings that a model uses at that rate.
 
-    `mb_per_image` is counted (models/cost.py) for eager kernels, so `percent_of_copy`, the share of a copy's
-    bandwidth, holds where nothing is fused. `percent_of_matrix` is the share of a matrix product's rate.
+    `mb_per_image` is counted (models/cost.py) as without torch.compile: operation by operation, but CMT's
+    Triton kernels, where this machine's GPU runs them, as one each. `percent_of_copy`: the share of a copy's
+    bandwidth at those bytes. `percent_of_matrix`: the share of a matrix product's rate.
     """
     model = build.make_model(with_model(setup.config, name), setup.num_classes).train(mode == "train")
     image_px = setup.config.data.image_px
