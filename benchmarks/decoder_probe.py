@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from pipelines.checks.decoder_probe import WAYS, fault_of
+from pipelines.decoder_probe import WAYS, fault_of
 from pipelines.spec import Placement
 
 LOADS = (0.65, 1.0, 0.0)  # DALI's default first

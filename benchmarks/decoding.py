@@ -17,7 +17,7 @@ import torch
 from cmtrain.commands.bench.loader_workers import LoaderContender, make_loader
 from cmtrain.commands.bench.timing import best_seconds, endless
 from pipelines.checks.bad_list import user_cache
-from pipelines.checks.decoder_probe import WAYS
+from pipelines.decoder_probe import WAYS
 from pipelines.files.demo_images import demo_folder
 from pipelines.files.manifest import Manifest
 from pipelines.spec import AugmentSpec, Placement
