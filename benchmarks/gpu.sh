@@ -7,8 +7,8 @@
 #   MINUTES=20 benchmarks/gpu.sh                # another time for all; limits grow and shrink with it
 #   STEPS=1 benchmarks/gpu.sh                   # without a GPU: every line runs, the figures mean nothing
 #
-# Every figure is on disk as soon as it is known. README.md beside this script lists the files, and what a host
-# without a package index needs.
+# Every figure is on disk as soon as it is known. README.md beside this script lists the files, and what a
+# host without a package index needs.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}  # where cmtrain is not installed
@@ -34,8 +34,8 @@ note() {
   done > "$out/.summary" && mv "$out/.summary" "$out/summary.jsonl"
 }
 
-# line SECONDS NAME COMMAND...: run it, keep its stdout and stderr. It ends when its seconds and those that the
-# lines before it have saved are over; a failure does not stop the others.
+# line SECONDS NAME COMMAND...: run it, keep its stdout and stderr. It is killed when its seconds are over,
+# and those that the lines before it have saved. A failure does not stop the others.
 line() {
   local limit name=$2 rc left begin=$SECONDS
   limit=$(scaled "$1"); shift 2
@@ -44,9 +44,13 @@ line() {
     print) printf '%4d  %-18s %s\n' "$limit" "$name" "$*"; return ;;
     list) names+=("$name"); state[$name]=skipped why[$name]="not reached" seconds[$name]=0; return ;;
   esac
-  if [ -z "$dali" ] && [[ " $dali_lines " == *" $name "* ]]; then note "$name" skipped "needs DALI" 0; return; fi
+  if [ -z "$dali" ] && [[ " $dali_lines " == *" $name "* ]]; then
+    note "$name" skipped "needs DALI" 0; return
+  fi
   due=$((due + limit < total ? due + limit : total)) left=$((due - SECONDS))
-  if [ "$left" -lt "$(scaled 15)" ] || [ "$left" -lt 1 ]; then note "$name" skipped "no time left" 0; return; fi
+  if [ "$left" -lt "$(scaled 15)" ] || [ "$left" -lt 1 ]; then
+    note "$name" skipped "no time left" 0; return
+  fi
   echo "== $name, $left s at most"
   note "$name" killed "ended with the script" 0  # true if the script never comes to the next line
   timeout -k 5 "$left" "$@" > "$out/$name.txt" 2> "$out/$name.log" &
@@ -59,11 +63,11 @@ line() {
   tail -q -n 12 "$out/$name.txt" "$out/$name.log"
 }
 
-# bench SECONDS NAME ARGUMENTS...: a line of cmtrain bench, with the recipe that the README trains ImageNet with
+# bench SECONDS NAME ARGUMENTS...: a line of cmtrain bench, with the recipe for ImageNet
 bench() {
   local limit=$1 name=$2; shift 2
-  line "$limit" "$name" "$python" -m cmtrain bench --config configs/full_in1k.yaml --data.root "$data" \
-    --steps "$steps" --json "$out/$name.json" "$@"
+  line "$limit" "$name" "$python" -m cmtrain bench --config configs/full_in1k.yaml "${small[@]}" \
+    --data.root "$data" --steps "$steps" --json "$out/$name.json" "$@"
 }
 
 # is_broken WAY: whether the first line found a fault in this way to decode
@@ -87,7 +91,10 @@ for name in ("torch", "triton", "timm", "accelerate", "pydantic", "nvidia.dali")
   out=${OUT:-benchmarks/results}/$device-$(date +%Y%m%d-%H%M%S)
   mkdir -p "$out" || exit
   {
-    date -u; echo "command: ${ONLY:+ONLY=\"$ONLY\" }$0 $*"; [ "$device" = cpu ] || nvidia-smi | head -15; echo "$found"
+    date -u
+    echo "command: ${ONLY:+ONLY=\"$ONLY\" }$0 $*"
+    echo "$found"
+    [ "$device" = cpu ] || nvidia-smi | head -15
   } 2>&1 | tee "$out/environment.txt"
 fi
 
@@ -95,10 +102,12 @@ batch=512
 fp16=fp16 bf16=bf16 decode=mixed compile=true graphs=reduce-overhead
 model=(--batch "$batch" --small-batch 128 --steps "$steps")
 tests=(tests/gpu tests/models/test_fused_ffn.py -k "not compiled_for")
-# Without a GPU the same lines run with small batches, in the precision and with the decoder of a CPU.
+small=()
+# Without a GPU the same lines run with a small model and batch, with a CPU's precision and decoder.
 if [ "$device" = cpu ]; then
   batch=8 fp16=fp32 bf16=fp32 decode=cpu compile=false graphs=default
-  model=(--batch 2 --small-batch 2 --steps 1)
+  model=(--batch 2 --small-batch 2 --steps 1 --image-px 64 --seconds "$(scaled 15)")
+  small=(--model.name cmt_micro --data.image_px 64 --data.eval_resize_px 72)
   tests=(tests/gpu tests/models/test_fused_ffn.py -k "gpu or maps_of_any_shape")
   export OMP_NUM_THREADS=1
 fi
@@ -118,7 +127,8 @@ plan() {
   if is_broken mixed; then decode=mixed_whole; fi
   if is_broken mixed && is_broken mixed_whole; then decode=cpu; fi
   # The model alone: eager, fused, folded for inference, beside timm's; the dearest kernels of a step
-  line 85 model "$python" benchmarks/model_gpu.py "${model[@]}" --seconds "$(scaled 65)" --json "$out/model.jsonl"
+  line 85 model "$python" benchmarks/model_gpu.py --seconds "$(scaled 65)" "${model[@]}" \
+    --json "$out/model.jsonl"
   # The step with its optimizer, as in the trainer
   bench 50 step          "${alone[@]}" "${one_gpu[@]}" "${fp16[@]}"
   bench 25 step_eager    "${alone[@]}" "${one_gpu[@]}" "${fp16[@]}" --model.ffn_kernel eager
@@ -131,16 +141,18 @@ plan() {
     --decode "$decode" --json "$out/decoding.jsonl"
   bench 40 train         --what all "${one_gpu[@]}" "${fp16[@]}" --data.decode "$decode"
   line 15 pack "$python" -m cmtrain data pack "$folder" "$scratch/packed" --resize-shorter 256
-  bench 35 train_packed  --what all "${one_gpu[@]}" "${fp16[@]}" --data.decode "$decode" --data.root "$scratch/packed"
+  bench 35 train_packed  --what all "${one_gpu[@]}" "${fp16[@]}" --data.decode "$decode" \
+    --data.root "$scratch/packed"
 
-  # With the time that is left: what a step of few images loses to launching kernels, and CUDA graphs give back
+  # With the time that is left: what a step of few images loses to launches, and CUDA graphs give back
   bench 40 few_images        "${alone[@]}" "${few[@]}" "${fp16[@]}"
-  bench 90 few_images_graphs "${alone[@]}" "${few[@]}" "${fp16[@]}" --train.compile "$compile" --train.compile_mode "$graphs"
+  bench 90 few_images_graphs "${alone[@]}" "${few[@]}" "${fp16[@]}" --train.compile "$compile" \
+    --train.compile_mode "$graphs"
   bench 40 step_bf16         "${alone[@]}" "${one_gpu[@]}" "${bf16[@]}"
   bench 40 latency           --what latency --rounds 2 "${one_gpu[@]}" "${fp16[@]}"
   bench 90 loader_beside_timm --what loader --rounds 2 "${one_gpu[@]}" "${fp16[@]}" --data.decode "$decode" \
     --steps "$((steps / 6 + 1))"
-  line 120 model_compiled "$python" benchmarks/model_gpu.py "${model[@]}" --compiled --seconds "$(scaled 90)" \
+  line 120 model_compiled "$python" benchmarks/model_gpu.py --seconds "$(scaled 90)" "${model[@]}" --compiled \
     --json "$out/model_compiled.jsonl"
 }
 

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -29,11 +30,16 @@ ROWS = 5
 STUB = f"""#!{sys.executable} -IS
 import json, os, pathlib, signal, sys, time
 if "-c" in sys.argv:
-    print("device cpu", "nvidia.dali " + os.environ.get("DALI", "2.2.0"), sep="\\n")
+    print("device " + os.environ.get("DEVICE", "cpu"))
+    print("nvidia.dali " + os.environ.get("DALI", "2.2.0"))
 elif "stats" not in sys.argv:
     json_path = pathlib.Path(sys.argv[sys.argv.index("--json") + 1]) if "--json" in sys.argv else None
     name = json_path.stem if json_path else "tests" if "pytest" in sys.argv else "pack"
     behaves = json.loads(os.environ.get("BEHAVES", "{{}}")).get(name)
+    print(*sys.argv[1:])
+    if isinstance(behaves, list):  # rows to write
+        json_path.write_text("".join(json.dumps(row) + "\\n" for row in behaves))
+        sys.exit()
     for number in range({ROWS}):
         time.sleep(float(os.environ.get("PAUSE", 0)))
         if json_path:
@@ -43,7 +49,7 @@ elif "stats" not in sys.argv:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             time.sleep(60)
         if behaves == "wait":
-            print(os.getpid(), flush=True)
+            print(os.getpid(), file=sys.stderr, flush=True)
             time.sleep(60)
     sys.exit(behaves == "fail")
 """
@@ -89,6 +95,13 @@ def test_the_plan_is_in_order_of_value_and_fits_nine_minutes(script, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_the_wheels_for_a_host_without_an_index_are_those_of_the_lock_file():
+    text, locked = (ROOT / "benchmarks" / "README.md").read_text(), (ROOT / "requirements.lock").read_text()
+    wanted = re.findall(r"[a-z0-9-]+==[0-9.]+", text)
+    assert len(wanted) == 17
+    assert [pin for pin in wanted if f"\n{pin} " not in locked] == []
+
+
 def test_all_lines_are_done(script, tmp_path):
     process = script()
     out, _ = process.communicate(timeout=60)
@@ -131,6 +144,25 @@ def test_lines_without_time_left_are_named(script, tmp_path):
     assert "skipped: latency (no time left)" in out.splitlines()
 
 
+@pytest.mark.parametrize(
+    ("faults", "expected"),
+    [
+        ({"mixed": "", "mixed_whole": "hangs"}, "mixed"),
+        ({"mixed": "crashes (SIGSEGV)", "mixed_whole": ""}, "mixed_whole"),
+        ({"mixed": "hangs", "mixed_whole": "hangs"}, "cpu"),
+    ],
+)
+def test_later_lines_decode_in_the_fastest_way_without_a_fault(script, tmp_path, faults, expected):
+    probed = [{"decode": decode, "load": 0.65, "fault": fault} for decode, fault in faults.items()]
+    process = script(
+        DEVICE="H200", BEHAVES=json.dumps({"decoder_probe": probed}), ONLY="decoder_probe decoding train"
+    )
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, out
+    assert f"--decode {expected} " in (folder(tmp_path) / "decoding.txt").read_text()
+    assert f"--data.decode {expected}\n" in (folder(tmp_path) / "train.txt").read_text()
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_a_kill_at_any_moment_leaves_every_finished_row(script, tmp_path, seed):
     process = script(PAUSE="0.02")
@@ -154,7 +186,7 @@ def test_a_kill_at_any_moment_leaves_every_finished_row(script, tmp_path, seed):
 def test_ending_the_script_ends_its_line(script, tmp_path):
     process = script(BEHAVES=json.dumps({"model": "wait"}))
     deadline = time.monotonic() + 30
-    while not (paths := list((tmp_path / "out").glob("*/model.txt"))) or not paths[0].read_text():
+    while not (paths := list((tmp_path / "out").glob("*/model.log"))) or not paths[0].read_text():
         assert time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
@@ -168,6 +200,25 @@ def test_ending_the_script_ends_its_line(script, tmp_path):
         "name": "model", "state": "killed", "seconds": 0, "why": "ended with the script",
     }  # fmt: skip
     assert summary(tmp_path)["step"]["why"] == "not reached"
+
+
+def test_the_model_alone_needs_neither_dali_nor_pydantic():
+    hide = """if True:
+        import runpy, sys
+        class Hidden:
+            def find_spec(name, path=None, target=None):
+                if name.split(".")[0] in ("nvidia", "pydantic"):
+                    raise ModuleNotFoundError(name)
+        sys.meta_path.insert(0, Hidden)
+        sys.argv = ["model_gpu.py", "--help"]
+        runpy.run_path("benchmarks/model_gpu.py", run_name="__main__")
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", hide], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "usage: model_gpu.py" in done.stdout
 
 
 def test_a_profile_counts_kernels_and_neither_operators_nor_annotations():
