@@ -152,13 +152,13 @@ plan() {
   bench 40 latency           --what latency --rounds 2 "${one_gpu[@]}" "${fp16[@]}"
   bench 90 loader_beside_timm --what loader --rounds 2 "${one_gpu[@]}" "${fp16[@]}" --data.decode "$decode" \
     --steps "$((steps / 6 + 1))"
-  line 120 model_compiled "$python" benchmarks/model_gpu.py --seconds "$(scaled 90)" "${model[@]}" --compiled \
-    --json "$out/model_compiled.jsonl"
+  line 120 model_compiled "$python" benchmarks/model_gpu.py --seconds "$(scaled 90)" "${model[@]}" \
+    --compiled --json "$out/model_compiled.jsonl"
 }
 
 if [ -n "${PLAN:-}" ]; then pass=print; plan; exit; fi
 # The demo images are written and the headers read while the first lines run.
-"$python" -m cmtrain data stats --config configs/full_in1k.yaml --data.root "$data" > "$out/images.txt" 2>&1 &
+"$python" -m cmtrain data stats --config configs/demo.yaml --data.root "$data" > "$out/images.log" 2>&1 &
 pass=list; plan
 total=$(scaled 530) due=$SECONDS pass=run
 plan

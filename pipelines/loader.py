@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import itertools
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,8 @@ from pipelines.files.shards import SliceReader
 from pipelines.plan import MicroBatch, Plan, augment_params
 from pipelines.spec import UNREADABLE, AugmentSpec, Batch, DataError, EvalSpec, Placement
 from pipelines.stand_ins import StandIns
+
+_FIRST_PIXEL = np.array([[0, 0, 1, 1]], np.int32)  # top, left, height, width
 
 
 def train_loader(manifest: Manifest, plan: Plan, spec: AugmentSpec, place: Placement) -> DaliLoader:
@@ -120,6 +124,7 @@ class DaliLoader:
         self._undelivered: deque[MicroBatch] = deque()  # taken from `_upcoming`, as planned
         self._in_flight: deque[MicroBatch] = deque()  # the first of these as DALI was given them
         self._num_bytes = 0
+        self._undecodable: set[bytes] = set()  # digests of contents of which not even one pixel decodes
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Yield this rank's batches after `start` consumed samples. A batch owns its memory.
@@ -238,17 +243,43 @@ class DaliLoader:
     def _without_bad_files(self, batch: MicroBatch) -> MicroBatch:
         indices = batch.indices.copy()
         for place in self._stand_ins.bad_places(batch.indices):
-            try:  # the crop may lie in the part of a bad file that is whole
-                self._decode(batch.part(slice(place, place + 1)))
-            except (RuntimeError, OSError):
+            if not self._decodes(batch.part(slice(place, place + 1))):
                 indices[place] = self._stand_ins.stand_in(int(indices[place]))
         return batch._replace(indices=indices)
 
+    def _decodes(self, sample: MicroBatch) -> bool:
+        """Return whether DALI decodes a sample of a bad file: its crop may lie in the part that is whole.
+
+        DALI decodes from the top: contents without a first pixel have no crop either. They are remembered,
+        for a pipeline ends with its failure and takes up to a second to build on a GPU (estimated). What is
+        remembered depends on the bytes alone, not on what happened before.
+        """
+        index, packed = int(sample.indices[0]), self._manifest.packed
+        try:
+            content = Path(self._manifest.file(index)).read_bytes() if packed is None else packed.read(index)
+        except OSError:
+            return False
+        digest = hashlib.sha256(content).digest()
+        if not content or digest in self._undecodable:
+            return False
+        try:
+            self._decode(sample)
+        except (RuntimeError, OSError):
+            inputs = [[np.frombuffer(content, np.uint8)], _FIRST_PIXEL]
+            try:
+                self._decode_inputs(inputs, replace(self._run, reads_files=False))
+            except RuntimeError:
+                self._undecodable.add(digest)
+            return False
+        return True
+
     def _decode(self, batch: MicroBatch) -> None:
         """Test-decode a part of a batch. Raises RuntimeError or OSError when DALI cannot."""
-        inputs = self._inputs(batch)[: 2 if self._trains else 1]
-        run = replace(self._run, prefetch_batches=1)
-        graphs.decode_graph(lambda: inputs, run, windows=self._trains).run()
+        self._decode_inputs(self._inputs(batch), self._run)
+
+    def _decode_inputs(self, inputs: Sequence[Any], run: graphs.Execution) -> None:
+        inputs = inputs[: 2 if self._trains else 1]
+        graphs.decode_graph(lambda: inputs, replace(run, prefetch_batches=1), windows=self._trains).run()
 
     def _to_device(self, values: NDArray[np.int64]) -> torch.Tensor:
         host = torch.from_numpy(values)

@@ -19,7 +19,7 @@ from rich.table import Table
 from cmtrain.config.schema import Config
 from cmtrain.errors import EXIT_DONE
 from cmtrain.step.mixing import MixSpec, mix
-from cmtrain.training import build
+from cmtrain.training import build, loaders
 from pipelines.files.manifest import Manifest
 from pipelines.preview import contact_sheet
 from pipelines.progress import tracked
@@ -40,14 +40,14 @@ def preview(config: Config, *, out: str, rows: int = 8, columns: int = 8, epoch:
         ConfigError, DataError: as for training; DataError also if `out` cannot be written.
     """
     accelerator = build.make_accelerator("auto")
-    data = build.open_data(config, accelerator)
+    data = loaders.open_data(config, accelerator)
     chosen = np.unique(np.linspace(0, len(data.train) - 1, rows).astype(np.int64))
     shown = data.train.select(chosen)
     schedule = build.plan_steps(config, len(data.train), accelerator.num_processes)
     schedule = replace(schedule, global_batch_size=len(chosen), max_batch_per_gpu=len(chosen), world_size=1)
     once = config.model_copy(update={"augment": config.augment.model_copy(update={"repeats": 1})})
-    place, _ = build.place_loaders(config, accelerator)
-    loader = build.make_train_loader(once, shown, schedule, accelerator, place)
+    place, _ = loaders.place_loaders(config, accelerator)
+    loader = loaders.make_train_loader(once, shown, schedule, accelerator, place)
     spec = MixSpec(num_classes=len(data.train.class_names), **config.mixing.model_dump())
 
     plain, mixed = [], []
@@ -74,7 +74,7 @@ def stats(config: Config) -> int:
     Raises:
         ConfigError, DataError: as for training.
     """
-    data = build.open_data(config, build.make_accelerator("auto", checks_gpus=False))
+    data = loaders.open_data(config, build.make_accelerator("auto", checks_gpus=False))
     report = {"train": _split_stats(data.train, config), "val": _split_stats(data.val, config)}
     table = Table("", *report)
     for key in report["train"]:

@@ -24,7 +24,7 @@ from cmtrain.config.schema import Config
 from cmtrain.errors import EXIT_DATA, EXIT_DONE, ConfigError
 from cmtrain.processes.collectives import control_group, gather, leave_together
 from cmtrain.processes.gpus import cuda_of_driver
-from cmtrain.training import build
+from cmtrain.training import build, loaders
 from pipelines.spec import DataError
 
 SEVERITIES: tuple[Severity, ...] = ("ok", "warn", "fail")
@@ -63,8 +63,8 @@ def run_checks(config: Config, accelerator: Accelerator, control: Any) -> dict[s
 
     def data() -> CheckResult:
         nonlocal num_classes
-        opened = build.open_data(config, accelerator)
-        num_classes = build.num_classes_of(config, opened.train)
+        opened = loaders.open_data(config, accelerator)
+        num_classes = loaders.num_classes_of(config, opened.train)
         return checks.data(opened)
 
     run: dict[str, Callable[[], CheckResult]] = {

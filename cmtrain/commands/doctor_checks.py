@@ -27,7 +27,7 @@ from cmtrain.processes.collectives import gather
 from cmtrain.processes.gpus import newer_driver, packages_for, why_unusable
 from cmtrain.processes.preflight import check_ranks
 from cmtrain.storage.run_folder import RunLock
-from cmtrain.training import build
+from cmtrain.training import build, loaders
 from pipelines.decoder_probe import choose_decode
 from pipelines.files.manifest import Manifest
 from pipelines.spec import UNREADABLE, Decode, EvalSpec, Placement
@@ -200,7 +200,7 @@ def open_files() -> CheckResult:
     return CheckResult("ok", f"at most {soft:,}" if soft >= 0 else "no limit")
 
 
-def data(opened: build.Data) -> CheckResult:
+def data(opened: loaders.Data) -> CheckResult:
     found = f"{len(opened.train):,} training, {len(opened.val):,} validation images"
     found += f", {len(opened.train.class_names):,} classes"
     if bad := len(opened.train.bad) + len(opened.val.bad):

@@ -25,7 +25,7 @@ from cmtrain.monitoring.console import Console
 from cmtrain.monitoring.units import percent
 from cmtrain.step.evaluate import Evaluation, evaluate
 from cmtrain.storage.weights import num_classes_in
-from cmtrain.training import build
+from cmtrain.training import build, loaders
 from cmtrain.training.schedule import split_batch
 from pipelines.files.manifest import Manifest
 from pipelines.spec import DataError
@@ -67,18 +67,18 @@ def evaluate_trained(options: argparse.Namespace, overrides: Overrides) -> int:
     kinds = trained.kinds if options.weights == "both" else [options.weights]
     weights = [trained.weights(kind) for kind in kinds]
     accelerator = build.make_accelerator(config.train.precision)
-    place, lines = build.place_loaders(config, accelerator)
+    place, lines = loaders.place_loaders(config, accelerator)
     sys.stderr.writelines(f"{line}\n" for line in lines)
-    names = trained.class_names or build.open_data(config, accelerator).train.class_names
+    names = trained.class_names or loaders.open_data(config, accelerator).train.class_names
     folder = options.folder
-    manifest = open_folder(folder, names, config) if folder else build.open_val(config, names)
+    manifest = open_folder(folder, names, config) if folder else loaders.open_val(config, names)
     real = real_labels(manifest) if options.real else None
     batch_size, _ = split_batch(config.train.global_batch_size, config.train.max_batch_per_gpu, 1)
     results = []
     for image_px, resize_px in sizes:
         data = config.data.model_copy(update={"image_px": image_px, "eval_resize_px": resize_px})
         sized = config.model_copy(update={"data": data})
-        loader = build.make_eval_loader(sized, manifest, batch_size, accelerator, place)
+        loader = loaders.make_eval_loader(sized, manifest, batch_size, accelerator, place)
         for each in weights:
             model = make_trained_model(sized, each).to(accelerator.device)
             outputs = num_classes_in(each, config.model.name)
@@ -143,7 +143,7 @@ def open_folder(folder: str, class_names: Sequence[str], config: Config) -> Mani
         DataError: a class that training does not know, or nothing to read.
     """
     limit = config.data.max_bad_fraction
-    scan: dict[str, Any] = {"cache_dir": build.cache_folder(config), "max_bad_fraction": limit}
+    scan: dict[str, Any] = {"cache_dir": loaders.cache_folder(config), "max_bad_fraction": limit}
     try:
         found = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != ".")
     except OSError as error:

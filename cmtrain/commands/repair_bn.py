@@ -34,7 +34,7 @@ from cmtrain.step.evaluate import Evaluation, evaluate
 from cmtrain.step.mixing import MixSpec, mix
 from cmtrain.storage.checkpoint import checkpoint_path, find_checkpoint, save_checkpoint
 from cmtrain.storage.state_file import CheckpointError
-from cmtrain.training import build
+from cmtrain.training import build, loaders
 from pipelines.atomic import replacing
 from pipelines.spec import DataError, Loader
 
@@ -102,11 +102,11 @@ def repair_bn(place: str, config: Config | None, overrides: Overrides, out: str 
     else:
         config, source = _open_run(place, config, overrides, out)
     accelerator = build.make_accelerator(config.train.precision)
-    placement, lines = build.place_loaders(config, accelerator)
+    placement, lines = loaders.place_loaders(config, accelerator)
     sys.stderr.writelines(f"{line}\n" for line in lines)
-    data = build.open_data(config, accelerator)
+    data = loaders.open_data(config, accelerator)
     schedule = build.plan_steps(config, len(data.train), 1)
-    num_classes = build.num_classes_of(config, data.train)
+    num_classes = loaders.num_classes_of(config, data.train)
 
     # Load every state_dict, and refuse what new statistics cannot heal.
     load = functools.partial(_load, source.path, config, num_classes, accelerator.device)
@@ -115,8 +115,10 @@ def repair_bn(place: str, config: Config | None, overrides: Overrides, out: str 
     _refuse(source.path, [name for name in nonfinite if not name.endswith(STATISTICS)])
 
     # Evaluate, recompute, evaluate again.
-    train_loader = build.make_train_loader(config, data.train, schedule, accelerator, placement)
-    eval_loader = build.make_eval_loader(config, data.val, schedule.micro_batch_size, accelerator, placement)
+    train_loader = loaders.make_train_loader(config, data.train, schedule, accelerator, placement)
+    eval_loader = loaders.make_eval_loader(
+        config, data.val, schedule.micro_batch_size, accelerator, placement
+    )
 
     def accuracy(entry: Entry) -> Evaluation:
         return evaluate(entry.model, eval_loader.epoch(0), accelerator, len(data.val), entry.num_classes)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +22,6 @@ from cmtrain.models.ffn_check import use_fused_where_it_agrees
 from cmtrain.monitoring.trackers import tracker_options
 from cmtrain.processes.collectives import (
     control_group,
-    gather,
     join_torchrun,
     set_cuda_math,
     set_torch_defaults,
@@ -35,33 +33,17 @@ from cmtrain.step.mixing import MixSpec
 from cmtrain.step.optimizer import make_optimizer
 from cmtrain.storage.run_folder import RunLock
 from cmtrain.storage.weights import start_from
+from cmtrain.training import loaders
 from cmtrain.training.recovery import Recovery
 from cmtrain.training.resume import Start, choose_start
 from cmtrain.training.schedule import Schedule
-from pipelines.checks.bad_list import user_cache
-from pipelines.decoder_probe import WAYS, choose_decode
-from pipelines.files.demo_images import demo_folder
-from pipelines.files.manifest import Manifest
-from pipelines.files.shards import is_packed
-from pipelines.plan import Plan
-from pipelines.spec import AugmentSpec, DataError, EvalSpec, Placement
-from pipelines.synthetic import SyntheticLoader
+from pipelines.spec import DataError
 
 if TYPE_CHECKING:
     from pipelines.loader import DaliLoader
 
-# DALI keeps 32 MiB of GPU memory and of pinned memory for each decoding thread, for either loader.
-MAX_GPU_DECODE_THREADS = 24
 MIXED_PRECISION = {"fp32": "no", "tf32": "no", "fp16": "fp16", "bf16": "bf16"}
 TF32_CAPABILITY = (8, 0)  # A100
-
-
-@dataclass(frozen=True)
-class Data:
-    """The images of both splits."""
-
-    train: Manifest
-    val: Manifest
 
 
 @dataclass(frozen=True)
@@ -74,7 +56,7 @@ class Parts:
 
     accelerator: Accelerator
     control: Any
-    data: Data
+    data: loaders.Data
     schedule: Schedule
     start: Start
     train_loader: DaliLoader
@@ -96,10 +78,10 @@ def assemble(config: Config, lock: RunLock, resume: str) -> Parts:
         ConfigError, DataError: a mistake in the configuration, the ranks, the data or the checkpoint.
     """
     accelerator, control, warnings = join_ranks(config, lock.folder)
-    place, lines = place_loaders(config, accelerator, control)
-    data = open_data(config, accelerator)
+    place, lines = loaders.place_loaders(config, accelerator, control)
+    data = loaders.open_data(config, accelerator)
     schedule = plan_steps(config, len(data.train), accelerator.num_processes)
-    num_classes = num_classes_of(config, data.train)
+    num_classes = loaders.num_classes_of(config, data.train)
     model = make_model(config, num_classes, accelerator.device)
     flops_per_image = training_flops_per_image(model, config.data.image_px)
     start = choose_start(lock, resume, config, data.train.fingerprint, is_main=accelerator.is_main_process)
@@ -107,8 +89,8 @@ def assemble(config: Config, lock: RunLock, resume: str) -> Parts:
     if config.model.init_from and not start.checkpoint:
         notes += start_from(config.model.init_from, model)
     # The loaders are not prepared by accelerate: order, sharding and every random draw are the plan's.
-    train_loader = make_train_loader(config, data.train, schedule, accelerator, place)
-    eval_loader = make_eval_loader(config, data.val, schedule.micro_batch_size, accelerator, place)
+    train_loader = loaders.make_train_loader(config, data.train, schedule, accelerator, place)
+    eval_loader = loaders.make_eval_loader(config, data.val, schedule.micro_batch_size, accelerator, place)
     learner = make_learner(config, model, schedule, num_classes, accelerator)
     recovery = make_recovery(config, schedule)
     return Parts(
@@ -194,98 +176,6 @@ def precision_of(accelerator: Accelerator) -> str:
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "fp32"
 
 
-def cache_folder(config: Config) -> Path:
-    """Return the folder of manifests and demo images: data.cache_dir, else the user's cache."""
-    return Path(config.data.cache_dir) if config.data.cache_dir else user_cache()
-
-
-def place_loaders(
-    config: Config, accelerator: Accelerator, control: Any = None
-) -> tuple[Placement, list[str]]:
-    """Decide where and with how many threads this process decodes. All ranks decode in the same way.
-
-    Args:
-        control: a group of all ranks, None for a single process.
-
-    Returns:
-        The placement of the loaders, and one line for each way to decode that failed a test on this machine.
-
-    Raises:
-        DataError: DALI is not installed, or cannot be loaded.
-    """
-    import pipelines.loader  # noqa: F401 - without DALI a run ends here, not after a first look at its files
-
-    device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
-    given = {"decode", "prefetch_batches", "max_bad_fraction", "hw_decoder_load"}
-    limits = config.data.model_dump(include=given)
-    place = Placement(rank, world, device, threads=split_threads(config, device), **limits)
-    if device.type == "cuda":  # DALI itself refuses "mixed" on a CPU
-        # The GPUs of a host are alike, so one of its processes tries for all.
-        tries = control is None or accelerator.is_local_main_process
-        tried = choose_decode(place) if tries else None
-        results = [result for result in gather(tried, control) if result is not None]
-        decode = max((decode for decode, _ in results), key=WAYS.index)
-        lines = dict.fromkeys(line for _, lines in results for line in lines)
-        return replace(place, decode=decode), list(lines)
-    return place, []
-
-
-def split_threads(config: Config, device: torch.device) -> int:
-    """Share this process's cores between decoding and, on a CPU, the model. Returns the number of decode
-    threads.
-
-    Two pools that together have more threads than there are cores spin at each other's barriers.
-    """
-    cores = cores_per_process(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    if device.type == "cuda":
-        return config.data.threads or min(cores, MAX_GPU_DECODE_THREADS)
-    threads = config.data.threads or max(1, cores // 4)
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, cores - threads))
-    return threads
-
-
-def open_data(config: Config, accelerator: Accelerator) -> Data:
-    """Index both splits. Of the processes that share a cache, one scans the files and the others read its
-    result.
-
-    Raises:
-        DataError: files that are missing or unusable.
-    """
-    data = config.data
-    with accelerator.local_main_process_first():
-        root = _root_of(config)
-    # Outside: the others would wait at a barrier, which a first look at a large folder outlasts.
-    train = _open_split(config, root, data.train_dir, data.train_list, None)
-    val = _open_split(config, root, data.val_dir, data.val_list, train.class_names)
-    if data.fraction < 1:
-        train = train.fraction(data.fraction, config.run.seed)
-    return Data(train, val)
-
-
-def _root_of(config: Config) -> Path:
-    """Return data.root; demo images are written first if they do not exist."""
-    name = config.data.root.removeprefix("demo:")
-    return demo_folder(name, cache_folder(config)) if name != config.data.root else Path(config.data.root)
-
-
-def _open_split(
-    config: Config, root: Path, folder: str, list_file: str | None, class_names: Sequence[str] | None
-) -> Manifest:
-    if list_file is None and is_packed(root / folder):
-        return Manifest.from_shards(root / folder, class_names=class_names)
-    limit = config.data.max_bad_fraction
-    scan: dict[str, Any] = {"cache_dir": cache_folder(config), "max_bad_fraction": limit}
-    if list_file is not None:
-        return Manifest.from_folder(root, image_list=root / list_file, class_names=class_names, **scan)
-    return Manifest.from_folder(root / folder, class_names=class_names, **scan)
-
-
-def open_val(config: Config, class_names: Sequence[str]) -> Manifest:
-    """Index the validation split alone, by the `class_names` of training. Raises DataError as open_data."""
-    return _open_split(config, _root_of(config), config.data.val_dir, config.data.val_list, class_names)
-
-
 def plan_steps(config: Config, num_samples: int, num_processes: int) -> Schedule:
     """Plan all steps of the run. Raises ConfigError or DataError when the numbers do not fit."""
     train, sizes = config.train, {"global_batch_size", "max_batch_per_gpu"}
@@ -299,49 +189,6 @@ def plan_steps(config: Config, num_samples: int, num_processes: int) -> Schedule
             f"train.max_batch_per_gpu of {schedule.micro_batch_size * schedule.accumulation} or more"
         )
     return schedule
-
-
-def make_train_loader(
-    config: Config, manifest: Manifest, schedule: Schedule, accelerator: Accelerator, place: Placement
-) -> DaliLoader:
-    """Make the loader of training batches. Raises DataError where DALI cannot be loaded."""
-    from pipelines.loader import train_loader
-
-    plan = Plan(
-        config.run.seed, len(manifest), schedule.global_batch_size, schedule.micro_batch_size,
-        repeats=config.augment.repeats,
-    )  # fmt: skip
-    return train_loader(manifest, plan, augment_spec(config, accelerator), place)
-
-
-def make_eval_loader(
-    config: Config, manifest: Manifest, batch_size: int, accelerator: Accelerator, place: Placement
-) -> DaliLoader:
-    """Make the loader of evaluation batches, `batch_size` images each. Raises DataError as for training."""
-    from pipelines.loader import eval_loader
-
-    data, fp16 = config.data, accelerator.mixed_precision == "fp16"
-    spec = EvalSpec(
-        data.image_px, data.eval_resize_px, data.eval_interpolation, mean=data.mean, std=data.std, fp16=fp16
-    )
-    return eval_loader(manifest, spec, place, batch_size=batch_size)
-
-
-def augment_spec(config: Config, accelerator: Accelerator) -> AugmentSpec:
-    geometry = config.data.model_dump(include={"image_px", "interpolation", "mean", "std"})
-    draws = config.augment.model_dump(exclude={"repeats"})
-    return AugmentSpec(**geometry, **draws, fp16=accelerator.mixed_precision == "fp16")
-
-
-def make_synthetic_loader(
-    config: Config, schedule: Schedule, num_classes: int, accelerator: Accelerator
-) -> SyntheticLoader:
-    """Make a loader of random batches with the recipe's shape: no files, eight steps per epoch."""
-    size = schedule.global_batch_size
-    plan = Plan(config.run.seed, 8 * size, size, schedule.micro_batch_size)
-    place = Placement(accelerator.process_index, accelerator.num_processes, accelerator.device)
-    fp16 = accelerator.mixed_precision == "fp16"
-    return SyntheticLoader(plan, config.data.image_px, num_classes, place, fp16=fp16)
 
 
 def make_model(config: Config, num_classes: int, device: torch.device | str = "cpu") -> nn.Module:
@@ -390,17 +237,6 @@ def make_recovery(config: Config, schedule: Schedule) -> Recovery:
     )
 
 
-def num_classes_of(config: Config, manifest: Manifest) -> int:
-    """Return model.num_classes, or the number of classes in the data. Raises ConfigError if it is too
-    small.
-    """
-    found = len(manifest.class_names)
-    stated = config.model.num_classes
-    if stated is not None and stated < found:
-        raise ConfigError(f"model.num_classes: {stated}, but the training data has {found} classes")
-    return stated or found
-
-
 def make_learner(
     config: Config, model: nn.Module, schedule: Schedule, num_classes: int, accelerator: Accelerator
 ) -> Learner:
@@ -412,9 +248,3 @@ def make_learner(
         mixing=MixSpec(num_classes=num_classes, **config.mixing.model_dump()),
         clip_grad=config.optim.clip_grad, seed=config.run.seed,
     )  # fmt: skip
-
-
-def cores_per_process(num_local_processes: int) -> int:
-    """Return the CPU cores of this process: its affinity mask, shared with the other ranks of the host."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // num_local_processes)

@@ -3,7 +3,7 @@
 import sys
 from dataclasses import replace
 
-import cmtrain.training.build
+import cmtrain.training.loaders
 from cmtrain.cli.main import main
 from helpers.decoder_probes import program
 from pipelines.decoder_probe import choose_decode, fault_of
@@ -21,5 +21,5 @@ def place_loaders(config, accelerator, control=None):
     return replace(place, decode=decode), lines
 
 
-original, cmtrain.training.build.place_loaders = cmtrain.training.build.place_loaders, place_loaders
+original, cmtrain.training.loaders.place_loaders = cmtrain.training.loaders.place_loaders, place_loaders
 sys.exit(main())

@@ -32,7 +32,7 @@ import cmtrain.processes.preflight
 import cmtrain.step.evaluate
 import cmtrain.step.learner
 import cmtrain.storage.checkpoint
-import cmtrain.training.build
+import cmtrain.training.loaders
 import cmtrain.training.train
 import pipelines.loader  # noqa: F401 - DALI, for the ranks that are forked
 from cmtrain.processes.rank import num_restarts
@@ -151,7 +151,9 @@ if "PROCESS_1" in os.environ:
 if "FAULT" in os.environ:
     cmtrain.step.learner.mix = functools.partial(faulty_mix, cmtrain.step.learner.mix)
 if "SLOW_START" in os.environ:
-    cmtrain.training.build.open_data = functools.partial(slowly, cmtrain.training.build.open_data, "slow")
+    cmtrain.training.loaders.open_data = functools.partial(
+        slowly, cmtrain.training.loaders.open_data, "slow"
+    )
 if "SLOW_CHECKPOINT" in os.environ:
     cmtrain.storage.checkpoint.verify = functools.partial(slowly, cmtrain.storage.checkpoint.verify, "slow")
 if "SLOW_EVALUATION" in os.environ:

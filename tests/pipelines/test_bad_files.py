@@ -13,7 +13,19 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from helpers.images import SIDE, cut, digest, empty, garble, pixels, plan_for, shrink, vanish, write_tree
+from helpers.images import (
+    SIDE,
+    cut,
+    digest,
+    empty,
+    garble,
+    pixels,
+    plan_for,
+    save,
+    shrink,
+    vanish,
+    write_tree,
+)
 from helpers.photographs import write_folder
 from helpers.runs import assert_same_state, logged, losses, wait_for
 from PIL import Image
@@ -139,6 +151,64 @@ def test_a_cut_file_still_gives_the_crops_above_the_cut(loaders, manifest):
     assert None in used
     assert set(used) != {None}
     assert all(pixel in (None, before) for pixel, before in zip(used, expected, strict=True))
+
+
+def cut_behind_the_header(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[: content.index(b"\xff\xda") + 20])  # of the scan, after the image's size
+
+
+@pytest.mark.parametrize("trains", [True, False])
+@pytest.mark.parametrize("harm", [vanish, garble, empty, become_a_folder, cut_behind_the_header])
+def test_a_file_that_never_decodes_costs_a_few_pipelines_once(loaders, manifest, harm, trains, monkeypatch):
+    built, decode_graph = [], graphs.decode_graph
+    monkeypatch.setattr(graphs, "decode_graph", lambda *a, **k: built.append(k) or decode_graph(*a, **k))
+    harm(Path(manifest.file(20)))
+    loader = train(loaders, manifest, plan_for(manifest)) if trains else evaluation(loaders, manifest)
+    counts = []
+    for epoch in range(4):
+        list(loader.epoch(epoch if trains else 0))
+        counts.append(len(built))
+    # The loader's own, that one again, and two that tried the file.
+    assert counts[0] <= 4
+    assert counts == counts[:1] * 4
+
+
+def crop_decodes(content: bytes, window: tuple[int, int, int, int]) -> bool:
+    inputs = [[np.frombuffer(content, np.uint8)], np.array([window], np.int32)]
+    run = graphs.Execution("cpu", "cpu", None, 1, 1, 1, reads_files=False)
+    try:
+        graphs.decode_graph(lambda: inputs, run, windows=True).run()
+    except RuntimeError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"progressive": True},
+        {"restart_marker_blocks": 4},
+        {"fmt": "PNG"},
+        {"fmt": "BMP"},
+        {"fmt": "WEBP"},
+    ],
+)
+def test_what_has_no_first_pixel_has_no_crop(tmp_path, options):
+    """So a file is tried once. Even a bitmap, which is stored from the bottom up, is read as a whole."""
+    noise = np.random.default_rng(0).integers(0, 256, (120, 90, 3), np.uint8)
+    save(Image.fromarray(noise), tmp_path / "image", **options)
+    content = (tmp_path / "image").read_bytes()
+    some_decode = []
+    for share in (0.02, 0.05, 0.1, 0.3, 0.6, 0.99):
+        part = content[: int(share * len(content))]
+        crops = [crop_decodes(part, window) for window in ((119, 0, 1, 1), (1, 1, 1, 1), (60, 40, 10, 10))]
+        assert not any(crops) or crop_decodes(part, (0, 0, 1, 1))
+        some_decode.append(any(crops))
+    assert crop_decodes(content, (60, 40, 10, 10))
+    if not options:
+        assert some_decode[0] != some_decode[-1]
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])

@@ -12,7 +12,7 @@ from helpers.photographs import write_folder
 from nvidia.dali import fn
 
 from cmtrain.config.load import load_config
-from cmtrain.training import build
+from cmtrain.training import build, loaders
 from pipelines.dali import graphs
 from pipelines.files.manifest import Manifest
 from pipelines.loader import file_reader
@@ -52,10 +52,10 @@ def make_loaders(manifest: Manifest, device: str, *overrides: tuple[str, str]) -
     accelerator = SimpleNamespace(
         device=torch.device(device), mixed_precision="no", process_index=0, num_processes=1
     )
-    place, _ = build.place_loaders(config, accelerator)
+    place, _ = loaders.place_loaders(config, accelerator)
     return [
-        build.make_train_loader(config, manifest, schedule, accelerator, place),
-        build.make_eval_loader(config, manifest, schedule.micro_batch_size, accelerator, place),
+        loaders.make_train_loader(config, manifest, schedule, accelerator, place),
+        loaders.make_eval_loader(config, manifest, schedule.micro_batch_size, accelerator, place),
     ]
 
 
@@ -95,12 +95,12 @@ def test_all_ranks_decode_in_the_way_that_works_on_every_host(monkeypatch):
     """The first process of each host tries; the slowest way found is everyone's."""
     config = load_config("configs/demo.yaml", [("train.global_batch_size", "12")]).config
     found = {"gpu1": ("mixed", []), "gpu2": ("mixed_whole", ["a line"]), "gpu3": ("mixed_whole", ["a line"])}
-    monkeypatch.setattr(build, "gather", lambda mine, _: [*found.values(), mine, None])
-    monkeypatch.setattr(build, "choose_decode", lambda place: pytest.fail("was tried"))
+    monkeypatch.setattr(loaders, "gather", lambda mine, _: [*found.values(), mine, None])
+    monkeypatch.setattr(loaders, "choose_decode", lambda place: pytest.fail("was tried"))
     accelerator = SimpleNamespace(
         device=torch.device("cuda:1"), process_index=3, num_processes=5, is_local_main_process=False
     )
-    place, lines = build.place_loaders(config, accelerator, control="a group")
+    place, lines = loaders.place_loaders(config, accelerator, control="a group")
     assert (place.decode, lines) == ("mixed_whole", ["a line"])
 
 
@@ -108,10 +108,10 @@ def test_decoding_threads_for_a_gpu_are_capped(monkeypatch):
     """DALI keeps GPU memory for each of them."""
     config = load_config("configs/demo.yaml").config
     without = config.model_copy(update={"data": config.data.model_copy(update={"threads": None})})
-    monkeypatch.setattr(build, "cores_per_process", lambda _: 128)
-    assert build.split_threads(without, torch.device("cuda:0")) == 24
+    monkeypatch.setattr(loaders, "cores_per_process", lambda _: 128)
+    assert loaders.split_threads(without, torch.device("cuda:0")) == 24
     many = without.data.model_copy(update={"threads": 96})
-    assert build.split_threads(without.model_copy(update={"data": many}), torch.device("cuda:0")) == 96
+    assert loaders.split_threads(without.model_copy(update={"data": many}), torch.device("cuda:0")) == 96
 
 
 def test_decoding_alone_gives_whole_images(manifest):

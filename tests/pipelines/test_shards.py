@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from helpers.images import SPEC, pixels
 from helpers.photographs import photographs, write_folder
 from helpers.runs import ROOT
@@ -23,11 +24,12 @@ from PIL import Image
 
 from cmtrain.commands.data_pack import pack
 from pipelines.checks.bad_list import BadFile
+from pipelines.dali import graphs
 from pipelines.files.manifest import Manifest
 from pipelines.files.shards import SliceReader, damage, is_packed
 from pipelines.loader import eval_loader, train_loader
 from pipelines.plan import Plan
-from pipelines.spec import DataError, EvalSpec, Placement
+from pipelines.spec import UNREADABLE, DataError, EvalSpec, Placement
 
 OPTIONS = {"resize_shorter": None, "quality": 90, "shard_mib": 1, "processes": 1}
 
@@ -266,6 +268,31 @@ def test_a_flipped_byte_is_found(source, packed, cache, tmp_path, place):
     assert (manifest.paths[member] in found) == (place == "image")
     with pytest.raises(DataError, match=r"shard-00000\d.tar: .*has changed.*pack again"):
         pack(str(source), str(tmp_path), **OPTIONS, cache_dir=str(cache))
+
+
+def test_an_image_overwritten_in_its_shard_costs_a_few_pipelines_once(packed, tmp_path, monkeypatch):
+    built, decode_graph = [], graphs.decode_graph
+    monkeypatch.setattr(graphs, "decode_graph", lambda *a, **k: built.append(k) or decode_graph(*a, **k))
+    for name, content in contents(packed / "val").items():
+        put(tmp_path / name, content)
+    manifest = Manifest.from_shards(tmp_path)
+    member, slices = 5, manifest.packed
+    with (tmp_path / slices.shard_names[slices.shards[member]]).open("r+b") as file:
+        file.seek(slices.offsets[member])
+        file.write(b"x" * int(slices.size_bytes[member]))
+    loader = eval_loader(manifest, EvalSpec(32, 36), Placement(max_bad_fraction=0.5), batch_size=8)
+    counts = []
+    for _ in range(3):
+        batches = list(loader.epoch(0))
+        labels = torch.cat([batch.labels for batch in batches]).tolist()
+        indices = torch.cat([batch.indices for batch in batches]).tolist()
+        assert [index for index, label in zip(indices, labels, strict=True) if label == UNREADABLE] == [
+            member
+        ]
+        counts.append(len(built))
+    loader.close()
+    assert counts[0] <= 4
+    assert counts == counts[:1] * 3
 
 
 def test_missing_cut_and_damaged_parts_are_named(packed, tmp_path):

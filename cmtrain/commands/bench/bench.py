@@ -27,7 +27,7 @@ from cmtrain.config.schema import Config
 from cmtrain.errors import EXIT_DONE, EXIT_EXPECTATION
 from cmtrain.monitoring.units import percent
 from cmtrain.step.learner import Learner
-from cmtrain.training import build
+from cmtrain.training import build, loaders
 from pipelines.files.manifest import Manifest
 from pipelines.spec import DataError, Loader
 
@@ -66,10 +66,10 @@ def bench(config: Config, options: argparse.Namespace) -> int:
         return bench_loader(config, options.steps, options.rounds, options.packed, options.json)
     earlier = _read_earlier(options.compare) if options.compare else None
     accelerator = build.make_accelerator(config.train.precision)
-    threads = build.split_threads(config, accelerator.device)
-    data = build.open_data(config, accelerator)
+    threads = loaders.split_threads(config, accelerator.device)
+    data = loaders.open_data(config, accelerator)
     schedule = build.plan_steps(config, len(data.train), accelerator.num_processes)
-    num_classes = build.num_classes_of(config, data.train)
+    num_classes = loaders.num_classes_of(config, data.train)
     setup = Setup(config, accelerator, schedule, num_classes, options.steps, options.rounds)
     if what == "model":
         rows = time_models(setup, options.beside)
@@ -115,20 +115,20 @@ def bench(config: Config, options: argparse.Namespace) -> int:
 def _time_run(what: str, setup: Setup, images: Manifest) -> Rows:
     """Time training on real data ("train"); for "all" first the loader and the model, each alone."""
     config, accelerator = setup.config, setup.accelerator
-    place, lines = build.place_loaders(config, accelerator)
+    place, lines = loaders.place_loaders(config, accelerator)
     sys.stderr.writelines(f"{line}\n" for line in lines)
     if what == "all":
-        loader = build.make_train_loader(config, images, setup.schedule, accelerator, place)
+        loader = loaders.make_train_loader(config, images, setup.schedule, accelerator, place)
         yield "loader", _time_loader(loader, setup)
         loader.close()
     learner = setup.make_learner(config)
     if what == "all":
-        synthetic = build.make_synthetic_loader(config, setup.schedule, setup.num_classes, accelerator)
+        synthetic = loaders.make_synthetic_loader(config, setup.schedule, setup.num_classes, accelerator)
         alone = _time_steps(learner, synthetic, setup)
         ceilings = timing.measure_ceilings(setup.device, setup.dtype)
         alone |= against_ceilings(setup, config.model.name, "train", alone["images_per_second"], ceilings)
         yield "model", alone
-    loader = build.make_train_loader(config, images, setup.schedule, accelerator, place)
+    loader = loaders.make_train_loader(config, images, setup.schedule, accelerator, place)
     train = _time_steps(learner, loader, setup)
     loader.close()
     if what == "all":

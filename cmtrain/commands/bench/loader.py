@@ -28,7 +28,7 @@ from cmtrain.commands.bench.loader_workers import BATCH_SIZE, LoaderContender, m
 from cmtrain.commands.bench.timing import Figures, best_seconds, endless, write_report
 from cmtrain.config.schema import Config
 from cmtrain.errors import EXIT_DONE
-from cmtrain.training import build
+from cmtrain.training import build, loaders
 from pipelines.files.manifest import Manifest
 from pipelines.packing.encode import PackSpec
 from pipelines.packing.shard_writer import pack_split
@@ -64,10 +64,12 @@ def bench_loader(config: Config, steps: int, rounds: int, packed: str | None, js
         ConfigError, DataError: as for training.
     """
     accelerator = build.make_accelerator(config.train.precision)
-    placed, lines = build.place_loaders(config, accelerator)
+    placed, lines = loaders.place_loaders(config, accelerator)
     sys.stderr.writelines(f"{line}\n" for line in lines)
-    files = build.open_data(config, accelerator).train
-    crop = replace(build.augment_spec(config, accelerator), color_jitter=None, rand_augment=None, fp16=False)
+    files = loaders.open_data(config, accelerator).train
+    crop = replace(
+        loaders.augment_spec(config, accelerator), color_jitter=None, rand_augment=None, fp16=False
+    )
     jitter, hardest = replace(crop, color_jitter=COLOR_JITTER), replace(crop, rand_augment=RAND_AUGMENT)
     works = {"decode": None, "crop": crop, "crop + jitter": jitter, "crop + randaugment": hardest}
     report = {"device": "cpu"} | config.data.model_dump(include={"image_px", "interpolation"})

@@ -15,7 +15,7 @@ from cmtrain.commands.bench.timing import DTYPES, Ceilings, Contender, Rows, end
 from cmtrain.config.schema import Config, Model
 from cmtrain.models import cost
 from cmtrain.step.learner import Learner
-from cmtrain.training import build
+from cmtrain.training import build, loaders
 from cmtrain.training.schedule import Schedule
 from pipelines.spec import Batch
 
@@ -47,7 +47,7 @@ class Setup:
     def synthetic_batches(self) -> Iterator[Batch]:
         """Yield batches that lie ready on the device, without end."""
         recipe = self.config, self.schedule, self.num_classes, self.accelerator
-        return endless(build.make_synthetic_loader(*recipe))
+        return endless(loaders.make_synthetic_loader(*recipe))
 
 
 def time_models(setup: Setup, beside: Sequence[str]) -> Rows:

@@ -1,0 +1,191 @@
+"""Open the images of a run and make the loaders of its batches, from its configuration."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator
+
+from cmtrain.config.schema import Config
+from cmtrain.errors import ConfigError
+from cmtrain.processes.collectives import gather
+from cmtrain.training.schedule import Schedule
+from pipelines.checks.bad_list import user_cache
+from pipelines.decoder_probe import WAYS, choose_decode
+from pipelines.files.demo_images import demo_folder
+from pipelines.files.manifest import Manifest
+from pipelines.files.shards import is_packed
+from pipelines.plan import Plan
+from pipelines.spec import AugmentSpec, EvalSpec, Placement
+from pipelines.synthetic import SyntheticLoader
+
+if TYPE_CHECKING:
+    from pipelines.loader import DaliLoader
+
+# DALI keeps 32 MiB of GPU memory and of pinned memory for each decoding thread, for either loader.
+MAX_GPU_DECODE_THREADS = 24
+
+
+@dataclass(frozen=True)
+class Data:
+    """The images of both splits."""
+
+    train: Manifest
+    val: Manifest
+
+
+def cache_folder(config: Config) -> Path:
+    """Return the folder of manifests and demo images: data.cache_dir, else the user's cache."""
+    return Path(config.data.cache_dir) if config.data.cache_dir else user_cache()
+
+
+def place_loaders(
+    config: Config, accelerator: Accelerator, control: Any = None
+) -> tuple[Placement, list[str]]:
+    """Decide where and with how many threads this process decodes. All ranks decode in the same way.
+
+    Args:
+        control: a group of all ranks, None for a single process.
+
+    Returns:
+        The placement of the loaders, and one line for each way to decode that failed a test on this machine.
+
+    Raises:
+        DataError: DALI is not installed, or cannot be loaded.
+    """
+    import pipelines.loader  # noqa: F401 - without DALI a run ends here, not after a first look at its files
+
+    device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
+    given = {"decode", "prefetch_batches", "max_bad_fraction", "hw_decoder_load"}
+    limits = config.data.model_dump(include=given)
+    place = Placement(rank, world, device, threads=split_threads(config, device), **limits)
+    if device.type == "cuda":  # DALI itself refuses "mixed" on a CPU
+        # The GPUs of a host are alike, so one of its processes tries for all.
+        tries = control is None or accelerator.is_local_main_process
+        tried = choose_decode(place) if tries else None
+        results = [result for result in gather(tried, control) if result is not None]
+        decode = max((decode for decode, _ in results), key=WAYS.index)
+        lines = dict.fromkeys(line for _, lines in results for line in lines)
+        return replace(place, decode=decode), list(lines)
+    return place, []
+
+
+def split_threads(config: Config, device: torch.device) -> int:
+    """Share this process's cores between decoding and, on a CPU, the model. Returns the number of decode
+    threads.
+
+    Two pools that together have more threads than there are cores spin at each other's barriers.
+    """
+    cores = cores_per_process(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    if device.type == "cuda":
+        return config.data.threads or min(cores, MAX_GPU_DECODE_THREADS)
+    threads = config.data.threads or max(1, cores // 4)
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, cores - threads))
+    return threads
+
+
+def open_data(config: Config, accelerator: Accelerator) -> Data:
+    """Index both splits. Of the processes that share a cache, one scans the files and the others read its
+    result.
+
+    Raises:
+        DataError: files that are missing or unusable.
+    """
+    data = config.data
+    with accelerator.local_main_process_first():
+        root = _root_of(config)
+    # Outside: the others would wait at a barrier, which a first look at a large folder outlasts.
+    train = _open_split(config, root, data.train_dir, data.train_list, None)
+    val = _open_split(config, root, data.val_dir, data.val_list, train.class_names)
+    if data.fraction < 1:
+        train = train.fraction(data.fraction, config.run.seed)
+    return Data(train, val)
+
+
+def _root_of(config: Config) -> Path:
+    """Return data.root; demo images are written first if they do not exist."""
+    name = config.data.root.removeprefix("demo:")
+    return demo_folder(name, cache_folder(config)) if name != config.data.root else Path(config.data.root)
+
+
+def _open_split(
+    config: Config, root: Path, folder: str, list_file: str | None, class_names: Sequence[str] | None
+) -> Manifest:
+    if list_file is None and is_packed(root / folder):
+        return Manifest.from_shards(root / folder, class_names=class_names)
+    limit = config.data.max_bad_fraction
+    scan: dict[str, Any] = {"cache_dir": cache_folder(config), "max_bad_fraction": limit}
+    if list_file is not None:
+        return Manifest.from_folder(root, image_list=root / list_file, class_names=class_names, **scan)
+    return Manifest.from_folder(root / folder, class_names=class_names, **scan)
+
+
+def open_val(config: Config, class_names: Sequence[str]) -> Manifest:
+    """Index the validation split alone, by the `class_names` of training. Raises DataError as open_data."""
+    return _open_split(config, _root_of(config), config.data.val_dir, config.data.val_list, class_names)
+
+
+def make_train_loader(
+    config: Config, manifest: Manifest, schedule: Schedule, accelerator: Accelerator, place: Placement
+) -> DaliLoader:
+    """Make the loader of training batches. Raises DataError where DALI cannot be loaded."""
+    from pipelines.loader import train_loader
+
+    plan = Plan(
+        config.run.seed, len(manifest), schedule.global_batch_size, schedule.micro_batch_size,
+        repeats=config.augment.repeats,
+    )  # fmt: skip
+    return train_loader(manifest, plan, augment_spec(config, accelerator), place)
+
+
+def make_eval_loader(
+    config: Config, manifest: Manifest, batch_size: int, accelerator: Accelerator, place: Placement
+) -> DaliLoader:
+    """Make the loader of evaluation batches, `batch_size` images each. Raises DataError as for training."""
+    from pipelines.loader import eval_loader
+
+    data, fp16 = config.data, accelerator.mixed_precision == "fp16"
+    spec = EvalSpec(
+        data.image_px, data.eval_resize_px, data.eval_interpolation, mean=data.mean, std=data.std, fp16=fp16
+    )
+    return eval_loader(manifest, spec, place, batch_size=batch_size)
+
+
+def augment_spec(config: Config, accelerator: Accelerator) -> AugmentSpec:
+    geometry = config.data.model_dump(include={"image_px", "interpolation", "mean", "std"})
+    draws = config.augment.model_dump(exclude={"repeats"})
+    return AugmentSpec(**geometry, **draws, fp16=accelerator.mixed_precision == "fp16")
+
+
+def make_synthetic_loader(
+    config: Config, schedule: Schedule, num_classes: int, accelerator: Accelerator
+) -> SyntheticLoader:
+    """Make a loader of random batches with the recipe's shape: no files, eight steps per epoch."""
+    size = schedule.global_batch_size
+    plan = Plan(config.run.seed, 8 * size, size, schedule.micro_batch_size)
+    place = Placement(accelerator.process_index, accelerator.num_processes, accelerator.device)
+    fp16 = accelerator.mixed_precision == "fp16"
+    return SyntheticLoader(plan, config.data.image_px, num_classes, place, fp16=fp16)
+
+
+def cores_per_process(num_local_processes: int) -> int:
+    """Return the CPU cores of this process: its affinity mask, shared with the other ranks of the host."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // num_local_processes)
+
+
+def num_classes_of(config: Config, manifest: Manifest) -> int:
+    """Return model.num_classes, or the number of classes in the data. Raises ConfigError if it is too
+    small.
+    """
+    found = len(manifest.class_names)
+    stated = config.model.num_classes
+    if stated is not None and stated < found:
+        raise ConfigError(f"model.num_classes: {stated}, but the training data has {found} classes")
+    return stated or found
