@@ -157,8 +157,12 @@ plan() {
 }
 
 if [ -n "${PLAN:-}" ]; then pass=print; plan; exit; fi
-# The demo images are written and the headers read while the first lines run.
-"$python" -m cmtrain data stats --config configs/demo.yaml --data.root "$data" > "$out/images.log" 2>&1 &
+# The demo images are written while the first lines run.
+if [[ $data == demo:* ]]; then
+  "$python" -c 'import pathlib, sys
+from pipelines.files.demo_images import demo_folder
+demo_folder(sys.argv[1], pathlib.Path(sys.argv[2]))' "${data#demo:}" "${folder%/*}" > "$out/images.log" 2>&1 &
+fi
 pass=list; plan
 total=$(scaled 530) due=$SECONDS pass=run
 plan

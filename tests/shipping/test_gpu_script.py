@@ -32,7 +32,7 @@ import json, os, pathlib, signal, sys, time
 if "-c" in sys.argv:
     print("device " + os.environ.get("DEVICE", "cpu"))
     print("nvidia.dali " + os.environ.get("DALI", "2.2.0"))
-elif "stats" not in sys.argv:
+else:
     json_path = pathlib.Path(sys.argv[sys.argv.index("--json") + 1]) if "--json" in sys.argv else None
     name = json_path.stem if json_path else "tests" if "pytest" in sys.argv else "pack"
     behaves = json.loads(os.environ.get("BEHAVES", "{{}}")).get(name)
@@ -249,9 +249,9 @@ def test_a_profile_counts_kernels_and_neither_operators_nor_annotations():
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3000)
+@pytest.mark.timeout(4000)
 def test_every_line_runs_without_a_gpu(tmp_path, figure):
-    environment = {"STEPS": "1", "OUT": str(tmp_path / "out"), "PYTHON": sys.executable, "MINUTES": "40"}
+    environment = {"STEPS": "1", "OUT": str(tmp_path / "out"), "PYTHON": sys.executable, "MINUTES": "60"}
     began = time.monotonic()
     process = subprocess.run([SCRIPT], env=os.environ | environment, capture_output=True, text=True)
     figure(f"every line of benchmarks/gpu.sh with STEPS=1: {time.monotonic() - began:.0f} s")
