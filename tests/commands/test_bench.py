@@ -24,8 +24,8 @@ from cmtrain.commands.bench.loader_workers import LoaderContender, _cpu_seconds,
 from cmtrain.commands.bench.timing import WARMUP_STEPS, Contender, race
 from cmtrain.config.load import load_config
 from pipelines.files.manifest import Manifest
-from pipelines.loader import SyntheticLoader
 from pipelines.spec import AugmentSpec, DataError, Placement
+from pipelines.synthetic import SyntheticLoader
 
 
 @pytest.mark.parametrize(
