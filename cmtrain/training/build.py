@@ -84,8 +84,9 @@ def assemble(config: Config, lock: RunLock, resume: str) -> Parts:
     num_classes = loaders.num_classes_of(config, data.train)
     model = make_model(config, num_classes, accelerator.device)
     flops_per_image = training_flops_per_image(model, config.data.image_px)
-    start = choose_start(lock, resume, config, data.train.fingerprint, is_main=accelerator.is_main_process)
-    notes = [*warnings, *lines, *start.notes]
+    fingerprints = data.train.fingerprint, data.val.fingerprint
+    start = choose_start(lock, resume, config, *fingerprints, is_main=accelerator.is_main_process)
+    notes = [*warnings, *lines, *data.notes, *start.notes]
     if config.model.init_from and not start.checkpoint:
         notes += start_from(config.model.init_from, model)
     # The loaders are not prepared by accelerate: order, sharding and every random draw are the plan's.
@@ -140,7 +141,7 @@ def make_accelerator(
     cuda = torch.cuda.is_available()
     if precision == "auto":
         precision = "fp16" if cuda else "fp32"
-    _check_precision(precision, cuda)
+    check_precision(precision)
     # BatchNorm statistics are averaged over ranks before an evaluation, not at every forward pass.
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     handlers: list[Any] = [ddp]
@@ -157,8 +158,9 @@ def make_accelerator(
     return accelerator
 
 
-def _check_precision(precision: str, cuda: bool) -> None:
-    if precision in ("fp16", "tf32") and not cuda:
+def check_precision(precision: str) -> None:
+    """Raise ConfigError for a precision that the GPUs here do not have."""
+    if precision in ("fp16", "tf32") and not torch.cuda.is_available():
         what = f"{precision} needs a CUDA device, and there is none"
         raise ConfigError(f"train.precision: {what}; use auto, bf16 or fp32")
     if precision == "tf32":
