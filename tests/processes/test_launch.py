@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 from helpers.runs import FAULTY, TWO, assert_nobody_is_left, failures, faults, logged, losses, wait_for
 
+from cmtrain.processes import failure
 from cmtrain.processes.collectives import leave_together, set_torch_defaults
 from cmtrain.processes.failure import (
     Failure,
@@ -257,6 +259,30 @@ def test_ranks_that_fail_together_are_recorded_once(tmp_path):
     recorded += ["rank 0 on a: the data is gone"]  # the earliest failure decides how the run ends
     assert reasons(Failure(0, 3, "the data is gone", exit_code=3, host="a", time=4.0)) == recorded
     assert read_status(tmp_path)["exit_code"] == 3
+
+
+def test_ranks_that_lose_contact_at_one_moment_are_recorded_once(tmp_path, monkeypatch):
+    """Both have read the status before either writes it, unless one waits for the other."""
+    folder = RunFolder(tmp_path)
+    folder.status(state="running", step=12)
+    folder.event("started")
+    for rank in (0, 1):
+        write_failure(tmp_path, Failure(rank, 2, "lost contact with another rank", lost_contact=True))
+    both_have_read = threading.Barrier(2, timeout=0.3)
+
+    def read_together(path):
+        status = read_status(path)
+        with suppress(threading.BrokenBarrierError):
+            both_have_read.wait()
+        return status
+
+    monkeypatch.setattr(failure, "read_status", read_together)
+    ranks = [threading.Thread(target=record_cause, args=(tmp_path,)) for _ in range(2)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+    assert [event["event"] for event in read_events(tmp_path)] == ["started", "failed"]
 
 
 def test_the_next_start_records_how_a_run_ended(tmp_path):
