@@ -114,8 +114,8 @@ def _one_at_a_time(run_path: Path) -> Iterator[None]:
     Goes on without a lock where there is none to have, or where another process holds it for too long.
     """
     try:
-        # Of the files that are always there and never replaced. Over NFS only a file open for writing is locked.
-        file = open(run_path / "events.jsonl", "r+b")
+        # A file that is never replaced; open for writing, because NFS locks no other.
+        file = open(run_path / "events.jsonl", "r+b")  # noqa: SIM115
     except OSError:
         yield
         return

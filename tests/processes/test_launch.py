@@ -158,7 +158,7 @@ def test_a_finished_run_ends_at_once(make_job):
         "assert not {'torch', 'numpy', 'nvidia'} & set(sys.modules); sys.exit(code)"
     )
     command = [sys.executable, "-c", program, "--config", str(job.config), "--nproc", "2"]
-    again = subprocess.run(command, cwd=job.folder, capture_output=True, text=True, timeout=60, check=True)
+    again = subprocess.run(command, cwd=job.folder, capture_output=True, text=True, timeout=600, check=True)
     assert json.loads(again.stdout) == result
     job("--schedule.epochs", "4", code=2)  # but another recipe is another run
     (job.run / "checkpoints").rename(job.run / "kept")
@@ -374,7 +374,7 @@ def test_under_torchrun_a_mistake_is_printed_once(make_job):
     job = make_job()
     once = (*TORCHRUN[:-1], "0")  # and not again at every restart
     process = job.start("--optim.lr", "none", launcher=once, module=FAULTY)
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=600)
     assert sum("optim.lr" in line for line in err.splitlines()) == 1
 
 

@@ -24,7 +24,7 @@ def make_setup(tmp_path, banner, *capabilities, arguments=(), **variables):
         smi.chmod(0o755)
     environment = os.environ | {"PATH": f"{tmp_path}:/usr/bin:/bin"} | variables
     command = ["make", "-C", str(ROOT), f"VENV={tmp_path}/venv", "PYTHON=python3", *arguments, "setup"]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
 
 
 @pytest.mark.parametrize(
@@ -79,9 +79,10 @@ def test_a_tool_that_was_tampered_with_is_refused(tmp_path):
             wheel.writestr(f"{stem}.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
             wheel.writestr(f"{stem}.dist-info/RECORD", "")
     python = tmp_path / "python"
+    pip = f'#!/bin/sh\\nexec {sys.executable} -m pip "$@"\\n'
     python.write_text(
-        f'#!/bin/sh\n[ "$1" = -c ] && exec {sys.executable} "$@"\nmkdir -p "$3/bin"\n'
-        f'printf \'#!/bin/sh\\nexec {sys.executable} -m pip "$@"\\n\' > "$3/bin/pip"; chmod +x "$3/bin/pip"\n'
+        f'#!/bin/sh\n[ "$1" = -c ] && exec {sys.executable} "$@"\n'
+        f'mkdir -p "$3/bin"; printf \'{pip}\' > "$3/bin/pip"; chmod +x "$3/bin/pip"\n'
     )
     python.chmod(0o755)
     mirror = {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path)}
