@@ -9,8 +9,7 @@ from helpers.browser import Browser
 from helpers.images import write_tree
 from helpers.runs import FORKS, Job
 
-# A preloaded module may be missing, as DALI may be; ours would end the server with a DataError.
-FORKS.set_forkserver_preload(["cmtrain.training.train", "cmtrain.cli.main", "nvidia.dali.plugin.pytorch"])
+FORKS.set_forkserver_preload(["helpers.warm"])
 
 
 def pytest_addoption(parser):
