@@ -25,7 +25,15 @@ from cmtrain.commands import sweep
 from cmtrain.config.describe import config_reference, config_schema
 from cmtrain.config.load import load_config
 from cmtrain.config.schema import Config, to_yaml
-from cmtrain.errors import EXIT_CONFIG, EXIT_DATA, EXIT_DONE, EXIT_INTERRUPTED, ConfigError, did_you_mean
+from cmtrain.errors import (
+    EXIT_CONFIG,
+    EXIT_DATA,
+    EXIT_DONE,
+    EXIT_INTERRUPTED,
+    ConfigError,
+    did_you_mean,
+    message_of,
+)
 from cmtrain.processes.gpus import hide_gpus_if_cpu_is_asked_for, visible_gpus
 from cmtrain.processes.launcher import run_ranks
 from cmtrain.processes.rank import PARENT, hold_back, is_first_rank, is_started_by_launcher, run_as_rank
@@ -122,10 +130,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _VERBS[verb](arguments)
     except ConfigError as error:
         hold_back()
-        sys.stderr.write(f"{error}\n")
+        sys.stderr.write(f"{message_of(error)}\n")
         return EXIT_CONFIG
     except DataError as error:
-        sys.stderr.write(f"{error}\n")
+        sys.stderr.write(f"{message_of(error)}\n")
         return EXIT_DATA
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED

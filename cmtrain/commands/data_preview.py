@@ -20,10 +20,12 @@ from cmtrain.config.schema import Config
 from cmtrain.errors import EXIT_DONE
 from cmtrain.step.mixing import MixSpec, mix
 from cmtrain.training import build, loaders
+from pipelines.checks.decode_one import FORMATS, fault_of, is_trouble, patiently
+from pipelines.checks.pixels import grey_or_rgb
 from pipelines.files.manifest import Manifest
 from pipelines.preview import contact_sheet
 from pipelines.progress import tracked
-from pipelines.spec import DataError
+from pipelines.spec import DataError, os_errors_in_one_line, visible
 
 _PERCENTILES = (0, 5, 50, 95, 100)
 _SAMPLED_IMAGES = 1000  # decoded for mean and std, evenly spread over the split
@@ -95,7 +97,7 @@ def _split_stats(manifest: Manifest, config: Config) -> dict[str, Any]:
         "height_px": _percentiles(manifest.heights, _PERCENTILES),
         "width_px": _percentiles(manifest.widths, _PERCENTILES),
         "smaller_than_crop": float((shorter < config.data.image_px).mean()),
-        "bytes": _size_bytes(manifest),
+        "bytes": int(manifest.size_bytes.sum()),
         **_pixel_stats(manifest),
     }
 
@@ -106,21 +108,15 @@ def _percentiles(values: NDArray[Any], percents: tuple[int, ...]) -> dict[str, f
     return {names.get(percent, f"p{percent}"): value for percent, value in zip(percents, found, strict=True)}
 
 
-def _size_bytes(manifest: Manifest) -> int:
-    if manifest.packed is not None:
-        return int(manifest.packed.size_bytes.sum())
-    return sum(os.path.getsize(manifest.file(index)) for index in range(len(manifest)))
-
-
 def _pixel_stats(manifest: Manifest) -> dict[str, Any]:
     chosen = np.unique(np.linspace(0, len(manifest) - 1, _SAMPLED_IMAGES).astype(np.int64)).tolist()
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool, os_errors_in_one_line():
         decoded = pool.map(lambda index: _moments(manifest, index), chosen)
         found = list(tracked(decoded, f"{manifest.root}: decoding", len(chosen)))
     moments = np.array([moment for moment in found if not isinstance(moment, str)]).reshape(-1, 2, 3)
     failures = [(index, why) for index, why in zip(chosen, found, strict=True) if isinstance(why, str)]
     for index, why in failures:
-        sys.stderr.write(f"cannot be decoded: {manifest.file(index)}: {why}\n")
+        sys.stderr.write(visible(f"cannot be decoded: {manifest.file(index)}: {why}") + "\n")
     mean, square = moments.mean(axis=0) if len(moments) else np.full((2, 3), np.nan)
     return {
         "mean": np.round(mean, 4).tolist(),
@@ -134,11 +130,16 @@ def _moments(manifest: Manifest, index: int) -> NDArray[np.float64] | str:
     """Return (2, 3): mean and mean square of R, G and B in 0..1; or the reason why there are none."""
     packed = manifest.packed
     try:
-        with Image.open(manifest.file(index) if packed is None else io.BytesIO(packed.read(index))) as image:
-            pixels = np.asarray(image.convert("RGB"), np.float64).reshape(-1, 3) / 255  # (H * W, 3)
+        content = packed.read(index) if packed else patiently(Path(manifest.file(index)).read_bytes)
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            histogram = grey_or_rgb(image).convert("RGB").histogram()
     except Exception as error:  # Pillow's decoders raise almost anything on hostile bytes
-        return f"{type(error).__name__}: {error}"
-    return np.stack([pixels.mean(axis=0), (pixels**2).mean(axis=0)])
+        if is_trouble(error) or isinstance(error, DataError | MemoryError):
+            raise
+        return fault_of(error).reason
+    shares = np.array(histogram).reshape(3, 256) * (3 / sum(histogram))  # of each channel's 256 levels
+    levels = np.arange(256) / 255
+    return np.stack([shares @ levels, shares @ levels**2])
 
 
 def _text(value: Any) -> str:
@@ -157,4 +158,4 @@ def _write_grid(epochs: list[torch.Tensor], config: Config, path: Path) -> None:
         contact_sheet(images, mean, std, path, max_images=len(images), columns=len(epochs))
     except OSError as error:
         raise DataError(f"{path}: cannot be written: {error.strerror or error}") from error
-    sys.stderr.write(f"{path}\n")
+    sys.stderr.write(f"{visible(path)}\n")

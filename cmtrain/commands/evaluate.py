@@ -27,6 +27,7 @@ from cmtrain.step.evaluate import Evaluation, evaluate
 from cmtrain.storage.weights import num_classes_in
 from cmtrain.training import build, loaders
 from cmtrain.training.schedule import split_batch
+from pipelines.files.listing import class_folders
 from pipelines.files.manifest import Manifest
 from pipelines.spec import DataError
 
@@ -144,10 +145,7 @@ def open_folder(folder: str, class_names: Sequence[str], config: Config) -> Mani
     """
     limit = config.data.max_bad_fraction
     scan: dict[str, Any] = {"cache_dir": loaders.cache_folder(config), "max_bad_fraction": limit}
-    try:
-        found = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != ".")
-    except OSError as error:
-        raise DataError(f"--folder {folder}: {error.strerror}") from error
+    found = class_folders(folder)
     if set(found) <= set(class_names):
         return Manifest.from_folder(folder, class_names=class_names, **scan)
     numbers = list(map(str, range(len(class_names))))

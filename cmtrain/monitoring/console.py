@@ -5,6 +5,8 @@ import sys
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from pipelines.spec import visible
+
 MIN_BAR_WIDTH = 7
 
 
@@ -54,6 +56,7 @@ class Console:
     def line(self, text: str) -> None:
         """Print a line that stays on the screen: an evaluation, a checkpoint, what the guard did."""
         if self.enabled:
+            text = visible(text)
             if self.bar:
                 self.rich.print(text, markup=False)
             else:

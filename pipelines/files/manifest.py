@@ -28,7 +28,7 @@ from pipelines.files.listing import Listing, Paths, list_file, list_folder, rela
 from pipelines.files.scan_cache import cached_scan, list_digest
 from pipelines.files.shards import INDEX, Slices
 from pipelines.plan import sample_keys
-from pipelines.spec import MAX_BAD_FRACTION, DataError
+from pipelines.spec import MAX_BAD_FRACTION, DataError, os_errors_in_one_line
 
 _SUBSET_DOMAIN = 3  # keeps the choice of a subset apart from the plan's uses of the same seed
 
@@ -72,7 +72,7 @@ class Manifest:
         if self.packed is None:
             yield [self.file(index) for index in indices]
             return
-        with tempfile.TemporaryDirectory() as folder:
+        with os_errors_in_one_line(tempfile.gettempdir()), tempfile.TemporaryDirectory() as folder:
             for index in indices:
                 Path(folder, str(index)).write_bytes(self.packed.read(index))
             yield [os.path.join(folder, str(index)) for index in indices]
@@ -96,6 +96,7 @@ class Manifest:
         return replace(self, paths=self.paths.select(indices), packed=packed, **arrays)
 
     @staticmethod
+    @os_errors_in_one_line()
     def from_folder(
         root: Path | str,
         *,
