@@ -13,7 +13,8 @@ from cmtrain.errors import EXIT_DATA, EXIT_DONE
 from pipelines.checks.bad_list import SPLITS, write_list
 from pipelines.checks.decode_one import Fault, Kind
 from pipelines.checks.decode_pool import DecodePool
-from pipelines.files.listing import Listing, describe_skipped, list_folder, relabel_folder
+from pipelines.files.labels import relabel_folder
+from pipelines.files.listing import Listing, describe_skipped, list_folder
 from pipelines.files.manifest import Manifest
 from pipelines.files.shards import is_packed
 from pipelines.progress import tracked

@@ -43,6 +43,7 @@ def preview(config: Config, *, out: str, rows: int = 8, columns: int = 8, epoch:
     """
     accelerator = build.make_accelerator("auto")
     data = loaders.open_data(config, accelerator)
+    sys.stderr.writelines(f"{visible(line)}\n" for line in data.notes)
     chosen = np.unique(np.linspace(0, len(data.train) - 1, rows).astype(np.int64))
     shown = data.train.select(chosen)
     schedule = build.plan_steps(config, len(data.train), accelerator.num_processes)
@@ -77,6 +78,7 @@ def stats(config: Config) -> int:
         ConfigError, DataError: as for training.
     """
     data = loaders.open_data(config, build.make_accelerator("auto", checks_gpus=False))
+    sys.stderr.writelines(f"{visible(line)}\n" for line in data.notes)
     report = {"train": _split_stats(data.train, config), "val": _split_stats(data.val, config)}
     table = Table("", *report)
     for key in report["train"]:
@@ -92,6 +94,7 @@ def _split_stats(manifest: Manifest, config: Config) -> dict[str, Any]:
     return {
         "images": len(manifest),
         "left_out": len(manifest.bad),
+        "not_used": dict(manifest.skipped),
         "classes": len(manifest.class_names),
         "images_per_class": _percentiles(per_class, (0, 50, 100)),
         "height_px": _percentiles(manifest.heights, _PERCENTILES),
@@ -144,7 +147,7 @@ def _moments(manifest: Manifest, index: int) -> NDArray[np.float64] | str:
 
 def _text(value: Any) -> str:
     if isinstance(value, dict):
-        return "  ".join(f"{name} {_text(number)}" for name, number in value.items())
+        return visible("  ".join(f"{name} {_text(number)}" for name, number in value.items()))
     if isinstance(value, list):
         return " ".join(f"{number:.4f}" for number in value)
     return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"

@@ -22,6 +22,7 @@ from pipelines.spec import DataError, os_errors_in_one_line, visible
 
 NAME = "bad_files.tsv"
 SPLITS = ("train", "val")
+_LISTED = f" (listed in {NAME})"
 _HEADER = r"# cmtrain data check: left out of training; delete a line to use its file again (\\ is one \)"
 _ESCAPES = re.compile(r"\\(?:\\|[nrt]|x[0-9a-f]{2}|u[0-9a-f]{4}|U[0-9a-f]{8})")
 
@@ -34,16 +35,31 @@ class BadFile(NamedTuple):
     reason: str
 
 
-def read_lists(root: Path) -> dict[str, Fault]:
-    """Return faults by path relative to `root`, from the lists of `root` and of the folder that holds it."""
+def read_lists(root: Path, inner: Iterable[str] = ()) -> dict[str, Fault]:
+    """Return faults by path relative to `root`, from the lists of `root` and of the folder that holds it.
+
+    Args:
+        inner: folders below `root` whose lists count, too.
+    """
     faults: dict[str, Fault] = {}
-    for folder in (root.parent, root):
-        prefix = "" if folder == root else f"{root.name}/"
+    real = Path(os.path.realpath(root))
+    above = {(holder.parent, f"{holder.name}/", "") for holder in (root, real)}
+    below = [(root / folder, "", f"{folder}/") for folder in inner]
+    for folder, prefix, start in [*sorted(above), (root, "", ""), *below]:
         for path in _places(folder):
             for listed, (kind, reason) in _read(path).items():
                 if listed.startswith(prefix):
-                    faults[listed.removeprefix(prefix)] = Fault(kind, f"{reason} (listed in {NAME})")
+                    name = start + listed.removeprefix(prefix)
+                    faults[name] = Fault(kind, f"{reason}{_LISTED}")
     return faults
+
+
+def find_list(root: Path, files: Iterable[BadFile]) -> Path | None:
+    """Return the list of `root` or of the folder above, if all of `files` are left out because of a list."""
+    if not all(file.reason.endswith(_LISTED) for file in files):
+        return None
+    places = [place for folder in (root.parent, root) for place in _places(folder)]
+    return next((place for place in places if os.path.exists(place)), None)
 
 
 def write_list(folder: Path, faults: Mapping[str, Fault], path: Path | None = None) -> Path | None:
@@ -89,7 +105,7 @@ def user_cache() -> Path:
 
 
 def _places(folder: Path) -> tuple[Path, Path]:
-    name = hashlib.sha256(os.fsencode(folder)).hexdigest()[:32]
+    name = hashlib.sha256(os.fsencode(os.path.realpath(folder))).hexdigest()[:32]
     return folder / NAME, user_cache() / f"bad-files-{name}.tsv"
 
 

@@ -1,4 +1,4 @@
-"""List the candidate images of a folder or of a list file, without opening them.
+"""List the candidate images of a folder, without opening them.
 
 DALI's directory reader gives hidden and empty folders a label and ignores nested files, so the walk is our
 own.
@@ -7,11 +7,10 @@ own.
 from __future__ import annotations
 
 import os
-import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,14 +25,13 @@ LAYOUT = "data.root must hold train/<class>/*.jpg and val/<class>/*.jpg"
 NO_EXTENSION = "without extension"
 MAX_KINDS = 8  # named in one line
 _ENCODED_EXTENSIONS = tuple(extension.encode() for extension in EXTENSIONS)
-_LIST_LINE = re.compile(rf"(.+(?:{'|'.join(map(re.escape, EXTENSIONS))}))\s*[,\s]\s*(.+)", re.IGNORECASE)
 # Folders that systems put into others: zip files of a Mac, thumbnails of a NAS, the root of a disk.
 _SYSTEM_FOLDERS = {"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information"}
 _INT64_MASK = 2**63 - 1  # some file systems use all 64 bits of an inode number
 
 Ints = NDArray[np.int64]
 FolderState = tuple[int, int, int, int]
-FileState = tuple[int, int, Fault | None]
+FileState = tuple[int, int, int, Fault | None]
 # Yields (path, label) of the files below a folder, and fills the states of the folders.
 Entries = Callable[[bytes, dict[bytes, FolderState]], Iterator[tuple[bytes, int]]]
 
@@ -91,12 +89,14 @@ class Listing:
     labels: Ints  # (N,)
     size_bytes: Ints  # (N,)
     mtime_ns: Ints  # (N,)
+    inodes: Ints  # (N,)
     class_names: tuple[str, ...]
     faults: dict[int, Fault]  # by place, of files that are known to be unusable without opening them
     folders: Paths  # of the files, relative to root
     folder_states: Ints  # (F, 4) of `folder_state`, from before their entries were read
     began_ns: int  # this host's clock before the first folder was read
     skipped: dict[str, int]  # what was not taken: number by kind, see `describe_skipped`
+    notes: tuple[str, ...] = ()  # how labels became classes, for the user
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -116,7 +116,7 @@ def list_folder(root: Path) -> Listing:
 
     def entries(start: bytes, folders: dict[bytes, FolderState]) -> Iterator[tuple[bytes, int]]:
         folders[b""] = folder_state(start)
-        names.extend(class_folders(root, skipped))
+        names.extend(_class_folders(root, skipped))
         if not names:
             besides = describe_skipped(skipped)
             raise DataError(f"{root}: no class folders; {besides and f'{besides}; '}{LAYOUT}")
@@ -125,81 +125,7 @@ def list_folder(root: Path) -> Listing:
             for path in sorted(_walk(start, os.fsencode(name), visited, folders, skipped)):
                 yield path, label
 
-    return _look_at(root, entries, names, skipped)
-
-
-def class_folders(root: Path | str, skipped: Counter[str] | None = None) -> list[str]:
-    """Return the names of the class folders in `root`; count in `skipped` what else is there, by kind.
-
-    Raises DataError for a folder that cannot be read.
-    """
-    skipped = Counter() if skipped is None else skipped
-    names = []
-    with os_errors_in_one_line(root):
-        for entry in _entries(os.fsencode(root)):
-            kind = _kind_of(entry)
-            if kind is None:
-                names.append(os.fsdecode(entry.name))
-            elif entry.name != NAME.encode():
-                is_named = kind.startswith((".", NO_EXTENSION))
-                skipped["beside the class folders" if is_named else kind] += 1
-    return names
-
-
-def list_file(path: Path, root: Path) -> Listing:
-    """List the images that `path` names, in its order; classes are its labels, in order of appearance.
-
-    Raises DataError when there is no such folder or file, no image, or a line that cannot be read.
-    """
-    place: dict[str, int] = {}
-    skipped = Counter[str]()
-
-    def entries(start: bytes, folders: dict[bytes, FolderState]) -> Iterator[tuple[bytes, int]]:
-        for _, name, label in _read_list(path, skipped):
-            encoded = os.fsencode(name)
-            folder = os.path.dirname(encoded)
-            if folder not in folders:
-                folders[folder] = folder_state(start + folder)
-            yield encoded, place.setdefault(label, len(place))
-        if not place:
-            raise DataError(f"{path}: names no images")
-
-    return _look_at(root, entries, place, skipped)
-
-
-def relabel_folder(listing: Listing, class_names: Sequence[str] | None) -> Listing:
-    """Return the same files with places in `class_names` as labels; None takes the folders' names.
-
-    Raises DataError for a folder that is no class of `class_names`, or, without these, for an empty one.
-    """
-    found, root = listing.class_names, listing.root
-    names = found if class_names is None else tuple(class_names)
-    unknown = sorted(set(found) - set(names))
-    if unknown:
-        what = f"not one of the {len(names)} training classes ({len(unknown)} such)"
-        raise DataError(f"{root / unknown[0]}: {what}")
-    empty = np.flatnonzero(np.bincount(listing.labels, minlength=len(found)) == 0)
-    if len(empty) and class_names is None:
-        what = "no images in this class folder; add some or remove the folder"
-        raise DataError(f"{root / found[empty[0]]}: {what}")
-    index_of = {name: index for index, name in enumerate(names)}
-    return _relabelled(listing, [index_of[name] for name in found], names)
-
-
-def relabel_list(listing: Listing, path: Path, class_names: Sequence[str] | None) -> Listing:
-    """Return the same files with places in `class_names` as labels; None takes all numbers or names found.
-
-    Raises DataError for a label that is neither one of `class_names` nor the number of one, with its line.
-    """
-    found = listing.class_names
-    names = tuple(class_names) if class_names is not None else _names_of(found)
-    index_of = {name: index for index, name in enumerate(names)}
-    classes = [index_of.get(label, int(label) if label.isdecimal() else len(names)) for label in found]
-    for label, index in zip(found, classes, strict=True):
-        if index >= len(names):
-            number = next((number for number, _, text in _read_list(path) if text == label), 0)
-            raise DataError(f"{path}:{number}: label {label!r} is not one of the {len(names)} classes")
-    return _relabelled(listing, classes, names)
+    return look_at(root, entries, names, skipped)
 
 
 def folder_state(path: bytes) -> FolderState:
@@ -218,8 +144,9 @@ def folder_state(path: bytes) -> FolderState:
 
 
 def file_state(path: bytes) -> FileState:
-    """Return size in bytes, time of modification, and the fault that shows without opening the file.
+    """Return size in bytes, time of modification, inode, and the fault that shows without opening the file.
 
+    The inode is of the file itself: of one with many names, by links or by spelling, it is one.
     Raises OSError when the machine cannot look.
     """
     try:
@@ -227,8 +154,8 @@ def file_state(path: bytes) -> FileState:
     except OSError as error:
         if is_trouble(error):
             raise
-        return 0, 0, fault_of(error)
-    return info.st_size, info.st_mtime_ns, fault_in_stat(info)
+        return 0, 0, 0, fault_of(error)
+    return info.st_size, info.st_mtime_ns, info.st_ino & _INT64_MASK, fault_in_stat(info)
 
 
 def describe_skipped(skipped: Mapping[str, int]) -> str:
@@ -242,7 +169,7 @@ def describe_skipped(skipped: Mapping[str, int]) -> str:
     return visible(f"not used: {', '.join(parts)}")
 
 
-def _look_at(root: Path, entries: Entries, classes: Iterable[str], skipped: Counter[str]) -> Listing:
+def look_at(root: Path, entries: Entries, classes: Iterable[str], skipped: Counter[str]) -> Listing:
     """Return the listing of `entries(start, folders)`, which fills `folders` and `classes` as it is read."""
     with os_errors_in_one_line(root):
         if not root.is_dir():
@@ -252,28 +179,37 @@ def _look_at(root: Path, entries: Entries, classes: Iterable[str], skipped: Coun
     paths: list[bytes] = []
     faults: dict[int, Fault] = {}
 
-    def rows() -> Iterator[tuple[int, int, int]]:
+    def rows() -> Iterator[tuple[int, int, int, int]]:
         for path, label in entries(start, folders):
-            size_bytes, mtime_ns, fault = file_state(start + path)
+            size_bytes, mtime_ns, inode, fault = file_state(start + path)
             if fault:
                 faults[len(paths)] = fault
             paths.append(path)
-            yield label, size_bytes, mtime_ns
+            yield label, size_bytes, mtime_ns, inode
 
     # Straight into an array: a million tuples would take more memory than all the rest.
     with os_errors_in_one_line(root):
-        labels, size_bytes, mtime_ns = np.fromiter(rows(), np.dtype((np.int64, 3))).T.copy()
+        labels, sizes, times, inodes = np.fromiter(rows(), np.dtype((np.int64, 4))).T.copy()
     if not paths:
         besides = describe_skipped(skipped)
         raise DataError(f"{root}: no images; {besides and f'{besides}; '}{LAYOUT}")
     images, holders = (Paths(np.array(list(found), np.bytes_)) for found in (paths, folders))
     states, names = np.array(list(folders.values()), np.int64), tuple(classes)
-    columns = images, labels, size_bytes, mtime_ns, names, faults, holders, states
+    columns = images, labels, sizes, times, inodes, names, faults, holders, states
     return Listing(root, *columns, began_ns, dict(sorted(skipped.items())))
 
 
-def _relabelled(listing: Listing, classes: list[int], names: tuple[str, ...]) -> Listing:
-    return replace(listing, labels=np.array(classes, np.int64)[listing.labels], class_names=names)
+def _class_folders(root: Path, skipped: Counter[str]) -> list[str]:
+    """Return the names of the class folders in `root`; count in `skipped` what else is there, by kind."""
+    names = []
+    for entry in _entries(os.fsencode(root)):
+        kind = _kind_of(entry)
+        if kind is None:
+            names.append(os.fsdecode(entry.name))
+        elif entry.name != NAME.encode():
+            is_file = kind.startswith((".", NO_EXTENSION))
+            skipped["beside the class folders" if is_file else kind] += 1
+    return names
 
 
 def _walk(
@@ -328,30 +264,3 @@ def _kind_of(entry: os.DirEntry[bytes]) -> str | None:
             raise
         return "links that lead nowhere"
     return os.path.splitext(name)[1].lower() or NO_EXTENSION
-
-
-def _read_list(path: Path, skipped: Counter[str] | None = None) -> Iterator[tuple[int, str, str]]:
-    """Yield line number, path and label of every image; count the lines that are none."""
-    try:
-        with path.open(encoding="utf-8-sig") as lines:
-            for number, raw in enumerate(lines, start=1):
-                line = raw.strip()
-                if not line or line.startswith("#"):
-                    if line and skipped is not None:
-                        skipped["lines that begin with #"] += 1
-                    continue
-                found = _LIST_LINE.fullmatch(line)
-                where = f"{path}:{number}"
-                if found is None:
-                    raise DataError(f"{where}: expected 'path,label' or 'path label', found {line[:100]!r}")
-                if found[1].startswith("/") or ".." in found[1].split("/") or "\0" in line:
-                    raise DataError(f"{where}: must be below data.root: not absolute, without .. and NUL")
-                yield number, found[1], found[2].strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot read the list of images: {error}") from error
-
-
-def _names_of(labels: Sequence[str]) -> tuple[str, ...]:
-    if all(label.isdecimal() for label in labels):
-        return tuple(str(index) for index in range(1 + max(map(int, labels))))
-    return tuple(sorted(set(labels)))
