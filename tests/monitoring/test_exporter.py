@@ -230,7 +230,9 @@ def test_a_process_that_forgets_its_server_ends_quietly():
         "half = socket.create_connection(('127.0.0.1', server.port)); half.send(b'GET')\n"
         "import time; time.sleep(0.2)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=600
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
