@@ -13,6 +13,7 @@ from cmtrain.errors import EXIT_DATA, EXIT_DONE
 from pipelines.checks.bad_list import write_list
 from pipelines.checks.decode_one import Fault
 from pipelines.checks.decode_pool import DecodePool
+from pipelines.files.doubts import split_doubts
 from pipelines.files.labels import relabel_folder
 from pipelines.files.listing import Listing, list_folder
 from pipelines.files.manifest import Manifest
@@ -120,6 +121,8 @@ def _describe(split: CheckedSplit, class_names: tuple[str, ...], cache_dir: str 
         )
     except DataError:  # no image is usable
         return
+    for line in split_doubts(manifest, str(listing.root)):
+        _print(f"  {line}")
     _print(f"  fingerprint {manifest.fingerprint}")
 
 

@@ -77,8 +77,9 @@ def write_list(folder: Path, faults: Mapping[str, Fault], path: Path | None = No
 
 
 def user_cache() -> Path:
-    """Return $XDG_CACHE_HOME/cmtrain."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cmtrain"
+    """Return $XDG_CACHE_HOME/cmtrain; as its standard asks, one that is not absolute, as ~/x, is ignored."""
+    given = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(given) if os.path.isabs(given) else Path.home() / ".cache") / "cmtrain"
 
 
 def _places(folder: Path) -> tuple[Path, Path]:
