@@ -13,6 +13,7 @@ from cmtrain.errors import EXIT_DATA, EXIT_DONE
 from pipelines.checks.bad_list import SPLITS, write_list
 from pipelines.checks.decode_one import Fault, Kind
 from pipelines.checks.decode_pool import DecodePool
+from pipelines.files.doubts import split_doubts
 from pipelines.files.labels import relabel_folder
 from pipelines.files.listing import Listing, describe_skipped, list_folder
 from pipelines.files.manifest import Manifest
@@ -157,9 +158,11 @@ def _describe(split: CheckedSplit, class_names: tuple[str, ...], cache_dir: str 
         f"median {np.median(counts):,.0f}; {len(listing) / split.seconds:,.0f} images/s"
     )
     if num_bad < len(listing):  # the next start uses what is read here
-        Manifest.from_folder(
+        manifest = Manifest.from_folder(
             listing.root, class_names=class_names, cache_dir=cache_dir, max_bad_fraction=1.0, refresh=True
         )
+        for line in split_doubts(manifest, str(listing.root)):
+            _print(f"  {line}")
 
 
 def _print(line: str) -> None:

@@ -98,9 +98,13 @@ def write_list(folder: Path, faults: Mapping[str, Fault], path: Path | None = No
 
 
 def user_cache() -> Path:
-    """Return $XDG_CACHE_HOME/cmtrain; a folder that is not there for a user without a home."""
+    """Return $XDG_CACHE_HOME/cmtrain; as its standard asks, one that is not absolute, as ~/x, is ignored.
+
+    For a user without a home it is a folder that is not there.
+    """
     home = os.path.expanduser("~/.cache")  # is left as it is where there is none
-    cache = os.environ.get("XDG_CACHE_HOME") or ("/nonexistent" if home.startswith("~") else home)
+    given = os.environ.get("XDG_CACHE_HOME", "")
+    cache = given if os.path.isabs(given) else "/nonexistent" if home.startswith("~") else home
     return Path(cache) / "cmtrain"
 
 
