@@ -13,6 +13,7 @@ from typing import Any
 
 import timm
 import torch
+from safetensors import SafetensorError
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
@@ -25,6 +26,7 @@ from cmtrain.models.fold import folded
 from cmtrain.monitoring.console import Console
 from cmtrain.monitoring.report.page import make_templates
 from cmtrain.storage.checkpoint import new_folder, sync
+from cmtrain.storage.records import remove_leftovers
 from cmtrain.storage.run_record import read_run
 from cmtrain.storage.weights import Weights, fit, num_classes_in
 from cmtrain.training import build
@@ -67,6 +69,7 @@ def export(trained: Trained, *, formats: Sequence[str], out: str, kind: str | No
     weights = trained.weights(kind or trained.kinds[-1])
     model = make_trained_model(config, weights)
     temporary = final.absolute().parent / f".{final.name}.{os.getpid()}"
+    remove_leftovers(temporary.parent, final.name)
     try:
         with new_folder(final, temporary):
             differences = _write(temporary, model, formats, trained, fold_bn)
@@ -75,15 +78,21 @@ def export(trained: Trained, *, formats: Sequence[str], out: str, kind: str | No
             for path in temporary.iterdir():  # safetensors writes for its owner alone
                 path.chmod(card.stat().st_mode)
                 sync(path)
-    except OSError as error:
-        raise DataError(f"--out {out}: {error.strerror or error}") from error
+    except (
+        OSError,
+        SafetensorError,
+        RuntimeError,
+    ) as error:  # torch and safetensors have their own for a full disk
+        why = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise DataError(f"--out {out}: cannot be written: {why}") from error
     console = Console(enabled=True)
     for name, difference in differences.items():
         console.line(f"{name}: logits differ from the {weights.kind}'s by at most {difference:.1e}")
     console.line(f"written to {final}")
     files = sorted(path.name for path in final.iterdir())
     result = {"out": str(final), "checkpoint": str(weights.path), "weights": weights.kind, "files": files}
-    print(json.dumps(result | {"max_difference": differences}), flush=True)  # noqa: T201
+    found = {"rejected": list(trained.checkpoint.rejected), "max_difference": differences}
+    print(json.dumps(result | found), flush=True)  # noqa: T201
     return EXIT_DONE
 
 

@@ -24,6 +24,7 @@ from cmtrain.config.schema import Config, recipe
 from cmtrain.config.strict_yaml import emit
 from cmtrain.errors import ConfigError
 from cmtrain.processes.failure import stop_signals
+from cmtrain.storage.records import is_number
 from cmtrain.storage.run_folder import read_status
 from pipelines.spec import DataError
 
@@ -160,6 +161,7 @@ def _cells(row: SweepRow) -> list[str]:
     expect, status = row.config.expect, read_status(row.run_path) or {}
     state = _state(row, status)
     top1 = (status.get("result") or {}).get("top1") if state == "finished" else None
+    top1 = top1 if is_number(top1) else None
     published = measured = difference = ""
     if expect.diverges:
         published = "diverged"

@@ -141,7 +141,7 @@ def make_accelerator(
     cuda = torch.cuda.is_available()
     if precision == "auto":
         precision = "fp16" if cuda else "fp32"
-    _check_precision(precision, cuda)
+    check_precision(precision)
     # BatchNorm statistics are averaged over ranks before an evaluation, not at every forward pass.
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     handlers: list[Any] = [ddp]
@@ -158,8 +158,9 @@ def make_accelerator(
     return accelerator
 
 
-def _check_precision(precision: str, cuda: bool) -> None:
-    if precision in ("fp16", "tf32") and not cuda:
+def check_precision(precision: str) -> None:
+    """Raise ConfigError for a precision that the GPUs here do not have."""
+    if precision in ("fp16", "tf32") and not torch.cuda.is_available():
         what = f"{precision} needs a CUDA device, and there is none"
         raise ConfigError(f"train.precision: {what}; use auto, bf16 or fp32")
     if precision == "tf32":
