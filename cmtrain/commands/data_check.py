@@ -4,7 +4,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -95,10 +95,11 @@ def check(
     class_names = splits[0].listing.class_names
     for split in splits:
         _describe(split, class_names, cache_dir)
-    if not faults:
-        return EXIT_DONE
     if written is not None:
         _print(f"the {len(faults):,} bad files are listed in {written}")
+    relabel_folder(splits[0].listing, None)  # raises where training would
+    if not faults:
+        return EXIT_DONE
     if out and full:
         _print("training does not read that list: check without --out to have them left out")
         return EXIT_DATA
@@ -122,7 +123,8 @@ def _list_splits(folder: Path) -> Iterator[Listing]:
         if is_packed(root):
             what = "is packed: the same `cmtrain data pack` again verifies it"
             raise DataError(f"{root}: {what}; check the folder that it was packed from")
-        listing = relabel_folder(list_folder(root), class_names)
+        listing = list_folder(root)
+        listing = relabel_folder(listing, class_names or listing.class_names)
         class_names = listing.class_names
         yield listing
 
@@ -161,7 +163,7 @@ def _describe(split: CheckedSplit, class_names: tuple[str, ...], cache_dir: str 
         manifest = Manifest.from_folder(
             listing.root, class_names=class_names, cache_dir=cache_dir, max_bad_fraction=1.0, refresh=True
         )
-        for line in split_doubts(manifest, str(listing.root)):
+        for line in split_doubts(replace(manifest, notes=()), listing.root.name):
             _print(f"  {line}")
 
 

@@ -239,20 +239,17 @@ def _listed_faults(
     if not listed:
         return {}
     entries = Paths.of(listed).find(listing.paths)  # (N,)
-    places = np.flatnonzero(entries >= 0)
-    faults = list(listed.values())
-    found = {place: faults[entries[place]] for place in places.tolist()}
-    elsewhere = np.setdiff1d(np.arange(len(faults)), entries)
-    names = list(listed)
-    if len(elsewhere):
-        states = [
-            file_state(listing.encoded_path(os.fsencode(names[entry]))) for entry in elsewhere.tolist()
-        ]
+    names, faults = list(listed), list(listed.values())
+    found = {place: faults[entries[place]] for place in np.flatnonzero(entries >= 0).tolist()}
+    wanted = {int(identities[place]): fault for place, fault in found.items()}
+    if elsewhere := np.setdiff1d(np.arange(len(faults)), entries).tolist():
+        states = [file_state(listing.encoded_path(os.fsencode(names[entry]))) for entry in elsewhere]
         sizes, times, inodes = (np.array(column, np.int64) for column in list(zip(*states, strict=True))[:3])
-        wanted = dict(zip(_identities(inodes, sizes, times).tolist(), elsewhere.tolist(), strict=True))
-        wanted.pop(0, None)
-        for place in np.flatnonzero(np.isin(identities, np.array(list(wanted), np.uint64))).tolist():
-            found.setdefault(place, faults[wanted[int(identities[place])]])
+        ids = _identities(inodes, sizes, times).tolist()
+        wanted |= {one: faults[entry] for one, entry in zip(ids, elsewhere, strict=True)}
+    wanted.pop(0, None)
+    for place in np.flatnonzero(np.isin(identities, np.array(list(wanted), np.uint64))).tolist():
+        found.setdefault(place, wanted[int(identities[place])])
     return found
 
 
