@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cmtrain.cli.main import main
 from cmtrain.monitoring.report.headline import measure_times
-from cmtrain.monitoring.report.page import render, sample_uri, write_report
+from cmtrain.monitoring.report.page import render, report, sample_uri, write_report
 from cmtrain.step.evaluate import Evaluation, _Outcomes, evaluate
 from cmtrain.storage.run_record import RUN_FILES, read_run
 from pipelines.spec import UNREADABLE, Batch, DataError

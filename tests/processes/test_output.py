@@ -1,4 +1,4 @@
-"""Nobody reads what is printed: a run goes on and records the loss, other verbs end quietly or with a line."""
+"""Nobody reads what is printed: a run goes on and records it, other verbs end quietly or with one line."""
 
 import os
 import subprocess
