@@ -16,6 +16,14 @@ class ConfigError(Exception):
     """
 
 
+def message_of(error: Exception) -> str:
+    """Return what to print of a ConfigError, which has one line for each mistake, or of another error."""
+    from pipelines.spec import visible  # not before `check_pipelines`
+
+    lines = str(error).split("\n") if isinstance(error, ConfigError) else [str(error)]
+    return "\n".join(map(visible, lines))
+
+
 def did_you_mean(given: str, choices: Iterable[str], prefix: str = "") -> str:
     """Return ", did you mean X?" with the choice that is closest to `given`; "" if none is close."""
     close = difflib.get_close_matches(given, list(choices), n=1)

@@ -25,7 +25,15 @@ from cmtrain.commands import sweep
 from cmtrain.config.describe import config_reference, config_schema
 from cmtrain.config.load import load_config
 from cmtrain.config.schema import Config, to_yaml
-from cmtrain.errors import EXIT_CONFIG, EXIT_DATA, EXIT_DONE, EXIT_INTERRUPTED, ConfigError, did_you_mean
+from cmtrain.errors import (
+    EXIT_CONFIG,
+    EXIT_DATA,
+    EXIT_DONE,
+    EXIT_INTERRUPTED,
+    ConfigError,
+    did_you_mean,
+    message_of,
+)
 from cmtrain.processes.gpus import hide_gpus_if_cpu_is_asked_for, visible_gpus
 from cmtrain.processes.launcher import run_ranks
 from cmtrain.processes.output import with_guarded_output
@@ -131,10 +139,10 @@ def _main(arguments: list[str]) -> int:
         return _VERBS[verb](arguments)
     except ConfigError as error:
         hold_back()
-        sys.stderr.write(f"{error}\n")
+        sys.stderr.write(f"{message_of(error)}\n")
         return EXIT_CONFIG
     except DataError as error:
-        sys.stderr.write(f"{error}\n")
+        sys.stderr.write(f"{message_of(error)}\n")
         return EXIT_DATA
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED

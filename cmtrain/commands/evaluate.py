@@ -33,7 +33,7 @@ from cmtrain.training.schedule import split_batch
 from pipelines.files.doubts import split_doubts
 from pipelines.files.labels import some
 from pipelines.files.manifest import Manifest
-from pipelines.spec import DataError
+from pipelines.spec import DataError, visible
 
 NUM_REAL_FILES, NUM_IMAGENET_CLASSES = 50_000, 1_000
 
@@ -73,11 +73,11 @@ def evaluate_trained(options: argparse.Namespace, overrides: Overrides) -> int:
     weights = [trained.weights(kind) for kind in kinds]
     accelerator = build.make_accelerator(config.train.precision)
     place, lines = loaders.place_loaders(config, accelerator)
-    sys.stderr.writelines(f"{line}\n" for line in lines)
+    sys.stderr.writelines(f"{visible(line)}\n" for line in lines)
     names = trained.class_names or loaders.open_data(config, accelerator).train.class_names
     folder = options.folder
     manifest = open_folder(folder, names, config) if folder else loaders.open_val(config, names)
-    sys.stderr.writelines(f"{line}\n" for line in split_doubts(manifest, "images"))
+    sys.stderr.writelines(f"{visible(line)}\n" for line in split_doubts(manifest, "images"))
     real = real_labels(manifest) if options.real else None
     numbers = imagenet_numbers(names) if options.real else []
     batch_size, _ = split_batch(config.train.global_batch_size, config.train.max_batch_per_gpu, 1)

@@ -23,7 +23,7 @@ from cmtrain.errors import EXIT_DONE
 from cmtrain.monitoring.units import duration, percent
 from cmtrain.storage.records import is_number
 from cmtrain.storage.run_folder import SILENT_SECONDS, is_alive, read_status
-from pipelines.spec import DataError
+from pipelines.spec import DataError, visible
 
 RUNS = Path("runs")
 ANSWER_SECONDS = 2.0
@@ -125,7 +125,7 @@ def watch(run: str) -> int:
     while True:
         line = "  ".join(part for part in (_headline(run_status), _speed(run_status.status)) if part)
         if line != printed:
-            print(line, flush=True)  # noqa: T201
+            print(visible(line), flush=True)  # noqa: T201
             printed = line
         if not run_status.is_running:
             return EXIT_DONE
@@ -153,7 +153,8 @@ def describe(run_status: RunStatus) -> list[str]:
         lines.append(f"metrics  {status['metrics_url']}{'' if now else ' (no answer)'}")
     lines += [f"lost     {what} ({count} times)" for what, count in (status.get("lost") or {}).items()]
     writer = f"process {status.get('pid')} on {status.get('host')}"
-    return [*lines, f"written  {duration(run_status.age_seconds)} ago by {writer}"]
+    lines = [*lines, f"written  {duration(run_status.age_seconds)} ago by {writer}"]
+    return list(map(visible, lines))
 
 
 def _headline(run_status: RunStatus) -> str:

@@ -9,6 +9,8 @@ from typing import Concatenate, ParamSpec
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from pipelines.spec import visible
+
 MIN_BAR_WIDTH = 7
 P = ParamSpec("P")
 
@@ -79,6 +81,7 @@ class Console:
     def line(self, text: str) -> None:
         """Print a line that stays on the screen: an evaluation, a checkpoint, what the guard did."""
         if self.enabled:
+            text = visible(text)
             if self.bar:
                 self.rich.print(text, markup=False)
             else:

@@ -5,12 +5,13 @@ failures are consequences: when one rank is gone, the others lose contact. The l
 launcher, or the next start) picks the cause and writes it to status.json.
 """
 
+import fcntl
 import json
 import signal
 import socket
 import time
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from cmtrain.storage.run_folder import RunFolder, read_events, read_status, set_
 # Batch systems send SIGUSR2 before the time limit (NCCL's tools use SIGUSR1), closed terminals SIGHUP.
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)
 
+RECORD_WAIT_SECONDS = 2.0  # longest wait for another process that records the cause
 CRASH_LOOP = 3  # a step that fails this many times in a row will fail again: restarting wastes the machines
 
 
@@ -123,6 +125,36 @@ def record_cause(run_path: Path, *, since: float = 0, has_ended: bool = False) -
     Failures before the Unix time `since` belong to an earlier attempt. `has_ended`: whether the run is known
     to have ended, so that "running" is wrong.
     """
+    with _one_at_a_time(run_path):
+        return _record_cause(run_path, since, has_ended)
+
+
+@contextmanager
+def _one_at_a_time(run_path: Path) -> Iterator[None]:
+    """Keep out other processes: ranks that lose contact together come together, and would all record it.
+
+    Goes on without a lock where there is none to have, or where another process holds it for too long.
+    """
+    try:
+        # A file that is never replaced; open for writing, because NFS locks no other.
+        file = open(run_path / "events.jsonl", "r+b")  # noqa: SIM115
+    except OSError:
+        yield
+        return
+    with file:
+        deadline = time.monotonic() + RECORD_WAIT_SECONDS
+        while time.monotonic() < deadline:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.02)
+            except OSError:
+                break
+        yield
+
+
+def _record_cause(run_path: Path, since: float, has_ended: bool) -> Failure | None:
     status = read_status(run_path) or {}
     failures = read_failures(run_path, since)
     cause = cause_of(failures)

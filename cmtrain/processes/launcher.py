@@ -23,6 +23,7 @@ from cmtrain.processes import failure
 from cmtrain.processes.failure import Failure
 from cmtrain.processes.rank import PARENT, RESTARTS
 from cmtrain.storage.run_folder import read_status
+from pipelines.spec import visible
 
 # How long the other ranks have to notice that one is gone, and to report. More than the 2 s of
 # rank.CAUSE_WAIT_SECONDS and of watchdog.C_TIMER_SECONDS.
@@ -162,5 +163,5 @@ def _outcome(attempt: Attempt, run_path: Path) -> int:
 
 
 def _print(line: str) -> None:
-    sys.stderr.write(f"cmtrain: {line}\n")
+    sys.stderr.write(f"cmtrain: {visible(line)}\n")
     sys.stderr.flush()

@@ -32,7 +32,7 @@ from cmtrain.storage.finite import named
 from cmtrain.storage.records import Losses
 from cmtrain.storage.run_folder import REPORT_NAME, SAMPLE_NAME, RunFolder, finite
 from cmtrain.training.recovery import BadStep
-from pipelines.checks.bad_list import BadFile
+from pipelines.checks.bad_list import BadFile, find_list
 from pipelines.spec import DataError
 
 
@@ -207,10 +207,16 @@ class RunLogger:
 
     # Bad files, spikes, rollbacks
 
-    def left_out(self, files: Sequence[BadFile]) -> None:
-        """Log the files that the run begins without. All ranks know the same ones; rank 0 counts them."""
+    def left_out(self, files: Sequence[BadFile], root: Path) -> None:
+        """Log the files that the run begins without. All ranks know the same ones; rank 0 counts them.
+
+        Args:
+            root: the training split, to find the list of `cmtrain data check`.
+        """
         self.bad_files([files], quiet=True)
-        if files:
+        if files and (path := find_list(root, files)):
+            self.console.line(f"{len(files):,} bad files are left out, see {path}")
+        elif files:
             example = f"{files[0].path}: {files[0].reason}"
             others = f", and {len(files) - 1:,} more in events.jsonl" if len(files) > 1 else ""
             self.console.line(f"{len(files):,} bad files are left out: {example}{others}")

@@ -122,7 +122,7 @@ def run(config: Config, lock: RunLock, resume: str, max_steps: int | None) -> in
             to_yaml(config), facts_of(config, accelerator), parts.notes,
             flops_per_image=parts.flops_per_image, device=accelerator.device, resumed=resumed,
         )  # fmt: skip
-        logger.left_out(data.train.bad + data.val.bad)
+        logger.left_out(data.train.bad + data.val.bad, data.train.root)
         batches = clock.waiting(batches_from(first_step, parts.train_loader, schedule))
         batches = draw_first(batches, clock, logger, config)
         if start.evaluation_due or first_step >= last_step:

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 from PIL import Image
 
 from cmtrain import __version__
@@ -30,7 +31,7 @@ from cmtrain.monitoring.units import duration, percent, short, utc
 from cmtrain.storage.records import remove_leftovers, replace_file
 from cmtrain.storage.run_folder import REPORT_NAME, SILENT_SECONDS
 from cmtrain.storage.run_record import Columns, RunRecord, read_run
-from pipelines.spec import DataError
+from pipelines.spec import DataError, visible
 
 NUM_COLORS = 8  # of lines that colour can distinguish; further runs differ by their letters
 MAX_SAMPLE_BYTES = 200_000  # a larger contact sheet becomes a smaller JPEG
@@ -75,13 +76,21 @@ def write_report(folders: Sequence[Path], target: Path) -> Path:
 def make_templates() -> Environment:
     """Return the templates of pages and model cards.
 
-    Jinja escapes all values; the templates mark only what charts.py drew as safe.
+    Jinja escapes all values; the templates mark only what charts.py drew as safe. Escapes stand for what is
+    not printable, such as marks that turn the order of letters round.
     """
     loader = FileSystemLoader(Path(__file__).parent / "templates")
     templates = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
+    templates.finalize = _visible
     templates.trim_blocks = templates.lstrip_blocks = True
     templates.filters |= {"short": short, "duration": duration, "percent": percent, "utc": utc}
     return templates
+
+
+def _visible(value: Any) -> Any:
+    if not isinstance(value, str) or isinstance(value, Markup):
+        return value
+    return "\n".join(map(visible, value.split("\n")))
 
 
 def render_page(template: str, values: dict[str, Any], scripts: Sequence[str]) -> str:
