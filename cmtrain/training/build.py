@@ -88,7 +88,7 @@ def assemble(config: Config, lock: RunLock, resume: str) -> Parts:
     start = choose_start(lock, resume, config, *fingerprints, is_main=accelerator.is_main_process)
     notes = [*warnings, *lines, *data.notes, *start.notes]
     if config.model.init_from and not start.checkpoint:
-        notes += start_from(config.model.init_from, model)
+        notes += start_from(config.model.init_from, model, data.train.class_names)
     # The loaders are not prepared by accelerate: order, sharding and every random draw are the plan's.
     train_loader = loaders.make_train_loader(config, data.train, schedule, accelerator, place)
     eval_loader = loaders.make_eval_loader(config, data.val, schedule.micro_batch_size, accelerator, place)
