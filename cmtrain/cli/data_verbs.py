@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from cmtrain.cli import start
 from cmtrain.cli.arguments import CONFIG_HELP, make_parser, parse_alone, parse_with_config, positive
 from cmtrain.errors import ConfigError, did_you_mean
 
@@ -66,6 +67,9 @@ def _data_preview(arguments: list[str]) -> int:
     add("--columns", type=positive, default=8, metavar="N", help="epochs (default: 8)")
     add("--epoch", type=int, default=0, metavar="N", help="the first one (default: 0)")
     options, resolved = parse_with_config(parser, arguments)
+    start.announce("data preview of " + resolved.config.data.root)
+    start.check_places(resolved.config)
+    start.loading()
     from cmtrain.commands.data_preview import preview
 
     return preview(
@@ -77,6 +81,9 @@ def _data_stats(arguments: list[str]) -> int:
     parser = make_parser("data stats", "Count and measure the images of a configuration.")
     parser.add_argument("--config", metavar="FILE", help=CONFIG_HELP)
     _, resolved = parse_with_config(parser, arguments)
+    start.announce("data stats of " + resolved.config.data.root)
+    start.check_places(resolved.config)
+    start.loading()
     from cmtrain.commands.data_preview import stats
 
     return stats(resolved.config)

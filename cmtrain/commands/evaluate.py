@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from timm.data import RealLabelsImagenet
 
+from cmtrain.commands.evaluation_sizes import sizes_of
 from cmtrain.commands.export import make_trained_model
 from cmtrain.commands.trained_model import open_trained
 from cmtrain.config.load import Overrides
@@ -122,26 +123,6 @@ def evaluate_trained(options: argparse.Namespace, overrides: Overrides) -> int:
         Console(enabled=True).line(missed)
         return EXIT_EXPECTATION
     return EXIT_DONE
-
-
-def sizes_of(config: Config, image_px: Sequence[int], resize_px: Sequence[int]) -> list[tuple[int, int]]:
-    """Return pairs of image side and shorter side before the crop, each with each, in the order given.
-
-    Without `resize_px` the run's own is scaled with the image side.
-
-    Raises:
-        ConfigError: a crop larger than the image, or a side that the model cannot have.
-    """
-    data = config.data
-    pairs = []
-    for side in image_px or (data.image_px,):
-        if side % 32:
-            raise ConfigError(f"--image-px: must be multiples of 32, got {side}")
-        for resize in resize_px or (round(data.eval_resize_px * side / data.image_px),):
-            if resize < side:
-                raise ConfigError(f"--resize-px: {resize} is less than the image side {side}")
-            pairs.append((side, resize))
-    return pairs
 
 
 def open_folder(folder: str, class_names: Sequence[str], config: Config) -> Manifest:

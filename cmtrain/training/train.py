@@ -30,6 +30,7 @@ from cmtrain.storage.finite import FiniteCheck, repair_or_reject
 from cmtrain.storage.run_folder import SAMPLE_NAME, RunLock
 from cmtrain.training import build
 from cmtrain.training.build import Parts
+from cmtrain.training.loaders import Data
 from cmtrain.training.recovery import Recovery, find_overflow, merge_ranks
 from cmtrain.training.resume import restore
 from cmtrain.training.run_logger import RunLogger
@@ -45,12 +46,15 @@ if TYPE_CHECKING:
 NUM_NAMED_FILES = 3
 
 
-def train(config: Config, *, resume: str = "auto", max_steps: int | None = None) -> int:
+def train(
+    config: Config, *, resume: str = "auto", max_steps: int | None = None, data: Data | None = None
+) -> int:
     """Train the configuration in this process, one of several if a launcher started it.
 
     Args:
         resume: `auto`, `never`, `force` or a path; see resume.choose_start.
         max_steps: optimizer steps after which the run ends; None: all of them.
+        data: the images, if they are open already.
 
     Returns:
         The exit code of the process: 0 done, 3 too many bad files, 4 diverged, 5 expected accuracy not met,
@@ -62,13 +66,13 @@ def train(config: Config, *, resume: str = "auto", max_steps: int | None = None)
     """
     lock = RunLock(Path(config.run.dir) / str(config.run.name))
     with closing(lock):
-        return run(config, lock, resume, max_steps)
+        return run(config, lock, resume, max_steps, data)
 
 
-def run(config: Config, lock: RunLock, resume: str, max_steps: int | None) -> int:
+def run(config: Config, lock: RunLock, resume: str, max_steps: int | None, images: Data | None) -> int:
     """Do what `train` promises, in the run folder that `lock` guards."""
     # Set up, or resume. Whatever can be wrong is found before anything is written.
-    parts = build.assemble(config, lock, resume)
+    parts = build.assemble(config, lock, resume, images)
     data, schedule, learner, recovery = parts.data, parts.schedule, parts.learner, parts.recovery
     accelerator, loaders, start = parts.accelerator, [parts.train_loader, parts.eval_loader], parts.start
     rank, world_size = accelerator.process_index, accelerator.num_processes
