@@ -2,7 +2,7 @@
 
 import argparse
 
-from cmtrain.cli.arguments import make_parser, parse, positive
+from cmtrain.cli.arguments import add_json, make_parser, parse, positive
 from cmtrain.config.load import Overrides
 from cmtrain.errors import ConfigError
 
@@ -33,7 +33,7 @@ def evaluate_trained(arguments: list[str]) -> int:
     add("--per-class", metavar="FILE", help="write images and accuracy of every class as CSV")
     add("--confusion", metavar="FILE", help="write the best result's confusion matrix as CSV")
     add("--expect", type=_fraction, metavar="TOP1", help="exit code 5 where the best top-1 is below it")
-    add("--json", metavar="FILE", help="write the results there, too")
+    add_json(parser, to_file=True)
     options, overrides = _parse_with_run(parser, arguments)
     from cmtrain.commands.evaluate import evaluate_trained
 
@@ -48,6 +48,7 @@ def export_trained(arguments: list[str]) -> int:
     add("--out", metavar="DIR", help="folder to write; must not exist")
     add("--weights", choices=("model", "ema"), help="default: ema, if there is one")
     add("--fold-bn", action="store_true", help="absorb BatchNorm where that is exact; not with timm")
+    add_json(parser)
     options, overrides = _parse_with_run(parser, arguments)
     if options.out is None:
         raise ConfigError("cmtrain export: --out is missing, e.g. --out exported")
@@ -56,7 +57,8 @@ def export_trained(arguments: list[str]) -> int:
 
     formats = FORMATS if options.format == "all" else (options.format,)
     trained = open_trained(options.run, overrides)
-    return export(trained, formats=formats, out=options.out, kind=options.weights, fold_bn=options.fold_bn)
+    what = {"formats": formats, "out": options.out, "kind": options.weights, "fold_bn": options.fold_bn}
+    return export(trained, **what, as_json=options.json)
 
 
 def _parse_with_run(

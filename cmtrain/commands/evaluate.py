@@ -21,7 +21,7 @@ from cmtrain.commands.trained_model import open_trained
 from cmtrain.config.load import Overrides
 from cmtrain.config.schema import Config
 from cmtrain.errors import EXIT_DONE, EXIT_EXPECTATION, ConfigError
-from cmtrain.monitoring.console import Console
+from cmtrain.monitoring.console import Console, print_result
 from cmtrain.monitoring.units import percent
 from cmtrain.step.evaluate import Evaluation, evaluate
 from cmtrain.storage.weights import num_classes_in
@@ -108,7 +108,7 @@ def evaluate_trained(options: argparse.Namespace, overrides: Overrides) -> int:
     except OSError as error:
         raise DataError(f"{error.filename}: {error.strerror}") from error
     _show(figures)
-    print(json.dumps(report), flush=True)  # noqa: T201
+    print_result(report, asked=options.json == "")
     if options.expect is not None and best.top1 < options.expect:
         missed = f"top-1 {percent(best.top1, 2)}, expected {percent(options.expect, 2)}: missed"
         Console(enabled=True).line(missed)

@@ -1,9 +1,7 @@
 """Send every event of a run to the console, the metrics, the run folder and the experiment trackers."""
 
-import json
 import math
 import socket
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, asdict, dataclass
@@ -12,7 +10,7 @@ from typing import Any
 
 import torch
 
-from cmtrain.monitoring.console import Console
+from cmtrain.monitoring.console import Console, print_result
 from cmtrain.monitoring.discovery import forget_ranks, write_target
 from cmtrain.monitoring.http_server import Exporter
 from cmtrain.monitoring.machine import environment
@@ -300,9 +298,17 @@ class RunLogger:
     # The end
 
     def finish(
-        self, state: str, *, exit_code: int, reason: str, results: Mapping[str, Evaluation] | None = None
+        self,
+        state: str,
+        *,
+        exit_code: int,
+        reason: str,
+        results: Mapping[str, Evaluation] | None = None,
+        as_json: bool = False,
     ) -> None:
-        """Write how the run ended: status.json, report.html, the console, and one JSON line for programs."""
+        """Write how the run ended: status.json, report.html, the console, and one JSON line for programs
+        (`as_json`: on a terminal, too).
+        """
         self.console.stop()
         if self.trackers and (trouble := self.trackers.close()):
             self.console.line(trouble)
@@ -314,8 +320,8 @@ class RunLogger:
             self._event(state, step=self.step, exit_code=exit_code, reason=reason)
             self.console.line(reason if state == "preempted" else f"{state}: {reason}")
             self._report()
-            if result and not sys.stdout.isatty():  # people have read it above
-                print(json.dumps(result), flush=True)  # noqa: T201
+            if result:
+                print_result(result, asked=as_json)
         self._close()
 
     def fail(self, reason: str) -> None:

@@ -45,12 +45,15 @@ if TYPE_CHECKING:
 NUM_NAMED_FILES = 3
 
 
-def train(config: Config, *, resume: str = "auto", max_steps: int | None = None) -> int:
+def train(
+    config: Config, *, resume: str = "auto", max_steps: int | None = None, as_json: bool = False
+) -> int:
     """Train the configuration in this process, one of several if a launcher started it.
 
     Args:
         resume: `auto`, `never`, `force` or a path; see resume.choose_start.
         max_steps: optimizer steps after which the run ends; None: all of them.
+        as_json: print the result as JSON on a terminal, too.
 
     Returns:
         The exit code of the process: 0 done, 3 too many bad files, 4 diverged, 5 expected accuracy not met,
@@ -62,10 +65,10 @@ def train(config: Config, *, resume: str = "auto", max_steps: int | None = None)
     """
     lock = RunLock(Path(config.run.dir) / str(config.run.name))
     with closing(lock):
-        return run(config, lock, resume, max_steps)
+        return run(config, lock, resume, max_steps, as_json)
 
 
-def run(config: Config, lock: RunLock, resume: str, max_steps: int | None) -> int:
+def run(config: Config, lock: RunLock, resume: str, max_steps: int | None, as_json: bool) -> int:
     """Do what `train` promises, in the run folder that `lock` guards."""
     # Set up, or resume. Whatever can be wrong is found before anything is written.
     parts = build.assemble(config, lock, resume)
@@ -199,7 +202,7 @@ def run(config: Config, lock: RunLock, resume: str, max_steps: int | None) -> in
         if saver.unsaved:
             state, code = "failed", EXIT_DATA
             reason = f"{reason}, but its checkpoint is missing: {saver.unsaved}"
-    logger.finish(state, exit_code=code, reason=reason, results=results)
+    logger.finish(state, exit_code=code, reason=reason, results=results, as_json=as_json)
     leave_together()
     watchdog.close()
     return code
