@@ -18,7 +18,7 @@ from cmtrain.monitoring.metrics import TrainMetrics
 from cmtrain.monitoring.report.page import write_report
 from cmtrain.monitoring.routes import make_pages
 from cmtrain.monitoring.trackers import Trackers
-from cmtrain.monitoring.units import duration, percent
+from cmtrain.monitoring.units import duration, is_part, percent, state_name, step_place
 from cmtrain.processes.rank import num_restarts
 from cmtrain.step.evaluate import Evaluation, by_class
 from cmtrain.step.measure import Pace, StepReport
@@ -64,6 +64,7 @@ class RunLogger:
         self.train_loss = math.nan
         self.bad_paths: set[str] = set()
         self.pace, self.begin = Pace(), time.monotonic()
+        self.failure: dict[str, Any] = {}  # which is written to status.json by report_failure
         self.exporter: Exporter | None = None
         self.target: Path | None = None
         if self.address:
@@ -72,7 +73,8 @@ class RunLogger:
     def _serve(self, address: tuple[str, int]) -> None:
         """Serve metrics; if that fails, log why and go on without them."""
         try:
-            status = self.folder.snapshot if self.folder else lambda: self.speed
+            folder = self.folder
+            status = (lambda: folder.snapshot() | self.failure) if folder else lambda: self.speed
             self.exporter = Exporter(
                 make_pages(self.metrics, status, self.stall_seconds, self.path), *address
             )
@@ -318,22 +320,28 @@ class RunLogger:
                 state=state, step=self.step, exit_code=exit_code, reason=reason, result=result
             )
             self._event(state, step=self.step, exit_code=exit_code, reason=reason)
-            self.console.line(reason if state == "preempted" else f"{state}: {reason}")
+            status = self.folder.snapshot()
+            place = f", {step_place(status, self.step)}" if is_part(status) else ""
+            self.console.line(reason if state == "preempted" else f"{state_name(status)}{place}: {reason}")
             self._report()
             if result:
                 print_result(result, asked=as_json)
-        self._close()
+        self._close(waits=state != "preempted")
 
-    def fail(self, reason: str) -> None:
+    def fail(self, reason: str, *, waits: bool) -> None:
         """Print why the run failed; the failure itself is in the run folder already."""
         self.console.stop()
         self.console.line(f"failed: {reason}")
-        self._close()
+        self.failure = {"state": "failed", "reason": reason, "updated": time.time()}
+        self._close(waits=waits)
 
-    def _close(self) -> None:
+    def _close(self, *, waits: bool) -> None:
+        """Stop serving; if it `waits`, a browser that shows the live page fetches its last state first."""
         if self.target:
             self.target.unlink(missing_ok=True)
         if self.exporter:
+            if waits and self.rank == 0:
+                self.exporter.linger("/")
             self.exporter.close()
 
     def _report(self) -> None:

@@ -15,7 +15,14 @@ from accelerate import Accelerator
 
 from cmtrain import __version__
 from cmtrain.config.schema import Config, flat, to_yaml
-from cmtrain.errors import EXIT_DATA, EXIT_DIVERGED, EXIT_DONE, EXIT_ERROR, EXIT_EXPECTATION
+from cmtrain.errors import (
+    EXIT_DATA,
+    EXIT_DIVERGED,
+    EXIT_DONE,
+    EXIT_ERROR,
+    EXIT_EXPECTATION,
+    EXIT_INTERRUPTED,
+)
 from cmtrain.monitoring.trackers import Trackers
 from cmtrain.monitoring.units import percent
 from cmtrain.processes.collectives import gather, leave_together
@@ -180,7 +187,7 @@ def run(config: Config, lock: RunLock, resume: str, max_steps: int | None, as_js
         log_bad_files(logger, loaders, stop)
     except BaseException as error:
         cause = report_failure(error, lock.folder, rank=rank, world_size=world_size, step=logger.step)
-        logger.fail(cause.describe())
+        logger.fail(cause.describe(), waits=cause.exit_code != EXIT_INTERRUPTED)
         if cause.exit_code == EXIT_ERROR and not is_lost_contact(error):
             raise
         return cause.exit_code
