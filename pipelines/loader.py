@@ -9,7 +9,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +29,23 @@ from pipelines.stand_ins import StandIns
 _FIRST_PIXEL = np.array([[0, 0, 1, 1]], np.int32)  # top, left, height, width
 
 
-def train_loader(manifest: Manifest, plan: Plan, spec: AugmentSpec, place: Placement) -> DaliLoader:
+def train_loader(
+    manifest: Manifest, plan: Plan, spec: AugmentSpec, place: Placement | None = None, **placement: Any
+) -> DaliLoader:
     """Return a loader of this rank's augmented micro-batches, in the plan's order.
 
     Another sample, with its own label and draws, replaces one that cannot be decoded.
 
+    Args:
+        place: rank, device and limits; or give fields of Placement as keywords, such as `device="cuda:0"`.
+
     Raises:
+        TypeError: a keyword that Placement does not have, or both a Placement and keywords.
         DataError: "mixed" without a CUDA device; from `epoch`, too many bad files.
         ValueError: from `epoch`, a world that does not divide the plan; a RandAugment string that is not
             understood.
     """
+    place = _placement(place, placement)
     read = file_reader(manifest, place.threads)
 
     def inputs(batch: MicroBatch) -> Sequence[Any]:
@@ -50,15 +57,18 @@ def train_loader(manifest: Manifest, plan: Plan, spec: AugmentSpec, place: Place
     return DaliLoader(manifest, spec, place, plan.micro_batch_size, micro_batches, inputs)
 
 
-def eval_loader(manifest: Manifest, spec: EvalSpec, place: Placement, *, batch_size: int) -> DaliLoader:
+def eval_loader(
+    manifest: Manifest, spec: EvalSpec, place: Placement | None = None, *, batch_size: int, **placement: Any
+) -> DaliLoader:
     """Return a loader of every image once over all ranks: this rank's are `[rank::world]`.
 
     Its last batch may be smaller. An image that cannot be decoded keeps its place, with another one's pixels
-    and the label `UNREADABLE`. `epoch` ignores the epoch's number and accepts no `start`. Errors as for
-    `train_loader`; ValueError also when the crop is larger than the resized image.
+    and the label `UNREADABLE`. `epoch` ignores the epoch's number and accepts no `start`. Arguments and
+    errors as for `train_loader`; ValueError also when the crop is larger than the resized image.
     """
     if spec.resize_px < spec.image_px:
         raise ValueError(f"resize_px {spec.resize_px} is below image_px {spec.image_px}")
+    place = _placement(place, placement)
     read = file_reader(manifest, place.threads)
 
     def micro_batches(epoch: int, start: int) -> Iterator[MicroBatch]:
@@ -76,6 +86,15 @@ def eval_loader(manifest: Manifest, spec: EvalSpec, place: Placement, *, batch_s
         return [read(batch.indices), sizes.astype(np.float32), offsets]
 
     return DaliLoader(manifest, spec, place, batch_size, micro_batches, inputs)
+
+
+def _placement(place: Placement | None, options: dict[str, Any]) -> Placement:
+    known = [field.name for field in fields(Placement)]
+    if unknown := [name for name in options if name not in known]:
+        raise TypeError(f"{unknown[0]} is no option of a loader; these are {', '.join(known)}")
+    if place is not None and options:
+        raise TypeError(f"give either a Placement or {', '.join(options)}, not both")
+    return place or Placement(**options)
 
 
 def eval_windows(

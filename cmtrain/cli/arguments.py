@@ -34,6 +34,9 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[ar
     own, rest = [], list(arguments)
     while rest:  # overrides first, or argparse takes their values for positional arguments
         argument = rest.pop(0)
+        value = argument.partition("=")[2] if argument.startswith("--") else argument
+        if re.match(r"~[\w.-]*/", value):
+            raise ConfigError(f"{argument}: no shell expanded the ~; put a blank instead of = before it")
         if re.match(r"--[^=]*[.]", argument):
             overrides.append(_override(argument, rest))
         else:

@@ -13,7 +13,8 @@ from cmtrain.errors import EXIT_DATA, EXIT_DONE
 from pipelines.checks.bad_list import write_list
 from pipelines.checks.decode_one import Fault
 from pipelines.checks.decode_pool import DecodePool
-from pipelines.files.listing import Listing, list_folder, relabel_folder
+from pipelines.files.labels import relabel_folder
+from pipelines.files.listing import Listing, list_folder
 from pipelines.files.manifest import Manifest
 from pipelines.progress import tracked
 from pipelines.spec import DataError

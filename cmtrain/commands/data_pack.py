@@ -7,6 +7,7 @@ from typing import Any
 
 from cmtrain.errors import EXIT_DONE
 from cmtrain.monitoring.console import print_result
+from pipelines.files.doubts import split_doubts
 from pipelines.files.manifest import Manifest
 from pipelines.files.shards import damage, is_packed
 from pipelines.packing.encode import PackSpec
@@ -58,14 +59,13 @@ def pack(
     class_names: tuple[str, ...] | None = None
     for split in found:
         if list_name := listed[split]:
-            manifest = Manifest.from_folder(
-                root, image_list=root / list_name, class_names=class_names, **limits
-            )
+            manifest = Manifest.from_list(root / list_name, root, class_names=class_names, **limits)
         elif is_packed(root / split):
             raise DataError(f"{root / split}: is packed already; give the folder that holds the image files")
         else:
             manifest = Manifest.from_folder(root / split, class_names=class_names, **limits)
         class_names = manifest.class_names
+        sys.stderr.writelines(f"{line}\n" for line in split_doubts(manifest, split))
         folder = Path(destination).absolute() / split
         workers = processes or len(os.sched_getaffinity(0))
         split_index = pack_split(

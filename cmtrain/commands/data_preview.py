@@ -41,6 +41,7 @@ def preview(config: Config, *, out: str, rows: int = 8, columns: int = 8, epoch:
     """
     accelerator = build.make_accelerator("auto")
     data = loaders.open_data(config, accelerator)
+    sys.stderr.writelines(f"{line}\n" for line in data.notes)
     chosen = np.unique(np.linspace(0, len(data.train) - 1, rows).astype(np.int64))
     shown = data.train.select(chosen)
     schedule = build.plan_steps(config, len(data.train), accelerator.num_processes)
@@ -75,6 +76,7 @@ def stats(config: Config, *, as_json: bool = False) -> int:
         ConfigError, DataError: as for training.
     """
     data = loaders.open_data(config, build.make_accelerator("auto", checks_gpus=False))
+    sys.stderr.writelines(f"{line}\n" for line in data.notes)
     report = {"train": _split_stats(data.train, config), "val": _split_stats(data.val, config)}
     table = Table("", *report)
     for key in report["train"]:

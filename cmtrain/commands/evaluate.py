@@ -7,6 +7,7 @@ import argparse
 import csv
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,10 +28,12 @@ from cmtrain.step.evaluate import Evaluation, evaluate
 from cmtrain.storage.weights import num_classes_in
 from cmtrain.training import build, loaders
 from cmtrain.training.schedule import split_batch
+from pipelines.files.doubts import split_doubts
+from pipelines.files.labels import some
 from pipelines.files.manifest import Manifest
 from pipelines.spec import DataError
 
-NUM_REAL_FILES = 50_000
+NUM_REAL_FILES, NUM_IMAGENET_CLASSES = 50_000, 1_000
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,9 @@ def evaluate_trained(options: argparse.Namespace, overrides: Overrides) -> int:
     names = trained.class_names or loaders.open_data(config, accelerator).train.class_names
     folder = options.folder
     manifest = open_folder(folder, names, config) if folder else loaders.open_val(config, names)
+    sys.stderr.writelines(f"{line}\n" for line in split_doubts(manifest, "images"))
     real = real_labels(manifest) if options.real else None
+    numbers = imagenet_numbers(names) if options.real else []
     batch_size, _ = split_batch(config.train.global_batch_size, config.train.max_batch_per_gpu, 1)
     results = []
     for image_px, resize_px in sizes:
@@ -86,7 +91,7 @@ def evaluate_trained(options: argparse.Namespace, overrides: Overrides) -> int:
             evaluation = evaluate(
                 model, images, accelerator, len(manifest), outputs, keeps_ranked=options.real
             )
-            real_top1 = None if real is None else real_accuracy(real, evaluation)
+            real_top1 = None if real is None else real_accuracy(real, evaluation, numbers)
             results.append(Result(each.kind, image_px, resize_px, evaluation, real_top1))
         loader.close()
 
@@ -137,25 +142,16 @@ def sizes_of(config: Config, image_px: Sequence[int], resize_px: Sequence[int]) 
 
 
 def open_folder(folder: str, class_names: Sequence[str], config: Config) -> Manifest:
-    """Open `folder`, whose class folders have the names of training's classes, or else their numbers.
+    """Open `folder`, whose class folders have the names of training's classes, or else their positions.
 
     Raises:
         DataError: a class that training does not know, or nothing to read.
     """
     limit = config.data.max_bad_fraction
     scan: dict[str, Any] = {"cache_dir": loaders.cache_folder(config), "max_bad_fraction": limit}
-    try:
-        found = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != ".")
-    except OSError as error:
-        raise DataError(f"--folder {folder}: {error.strerror}") from error
-    if set(found) <= set(class_names):
-        return Manifest.from_folder(folder, class_names=class_names, **scan)
-    numbers = list(map(str, range(len(class_names))))
-    if set(found) <= set(numbers):
-        return Manifest.from_folder(folder, class_names=numbers, **scan)
-    strange = next(name for name in found if name not in class_names and name not in numbers)
-    known = f"a class of training, such as {class_names[0]}, nor a number below {len(class_names)}"
-    raise DataError(f"--folder {folder}: {strange} is neither {known}")
+    if not os.path.isdir(folder):
+        raise DataError(f"--folder {folder}: no such folder")
+    return Manifest.from_folder(folder, class_names=class_names, positions=True, **scan)
 
 
 def real_labels(manifest: Manifest) -> RealLabelsImagenet:
@@ -176,10 +172,27 @@ def real_labels(manifest: Manifest) -> RealLabelsImagenet:
     return real
 
 
-def real_accuracy(real: RealLabelsImagenet, evaluation: Evaluation) -> float:
-    """Return the share of the images with real labels whose likeliest class is among them."""
+def imagenet_numbers(class_names: Sequence[str]) -> list[int]:
+    """Return ImageNet's number of each class. Raises DataError unless they are 0..999 or its synsets."""
+    if len(class_names) == NUM_IMAGENET_CLASSES:
+        if set(class_names) == set(map(str, range(NUM_IMAGENET_CLASSES))):
+            return list(map(int, class_names))  # in the order of text: 0, 1, 10, 100
+        if all(re.fullmatch("n[0-9]{8}", name) for name in class_names):
+            in_order = sorted(class_names)
+            return [in_order.index(name) for name in class_names]
+    what = f"the run's {len(class_names):,} classes ({some(class_names)}) are neither 0 to 999"
+    raise DataError(f"--real: its labels are numbers of ImageNet's classes; {what} nor such as n01440764")
+
+
+def real_accuracy(real: RealLabelsImagenet, evaluation: Evaluation, numbers: Sequence[int]) -> float:
+    """Return the share of the images with real labels whose likeliest class is among them.
+
+    Args:
+        numbers: ImageNet's number of each class of the model.
+    """
     assert evaluation.ranked is not None
-    likeliest = evaluation.ranked[:, 0].tolist()
+    number_of = dict(enumerate(numbers))  # a model may have more outputs than classes
+    likeliest = [number_of.get(place) for place in evaluation.ranked[:, 0].tolist()]
     labels = (real.real_labels[os.path.basename(file)] for file in real.filenames)
     return float(np.mean([answer in true for answer, true in zip(likeliest, labels, strict=True) if true]))
 

@@ -3,6 +3,7 @@
 Names follow timm where timm has a name. Values are strict: "512" is not a number and `yes` is not true.
 """
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -21,6 +22,11 @@ MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 1024
 
 
 def _path(text: str) -> str:
+    if re.match(r"~[\w.-]*(/|$)|[$]\{?\w", text):
+        first = text.split("/")[0]
+        raise ValueError(
+            f"{first} is expanded by no shell here: write the folder out (or ./{first} if it is a name)"
+        )
     longest = max(len(part.encode()) for part in _printable(text).split("/"))
     if len(text.encode()) > MAX_PATH_BYTES or longest > MAX_NAME_BYTES:
         limits = f"{MAX_PATH_BYTES} bytes, and {MAX_NAME_BYTES} between two slashes"

@@ -42,7 +42,9 @@ class Start:
         return self.checkpoint is not None and self.checkpoint.state["progress"].get("evaluation_due", False)
 
 
-def choose_start(lock: RunLock, resume: str, config: Config, fingerprint: str, *, is_main: bool) -> Start:
+def choose_start(
+    lock: RunLock, resume: str, config: Config, fingerprint: str, val_fingerprint: str, *, is_main: bool
+) -> Start:
     """Choose on rank 0, which takes the `lock`, and make every rank start from the same checkpoint.
 
     Args:
@@ -50,7 +52,8 @@ def choose_start(lock: RunLock, resume: str, config: Config, fingerprint: str, *
         of the run folder, else from scratch), `never` (from scratch; refused if
             there are checkpoints), `force` (as auto, but configuration and data may have changed), or the
             path of a checkpoint or run folder.
-        fingerprint: digest of the training manifest.
+        fingerprint: digest of the training manifest. val_fingerprint: of the validation manifest; another
+            one is a note.
 
     Raises:
         ConfigError: the checkpoint belongs to another configuration or other data, or `never` would mix two
@@ -61,7 +64,7 @@ def choose_start(lock: RunLock, resume: str, config: Config, fingerprint: str, *
     if is_main:
         try:
             lock.acquire()
-            start = _choose(lock.folder, resume, config, fingerprint)
+            start = _choose(lock.folder, resume, config, fingerprint, val_fingerprint)
         except (ConfigError, DataError) as raised:
             error = raised
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
@@ -76,7 +79,7 @@ def choose_start(lock: RunLock, resume: str, config: Config, fingerprint: str, *
     return start
 
 
-def _choose(run_path: Path, resume: str, config: Config, fingerprint: str) -> Start:
+def _choose(run_path: Path, resume: str, config: Config, fingerprint: str, val_fingerprint: str) -> Start:
     lost = archive_previous_attempt(run_path)
     checkpoints = run_path / "checkpoints"
     if resume == "never":
@@ -105,6 +108,11 @@ def _choose(run_path: Path, resume: str, config: Config, fingerprint: str) -> St
         )
     notes = [f"checkpoint rejected: {line}" for line in loaded.rejected]
     notes += [f"recipe changed: {change}" for change in changes]
+    if loaded.meta.get("val_fingerprint", val_fingerprint) != val_fingerprint:
+        what = f"the validation images or classes are others than at {loaded.path.name}"
+        notes.append(
+            f"{what}: earlier accuracies do not compare, and the search for the best one begins again"
+        )
     return Start(loaded.state["progress"]["step"], replace(loaded, rejected=()), (*lost, *notes))
 
 

@@ -95,7 +95,7 @@ def run(config: Config, lock: RunLock, resume: str, max_steps: int | None, as_js
     logger = open_logger(config, lock.folder, parts, last_step)
     saver = Saver(lock.folder, logger, keep=config.checkpoint.keep)
     if start.checkpoint:
-        saver.resume(start.checkpoint.meta)
+        saver.resume(start.checkpoint.meta, data.val.fingerprint)
     logger.start(
         to_yaml(config), facts_of(config, accelerator), parts.notes, flops_per_image=parts.flops_per_image,
         device=accelerator.device, resumed=resumed,
@@ -332,6 +332,7 @@ def meta_of(config: Config, parts: Parts, *, milestone: bool) -> dict[str, Any]:
     return {
         "config": config.model_dump(mode="json"),
         "fingerprint": parts.data.train.fingerprint,
+        "val_fingerprint": parts.data.val.fingerprint,
         "micro_batch_size": parts.schedule.micro_batch_size,
         "world_size": parts.accelerator.num_processes,
         "versions": versions,

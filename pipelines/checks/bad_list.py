@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,15 +29,22 @@ class BadFile(NamedTuple):
     reason: str
 
 
-def read_lists(root: Path) -> dict[str, Fault]:
-    """Return faults by path relative to `root`, from the lists of `root` and of the folder that holds it."""
+def read_lists(root: Path, inner: Iterable[str] = ()) -> dict[str, Fault]:
+    """Return faults by path relative to `root`, from the lists of `root` and of the folder that holds it.
+
+    Args:
+        inner: folders below `root` whose lists count, too.
+    """
     faults: dict[str, Fault] = {}
-    for folder in (root.parent, root):
-        prefix = "" if folder == root else f"{root.name}/"
+    real = Path(os.path.realpath(root))
+    above = {(holder.parent, f"{holder.name}/", "") for holder in (root, real)}
+    below = [(root / folder, "", f"{folder}/") for folder in inner]
+    for folder, prefix, start in [*sorted(above), (root, "", ""), *below]:
         for path in _places(folder):
             for listed, (kind, reason) in _read(path).items():
                 if listed.startswith(prefix):
-                    faults[listed.removeprefix(prefix)] = Fault(kind, f"{reason} (listed in {NAME})")
+                    name = start + listed.removeprefix(prefix)
+                    faults[name] = Fault(kind, f"{reason} (listed in {NAME})")
     return faults
 
 
@@ -75,7 +82,7 @@ def user_cache() -> Path:
 
 
 def _places(folder: Path) -> tuple[Path, Path]:
-    name = hashlib.sha256(os.fsencode(folder)).hexdigest()[:32]
+    name = hashlib.sha256(os.fsencode(os.path.realpath(folder))).hexdigest()[:32]
     return folder / NAME, user_cache() / f"bad-files-{name}.tsv"
 
 

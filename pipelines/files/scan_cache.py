@@ -28,8 +28,8 @@ from pipelines.spec import DataError
 
 NUM_SAMPLED = 1024  # 1 % of files overwritten in place escape it with a probability of 0.00003
 
-_FORMAT = 2
-_ARRAYS = ("labels", "size_bytes", "mtime_ns", "folder_states")  # columns of a listing
+_FORMAT = 3
+_ARRAYS = ("labels", "size_bytes", "mtime_ns", "inodes", "folder_states")  # columns of a listing
 _PATHS = ("paths", "folders")
 
 

@@ -25,6 +25,7 @@ from cmtrain.commands.bench.timing import WARMUP_STEPS, Contender, race
 from cmtrain.config.load import load_config
 from pipelines.files.manifest import Manifest
 from pipelines.spec import AugmentSpec, DataError, Placement
+from pipelines.synthetic import SyntheticLoader
 
 
 @pytest.mark.parametrize(
@@ -150,9 +151,8 @@ def test_steps_with_the_guard_and_without_take_turns(monkeypatch):
         return step(*arguments)
 
     monkeypatch.setattr(learner, "step", noted)
-    figures = time_guard(
-        learner, map(batch, itertools.count()), lr=0.01, steps=2, rounds=2, log_every_steps=10
-    )
+    how = {"lr": 0.01, "steps": 2, "rounds": 2, "log_every_steps": 10}
+    figures = dict(time_guard(learner, map(batch, itertools.count()), **how))
     assert turns[: 2 * WARMUP_STEPS] == ["with"] * WARMUP_STEPS + ["without"] * WARMUP_STEPS
     assert (
         turns[2 * WARMUP_STEPS :] == ["without"] * 2 + ["with"] * 4 + ["without"] * 2 + ["with"] * 2
@@ -236,6 +236,23 @@ def test_all_names_what_limits_a_run(root, tmp_path, capsys):
     assert list(report["figures"]) == ["loader", "model", "train"]
     assert report["verdict"].startswith("limited by ")
     assert report["figures"]["model"]["mb_per_image"] > 1
+
+
+def test_an_interrupted_benchmark_leaves_the_rows_that_were_known(root, tmp_path, monkeypatch):
+    time_steps, path = bench_command._time_steps, tmp_path / "figures.json"
+
+    def interrupted(learner, loader, setup):
+        if isinstance(loader, SyntheticLoader):
+            return time_steps(learner, loader, setup)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench_command, "_time_steps", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        bench("all", small(root, tmp_path), steps=1, json=str(path))
+    report = json.loads(path.read_text())
+    assert list(report["figures"]) == ["loader", "model"]
+    assert report["figures"]["model"]["images_per_second"] > 0
+    assert report["verdict"] == "unfinished"
 
 
 def test_a_comparison_is_of_the_same_work_and_fails_below_its_ratio(root, tmp_path, capsys):

@@ -103,8 +103,10 @@ def test_images_from_elsewhere_by_name_or_by_number(trained, tmp_path):
     assert by_name["num_images"] == 12
     (root / "val" / "2").rename(root / "val" / "3")
     line = run_eval(job, "runs/job", "--folder", str(root / "val"), code=3)
-    assert line.endswith("/val: 3 is neither a class of training, such as class0, nor a number below 3\n")
-    assert "No such file" in run_eval(job, "runs/job", "--folder", "nowhere", code=3)
+    assert (
+        "/val/3: not one of the 3 training classes; no folder is, 3 such: 0, 1, 3; classes: class0" in line
+    )
+    assert "no such folder" in run_eval(job, "runs/job", "--folder", "nowhere", code=3)
 
 
 def test_the_training_images_need_not_be_there(trained, tmp_path):
@@ -142,7 +144,9 @@ def test_imagenet_real(monkeypatch):
     monkeypatch.setattr(evaluate_command, "RealLabelsImagenet", Labels)
     ranked = torch.tensor([[8, 0], [1, 0], [5, 0], [0, 9]])
     result = Evaluation(0.0, 0.0, 0.0, 4, ranked=ranked)
-    assert real_accuracy(real_labels(Images(files)), result) == pytest.approx(2 / 3)
+    assert real_accuracy(real_labels(Images(files)), result, range(10)) == pytest.approx(2 / 3)
+    swapped = [5, 1, 2, 3, 4, 8, 6, 7, 9, 0]  # as where folders are named by numbers, in the order of text
+    assert real_accuracy(real_labels(Images(files)), result, swapped) == 0
     with pytest.raises(DataError, match="no validation image of ImageNet"):
         real_labels(Images([*files[:3], "/data/x.jpg"]))
     with pytest.raises(DataError, match="here are 3"):

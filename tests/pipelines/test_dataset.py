@@ -211,7 +211,7 @@ def test_lists_of_numbers_and_of_names(tmp_path, cache, separator):
     ("text", "message"),
     [
         ("a.jpg,0\nb.jpg\n", r"list.txt:2: expected 'path,label'"),
-        ("a.jpg,0\n\n# x\na.jpg,7\n", r"list.txt:4: label '7' is not one of the 3 classes"),
+        ("a.jpg,0\n\n# x\na.jpg,7\n", r"list.txt:4: label '7' is not one of the 3 training classes"),
         ("a.jpg,wolf\n", r"list.txt:1: label 'wolf'"),
         ("# nothing\n", r"list.txt: names no images"),
         (
