@@ -262,7 +262,7 @@ def _sweep(arguments: list[str]) -> int:
     code = EXIT_DONE
     if not options.table:
         code = sweep.submit(rows, options.sbatch) if options.jobs == "slurm" else sweep.run_here(rows)
-    sys.stdout.write(sweep.table(rows, as_csv=options.csv))
+    sweep.print_table(rows, as_csv=options.csv)
     return code
 
 

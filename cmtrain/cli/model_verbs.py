@@ -20,8 +20,8 @@ def evaluate_trained(arguments: list[str]) -> int:
         type=_sizes,
         default=[],
         metavar="LIST",
-        help="shorter sides before the crop, such as 184,182, each with each image side (default: the run's "
-        "own; for another image side in the same proportion)",
+        help="shorter sides before the crop, such as 184,182: one for each image side, or several for one "
+        "(default: the run's own; for another image side in the same proportion)",
     )
     add(
         "--folder",

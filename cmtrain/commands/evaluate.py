@@ -31,6 +31,7 @@ from cmtrain.training.schedule import split_batch
 from pipelines.files.doubts import split_doubts
 from pipelines.files.labels import some
 from pipelines.files.manifest import Manifest
+from pipelines.progress import tracked
 from pipelines.spec import DataError
 
 NUM_REAL_FILES, NUM_IMAGENET_CLASSES = 50_000, 1_000
@@ -87,7 +88,8 @@ def evaluate_trained(options: argparse.Namespace, overrides: Overrides) -> int:
         for each in weights:
             model = make_trained_model(sized, each).to(accelerator.device)
             outputs = num_classes_in(each, config.model.name)
-            images = loader.epoch(0)
+            what = f"evaluating {each.kind} at {image_px} px"
+            images = tracked(loader.epoch(0), what, len(manifest), per_step=batch_size)
             evaluation = evaluate(
                 model, images, accelerator, len(manifest), outputs, keeps_ranked=options.real
             )
@@ -122,22 +124,28 @@ def evaluate_trained(options: argparse.Namespace, overrides: Overrides) -> int:
 
 
 def sizes_of(config: Config, image_px: Sequence[int], resize_px: Sequence[int]) -> list[tuple[int, int]]:
-    """Return pairs of image side and shorter side before the crop, each with each, in the order given.
+    """Return pairs of image side and shorter side before the crop, in the order given.
 
-    Without `resize_px` the run's own is scaled with the image side.
+    Two lists are paired; one size goes with each of the other list. Without `resize_px` the run's own is
+    scaled with the image side.
 
     Raises:
-        ConfigError: a crop larger than the image, or a side that the model cannot have.
+        ConfigError: a crop larger than the image, lists of unequal length, or a side that the model cannot
+            have.
     """
     data = config.data
-    pairs = []
-    for side in image_px or (data.image_px,):
+    sides = list(image_px or (data.image_px,))
+    resizes = list(resize_px) or [round(data.eval_resize_px * side / data.image_px) for side in sides]
+    if len(sides) != len(resizes) and 1 not in (len(sides), len(resizes)):
+        counts = f"--image-px has {len(sides)} sizes and --resize-px {len(resizes)}"
+        raise ConfigError(f"{counts}: give one for each, or several for one")
+    count = max(len(sides), len(resizes))
+    pairs = list(zip(sides * (count // len(sides)), resizes * (count // len(resizes)), strict=True))
+    for side, resize in pairs:
         if side % 32:
             raise ConfigError(f"--image-px: must be multiples of 32, got {side}")
-        for resize in resize_px or (round(data.eval_resize_px * side / data.image_px),):
-            if resize < side:
-                raise ConfigError(f"--resize-px: {resize} is less than the image side {side}")
-            pairs.append((side, resize))
+        if resize < side:
+            raise ConfigError(f"--resize-px: {resize} is less than the image side {side}")
     return pairs
 
 
@@ -214,11 +222,11 @@ def _write_csv(path: str, table: Sequence[Sequence[Any]]) -> None:
 
 def _show(figures: Sequence[dict[str, Any]]) -> None:
     console = Console(enabled=True)
-    header = "weights  image px  resize px    top-1    top-5    loss   images"
+    header = "weights  image px  resize px     top-1     top-5    loss   images"
     console.line(header + "   ReaL top-1" if "real_top1" in figures[0] else header)
     for row in figures:
         top1, top5 = percent(row["top1"], 2), percent(row["top5"], 2)
-        line = f"{row['weights']:<7}  {row['image_px']:>8}  {row['resize_px']:>9}  {top1:>7}  {top5:>7}"
+        line = f"{row['weights']:<7}  {row['image_px']:>8}  {row['resize_px']:>9}  {top1:>8}  {top5:>8}"
         line += f"  {row['loss']:6.4f}  {row['num_images']:>7}"
         console.line(line + (f"   {percent(row['real_top1'], 2):>10}" if "real_top1" in row else ""))
     if unreadable := figures[0]["num_unreadable"]:
