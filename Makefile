@@ -25,14 +25,15 @@ NEEDED   := 3.11 or $(if $(filter %cuda110.lock,$(LOCK)),3.12,newer)
 BEFORE   := 3, $(if $(filter %cuda110.lock,$(LOCK)),13,99)
 UNUSABLE := Python $(NEEDED) is needed; name one, as in: make setup PYTHON=python3.12
 
-$(VENV)/.installed: $(LOCK) pyproject.toml
+# docker/build.lock: uv, and what builds the wheel. All that is fetched here has to have a hash of a lock file.
+$(VENV)/.installed: $(LOCK) docker/build.lock pyproject.toml
 	@if [ "$(TOO_OLD)" ]; then echo "the NVIDIA driver is for CUDA $(TOO_OLD): install driver 525 or newer, or ask for a CPU's packages with LOCK=requirements.lock" >&2; exit 2; fi
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < ($(BEFORE)) and "$(PYTHON): $(UNUSABLE)")'
 	@echo "installing torch, DALI and the rest into $(VENV): about 6 GB, some minutes"
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/pip install -q --disable-pip-version-check "uv>=0.8"
+	@$(BIN)/pip install --disable-pip-version-check --no-deps --only-binary :all: --require-hashes -r docker/build.lock
+	@$(BIN)/uv pip install --python $(BIN)/python --no-deps --no-build-isolation --offline -e .
 	@$(BIN)/uv pip install --python $(BIN)/python --require-hashes -r $(LOCK)
-	@$(BIN)/uv pip install --python $(BIN)/python --no-deps -e .
 	@touch $@
 
 demo: setup  ## train on real JPEGs: no GPU, no download
@@ -100,7 +101,7 @@ lock: setup  ## pin again, from pyproject.toml
 	echo "nvidia-dali-cuda130$(DALI_2)" | $(BIN)/uv pip compile pyproject.toml --extra cuda130 $(COMPILE) -c - -o requirements.lock
 	printf '%s\n' "torch<2.11" "nvidia-dali-cuda120$(DALI_2)" | $(BIN)/uv pip compile pyproject.toml --extra cuda120 $(COMPILE) -c - -o requirements-cuda120.lock
 	echo "torch<2.11" | $(BIN)/uv pip compile pyproject.toml --extra cuda110 $(COMPILE) -c - -o requirements-cuda110.lock
-	echo hatchling | $(BIN)/uv pip compile - $(BARE) -o docker/build.lock
+	printf '%s\n' editables hatchling uv | $(BIN)/uv pip compile - $(BARE) -o docker/build.lock
 	printf '%s\n' "nvidia-dali-cuda130~=2.4.0" "nvidia-nvimgcodec-cu13~=0.9.0" "nvidia-libnvcomp-cu13~=5.3" \
 		nvidia-nvjpeg nvidia-nvjpeg2k-cu13 nvidia-nvtiff-cu13 | $(BIN)/uv pip compile - $(BARE) --no-deps -o tests/requirements-dali24.lock
 

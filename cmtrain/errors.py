@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 EXIT_DONE, EXIT_ERROR, EXIT_CONFIG, EXIT_DATA, EXIT_DIVERGED, EXIT_EXPECTATION = 0, 1, 2, 3, 4, 5
-EXIT_INTERRUPTED, EXIT_PREEMPTED = 130, 143
+EXIT_INTERRUPTED, EXIT_PIPE, EXIT_PREEMPTED = 130, 141, 143
 
 
 class ConfigError(Exception):
@@ -14,6 +14,14 @@ class ConfigError(Exception):
 
     The program ends with exit code 2. Missing or broken data is pipelines.spec.DataError, exit code 3.
     """
+
+
+def message_of(error: Exception) -> str:
+    """Return what to print of a ConfigError, which has one line for each mistake, or of another error."""
+    from pipelines.spec import visible  # not before `check_pipelines`
+
+    lines = str(error).split("\n") if isinstance(error, ConfigError) else [str(error)]
+    return "\n".join(map(visible, lines))
 
 
 def did_you_mean(given: str, choices: Iterable[str], prefix: str = "") -> str:

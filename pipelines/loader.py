@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from pipelines.checks.bad_list import BadFile
+from pipelines.checks.decode_one import is_trouble, patiently
 from pipelines.dali import graphs
 from pipelines.dali.stages import Stages, make_stages
 from pipelines.files.manifest import Manifest
@@ -26,6 +27,7 @@ from pipelines.plan import MicroBatch, Plan, augment_params
 from pipelines.spec import UNREADABLE, AugmentSpec, Batch, DataError, EvalSpec, Placement
 from pipelines.stand_ins import StandIns
 
+MAX_RATIO = 100  # of the sides of an image in evaluation; a longer one is squeezed to this
 _FIRST_PIXEL = np.array([[0, 0, 1, 1]], np.int32)  # top, left, height, width
 
 
@@ -102,10 +104,11 @@ def eval_windows(
 ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     """Return sizes (B, 2) of torchvision's Resize(resize_px) and offsets (B, 2) of its CenterCrop(image_px).
 
-    The longer side is truncated, not rounded; halves of an offset round to even, as Python's `round`.
+    The longer side is truncated, not rounded; halves of an offset round to even, as Python's `round`. It is
+    at most `MAX_RATIO` times the shorter: 1 x 60,000 pixels would be 184 x 11 million, 6 GB, for a crop.
     """
     stored = np.stack([heights, widths], axis=1).astype(np.int64)  # (B, 2)
-    sizes = resize_px * stored // stored.min(axis=1, keepdims=True)
+    sizes = np.minimum(resize_px * stored // stored.min(axis=1, keepdims=True), MAX_RATIO * resize_px)
     return sizes.astype(np.int32), np.rint((sizes - image_px) / 2).astype(np.int32)
 
 
@@ -275,8 +278,11 @@ class DaliLoader:
         """
         index, packed = int(sample.indices[0]), self._manifest.packed
         try:
-            content = Path(self._manifest.file(index)).read_bytes() if packed is None else packed.read(index)
-        except OSError:
+            path = Path(self._manifest.file(index))
+            content = patiently(path.read_bytes) if packed is None else packed.read(index)
+        except OSError as error:
+            if is_trouble(error):  # another sample must not take the place of a good one
+                raise DataError.of(error, path) from error
             return False
         digest = hashlib.sha256(content).digest()
         if not content or digest in self._undecodable:

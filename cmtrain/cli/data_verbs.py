@@ -30,12 +30,14 @@ def _data_check(arguments: list[str]) -> int:
     add("--processes", type=positive, metavar="N", help="default: one per core")
     add("--out", metavar="FILE", help="write the list there instead; training does not look there")
     add("--cache-dir", metavar="DIR", help="data.cache_dir of the runs, if they have one")
+    add("--max-bad-fraction", type=float, metavar="X", help="exit code 3 above this share (default: 0.1)")
     options = parse_alone(parser, arguments)
     from cmtrain.commands.data_check import check
 
+    limit = {} if options.max_bad_fraction is None else {"max_bad_fraction": options.max_bad_fraction}
     return check(
         options.root, full=not options.headers_only, processes=options.processes, out=options.out,
-        cache_dir=options.cache_dir,
+        cache_dir=options.cache_dir, **limit,
     )  # fmt: skip
 
 

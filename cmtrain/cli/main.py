@@ -26,9 +26,18 @@ from cmtrain.commands import sweep
 from cmtrain.config.describe import config_reference, config_schema
 from cmtrain.config.load import load_config
 from cmtrain.config.schema import Config, to_yaml
-from cmtrain.errors import EXIT_CONFIG, EXIT_DATA, EXIT_DONE, EXIT_INTERRUPTED, ConfigError, did_you_mean
+from cmtrain.errors import (
+    EXIT_CONFIG,
+    EXIT_DATA,
+    EXIT_DONE,
+    EXIT_INTERRUPTED,
+    ConfigError,
+    did_you_mean,
+    message_of,
+)
 from cmtrain.processes.gpus import hide_gpus_if_cpu_is_asked_for, visible_gpus
 from cmtrain.processes.launcher import run_ranks
+from cmtrain.processes.output import with_guarded_output
 from cmtrain.processes.rank import PARENT, hold_back, is_first_rank, is_started_by_launcher, run_as_rank
 from cmtrain.storage.run_folder import REPORT_NAME, read_finished, read_status
 from cmtrain.training.schedule import split_batch
@@ -98,21 +107,29 @@ exit codes:
   4    training diverged
   5    the expected accuracy was not reached (expect.enforce)
   130  stopped by Ctrl-C
+  141  the reader of stdout has gone (cmtrain data stats | head -1); never of a run, which goes on
   143  stopped by SIGTERM or SIGUSR2, after a checkpoint
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program; `argv` without its name. Returns the exit code."""
+    """Run the program; `argv` without its name. Returns the exit code.
+
+    What a run prints is no part of its fate. Of the other verbs stdout is the result.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    verb = (arguments or [""])[0]
+    trains = verb in ("train", "demo") or verb.startswith("-")
+    is_asked = verb in ("-h", "--help", "--version") or "--dry-run" in arguments
+    return with_guarded_output(lambda: _main(arguments), stdout_raises=is_asked or not trains)
+
+
+def _main(arguments: list[str]) -> int:
     if not arguments:
         sys.stderr.write(HELP)
         return EXIT_CONFIG
-    if arguments[0] in ("-h", "--help"):
-        sys.stdout.write(HELP)
-        return EXIT_DONE
-    if arguments[0] == "--version":
-        sys.stdout.write(f"cmtrain {__version__}\n")
+    if arguments[0] in ("-h", "--help", "--version"):
+        sys.stdout.write(f"cmtrain {__version__}\n" if arguments[0] == "--version" else HELP)
         return EXIT_DONE
     hide_gpus_if_cpu_is_asked_for()
     verb = "train" if arguments[0].startswith("-") else arguments.pop(0)
@@ -123,10 +140,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _VERBS[verb](arguments)
     except ConfigError as error:
         hold_back()
-        sys.stderr.write(f"{error}\n")
+        sys.stderr.write(f"{message_of(error)}\n")
         return EXIT_CONFIG
     except DataError as error:
-        sys.stderr.write(f"{error}\n")
+        sys.stderr.write(f"{message_of(error)}\n")
         return EXIT_DATA
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED

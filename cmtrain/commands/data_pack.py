@@ -12,11 +12,12 @@ from pipelines.files.manifest import Manifest
 from pipelines.files.shards import damage, is_packed
 from pipelines.packing.encode import PackSpec
 from pipelines.packing.shard_writer import pack_split
-from pipelines.spec import MAX_BAD_FRACTION, DataError
+from pipelines.spec import MAX_BAD_FRACTION, DataError, os_errors_in_one_line, visible
 
 SPLITS = ("train", "val")
 
 
+@os_errors_in_one_line()
 def pack(
     source: str,
     destination: str,
@@ -65,14 +66,14 @@ def pack(
         else:
             manifest = Manifest.from_folder(root / split, class_names=class_names, **limits)
         class_names = manifest.class_names
-        sys.stderr.writelines(f"{line}\n" for line in split_doubts(manifest, split))
+        sys.stderr.writelines(f"{visible(line)}\n" for line in split_doubts(manifest, split))
         folder = Path(destination).absolute() / split
         workers = processes or len(os.sched_getaffinity(0))
         split_index = pack_split(
             manifest, folder, spec, processes=workers, max_bad_fraction=max_bad_fraction
         )
         for path, _, reason in split_index.bad:
-            sys.stderr.write(f"left out: {path}: {reason}\n")
+            sys.stderr.write(visible(f"left out: {path}: {reason}") + "\n")
         shards = split_index.packed
         assert shards is not None
         if damaged := damage(shards, split_index.paths):
@@ -82,6 +83,6 @@ def pack(
         counts = {"images": images, "left_out": len(split_index.bad), "shards": len(shards.shard_names)}
         report[split] = counts | {"bytes": size_bytes}
         written = f"{images:,} images in {counts['shards']} shards, {size_bytes:,} bytes"
-        sys.stderr.write(f"{folder}: {written}, verified\n")
+        sys.stderr.write(visible(f"{folder}: {written}, verified") + "\n")
     print_result({"destination": destination, **report}, asked=as_json)
     return EXIT_DONE

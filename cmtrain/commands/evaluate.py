@@ -5,6 +5,7 @@ The images go through the run's own evaluation loop and loader.
 
 import argparse
 import csv
+import io
 import json
 import os
 import re
@@ -25,6 +26,7 @@ from cmtrain.errors import EXIT_DONE, EXIT_EXPECTATION, ConfigError
 from cmtrain.monitoring.console import Console, print_result
 from cmtrain.monitoring.units import percent
 from cmtrain.step.evaluate import Evaluation, evaluate
+from cmtrain.storage.records import replace_file
 from cmtrain.storage.weights import num_classes_in
 from cmtrain.training import build, loaders
 from cmtrain.training.schedule import split_batch
@@ -32,7 +34,7 @@ from pipelines.files.doubts import split_doubts
 from pipelines.files.labels import some
 from pipelines.files.manifest import Manifest
 from pipelines.progress import tracked
-from pipelines.spec import DataError
+from pipelines.spec import DataError, visible
 
 NUM_REAL_FILES, NUM_IMAGENET_CLASSES = 50_000, 1_000
 
@@ -72,11 +74,11 @@ def evaluate_trained(options: argparse.Namespace, overrides: Overrides) -> int:
     weights = [trained.weights(kind) for kind in kinds]
     accelerator = build.make_accelerator(config.train.precision)
     place, lines = loaders.place_loaders(config, accelerator)
-    sys.stderr.writelines(f"{line}\n" for line in lines)
+    sys.stderr.writelines(f"{visible(line)}\n" for line in lines)
     names = trained.class_names or loaders.open_data(config, accelerator).train.class_names
     folder = options.folder
     manifest = open_folder(folder, names, config) if folder else loaders.open_val(config, names)
-    sys.stderr.writelines(f"{line}\n" for line in split_doubts(manifest, "images"))
+    sys.stderr.writelines(f"{visible(line)}\n" for line in split_doubts(manifest, "images"))
     real = real_labels(manifest) if options.real else None
     numbers = imagenet_numbers(names) if options.real else []
     batch_size, _ = split_batch(config.train.global_batch_size, config.train.max_batch_per_gpu, 1)
@@ -103,7 +105,8 @@ def evaluate_trained(options: argparse.Namespace, overrides: Overrides) -> int:
     if options.confusion and best.confusion is None:
         raise ConfigError(f"--confusion: {len(labels)} classes are too many for a matrix; use --per-class")
     figures = [result.figures() for result in results]
-    report = {"checkpoint": str(trained.checkpoint.path), "step": trained.step, "results": figures}
+    report: dict[str, Any] = {"checkpoint": str(trained.checkpoint.path), "step": trained.step}
+    report |= {"rejected": list(trained.checkpoint.rejected), "results": figures}
     try:
         if options.per_class:
             _write_csv(options.per_class, class_rows(results, labels))
@@ -111,9 +114,9 @@ def evaluate_trained(options: argparse.Namespace, overrides: Overrides) -> int:
             matrix = [[name, *counts] for name, counts in zip(labels, best.confusion, strict=True)]
             _write_csv(options.confusion, [["true \\ predicted", *labels], *matrix])
         if options.json:
-            Path(options.json).write_text(json.dumps(report, indent=1) + "\n")
+            replace_file(Path(options.json), json.dumps(report, indent=1) + "\n")
     except OSError as error:
-        raise DataError(f"{error.filename}: {error.strerror}") from error
+        raise DataError(f"{error.filename or 'a file'}: cannot be written: {error.strerror}") from error
     _show(figures)
     print_result(report, asked=options.json == "")
     if options.expect is not None and best.top1 < options.expect:
@@ -216,8 +219,9 @@ def class_rows(results: Sequence[Result], class_names: Sequence[str]) -> list[li
 
 
 def _write_csv(path: str, table: Sequence[Sequence[Any]]) -> None:
-    with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        csv.writer(file).writerows(table)
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows(table)
+    replace_file(Path(path), text.getvalue().encode("utf-8", "surrogateescape"))
 
 
 def _show(figures: Sequence[dict[str, Any]]) -> None:

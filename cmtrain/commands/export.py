@@ -12,6 +12,7 @@ from typing import Any
 
 import timm
 import torch
+from safetensors import SafetensorError
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
@@ -24,6 +25,7 @@ from cmtrain.models.fold import folded
 from cmtrain.monitoring.console import Console, print_result
 from cmtrain.monitoring.report.page import make_templates
 from cmtrain.storage.checkpoint import new_folder, sync
+from cmtrain.storage.records import remove_leftovers
 from cmtrain.storage.run_record import read_run
 from cmtrain.storage.weights import Weights, fit, num_classes_in
 from cmtrain.training import build
@@ -75,6 +77,7 @@ def export(
     weights = trained.weights(kind or trained.kinds[-1])
     model = make_trained_model(config, weights)
     temporary = final.absolute().parent / f".{final.name}.{os.getpid()}"
+    remove_leftovers(temporary.parent, final.name)
     try:
         with new_folder(final, temporary):
             differences = _write(temporary, model, formats, trained, fold_bn)
@@ -83,15 +86,21 @@ def export(
             for path in temporary.iterdir():  # safetensors writes for its owner alone
                 path.chmod(card.stat().st_mode)
                 sync(path)
-    except OSError as error:
-        raise DataError(f"--out {out}: {error.strerror or error}") from error
+    except (
+        OSError,
+        SafetensorError,
+        RuntimeError,
+    ) as error:  # torch and safetensors have their own for a full disk
+        why = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise DataError(f"--out {out}: cannot be written: {why}") from error
     console = Console(enabled=True)
     for name, difference in differences.items():
         console.line(f"{name}: logits differ from the {weights.kind}'s by at most {difference:.1e}")
     console.line(f"written to {final}")
     files = sorted(path.name for path in final.iterdir())
     result = {"out": str(final), "checkpoint": str(weights.path), "weights": weights.kind, "files": files}
-    print_result(result | {"max_difference": differences}, asked=as_json)
+    found = {"rejected": list(trained.checkpoint.rejected), "max_difference": differences}
+    print_result(result | found, asked=as_json)
     return EXIT_DONE
 
 

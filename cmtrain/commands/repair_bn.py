@@ -50,6 +50,7 @@ class Source:
     content: dict[str, Any]
     write: Callable[[dict[str, Any]], Path]
     next_step: str = ""
+    rejected: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -151,6 +152,7 @@ def repair_bn(
         top1[entry.label] = [was.top1, now.top1]
     console.line(f"written to {written}{source.next_step}")
     result = {"out": str(written), "nonfinite_statistics": nonfinite, "batches": batches, "top1": top1}
+    result["rejected"] = list(source.rejected)
     print_result(result, asked=as_json)
     return EXIT_DONE
 
@@ -165,6 +167,7 @@ def _open_run(
             config, loaded = trained.config, trained.checkpoint
         else:
             loaded = find_checkpoint(Path(place))
+            sys.stderr.writelines(f"{line}\n" for line in loaded.warnings)
         step = int(loaded.state["progress"]["step"])
         state = loaded.state["optimizer"]["state"]
         moments = {f"optimizer {name} {i}": state[i][name] for i in state for name in state[i]}
@@ -173,8 +176,6 @@ def _open_run(
         raise DataError(str(error)) from error
     except (KeyError, TypeError) as error:
         raise DataError(f"{loaded.path}: no checkpoint of a run") from error
-    for line in loaded.rejected:
-        Console(enabled=True).line(f"checkpoint rejected: {line}")
     root = Path(out or loaded.path.absolute().parent.parent / "repaired")
     final = checkpoint_path(root, step)
     if final.exists():
@@ -187,7 +188,7 @@ def _open_run(
             raise DataError(f"{root}: {error}") from error
 
     advice = f"; continue from it with --run.name NEW --resume {final}"
-    return config, Source(loaded.path, loaded.state, write, advice)
+    return config, Source(loaded.path, loaded.state, write, advice, loaded.rejected)
 
 
 def _open_file(path: Path, out: Path | None) -> Source:

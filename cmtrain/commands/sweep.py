@@ -25,6 +25,7 @@ from cmtrain.config.strict_yaml import emit
 from cmtrain.errors import ConfigError
 from cmtrain.monitoring.units import is_part, percent, state_name
 from cmtrain.processes.failure import stop_signals
+from cmtrain.storage.records import is_number
 from cmtrain.storage.run_folder import read_status
 from pipelines.spec import DataError
 
@@ -188,7 +189,7 @@ def _cells(row: SweepRow, *, as_csv: bool) -> list[str]:
     state = _state(row, status)
     result = status.get("result") or {}
     # As the run itself reports: of model and EMA the better one.
-    reached = [top1 for key in ("top1", "ema_top1") if isinstance(top1 := result.get(key), int | float)]
+    reached = [top1 for key in ("top1", "ema_top1") if is_number(top1 := result.get(key))]
 
     def share(value: float) -> str:
         return f"{100 * value:.2f}" if as_csv else percent(value, 2)

@@ -1,8 +1,11 @@
 """Print what a verb finds: progress and tables for people on stderr, a JSON line for programs on stdout."""
 
+import contextlib
+import functools
 import json
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Concatenate, ParamSpec
 
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
@@ -10,8 +13,26 @@ from rich.table import Column
 from rich.text import Text
 
 from cmtrain.monitoring.units import duration
+from pipelines.spec import visible
 
 MIN_BAR_WIDTH = 7
+P = ParamSpec("P")
+
+
+def _safe(show: Callable[Concatenate["Console", P], None]) -> Callable[Concatenate["Console", P], None]:
+    """Go on after any error of the terminal or of rich, without the bar: it is no reason to end a run."""
+
+    @functools.wraps(show)
+    def call(console: "Console", *args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            show(console, *args, **kwargs)
+        except Exception:
+            bar, console.bar = console.bar, None
+            if bar:
+                with contextlib.suppress(Exception):
+                    bar.stop()
+
+    return call
 
 
 def print_result(result: dict[str, Any], *, asked: bool) -> None:
@@ -28,7 +49,7 @@ class ElapsedColumn(ProgressColumn):
 
 
 class Console:
-    """Shows a bar on a terminal, else one greppable line per log point.
+    """Shows a bar on a terminal, else one greppable line per log point. No method raises.
 
     Prints on rank 0; `enabled` is false on the others, which print nothing.
     """
@@ -43,6 +64,7 @@ class Console:
         self.first_step = self.fixed_width = 0  # columns of the terminal that the parts cannot have
         self.parts: tuple[str, ...] = ()  # of the newest log point
 
+    @_safe
     def start(self, step: int, total_steps: int) -> None:
         """Show the bar, if stderr is a terminal."""
         if not (self.enabled and self.rich.is_interactive):
@@ -56,6 +78,7 @@ class Console:
         self.task = self.bar.add_task("", total=total_steps, completed=step)
         self.bar.start()
 
+    @_safe
     def advance(self, step: int) -> None:
         if self.bar:
             self.bar.update(self.task, completed=step)
@@ -64,6 +87,7 @@ class Console:
                 left_seconds = elapsed_seconds / max(done, 1) * (int(self.bar.tasks[0].total or 0) - step)
                 self.bar.update(self.task, description=f"eta {duration(left_seconds)}")
 
+    @_safe
     def progress(self, place: str, *parts: str) -> None:
         """Show one log point: a line of `place` (epoch and step) and all `parts`, the most important first.
 
@@ -80,14 +104,17 @@ class Console:
             shown = longer
         self.bar.update(self.task, description=shown)
 
+    @_safe
     def line(self, text: str) -> None:
         """Print a line that stays on the screen: an evaluation, a checkpoint, what the guard did."""
         if self.enabled:
+            text = visible(text)
             if self.bar:
                 self.rich.print(text, markup=False)
             else:
                 print(text, file=sys.stderr, flush=True)  # noqa: T201
 
+    @_safe
     def stop(self) -> None:
         """Remove the bar."""
         if self.bar:

@@ -18,7 +18,9 @@ from cmtrain.storage.checkpoint import (
     find_checkpoint,
     load_checkpoint,
     load_newest,
+    remove_leftovers,
 )
+from cmtrain.storage.records import retried
 from cmtrain.storage.run_folder import RunLock
 from cmtrain.storage.state_file import CheckpointError
 from pipelines.spec import DataError
@@ -80,19 +82,21 @@ def choose_start(
 
 
 def _choose(run_path: Path, resume: str, config: Config, fingerprint: str, val_fingerprint: str) -> Start:
-    lost = archive_previous_attempt(run_path)
     checkpoints = run_path / "checkpoints"
-    if resume == "never":
-        if checkpoint_steps(checkpoints):
-            held = f"{run_path} already holds checkpoints"
-            raise ConfigError(f"--resume never: {held}; choose another --run.name")
-        return Start(notes=lost)
     try:
+        lost = archive_previous_attempt(run_path)
+        if resume == "never":
+            if retried(checkpoint_steps, checkpoints):
+                held = f"{run_path} already holds checkpoints"
+                raise ConfigError(f"--resume never: {held}; choose another --run.name")
+            return Start(notes=lost)
         loaded = load_newest(checkpoints)
+        remove_leftovers(checkpoints)  # not before: they may be all that is left of a run
     except CheckpointError as error:
         raise DataError(f"{error}; to start from scratch all the same, use --resume never") from error
     except OSError as error:
-        raise DataError(f"{checkpoints}: {error}") from error
+        what = f"{error.filename or run_path}: {error.strerror or error}"
+        raise DataError(f"{what}; no checkpoint was changed, run the same command again") from error
     if resume not in ("auto", "force") and loaded is None:
         try:
             loaded = find_checkpoint(Path(resume))
@@ -106,7 +110,7 @@ def _choose(run_path: Path, resume: str, config: Config, fingerprint: str, val_f
             f"{loaded.path} was made with another recipe: {'; '.join(changes)}; "
             "choose another --run.name, or --resume force to continue with the new recipe"
         )
-    notes = [f"checkpoint rejected: {line}" for line in loaded.rejected]
+    notes = list(loaded.warnings)
     notes += [f"recipe changed: {change}" for change in changes]
     if loaded.meta.get("val_fingerprint", val_fingerprint) != val_fingerprint:
         what = f"the validation images or classes are others than at {loaded.path.name}"

@@ -94,14 +94,10 @@ def run(config: Config, lock: RunLock, resume: str, max_steps: int | None, as_js
     stop, clock = StopRequest(parts.control), Stopwatch()
     logger = open_logger(config, lock.folder, parts, last_step)
     saver = Saver(lock.folder, logger, keep=config.checkpoint.keep)
-    if start.checkpoint:
-        saver.resume(start.checkpoint.meta, data.val.fingerprint)
-    logger.start(
-        to_yaml(config), facts_of(config, accelerator), parts.notes, flops_per_image=parts.flops_per_image,
-        device=accelerator.device, resumed=resumed,
+    watchdog = Watchdog(
+        lock.folder, rank, world_size, timeout_seconds=config.train.step_timeout_seconds,
+        losses=logger.losses,
     )  # fmt: skip
-    logger.left_out(data.train.bad + data.val.bad)
-    watchdog = Watchdog(lock.folder, rank, world_size, timeout_seconds=config.train.step_timeout_seconds)
 
     def lr_of(step: int) -> float:
         return schedule.lr_at(step) * recovery.lr_factor(step)
@@ -130,6 +126,13 @@ def run(config: Config, lock: RunLock, resume: str, max_steps: int | None, as_js
     received, diverged, results = 0, "", dict[str, Evaluation]()
     first_step = start.step
     try:
+        if start.checkpoint:
+            saver.resume(start.checkpoint.meta, data.val.fingerprint)
+        logger.start(
+            to_yaml(config), facts_of(config, accelerator), parts.notes,
+            flops_per_image=parts.flops_per_image, device=accelerator.device, resumed=resumed,
+        )  # fmt: skip
+        logger.left_out(data.train.bad + data.val.bad, data.train.root)
         batches = clock.waiting(batches_from(first_step, parts.train_loader, schedule))
         batches = draw_first(batches, clock, logger, config)
         if start.evaluation_due or first_step >= last_step:
@@ -185,33 +188,34 @@ def run(config: Config, lock: RunLock, resume: str, max_steps: int | None, as_js
                 break
 
         log_bad_files(logger, loaders, stop)
+
+        # End.
+        for loader in loaders:
+            loader.close()
+        stop.close()
+        saver.close()
+        if received:
+            state, code, results = "preempted", stop_code(received), {}
+            reason = stopped_by(received, logger.step, saver.unsaved)
+        elif diverged:
+            state, code, results = "diverged", EXIT_DIVERGED, {}
+            reason = f"{diverged}; lower optim.lr or set optim.clip_grad"
+        else:
+            state = "finished"
+            code, reason = check_expectation(config, results, whole=last_step == schedule.total_steps)
+            if saver.unsaved:
+                state, code = "failed", EXIT_DATA
+                reason = f"{reason}, but its checkpoint is missing: {saver.unsaved}"
+        code = logger.finish(state, exit_code=code, reason=reason, results=results, as_json=as_json)
     except BaseException as error:
         cause = report_failure(error, lock.folder, rank=rank, world_size=world_size, step=logger.step)
         logger.fail(cause.describe(), waits=cause.exit_code != EXIT_INTERRUPTED)
         if cause.exit_code == EXIT_ERROR and not is_lost_contact(error):
             raise
         return cause.exit_code
-
-    # End.
-    for loader in loaders:
-        loader.close()
-    stop.close()
-    saver.close()
-    if received:
-        state, code, results = "preempted", stop_code(received), {}
-        reason = stopped_by(received, logger.step, saver.unsaved)
-    elif diverged:
-        state, code, results = "diverged", EXIT_DIVERGED, {}
-        reason = f"{diverged}; lower optim.lr or set optim.clip_grad"
-    else:
-        state = "finished"
-        code, reason = check_expectation(config, results, whole=last_step == schedule.total_steps)
-        if saver.unsaved:
-            state, code = "failed", EXIT_DATA
-            reason = f"{reason}, but its checkpoint is missing: {saver.unsaved}"
-    logger.finish(state, exit_code=code, reason=reason, results=results, as_json=as_json)
     leave_together()
     watchdog.close()
+    logger.report_losses()
     return code
 
 
@@ -229,7 +233,8 @@ def draw_first(
     """Pass `batches` on, and draw the first one into the run folder for people to look at."""
     first = next(batches)
     if logger.folder:
-        contact_sheet(first.images, config.data.mean, config.data.std, logger.path / SAMPLE_NAME)
+        how = first.images, config.data.mean, config.data.std, logger.path / SAMPLE_NAME
+        logger.losses.attempt(SAMPLE_NAME, contact_sheet, *how)
     clock.lap()  # building the pipeline is no part of a step's time
     yield first
     yield from batches
@@ -362,6 +367,7 @@ def open_logger(config: Config, path: Path, parts: Parts, last_step: int) -> Run
         total_steps=schedule.total_steps,
         address=(metrics.host, metrics.port + accelerator.local_process_index) if metrics.enabled else None,
         stall_seconds=metrics.stall_seconds,
+        allowed_hosts=metrics.allowed_hosts,
         trackers=Trackers(accelerator, path.name, flat(config)),
     )
 

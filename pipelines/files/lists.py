@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,9 +25,10 @@ def list_file(path: Path, root: Path) -> Listing:
     Raises DataError when there is no such folder or file, no image, or a line that cannot be read.
     """
     place: dict[str, int] = {}
+    skipped = Counter[str]()
 
     def entries(start: bytes, folders: dict[bytes, FolderState]) -> Iterator[tuple[bytes, int]]:
-        for _, name, label in read_list(path, root):
+        for _, name, label in read_list(path, root, skipped):
             encoded = os.fsencode(name)
             folder = os.path.dirname(encoded)
             if folder not in folders:
@@ -35,11 +37,13 @@ def list_file(path: Path, root: Path) -> Listing:
         if not place:
             raise DataError(f"{path}: names no images")
 
-    return look_at(root, entries, place)
+    return look_at(root, entries, place, skipped)
 
 
-def read_list(path: Path, root: Path) -> Iterator[tuple[int, str, str]]:
+def read_list(path: Path, root: Path, skipped: Counter[str] | None = None) -> Iterator[tuple[int, str, str]]:
     """Yield line number, path relative to `root` and label of every image, without ./ and //.
+
+    Lines that begin with # are counted in `skipped`.
 
     Raises DataError for a file that is no UTF-8 text, and for the first line that is not understood.
     """
@@ -50,6 +54,8 @@ def read_list(path: Path, root: Path) -> Iterator[tuple[int, str, str]]:
             for number, raw in enumerate(lines, start=1):
                 line = raw.strip()
                 if not line or line.startswith("#"):
+                    if line and skipped is not None:
+                        skipped["lines that begin with #"] += 1
                     continue
                 where = f"{path}:{number}"
                 name, label = _split(line, where, first)

@@ -11,7 +11,7 @@ import os
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, partial
@@ -26,12 +26,12 @@ from pipelines.checks.bad_list import BadFile, read_lists, user_cache
 from pipelines.checks.decode_one import Fault
 from pipelines.files.headers import Scan
 from pipelines.files.labels import match_classes, relabel_folder, relabel_list
-from pipelines.files.listing import Listing, Paths, file_state, list_folder
+from pipelines.files.listing import Listing, Paths, describe_skipped, file_state, list_folder
 from pipelines.files.lists import list_file
 from pipelines.files.scan_cache import cached_scan, list_digest
 from pipelines.files.shards import INDEX, Slices
 from pipelines.plan import sample_keys
-from pipelines.spec import MAX_BAD_FRACTION, DataError
+from pipelines.spec import MAX_BAD_FRACTION, DataError, os_errors_in_one_line
 
 _SUBSET_DOMAIN = 3  # keeps the choice of a subset apart from the plan's uses of the same seed
 
@@ -53,7 +53,8 @@ class Manifest:
     bad: tuple[BadFile, ...] = ()
     packed: Slices | None = None  # where the images are, when they are not files of their own
     identities: NDArray[np.uint64] = field(default_factory=lambda: np.zeros(0, np.uint64))
-    notes: tuple[str, ...] = ()  # how labels became classes, for the user
+    notes: tuple[str, ...] = ()  # how labels became classes and what was not used, for the user
+    skipped: Mapping[str, int] = field(default_factory=dict)  # what is no image, by kind
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -80,7 +81,7 @@ class Manifest:
         if self.packed is None:
             yield [self.file(index) for index in indices]
             return
-        with tempfile.TemporaryDirectory() as folder:
+        with os_errors_in_one_line(tempfile.gettempdir()), tempfile.TemporaryDirectory() as folder:
             for index in indices:
                 Path(folder, str(index)).write_bytes(self.packed.read(index))
             yield [os.path.join(folder, str(index)) for index in indices]
@@ -104,6 +105,7 @@ class Manifest:
         return replace(self, paths=self.paths.select(indices), packed=packed, **arrays)
 
     @staticmethod
+    @os_errors_in_one_line()
     def from_folder(
         root: Path | str,
         *,
@@ -266,9 +268,10 @@ def _manifest(found: Scan, listing: Listing, max_bad_fraction: float, *, listed:
     check_num_bad(listing.root, bad, len(listing), max_bad_fraction)
     heights, widths = sizes.T.copy()
     image = paths, listing.labels, heights, widths, listing.size_bytes
-    everything = Manifest(
-        listing.root, *image, listing.class_names, bad, identities=identities, notes=listing.notes
-    )
+    unused = describe_skipped(listing.skipped)
+    notes = (*listing.notes, f"{listing.root}: {unused}") if unused else listing.notes
+    facts: dict[str, Any] = {"identities": identities, "notes": notes, "skipped": listing.skipped}
+    everything = Manifest(listing.root, *image, listing.class_names, bad, **facts)
     return everything.select(np.flatnonzero(heights)) if bad else everything
 
 

@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from helpers.runs import Forked
+from helpers.tools import needs
 
 import cmtrain.commands.export
 from cmtrain.commands.export import crop_pct_of, largest_difference, make_trained_model, missing_packages
@@ -17,7 +18,7 @@ from cmtrain.config.load import load_config
 from cmtrain.storage.checkpoint import load_newest, save_checkpoint
 from pipelines.spec import DataError
 
-NEEDS_ONNX = pytest.mark.skipif(bool(missing_packages()), reason="needs cmtrain[export]")
+NEEDS_ONNX = needs("onnx", "onnxruntime", "onnxscript")
 LOAD = {
     "timm": "import timm, cmtrain; model = timm.create_model('local-dir:out', pretrained=True).eval()",
     "torch-export": "model = torch.export.load('out/model.pt2').module()",
@@ -56,7 +57,7 @@ def test_a_fresh_process_gets_the_same_logits(job, name):
     torch.save(images, job.folder / "images.pt")
     program = f"import torch\n{LOAD[name]}\n"
     program += "with torch.no_grad(): torch.save(model(torch.load('images.pt')), 'logits.pt')"
-    subprocess.run([sys.executable, "-W", "ignore", "-c", program], cwd=job.folder, check=True, timeout=120)
+    subprocess.run([sys.executable, "-W", "ignore", "-c", program], cwd=job.folder, check=True, timeout=600)
     logits = torch.load(job.folder / "logits.pt")
     torch.testing.assert_close(logits, expected_logits(job, "ema", images), rtol=0, atol=1e-5)
 

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 from helpers.runs import FAULTY, TWO, assert_nobody_is_left, failures, faults, logged, losses, wait_for
 
+from cmtrain.processes import failure
 from cmtrain.processes.collectives import leave_together, set_torch_defaults
 from cmtrain.processes.failure import (
     Failure,
@@ -156,7 +158,7 @@ def test_a_finished_run_ends_at_once(make_job):
         "assert not {'torch', 'numpy', 'nvidia'} & set(sys.modules); sys.exit(code)"
     )
     command = [sys.executable, "-c", program, "--config", str(job.config), "--nproc", "2"]
-    again = subprocess.run(command, cwd=job.folder, capture_output=True, text=True, timeout=60, check=True)
+    again = subprocess.run(command, cwd=job.folder, capture_output=True, text=True, timeout=600, check=True)
     assert json.loads(again.stdout) == result
     job("--schedule.epochs", "4", code=2)  # but another recipe is another run
     (job.run / "checkpoints").rename(job.run / "kept")
@@ -259,6 +261,30 @@ def test_ranks_that_fail_together_are_recorded_once(tmp_path):
     assert read_status(tmp_path)["exit_code"] == 3
 
 
+def test_ranks_that_lose_contact_at_one_moment_are_recorded_once(tmp_path, monkeypatch):
+    """Both have read the status before either writes it, unless one waits for the other."""
+    folder = RunFolder(tmp_path)
+    folder.status(state="running", step=12)
+    folder.event("started")
+    for rank in (0, 1):
+        write_failure(tmp_path, Failure(rank, 2, "lost contact with another rank", lost_contact=True))
+    both_have_read = threading.Barrier(2, timeout=0.3)
+
+    def read_together(path):
+        status = read_status(path)
+        with suppress(threading.BrokenBarrierError):
+            both_have_read.wait()
+        return status
+
+    monkeypatch.setattr(failure, "read_status", read_together)
+    ranks = [threading.Thread(target=record_cause, args=(tmp_path,)) for _ in range(2)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+    assert [event["event"] for event in read_events(tmp_path)] == ["started", "failed"]
+
+
 def test_the_next_start_records_how_a_run_ended(tmp_path):
     assert archive_previous_attempt(tmp_path / "new") == ()
     folder = RunFolder(tmp_path)
@@ -348,7 +374,7 @@ def test_under_torchrun_a_mistake_is_printed_once(make_job):
     job = make_job()
     once = (*TORCHRUN[:-1], "0")  # and not again at every restart
     process = job.start("--optim.lr", "none", launcher=once, module=FAULTY)
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=600)
     assert sum("optim.lr" in line for line in err.splitlines()) == 1
 
 

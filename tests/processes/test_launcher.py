@@ -28,7 +28,7 @@ def start(folder, rank, max_restarts=0):
 
 def run(folder, rank, max_restarts=0):
     process = start(folder, rank, max_restarts)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=600)
     assert out.endswith("children: \n"), out  # a rank ended in the middle of a line may stand before it
     return process.returncode, err
 
@@ -78,5 +78,5 @@ def test_a_signal_reaches_every_rank_and_ends_the_restarts(tmp_path):
     process = start(tmp_path, rank, 3)
     assert [process.stdout.readline() for _ in range(2)] == ["ready\n"] * 2
     process.send_signal(12)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=600)
     assert (process.returncode, out, err) == (1, "children: \n", "")

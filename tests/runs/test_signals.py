@@ -34,7 +34,7 @@ def send(pid, number):
 
 def assert_stopped(job, process, number, began):
     """`process` ends, the run is preempted at the step it was at, and can go on from there."""
-    process.communicate(timeout=60)
+    process.communicate(timeout=600)
     assert_nobody_is_left(job)
     took = time.monotonic() - began
     print(f"{signal.Signals(number).name}: ended after {took:.1f} s")
@@ -84,7 +84,7 @@ def test_process_1_can_be_stopped_before_training_begins(make_job):
     process = job.start(module=FAULTY, PROCESS_1="1", SLOW_START="1")
     wait_for(lambda: (job.folder / "slow").exists(), process)
     os.kill(int((job.folder / "process1").read_text()), signal.SIGTERM)
-    process.communicate(timeout=60)
+    process.communicate(timeout=600)
     assert process.returncode == 143
     assert not job.run.exists()
 
