@@ -36,7 +36,8 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[ar
         argument = rest.pop(0)
         value = argument.partition("=")[2] if argument.startswith("--") else argument
         if re.match(r"~[\w.-]*/", value):
-            raise ConfigError(f"{argument}: no shell expanded the ~; put a blank instead of = before it")
+            advice = "write the whole path; after a blank, and not after =, a shell expands it"
+            raise ConfigError(f"{argument}: no shell expanded the ~: {advice}")
         if re.match(r"--[^=]*[.]", argument):
             overrides.append(_override(argument, rest))
         else:

@@ -256,7 +256,7 @@ def set_damaged_aside(path: Path) -> list[str]:
         except OSError:
             continue  # missing; or the machine cannot read it, which is no damage
     remove_leftovers(path, *RECORDS, SAMPLE_NAME, "failed-rank*.json")
-    remove_leftovers(path.parent / ".targets", f"{path.name}-*.json")
+    remove_leftovers(path.parent / ".targets", f"{path.name}-[0-9]*.json")
     return lines
 
 

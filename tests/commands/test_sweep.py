@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -223,17 +222,15 @@ def test_a_stop_signal_reaches_the_row_and_ends_the_sweep():
     code = (
         "import sys; from cmtrain.commands.sweep import _forwarded_signals\n"
         "program = 'import signal, sys, time; signal.signal(15, lambda *_: sys.exit(143));'\n"
-        "program += 'print(1, flush=True); time.sleep(60)'\n"
+        "program += 'print(1, flush=True); time.sleep(9999)'\n"
         "with _forwarded_signals() as child:\n"
         "    codes = [child.call([sys.executable, '-c', program]) for _ in range(3)]\n"
         "print(codes)\n"
     )
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "1\n"
-    begin = time.monotonic()
     process.send_signal(signal.SIGTERM)
     assert process.communicate(timeout=600)[0] == "[143, 143, 143]\n"  # the other two were not started
-    assert time.monotonic() - begin < 30
 
 
 # --- SLURM ---

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers.pages import DOUBLE_IDS, EVIL, OUTSIDE, OVERLAPS, UNNAMED, ParsedPage
 from helpers.report_runs import eventful, write_run
-from helpers.runs import free_port
+from helpers.runs import HANG_SECONDS, free_port
 
 from cmtrain.monitoring.discovery import write_target
 from cmtrain.monitoring.http_server import Exporter
@@ -330,13 +330,14 @@ def test_a_hidden_page_asks_for_nothing(browser, serve, folder):
     page = page_of(rank_at(10_000), folder)
     browser.open(serve(lambda accept: asked.append(1) or page(accept)).url, width_px=1280)
     browser.evaluate("Object.defineProperty(document, 'hidden', {get: () => true})")
+    time.sleep(1)  # a request may be on its way
     count = len(asked)
     time.sleep(2.6)
     assert len(asked) == count
 
 
 def wait_until(condition):
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + HANG_SECONDS
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.1)

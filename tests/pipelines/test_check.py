@@ -255,7 +255,7 @@ def test_memory_and_time_of_a_decoder_are_limited():
     assert process.returncode == 0
 
 
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(300)
 def test_a_pipe_blocks_no_decoder(tmp_path):
     """One that took the place of an image after the folder was listed."""
     os.mkfifo(tmp_path / "pipe.jpg")

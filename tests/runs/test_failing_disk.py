@@ -25,7 +25,7 @@ SAMPLE = 10
 
 
 class Disk:
-    """Runs `job` on files in one folder, begun fresh or by a first part of the run, while operations fail."""
+    """Runs `job` in one folder, fresh or after a first part of the run, while operations fail."""
 
     def __init__(self, make_job, images: Path, tmp_path: Path, start: str) -> None:
         folder = tmp_path / "job"
