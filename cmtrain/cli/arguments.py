@@ -86,6 +86,15 @@ def parse_alone(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> ar
     return options
 
 
+def add_json(parser: argparse.ArgumentParser, *, to_file: bool = False) -> None:
+    """Add --json, for a verb that prints its result for programs only where stdout is no terminal."""
+    if to_file:
+        what = "print the figures as JSON on a terminal, too; or write them to FILE"
+        parser.add_argument("--json", nargs="?", const="", metavar="FILE", help=what)
+    else:
+        parser.add_argument("--json", action="store_true", help="print the JSON line on a terminal, too")
+
+
 def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number >= 1, got {text}")

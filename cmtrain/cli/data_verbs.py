@@ -3,7 +3,14 @@
 from collections.abc import Callable
 
 from cmtrain.cli import start
-from cmtrain.cli.arguments import CONFIG_HELP, make_parser, parse_alone, parse_with_config, positive
+from cmtrain.cli.arguments import (
+    CONFIG_HELP,
+    add_json,
+    make_parser,
+    parse_alone,
+    parse_with_config,
+    positive,
+)
 from cmtrain.errors import ConfigError, did_you_mean
 
 
@@ -47,6 +54,7 @@ def _data_pack(arguments: list[str]) -> int:
     add("--max-bad-fraction", type=float, metavar="X", help="unreadable share to refuse (default: 0.1)")
     add("--train-list", metavar="FILE", help="list of training images below SRC, instead of train/")
     add("--val-list", metavar="FILE", help="the same for validation")
+    add_json(parser)
     options = parse_alone(parser, arguments)
     from cmtrain.commands.data_pack import pack
 
@@ -54,7 +62,7 @@ def _data_pack(arguments: list[str]) -> int:
     return pack(
         options.source, options.destination, resize_shorter=options.resize_shorter, quality=options.quality,
         shard_mib=options.shard_size, processes=options.processes, train_list=options.train_list,
-        val_list=options.val_list, **limit,
+        val_list=options.val_list, as_json=options.json, **limit,
     )  # fmt: skip
 
 
@@ -80,13 +88,14 @@ def _data_preview(arguments: list[str]) -> int:
 def _data_stats(arguments: list[str]) -> int:
     parser = make_parser("data stats", "Count and measure the images of a configuration.")
     parser.add_argument("--config", metavar="FILE", help=CONFIG_HELP)
-    _, resolved = parse_with_config(parser, arguments)
+    add_json(parser)
+    options, resolved = parse_with_config(parser, arguments)
     start.announce("data stats of " + resolved.config.data.root)
     start.check_places(resolved.config)
     start.loading()
     from cmtrain.commands.data_preview import stats
 
-    return stats(resolved.config)
+    return stats(resolved.config, as_json=options.json)
 
 
 _DATA_VERBS: dict[str, Callable[[list[str]], int]] = {

@@ -13,6 +13,7 @@ from cmtrain import __version__
 from cmtrain.cli import start
 from cmtrain.cli.arguments import (
     CONFIG_HELP,
+    add_json,
     count,
     make_parser,
     parse,
@@ -40,7 +41,7 @@ from cmtrain.processes.gpus import visible_gpus
 from cmtrain.processes.launcher import run_ranks
 from cmtrain.processes.output import with_guarded_output
 from cmtrain.processes.rank import PARENT, hold_back, is_first_rank, is_started_by_launcher, run_as_rank
-from cmtrain.storage.run_folder import read_finished, read_status
+from cmtrain.storage.run_folder import REPORT_NAME, read_finished, read_status
 from pipelines.spec import DataError
 
 DEMO_PHOTOS = [
@@ -160,6 +161,7 @@ def _train(arguments: list[str]) -> int:
     add("--nproc", type=positive, metavar="N", help="processes to train in (default: one per GPU)")
     add("--max-restarts", type=count, default=0, metavar="N", help="restarts after failures (0)")
     add("--dry-run", action="store_true", help="print the plan of the run and stop")
+    add_json(parser)
     options, resolved = parse_with_config(parser, arguments)
     config = resolved.config
     if options.dry_run:
@@ -173,8 +175,11 @@ def _train(arguments: list[str]) -> int:
         finished = read_finished(run_path, to_yaml(config), options.max_steps)
     if finished:
         if is_first_rank():
-            sys.stderr.write(f"{run_path}: finished before\n")
-            sys.stdout.write(json.dumps(finished["result"]) + "\n")
+            from cmtrain.monitoring.console import print_result
+
+            sys.stderr.write(f"{run_path}: finished before: {finished['reason']}\n")
+            sys.stderr.write(f"report {run_path / REPORT_NAME}\n")
+            print_result(finished["result"], asked=options.json)
         return int(finished["exit_code"])
 
     # Start one process per GPU, unless a launcher has started this one.
@@ -199,7 +204,9 @@ def _train(arguments: list[str]) -> int:
         start.loading(compiles=config.train.compile)
         from cmtrain.training.train import train
 
-        return train(config, resume=options.resume, max_steps=options.max_steps, data=data)
+        return train(
+            config, resume=options.resume, max_steps=options.max_steps, data=data, as_json=options.json
+        )
 
     return run_as_rank(work, run_path)
 
@@ -209,6 +216,7 @@ def _demo(arguments: list[str]) -> int:
     parser.add_argument(
         "--photos", action="store_true", help="12 colour photographs instead of handwritten digits"
     )
+    add_json(parser)
     options, overrides = parse(parser, arguments)
     base, given = ("demo-photos", DEMO_PHOTOS) if options.photos else ("demo", [])
     for attempt in itertools.count(1):  # an interrupted demo continues; a finished one is left alone
@@ -223,7 +231,7 @@ def _demo(arguments: list[str]) -> int:
     start.loading(compiles=config.train.compile)
     from cmtrain.training.train import train  # torch is loaded here, after the mistakes
 
-    return train(config, data=data)
+    return train(config, data=data, as_json=options.json)
 
 
 def _bench(arguments: list[str]) -> int:
@@ -239,7 +247,7 @@ def _bench(arguments: list[str]) -> int:
     add("--beside", type=_names, default="resnet50,efficientnet_b0", metavar="NAMES", help=beside)
     add("--compare", metavar="FILE", help="JSON of an earlier run to compare rates with")
     add("--fail-below", type=float, metavar="X", help="exit code 5 where a rate is below X times that")
-    add("--json", metavar="FILE", help="write the figures there, too")
+    add_json(parser, to_file=True)
     options, resolved = parse_with_config(parser, arguments)
     if options.fail_below is not None and not options.compare:
         raise ConfigError("--fail-below: needs --compare FILE, the earlier run")
@@ -291,7 +299,7 @@ def _sweep(arguments: list[str]) -> int:
     code = EXIT_DONE
     if not options.table:
         code = sweep.submit(rows, options.sbatch) if options.jobs == "slurm" else sweep.run_here(rows)
-    sys.stdout.write(sweep.table(rows, as_csv=options.csv))
+    sweep.print_table(rows, as_csv=options.csv)
     return code
 
 
@@ -328,6 +336,7 @@ def _repair_bn(arguments: list[str]) -> int:
     parser.add_argument("--config", metavar="FILE", help="model and data; a run has its own")
     parser.add_argument("--out", metavar="PATH", help="default: x-repaired.pth for x.pth, RUN/repaired")
     parser.add_argument("--batches", type=positive, default=200, metavar="N", help="to average over (200)")
+    add_json(parser)
     options, overrides = parse(parser, arguments)
     if options.place is None:
         raise ConfigError("cmtrain repair-bn: which run or file? e.g. cmtrain repair-bn runs/full_in1k")
@@ -337,7 +346,7 @@ def _repair_bn(arguments: list[str]) -> int:
     start.loading()
     from cmtrain.commands.repair_bn import repair_bn
 
-    return repair_bn(options.place, config, overrides, options.out, options.batches)
+    return repair_bn(options.place, config, overrides, options.out, options.batches, as_json=options.json)
 
 
 def _report(arguments: list[str]) -> int:

@@ -1,6 +1,5 @@
 """Send every event of a run to the console, the metrics, the run folder and the experiment trackers."""
 
-import json
 import math
 import socket
 import sys
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 
 from cmtrain.errors import EXIT_DATA
-from cmtrain.monitoring.console import Console
+from cmtrain.monitoring.console import Console, print_result
 from cmtrain.monitoring.discovery import forget_ranks, write_target
 from cmtrain.monitoring.http_server import Exporter
 from cmtrain.monitoring.machine import environment
@@ -21,7 +20,7 @@ from cmtrain.monitoring.metrics import TrainMetrics
 from cmtrain.monitoring.report.page import write_report
 from cmtrain.monitoring.routes import make_pages
 from cmtrain.monitoring.trackers import Trackers
-from cmtrain.monitoring.units import duration, percent
+from cmtrain.monitoring.units import duration, is_part, percent, state_name, step_place
 from cmtrain.processes.output import lost_output
 from cmtrain.processes.rank import num_restarts
 from cmtrain.step.evaluate import Evaluation, by_class
@@ -72,6 +71,7 @@ class RunLogger:
         self.train_loss = math.nan
         self.bad_paths: set[str] = set()
         self.pace, self.begin = Pace(), time.monotonic()
+        self.failure: dict[str, Any] = {}  # which is written to status.json by report_failure
         self.exporter: Exporter | None = None
         self.target: Path | None = None
         if self.address:
@@ -80,7 +80,8 @@ class RunLogger:
     def _serve(self, address: tuple[str, int]) -> None:
         """Serve metrics; if that fails, log why and go on without them."""
         try:
-            status = self.folder.snapshot if self.folder else lambda: self.speed
+            folder = self.folder
+            status = (lambda: folder.snapshot() | self.failure) if folder else lambda: self.speed
             pages = make_pages(self.metrics, status, self.stall_seconds, self.path)
             self.exporter = Exporter(pages, *address, self.allowed_hosts)
         except OSError as error:
@@ -326,9 +327,16 @@ class RunLogger:
     # The end
 
     def finish(
-        self, state: str, *, exit_code: int, reason: str, results: Mapping[str, Evaluation] | None = None
+        self,
+        state: str,
+        *,
+        exit_code: int,
+        reason: str,
+        results: Mapping[str, Evaluation] | None = None,
+        as_json: bool = False,
     ) -> int:
-        """Write how the run ended: status.json, report.html, the console, and one JSON line for programs.
+        """Write how the run ended: status.json, report.html, the console, and one JSON line for programs
+        (`as_json`: on a terminal, too).
 
         Returns the exit code: `exit_code`, or 3 where status.json could not be written.
         """
@@ -342,27 +350,33 @@ class RunLogger:
             is_written = self.folder.status(
                 state=state, step=self.step, exit_code=exit_code, reason=reason, result=result, retries=True
             )
-            self.console.line(reason if state == "preempted" else f"{state}: {reason}")
+            status = self.folder.snapshot()
+            place = f", {step_place(status, self.step)}" if is_part(status) else ""
+            self.console.line(reason if state == "preempted" else f"{state_name(status)}{place}: {reason}")
             self._report()
-            if result and not sys.stdout.isatty():  # people have read it above
-                print(json.dumps(result), flush=True)  # noqa: T201
+            if result:
+                print_result(result, asked=as_json)
             if not is_written:
                 exit_code = EXIT_DATA
                 advice = "run the same command again"
                 self.console.line(f"{self.path}: status.json does not say how the run ended; {advice}")
-        self._close()
+        self._close(waits=state != "preempted")
         return exit_code
 
-    def fail(self, reason: str) -> None:
+    def fail(self, reason: str, *, waits: bool) -> None:
         """Print why the run failed; the failure itself is in the run folder already."""
         self.console.stop()
         self.console.line(f"failed: {reason}")
-        self._close()
+        self.failure = {"state": "failed", "reason": reason, "updated": time.time()}
+        self._close(waits=waits)
 
-    def _close(self) -> None:
+    def _close(self, *, waits: bool) -> None:
+        """Stop serving; if it `waits`, a browser that shows the live page fetches its last state first."""
         if self.target:
             self.losses.attempt("discovery of metrics", self.target.unlink, missing_ok=True)
         if self.exporter:
+            if waits and self.rank == 0:
+                self.exporter.linger("/")
             self.exporter.close()
         self.report_losses()
 

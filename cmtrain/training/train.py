@@ -15,7 +15,14 @@ from accelerate import Accelerator
 
 from cmtrain import __version__
 from cmtrain.config.schema import Config, flat, to_yaml
-from cmtrain.errors import EXIT_DATA, EXIT_DIVERGED, EXIT_DONE, EXIT_ERROR, EXIT_EXPECTATION
+from cmtrain.errors import (
+    EXIT_DATA,
+    EXIT_DIVERGED,
+    EXIT_DONE,
+    EXIT_ERROR,
+    EXIT_EXPECTATION,
+    EXIT_INTERRUPTED,
+)
 from cmtrain.monitoring.trackers import Trackers
 from cmtrain.monitoring.units import percent
 from cmtrain.processes.collectives import gather, leave_together
@@ -47,7 +54,12 @@ NUM_NAMED_FILES = 3
 
 
 def train(
-    config: Config, *, resume: str = "auto", max_steps: int | None = None, data: Data | None = None
+    config: Config,
+    *,
+    resume: str = "auto",
+    max_steps: int | None = None,
+    data: Data | None = None,
+    as_json: bool = False,
 ) -> int:
     """Train the configuration in this process, one of several if a launcher started it.
 
@@ -55,6 +67,7 @@ def train(
         resume: `auto`, `never`, `force` or a path; see resume.choose_start.
         max_steps: optimizer steps after which the run ends; None: all of them.
         data: the images, if they are open already.
+        as_json: print the result as JSON on a terminal, too.
 
     Returns:
         The exit code of the process: 0 done, 3 too many bad files, 4 diverged, 5 expected accuracy not met,
@@ -66,10 +79,12 @@ def train(
     """
     lock = RunLock(Path(config.run.dir) / str(config.run.name))
     with closing(lock):
-        return run(config, lock, resume, max_steps, data)
+        return run(config, lock, resume, max_steps, data, as_json)
 
 
-def run(config: Config, lock: RunLock, resume: str, max_steps: int | None, images: Data | None) -> int:
+def run(
+    config: Config, lock: RunLock, resume: str, max_steps: int | None, images: Data | None, as_json: bool
+) -> int:
     """Do what `train` promises, in the run folder that `lock` guards."""
     # Set up, or resume. Whatever can be wrong is found before anything is written.
     parts = build.assemble(config, lock, resume, images)
@@ -200,10 +215,10 @@ def run(config: Config, lock: RunLock, resume: str, max_steps: int | None, image
             if saver.unsaved:
                 state, code = "failed", EXIT_DATA
                 reason = f"{reason}, but its checkpoint is missing: {saver.unsaved}"
-        code = logger.finish(state, exit_code=code, reason=reason, results=results)
+        code = logger.finish(state, exit_code=code, reason=reason, results=results, as_json=as_json)
     except BaseException as error:
         cause = report_failure(error, lock.folder, rank=rank, world_size=world_size, step=logger.step)
-        logger.fail(cause.describe())
+        logger.fail(cause.describe(), waits=cause.exit_code != EXIT_INTERRUPTED)
         if cause.exit_code == EXIT_ERROR and not is_lost_contact(error):
             raise
         return cause.exit_code
