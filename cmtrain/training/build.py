@@ -25,12 +25,7 @@ from cmtrain.errors import ConfigError, did_you_mean
 from cmtrain.models.cost import training_flops_per_image
 from cmtrain.models.ffn_check import use_fused_where_it_agrees
 from cmtrain.monitoring.trackers import tracker_options
-from cmtrain.processes.collectives import (
-    control_group,
-    join,
-    set_cuda_math,
-    set_torch_defaults,
-)  # fmt: skip
+from cmtrain.processes.collectives import control_group, join, set_cuda_math, set_torch_defaults  # fmt: skip
 from cmtrain.processes.environment import ignore_variables
 from cmtrain.processes.gpus import why_unusable
 from cmtrain.processes.preflight import check_ranks
@@ -126,11 +121,7 @@ def join_ranks(config: Config, run_path: Path) -> tuple[Accelerator, Any, list[s
 
 
 def make_accelerator(
-    precision: str,
-    collective_timeout_seconds: float = 600.0,
-    *,
-    checks_gpus: bool = True,
-    **options: Any,
+    precision: str, collective_timeout_seconds: float = 600.0, *, checks_gpus: bool = True, **options: Any
 ) -> Accelerator:
     """Join the process group, if a launcher made one, and pick the device.
 
