@@ -190,7 +190,7 @@ def _train(arguments: list[str]) -> int:
         start.announce(f"{what}, {start.where(nproc, gpus)}")
         start.check_run(config, options.resume, nproc)
         if nproc > 1 or options.max_restarts:
-            start.loading(compiles=True)  # in the ranks
+            start.loading()  # in the ranks
             return run_ranks(sys.orig_argv, nproc, max_restarts=options.max_restarts, run_path=run_path)
     elif PARENT not in os.environ:
         if options.nproc or options.max_restarts:
@@ -201,7 +201,7 @@ def _train(arguments: list[str]) -> int:
 
     def work() -> int:
         data = start.open_data(config, int(os.environ.get("WORLD_SIZE", "1")))
-        start.loading(compiles=config.train.compile)
+        start.loading()
         from cmtrain.training.train import train
 
         return train(
@@ -228,7 +228,7 @@ def _demo(arguments: list[str]) -> int:
     start.announce(f"demo, run folder {config.run.dir}/{config.run.name}")
     start.check_run(config, "auto", world_size := int(os.environ.get("WORLD_SIZE", "1")))
     data = start.open_data(config, world_size)
-    start.loading(compiles=config.train.compile)
+    start.loading()
     from cmtrain.training.train import train  # torch is loaded here, after the mistakes
 
     return train(config, data=data, as_json=options.json)
@@ -253,7 +253,7 @@ def _bench(arguments: list[str]) -> int:
         raise ConfigError("--fail-below: needs --compare FILE, the earlier run")
     start.announce(f"bench of {options.config}: {options.what}")
     start.check_places(resolved.config)
-    start.loading(compiles=True)
+    start.loading()
     from cmtrain.commands.bench.bench import bench
 
     return bench(resolved.config, options)

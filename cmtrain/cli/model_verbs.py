@@ -68,7 +68,7 @@ def export_trained(arguments: list[str]) -> int:
     start.check_trained(options.run, overrides)
     if os.path.lexists(options.out):
         raise ConfigError(f"--out {options.out}: exists already; choose another folder")
-    start.loading(compiles=True)
+    start.loading()
     from cmtrain.commands.export import export
     from cmtrain.commands.trained_model import open_trained
 

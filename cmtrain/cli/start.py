@@ -16,7 +16,6 @@ from cmtrain.errors import ConfigError
 from cmtrain.processes.rank import PARENT, is_first_rank
 from cmtrain.storage.places import find_run, why_no_weights
 from cmtrain.storage.run_folder import RunLock
-from cmtrain.training.compiler_later import postpone_compiler
 from cmtrain.training.schedule import plan_steps, refuse_batch_of_one, split_batch
 from pipelines.spec import DataError
 
@@ -33,13 +32,8 @@ def announce(what: str) -> None:
         sys.stderr.flush()
 
 
-def loading(*, compiles: bool = False) -> None:
-    """Print that libraries are loaded, before the import that takes seconds.
-
-    `compiles`: whether a model may be compiled; if not, torch's compiler is not among them.
-    """
-    if not compiles:
-        postpone_compiler()
+def loading() -> None:
+    """Print that libraries are loaded, before the import that takes seconds."""
     if is_first_rank() and PARENT not in os.environ:
         sys.stderr.write("loading torch and DALI ...\n")
         sys.stderr.flush()
