@@ -15,12 +15,10 @@ CONFIG_HELP = "configuration file, or one that ships with cmtrain"
 def make_parser(verb: str, description: str) -> argparse.ArgumentParser:
     """Make the parser of `cmtrain VERB`."""
     return argparse.ArgumentParser(
-        prog=f"cmtrain {verb}",
-        description=description,
+        prog=f"cmtrain {verb}", description=description,
         epilog="--SECTION.KEY VALUE overrides a value of the configuration; see `cmtrain config reference`.",
-        allow_abbrev=False,
-        exit_on_error=False,
-    )
+        allow_abbrev=False, exit_on_error=False,
+    )  # fmt: skip
 
 
 def parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[argparse.Namespace, Overrides]:

@@ -45,12 +45,9 @@ from cmtrain.storage.run_folder import REPORT_NAME, read_finished, read_status
 from pipelines.spec import DataError
 
 DEMO_PHOTOS = [
-    ("data.root", "demo:photos"),
-    ("data.image_px", "64"),
-    ("data.eval_resize_px", "72"),
-    ("augment.hflip", "0.5"),
-    ("expect.top1", "0.85"),
-]
+    ("data.root", "demo:photos"), ("data.image_px", "64"), ("data.eval_resize_px", "72"),
+    ("augment.hflip", "0.5"), ("expect.top1", "0.85"),
+]  # fmt: skip
 BENCHMARKS = ("loader", "model", "latency", "guard", "train", "all")
 
 HELP = """\
@@ -383,18 +380,8 @@ def _config(arguments: list[str]) -> int:
 
 
 _VERBS: dict[str, Callable[[list[str]], int]] = {
-    "train": _train,
-    "doctor": _doctor,
-    "demo": _demo,
-    "sweep": _sweep,
-    "eval": evaluate_trained,
-    "export": export_trained,
-    "status": _status,
-    "watch": _watch,
-    "report": _report,
-    "bench": _bench,
-    "repair-bn": _repair_bn,
-    "data": data,
-    "config": _config,
-}
+    "train": _train, "doctor": _doctor, "demo": _demo, "sweep": _sweep, "eval": evaluate_trained,
+    "export": export_trained, "status": _status, "watch": _watch, "report": _report, "bench": _bench,
+    "repair-bn": _repair_bn, "data": data, "config": _config,
+}  # fmt: skip
 _READERS = ("status", "watch", "report", "config")  # they compute nothing, in one process

@@ -23,12 +23,9 @@ from pipelines.spec import MAX_BAD_FRACTION, DataError, os_errors_in_one_line, v
 
 NUM_SHOWN = 20
 KIND_NAMES: dict[Kind, str] = {
-    "truncated": "cut short",
-    "not_an_image": "not an image",
-    "too_large": "too large",
-    "missing": "cannot be opened",
-    "other": "damaged",
-}
+    "truncated": "cut short", "not_an_image": "not an image", "too_large": "too large",
+    "missing": "cannot be opened", "other": "damaged",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -169,13 +169,10 @@ def preprocessing_of(config: Config) -> dict[str, Any]:
     """Return the entries of timm's pretrained_cfg."""
     data = config.data
     return {
-        "input_size": [3, data.image_px, data.image_px],
-        "mean": list(data.mean),
-        "std": list(data.std),
-        "crop_pct": crop_pct_of(data.image_px, data.eval_resize_px),
-        "crop_mode": "center",
+        "input_size": [3, data.image_px, data.image_px], "mean": list(data.mean), "std": list(data.std),
+        "crop_pct": crop_pct_of(data.image_px, data.eval_resize_px), "crop_mode": "center",
         "interpolation": data.eval_interpolation,
-    }
+    }  # fmt: skip
 
 
 def _card(

@@ -33,15 +33,10 @@ SBATCH = "docker/slurm/train.sbatch"
 
 # The whole recipe in a minute on any machine: small photographs, small batches, a few steps.
 DEMO_SCALE = [
-    ("run.dir", "runs/sweep-demo"),
-    ("data.root", "demo:photos"),
-    ("data.fraction", "1.0"),
-    ("data.image_px", "32"),
-    ("data.eval_resize_px", "36"),
-    ("train.global_batch_size", "16"),
-    ("train.max_batch_per_gpu", "16"),
-    ("train.log_every_steps", "1"),
-]
+    ("run.dir", "runs/sweep-demo"), ("data.root", "demo:photos"), ("data.fraction", "1.0"),
+    ("data.image_px", "32"), ("data.eval_resize_px", "36"), ("train.global_batch_size", "16"),
+    ("train.max_batch_per_gpu", "16"), ("train.log_every_steps", "1"),
+]  # fmt: skip
 DEMO_STEPS = 3
 END_CODES = (errors.EXIT_CONFIG, errors.EXIT_DATA, errors.EXIT_INTERRUPTED, errors.EXIT_PREEMPTED)
 

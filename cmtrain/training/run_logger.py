@@ -392,15 +392,10 @@ class RunLogger:
             for key in ("top1", "top5", "loss")
         }
         return {
-            "state": state,
-            **measured,
-            "num_images": results["model"].num_images,
-            "num_unreadable": results["model"].num_unreadable,
-            "step": self.last_step,
+            "state": state, **measured, "num_images": results["model"].num_images,
+            "num_unreadable": results["model"].num_unreadable, "step": self.last_step,
             "images_per_second": self.pace.images_per_second,
-            "train_seconds": round(time.monotonic() - self.begin, 1),
-            "run_dir": str(self.path),
-            "metrics_url": self.metrics_url,
-            "augmented": str(self.path / SAMPLE_NAME),
+            "train_seconds": round(time.monotonic() - self.begin, 1), "run_dir": str(self.path),
+            "metrics_url": self.metrics_url, "augmented": str(self.path / SAMPLE_NAME),
             "report": str(self.path / REPORT_NAME),
-        }
+        }  # fmt: skip

@@ -344,41 +344,30 @@ def meta_of(config: Config, parts: Parts, *, milestone: bool) -> dict[str, Any]:
     """Return the origin of a checkpoint, for its manifest."""
     versions = {"cmtrain": __version__, "torch": torch.__version__, "python": platform.python_version()}
     return {
-        "config": config.model_dump(mode="json"),
-        "fingerprint": parts.data.train.fingerprint,
-        "val_fingerprint": parts.data.val.fingerprint,
-        "micro_batch_size": parts.schedule.micro_batch_size,
-        "world_size": parts.accelerator.num_processes,
-        "versions": versions,
-        "milestone": milestone,
-    }
+        "config": config.model_dump(mode="json"), "fingerprint": parts.data.train.fingerprint,
+        "val_fingerprint": parts.data.val.fingerprint, "micro_batch_size": parts.schedule.micro_batch_size,
+        "world_size": parts.accelerator.num_processes, "versions": versions, "milestone": milestone,
+    }  # fmt: skip
 
 
 def facts_of(config: Config, accelerator: Accelerator) -> dict[str, str]:
     return {
-        "model": config.model.name,
-        "precision": build.precision_of(accelerator),
-        "device": accelerator.device.type,
-        "world_size": str(accelerator.num_processes),
+        "model": config.model.name, "precision": build.precision_of(accelerator),
+        "device": accelerator.device.type, "world_size": str(accelerator.num_processes),
         "version": __version__,
-    }
+    }  # fmt: skip
 
 
 def open_logger(config: Config, path: Path, parts: Parts, last_step: int) -> RunLogger:
     metrics, accelerator, schedule = config.metrics, parts.accelerator, parts.schedule
     return RunLogger(
-        path,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-        first_step=parts.start.step,
-        last_step=last_step,
-        epochs=schedule.total_epochs,
+        path, rank=accelerator.process_index, world_size=accelerator.num_processes,
+        first_step=parts.start.step, last_step=last_step, epochs=schedule.total_epochs,
         total_steps=schedule.total_steps,
         address=(metrics.host, metrics.port + accelerator.local_process_index) if metrics.enabled else None,
-        stall_seconds=metrics.stall_seconds,
-        allowed_hosts=metrics.allowed_hosts,
+        stall_seconds=metrics.stall_seconds, allowed_hosts=metrics.allowed_hosts,
         trackers=Trackers(accelerator, path.name, flat(config)),
-    )
+    )  # fmt: skip
 
 
 def stopped_by(number: int, step: int, unsaved: str) -> str:

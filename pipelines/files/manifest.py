@@ -205,14 +205,9 @@ def read_index(folder: Path) -> tuple[str, Manifest]:
         identities = _identities(slices.checksums, slices.size_bytes)
         size_bytes = slices.size_bytes
         shards = Manifest(
-            folder,
-            paths,
-            **image,
-            size_bytes=size_bytes,
-            bad=bad_files,
-            packed=slices,
+            folder, paths, **image, size_bytes=size_bytes, bad=bad_files, packed=slices,
             identities=identities,
-        )
+        )  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{folder / INDEX}: cannot be read ({error}); pack again") from error
     slices.check_shards()

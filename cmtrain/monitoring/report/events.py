@@ -20,13 +20,11 @@ ROUTINE = ("checkpoint", "evaluated", "environment")
 
 # glyph -> (name of its lane, events). Events without a glyph here are notes.
 LANES = {
-    "start": ("starts", ["started", "resumed"]),
-    "bad": ("bad steps", ["bad_steps", "bad_batch"]),
-    "spike": ("loss spikes", ["loss_spikes"]),
-    "rollback": ("rollbacks", ["rollback", "ema_healed"]),
+    "start": ("starts", ["started", "resumed"]), "bad": ("bad steps", ["bad_steps", "bad_batch"]),
+    "spike": ("loss spikes", ["loss_spikes"]), "rollback": ("rollbacks", ["rollback", "ema_healed"]),
     "failure": ("failures", ["checkpoint_failed", "diverged", "failed"]),
     "file": ("bad files", ["bad_file"]),
-}
+}  # fmt: skip
 GLYPHS = {event: glyph for glyph, (_, events) in LANES.items() for event in events}
 GLYPHS |= {"finished": "end", "preempted": "end"}
 HAIRLINES = ("start", "rollback")

@@ -134,20 +134,13 @@ def _run_page(run: PlottedRun) -> dict[str, Any]:
     name = state if state == "running?" else state_name(status)
     page |= {"state": name, "tone": tone, "exit_code": exit_code, "reason": reason}
     return page | {
-        "summary": summary(record),
-        "began": utc(times.begin) if times.begin else "",
-        "headline": headline(record, times, run.last_step),
-        "times": times,
-        "events": event_rows(record),
-        "lanes": event_lanes(record, x_high([run])),
-        "steps_per_epoch": _steps_per_epoch(record),
-        "evaluations": _table(record.evaluations),
-        "log": _table(record.log, leave_out=("time",)),
-        "classes": class_section(record),
-        "sample": sample_uri(record.sample) if record.sample else None,
-        "config": _config_lines(record),
-        "environment": environment_of(record),
-    }
+        "summary": summary(record), "began": utc(times.begin) if times.begin else "",
+        "headline": headline(record, times, run.last_step), "times": times, "events": event_rows(record),
+        "lanes": event_lanes(record, x_high([run])), "steps_per_epoch": _steps_per_epoch(record),
+        "evaluations": _table(record.evaluations), "log": _table(record.log, leave_out=("time",)),
+        "classes": class_section(record), "sample": sample_uri(record.sample) if record.sample else None,
+        "config": _config_lines(record), "environment": environment_of(record),
+    }  # fmt: skip
 
 
 def _steps_per_epoch(record: RunRecord) -> float | None:
