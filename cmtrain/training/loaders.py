@@ -23,7 +23,7 @@ from pipelines.files.doubts import pair_doubts, split_doubts
 from pipelines.files.manifest import Manifest
 from pipelines.files.shards import is_packed
 from pipelines.plan import Plan
-from pipelines.spec import IMAGENET_MEAN, IMAGENET_STD, AugmentSpec, EvalSpec, Placement
+from pipelines.spec import IMAGENET_MEAN, IMAGENET_STD, AugmentSpec, Channels, EvalSpec, Placement
 
 if TYPE_CHECKING:
     import torch
@@ -125,12 +125,11 @@ def open_data(config: Config, accelerator: Accelerator | None = None) -> Data:
     if accelerator and not accelerator.is_main_process:
         return Data(train, val)
     doubts = split_doubts(train, "training"), split_doubts(val, "validation"), pair_doubts(train, val)
-    return Data(train, val, (*_scale_doubts(config), *itertools.chain(*doubts)))
+    return Data(train, val, (*scale_doubts(config.data.mean, config.data.std), *itertools.chain(*doubts)))
 
 
-def _scale_doubts(config: Config) -> list[str]:
+def scale_doubts(mean: Channels, std: Channels) -> list[str]:
     """Return a line if data.mean and data.std are of pixels in 0..255, multiply, or are swapped."""
-    mean, std = config.data.mean, config.data.std
     given = f"data.mean {list(mean)}, data.std {list(std)}"
     if max(*mean, *std) > 1 or min(mean) < 0:
         return [f"{given}: they are for pixels in 0..1; if these are for 0..255, divide them by 255"]

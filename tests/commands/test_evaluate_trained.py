@@ -12,7 +12,7 @@ from helpers.images import write_tree
 from helpers.runs import Forked, flip
 
 from cmtrain.commands import evaluate as evaluate_command
-from cmtrain.commands.evaluate import open_folder, real_accuracy, real_labels, sizes_of
+from cmtrain.commands.evaluate import imagenet_numbers, open_folder, real_accuracy, real_labels, sizes_of
 from cmtrain.commands.trained_model import open_trained
 from cmtrain.config.load import load_config
 from cmtrain.errors import ConfigError
@@ -156,6 +156,16 @@ def test_imagenet_real(monkeypatch):
         real_labels(Images([*files[:3], "/data/x.jpg"]))
     with pytest.raises(DataError, match="here are 3"):
         real_labels(Images(files[:3]))
+
+
+def test_real_labels_are_numbers_of_imagenets_classes():
+    numbers = tuple(sorted(map(str, range(1000))))  # in the order of text: 0, 1, 10, 100
+    assert imagenet_numbers(numbers)[2] == 10
+    synsets = [f"n{number:08d}" for number in range(1000)]
+    assert imagenet_numbers(synsets) == list(range(1000))
+    for names in (numbers[:-1], [*numbers[:-1], "1000"], [f"class {number}" for number in range(1000)]):
+        with pytest.raises(DataError, match=r"--real: .* are neither 0 to 999 nor such as n01440764"):
+            imagenet_numbers(names)
 
 
 def test_the_real_labels_that_timm_ships():

@@ -13,6 +13,7 @@ import pytest
 from helpers.images import write_tree
 from helpers.runs import ROOT
 
+from cmtrain.training import loaders
 from pipelines.checks.bad_list import _places, user_cache, write_list
 from pipelines.checks.decode_one import Fault
 from pipelines.files.doubts import pair_doubts, split_doubts
@@ -270,6 +271,25 @@ def test_classes_without_an_image_one_class_and_look_alikes_are_reported(root, t
         shutil.copytree(root / "train" / "cat", root / "train" / name)
     doubts = split_doubts(Manifest.from_folder(root / "train", **options), "training")
     assert any("differ only in case or in Unicode normal form" in line for line in doubts)
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "word"),
+    [
+        ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375), "0..255"),
+        ((0.485, 0.456, 0.406), (58.395, 57.12, 57.375), "0..255"),
+        ((-0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "0..255"),
+        ((0.485, 0.456, 0.406), (0.01712, 0.0175, 0.0174), "inverse"),
+        ((0.229, 0.224, 0.225), (0.485, 0.456, 0.406), "swapped"),
+        ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), ""),
+        ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), ""),
+        ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), ""),
+    ],
+)
+def test_a_mean_and_std_of_another_scale_are_reported(mean, std, word):
+    lines = loaders.scale_doubts(mean, std)
+    assert len(lines) == bool(word)
+    assert all(word in line for line in lines)
 
 
 # The library, without the trainer.
