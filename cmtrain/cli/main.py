@@ -119,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if verb not in _VERBS:
             hint = f" (verbs: {', '.join(_VERBS)}; a configuration file goes after --config)"
             raise ConfigError(f"{verb}: unknown verb{did_you_mean(verb, _VERBS) or hint}")
-        if verb not in _READERS and "--help" not in arguments:
+        if verb not in _READERS and not {"--help", "-h", "--dry-run"} & set(arguments):
             ignore_variables()
             check_launcher()
         return _VERBS[verb](arguments)
@@ -131,6 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"{error}\n")
         return EXIT_DATA
     except KeyboardInterrupt:
+        sys.stderr.write("stopped by Ctrl-C\n")
         return EXIT_INTERRUPTED
 
 
