@@ -3,7 +3,6 @@ torch.
 """
 
 import itertools
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -13,6 +12,7 @@ from cmtrain import __version__
 from cmtrain.cli import start
 from cmtrain.cli.arguments import (
     CONFIG_HELP,
+    add_json,
     count,
     make_parser,
     parse,
@@ -20,18 +20,27 @@ from cmtrain.cli.arguments import (
     parse_with_config,
     positive,
 )  # fmt: skip
+from cmtrain.cli.config_verbs import config
 from cmtrain.cli.data_verbs import data
 from cmtrain.cli.model_verbs import evaluate_trained, export_trained
 from cmtrain.commands import sweep
-from cmtrain.config.describe import config_reference, config_schema
 from cmtrain.config.load import load_config
 from cmtrain.config.schema import to_yaml
-from cmtrain.errors import EXIT_CONFIG, EXIT_DATA, EXIT_DONE, EXIT_INTERRUPTED, ConfigError, did_you_mean
+from cmtrain.errors import (
+    EXIT_CONFIG,
+    EXIT_DATA,
+    EXIT_DONE,
+    EXIT_INTERRUPTED,
+    ConfigError,
+    did_you_mean,
+    message_of,
+)
 from cmtrain.processes.environment import check_launcher, ignore_variables
 from cmtrain.processes.gpus import visible_gpus
 from cmtrain.processes.launcher import run_ranks
+from cmtrain.processes.output import with_guarded_output
 from cmtrain.processes.rank import PARENT, hold_back, is_first_rank, is_started_by_launcher, run_as_rank
-from cmtrain.storage.run_folder import read_finished, read_status
+from cmtrain.storage.run_folder import REPORT_NAME, read_finished, read_status
 from pipelines.spec import DataError
 
 DEMO_PHOTOS = [
@@ -98,21 +107,31 @@ exit codes:
   4    training diverged
   5    the expected accuracy was not reached (expect.enforce)
   130  stopped by Ctrl-C
+  141  the reader of stdout has gone (cmtrain data stats | head -1); never of a run, which goes on
   143  stopped by SIGTERM or SIGUSR2, after a checkpoint
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program; `argv` without its name. Returns the exit code."""
+    """Run the program; `argv` without its name. Returns the exit code.
+
+    What a run prints is no part of its fate. Of the other verbs stdout is the result.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    verb = (arguments or [""])[0]
+    trains = verb in ("train", "demo") or verb.startswith("-")
+    is_asked = verb in ("-h", "--help", "--version", "help") or "--dry-run" in arguments
+    return with_guarded_output(lambda: _main(arguments), stdout_raises=is_asked or not trains)
+
+
+def _main(arguments: list[str]) -> int:
     if not arguments:
         sys.stderr.write(HELP)
         return EXIT_CONFIG
-    if arguments[0] in ("-h", "--help"):
-        sys.stdout.write(HELP)
-        return EXIT_DONE
-    if arguments[0] == "--version":
-        sys.stdout.write(f"cmtrain {__version__}\n")
+    if arguments[0] == "help":  # `cmtrain help VERB` is `cmtrain VERB --help`
+        arguments = [*arguments[1:], "--help"]
+    if arguments[0] in ("-h", "--help", "--version"):
+        sys.stdout.write(f"cmtrain {__version__}\n" if arguments[0] == "--version" else HELP)
         return EXIT_DONE
     verb = "train" if arguments[0].startswith("-") else arguments.pop(0)
     try:
@@ -125,10 +144,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _VERBS[verb](arguments)
     except ConfigError as error:
         hold_back()
-        sys.stderr.write(f"{error}\n")
+        sys.stderr.write(f"{message_of(error)}\n")
         return EXIT_CONFIG
     except DataError as error:
-        sys.stderr.write(f"{error}\n")
+        sys.stderr.write(f"{message_of(error)}\n")
         return EXIT_DATA
     except KeyboardInterrupt:
         sys.stderr.write("stopped by Ctrl-C\n")
@@ -144,6 +163,7 @@ def _train(arguments: list[str]) -> int:
     add("--nproc", type=positive, metavar="N", help="processes to train in (default: one per GPU)")
     add("--max-restarts", type=count, default=0, metavar="N", help="restarts after failures (0)")
     add("--dry-run", action="store_true", help="print the plan of the run and stop")
+    add_json(parser)
     options, resolved = parse_with_config(parser, arguments)
     config = resolved.config
     if options.dry_run:
@@ -157,8 +177,11 @@ def _train(arguments: list[str]) -> int:
         finished = read_finished(run_path, to_yaml(config), options.max_steps)
     if finished:
         if is_first_rank():
-            sys.stderr.write(f"{run_path}: finished before\n")
-            sys.stdout.write(json.dumps(finished["result"]) + "\n")
+            from cmtrain.monitoring.console import print_result
+
+            sys.stderr.write(f"{run_path}: finished before: {finished['reason']}\n")
+            sys.stderr.write(f"report {run_path / REPORT_NAME}\n")
+            print_result(finished["result"], asked=options.json)
         return int(finished["exit_code"])
 
     # Start one process per GPU, unless a launcher has started this one.
@@ -183,7 +206,9 @@ def _train(arguments: list[str]) -> int:
         start.loading(compiles=config.train.compile)
         from cmtrain.training.train import train
 
-        return train(config, resume=options.resume, max_steps=options.max_steps, data=data)
+        return train(
+            config, resume=options.resume, max_steps=options.max_steps, data=data, as_json=options.json
+        )
 
     return run_as_rank(work, run_path)
 
@@ -193,6 +218,8 @@ def _demo(arguments: list[str]) -> int:
     parser.add_argument(
         "--photos", action="store_true", help="12 colour photographs instead of handwritten digits"
     )
+    parser.add_argument("--dry-run", action="store_true", help="print the plan of the run and stop")
+    add_json(parser)
     options, overrides = parse(parser, arguments)
     base, given = ("demo-photos", DEMO_PHOTOS) if options.photos else ("demo", [])
     for attempt in itertools.count(1):  # an interrupted demo continues; a finished one is left alone
@@ -201,13 +228,16 @@ def _demo(arguments: list[str]) -> int:
         status = read_status(Path(config.run.dir) / str(config.run.name)) or {}
         if status.get("state") != "finished" or any(key == "run.name" for key, _ in overrides):
             break
+    if options.dry_run:
+        sys.stdout.write(start.describe_plan(config))
+        return EXIT_DONE
     start.announce(f"demo, run folder {config.run.dir}/{config.run.name}")
     start.check_run(config, "auto", world_size := int(os.environ.get("WORLD_SIZE", "1")))
     data = start.open_data(config, world_size)
     start.loading(compiles=config.train.compile)
     from cmtrain.training.train import train  # torch is loaded here, after the mistakes
 
-    return train(config, data=data)
+    return train(config, data=data, as_json=options.json)
 
 
 def _bench(arguments: list[str]) -> int:
@@ -223,7 +253,7 @@ def _bench(arguments: list[str]) -> int:
     add("--beside", type=_names, default="resnet50,efficientnet_b0", metavar="NAMES", help=beside)
     add("--compare", metavar="FILE", help="JSON of an earlier run to compare rates with")
     add("--fail-below", type=float, metavar="X", help="exit code 5 where a rate is below X times that")
-    add("--json", metavar="FILE", help="write the figures there, too")
+    add_json(parser, to_file=True)
     options, resolved = parse_with_config(parser, arguments)
     if options.fail_below is not None and not options.compare:
         raise ConfigError("--fail-below: needs --compare FILE, the earlier run")
@@ -275,7 +305,7 @@ def _sweep(arguments: list[str]) -> int:
     code = EXIT_DONE
     if not options.table:
         code = sweep.submit(rows, options.sbatch) if options.jobs == "slurm" else sweep.run_here(rows)
-    sys.stdout.write(sweep.table(rows, as_csv=options.csv))
+    sweep.print_table(rows, as_csv=options.csv)
     return code
 
 
@@ -312,6 +342,7 @@ def _repair_bn(arguments: list[str]) -> int:
     parser.add_argument("--config", metavar="FILE", help="model and data; a run has its own")
     parser.add_argument("--out", metavar="PATH", help="default: x-repaired.pth for x.pth, RUN/repaired")
     parser.add_argument("--batches", type=positive, default=200, metavar="N", help="to average over (200)")
+    add_json(parser)
     options, overrides = parse(parser, arguments)
     if options.place is None:
         raise ConfigError("cmtrain repair-bn: which run or file? e.g. cmtrain repair-bn runs/full_in1k")
@@ -321,7 +352,7 @@ def _repair_bn(arguments: list[str]) -> int:
     start.loading()
     from cmtrain.commands.repair_bn import repair_bn
 
-    return repair_bn(options.place, config, overrides, options.out, options.batches)
+    return repair_bn(options.place, config, overrides, options.out, options.batches, as_json=options.json)
 
 
 def _report(arguments: list[str]) -> int:
@@ -338,25 +369,6 @@ def _report(arguments: list[str]) -> int:
     return report(options.runs, options.out)
 
 
-def _config(arguments: list[str]) -> int:
-    what = arguments.pop(0) if arguments else ""
-    if what == "schema" and not arguments:
-        sys.stdout.write(json.dumps(config_schema(), indent=2) + "\n")
-        return EXIT_DONE
-    if what == "reference" and not arguments:
-        sys.stdout.write(config_reference())
-        return EXIT_DONE
-    if what != "show":
-        raise ConfigError(
-            "cmtrain config: must be `config show --config FILE`, `config schema` or `config reference`"
-        )
-    parser = make_parser("config show", "Print the resolved configuration and where each value comes from.")
-    parser.add_argument("--config", metavar="FILE", help=CONFIG_HELP)
-    _, resolved = parse_with_config(parser, arguments)
-    sys.stdout.write(to_yaml(resolved.config, resolved.origins))
-    return EXIT_DONE
-
-
 _VERBS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "doctor": _doctor,
@@ -370,6 +382,6 @@ _VERBS: dict[str, Callable[[list[str]], int]] = {
     "bench": _bench,
     "repair-bn": _repair_bn,
     "data": data,
-    "config": _config,
+    "config": config,
 }
 _READERS = ("status", "watch", "report", "config")  # they compute nothing, in one process

@@ -250,6 +250,8 @@ class _Draft:
                 continue
             if problem:
                 self.mistake(place, problem, name)
+            if isinstance(value, int | float) and _is_text(name):  # quotes are for files: a shell takes them
+                value = text
             self.settings[name] = _Setting(value, place)
 
     def validate(self, *, default_name: str) -> Config | None:
@@ -289,6 +291,12 @@ class _Draft:
             return -MAX_FILES
         source = self.settings[name].place.source
         return 1 if source == _COMMAND_LINE else -source
+
+
+def _is_text(name: str) -> bool:
+    schema = schema_of(name)
+    types = {option.get("type") for option in schema.get("anyOf", [schema])}
+    return types <= {"string", "null"}
 
 
 def _suggest(section: str, key: str, prefix: str = "") -> str:

@@ -11,11 +11,19 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
-from cmtrain.errors import EXIT_CONFIG, EXIT_DATA, EXIT_ERROR, EXIT_INTERRUPTED, EXIT_PREEMPTED, ConfigError
+from cmtrain.errors import (
+    EXIT_CONFIG,
+    EXIT_DATA,
+    EXIT_ERROR,
+    EXIT_INTERRUPTED,
+    EXIT_PREEMPTED,
+    ConfigError,
+    message_of,
+)
 from cmtrain.processes import failure
 from cmtrain.processes.failure import Failure
 from cmtrain.storage.run_folder import read_status
-from pipelines.spec import DataError
+from pipelines.spec import DataError, visible
 
 PARENT = "CMTRAIN_PARENT"  # set by cmtrain's own launcher, to its process id
 # `accelerate launch` is known by two together: people export the first alone. See environment.py.
@@ -107,7 +115,7 @@ def run_as_rank(work: Callable[[], int], run_path: Path) -> int:
         code = work()
     except (ConfigError, DataError) as error:
         hold_back()
-        sys.stderr.write(f"{error}\n")
+        sys.stderr.write(f"{message_of(error)}\n")
         code = _exit_code_of(error)
     except Exception as error:
         if is_lost_contact(error):
@@ -157,7 +165,7 @@ def report_failure(error: BaseException, run_path: Path, rank: int, world_size: 
         time.sleep(0.1)
     failure.record_cause(run_path)
     if cause.rank == rank != 0:  # rank 0 prints it as the run's last line
-        sys.stderr.write(f"{cause.describe()}\n")
+        sys.stderr.write(f"{visible(cause.describe())}\n")
     return cause
 
 

@@ -91,8 +91,9 @@ def assemble(config: Config, lock: RunLock, resume: str, data: loaders.Data | No
     num_classes = loaders.num_classes_of(config, data.train)
     model = make_model(config, num_classes, accelerator.device)
     flops_per_image = training_flops_per_image(model, config.data.image_px)
-    start = choose_start(lock, resume, config, data.train.fingerprint, is_main=accelerator.is_main_process)
-    notes = [*warnings, *lines, *start.notes]
+    fingerprints = data.train.fingerprint, data.val.fingerprint
+    start = choose_start(lock, resume, config, *fingerprints, is_main=accelerator.is_main_process)
+    notes = [*warnings, *lines, *data.notes, *start.notes]
     if config.model.init_from and not start.checkpoint:
         notes += start_from(config.model.init_from, model)
     # The loaders are not prepared by accelerate: order, sharding and every random draw are the plan's.

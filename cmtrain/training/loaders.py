@@ -5,6 +5,7 @@ Importing this loads no torch, so that images are opened, and refused, before it
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -18,10 +19,11 @@ from cmtrain.training.schedule import Schedule
 from pipelines.checks.bad_list import user_cache
 from pipelines.decoder_probe import WAYS, choose_decode
 from pipelines.files.demo_images import demo_folder
+from pipelines.files.doubts import pair_doubts, split_doubts
 from pipelines.files.manifest import Manifest
 from pipelines.files.shards import is_packed
 from pipelines.plan import Plan
-from pipelines.spec import AugmentSpec, EvalSpec, Placement
+from pipelines.spec import IMAGENET_MEAN, IMAGENET_STD, AugmentSpec, EvalSpec, Placement
 
 if TYPE_CHECKING:
     import torch
@@ -36,10 +38,11 @@ MAX_GPU_DECODE_THREADS = 24
 
 @dataclass(frozen=True)
 class Data:
-    """The images of both splits."""
+    """The images of both splits. `notes`: what about them is likely a mistake, one line each, on rank 0."""
 
     train: Manifest
     val: Manifest
+    notes: tuple[str, ...] = ()
 
 
 def cache_folder(config: Config) -> Path:
@@ -119,7 +122,21 @@ def open_data(config: Config, accelerator: Accelerator | None = None) -> Data:
     val = _open_split(config, root, data.val_dir, data.val_list, train.class_names)
     if data.fraction < 1:
         train = train.fraction(data.fraction, config.run.seed)
-    return Data(train, val)
+    if accelerator and not accelerator.is_main_process:
+        return Data(train, val)
+    doubts = split_doubts(train, "training"), split_doubts(val, "validation"), pair_doubts(train, val)
+    return Data(train, val, (*_scale_doubts(config), *itertools.chain(*doubts)))
+
+
+def _scale_doubts(config: Config) -> list[str]:
+    """Return a line if data.mean and data.std are of pixels in 0..255, multiply, or are swapped."""
+    mean, std = config.data.mean, config.data.std
+    given = f"data.mean {list(mean)}, data.std {list(std)}"
+    if max(*mean, *std) > 1 or min(mean) < 0:
+        return [f"{given}: they are for pixels in 0..1; if these are for 0..255, divide them by 255"]
+    if min(std) < 0.02:
+        return [f"{given}: pixels in 0..1 are divided by std; if this one multiplies, give its inverse"]
+    return [f"{given}: are they swapped?"] if (mean, std) == (IMAGENET_STD, IMAGENET_MEAN) else []
 
 
 def _root_of(config: Config) -> Path:
@@ -136,7 +153,7 @@ def _open_split(
     limit = config.data.max_bad_fraction
     scan: dict[str, Any] = {"cache_dir": cache_folder(config), "max_bad_fraction": limit}
     if list_file is not None:
-        return Manifest.from_folder(root, image_list=root / list_file, class_names=class_names, **scan)
+        return Manifest.from_list(root / list_file, root, class_names=class_names, **scan)
     return Manifest.from_folder(root / folder, class_names=class_names, **scan)
 
 

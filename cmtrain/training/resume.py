@@ -19,7 +19,9 @@ from cmtrain.storage.checkpoint import (
     find_checkpoint,
     load_checkpoint,
     load_newest,
+    remove_leftovers,
 )
+from cmtrain.storage.records import retried
 from cmtrain.storage.run_folder import RunLock
 from cmtrain.storage.state_file import CheckpointError
 from pipelines.spec import DataError
@@ -43,7 +45,9 @@ class Start:
         return self.checkpoint is not None and self.checkpoint.state["progress"].get("evaluation_due", False)
 
 
-def choose_start(lock: RunLock, resume: str, config: Config, fingerprint: str, *, is_main: bool) -> Start:
+def choose_start(
+    lock: RunLock, resume: str, config: Config, fingerprint: str, val_fingerprint: str, *, is_main: bool
+) -> Start:
     """Choose on rank 0, which takes the `lock`, and make every rank start from the same checkpoint.
 
     Args:
@@ -51,7 +55,8 @@ def choose_start(lock: RunLock, resume: str, config: Config, fingerprint: str, *
         of the run folder, else from scratch), `never` (from scratch; refused if
             there are checkpoints), `force` (as auto, but configuration and data may have changed), or the
             path of a checkpoint or run folder.
-        fingerprint: digest of the training manifest.
+        fingerprint: digest of the training manifest. val_fingerprint: of the validation manifest; another
+            one is a note.
 
     Raises:
         ConfigError: the checkpoint belongs to another configuration or other data, or `never` would mix two
@@ -62,7 +67,7 @@ def choose_start(lock: RunLock, resume: str, config: Config, fingerprint: str, *
     if is_main:
         try:
             lock.acquire()
-            start = _choose(lock.folder, resume, config, fingerprint)
+            start = _choose(lock.folder, resume, config, fingerprint, val_fingerprint)
         except (ConfigError, DataError) as raised:
             error = raised
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
@@ -77,20 +82,22 @@ def choose_start(lock: RunLock, resume: str, config: Config, fingerprint: str, *
     return start
 
 
-def _choose(run_path: Path, resume: str, config: Config, fingerprint: str) -> Start:
-    lost = archive_previous_attempt(run_path)
+def _choose(run_path: Path, resume: str, config: Config, fingerprint: str, val_fingerprint: str) -> Start:
     checkpoints = run_path / "checkpoints"
-    if resume == "never":
-        if checkpoint_steps(checkpoints):
-            held = f"{run_path} already holds checkpoints"
-            raise ConfigError(f"--resume never: {held}; choose another --run.name")
-        return Start(notes=lost)
     try:
+        lost = archive_previous_attempt(run_path)
+        if resume == "never":
+            if retried(checkpoint_steps, checkpoints):
+                held = f"{run_path} already holds checkpoints"
+                raise ConfigError(f"--resume never: {held}; choose another --run.name")
+            return Start(notes=lost)
         loaded = load_newest(checkpoints)
+        remove_leftovers(checkpoints)  # not before: they may be all that is left of a run
     except CheckpointError as error:
         raise DataError(f"{error}; to start from scratch all the same, use --resume never") from error
     except OSError as error:
-        raise DataError(f"{checkpoints}: {error}") from error
+        what = f"{error.filename or run_path}: {error.strerror or error}"
+        raise DataError(f"{what}; no checkpoint was changed, run the same command again") from error
     if resume not in ("auto", "force") and loaded is None:
         try:
             loaded = find_checkpoint(Path(resume))
@@ -101,8 +108,13 @@ def _choose(run_path: Path, resume: str, config: Config, fingerprint: str) -> St
     changes = recipe_changes(loaded, config, fingerprint)
     if changes and resume != "force":
         raise another_recipe(loaded.path, changes)
-    notes = [f"checkpoint rejected: {line}" for line in loaded.rejected]
+    notes = list(loaded.warnings)
     notes += [f"recipe changed: {change}" for change in changes]
+    if loaded.meta.get("val_fingerprint", val_fingerprint) != val_fingerprint:
+        what = f"the validation images or classes are others than at {loaded.path.name}"
+        notes.append(
+            f"{what}: earlier accuracies do not compare, and the search for the best one begins again"
+        )
     return Start(loaded.state["progress"]["step"], replace(loaded, rejected=()), (*lost, *notes))
 
 

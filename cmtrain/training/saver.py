@@ -28,9 +28,10 @@ class Saver:
         self.best: tuple[float, int] = (0.0, -1)
         self.unsaved, self.saved_step = "", 0
 
-    def resume(self, meta: Mapping[str, Any]) -> None:
-        """Continue from a checkpoint with this `meta`."""
-        self.best = meta["best_top1"], meta["best_step"]
+    def resume(self, meta: Mapping[str, Any], val_fingerprint: str) -> None:
+        """Continue from a checkpoint with this `meta`; its best top-1 counts on the same images only."""
+        if meta.get("val_fingerprint", val_fingerprint) == val_fingerprint:
+            self.best = meta["best_top1"], meta["best_step"]
 
     def is_best(self, results: Mapping[str, Evaluation], step: int) -> bool:
         """Note the accuracy at `step`; return whether it is the run's best."""

@@ -51,7 +51,12 @@ NUM_NAMED_FILES = 3
 
 
 def train(
-    config: Config, *, resume: str = "auto", max_steps: int | None = None, data: Data | None = None
+    config: Config,
+    *,
+    resume: str = "auto",
+    max_steps: int | None = None,
+    data: Data | None = None,
+    as_json: bool = False,
 ) -> int:
     """Train the configuration in this process, one of several if a launcher started it.
 
@@ -59,6 +64,7 @@ def train(
         resume: `auto`, `never`, `force` or a path; see resume.choose_start.
         max_steps: optimizer steps after which the run ends; None: all of them.
         data: the images, if they are open already.
+        as_json: print the result as JSON on a terminal, too.
 
     Returns:
         The exit code of the process: 0 done, 3 too many bad files, 4 diverged, 5 expected accuracy not met,
@@ -70,10 +76,12 @@ def train(
     """
     lock = RunLock(Path(config.run.dir) / str(config.run.name))
     with closing(lock):
-        return run(config, lock, resume, max_steps, data)
+        return run(config, lock, resume, max_steps, data, as_json)
 
 
-def run(config: Config, lock: RunLock, resume: str, max_steps: int | None, images: Data | None) -> int:
+def run(
+    config: Config, lock: RunLock, resume: str, max_steps: int | None, images: Data | None, as_json: bool
+) -> int:
     """Do what `train` promises, in the run folder that `lock` guards."""
     # Set up, or resume. Whatever can be wrong is found before anything is written.
     parts = build.assemble(config, lock, resume, images)
@@ -92,15 +100,10 @@ def run(config: Config, lock: RunLock, resume: str, max_steps: int | None, image
     stop, clock = StopRequest(parts.control), Stopwatch()
     logger = open_logger(config, lock.folder, parts, last_step)
     saver = Saver(lock.folder, logger, keep=config.checkpoint.keep)
-    if start.checkpoint:
-        saver.resume(start.checkpoint.meta)
-        saver.saved_step = stop.saved_step = start.step
-    logger.start(
-        to_yaml(config), facts_of(config, accelerator), parts.notes, flops_per_image=parts.flops_per_image,
-        device=accelerator.device, resumed=resumed,
+    watchdog = Watchdog(
+        lock.folder, rank, world_size, timeout_seconds=config.train.step_timeout_seconds,
+        losses=logger.losses,
     )  # fmt: skip
-    logger.left_out(data.train.bad + data.val.bad)
-    watchdog = Watchdog(lock.folder, rank, world_size, timeout_seconds=config.train.step_timeout_seconds)
 
     def lr_of(step: int) -> float:
         return schedule.lr_at(step) * recovery.lr_factor(step)
@@ -129,6 +132,14 @@ def run(config: Config, lock: RunLock, resume: str, max_steps: int | None, image
     received, diverged, results = 0, "", dict[str, Evaluation]()
     first_step = start.step
     try:
+        if start.checkpoint:
+            saver.resume(start.checkpoint.meta, data.val.fingerprint)
+            saver.saved_step = stop.saved_step = start.step
+        logger.start(
+            to_yaml(config), facts_of(config, accelerator), parts.notes,
+            flops_per_image=parts.flops_per_image, device=accelerator.device, resumed=resumed,
+        )  # fmt: skip
+        logger.left_out(data.train.bad + data.val.bad, data.train.root)
         batches = clock.waiting(batches_from(first_step, parts.train_loader, schedule))
         batches = draw_first(batches, clock, logger, config)
         if start.evaluation_due or first_step >= last_step:
@@ -185,37 +196,38 @@ def run(config: Config, lock: RunLock, resume: str, max_steps: int | None, image
                 break
 
         log_bad_files(logger, loaders, stop)
+
+        # End.
+        for loader in loaders:
+            loader.close()
+        stop.close()
+        saver.close()
+        if received:
+            state, code, results = "preempted", stop_code(received), {}
+            reason = stopped_by(received, logger.step, saver.unsaved)
+        elif diverged:
+            state, code, results = "diverged", EXIT_DIVERGED, {}
+            reason = f"{diverged}; lower optim.lr or set optim.clip_grad"
+        else:
+            state = "finished"
+            code, reason = check_expectation(config, results, whole=last_step == schedule.total_steps)
+            if saver.unsaved:
+                state, code = "failed", EXIT_DATA
+                reason = f"{reason}, but its checkpoint is missing: {saver.unsaved}"
+        code = logger.finish(state, exit_code=code, reason=reason, results=results, as_json=as_json)
     except KeyboardInterrupt:
         reason = stopped_at_once(logger.step, saver.saved_step)
         logger.finish("preempted", exit_code=EXIT_INTERRUPTED, reason=reason)
         return EXIT_INTERRUPTED
     except BaseException as error:
         cause = report_failure(error, lock.folder, rank=rank, world_size=world_size, step=logger.step)
-        logger.fail(cause.describe())
+        logger.fail(cause.describe(), waits=cause.exit_code != EXIT_INTERRUPTED)
         if cause.exit_code == EXIT_ERROR and not is_lost_contact(error):
             raise
         return cause.exit_code
-
-    # End.
-    for loader in loaders:
-        loader.close()
-    stop.close()
-    saver.close()
-    if received:
-        state, code, results = "preempted", stop_code(received), {}
-        reason = stopped_by(received, logger.step, saver.unsaved)
-    elif diverged:
-        state, code, results = "diverged", EXIT_DIVERGED, {}
-        reason = f"{diverged}; lower optim.lr or set optim.clip_grad"
-    else:
-        state = "finished"
-        code, reason = check_expectation(config, results, whole=last_step == schedule.total_steps)
-        if saver.unsaved:
-            state, code = "failed", EXIT_DATA
-            reason = f"{reason}, but its checkpoint is missing: {saver.unsaved}"
-    logger.finish(state, exit_code=code, reason=reason, results=results)
     leave_together()
     watchdog.close()
+    logger.report_losses()
     return code
 
 
@@ -233,7 +245,8 @@ def draw_first(
     """Pass `batches` on, and draw the first one into the run folder for people to look at."""
     first = next(batches)
     if logger.folder:
-        contact_sheet(first.images, config.data.mean, config.data.std, logger.path / SAMPLE_NAME)
+        how = first.images, config.data.mean, config.data.std, logger.path / SAMPLE_NAME
+        logger.losses.attempt(SAMPLE_NAME, contact_sheet, *how)
     clock.lap()  # building the pipeline is no part of a step's time
     yield first
     yield from batches
@@ -336,6 +349,7 @@ def meta_of(config: Config, parts: Parts, *, milestone: bool) -> dict[str, Any]:
     return {
         "config": config.model_dump(mode="json"),
         "fingerprint": parts.data.train.fingerprint,
+        "val_fingerprint": parts.data.val.fingerprint,
         "micro_batch_size": parts.schedule.micro_batch_size,
         "world_size": parts.accelerator.num_processes,
         "versions": versions,
@@ -365,5 +379,6 @@ def open_logger(config: Config, path: Path, parts: Parts, last_step: int) -> Run
         total_steps=schedule.total_steps,
         address=(metrics.host, metrics.port + accelerator.local_process_index) if metrics.enabled else None,
         stall_seconds=metrics.stall_seconds,
+        allowed_hosts=metrics.allowed_hosts,
         trackers=Trackers(accelerator, path.name, flat(config)),
     )

@@ -161,7 +161,7 @@ def test_maps_of_any_shape(monkeypatch, height, width, batch, variant):
 
 
 NEEDS_GPU = pytest.mark.skipif(
-    DEVICE == "cpu", reason="Triton's interpreter multiplies the bits of bfloat16"
+    DEVICE == "cpu", reason="needs a CUDA device: Triton's interpreter multiplies the bits of bfloat16"
 )
 
 

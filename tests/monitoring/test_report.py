@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cmtrain.cli.main import main
 from cmtrain.monitoring.report.headline import measure_times
-from cmtrain.monitoring.report.page import render, sample_uri, write_report
+from cmtrain.monitoring.report.page import render, report, sample_uri, write_report
 from cmtrain.step.evaluate import Evaluation, _Outcomes, evaluate
 from cmtrain.storage.run_record import RUN_FILES, read_run
 from pipelines.spec import UNREADABLE, Batch, DataError
@@ -111,7 +111,7 @@ def test_the_verb_loads_no_torch_and_prints_the_path(tmp_path):
         "print(code, [name for name in ('torch', 'nvidia', 'accelerate') if name in sys.modules])\n"
     )
     out = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=600
     ).stdout
     assert out.splitlines() == [str(tmp_path / "a" / "report.html"), "0 []"]
     assert (tmp_path / "a" / "report.html").stat().st_size < 150_000
@@ -291,6 +291,22 @@ def test_a_hostile_run_is_shown_and_not_obeyed(tmp_path):
 
 
 # ---- whatever state the folder is in
+
+
+@pytest.mark.parametrize("place", ["file/report.html", "folder"])
+def test_a_report_that_cannot_be_written_is_one_line(tmp_path, place):
+    run = write_run(tmp_path / "a", num_logs=20)
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(DataError, match=f"^{tmp_path / place}: cannot be written: "):
+        report([str(run)], str(tmp_path / place))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "file", "folder"]
+
+
+def test_damaged_rows_of_the_summary_are_reported(tmp_path):
+    run = write_run(tmp_path / "a", num_logs=20)
+    (run / "summary.csv").write_text((run / "summary.csv").read_text().replace(",", ";"))
+    assert read_run(run).damage == ["summary.csv: 10 damaged rows left out"]
 
 
 @pytest.mark.parametrize("missing", [*RUN_FILES, "summary.csv", "classes.json", "augmented.png"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -145,11 +146,12 @@ def test_the_second_scan_opens_no_file_and_a_changed_file_is_scanned_again(tmp_p
     assert len(opened) == 2
 
 
-def test_a_cache_that_cannot_be_written_costs_a_warning(tmp_path):
+def test_a_cache_that_cannot_be_written_costs_a_line(tmp_path, capsys):
     root = write_folder(tmp_path / "in", 6)
     (tmp_path / "file").write_text("in the way")
-    with pytest.warns(UserWarning, match=r"not cached.*data\.cache_dir"):
-        assert len(Manifest.from_folder(root, cache_dir=tmp_path / "file")) == 6
+    assert len(Manifest.from_folder(root, cache_dir=tmp_path / "file")) == 6
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(r"not cached.*data\.cache_dir", line)
 
 
 def test_the_cache_is_the_users_by_default(tmp_path, monkeypatch):
@@ -211,7 +213,7 @@ def test_lists_of_numbers_and_of_names(tmp_path, cache, separator):
     ("text", "message"),
     [
         ("a.jpg,0\nb.jpg\n", r"list.txt:2: expected 'path,label'"),
-        ("a.jpg,0\n\n# x\na.jpg,7\n", r"list.txt:4: label '7' is not one of the 3 classes"),
+        ("a.jpg,0\n\n# x\na.jpg,7\n", r"list.txt:4: label '7' is not one of the 3 training classes"),
         ("a.jpg,wolf\n", r"list.txt:1: label 'wolf'"),
         ("# nothing\n", r"list.txt: names no images"),
         (
@@ -286,7 +288,12 @@ for _ in range(2):
     begin = time.perf_counter()
     manifest = Manifest.from_folder(sys.argv[1], cache_dir=sys.argv[2])
     seconds.append(time.perf_counter() - begin)
-print(len(manifest), *seconds, peak_mb() - before)
+begin = time.perf_counter()
+for index in range(0, len(manifest), 10):
+    with open(manifest.file(index), "rb") as file:
+        file.read(4096)
+plain = 10 * (time.perf_counter() - begin)
+print(len(manifest), *seconds, peak_mb() - before, plain)
 """
 
 
@@ -303,12 +310,11 @@ def test_a_million_files_take_seconds_and_little_memory(tmp_path, cache, num_cla
             os.link(originals[(label + number) % 40], folder / f"n{label:08d}_{number}.JPEG")
     command = [sys.executable, "-c", SCALE, str(tmp_path / "in"), str(cache)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    num_files, first, second, memory_mb = map(float, done.stdout.split())
+    num_files, first, second, memory_mb, plain = map(float, done.stdout.split())
     assert num_files == num_classes * files_per_class
-    # Ceilings for 1.28 million files and in proportion: 300 MB, 4,000 headers a second, then 1 s from the
-    # cache.
+    # Ceilings in proportion to 300 MB for 1.28 million files, and to a plain loop that opens and reads them.
     share = num_files / 1_281_000
     assert memory_mb < 10 + 300 * share
-    if share > 0.5:  # nightly: a busy machine must not fail the short one
-        assert second < 1
-        assert first < 12 + num_files / 4000
+    if share > 0.5:  # nightly; alone on two cores 3.6 and 1/60
+        assert first < 2 + 20 * plain
+        assert second < first / 10

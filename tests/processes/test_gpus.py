@@ -142,7 +142,7 @@ def start(job, driver, *options, **environment):
     command = [sys.executable, "-m", "cmtrain", "--config", str(job.config), "--max-steps", "1", *options]
     environment = os.environ | driver | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment
     return subprocess.run(
-        command, cwd=job.folder, env=environment, capture_output=True, text=True, timeout=240
+        command, cwd=job.folder, env=environment, capture_output=True, text=True, timeout=600
     )
 
 

@@ -34,7 +34,7 @@ def save(run, step, **changes):
 def start(run, resume="auto", config=CONFIG, fingerprint="f"):
     lock = RunLock(run)
     try:
-        return choose_start(lock, resume, config, fingerprint, is_main=True)
+        return choose_start(lock, resume, config, fingerprint, "v", is_main=True)
     finally:
         lock.close()
 

@@ -19,6 +19,7 @@ import numpy as np
 
 from cmtrain.monitoring import units
 from cmtrain.monitoring.report.axes import Axis, Scale, linear_axis, make_axis
+from pipelines.spec import visible
 
 PLOT_UNITS = 1000  # width of the nested <svg>, in its own units
 MAX_COLUMNS = 600  # of a thinned line: about half the pixels of a page's width
@@ -291,5 +292,5 @@ def _percent(share: float) -> str:
 
 def _add(parent: Element, tag: str, text: str = "", *, cls: str = "", **attributes: str) -> Element:
     element = SubElement(parent, tag, attributes | ({"class": cls} if cls else {}))
-    element.text = text or None
+    element.text = visible(text) or None
     return element

@@ -11,6 +11,7 @@ import numpy as np
 from cmtrain.monitoring.report.charts import Mark, lane
 from cmtrain.monitoring.units import percent, short, utc
 from cmtrain.storage.run_record import RunRecord
+from pipelines.spec import visible
 
 Event = dict[str, Any]
 
@@ -143,5 +144,5 @@ def _text(key: str, value: Any) -> str:
         more = f" and {len(value) - MAX_ITEMS} more" if len(value) > MAX_ITEMS else ""
         return "; ".join(_text(key, item) for item in value[:MAX_ITEMS]) + more
     if not isinstance(value, float):
-        return str(value)
+        return visible(value)
     return percent(value) if key.endswith(("top1", "top5", "_ratio")) else short(value)
