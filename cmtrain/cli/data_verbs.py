@@ -1,5 +1,6 @@
 """Parse `cmtrain data ...`: check, pack, preview, stats."""
 
+import sys
 from collections.abc import Callable
 
 from cmtrain.cli import start
@@ -11,12 +12,28 @@ from cmtrain.cli.arguments import (
     parse_with_config,
     positive,
 )
-from cmtrain.errors import ConfigError, did_you_mean
+from cmtrain.errors import EXIT_DONE, ConfigError, did_you_mean
+
+HELP = """\
+usage: cmtrain data check DIR
+       cmtrain data pack SRC DST
+       cmtrain data preview | stats --config FILE [--SECTION.KEY VALUE ...]
+
+check    find the images that cannot be read; training leaves them out from then on
+pack     write an image folder as tar shards with an index: few large files instead of many small
+preview  draw augmented training images as a grid
+stats    count and measure the images of a configuration
+
+cmtrain data VERB --help lists the options of a verb.
+"""
 
 
 def data(arguments: list[str]) -> int:
     """Run the verb that `arguments` begin with. Returns the exit code."""
     what = arguments.pop(0) if arguments else ""
+    if what in ("-h", "--help"):
+        sys.stdout.write(HELP)
+        return EXIT_DONE
     if what not in _DATA_VERBS:
         close = did_you_mean(what, _DATA_VERBS) or f"; there are {', '.join(_DATA_VERBS)}"
         raise ConfigError(f"cmtrain data {what}: unknown verb{close}".replace("data :", "data:"))

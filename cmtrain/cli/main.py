@@ -3,7 +3,6 @@ torch.
 """
 
 import itertools
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -21,10 +20,10 @@ from cmtrain.cli.arguments import (
     parse_with_config,
     positive,
 )  # fmt: skip
+from cmtrain.cli.config_verbs import config
 from cmtrain.cli.data_verbs import data
 from cmtrain.cli.model_verbs import evaluate_trained, export_trained
 from cmtrain.commands import sweep
-from cmtrain.config.describe import config_reference, config_schema
 from cmtrain.config.load import load_config
 from cmtrain.config.schema import to_yaml
 from cmtrain.errors import (
@@ -118,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     verb = (arguments or [""])[0]
     trains = verb in ("train", "demo") or verb.startswith("-")
-    is_asked = verb in ("-h", "--help", "--version") or "--dry-run" in arguments
+    is_asked = verb in ("-h", "--help", "--version", "help") or "--dry-run" in arguments
     return with_guarded_output(lambda: _main(arguments), stdout_raises=is_asked or not trains)
 
 
@@ -126,6 +125,8 @@ def _main(arguments: list[str]) -> int:
     if not arguments:
         sys.stderr.write(HELP)
         return EXIT_CONFIG
+    if arguments[0] == "help":  # `cmtrain help VERB` is `cmtrain VERB --help`
+        arguments = [*arguments[1:], "--help"]
     if arguments[0] in ("-h", "--help", "--version"):
         sys.stdout.write(f"cmtrain {__version__}\n" if arguments[0] == "--version" else HELP)
         return EXIT_DONE
@@ -134,7 +135,7 @@ def _main(arguments: list[str]) -> int:
         if verb not in _VERBS:
             hint = f" (verbs: {', '.join(_VERBS)}; a configuration file goes after --config)"
             raise ConfigError(f"{verb}: unknown verb{did_you_mean(verb, _VERBS) or hint}")
-        if verb not in _READERS and "--help" not in arguments:
+        if verb not in _READERS and not {"--help", "-h", "--dry-run"} & set(arguments):
             ignore_variables()
             check_launcher()
         return _VERBS[verb](arguments)
@@ -146,6 +147,7 @@ def _main(arguments: list[str]) -> int:
         sys.stderr.write(f"{message_of(error)}\n")
         return EXIT_DATA
     except KeyboardInterrupt:
+        sys.stderr.write("stopped by Ctrl-C\n")
         return EXIT_INTERRUPTED
 
 
@@ -213,6 +215,7 @@ def _demo(arguments: list[str]) -> int:
     parser.add_argument(
         "--photos", action="store_true", help="12 colour photographs instead of handwritten digits"
     )
+    parser.add_argument("--dry-run", action="store_true", help="print the plan of the run and stop")
     add_json(parser)
     options, overrides = parse(parser, arguments)
     base, given = ("demo-photos", DEMO_PHOTOS) if options.photos else ("demo", [])
@@ -222,6 +225,9 @@ def _demo(arguments: list[str]) -> int:
         status = read_status(Path(config.run.dir) / str(config.run.name)) or {}
         if status.get("state") != "finished" or any(key == "run.name" for key, _ in overrides):
             break
+    if options.dry_run:
+        sys.stdout.write(start.describe_plan(config))
+        return EXIT_DONE
     start.announce(f"demo, run folder {config.run.dir}/{config.run.name}")
     start.check_run(config, "auto", world_size := int(os.environ.get("WORLD_SIZE", "1")))
     data = start.open_data(config, world_size)
@@ -360,28 +366,9 @@ def _report(arguments: list[str]) -> int:
     return report(options.runs, options.out)
 
 
-def _config(arguments: list[str]) -> int:
-    what = arguments.pop(0) if arguments else ""
-    if what == "schema" and not arguments:
-        sys.stdout.write(json.dumps(config_schema(), indent=2) + "\n")
-        return EXIT_DONE
-    if what == "reference" and not arguments:
-        sys.stdout.write(config_reference())
-        return EXIT_DONE
-    if what != "show":
-        raise ConfigError(
-            "cmtrain config: must be `config show --config FILE`, `config schema` or `config reference`"
-        )
-    parser = make_parser("config show", "Print the resolved configuration and where each value comes from.")
-    parser.add_argument("--config", metavar="FILE", help=CONFIG_HELP)
-    _, resolved = parse_with_config(parser, arguments)
-    sys.stdout.write(to_yaml(resolved.config, resolved.origins))
-    return EXIT_DONE
-
-
 _VERBS: dict[str, Callable[[list[str]], int]] = {
     "train": _train, "doctor": _doctor, "demo": _demo, "sweep": _sweep, "eval": evaluate_trained,
     "export": export_trained, "status": _status, "watch": _watch, "report": _report, "bench": _bench,
-    "repair-bn": _repair_bn, "data": data, "config": _config,
+    "repair-bn": _repair_bn, "data": data, "config": config,
 }  # fmt: skip
 _READERS = ("status", "watch", "report", "config")  # they compute nothing, in one process

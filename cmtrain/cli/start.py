@@ -143,8 +143,9 @@ def describe_plan(config: Config) -> str:
         f"steps    (training images // {size}) per epoch",
     ]
     # A launcher sets the number of processes; without one, show what would happen on one node.
-    launched = os.environ.get("WORLD_SIZE")
-    for world_size in [int(launched)] if launched else [1, 2, 4, 8]:
+    given = os.environ.get("WORLD_SIZE", "")
+    launched = int(given) if given.isascii() and given.isdecimal() else 0
+    for world_size in [launched] if launched else [1, 2, 4, 8]:
         try:
             micro_batch_size, accumulation = split_batch(size, config.train.max_batch_per_gpu, world_size)
             if config.model.name.startswith("cmt_"):

@@ -62,6 +62,12 @@ def is_first_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def answer_to_ctrl_c(saved_step: int) -> str:
+    """Return what a first Ctrl-C does, and a second one, with the newest checkpoint at `saved_step`."""
+    where = f"step {saved_step}" if saved_step else "the beginning"
+    return f"Ctrl-C: stopping after this step and saving; Ctrl-C again stops now, to go on from {where}"
+
+
 def follow_launcher() -> None:
     """Have the kernel signal this process when its launcher dies, so that no rank outlives it as an orphan.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import platform
-import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -15,16 +14,8 @@ from accelerate import Accelerator
 
 from cmtrain import __version__
 from cmtrain.config.schema import Config, flat, to_yaml
-from cmtrain.errors import (
-    EXIT_DATA,
-    EXIT_DIVERGED,
-    EXIT_DONE,
-    EXIT_ERROR,
-    EXIT_EXPECTATION,
-    EXIT_INTERRUPTED,
-)
+from cmtrain.errors import EXIT_DATA, EXIT_DIVERGED, EXIT_ERROR, EXIT_INTERRUPTED
 from cmtrain.monitoring.trackers import Trackers
-from cmtrain.monitoring.units import percent
 from cmtrain.processes.collectives import gather, leave_together
 from cmtrain.processes.failure import stop_code
 from cmtrain.processes.rank import is_lost_contact, report_failure
@@ -37,6 +28,7 @@ from cmtrain.storage.finite import FiniteCheck, repair_or_reject
 from cmtrain.storage.run_folder import SAMPLE_NAME, RunLock
 from cmtrain.training import build
 from cmtrain.training.build import Parts
+from cmtrain.training.endings import check_expectation, stopped_at_once, stopped_by
 from cmtrain.training.loaders import Data
 from cmtrain.training.recovery import Recovery, find_overflow, merge_ranks
 from cmtrain.training.resume import restore
@@ -137,6 +129,7 @@ def run(
     try:
         if start.checkpoint:
             saver.resume(start.checkpoint.meta, data.val.fingerprint)
+            saver.saved_step = stop.saved_step = start.step
         logger.start(
             to_yaml(config), facts_of(config, accelerator), parts.notes,
             flops_per_image=parts.flops_per_image, device=accelerator.device, resumed=resumed,
@@ -163,6 +156,7 @@ def run(
                 phases=learner.phases.pop_finished(),
             )  # fmt: skip
             saver.log_finished()
+            stop.saved_step = saver.saved_step
             received = 0 if final else stop.agreed()
 
             # Log. Here host and device meet, and nowhere else in a step.
@@ -216,6 +210,10 @@ def run(
                 state, code = "failed", EXIT_DATA
                 reason = f"{reason}, but its checkpoint is missing: {saver.unsaved}"
         code = logger.finish(state, exit_code=code, reason=reason, results=results, as_json=as_json)
+    except KeyboardInterrupt:
+        reason = stopped_at_once(logger.step, saver.saved_step)
+        logger.finish("preempted", exit_code=EXIT_INTERRUPTED, reason=reason)
+        return EXIT_INTERRUPTED
     except BaseException as error:
         cause = report_failure(error, lock.folder, rank=rank, world_size=world_size, step=logger.step)
         logger.fail(cause.describe(), waits=cause.exit_code != EXIT_INTERRUPTED)
@@ -368,24 +366,3 @@ def open_logger(config: Config, path: Path, parts: Parts, last_step: int) -> Run
         stall_seconds=metrics.stall_seconds, allowed_hosts=metrics.allowed_hosts,
         trackers=Trackers(accelerator, path.name, flat(config)),
     )  # fmt: skip
-
-
-def stopped_by(number: int, step: int, unsaved: str) -> str:
-    """Describe for people how a stop signal ended the run."""
-    name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-    if unsaved:
-        older = "run the same command to continue from an older checkpoint"
-        return f"stopped by {name} at step {step}, not saved ({unsaved}); {older}"
-    return f"stopped by {name} at step {step}, saved; run the same command to continue"
-
-
-def check_expectation(config: Config, results: dict[str, Evaluation], *, whole: bool) -> tuple[int, str]:
-    """Return exit code and reason: did a `whole` run reach the accuracy that its configuration expects?"""
-    top1 = max(result.top1 for result in results.values())
-    expect = config.expect
-    if expect.top1 is None or not whole:
-        return EXIT_DONE, f"top-1 {percent(top1)}"
-    reached = top1 >= expect.top1 - expect.tolerance
-    wanted = f"{percent(expect.top1)} expected" + (f" by {expect.source}" if expect.source else "")
-    reason = f"top-1 {percent(top1)}, {wanted}: {'reached' if reached else 'missed'}"
-    return EXIT_EXPECTATION if expect.enforce and not reached else EXIT_DONE, reason
