@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from cmtrain.cli import start
 from cmtrain.cli.arguments import (
     CONFIG_HELP,
     add_json,
@@ -74,6 +75,9 @@ def _data_preview(arguments: list[str]) -> int:
     add("--columns", type=positive, default=8, metavar="N", help="epochs (default: 8)")
     add("--epoch", type=int, default=0, metavar="N", help="the first one (default: 0)")
     options, resolved = parse_with_config(parser, arguments)
+    start.announce("data preview of " + resolved.config.data.root)
+    start.check_places(resolved.config)
+    start.loading()
     from cmtrain.commands.data_preview import preview
 
     return preview(
@@ -86,6 +90,9 @@ def _data_stats(arguments: list[str]) -> int:
     parser.add_argument("--config", metavar="FILE", help=CONFIG_HELP)
     add_json(parser)
     options, resolved = parse_with_config(parser, arguments)
+    start.announce("data stats of " + resolved.config.data.root)
+    start.check_places(resolved.config)
+    start.loading()
     from cmtrain.commands.data_preview import stats
 
     return stats(resolved.config, as_json=options.json)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cmtrain import __version__
+from cmtrain.cli import start
 from cmtrain.cli.arguments import (
     CONFIG_HELP,
     add_json,
@@ -25,7 +26,7 @@ from cmtrain.cli.model_verbs import evaluate_trained, export_trained
 from cmtrain.commands import sweep
 from cmtrain.config.describe import config_reference, config_schema
 from cmtrain.config.load import load_config
-from cmtrain.config.schema import Config, to_yaml
+from cmtrain.config.schema import to_yaml
 from cmtrain.errors import (
     EXIT_CONFIG,
     EXIT_DATA,
@@ -35,12 +36,12 @@ from cmtrain.errors import (
     did_you_mean,
     message_of,
 )
-from cmtrain.processes.gpus import hide_gpus_if_cpu_is_asked_for, visible_gpus
+from cmtrain.processes.environment import check_launcher, ignore_variables
+from cmtrain.processes.gpus import visible_gpus
 from cmtrain.processes.launcher import run_ranks
 from cmtrain.processes.output import with_guarded_output
 from cmtrain.processes.rank import PARENT, hold_back, is_first_rank, is_started_by_launcher, run_as_rank
 from cmtrain.storage.run_folder import REPORT_NAME, read_finished, read_status
-from cmtrain.training.schedule import split_batch
 from pipelines.spec import DataError
 
 DEMO_PHOTOS = [
@@ -131,12 +132,14 @@ def _main(arguments: list[str]) -> int:
     if arguments[0] in ("-h", "--help", "--version"):
         sys.stdout.write(f"cmtrain {__version__}\n" if arguments[0] == "--version" else HELP)
         return EXIT_DONE
-    hide_gpus_if_cpu_is_asked_for()
     verb = "train" if arguments[0].startswith("-") else arguments.pop(0)
     try:
         if verb not in _VERBS:
             hint = f" (verbs: {', '.join(_VERBS)}; a configuration file goes after --config)"
             raise ConfigError(f"{verb}: unknown verb{did_you_mean(verb, _VERBS) or hint}")
+        if verb not in _READERS and "--help" not in arguments:
+            ignore_variables()
+            check_launcher()
         return _VERBS[verb](arguments)
     except ConfigError as error:
         hold_back()
@@ -162,7 +165,7 @@ def _train(arguments: list[str]) -> int:
     options, resolved = parse_with_config(parser, arguments)
     config = resolved.config
     if options.dry_run:
-        sys.stdout.write(describe_plan(config))
+        sys.stdout.write(start.describe_plan(config))
         return EXIT_DONE
 
     # A run that has finished is not started again.
@@ -180,22 +183,30 @@ def _train(arguments: list[str]) -> int:
         return int(finished["exit_code"])
 
     # Start one process per GPU, unless a launcher has started this one.
+    what = f"{options.config}, run folder {run_path}"
     if not is_started_by_launcher():
-        nproc = options.nproc or max(1, visible_gpus())
-        split_batch(config.train.global_batch_size, config.train.max_batch_per_gpu, nproc)
+        gpus = visible_gpus()
+        nproc = options.nproc or max(1, gpus)
+        start.announce(f"{what}, {start.where(nproc, gpus)}")
+        start.check_run(config, options.resume, nproc)
         if nproc > 1 or options.max_restarts:
+            start.loading()  # in the ranks
             return run_ranks(sys.orig_argv, nproc, max_restarts=options.max_restarts, run_path=run_path)
-    elif PARENT not in os.environ and (options.nproc or options.max_restarts):
-        raise ConfigError(
-            "--nproc, --max-restarts: a launcher has started this process; give them to the launcher"
-        )
+    elif PARENT not in os.environ:
+        if options.nproc or options.max_restarts:
+            raise ConfigError(
+                "--nproc, --max-restarts: a launcher has started this process; give them to the launcher"
+            )
+        start.announce(f"{what}, {os.environ.get('WORLD_SIZE', '1')} processes of a launcher")
 
     def work() -> int:
-        if is_first_rank() and sys.stderr.isatty():  # the import takes seconds
-            sys.stderr.write(f"cmtrain {__version__}: loading torch and DALI\n")
+        data = start.open_data(config, int(os.environ.get("WORLD_SIZE", "1")))
+        start.loading()
         from cmtrain.training.train import train
 
-        return train(config, resume=options.resume, max_steps=options.max_steps, as_json=options.json)
+        return train(
+            config, resume=options.resume, max_steps=options.max_steps, data=data, as_json=options.json
+        )
 
     return run_as_rank(work, run_path)
 
@@ -214,9 +225,13 @@ def _demo(arguments: list[str]) -> int:
         status = read_status(Path(config.run.dir) / str(config.run.name)) or {}
         if status.get("state") != "finished" or any(key == "run.name" for key, _ in overrides):
             break
+    start.announce(f"demo, run folder {config.run.dir}/{config.run.name}")
+    start.check_run(config, "auto", world_size := int(os.environ.get("WORLD_SIZE", "1")))
+    data = start.open_data(config, world_size)
+    start.loading()
     from cmtrain.training.train import train  # torch is loaded here, after the mistakes
 
-    return train(config, as_json=options.json)
+    return train(config, data=data, as_json=options.json)
 
 
 def _bench(arguments: list[str]) -> int:
@@ -236,6 +251,9 @@ def _bench(arguments: list[str]) -> int:
     options, resolved = parse_with_config(parser, arguments)
     if options.fail_below is not None and not options.compare:
         raise ConfigError("--fail-below: needs --compare FILE, the earlier run")
+    start.announce(f"bench of {options.config}: {options.what}")
+    start.check_places(resolved.config)
+    start.loading()
     from cmtrain.commands.bench.bench import bench
 
     return bench(resolved.config, options)
@@ -250,6 +268,8 @@ def _doctor(arguments: list[str]) -> int:
     parser.add_argument("--config", default="configs/demo.yaml", metavar="FILE", help=CONFIG_HELP)
     parser.add_argument("--json", action="store_true", help="as one JSON object")
     options, resolved = parse_with_config(parser, arguments)
+    start.announce(f"doctor for a run of {options.config}")
+    start.loading()
     from cmtrain.commands.doctor import doctor
 
     return doctor(resolved.config, as_json=options.json)
@@ -321,6 +341,9 @@ def _repair_bn(arguments: list[str]) -> int:
     if options.place is None:
         raise ConfigError("cmtrain repair-bn: which run or file? e.g. cmtrain repair-bn runs/full_in1k")
     config = load_config(options.config, overrides).config if options.config else None
+    start.announce(f"repair-bn of {options.place}")
+    start.check_repair(options.place, config, overrides)
+    start.loading()
     from cmtrain.commands.repair_bn import repair_bn
 
     return repair_bn(options.place, config, overrides, options.out, options.batches, as_json=options.json)
@@ -374,29 +397,4 @@ _VERBS: dict[str, Callable[[list[str]], int]] = {
     "data": data,
     "config": _config,
 }
-
-
-def describe_plan(config: Config) -> str:
-    """Describe a run as far as it is known before its data is: model, epochs, learning rate and batch."""
-    size, plan = config.train.global_batch_size, config.schedule
-    variant = f" ({config.model.variant})" if config.model.name.startswith("cmt_") else ""
-    lines = [
-        f"run      {config.run.dir}/{config.run.name}",
-        f"data     {config.data.root}, {config.data.image_px} px",
-        f"model    {config.model.name}{variant}",
-        f"epochs   {plan.epochs}, warm-up {plan.warmup_epochs:g}, cool-down {plan.cooldown_epochs}",
-        f"lr       {plan.warmup_lr:g} -> {config.optim.lr:g} -> {plan.min_lr:g} ({config.optim.opt})",
-        f"steps    (training images // {size}) per epoch",
-    ]
-    # A launcher sets the number of processes; without one, show what would happen on one node.
-    launched = os.environ.get("WORLD_SIZE")
-    for world_size in [int(launched)] if launched else [1, 2, 4, 8]:
-        try:
-            micro_batch_size, accumulation = split_batch(size, config.train.max_batch_per_gpu, world_size)
-            split = f"{world_size} x {accumulation} x {micro_batch_size}"
-            lines.append(f"batch    {size} = {split} (processes x accumulation x images)")
-        except ConfigError as error:
-            if launched:
-                raise
-            lines.append(f"batch    {error}")
-    return "\n".join(lines) + "\n"
+_READERS = ("status", "watch", "report", "config")  # they compute nothing, in one process

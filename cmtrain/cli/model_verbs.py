@@ -1,10 +1,14 @@
 """Parse the verbs for a trained model: eval and export."""
 
 import argparse
+import os
 
+from cmtrain.cli import start
 from cmtrain.cli.arguments import add_json, make_parser, parse, positive
+from cmtrain.commands.evaluation_sizes import sizes_of
 from cmtrain.config.load import Overrides
 from cmtrain.errors import ConfigError
+from pipelines.spec import DataError
 
 FORMATS = ("timm", "onnx", "torch-export")
 
@@ -35,6 +39,14 @@ def evaluate_trained(arguments: list[str]) -> int:
     add("--expect", type=_fraction, metavar="TOP1", help="exit code 5 where the best top-1 is below it")
     add_json(parser, to_file=True)
     options, overrides = _parse_with_run(parser, arguments)
+    start.announce(f"eval of {options.run}")
+    config = start.check_trained(options.run, overrides)
+    sizes_of(config, options.image_px, options.resize_px)
+    if options.folder and not os.path.isdir(options.folder):
+        raise DataError(f"--folder {options.folder}: no such folder")
+    if not options.folder:
+        start.check_places(config)
+    start.loading()
     from cmtrain.commands.evaluate import evaluate_trained
 
     return evaluate_trained(options, overrides)
@@ -52,6 +64,11 @@ def export_trained(arguments: list[str]) -> int:
     options, overrides = _parse_with_run(parser, arguments)
     if options.out is None:
         raise ConfigError("cmtrain export: --out is missing, e.g. --out exported")
+    start.announce(f"export of {options.run}")
+    start.check_trained(options.run, overrides)
+    if os.path.lexists(options.out):
+        raise ConfigError(f"--out {options.out}: exists already; choose another folder")
+    start.loading()
     from cmtrain.commands.export import export
     from cmtrain.commands.trained_model import open_trained
 

@@ -34,6 +34,7 @@ from cmtrain.step.mixing import MixSpec, mix
 from cmtrain.storage.checkpoint import checkpoint_path, find_checkpoint, save_checkpoint
 from cmtrain.storage.state_file import CheckpointError
 from cmtrain.training import build, loaders
+from cmtrain.training.schedule import refuse_batch_of_one
 from pipelines.atomic import replacing
 from pipelines.spec import DataError, Loader
 
@@ -109,6 +110,7 @@ def repair_bn(
     sys.stderr.writelines(f"{line}\n" for line in lines)
     data = loaders.open_data(config, accelerator)
     schedule = build.plan_steps(config, len(data.train), 1)
+    refuse_batch_of_one(schedule.global_batch_size, schedule.max_batch_per_gpu, 1)
     num_classes = loaders.num_classes_of(config, data.train)
 
     # Load every state_dict, and refuse what new statistics cannot heal.

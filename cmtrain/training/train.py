@@ -37,6 +37,7 @@ from cmtrain.storage.finite import FiniteCheck, repair_or_reject
 from cmtrain.storage.run_folder import SAMPLE_NAME, RunLock
 from cmtrain.training import build
 from cmtrain.training.build import Parts
+from cmtrain.training.loaders import Data
 from cmtrain.training.recovery import Recovery, find_overflow, merge_ranks
 from cmtrain.training.resume import restore
 from cmtrain.training.run_logger import RunLogger
@@ -53,13 +54,19 @@ NUM_NAMED_FILES = 3
 
 
 def train(
-    config: Config, *, resume: str = "auto", max_steps: int | None = None, as_json: bool = False
+    config: Config,
+    *,
+    resume: str = "auto",
+    max_steps: int | None = None,
+    data: Data | None = None,
+    as_json: bool = False,
 ) -> int:
     """Train the configuration in this process, one of several if a launcher started it.
 
     Args:
         resume: `auto`, `never`, `force` or a path; see resume.choose_start.
         max_steps: optimizer steps after which the run ends; None: all of them.
+        data: the images, if they are open already.
         as_json: print the result as JSON on a terminal, too.
 
     Returns:
@@ -72,13 +79,15 @@ def train(
     """
     lock = RunLock(Path(config.run.dir) / str(config.run.name))
     with closing(lock):
-        return run(config, lock, resume, max_steps, as_json)
+        return run(config, lock, resume, max_steps, data, as_json)
 
 
-def run(config: Config, lock: RunLock, resume: str, max_steps: int | None, as_json: bool) -> int:
+def run(
+    config: Config, lock: RunLock, resume: str, max_steps: int | None, images: Data | None, as_json: bool
+) -> int:
     """Do what `train` promises, in the run folder that `lock` guards."""
     # Set up, or resume. Whatever can be wrong is found before anything is written.
-    parts = build.assemble(config, lock, resume)
+    parts = build.assemble(config, lock, resume, images)
     data, schedule, learner, recovery = parts.data, parts.schedule, parts.learner, parts.recovery
     accelerator, loaders, start = parts.accelerator, [parts.train_loader, parts.eval_loader], parts.start
     rank, world_size = accelerator.process_index, accelerator.num_processes
