@@ -66,3 +66,12 @@ def step_place(status: dict[str, Any], step: int) -> str:
     """Return how far a run is: `step 3 of 10,800`; of the steps until --max-steps while it runs."""
     target = status.get("total_steps" if is_part(status) else "last_step") or 0
     return f"step {step:,} of {target:,}"
+
+
+def workers(facts: dict[str, Any]) -> str:
+    """Return what a run trains on, by `device` and `world_size`: 8 GPUs, or 2 processes on the CPU."""
+    count, device = facts.get("world_size"), facts.get("device")
+    many = "" if str(count) == "1" else "s" if device == "cuda" else "es"
+    if device == "cuda":
+        return f"{count} GPU{many}"
+    return f"{count} process{many}" + (" on the CPU" if device == "cpu" else "")

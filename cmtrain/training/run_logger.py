@@ -20,7 +20,7 @@ from cmtrain.monitoring.metrics import TrainMetrics
 from cmtrain.monitoring.report.page import write_report
 from cmtrain.monitoring.routes import make_pages
 from cmtrain.monitoring.trackers import Trackers
-from cmtrain.monitoring.units import duration, is_part, percent, state_name, step_place
+from cmtrain.monitoring.units import duration, is_part, percent, state_name, step_place, workers
 from cmtrain.processes.output import lost_output
 from cmtrain.processes.rank import num_restarts
 from cmtrain.step.evaluate import Evaluation, by_class
@@ -137,7 +137,7 @@ class RunLogger:
         state = "resumed" if resumed else "started"
         self._event(state, step=self.first_step, restarts=num_restarts(), **facts)
         self._event("environment", **environment())
-        self.console.line(" ".join(f"{key} {value}" for key, value in facts.items()))
+        self.console.line(f"{facts['model']}, {facts['precision']}, {workers(dict(facts))}")
         watch = f"  watch {self.exporter.url}/" if self.exporter else ""
         self.console.line(f"run folder {self.path}{watch}")
         if resumed:

@@ -156,4 +156,4 @@ def test_ranks_are_not_started_on_cpus_where_there_are_gpus(make_job, tmp_path):
     assert not (job.run / "status.json").exists()
     asked = start(job, driver, ACCELERATE_USE_CPU="1")
     assert asked.returncode == 0, asked.stderr
-    assert "device cpu world_size 1 " in asked.stderr
+    assert "1 process on the CPU" in asked.stderr

@@ -27,7 +27,7 @@ from cmtrain.monitoring.report.classes import class_section
 from cmtrain.monitoring.report.curves import PlottedRun, draw_charts, x_high
 from cmtrain.monitoring.report.events import event_lanes, event_rows
 from cmtrain.monitoring.report.headline import environment_of, headline, measure_times, number, summary
-from cmtrain.monitoring.units import duration, percent, short, state_name, utc
+from cmtrain.monitoring.units import duration, percent, short, state_name, utc, workers
 from cmtrain.storage.records import remove_leftovers, replace_file
 from cmtrain.storage.run_folder import REPORT_NAME, SILENT_SECONDS
 from cmtrain.storage.run_record import Columns, RunRecord, read_run
@@ -83,7 +83,13 @@ def make_templates() -> Environment:
     templates = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
     templates.finalize = _visible
     templates.trim_blocks = templates.lstrip_blocks = True
-    templates.filters |= {"short": short, "duration": duration, "percent": percent, "utc": utc}
+    templates.filters |= {
+        "short": short,
+        "duration": duration,
+        "percent": percent,
+        "utc": utc,
+        "workers": workers,
+    }
     return templates
 
 
