@@ -19,18 +19,10 @@ SPLITS = ("train", "val")
 
 @os_errors_in_one_line()
 def pack(
-    source: str,
-    destination: str,
-    *,
-    shard_mib: int,
-    processes: int | None,
-    train_list: str | None = None,
-    val_list: str | None = None,
-    max_bad_fraction: float = MAX_BAD_FRACTION,
-    cache_dir: str | None = None,
-    as_json: bool = False,
-    **encoding: Any,
-) -> int:
+    source: str, destination: str, *, shard_mib: int, processes: int | None, train_list: str | None = None,
+    val_list: str | None = None, max_bad_fraction: float = MAX_BAD_FRACTION, cache_dir: str | None = None,
+    as_json: bool = False, **encoding: Any,
+) -> int:  # fmt: skip
     """Pack the training and the validation images of `source`; `destination` is then a data.root.
 
     After a kill or a full disk the same command continues; after success it verifies the shards. Prints one

@@ -42,14 +42,9 @@ CHECKED_BATCHES = (1, 3)  # images; neither is the size that the exporters trace
 
 
 def export(
-    trained: Trained,
-    *,
-    formats: Sequence[str],
-    out: str,
-    kind: str | None,
-    fold_bn: bool,
+    trained: Trained, *, formats: Sequence[str], out: str, kind: str | None, fold_bn: bool,
     as_json: bool = False,
-) -> int:
+) -> int:  # fmt: skip
     """Write `trained` to the folder `out` in each of `formats` (of FORMATS), with a model card.
 
     Every format is read back and must give the model's logits before the folder appears, by one rename.

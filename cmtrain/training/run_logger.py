@@ -97,15 +97,9 @@ class RunLogger:
         return f"{self.exporter.url}/metrics" if self.exporter else None
 
     def start(
-        self,
-        config_yaml: str,
-        facts: Mapping[str, str],
-        notes: Sequence[str],
-        *,
-        flops_per_image: int,
-        device: torch.device,
-        resumed: tuple[Path, StepReport] | None,
-    ) -> None:
+        self, config_yaml: str, facts: Mapping[str, str], notes: Sequence[str], *, flops_per_image: int,
+        device: torch.device, resumed: tuple[Path, StepReport] | None,
+    ) -> None:  # fmt: skip
         """Log the start of a run, or of its next part.
 
         Args:
@@ -265,16 +259,9 @@ class RunLogger:
     # Evaluations and checkpoints
 
     def evaluated(
-        self,
-        results: Mapping[str, Evaluation],
-        class_names: Sequence[str],
-        *,
-        epoch: int,
-        step: int,
-        lr: float,
-        seconds: float,
-        best: tuple[float, int],
-    ) -> None:
+        self, results: Mapping[str, Evaluation], class_names: Sequence[str], *, epoch: int, step: int,
+        lr: float, seconds: float, best: tuple[float, int],
+    ) -> None:  # fmt: skip
         """Log the evaluations of `model` and, if there is one, `ema`.
 
         Args:
@@ -327,14 +314,9 @@ class RunLogger:
     # The end
 
     def finish(
-        self,
-        state: str,
-        *,
-        exit_code: int,
-        reason: str,
-        results: Mapping[str, Evaluation] | None = None,
+        self, state: str, *, exit_code: int, reason: str, results: Mapping[str, Evaluation] | None = None,
         as_json: bool = False,
-    ) -> int:
+    ) -> int:  # fmt: skip
         """Write how the run ended: status.json, report.html, the console, and one JSON line for programs
         (`as_json`: on a terminal, too).
 

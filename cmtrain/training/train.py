@@ -46,13 +46,9 @@ NUM_NAMED_FILES = 3
 
 
 def train(
-    config: Config,
-    *,
-    resume: str = "auto",
-    max_steps: int | None = None,
-    data: Data | None = None,
+    config: Config, *, resume: str = "auto", max_steps: int | None = None, data: Data | None = None,
     as_json: bool = False,
-) -> int:
+) -> int:  # fmt: skip
     """Train the configuration in this process, one of several if a launcher started it.
 
     Args:
@@ -248,13 +244,9 @@ def draw_first(
 
 
 def keep_or_roll_back(
-    report: StepReport,
-    learner: Learner,
-    recovery: Recovery,
-    logger: RunLogger,
-    manifest: Manifest,
+    report: StepReport, learner: Learner, recovery: Recovery, logger: RunLogger, manifest: Manifest,
     stop: StopRequest,
-) -> str:
+) -> str:  # fmt: skip
     """At a log point, keep a good state; or, after bad steps in a row or a spike, go back to one.
 
     Returns:
@@ -297,13 +289,9 @@ def log_bad_files(logger: RunLogger, loaders: Sequence[DaliLoader], stop: StopRe
 
 
 def evaluate_weights(
-    learner: Learner,
-    loader: DaliLoader,
-    batches: Callable[[], Iterator[Batch]],
-    num_images: int,
-    num_classes: int,
-    accelerator: Accelerator,
-) -> dict[str, Evaluation]:
+    learner: Learner, loader: DaliLoader, batches: Callable[[], Iterator[Batch]], num_images: int,
+    num_classes: int, accelerator: Accelerator,
+) -> dict[str, Evaluation]:  # fmt: skip
     """Evaluate the model and, if there is one, its EMA, on `batches()` each. Returns {} if a stop signal
     came.
     """

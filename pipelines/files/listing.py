@@ -213,12 +213,9 @@ def _class_folders(root: Path, skipped: Counter[str]) -> list[str]:
 
 
 def _walk(
-    start: bytes,
-    top: bytes,
-    visited: set[tuple[int, int]],
-    folders: dict[bytes, FolderState],
+    start: bytes, top: bytes, visited: set[tuple[int, int]], folders: dict[bytes, FolderState],
     skipped: Counter[str],
-) -> Iterator[bytes]:
+) -> Iterator[bytes]:  # fmt: skip
     """Yield the paths of the images below `start + top`. Raises OSError for a folder that cannot be read."""
     waiting = [top]  # no recursion: a path may have a thousand folders
     while waiting:

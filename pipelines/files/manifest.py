@@ -108,16 +108,11 @@ class Manifest:
     @staticmethod
     @os_errors_in_one_line()
     def from_folder(
-        root: Path | str,
-        *,
-        image_list: Path | str | None = None,
-        class_names: Sequence[str] | None = None,
-        cache_dir: Path | str | None = None,
-        max_bad_fraction: float = MAX_BAD_FRACTION,
-        threads: int | None = None,
-        refresh: bool = False,
+        root: Path | str, *, image_list: Path | str | None = None,
+        class_names: Sequence[str] | None = None, cache_dir: Path | str | None = None,
+        max_bad_fraction: float = MAX_BAD_FRACTION, threads: int | None = None, refresh: bool = False,
         positions: bool = False,
-    ) -> Manifest:
+    ) -> Manifest:  # fmt: skip
         """Read the images below `root/<class>/`, at any depth, without hidden ones; links are followed once.
 
         Raises DataError without a folder, classes or images, for a list that cannot be read, a class that

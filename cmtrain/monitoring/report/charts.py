@@ -89,17 +89,10 @@ class _Plot:
 
 
 def line_chart(
-    title: str,
-    series: Sequence[Series],
-    *,
-    key: str,
-    x_high: float,
-    scale: Scale = "linear",
-    percent: bool = False,
-    level: tuple[float, str] | None = None,
-    marks: Iterable[Mark] = (),
+    title: str, series: Sequence[Series], *, key: str, x_high: float, scale: Scale = "linear",
+    percent: bool = False, level: tuple[float, str] | None = None, marks: Iterable[Mark] = (),
     height_px: int = 150,
-) -> Chart:
+) -> Chart:  # fmt: skip
     """Draw lines over steps 0..x_high, and `marks` as hairlines over the height of the plot.
 
     No other chart of the page has the id `key`. `level`: a value to compare with, and its name. `percent`:
