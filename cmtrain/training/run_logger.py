@@ -84,7 +84,7 @@ class RunLogger:
             status = (lambda: folder.snapshot() | self.failure) if folder else lambda: self.speed
             pages = make_pages(self.metrics, status, self.stall_seconds, self.path)
             self.exporter = Exporter(pages, *address, self.allowed_hosts)
-        except OSError as error:
+        except (OSError, UnicodeError) as error:
             self.console.line(f"no metrics: {error}")
             return
         place = self.path, self.rank, self.exporter.host, self.exporter.port
