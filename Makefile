@@ -16,7 +16,7 @@ TOO_OLD := $(if $(filter file,$(origin LOCK)),$(filter 8 9 10 11,$(CUDA)))
 DALI110_NAMES := nvidia-dali-cuda110 dm-tree absl-py attrs wrapt
 SITE          := 'import sysconfig; print(sysconfig.get_path("purelib"))'
 
-.PHONY: setup demo test test-dali110 test-dali24 test-nightly check bench dashboards image dist lock clean
+.PHONY: setup tools tools-nightly demo test test-dali110 test-dali24 test-nightly check bench dashboards image dist lock clean
 
 setup: $(VENV)/.installed
 
@@ -25,21 +25,37 @@ NEEDED   := 3.11 or $(if $(filter %cuda110.lock,$(LOCK)),3.12,newer)
 BEFORE   := 3, $(if $(filter %cuda110.lock,$(LOCK)),13,99)
 UNUSABLE := Python $(NEEDED) is needed; name one, as in: make setup PYTHON=python3.12
 
-$(VENV)/.installed: $(LOCK) pyproject.toml
+# docker/build.lock: uv, and what builds the wheel. All that is fetched here has to have a hash of a lock file.
+$(VENV)/.installed: $(LOCK) docker/build.lock pyproject.toml
 	@if [ "$(TOO_OLD)" ]; then echo "the NVIDIA driver is for CUDA $(TOO_OLD): install driver 525 or newer, or ask for a CPU's packages with LOCK=requirements.lock" >&2; exit 2; fi
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < ($(BEFORE)) and "$(PYTHON): $(UNUSABLE)")'
 	@echo "installing torch, DALI and the rest into $(VENV): about 6 GB, some minutes"
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/pip install -q --disable-pip-version-check "uv>=0.8"
+	@$(BIN)/pip install --disable-pip-version-check --no-deps --only-binary :all: --require-hashes -r docker/build.lock
+	@$(BIN)/uv pip install --python $(BIN)/python --no-deps --no-build-isolation --offline -e .
 	@$(BIN)/uv pip install --python $(BIN)/python --require-hashes -r $(LOCK)
-	@$(BIN)/uv pip install --python $(BIN)/python --no-deps -e .
 	@touch $@
 
 demo: setup  ## train on real JPEGs: no GPU, no download
 	$(BIN)/cmtrain demo
 
+# Programs that tests start, as packages of Debian and Ubuntu. Where one is missing its tests are skipped and
+# listed; with TOOLS=required they fail.
+TOOLS_TEST    := prometheus prometheus-alertmanager chromium gcc libc6-dev
+TOOLS_NIGHTLY := podman runc debootstrap iproute2
+INSTALL       := DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends
+have           = for tool in $(1); do command -v $$tool >/dev/null || exit 1; done
+TOOLS         ?=
+PYTEST        := -m pytest $(if $(filter required,$(TOOLS)),--tools-required)
+
+tools:  ## as root: the programs that `make test` uses
+	@($(call have,prometheus promtool amtool chromium cc)) || { apt-get update -q && $(INSTALL) $(TOOLS_TEST); }
+
+tools-nightly: tools  ## as root: those of `make test-nightly`, too
+	@($(call have,podman runc debootstrap ip)) || { apt-get update -q && $(INSTALL) $(TOOLS_NIGHTLY); }
+
 test: setup  ## what continuous integration runs, with `check`
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+	$(BIN)/python $(PYTEST) -n 2 --dist loadfile -m "not slow"
 
 # What 1.34 itself warns about, and nothing of ours.
 DALI110_WARNS := -W "ignore:invalid escape sequence:DeprecationWarning" \
@@ -65,8 +81,8 @@ $(VENV)-dali%/.installed: $(VENV)-dali%/requirements.txt $(VENV)/.installed
 	echo "import site; site.addsitedir('$$($(BIN)/python -c $(SITE))')" > $$($(@D)/bin/python -c $(SITE))/layer.pth
 	@touch $@
 
-test-nightly: setup
-	$(BIN)/python -m pytest
+test-nightly: setup  ## everything, the slow tests too
+	$(BIN)/python $(PYTEST)
 
 check: setup  ## formatting, lint, types
 	$(BIN)/ruff format --check .
@@ -100,7 +116,7 @@ lock: setup  ## pin again, from pyproject.toml
 	echo "nvidia-dali-cuda130$(DALI_2)" | $(BIN)/uv pip compile pyproject.toml --extra cuda130 $(COMPILE) -c - -o requirements.lock
 	printf '%s\n' "torch<2.11" "nvidia-dali-cuda120$(DALI_2)" | $(BIN)/uv pip compile pyproject.toml --extra cuda120 $(COMPILE) -c - -o requirements-cuda120.lock
 	echo "torch<2.11" | $(BIN)/uv pip compile pyproject.toml --extra cuda110 $(COMPILE) -c - -o requirements-cuda110.lock
-	echo hatchling | $(BIN)/uv pip compile - $(BARE) -o docker/build.lock
+	printf '%s\n' editables hatchling uv | $(BIN)/uv pip compile - $(BARE) -o docker/build.lock
 	printf '%s\n' "nvidia-dali-cuda130~=2.4.0" "nvidia-nvimgcodec-cu13~=0.9.0" "nvidia-libnvcomp-cu13~=5.3" \
 		nvidia-nvjpeg nvidia-nvjpeg2k-cu13 nvidia-nvtiff-cu13 | $(BIN)/uv pip compile - $(BARE) --no-deps -o tests/requirements-dali24.lock
 

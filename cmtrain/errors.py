@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 EXIT_DONE, EXIT_ERROR, EXIT_CONFIG, EXIT_DATA, EXIT_DIVERGED, EXIT_EXPECTATION = 0, 1, 2, 3, 4, 5
-EXIT_INTERRUPTED, EXIT_PREEMPTED = 130, 143
+EXIT_INTERRUPTED, EXIT_PIPE, EXIT_PREEMPTED = 130, 141, 143
 
 
 class ConfigError(Exception):

@@ -47,25 +47,13 @@ class Branch(IntEnum):
 
 
 BRANCH_OF = {
-    "AutoContrast": Branch.AUTO_CONTRAST,
-    "Equalize": Branch.EQUALIZE,
-    "Invert": Branch.BITS,
-    "Rotate": Branch.WARP,
-    "Posterize": Branch.BITS,
-    "Solarize": Branch.BITS,
-    "SolarizeAdd": Branch.BITS,
-    "Color": Branch.SATURATE,
-    "Contrast": Branch.SCALE,
-    "Brightness": Branch.SCALE,
-    "Sharpness": Branch.SHARPEN,
-    "ShearX": Branch.WARP,
-    "ShearY": Branch.WARP,
-    "TranslateX": Branch.WARP,
-    "TranslateY": Branch.WARP,
-    "Identity": Branch.NONE,
-    "Desaturate": Branch.SATURATE,
+    "AutoContrast": Branch.AUTO_CONTRAST, "Equalize": Branch.EQUALIZE, "Invert": Branch.BITS,
+    "Rotate": Branch.WARP, "Posterize": Branch.BITS, "Solarize": Branch.BITS, "SolarizeAdd": Branch.BITS,
+    "Color": Branch.SATURATE, "Contrast": Branch.SCALE, "Brightness": Branch.SCALE,
+    "Sharpness": Branch.SHARPEN, "ShearX": Branch.WARP, "ShearY": Branch.WARP, "TranslateX": Branch.WARP,
+    "TranslateY": Branch.WARP, "Identity": Branch.NONE, "Desaturate": Branch.SATURATE,
     "GaussianBlur": Branch.BLUR,
-}
+}  # fmt: skip
 _TIMM_OPS = tuple(name for name in BRANCH_OF if name not in {"Identity", "Desaturate", "GaussianBlur"})
 _DALI_OPS = (*(name for name in _TIMM_OPS if name not in {"Invert", "SolarizeAdd"}), "Identity")
 _THREE_OPS = ("Solarize", "Desaturate", "GaussianBlur")

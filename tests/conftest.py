@@ -4,12 +4,28 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers.browser import CHROMIUM, Browser
+from helpers import tools
+from helpers.browser import Browser
 from helpers.images import write_tree
 from helpers.runs import FORKS, Job
 
-# A preloaded module may be missing, as DALI may be; ours would end the server with a DataError.
-FORKS.set_forkserver_preload(["cmtrain.training.train", "cmtrain.cli.main", "nvidia.dali.plugin.pytorch"])
+FORKS.set_forkserver_preload(["helpers.warm", "helpers.runs"])
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--tools-required", action="store_true", help="fail what would be skipped for want of a tool"
+    )
+
+
+def pytest_configure(config):
+    tools.required = config.getoption("--tools-required")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    for mark in item.iter_markers("needs"):
+        tools.need(*mark.args)
 
 
 @pytest.fixture
@@ -27,6 +43,10 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.section("figures")
         for text in figures:
             terminalreporter.write_line(text)
+    if skips := tools.count_skips(terminalreporter.stats.get("skipped", [])):
+        terminalreporter.section("skipped")
+        for line in skips:
+            terminalreporter.write_line(line)
 
 
 @pytest.fixture(scope="session")
@@ -66,8 +86,7 @@ def make_job(tmp_path, images):
 
 @pytest.fixture(scope="session")
 def browser(tmp_path_factory):
-    if CHROMIUM is None:
-        pytest.skip("needs Chromium")
+    tools.need("chromium")
     browser = Browser(tmp_path_factory.mktemp("profile"))
     yield browser
     browser.close()

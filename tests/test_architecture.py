@@ -175,11 +175,11 @@ def test_models_register_with_timm():
     program = (
         "import timm, cmtrain; assert timm.is_model('cmt_ti'); cmtrain.models.load_reference_checkpoint"
     )
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=600)
 
 
 def test_importing_cmtrain_is_light():
     program = (
         "import sys, cmtrain; assert not {'torch', 'timm', 'nvidia'} & set(sys.modules), sys.modules.keys()"
     )
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=600)

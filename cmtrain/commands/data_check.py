@@ -4,7 +4,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ from cmtrain.errors import EXIT_DATA, EXIT_DONE
 from pipelines.checks.bad_list import SPLITS, write_list
 from pipelines.checks.decode_one import Fault, Kind
 from pipelines.checks.decode_pool import DecodePool
+from pipelines.files.doubts import split_doubts
 from pipelines.files.labels import relabel_folder
 from pipelines.files.listing import Listing, describe_skipped, list_folder
 from pipelines.files.manifest import Manifest
@@ -22,12 +23,9 @@ from pipelines.spec import MAX_BAD_FRACTION, DataError, os_errors_in_one_line, v
 
 NUM_SHOWN = 20
 KIND_NAMES: dict[Kind, str] = {
-    "truncated": "cut short",
-    "not_an_image": "not an image",
-    "too_large": "too large",
-    "missing": "cannot be opened",
-    "other": "damaged",
-}
+    "truncated": "cut short", "not_an_image": "not an image", "too_large": "too large",
+    "missing": "cannot be opened", "other": "damaged",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -94,10 +92,11 @@ def check(
     class_names = splits[0].listing.class_names
     for split in splits:
         _describe(split, class_names, cache_dir)
-    if not faults:
-        return EXIT_DONE
     if written is not None:
         _print(f"the {len(faults):,} bad files are listed in {written}")
+    relabel_folder(splits[0].listing, None)  # raises where training would
+    if not faults:
+        return EXIT_DONE
     if out and full:
         _print("training does not read that list: check without --out to have them left out")
         return EXIT_DATA
@@ -121,7 +120,8 @@ def _list_splits(folder: Path) -> Iterator[Listing]:
         if is_packed(root):
             what = "is packed: the same `cmtrain data pack` again verifies it"
             raise DataError(f"{root}: {what}; check the folder that it was packed from")
-        listing = relabel_folder(list_folder(root), class_names)
+        listing = list_folder(root)
+        listing = relabel_folder(listing, class_names or listing.class_names)
         class_names = listing.class_names
         yield listing
 
@@ -157,9 +157,11 @@ def _describe(split: CheckedSplit, class_names: tuple[str, ...], cache_dir: str 
         f"median {np.median(counts):,.0f}; {len(listing) / split.seconds:,.0f} images/s"
     )
     if num_bad < len(listing):  # the next start uses what is read here
-        Manifest.from_folder(
+        manifest = Manifest.from_folder(
             listing.root, class_names=class_names, cache_dir=cache_dir, max_bad_fraction=1.0, refresh=True
         )
+        for line in split_doubts(replace(manifest, notes=()), listing.root.name):
+            _print(f"  {line}")
 
 
 def _print(line: str) -> None:

@@ -117,11 +117,10 @@ def _result(check: Callable[[], CheckResult]) -> CheckResult:
 
 
 def _meet(config: Config) -> tuple[Accelerator, Any]:
-    """Join the other ranks as a run does; fp16 without a GPU is a result, not a reason to stop here."""
+    """Join the other ranks as a run does; a precision that the GPUs do not have is a result, and no end."""
     timeout_seconds = config.train.collective_timeout_seconds
-    precision = config.train.precision if torch.cuda.is_available() else "auto"
     try:
-        accelerator = build.make_accelerator(precision, timeout_seconds, checks_gpus=False)
+        accelerator = build.make_accelerator("auto", timeout_seconds, checks_gpus=False)
         return accelerator, control_group(accelerator.num_processes, timeout_seconds)
     except RuntimeError as error:
         raise DataError(f"the ranks cannot meet: {' '.join(str(error).split())}") from error

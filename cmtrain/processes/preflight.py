@@ -29,7 +29,8 @@ CLOCK_ROUNDS = 3
 SHARED_FOLDER_SECONDS = 5.0  # for a file that one host wrote to appear on the others
 
 # Keys that may differ between hosts without changing what is learned.
-PER_HOST_KEYS = ("data.root", "data.cache_dir", "data.threads", "metrics.host", "metrics.port")
+PER_HOST_KEYS = ("data.root", "data.cache_dir", "data.threads", "metrics.host", "metrics.port",
+                 "metrics.allowed_hosts")  # fmt: skip
 
 
 @dataclass(frozen=True)

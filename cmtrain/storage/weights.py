@@ -14,6 +14,8 @@ from cmtrain.errors import ConfigError
 from cmtrain.models.checkpoints import resize_positions
 from cmtrain.storage.checkpoint import find_checkpoint
 from cmtrain.storage.finite import all_finite, floating_tensors, named
+from cmtrain.storage.places import why_no_weights
+from cmtrain.storage.records import retried
 from cmtrain.storage.state_file import CheckpointError, open_regular
 from pipelines.spec import DataError
 
@@ -22,11 +24,15 @@ WEIGHTS_NAME = "model.safetensors"
 
 @dataclass(frozen=True)
 class Weights:
-    """The state_dict of one model, on the CPU. `kind`: `model` or `ema`. `path`: its file or checkpoint."""
+    """The state_dict of one model, on the CPU. `kind`: `model` or `ema`. `path`: its file or checkpoint.
+
+    `warnings`: see checkpoint.Loaded.
+    """
 
     path: Path
     kind: str
     tensors: dict[str, Tensor]
+    warnings: tuple[str, ...] = ()
 
 
 def read_weights(path: str) -> Weights:
@@ -43,11 +49,10 @@ def read_weights(path: str) -> Weights:
         elif given.is_dir():
             loaded = find_checkpoint(given)
             kind = "ema" if "ema" in loaded.state else "model"
-            weights = Weights(loaded.path, kind, state_of(loaded.state, kind, loaded.path))
+            tensors = state_of(loaded.state, kind, loaded.path)
+            weights = Weights(loaded.path, kind, tensors, loaded.warnings)
         else:
-            what = "neither a folder nor a .safetensors file" if given.exists() else "no such file or folder"
-            advice = "weights are a run, a checkpoint, an export or a .safetensors file"
-            raise DataError(f"{path}: {what}; {advice}")
+            raise DataError(f"{path}: {why_no_weights(given)}")
     except (CheckpointError, OSError) as error:
         raise DataError(str(error)) from error
     check_finite(weights)
@@ -120,13 +125,14 @@ def start_from(path: str, model: nn.Module) -> list[str]:
         notes = fit(model, weights.tensors, keeps_head=False)
     except (ConfigError, DataError) as error:
         raise type(error)(f"model.init_from: {path}: {error}".replace(f"{path}: {path}", path)) from error
-    return [f"model.init_from: {line}" for line in (f"{weights.kind} weights of {weights.path}", *notes)]
+    lines = (*weights.warnings, f"{weights.kind} weights of {weights.path}", *notes)
+    return [f"model.init_from: {line}" for line in lines]
 
 
 def _read_safetensors(file: Path) -> dict[str, Tensor]:
-    open_regular(file).close()  # no device, no pipe; the format has no code, and its reader checks all sizes
+    retried(open_regular, file).close()  # no device, no pipe; no code in the format, all sizes are checked
     try:
-        return load_file(file)
+        return retried(load_file, file)
     except SafetensorError as error:
         raise CheckpointError(f"{file}: not a safetensors file: {error}") from error
 

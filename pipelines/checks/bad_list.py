@@ -100,8 +100,10 @@ def write_list(folder: Path, faults: Mapping[str, Fault], path: Path | None = No
 def user_cache() -> Path:
     """Return $XDG_CACHE_HOME/cmtrain; a folder that is not there for a user without a home."""
     home = os.path.expanduser("~/.cache")  # is left as it is where there is none
-    cache = os.environ.get("XDG_CACHE_HOME") or ("/nonexistent" if home.startswith("~") else home)
-    return Path(cache) / "cmtrain"
+    given = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(given):  # such as ~/x; its standard asks to ignore it
+        given = "/nonexistent" if home.startswith("~") else home
+    return Path(given) / "cmtrain"
 
 
 def _places(folder: Path) -> tuple[Path, Path]:

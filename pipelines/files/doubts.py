@@ -28,10 +28,11 @@ def split_doubts(manifest: Manifest, split: str) -> list[str]:
     for one, other in look_alikes(names)[:3]:
         what = "differ only in case or in Unicode normal form (NFC, NFD)"
         doubts.append(f"{split}: classes {one!r} and {other!r} {what}: one class?")
-    order = np.argsort(manifest.identities, kind="stable")
-    ids, labels = manifest.identities[order], manifest.labels[order]
+    ids = np.sort(manifest.identities)
     same = (ids[1:] == ids[:-1]) & (ids[1:] != 0)
     if num_same := int(same.sum()):
+        order = np.argsort(manifest.identities, kind="stable")  # slower than a sort, and seldom needed
+        labels = manifest.labels[order]
         place = int(np.argmax(same))
         conflicts = int((same & (labels[1:] != labels[:-1])).sum())
         first, second = (manifest.paths[index] for index in order[place : place + 2].tolist())
@@ -43,7 +44,8 @@ def split_doubts(manifest: Manifest, split: str) -> list[str]:
 
 def pair_doubts(train: Manifest, val: Manifest) -> list[str]:
     """Return a line if validation images are training images, by identity or, for a few, by their bytes."""
-    shared = np.isin(val.identities, train.identities[train.identities != 0])
+    ids, wanted = np.sort(train.identities), val.identities
+    shared = (wanted != 0) & (ids[np.minimum(np.searchsorted(ids, wanted), len(ids) - 1)] == wanted)
     if shared.any():
         example = val.file(int(np.argmax(shared)))
         what = f"{int(shared.sum()):,} of {len(val):,} images are also in training"

@@ -115,12 +115,13 @@ def match_classes(
         if numbered.count(None) == len(names) and max(places) < len(names):
             shown = ", ".join(f"{index} is {names[index]}" for index in sorted(places)[:3])
             return places, f"{what}s are positions among the classes: {shown}"
+        others = [label for label in found if int(label) >= len(names)] or others
         hint = f"; as positions they would go from 0 to {len(names) - 1}"
     alike = {_plain(name): name for name in names}
     if _plain(others[0]) in alike:
         other = alike[_plain(others[0])]
         hint = f"; {other} looks alike in another Unicode normal form (NFC, NFD) or case: use one spelling"
-    matched = [label for label in found if label in place]
+    matched = [label for label in found if label not in others]
     shown = f"{len(matched)} of {len(found)} {what}s are ({some(matched)})" if matched else f"no {what} is"
     listed = f"{shown}, {len(others)} such: {some(others)}; classes: {some(names)}"
     raise DataError(f"{subject(others[0])} not one of the {len(names)} training classes; {listed}{hint}")

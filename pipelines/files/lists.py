@@ -94,7 +94,7 @@ def _split(line: str, where: str, first: bool) -> tuple[str, str]:
 
 def _why_not(line: str, first: bool) -> str:
     """Return what a person probably meant by a line that names no image and label."""
-    if line.lower().endswith(EXTENSIONS):
+    if line.lower().rstrip(" ,;\t").endswith(EXTENSIONS):
         return "; the label is missing: it comes after the path"
     line = line[:200]  # some of these patterns take quadratic time
     separator = re.search(rf"{_PATH}\s*([;|:])", line, re.IGNORECASE)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
+import unicodedata
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -204,14 +205,9 @@ def read_index(folder: Path) -> tuple[str, Manifest]:
         identities = _identities(slices.checksums, slices.size_bytes)
         size_bytes = slices.size_bytes
         shards = Manifest(
-            folder,
-            paths,
-            **image,
-            size_bytes=size_bytes,
-            bad=bad_files,
-            packed=slices,
+            folder, paths, **image, size_bytes=size_bytes, bad=bad_files, packed=slices,
             identities=identities,
-        )
+        )  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{folder / INDEX}: cannot be read ({error}); pack again") from error
     slices.check_shards()
@@ -238,20 +234,17 @@ def _listed_faults(
     if not listed:
         return {}
     entries = Paths.of(listed).find(listing.paths)  # (N,)
-    places = np.flatnonzero(entries >= 0)
-    faults = list(listed.values())
-    found = {place: faults[entries[place]] for place in places.tolist()}
-    elsewhere = np.setdiff1d(np.arange(len(faults)), entries)
-    names = list(listed)
-    if len(elsewhere):
-        states = [
-            file_state(listing.encoded_path(os.fsencode(names[entry]))) for entry in elsewhere.tolist()
-        ]
+    names, faults = list(listed), list(listed.values())
+    found = {place: faults[entries[place]] for place in np.flatnonzero(entries >= 0).tolist()}
+    wanted = {int(identities[place]): fault for place, fault in found.items()}
+    if elsewhere := np.setdiff1d(np.arange(len(faults)), entries).tolist():
+        states = [file_state(listing.encoded_path(os.fsencode(names[entry]))) for entry in elsewhere]
         sizes, times, inodes = (np.array(column, np.int64) for column in list(zip(*states, strict=True))[:3])
-        wanted = dict(zip(_identities(inodes, sizes, times).tolist(), elsewhere.tolist(), strict=True))
-        wanted.pop(0, None)
-        for place in np.flatnonzero(np.isin(identities, np.array(list(wanted), np.uint64))).tolist():
-            found.setdefault(place, faults[wanted[int(identities[place])]])
+        ids = _identities(inodes, sizes, times).tolist()
+        wanted |= {one: faults[entry] for one, entry in zip(ids, elsewhere, strict=True)}
+    wanted.pop(0, None)
+    for place in np.flatnonzero(np.isin(identities, np.array(list(wanted), np.uint64))).tolist():
+        found.setdefault(place, wanted[int(identities[place])])
     return found
 
 
@@ -265,7 +258,8 @@ def _manifest(found: Scan, listing: Listing, max_bad_fraction: float, *, listed:
         sizes[list(more)] = 0
         faults = dict(sorted((more | faults).items()))
     bad = tuple(BadFile(str(listing.root / paths[place]), *fault) for place, fault in faults.items())
-    check_num_bad(listing.root, bad, len(listing), max_bad_fraction)
+    hint = _why_missing(listing, [place for place, fault in faults.items() if fault.kind == "missing"])
+    check_num_bad(listing.root, bad, len(listing), max_bad_fraction, hint if listed else "")
     heights, widths = sizes.T.copy()
     image = paths, listing.labels, heights, widths, listing.size_bytes
     unused = describe_skipped(listing.skipped)
@@ -284,10 +278,21 @@ def _holders(listing: Listing) -> list[str]:
     return sorted(holders)
 
 
-def check_num_bad(root: Path, bad: Sequence[BadFile], num_files: int, max_bad_fraction: float) -> None:
+def _why_missing(listing: Listing, missing: Sequence[int]) -> str:
+    """Return why files of a list may be missing, for a message."""
+    for name in (listing.paths[place] for place in missing[:3]):
+        for form in ("NFC", "NFD"):
+            if (other := unicodedata.normalize(form, name)) != name and (listing.root / other).exists():
+                return f"; {name} is there in another Unicode normal form ({form})"
+    return "; paths in a list are relative to data.root" if len(missing) == len(listing) else ""
+
+
+def check_num_bad(
+    root: Path, bad: Sequence[BadFile], num_files: int, max_bad_fraction: float, hint: str = ""
+) -> None:
     """Raise DataError when more of the files below `root` are bad than allowed, or all of them."""
     if len(bad) > max_bad_fraction * num_files or len(bad) == num_files:
         named = "; ".join(f"{os.path.relpath(file.path, root)}: {file.reason}" for file in bad[:3])
         what = f"{len(bad)} of {num_files} images cannot be used"
         limit = f"more than data.max_bad_fraction {max_bad_fraction:g} allows"
-        raise DataError(f"{root}: {what}, {limit}: {named}")
+        raise DataError(f"{root}: {what}, {limit}: {named}{hint}")

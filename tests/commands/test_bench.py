@@ -15,6 +15,7 @@ import pytest
 import torch
 from helpers.mini import batch, make_learner
 from helpers.photographs import write_folder
+from helpers.runs import HANG_SECONDS
 
 from cmtrain.commands.bench import bench as bench_command
 from cmtrain.commands.bench.bench import verdict
@@ -25,6 +26,7 @@ from cmtrain.commands.bench.timing import WARMUP_STEPS, Contender, race
 from cmtrain.config.load import load_config
 from pipelines.files.manifest import Manifest
 from pipelines.spec import AugmentSpec, DataError, Placement
+from pipelines.synthetic import SyntheticLoader
 
 
 @pytest.mark.parametrize(
@@ -112,9 +114,9 @@ def test_a_loader_and_its_workers_stay_on_their_core_and_end_with_the_pipe(root,
         assert figures["cpu_ms_per_image"] > 0
     finally:
         pipe.close()
-    process.join(30)
+    process.join(HANG_SECONDS)
     assert process.exitcode == 0
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + HANG_SECONDS
     while any(os.path.exists(f"/proc/{pid}") for pid in family[1:]):
         assert time.monotonic() < deadline
 
@@ -150,9 +152,8 @@ def test_steps_with_the_guard_and_without_take_turns(monkeypatch):
         return step(*arguments)
 
     monkeypatch.setattr(learner, "step", noted)
-    figures = time_guard(
-        learner, map(batch, itertools.count()), lr=0.01, steps=2, rounds=2, log_every_steps=10
-    )
+    how = {"lr": 0.01, "steps": 2, "rounds": 2, "log_every_steps": 10}
+    figures = dict(time_guard(learner, map(batch, itertools.count()), **how))
     assert turns[: 2 * WARMUP_STEPS] == ["with"] * WARMUP_STEPS + ["without"] * WARMUP_STEPS
     assert (
         turns[2 * WARMUP_STEPS :] == ["without"] * 2 + ["with"] * 4 + ["without"] * 2 + ["with"] * 2
@@ -236,6 +237,23 @@ def test_all_names_what_limits_a_run(root, tmp_path, capsys):
     assert list(report["figures"]) == ["loader", "model", "train"]
     assert report["verdict"].startswith("limited by ")
     assert report["figures"]["model"]["mb_per_image"] > 1
+
+
+def test_an_interrupted_benchmark_leaves_the_rows_that_were_known(root, tmp_path, monkeypatch):
+    time_steps, path = bench_command._time_steps, tmp_path / "figures.json"
+
+    def interrupted(learner, loader, setup):
+        if isinstance(loader, SyntheticLoader):
+            return time_steps(learner, loader, setup)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench_command, "_time_steps", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        bench("all", small(root, tmp_path), steps=1, json=str(path))
+    report = json.loads(path.read_text())
+    assert list(report["figures"]) == ["loader", "model"]
+    assert report["figures"]["model"]["images_per_second"] > 0
+    assert report["verdict"] == "unfinished"
 
 
 def test_a_comparison_is_of_the_same_work_and_fails_below_its_ratio(root, tmp_path, capsys):

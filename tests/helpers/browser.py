@@ -5,12 +5,12 @@ import fcntl
 import itertools
 import json
 import os
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+from helpers.tools import find
+
 # Only the page: no first-run pages, no calls to the servers of its maker.
 FLAGS = [
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars",
@@ -23,7 +23,8 @@ class Browser:
     """One page of a browser of its own. Commands are those of the Chrome DevTools protocol."""
 
     def __init__(self, profile: Path) -> None:
-        assert CHROMIUM
+        program = find("chromium")
+        assert program
         (its_input, self.commands), (replies, its_output) = os.pipe(), os.pipe()
         # Chromium expects them as 3 and 4, which may be in use here: so they are moved first.
         ends = [fcntl.fcntl(number, fcntl.F_DUPFD, 10) for number in (its_input, its_output)]
@@ -33,7 +34,7 @@ class Browser:
                 os.dup2(number, place)
 
         self.process = subprocess.Popen(
-            [CHROMIUM, *FLAGS, f"--user-data-dir={profile}", "about:blank"],
+            [program, *FLAGS, f"--user-data-dir={profile}", "about:blank"],
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             preexec_fn=put_pipes, close_fds=False,
         )  # fmt: skip

@@ -1,12 +1,13 @@
 """Build a fake NVIDIA driver: its libraries count GPUs and report a version, and torch cannot use them."""
 
 import os
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+
+from helpers.tools import find, need
 
 NVML = """
 int nvmlInit_v2(void) {{ return 0; }}
@@ -18,12 +19,12 @@ CUDA = "int cuDriverGetVersion(int *version) {{ *version = {cuda}; return 0; }}"
 
 def fake_driver(folder: Path, *, gpus: int, cuda: int) -> dict[str, str]:
     """Return the environment of a process that finds this driver; `cuda` is 11040 for CUDA 11.4."""
-    compiler = shutil.which("cc")
-    if compiler is None or torch.cuda.is_available():
-        pytest.skip("needs a C compiler, and no GPU that works")
+    need("cc")
+    if torch.cuda.is_available():
+        pytest.skip("needs a machine without a GPU")
     for name, source in {"libnvidia-ml.so.1": NVML, "libcuda.so.1": CUDA}.items():
         path = folder / f"{name}.c"
         path.write_text(source.format(gpus=gpus, cuda=cuda))
-        subprocess.run([compiler, "-shared", "-fPIC", "-o", folder / name, path], check=True)
+        subprocess.run([find("cc"), "-shared", "-fPIC", "-o", folder / name, path], check=True)
     before = os.environ.get("LD_LIBRARY_PATH")
     return {"LD_LIBRARY_PATH": f"{folder}:{before}" if before else str(folder)}

@@ -14,7 +14,7 @@ import time
 
 
 def hammer(port, deadline, keep_alive, seconds):
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
     while time.monotonic() < deadline:
         begin = time.perf_counter()
         try:

@@ -23,6 +23,9 @@ ROOT = Path(__file__).parents[2]
 
 SHARED = ROOT.parent / "shared"
 
+# Bounds only what would never end. It judges nothing: on a busy machine the imports alone take minutes.
+HANG_SECONDS = 600
+
 
 # Processes forked from one that has imported everything: each is a process of its own with its own signals
 # and exit code, without the five seconds of imports. Tests that are about starting use a real command line
@@ -61,7 +64,7 @@ class Forked:
     def returncode(self) -> int | None:
         return self.poll()
 
-    def communicate(self, timeout: float = 120) -> tuple[str, str]:
+    def communicate(self, timeout: float = HANG_SECONDS) -> tuple[str, str]:
         for process in self.processes:
             process.join(timeout)
             assert process.exitcode is not None, f"still running; {self.outputs[1].read_text()}"
@@ -130,7 +133,7 @@ class Job:
     def __call__(self, *arguments: str, code: int = 0, **how: Any) -> dict:
         """Run to the end, check the exit code, return the JSON line of stdout (or {})."""
         process = self.start(*arguments, **how)
-        out, err = process.communicate(timeout=240)
+        out, err = process.communicate(timeout=HANG_SECONDS)
         assert process.returncode == code, f"exit code {process.returncode}, not {code}\n{out}\n{err}"
         self.stderr.write_text(err)
         lines = [line for line in out.splitlines() if line.startswith("{")]
@@ -186,7 +189,7 @@ def assert_same_state(a, b):
         assert same, f"{key}: {value} != {b[key]}"
 
 
-def wait_for(condition, process, seconds=120):
+def wait_for(condition, process, seconds=HANG_SECONDS):
     """Wait by progress, never by time: on a busy machine the imports alone take many seconds."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -229,7 +232,7 @@ def alive_in(folder):
     return found
 
 
-def assert_nobody_is_left(job, seconds=15):
+def assert_nobody_is_left(job, seconds=HANG_SECONDS):
     deadline = time.monotonic() + seconds
     while left := alive_in(job.folder):
         assert time.monotonic() < deadline, left

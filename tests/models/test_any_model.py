@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from helpers.runs import ROOT, Forked
+from helpers.tools import need
 
 from cmtrain.commands.bench.models import with_model
 from cmtrain.config.load import load_config
@@ -24,7 +25,7 @@ def after(job, verb, *arguments):
 
 
 def test_resnet18_goes_all_the_way(make_job):
-    pytest.importorskip("nvidia.dali")
+    need("nvidia.dali")
     job = make_job(
         run={"name": "job", "seed": 1}, model={"name": "resnet18"}, mixing={"mixup": 0, "cutmix": 0}
     )

@@ -35,8 +35,8 @@ STAGES = {
 }
 
 
-# On a GPU each stage compiles kernels of its own, half a second each: by default odd widths, wide ones, and
-# the smallest of another model.
+# On a GPU each stage compiles kernels of its own, half a second each: by default odd widths, wide ones and
+# powers of two.
 COMPILED = [("cmt_ti", 0), ("cmt_ti", 3), ("cmt_s", 0)]
 
 
@@ -161,7 +161,7 @@ def test_maps_of_any_shape(monkeypatch, height, width, batch, variant):
 
 
 NEEDS_GPU = pytest.mark.skipif(
-    DEVICE == "cpu", reason="Triton's interpreter multiplies the bits of bfloat16"
+    DEVICE == "cpu", reason="needs a CUDA device: Triton's interpreter multiplies the bits of bfloat16"
 )
 
 

@@ -19,6 +19,7 @@ from helpers.dashboards import (
     panels_of,
 )
 from helpers.runs import ROOT
+from helpers.tools import need
 
 DOCUMENTATION = (ROOT / "docs" / "metrics.md").read_text()
 
@@ -89,7 +90,7 @@ def test_loss_over_steps_is_split_by_run():
 
 
 def test_committed_dashboards_are_what_the_generator_makes(monkeypatch):
-    pytest.importorskip("grafana_foundation_sdk")
+    need("grafana_foundation_sdk")
     monkeypatch.syspath_prepend(str(ROOT / "docker" / "grafana"))
     made = importlib.import_module("dashboards").make_all()
     assert {path.name: path.read_text() for path in FOLDER.iterdir()} == made

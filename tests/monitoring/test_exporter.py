@@ -16,7 +16,8 @@ import time
 from urllib.parse import quote
 
 import pytest
-from helpers.runs import ROOT, free_port, logged, wait_for
+from helpers.runs import HANG_SECONDS, ROOT, free_port, logged, wait_for
+from helpers.tools import needs
 from prometheus_client import CollectorRegistry, Gauge
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
@@ -56,7 +57,7 @@ def serve():
 
 
 def get(port, path="/metrics", method="GET", body=None, **headers):
-    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=30)) as connection:
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=120)) as connection:
         connection.request(method, path, body, headers)
         answer = connection.getresponse()
         return answer.status, dict(answer.getheaders()), answer.read()
@@ -64,7 +65,7 @@ def get(port, path="/metrics", method="GET", body=None, **headers):
 
 def talk(port, *parts):
     """Send raw bytes and read until the server hangs up."""
-    with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+    with socket.create_connection(("127.0.0.1", port), timeout=120) as connection:
         received = b""
         with contextlib.suppress(ConnectionError):  # it may hang up before it has read everything
             for part in parts:
@@ -111,9 +112,37 @@ def test_there_is_no_way_to_a_file(serve, path):
     assert b"root:" not in answer
 
 
+def test_it_lingers_for_a_page_that_is_watched_and_not_for_long(serve, monkeypatch):
+    server = serve({"/": ROUTES["/metrics"], **ROUTES})
+    monkeypatch.setattr(exporter_module, "LINGER_SECONDS", 3600.0)
+    get(server.port)
+    get(server.port, "/nowhere")
+
+    def wait_until_noted(path):  # which is after the answer
+        deadline = time.monotonic() + 60
+        while path not in server.asked_at:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+    wait_until_noted("/metrics")
+    server.linger("/")  # nobody looks at it: it does not wait
+    assert server.asked_at.keys() == {"/metrics"}
+    get(server.port, "/?x")
+    wait_until_noted("/")
+    waiting = threading.Thread(target=server.linger, args="/")
+    waiting.start()
+    get(server.port)
+    assert waiting.is_alive()
+    get(server.port, "/")
+    waiting.join(60)
+    assert not waiting.is_alive()
+    monkeypatch.setattr(exporter_module, "LINGER_SECONDS", 0.01)
+    server.linger("/")
+
+
 def test_a_connection_stays_open_for_the_next_request(serve):
     port = serve().port
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
     connection.connect()
     first = connection.sock
     for path, status in (("/metrics", 200), ("/nowhere", 404), ("/metrics", 200)):
@@ -159,9 +188,9 @@ def test_a_client_that_stops_in_the_middle_is_dropped(serve, monkeypatch):
     assert talk(server.port, HALF_A_REQUEST) == b""
     with socket.create_connection(("127.0.0.1", server.port)) as takes_nothing:
         takes_nothing.sendall(HALF_A_REQUEST + b"\r\n")
-        while server.num_connections == 0 and time.monotonic() < begin + 30:
+        while server.num_connections == 0 and time.monotonic() < begin + HANG_SECONDS:
             time.sleep(0.01)
-        while server.num_connections and time.monotonic() < begin + 30:
+        while server.num_connections and time.monotonic() < begin + HANG_SECONDS:
             time.sleep(0.01)
     assert server.num_connections == 0
 
@@ -198,7 +227,7 @@ def test_ipv6_is_an_address_like_any_other(serve, tmp_path):
         pytest.skip("no IPv6 here")
     server = serve(host="::1")
     assert server.url == f"http://[::1]:{server.port}"
-    with contextlib.closing(http.client.HTTPConnection("::1", server.port, timeout=30)) as connection:
+    with contextlib.closing(http.client.HTTPConnection("::1", server.port, timeout=120)) as connection:
         connection.request("GET", "/metrics")
         assert connection.getresponse().read() == b"cmtrain_step 1\n"
     (group,) = json.loads(write_target(tmp_path / "run", 0, "::1", 9410).read_text())
@@ -229,7 +258,9 @@ def test_a_process_that_forgets_its_server_ends_quietly():
         "half = socket.create_connection(('127.0.0.1', server.port)); half.send(b'GET')\n"
         "import time; time.sleep(0.2)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=600
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
@@ -252,7 +283,7 @@ def test_a_storm_is_answered_at_the_servers_own_pace(serve):
     server = serve()
     begin = time.monotonic()
     clients = storm(server.port, 8, 1.5)
-    report = json.loads(clients.communicate(timeout=60)[0])
+    report = json.loads(clients.communicate(timeout=600)[0])
     seconds = time.monotonic() - begin
     assert TURNS_AT_ONCE < report["answers"] <= TURNS_AT_ONCE + seconds * TURNS_PER_SECOND + MAX_CONNECTIONS
 
@@ -263,14 +294,14 @@ def test_silent_connections_make_room_for_a_scraper(serve):
     with contextlib.ExitStack() as silent:
         for _ in range(500):
             connection = silent.enter_context(
-                socket.create_connection(("127.0.0.1", server.port), timeout=30)
+                socket.create_connection(("127.0.0.1", server.port), timeout=120)
             )
             connection.sendall(HALF_A_REQUEST)
         assert get(server.port)[0] == 200  # while all of them are there
         assert server.num_connections <= MAX_CONNECTIONS
         assert serving_threads() == 1
     assert get(server.port)[0] == 200
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + HANG_SECONDS
     while open_descriptors() > descriptors and time.monotonic() < deadline:
         time.sleep(0.01)
     assert open_descriptors() <= descriptors
@@ -299,32 +330,37 @@ def test_a_training_run_in_a_storm(make_job, figure):
         def threads():
             return len(os.listdir(f"/proc/{pid}/task"))
 
+        def scrape_seconds():
+            begin = time.perf_counter()
+            assert get(port)[0] == 200
+            return time.perf_counter() - begin
+
         get(port)
         before = threads(), open_descriptors(pid)
         ratios, answers = [], []
         for _ in range(3):
-            alone = pace(1.0)
+            # Beside a process that computes as much as the clients, and asks for nothing.
+            with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as rival:
+                alone = pace(1.0)
+                rival.kill()
             clients = storm(port, 8, 2.0)
             time.sleep(0.5)
             ratios.append(pace(1.0) / alone)
-            answers += json.loads(clients.communicate(timeout=60)[0])["seconds"]
-        silent = [socket.create_connection(("127.0.0.1", port), timeout=30) for _ in range(500)]
+            answers += json.loads(clients.communicate(timeout=600)[0])["seconds"]
+        scrapes_alone = [scrape_seconds() for _ in range(20)]
+        silent = [socket.create_connection(("127.0.0.1", port), timeout=120) for _ in range(500)]
         for connection in silent:
             connection.sendall(HALF_A_REQUEST)
         assert get(port, method="POST", body=b"x")[0] == 405
         assert talk(port, HALF_A_REQUEST, b"X: " + b"y" * 100_000).startswith(b"HTTP/1.1 431 ")
-        scrapes = []
-        for _ in range(20):
-            begin = time.perf_counter()
-            assert get(port)[0] == 200
-            scrapes.append(time.perf_counter() - begin)
+        scrapes = [scrape_seconds() for _ in range(20)]
         in_storm = steps_done()
         for connection in silent:
             connection.close()
-        wait_for(lambda: threads() <= before[0] and open_descriptors(pid) <= before[1], process, seconds=30)
+        wait_for(lambda: threads() <= before[0] and open_descriptors(pid) <= before[1], process)
         wait_for(lambda: steps_done() > in_storm + 4, process)
         process.terminate()
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=600)
         assert process.returncode == 143, err
         figure(
             f"step time under a storm / alone: {', '.join(f'{ratio:.2f}' for ratio in ratios)}; "
@@ -334,7 +370,7 @@ def test_a_training_run_in_a_storm(make_job, figure):
         # Generous, because machines are shared: prometheus_client's own server makes it 3 to 5.
         # benchmarks/storm.py measures what this only bounds.
         assert statistics.median(ratios) < 2.5
-        assert statistics.median(scrapes) < 0.1
+        assert statistics.median(scrapes) < 20 * statistics.median(scrapes_alone)
         assert job.status()["state"] == "preempted"
         assert not list((job.run.parent / ".targets").iterdir())
 
@@ -381,22 +417,26 @@ def test_ready_after_the_first_step(metrics, tmp_path):
 
 
 def test_unhealthy_when_training_has_stalled(metrics, tmp_path):
-    stalled, patient = make_pages(metrics, dict, 0.05, tmp_path), make_pages(metrics, dict, 600, tmp_path)
-    time.sleep(0.1)
+    stalled, patient = make_pages(metrics, dict, 600, tmp_path), make_pages(metrics, dict, 6000, tmp_path)
+
+    def pass_time():
+        metrics.progress_at -= 700
+
+    pass_time()
     assert stalled["/-/healthy"]("").status == 200  # setting up may take its time
     count_step(metrics, 7)
     assert stalled["/-/healthy"]("").status == 200
-    time.sleep(0.1)
+    pass_time()
     assert stalled["/-/healthy"]("").status == 503
-    assert stalled["/-/healthy"]("").body.startswith(b"train, step 7, no progress for 0.")
+    assert stalled["/-/healthy"]("").body.startswith(b"train, step 7, no progress for 7")
     assert json.loads(stalled["/status.json"]("").body)["now"]["stalled"] is True
     assert patient["/-/healthy"]("").status == 200
     metrics.enter("evaluate")
-    time.sleep(0.1)
+    pass_time()
     assert stalled["/-/healthy"]("").status == 200  # so may evaluation
     metrics.enter("train")
     assert stalled["/-/healthy"]("").status == 200  # the clock of a step starts again
-    time.sleep(0.1)
+    pass_time()
     assert stalled["/-/healthy"]("").status == 503
 
 
@@ -453,10 +493,9 @@ def test_every_address_of_this_machine_is_announced_by_its_name(tmp_path):
     assert group == {"targets": [f"{socket.gethostname()}:9410"], "labels": {}}
 
 
+@needs("prometheus", "promtool")
 def test_prometheus_finds_a_rank_and_loses_it(serve, metrics, tmp_path):
     """Uses the server itself: promtool accepts globs that the server refuses."""
-    if not shutil.which("prometheus"):
-        pytest.skip("prometheus is not installed")
     count_step(metrics)
     server = serve(make_pages(metrics, dict, 600, tmp_path))
     target = write_target(tmp_path / "runs" / "r", 0, server.host, server.port)
@@ -465,7 +504,7 @@ def test_prometheus_finds_a_rank_and_loses_it(serve, metrics, tmp_path):
         "global: {scrape_interval: 1s}\nscrape_configs:\n  - job_name: cmtrain\n"
         f"    file_sd_configs: [{{files: ['{tmp_path}/runs/.targets/*.json'], refresh_interval: 1s}}]\n"
     )
-    subprocess.run(["promtool", "check", "config", config], check=True, capture_output=True, timeout=60)
+    subprocess.run(["promtool", "check", "config", config], check=True, capture_output=True, timeout=600)
     port = free_port()
     options = {
         "config.file": config,
@@ -482,7 +521,7 @@ def test_prometheus_finds_a_rank_and_loses_it(serve, metrics, tmp_path):
         return []
 
     def wait(condition):
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + HANG_SECONDS
         while not condition():
             assert process.poll() is None, process.stderr.read()
             assert time.monotonic() < deadline
@@ -506,4 +545,35 @@ def test_prometheus_finds_a_rank_and_loses_it(serve, metrics, tmp_path):
         wait(lambda: not ask("up"))
     finally:
         process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=60)
+        process.communicate(timeout=600)
+
+
+@pytest.mark.parametrize(
+    ("host", "is_own"),
+    [
+        ("127.0.0.1:9410", True), ("10.42.0.17:9410", True), ("[::1]:9410", True), ("[fe80::1]", True),
+        ("localhost", True), ("LOCALHOST:9410", True), ("localhost.:9410", True), ("trainer:9410", True),
+        (socket.gethostname(), True), ("Lent.example:9410", True), ("proxy.example", True),
+        ("attacker.example", False), ("attacker.example:9410", False), ("127.0.0.1.attacker.example", False),
+        ("localhost.attacker.example", False), ("[attacker.example]", False), ("a@b.example", False),
+        ("attacker.example.", False), ("127.0.0.1, attacker.example", False),
+    ],
+)  # fmt: skip
+def test_only_names_of_this_machine_are_answered(host, is_own):
+    """A page on the web may lend its own name to 127.0.0.1, and read what a browser gets there."""
+    head = f"GET /metrics HTTP/1.1\r\nHost: {host}\r\n\r\n".encode()
+    answer, _ = exporter_module.answer_to(head, ROUTES, ["lent.example", "proxy.example"])
+    assert answer.split()[1] == (b"200" if is_own else b"403")
+    assert (b"cmtrain_step" in answer) == is_own
+    answer, _ = exporter_module.answer_to(head, ROUTES, ["*"])
+    assert answer.split()[1] == b"200"
+    twice = head.replace(b"\r\n\r\n", b"\r\nHost: attacker.example\r\n\r\n")
+    assert exporter_module.answer_to(twice, ROUTES)[0].split()[1] == b"403"
+
+
+def test_the_server_answers_to_the_names_it_was_given(serve):
+    exporter = serve()
+    assert get(exporter.port, Host="attacker.example")[0] == 403
+    assert get(exporter.port, Host="localhost:1")[0] == 200
+    exporter.allowed_hosts = frozenset(["proxy.example"])
+    assert get(exporter.port, Host="proxy.example")[0] == 200

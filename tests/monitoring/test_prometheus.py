@@ -4,7 +4,6 @@ import http.client
 import http.server
 import json
 import re
-import shutil
 import socket
 import subprocess
 import threading
@@ -17,13 +16,12 @@ from urllib.parse import quote
 import pytest
 import yaml
 from helpers.dashboards import ALERTS, ASKED, RECORDED, RULE_TESTS, families
-from helpers.runs import ROOT, Forked
+from helpers.runs import HANG_SECONDS, ROOT, Forked
+from helpers.tools import needs
 
 RULES = ROOT / "docker" / "prometheus" / "rules.yaml"
-PATIENCE_SECONDS = 120
 
-needs_promtool = pytest.mark.skipif(not shutil.which("promtool"), reason="promtool is not installed")
-needs_prometheus = pytest.mark.skipif(not shutil.which("prometheus"), reason="prometheus is not installed")
+needs_promtool, needs_prometheus = needs("promtool"), needs("prometheus")
 
 # What Grafana would put in. Two seconds of scrapes are enough for a rate here.
 VARIABLES = {"$__rate_interval": "15s", "$__interval": "15s", "$__range": "5m", "$run": ".+", "$rank": ".+"}
@@ -46,7 +44,7 @@ cmtrain_gpu_memory_bytes{run="job",rank="0",kind="peak"} 4e10
 def promtool(*arguments: str | Path, **how: Any) -> str:
     """Return its output, whether or not it accepts the input."""
     done = subprocess.run(
-        ["promtool", *arguments], capture_output=True, text=True, timeout=120, check=False, **how
+        ["promtool", *arguments], capture_output=True, text=True, timeout=600, check=False, **how
     )
     return done.stdout + done.stderr
 
@@ -76,11 +74,11 @@ def test_a_configuration_with_a_mistake_does_not_pass(tmp_path):
         assert not passes("check", "config", tmp_path / "prometheus.yaml")
 
 
-@pytest.mark.skipif(not shutil.which("amtool"), reason="amtool is not installed")
+@needs("amtool")
 def test_the_configuration_of_alertmanager_is_valid():
     path = ROOT / "docker" / "alertmanager.yaml"
     done = subprocess.run(
-        ["amtool", "check-config", path], capture_output=True, text=True, timeout=60, check=False
+        ["amtool", "check-config", path], capture_output=True, text=True, timeout=600, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -137,7 +135,7 @@ class Watched:
     other: Forked
 
     def get(self, path: str, **parameters: str) -> dict:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
         try:
             connection.request(
                 "GET", f"{path}?" + "&".join(f"{k}={quote(v)}" for k, v in parameters.items())
@@ -152,7 +150,7 @@ class Watched:
         return self.get("/api/v1/query", query=query).get("data", {}).get("result", [])
 
     def wait(self, condition: Any) -> None:
-        deadline = time.monotonic() + PATIENCE_SECONDS
+        deadline = time.monotonic() + HANG_SECONDS
         while not condition():
             assert self.server.poll() is None, "Prometheus has ended"
             assert time.monotonic() < deadline, self.job.outputs[1].read_text()[-2000:]
@@ -279,7 +277,7 @@ def test_what_a_rank_serves(watched):
     """Well formed, every metric but a GPU's, and few series."""
     watched.wait(lambda: watched.ask('cmtrain_eval_loss{run="job",rank="0",weights="ema"}'))
     (group,) = json.loads((watched.folder / "runs" / ".targets" / "job-0.json").read_text())
-    connection = http.client.HTTPConnection(group["targets"][0], timeout=20)
+    connection = http.client.HTTPConnection(group["targets"][0], timeout=120)
     connection.request("GET", "/metrics")
     page = connection.getresponse().read().decode()
     connection.close()

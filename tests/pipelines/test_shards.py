@@ -19,7 +19,7 @@ import pytest
 import torch
 from helpers.images import SPEC, pixels
 from helpers.photographs import photographs, write_folder
-from helpers.runs import ROOT
+from helpers.runs import HANG_SECONDS, ROOT
 from PIL import Image
 
 from cmtrain.commands.data_pack import pack
@@ -208,12 +208,12 @@ def test_a_killed_pack_goes_on_and_equals_one_that_was_left_alone(source, packed
         time.sleep(0.002)
     workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     process.kill()
-    process.communicate(timeout=30)
+    process.communicate(timeout=600)
     assert not (tmp_path / "train" / "index.npz").exists()
     with pytest.raises(DataError, match=r"no index\.npz: give the same"):
         is_packed(tmp_path / "train")
     for worker in workers:  # a worker whose parent is gone ends, too
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + HANG_SECONDS
         while (
             Path(f"/proc/{worker}").exists()
             and "\nState:\tZ" not in Path(f"/proc/{worker}/status").read_text()
@@ -228,7 +228,7 @@ def test_a_killed_pack_goes_on_and_equals_one_that_was_left_alone(source, packed
 
 def test_a_full_disk_is_one_line_and_nothing_half_written_is_left(source, packed, cache, tmp_path):
     process = start(source, tmp_path, cache, largest_file_bytes=500_000)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=600)
     assert process.returncode == 1
     assert err.splitlines()[-1] == (
         f"{tmp_path / 'train'}: cannot be written: File too large; "

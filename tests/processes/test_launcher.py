@@ -6,6 +6,8 @@ import time
 
 import pytest
 
+from cmtrain.processes.launcher import GRACE_SECONDS
+
 LAUNCHER = """
 import ctypes, os, signal, sys
 from pathlib import Path
@@ -28,7 +30,7 @@ def start(folder, rank, max_restarts=0):
 
 def run(folder, rank, max_restarts=0):
     process = start(folder, rank, max_restarts)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=600)
     assert out.endswith("children: \n"), out  # a rank ended in the middle of a line may stand before it
     return process.returncode, err
 
@@ -60,10 +62,10 @@ def test_a_final_exit_code_is_not_tried_again(tmp_path):
 def test_a_rank_that_ends_by_no_signal_is_killed(tmp_path):
     begin = time.monotonic()
     stubborn = "signal.signal(15, lambda *_: None); time.sleep(0.5); rank and sys.exit(7); "
-    stubborn += "time.sleep(99); time.sleep(99)"
+    stubborn += "time.sleep(9999); time.sleep(9999)"
     code, _ = run(tmp_path, stubborn)
     assert code == 7
-    assert 5 < time.monotonic() - begin < 20
+    assert time.monotonic() - begin > GRACE_SECONDS  # it was asked first
 
 
 def test_adopted_children_are_reaped(tmp_path):
@@ -78,5 +80,5 @@ def test_a_signal_reaches_every_rank_and_ends_the_restarts(tmp_path):
     process = start(tmp_path, rank, 3)
     assert [process.stdout.readline() for _ in range(2)] == ["ready\n"] * 2
     process.send_signal(12)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=600)
     assert (process.returncode, out, err) == (1, "children: \n", "")

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import shutil
 import signal
 import socket
 import subprocess
@@ -15,6 +14,7 @@ import pytest
 import torch
 from helpers.photographs import write_folder
 from helpers.runs import POISONED, ROOT, assert_same_state, final_state, logged, losses, wait_for
+from helpers.tools import find
 from PIL import Image
 
 from cmtrain.monitoring.metrics import STATES
@@ -81,7 +81,7 @@ def test_a_stop_signal_ends_with_a_checkpoint_at_that_step(make_job, number, cod
     process.send_signal(number)
     if number == signal.SIGTERM:
         process.send_signal(number)  # launchers deliver it twice
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=600)
     assert process.returncode == code, err
     status = job.status()
     assert (status["state"], status["exit_code"]) == ("preempted", code)
@@ -97,7 +97,7 @@ def test_sigterm_and_resume_lose_no_step(make_job):
     process = stopped.start()
     wait_for(lambda: logged(stopped, 8), process)
     process.terminate()
-    process.communicate(timeout=60)
+    process.communicate(timeout=600)
     stopped()
     assert losses(stopped) == losses(undisturbed)
     assert_same_state(stopped, undisturbed)
@@ -165,12 +165,13 @@ def test_metrics_are_served_while_the_run_runs(make_job):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     job = make_job(schedule={"epochs": 400}, metrics={"enabled": True, "port": port, "stall_seconds": 1e-3})
+    began = time.time()
     process = job.start(nproc=2)
     wait_for(lambda: logged(job, 4), process)
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
     def page(rank, path):
-        return opener.open(f"http://127.0.0.1:{port + rank}{path}", timeout=10).read().decode()
+        return opener.open(f"http://127.0.0.1:{port + rank}{path}", timeout=120).read().decode()
 
     def is_unhealthy():
         try:
@@ -191,7 +192,7 @@ def test_metrics_are_served_while_the_run_runs(make_job):
     assert list((job.run.parent / ".targets").iterdir()) == []
     assert (statuses[0]["state"], "state" in statuses[1]) == ("running", False)
     assert [status["now"]["rank"] for status in statuses] == [0, 1]
-    assert all("cmt_micro \u00b7 fp32 \u00b7 2 x cpu" in front for front in fronts)
+    assert all("cmt_micro \u00b7 fp32 \u00b7 2 processes on the CPU" in front for front in fronts)
     assert ["<h2>Curves" in front for front in fronts] == [True, False]
     assert f'href="http://127.0.0.1:{port}/"' in fronts[1]
     for rank, page in enumerate(pages):
@@ -223,13 +224,10 @@ def test_metrics_are_served_while_the_run_runs(make_job):
         assert sum(value("state", state=state) for state in STATES) == 1
         assert float(samples[f'cmtrain_images_total{{rank="{rank}",run="job",split="train"}}']) >= 32
         assert float(samples[f'cmtrain_steps_total{{rank="{rank}",result="applied",run="job"}}']) >= 4
-        assert (
-            float(samples[f'cmtrain_last_step_timestamp_seconds{{rank="{rank}",run="job"}}'])
-            > time.time() - 60
-        )
+        assert float(samples[f'cmtrain_last_step_timestamp_seconds{{rank="{rank}",run="job"}}']) > began
         assert 'world_size="2"' in page
-    if shutil.which("promtool"):
-        subprocess.run(["promtool", "check", "metrics"], input=pages[0].encode(), check=True, timeout=60)
+    if find("promtool"):
+        subprocess.run(["promtool", "check", "metrics"], input=pages[0].encode(), check=True, timeout=600)
 
 
 @pytest.mark.parametrize("rank", [0, 1])

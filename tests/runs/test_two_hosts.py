@@ -1,13 +1,22 @@
 """Two hosts: network namespaces joined by a cable, each with a name of its own, a launcher and two ranks."""
 
 import os
-import shutil
 import subprocess
 import sys
 import time
 
 import pytest
-from helpers.runs import ROOT, assert_nobody_is_left, assert_same_state, failures, logged, losses, wait_for
+from helpers.runs import (
+    HANG_SECONDS,
+    ROOT,
+    assert_nobody_is_left,
+    assert_same_state,
+    failures,
+    logged,
+    losses,
+    wait_for,
+)
+from helpers.tools import need_root, needs
 
 from cmtrain.storage.checkpoint import checkpoint_steps
 
@@ -21,26 +30,21 @@ def ip(*words):
     subprocess.run(["ip", *words], check=True, capture_output=True)
 
 
-def may_make_hosts():
-    if os.getuid() != 0 or not shutil.which("ip"):
-        return False
+def need_hosts():
+    need_root()
     probe = "ip link add cmtrain-probe type veth && ip link del cmtrain-probe"
-    return (
-        subprocess.run(["unshare", "--net", "--uts", "sh", "-c", probe], capture_output=True).returncode == 0
-    )
+    if subprocess.run(["unshare", "--net", "--uts", "sh", "-c", probe], capture_output=True).returncode:
+        pytest.skip("needs a kernel that makes veth pairs")
 
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        not may_make_hosts(), reason="needs root and iproute2, and a kernel that makes veth pairs"
-    ),
-]
+STARTED: list[subprocess.Popen] = []
+pytestmark = [pytest.mark.slow, needs("ip")]
 
 
 @pytest.fixture
 def cable():
     """The two hosts, connected: cable("down") cuts them off, cable("up") connects them again."""
+    need_hosts()
     for host in HOSTS:
         ip("netns", "add", host)
     try:
@@ -64,6 +68,9 @@ def cable():
             ip("-n", host, "link", "set", "lo", "up")
         yield lambda state: ip("-n", HOSTS[0], "link", "set", CABLE[0], state)
     finally:
+        while STARTED:  # nothing, unless the test has failed
+            with STARTED.pop() as process:
+                process.kill()
         for host in HOSTS:
             subprocess.run(["ip", "netns", "delete", host], check=False)
 
@@ -98,10 +105,11 @@ def start(job, module="cmtrain", at_the_second=None, **environment):
             processes.append(
                 subprocess.Popen(command, cwd=job.folder, env=variables, stdout=log, stderr=log)
             )
+        STARTED.append(processes[-1])
     return processes
 
 
-def exit_codes(processes, seconds=240):
+def exit_codes(processes, seconds=HANG_SECONDS):
     for process in processes:
         process.wait(seconds)
     return [process.returncode for process in processes]

@@ -21,7 +21,7 @@ def start(job, *command: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, "-m", *command],
-        cwd=job.folder, env=environment, capture_output=True, text=True, timeout=240,
+        cwd=job.folder, env=environment, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
 
 

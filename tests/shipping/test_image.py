@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from helpers.runs import ROOT
+from helpers.tools import need_root, needs
 
 from cmtrain import __version__
 from cmtrain.storage.checkpoint import load_newest
@@ -28,12 +29,7 @@ PODMAN = ["podman", "--cgroup-manager=cgroupfs", "--runtime=runc", "--log-level=
 NESTED = ["--network=none", "--ulimit=nofile=1024:1024", "--ulimit=nproc=1024:1024"]
 HARDENED = ["--read-only", "--tmpfs=/tmp:exec", "--cap-drop=ALL", "--security-opt=no-new-privileges"]
 
-MISSING = [name for name in ("podman", "runc", "debootstrap", "make") if not shutil.which(name)]
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.timeout(2400),
-    pytest.mark.skipif(bool(MISSING) or os.getuid() != 0, reason=f"needs root and {', '.join(MISSING)}"),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400), needs("podman", "runc", "debootstrap")]
 
 
 def make_base(folder):
@@ -44,15 +40,16 @@ def make_base(folder):
     )
     if CERTIFICATES.exists():
         shutil.copy(CERTIFICATES, folder / CERTIFICATES.relative_to("/"))
-    archive = subprocess.Popen(["tar", "-C", folder, "-c", "."], stdout=subprocess.PIPE)
-    subprocess.run(
-        ["podman", "import", "-q", "-", BASE], check=True, capture_output=True, stdin=archive.stdout
-    )
+    with subprocess.Popen(["tar", "-C", folder, "-c", "."], stdout=subprocess.PIPE) as archive:
+        command = ["podman", "import", "-q", "-", BASE]
+        subprocess.run(command, check=True, capture_output=True, stdin=archive.stdout)
+    assert archive.returncode == 0
     shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="module")
 def image(tmp_path_factory):
+    need_root()
     if subprocess.run(["podman", "image", "exists", BASE]).returncode:
         make_base(tmp_path_factory.mktemp("base"))
     began = time.monotonic()

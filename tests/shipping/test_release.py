@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sysconfig
 import tarfile
@@ -11,21 +10,19 @@ import zipfile
 
 import pytest
 from helpers.runs import ROOT
+from helpers.tools import find, needs
 
 from cmtrain import __version__
 
-UV = shutil.which("uv", path=os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]]))
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(UV is None, reason="needs uv, which `make setup` installs"),
-]
+UV = find("uv")
+pytestmark = [pytest.mark.slow, needs("uv")]
 
 
 def call(folder, *command):
     """Return stdout of a command that has to succeed; nothing of this checkout is on its path."""
     clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     done = subprocess.run(
-        list(map(str, command)), cwd=folder, env=clean, capture_output=True, text=True, timeout=240
+        list(map(str, command)), cwd=folder, env=clean, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -44,7 +41,7 @@ def dist(tmp_path_factory):
         "--out-dir",
         folder,
     ]
-    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     if "Failed to fetch" in built.stderr:
         pytest.skip("the build backend comes from the package index, which cannot be reached")
     assert built.returncode == 0, built.stderr

@@ -265,7 +265,7 @@ def test_a_record_that_does_not_fit_is_not_half_written(tmp_path, monkeypatch):
     monkeypatch.setattr("builtins.open", lambda *args, **kwargs: Full(real_open(*args, **kwargs)))
     folder.event("lost")
     monkeypatch.undo()
-    assert folder.trouble == "events.jsonl: No space left on device"
+    assert list(folder.losses.counts) == ["events.jsonl: No space left on device"]
     folder.event("after")
     assert [json.loads(line)["event"] for line in (tmp_path / "events.jsonl").read_text().splitlines()] == [
         "before",

@@ -21,8 +21,8 @@ from rich.table import Table
 from cmtrain import __version__
 from cmtrain.commands.bench import guard, timing
 from cmtrain.commands.bench.loader import bench_loader
-from cmtrain.commands.bench.models import against_ceilings, time_latency, time_models
-from cmtrain.commands.bench.timing import WARMUP_STEPS, Figures, Setup, drain, endless
+from cmtrain.commands.bench.models import Setup, against_ceilings, time_latency, time_models
+from cmtrain.commands.bench.timing import WARMUP_STEPS, Figures, Rows, drain, endless, write_report
 from cmtrain.config.schema import Config
 from cmtrain.errors import EXIT_DONE, EXIT_EXPECTATION
 from cmtrain.monitoring.units import percent
@@ -54,8 +54,9 @@ def bench(config: Config, options: argparse.Namespace) -> int:
     `time_models`. "guard": a step with the guard and without, see `time_guard`. "train": training on real
     data. "all": loader, model and training one after the other, and what limits them.
 
-    Prints a table on stderr and one JSON line on stdout; writes the JSON to a file as well, if asked to.
-    Returns the exit code: 0, or 5 if a rate is below `fail_below` times the one in the report `compare`.
+    Prints a table on stderr and one JSON line on stdout. If asked to, writes the JSON to a file as well, and
+    before that what is known of it after each row. Returns the exit code: 0, or 5 if a rate is below
+    `fail_below` times the one in the report `compare`.
 
     Raises:
         ConfigError, DataError: as for training, and an earlier run that cannot be compared.
@@ -71,16 +72,17 @@ def bench(config: Config, options: argparse.Namespace) -> int:
     num_classes = loaders.num_classes_of(config, data.train)
     setup = Setup(config, accelerator, schedule, num_classes, options.steps, options.rounds)
     if what == "model":
-        figures = time_models(setup, options.beside)
+        rows = time_models(setup, options.beside)
     elif what == "latency":
-        figures = time_latency(setup, options.beside)
+        rows = time_latency(setup, options.beside)
     elif what == "guard":
         how = {"steps": setup.steps, "rounds": setup.rounds, "log_every_steps": config.train.log_every_steps}
         learner, batches = setup.make_learner(config), setup.synthetic_batches()
-        figures = guard.time_guard(learner, batches, lr=config.optim.lr, **how)
+        rows = guard.time_guard(learner, batches, lr=config.optim.lr, **how)
     else:
-        figures = _time_run(what, setup, data.train)
-    report = {
+        rows = _time_run(what, setup, data.train)
+    figures: Figures = {}
+    report: dict[str, Any] = {
         "what": what,
         "device": torch.cuda.get_device_name() if accelerator.device.type == "cuda" else "cpu",
         "precision": build.precision_of(accelerator),
@@ -93,43 +95,47 @@ def bench(config: Config, options: argparse.Namespace) -> int:
         "torch_threads": torch.get_num_threads(),
         "versions": {"cmtrain": __version__, "torch": torch.__version__},
         "figures": figures,
-        "verdict": guard.verdict(figures) if what == "guard" else verdict(figures),
+        "verdict": "unfinished",
     }
+    for name, row in rows:
+        figures[name] = row
+        if accelerator.is_main_process:
+            write_report(options.json, report)
+    report["verdict"] = guard.verdict(figures) if what == "guard" else verdict(figures)
     below = _compare(report, earlier, options.fail_below) if earlier else []
     if accelerator.is_main_process:
         _show(report)
         print(json.dumps(report), flush=True)  # noqa: T201
-        if options.json:
-            Path(options.json).write_text(json.dumps(report, indent=1) + "\n")
+        write_report(options.json, report)
         for line in below:
             sys.stderr.write(f"{line}\n")
     return EXIT_EXPECTATION if below else EXIT_DONE
 
 
-def _time_run(what: str, setup: Setup, images: Manifest) -> Figures:
+def _time_run(what: str, setup: Setup, images: Manifest) -> Rows:
     """Time training on real data ("train"); for "all" first the loader and the model, each alone."""
     config, accelerator = setup.config, setup.accelerator
     place, lines = loaders.place_loaders(config, accelerator)
     sys.stderr.writelines(f"{line}\n" for line in lines)
-    figures: Figures = {}
     if what == "all":
         loader = loaders.make_train_loader(config, images, setup.schedule, accelerator, place)
-        figures["loader"] = _time_loader(loader, setup)
+        yield "loader", _time_loader(loader, setup)
         loader.close()
     learner = setup.make_learner(config)
     if what == "all":
         synthetic = loaders.make_synthetic_loader(config, setup.schedule, setup.num_classes, accelerator)
-        alone = figures["model"] = _time_steps(learner, synthetic, setup)
+        alone = _time_steps(learner, synthetic, setup)
         ceilings = timing.measure_ceilings(setup.device, setup.dtype)
         alone |= against_ceilings(setup, config.model.name, "train", alone["images_per_second"], ceilings)
+        yield "model", alone
     loader = loaders.make_train_loader(config, images, setup.schedule, accelerator, place)
-    figures["train"] = _time_steps(learner, loader, setup)
+    train = _time_steps(learner, loader, setup)
     loader.close()
     if what == "all":
         # The part of a step on real data that a step on ready data does not need.
-        spared = 1 - figures["model"]["step_ms_mean"] / figures["train"]["step_ms_mean"]
-        figures["train"]["data_wait_percent"] = 100 * max(0.0, spared)
-    return figures
+        spared = 1 - alone["step_ms_mean"] / train["step_ms_mean"]
+        train["data_wait_percent"] = 100 * max(0.0, spared)
+    yield "train", train
 
 
 def verdict(figures: Figures) -> str:

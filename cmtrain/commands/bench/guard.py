@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cmtrain.commands.bench.timing import WARMUP_STEPS, Figures, best_seconds, drain
+from cmtrain.commands.bench.timing import WARMUP_STEPS, Figures, Row, Rows, best_seconds, drain
 from cmtrain.monitoring.metrics import TrainMetrics
 from cmtrain.step.learner import Learner
 from cmtrain.step.measure import no_host_sync
@@ -48,10 +48,10 @@ class _Without:
 
 def time_guard(
     learner: Learner, batches: Iterator[Batch], *, lr: float, steps: int, rounds: int, log_every_steps: int
-) -> Figures:
+) -> Rows:
     """Time `rounds` turns of `steps` steps with the guard and without, then what the guard adds alone.
 
-    Returns:
+    Yields:
         Rows of `ms`, and of `percent` of a step without the guard:
         "without", "with": a step, median over the rounds; `percent` is the addition to the other side of the
         same round, `percent_min` and `percent_max` its range. "alone": the addition to a step. "log point":
@@ -93,6 +93,14 @@ def time_guard(
         for side in list(sides) if number % 2 else reversed(sides):
             taken[side].append(turn(side, steps))
     learner.guard, learner.buffer, _ = sides["with"]
+    without_ms = statistics.median(taken["without"])
+    added = [100 * (on / off - 1) for on, off in zip(taken["with"], taken["without"], strict=True)]
+    with_row = {"ms": statistics.median(taken["with"]), "percent": statistics.median(added)}
+    yield "without", {"ms": without_ms}
+    yield "with", with_row | {"percent_min": min(added), "percent_max": max(added)}
+
+    def row(ms: float, spread_over: int = 1) -> Row:
+        return {"ms": ms, "percent": 100 * ms / spread_over / without_ms}
 
     # Guard, step buffer and metrics alone: of a step, and of a log point
     scalar = torch.ones((), device=device)
@@ -113,6 +121,9 @@ def time_guard(
     metrics.report(learner.report(next(numbers), 0, lr, reset=True))
     log_point_ms = 1000 * (time.perf_counter() - begin)
 
+    yield "alone", row(alone_ms)
+    yield "log point", row(log_point_ms, log_every_steps)
+
     # Mixing and EMA alone
     images, labels, _ = next(batches)
 
@@ -123,23 +134,15 @@ def time_guard(
     parts = {"mixing": alone(mix_a_step)}
     if ema := learner.ema:
         parts["ema"] = alone(lambda: ema.update(torch.isfinite(scalar)))
+    for name, ms in parts.items():
+        yield name, row(ms)
+    yield "together", row(alone_ms + log_point_ms / log_every_steps + sum(parts.values()))
 
     begin = time.perf_counter()
     turn("with", steps)
     wall_ms = 1000 * (time.perf_counter() - begin) / steps
     save_ms = _time_saves(learner)
-
-    added = [100 * (on / off - 1) for on, off in zip(taken["with"], taken["without"], strict=True)]
-    without_ms = statistics.median(taken["without"])
-    spread_ms = log_point_ms / log_every_steps
-    together_ms = alone_ms + spread_ms + sum(parts.values())
-    with_row = {"ms": statistics.median(taken["with"]), "percent": statistics.median(added)}
-    with_row |= {"percent_min": min(added), "percent_max": max(added)}
-    figures = {"without": {"ms": without_ms}, "with": with_row}
-    shares = {"alone": alone_ms, "log point": spread_ms} | parts | {"together": together_ms}
-    figures |= {name: {"ms": ms, "percent": 100 * ms / without_ms} for name, ms in shares.items()}
-    figures["log point"]["ms"] = log_point_ms
-    return figures | {"save": {"ms": save_ms, "percent": 100 * save_ms / wall_ms}}
+    yield "save", {"ms": save_ms, "percent": 100 * save_ms / wall_ms}
 
 
 def _time_saves(learner: Learner) -> float:

@@ -25,7 +25,7 @@ from rich.table import Table
 
 from cmtrain import __version__
 from cmtrain.commands.bench.loader_workers import BATCH_SIZE, LoaderContender, make_loader, serve
-from cmtrain.commands.bench.timing import Figures, best_seconds, endless
+from cmtrain.commands.bench.timing import Figures, best_seconds, endless, write_report
 from cmtrain.config.schema import Config
 from cmtrain.errors import EXIT_DONE
 from cmtrain.training import build, loaders
@@ -40,20 +40,16 @@ COLOR_JITTER = 0.4
 OVERHEAD_BATCH_SIZE = 512
 PACKED_IMAGES, PACKED_PX, PACKED_QUALITY = 2000, 256, 90
 COLUMNS = {
-    "images_per_second": "images/s",
-    "images_per_second_max": "best",
-    "cpu_ms_per_image": "CPU ms/image",
-    "cpu_ms_per_image_min": "best",
-    "times_timm": "x timm",
-    "times_timm_by_cpu": "x timm by CPU time",
-}
+    "images_per_second": "images/s", "images_per_second_max": "best", "cpu_ms_per_image": "CPU ms/image",
+    "cpu_ms_per_image_min": "best", "times_timm": "x timm", "times_timm_by_cpu": "x timm by CPU time",
+}  # fmt: skip
 
 
 def bench_loader(config: Config, steps: int, rounds: int, packed: str | None, json_path: str | None) -> int:
     """Time decoding, crop + resize + flip, colour jitter and RandAugment, by DALI and by timm.
 
-    Prints a table on stderr and one JSON line on stdout; writes the JSON to `json_path` as well, if given.
-    Returns the exit code, 0.
+    Prints a table on stderr and one JSON line on stdout. Writes the JSON to `json_path` as well, if given,
+    and before that what is known of it after each work. Returns the exit code, 0.
 
     Args:
         steps: batches of 64 images that are timed in each of the `rounds` of each work.
@@ -79,24 +75,25 @@ def bench_loader(config: Config, steps: int, rounds: int, packed: str | None, js
     with _packed_copy(files, Path(packed, config.data.train_dir) if packed else None) as shards:
         sources = {"dali": files} | ({} if shards is None else {"dali packed": shards})
 
-        def race(device: str, decode: Decode, cores: int, load: float | None = None) -> dict[str, Figures]:
+        def race(device: str, decode: Decode, cores: int, load: float | None = None) -> None:
             place = Placement(device=device, decode=decode, threads=cores, hw_decoder_load=load)
             contenders = [LoaderContender("timm", files, place)]
             contenders += [LoaderContender(name, images, place) for name, images in sources.items()]
-            return _race(contenders, works, steps, rounds)
+            report["gpu" if device == "cuda" else device] = figures = {}
+            for work, rows in _race(contenders, works, steps, rounds):
+                figures[work] = rows
+                write_report(json_path, report)
 
-        report["cpu"] = race("cpu", "cpu", 1)
+        race("cpu", "cpu", 1)
         if accelerator.device.type == "cuda":
             report |= {
                 "device": torch.cuda.get_device_name(),
                 "cores": placed.threads,
                 "decode": placed.decode,
             }
-            report["gpu"] = race("cuda", placed.decode, placed.threads, placed.hw_decoder_load)
+            race("cuda", placed.decode, placed.threads, placed.hw_decoder_load)
     _show(report)
     print(json.dumps(report), flush=True)  # noqa: T201
-    if json_path:
-        Path(json_path).write_text(json.dumps(report, indent=1) + "\n")
     return EXIT_DONE
 
 
@@ -139,8 +136,8 @@ def _packed_copy(files: Manifest, folder: Path | None) -> Iterator[Manifest | No
 
 def _race(
     contenders: list[LoaderContender], works: dict[str, AugmentSpec | None], steps: int, rounds: int
-) -> dict[str, Figures]:
-    """Return {work: {contender: row}}. One process per contender, one of them busy at a time."""
+) -> Iterator[tuple[str, Figures]]:
+    """Yield each work with its {contender: row}. One process per contender, one of them busy at a time."""
     context = multiprocessing.get_context("spawn")
     pipes: dict[str, Connection] = {}
     processes = []
@@ -149,7 +146,6 @@ def _race(
         processes.append(context.Process(target=serve, args=(theirs, contender)))
         processes[-1].start()
         theirs.close()
-    figures = {}
     try:
         for work, spec in works.items():
             for pipe in pipes.values():
@@ -158,13 +154,12 @@ def _race(
             for number in range(rounds):
                 order = reversed(pipes) if number % 2 else pipes
                 measured.append({name: _ask(pipes[name], ("measure", steps)) for name in order})
-            figures[work] = summarise(measured)
+            yield work, summarise(measured)
     finally:
         for pipe in pipes.values():
             pipe.close()
         for process in processes:
             process.join()
-    return figures
 
 
 def _ask(pipe: Connection, question: tuple[str, Any]) -> Any:

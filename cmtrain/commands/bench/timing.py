@@ -5,19 +5,18 @@ a disturbance hits all of them; a ratio is the median of the ratios within a rou
 """
 
 import itertools
+import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 
-from cmtrain.config.schema import Config
-from cmtrain.step.learner import Learner
-from cmtrain.training import build, loaders
-from cmtrain.training.schedule import Schedule
+from pipelines.atomic import replacing
 from pipelines.spec import Batch, Loader
 
 WARMUP_STEPS = 3
@@ -33,37 +32,9 @@ CPU = torch.device("cpu")
 Clock = Callable[[], float]
 WALL: Clock = time.perf_counter
 Work = Callable[[], object]  # one step or pass
-Figures = dict[str, dict[str, float]]  # rows of the table, by name
-
-
-@dataclass(frozen=True)
-class Setup:
-    """Common input of all benchmarks of a call. `steps` in each turn, `rounds`: turns of each side."""
-
-    config: Config
-    accelerator: Accelerator
-    schedule: Schedule
-    num_classes: int
-    steps: int
-    rounds: int
-
-    @property
-    def device(self) -> torch.device:
-        return self.accelerator.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return DTYPES[build.precision_of(self.accelerator)]
-
-    def make_learner(self, config: Config) -> Learner:
-        """Make a new model and what trains it; `config` may name another model than the setup's."""
-        model = build.make_model(config, self.num_classes, self.device)
-        return build.make_learner(config, model, self.schedule, self.num_classes, self.accelerator)
-
-    def synthetic_batches(self) -> Iterator[Batch]:
-        """Yield batches that lie ready on the device, without end."""
-        recipe = self.config, self.schedule, self.num_classes, self.accelerator
-        return endless(loaders.make_synthetic_loader(*recipe))
+Row = dict[str, float]
+Figures = dict[str, Row]  # rows of the table, by name
+Rows = Iterator[tuple[str, Row]]  # the same, each as soon as it is known
 
 
 @dataclass
@@ -170,3 +141,10 @@ def drain(device: torch.device) -> None:
     """Wait until the device has finished all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def write_report(path: str | None, report: dict[str, Any]) -> None:
+    """Write `report` as JSON, if there is a path. A kill leaves the report of the call before, whole."""
+    if path:
+        with replacing(Path(path)) as file:
+            file.write((json.dumps(report, indent=1) + "\n").encode())
