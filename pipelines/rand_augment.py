@@ -6,8 +6,6 @@ those of timm's `rand_augment_transform` and of `nvidia.dali.auto_aug.rand_augme
 1909.13719), and of timm's `auto_augment_policy_3a` (three-augment: DeiT III, arXiv 2204.07118).
 """
 
-from __future__ import annotations
-
 import math
 import re
 from dataclasses import dataclass

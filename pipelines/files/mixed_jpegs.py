@@ -4,8 +4,6 @@ Decoders have one path for each kind of JPEG, and some only for batches that mix
 kind show neither their faults nor their speed. The pictures are noise with the spectrum of photographs.
 """
 
-from __future__ import annotations
-
 import functools
 import io
 from collections.abc import Iterator
