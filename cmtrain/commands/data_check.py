@@ -23,12 +23,9 @@ from pipelines.spec import MAX_BAD_FRACTION, DataError, os_errors_in_one_line, v
 
 NUM_SHOWN = 20
 KIND_NAMES: dict[Kind, str] = {
-    "truncated": "cut short",
-    "not_an_image": "not an image",
-    "too_large": "too large",
-    "missing": "cannot be opened",
-    "other": "damaged",
-}
+    "truncated": "cut short", "not_an_image": "not an image", "too_large": "too large",
+    "missing": "cannot be opened", "other": "damaged",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -43,14 +40,9 @@ class CheckedSplit:
 
 @os_errors_in_one_line()
 def check(
-    root: str,
-    *,
-    full: bool,
-    processes: int | None,
-    out: str | None,
-    cache_dir: str | None = None,
+    root: str, *, full: bool, processes: int | None, out: str | None, cache_dir: str | None = None,
     max_bad_fraction: float = MAX_BAD_FRACTION,
-) -> int:
+) -> int:  # fmt: skip
     """Test the images of `root`, in processes that a hostile file may kill, and list the unusable ones.
 
     The list is written beside the data, or into the user's cache if the data is read-only, and training

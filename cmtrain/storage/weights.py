@@ -16,6 +16,7 @@ from cmtrain.errors import ConfigError
 from cmtrain.models.checkpoints import resize_positions
 from cmtrain.storage.checkpoint import find_checkpoint
 from cmtrain.storage.finite import all_finite, floating_tensors, named
+from cmtrain.storage.places import why_no_weights
 from cmtrain.storage.records import retried
 from cmtrain.storage.state_file import CheckpointError, open_regular
 from pipelines.spec import DataError
@@ -53,9 +54,7 @@ def read_weights(path: str) -> Weights:
             tensors = state_of(loaded.state, kind, loaded.path)
             weights = Weights(loaded.path, kind, tensors, loaded.warnings)
         else:
-            what = "neither a folder nor a .safetensors file" if given.exists() else "no such file or folder"
-            advice = "weights are a run, a checkpoint, an export or a .safetensors file"
-            raise DataError(f"{path}: {what}; {advice}")
+            raise DataError(f"{path}: {why_no_weights(given)}")
     except (CheckpointError, OSError) as error:
         raise DataError(str(error)) from error
     check_finite(weights)

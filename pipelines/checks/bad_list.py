@@ -6,8 +6,6 @@ takes its file back in. What is not printable in a path is an escape such as \\n
 two. Older lists, with another first line, have no escapes; the oldest have no kind, which counts as "other".
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import os

@@ -108,16 +108,11 @@ class Manifest:
     @staticmethod
     @os_errors_in_one_line()
     def from_folder(
-        root: Path | str,
-        *,
-        image_list: Path | str | None = None,
-        class_names: Sequence[str] | None = None,
-        cache_dir: Path | str | None = None,
-        max_bad_fraction: float = MAX_BAD_FRACTION,
-        threads: int | None = None,
-        refresh: bool = False,
+        root: Path | str, *, image_list: Path | str | None = None,
+        class_names: Sequence[str] | None = None, cache_dir: Path | str | None = None,
+        max_bad_fraction: float = MAX_BAD_FRACTION, threads: int | None = None, refresh: bool = False,
         positions: bool = False,
-    ) -> Manifest:
+    ) -> Manifest:  # fmt: skip
         """Read the images below `root/<class>/`, at any depth, without hidden ones; links are followed once.
 
         Raises DataError without a folder, classes or images, for a list that cannot be read, a class that
@@ -205,14 +200,9 @@ def read_index(folder: Path) -> tuple[str, Manifest]:
         identities = _identities(slices.checksums, slices.size_bytes)
         size_bytes = slices.size_bytes
         shards = Manifest(
-            folder,
-            paths,
-            **image,
-            size_bytes=size_bytes,
-            bad=bad_files,
-            packed=slices,
+            folder, paths, **image, size_bytes=size_bytes, bad=bad_files, packed=slices,
             identities=identities,
-        )
+        )  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{folder / INDEX}: cannot be read ({error}); pack again") from error
     slices.check_shards()

@@ -77,8 +77,8 @@ def test_several_sizes_at_once(trained):
     job, _ = trained
     reported = run_eval(job, "runs/job", "--weights", "model", "--resize-px", "64,72", "--image-px", "32,64")
     sizes = [(row["image_px"], row["resize_px"]) for row in reported["results"]]
-    assert sizes == [(32, 64), (32, 72), (64, 64), (64, 72)]
-    assert len({row["loss"] for row in reported["results"]}) == 4
+    assert sizes == [(32, 64), (64, 72)]
+    assert len({row["loss"] for row in reported["results"]}) == 2
 
 
 def test_sizes_keep_the_runs_proportion():
@@ -88,6 +88,11 @@ def test_sizes_keep_the_runs_proportion():
     assert sizes_of(config, (), (184, 182)) == [(160, 184), (160, 182)]
     with pytest.raises(ConfigError, match="--image-px: must be multiples of 32, got 100"):
         sizes_of(config, (100,), ())
+    assert sizes_of(config, (64, 96), (72, 108)) == [(64, 72), (96, 108)]
+    assert sizes_of(config, (64, 96), (128,)) == [(64, 128), (96, 128)]
+    message = "--image-px has 3 sizes and --resize-px 2: give one for each, or several for one"
+    with pytest.raises(ConfigError, match=message):
+        sizes_of(config, (64, 96, 128), (72, 108))
     with pytest.raises(ConfigError, match="--resize-px: 182 is less than the image side 224"):
         sizes_of(config, (160, 224), (182,))
 

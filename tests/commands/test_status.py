@@ -149,8 +149,15 @@ def test_an_ended_run(run, capsys):
     change(run, state="finished", step=3600, reason="top-1 0.4400", exit_code=0, pid=dead_process())
     lines = printed(capsys, "status", "r").splitlines()
     assert lines[0] == "runs/r: finished, step 3,600 of 3,600: top-1 0.4400"
-    assert not any(line.startswith(("left", "metrics")) for line in lines)
+    assert not any(line.startswith(("left", "watch")) for line in lines)
     assert printed(capsys, "watch", "r").startswith("finished, step 3,600 of 3,600: top-1 0.4400")
+
+
+def test_a_run_that_max_steps_ended_has_not_finished(run, capsys):
+    change(run, state="finished", step=3600, total_steps=10_800, reason="top-1 12.0 %", pid=dead_process())
+    line = "ended by --max-steps, step 3,600 of 10,800: top-1 12.0 %"
+    assert printed(capsys, "status", "r").splitlines()[0] == f"runs/r: {line}"
+    assert printed(capsys, "watch", "r").startswith(line)
 
 
 @pytest.mark.parametrize("verb", ["status", "watch"])

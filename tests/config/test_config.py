@@ -83,10 +83,7 @@ TYPICAL = [
         "x.yaml:9: model.attention_bias: must be one of none, relative, pairwise or null, got realtive, "
         "did you mean relative?",
     ),
-    (
-        "data2:\n  image_size: 150\n",
-        "x.yaml:9: data2: unknown section, did you mean data?",
-    ),
+    ("data2:\n  image_size: 150\n", "x.yaml:9: data2: unknown section, did you mean data?"),
     ("guard:\n  enabled: on\n", "x.yaml:10: guard.enabled: must be true or false, got on"),
     (
         "run: {name: 7}\n",

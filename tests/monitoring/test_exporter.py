@@ -112,6 +112,34 @@ def test_there_is_no_way_to_a_file(serve, path):
     assert b"root:" not in answer
 
 
+def test_it_lingers_for_a_page_that_is_watched_and_not_for_long(serve, monkeypatch):
+    server = serve({"/": ROUTES["/metrics"], **ROUTES})
+    monkeypatch.setattr(exporter_module, "LINGER_SECONDS", 3600.0)
+    get(server.port)
+    get(server.port, "/nowhere")
+
+    def wait_until_noted(path):  # which is after the answer
+        deadline = time.monotonic() + 60
+        while path not in server.asked_at:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+    wait_until_noted("/metrics")
+    server.linger("/")  # nobody looks at it: it does not wait
+    assert server.asked_at.keys() == {"/metrics"}
+    get(server.port, "/?x")
+    wait_until_noted("/")
+    waiting = threading.Thread(target=server.linger, args="/")
+    waiting.start()
+    get(server.port)
+    assert waiting.is_alive()
+    get(server.port, "/")
+    waiting.join(60)
+    assert not waiting.is_alive()
+    monkeypatch.setattr(exporter_module, "LINGER_SECONDS", 0.01)
+    server.linger("/")
+
+
 def test_a_connection_stays_open_for_the_next_request(serve):
     port = serve().port
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)

@@ -100,7 +100,7 @@ def test_process_1_can_be_stopped_before_training_begins(make_job):
     ("launcher", "number"),
     [
         (TORCHRUN, signal.SIGTERM),
-        (ACCELERATE, signal.SIGTERM),
+        pytest.param(ACCELERATE, signal.SIGTERM, marks=pytest.mark.slow),
         pytest.param(TORCHRUN, signal.SIGINT, marks=pytest.mark.slow),
         pytest.param(ACCELERATE, signal.SIGINT, marks=pytest.mark.slow),
         pytest.param(ACCELERATE, signal.SIGKILL, marks=pytest.mark.slow),
