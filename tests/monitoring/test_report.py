@@ -60,7 +60,7 @@ def test_a_report_that_cannot_be_written_costs_nothing_but_itself(make_job):
     job = make_job()
     (job.run / "report.html").mkdir(parents=True)
     assert job("--max-steps", "2")["state"] == "finished"
-    assert "no report: IsADirectoryError" in job.stderr.read_text()
+    assert "misses a record and goes on: report.html: Is a directory" in job.stderr.read_text()
     assert not list(job.run.glob(".report.html*"))
 
 
