@@ -36,6 +36,7 @@ from cmtrain.storage.state_file import CheckpointError
 from cmtrain.training import build, loaders
 from cmtrain.training.schedule import refuse_batch_of_one
 from pipelines.atomic import replacing
+from pipelines.progress import tracked
 from pipelines.spec import DataError, Loader
 
 SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
@@ -126,12 +127,17 @@ def repair_bn(
     )
 
     def accuracy(entry: Entry) -> Evaluation:
-        return evaluate(entry.model, eval_loader.epoch(0), accelerator, len(data.val), entry.num_classes)
+        num_images = len(data.val)
+        images = tracked(
+            eval_loader.epoch(0), f"evaluating {entry.label}", num_images, per_step=schedule.micro_batch_size
+        )
+        return evaluate(entry.model, images, accelerator, num_images, entry.num_classes)
 
     before = [accuracy(entry) for entry in entries]
     torch.manual_seed(config.run.seed)  # for stochastic depth and dropout
     for entry in entries:
-        update_bn(_images(train_loader, config, entry.num_classes, batches), entry.model)
+        images = _images(train_loader, config, entry.num_classes, batches)
+        update_bn(tracked(images, f"averaging batches for {entry.label}", batches), entry.model)
         entry.take_statistics()
         if still := entry.nonfinite():
             raise DataError(f"{source.path}: {still[0]} is not finite after {batches} fp32 batches either")

@@ -28,7 +28,7 @@ def show(report: dict[str, Any]) -> None:
     figures, columns = dict(report["figures"]), columns_of(report)
     machine = figures.pop("machine", None)
     title = f"{report['model']} at {report['image_px']} px, {report['precision']}, {report['device']}, "
-    title += f"{report['batch']} image{'s' if report['batch'] > 1 else ''} at once"
+    title += f"batch {report['batch']}"
     rows = [[name, *(text(row) for text in columns.values())] for name, row in figures.items()]
     draw(title, ["measured"], list(columns), rows)
     lines = Console(stderr=True, highlight=False, markup=False)
