@@ -88,6 +88,26 @@ def test_data_verbs_pass_their_options_on(calls):
     assert calls[3][1][0].data.threads == 2
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "--config", "configs/demo.yaml"],
+        ["demo"],
+        ["data", "pack", "in", "out"],
+        ["data", "stats", "--config", "configs/demo.yaml"],
+    ],
+)
+def test_a_person_asks_for_json(calls, arguments):
+    assert main(arguments) == main([*arguments, "--json"]) == 4
+    assert [options["as_json"] for _, _, options in calls] == [False, True]
+
+
+def test_bench_and_eval_print_json_on_request_or_write_it_to_a_file(calls):
+    for given in ([], ["--json"], ["--json", "f.json"]):
+        assert main(["bench", *given]) == 4
+    assert [options.json for _, (_, options), _ in calls] == [None, "", "f.json"]
+
+
 def test_negative_value_is_a_value(capsys):
     line = refusal(capsys, "--config", "configs/demo.yaml", "--optim.lr", "-1")
     assert line == "--optim.lr: must be a number > 0, got -1"
