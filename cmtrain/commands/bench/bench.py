@@ -66,8 +66,12 @@ def bench(config: Config, options: argparse.Namespace) -> int:
     setup = Setup(config, accelerator, schedule, num_classes, options.steps, options.rounds)
     count = len(names_of(config, options.beside))
     num_parts = {
-        "model": 3 + 2 * count, "latency": 1 + count, "guard": guard.NUM_PARTS, "all": 4, "train": 1,
-    }  # fmt: skip
+        "model": 3 + 2 * count,
+        "latency": 1 + count,
+        "guard": guard.NUM_PARTS,
+        "all": 4,
+        "train": 1,
+    }
     begin = Parts(num_parts[what], enabled=accelerator.is_main_process)
     if what == "model":
         rows = time_models(setup, options.beside, begin)
@@ -86,14 +90,17 @@ def bench(config: Config, options: argparse.Namespace) -> int:
         "what": what,
         "device": torch.cuda.get_device_name() if accelerator.device.type == "cuda" else "cpu",
         "precision": build.precision_of(accelerator),
-        "compiled": config.train.compile and config.train.compile_mode, "model": config.model.name,
+        "compiled": config.train.compile and config.train.compile_mode,
+        "model": config.model.name,
         "image_px": config.data.image_px,
         "batch": 1 if what == "latency" else schedule.micro_batch_size * schedule.accumulation,
-        "world_size": accelerator.num_processes, "decode_threads": threads,
+        "world_size": accelerator.num_processes,
+        "decode_threads": threads,
         "torch_threads": torch.get_num_threads(),
-        "versions": {"cmtrain": __version__, "torch": torch.__version__}, "figures": figures,
+        "versions": {"cmtrain": __version__, "torch": torch.__version__},
+        "figures": figures,
         "verdict": "unfinished",
-    }  # fmt: skip
+    }
     with begin:
         for name, row in rows:
             figures[name] = row

@@ -48,9 +48,15 @@ class _Without:
 
 
 def time_guard(
-    learner: Learner, batches: Iterator[Batch], *, lr: float, steps: int, rounds: int,
-    log_every_steps: int, begin: Begin = str,
-) -> Rows:  # fmt: skip
+    learner: Learner,
+    batches: Iterator[Batch],
+    *,
+    lr: float,
+    steps: int,
+    rounds: int,
+    log_every_steps: int,
+    begin: Begin = str,
+) -> Rows:
     """Time `rounds` turns of `steps` steps with the guard and without, then what the guard adds alone.
 
     `begin` is called at the begin of each of NUM_PARTS parts.

@@ -111,9 +111,11 @@ def summarise(rounds: list[Figures]) -> Figures:
         rates = [row[name]["images_per_second"] for row in rounds]
         cpu_ms = [row[name]["cpu_ms_per_image"] for row in rounds]
         figures[name] = {
-            "images_per_second": statistics.median(rates), "images_per_second_max": max(rates),
-            "cpu_ms_per_image": statistics.median(cpu_ms), "cpu_ms_per_image_min": min(cpu_ms),
-        }  # fmt: skip
+            "images_per_second": statistics.median(rates),
+            "images_per_second_max": max(rates),
+            "cpu_ms_per_image": statistics.median(cpu_ms),
+            "cpu_ms_per_image_min": min(cpu_ms),
+        }
         if name != "timm":
             theirs = [row["timm"] for row in rounds]
             by_rate = [rate / row["images_per_second"] for rate, row in zip(rates, theirs, strict=True)]
@@ -137,9 +139,12 @@ def _packed_copy(files: Manifest, folder: Path | None) -> Iterator[Manifest | No
 
 
 def _race(
-    contenders: list[LoaderContender], works: dict[str, AugmentSpec | None], steps: int, rounds: int,
+    contenders: list[LoaderContender],
+    works: dict[str, AugmentSpec | None],
+    steps: int,
+    rounds: int,
     begin: Begin,
-) -> Iterator[tuple[str, Figures]]:  # fmt: skip
+) -> Iterator[tuple[str, Figures]]:
     """Yield each work with its {contender: row}. One process per contender, one of them busy at a time."""
     context = multiprocessing.get_context("spawn")
     pipes: dict[str, Connection] = {}

@@ -54,9 +54,11 @@ class Contender:
         times_ms = [1000 * seconds for turn in self.seconds for seconds in turn]
         rates = [len(turn) * self.images / sum(turn) for turn in self.seconds]
         row = {
-            "images_per_second": statistics.median(rates), "ms_p50": float(np.percentile(times_ms, 50)),
-            "ms_p95": float(np.percentile(times_ms, 95)), "first_seconds": self.first_seconds,
-        }  # fmt: skip
+            "images_per_second": statistics.median(rates),
+            "ms_p50": float(np.percentile(times_ms, 50)),
+            "ms_p95": float(np.percentile(times_ms, 95)),
+            "first_seconds": self.first_seconds,
+        }
         if self is not first:
             pairs = zip(first.seconds, self.seconds, strict=True)
             row["first_is_times"] = statistics.median(sum(others) / sum(mine) for mine, others in pairs)
@@ -74,9 +76,14 @@ class Ceilings:
 
 
 def race(
-    contenders: Sequence[Contender], device: torch.device, steps: int, rounds: int, clock: Clock = WALL,
-    begin: Begin = str, mode: str = "",
-) -> None:  # fmt: skip
+    contenders: Sequence[Contender],
+    device: torch.device,
+    steps: int,
+    rounds: int,
+    clock: Clock = WALL,
+    begin: Begin = str,
+    mode: str = "",
+) -> None:
     """Let every contender do `steps` steps in each of `rounds` rounds, in alternating order.
 
     `begin` is called with the name of each part, which are one for each contender and one for all: `mode`.
