@@ -22,7 +22,7 @@ from cmtrain.config.schema import CMT_OPTIONS, Config, to_yaml
 from cmtrain.errors import EXIT_DONE, ConfigError
 from cmtrain.models.cmt import CMT
 from cmtrain.models.fold import folded
-from cmtrain.monitoring.console import Console, Parts, print_result
+from cmtrain.monitoring.console import Console, print_result
 from cmtrain.monitoring.report.page import make_templates
 from cmtrain.storage.checkpoint import new_folder, sync
 from cmtrain.storage.records import remove_leftovers
@@ -129,14 +129,12 @@ def _write(
         "torch-export": lambda: to_program(folder, for_inference, sample[:2]),
     }
     differences = {}
-    with Parts(len(formats)) as begin:
-        for name in formats:
-            begin(f"{name}: write, read back, compare")
-            tolerance = FOLDED_TOLERANCE if fold_bn and name != "timm" else TOLERANCE
-            differences[name] = difference = largest_difference(model, writers[name](), sample)
-            if not difference <= tolerance:
-                found = f"its logits differ by {difference:.1e}, more than {tolerance:g}"
-                raise DataError(f"--format {name}: {found}")
+    for name in formats:
+        tolerance = FOLDED_TOLERANCE if fold_bn and name != "timm" else TOLERANCE
+        differences[name] = difference = largest_difference(model, writers[name](), sample)
+        if not difference <= tolerance:
+            found = f"its logits differ by {difference:.1e}, more than {tolerance:g}"
+            raise DataError(f"--format {name}: {found}")
     return differences
 
 

@@ -4,8 +4,6 @@ import contextlib
 import functools
 import json
 import sys
-import threading
-import time
 from collections.abc import Callable
 from typing import Any, Concatenate, ParamSpec
 
@@ -18,7 +16,6 @@ from cmtrain.monitoring.units import duration
 from pipelines.spec import visible
 
 MIN_BAR_WIDTH = 7
-SILENT_SECONDS = 9.0  # nobody waits longer for a sign of life
 P = ParamSpec("P")
 
 
@@ -42,41 +39,6 @@ def print_result(result: dict[str, Any], *, asked: bool) -> None:
     """Print `result` as a JSON line where stdout is no terminal, or where a person has `asked` (--json)."""
     if asked or not sys.stdout.isatty():
         print(json.dumps(result), flush=True)  # noqa: T201
-
-
-class Parts:
-    """Print which part of a long work is done, as `[3 of 7] resnet50 ...`, and that it is still done.
-
-    Without `enabled` it prints nothing. Use it in a `with` block, and call it at the begin of each part.
-    """
-
-    def __init__(self, total: int, *, enabled: bool = True) -> None:
-        self.total, self.number, self.what = total, 0, ""
-        self.began = time.monotonic()
-        self.ended = threading.Event()
-        self.thread = threading.Thread(target=self._repeat, daemon=True) if enabled else None
-
-    def __enter__(self) -> "Parts":
-        if self.thread:
-            self.thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.ended.set()
-        if self.thread:
-            self.thread.join()
-
-    def __call__(self, what: str) -> None:
-        self.number, self.what, self.began = self.number + 1, what, time.monotonic()
-        self._print("...")
-
-    def _repeat(self) -> None:
-        while not self.ended.wait(SILENT_SECONDS):
-            self._print(f"... {duration(time.monotonic() - self.began)}")
-
-    def _print(self, how: str) -> None:
-        if self.thread and self.what:
-            print(visible(f"[{self.number} of {self.total}] {self.what} {how}"), file=sys.stderr, flush=True)  # noqa: T201
 
 
 class ElapsedColumn(ProgressColumn):

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cmtrain.commands.bench.timing import WARMUP_STEPS, Begin, Figures, Row, Rows, best_seconds, drain
+from cmtrain.commands.bench.timing import WARMUP_STEPS, Figures, Row, Rows, best_seconds, drain
 from cmtrain.monitoring.metrics import TrainMetrics
 from cmtrain.step.learner import Learner
 from cmtrain.step.measure import no_host_sync
@@ -28,7 +28,6 @@ from pipelines.spec import Batch
 
 ALONE_REPEATS = 100
 SAVES = 6
-NUM_PARTS = 3
 
 
 class _Without:
@@ -48,12 +47,9 @@ class _Without:
 
 
 def time_guard(
-    learner: Learner, batches: Iterator[Batch], *, lr: float, steps: int, rounds: int,
-    log_every_steps: int, begin: Begin = str,
-) -> Rows:  # fmt: skip
+    learner: Learner, batches: Iterator[Batch], *, lr: float, steps: int, rounds: int, log_every_steps: int
+) -> Rows:
     """Time `rounds` turns of `steps` steps with the guard and without, then what the guard adds alone.
-
-    `begin` is called at the begin of each of NUM_PARTS parts.
 
     Yields:
         Rows of `ms`, and of `percent` of a step without the guard:
@@ -90,7 +86,6 @@ def time_guard(
         return statistics.median(_milliseconds(work, device) for _ in range(ALONE_REPEATS))
 
     # Whole steps, in turns
-    begin(f"steps with the guard and without: {rounds} rounds of {steps} each")
     for side in sides:
         turn(side, WARMUP_STEPS)
     taken: dict[str, list[float]] = {side: [] for side in sides}
@@ -108,7 +103,6 @@ def time_guard(
         return {"ms": ms, "percent": 100 * ms / spread_over / without_ms}
 
     # Guard, step buffer and metrics alone: of a step, and of a log point
-    begin("guard, metrics, mixing and EMA alone")
     scalar = torch.ones((), device=device)
 
     def added_to_a_step() -> None:
@@ -123,9 +117,9 @@ def time_guard(
     for _ in range(log_every_steps):
         added_to_a_step()
     drain(device)
-    began = time.perf_counter()
+    begin = time.perf_counter()
     metrics.report(learner.report(next(numbers), 0, lr, reset=True))
-    log_point_ms = 1000 * (time.perf_counter() - began)
+    log_point_ms = 1000 * (time.perf_counter() - begin)
 
     yield "alone", row(alone_ms)
     yield "log point", row(log_point_ms, log_every_steps)
@@ -144,10 +138,9 @@ def time_guard(
         yield name, row(ms)
     yield "together", row(alone_ms + log_point_ms / log_every_steps + sum(parts.values()))
 
-    begin("saves")
-    began = time.perf_counter()
+    begin = time.perf_counter()
     turn("with", steps)
-    wall_ms = 1000 * (time.perf_counter() - began) / steps
+    wall_ms = 1000 * (time.perf_counter() - begin) / steps
     save_ms = _time_saves(learner)
     yield "save", {"ms": save_ms, "percent": 100 * save_ms / wall_ms}
 

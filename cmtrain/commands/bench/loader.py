@@ -6,7 +6,7 @@ and a ratio is the median of the ratios within a round. CPU time per image (user
 included) is the steadier figure.
 """
 
-import contextlib
+import json
 import multiprocessing
 import statistics
 import sys
@@ -20,14 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.table import Table
 
 from cmtrain import __version__
-from cmtrain.commands.bench import table
 from cmtrain.commands.bench.loader_workers import BATCH_SIZE, LoaderContender, make_loader, serve
-from cmtrain.commands.bench.timing import Begin, Figures, Row, best_seconds, endless, write_report
+from cmtrain.commands.bench.timing import Figures, best_seconds, endless, write_report
 from cmtrain.config.schema import Config
 from cmtrain.errors import EXIT_DONE
-from cmtrain.monitoring.console import Parts, print_result
 from cmtrain.training import build, loaders
 from pipelines.files.manifest import Manifest
 from pipelines.packing.encode import PackSpec
@@ -39,7 +39,10 @@ RAND_AUGMENT = "rand-m9-mstd0.5-inc1"  # the paper's
 COLOR_JITTER = 0.4
 OVERHEAD_BATCH_SIZE = 512
 PACKED_IMAGES, PACKED_PX, PACKED_QUALITY = 2000, 256, 90
-COLUMNS = ("images/s (best)", "CPU ms per image (best)", "times timm's (by CPU time)")
+COLUMNS = {
+    "images_per_second": "images/s", "images_per_second_max": "best", "cpu_ms_per_image": "CPU ms/image",
+    "cpu_ms_per_image_min": "best", "times_timm": "x timm", "times_timm_by_cpu": "x timm by CPU time",
+}  # fmt: skip
 
 
 def bench_loader(config: Config, steps: int, rounds: int, packed: str | None, json_path: str | None) -> int:
@@ -68,15 +71,8 @@ def bench_loader(config: Config, steps: int, rounds: int, packed: str | None, js
     report = {"device": "cpu"} | config.data.model_dump(include={"image_px", "interpolation"})
     versions = {"cmtrain": __version__, "torch": torch.__version__}
     report |= {"batch": BATCH_SIZE, "images": len(files), "versions": versions}
-    num_devices = 1 + (accelerator.device.type == "cuda")
-    begin = Parts(2 + num_devices * len(works), enabled=accelerator.is_main_process)
-    with begin, contextlib.ExitStack() as stack:
-        begin("the loader's share of the training thread")
-        report["overhead"] = _overhead(files, hardest)
-        begin("a packed copy of the images" if packed is None else "the packed images")
-        shards = stack.enter_context(
-            _packed_copy(files, Path(packed, config.data.train_dir) if packed else None)
-        )
+    report["overhead"] = _overhead(files, hardest)
+    with _packed_copy(files, Path(packed, config.data.train_dir) if packed else None) as shards:
         sources = {"dali": files} | ({} if shards is None else {"dali packed": shards})
 
         def race(device: str, decode: Decode, cores: int, load: float | None = None) -> None:
@@ -84,7 +80,7 @@ def bench_loader(config: Config, steps: int, rounds: int, packed: str | None, js
             contenders = [LoaderContender("timm", files, place)]
             contenders += [LoaderContender(name, images, place) for name, images in sources.items()]
             report["gpu" if device == "cuda" else device] = figures = {}
-            for work, rows in _race(contenders, works, steps, rounds, begin):
+            for work, rows in _race(contenders, works, steps, rounds):
                 figures[work] = rows
                 write_report(json_path, report)
 
@@ -97,7 +93,7 @@ def bench_loader(config: Config, steps: int, rounds: int, packed: str | None, js
             }
             race("cuda", placed.decode, placed.threads, placed.hw_decoder_load)
     _show(report)
-    print_result(report, asked=json_path == "")
+    print(json.dumps(report), flush=True)  # noqa: T201
     return EXIT_DONE
 
 
@@ -137,9 +133,8 @@ def _packed_copy(files: Manifest, folder: Path | None) -> Iterator[Manifest | No
 
 
 def _race(
-    contenders: list[LoaderContender], works: dict[str, AugmentSpec | None], steps: int, rounds: int,
-    begin: Begin,
-) -> Iterator[tuple[str, Figures]]:  # fmt: skip
+    contenders: list[LoaderContender], works: dict[str, AugmentSpec | None], steps: int, rounds: int
+) -> Iterator[tuple[str, Figures]]:
     """Yield each work with its {contender: row}. One process per contender, one of them busy at a time."""
     context = multiprocessing.get_context("spawn")
     pipes: dict[str, Connection] = {}
@@ -151,7 +146,6 @@ def _race(
         theirs.close()
     try:
         for work, spec in works.items():
-            begin(f"{work}: {rounds} rounds of {steps} batches by {', '.join(pipes)}")
             for pipe in pipes.values():
                 _ask(pipe, ("prepare", spec))
             measured = []
@@ -188,27 +182,19 @@ def _overhead(manifest: Manifest, spec: AugmentSpec) -> dict[str, float]:
 
 
 def _show(report: dict[str, Any]) -> None:
+    console = Console(stderr=True)
     for device in ("cpu", "gpu"):
         if device not in report:
             continue
         cores = "one core" if device == "cpu" else f"{report['device']}, {report['cores']} cores"
         title = f"{report['image_px']} px, {report['interpolation']}, {cores}"
-        rows = [
-            [work, name, *_cells(row)]
-            for work, figures in report[device].items()
-            for name, row in figures.items()
-        ]
-        table.draw(title, ["work", "loader"], COLUMNS, rows)
+        table = Table("work", "loader", *COLUMNS.values(), title=title)
+        for work, figures in report[device].items():
+            for name, row in figures.items():
+                table.add_row(work, name, *(f"{row[key]:,.2f}" if key in row else "" for key in COLUMNS))
+        console.print(table)
     overhead = report["overhead"]
-    sys.stderr.write(
+    console.print(
         f"a batch of {overhead['batch']} takes {overhead['thread_ms_per_batch']:.2f} ms of the training "
-        f"thread; random draws take {overhead['draws_us_per_sample']:.2f} us per sample\n"
+        f"thread; random draws take {overhead['draws_us_per_sample']:.2f} us per sample"
     )
-
-
-def _cells(row: Row) -> list[str]:
-    rate = f"{row['images_per_second']:,.0f} ({row['images_per_second_max']:,.0f})"
-    cpu_ms = f"{row['cpu_ms_per_image']:.2f} ({row['cpu_ms_per_image_min']:.2f})"
-    if "times_timm" not in row:
-        return [rate, cpu_ms, ""]
-    return [rate, cpu_ms, f"{row['times_timm']:.2f} ({row['times_timm_by_cpu']:.2f})"]

@@ -11,16 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from cmtrain.commands.bench.timing import (
-    DTYPES,
-    Begin,
-    Ceilings,
-    Contender,
-    Rows,
-    endless,
-    measure_ceilings,
-    race,
-)
+from cmtrain.commands.bench.timing import DTYPES, Ceilings, Contender, Rows, endless, measure_ceilings, race
 from cmtrain.config.schema import Config, Model
 from cmtrain.models import cost
 from cmtrain.step.learner import Learner
@@ -59,22 +50,14 @@ class Setup:
         return endless(loaders.make_synthetic_loader(*recipe))
 
 
-def names_of(config: Config, beside: Sequence[str]) -> list[str]:
-    """Return the models to time: the configuration's, and the timm models `beside` it, each once."""
-    return list(dict.fromkeys([config.model.name, *beside]))
-
-
-def time_models(setup: Setup, beside: Sequence[str], begin: Begin) -> Rows:
+def time_models(setup: Setup, beside: Sequence[str]) -> Rows:
     """Time training and inference of the configuration's model and of the timm models `beside` it.
-
-    `begin` is called at the begin of each of 3 + 2 * models parts.
 
     Yields:
         Rows "NAME train" and "NAME infer" as of Contender.figures and against_ceilings, and "machine".
     """
     config, accelerator = setup.config, setup.accelerator
-    begin("setting up")
-    names = names_of(config, beside)
+    names = dict.fromkeys([config.model.name, *beside])
     learners = {name: setup.make_learner(with_model(config, name)) for name in names}
     batches = setup.synthetic_batches()
     images = next(batches).images
@@ -88,8 +71,7 @@ def time_models(setup: Setup, beside: Sequence[str], begin: Begin) -> Rows:
             else:
                 work, size = inference(learner.model, images, accelerator), len(images)
             contenders.append(Contender(name, size, work))
-        how = {"train": "training", "infer": "inference"}[mode]
-        race(contenders, setup.device, setup.steps, setup.rounds, begin=begin, mode=how)
+        race(contenders, setup.device, steps=setup.steps, rounds=setup.rounds)
         for contender in contenders:
             row = contender.figures(contenders[0])
             row |= against_ceilings(setup, contender.name, mode, row["images_per_second"], ceilings)
@@ -101,19 +83,16 @@ def time_models(setup: Setup, beside: Sequence[str], begin: Begin) -> Rows:
     yield "machine", machine
 
 
-def time_latency(setup: Setup, beside: Sequence[str], begin: Begin) -> Rows:
-    """Time inference of one image by the same models. Yields rows "NAME", as of Contender.figures.
-
-    `begin` is called at the begin of each of 1 + models parts.
-    """
+def time_latency(setup: Setup, beside: Sequence[str]) -> Rows:
+    """Time inference of one image by the same models. Yields rows "NAME", as of Contender.figures."""
     config, side = setup.config, setup.config.data.image_px
     image = torch.randn(1, 3, side, side, device=setup.device)
     contenders = []
-    for name in names_of(config, beside):
+    for name in dict.fromkeys([config.model.name, *beside]):
         model = build.make_model(with_model(config, name), setup.num_classes, setup.device)
         build.compile_model(config, model)
         contenders.append(Contender(name, 1, inference(model, image, setup.accelerator)))
-    race(contenders, setup.device, setup.steps, setup.rounds, begin=begin)
+    race(contenders, setup.device, steps=setup.steps, rounds=setup.rounds)
     for contender in contenders:
         yield contender.name, contender.figures(contenders[0])
 

@@ -32,7 +32,6 @@ CPU = torch.device("cpu")
 Clock = Callable[[], float]
 WALL: Clock = time.perf_counter
 Work = Callable[[], object]  # one step or pass
-Begin = Callable[[str], object]  # of a part of a benchmark, for people
 Row = dict[str, float]
 Figures = dict[str, Row]  # rows of the table, by name
 Rows = Iterator[tuple[str, Row]]  # the same, each as soon as it is known
@@ -74,15 +73,10 @@ class Ceilings:
 
 
 def race(
-    contenders: Sequence[Contender], device: torch.device, steps: int, rounds: int, clock: Clock = WALL,
-    begin: Begin = str, mode: str = "",
-) -> None:  # fmt: skip
-    """Let every contender do `steps` steps in each of `rounds` rounds, in alternating order.
-
-    `begin` is called with the name of each part, which are one for each contender and one for all: `mode`.
-    """
+    contenders: Sequence[Contender], device: torch.device, steps: int, rounds: int, clock: Clock = WALL
+) -> None:
+    """Let every contender do `steps` steps in each of `rounds` rounds, in alternating order."""
     for contender in contenders:
-        begin(f"{contender.name}{mode and ' '}{mode}: first steps")
         contender.first_seconds = best_seconds(contender.work, 1, device=device)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
@@ -90,7 +84,6 @@ def race(
             contender.work()
         if device.type == "cuda":
             contender.peak_bytes = torch.cuda.max_memory_allocated(device)
-    begin(f"{mode or 'all'}: {rounds} rounds of {steps} steps each")
     for turn in range(rounds):
         for contender in contenders if turn % 2 else reversed(contenders):
             contender.seconds.append(laps(contender.work, steps, device, clock))

@@ -84,8 +84,12 @@ def make_templates() -> Environment:
     templates.finalize = _visible
     templates.trim_blocks = templates.lstrip_blocks = True
     templates.filters |= {
-        "short": short, "duration": duration, "percent": percent, "utc": utc, "workers": workers,
-    }  # fmt: skip
+        "short": short,
+        "duration": duration,
+        "percent": percent,
+        "utc": utc,
+        "workers": workers,
+    }
     return templates
 
 
