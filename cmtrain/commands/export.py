@@ -81,11 +81,8 @@ def export(
             for path in temporary.iterdir():  # safetensors writes for its owner alone
                 path.chmod(card.stat().st_mode)
                 sync(path)
-    except (
-        OSError,
-        SafetensorError,
-        RuntimeError,
-    ) as error:  # torch and safetensors have their own for a full disk
+    # torch and safetensors have their own for a full disk.
+    except (OSError, SafetensorError, RuntimeError) as error:
         why = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}".partition("\n")[0]
         raise DataError(f"--out {out}: cannot be written: {why}") from error
     console = Console(enabled=True)

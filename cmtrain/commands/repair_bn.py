@@ -127,10 +127,8 @@ def repair_bn(
     )
 
     def accuracy(entry: Entry) -> Evaluation:
-        num_images = len(data.val)
-        images = tracked(
-            eval_loader.epoch(0), f"evaluating {entry.label}", num_images, per_step=schedule.micro_batch_size
-        )
+        num_images, size = len(data.val), schedule.micro_batch_size
+        images = tracked(eval_loader.epoch(0), f"evaluating {entry.label}", num_images, per_step=size)
         return evaluate(entry.model, images, accelerator, num_images, entry.num_classes)
 
     before = [accuracy(entry) for entry in entries]

@@ -4,7 +4,9 @@ import contextlib
 import functools
 import json
 import sys
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
 from typing import Any, Concatenate, ParamSpec
 
 from rich.console import Console as RichConsole
@@ -16,6 +18,7 @@ from cmtrain.monitoring.units import duration
 from pipelines.spec import visible
 
 MIN_BAR_WIDTH = 7
+SILENT_SECONDS = 9.0  # nobody waits longer for a sign of life
 P = ParamSpec("P")
 
 
@@ -39,6 +42,29 @@ def print_result(result: dict[str, Any], *, asked: bool) -> None:
     """Print `result` as a JSON line where stdout is no terminal, or where a person has `asked` (--json)."""
     if asked or not sys.stdout.isatty():
         print(json.dumps(result), flush=True)  # noqa: T201
+
+
+@contextlib.contextmanager
+def announced_parts(total: int, *, enabled: bool = True) -> Iterator[Callable[[str], None]]:
+    """Yield a function to call at the begin of each part of a long work. It prints `[3 of 7] resnet50 ...`,
+    and how long that has taken whenever nothing was printed for a while.
+    """
+    begun, ended = list[tuple[float, str]](), threading.Event()
+
+    def begin(part: str) -> None:
+        begun.append((time.monotonic(), visible(f"[{len(begun) + 1} of {total}] {part} ...")))
+        sys.stderr.write(f"{begun[-1][1]}\n" if enabled else "")
+
+    def repeat() -> None:
+        while enabled and not ended.wait(SILENT_SECONDS):
+            for at, line in begun[-1:]:
+                sys.stderr.write(f"{line} {duration(time.monotonic() - at)}\n")
+
+    threading.Thread(target=repeat, daemon=True).start()
+    try:
+        yield begin
+    finally:
+        ended.set()
 
 
 class ElapsedColumn(ProgressColumn):

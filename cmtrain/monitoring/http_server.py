@@ -157,7 +157,9 @@ class Exporter:
                     async with asyncio.timeout(TIMEOUT_SECONDS):
                         await writer.drain()
                     with self.answered:
-                        self.asked_at |= dict.fromkeys(_path_of(head) & self.routes.keys(), begun)
+                        words = (head or b"").decode("latin-1").split(" ", 2)
+                        paths = {word.partition("?")[0] for word in words[1:2]} & self.routes.keys()
+                        self.asked_at |= dict.fromkeys(paths, begun)
                         self.answered.notify_all()
                     if keep_open:
                         await self._wait_for_turn()
@@ -183,12 +185,6 @@ class Exporter:
         now = time.monotonic()
         self.turns_taken_until = max(self.turns_taken_until, now) + 1 / TURNS_PER_SECOND
         await asyncio.sleep(self.turns_taken_until - now - TURNS_AT_ONCE / TURNS_PER_SECOND)
-
-
-def _path_of(head: bytes | None) -> set[str]:
-    """Return the path of a request, if it has one."""
-    words = (head or b"").split(b" ", 2)
-    return {words[1].partition(b"?")[0].decode("latin-1")} if len(words) == 3 else set()
 
 
 def answer_to(head: bytes | None, routes: Routes, allowed_hosts: Collection[str] = ()) -> tuple[bytes, bool]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from cmtrain import __version__
 from cmtrain.commands.bench import guard, timing
@@ -25,6 +25,7 @@ from cmtrain.commands.bench.models import Setup, against_ceilings, time_latency,
 from cmtrain.commands.bench.timing import WARMUP_STEPS, Figures, Rows, drain, endless, write_report
 from cmtrain.config.schema import Config
 from cmtrain.errors import EXIT_DONE, EXIT_EXPECTATION
+from cmtrain.monitoring.console import announced_parts, print_result
 from cmtrain.monitoring.units import percent
 from cmtrain.step.learner import Learner
 from cmtrain.training import build, loaders
@@ -35,16 +36,28 @@ from pipelines.spec import DataError, Loader
 COMFORTABLE_RATIO = 1.2
 # A host that is busy for this share of a step does not run ahead of the device.
 HOST_SHARE = 0.9
+LOST_PERCENT = 20.0  # of a step: a loader that costs more is slow beside the model, however fast alone
 # An earlier report must have these in common with a new one.
 SAME = ("what", "device", "precision", "compiled", "model", "image_px", "batch", "world_size")
-HEADERS = {
-    "images_per_second": "images/s", "step_ms_mean": "ms/step", "ms_p50": "ms p50", "ms_p95": "ms p95",
-    "ms": "ms", "percent": "% of step", "percent_min": "% min", "percent_max": "% max",
-    "host_ms_median": "host ms", "host_share": "host busy", "data_wait_percent": "% wait for data",
-    "first_is_times": "first is x as fast", "times_earlier": "x earlier", "first_seconds": "first step, s",
-    "mb_per_image": "MB/image", "percent_of_copy": "% of copy rate", "percent_of_matrix": "% of matrix rate",
-    "peak_memory_gib": "peak GiB", "copy_gb_per_second": "copy, GB/s", "matrix_tflops": "matrix, TFLOP/s",
+# key of a row -> header of its column and unit of its number
+COLUMNS = {
+    "images_per_second": ("images/s", ""), "step_ms_mean": ("ms per step", ""), "ms_p50": ("median ms", ""),
+    "ms_p95": ("95 % within, ms", ""), "ms": ("ms", ""), "percent": ("of a step", " %"),
+    "percent_min": ("lowest round", " %"), "percent_max": ("highest round", " %"),
+    "data_wait_percent": ("lost to loading", " %"), "first_is_times": ("first is", " x as fast"),
+    "uses": ("of the machine's best", ""), "times_earlier": ("earlier rate", " x"),
 }  # fmt: skip
+USES = {
+    "percent_of_copy": "memory {:.0f} %", "percent_of_matrix": "compute {:.0f} %",
+    "peak_memory_gib": "{:.1f} GiB", "copy_gb_per_second": "{:.3g} GB/s", "matrix_tflops": "{:.3g} TFLOP/s",
+}  # fmt: skip
+KEYS = {
+    "model": ("images_per_second", "ms_p50", "first_is_times", "uses"),
+    "latency": ("images_per_second", "ms_p50", "ms_p95", "first_is_times"),
+    "guard": ("ms", "percent", "percent_min", "percent_max"),
+}
+RUN_KEYS = ("images_per_second", "step_ms_mean", "data_wait_percent", "uses")
+NUM_PARTS = {"model": 3, "latency": 1, "guard": 3, "all": 4, "train": 1}
 
 
 def bench(config: Config, options: argparse.Namespace) -> int:
@@ -54,9 +67,9 @@ def bench(config: Config, options: argparse.Namespace) -> int:
     `time_models`. "guard": a step with the guard and without, see `time_guard`. "train": training on real
     data. "all": loader, model and training one after the other, and what limits them.
 
-    Prints a table on stderr and one JSON line on stdout. If asked to, writes the JSON to a file as well, and
-    before that what is known of it after each row. Returns the exit code: 0, or 5 if a rate is below
-    `fail_below` times the one in the report `compare`.
+    Prints its parts and a table on stderr, and one JSON line on stdout. If asked to, writes the JSON to a
+    file as well, and before that what is known of it after each row. Returns the exit code: 0, or 5 if a
+    rate is below `fail_below` times the one in the report `compare`.
 
     Raises:
         ConfigError, DataError: as for training, and an earlier run that cannot be compared.
@@ -97,15 +110,18 @@ def bench(config: Config, options: argparse.Namespace) -> int:
         "figures": figures,
         "verdict": "unfinished",
     }
-    for name, row in rows:
-        figures[name] = row
-        if accelerator.is_main_process:
-            write_report(options.json, report)
+    with announced_parts(NUM_PARTS[what], enabled=accelerator.is_main_process) as begin:
+        for name, row in rows:
+            if not row:
+                begin(name)
+                continue
+            figures[name] = row
+            write_report(options.json if accelerator.is_main_process else None, report)
     report["verdict"] = guard.verdict(figures) if what == "guard" else verdict(figures)
     below = _compare(report, earlier, options.fail_below) if earlier else []
     if accelerator.is_main_process:
         _show(report)
-        print(json.dumps(report), flush=True)  # noqa: T201
+        print_result(report, asked=options.json == "")
         write_report(options.json, report)
         for line in below:
             sys.stderr.write(f"{line}\n")
@@ -118,16 +134,20 @@ def _time_run(what: str, setup: Setup, images: Manifest) -> Rows:
     place, lines = loaders.place_loaders(config, accelerator)
     sys.stderr.writelines(f"{line}\n" for line in lines)
     if what == "all":
+        yield "the loader alone", {}
         loader = loaders.make_train_loader(config, images, setup.schedule, accelerator, place)
         yield "loader", _time_loader(loader, setup)
         loader.close()
     learner = setup.make_learner(config)
     if what == "all":
+        yield f"{config.model.name} alone", {}
         synthetic = loaders.make_synthetic_loader(config, setup.schedule, setup.num_classes, accelerator)
         alone = _time_steps(learner, synthetic, setup)
+        yield "copies and matrix products", {}
         ceilings = timing.measure_ceilings(setup.device, setup.dtype)
         alone |= against_ceilings(setup, config.model.name, "train", alone["images_per_second"], ceilings)
         yield "model", alone
+    yield "training on real images", {}
     loader = loaders.make_train_loader(config, images, setup.schedule, accelerator, place)
     train = _time_steps(learner, loader, setup)
     loader.close()
@@ -147,6 +167,9 @@ def verdict(figures: Figures) -> str:
     feeds = f"the loader feeds {percent(ratio, 0)} of what the model takes"
     if ratio < 1:
         return f"limited by decode: {feeds}"
+    if (lost := figures.get("train", {}).get("data_wait_percent", 0.0)) > LOST_PERCENT:
+        alone = f"though alone {feeds}: the two share this machine"
+        return f"limited by decode: loading costs {lost:.0f} % of a step, {alone}"
     if ratio < COMFORTABLE_RATIO:
         feeds += ", which leaves little for jitter"
     if model.get("host_share", 0.0) > HOST_SHARE:
@@ -230,18 +253,23 @@ def _time_steps(learner: Learner, loader: Loader, setup: Setup) -> dict[str, flo
 
 
 def _show(report: dict[str, Any]) -> None:
-    console = Console(stderr=True)
-    rows = report["figures"].items()
-    keys = [key for key in HEADERS if any(key in row for _, row in rows)]
+    """Print five columns with their units; the JSON has all figures."""
+    console, figures = Console(stderr=True, highlight=False), report["figures"]
+    compared = any("times_earlier" in row for row in figures.values())
+    keys = [*KEYS.get(report["what"], RUN_KEYS), *["times_earlier"] * compared]
     title = f"{report['model']} at {report['image_px']} px, {report['precision']}, {report['device']}"
-    table = Table("", *(HEADERS[key] for key in keys), title=title)
-    for name, row in rows:
-        table.add_row(name, *(_shown(row.get(key)) for key in keys))
+    title += f", batch {report['batch']}"
+    columns = (Column(COLUMNS[key][0], justify="right") for key in keys)
+    table = Table("measured", *columns, title=title, title_justify="left", box=None, pad_edge=False)
+    for name, row in figures.items():
+        table.add_row(name, *(_shown(row, key) for key in keys))
     console.print(table)
     console.print(report["verdict"])
 
 
-def _shown(value: float | None) -> str:
-    if value is None:
+def _shown(row: dict[str, float], key: str) -> str:
+    if key == "uses":
+        return ", ".join(text.format(row[key]) for key, text in USES.items() if key in row)
+    if (value := row.get(key)) is None:
         return ""
-    return f"{value:,.1f}" if abs(value) >= 10 else f"{value:.3g}"
+    return (f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}") + COLUMNS[key][1]

@@ -86,6 +86,7 @@ def time_guard(
         return statistics.median(_milliseconds(work, device) for _ in range(ALONE_REPEATS))
 
     # Whole steps, in turns
+    yield f"steps with the guard and without: {rounds} rounds of {steps} each", {}
     for side in sides:
         turn(side, WARMUP_STEPS)
     taken: dict[str, list[float]] = {side: [] for side in sides}
@@ -103,6 +104,7 @@ def time_guard(
         return {"ms": ms, "percent": 100 * ms / spread_over / without_ms}
 
     # Guard, step buffer and metrics alone: of a step, and of a log point
+    yield "guard, metrics, mixing and EMA alone", {}
     scalar = torch.ones((), device=device)
 
     def added_to_a_step() -> None:
@@ -138,6 +140,7 @@ def time_guard(
         yield name, row(ms)
     yield "together", row(alone_ms + log_point_ms / log_every_steps + sum(parts.values()))
 
+    yield "saves", {}
     begin = time.perf_counter()
     turn("with", steps)
     wall_ms = 1000 * (time.perf_counter() - begin) / steps

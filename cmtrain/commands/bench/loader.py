@@ -6,14 +6,13 @@ and a ratio is the median of the ratios within a round. CPU time per image (user
 included) is the steadier figure.
 """
 
-import json
 import multiprocessing
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -28,6 +27,7 @@ from cmtrain.commands.bench.loader_workers import BATCH_SIZE, LoaderContender, m
 from cmtrain.commands.bench.timing import Figures, best_seconds, endless, write_report
 from cmtrain.config.schema import Config
 from cmtrain.errors import EXIT_DONE
+from cmtrain.monitoring.console import announced_parts, print_result
 from cmtrain.training import build, loaders
 from pipelines.files.manifest import Manifest
 from pipelines.packing.encode import PackSpec
@@ -40,9 +40,10 @@ COLOR_JITTER = 0.4
 OVERHEAD_BATCH_SIZE = 512
 PACKED_IMAGES, PACKED_PX, PACKED_QUALITY = 2000, 256, 90
 COLUMNS = {
-    "images_per_second": "images/s", "images_per_second_max": "best", "cpu_ms_per_image": "CPU ms/image",
-    "cpu_ms_per_image_min": "best", "times_timm": "x timm", "times_timm_by_cpu": "x timm by CPU time",
-}  # fmt: skip
+    "images/s (best)": ("images_per_second", "images_per_second_max"),
+    "CPU ms per image (best)": ("cpu_ms_per_image", "cpu_ms_per_image_min"),
+    "times timm's (by CPU time)": ("times_timm", "times_timm_by_cpu"),
+}
 
 
 def bench_loader(config: Config, steps: int, rounds: int, packed: str | None, json_path: str | None) -> int:
@@ -71,8 +72,12 @@ def bench_loader(config: Config, steps: int, rounds: int, packed: str | None, js
     report = {"device": "cpu"} | config.data.model_dump(include={"image_px", "interpolation"})
     versions = {"cmtrain": __version__, "torch": torch.__version__}
     report |= {"batch": BATCH_SIZE, "images": len(files), "versions": versions}
-    report["overhead"] = _overhead(files, hardest)
-    with _packed_copy(files, Path(packed, config.data.train_dir) if packed else None) as shards:
+    num_parts = 1 + len(works) * (1 + (accelerator.device.type == "cuda"))
+    folder = Path(packed, config.data.train_dir) if packed else None
+    with announced_parts(num_parts) as begin, ExitStack() as stack:
+        begin("a packed copy of the images, and what a batch takes of the training thread")
+        shards = stack.enter_context(_packed_copy(files, folder))
+        report["overhead"] = _overhead(files, hardest)
         sources = {"dali": files} | ({} if shards is None else {"dali packed": shards})
 
         def race(device: str, decode: Decode, cores: int, load: float | None = None) -> None:
@@ -81,6 +86,9 @@ def bench_loader(config: Config, steps: int, rounds: int, packed: str | None, js
             contenders += [LoaderContender(name, images, place) for name, images in sources.items()]
             report["gpu" if device == "cuda" else device] = figures = {}
             for work, rows in _race(contenders, works, steps, rounds):
+                if not rows:
+                    begin(f"{work} by {', '.join(contender.name for contender in contenders)}")
+                    continue
                 figures[work] = rows
                 write_report(json_path, report)
 
@@ -93,7 +101,7 @@ def bench_loader(config: Config, steps: int, rounds: int, packed: str | None, js
             }
             race("cuda", placed.decode, placed.threads, placed.hw_decoder_load)
     _show(report)
-    print(json.dumps(report), flush=True)  # noqa: T201
+    print_result(report, asked=json_path == "")
     return EXIT_DONE
 
 
@@ -146,6 +154,7 @@ def _race(
         theirs.close()
     try:
         for work, spec in works.items():
+            yield work, {}  # it begins
             for pipe in pipes.values():
                 _ask(pipe, ("prepare", spec))
             measured = []
@@ -188,10 +197,11 @@ def _show(report: dict[str, Any]) -> None:
             continue
         cores = "one core" if device == "cpu" else f"{report['device']}, {report['cores']} cores"
         title = f"{report['image_px']} px, {report['interpolation']}, {cores}"
-        table = Table("work", "loader", *COLUMNS.values(), title=title)
+        table = Table("work", "loader", *COLUMNS, title=title, box=None, pad_edge=False)
         for work, figures in report[device].items():
             for name, row in figures.items():
-                table.add_row(work, name, *(f"{row[key]:,.2f}" if key in row else "" for key in COLUMNS))
+                shown = (f"{row[a]:,.2f} ({row[b]:,.2f})" if a in row else "" for a, b in COLUMNS.values())
+                table.add_row(work, name, *shown)
         console.print(table)
     overhead = report["overhead"]
     console.print(

@@ -57,6 +57,7 @@ def time_models(setup: Setup, beside: Sequence[str]) -> Rows:
         Rows "NAME train" and "NAME infer" as of Contender.figures and against_ceilings, and "machine".
     """
     config, accelerator = setup.config, setup.accelerator
+    yield "setting up", {}
     names = dict.fromkeys([config.model.name, *beside])
     learners = {name: setup.make_learner(with_model(config, name)) for name in names}
     batches = setup.synthetic_batches()
@@ -64,6 +65,7 @@ def time_models(setup: Setup, beside: Sequence[str]) -> Rows:
     ceilings = measure_ceilings(setup.device, setup.dtype)
     step_images = setup.schedule.micro_batch_size * setup.schedule.accumulation
     for mode in ("train", "infer"):
+        yield f"{mode}: {', '.join(names)}, {setup.rounds} rounds of {setup.steps} steps each", {}
         contenders = []
         for name, learner in learners.items():
             if mode == "train":
@@ -85,6 +87,7 @@ def time_models(setup: Setup, beside: Sequence[str]) -> Rows:
 
 def time_latency(setup: Setup, beside: Sequence[str]) -> Rows:
     """Time inference of one image by the same models. Yields rows "NAME", as of Contender.figures."""
+    yield f"{setup.rounds} rounds of {setup.steps} images each", {}
     config, side = setup.config, setup.config.data.image_px
     image = torch.randn(1, 3, side, side, device=setup.device)
     contenders = []

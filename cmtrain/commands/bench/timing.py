@@ -34,7 +34,7 @@ WALL: Clock = time.perf_counter
 Work = Callable[[], object]  # one step or pass
 Row = dict[str, float]
 Figures = dict[str, Row]  # rows of the table, by name
-Rows = Iterator[tuple[str, Row]]  # the same, each as soon as it is known
+Rows = Iterator[tuple[str, Row]]  # each as soon as it is known; {}: the name of the part that now begins
 
 
 @dataclass
