@@ -1,10 +1,10 @@
-"""Time the loader alone: threads 4, 8, 16; RandAugment; loads of the GPU's JPEG engine. Also its GPU memory.
+"""Time the loader alone: threads, loads of the GPU's JPEG engine, RandAugment. Also its GPU memory.
 
-    python benchmarks/decoding.py FOLDER [--batch 512] [--batches 30] [--decode mixed|cpu] [--json FILE]
+    python benchmarks/decoding.py FOLDER --json FILE [--batch 512] [--batches 30] [--decode WAY]
 
-FOLDER holds train/<class>/*.jpg, or is demo:photos. One process for all, because starting costs more than
-measuring. Every setting is measured twice, forwards and backwards through the list, and both rates are
-printed.
+FOLDER holds train/<class>/*.jpg, or is demo:jpegs. One process for all, because starting costs more than
+measuring. Writes one JSON line per measurement as soon as it is known. Every setting is measured twice,
+forwards and backwards through the list.
 """
 
 import argparse
@@ -16,22 +16,29 @@ import torch
 
 from cmtrain.commands.bench.loader_workers import LoaderContender, make_loader
 from cmtrain.commands.bench.timing import best_seconds, endless
+from pipelines.checks.bad_list import user_cache
+from pipelines.decoder_probe import WAYS
 from pipelines.files.demo_images import demo_folder
 from pipelines.files.manifest import Manifest
-from pipelines.spec import AugmentSpec
+from pipelines.spec import AugmentSpec, Placement
 
 WARMUP_BATCHES = 4
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# RandAugment, threads, load. At a load of 1 no image is left for the GPU's general cores.
+SETTINGS = [
+    *itertools.product((None,), (16, 8, 4), (0.65, 0.0, 0.99)),
+    *itertools.product(("reimpl", "rand-m9-mstd0.5-inc1"), (16,), (0.65,)),
+]
 
 
 def measure(
-    manifest: Manifest, options: argparse.Namespace, rand_augment, threads, load
-) -> tuple[float, float]:
+    manifest: Manifest, options: argparse.Namespace, rand_augment: str | None, threads: int, load: float
+) -> dict[str, float]:
     """Return images/s, and MiB of the GPU that the process and its CUDA context hold."""
     spec = AugmentSpec(160, "bilinear", rand_augment=rand_augment, fp16=DEVICE.type == "cuda")
     size = min(options.batch, len(manifest))
-    ours = LoaderContender("dali", "dali", manifest, DEVICE.type, options.decode, threads, load)
-    loader, _ = make_loader(ours, spec, size)
+    place = Placement(device=DEVICE, decode=options.decode, threads=threads, hw_decoder_load=load)
+    loader, _ = make_loader(LoaderContender("dali", manifest, place), spec, size)
     batches = endless(loader)
 
     def read(count: int) -> None:
@@ -42,7 +49,8 @@ def measure(
     seconds = best_seconds(lambda: read(options.batches), 1, device=DEVICE)
     free_bytes, total_bytes = torch.cuda.mem_get_info() if DEVICE.type == "cuda" else (0, 0)
     loader.close()
-    return options.batches * size / seconds, (total_bytes - free_bytes) / 2**20
+    rate, mib = options.batches * size / seconds, (total_bytes - free_bytes) / 2**20
+    return {"images_per_second": round(rate), "gpu_memory_mib": round(mib)}
 
 
 def main() -> None:
@@ -50,31 +58,19 @@ def main() -> None:
     parser.add_argument("root")
     parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--batches", type=int, default=30)
-    parser.add_argument("--decode", choices=("mixed", "cpu"), default="mixed")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--decode", choices=WAYS, default="mixed")
+    parser.add_argument("--json", type=Path, required=True)
     options = parser.parse_args()
     name = options.root.removeprefix("demo:")
-    cache = Path.home() / ".cache" / "cmtrain"
-    root = demo_folder(name, cache) if name != options.root else Path(options.root)
+    root = demo_folder(name, user_cache()) if name != options.root else Path(options.root)
     manifest = Manifest.from_folder(root / "train")
-    augments = (None, "reimpl", "rand-m9-mstd0.5-inc1")
-    settings = [
-        *itertools.product(augments, (4, 8, 16), (None,)),
-        *((None, 8, load) for load in (0.0, 0.5, 0.8, 1.0)),
-    ]
-    rows = {
-        setting: dict(zip(("rand_augment", "threads", "hw_decoder_load"), setting, strict=True))
-        | {"images_per_second": [], "gpu_memory_mib": []}
-        for setting in settings
-    }
-    for setting in settings + settings[::-1]:
-        rate, mib = map(round, measure(manifest, options, *setting))
-        print(setting, rate, mib, flush=True)
-        rows[setting]["images_per_second"].append(rate)
-        rows[setting]["gpu_memory_mib"].append(mib)
-        if options.json:  # after each setting, in case time runs out
-            report = {"batch": options.batch, "decode": options.decode, "rows": list(rows.values())}
-            options.json.write_text(json.dumps(report) + "\n")
+    with options.json.open("w") as file:
+        for setting in SETTINGS + SETTINGS[::-1]:
+            row = dict(zip(("rand_augment", "threads", "hw_decoder_load"), setting, strict=True))
+            row |= {"batch": options.batch, "decode": options.decode}
+            row |= measure(manifest, options, *setting)
+            print(json.dumps(row), file=file, flush=True)
+            print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,21 +1,26 @@
 """Time CMT-Ti on one GPU in training and inference: eager, fused, compiled, beside timm's models.
 
-    python benchmarks/model_gpu.py --seconds 150 --json model.jsonl
+    python benchmarks/model_gpu.py --seconds 150 --json model.jsonl [--compiled]
 
-Synthetic images lie on the device; there is no loader. Writes one JSON line per case as soon as it is known;
-a case that fails has the error instead. `copy_share` of eager cases is the rate of counted bytes
-(cmtrain/models/cost.py), as a share of the device's own copy rate, which is measured first.
+Synthetic images lie on the device; there is no loader. Writes one JSON line per figure as soon as it is
+known; a case that fails has the error instead. `copy_share` of eager cases is the rate of counted bytes
+(cmtrain/models/cost.py), as a share of the device's own copy rate, which is measured first. The first case
+is also profiled: one line for each of the kernels that a step spends most of its time in.
 """
 
 import argparse
 import json
 import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
 import torch.nn.functional as F
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 import cmtrain.models  # noqa: F401
 from cmtrain.commands.bench.timing import WARMUP_STEPS, Work, best_seconds, laps, measure_ceilings
@@ -30,6 +35,7 @@ DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 if not ON_GPU:
     DTYPES = dict.fromkeys(DTYPES, torch.float32)
+NUM_KERNELS = 30  # of a profile
 
 
 @dataclass(frozen=True)
@@ -129,9 +135,33 @@ def measure(case: Case, batch: int, image_px: int, steps: int, copy_rate: float)
     return figures
 
 
-def attention_times(batch: int, steps: int) -> dict[str, float]:
-    """Return milliseconds of attention, both directions, with heads of 46 channels and padded to 48."""
-    found = {}
+def profile_rows(case: Case, batch: int, image_px: int) -> Iterator[dict[str, Any]]:
+    """Profile one step after warm-up. Yields a row of totals, then one per kernel, the dearest first."""
+    model = make_model(case.name, image_px, case.mode, case.ffn_kernel).to(DEVICE)
+    images = torch.randn(batch, 3, image_px, image_px, device=DEVICE, dtype=DTYPES[case.precision])
+    work = step_of(model, images, case.mode)
+    mean_seconds(work, 1)  # warms up
+    with profile(activities=[ProfilerActivity.CUDA if ON_GPU else ProfilerActivity.CPU]) as profiled:
+        best_seconds(work, 1, device=DEVICE)
+    yield from dearest_kernels(profiled.key_averages(), DeviceType.CUDA if ON_GPU else DeviceType.CPU)
+
+
+def dearest_kernels(events: Sequence[Any], device: DeviceType) -> Iterator[dict[str, Any]]:
+    """Yield the totals of a profile's kernels, or of its operators on a CPU, then the dearest of them."""
+    own_us = {DeviceType.CPU: "self_cpu_time_total"}.get(device, "self_device_time_total")
+    ran = [event for event in events if event.device_type == device and not event.is_user_annotation]
+    ran.sort(key=lambda event: getattr(event, own_us), reverse=True)
+    total_us = sum(getattr(event, own_us) for event in ran)
+    calls = sum(event.count for event in ran)
+    yield {"kernel": "all", "calls": calls, "total_ms": total_us / 1000, "share": 1.0}
+    for event in ran[:NUM_KERNELS]:
+        us = getattr(event, own_us)
+        row = {"kernel": event.key[:160], "calls": event.count, "total_ms": us / 1000}
+        yield row | {"share": us / total_us}
+
+
+def attention_times(batch: int, steps: int) -> Iterator[dict[str, Any]]:
+    """Yield milliseconds of attention, both directions, with heads of 46 channels and padded to 48."""
     for heads, queries, keys in ((1, 1600, 25), (4, 100, 25)):
         for dim in (46, 48):
             q, k, v = (
@@ -143,14 +173,13 @@ def attention_times(batch: int, steps: int) -> dict[str, float]:
             def run(q=q, k=k, v=v, bias=bias, scale=46**-0.5) -> None:
                 attend(q, k, v, bias, 0.0, scale).sum().backward()
 
-            found[f"{heads} heads of {dim}, {queries} queries"] = 1000 * mean_seconds(run, steps)
-    return found
+            part = f"attention, {heads} heads of {dim}, {queries} queries"
+            yield {"part": part, "ms": 1000 * mean_seconds(run, steps)}
 
 
-def part_times(batch: int, steps: int) -> dict[str, float]:
-    """Return milliseconds of each stage's parts that have Triton kernels, with the kernels and without."""
+def part_times(batch: int, steps: int) -> Iterator[dict[str, Any]]:
+    """Yield milliseconds of each stage's parts that have Triton kernels, with the kernels and without."""
     kernels: tuple[FfnKernel, ...] = ("eager", "fused") if ON_GPU else ("eager",)
-    found = {}
     for channels, hidden, side in ((46, 165, 40), (92, 331, 20), (184, 662, 10), (368, 1324, 5)):
         x = torch.randn(batch, channels, side, side, device=DEVICE, dtype=DTYPES["fp16"])
         x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
@@ -164,8 +193,7 @@ def part_times(batch: int, steps: int) -> dict[str, float]:
                     out.sum().backward()
 
                 name = f"{type(part).__name__}, {channels} channels, {side} px, {kernel}"
-                found[name] = 1000 * mean_seconds(run, steps)
-    return found
+                yield {"part": name, "ms": 1000 * mean_seconds(run, steps)}
 
 
 def main() -> None:
@@ -175,34 +203,46 @@ def main() -> None:
     parser.add_argument("--image-px", type=int, default=160)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--seconds", type=float, default=150, help="no case starts later than this")
+    parser.add_argument("--compiled", action="store_true", help="the compiled cases only, minutes each")
     parser.add_argument("--json", required=True)
     options = parser.parse_args()
     begin = time.monotonic()
     set_cuda_math("fp32")  # as training does, also for fp16 and bf16
     torch.manual_seed(0)
     rate = measure_ceilings(DEVICE, DTYPES["fp16"]).copy_bytes_per_second
+    cases = [case for case in CASES if bool(case.compiled) == options.compiled]
+    if not ON_GPU:  # a CPU has no fused kernels, and compiles too slowly to be of use
+        cases = [case for case in cases if not case.compiled and case.ffn_kernel != "fused"]
     with Path(options.json).open("w") as file:
 
-        def write(**line: object) -> None:
+        def write(**line: Any) -> None:
             print(json.dumps(line), file=file, flush=True)
             print(json.dumps(line), flush=True)
 
-        write(copy_bytes_per_second=rate, attention_ms=attention_times(options.batch, options.steps))
-        write(part_ms=part_times(options.batch, options.steps))
-        for case in CASES:
-            if not ON_GPU and (case.compiled or case.ffn_kernel == "fused"):
-                continue  # meaningless on a CPU
-            batch = options.small_batch if case.small else options.batch
-            line = asdict(case) | {"batch": batch}
+        def measured(line: dict[str, Any], rows: Callable[[], Iterator[dict[str, Any]]]) -> None:
+            """Write `line` with each of the rows, or with the error that ended them."""
             try:
                 if time.monotonic() - begin > options.seconds:
-                    raise RuntimeError("skipped: no time left")
-                line |= measure(case, batch, options.image_px, options.steps, rate)
-            except RuntimeError as error:  # out of memory is one, too
-                line["failed"] = str(error)[:200]
-            write(**line)
+                    raise TimeoutError("skipped: no time left")
+                for row in rows():
+                    write(**line, **row)
+            except Exception as error:  # a compiler's are of many kinds
+                write(**line, failed=f"{type(error).__name__}: {error}"[:200])
             if ON_GPU:
                 torch.cuda.empty_cache()
+
+        write(copy_bytes_per_second=rate)
+        for number, case in enumerate(cases):
+            batch = options.small_batch if case.small else options.batch
+            line = asdict(case) | {"batch": batch}
+            sizes = batch, options.image_px
+            measured(line, lambda case=case, sizes=sizes: iter([measure(case, *sizes, options.steps, rate)]))
+            if number == 0 and not options.compiled:
+                name = f"{case.name} {case.mode} {case.ffn_kernel}"
+                measured({"profile": name}, lambda case=case, sizes=sizes: profile_rows(case, *sizes))
+        if not options.compiled:
+            measured({}, lambda: attention_times(options.batch, options.steps))
+            measured({}, lambda: part_times(options.batch, options.steps))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,20 @@
-"""Write a file whole or not at all."""
+"""Write a file or folder whole or not at all, one process at a time; remove what killed writers left."""
 
-from __future__ import annotations
-
+import contextlib
+import glob
 import os
+import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+from filelock import FileLock, Timeout
+
+from pipelines.spec import visible
+
+WAIT_LINE_SECONDS = 10.0
 
 
 @contextmanager
@@ -15,7 +23,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
     After an error it is deleted, and `path` is as it was. Raises OSError.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    partial = partial_path(path)
     try:
         with partial.open("wb") as file:
             yield file
@@ -24,3 +32,39 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def partial_path(path: Path) -> Path:
+    """Return where this process writes what will be at `path`."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def wait_for_lock(path: Path, what: str) -> FileLock:
+    """Hold the lock, once no process of this host, or of any host if the file system can, has it.
+
+    Where nothing can be locked it is not held, and every process works for itself. `what` the others do.
+    """
+    lock = FileLock(path, fallback_to_soft=False)
+    with contextlib.suppress(OSError, NotImplementedError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        while not lock.is_locked:
+            try:
+                lock.acquire(timeout=WAIT_LINE_SECONDS)
+            except Timeout:
+                sys.stderr.write(visible(f"waiting for the process that {what} (it holds {path})") + "\n")
+    return lock
+
+
+def remove_leftovers(path: Path, lock_path: Path) -> None:
+    """Remove the partial files or folders for `path` whose writers are dead: nobody holds their lock."""
+    pattern = f".{glob.escape(path.name)}.*"
+    with contextlib.suppress(OSError, NotImplementedError, Timeout):
+        leftovers = list(path.parent.glob(pattern))
+        if not leftovers:
+            return
+        with FileLock(lock_path, timeout=0, fallback_to_soft=False):
+            for leftover in leftovers:
+                if leftover.is_dir():
+                    shutil.rmtree(leftover)
+                else:
+                    leftover.unlink(missing_ok=True)

@@ -9,7 +9,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from pipelines.checks.bad_list import BadFile
+from pipelines.checks.decode_one import is_trouble, patiently
 from pipelines.dali import graphs
 from pipelines.dali.stages import Stages, make_stages
 from pipelines.files.manifest import Manifest
@@ -26,19 +27,27 @@ from pipelines.plan import MicroBatch, Plan, augment_params
 from pipelines.spec import UNREADABLE, AugmentSpec, Batch, DataError, EvalSpec, Placement
 from pipelines.stand_ins import StandIns
 
+MAX_RATIO = 100  # of the sides of an image in evaluation; a longer one is squeezed to this
 _FIRST_PIXEL = np.array([[0, 0, 1, 1]], np.int32)  # top, left, height, width
 
 
-def train_loader(manifest: Manifest, plan: Plan, spec: AugmentSpec, place: Placement) -> DaliLoader:
+def train_loader(
+    manifest: Manifest, plan: Plan, spec: AugmentSpec, place: Placement | None = None, **placement: Any
+) -> DaliLoader:
     """Return a loader of this rank's augmented micro-batches, in the plan's order.
 
     Another sample, with its own label and draws, replaces one that cannot be decoded.
 
+    Args:
+        place: rank, device and limits; or give fields of Placement as keywords, such as `device="cuda:0"`.
+
     Raises:
+        TypeError: a keyword that Placement does not have, or both a Placement and keywords.
         DataError: "mixed" without a CUDA device; from `epoch`, too many bad files.
         ValueError: from `epoch`, a world that does not divide the plan; a RandAugment string that is not
             understood.
     """
+    place = _placement(place, placement)
     read = file_reader(manifest, place.threads)
 
     def inputs(batch: MicroBatch) -> Sequence[Any]:
@@ -50,15 +59,18 @@ def train_loader(manifest: Manifest, plan: Plan, spec: AugmentSpec, place: Place
     return DaliLoader(manifest, spec, place, plan.micro_batch_size, micro_batches, inputs)
 
 
-def eval_loader(manifest: Manifest, spec: EvalSpec, place: Placement, *, batch_size: int) -> DaliLoader:
+def eval_loader(
+    manifest: Manifest, spec: EvalSpec, place: Placement | None = None, *, batch_size: int, **placement: Any
+) -> DaliLoader:
     """Return a loader of every image once over all ranks: this rank's are `[rank::world]`.
 
     Its last batch may be smaller. An image that cannot be decoded keeps its place, with another one's pixels
-    and the label `UNREADABLE`. `epoch` ignores the epoch's number and accepts no `start`. Errors as for
-    `train_loader`; ValueError also when the crop is larger than the resized image.
+    and the label `UNREADABLE`. `epoch` ignores the epoch's number and accepts no `start`. Arguments and
+    errors as for `train_loader`; ValueError also when the crop is larger than the resized image.
     """
     if spec.resize_px < spec.image_px:
         raise ValueError(f"resize_px {spec.resize_px} is below image_px {spec.image_px}")
+    place = _placement(place, placement)
     read = file_reader(manifest, place.threads)
 
     def micro_batches(epoch: int, start: int) -> Iterator[MicroBatch]:
@@ -78,15 +90,25 @@ def eval_loader(manifest: Manifest, spec: EvalSpec, place: Placement, *, batch_s
     return DaliLoader(manifest, spec, place, batch_size, micro_batches, inputs)
 
 
+def _placement(place: Placement | None, options: dict[str, Any]) -> Placement:
+    known = [field.name for field in fields(Placement)]
+    if unknown := [name for name in options if name not in known]:
+        raise TypeError(f"{unknown[0]} is no option of a loader; these are {', '.join(known)}")
+    if place is not None and options:
+        raise TypeError(f"give either a Placement or {', '.join(options)}, not both")
+    return place or Placement(**options)
+
+
 def eval_windows(
     heights: NDArray[np.int32], widths: NDArray[np.int32], resize_px: int, image_px: int
 ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     """Return sizes (B, 2) of torchvision's Resize(resize_px) and offsets (B, 2) of its CenterCrop(image_px).
 
-    The longer side is truncated, not rounded; halves of an offset round to even, as Python's `round`.
+    The longer side is truncated, not rounded; halves of an offset round to even, as Python's `round`. It is
+    at most `MAX_RATIO` times the shorter: 1 x 60,000 pixels would be 184 x 11 million, 6 GB, for a crop.
     """
     stored = np.stack([heights, widths], axis=1).astype(np.int64)  # (B, 2)
-    sizes = resize_px * stored // stored.min(axis=1, keepdims=True)
+    sizes = np.minimum(resize_px * stored // stored.min(axis=1, keepdims=True), MAX_RATIO * resize_px)
     return sizes.astype(np.int32), np.rint((sizes - image_px) / 2).astype(np.int32)
 
 
@@ -104,14 +126,10 @@ class DaliLoader:
     """
 
     def __init__(
-        self,
-        manifest: Manifest,
-        spec: AugmentSpec | EvalSpec,
-        place: Placement,
-        batch_size: int,
+        self, manifest: Manifest, spec: AugmentSpec | EvalSpec, place: Placement, batch_size: int,
         micro_batches: Callable[[int, int], Iterator[MicroBatch]],
         inputs: Callable[[MicroBatch], Sequence[Any]],
-    ) -> None:
+    ) -> None:  # fmt: skip
         self._run = graphs.execution(place, batch_size, reads_files=manifest.packed is None)
         self._stand_ins = StandIns(manifest, place.max_bad_fraction, place.threads)
         self._manifest, self._micro_batches, self._inputs = manifest, micro_batches, inputs
@@ -256,8 +274,11 @@ class DaliLoader:
         """
         index, packed = int(sample.indices[0]), self._manifest.packed
         try:
-            content = Path(self._manifest.file(index)).read_bytes() if packed is None else packed.read(index)
-        except OSError:
+            path = Path(self._manifest.file(index))
+            content = patiently(path.read_bytes) if packed is None else packed.read(index)
+        except OSError as error:
+            if is_trouble(error):  # another sample must not take the place of a good one
+                raise DataError.of(error, path) from error
             return False
         digest = hashlib.sha256(content).digest()
         if not content or digest in self._undecodable:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
@@ -23,8 +26,51 @@ UNREADABLE = -1
 MAX_BAD_FRACTION = 0.1
 
 
+_ADVICE = {
+    errno.EACCES: "give this user the right to read it, or move it away",
+    errno.ELOOP: "a link leads back to itself; remove it",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENOENT: "was it moved, or is a disk not mounted?",
+    errno.ENOSPC: "make room",
+}
+_TRY_AGAIN = "the machine is at fault, not the file: nothing was left out; run the same command again"
+
+
 class DataError(Exception):
     """A fault of the data or the machine, not of the configuration, in one clear line (exit code 3)."""
+
+    @staticmethod
+    def of(error: OSError, path: object = None) -> DataError:
+        """Return what an error of the operating system means, in one line; `path` if it names none."""
+        place = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else path
+        advice = _ADVICE.get(error.errno or 0, _TRY_AGAIN)
+        return DataError(f"{place}: {error.strerror or error}; {advice}")
+
+
+@contextmanager
+def os_errors_in_one_line(path: object = None) -> Iterator[None]:
+    """Raise DataError for an OSError of the block, except for one of standard output (EPIPE)."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise DataError.of(error, path) from error
+
+
+def visible(text: object) -> str:
+    r"""Return text for a screen or a log: what is not printable is an escape such as \n, \x1b or \u202e.
+
+    Names of files and classes come from outside. One with control characters could move the cursor, forge a
+    line or turn the order of letters round.
+    """
+    shown = str(text)
+    if shown.isprintable():
+        return shown
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode()
+        for char in shown
+    )
 
 
 class Batch(NamedTuple):

@@ -53,13 +53,13 @@ class StandIns:
     def check(self, indices: Iterable[int]) -> bool:
         """Test-decode images with Pillow; return whether another bad file was found.
 
-        Raises DataError for more bad files than allowed.
+        Raises DataError for more bad files than allowed, and when the machine cannot read a file.
         """
         unknown = sorted(set(indices) - self._bad.keys())
         before = len(self._bad)
         with self._manifest.files(unknown) as paths:
             results = list(self._pool.check(paths))
-        for index, (height, width, fault) in zip(unknown, results, strict=True):
+        for index, (height, width, fault, _) in zip(unknown, results, strict=True):
             expected = int(self._manifest.heights[index]), int(self._manifest.widths[index])
             if not fault and (height, width) != expected:
                 was = f"was {expected[0]}x{expected[1]} when it was indexed"

@@ -4,22 +4,28 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from cmtrain.errors import EXIT_DATA, EXIT_DONE
-from pipelines.checks.bad_list import write_list
-from pipelines.checks.decode_one import Fault
+from pipelines.checks.bad_list import SPLITS, write_list
+from pipelines.checks.decode_one import Fault, Kind
 from pipelines.checks.decode_pool import DecodePool
-from pipelines.files.listing import Listing, list_folder, relabel_folder
+from pipelines.files.doubts import split_doubts
+from pipelines.files.labels import relabel_folder
+from pipelines.files.listing import Listing, describe_skipped, list_folder
 from pipelines.files.manifest import Manifest
+from pipelines.files.shards import is_packed
 from pipelines.progress import tracked
-from pipelines.spec import DataError
+from pipelines.spec import MAX_BAD_FRACTION, DataError, os_errors_in_one_line, visible
 
 NUM_SHOWN = 20
-SPLITS = ("train", "val")
+KIND_NAMES: dict[Kind, str] = {
+    "truncated": "cut short", "not_an_image": "not an image", "too_large": "too large",
+    "missing": "cannot be opened", "other": "damaged",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -28,12 +34,15 @@ class CheckedSplit:
 
     listing: Listing
     faults: dict[int, Fault]
+    num_rotated: int
     seconds: float
 
 
+@os_errors_in_one_line()
 def check(
-    root: str, *, full: bool, processes: int | None, out: str | None, cache_dir: str | None = None
-) -> int:
+    root: str, *, full: bool, processes: int | None, out: str | None, cache_dir: str | None = None,
+    max_bad_fraction: float = MAX_BAD_FRACTION,
+) -> int:  # fmt: skip
     """Test the images of `root`, in processes that a hostile file may kill, and list the unusable ones.
 
     The list is written beside the data, or into the user's cache if the data is read-only, and training
@@ -47,12 +56,15 @@ def check(
         processes: number of decoding processes; None is one per core.
         out: file for the list instead, for people: training does not read it.
         cache_dir: data.cache_dir of the runs, where they cache file headers.
+        max_bad_fraction: data.max_bad_fraction of the runs.
 
     Returns:
-        The process exit code: 0 when every file is good, else 3.
+        The process exit code: 0 when training will leave out every bad file that was found; 3 when a split
+        has more of them than `max_bad_fraction`, or when `out` is given and training would meet them.
 
     Raises:
-        DataError: no images there, or a validation class that training does not have.
+        DataError: no images there, a validation class that training does not have, a file or folder that
+            the machine cannot read (nothing is listed then), or a list that cannot be written.
     """
     folder = Path(root).absolute()
     pool = DecodePool(processes, decode=full)
@@ -65,25 +77,46 @@ def check(
         for split in splits
         for place, fault in split.faults.items()
     }
+    written = None
     if out or full:  # before the manifests are made, which leave out what it names
         written = write_list(folder, faults, Path(out) if out else None)
-        if written is not None:
-            _print(f"{len(faults):,} bad files are listed in {written}")
-    class_names = splits[0].listing.class_names
-    for split in splits:
-        _describe(split, class_names, cache_dir)
     for path, fault in list(faults.items())[:NUM_SHOWN]:
         _print(f"  {path}: {fault.reason}")
     if len(faults) > NUM_SHOWN:
         _print(f"  and {len(faults) - NUM_SHOWN:,} more")
-    return EXIT_DATA if faults else EXIT_DONE
+    class_names = splits[0].listing.class_names
+    for split in splits:
+        _describe(split, class_names, cache_dir)
+    if written is not None:
+        _print(f"the {len(faults):,} bad files are listed in {written}")
+    relabel_folder(splits[0].listing, None)  # raises where training would
+    if not faults:
+        return EXIT_DONE
+    if out and full:
+        _print("training does not read that list: check without --out to have them left out")
+        return EXIT_DATA
+    crowded = []
+    for split in splits:
+        num_files = len(split.listing)
+        if len(split.faults) > min(max_bad_fraction * num_files, num_files - 1):
+            crowded.append(split.listing.root)
+    if crowded:
+        where = " and ".join(map(str, crowded))
+        _print(f"training will refuse {where}: more than {max_bad_fraction:g} of it is bad")
+        return EXIT_DATA
+    _print("training leaves them out")
+    return EXIT_DONE
 
 
 def _list_splits(folder: Path) -> Iterator[Listing]:
     class_names = None
     roots = [folder / name for name in SPLITS if (folder / name).is_dir()] or [folder]
     for root in roots:
-        listing = relabel_folder(list_folder(root), class_names)
+        if is_packed(root):
+            what = "is packed: the same `cmtrain data pack` again verifies it"
+            raise DataError(f"{root}: {what}; check the folder that it was packed from")
+        listing = list_folder(root)
+        listing = relabel_folder(listing, class_names or listing.class_names)
         class_names = listing.class_names
         yield listing
 
@@ -92,35 +125,39 @@ def _check_split(listing: Listing, pool: DecodePool) -> CheckedSplit:
     begin = time.monotonic()
     places = [place for place in range(len(listing)) if place not in listing.faults]
     results = pool.check([str(listing.root / listing.paths[place]) for place in places])
-    tracked_results = tracked(results, f"{listing.root}: checking", len(places))
-    found = {
-        place: result.fault for place, result in zip(places, tracked_results, strict=True) if result.fault
-    }
-    return CheckedSplit(listing, dict(sorted((listing.faults | found).items())), time.monotonic() - begin)
+    faults, num_rotated = dict(listing.faults), 0
+    results = tracked(results, f"{listing.root}: checking", len(places))
+    for place, result in zip(places, results, strict=True):
+        num_rotated += result.rotated
+        if result.fault:
+            faults[place] = result.fault
+    return CheckedSplit(listing, dict(sorted(faults.items())), num_rotated, time.monotonic() - begin)
 
 
 def _describe(split: CheckedSplit, class_names: tuple[str, ...], cache_dir: str | None) -> None:
     listing, num_bad = split.listing, len(split.faults)
-    kinds = Counter(fault.kind for fault in split.faults.values())
+    kinds = Counter(KIND_NAMES[fault.kind] for fault in split.faults.values())
     by_kind = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
     line = f"{listing.root}: {len(listing):,} files, {len(listing) - num_bad:,} good, {num_bad:,} bad"
     _print(f"{line} ({by_kind})" if kinds else line)
-    _print(f"  {len(listing) / split.seconds:,.0f} images/s")
+    if listing.skipped:
+        _print(f"  {describe_skipped(listing.skipped)}")
+    if split.num_rotated:
+        _print(f"  {split.num_rotated:,} ask to be turned (EXIF); images are used as they are stored")
     good = np.delete(listing.labels, list(split.faults))
     counts = np.bincount(good, minlength=len(class_names))
     fewest = class_names[int(counts.argmin())]
     _print(
         f"  {len(class_names):,} classes of {counts.min():,} ({fewest}) to {counts.max():,} good images, "
-        f"median {np.median(counts):,.0f}"
+        f"median {np.median(counts):,.0f}; {len(listing) / split.seconds:,.0f} images/s"
     )
-    try:
+    if num_bad < len(listing):  # the next start uses what is read here
         manifest = Manifest.from_folder(
             listing.root, class_names=class_names, cache_dir=cache_dir, max_bad_fraction=1.0, refresh=True
         )
-    except DataError:  # no image is usable
-        return
-    _print(f"  fingerprint {manifest.fingerprint}")
+        for line in split_doubts(replace(manifest, notes=()), listing.root.name):
+            _print(f"  {line}")
 
 
 def _print(line: str) -> None:
-    sys.stdout.write(f"{line}\n")
+    sys.stdout.write(f"{visible(line)}\n")

@@ -1,33 +1,28 @@
 """Pack folders or lists of image files into tar shards with an index (`cmtrain data pack`)."""
 
-import json
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from cmtrain.errors import EXIT_DONE
+from cmtrain.monitoring.console import print_result
+from pipelines.files.doubts import split_doubts
 from pipelines.files.manifest import Manifest
 from pipelines.files.shards import damage, is_packed
 from pipelines.packing.encode import PackSpec
 from pipelines.packing.shard_writer import pack_split
-from pipelines.spec import MAX_BAD_FRACTION, DataError
+from pipelines.spec import MAX_BAD_FRACTION, DataError, os_errors_in_one_line, visible
 
 SPLITS = ("train", "val")
 
 
+@os_errors_in_one_line()
 def pack(
-    source: str,
-    destination: str,
-    *,
-    shard_mib: int,
-    processes: int | None,
-    train_list: str | None = None,
-    val_list: str | None = None,
-    max_bad_fraction: float = MAX_BAD_FRACTION,
-    cache_dir: str | None = None,
-    **encoding: Any,
-) -> int:
+    source: str, destination: str, *, shard_mib: int, processes: int | None, train_list: str | None = None,
+    val_list: str | None = None, max_bad_fraction: float = MAX_BAD_FRACTION, cache_dir: str | None = None,
+    as_json: bool = False, **encoding: Any,
+) -> int:  # fmt: skip
     """Pack the training and the validation images of `source`; `destination` is then a data.root.
 
     After a kill or a full disk the same command continues; after success it verifies the shards. Prints one
@@ -40,6 +35,7 @@ def pack(
         train_list, val_list: list files, relative to `source`, used instead of the folders.
         max_bad_fraction: share of unusable files above which a split is refused.
         cache_dir: cache for image sizes, as data.cache_dir.
+        as_json: print the JSON line on a terminal, too.
         encoding: `resize_shorter` and `quality`, see pipelines.packing.encode.
 
     Raises:
@@ -56,21 +52,20 @@ def pack(
     class_names: tuple[str, ...] | None = None
     for split in found:
         if list_name := listed[split]:
-            manifest = Manifest.from_folder(
-                root, image_list=root / list_name, class_names=class_names, **limits
-            )
+            manifest = Manifest.from_list(root / list_name, root, class_names=class_names, **limits)
         elif is_packed(root / split):
             raise DataError(f"{root / split}: is packed already; give the folder that holds the image files")
         else:
             manifest = Manifest.from_folder(root / split, class_names=class_names, **limits)
         class_names = manifest.class_names
+        sys.stderr.writelines(f"{visible(line)}\n" for line in split_doubts(manifest, split))
         folder = Path(destination).absolute() / split
         workers = processes or len(os.sched_getaffinity(0))
         split_index = pack_split(
             manifest, folder, spec, processes=workers, max_bad_fraction=max_bad_fraction
         )
         for path, _, reason in split_index.bad:
-            sys.stderr.write(f"left out: {path}: {reason}\n")
+            sys.stderr.write(visible(f"left out: {path}: {reason}") + "\n")
         shards = split_index.packed
         assert shards is not None
         if damaged := damage(shards, split_index.paths):
@@ -80,6 +75,6 @@ def pack(
         counts = {"images": images, "left_out": len(split_index.bad), "shards": len(shards.shard_names)}
         report[split] = counts | {"bytes": size_bytes}
         written = f"{images:,} images in {counts['shards']} shards, {size_bytes:,} bytes"
-        sys.stderr.write(f"{folder}: {written}, verified\n")
-    print(json.dumps({"destination": destination, **report}), flush=True)  # noqa: T201
+        sys.stderr.write(visible(f"{folder}: {written}, verified") + "\n")
+    print_result({"destination": destination, **report}, asked=as_json)
     return EXIT_DONE

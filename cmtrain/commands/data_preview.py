@@ -1,7 +1,6 @@
 """Draw augmented images, and measure a data set (`cmtrain data preview` and `cmtrain data stats`)."""
 
 import io
-import json
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -18,12 +17,15 @@ from rich.table import Table
 
 from cmtrain.config.schema import Config
 from cmtrain.errors import EXIT_DONE
+from cmtrain.monitoring.console import print_result
 from cmtrain.step.mixing import MixSpec, mix
 from cmtrain.training import build, loaders
+from pipelines.checks.decode_one import FORMATS, fault_of, is_trouble, patiently
+from pipelines.checks.pixels import grey_or_rgb
 from pipelines.files.manifest import Manifest
 from pipelines.preview import contact_sheet
 from pipelines.progress import tracked
-from pipelines.spec import DataError
+from pipelines.spec import DataError, os_errors_in_one_line, visible
 
 _PERCENTILES = (0, 5, 50, 95, 100)
 _SAMPLED_IMAGES = 1000  # decoded for mean and std, evenly spread over the split
@@ -41,6 +43,7 @@ def preview(config: Config, *, out: str, rows: int = 8, columns: int = 8, epoch:
     """
     accelerator = build.make_accelerator("auto")
     data = loaders.open_data(config, accelerator)
+    sys.stderr.writelines(f"{visible(line)}\n" for line in data.notes)
     chosen = np.unique(np.linspace(0, len(data.train) - 1, rows).astype(np.int64))
     shown = data.train.select(chosen)
     schedule = build.plan_steps(config, len(data.train), accelerator.num_processes)
@@ -65,8 +68,8 @@ def preview(config: Config, *, out: str, rows: int = 8, columns: int = 8, epoch:
     return EXIT_DONE
 
 
-def stats(config: Config) -> int:
-    """Count and measure both splits: a table on stderr, one JSON line on stdout.
+def stats(config: Config, *, as_json: bool = False) -> int:
+    """Count and measure both splits: a table on stderr, one JSON line on stdout (see print_result).
 
     `mean` and `std` are the values for data.mean and data.std: over all pixels, with equal weight for every
     image. They and `undecodable` come from at most 1,000 images. Returns the exit code, 0.
@@ -75,12 +78,13 @@ def stats(config: Config) -> int:
         ConfigError, DataError: as for training.
     """
     data = loaders.open_data(config, build.make_accelerator("auto", checks_gpus=False))
+    sys.stderr.writelines(f"{visible(line)}\n" for line in data.notes)
     report = {"train": _split_stats(data.train, config), "val": _split_stats(data.val, config)}
     table = Table("", *report)
     for key in report["train"]:
         table.add_row(key, *(_text(figures[key]) for figures in report.values()))
     Console(stderr=True).print(table)
-    print(json.dumps(report), flush=True)  # noqa: T201
+    print_result(report, asked=as_json)
     return EXIT_DONE
 
 
@@ -90,12 +94,13 @@ def _split_stats(manifest: Manifest, config: Config) -> dict[str, Any]:
     return {
         "images": len(manifest),
         "left_out": len(manifest.bad),
+        "not_used": dict(manifest.skipped),
         "classes": len(manifest.class_names),
         "images_per_class": _percentiles(per_class, (0, 50, 100)),
         "height_px": _percentiles(manifest.heights, _PERCENTILES),
         "width_px": _percentiles(manifest.widths, _PERCENTILES),
         "smaller_than_crop": float((shorter < config.data.image_px).mean()),
-        "bytes": _size_bytes(manifest),
+        "bytes": int(manifest.size_bytes.sum()),
         **_pixel_stats(manifest),
     }
 
@@ -106,21 +111,15 @@ def _percentiles(values: NDArray[Any], percents: tuple[int, ...]) -> dict[str, f
     return {names.get(percent, f"p{percent}"): value for percent, value in zip(percents, found, strict=True)}
 
 
-def _size_bytes(manifest: Manifest) -> int:
-    if manifest.packed is not None:
-        return int(manifest.packed.size_bytes.sum())
-    return sum(os.path.getsize(manifest.file(index)) for index in range(len(manifest)))
-
-
 def _pixel_stats(manifest: Manifest) -> dict[str, Any]:
     chosen = np.unique(np.linspace(0, len(manifest) - 1, _SAMPLED_IMAGES).astype(np.int64)).tolist()
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool, os_errors_in_one_line():
         decoded = pool.map(lambda index: _moments(manifest, index), chosen)
         found = list(tracked(decoded, f"{manifest.root}: decoding", len(chosen)))
     moments = np.array([moment for moment in found if not isinstance(moment, str)]).reshape(-1, 2, 3)
     failures = [(index, why) for index, why in zip(chosen, found, strict=True) if isinstance(why, str)]
     for index, why in failures:
-        sys.stderr.write(f"cannot be decoded: {manifest.file(index)}: {why}\n")
+        sys.stderr.write(visible(f"cannot be decoded: {manifest.file(index)}: {why}") + "\n")
     mean, square = moments.mean(axis=0) if len(moments) else np.full((2, 3), np.nan)
     return {
         "mean": np.round(mean, 4).tolist(),
@@ -134,16 +133,21 @@ def _moments(manifest: Manifest, index: int) -> NDArray[np.float64] | str:
     """Return (2, 3): mean and mean square of R, G and B in 0..1; or the reason why there are none."""
     packed = manifest.packed
     try:
-        with Image.open(manifest.file(index) if packed is None else io.BytesIO(packed.read(index))) as image:
-            pixels = np.asarray(image.convert("RGB"), np.float64).reshape(-1, 3) / 255  # (H * W, 3)
+        content = packed.read(index) if packed else patiently(Path(manifest.file(index)).read_bytes)
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            histogram = grey_or_rgb(image).convert("RGB").histogram()
     except Exception as error:  # Pillow's decoders raise almost anything on hostile bytes
-        return f"{type(error).__name__}: {error}"
-    return np.stack([pixels.mean(axis=0), (pixels**2).mean(axis=0)])
+        if is_trouble(error) or isinstance(error, DataError | MemoryError):
+            raise
+        return fault_of(error).reason
+    shares = np.array(histogram).reshape(3, 256) * (3 / sum(histogram))  # of each channel's 256 levels
+    levels = np.arange(256) / 255
+    return np.stack([shares @ levels, shares @ levels**2])
 
 
 def _text(value: Any) -> str:
     if isinstance(value, dict):
-        return "  ".join(f"{name} {_text(number)}" for name, number in value.items())
+        return visible("  ".join(f"{name} {_text(number)}" for name, number in value.items()))
     if isinstance(value, list):
         return " ".join(f"{number:.4f}" for number in value)
     return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
@@ -157,4 +161,4 @@ def _write_grid(epochs: list[torch.Tensor], config: Config, path: Path) -> None:
         contact_sheet(images, mean, std, path, max_images=len(images), columns=len(epochs))
     except OSError as error:
         raise DataError(f"{path}: cannot be written: {error.strerror or error}") from error
-    sys.stderr.write(f"{path}\n")
+    sys.stderr.write(f"{visible(path)}\n")

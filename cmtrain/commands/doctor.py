@@ -25,7 +25,7 @@ from cmtrain.errors import EXIT_DATA, EXIT_DONE, ConfigError
 from cmtrain.processes.collectives import control_group, gather, leave_together
 from cmtrain.processes.gpus import cuda_of_driver
 from cmtrain.training import build, loaders
-from pipelines.spec import DataError
+from pipelines.spec import DataError, visible
 
 SEVERITIES: tuple[Severity, ...] = ("ok", "warn", "fail")
 COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
@@ -102,7 +102,7 @@ def _show(results: dict[str, CheckResult]) -> None:
         table.add_column(column, no_wrap=column == "check", overflow="fold")
     for check, result in results.items():
         verdict = f"[{COLOURS[result.verdict]}]{result.verdict}[/]"
-        table.add_row(verdict, check, escape(result.found), escape(result.advice))
+        table.add_row(verdict, check, escape(visible(result.found)), escape(visible(result.advice)))
     console.print(table)
 
 
@@ -117,11 +117,10 @@ def _result(check: Callable[[], CheckResult]) -> CheckResult:
 
 
 def _meet(config: Config) -> tuple[Accelerator, Any]:
-    """Join the other ranks as a run does; fp16 without a GPU is a result, not a reason to stop here."""
+    """Join the other ranks as a run does; a precision that the GPUs do not have is a result, and no end."""
     timeout_seconds = config.train.collective_timeout_seconds
-    precision = config.train.precision if torch.cuda.is_available() else "auto"
     try:
-        accelerator = build.make_accelerator(precision, timeout_seconds, checks_gpus=False)
+        accelerator = build.make_accelerator("auto", timeout_seconds, checks_gpus=False)
         return accelerator, control_group(accelerator.num_processes, timeout_seconds)
     except RuntimeError as error:
         raise DataError(f"the ranks cannot meet: {' '.join(str(error).split())}") from error

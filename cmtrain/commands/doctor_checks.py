@@ -111,12 +111,12 @@ def pairing(driver: int | None, torch_cuda: str | None, flavours: Sequence[str])
 
 
 def gpus(precision: str) -> CheckResult:
+    """List the GPUs. Raises ConfigError for a precision that they do not have."""
     if why := why_unusable():
         return CheckResult("fail", why)
+    build.check_precision(precision)
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if num_gpus == 0:
-        if precision == "fp16":
-            return CheckResult("fail", "none, and train.precision is fp16", "--train.precision auto")
         return CheckResult("warn", "none", "training will run on the CPU")
     properties = [torch.cuda.get_device_properties(index) for index in range(num_gpus)]
     names = {f"{gpu.name} ({gpu.total_memory / GIB:.0f} GiB)" for gpu in properties}

@@ -5,8 +5,10 @@ The images go through the run's own evaluation loop and loader.
 
 import argparse
 import csv
+import io
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,21 +18,26 @@ from typing import Any
 import numpy as np
 from timm.data import RealLabelsImagenet
 
+from cmtrain.commands.evaluation_sizes import sizes_of
 from cmtrain.commands.export import make_trained_model
 from cmtrain.commands.trained_model import open_trained
 from cmtrain.config.load import Overrides
 from cmtrain.config.schema import Config
 from cmtrain.errors import EXIT_DONE, EXIT_EXPECTATION, ConfigError
-from cmtrain.monitoring.console import Console
+from cmtrain.monitoring.console import Console, print_result
 from cmtrain.monitoring.units import percent
 from cmtrain.step.evaluate import Evaluation, evaluate
+from cmtrain.storage.records import replace_file
 from cmtrain.storage.weights import num_classes_in
 from cmtrain.training import build, loaders
 from cmtrain.training.schedule import split_batch
+from pipelines.files.doubts import split_doubts
+from pipelines.files.labels import some
 from pipelines.files.manifest import Manifest
-from pipelines.spec import DataError
+from pipelines.progress import tracked
+from pipelines.spec import DataError, visible
 
-NUM_REAL_FILES = 50_000
+NUM_REAL_FILES, NUM_IMAGENET_CLASSES = 50_000, 1_000
 
 
 @dataclass(frozen=True)
@@ -68,11 +75,13 @@ def evaluate_trained(options: argparse.Namespace, overrides: Overrides) -> int:
     weights = [trained.weights(kind) for kind in kinds]
     accelerator = build.make_accelerator(config.train.precision)
     place, lines = loaders.place_loaders(config, accelerator)
-    sys.stderr.writelines(f"{line}\n" for line in lines)
+    sys.stderr.writelines(f"{visible(line)}\n" for line in lines)
     names = trained.class_names or loaders.open_data(config, accelerator).train.class_names
     folder = options.folder
     manifest = open_folder(folder, names, config) if folder else loaders.open_val(config, names)
+    sys.stderr.writelines(f"{visible(line)}\n" for line in split_doubts(manifest, "images"))
     real = real_labels(manifest) if options.real else None
+    numbers = imagenet_numbers(names) if options.real else []
     batch_size, _ = split_batch(config.train.global_batch_size, config.train.max_batch_per_gpu, 1)
     results = []
     for image_px, resize_px in sizes:
@@ -82,11 +91,12 @@ def evaluate_trained(options: argparse.Namespace, overrides: Overrides) -> int:
         for each in weights:
             model = make_trained_model(sized, each).to(accelerator.device)
             outputs = num_classes_in(each, config.model.name)
-            images = loader.epoch(0)
+            what = f"evaluating {each.kind} at {image_px} px"
+            images = tracked(loader.epoch(0), what, len(manifest), per_step=batch_size)
             evaluation = evaluate(
                 model, images, accelerator, len(manifest), outputs, keeps_ranked=options.real
             )
-            real_top1 = None if real is None else real_accuracy(real, evaluation)
+            real_top1 = None if real is None else real_accuracy(real, evaluation, numbers)
             results.append(Result(each.kind, image_px, resize_px, evaluation, real_top1))
         loader.close()
 
@@ -96,7 +106,8 @@ def evaluate_trained(options: argparse.Namespace, overrides: Overrides) -> int:
     if options.confusion and best.confusion is None:
         raise ConfigError(f"--confusion: {len(labels)} classes are too many for a matrix; use --per-class")
     figures = [result.figures() for result in results]
-    report = {"checkpoint": str(trained.checkpoint.path), "step": trained.step, "results": figures}
+    report: dict[str, Any] = {"checkpoint": str(trained.checkpoint.path), "step": trained.step}
+    report |= {"rejected": list(trained.checkpoint.rejected), "results": figures}
     try:
         if options.per_class:
             _write_csv(options.per_class, class_rows(results, labels))
@@ -104,11 +115,11 @@ def evaluate_trained(options: argparse.Namespace, overrides: Overrides) -> int:
             matrix = [[name, *counts] for name, counts in zip(labels, best.confusion, strict=True)]
             _write_csv(options.confusion, [["true \\ predicted", *labels], *matrix])
         if options.json:
-            Path(options.json).write_text(json.dumps(report, indent=1) + "\n")
+            replace_file(Path(options.json), json.dumps(report, indent=1) + "\n")
     except OSError as error:
-        raise DataError(f"{error.filename}: {error.strerror}") from error
+        raise DataError(f"{error.filename or 'a file'}: cannot be written: {error.strerror}") from error
     _show(figures)
-    print(json.dumps(report), flush=True)  # noqa: T201
+    print_result(report, asked=options.json == "")
     if options.expect is not None and best.top1 < options.expect:
         missed = f"top-1 {percent(best.top1, 2)}, expected {percent(options.expect, 2)}: missed"
         Console(enabled=True).line(missed)
@@ -116,46 +127,17 @@ def evaluate_trained(options: argparse.Namespace, overrides: Overrides) -> int:
     return EXIT_DONE
 
 
-def sizes_of(config: Config, image_px: Sequence[int], resize_px: Sequence[int]) -> list[tuple[int, int]]:
-    """Return pairs of image side and shorter side before the crop, each with each, in the order given.
-
-    Without `resize_px` the run's own is scaled with the image side.
-
-    Raises:
-        ConfigError: a crop larger than the image, or a side that the model cannot have.
-    """
-    data = config.data
-    pairs = []
-    for side in image_px or (data.image_px,):
-        if side % 32:
-            raise ConfigError(f"--image-px: must be multiples of 32, got {side}")
-        for resize in resize_px or (round(data.eval_resize_px * side / data.image_px),):
-            if resize < side:
-                raise ConfigError(f"--resize-px: {resize} is less than the image side {side}")
-            pairs.append((side, resize))
-    return pairs
-
-
 def open_folder(folder: str, class_names: Sequence[str], config: Config) -> Manifest:
-    """Open `folder`, whose class folders have the names of training's classes, or else their numbers.
+    """Open `folder`, whose class folders have the names of training's classes, or else their positions.
 
     Raises:
         DataError: a class that training does not know, or nothing to read.
     """
     limit = config.data.max_bad_fraction
     scan: dict[str, Any] = {"cache_dir": loaders.cache_folder(config), "max_bad_fraction": limit}
-    try:
-        found = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != ".")
-    except OSError as error:
-        raise DataError(f"--folder {folder}: {error.strerror}") from error
-    if set(found) <= set(class_names):
-        return Manifest.from_folder(folder, class_names=class_names, **scan)
-    numbers = list(map(str, range(len(class_names))))
-    if set(found) <= set(numbers):
-        return Manifest.from_folder(folder, class_names=numbers, **scan)
-    strange = next(name for name in found if name not in class_names and name not in numbers)
-    known = f"a class of training, such as {class_names[0]}, nor a number below {len(class_names)}"
-    raise DataError(f"--folder {folder}: {strange} is neither {known}")
+    if not os.path.isdir(folder):
+        raise DataError(f"--folder {folder}: no such folder")
+    return Manifest.from_folder(folder, class_names=class_names, positions=True, **scan)
 
 
 def real_labels(manifest: Manifest) -> RealLabelsImagenet:
@@ -176,10 +158,27 @@ def real_labels(manifest: Manifest) -> RealLabelsImagenet:
     return real
 
 
-def real_accuracy(real: RealLabelsImagenet, evaluation: Evaluation) -> float:
-    """Return the share of the images with real labels whose likeliest class is among them."""
+def imagenet_numbers(class_names: Sequence[str]) -> list[int]:
+    """Return ImageNet's number of each class. Raises DataError unless they are 0..999 or its synsets."""
+    if len(class_names) == NUM_IMAGENET_CLASSES:
+        if set(class_names) == set(map(str, range(NUM_IMAGENET_CLASSES))):
+            return list(map(int, class_names))  # in the order of text: 0, 1, 10, 100
+        if all(re.fullmatch("n[0-9]{8}", name) for name in class_names):
+            in_order = sorted(class_names)
+            return [in_order.index(name) for name in class_names]
+    what = f"the run's {len(class_names):,} classes ({some(class_names)}) are neither 0 to 999"
+    raise DataError(f"--real: its labels are numbers of ImageNet's classes; {what} nor such as n01440764")
+
+
+def real_accuracy(real: RealLabelsImagenet, evaluation: Evaluation, numbers: Sequence[int]) -> float:
+    """Return the share of the images with real labels whose likeliest class is among them.
+
+    Args:
+        numbers: ImageNet's number of each class of the model.
+    """
     assert evaluation.ranked is not None
-    likeliest = evaluation.ranked[:, 0].tolist()
+    number_of = dict(enumerate(numbers))  # a model may have more outputs than classes
+    likeliest = [number_of.get(place) for place in evaluation.ranked[:, 0].tolist()]
     labels = (real.real_labels[os.path.basename(file)] for file in real.filenames)
     return float(np.mean([answer in true for answer, true in zip(likeliest, labels, strict=True) if true]))
 
@@ -195,17 +194,18 @@ def class_rows(results: Sequence[Result], class_names: Sequence[str]) -> list[li
 
 
 def _write_csv(path: str, table: Sequence[Sequence[Any]]) -> None:
-    with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        csv.writer(file).writerows(table)
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows(table)
+    replace_file(Path(path), text.getvalue().encode("utf-8", "surrogateescape"))
 
 
 def _show(figures: Sequence[dict[str, Any]]) -> None:
     console = Console(enabled=True)
-    header = "weights  image px  resize px    top-1    top-5    loss   images"
+    header = "weights  image px  resize px     top-1     top-5    loss   images"
     console.line(header + "   ReaL top-1" if "real_top1" in figures[0] else header)
     for row in figures:
         top1, top5 = percent(row["top1"], 2), percent(row["top5"], 2)
-        line = f"{row['weights']:<7}  {row['image_px']:>8}  {row['resize_px']:>9}  {top1:>7}  {top5:>7}"
+        line = f"{row['weights']:<7}  {row['image_px']:>8}  {row['resize_px']:>9}  {top1:>8}  {top5:>8}"
         line += f"  {row['loss']:6.4f}  {row['num_images']:>7}"
         console.line(line + (f"   {percent(row['real_top1'], 2):>10}" if "real_top1" in row else ""))
     if unreadable := figures[0]["num_unreadable"]:

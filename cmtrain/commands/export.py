@@ -2,7 +2,6 @@
 
 import importlib
 import importlib.util
-import json
 import math
 import os
 import platform
@@ -13,6 +12,7 @@ from typing import Any
 
 import timm
 import torch
+from safetensors import SafetensorError
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
@@ -22,9 +22,10 @@ from cmtrain.config.schema import CMT_OPTIONS, Config, to_yaml
 from cmtrain.errors import EXIT_DONE, ConfigError
 from cmtrain.models.cmt import CMT
 from cmtrain.models.fold import folded
-from cmtrain.monitoring.console import Console
+from cmtrain.monitoring.console import Console, print_result
 from cmtrain.monitoring.report.page import make_templates
 from cmtrain.storage.checkpoint import new_folder, sync
+from cmtrain.storage.records import remove_leftovers
 from cmtrain.storage.run_record import read_run
 from cmtrain.storage.weights import Weights, fit, num_classes_in
 from cmtrain.training import build
@@ -40,7 +41,10 @@ ANY_BATCH = ({0: torch.export.Dim("batch")},)
 CHECKED_BATCHES = (1, 3)  # images; neither is the size that the exporters trace
 
 
-def export(trained: Trained, *, formats: Sequence[str], out: str, kind: str | None, fold_bn: bool) -> int:
+def export(
+    trained: Trained, *, formats: Sequence[str], out: str, kind: str | None, fold_bn: bool,
+    as_json: bool = False,
+) -> int:  # fmt: skip
     """Write `trained` to the folder `out` in each of `formats` (of FORMATS), with a model card.
 
     Every format is read back and must give the model's logits before the folder appears, by one rename.
@@ -49,6 +53,7 @@ def export(trained: Trained, *, formats: Sequence[str], out: str, kind: str | No
     Args:
         kind: `model` or `ema`; None: the EMA if there is one.
         fold_bn: absorb BatchNorm where that is exact; not in timm's layout, which has a place for each norm.
+        as_json: print the JSON line on a terminal, too.
 
     Raises:
         ConfigError: `out` exists, or these options do not fit together.
@@ -67,6 +72,7 @@ def export(trained: Trained, *, formats: Sequence[str], out: str, kind: str | No
     weights = trained.weights(kind or trained.kinds[-1])
     model = make_trained_model(config, weights)
     temporary = final.absolute().parent / f".{final.name}.{os.getpid()}"
+    remove_leftovers(temporary.parent, final.name)
     try:
         with new_folder(final, temporary):
             differences = _write(temporary, model, formats, trained, fold_bn)
@@ -75,15 +81,21 @@ def export(trained: Trained, *, formats: Sequence[str], out: str, kind: str | No
             for path in temporary.iterdir():  # safetensors writes for its owner alone
                 path.chmod(card.stat().st_mode)
                 sync(path)
-    except OSError as error:
-        raise DataError(f"--out {out}: {error.strerror or error}") from error
+    except (
+        OSError,
+        SafetensorError,
+        RuntimeError,
+    ) as error:  # torch and safetensors have their own for a full disk
+        why = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise DataError(f"--out {out}: cannot be written: {why}") from error
     console = Console(enabled=True)
     for name, difference in differences.items():
         console.line(f"{name}: logits differ from the {weights.kind}'s by at most {difference:.1e}")
     console.line(f"written to {final}")
     files = sorted(path.name for path in final.iterdir())
     result = {"out": str(final), "checkpoint": str(weights.path), "weights": weights.kind, "files": files}
-    print(json.dumps(result | {"max_difference": differences}), flush=True)  # noqa: T201
+    found = {"rejected": list(trained.checkpoint.rejected), "max_difference": differences}
+    print_result(result | found, asked=as_json)
     return EXIT_DONE
 
 
@@ -152,13 +164,10 @@ def preprocessing_of(config: Config) -> dict[str, Any]:
     """Return the entries of timm's pretrained_cfg."""
     data = config.data
     return {
-        "input_size": [3, data.image_px, data.image_px],
-        "mean": list(data.mean),
-        "std": list(data.std),
-        "crop_pct": crop_pct_of(data.image_px, data.eval_resize_px),
-        "crop_mode": "center",
+        "input_size": [3, data.image_px, data.image_px], "mean": list(data.mean), "std": list(data.std),
+        "crop_pct": crop_pct_of(data.image_px, data.eval_resize_px), "crop_mode": "center",
         "interpolation": data.eval_interpolation,
-    }
+    }  # fmt: skip
 
 
 def _card(

@@ -20,9 +20,10 @@ from rich.text import Text
 
 from cmtrain.config.strict_yaml import Node, parse
 from cmtrain.errors import EXIT_DONE
-from cmtrain.monitoring.units import duration, percent
+from cmtrain.monitoring.units import duration, percent, state_name, step_place
+from cmtrain.storage.records import is_number
 from cmtrain.storage.run_folder import SILENT_SECONDS, is_alive, read_status
-from pipelines.spec import DataError
+from pipelines.spec import DataError, visible
 
 RUNS = Path("runs")
 ANSWER_SECONDS = 2.0
@@ -52,14 +53,19 @@ class RunStatus:
 
     @property
     def step(self) -> int:
-        return max(self.status.get("step") or 0, (self.now or {}).get("step", 0))
+        now = (self.now or {}).get("step")
+        return int(max(self.status.get("step") or 0, now if is_number(now) else 0))
 
 
 def find_run(run: str) -> Path:
     """Return the run folder `run`, or the one of that name below runs/. Raises DataError: there is none."""
     for path in (Path(run), RUNS / run):
-        if _read(path) is not None:
+        damage: list[str] = []
+        if read_status(path, damage) is not None:
             return path
+        if damage:
+            advice = "the run itself is not harmed: run its command again, or see cmtrain report"
+            raise DataError(f"{path}: {damage[0]}; {advice}")
     known = sorted(path.parent.name for path in RUNS.glob("*/status.json"))
     close = difflib.get_close_matches(Path(run).name, known, n=1)
     hint = "a run is a folder with a status.json, such as runs/demo"
@@ -69,8 +75,8 @@ def find_run(run: str) -> Path:
 
 def current_status(path: Path) -> RunStatus:
     """Return the status of the run in the folder `path` at this moment."""
-    status = _read(path) or {}
-    age_seconds = max(0.0, time.time() - status.get("updated", 0.0))
+    status = read_status(path) or {}
+    age_seconds = max(0.0, time.time() - (status.get("updated") or 0.0))
     if status.get("state") != "running":
         return RunStatus(path, status, None, None, age_seconds, "")
     now = _ask(status)
@@ -78,7 +84,7 @@ def current_status(path: Path) -> RunStatus:
     warning = ""
     if alive is False:
         warning = f"process {status.get('pid')} is gone; run the same command to continue"
-    elif now and now.get("stalled"):
+    elif now and now.get("stalled") and is_number(now.get("seconds_since_progress")):
         warning = f"no step finished for {duration(now['seconds_since_progress'])}"
     elif now is None and age_seconds > _silent_seconds(path):
         warning = f"has written nothing for {duration(age_seconds)}"
@@ -119,7 +125,7 @@ def watch(run: str) -> int:
     while True:
         line = "  ".join(part for part in (_headline(run_status), _speed(run_status.status)) if part)
         if line != printed:
-            print(line, flush=True)  # noqa: T201
+            print(visible(line), flush=True)  # noqa: T201
             printed = line
         if not run_status.is_running:
             return EXIT_DONE
@@ -131,46 +137,41 @@ def describe(run_status: RunStatus) -> list[str]:
     """Return the lines that a person reads."""
     status, now = run_status.status, run_status.now
     lines = [f"{run_status.path}: {_headline(run_status)}"]
-    if now and now["state"] != "train":
-        lines.append(f"doing    {now['state']}")
+    if now and now.get("state") != "train":
+        lines.append(f"doing    {now.get('state')}")
     if status.get("loss") is not None:
         lines.append(f"loss     {status['loss']:.4f}")
     if speed := _speed(status):
         lines.append(f"speed    {speed}")
     if run_status.is_running and status.get("eta_seconds") is not None:
         lines.append(f"left     {duration(status['eta_seconds'])}")
-    if status.get("best_step") is not None:
+    if status.get("best_step") is not None and status.get("best_top1") is not None:
         lines.append(f"best     top-1 {percent(status['best_top1'])} at step {status['best_step']:,}")
     if status.get("resume_from"):
         lines.append(f"saved    {status['resume_from']}")
     if run_status.is_running and status.get("metrics_url"):
-        lines.append(f"metrics  {status['metrics_url']}{'' if now else ' (no answer)'}")
+        page = str(status["metrics_url"]).removesuffix("metrics")
+        lines.append(f"watch    {page}{'' if now else ' (no answer)'}")
+    lines += [f"lost     {what} ({count} times)" for what, count in (status.get("lost") or {}).items()]
     writer = f"process {status.get('pid')} on {status.get('host')}"
-    return [*lines, f"written  {duration(run_status.age_seconds)} ago by {writer}"]
+    lines = [*lines, f"written  {duration(run_status.age_seconds)} ago by {writer}"]
+    return list(map(visible, lines))
 
 
 def _headline(run_status: RunStatus) -> str:
     status = run_status.status
-    steps = f"step {run_status.step:,} of {status.get('last_step') or 0:,}"
+    steps = step_place(status, run_status.step)
     if run_status.warning:
         return f"claims to run, {steps}, but {run_status.warning}"
     reason = f": {status['reason']}" if status.get("reason") else ""
-    return f"{status.get('state')}, {steps}{reason}"
+    return f"{state_name(status)}, {steps}{reason}"
 
 
 def _speed(status: dict[str, Any]) -> str:
     if status.get("images_per_second") is None:
         return ""
-    wait = percent(status["data_wait_ratio"], 0)
+    wait = percent(status.get("data_wait_ratio") or 0.0, 0)
     return f"{status['images_per_second']:,.0f} images/s, {wait} of the time waiting for data"
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        status = read_status(path)
-    except (OSError, ValueError):
-        return None
-    return status if isinstance(status, dict) else None
 
 
 def _silent_seconds(path: Path) -> float:
@@ -182,7 +183,7 @@ def _silent_seconds(path: Path) -> float:
     for key in ("metrics", "stall_seconds"):
         node = node.value.get(key) if isinstance(node, Node) and isinstance(node.value, dict) else None
     value = node.value if node else None
-    return float(value) if isinstance(value, int | float) and value > 0 else SILENT_SECONDS
+    return float(value) if is_number(value) and value > 0 else SILENT_SECONDS
 
 
 def _ask(status: dict[str, Any]) -> dict[str, Any] | None:
@@ -198,4 +199,5 @@ def _ask(status: dict[str, Any]) -> dict[str, Any] | None:
     except (OSError, ValueError, http.client.HTTPException):
         return None
     same = isinstance(answer, dict) and all(answer.get(key) == status.get(key) for key in ("pid", "host"))
-    return answer.get("now") if same else None
+    now = answer.get("now") if same else None
+    return now if isinstance(now, dict) else None

@@ -1,19 +1,21 @@
 """Open a finished run for eval, export and repair-bn: its configuration, checkpoint and class names."""
 
-import json
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from cmtrain.config.load import Overrides, load_config
-from cmtrain.config.schema import Config
+from cmtrain.config.schema import Config, to_yaml
+from cmtrain.errors import ConfigError
 from cmtrain.storage.checkpoint import Loaded, find_checkpoint
+from cmtrain.storage.places import find_run
+from cmtrain.storage.records import read_json
 from cmtrain.storage.run_folder import CLASSES_NAME
 from cmtrain.storage.state_file import CheckpointError
 from cmtrain.storage.weights import Weights, check_finite, state_of
 from pipelines.spec import DataError
 
-RUNS = Path("runs")
 KINDS = ("model", "ema")
 
 
@@ -54,13 +56,7 @@ def open_trained(place: str, overrides: Overrides) -> Trained:
     Raises:
         ConfigError: wrong overrides. DataError: no run or no usable checkpoint there.
     """
-    path = Path(place)
-    if not _run_of(path) and _run_of(RUNS / place):
-        path = RUNS / place
-    run = _run_of(path)
-    if run is None:
-        raise DataError(f"{place}: no run and no checkpoint of one: it has no config.yaml of a run")
-    config = load_config(run / "config.yaml", overrides).config
+    run, path = find_run(place)
     try:
         loaded = find_checkpoint(path)
         loaded.state["progress"]["step"]
@@ -68,21 +64,36 @@ def open_trained(place: str, overrides: Overrides) -> Trained:
         raise DataError(str(error)) from error
     except (KeyError, TypeError) as error:
         raise DataError(f"{loaded.path}: no checkpoint of a run") from error
-    for line in loaded.rejected:
-        sys.stderr.write(f"checkpoint rejected: {line}; taking {loaded.path.name} instead\n")
-    return Trained(run, config, loaded, _class_names(run))
+    sys.stderr.writelines(f"{line}\n" for line in loaded.warnings)
+    return Trained(run, _config_of(run, loaded, overrides), loaded, _class_names(run))
 
 
-def _run_of(path: Path) -> Path | None:
-    """Return the run folder of `path`: itself, or RUN for RUN/checkpoints/step-* and RUN/repaired/step-*."""
-    for folder in (path, path.absolute().parent.parent) if path.name.startswith("step-") else (path,):
-        if (folder / "config.yaml").is_file() and (folder / "checkpoints").is_dir():
-            return folder
-    return None
+def _config_of(run: Path, loaded: Loaded, overrides: Overrides) -> Config:
+    """Return the configuration of a run with `overrides`; where its file is damaged, the checkpoint's copy.
+
+    Raises ConfigError: wrong overrides.
+    """
+    try:
+        load_config(run / "config.yaml")
+    except ConfigError as error:
+        line = f"{error}".partition("\n")[0]
+        sys.stderr.write(f"{line}; taking the configuration that is in {loaded.path.name}\n")
+        try:
+            saved = to_yaml(Config.model_validate(loaded.meta["config"]))
+        except (KeyError, ValueError):
+            raise error from None
+        with tempfile.TemporaryDirectory() as folder:
+            (copy := Path(folder, f"{run.name}.yaml")).write_text(saved)
+            return load_config(copy, overrides).config
+    return load_config(run / "config.yaml", overrides).config
 
 
 def _class_names(run: Path) -> tuple[str, ...]:
-    try:
-        return tuple(map(str, json.loads((run / CLASSES_NAME).read_text())["classes"]))
-    except (OSError, ValueError, KeyError, TypeError):
-        return ()  # a run that was not evaluated yet
+    """Return the class names of a run; () if it was not evaluated yet, or, with a line, if damaged."""
+    damage: list[str] = []
+    record = read_json(run / CLASSES_NAME, damage)
+    names = (record or {}).get("classes", [])
+    if not isinstance(names, list):
+        damage.append(f"{CLASSES_NAME}: names no classes")
+    sys.stderr.writelines(f"{run}: {line}; going on without class names\n" for line in damage)
+    return () if damage else tuple(map(str, names))

@@ -31,19 +31,11 @@ Overrides = Sequence[tuple[str, str]]  # (dotted key, text as on a command line)
 
 # Names that other trainers use, where the spelling alone does not lead to ours.
 _FOREIGN_NAMES = {
-    "aa": "augment.rand_augment",
-    "amp": "train.precision",
-    "batch_size": "train.global_batch_size",
-    "data_dir": "data.root",
-    "drop": "model.drop_rate",
-    "img_size": "data.image_px",
-    "input_size": "data.image_px",
-    "learning_rate": "optim.lr",
-    "num_workers": "data.threads",
-    "output": "run.dir",
-    "wd": "optim.weight_decay",
-    "workers": "data.threads",
-}
+    "aa": "augment.rand_augment", "amp": "train.precision", "batch_size": "train.global_batch_size",
+    "data_dir": "data.root", "drop": "model.drop_rate", "img_size": "data.image_px",
+    "input_size": "data.image_px", "learning_rate": "optim.lr", "num_workers": "data.threads",
+    "output": "run.dir", "wd": "optim.weight_decay", "workers": "data.threads",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -250,6 +242,8 @@ class _Draft:
                 continue
             if problem:
                 self.mistake(place, problem, name)
+            if isinstance(value, int | float) and _is_text(name):  # quotes are for files: a shell takes them
+                value = text
             self.settings[name] = _Setting(value, place)
 
     def validate(self, *, default_name: str) -> Config | None:
@@ -289,6 +283,12 @@ class _Draft:
             return -MAX_FILES
         source = self.settings[name].place.source
         return 1 if source == _COMMAND_LINE else -source
+
+
+def _is_text(name: str) -> bool:
+    schema = schema_of(name)
+    types = {option.get("type") for option in schema.get("anyOf", [schema])}
+    return types <= {"string", "null"}
 
 
 def _suggest(section: str, key: str, prefix: str = "") -> str:

@@ -3,6 +3,7 @@
 Names follow timm where timm has a name. Values are strict: "512" is not a number and `yes` is not true.
 """
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -21,6 +22,11 @@ MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 1024
 
 
 def _path(text: str) -> str:
+    if re.match(r"~[\w.-]*(/|$)|[$]\{?\w", text):
+        first = text.split("/")[0]
+        raise ValueError(
+            f"{first} is expanded by no shell here: write the folder out (or ./{first} if it is a name)"
+        )
     longest = max(len(part.encode()) for part in _printable(text).split("/"))
     if len(text.encode()) > MAX_PATH_BYTES or longest > MAX_NAME_BYTES:
         limits = f"{MAX_PATH_BYTES} bytes, and {MAX_NAME_BYTES} between two slashes"
@@ -49,6 +55,7 @@ Betas = Annotated[tuple[FractionBelowOne, FractionBelowOne], FromList]
 Mean = Annotated[tuple[float, float, float], FromList]
 Std = Annotated[tuple[Positive, Positive, Positive], FromList]
 Interpolation = Literal["bicubic", "bilinear"]
+Texts = Annotated[tuple[str, ...], FromList]
 Trackers = Annotated[tuple[Literal["tensorboard", "wandb", "mlflow"], ...], FromList]
 
 
@@ -253,6 +260,7 @@ class Metrics(Section):
     enabled: bool = _key(True, "serve Prometheus metrics over HTTP")
     host: str = _key("127.0.0.1", "address to serve at; 0.0.0.0: all", pattern="^[A-Za-z0-9.:_-]+$")
     port: int = _key(9410, "port of local rank 0; local rank r serves at port + r", ge=1, le=65535)
+    allowed_hosts: Texts = _key((), 'more names to answer to, as of a service or proxy; ["*"]: all')
     stall_seconds: Positive = _key(600.0, "/-/healthy answers 503 if no step ended for this long")
     trackers: Trackers = _key((), "experiment trackers that get log points and evaluations")
 

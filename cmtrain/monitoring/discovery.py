@@ -19,7 +19,7 @@ import re
 import socket
 from pathlib import Path
 
-from cmtrain.storage.run_folder import replace_file
+from cmtrain.storage.records import replace_file
 
 
 def write_target(run_path: Path, rank: int, host: str, port: int) -> Path:

@@ -13,10 +13,12 @@ import contextlib
 import errno
 import functools
 import io
+import ipaddress
+import math
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from http.server import BaseHTTPRequestHandler
 from typing import NamedTuple
 
@@ -25,6 +27,8 @@ CLOSE_GRACE_SECONDS = 0.05  # time for just-closed connections to leave the coun
 MAX_CONNECTIONS = 32
 MAX_HEAD_BYTES = 8192  # request line and headers
 TIMEOUT_SECONDS = 5.0  # for a request to arrive, and for its answer to be sent
+WATCHED_SECONDS = 5.0  # a page that somebody looks at was asked for this recently
+LINGER_SECONDS = 2.2  # the live page asks again after 2
 END_OF_HEAD = b"\r\n\r\n"
 
 # A turn is one request, with its connection if that is new. It takes 0.4 ms on a slow core, so the server
@@ -59,19 +63,22 @@ class Exporter:
         routes: path -> function that makes the page.
         host: name or address to listen at, IPv4 or IPv6.
         port: the first of PORT_ATTEMPTS ports to try.
+        allowed_hosts: names to answer to, besides this machine's own; see is_own_host.
 
     Raises:
         OSError: none of the ports is free, or `host` is no address of this machine.
     """
 
-    def __init__(self, routes: Routes, host: str, port: int) -> None:
-        self.routes = routes
+    def __init__(self, routes: Routes, host: str, port: int, allowed_hosts: Sequence[str] = ()) -> None:
+        self.routes, self.allowed_hosts = routes, frozenset(name.lower() for name in (host, *allowed_hosts))
         self.listener = _listen(host, port)
         self.host, self.port = host, int(self.listener.getsockname()[1])
         # Connections that wait for a request, the longest-waiting one first: a dict keeps its order.
         self.idle: dict[asyncio.Task[None], None] = {}
         self.num_connections = 0
         self.turns_taken_until = 0.0
+        self.asked_at: dict[str, float] = {}  # path -> when the newest answered request for it came
+        self.answered = threading.Condition()
         self.loop = asyncio.new_event_loop()
         self.serving = self.loop.create_task(self._serve())
         self.thread = threading.Thread(target=self._run, name="exporter", daemon=True)
@@ -81,6 +88,15 @@ class Exporter:
     def url(self) -> str:
         """`http://host:port`, without a slash at the end."""
         return f"http://{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}"
+
+    def linger(self, path: str) -> None:
+        """If somebody watches the page at `path`, wait until it is asked for once more: LINGER_SECONDS at
+        most. Ctrl-C ends the wait, and nothing else.
+        """
+        now = time.monotonic()
+        with contextlib.suppress(KeyboardInterrupt), self.answered:
+            if now - self.asked_at.get(path, -math.inf) < WATCHED_SECONDS:
+                self.answered.wait_for(lambda: self.asked_at[path] >= now, LINGER_SECONDS)
 
     def close(self) -> None:
         """Close all connections and end the thread."""
@@ -135,10 +151,14 @@ class Exporter:
                 while keep_open:
                     async with asyncio.timeout(TIMEOUT_SECONDS):
                         head = await self._read_head(reader)
-                    answer, keep_open = answer_to(head, self.routes)
+                    begun = time.monotonic()
+                    answer, keep_open = answer_to(head, self.routes, self.allowed_hosts)
                     writer.write(answer)
                     async with asyncio.timeout(TIMEOUT_SECONDS):
                         await writer.drain()
+                    with self.answered:
+                        self.asked_at |= dict.fromkeys(_path_of(head) & self.routes.keys(), begun)
+                        self.answered.notify_all()
                     if keep_open:
                         await self._wait_for_turn()
             finally:
@@ -165,15 +185,22 @@ class Exporter:
         await asyncio.sleep(self.turns_taken_until - now - TURNS_AT_ONCE / TURNS_PER_SECOND)
 
 
-def answer_to(head: bytes | None, routes: Routes) -> tuple[bytes, bool]:
+def _path_of(head: bytes | None) -> set[str]:
+    """Return the path of a request, if it has one."""
+    words = (head or b"").split(b" ", 2)
+    return {words[1].partition(b"?")[0].decode("latin-1")} if len(words) == 3 else set()
+
+
+def answer_to(head: bytes | None, routes: Routes, allowed_hosts: Collection[str] = ()) -> tuple[bytes, bool]:
     """Return the answer to a request, and whether its connection stays open for another one.
 
     Args:
         head: request line and headers with the empty line at their end; None if they were too long.
+        allowed_hosts: see is_own_host.
     """
     if head is None:
         return TOO_LONG, False
-    exchange = _Exchange(head, routes)
+    exchange = _Exchange(head, routes, allowed_hosts)
     return exchange.sent.getvalue(), not exchange.close_connection
 
 
@@ -184,7 +211,8 @@ class _Exchange(BaseHTTPRequestHandler):
     server_version, sys_version = "cmtrain", ""
     error_message_format, error_content_type = "%(code)d %(message)s\n", TEXT
 
-    def __init__(self, head: bytes, routes: Routes) -> None:
+    def __init__(self, head: bytes, routes: Routes, allowed_hosts: Collection[str]) -> None:
+        self.allowed_hosts = allowed_hosts
         self.rfile, self.sent = io.BytesIO(head), io.BytesIO()
         self.wfile = self.sent
         self.raw_requestline = self.rfile.readline()
@@ -192,7 +220,10 @@ class _Exchange(BaseHTTPRequestHandler):
             self._answer(routes)
 
     def _answer(self, routes: Routes) -> None:
-        if self.command in ("GET", "HEAD"):
+        hosts = self.headers.get_all("Host", [])
+        if not all(is_own_host(host, self.allowed_hosts) for host in hosts):
+            page = Page(TEXT, b"403 Host is no name of this machine; see metrics.allowed_hosts\n", 403)
+        elif self.command in ("GET", "HEAD"):
             page = _page(routes.get(self.path.partition("?")[0]), self.headers.get("Accept", ""))
         else:
             page = Page(TEXT, b"405 only GET and HEAD\n", 405)
@@ -213,6 +244,29 @@ class _Exchange(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002
         """Write nothing: stderr belongs to the run."""
+
+
+def is_own_host(host: str, allowed_hosts: Collection[str] = ()) -> bool:
+    """Return whether a Host header names this machine: by an address, one of its names, or an allowed one.
+
+    A page on the web can point its own name at 127.0.0.1 and have a browser read what is served here (DNS
+    rebinding), but only under that name. It has a dot; names without one, such as localhost or a service of
+    Docker or Kubernetes, are given by this network. "*" allows every name.
+    """
+    name = host.strip().lower()
+    name = name[1:].partition("]")[0] if name.startswith("[") else name.partition(":")[0].rstrip(".")
+    if "." not in name and ":" not in name:
+        return True
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return name in allowed_hosts or "*" in allowed_hosts or name in _own_names()
+    return True
+
+
+@functools.cache
+def _own_names() -> frozenset[str]:
+    return frozenset(name.lower() for name in (socket.gethostname(), socket.getfqdn()))
 
 
 def _page(route: Route | None, accept: str) -> Page:

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from cmtrain.errors import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_PREEMPTED
-from cmtrain.storage.run_folder import RunFolder, read_events, read_status, replace_file
+from cmtrain.storage.records import is_number, read_json, replace_file, retried
+from cmtrain.storage.run_folder import RunFolder, read_events, read_status, set_damaged_aside
 
 # Batch systems send SIGUSR2 before the time limit (NCCL's tools use SIGUSR1), closed terminals SIGHUP.
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)
@@ -50,6 +51,12 @@ class Failure:
         return f"rank {self.rank}{f' on {self.host}' if self.host else ''}: {self.reason}"
 
 
+_FIELD_TYPES: dict[str, Any] = {
+    "rank": int, "world_size": int, "reason": str, "exit_code": int, "step": int | None,
+    "lost_contact": bool, "host": str, "time": int | float,
+}  # fmt: skip
+
+
 def stop_signals() -> list[signal.Signals]:
     """Return STOP_SIGNALS, without a SIGHUP that nohup has switched off."""
     is_off = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
@@ -73,19 +80,34 @@ def failure_of_dead_process(rank: int, world_size: int, exit_code: int) -> Failu
 
 def write_failure(run_path: Path, failure: Failure) -> None:
     """Write `failure` where the other processes look for it, or nothing if the folder cannot be written."""
+    path = run_path / f"failed-rank{failure.rank}.json"
     with suppress(OSError):
-        replace_file(run_path / f"failed-rank{failure.rank}.json", json.dumps(asdict(failure)) + "\n")
+        retried(replace_file, path, json.dumps(asdict(failure)) + "\n", durable=True)
 
 
 def read_failures(run_path: Path, since: float = 0) -> list[Failure]:
-    """Return what ranks wrote after Unix time `since`: failures, and hangs that left only their stacks."""
-    found = [Failure(**json.loads(path.read_text())) for path in run_path.glob("failed-rank*.json")]
+    """Return what ranks wrote after Unix time `since`: failures, and hangs that left only their stacks.
+
+    Damaged files count for nothing.
+    """
+    read = [_failure_in(read_json(path) or {}) for path in run_path.glob("failed-rank*.json")]
+    found = [failure for failure in read if failure]
     for path in run_path.glob("hang-rank*.txt"):
-        rank, status = int(path.stem.removeprefix("hang-rank")), path.stat()
-        if status.st_size and rank not in {failure.rank for failure in found}:
-            reason = f"hung without an error report; see its stacks in {path.name}"
-            found.append(Failure(rank, rank + 1, reason, host="", time=status.st_mtime))
+        with suppress(OSError, ValueError):  # a file of another name, or one that is gone
+            rank, status = int(path.stem.removeprefix("hang-rank")), path.stat()
+            if status.st_size and rank not in {failure.rank for failure in found}:
+                reason = f"hung without an error report; see its stacks in {path.name}"
+                found.append(Failure(rank, rank + 1, reason, host="", time=status.st_mtime))
     return [failure for failure in found if failure.time >= since]
+
+
+def _failure_in(record: dict[str, Any]) -> Failure | None:
+    """Return the Failure in a record, which a newer version may have written; None if it holds none."""
+    known = {name: record[name] for name in _FIELD_TYPES if name in record}
+    if not {"rank", "world_size", "reason"} <= known.keys():
+        return None
+    is_sound = all(isinstance(value, _FIELD_TYPES[name]) for name, value in known.items())
+    return Failure(**known) if is_sound and is_number(known.get("time", 0)) else None
 
 
 def cause_of(failures: Iterable[Failure]) -> Failure | None:
@@ -145,29 +167,32 @@ def _record_cause(run_path: Path, since: float, has_ended: bool) -> Failure | No
     kind = (cause.lost_contact, cause.exit_code)
     equivalent = [f.describe() for f in (cause, *failures) if (f.lost_contact, f.exit_code) == kind]
     already_recorded = status.get("state") == "failed" and status.get("reason") in equivalent
-    if not already_recorded and status.get("state") in ("running", "failed"):
+    if not already_recorded and status.get("state") in (None, "running", "failed"):
         step = cause.step if cause.step is not None else status.get("step")
         fields = {"step": step, "exit_code": cause.exit_code, "reason": cause.describe()}
         with suppress(OSError):
             folder = RunFolder(run_path)
-            folder.status(state="failed", **fields)
             folder.event("failed", **fields)
+            folder.status(state="failed", retries=True, **fields)
     return cause
 
 
 def archive_previous_attempt(run_path: Path) -> tuple[str, ...]:
     """Record how the attempt before ended, and put its files away. For one process, before all others.
 
-    Returns a line for the user if the attempt before ended without recording why.
+    Returns lines for the user: damaged records, and the end of an attempt that did not record why. Raises
+    OSError: the folder cannot be changed.
     """
+    damaged = set_damaged_aside(run_path)
     was_running = (read_status(run_path) or {}).get("state") == "running"
     cause = record_cause(run_path, has_ended=True)
     for path in run_path.glob("failed-rank*.json"):
-        path.unlink()
+        retried(path.unlink, missing_ok=True)
     for path in run_path.glob("hang-rank*.txt"):
         if path.stat().st_size:
             path.replace(path.with_stem(f"old-{path.stem}"))
-    return (f"the attempt before failed: {cause.describe()}",) if was_running and cause else ()
+    ended = (f"the attempt before failed: {cause.describe()}",) if was_running and cause else ()
+    return (*damaged, *ended)
 
 
 def crash_loop(run_path: Path) -> str:
@@ -186,7 +211,7 @@ def failed_steps(events: Sequence[dict[str, Any]]) -> list[int]:
     failed: int | None = None
     for event in events:
         kind = event["event"]
-        if kind == "failed" and event.get("step") is not None:
+        if kind == "failed" and is_number(event.get("step")):
             failed = event["step"]
         elif kind in ("started", "resumed"):
             if event.get("restarts", 0) == 0:  # a new launch

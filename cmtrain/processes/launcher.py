@@ -21,8 +21,9 @@ from pathlib import Path
 from cmtrain import errors
 from cmtrain.processes import failure
 from cmtrain.processes.failure import Failure
-from cmtrain.processes.rank import PARENT, RESTARTS
+from cmtrain.processes.rank import PARENT, RESTARTS, answer_to_ctrl_c
 from cmtrain.storage.run_folder import read_status
+from pipelines.spec import visible
 
 # How long the other ranks have to notice that one is gone, and to report. More than the 2 s of
 # rank.CAUSE_WAIT_SECONDS and of watchdog.C_TIMER_SECONDS.
@@ -103,6 +104,8 @@ def _watch(attempt: Attempt, taken: set[signal.Signals], run_path: Path) -> bool
     while attempt.running:
         received = signal.sigtimedwait(taken, POLL_SECONDS)
         if received and received.si_signo != signal.SIGCHLD:
+            if received.si_signo == signal.SIGINT and not is_stopped:
+                _print(_answer(attempt, run_path))
             is_stopped = True
             _send(attempt, received.si_signo)
         failed_before = attempt.failed
@@ -113,6 +116,14 @@ def _watch(attempt: Attempt, taken: set[signal.Signals], run_path: Path) -> bool
         if time.monotonic() > deadline:
             _send(attempt, signal.SIGKILL)
     return is_stopped
+
+
+def _answer(attempt: Attempt, run_path: Path) -> str:
+    """Return what a Ctrl-C does, which the ranks cannot print at once."""
+    if not _has_begun(attempt, run_path):
+        return "Ctrl-C: stopping before the first step; nothing is lost"
+    saved = Path((read_status(run_path) or {}).get("resume_from") or "step-0").name
+    return answer_to_ctrl_c(int(saved.rpartition("-")[2]))
 
 
 def _reap(attempt: Attempt, run_path: Path) -> None:
@@ -137,7 +148,7 @@ def _reap(attempt: Attempt, run_path: Path) -> None:
 
 def _has_begun(attempt: Attempt, run_path: Path) -> bool:
     status = read_status(run_path) or {}
-    return status.get("state") in ("running", "failed") and status["updated"] >= attempt.began
+    return status.get("state") in ("running", "failed") and (status.get("updated") or 0) >= attempt.began
 
 
 def _send(attempt: Attempt, number: int) -> None:
@@ -150,17 +161,17 @@ def _outcome(attempt: Attempt, run_path: Path) -> int:
     if not any(attempt.exit_codes.values()):
         return errors.EXIT_DONE
     status = read_status(run_path) or {}
-    if status.get("state") in ("finished", "preempted", "diverged") and status["updated"] >= attempt.began:
+    has_ended = status.get("state") in ("finished", "preempted", "diverged")
+    if has_ended and (status.get("updated") or 0) >= attempt.began and status.get("exit_code") is not None:
         return int(status["exit_code"])
     has_begun = _has_begun(attempt, run_path)
-    cause = failure.record_cause(run_path, since=attempt.began) if has_begun else attempt.failures[0]
-    if cause is None:
-        return errors.EXIT_ERROR
+    recorded = failure.record_cause(run_path, since=attempt.began) if has_begun else None
+    cause = recorded or attempt.failures[0]
     if cause.exit_code not in FINAL and cause.exit_code > 128:  # killed, so it could not print why
         _print(cause.describe())
     return cause.exit_code
 
 
 def _print(line: str) -> None:
-    sys.stderr.write(f"cmtrain: {line}\n")
+    sys.stderr.write(f"cmtrain: {visible(line)}\n")
     sys.stderr.flush()

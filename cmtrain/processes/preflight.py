@@ -1,5 +1,6 @@
 """Check before training that all ranks fit together: code, configuration, run folder, clocks."""
 
+import contextlib
 import hashlib
 import platform
 import secrets
@@ -29,7 +30,8 @@ CLOCK_ROUNDS = 3
 SHARED_FOLDER_SECONDS = 5.0  # for a file that one host wrote to appear on the others
 
 # Keys that may differ between hosts without changing what is learned.
-PER_HOST_KEYS = ("data.root", "data.cache_dir", "data.threads", "metrics.host", "metrics.port")
+PER_HOST_KEYS = ("data.root", "data.cache_dir", "data.threads", "metrics.host", "metrics.port",
+                 "metrics.allowed_hosts")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -113,23 +115,32 @@ def clock_offset_seconds(group: Any) -> float:
 
 
 def sees_run_dir(group: Any, folder: Path) -> bool:
-    """Return whether this rank sees a file that rank 0 writes to `folder`; nothing is left behind."""
+    """Return whether this rank sees a file that rank 0 writes to `folder`; nothing is left behind.
+
+    Raises DataError: rank 0 cannot write there.
+    """
     path = folder / f".token-{gather(secrets.token_hex(8), group)[0]}"
     is_first = torch.distributed.get_rank(group) == 0
     made: list[Path] = []
+    failure = ""
     if is_first:
-        made = [parent for parent in path.parents if not parent.exists()]
-        folder.mkdir(parents=True, exist_ok=True)
-        path.touch()
-    gather(None, group)
+        try:
+            made = [parent for parent in path.parents if not parent.exists()]
+            folder.mkdir(parents=True, exist_ok=True)
+            path.touch()
+        except OSError as error:
+            failure = f"{folder}: cannot be written: {error.strerror}"
+    if failure := gather(failure, group)[0]:
+        raise DataError(failure)
     deadline = time.monotonic() + SHARED_FOLDER_SECONDS
     while not (is_seen := path.exists()) and time.monotonic() < deadline:
         time.sleep(0.1)
     gather(None, group)
     if is_first:
-        path.unlink()
-        for parent in made:
-            parent.rmdir()
+        with contextlib.suppress(OSError):
+            path.unlink()
+            for parent in made:
+                parent.rmdir()
     return is_seen
 
 

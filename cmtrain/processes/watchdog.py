@@ -13,10 +13,11 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import IO, Any, TypeVar
 
 from cmtrain.errors import EXIT_ERROR
 from cmtrain.processes.failure import Failure, record_cause, write_failure
+from cmtrain.storage.records import Losses
 
 T = TypeVar("T")
 
@@ -28,11 +29,16 @@ POLL_SECONDS = 0.5
 class Watchdog:
     """Allows `timeout_seconds` (None: any time) between calls of `begin`, three times that the first time.
 
-    In the run folder `run_path`, `hang-rank<rank>.txt` is empty or absent unless there was a hang.
+    In the run folder `run_path`, `hang-rank<rank>.txt` is empty or absent unless there was a hang. Where it
+    cannot be written, which `losses` notes, the stacks go to stderr alone.
     """
 
-    def __init__(self, run_path: Path, rank: int, world_size: int, *, timeout_seconds: float | None) -> None:
+    def __init__(
+        self, run_path: Path, rank: int, world_size: int, *, timeout_seconds: float | None,
+        losses: Losses | None = None,
+    ) -> None:  # fmt: skip
         self.run_path, self.rank, self.world_size = run_path, rank, world_size
+        self.losses = losses or Losses()
         self.timeout_seconds = timeout_seconds
         self.phase, self.step, self.limit_seconds, self.deadline = "", 0, 0.0, float("inf")
         self.known_phases: set[str] = set()
@@ -40,9 +46,13 @@ class Watchdog:
         self.path = run_path / f"hang-rank{rank}.txt"
         if timeout_seconds is None:
             return
-        run_path.mkdir(parents=True, exist_ok=True)
-        self.file = open(self.path, "a")  # noqa: SIM115
+        opened = self.losses.attempt(self.path.name, self._open)
+        self.file: IO[Any] = opened or open(2, "w", closefd=False)  # noqa: SIM115
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+
+    def _open(self) -> IO[Any]:
+        self.run_path.mkdir(parents=True, exist_ok=True)
+        return open(self.path, "a")
 
     def begin(self, phase: str, step: int) -> None:
         """Begin `phase` after `step` finished steps, and start its time; takes some 50 microseconds."""
@@ -67,8 +77,11 @@ class Watchdog:
             return
         self.closed.set()
         faulthandler.cancel_dump_traceback_later()
+        self.losses.attempt(self.path.name, self._remove)
+
+    def _remove(self) -> None:
         self.file.close()
-        if not self.path.stat().st_size:
+        if self.path.exists() and not self.path.stat().st_size:
             self.path.unlink()
 
     def _watch(self) -> None:
@@ -84,8 +97,12 @@ class Watchdog:
         failure = Failure(self.rank, self.world_size, reason, step=self.step)
         write_failure(self.run_path, failure)  # before the stacks, which alone mean a hang without a report
         for file in (self.file, sys.stderr):
-            file.write(f"{failure.describe()}\n")
-            file.flush()
-            faulthandler.dump_traceback(file)
-        record_cause(self.run_path)
+            self.losses.attempt(self.path.name, _write_stacks, file, failure.describe())
+        self.losses.attempt("status.json", record_cause, self.run_path)
         os._exit(EXIT_ERROR)
+
+
+def _write_stacks(file: IO[Any], line: str) -> None:
+    file.write(f"{line}\n")
+    file.flush()
+    faulthandler.dump_traceback(file)

@@ -18,10 +18,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from cmtrain.storage.records import CORRUPT, retried
 from cmtrain.storage.state_file import CheckpointError, Digest, open_regular, read_state, verify, write_state
 
 MAX_MANIFEST_BYTES = 2**20  # a full one has 4 kB
-TEMPORARY, DOOMED, CORRUPT = ".tmp-", ".del-", ".corrupt-"
+TEMPORARY, DOOMED = ".tmp-", ".del-"
 _MANIFEST, _STATE, _OLD_STATE = "manifest.json", "state.safetensors", "state.pt"
 
 
@@ -38,10 +39,22 @@ class Loaded:
     meta: dict[str, Any]
     rejected: tuple[str, ...] = ()
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Lines for the user: every damaged newer checkpoint, and that this one is taken."""
+        return tuple(f"checkpoint rejected: {why}; taking {self.path.name} instead" for why in self.rejected)
+
 
 def checkpoint_steps(root: Path) -> list[int]:
-    """Return the steps of the published checkpoints under `root`, ascending. Symbolic links do not count."""
-    found = [path.name for path in root.glob("step-*") if path.is_dir() and not path.is_symlink()]
+    """Return the steps of the published checkpoints under `root`, ascending. Symbolic links do not count.
+
+    Raises OSError: the machine cannot list them, which is not the same as none.
+    """
+    try:
+        with os.scandir(root) as entries:
+            found = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
     return sorted(int(name[5:]) for name in found if re.fullmatch(r"step-\d{9}", name, re.ASCII))
 
 
@@ -73,9 +86,12 @@ def save_checkpoint(root: Path, step: int, state: dict[str, Any], meta: dict[str
 
 
 def load_checkpoint(path: Path) -> Loaded:
-    """Verify and load one checkpoint folder, onto the CPU. Raises as read_state, or OldFormatError."""
-    digest, meta = _read_manifest(path)
-    return Loaded(path, read_state(path / _STATE, digest), meta)
+    """Verify and load one checkpoint folder, onto the CPU; trouble of the machine is tried again.
+
+    Raises as read_state, or OldFormatError.
+    """
+    digest, meta = retried(_read_manifest, path)
+    return Loaded(path, retried(read_state, path / _STATE, digest), meta)
 
 
 def load_newest(root: Path, *, set_aside: bool = True) -> Loaded | None:
@@ -90,7 +106,7 @@ def load_newest(root: Path, *, set_aside: bool = True) -> Loaded | None:
         OSError: the machine cannot read one of them.
     """
     rejected: list[str] = []
-    for step in reversed(checkpoint_steps(root)):
+    for step in reversed(retried(checkpoint_steps, root)):
         path = checkpoint_path(root, step)
         try:
             return replace(load_checkpoint(path), rejected=tuple(rejected))
@@ -99,7 +115,7 @@ def load_newest(root: Path, *, set_aside: bool = True) -> Loaded | None:
         except CheckpointError as error:
             rejected.append(str(error))
             if set_aside:
-                path.rename(root / f"{CORRUPT}{step}-{time.time_ns()}")
+                retried(path.rename, root / f"{CORRUPT}{step}-{time.time_ns()}")
     if rejected:
         raise CheckpointError(f"no usable checkpoint in {root}: " + "; ".join(rejected))
     # A writer that was killed before it published its first checkpoint leaves a temporary folder only.
@@ -114,7 +130,7 @@ def find_checkpoint(path: Path) -> Loaded:
 
     Raises CheckpointError: there is none. OSError: the machine cannot read it.
     """
-    is_run = (path / "checkpoints").is_dir()
+    is_run = retried((path / "checkpoints").is_dir)
     loaded = load_newest(path / "checkpoints", set_aside=False) if is_run else load_checkpoint(path)
     if loaded is None:
         raise CheckpointError(f"{path}: no checkpoint there")

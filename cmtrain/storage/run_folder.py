@@ -20,15 +20,42 @@ import math
 import os
 import socket
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from cmtrain.config.strict_yaml import parse
+from cmtrain.storage.records import (
+    DamagedRecordError,
+    Losses,
+    append,
+    is_event,
+    is_number,
+    is_running,
+    keep_lines,
+    load_json,
+    parse_record,
+    read_bytes,
+    read_json,
+    reason_of,
+    remove_leftovers,
+    replace_file,
+    retried,
+    set_aside,
+)
 from pipelines.spec import DataError
 
 SUMMARY_COLUMNS = ("epoch", "step", "train_loss", "eval_loss", "eval_top1", "eval_top5", "eval_ema_loss",
                    "eval_ema_top1", "eval_ema_top5", "lr")  # fmt: skip
+SUMMARY_HEADER = ",".join(SUMMARY_COLUMNS)
 CLASSES_NAME, SAMPLE_NAME, REPORT_NAME = "classes.json", "augmented.png", "report.html"
+RECORDS = (
+    "config.yaml", "status.json", "log.jsonl", "summary.csv", "events.jsonl", CLASSES_NAME, REPORT_NAME,
+)  # fmt: skip
+
+# What readers of status.json rely on; a field of another type counts as missing.
+_TEXTS = ("state", "host", "reason", "resume_from", "metrics_url")
+_NUMBERS = ("step", "last_step", "total_steps", "updated", "pid", "exit_code", "loss", "eta_seconds",
+            "images_per_second", "data_wait_ratio", "best_top1", "best_step")  # fmt: skip
 
 # A running run that wrote nothing for this long has probably ended, unless it has a metrics.stall_seconds.
 SILENT_SECONDS = 600.0
@@ -40,60 +67,67 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 class RunFolder:
     """Writes one run's files, on rank 0 only.
 
-    A write that fails later than the making of `path` (a full disk) does not end the run: see `trouble`.
+    A write that fails later than the making of `path` (a full disk) does not end the run: `losses` notes it.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.trouble = ""  # why the latest write failed
+    def __init__(self, path: Path, losses: Losses | None = None) -> None:
+        self.path, self.losses = path, losses or Losses()
         self._status: dict[str, Any] = read_status(path) or {}
         path.mkdir(parents=True, exist_ok=True)
 
     def write_config(self, text: str) -> None:
-        self._try(replace_file, "config.yaml", text)
+        self.losses.attempt("config.yaml", replace_file, self.path / "config.yaml", text)
 
-    def status(self, **fields: Any) -> None:
-        """Merge `fields` into status.json, atomically."""
-        self._status |= fields | {"updated": time.time(), "pid": os.getpid()}
-        self._try(replace_file, "status.json", json.dumps(self._status, indent=1) + "\n")
+    def status(self, *, retries: bool = False, **fields: Any) -> bool:
+        """Merge `fields` into status.json, atomically. Return whether that was written.
+
+        `retries`: try again for a moment, and sync it: for what must not be lost, as how the run ended.
+        """
+        self._status |= fields | {
+            "updated": time.time(),
+            "pid": os.getpid(),
+            "lost": dict(self.losses.counts),
+        }
+        path, text = self.path / "status.json", json.dumps(self._status, indent=1) + "\n"
+        if retries:
+            return bool(self.losses.attempt(path.name, retried, replace_file, path, text, durable=True))
+        return bool(self.losses.attempt(path.name, replace_file, path, text))
 
     def snapshot(self) -> dict[str, Any]:
         """Return the content of status.json; for any thread."""
         return dict(self._status)
 
     def event(self, kind: str, /, **fields: Any) -> None:
-        self._try(_append, "events.jsonl", json.dumps({"time": time.time(), "event": kind} | fields) + "\n")
+        self._append("events.jsonl", {"time": time.time(), "event": kind} | fields)
 
     def log(self, record: dict[str, Any]) -> None:
-        self._try(_append, "log.jsonl", json.dumps(record) + "\n")
+        self._append("log.jsonl", record)
+
+    def _append(self, name: str, record: dict[str, Any]) -> None:
+        text = json.dumps(record, default=str) + "\n"
+        self.losses.attempt(name, append, self.path / name, text)
 
     def summary(self, row: dict[str, Any]) -> None:
         text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, SUMMARY_COLUMNS, restval="")
-        if not (self.path / "summary.csv").exists():
-            writer.writeheader()
-        writer.writerow(row)
-        self._try(_append, "summary.csv", text.getvalue())
+        csv.DictWriter(text, SUMMARY_COLUMNS, restval="").writerow(row)
+        path = self.path / "summary.csv"
+        self.losses.attempt(path.name, append, path, text.getvalue(), f"{SUMMARY_HEADER}\r\n")
 
     def classes(self, record: dict[str, Any]) -> None:
-        replace_file(self.path / CLASSES_NAME, json.dumps(record) + "\n")
+        path = self.path / CLASSES_NAME
+        self.losses.attempt(path.name, replace_file, path, json.dumps(record) + "\n")
 
-    def rewind(self, step: int) -> None:
-        """Remove log records and summary rows after `step`: a resumed run will do those steps again."""
+    def rewind(self, step: int) -> list[str]:
+        """Remove log records and summary rows after `step`: a resumed run will do those steps again.
+
+        Damaged tables are set aside, and their good records kept. Returns a line for the user about each.
+        Raises OSError: a table cannot be read or changed, and would hold those steps twice.
+        """
         log, summary = self.path / "log.jsonl", self.path / "summary.csv"
-        if log.exists():
-            records = [line for line in log.read_text().splitlines() if _step_of(line) <= step]
-            replace_file(log, "".join(f"{line}\n" for line in records))
-        if summary.exists():
-            header, *rows = summary.read_text().splitlines()
-            kept = [row for row in rows if int(row.split(",")[1]) <= step]
-            replace_file(summary, "".join(f"{line}\n" for line in [header, *kept]))
-
-    def _try(self, write: Callable[[Path, str], None], name: str, text: str) -> None:
-        try:
-            write(self.path / name, text)
-        except OSError as error:
-            self.trouble = f"{name}: {error.strerror}"
+        found = keep_lines(log, lambda line: _is_until(_step_of_record(line), step))
+        header = SUMMARY_HEADER.encode()
+        also = keep_lines(summary, lambda line: _is_until(_step_of_row(line), step), header)
+        return [line for line in (found, also) if line]
 
 
 class RunLock:
@@ -155,44 +189,86 @@ class RunLock:
                 folder.rmdir()
 
 
-def read_status(path: Path) -> dict[str, Any] | None:
-    """Return status.json of the run folder `path`; None if missing, or empty after a power failure."""
-    try:
-        return json.loads((path / "status.json").read_text())
-    except (FileNotFoundError, ValueError):
-        return None
+def read_status(path: Path, damage: list[str] | None = None) -> dict[str, Any] | None:
+    """Return status.json of the run folder `path`; None if missing, damaged or unreadable.
+
+    Fields of another type than this version writes are left out. `damage`: see records.read_json.
+    """
+    status = read_json(path / "status.json", damage)
+    return None if status is None else {key: v for key, v in status.items() if _is_status_field(key, v)}
+
+
+def _is_status_field(key: str, value: Any) -> bool:
+    if value is None:
+        return True
+    if key in _TEXTS:
+        return isinstance(value, str)
+    if key in _NUMBERS:
+        return is_number(value)
+    return key not in ("result", "lost") or isinstance(value, dict)
 
 
 def read_finished(path: Path, config_yaml: str, max_steps: int | None) -> dict[str, Any] | None:
     """Return status.json of the run folder `path` if this very run has finished, with nothing left to do."""
-    status = read_status(path)
-    if status is None or status["state"] != "finished" or (path / "config.yaml").read_text() != config_yaml:
+    status = read_status(path) or {}
+    needed = ("last_step", "total_steps", "exit_code", "result", "resume_from")
+    if status.get("state") != "finished" or any(status.get(key) is None for key in needed):
         return None
+    try:
+        if retried(read_bytes, path / "config.yaml").decode() != config_yaml:
+            return None
+        has_checkpoint = Path(status["resume_from"]).is_dir()
+    except (OSError, ValueError):
+        return None  # then the run goes on from its last checkpoint, and writes what is missing
     whole = status["last_step"] >= min(status["total_steps"], max_steps or status["total_steps"])
-    return status if whole and Path(status["resume_from"]).is_dir() else None
+    return status if whole and has_checkpoint else None
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
-    """Return the events of the run folder `path`, without lines that a kill cut short."""
-    events = []
-    with contextlib.suppress(FileNotFoundError):
-        for line in (path / "events.jsonl").read_text().splitlines():
-            with contextlib.suppress(ValueError):
-                events.append(json.loads(line))
-    return events
+    """Return the events of the run folder `path`, without damaged lines."""
+    try:
+        lines = retried(read_bytes, path / "events.jsonl").splitlines()
+    except (OSError, DamagedRecordError):
+        return []
+    return [record for line in lines if (record := parse_record(line)) and is_event(record)]
+
+
+def set_damaged_aside(path: Path) -> list[str]:
+    """Rename the damaged records of the run folder `path`, and delete what killed writers left.
+
+    Only for the process that holds the run's lock. Log and summary: see RunFolder.rewind. Returns a line for
+    the user about each damaged record. Raises OSError: one cannot be renamed.
+    """
+    events = keep_lines(path / "events.jsonl", lambda line: is_event(parse_record(line) or {}) or None)
+    lines = [events] if events else []
+    records = [path / name for name in ("status.json", CLASSES_NAME, "config.yaml")]
+    for record in [*records, *sorted(path.glob("failed-rank*.json"))]:
+        try:
+            _load_config(record) if record.suffix == ".yaml" else load_json(record)
+        except (DamagedRecordError, IsADirectoryError) as error:
+            lines.append(f"{record.name}: {reason_of(error)}; it is kept as {set_aside(record).name}")
+        except OSError:
+            continue  # missing; or the machine cannot read it, which is no damage
+    remove_leftovers(path, *RECORDS, SAMPLE_NAME, "failed-rank*.json")
+    remove_leftovers(path.parent / ".targets", f"{path.name}-[0-9]*.json")
+    return lines
+
+
+def _load_config(path: Path) -> None:
+    try:
+        root, problems = parse(retried(read_bytes, path).decode())
+    except UnicodeDecodeError as error:
+        raise DamagedRecordError(f"not text: {error}") from error
+    if problems or root is None or not isinstance(root.value, dict):
+        raise DamagedRecordError("cannot be read as a configuration")
 
 
 def is_alive(process: dict[str, Any]) -> bool | None:
     """Return whether the process with this `pid` and `host` runs; None if it is on another host."""
-    if process.get("host") != socket.gethostname() or not isinstance(process.get("pid"), int):
+    pid = process.get("pid")
+    if process.get("host") != socket.gethostname() or not isinstance(pid, int) or pid <= 0:
         return None
-    try:
-        os.kill(process["pid"], 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:  # it is another user's
-        pass
-    return True
+    return is_running(pid)
 
 
 def finite(value: Any) -> Any:
@@ -201,42 +277,22 @@ def finite(value: Any) -> Any:
 
 
 def _read_holder(path: Path) -> dict[str, Any]:
-    try:
-        holder = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return holder if isinstance(holder, dict) else {}
+    return read_json(path) or {}
 
 
-def _step_of(line: str) -> float:
+def _is_until(found: float | None, step: int) -> bool | None:
+    return None if found is None else found <= step
+
+
+def _step_of_record(line: bytes) -> float | None:
+    found = (parse_record(line) or {}).get("step")
+    return found if is_number(found) else None
+
+
+def _step_of_row(line: bytes) -> float | None:
+    """Return the step of a row of summary.csv; None if it is not a row of numbers, one per column."""
     try:
-        return json.loads(line)["step"]
+        numbers = [float(cell) if cell else 0.0 for cell in line.strip().split(b",")]
     except ValueError:
-        return math.inf  # cut short by a kill, after every checkpoint
-
-
-def replace_file(path: Path, content: str | bytes) -> None:
-    """Write `content` to `path`, in place of what it held, by one rename: a kill leaves the old or the new.
-
-    Raises OSError: `path` is as it was.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def _append(path: Path, text: str) -> None:
-    """Append all of `text` or nothing: half a line would spoil the next one, too."""
-    rest = text.encode()
-    with open(path, "ab", buffering=0) as file:
-        end = file.tell()
-        try:
-            while rest:
-                rest = rest[file.write(rest) :]
-        except OSError:
-            file.truncate(end)
-            raise
+        return None
+    return numbers[1] if len(numbers) == len(SUMMARY_COLUMNS) else None

@@ -5,7 +5,6 @@ Needs no torch. Half a million log records are read in 2 s on one core, most of 
 
 import csv
 import itertools
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,9 +12,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from pydantic_core import from_json
 
 from cmtrain.config.strict_yaml import Node, parse
+from cmtrain.storage.records import is_event, is_number, load_json, parse_record, reason_of
 from cmtrain.storage.run_folder import CLASSES_NAME, SAMPLE_NAME, read_status
 from pipelines.spec import DataError
 
@@ -78,7 +77,7 @@ def read_run(path: Path) -> RunRecord:
     events = [event for event in _records(path / "events.jsonl", damage) if is_event(event)]
     config, classes = _config(path / "config.yaml", damage), _classes(path / CLASSES_NAME, damage)
     status, log = _status(path, damage), to_columns(_records(path / "log.jsonl", damage))
-    evaluations = to_columns(_summary(path / "summary.csv"))
+    evaluations = to_columns(_summary(path / "summary.csv", damage))
     sample = path / SAMPLE_NAME if (path / SAMPLE_NAME).is_file() else None
     return RunRecord(path, status, log, evaluations, events, *config, *classes, sample, damage)
 
@@ -102,25 +101,12 @@ def last(columns: Columns, name: str) -> float | None:
     return float(finite[-1]) if finite.size else None
 
 
-def is_number(value: Any) -> bool:
-    """Return whether `value`, as read from JSON, is a finite number of a size to calculate with."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**63
-
-
-def is_event(record: Mapping[str, Any]) -> bool:
-    """Return whether a record of events.jsonl has a kind and a time."""
-    return isinstance(record.get("event"), str) and is_number(record.get("time"))
-
-
 def _status(path: Path, damage: list[str]) -> dict[str, Any]:
-    try:
-        status = read_status(path)
-    except (OSError, ValueError) as error:
-        damage.append(f"status.json: {error}")
-        return {}
-    if status is None:
+    num_before = len(damage)
+    status = read_status(path, damage)
+    if status is None and len(damage) == num_before:
         damage.append("status.json: missing")
-    return status if isinstance(status, dict) else {}
+    return status or {}
 
 
 def _records(path: Path, damage: list[str]) -> Iterator[dict[str, Any]]:
@@ -140,20 +126,7 @@ def _records(path: Path, damage: list[str]) -> Iterator[dict[str, Any]]:
 
 
 def _unreadable(path: Path, error: OSError) -> str:
-    return f"{path.name}: {'missing' if isinstance(error, FileNotFoundError) else error.strerror}"
-
-
-def parse_record(line: bytes) -> dict[str, Any] | None:
-    """Return the JSON object in a line; None if it holds none."""
-    try:
-        record = from_json(line)
-    except ValueError:
-        # The standard library's parser takes eight times as long, but also file names that are not UTF-8.
-        try:
-            record = json.loads(line)
-        except ValueError:
-            return None
-    return record if isinstance(record, dict) else None
+    return f"{path.name}: {'missing' if isinstance(error, FileNotFoundError) else reason_of(error)}"
 
 
 def _rows(lines: Iterable[str]) -> Iterator[dict[str, float | None]]:
@@ -165,12 +138,18 @@ def _rows(lines: Iterable[str]) -> Iterator[dict[str, float | None]]:
         return
 
 
-def _summary(path: Path) -> Iterator[dict[str, float | None]]:
+def _summary(path: Path, damage: list[str]) -> list[dict[str, float | None]]:
     try:
         with open(path, newline="", errors="replace") as file:
-            yield from _rows(file)
-    except OSError:
-        return  # a run that was not evaluated has none
+            rows = list(_rows(file))
+    except FileNotFoundError:
+        return []  # a run that was not evaluated has none
+    except OSError as error:
+        damage.append(_unreadable(path, error))
+        return []
+    if cut := sum(not is_number(row.get("step")) for row in rows):
+        damage.append(f"{path.name}: {cut} damaged {'row' if cut == 1 else 'rows'} left out")
+    return rows
 
 
 def to_columns(records: Iterable[Mapping[str, Any]]) -> Columns:
@@ -212,7 +191,7 @@ def _config(path: Path, damage: list[str]) -> tuple[str, dict[str, Any]]:
 
 def _classes(path: Path, damage: list[str]) -> tuple[list[str], dict[str, ClassCounts]]:
     try:
-        content = json.loads(path.read_bytes())
+        content = load_json(path)
         names = [str(name) for name in content["classes"]]
         counts = {weights: _class_counts(entry, len(names)) for weights, entry in content["weights"].items()}
     except FileNotFoundError:

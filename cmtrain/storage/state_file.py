@@ -28,8 +28,8 @@ DTYPES = {
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
     torch.bool: "BOOL",
 }  # fmt: skip
-# Errors of opening or reading that are the file's fault, not that of the machine or its permissions.
-_DAMAGE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EIO, errno.ENXIO)
+# Errors of opening that are the file's fault. Others (EIO, ESTALE, EACCES, EMFILE) are the machine's.
+_DAMAGE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO)
 
 
 class CheckpointError(Exception):
@@ -128,12 +128,7 @@ def verify(file: io.BufferedReader, path: Path, expected: Digest) -> None:
     size = os.fstat(file.fileno()).st_size
     if size != expected.num_bytes:
         raise CheckpointError(f"{path}: {size} bytes, the manifest has {expected.num_bytes}")
-    try:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        if error.errno not in _DAMAGE:
-            raise
-        raise CheckpointError(f"{path}: {error.strerror}") from error
+    found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != expected.sha256:
         raise CheckpointError(f"{path}: sha256 differs from the manifest's")
 

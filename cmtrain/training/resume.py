@@ -7,7 +7,8 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from cmtrain.config.schema import Config, recipe
+from cmtrain.config.schema import Config, another_recipe
+from cmtrain.config.schema import recipe_changes as changed_keys
 from cmtrain.errors import ConfigError
 from cmtrain.processes.failure import archive_previous_attempt
 from cmtrain.step.learner import Learner
@@ -18,7 +19,9 @@ from cmtrain.storage.checkpoint import (
     find_checkpoint,
     load_checkpoint,
     load_newest,
+    remove_leftovers,
 )
+from cmtrain.storage.records import retried
 from cmtrain.storage.run_folder import RunLock
 from cmtrain.storage.state_file import CheckpointError
 from pipelines.spec import DataError
@@ -42,7 +45,9 @@ class Start:
         return self.checkpoint is not None and self.checkpoint.state["progress"].get("evaluation_due", False)
 
 
-def choose_start(lock: RunLock, resume: str, config: Config, fingerprint: str, *, is_main: bool) -> Start:
+def choose_start(
+    lock: RunLock, resume: str, config: Config, fingerprint: str, val_fingerprint: str, *, is_main: bool
+) -> Start:
     """Choose on rank 0, which takes the `lock`, and make every rank start from the same checkpoint.
 
     Args:
@@ -50,7 +55,8 @@ def choose_start(lock: RunLock, resume: str, config: Config, fingerprint: str, *
         of the run folder, else from scratch), `never` (from scratch; refused if
             there are checkpoints), `force` (as auto, but configuration and data may have changed), or the
             path of a checkpoint or run folder.
-        fingerprint: digest of the training manifest.
+        fingerprint: digest of the training manifest. val_fingerprint: of the validation manifest; another
+            one is a note.
 
     Raises:
         ConfigError: the checkpoint belongs to another configuration or other data, or `never` would mix two
@@ -61,7 +67,7 @@ def choose_start(lock: RunLock, resume: str, config: Config, fingerprint: str, *
     if is_main:
         try:
             lock.acquire()
-            start = _choose(lock.folder, resume, config, fingerprint)
+            start = _choose(lock.folder, resume, config, fingerprint, val_fingerprint)
         except (ConfigError, DataError) as raised:
             error = raised
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
@@ -76,20 +82,22 @@ def choose_start(lock: RunLock, resume: str, config: Config, fingerprint: str, *
     return start
 
 
-def _choose(run_path: Path, resume: str, config: Config, fingerprint: str) -> Start:
-    lost = archive_previous_attempt(run_path)
+def _choose(run_path: Path, resume: str, config: Config, fingerprint: str, val_fingerprint: str) -> Start:
     checkpoints = run_path / "checkpoints"
-    if resume == "never":
-        if checkpoint_steps(checkpoints):
-            held = f"{run_path} already holds checkpoints"
-            raise ConfigError(f"--resume never: {held}; choose another --run.name")
-        return Start(notes=lost)
     try:
+        lost = archive_previous_attempt(run_path)
+        if resume == "never":
+            if retried(checkpoint_steps, checkpoints):
+                held = f"{run_path} already holds checkpoints"
+                raise ConfigError(f"--resume never: {held}; choose another --run.name")
+            return Start(notes=lost)
         loaded = load_newest(checkpoints)
+        remove_leftovers(checkpoints)  # not before: they may be all that is left of a run
     except CheckpointError as error:
         raise DataError(f"{error}; to start from scratch all the same, use --resume never") from error
     except OSError as error:
-        raise DataError(f"{checkpoints}: {error}") from error
+        what = f"{error.filename or run_path}: {error.strerror or error}"
+        raise DataError(f"{what}; no checkpoint was changed, run the same command again") from error
     if resume not in ("auto", "force") and loaded is None:
         try:
             loaded = find_checkpoint(Path(resume))
@@ -99,12 +107,14 @@ def _choose(run_path: Path, resume: str, config: Config, fingerprint: str) -> St
         return Start(notes=lost)
     changes = recipe_changes(loaded, config, fingerprint)
     if changes and resume != "force":
-        raise ConfigError(
-            f"{loaded.path} was made with another recipe: {'; '.join(changes)}; "
-            "choose another --run.name, or --resume force to continue with the new recipe"
-        )
-    notes = [f"checkpoint rejected: {line}" for line in loaded.rejected]
+        raise another_recipe(loaded.path, changes)
+    notes = list(loaded.warnings)
     notes += [f"recipe changed: {change}" for change in changes]
+    if loaded.meta.get("val_fingerprint", val_fingerprint) != val_fingerprint:
+        what = f"the validation images or classes are others than at {loaded.path.name}"
+        notes.append(
+            f"{what}: earlier accuracies do not compare, and the search for the best one begins again"
+        )
     return Start(loaded.state["progress"]["step"], replace(loaded, rejected=()), (*lost, *notes))
 
 
@@ -123,15 +133,13 @@ def recipe_changes(loaded: Loaded, config: Config, fingerprint: str) -> list[str
     """
     meta = loaded.meta
     try:
-        old, new = recipe(meta["config"]), recipe(config.model_dump(mode="json"))
+        changes = changed_keys(meta["config"], config.model_dump(mode="json"))
         same_data = meta["fingerprint"] == fingerprint
         StepReport(**meta["report"])
         if not {"best_top1", "best_step"} <= meta.keys() or not loaded.state["progress"]["step"] >= 0:
             raise ValueError("best_top1, best_step or the step is missing")
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise DataError(f"{loaded.path}: no checkpoint of a run: {type(error).__name__}: {error}") from error
-    changed = [key for key in sorted(old | new) if old.get(key) != new.get(key)]
-    changes = [f"{key}: {old.get(key)} -> {new.get(key)}" for key in changed]
     return changes if same_data else [*changes, "the training images (fingerprint) changed"]
 
 

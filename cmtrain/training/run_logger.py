@@ -1,6 +1,5 @@
 """Send every event of a run to the console, the metrics, the run folder and the experiment trackers."""
 
-import json
 import math
 import socket
 import sys
@@ -12,7 +11,8 @@ from typing import Any
 
 import torch
 
-from cmtrain.monitoring.console import Console
+from cmtrain.errors import EXIT_DATA
+from cmtrain.monitoring.console import Console, print_result
 from cmtrain.monitoring.discovery import forget_ranks, write_target
 from cmtrain.monitoring.http_server import Exporter
 from cmtrain.monitoring.machine import environment
@@ -20,16 +20,19 @@ from cmtrain.monitoring.metrics import TrainMetrics
 from cmtrain.monitoring.report.page import write_report
 from cmtrain.monitoring.routes import make_pages
 from cmtrain.monitoring.trackers import Trackers
-from cmtrain.monitoring.units import duration, percent
+from cmtrain.monitoring.units import duration, is_part, percent, state_name, step_place, workers
+from cmtrain.processes.output import lost_output
 from cmtrain.processes.rank import num_restarts
 from cmtrain.step.evaluate import Evaluation, by_class
 from cmtrain.step.measure import Pace, StepReport
 from cmtrain.step.spikes import Spike
 from cmtrain.storage.checkpoint_writer import Outcome
 from cmtrain.storage.finite import named
+from cmtrain.storage.records import Losses
 from cmtrain.storage.run_folder import REPORT_NAME, SAMPLE_NAME, RunFolder, finite
 from cmtrain.training.recovery import BadStep
-from pipelines.checks.bad_list import BadFile
+from pipelines.checks.bad_list import BadFile, find_list
+from pipelines.spec import DataError
 
 
 @dataclass
@@ -41,7 +44,7 @@ class RunLogger:
         first_step, last_step: first and last step of this process's part of the run.
         epochs, total_steps: length of the whole run.
         address: (host, port) to serve metrics at, None for no metrics.
-        stall_seconds: see routes.make_pages.
+        stall_seconds: see routes.make_pages. allowed_hosts: see http_server.is_own_host.
         trackers: experiment trackers, if any.
     """
 
@@ -56,16 +59,19 @@ class RunLogger:
     address: tuple[str, int] | None
     stall_seconds: float
     trackers: Trackers | None = None
+    allowed_hosts: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         self.step = self.first_step
         self.console = Console(enabled=self.rank == 0)
         self.metrics = TrainMetrics(self.path.name, self.rank)
-        self.folder = RunFolder(self.path) if self.rank == 0 else None
+        self.losses = Losses()
+        self.folder = RunFolder(self.path, self.losses) if self.rank == 0 else None
         self.speed: dict[str, Any] = {}  # at the last log point; the share of waiting is this rank's own
         self.train_loss = math.nan
         self.bad_paths: set[str] = set()
         self.pace, self.begin = Pace(), time.monotonic()
+        self.failure: dict[str, Any] = {}  # which is written to status.json by report_failure
         self.exporter: Exporter | None = None
         self.target: Path | None = None
         if self.address:
@@ -74,36 +80,34 @@ class RunLogger:
     def _serve(self, address: tuple[str, int]) -> None:
         """Serve metrics; if that fails, log why and go on without them."""
         try:
-            status = self.folder.snapshot if self.folder else lambda: self.speed
-            self.exporter = Exporter(
-                make_pages(self.metrics, status, self.stall_seconds, self.path), *address
-            )
-            self.target = write_target(self.path, self.rank, self.exporter.host, self.exporter.port)
-            if self.rank == 0:
-                forget_ranks(self.path, self.world_size)
-        except OSError as error:
-            self.console.line(f"{'no discovery of metrics' if self.exporter else 'no metrics'}: {error}")
+            folder = self.folder
+            status = (lambda: folder.snapshot() | self.failure) if folder else lambda: self.speed
+            pages = make_pages(self.metrics, status, self.stall_seconds, self.path)
+            self.exporter = Exporter(pages, *address, self.allowed_hosts)
+        except (OSError, UnicodeError) as error:
+            self.console.line(f"no metrics: {error}")
+            return
+        place = self.path, self.rank, self.exporter.host, self.exporter.port
+        self.target = self.losses.attempt("discovery of metrics", write_target, *place)
+        if self.rank == 0:
+            self.losses.attempt("discovery of metrics", forget_ranks, self.path, self.world_size)
 
     @property
     def metrics_url(self) -> str | None:
         return f"{self.exporter.url}/metrics" if self.exporter else None
 
     def start(
-        self,
-        config_yaml: str,
-        facts: Mapping[str, str],
-        notes: Sequence[str],
-        *,
-        flops_per_image: int,
-        device: torch.device,
-        resumed: tuple[Path, StepReport] | None,
-    ) -> None:
+        self, config_yaml: str, facts: Mapping[str, str], notes: Sequence[str], *, flops_per_image: int,
+        device: torch.device, resumed: tuple[Path, StepReport] | None,
+    ) -> None:  # fmt: skip
         """Log the start of a run, or of its next part.
 
         Args:
             facts: model, precision and so on; see metrics.RUN_FACTS.
             notes: lines that the user should see.
             resumed: the checkpoint that this part continues from, and the report that is saved in it.
+
+        Raises DataError: log or summary cannot be read, and would hold steps twice.
         """
         self.metrics.start(facts, last_step=self.last_step, flops_per_image=flops_per_image, device=device)
         if resumed:
@@ -111,20 +115,23 @@ class RunLogger:
             self.train_loss = resumed[1].loss
         if self.folder:
             self.folder.write_config(config_yaml)
-            self.folder.rewind(self.first_step)
             self.folder.status(
                 state="running", step=self.first_step, last_step=self.last_step,
                 total_steps=self.total_steps,
                 metrics_url=self.metrics_url, exit_code=None, reason=None, result=None,
-                host=socket.gethostname(),
+                host=socket.gethostname(), retries=True,
             )  # fmt: skip
+            try:
+                notes = [*notes, *self.folder.rewind(self.first_step)]
+            except OSError as error:
+                raise DataError(f"{error.filename or self.path}: {error.strerror or error}") from error
         for note in notes:
             self.console.line(note)
             self._event("note", text=note)
         state = "resumed" if resumed else "started"
         self._event(state, step=self.first_step, restarts=num_restarts(), **facts)
         self._event("environment", **environment())
-        self.console.line(" ".join(f"{key} {value}" for key, value in facts.items()))
+        self.console.line(f"{facts['model']}, {facts['precision']}, {workers(dict(facts))}")
         watch = f"  watch {self.exporter.url}/" if self.exporter else ""
         self.console.line(f"run folder {self.path}{watch}")
         if resumed:
@@ -146,9 +153,17 @@ class RunLogger:
         self.metrics.count_step(step, **measured)
         self.pace.step(num_images * self.world_size, seconds, wait_seconds)
         self.console.advance(step)
-        if self.folder and self.folder.trouble:
-            trouble, self.folder.trouble = self.folder.trouble, ""
-            self.console.line(f"step {step}: the run folder misses a record, training goes on: {trouble}")
+        self.report_losses()
+
+    def report_losses(self) -> None:
+        """Log which records and which output could not be written, each once, wherever that is possible."""
+        for line in [*self.losses.take_news(), *lost_output()]:
+            self._event("record_lost", step=self.step, what=line)
+            text = f"step {self.step}: the run misses a record and goes on: {line}"
+            if self.rank == 0:
+                self.console.line(text)
+            else:
+                sys.stderr.write(f"rank {self.rank}: {text}\n")
 
     def log(self, report: StepReport) -> None:
         """Log a log point."""
@@ -187,13 +202,17 @@ class RunLogger:
 
     # Bad files, spikes, rollbacks
 
-    def left_out(self, files: Sequence[BadFile]) -> None:
-        """Log the files that the run begins without. All ranks know the same ones; rank 0 counts them."""
+    def left_out(self, files: Sequence[BadFile], root: Path) -> None:
+        """Log the files that the run begins without. All ranks know the same ones; rank 0 counts them.
+
+        `root`: the training split, to find the list of `cmtrain data check`.
+        """
         self.bad_files([files], quiet=True)
         if files:
-            example = f"{files[0].path}: {files[0].reason}"
             others = f", and {len(files) - 1:,} more in events.jsonl" if len(files) > 1 else ""
-            self.console.line(f"{len(files):,} bad files are left out: {example}{others}")
+            example = f": {files[0].path}: {files[0].reason}{others}"
+            where = f", see {path}" if (path := find_list(root, files)) else example
+            self.console.line(f"{len(files):,} bad files are left out{where}")
 
     def bad_files(self, by_rank: Sequence[Sequence[BadFile]], *, quiet: bool = False) -> None:
         """Log each bad file once, whichever ranks met it; the first of them counts it."""
@@ -238,16 +257,9 @@ class RunLogger:
     # Evaluations and checkpoints
 
     def evaluated(
-        self,
-        results: Mapping[str, Evaluation],
-        class_names: Sequence[str],
-        *,
-        epoch: int,
-        step: int,
-        lr: float,
-        seconds: float,
-        best: tuple[float, int],
-    ) -> None:
+        self, results: Mapping[str, Evaluation], class_names: Sequence[str], *, epoch: int, step: int,
+        lr: float, seconds: float, best: tuple[float, int],
+    ) -> None:  # fmt: skip
         """Log the evaluations of `model` and, if there is one, `ema`.
 
         Args:
@@ -300,45 +312,58 @@ class RunLogger:
     # The end
 
     def finish(
-        self, state: str, *, exit_code: int, reason: str, results: Mapping[str, Evaluation] | None = None
-    ) -> None:
-        """Write how the run ended: status.json, report.html, the console, and one JSON line for programs."""
+        self, state: str, *, exit_code: int, reason: str, results: Mapping[str, Evaluation] | None = None,
+        as_json: bool = False,
+    ) -> int:  # fmt: skip
+        """Write how the run ended: status.json, report.html, the console, and one JSON line for programs
+        (`as_json`: on a terminal, too).
+
+        Returns the exit code: `exit_code`, or 3 where status.json could not be written.
+        """
         self.console.stop()
         if self.trackers and (trouble := self.trackers.close()):
             self.console.line(trouble)
         if self.folder:
             result = self._result(state, results) if results else None
-            self.folder.status(
-                state=state, step=self.step, exit_code=exit_code, reason=reason, result=result
-            )
             self._event(state, step=self.step, exit_code=exit_code, reason=reason)
-            self.console.line(reason if state == "preempted" else f"{state}: {reason}")
+            self.report_losses()  # before status.json, which has them
+            is_written = self.folder.status(
+                state=state, step=self.step, exit_code=exit_code, reason=reason, result=result, retries=True
+            )
+            status = self.folder.snapshot()
+            place = f", {step_place(status, self.step)}" if is_part(status) else ""
+            self.console.line(reason if state == "preempted" else f"{state_name(status)}{place}: {reason}")
             self._report()
-            if result and not sys.stdout.isatty():  # people have read it above
-                print(json.dumps(result), flush=True)  # noqa: T201
-        self._close()
+            if result:
+                print_result(result, asked=as_json)
+            if not is_written:
+                exit_code = EXIT_DATA
+                advice = "run the same command again"
+                self.console.line(f"{self.path}: status.json does not say how the run ended; {advice}")
+        self._close(waits=state != "preempted")
+        return exit_code
 
-    def fail(self, reason: str) -> None:
+    def fail(self, reason: str, *, waits: bool) -> None:
         """Print why the run failed; the failure itself is in the run folder already."""
         self.console.stop()
         self.console.line(f"failed: {reason}")
-        self._close()
+        self.failure = {"state": "failed", "reason": reason, "updated": time.time()}
+        self._close(waits=waits)
 
-    def _close(self) -> None:
+    def _close(self, *, waits: bool) -> None:
+        """Stop serving; if it `waits`, a browser that shows the live page fetches its last state first."""
         if self.target:
-            self.target.unlink(missing_ok=True)
+            self.losses.attempt("discovery of metrics", self.target.unlink, missing_ok=True)
         if self.exporter:
+            if waits and self.rank == 0:
+                self.exporter.linger("/")
             self.exporter.close()
+        self.report_losses()
 
     def _report(self) -> None:
         path = self.path / REPORT_NAME
-        try:
-            write_report([self.path], path)
+        if self.losses.attempt(path.name, write_report, [self.path], path):
             self.console.line(f"report {path}")
-        except (
-            Exception
-        ) as error:  # whatever is wrong with the report, the run is over and keeps its exit code
-            self.console.line(f"no report: {type(error).__name__}: {error}")
 
     def _result(self, state: str, results: Mapping[str, Evaluation]) -> dict[str, Any]:
         measured = {
@@ -347,15 +372,10 @@ class RunLogger:
             for key in ("top1", "top5", "loss")
         }
         return {
-            "state": state,
-            **measured,
-            "num_images": results["model"].num_images,
-            "num_unreadable": results["model"].num_unreadable,
-            "step": self.last_step,
+            "state": state, **measured, "num_images": results["model"].num_images,
+            "num_unreadable": results["model"].num_unreadable, "step": self.last_step,
             "images_per_second": self.pace.images_per_second,
-            "train_seconds": round(time.monotonic() - self.begin, 1),
-            "run_dir": str(self.path),
-            "metrics_url": self.metrics_url,
-            "augmented": str(self.path / SAMPLE_NAME),
+            "train_seconds": round(time.monotonic() - self.begin, 1), "run_dir": str(self.path),
+            "metrics_url": self.metrics_url, "augmented": str(self.path / SAMPLE_NAME),
             "report": str(self.path / REPORT_NAME),
-        }
+        }  # fmt: skip

@@ -2,23 +2,27 @@
 
 A text file, one `path<TAB>kind<TAB>reason` per line, paths relative to the folder that was checked. It is
 bad_files.tsv in that folder or, where that cannot be written, a file in the user's cache. Deleting a line
-takes its file back in. Older lists have no kind: their files count as "other".
+takes its file back in. What is not printable in a path is an escape such as \\n or \\x1b, and a backslash is
+two. Older lists, with another first line, have no escapes; the oldest have no kind, which counts as "other".
 """
-
-from __future__ import annotations
 
 import contextlib
 import hashlib
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from pipelines.atomic import replacing
-from pipelines.checks.decode_one import KINDS, Fault, Kind
+from pipelines.checks.decode_one import KINDS, Fault, Kind, patiently
+from pipelines.spec import DataError, os_errors_in_one_line, visible
 
 NAME = "bad_files.tsv"
-_HEADER = "# cmtrain data check: these files are left out of training; delete a line to use its file again\n"
+SPLITS = ("train", "val")
+_LISTED = f" (listed in {NAME})"
+_HEADER = r"# cmtrain data check: left out of training; delete a line to use its file again (\\ is one \)"
+_ESCAPES = re.compile(r"\\(?:\\|[nrt]|x[0-9a-f]{2}|u[0-9a-f]{4}|U[0-9a-f]{8})")
 
 
 class BadFile(NamedTuple):
@@ -29,20 +33,37 @@ class BadFile(NamedTuple):
     reason: str
 
 
-def read_lists(root: Path) -> dict[str, Fault]:
-    """Return faults by path relative to `root`, from the lists of `root` and of the folder that holds it."""
+def read_lists(root: Path, inner: Iterable[str] = ()) -> dict[str, Fault]:
+    """Return faults by path relative to `root`, from the lists of `root` and of the folder that holds it.
+
+    Args:
+        inner: folders below `root` whose lists count, too.
+    """
     faults: dict[str, Fault] = {}
-    for folder in (root.parent, root):
-        prefix = "" if folder == root else f"{root.name}/"
+    real = Path(os.path.realpath(root))
+    above = {(holder.parent, f"{holder.name}/", "") for holder in (root, real)}
+    below = [(root / folder, "", f"{folder}/") for folder in inner]
+    for folder, prefix, start in [*sorted(above), (root, "", ""), *below]:
         for path in _places(folder):
             for listed, (kind, reason) in _read(path).items():
                 if listed.startswith(prefix):
-                    faults[listed.removeprefix(prefix)] = Fault(kind, f"{reason} (listed in {NAME})")
+                    name = start + listed.removeprefix(prefix)
+                    faults[name] = Fault(kind, f"{reason}{_LISTED}")
     return faults
 
 
+def find_list(root: Path, files: Iterable[BadFile]) -> Path | None:
+    """Return the list of `root` or of the folder above, if all of `files` are left out because of a list."""
+    if not all(file.reason.endswith(_LISTED) for file in files):
+        return None
+    places = [place for folder in (root.parent, root) for place in _places(folder)]
+    return next((place for place in places if os.path.exists(place)), None)
+
+
 def write_list(folder: Path, faults: Mapping[str, Fault], path: Path | None = None) -> Path | None:
-    """Replace the list of `folder`; without faults, delete it.
+    """Replace the list of `folder`; without faults, delete it. There is always the old one or the new.
+
+    A split has no list of its own: its part of the list of the folder above is replaced.
 
     Args:
         faults: by path relative to `folder`.
@@ -50,53 +71,89 @@ def write_list(folder: Path, faults: Mapping[str, Fault], path: Path | None = No
 
     Returns:
         Where the list is, None when it is empty.
+
+    Raises:
+        DataError: it can be written nowhere; the one before is as it was.
     """
     if path is not None:
-        _write(path, faults)
+        with os_errors_in_one_line(path):
+            _write(path, faults)
         return path
-    beside, cached = _places(folder)
-    for place in (beside, cached):
-        with contextlib.suppress(OSError):
-            place.unlink(missing_ok=True)
-    if not faults:
-        return None
-    try:
-        _write(beside, faults)
-    except OSError:  # the data is read-only
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        _write(cached, faults)
-        return cached
-    return beside
+    if folder.name in SPLITS:
+        prefix = f"{folder.name}/"
+        others = [item for place in _places(folder.parent) for item in _read(place).items()]
+        kept = {listed: fault for listed, fault in others if not listed.startswith(prefix)}
+        faults = kept | {prefix + listed: fault for listed, fault in faults.items()}
+        folder = folder.parent
+    places = _places(folder)
+    written = _write_first(places, faults) if faults else None
+    inner = [place for name in SPLITS for place in _places(folder / name)]  # of older checks
+    for place in (*places, *inner):
+        if place != written:
+            with contextlib.suppress(OSError):
+                place.unlink(missing_ok=True)
+    return written
 
 
 def user_cache() -> Path:
-    """Return $XDG_CACHE_HOME/cmtrain."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cmtrain"
+    """Return $XDG_CACHE_HOME/cmtrain; a folder that is not there for a user without a home."""
+    home = os.path.expanduser("~/.cache")  # is left as it is where there is none
+    given = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(given):  # such as ~/x; its standard asks to ignore it
+        given = "/nonexistent" if home.startswith("~") else home
+    return Path(given) / "cmtrain"
 
 
 def _places(folder: Path) -> tuple[Path, Path]:
-    name = hashlib.sha256(os.fsencode(folder)).hexdigest()[:32]
+    name = hashlib.sha256(os.fsencode(os.path.realpath(folder))).hexdigest()[:32]
     return folder / NAME, user_cache() / f"bad-files-{name}.tsv"
 
 
 def _read(path: Path) -> dict[str, Fault]:
     try:
-        text = path.read_text("utf-8", "surrogateescape")
+        text = patiently(lambda: path.read_text("utf-8", "surrogateescape"))
     except (FileNotFoundError, NotADirectoryError):
         return {}
+    except PermissionError:
+        if path.name != NAME:  # a cache of somebody else, where no check of this user has left a list
+            return {}
+        raise
     faults: dict[str, Fault] = {}
+    unescaped = _unescaped if text.startswith(_HEADER) else str
     for line in text.split("\n"):
         if line and not line.startswith("#"):
             listed, _, reason = line.rpartition("\t")  # a path may hold tabs, a reason does not
             before, _, column = listed.rpartition("\t")
             kind = next((kind for kind in KINDS if kind == column), None)
-            faults[before if kind else listed] = Fault(kind or "other", reason)
+            faults[unescaped(before if kind else listed)] = Fault(kind or "other", reason)
     return faults
 
 
 def _write(path: Path, faults: Mapping[str, Fault]) -> None:
-    text = _HEADER
+    lines = [_HEADER]
     for listed, (kind, reason) in sorted(faults.items()):
-        text += f"{listed}\t{kind}\t{' '.join(reason.split())}\n"
+        lines.append(f"{_escaped(listed)}\t{kind}\t{visible(' '.join(reason.split()))}")
     with replacing(path) as file:
-        file.write(text.encode("utf-8", "surrogateescape"))
+        file.write("".join(f"{line}\n" for line in lines).encode())
+
+
+def _write_first(places: Iterable[Path], faults: Mapping[str, Fault]) -> Path:
+    """Write the list to the first place that can be written."""
+    errors = []
+    for place in places:
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            _write(place, faults)
+            return place
+        except OSError as error:
+            errors.append(f"{place}: {error.strerror or error}")
+    raise DataError(f"the list of bad files cannot be written: {'; '.join(errors)}")
+
+
+def _escaped(path: str) -> str:
+    text = visible(path.replace("\\", "\\\\"))
+    return f"\\x23{text[1:]}" if text.startswith("#") else text  # no comment
+
+
+def _unescaped(text: str) -> str:
+    return _ESCAPES.sub(lambda found: found[0].encode().decode("unicode_escape"), text)

@@ -5,17 +5,19 @@ and answers with one JSON line each. A file that crashes the decoder ends only t
 is limited. It imports nothing of ours: started by its path, it is ready in a few hundredths of a second.
 """
 
-from __future__ import annotations
-
 import contextlib
+import errno
+import io
 import json
 import os
 import resource
 import signal
 import stat
 import sys
+import time
 import warnings
-from typing import Literal, NamedTuple, get_args
+from collections.abc import Callable, Iterator
+from typing import Literal, NamedTuple, TypeVar, get_args
 
 from PIL import Image, UnidentifiedImageError
 
@@ -31,6 +33,17 @@ MAX_MEMORY_BYTES = 1_000_000_000
 MAX_SECONDS = 60
 READY = "ready"
 
+# A file is at fault if it is not there or its name leads nowhere. Every other error of the operating system
+# (EIO, ESTALE, EACCES, EMFILE, ENOMEM, ETIMEDOUT, ...) is the machine's, and no verdict on the file.
+_ERRORS_OF_A_FILE = {
+    errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO,
+    errno.EINVAL,  # a header that sends Pillow to a negative place
+}  # fmt: skip
+WAIT_SECONDS = 0.1, 0.4, 1.0  # before another try, when the machine is at fault
+_ORIENTATION = 0x0112
+
+T = TypeVar("T")
+
 
 class Fault(NamedTuple):
     """Why a file cannot be used."""
@@ -45,6 +58,24 @@ class CheckResult(NamedTuple):
     height: int
     width: int
     fault: Fault | None
+    rotated: bool = False  # its EXIF block asks for rotation; looked at when it is decoded only
+
+
+def is_trouble(error: BaseException) -> bool:
+    """Return whether an error of reading a file is the machine's, and says nothing about the file."""
+    return isinstance(error, OSError) and error.errno is not None and error.errno not in _ERRORS_OF_A_FILE
+
+
+def patiently(read: Callable[[], T]) -> T:
+    """Return `read()`, tried again a few times within two seconds while the machine is in trouble."""
+    for seconds in WAIT_SECONDS:
+        try:
+            return read()
+        except OSError as error:
+            if not is_trouble(error):
+                raise
+        time.sleep(seconds)
+    return read()
 
 
 def fault_in_stat(info: os.stat_result) -> Fault | None:
@@ -66,24 +97,64 @@ def fault_of(error: Exception) -> Fault:
         return Fault("missing", f"cannot be opened: {error.strerror}")
     # Pillow raises one class for all damage: only its message shows that a file was cut short.
     kind: Kind = "truncated" if "truncated" in str(error).lower() else "other"
+    if str(error) == "cannot load this image":
+        return Fault(kind, "damaged: has a header, but no pixels")
     return Fault(kind, str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}")
 
 
-def check_file(path: str, decode: bool) -> CheckResult:
-    """Read the header and, if `decode` and unless the header shows that it is too large, the whole image."""
+def check_file(path: str, decode: bool, limit_seconds: int = 0) -> CheckResult:
+    """Read the header and, if `decode` and unless the header shows that it is too large, the whole image.
+
+    The process ends by SIGALRM when decoding takes longer than `limit_seconds`, unless that is 0.
+
+    Raises OSError when the machine cannot read the file, which says nothing about the file.
+    """
     try:
-        fault = fault_in_stat(os.stat(path))
-        if fault is None:  # opening a pipe would wait for its writer
-            with Image.open(path, formats=FORMATS) as image:
-                width, height = image.size
-                if height * width <= MAX_PIXELS:
-                    if decode:
-                        image.load()
-                    return CheckResult(height, width, None)
-            fault = Fault("too_large", f"{height}x{width} pixels, {_TOO_MANY_PIXELS}")
+        return patiently(lambda: _check(path, decode, limit_seconds))
+    except MemoryError as error:
+        if not decode:  # a header needs none
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM), path) from error
+        return CheckResult(0, 0, fault_of(error))
     except Exception as error:  # Pillow's decoders raise almost anything on hostile bytes
-        fault = fault_of(error)
-    return CheckResult(0, 0, fault)
+        if is_trouble(error):
+            raise
+        return CheckResult(0, 0, fault_of(error))
+
+
+def may_rotate(image: Image.Image) -> bool:
+    """Return whether the EXIF block of an image asks for rotation, or cannot be read by Pillow."""
+    try:
+        return image.getexif().get(_ORIENTATION, 1) != 1
+    except Exception:  # another reader may be able to, and rotate
+        return True
+
+
+def _check(path: str, decode: bool, limit_seconds: int) -> CheckResult:
+    if fault := fault_in_stat(os.stat(path)):  # opening a pipe would wait for its writer
+        return CheckResult(0, 0, fault)
+    with open(path, "rb") as file:
+        # All of it is read before it is decoded: the limit is the decoder's, not the file server's.
+        source = io.BytesIO(file.read()) if decode else file
+        with _limited(limit_seconds), Image.open(source, formats=FORMATS) as image:
+            width, height = image.size
+            if height * width > MAX_PIXELS:
+                return CheckResult(0, 0, Fault("too_large", f"{height}x{width} pixels, {_TOO_MANY_PIXELS}"))
+            if not decode:
+                return CheckResult(height, width, None)
+            image.load()
+            return CheckResult(height, width, None, may_rotate(image))
+
+
+@contextlib.contextmanager
+def _limited(seconds: int) -> Iterator[None]:
+    if not seconds:  # the process may have an alarm of its own
+        yield
+        return
+    signal.alarm(seconds)  # its default action ends the process, even inside a decoder
+    try:
+        yield
+    finally:
+        signal.alarm(0)
 
 
 def _answer_requests(decode: bool) -> None:
@@ -94,10 +165,11 @@ def _answer_requests(decode: bool) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks
     print(json.dumps(READY), flush=True)  # noqa: T201
     for line in sys.stdin:
-        signal.alarm(MAX_SECONDS)  # its default action ends the process, even inside a decoder
-        result = check_file(json.loads(line), decode)
-        signal.alarm(0)
-        print(json.dumps(result), flush=True)  # noqa: T201
+        try:
+            answer: tuple[object, ...] = check_file(json.loads(line), decode, MAX_SECONDS)
+        except OSError as error:
+            answer = error.errno, error.strerror
+        print(json.dumps(answer), flush=True)  # noqa: T201
 
 
 if __name__ == "__main__":

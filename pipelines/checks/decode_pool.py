@@ -1,7 +1,5 @@
 """Test-decode many files in worker processes; a file that crashes its decoder ends one worker only."""
 
-from __future__ import annotations
-
 import json
 import os
 import queue
@@ -13,10 +11,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from pipelines.checks import decode_one
-from pipelines.checks.decode_one import CheckResult, Fault
-from pipelines.spec import DataError
+from pipelines.checks.decode_one import CheckResult, Fault, patiently
+from pipelines.spec import DataError, os_errors_in_one_line
 
 _PROGRAM = Path(decode_one.__file__)
+NUM_TRIES = 3  # of a process that something else has killed: the kernel for want of memory, or a person
+_SENT_SIGNALS = signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT
 _BLOCK = 4096  # files handed to the threads at a time: a future takes more memory than a path
 
 
@@ -38,7 +38,10 @@ class DecodePool:
             self._idle.put(None)
 
     def check(self, paths: Sequence[str]) -> Iterator[CheckResult]:
-        """Yield one result per path, in order. Raises DataError when no process can be started."""
+        """Yield one result per path, in order.
+
+        Raises DataError when no process can be started, or the machine cannot read a file or decode it.
+        """
         for begin in range(0, len(paths), _BLOCK):
             yield from self._threads.map(self._check, paths[begin : begin + _BLOCK])
 
@@ -52,21 +55,28 @@ class DecodePool:
     def _check(self, path: str) -> CheckResult:
         process = self._idle.get()
         try:
-            process = process or self._start()
-            result = _ask(process, path)
-            if result is None:
-                result = CheckResult(0, 0, _fault_of_exit(_end(process)))
+            for _ in range(NUM_TRIES):
+                process = process or self._start()
+                result = _ask(process, path)
+                if result is not None:
+                    return result
+                exit_code = _end(process)
                 process = None
-            return result
+                if -exit_code not in _SENT_SIGNALS:
+                    return CheckResult(0, 0, _fault_of_exit(exit_code))
         finally:
             self._idle.put(process)
+        name = signal.Signals(-exit_code).name
+        killed = f"its decoder was killed {NUM_TRIES} times ({name}), for want of memory perhaps"
+        raise DataError(f"{path}: {killed}; that says nothing about the file, so it was not left out")
 
     def _start(self) -> subprocess.Popen[str]:
         # -P: the program's folder must not be importable. What decoders print on stderr is of no use.
-        process = subprocess.Popen(  # noqa: S603
-            [sys.executable, "-P", str(_PROGRAM), self._task],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-        )  # fmt: skip
+        command = [sys.executable, "-P", str(_PROGRAM), self._task]
+        with os_errors_in_one_line(sys.executable):
+            process = patiently(lambda: subprocess.Popen(  # noqa: S603
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+            ))  # fmt: skip
         assert process.stdout is not None
         if process.stdout.readline() != f'"{decode_one.READY}"\n':
             raise DataError(f"{sys.executable} {_PROGRAM}: cannot be started (exit code {_end(process)})")
@@ -74,7 +84,7 @@ class DecodePool:
 
 
 def _ask(process: subprocess.Popen[str], path: str) -> CheckResult | None:
-    """Return the worker's answer, None when it ends before it answers."""
+    """Return the worker's answer, None when it ends before it answers. Raises DataError as `check`."""
     assert process.stdin is not None
     assert process.stdout is not None
     try:
@@ -85,8 +95,11 @@ def _ask(process: subprocess.Popen[str], path: str) -> CheckResult | None:
     answer = process.stdout.readline()
     if not answer.endswith("\n"):
         return None
-    height, width, fault = json.loads(answer)
-    return CheckResult(height, width, fault and Fault(*fault))
+    found = json.loads(answer)
+    if len(found) == 2:  # the machine's errno and its text
+        raise DataError.of(OSError(*found), path)
+    height, width, fault, *rotated = found
+    return CheckResult(height, width, fault and Fault(*fault), *rotated)
 
 
 def _end(process: subprocess.Popen[str]) -> int:

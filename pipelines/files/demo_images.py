@@ -7,15 +7,17 @@
                more are held out. There is nothing to learn in them.
 """
 
+import contextlib
 import io
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from pipelines.atomic import partial_path, remove_leftovers, wait_for_lock
 from pipelines.files.mixed_jpegs import mixed_jpegs
 from pipelines.spec import DataError
 
@@ -30,7 +32,8 @@ NUM_JPEG_CLASSES = 10
 def demo_folder(name: str, cache: Path) -> Path:
     """Return the image folder of `demo:<name>` under `cache`, written first if it is not there.
 
-    Safe with several processes at once: each writes a folder of its own, and the first rename wins.
+    Of several processes one writes and the others wait. Where nothing can be locked, each writes a folder of
+    its own, and the first rename wins.
 
     Raises:
         DataError: no such demo data, its packages are not installed, or `cache` cannot be written.
@@ -40,17 +43,30 @@ def demo_folder(name: str, cache: Path) -> Path:
         known = ", ".join(f"demo:{writer}" for writer in writers)
         raise DataError(f"demo:{name}: no such demo data; there are {known}")
     folder = cache / f"demo-{name}"
-    if folder.exists():
+    lock_path = cache / f"demo-{name}.lock"
+    remove_leftovers(folder, lock_path)
+    if os.path.exists(folder):  # not Path.exists, which raises where the cache cannot be entered
         return folder
-    temporary = cache / f".demo-{name}.{os.getpid()}"
+    lock = wait_for_lock(lock_path, "writes the demo images")
     try:
-        for relative, encoded in writers[name]():
+        return folder if os.path.exists(folder) else _write_folder(folder, writers[name])
+    finally:
+        with contextlib.suppress(OSError):
+            lock.release()
+
+
+def _write_folder(folder: Path, writer: Callable[[], Iterator[tuple[str, bytes]]]) -> Path:
+    temporary = partial_path(folder)
+    name, cache = folder.name.replace("-", ":"), folder.parent
+    try:
+        for relative, encoded in writer():
             path = temporary / relative
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(encoded)
     except ImportError as error:
-        raise DataError(f"demo:{name}: needs {error.name}; pip install 'cmtrain[demo]'") from error
+        raise DataError(f"{name}: needs {error.name}; pip install 'cmtrain[demo]'") from error
     except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
         advice = "set data.cache_dir to another"
         raise DataError(f"{cache}: cannot be written: {error.strerror}; {advice}") from error
     try:

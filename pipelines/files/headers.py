@@ -42,6 +42,8 @@ def scan(listing: Listing, threads: int | None, known: Scan | None) -> Scan:
     Args:
         threads: number of readers; None is four per core.
         known: an earlier scan of the same root.
+
+    Raises OSError when the machine cannot read a file, which says nothing about the file.
     """
     sizes = np.zeros((len(listing), 2), np.int32)
     if known is not None:
@@ -55,10 +57,10 @@ def scan(listing: Listing, threads: int | None, known: Scan | None) -> Scan:
     unread = np.setdiff1d(np.flatnonzero(sizes[:, 0] == 0), list(faults), assume_unique=True).tolist()
     results = read_headers(listing, unread, threads)
     results = tracked(results, f"{listing.root}: reading image headers", len(unread))
-    for place, (height, width, fault) in zip(unread, results, strict=True):
-        sizes[place] = height, width
-        if fault:
-            faults[place] = fault
+    for place, result in zip(unread, results, strict=True):
+        sizes[place] = result.height, result.width
+        if result.fault:
+            faults[place] = result.fault
     return Scan(listing, sizes, dict(sorted(faults.items())))
 
 

@@ -1,4 +1,4 @@
-"""List the candidate images of a folder or of a list file, without opening them.
+"""List the candidate images of a folder, without opening them.
 
 DALI's directory reader gives hidden and empty folders a label and ignores nested files, so the walk is our
 own.
@@ -7,27 +7,31 @@ own.
 from __future__ import annotations
 
 import os
-import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.checks.decode_one import Fault, fault_in_stat, fault_of
-from pipelines.spec import DataError
+from pipelines.checks.bad_list import NAME
+from pipelines.checks.decode_one import Fault, fault_in_stat, fault_of, is_trouble, patiently
+from pipelines.spec import DataError, os_errors_in_one_line, visible
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp")
 LAYOUT = "data.root must hold train/<class>/*.jpg and val/<class>/*.jpg"
+NO_EXTENSION = "without extension"
+MAX_KINDS = 8  # named in one line
 _ENCODED_EXTENSIONS = tuple(extension.encode() for extension in EXTENSIONS)
-_LIST_LINE = re.compile(rf"(.+(?:{'|'.join(map(re.escape, EXTENSIONS))}))\s*[,\s]\s*(.+)", re.IGNORECASE)
+# Folders that systems put into others: zip files of a Mac, thumbnails of a NAS, the root of a disk.
+_SYSTEM_FOLDERS = {"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information"}
 _INT64_MASK = 2**63 - 1  # some file systems use all 64 bits of an inode number
 
 Ints = NDArray[np.int64]
 FolderState = tuple[int, int, int, int]
-FileState = tuple[int, int, Fault | None]
+FileState = tuple[int, int, int, Fault | None]
 # Yields (path, label) of the files below a folder, and fills the states of the folders.
 Entries = Callable[[bytes, dict[bytes, FolderState]], Iterator[tuple[bytes, int]]]
 
@@ -85,11 +89,14 @@ class Listing:
     labels: Ints  # (N,)
     size_bytes: Ints  # (N,)
     mtime_ns: Ints  # (N,)
+    inodes: Ints  # (N,)
     class_names: tuple[str, ...]
     faults: dict[int, Fault]  # by place, of files that are known to be unusable without opening them
     folders: Paths  # of the files, relative to root
     folder_states: Ints  # (F, 4) of `folder_state`, from before their entries were read
     began_ns: int  # this host's clock before the first folder was read
+    skipped: dict[str, int]  # what was not taken: number by kind, see `describe_skipped`
+    notes: tuple[str, ...] = ()  # how labels became classes, for the user
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -102,169 +109,155 @@ class Listing:
 def list_folder(root: Path) -> Listing:
     """List the images below `root/<class>/`, by class, then by the bytes of their path.
 
-    Raises DataError when there is no such folder, no class or no image.
+    Raises DataError when there is no such folder, one that cannot be read, no class or no image.
     """
     names: list[str] = []
+    skipped = Counter[str]()
 
     def entries(start: bytes, folders: dict[bytes, FolderState]) -> Iterator[tuple[bytes, int]]:
         folders[b""] = folder_state(start)
-        names.extend(sorted(e.name for e in os.scandir(root) if e.is_dir() and not e.name.startswith(".")))
+        names.extend(_class_folders(root, skipped))
         if not names:
-            raise DataError(f"{root}: no class folders; {LAYOUT}")
+            besides = describe_skipped(skipped)
+            raise DataError(f"{root}: no class folders; {besides and f'{besides}; '}{LAYOUT}")
         visited: set[tuple[int, int]] = set()
         for label, name in enumerate(names):
-            for path in sorted(_walk(start, os.fsencode(name), visited, folders)):
+            for path in sorted(_walk(start, os.fsencode(name), visited, folders, skipped)):
                 yield path, label
 
-    return _look_at(root, entries, names)
-
-
-def list_file(path: Path, root: Path) -> Listing:
-    """List the images that `path` names, in its order; classes are its labels, in order of appearance.
-
-    Raises DataError when there is no such folder or file, no image, or a line that cannot be read.
-    """
-    place: dict[str, int] = {}
-
-    def entries(start: bytes, folders: dict[bytes, FolderState]) -> Iterator[tuple[bytes, int]]:
-        for _, name, label in _read_list(path):
-            encoded = os.fsencode(name)
-            folder = os.path.dirname(encoded)
-            if folder not in folders:
-                folders[folder] = folder_state(start + folder)
-            yield encoded, place.setdefault(label, len(place))
-        if not place:
-            raise DataError(f"{path}: names no images")
-
-    return _look_at(root, entries, place)
-
-
-def relabel_folder(listing: Listing, class_names: Sequence[str] | None) -> Listing:
-    """Return the same files with places in `class_names` as labels; None takes the folders' names.
-
-    Raises DataError for a folder that is no class of `class_names`, or, without these, for an empty one.
-    """
-    found, root = listing.class_names, listing.root
-    names = found if class_names is None else tuple(class_names)
-    unknown = sorted(set(found) - set(names))
-    if unknown:
-        what = f"not one of the {len(names)} training classes ({len(unknown)} such)"
-        raise DataError(f"{root / unknown[0]}: {what}")
-    empty = np.flatnonzero(np.bincount(listing.labels, minlength=len(found)) == 0)
-    if len(empty) and class_names is None:
-        what = "no images in this class folder; add some or remove the folder"
-        raise DataError(f"{root / found[empty[0]]}: {what}")
-    index_of = {name: index for index, name in enumerate(names)}
-    return _relabelled(listing, [index_of[name] for name in found], names)
-
-
-def relabel_list(listing: Listing, path: Path, class_names: Sequence[str] | None) -> Listing:
-    """Return the same files with places in `class_names` as labels; None takes all numbers or names found.
-
-    Raises DataError for a label that is neither one of `class_names` nor the number of one, with its line.
-    """
-    found = listing.class_names
-    names = tuple(class_names) if class_names is not None else _names_of(found)
-    index_of = {name: index for index, name in enumerate(names)}
-    classes = [index_of.get(label, int(label) if label.isdecimal() else len(names)) for label in found]
-    for label, index in zip(found, classes, strict=True):
-        if index >= len(names):
-            number = next((number for number, _, text in _read_list(path) if text == label), 0)
-            raise DataError(f"{path}:{number}: label {label!r} is not one of the {len(names)} classes")
-    return _relabelled(listing, classes, names)
+    return look_at(root, entries, names, skipped)
 
 
 def folder_state(path: bytes) -> FolderState:
     """Return what changes with a folder's entries: inode, size, mtime, ctime; all -1 for a missing folder.
 
     The time of modification alone is not enough: rsync and tar set it back, and it may be all the same.
+    Raises OSError when the machine cannot look.
     """
     try:
-        info = os.stat(path)
-    except OSError:
+        info = patiently(lambda: os.stat(path))
+    except OSError as error:
+        if is_trouble(error):
+            raise
         return -1, -1, -1, -1
     return info.st_ino & _INT64_MASK, info.st_size, info.st_mtime_ns, info.st_ctime_ns
 
 
 def file_state(path: bytes) -> FileState:
-    """Return size in bytes, time of modification, and the fault that shows without opening the file."""
+    """Return size in bytes, time of modification, inode, and the fault that shows without opening the file.
+
+    The inode is of the file itself: of one with many names, by links or by spelling, it is one.
+    Raises OSError when the machine cannot look.
+    """
     try:
-        info = os.stat(path)
+        info = patiently(lambda: os.stat(path))
     except OSError as error:
-        return 0, 0, fault_of(error)
-    return info.st_size, info.st_mtime_ns, fault_in_stat(info)
+        if is_trouble(error):
+            raise
+        return 0, 0, 0, fault_of(error)
+    return info.st_size, info.st_mtime_ns, info.st_ino & _INT64_MASK, fault_in_stat(info)
 
 
-def _look_at(root: Path, entries: Entries, classes: Iterable[str]) -> Listing:
+def describe_skipped(skipped: Mapping[str, int]) -> str:
+    """Return what was not taken as an image, in words; "" if that is nothing."""
+    if not skipped:
+        return ""
+    kinds = sorted(skipped.items(), key=lambda item: (-item[1], item[0]))
+    parts = [f"{number:,} {kind}" for kind, number in kinds[:MAX_KINDS]]
+    if others := sum(number for _, number in kinds[MAX_KINDS:]):
+        parts.append(f"{others:,} of other kinds")
+    return visible(f"ignored: {', '.join(parts)}")
+
+
+def look_at(root: Path, entries: Entries, classes: Iterable[str], skipped: Counter[str]) -> Listing:
     """Return the listing of `entries(start, folders)`, which fills `folders` and `classes` as it is read."""
-    if not root.is_dir():
-        raise DataError(f"{root}: no such folder; {LAYOUT}")
+    with os_errors_in_one_line(root):
+        if not root.is_dir():
+            raise DataError(f"{root}: no such folder; {LAYOUT}")
     began_ns, start = time.time_ns(), os.fsencode(os.path.join(root, ""))
     folders: dict[bytes, FolderState] = {}
     paths: list[bytes] = []
     faults: dict[int, Fault] = {}
 
-    def rows() -> Iterator[tuple[int, int, int]]:
+    def rows() -> Iterator[tuple[int, int, int, int]]:
         for path, label in entries(start, folders):
-            size_bytes, mtime_ns, fault = file_state(start + path)
+            size_bytes, mtime_ns, inode, fault = file_state(start + path)
             if fault:
                 faults[len(paths)] = fault
             paths.append(path)
-            yield label, size_bytes, mtime_ns
+            yield label, size_bytes, mtime_ns, inode
 
     # Straight into an array: a million tuples would take more memory than all the rest.
-    labels, size_bytes, mtime_ns = np.fromiter(rows(), np.dtype((np.int64, 3))).T.copy()
+    with os_errors_in_one_line(root):
+        labels, sizes, times, inodes = np.fromiter(rows(), np.dtype((np.int64, 4))).T.copy()
     if not paths:
-        raise DataError(f"{root}: no images; {LAYOUT}")
+        besides = describe_skipped(skipped)
+        raise DataError(f"{root}: no images; {besides and f'{besides}; '}{LAYOUT}")
     images, holders = (Paths(np.array(list(found), np.bytes_)) for found in (paths, folders))
     states, names = np.array(list(folders.values()), np.int64), tuple(classes)
-    return Listing(root, images, labels, size_bytes, mtime_ns, names, faults, holders, states, began_ns)
+    columns = images, labels, sizes, times, inodes, names, faults, holders, states
+    return Listing(root, *columns, began_ns, dict(sorted(skipped.items())))
 
 
-def _relabelled(listing: Listing, classes: list[int], names: tuple[str, ...]) -> Listing:
-    return replace(listing, labels=np.array(classes, np.int64)[listing.labels], class_names=names)
+def _class_folders(root: Path, skipped: Counter[str]) -> list[str]:
+    """Return the names of the class folders in `root`; count in `skipped` what else is there, by kind."""
+    names = []
+    for entry in _entries(os.fsencode(root)):
+        kind = _kind_of(entry)
+        if kind is None:
+            names.append(os.fsdecode(entry.name))
+        elif entry.name != NAME.encode():
+            is_file = kind.startswith((".", NO_EXTENSION))
+            skipped["beside the class folders" if is_file else kind] += 1
+    return names
 
 
 def _walk(
-    start: bytes, folder: bytes, visited: set[tuple[int, int]], folders: dict[bytes, FolderState]
-) -> Iterator[bytes]:
-    """Yield the paths of the images below `start + folder`."""
-    folders[folder] = folder_state(start + folder)
-    info = os.stat(start + folder)
-    if (info.st_dev, info.st_ino) in visited:  # a link back up, or a second link to the same folder
-        return
-    visited.add((info.st_dev, info.st_ino))
-    with os.scandir(start + folder) as entries:
-        for entry in sorted(entries, key=lambda entry: entry.name):
-            if entry.name.startswith(b"."):
-                continue
+    start: bytes, top: bytes, visited: set[tuple[int, int]], folders: dict[bytes, FolderState],
+    skipped: Counter[str],
+) -> Iterator[bytes]:  # fmt: skip
+    """Yield the paths of the images below `start + top`. Raises OSError for a folder that cannot be read."""
+    waiting = [top]  # no recursion: a path may have a thousand folders
+    while waiting:
+        folder = waiting.pop()
+        folders[folder] = folder_state(start + folder)
+        info = os.stat(start + folder)
+        if (info.st_dev, info.st_ino) in visited:  # a link back up, or a second link to the same folder
+            skipped["linked to a folder that is listed already"] += 1
+            continue
+        visited.add((info.st_dev, info.st_ino))
+        inner = []
+        for entry in _entries(start + folder):
             path = folder + b"/" + entry.name
-            if entry.name.lower().endswith(_ENCODED_EXTENSIONS):
+            if entry.name.lower().endswith(_ENCODED_EXTENSIONS) and not entry.name.startswith(b"."):
                 yield path
-            elif entry.is_dir():
-                yield from _walk(start, path, visited, folders)
+            elif kind := _kind_of(entry):
+                skipped[kind] += 1
+            else:
+                inner.append(path)
+        waiting += reversed(inner)
 
 
-def _read_list(path: Path) -> Iterator[tuple[int, str, str]]:
-    """Yield line number, path and label of every image."""
+def _entries(folder: bytes) -> list[os.DirEntry[bytes]]:
+    def read() -> list[os.DirEntry[bytes]]:
+        with os.scandir(folder) as entries:
+            return sorted(entries, key=lambda entry: entry.name)
+
+    return patiently(read)
+
+
+def _kind_of(entry: os.DirEntry[bytes]) -> str | None:
+    """Return what is skipped, None for a folder to look into. Raises OSError as `_entries`."""
+    name = os.fsdecode(entry.name)
+    if name.startswith("."):
+        return "hidden"
     try:
-        with path.open(encoding="utf-8-sig") as lines:
-            for number, raw in enumerate(lines, start=1):
-                line = raw.strip()
-                if not line or line.startswith("#"):
-                    continue
-                found = _LIST_LINE.fullmatch(line)
-                where = f"{path}:{number}"
-                if found is None:
-                    raise DataError(f"{where}: expected 'path,label' or 'path label', found {line[:100]!r}")
-                if found[1].startswith("/") or ".." in found[1].split("/") or "\0" in line:
-                    raise DataError(f"{where}: must be below data.root: not absolute, without .. and NUL")
-                yield number, found[1], found[2].strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot read the list of images: {error}") from error
-
-
-def _names_of(labels: Sequence[str]) -> tuple[str, ...]:
-    if all(label.isdecimal() for label in labels):
-        return tuple(str(index) for index in range(1 + max(map(int, labels))))
-    return tuple(sorted(set(labels)))
+        if patiently(entry.is_dir):
+            return "of the system (such as __MACOSX)" if name in _SYSTEM_FOLDERS else None
+        if not patiently(entry.is_file):
+            return "linked to nowhere" if entry.is_symlink() else "pipe or device"
+    except OSError as error:
+        if is_trouble(error):
+            raise
+        return "linked to nowhere"
+    return os.path.splitext(name)[1].lower() or NO_EXTENSION

@@ -9,11 +9,12 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
+import unicodedata
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -23,19 +24,25 @@ from numpy.typing import NDArray
 
 from pipelines.atomic import replacing
 from pipelines.checks.bad_list import BadFile, read_lists, user_cache
+from pipelines.checks.decode_one import Fault
 from pipelines.files.headers import Scan
-from pipelines.files.listing import Listing, Paths, list_file, list_folder, relabel_folder, relabel_list
+from pipelines.files.labels import match_classes, relabel_folder, relabel_list
+from pipelines.files.listing import Listing, Paths, describe_skipped, file_state, list_folder
+from pipelines.files.lists import list_file
 from pipelines.files.scan_cache import cached_scan, list_digest
 from pipelines.files.shards import INDEX, Slices
 from pipelines.plan import sample_keys
-from pipelines.spec import MAX_BAD_FRACTION, DataError
+from pipelines.spec import MAX_BAD_FRACTION, DataError, os_errors_in_one_line
 
 _SUBSET_DOMAIN = 3  # keeps the choice of a subset apart from the plan's uses of the same seed
 
 
 @dataclass(frozen=True, eq=False)
 class Manifest:
-    """The usable images of one split, by class, then by path; a list file keeps its own order."""
+    """The usable images of one split, by class, then by path; a list file keeps its own order.
+
+    `identities`: (N,) equal for one file under several names, 0 where unknown; of packed images by content.
+    """
 
     root: Path
     paths: Paths  # relative to root
@@ -46,6 +53,9 @@ class Manifest:
     class_names: tuple[str, ...]
     bad: tuple[BadFile, ...] = ()
     packed: Slices | None = None  # where the images are, when they are not files of their own
+    identities: NDArray[np.uint64] = field(default_factory=lambda: np.zeros(0, np.uint64))
+    notes: tuple[str, ...] = ()  # how labels became classes and what was not used, for the user
+    skipped: Mapping[str, int] = field(default_factory=dict)  # what is no image, by kind
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -72,7 +82,7 @@ class Manifest:
         if self.packed is None:
             yield [self.file(index) for index in indices]
             return
-        with tempfile.TemporaryDirectory() as folder:
+        with os_errors_in_one_line(tempfile.gettempdir()), tempfile.TemporaryDirectory() as folder:
             for index in indices:
                 Path(folder, str(index)).write_bytes(self.packed.read(index))
             yield [os.path.join(folder, str(index)) for index in indices]
@@ -90,22 +100,19 @@ class Manifest:
 
     def select(self, indices: NDArray[np.int64]) -> Manifest:
         """Return the images at `indices`, in their order; they get new indices, and so other draws."""
-        columns = ("labels", "heights", "widths", "size_bytes")
-        arrays = {name: getattr(self, name)[indices] for name in columns}
+        columns = ("labels", "heights", "widths", "size_bytes", "identities")
+        arrays = {name: getattr(self, name)[indices] for name in columns if len(getattr(self, name))}
         packed = self.packed and self.packed.select(indices)
         return replace(self, paths=self.paths.select(indices), packed=packed, **arrays)
 
     @staticmethod
+    @os_errors_in_one_line()
     def from_folder(
-        root: Path | str,
-        *,
-        image_list: Path | str | None = None,
-        class_names: Sequence[str] | None = None,
-        cache_dir: Path | str | None = None,
-        max_bad_fraction: float = MAX_BAD_FRACTION,
-        threads: int | None = None,
-        refresh: bool = False,
-    ) -> Manifest:
+        root: Path | str, *, image_list: Path | str | None = None,
+        class_names: Sequence[str] | None = None, cache_dir: Path | str | None = None,
+        max_bad_fraction: float = MAX_BAD_FRACTION, threads: int | None = None, refresh: bool = False,
+        positions: bool = False,
+    ) -> Manifest:  # fmt: skip
         """Read the images below `root/<class>/`, at any depth, without hidden ones; links are followed once.
 
         Raises DataError without a folder, classes or images, for a list that cannot be read, a class that
@@ -121,11 +128,12 @@ class Manifest:
             max_bad_fraction: largest share of unusable files; they are left out (`bad`).
             threads: readers of file headers; None is four per core.
             refresh: whether to look at every file, whatever is cached (see `scan_cache`).
+            positions: whether class folders may be named by positions in `class_names`; labels of lists may.
         """
         folder, cache = Path(root).absolute(), Path(cache_dir or user_cache())
         if image_list is None:
             name, content, find = f"{folder}", "", partial(list_folder, folder)
-            relabel = partial(relabel_folder, class_names=class_names)
+            relabel = partial(relabel_folder, class_names=class_names, positions=positions)
         else:
             file = Path(image_list).absolute()
             name, content, find = f"{folder}\0{file}", list_digest(file), partial(list_file, file, folder)
@@ -137,7 +145,13 @@ class Manifest:
             return listing
 
         found = cached_scan(checked, name, content, cache, threads, refresh)
-        return _manifest(found, relabel(found.listing), max_bad_fraction)
+        listing = relabel(found.listing)
+        return _manifest(found, listing, max_bad_fraction, listed=image_list is not None)
+
+    @staticmethod
+    def from_list(list_path: Path | str, root: Path | str, **options: Any) -> Manifest:
+        """Read the images below `root` that a text file names; options and errors as for `from_folder`."""
+        return Manifest.from_folder(root, image_list=list_path, **options)
 
     @staticmethod
     def from_shards(folder: Path | str, *, class_names: Sequence[str] | None = None) -> Manifest:
@@ -148,13 +162,11 @@ class Manifest:
         _, shards = read_index(Path(folder).absolute())
         if class_names is None:
             return shards
-        place = {name: number for number, name in enumerate(class_names)}
-        unknown = [name for name in shards.class_names if name not in place]
-        if unknown:
-            what = f"not one of the {len(class_names)} training classes ({len(unknown)} such)"
-            raise DataError(f"{shards.root}: {unknown[0]} is {what}")
-        labels = np.array([place[name] for name in shards.class_names], np.int64)[shards.labels]
-        return replace(shards, labels=labels, class_names=tuple(class_names))
+        classes, how = match_classes(
+            shards.class_names, class_names, lambda name: f"{shards.root}: {name} is", "class", False
+        )
+        labels, notes = np.array(classes, np.int64)[shards.labels], (f"{shards.root}: {how}",) if how else ()
+        return replace(shards, labels=labels, class_names=tuple(class_names), notes=notes)
 
 
 def write_index(shards: Manifest, recipe: str) -> None:
@@ -185,35 +197,97 @@ def read_index(folder: Path) -> tuple[str, Manifest]:
         slices = Slices(folder, **columns)
         # Older indexes have no kind: (path, reason).
         bad_files = tuple(BadFile(row[0], row[1] if len(row) == 3 else "other", row[-1]) for row in bad)
-        shards = Manifest(folder, paths, **image, size_bytes=slices.size_bytes, bad=bad_files, packed=slices)
+        identities = _identities(slices.checksums, slices.size_bytes)
+        size_bytes = slices.size_bytes
+        shards = Manifest(
+            folder, paths, **image, size_bytes=size_bytes, bad=bad_files, packed=slices,
+            identities=identities,
+        )  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{folder / INDEX}: cannot be read ({error}); pack again") from error
     slices.check_shards()
     return recipe, shards
 
 
-def _manifest(found: Scan, listing: Listing, max_bad_fraction: float) -> Manifest:
+def _identities(first: NDArray[Any], *others: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """Return (N,) hashes of the columns; 0 where the first is 0.
+
+    Of files: inode, size and time. The device is not among them: its number may change with a mount.
+    """
+    mixed = np.zeros(len(first), np.uint64)
+    for column in (first, *others):
+        mixed = (mixed ^ column.astype(np.uint64)) * np.uint64(0x9E3779B97F4A7C15)
+        mixed ^= mixed >> np.uint64(29)
+    return np.where(first == 0, np.uint64(0), mixed)
+
+
+def _listed_faults(
+    listing: Listing, identities: NDArray[np.uint64], inner: Sequence[str]
+) -> dict[int, Fault]:
+    """Return the faults that `cmtrain data check` listed, by place: by path, else by identity."""
+    listed = read_lists(listing.root, inner)
+    if not listed:
+        return {}
+    entries = Paths.of(listed).find(listing.paths)  # (N,)
+    names, faults = list(listed), list(listed.values())
+    found = {place: faults[entries[place]] for place in np.flatnonzero(entries >= 0).tolist()}
+    wanted = {int(identities[place]): fault for place, fault in found.items()}
+    if elsewhere := np.setdiff1d(np.arange(len(faults)), entries).tolist():
+        states = [file_state(listing.encoded_path(os.fsencode(names[entry]))) for entry in elsewhere]
+        sizes, times, inodes = (np.array(column, np.int64) for column in list(zip(*states, strict=True))[:3])
+        ids = _identities(inodes, sizes, times).tolist()
+        wanted |= {one: faults[entry] for one, entry in zip(ids, elsewhere, strict=True)}
+    wanted.pop(0, None)
+    for place in np.flatnonzero(np.isin(identities, np.array(list(wanted), np.uint64))).tolist():
+        found.setdefault(place, wanted[int(identities[place])])
+    return found
+
+
+def _manifest(found: Scan, listing: Listing, max_bad_fraction: float, *, listed: bool) -> Manifest:
     sizes, faults, paths = found.sizes, found.faults, listing.paths
-    if listed := read_lists(listing.root):  # by `cmtrain data check`; read every time, never cached
-        entries = Paths.of(listed).find(paths)
-        places = np.flatnonzero(entries >= 0)
+    identities = _identities(listing.inodes, listing.size_bytes, listing.mtime_ns)
+    inner = _holders(listing) if listed else []
+    # By `cmtrain data check`; read every time, never cached.
+    if more := _listed_faults(listing, identities, inner):
         sizes = sizes.copy()
-        sizes[places] = 0
-        listed_faults = list(listed.values())
-        faults = {place: listed_faults[entries[place]] for place in places.tolist()} | faults
-        faults = dict(sorted(faults.items()))
+        sizes[list(more)] = 0
+        faults = dict(sorted((more | faults).items()))
     bad = tuple(BadFile(str(listing.root / paths[place]), *fault) for place, fault in faults.items())
-    check_num_bad(listing.root, bad, len(listing), max_bad_fraction)
+    hint = _why_missing(listing, [place for place, fault in faults.items() if fault.kind == "missing"])
+    check_num_bad(listing.root, bad, len(listing), max_bad_fraction, hint if listed else "")
     heights, widths = sizes.T.copy()
     image = paths, listing.labels, heights, widths, listing.size_bytes
-    everything = Manifest(listing.root, *image, listing.class_names, bad)
+    unused = describe_skipped(listing.skipped)
+    notes = (*listing.notes, f"{listing.root}: {unused}") if unused else listing.notes
+    facts: dict[str, Any] = {"identities": identities, "notes": notes, "skipped": listing.skipped}
+    everything = Manifest(listing.root, *image, listing.class_names, bad, **facts)
     return everything.select(np.flatnonzero(heights)) if bad else everything
 
 
-def check_num_bad(root: Path, bad: Sequence[BadFile], num_files: int, max_bad_fraction: float) -> None:
+def _holders(listing: Listing) -> list[str]:
+    """Return the folders above those of the images, below the root, where a check may have left its list."""
+    holders: set[str] = set()
+    for folder in listing.folders:
+        while (folder := os.path.dirname(folder)) and folder not in holders:
+            holders.add(folder)
+    return sorted(holders)
+
+
+def _why_missing(listing: Listing, missing: Sequence[int]) -> str:
+    """Return why files of a list may be missing, for a message."""
+    for name in (listing.paths[place] for place in missing[:3]):
+        for form in ("NFC", "NFD"):
+            if (other := unicodedata.normalize(form, name)) != name and (listing.root / other).exists():
+                return f"; {name} is there in another Unicode normal form ({form})"
+    return "; paths in a list are relative to data.root" if len(missing) == len(listing) else ""
+
+
+def check_num_bad(
+    root: Path, bad: Sequence[BadFile], num_files: int, max_bad_fraction: float, hint: str = ""
+) -> None:
     """Raise DataError when more of the files below `root` are bad than allowed, or all of them."""
     if len(bad) > max_bad_fraction * num_files or len(bad) == num_files:
         named = "; ".join(f"{os.path.relpath(file.path, root)}: {file.reason}" for file in bad[:3])
         what = f"{len(bad)} of {num_files} images cannot be used"
         limit = f"more than data.max_bad_fraction {max_bad_fraction:g} allows"
-        raise DataError(f"{root}: {what}, {limit}: {named}")
+        raise DataError(f"{root}: {what}, {limit}: {named}{hint}")

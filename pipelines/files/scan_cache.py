@@ -11,25 +11,22 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout
 
-from pipelines.atomic import replacing
+from pipelines.atomic import remove_leftovers, replacing, wait_for_lock
 from pipelines.checks.decode_one import Fault
 from pipelines.files.headers import Scan, in_threads, is_racy, read_headers, scan
 from pipelines.files.listing import Listing, Paths, file_state, folder_state
-from pipelines.progress import LINE_SECONDS
-from pipelines.spec import DataError
+from pipelines.spec import DataError, visible
 
 NUM_SAMPLED = 1024  # 1 % of files overwritten in place escape it with a probability of 0.00003
 
-_FORMAT = 2
-_ARRAYS = ("labels", "size_bytes", "mtime_ns", "folder_states")  # columns of a listing
+_FORMAT = 4
+_ARRAYS = ("labels", "size_bytes", "mtime_ns", "inodes", "folder_states")  # columns of a listing
 _PATHS = ("paths", "folders")
 
 
@@ -43,17 +40,20 @@ def cached_scan(
     Args:
         name: name of the split; scans of different names are kept apart.
         content: digest of the list file, if there is one; a scan is valid for the same content only.
-        cache: folder of the scans; it is a warning when none can be written there.
+        cache: folder of the scans; a line is printed when none can be written there.
         threads: number of threads that read files; None is four per core.
         refresh: whether to look at everything again.
+
+    Raises OSError when the machine cannot read a folder or file; then nothing is cached.
     """
     digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:32]
     path = cache / f"files-{digest}.npz"
+    remove_leftovers(path, path.with_suffix(".lock"))
     kept = None if refresh else _load(path)
     if kept and _is_valid(*kept, content, threads):
         return kept[1]
     kept = None  # it is large, and another process may write a new one while this one waits
-    lock = _wait_for_lock(path.with_suffix(".lock"))
+    lock = wait_for_lock(path.with_suffix(".lock"), "lists the images")
     try:
         kept = None if refresh else _load(path)
         if kept and _is_valid(*kept, content, threads):
@@ -62,7 +62,8 @@ def cached_scan(
         _store(path, content, found)
         return found
     finally:
-        lock.release()
+        with contextlib.suppress(OSError):
+            lock.release()
 
 
 def list_digest(path: Path) -> str:
@@ -117,8 +118,10 @@ def _load(path: Path) -> tuple[str, Scan] | None:
         names = tuple(columns["class_names"].tolist())
         arrays = {name: columns[name] for name in _ARRAYS} | {name: Paths(columns[name]) for name in _PATHS}
         root, began_ns = Path(str(columns["root"])), int(columns["began_ns"])
+        skipped = dict(zip(columns["skipped"].tolist(), columns["num_skipped"].tolist(), strict=True))
         # The faults are among those of the scan.
-        listing = Listing(root=root, **arrays, class_names=names, faults={}, began_ns=began_ns)
+        facts: dict[str, Any] = {"class_names": names, "faults": {}, "began_ns": began_ns}
+        listing = Listing(root=root, **arrays, **facts, skipped=skipped)
         faults = map(Fault._make, columns["faults"].tolist())
         places = columns["fault_places"].tolist()
         found = Scan(listing, columns["sizes"], dict(zip(places, faults, strict=True)))
@@ -134,22 +137,11 @@ def _store(path: Path, content: str, found: Scan) -> None:
     columns |= {"format": _FORMAT, "content": content, "root": str(listing.root), "sizes": found.sizes}
     columns["fault_places"] = np.array(list(found.faults), np.int64)
     columns["faults"] = np.array(list(found.faults.values()), np.str_).reshape(-1, 2)
+    columns["skipped"] = np.array(list(listing.skipped), np.str_)
+    columns["num_skipped"] = np.array(list(listing.skipped.values()), np.int64)
     try:
         with replacing(path) as file:
             np.savez(file, **columns)
     except OSError as error:
         advice = "set data.cache_dir to a writable folder"
-        warnings.warn(f"the list of images is not cached: {error}; {advice}", stacklevel=2)
-
-
-def _wait_for_lock(path: Path) -> FileLock:
-    """Hold the lock, once no process of this host, or of any host if the file system can, has it."""
-    lock = FileLock(path, fallback_to_soft=False)
-    with contextlib.suppress(OSError):  # no file can be locked there, so every process scans for itself
-        path.parent.mkdir(parents=True, exist_ok=True)
-        while not lock.is_locked:
-            try:
-                lock.acquire(timeout=LINE_SECONDS)
-            except Timeout:
-                sys.stderr.write(f"waiting for the process that lists the images (it holds {path})\n")
-    return lock
+        sys.stderr.write(visible(f"the list of images is not cached: {error}; {advice}") + "\n")

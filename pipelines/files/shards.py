@@ -18,9 +18,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from pipelines.checks.decode_one import patiently
 from pipelines.files.listing import Paths
 from pipelines.progress import tracked
-from pipelines.spec import DataError
+from pipelines.spec import DataError, os_errors_in_one_line
 
 INDEX = "index.npz"
 
@@ -38,6 +39,7 @@ class Slices:
     size_bytes: NDArray[np.int64]  # (N,)
     checksums: NDArray[np.uint32]  # (N,) CRC-32
 
+    @os_errors_in_one_line()
     def check_shards(self) -> None:
         """Raise DataError when a shard is missing or not as long as the index records."""
         for number, size in enumerate(self.shard_bytes):
@@ -64,10 +66,16 @@ class Slices:
         return self.folder / self.shard_names[number]
 
     def read(self, index: int) -> bytes:
-        """Return the encoded bytes of one image. Raises OSError as `open` does."""
-        with self.shard_path(self.shards[index]).open("rb") as file:
-            file.seek(self.offsets[index])
-            return file.read(self.size_bytes[index])
+        """Return the encoded bytes of one image. Raises DataError when its shard cannot be read."""
+
+        def read() -> bytes:
+            with path.open("rb") as file:
+                file.seek(self.offsets[index])
+                return file.read(self.size_bytes[index])
+
+        path = self.shard_path(self.shards[index])
+        with os_errors_in_one_line(path):
+            return patiently(read)
 
 
 class SliceReader:
@@ -106,10 +114,14 @@ class SliceReader:
         return mapped
 
 
+@os_errors_in_one_line()
 def is_packed(folder: Path) -> bool:
-    """Return whether `folder` is a packed split. Raises DataError when it is one that was not finished."""
-    if (folder / INDEX).is_file():
-        return True
+    """Return whether `folder` is a packed split. Raises DataError for one that was not finished."""
+    try:
+        if (folder / INDEX).is_file():
+            return True
+    except PermissionError:  # listing the folder says it better: there may be no index in it
+        return False
     if next(folder.glob("shard-*.tar"), None) is not None:
         what = f"has shards but no {INDEX}: give the same `cmtrain data pack` again to finish it"
         raise DataError(f"{folder}: {what}")

@@ -1,7 +1,5 @@
 """Encode image files for shards: their own bytes where possible, else a JPEG of the decoded pixels."""
 
-from __future__ import annotations
-
 import io
 import os
 import signal
@@ -11,16 +9,17 @@ from collections.abc import Callable, Generator
 from concurrent.futures import Future, ProcessPoolExecutor
 from multiprocessing import get_context, parent_process
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
-import numpy as np
 from PIL import Image
 
-from pipelines.checks.decode_one import FORMATS, Fault, fault_of
+from pipelines.checks.decode_one import FORMATS, Fault, fault_of, is_trouble, may_rotate, patiently
+from pipelines.checks.pixels import grey_or_rgb
+from pipelines.spec import DataError
 
 _BLOCK = 16  # files that a worker takes at a time
 _BLOCKS_AHEAD = 4  # of every worker: what is encoded and not yet written is in memory
-_ORIENTATION = 0x0112
+MAX_JPEG_PX = 65_500  # of a side, in libjpeg
 
 
 class PackSpec(NamedTuple):
@@ -41,7 +40,7 @@ class Encoded(NamedTuple):
 
 
 def encode(path: str, resize_shorter: int | None, quality: int) -> Encoded:
-    """Return one image as a JPEG whose shorter side is at most `resize_shorter`. Never raises.
+    """Return one image as a JPEG whose shorter side is at most `resize_shorter`.
 
     Every image is decoded, so a file that is cut short is found here. A JPEG that is small enough keeps its
     bytes. Everything else becomes a baseline JPEG of `quality` with full-resolution colour (4:4:4), grey if
@@ -52,15 +51,17 @@ def encode(path: str, resize_shorter: int | None, quality: int) -> Encoded:
 
     An EXIF orientation is not applied, as elsewhere here and in timm. It is removed, so that no other reader
     turns some images and not others.
+
+    Raises DataError when the machine cannot read the file or has no memory for it, which is no verdict.
     """
     try:
-        data = Path(path).read_bytes()
+        data = patiently(Path(path).read_bytes)
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             width, height = image.size
             shrink = resize_shorter is not None and min(width, height) > resize_shorter
             if not shrink and image.format in ("JPEG", "MPO"):
                 image.load()
-                return Encoded(_without_exif(data) if _may_rotate(image) else data, height, width, None)
+                return Encoded(_without_exif(data) if may_rotate(image) else data, height, width, None)
             size = width, height
             if shrink:
                 assert resize_shorter is not None
@@ -69,13 +70,20 @@ def encode(path: str, resize_shorter: int | None, quality: int) -> Encoded:
                 size = resize_shorter * width // shorter, resize_shorter * height // shorter
                 # libjpeg halves for nothing. The filter gets twice the size (MAE 1.083, without 1.082).
                 image.draft(None, (2 * size[0], 2 * size[1]))
-            pixels = _grey_or_rgb(image)
+            pixels = grey_or_rgb(image)
+        if shrink:
+            pixels = pixels.resize(size, Image.Resampling.LANCZOS)
+        if max(pixels.size) > MAX_JPEG_PX:
+            reason = f"{pixels.height}x{pixels.width} pixels; a JPEG has at most {MAX_JPEG_PX:,} a side"
+            return Encoded(b"", 0, 0, Fault("too_large", reason))
+        jpeg = io.BytesIO()
+        pixels.save(jpeg, "JPEG", quality=quality, subsampling="4:4:4")
+    except MemoryError as error:
+        raise DataError(f"{path}: not enough memory to encode it; try fewer --processes") from error
     except Exception as error:  # Pillow's decoders raise almost anything on hostile bytes
+        if is_trouble(error):
+            raise DataError.of(cast(OSError, error), path) from error
         return Encoded(b"", 0, 0, fault_of(error))
-    if shrink:
-        pixels = pixels.resize(size, Image.Resampling.LANCZOS)
-    jpeg = io.BytesIO()
-    pixels.save(jpeg, "JPEG", quality=quality, subsampling="4:4:4")
     return Encoded(jpeg.getvalue(), pixels.height, pixels.width, None)
 
 
@@ -112,21 +120,6 @@ def _end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-def _grey_or_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16"):  # Pillow's own conversion clips
-        return Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
-    if image.mode in ("1", "L", "LA"):
-        return image.convert("L")
-    return image.convert("RGB")
-
-
-def _may_rotate(image: Image.Image) -> bool:
-    try:
-        return image.getexif().get(_ORIENTATION, 1) != 1
-    except Exception:  # Pillow cannot read this EXIF block, but another reader may, and rotate
-        return True
 
 
 def _without_exif(jpeg: bytes) -> bytes:

@@ -18,14 +18,17 @@ from helpers.photographs import write_folder
 from helpers.runs import HANG_SECONDS
 
 from cmtrain.commands.bench import bench as bench_command
+from cmtrain.commands.bench import table
 from cmtrain.commands.bench.bench import verdict
 from cmtrain.commands.bench.guard import time_guard
 from cmtrain.commands.bench.loader import bench_loader, summarise
 from cmtrain.commands.bench.loader_workers import LoaderContender, _cpu_seconds, serve
 from cmtrain.commands.bench.timing import WARMUP_STEPS, Contender, race
 from cmtrain.config.load import load_config
+from cmtrain.monitoring.console import Parts
 from pipelines.files.manifest import Manifest
 from pipelines.spec import AugmentSpec, DataError, Placement
+from pipelines.synthetic import SyntheticLoader
 
 
 @pytest.mark.parametrize(
@@ -46,6 +49,82 @@ def test_the_verdict_names_what_limits_a_run(loader, host, copy, matrix, expecte
         "percent_of_matrix": matrix,
     }
     assert verdict({"loader": {"images_per_second": loader}, "model": model}).startswith(expected)
+
+
+def test_the_verdict_agrees_with_what_loading_costs_a_step():
+    """A loader that is fast alone may be slow beside the model: on a CPU they share its cores."""
+    model = {"images_per_second": 1000, "percent_of_copy": 20, "percent_of_matrix": 45}
+    figures = {"loader": {"images_per_second": 2350}, "model": model, "train": {"data_wait_percent": 42.0}}
+    assert verdict(figures) == (
+        "limited by decode: loading costs 42 % of a step, though alone the loader feeds 235 % of what the "
+        "model takes: the two share this machine"
+    )
+    figures["train"] = {"data_wait_percent": 7.0}
+    assert verdict(figures).startswith("limited by compute: 45 %")
+
+
+ROW = {
+    "images_per_second": 1234.5,
+    "step_ms_mean": 52.31,
+    "percent_of_copy": 20.4,
+    "percent_of_matrix": 45.0,
+}
+TIMES = {"images_per_second": 80.25, "ms_p50": 12.31, "ms_p95": 140.2, "first_seconds": 2.5}
+
+
+@pytest.mark.parametrize(
+    ("what", "figures", "header", "cells"),
+    [
+        ("all", {"loader": {"images_per_second": 99.0}, "train": ROW | {"data_wait_percent": 42.0}},
+         ["images/s", "ms per step", "lost to loading", "of the machine's best"],
+         ["train", "1,234", "52.3", "42 %", "memory 20 %, compute 45 %"]),
+        ("model", {"m infer": TIMES, "resnet50 infer": TIMES | ROW | {"first_is_times": 3.21},
+                   "machine": {"copy_gb_per_second": 8.1, "matrix_tflops": 0.12}},
+         ["images/s", "ms per step", "m is", "of the machine's best"],
+         ["resnet50 infer", "1,234", "12.3 (140)", "3.21 x as fast", "memory 20 %, compute 45 %"]),
+        ("latency", {"m": TIMES, "resnet50": TIMES | {"first_is_times": 3.21}},
+         ["images/s", "ms (95 % within)", "first call", "m is"],
+         ["resnet50", "80.2", "12.3 (140)", "2.5 s", "3.21 x as fast"]),
+        ("guard", {"with": {"ms": 9.0, "percent": 1.25, "percent_min": -3.0, "percent_max": 5.5}},
+         ["ms", "of a step", "lowest round", "highest round"], ["with", "9", "1.25 %", "-3 %", "5.5 %"]),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_table_has_five_columns_with_units_at_any_width(
+    what, figures, header, cells, width, monkeypatch, capsys
+):
+    monkeypatch.setenv("COLUMNS", str(width))
+    report = {"what": what, "model": "m", "image_px": 32, "precision": "fp32", "device": "cpu", "batch": 8}
+    table.show(report | {"figures": figures, "verdict": "limited by x"})
+    shown = capsys.readouterr().err
+    lines = shown.splitlines()
+    assert len(table.columns_of(report | {"figures": figures})) == 4  # beside the name
+    assert max(map(len, lines)) <= width
+    assert "\u2026" not in shown
+    row = next(line for line in lines if line.startswith(cells[0]))
+    if width == 120:
+        assert all(name in shown for name in header)
+        assert [text.strip() for text in row.split("  ") if text.strip()] == cells
+    assert lines[-1] == "limited by x"
+    assert ("copies 8.1 GB/s and multiplies 0.12 TFLOP/s" in shown) == ("machine" in figures)
+
+
+def test_nobody_waits_for_a_sign_of_life(monkeypatch, capsys):
+    monkeypatch.setattr("cmtrain.monitoring.console.SILENT_SECONDS", 0.01)
+    seen, deadline = "", time.monotonic() + 60
+    with Parts(7) as begin:
+        begin("resnet50")
+        while seen.count("[1 of 7] resnet50 ... 0s\n") < 3:
+            assert time.monotonic() < deadline
+            seen += capsys.readouterr().err
+            time.sleep(0.01)
+        begin("cmt_ti")
+    assert seen.startswith("[1 of 7] resnet50 ...\n")
+    assert "[2 of 7] cmt_ti ...\n" in seen + capsys.readouterr().err
+    assert not begin.thread.is_alive()
+    with Parts(7, enabled=False) as begin:
+        begin("resnet50")
+    assert capsys.readouterr().err == ""
 
 
 def test_a_ratio_compares_what_ran_in_the_same_round():
@@ -151,9 +230,8 @@ def test_steps_with_the_guard_and_without_take_turns(monkeypatch):
         return step(*arguments)
 
     monkeypatch.setattr(learner, "step", noted)
-    figures = time_guard(
-        learner, map(batch, itertools.count()), lr=0.01, steps=2, rounds=2, log_every_steps=10
-    )
+    how = {"lr": 0.01, "steps": 2, "rounds": 2, "log_every_steps": 10}
+    figures = dict(time_guard(learner, map(batch, itertools.count()), **how))
     assert turns[: 2 * WARMUP_STEPS] == ["with"] * WARMUP_STEPS + ["without"] * WARMUP_STEPS
     assert (
         turns[2 * WARMUP_STEPS :] == ["without"] * 2 + ["with"] * 4 + ["without"] * 2 + ["with"] * 2
@@ -233,10 +311,32 @@ def test_latency_is_of_one_image(root, tmp_path, capsys):
 
 def test_all_names_what_limits_a_run(root, tmp_path, capsys):
     assert bench("all", small(root, tmp_path), steps=2) == 0
-    report = json.loads(capsys.readouterr().out)
+    out, err = capsys.readouterr()
+    assert [line for line in err.splitlines() if line.endswith(" ...")] == [
+        "[1 of 4] the loader alone ...", "[2 of 4] cmt_micro alone ...",
+        "[3 of 4] copies and matrix products ...", "[4 of 4] training on real images ...",
+    ]  # fmt: skip
+    report = json.loads(out)
     assert list(report["figures"]) == ["loader", "model", "train"]
     assert report["verdict"].startswith("limited by ")
     assert report["figures"]["model"]["mb_per_image"] > 1
+
+
+def test_an_interrupted_benchmark_leaves_the_rows_that_were_known(root, tmp_path, monkeypatch):
+    time_steps, path = bench_command._time_steps, tmp_path / "figures.json"
+
+    def interrupted(learner, loader, setup):
+        if isinstance(loader, SyntheticLoader):
+            return time_steps(learner, loader, setup)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench_command, "_time_steps", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        bench("all", small(root, tmp_path), steps=1, json=str(path))
+    report = json.loads(path.read_text())
+    assert list(report["figures"]) == ["loader", "model"]
+    assert report["figures"]["model"]["images_per_second"] > 0
+    assert report["verdict"] == "unfinished"
 
 
 def test_a_comparison_is_of_the_same_work_and_fails_below_its_ratio(root, tmp_path, capsys):

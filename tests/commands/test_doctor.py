@@ -164,7 +164,10 @@ def test_fp16_needs_a_gpu(monkeypatch):
     monkeypatch.setattr(gpus, "visible_gpus", lambda: 0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert doctor_checks.gpus("auto").verdict == "warn"
-    assert doctor_checks.gpus("fp16").verdict == "fail"
+    for precision in ("fp16", "tf32"):
+        result = doctor._result(lambda precision=precision: doctor_checks.gpus(precision))
+        assert result.verdict == "fail"
+        assert f"{precision} needs a CUDA device" in result.found
 
 
 def test_gpus_that_torch_cannot_use_are_a_failure_with_its_cause(monkeypatch):

@@ -8,8 +8,9 @@ import sys
 
 import pytest
 import torch
-from helpers.runs import Forked
+from helpers.runs import Forked, flip
 from helpers.tools import needs
+from safetensors import SafetensorError
 
 import cmtrain.commands.export
 from cmtrain.commands.export import crop_pct_of, largest_difference, make_trained_model, missing_packages
@@ -161,3 +162,33 @@ def test_every_evaluation_size_survives_the_crop_share():
     for image_px in range(32, 385, 32):
         for resize_px in range(image_px, 2 * image_px):
             assert math.floor(image_px / crop_pct_of(image_px, resize_px)) == resize_px
+
+
+@pytest.mark.parametrize(
+    "error",
+    [SafetensorError("I/O error: No space left on device"), RuntimeError("PytorchStreamWriter failed")],
+)
+def test_a_full_disk_is_one_line_and_leaves_nothing(job, monkeypatch, error):
+    """safetensors and torch have errors of their own for it."""
+
+    def full(*arguments, **how):
+        raise error
+
+    monkeypatch.setattr(cmtrain.commands.export, "save_for_hf", full)
+    trained = open_trained(str(job.run), [])
+    out = job.folder / "out"
+    with pytest.raises(DataError, match=f"^--out {out}: cannot be written: .*{error}"):
+        cmtrain.commands.export.export(trained, formats=["timm"], out=str(out), kind=None, fold_bn=False)
+    assert [path.name for path in job.folder.iterdir() if "out" in path.name] == ["stdout.txt"]
+
+
+def test_the_json_line_names_what_was_rejected(job, capsys):
+    root = job.run / "checkpoints"
+    loaded = load_newest(root)
+    newest = save_checkpoint(root, 3, loaded.state, loaded.meta)
+    flip(newest / "state.safetensors")
+    trained, out = open_trained(str(job.run), []), str(job.folder / "out")
+    cmtrain.commands.export.export(trained, formats=["timm"], out=out, kind=None, fold_bn=False)
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["checkpoint"] == str(loaded.path)
+    assert printed["rejected"] == [f"{newest}/state.safetensors: sha256 differs from the manifest's"]

@@ -1,4 +1,8 @@
-"""Test decoding on the GPU: exactness at any share of the JPEG engine, odd files, the memory it keeps."""
+"""Test decoding on the GPU: exactness at any share of the JPEG engine, odd files, the memory it keeps.
+
+The images are as large as ImageNet's and of every kind: decoders have paths that only batches take which are
+large and mix kinds of chroma subsampling.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +11,7 @@ import hashlib
 import numpy as np
 import pytest
 import torch
-from helpers.images import write_awkward_files
-from helpers.photographs import write_folder
+from helpers.images import write_awkward_files, write_jpegs
 from PIL import Image
 
 pytest.importorskip("nvidia.dali")
@@ -23,6 +26,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
+NUM_IMAGES, GLOBAL_BATCH_SIZE, BATCH_SIZE = 256, 128, 32
 SIDE = 96
 SPEC = AugmentSpec(SIDE, rand_augment="rand-m9-mstd0.5-inc1", color_jitter=0.4, fp16=True)
 LEVEL = 1 / (255 * 0.226)  # of a normalised image, the standard deviation of the channels taken as 0.226
@@ -31,13 +35,13 @@ LEVEL = 1 / (255 * 0.226)  # of a normalised image, the standard deviation of th
 @pytest.fixture(scope="module")
 def manifest(tmp_path_factory) -> Manifest:
     folder = tmp_path_factory.mktemp("decoding")
-    return Manifest.from_folder(write_folder(folder / "in", 96), cache_dir=folder / "cache")
+    return Manifest.from_folder(write_jpegs(folder / "in", NUM_IMAGES), cache_dir=folder / "cache")
 
 
 def train(
-    manifest: Manifest, load: float | None, rank=0, world=1, micro_batch_size=8, spec=SPEC
+    manifest: Manifest, load: float | None, rank=0, world=1, micro_batch_size=BATCH_SIZE, spec=SPEC
 ) -> DaliLoader:
-    plan = Plan(seed=3, num_samples=len(manifest), global_batch_size=48, micro_batch_size=micro_batch_size)
+    plan = Plan(3, len(manifest), GLOBAL_BATCH_SIZE, micro_batch_size)
     return train_loader(
         manifest, plan, spec, Placement(rank, world, "cuda", "mixed", 2, hw_decoder_load=load)
     )
@@ -70,8 +74,8 @@ def test_one_decoder_alone_is_elastic(manifest, load):
     whole = digests(by_sample(train(manifest, load)))
     ranks = [digests(by_sample(train(manifest, load, rank, 2))) for rank in range(2)]
     assert ranks[0] | ranks[1] == whole
-    assert digests(by_sample(train(manifest, load, micro_batch_size=24))) == whole
-    rest = digests(by_sample(train(manifest, load), start=48))
+    assert digests(by_sample(train(manifest, load, micro_batch_size=2 * BATCH_SIZE))) == whole
+    rest = digests(by_sample(train(manifest, load), start=GLOBAL_BATCH_SIZE))
     assert rest.items() <= whole.items()
     assert digests(by_sample(train(manifest, load))) == whole
 
@@ -80,7 +84,7 @@ def test_a_shared_load_stays_within_the_difference_of_the_two_decoders(manifest)
     """DALI divides a batch between engine and cores, so an image's decoder depends on its batch."""
     plain = AugmentSpec(SIDE)
     one = by_sample(train(manifest, None, spec=plain))
-    other = by_sample(train(manifest, None, micro_batch_size=24, spec=plain))
+    other = by_sample(train(manifest, None, micro_batch_size=2 * BATCH_SIZE, spec=plain))
     apart = torch.stack([(one[index] - other[index]).abs().mean() for index in one])
     exact = int((apart == 0).sum())
     print(
@@ -119,7 +123,7 @@ def test_awkward_files_look_as_in_pillow(tmp_path):
 
 def test_evaluation_leaves_no_memory_behind(tmp_path):
     """The loader is closed after each evaluation, as in training: the two never hold memory together."""
-    manifest = Manifest.from_folder(write_folder(tmp_path / "in", 192), cache_dir=tmp_path / "cache")
+    manifest = Manifest.from_folder(write_jpegs(tmp_path / "in", NUM_IMAGES), cache_dir=tmp_path / "cache")
     training = train(manifest, None)
     batches = training.epoch(0)
     next(batches)

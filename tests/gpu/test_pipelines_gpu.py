@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.images import cut, empty, garble, shrink, vanish
-from helpers.photographs import write_folder
+from helpers.images import cut, empty, garble, shrink, vanish, write_jpegs
 
 pytest.importorskip("nvidia.dali")
 
@@ -21,6 +20,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
+NUM_IMAGES, GLOBAL_BATCH_SIZE, BATCH_SIZE = 192, 64, 32
 SIDE = 96
 SPEC = AugmentSpec(SIDE, rand_augment="rand-m9-mstd0.5-inc1", color_jitter=0.4)
 
@@ -28,11 +28,11 @@ SPEC = AugmentSpec(SIDE, rand_augment="rand-m9-mstd0.5-inc1", color_jitter=0.4)
 @pytest.fixture(scope="module")
 def manifest(tmp_path_factory) -> Manifest:
     folder = tmp_path_factory.mktemp("gpu")
-    return Manifest.from_folder(write_folder(folder / "in", 96), cache_dir=folder / "cache")
+    return Manifest.from_folder(write_jpegs(folder / "in", NUM_IMAGES), cache_dir=folder / "cache")
 
 
 def train(manifest: Manifest, spec=SPEC, device="cuda", decode="mixed", rank=0, world=1) -> DaliLoader:
-    plan = Plan(seed=3, num_samples=len(manifest), global_batch_size=48, micro_batch_size=8)
+    plan = Plan(3, len(manifest), GLOBAL_BATCH_SIZE, BATCH_SIZE)
     return train_loader(manifest, plan, spec, Placement(rank, world, device, decode, 2))
 
 
@@ -59,7 +59,7 @@ def test_the_contract_on_the_device(manifest, decode):
     )
     for batch in loader.epoch(0):
         assert all(tensor.is_cuda for tensor in batch)
-        assert batch.images.shape == (8, 3, SIDE, SIDE)
+        assert batch.images.shape == (BATCH_SIZE, 3, SIDE, SIDE)
         assert batch.images.dtype == torch.float16
         assert batch.images.is_contiguous(memory_format=torch.channels_last)
         assert torch.equal(batch.labels.cpu(), torch.from_numpy(manifest.labels)[batch.indices.cpu()])
@@ -126,9 +126,9 @@ def test_batches_that_are_dropped_while_kernels_still_read_them(manifest, decode
 @pytest.mark.parametrize("load", [None, 0.0, 1.0])
 def test_bad_files_cost_their_own_samples(tmp_path, load):
     """As on a CPU, the same files are named, the same ones replace them, and no other pixels change."""
-    manifest = Manifest.from_folder(write_folder(tmp_path / "in", 96), cache_dir=tmp_path / "cache")
+    manifest = Manifest.from_folder(write_jpegs(tmp_path / "in", NUM_IMAGES), cache_dir=tmp_path / "cache")
     plain = AugmentSpec(SIDE, scale=(1.0, 1.0), ratio=(1.0, 1.0), hflip=0.0)  # whole images
-    plan = Plan(seed=3, num_samples=96, global_batch_size=48, micro_batch_size=8)
+    plan = Plan(3, len(manifest), GLOBAL_BATCH_SIZE, BATCH_SIZE)
     on_engine = {"cuda": {"hw_decoder_load": load}, "cpu": {}}
 
     def images_and_bad(device: str, decode) -> tuple[dict[int, torch.Tensor], set[str]]:
@@ -151,21 +151,21 @@ def test_bad_files_cost_their_own_samples(tmp_path, load):
     on_cpu, named = images_and_bad("cpu", "cpu")
     on_gpu, named_too = images_and_bad("cuda", "mixed")
     assert named == named_too == {path.name for path in hurt}
-    assert on_cpu.keys() == on_gpu.keys() == set(range(96)) - set(places)
+    assert on_cpu.keys() == on_gpu.keys() == set(range(NUM_IMAGES)) - set(places)
     assert mean_levels_apart(on_gpu, {index: before[index] for index in on_gpu}) < 0.1
     assert mean_levels_apart(on_gpu, on_cpu) < 1.0
 
 
 def test_a_file_cut_in_the_middle_ends_nothing(tmp_path):
     """nvJPEG may decode the upper half, or the file is replaced: it is printed. The rest must be whole."""
-    manifest = Manifest.from_folder(write_folder(tmp_path / "in", 96), cache_dir=tmp_path / "cache")
+    manifest = Manifest.from_folder(write_jpegs(tmp_path / "in", NUM_IMAGES), cache_dir=tmp_path / "cache")
     before = by_sample(train(manifest, AugmentSpec(SIDE)))
     cut(Path(manifest.file(20)))
     loader = train(manifest, AugmentSpec(SIDE))
     after = by_sample(loader)
     print("\ncut file:", loader.take_bad_files() or "decoded without an error")
     whole = before.keys() & after.keys() - {20}
-    assert len(whole) == 95
+    assert len(whole) == NUM_IMAGES - 1
     assert mean_levels_apart({i: before[i] for i in whole}, {i: after[i] for i in whole}) < 0.1
 
 
@@ -173,8 +173,8 @@ def test_a_file_cut_in_the_middle_ends_nothing(tmp_path):
 def test_evaluation_sees_every_image_once_and_nearly_as_on_the_cpu(manifest, decode):
     def evaluate(device: str, how) -> dict[int, torch.Tensor]:
         place = Placement(0, 1, device, how, 2)
-        return by_sample(eval_loader(manifest, EvalSpec(SIDE, 110), place, batch_size=7))
+        return by_sample(eval_loader(manifest, EvalSpec(SIDE, 110), place, batch_size=BATCH_SIZE + 3))
 
     gpu = evaluate("cuda", decode)
-    assert sorted(gpu) == list(range(96))
+    assert sorted(gpu) == list(range(NUM_IMAGES))
     assert mean_levels_apart(gpu, evaluate("cpu", "cpu")) < (1.0 if decode == "mixed" else 0.3)

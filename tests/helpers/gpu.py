@@ -5,6 +5,7 @@ import torch
 from accelerate import Accelerator
 
 import cmtrain.models  # noqa: F401
+from cmtrain.processes.collectives import set_cuda_math
 from cmtrain.step.learner import Learner
 from cmtrain.step.mixing import MixSpec
 from cmtrain.step.optimizer import make_optimizer
@@ -15,6 +16,7 @@ from pipelines.synthetic import SyntheticLoader
 
 def make_learner(opt="adamw", precision="fp16", compile_mode=None, accumulation=2, **mixing):
     accelerator = Accelerator(mixed_precision=precision)
+    set_cuda_math(precision)  # as training does
     torch.manual_seed(0)
     model = timm.create_model("cmt_ti", img_size=160, num_classes=10, drop_path_rate=0.1)
     model = model.to("cuda", memory_format=torch.channels_last)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from PIL import Image
 
 from helpers.photographs import photographs
 from pipelines.files.manifest import Manifest
+from pipelines.files.mixed_jpegs import mixed_jpegs
 from pipelines.plan import Plan
 from pipelines.spec import AugmentSpec, Loader
 
@@ -30,6 +32,20 @@ def write_tree(root: Path, num_train: int, num_val: int, num_classes: int = 3, s
             path = root / split / f"class{label}" / f"{index:04d}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels).save(path, quality=92)
+    return root
+
+
+@cache
+def _jpegs(count: int) -> tuple[bytes, ...]:
+    return tuple(mixed_jpegs(count))
+
+
+def write_jpegs(root: Path, count: int, num_classes: int = 3) -> Path:
+    """Write root/c<class>/<number>.jpg: 500 x 375 pixels, of every kind of JPEG (see `mixed_jpegs`)."""
+    for number, encoded in enumerate(_jpegs(count)):
+        path = root / f"c{number % num_classes}" / f"{number:04d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encoded)
     return root
 
 

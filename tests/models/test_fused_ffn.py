@@ -35,8 +35,8 @@ STAGES = {
 }
 
 
-# On a GPU each stage compiles kernels of its own, half a second each: by default odd widths, wide ones, and
-# the smallest of another model.
+# On a GPU each stage compiles kernels of its own, half a second each: by default odd widths, wide ones and
+# powers of two.
 COMPILED = [("cmt_ti", 0), ("cmt_ti", 3), ("cmt_s", 0)]
 
 

@@ -112,6 +112,34 @@ def test_there_is_no_way_to_a_file(serve, path):
     assert b"root:" not in answer
 
 
+def test_it_lingers_for_a_page_that_is_watched_and_not_for_long(serve, monkeypatch):
+    server = serve({"/": ROUTES["/metrics"], **ROUTES})
+    monkeypatch.setattr(exporter_module, "LINGER_SECONDS", 3600.0)
+    get(server.port)
+    get(server.port, "/nowhere")
+
+    def wait_until_noted(path):  # which is after the answer
+        deadline = time.monotonic() + 60
+        while path not in server.asked_at:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+    wait_until_noted("/metrics")
+    server.linger("/")  # nobody looks at it: it does not wait
+    assert server.asked_at.keys() == {"/metrics"}
+    get(server.port, "/?x")
+    wait_until_noted("/")
+    waiting = threading.Thread(target=server.linger, args="/")
+    waiting.start()
+    get(server.port)
+    assert waiting.is_alive()
+    get(server.port, "/")
+    waiting.join(60)
+    assert not waiting.is_alive()
+    monkeypatch.setattr(exporter_module, "LINGER_SECONDS", 0.01)
+    server.linger("/")
+
+
 def test_a_connection_stays_open_for_the_next_request(serve):
     port = serve().port
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
@@ -518,3 +546,34 @@ def test_prometheus_finds_a_rank_and_loses_it(serve, metrics, tmp_path):
     finally:
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=600)
+
+
+@pytest.mark.parametrize(
+    ("host", "is_own"),
+    [
+        ("127.0.0.1:9410", True), ("10.42.0.17:9410", True), ("[::1]:9410", True), ("[fe80::1]", True),
+        ("localhost", True), ("LOCALHOST:9410", True), ("localhost.:9410", True), ("trainer:9410", True),
+        (socket.gethostname(), True), ("Lent.example:9410", True), ("proxy.example", True),
+        ("attacker.example", False), ("attacker.example:9410", False), ("127.0.0.1.attacker.example", False),
+        ("localhost.attacker.example", False), ("[attacker.example]", False), ("a@b.example", False),
+        ("attacker.example.", False), ("127.0.0.1, attacker.example", False),
+    ],
+)  # fmt: skip
+def test_only_names_of_this_machine_are_answered(host, is_own):
+    """A page on the web may lend its own name to 127.0.0.1, and read what a browser gets there."""
+    head = f"GET /metrics HTTP/1.1\r\nHost: {host}\r\n\r\n".encode()
+    answer, _ = exporter_module.answer_to(head, ROUTES, ["lent.example", "proxy.example"])
+    assert answer.split()[1] == (b"200" if is_own else b"403")
+    assert (b"cmtrain_step" in answer) == is_own
+    answer, _ = exporter_module.answer_to(head, ROUTES, ["*"])
+    assert answer.split()[1] == b"200"
+    twice = head.replace(b"\r\n\r\n", b"\r\nHost: attacker.example\r\n\r\n")
+    assert exporter_module.answer_to(twice, ROUTES)[0].split()[1] == b"403"
+
+
+def test_the_server_answers_to_the_names_it_was_given(serve):
+    exporter = serve()
+    assert get(exporter.port, Host="attacker.example")[0] == 403
+    assert get(exporter.port, Host="localhost:1")[0] == 200
+    exporter.allowed_hosts = frozenset(["proxy.example"])
+    assert get(exporter.port, Host="proxy.example")[0] == 200

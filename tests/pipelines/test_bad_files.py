@@ -252,7 +252,7 @@ def test_a_file_that_two_ranks_met_is_logged_and_counted_once_by_its_kind(tmp_pa
         steps = {"first_step": 0, "last_step": 1, "epochs": 1, "total_steps": 1}
         serving = {"address": None, "stall_seconds": 600}
         logger = RunLogger(tmp_path / "run", rank=rank, world_size=2, **steps, **serving)
-        logger.left_out([gone])
+        logger.left_out([gone], tmp_path)
         logger.bad_files([[gone], [cut_file]])
         logger.bad_files([[cut_file], []])
         errors = logger.metrics.decode_errors

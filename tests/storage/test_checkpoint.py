@@ -1,5 +1,6 @@
 """A checkpoint exists whole or not at all; a damaged one is never loaded, nor silently passed over."""
 
+import errno
 import os
 import resource
 
@@ -142,3 +143,54 @@ def test_what_could_run_code_is_not_saved(tmp_path):
         save_checkpoint(tmp_path / "checkpoints", 1, {"model": Evil()}, {})
     assert not canary.exists()
     assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+@pytest.fixture
+def no_pauses(monkeypatch):
+    monkeypatch.setattr("cmtrain.storage.records.PAUSES_SECONDS", (0.0, 0.0))
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES, errno.EMFILE])
+def test_trouble_of_the_machine_is_no_damage(tmp_path, monkeypatch, no_pauses, number):
+    """Tried again; and if it stays, neither set aside nor passed over for an older one."""
+    for step in (1, 2):
+        save(tmp_path, step)
+    real, failures = os.open, []
+
+    def troubled(path, *flags, **how):
+        if str(path).endswith("step-000000002/state.safetensors") and len(failures) < limit:
+            failures.append(path)
+            raise OSError(number, os.strerror(number), path)
+        return real(path, *flags, **how)
+
+    monkeypatch.setattr(os, "open", troubled)
+    limit = 2
+    assert load_newest(tmp_path).state["progress"] == {"step": 2}
+    limit = 99
+    with pytest.raises(OSError, match=os.strerror(number)):
+        load_newest(tmp_path)
+    monkeypatch.undo()
+    assert checkpoint_steps(tmp_path) == [1, 2]
+
+
+def test_a_read_that_fails_is_no_damage(tmp_path, monkeypatch, no_pauses):
+    save(tmp_path, 1)
+
+    def broken(file, name):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("hashlib.file_digest", broken)
+    with pytest.raises(OSError, match="Input/output error"):
+        load_newest(tmp_path)
+    assert checkpoint_steps(tmp_path) == [1]
+
+
+def test_a_folder_that_cannot_be_listed_is_not_an_empty_one(tmp_path, monkeypatch, no_pauses):
+    save(tmp_path, 1)
+
+    def forbidden(path):
+        raise PermissionError(errno.EACCES, "Permission denied", path)
+
+    monkeypatch.setattr(os, "scandir", forbidden)
+    with pytest.raises(PermissionError):
+        load_newest(tmp_path)

@@ -8,10 +8,11 @@ import pickle
 import pytest
 import timm
 import torch
+from helpers.runs import flip
 from safetensors.torch import save_file
 
 from cmtrain.errors import ConfigError
-from cmtrain.storage.checkpoint import load_newest
+from cmtrain.storage.checkpoint import load_newest, save_checkpoint
 from cmtrain.storage.weights import fit, read_weights, start_from
 from pipelines.spec import DataError
 
@@ -162,3 +163,33 @@ def test_options_of_cmt_are_refused_for_other_models(make_job):
     job("--model.name", "resnet18", "--model.variant", "reimpl", code=2)
     (line,) = job.stderr.read_text().splitlines()
     assert "model.variant (reimpl) is an option of CMT only, and does not fit model.name (resnet18)" in line
+
+
+def test_a_start_from_an_older_checkpoint_names_both(tmp_path):
+    """As export does; the newest one of the run is damaged."""
+    older, newest = (
+        save_checkpoint(tmp_path / "checkpoints", step, {"model": contiguous(micro())}, {})
+        for step in (1, 2)
+    )
+    assert "rejected" not in " ".join(start_from(str(tmp_path), micro(seed=1)))
+    flip(newest / "state.safetensors")
+    first, second = start_from(str(tmp_path), micro(seed=1))
+    assert first.startswith(f"model.init_from: checkpoint rejected: {newest}/state.safetensors: sha256")
+    assert first.endswith(f"; taking {older.name} instead")
+    assert second == f"model.init_from: model weights of {older}"
+
+
+@pytest.mark.parametrize("place", ["run", "export"])
+def test_a_head_of_other_classes_is_named(tmp_path, place):
+    """As many classes in another order, or others, would otherwise start as each other without a word."""
+    if place == "run":
+        save_checkpoint(tmp_path / "checkpoints", 1, {"model": contiguous(micro())}, {})
+        (tmp_path / "classes.json").write_text(json.dumps({"classes": ["cat", "dog", "owl"]}))
+    else:
+        save_file(contiguous(micro()), tmp_path / "model.safetensors")
+        (tmp_path / "config.json").write_text(json.dumps({"label_names": ["cat", "dog", "owl"]}))
+    line = start_from(str(tmp_path), micro(seed=1), ["cat", "owl", "dog"])[-1]
+    assert line.startswith("model.init_from: the classifier head is of other classes")
+    assert line.endswith("output 1 was dog and is now owl")
+    for names in (["cat", "dog", "owl"], []):
+        assert "head" not in " ".join(start_from(str(tmp_path), micro(seed=1), names))

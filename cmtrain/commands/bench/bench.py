@@ -15,16 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from cmtrain import __version__
-from cmtrain.commands.bench import guard, timing
+from cmtrain.commands.bench import guard, table, timing
 from cmtrain.commands.bench.loader import bench_loader
-from cmtrain.commands.bench.models import against_ceilings, time_latency, time_models
-from cmtrain.commands.bench.timing import WARMUP_STEPS, Figures, Setup, drain, endless
+from cmtrain.commands.bench.models import Setup, against_ceilings, names_of, time_latency, time_models
+from cmtrain.commands.bench.timing import WARMUP_STEPS, Begin, Figures, Rows, drain, endless, write_report
 from cmtrain.config.schema import Config
 from cmtrain.errors import EXIT_DONE, EXIT_EXPECTATION
+from cmtrain.monitoring.console import Parts, print_result
 from cmtrain.monitoring.units import percent
 from cmtrain.step.learner import Learner
 from cmtrain.training import build, loaders
@@ -35,16 +34,10 @@ from pipelines.spec import DataError, Loader
 COMFORTABLE_RATIO = 1.2
 # A host that is busy for this share of a step does not run ahead of the device.
 HOST_SHARE = 0.9
+# Where loading costs more of a step, the loader is not fast enough beside the model, however fast alone.
+LOST_PERCENT = 20.0
 # An earlier report must have these in common with a new one.
 SAME = ("what", "device", "precision", "compiled", "model", "image_px", "batch", "world_size")
-HEADERS = {
-    "images_per_second": "images/s", "step_ms_mean": "ms/step", "ms_p50": "ms p50", "ms_p95": "ms p95",
-    "ms": "ms", "percent": "% of step", "percent_min": "% min", "percent_max": "% max",
-    "host_ms_median": "host ms", "host_share": "host busy", "data_wait_percent": "% wait for data",
-    "first_is_times": "first is x as fast", "times_earlier": "x earlier", "first_seconds": "first step, s",
-    "mb_per_image": "MB/image", "percent_of_copy": "% of copy rate", "percent_of_matrix": "% of matrix rate",
-    "peak_memory_gib": "peak GiB", "copy_gb_per_second": "copy, GB/s", "matrix_tflops": "matrix, TFLOP/s",
-}  # fmt: skip
 
 
 def bench(config: Config, options: argparse.Namespace) -> int:
@@ -54,8 +47,9 @@ def bench(config: Config, options: argparse.Namespace) -> int:
     `time_models`. "guard": a step with the guard and without, see `time_guard`. "train": training on real
     data. "all": loader, model and training one after the other, and what limits them.
 
-    Prints a table on stderr and one JSON line on stdout; writes the JSON to a file as well, if asked to.
-    Returns the exit code: 0, or 5 if a rate is below `fail_below` times the one in the report `compare`.
+    Prints the parts of the work and a table on stderr, and one JSON line on stdout. If asked to, writes the
+    JSON to a file as well, and before that what is known of it after each row. Returns the exit code: 0, or
+    5 if a rate is below `fail_below` times the one in the report `compare`.
 
     Raises:
         ConfigError, DataError: as for training, and an earlier run that cannot be compared.
@@ -70,66 +64,83 @@ def bench(config: Config, options: argparse.Namespace) -> int:
     schedule = build.plan_steps(config, len(data.train), accelerator.num_processes)
     num_classes = loaders.num_classes_of(config, data.train)
     setup = Setup(config, accelerator, schedule, num_classes, options.steps, options.rounds)
+    count = len(names_of(config, options.beside))
+    num_parts = {
+        "model": 3 + 2 * count, "latency": 1 + count, "guard": guard.NUM_PARTS, "all": 4, "train": 1,
+    }  # fmt: skip
+    begin = Parts(num_parts[what], enabled=accelerator.is_main_process)
     if what == "model":
-        figures = time_models(setup, options.beside)
+        rows = time_models(setup, options.beside, begin)
     elif what == "latency":
-        figures = time_latency(setup, options.beside)
+        rows = time_latency(setup, options.beside, begin)
     elif what == "guard":
-        how = {"steps": setup.steps, "rounds": setup.rounds, "log_every_steps": config.train.log_every_steps}
         learner, batches = setup.make_learner(config), setup.synthetic_batches()
-        figures = guard.time_guard(learner, batches, lr=config.optim.lr, **how)
+        rows = guard.time_guard(
+            learner, batches, lr=config.optim.lr, steps=setup.steps, rounds=setup.rounds,
+            log_every_steps=config.train.log_every_steps, begin=begin,
+        )  # fmt: skip
     else:
-        figures = _time_run(what, setup, data.train)
-    report = {
+        rows = _time_run(what, setup, data.train, begin)
+    figures: Figures = {}
+    report: dict[str, Any] = {
         "what": what,
         "device": torch.cuda.get_device_name() if accelerator.device.type == "cuda" else "cpu",
         "precision": build.precision_of(accelerator),
-        "compiled": config.train.compile and config.train.compile_mode,
-        "model": config.model.name,
+        "compiled": config.train.compile and config.train.compile_mode, "model": config.model.name,
         "image_px": config.data.image_px,
         "batch": 1 if what == "latency" else schedule.micro_batch_size * schedule.accumulation,
-        "world_size": accelerator.num_processes,
-        "decode_threads": threads,
+        "world_size": accelerator.num_processes, "decode_threads": threads,
         "torch_threads": torch.get_num_threads(),
-        "versions": {"cmtrain": __version__, "torch": torch.__version__},
-        "figures": figures,
-        "verdict": guard.verdict(figures) if what == "guard" else verdict(figures),
-    }
+        "versions": {"cmtrain": __version__, "torch": torch.__version__}, "figures": figures,
+        "verdict": "unfinished",
+    }  # fmt: skip
+    with begin:
+        for name, row in rows:
+            figures[name] = row
+            if accelerator.is_main_process:
+                write_report(options.json, report)
+    report["verdict"] = guard.verdict(figures) if what == "guard" else verdict(figures)
     below = _compare(report, earlier, options.fail_below) if earlier else []
     if accelerator.is_main_process:
-        _show(report)
-        print(json.dumps(report), flush=True)  # noqa: T201
-        if options.json:
-            Path(options.json).write_text(json.dumps(report, indent=1) + "\n")
+        table.show(report)
+        print_result(report, asked=options.json == "")
+        write_report(options.json, report)
         for line in below:
             sys.stderr.write(f"{line}\n")
     return EXIT_EXPECTATION if below else EXIT_DONE
 
 
-def _time_run(what: str, setup: Setup, images: Manifest) -> Figures:
-    """Time training on real data ("train"); for "all" first the loader and the model, each alone."""
+def _time_run(what: str, setup: Setup, images: Manifest, begin: Begin) -> Rows:
+    """Time training on real data ("train"); for "all" first the loader and the model, each alone.
+
+    `begin` is called at the begin of each part: 4 of "all", 1 of "train".
+    """
     config, accelerator = setup.config, setup.accelerator
     place, lines = loaders.place_loaders(config, accelerator)
     sys.stderr.writelines(f"{line}\n" for line in lines)
-    figures: Figures = {}
     if what == "all":
+        begin("the loader alone")
         loader = loaders.make_train_loader(config, images, setup.schedule, accelerator, place)
-        figures["loader"] = _time_loader(loader, setup)
+        yield "loader", _time_loader(loader, setup)
         loader.close()
     learner = setup.make_learner(config)
     if what == "all":
+        begin(f"{config.model.name} alone")
         synthetic = loaders.make_synthetic_loader(config, setup.schedule, setup.num_classes, accelerator)
-        alone = figures["model"] = _time_steps(learner, synthetic, setup)
+        alone = _time_steps(learner, synthetic, setup)
+        begin("copies and matrix products")
         ceilings = timing.measure_ceilings(setup.device, setup.dtype)
         alone |= against_ceilings(setup, config.model.name, "train", alone["images_per_second"], ceilings)
+        yield "model", alone
+    begin("training on real images")
     loader = loaders.make_train_loader(config, images, setup.schedule, accelerator, place)
-    figures["train"] = _time_steps(learner, loader, setup)
+    train = _time_steps(learner, loader, setup)
     loader.close()
     if what == "all":
         # The part of a step on real data that a step on ready data does not need.
-        spared = 1 - figures["model"]["step_ms_mean"] / figures["train"]["step_ms_mean"]
-        figures["train"]["data_wait_percent"] = 100 * max(0.0, spared)
-    return figures
+        spared = 1 - alone["step_ms_mean"] / train["step_ms_mean"]
+        train["data_wait_percent"] = 100 * max(0.0, spared)
+    yield "train", train
 
 
 def verdict(figures: Figures) -> str:
@@ -141,6 +152,9 @@ def verdict(figures: Figures) -> str:
     feeds = f"the loader feeds {percent(ratio, 0)} of what the model takes"
     if ratio < 1:
         return f"limited by decode: {feeds}"
+    if (lost := figures.get("train", {}).get("data_wait_percent", 0.0)) > LOST_PERCENT:
+        alone = f"though alone {feeds}: the two share this machine"
+        return f"limited by decode: loading costs {lost:.0f} % of a step, {alone}"
     if ratio < COMFORTABLE_RATIO:
         feeds += ", which leaves little for jitter"
     if model.get("host_share", 0.0) > HOST_SHARE:
@@ -221,21 +235,3 @@ def _time_steps(learner: Learner, loader: Loader, setup: Setup) -> dict[str, flo
         figures["host_share"] = figures["host_ms_median"] / figures["step_ms_mean"]
         figures["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
     return figures
-
-
-def _show(report: dict[str, Any]) -> None:
-    console = Console(stderr=True)
-    rows = report["figures"].items()
-    keys = [key for key in HEADERS if any(key in row for _, row in rows)]
-    title = f"{report['model']} at {report['image_px']} px, {report['precision']}, {report['device']}"
-    table = Table("", *(HEADERS[key] for key in keys), title=title)
-    for name, row in rows:
-        table.add_row(name, *(_shown(row.get(key)) for key in keys))
-    console.print(table)
-    console.print(report["verdict"])
-
-
-def _shown(value: float | None) -> str:
-    if value is None:
-        return ""
-    return f"{value:,.1f}" if abs(value) >= 10 else f"{value:.3g}"

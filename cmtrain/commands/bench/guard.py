@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cmtrain.commands.bench.timing import WARMUP_STEPS, Figures, best_seconds, drain
+from cmtrain.commands.bench.timing import WARMUP_STEPS, Begin, Figures, Row, Rows, best_seconds, drain
 from cmtrain.monitoring.metrics import TrainMetrics
 from cmtrain.step.learner import Learner
 from cmtrain.step.measure import no_host_sync
@@ -28,6 +28,7 @@ from pipelines.spec import Batch
 
 ALONE_REPEATS = 100
 SAVES = 6
+NUM_PARTS = 3
 
 
 class _Without:
@@ -47,11 +48,14 @@ class _Without:
 
 
 def time_guard(
-    learner: Learner, batches: Iterator[Batch], *, lr: float, steps: int, rounds: int, log_every_steps: int
-) -> Figures:
+    learner: Learner, batches: Iterator[Batch], *, lr: float, steps: int, rounds: int,
+    log_every_steps: int, begin: Begin = str,
+) -> Rows:  # fmt: skip
     """Time `rounds` turns of `steps` steps with the guard and without, then what the guard adds alone.
 
-    Returns:
+    `begin` is called at the begin of each of NUM_PARTS parts.
+
+    Yields:
         Rows of `ms`, and of `percent` of a step without the guard:
         "without", "with": a step, median over the rounds; `percent` is the addition to the other side of the
         same round, `percent_min` and `percent_max` its range. "alone": the addition to a step. "log point":
@@ -86,6 +90,7 @@ def time_guard(
         return statistics.median(_milliseconds(work, device) for _ in range(ALONE_REPEATS))
 
     # Whole steps, in turns
+    begin(f"steps with the guard and without: {rounds} rounds of {steps} each")
     for side in sides:
         turn(side, WARMUP_STEPS)
     taken: dict[str, list[float]] = {side: [] for side in sides}
@@ -93,8 +98,17 @@ def time_guard(
         for side in list(sides) if number % 2 else reversed(sides):
             taken[side].append(turn(side, steps))
     learner.guard, learner.buffer, _ = sides["with"]
+    without_ms = statistics.median(taken["without"])
+    added = [100 * (on / off - 1) for on, off in zip(taken["with"], taken["without"], strict=True)]
+    with_row = {"ms": statistics.median(taken["with"]), "percent": statistics.median(added)}
+    yield "without", {"ms": without_ms}
+    yield "with", with_row | {"percent_min": min(added), "percent_max": max(added)}
+
+    def row(ms: float, spread_over: int = 1) -> Row:
+        return {"ms": ms, "percent": 100 * ms / spread_over / without_ms}
 
     # Guard, step buffer and metrics alone: of a step, and of a log point
+    begin("guard, metrics, mixing and EMA alone")
     scalar = torch.ones((), device=device)
 
     def added_to_a_step() -> None:
@@ -109,9 +123,12 @@ def time_guard(
     for _ in range(log_every_steps):
         added_to_a_step()
     drain(device)
-    begin = time.perf_counter()
+    began = time.perf_counter()
     metrics.report(learner.report(next(numbers), 0, lr, reset=True))
-    log_point_ms = 1000 * (time.perf_counter() - begin)
+    log_point_ms = 1000 * (time.perf_counter() - began)
+
+    yield "alone", row(alone_ms)
+    yield "log point", row(log_point_ms, log_every_steps)
 
     # Mixing and EMA alone
     images, labels, _ = next(batches)
@@ -123,23 +140,16 @@ def time_guard(
     parts = {"mixing": alone(mix_a_step)}
     if ema := learner.ema:
         parts["ema"] = alone(lambda: ema.update(torch.isfinite(scalar)))
+    for name, ms in parts.items():
+        yield name, row(ms)
+    yield "together", row(alone_ms + log_point_ms / log_every_steps + sum(parts.values()))
 
-    begin = time.perf_counter()
+    begin("saves")
+    began = time.perf_counter()
     turn("with", steps)
-    wall_ms = 1000 * (time.perf_counter() - begin) / steps
+    wall_ms = 1000 * (time.perf_counter() - began) / steps
     save_ms = _time_saves(learner)
-
-    added = [100 * (on / off - 1) for on, off in zip(taken["with"], taken["without"], strict=True)]
-    without_ms = statistics.median(taken["without"])
-    spread_ms = log_point_ms / log_every_steps
-    together_ms = alone_ms + spread_ms + sum(parts.values())
-    with_row = {"ms": statistics.median(taken["with"]), "percent": statistics.median(added)}
-    with_row |= {"percent_min": min(added), "percent_max": max(added)}
-    figures = {"without": {"ms": without_ms}, "with": with_row}
-    shares = {"alone": alone_ms, "log point": spread_ms} | parts | {"together": together_ms}
-    figures |= {name: {"ms": ms, "percent": 100 * ms / without_ms} for name, ms in shares.items()}
-    figures["log point"]["ms"] = log_point_ms
-    return figures | {"save": {"ms": save_ms, "percent": 100 * save_ms / wall_ms}}
+    yield "save", {"ms": save_ms, "percent": 100 * save_ms / wall_ms}
 
 
 def _time_saves(learner: Learner) -> float:

@@ -6,7 +6,7 @@ and a ratio is the median of the ratios within a round. CPU time per image (user
 included) is the steadier figure.
 """
 
-import json
+import contextlib
 import multiprocessing
 import statistics
 import sys
@@ -20,14 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from cmtrain import __version__
+from cmtrain.commands.bench import table
 from cmtrain.commands.bench.loader_workers import BATCH_SIZE, LoaderContender, make_loader, serve
-from cmtrain.commands.bench.timing import Figures, best_seconds, endless
+from cmtrain.commands.bench.timing import Begin, Figures, Row, best_seconds, endless, write_report
 from cmtrain.config.schema import Config
 from cmtrain.errors import EXIT_DONE
+from cmtrain.monitoring.console import Parts, print_result
 from cmtrain.training import build, loaders
 from pipelines.files.manifest import Manifest
 from pipelines.packing.encode import PackSpec
@@ -39,21 +39,14 @@ RAND_AUGMENT = "rand-m9-mstd0.5-inc1"  # the paper's
 COLOR_JITTER = 0.4
 OVERHEAD_BATCH_SIZE = 512
 PACKED_IMAGES, PACKED_PX, PACKED_QUALITY = 2000, 256, 90
-COLUMNS = {
-    "images_per_second": "images/s",
-    "images_per_second_max": "best",
-    "cpu_ms_per_image": "CPU ms/image",
-    "cpu_ms_per_image_min": "best",
-    "times_timm": "x timm",
-    "times_timm_by_cpu": "x timm by CPU time",
-}
+COLUMNS = ("images/s (best)", "CPU ms per image (best)", "times timm's (by CPU time)")
 
 
 def bench_loader(config: Config, steps: int, rounds: int, packed: str | None, json_path: str | None) -> int:
     """Time decoding, crop + resize + flip, colour jitter and RandAugment, by DALI and by timm.
 
-    Prints a table on stderr and one JSON line on stdout; writes the JSON to `json_path` as well, if given.
-    Returns the exit code, 0.
+    Prints a table on stderr and one JSON line on stdout. Writes the JSON to `json_path` as well, if given,
+    and before that what is known of it after each work. Returns the exit code, 0.
 
     Args:
         steps: batches of 64 images that are timed in each of the `rounds` of each work.
@@ -75,28 +68,36 @@ def bench_loader(config: Config, steps: int, rounds: int, packed: str | None, js
     report = {"device": "cpu"} | config.data.model_dump(include={"image_px", "interpolation"})
     versions = {"cmtrain": __version__, "torch": torch.__version__}
     report |= {"batch": BATCH_SIZE, "images": len(files), "versions": versions}
-    report["overhead"] = _overhead(files, hardest)
-    with _packed_copy(files, Path(packed, config.data.train_dir) if packed else None) as shards:
+    num_devices = 1 + (accelerator.device.type == "cuda")
+    begin = Parts(2 + num_devices * len(works), enabled=accelerator.is_main_process)
+    with begin, contextlib.ExitStack() as stack:
+        begin("the loader's share of the training thread")
+        report["overhead"] = _overhead(files, hardest)
+        begin("a packed copy of the images" if packed is None else "the packed images")
+        shards = stack.enter_context(
+            _packed_copy(files, Path(packed, config.data.train_dir) if packed else None)
+        )
         sources = {"dali": files} | ({} if shards is None else {"dali packed": shards})
 
-        def race(device: str, decode: Decode, cores: int, load: float | None = None) -> dict[str, Figures]:
+        def race(device: str, decode: Decode, cores: int, load: float | None = None) -> None:
             place = Placement(device=device, decode=decode, threads=cores, hw_decoder_load=load)
             contenders = [LoaderContender("timm", files, place)]
             contenders += [LoaderContender(name, images, place) for name, images in sources.items()]
-            return _race(contenders, works, steps, rounds)
+            report["gpu" if device == "cuda" else device] = figures = {}
+            for work, rows in _race(contenders, works, steps, rounds, begin):
+                figures[work] = rows
+                write_report(json_path, report)
 
-        report["cpu"] = race("cpu", "cpu", 1)
+        race("cpu", "cpu", 1)
         if accelerator.device.type == "cuda":
             report |= {
                 "device": torch.cuda.get_device_name(),
                 "cores": placed.threads,
                 "decode": placed.decode,
             }
-            report["gpu"] = race("cuda", placed.decode, placed.threads, placed.hw_decoder_load)
+            race("cuda", placed.decode, placed.threads, placed.hw_decoder_load)
     _show(report)
-    print(json.dumps(report), flush=True)  # noqa: T201
-    if json_path:
-        Path(json_path).write_text(json.dumps(report, indent=1) + "\n")
+    print_result(report, asked=json_path == "")
     return EXIT_DONE
 
 
@@ -110,11 +111,9 @@ def summarise(rounds: list[Figures]) -> Figures:
         rates = [row[name]["images_per_second"] for row in rounds]
         cpu_ms = [row[name]["cpu_ms_per_image"] for row in rounds]
         figures[name] = {
-            "images_per_second": statistics.median(rates),
-            "images_per_second_max": max(rates),
-            "cpu_ms_per_image": statistics.median(cpu_ms),
-            "cpu_ms_per_image_min": min(cpu_ms),
-        }
+            "images_per_second": statistics.median(rates), "images_per_second_max": max(rates),
+            "cpu_ms_per_image": statistics.median(cpu_ms), "cpu_ms_per_image_min": min(cpu_ms),
+        }  # fmt: skip
         if name != "timm":
             theirs = [row["timm"] for row in rounds]
             by_rate = [rate / row["images_per_second"] for rate, row in zip(rates, theirs, strict=True)]
@@ -138,9 +137,10 @@ def _packed_copy(files: Manifest, folder: Path | None) -> Iterator[Manifest | No
 
 
 def _race(
-    contenders: list[LoaderContender], works: dict[str, AugmentSpec | None], steps: int, rounds: int
-) -> dict[str, Figures]:
-    """Return {work: {contender: row}}. One process per contender, one of them busy at a time."""
+    contenders: list[LoaderContender], works: dict[str, AugmentSpec | None], steps: int, rounds: int,
+    begin: Begin,
+) -> Iterator[tuple[str, Figures]]:  # fmt: skip
+    """Yield each work with its {contender: row}. One process per contender, one of them busy at a time."""
     context = multiprocessing.get_context("spawn")
     pipes: dict[str, Connection] = {}
     processes = []
@@ -149,22 +149,21 @@ def _race(
         processes.append(context.Process(target=serve, args=(theirs, contender)))
         processes[-1].start()
         theirs.close()
-    figures = {}
     try:
         for work, spec in works.items():
+            begin(f"{work}: {rounds} rounds of {steps} batches by {', '.join(pipes)}")
             for pipe in pipes.values():
                 _ask(pipe, ("prepare", spec))
             measured = []
             for number in range(rounds):
                 order = reversed(pipes) if number % 2 else pipes
                 measured.append({name: _ask(pipes[name], ("measure", steps)) for name in order})
-            figures[work] = summarise(measured)
+            yield work, summarise(measured)
     finally:
         for pipe in pipes.values():
             pipe.close()
         for process in processes:
             process.join()
-    return figures
 
 
 def _ask(pipe: Connection, question: tuple[str, Any]) -> Any:
@@ -189,19 +188,27 @@ def _overhead(manifest: Manifest, spec: AugmentSpec) -> dict[str, float]:
 
 
 def _show(report: dict[str, Any]) -> None:
-    console = Console(stderr=True)
     for device in ("cpu", "gpu"):
         if device not in report:
             continue
         cores = "one core" if device == "cpu" else f"{report['device']}, {report['cores']} cores"
         title = f"{report['image_px']} px, {report['interpolation']}, {cores}"
-        table = Table("work", "loader", *COLUMNS.values(), title=title)
-        for work, figures in report[device].items():
-            for name, row in figures.items():
-                table.add_row(work, name, *(f"{row[key]:,.2f}" if key in row else "" for key in COLUMNS))
-        console.print(table)
+        rows = [
+            [work, name, *_cells(row)]
+            for work, figures in report[device].items()
+            for name, row in figures.items()
+        ]
+        table.draw(title, ["work", "loader"], COLUMNS, rows)
     overhead = report["overhead"]
-    console.print(
+    sys.stderr.write(
         f"a batch of {overhead['batch']} takes {overhead['thread_ms_per_batch']:.2f} ms of the training "
-        f"thread; random draws take {overhead['draws_us_per_sample']:.2f} us per sample"
+        f"thread; random draws take {overhead['draws_us_per_sample']:.2f} us per sample\n"
     )
+
+
+def _cells(row: Row) -> list[str]:
+    rate = f"{row['images_per_second']:,.0f} ({row['images_per_second_max']:,.0f})"
+    cpu_ms = f"{row['cpu_ms_per_image']:.2f} ({row['cpu_ms_per_image_min']:.2f})"
+    if "times_timm" not in row:
+        return [rate, cpu_ms, ""]
+    return [rate, cpu_ms, f"{row['times_timm']:.2f} ({row['times_timm_by_cpu']:.2f})"]

@@ -5,33 +5,81 @@ Batches are synthetic and lie ready on the device.
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from cmtrain.commands.bench.timing import Ceilings, Contender, Figures, Setup, measure_ceilings, race
+from cmtrain.commands.bench.timing import (
+    DTYPES,
+    Begin,
+    Ceilings,
+    Contender,
+    Rows,
+    endless,
+    measure_ceilings,
+    race,
+)
 from cmtrain.config.schema import Config, Model
 from cmtrain.models import cost
 from cmtrain.step.learner import Learner
-from cmtrain.training import build
+from cmtrain.training import build, loaders
+from cmtrain.training.schedule import Schedule
 from pipelines.spec import Batch
 
 
-def time_models(setup: Setup, beside: Sequence[str]) -> Figures:
+@dataclass(frozen=True)
+class Setup:
+    """Common input of all benchmarks of a call. `steps` in each turn, `rounds`: turns of each side."""
+
+    config: Config
+    accelerator: Accelerator
+    schedule: Schedule
+    num_classes: int
+    steps: int
+    rounds: int
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[build.precision_of(self.accelerator)]
+
+    def make_learner(self, config: Config) -> Learner:
+        """Make a new model and what trains it; `config` may name another model than the setup's."""
+        model = build.make_model(config, self.num_classes, self.device)
+        return build.make_learner(config, model, self.schedule, self.num_classes, self.accelerator)
+
+    def synthetic_batches(self) -> Iterator[Batch]:
+        """Yield batches that lie ready on the device, without end."""
+        recipe = self.config, self.schedule, self.num_classes, self.accelerator
+        return endless(loaders.make_synthetic_loader(*recipe))
+
+
+def names_of(config: Config, beside: Sequence[str]) -> list[str]:
+    """Return the models to time: the configuration's, and the timm models `beside` it, each once."""
+    return list(dict.fromkeys([config.model.name, *beside]))
+
+
+def time_models(setup: Setup, beside: Sequence[str], begin: Begin) -> Rows:
     """Time training and inference of the configuration's model and of the timm models `beside` it.
 
-    Returns:
+    `begin` is called at the begin of each of 3 + 2 * models parts.
+
+    Yields:
         Rows "NAME train" and "NAME infer" as of Contender.figures and against_ceilings, and "machine".
     """
     config, accelerator = setup.config, setup.accelerator
-    names = dict.fromkeys([config.model.name, *beside])
+    begin("setting up")
+    names = names_of(config, beside)
     learners = {name: setup.make_learner(with_model(config, name)) for name in names}
     batches = setup.synthetic_batches()
     images = next(batches).images
     ceilings = measure_ceilings(setup.device, setup.dtype)
     step_images = setup.schedule.micro_batch_size * setup.schedule.accumulation
-    figures: Figures = {}
     for mode in ("train", "infer"):
         contenders = []
         for name, learner in learners.items():
@@ -40,29 +88,34 @@ def time_models(setup: Setup, beside: Sequence[str]) -> Figures:
             else:
                 work, size = inference(learner.model, images, accelerator), len(images)
             contenders.append(Contender(name, size, work))
-        race(contenders, setup.device, steps=setup.steps, rounds=setup.rounds)
+        how = {"train": "training", "infer": "inference"}[mode]
+        race(contenders, setup.device, setup.steps, setup.rounds, begin=begin, mode=how)
         for contender in contenders:
             row = contender.figures(contenders[0])
             row |= against_ceilings(setup, contender.name, mode, row["images_per_second"], ceilings)
-            figures[f"{contender.name} {mode}"] = row
-    figures["machine"] = {
+            yield f"{contender.name} {mode}", row
+    machine = {
         "copy_gb_per_second": ceilings.copy_bytes_per_second / 1e9,
         "matrix_tflops": ceilings.matrix_flops_per_second / 1e12,
     }
-    return figures
+    yield "machine", machine
 
 
-def time_latency(setup: Setup, beside: Sequence[str]) -> Figures:
-    """Time inference of one image by the same models. Returns rows "NAME", as of Contender.figures."""
+def time_latency(setup: Setup, beside: Sequence[str], begin: Begin) -> Rows:
+    """Time inference of one image by the same models. Yields rows "NAME", as of Contender.figures.
+
+    `begin` is called at the begin of each of 1 + models parts.
+    """
     config, side = setup.config, setup.config.data.image_px
     image = torch.randn(1, 3, side, side, device=setup.device)
     contenders = []
-    for name in dict.fromkeys([config.model.name, *beside]):
+    for name in names_of(config, beside):
         model = build.make_model(with_model(config, name), setup.num_classes, setup.device)
         build.compile_model(config, model)
         contenders.append(Contender(name, 1, inference(model, image, setup.accelerator)))
-    race(contenders, setup.device, steps=setup.steps, rounds=setup.rounds)
-    return {contender.name: contender.figures(contenders[0]) for contender in contenders}
+    race(contenders, setup.device, setup.steps, setup.rounds, begin=begin)
+    for contender in contenders:
+        yield contender.name, contender.figures(contenders[0])
 
 
 def against_ceilings(

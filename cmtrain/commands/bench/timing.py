@@ -5,19 +5,18 @@ a disturbance hits all of them; a ratio is the median of the ratios within a rou
 """
 
 import itertools
+import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 
-from cmtrain.config.schema import Config
-from cmtrain.step.learner import Learner
-from cmtrain.training import build, loaders
-from cmtrain.training.schedule import Schedule
+from pipelines.atomic import replacing
 from pipelines.spec import Batch, Loader
 
 WARMUP_STEPS = 3
@@ -33,37 +32,10 @@ CPU = torch.device("cpu")
 Clock = Callable[[], float]
 WALL: Clock = time.perf_counter
 Work = Callable[[], object]  # one step or pass
-Figures = dict[str, dict[str, float]]  # rows of the table, by name
-
-
-@dataclass(frozen=True)
-class Setup:
-    """Common input of all benchmarks of a call. `steps` in each turn, `rounds`: turns of each side."""
-
-    config: Config
-    accelerator: Accelerator
-    schedule: Schedule
-    num_classes: int
-    steps: int
-    rounds: int
-
-    @property
-    def device(self) -> torch.device:
-        return self.accelerator.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return DTYPES[build.precision_of(self.accelerator)]
-
-    def make_learner(self, config: Config) -> Learner:
-        """Make a new model and what trains it; `config` may name another model than the setup's."""
-        model = build.make_model(config, self.num_classes, self.device)
-        return build.make_learner(config, model, self.schedule, self.num_classes, self.accelerator)
-
-    def synthetic_batches(self) -> Iterator[Batch]:
-        """Yield batches that lie ready on the device, without end."""
-        recipe = self.config, self.schedule, self.num_classes, self.accelerator
-        return endless(loaders.make_synthetic_loader(*recipe))
+Begin = Callable[[str], object]  # of a part of a benchmark, for people
+Row = dict[str, float]
+Figures = dict[str, Row]  # rows of the table, by name
+Rows = Iterator[tuple[str, Row]]  # the same, each as soon as it is known
 
 
 @dataclass
@@ -82,11 +54,9 @@ class Contender:
         times_ms = [1000 * seconds for turn in self.seconds for seconds in turn]
         rates = [len(turn) * self.images / sum(turn) for turn in self.seconds]
         row = {
-            "images_per_second": statistics.median(rates),
-            "ms_p50": float(np.percentile(times_ms, 50)),
-            "ms_p95": float(np.percentile(times_ms, 95)),
-            "first_seconds": self.first_seconds,
-        }
+            "images_per_second": statistics.median(rates), "ms_p50": float(np.percentile(times_ms, 50)),
+            "ms_p95": float(np.percentile(times_ms, 95)), "first_seconds": self.first_seconds,
+        }  # fmt: skip
         if self is not first:
             pairs = zip(first.seconds, self.seconds, strict=True)
             row["first_is_times"] = statistics.median(sum(others) / sum(mine) for mine, others in pairs)
@@ -104,10 +74,15 @@ class Ceilings:
 
 
 def race(
-    contenders: Sequence[Contender], device: torch.device, steps: int, rounds: int, clock: Clock = WALL
-) -> None:
-    """Let every contender do `steps` steps in each of `rounds` rounds, in alternating order."""
+    contenders: Sequence[Contender], device: torch.device, steps: int, rounds: int, clock: Clock = WALL,
+    begin: Begin = str, mode: str = "",
+) -> None:  # fmt: skip
+    """Let every contender do `steps` steps in each of `rounds` rounds, in alternating order.
+
+    `begin` is called with the name of each part, which are one for each contender and one for all: `mode`.
+    """
     for contender in contenders:
+        begin(f"{contender.name}{mode and ' '}{mode}: first steps")
         contender.first_seconds = best_seconds(contender.work, 1, device=device)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
@@ -115,6 +90,7 @@ def race(
             contender.work()
         if device.type == "cuda":
             contender.peak_bytes = torch.cuda.max_memory_allocated(device)
+    begin(f"{mode or 'all'}: {rounds} rounds of {steps} steps each")
     for turn in range(rounds):
         for contender in contenders if turn % 2 else reversed(contenders):
             contender.seconds.append(laps(contender.work, steps, device, clock))
@@ -170,3 +146,10 @@ def drain(device: torch.device) -> None:
     """Wait until the device has finished all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def write_report(path: str | None, report: dict[str, Any]) -> None:
+    """Write `report` as JSON, if there is a path. A kill leaves the report of the call before, whole."""
+    if path:
+        with replacing(Path(path)) as file:
+            file.write((json.dumps(report, indent=1) + "\n").encode())

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 from PIL import Image
 
 from cmtrain import __version__
@@ -26,9 +27,11 @@ from cmtrain.monitoring.report.classes import class_section
 from cmtrain.monitoring.report.curves import PlottedRun, draw_charts, x_high
 from cmtrain.monitoring.report.events import event_lanes, event_rows
 from cmtrain.monitoring.report.headline import environment_of, headline, measure_times, number, summary
-from cmtrain.monitoring.units import duration, percent, short, utc
-from cmtrain.storage.run_folder import REPORT_NAME, SILENT_SECONDS, replace_file
+from cmtrain.monitoring.units import duration, percent, short, state_name, utc, workers
+from cmtrain.storage.records import remove_leftovers, replace_file
+from cmtrain.storage.run_folder import REPORT_NAME, SILENT_SECONDS
 from cmtrain.storage.run_record import Columns, RunRecord, read_run
+from pipelines.spec import DataError, visible
 
 NUM_COLORS = 8  # of lines that colour can distinguish; further runs differ by their letters
 MAX_SAMPLE_BYTES = 200_000  # a larger contact sheet becomes a smaller JPEG
@@ -45,37 +48,51 @@ def report(paths: Sequence[str], out: str | None) -> int:
         out: the file to write; None for report.html in the run folder, or here if there are several.
 
     Raises:
-        DataError: one of `paths` is no run folder.
+        DataError: one of `paths` is no run folder, or the file cannot be written.
     """
     folders = [Path(path) for path in paths]
     target = Path(out or (folders[0] / REPORT_NAME if len(folders) == 1 else REPORT_NAME))
-    write_report(folders, target)
+    remove_leftovers(target.parent, target.name)
+    try:
+        write_report(folders, target)
+    except OSError as error:
+        raise DataError(f"{target}: cannot be written: {error.strerror or error}") from error
     print(target)  # noqa: T201
     return 0
 
 
-def write_report(folders: Sequence[Path], target: Path) -> None:
-    """Write the report of `folders` to `target`, whole or not at all.
+def write_report(folders: Sequence[Path], target: Path) -> Path:
+    """Write the report of `folders` to `target`, whole or not at all. Returns `target`.
 
     Raises:
         DataError: one of `folders` is no run folder.
         OSError: `target` cannot be written.
     """
     page = render([read_run(folder) for folder in folders])
-    replace_file(target, page.encode(errors="replace"))
+    return replace_file(target, page.encode(errors="replace"))
 
 
 @functools.cache
 def make_templates() -> Environment:
     """Return the templates of pages and model cards.
 
-    Jinja escapes all values; the templates mark only what charts.py drew as safe.
+    Jinja escapes all values; the templates mark only what charts.py drew as safe. Escapes stand for what is
+    not printable, such as marks that turn the order of letters round.
     """
     loader = FileSystemLoader(Path(__file__).parent / "templates")
     templates = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
+    templates.finalize = _visible
     templates.trim_blocks = templates.lstrip_blocks = True
-    templates.filters |= {"short": short, "duration": duration, "percent": percent, "utc": utc}
+    templates.filters |= {
+        "short": short, "duration": duration, "percent": percent, "utc": utc, "workers": workers,
+    }  # fmt: skip
     return templates
+
+
+def _visible(value: Any) -> Any:
+    if not isinstance(value, str) or isinstance(value, Markup):
+        return value
+    return "\n".join(map(visible, value.split("\n")))
 
 
 def render_page(template: str, values: dict[str, Any], scripts: Sequence[str]) -> str:
@@ -116,22 +133,16 @@ def _run_page(run: PlottedRun) -> dict[str, Any]:
         reason = f"nothing was written for {duration(silent_seconds)}; the run may have been killed"
     tone = "warn" if exit_code == 5 else TONES.get(state, "warn")
     page = {"plot": run, "record": record}
-    page |= {"state": state, "tone": tone, "exit_code": exit_code, "reason": reason}
+    name = state if state == "running?" else state_name(status)
+    page |= {"state": name, "tone": tone, "exit_code": exit_code, "reason": reason}
     return page | {
-        "summary": summary(record),
-        "began": utc(times.begin) if times.begin else "",
-        "headline": headline(record, times, run.last_step),
-        "times": times,
-        "events": event_rows(record),
-        "lanes": event_lanes(record, x_high([run])),
-        "steps_per_epoch": _steps_per_epoch(record),
-        "evaluations": _table(record.evaluations),
-        "log": _table(record.log, leave_out=("time",)),
-        "classes": class_section(record),
-        "sample": sample_uri(record.sample) if record.sample else None,
-        "config": _config_lines(record),
-        "environment": environment_of(record),
-    }
+        "summary": summary(record), "began": utc(times.begin) if times.begin else "",
+        "headline": headline(record, times, run.last_step), "times": times, "events": event_rows(record),
+        "lanes": event_lanes(record, x_high([run])), "steps_per_epoch": _steps_per_epoch(record),
+        "evaluations": _table(record.evaluations), "log": _table(record.log, leave_out=("time",)),
+        "classes": class_section(record), "sample": sample_uri(record.sample) if record.sample else None,
+        "config": _config_lines(record), "environment": environment_of(record),
+    }  # fmt: skip
 
 
 def _steps_per_epoch(record: RunRecord) -> float | None:

@@ -1,0 +1,105 @@
+"""Keep what is printed from ending the program: a full disk behind a redirect, a dead `tee`, no terminal.
+
+Python raises an error from print, and from everything that prints, where nobody reads any more. What a run
+prints is for people, and a run without them goes on.
+"""
+
+import errno
+import io
+import os
+import select
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from cmtrain.errors import EXIT_DATA, EXIT_PIPE
+
+NUMBERS = {"stdout": 1, "stderr": 2}
+
+
+class _Stream(io.FileIO):
+    """A standard stream. `error`: why the latest line was lost; `raises`: whether write raises it."""
+
+    def __init__(self, number: int, *, raises: bool) -> None:
+        super().__init__(number, "w", closefd=False)
+        self.raises, self.error, self.is_news = raises, None, False  # type: tuple[bool, OSError | None, bool]
+
+    def write(self, data: Any) -> int:
+        try:
+            while (written := super().write(data)) is None:  # another program made it non-blocking
+                select.select([], [self], [])
+            return written
+        except OSError as error:
+            self.is_news = self.is_news or self.error is None
+            self.error = error
+            if self.raises:
+                self.raises = False  # not a second time, when the interpreter flushes at its end
+                raise
+            return len(data)
+
+
+def with_guarded_output(work: Callable[[], int], *, stdout_raises: bool) -> int:
+    """Return the exit code of `work`, in which no print raises.
+
+    `stdout_raises`: stdout is the result of `work`. Then it ends quietly when the reader has gone (exit code
+    141), and with one line when the disk is full (3).
+    """
+    guard_output(stdout_raises=stdout_raises)
+    try:
+        try:
+            return work()
+        finally:
+            sys.stdout.flush()
+    except OSError as error:
+        stream = _raw("stdout")
+        if stream is None or stream.error is not error:
+            raise
+        if error.errno == errno.EPIPE:
+            return EXIT_PIPE
+        sys.stderr.write(f"stdout: {error.strerror}\n")
+        return EXIT_DATA
+
+
+def guard_output(*, stdout_raises: bool) -> None:
+    """Make stderr, and stdout unless `stdout_raises`, lose what cannot be printed instead of raising.
+
+    Also opens what was closed (`>&-`): else the next file to be opened gets its number, and its lines.
+    Streams that something else has replaced are left alone.
+    """
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    for name, number in NUMBERS.items():
+        old = getattr(sys, name)
+        if old is not getattr(sys, f"__{name}__"):
+            continue
+        errors = "backslashreplace"  # a file name may hold any bytes
+        encoding, line_buffering, write_through = "utf-8", True, False
+        if old is not None:
+            old.flush()
+            encoding, line_buffering, write_through = old.encoding, old.line_buffering, old.write_through
+            errors = errors if old.errors == "strict" else old.errors
+        raw = _Stream(number, raises=stdout_raises and name == "stdout")
+        buffered = io.BufferedWriter(raw)
+        stream = io.TextIOWrapper(
+            buffered, encoding, errors, line_buffering=line_buffering, write_through=write_through
+        )
+        setattr(sys, name, stream)
+
+
+def lost_output() -> list[str]:
+    """Return a line for each stream that has begun to lose what is printed since the last call."""
+    lines = []
+    for name in NUMBERS:
+        stream = _raw(name)
+        if stream and stream.is_news and stream.error:
+            stream.is_news = False
+            lines.append(f"{name}: {stream.error.strerror}")
+    return lines
+
+
+def _raw(name: str) -> _Stream | None:
+    raw = getattr(getattr(getattr(sys, name), "buffer", None), "raw", None)
+    return raw if isinstance(raw, _Stream) else None

@@ -1,0 +1,272 @@
+"""Write and read the small files of a run folder: a lost or damaged one costs that record, never the run.
+
+A damaged file is one whose content is wrong, whatever wrote it: empty after a power failure, cut by a kill,
+saved by a spreadsheet, of another version. It is set aside under another name by the next start, and kept.
+A file that the machine cannot read (an I/O error, permissions) is not damaged: it is read again. Needs no
+torch and no numpy, because the launcher loads it.
+"""
+
+import contextlib
+import errno
+import fnmatch
+import json
+import os
+import re
+import shutil
+import stat
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ParamSpec, TypeGuard, TypeVar
+
+from pydantic_core import from_json
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+CORRUPT = ".corrupt-"  # begins the name of a file or checkpoint that was set aside
+PAUSES_SECONDS = (0.1, 0.5)
+STALE_SECONDS = (
+    3600.0  # after which a temporary file belongs to nobody, although its process number is in use
+)
+# Errors that the next attempt would meet again: a file is missing or of another kind.
+_LASTING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO, errno.EEXIST)
+_LEFTOVER = re.compile(r"\.(.+)[.-](\d+)(\.tmp)?")  # the name it was for, and the number of its process
+
+
+class DamagedRecordError(ValueError):
+    """A record whose content is wrong, and why, in one line."""
+
+
+class Losses:
+    """What this process could not write, of the records that a run can do without.
+
+    `counts`: a line for each kind of loss -> how often.
+    """
+
+    def __init__(self) -> None:
+        self.counts: dict[str, int] = {}
+        self._news: list[str] = []
+
+    def attempt(self, name: str, write: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
+        """Return the result of `write`, or None after any error, which is noted under `name`."""
+        try:
+            return write(*args, **kwargs)
+        except Exception as error:  # no record is worth a run
+            self.note(f"{name}: {reason_of(error)}")
+            return None
+
+    def note(self, line: str) -> None:
+        if line not in self.counts:
+            self._news.append(line)
+        self.counts[line] = self.counts.get(line, 0) + 1
+
+    def take_news(self) -> list[str]:
+        """Return the lines that are new since the last call."""
+        news, self._news = self._news, []
+        return news
+
+
+def reason_of(error: Exception) -> str:
+    """Return why a read or write failed, in one line."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    text = str(error) if isinstance(error, DamagedRecordError) else f"{type(error).__name__}: {error}"
+    return " ".join(text.split())[:300]
+
+
+def retried(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Return the result of `work`, tried again after trouble of the machine, which may pass.
+
+    Raises OSError: the last attempt's.
+    """
+    for pause_seconds in PAUSES_SECONDS:
+        try:
+            return work(*args, **kwargs)
+        except OSError as error:
+            if error.errno in _LASTING:
+                raise
+        time.sleep(pause_seconds)
+    return work(*args, **kwargs)
+
+
+# Writing
+
+
+def replace_file(path: Path, content: str | bytes, *, durable: bool = False) -> Path:
+    """Write `content` to `path`, in place of what it held, by one rename: a kill leaves the old or the new.
+
+    `durable`: wait until the disk holds it, so that a power failure leaves no empty file. Returns `path`.
+    Raises OSError: `path` is as it was.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    return path
+
+
+def append(path: Path, text: str, header: str = "") -> None:
+    """Append all of `text` or nothing: half a line would spoil the next one, too.
+
+    An empty file gets the `header` first.
+    """
+    with open(path, "ab", buffering=0) as file:
+        end = file.tell()
+        rest = (text if end else header + text).encode()
+        try:
+            while rest:
+                rest = rest[file.write(rest) :]
+        except OSError:
+            file.truncate(end)
+            raise
+
+
+def remove_leftovers(folder: Path, *names: str) -> None:
+    """Delete the temporary files and folders in `folder` whose writer was killed: `.status.json.4711`.
+
+    `names`: patterns of what they were for, such as `failed-rank*.json`.
+    """
+    with contextlib.suppress(OSError):
+        for path in sorted(folder.iterdir()):
+            found = _LEFTOVER.fullmatch(path.name)
+            if not found or not any(fnmatch.fnmatchcase(found[1], name) for name in names):
+                continue
+            pid, age_seconds = int(found[2]), time.time() - path.lstat().st_mtime
+            if pid == os.getpid() or not is_running(pid) or age_seconds > STALE_SECONDS:
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink()
+
+
+def is_running(pid: int) -> bool:
+    """Return whether this host has a process of that number."""
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # it is another user's
+        pass
+    return True
+
+
+# Reading
+
+
+def read_bytes(path: Path) -> bytes:
+    """Return the content of a regular file, never waiting for a pipe.
+
+    Raises OSError, or DamagedRecordError: something else has its place.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    with open(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise DamagedRecordError("not a regular file")
+        return file.read()
+
+
+def load_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in `path`.
+
+    Raises DamagedRecordError: it holds none. OSError: it is missing, or the machine cannot read it.
+    """
+    try:
+        record = json.loads(retried(read_bytes, path))
+    except IsADirectoryError:
+        raise DamagedRecordError("not a regular file") from None
+    except DamagedRecordError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise DamagedRecordError(f"not JSON: {error}") from error
+    if not isinstance(record, dict):
+        raise DamagedRecordError(f"holds a {type(record).__name__} where an object should be")
+    return record
+
+
+def read_json(path: Path, damage: list[str] | None = None) -> dict[str, Any] | None:
+    """Return the JSON object in `path`; None if it is missing, damaged or unreadable.
+
+    `damage`: gets a line about a file that is there.
+    """
+    try:
+        return load_json(path)
+    except FileNotFoundError:
+        return None
+    except (OSError, DamagedRecordError) as error:
+        if damage is not None:
+            damage.append(f"{path.name}: {reason_of(error)}")
+        return None
+
+
+def parse_record(line: bytes) -> dict[str, Any] | None:
+    """Return the JSON object in a line; None if it holds none."""
+    try:
+        record = from_json(line)
+    except ValueError:
+        # The standard library's parser takes eight times as long, but also file names that are not UTF-8.
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            return None
+    return record if isinstance(record, dict) else None
+
+
+def is_number(value: Any) -> TypeGuard[int | float]:
+    """Return whether `value`, as read from JSON, is a finite number of a size to calculate with."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**63
+
+
+def is_event(record: Mapping[str, Any]) -> bool:
+    """Return whether a record of events.jsonl has a kind and a time."""
+    return isinstance(record.get("event"), str) and is_number(record.get("time"))
+
+
+# Setting aside
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a damaged file, so that it is neither read again nor lost. Returns its new path."""
+    return path.rename(path.with_name(f"{CORRUPT}{path.name}-{time.time_ns()}"))
+
+
+def keep_lines(path: Path, is_kept: Callable[[bytes], bool | None], header: bytes = b"") -> str:
+    """Remove from a table, one record per line, those lines for which `is_kept` is false.
+
+    None from `is_kept` is a damaged line. A table with one, or with another first line than `header`, is set
+    aside as it is, and its other lines are kept. A last line that a kill cut short is no damage.
+
+    Returns a line for the user about damage, else "". Raises OSError: the table is as it was.
+    """
+    try:
+        lines = retried(read_bytes, path).splitlines(keepends=True)
+    except FileNotFoundError:
+        return ""
+    except (DamagedRecordError, IsADirectoryError):
+        return f"{path.name} is not a regular file; it is kept as {set_aside(path).name}"
+    head, rows = (lines[:1], lines[1:]) if header else ([], lines)
+    if header and (not head or head[0].strip() != header):
+        what = "is empty" if not lines else "has another header"
+        return f"{path.name} {what}; it is kept as {set_aside(path).name}, and a new one begun"
+    verdicts = [is_kept(row) if row.strip() else False for row in rows]
+    if verdicts and verdicts[-1] is None and not rows[-1].endswith(b"\n") and b"\0" not in rows[-1]:
+        verdicts[-1] = False
+    kept = [*head, *(row for row, verdict in zip(rows, verdicts, strict=True) if verdict)]
+    if kept and not kept[-1].endswith(b"\n"):
+        kept[-1] += b"\n"
+    line = ""
+    if num_damaged := verdicts.count(None):
+        line = f"{path.name} has {num_damaged} damaged lines; as it was it is kept as {set_aside(path).name}"
+    if kept == lines[: len(kept)] and not line:
+        retried(os.truncate, path, sum(map(len, kept)))  # which needs no space on a full disk
+    else:
+        replace_file(path, b"".join(kept))
+    return line

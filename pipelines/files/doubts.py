@@ -1,0 +1,74 @@
+"""Find what is legal in a data set but likely a mistake: one line each, for the user of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from pipelines.files.labels import look_alikes, some
+from pipelines.files.manifest import Manifest
+
+_COMPARED_IMAGES = 8  # validation images that are compared with training's by their bytes
+
+
+def split_doubts(manifest: Manifest, split: str) -> list[str]:
+    """Return one line per doubt about one split: its labels, classes without images, files named twice.
+
+    Args:
+        split: its name in the lines, such as "training".
+    """
+    doubts, names = list(manifest.notes), manifest.class_names
+    counts = np.bincount(manifest.labels, minlength=len(names))
+    if len(empty := np.flatnonzero(counts == 0)):
+        what = f"{len(empty):,} of {len(names):,} classes have no usable image"
+        doubts.append(f"{split}: {what}: {some([names[index] for index in empty.tolist()])}")
+    if len(names) == 1:
+        doubts.append(f"{split}: only one class, {names[0]}: there is nothing to learn; a folder too deep?")
+    for one, other in look_alikes(names)[:3]:
+        what = "differ only in case or in Unicode normal form (NFC, NFD)"
+        doubts.append(f"{split}: classes {one!r} and {other!r} {what}: one class?")
+    ids = np.sort(manifest.identities)
+    same = (ids[1:] == ids[:-1]) & (ids[1:] != 0)
+    if num_same := int(same.sum()):
+        order = np.argsort(manifest.identities, kind="stable")  # slower than a sort, and seldom needed
+        labels = manifest.labels[order]
+        place = int(np.argmax(same))
+        conflicts = int((same & (labels[1:] != labels[:-1])).sum())
+        first, second = (manifest.paths[index] for index in order[place : place + 2].tolist())
+        example = first if first == second else f"{first} and {second} are one file"
+        under = f", {conflicts:,} of them under two labels" if conflicts else ""
+        doubts.append(f"{split}: {num_same:,} images are there twice{under}: {example}")
+    return doubts
+
+
+def pair_doubts(train: Manifest, val: Manifest) -> list[str]:
+    """Return a line if validation images are training images, by identity or, for a few, by their bytes."""
+    ids, wanted = np.sort(train.identities), val.identities
+    shared = (wanted != 0) & (ids[np.minimum(np.searchsorted(ids, wanted), len(ids) - 1)] == wanted)
+    if shared.any():
+        example = val.file(int(np.argmax(shared)))
+        what = f"{int(shared.sum()):,} of {len(val):,} images are also in training"
+        return [f"validation: {what}, so its accuracy says little: {example}"]
+    if train.packed or val.packed:
+        return []
+    chosen = np.unique(np.linspace(0, len(val) - 1, _COMPARED_IMAGES).astype(np.int64)).tolist()
+    copies = [original for index in chosen if (original := _original(train, val, index))]
+    if 2 * len(copies) <= len(chosen):
+        return []
+    what = f"of {len(chosen)} images {len(copies)} are also in training, as copies"
+    return [f"validation: {what}, so its accuracy says little: {copies[0]}"]
+
+
+def _original(train: Manifest, val: Manifest, index: int) -> str | None:
+    """Return a training image with the bytes of a validation image, if its name or size leads to one."""
+    same = train.size_bytes == val.size_bytes[index]
+    same &= (train.heights == val.heights[index]) & (train.widths == val.widths[index])
+    found = [train.file(place) for place in np.flatnonzero(same)[:100].tolist()]
+    path = Path(val.file(index))
+    found.sort(key=lambda file: Path(file).name != path.name)
+    try:
+        content = path.read_bytes()
+        return next((file for file in found[:2] if Path(file).read_bytes() == content), None)
+    except OSError:
+        return None

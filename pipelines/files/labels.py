@@ -1,0 +1,156 @@
+"""Turn the labels of a list, or the names of class folders, into classes.
+
+What the labels of a list or folder are is decided once for all of them: names of classes, numbers in
+another spelling of such names, or positions among the classes. One label that does not fit is an error.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import unicodedata
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from pipelines.files.listing import Listing
+from pipelines.files.lists import read_list
+from pipelines.spec import DataError
+
+
+def relabel_folder(
+    listing: Listing, class_names: Sequence[str] | None, *, positions: bool = False
+) -> Listing:
+    """Return the same files with places in `class_names` as labels; None takes the folders' names.
+
+    Raises DataError for a folder that is no class of `class_names`, or, without these, for an empty one.
+
+    Args:
+        positions: folders may also be positions in `class_names`.
+    """
+    found, root = listing.class_names, listing.root
+    if class_names is not None:
+        return _relabelled(listing, class_names, lambda name: f"{root / name}:", "folder", positions)
+    empty = np.flatnonzero(np.bincount(listing.labels, minlength=len(found)) == 0)
+    if len(empty):
+        folder = root / found[empty[0]]
+        others = (root / name for name in found if root / name != folder)
+        same = next((other.name for other in others if os.path.samefile(other, folder)), None)
+        what = "no images in this class folder; add some or remove the folder"
+        link = f"the same folder as {same}, by a link: two classes cannot share their images; remove one"
+        raise DataError(f"{folder}: {link if same else what}")
+    return replace(listing, labels=listing.labels)
+
+
+def relabel_list(listing: Listing, path: Path, class_names: Sequence[str] | None) -> Listing:
+    """Return the same files with places in `class_names` as labels.
+
+    None takes the labels found: names in order, or numbers. Numbers are positions if at least half of those
+    up to the largest are found, else names.
+
+    Raises DataError for a label that is no class, with its line.
+    """
+
+    def subject(label: str) -> str:
+        lines = read_list(path, listing.root)
+        return f"{path}:{next(number for number, _, text in lines if text == label)}: label {label!r} is"
+
+    if class_names is not None:
+        return _relabelled(listing, class_names, subject, "label", True)
+    found = listing.class_names
+    numbers = [_number(label) for label in found]
+    signed = [label for label in found if re.fullmatch(r"-[0-9]+", label)]
+    if signed and numbers.count(None) == len(signed):
+        raise DataError(f"{subject(signed[0])} negative; leave out the lines of images without a class")
+    if None in numbers:
+        names = sorted(found)
+        listing = _relabelled(listing, names, subject, "label", False)
+        num_numbers = len(found) - numbers.count(None)
+        other = found[numbers.index(None)]
+        what = f"{path}: {num_numbers:,} labels are numbers and others, as {other!r}, are not"
+        note = f"{what}: all are taken as names of classes"
+        return replace(listing, notes=(note,)) if num_numbers else listing
+    by_number: dict[int | None, str] = {}
+    for number, label in zip(numbers, found, strict=True):
+        if by_number.setdefault(number, label) != label:
+            raise DataError(f"{subject(label)} the number of {by_number[number]!r}, too; write one of them")
+    largest = max(number for number in numbers if number is not None)
+    if largest < 2 * len(found):
+        return _relabelled(listing, list(map(str, range(largest + 1))), subject, "label", True)
+    names = sorted(found, key=int)
+    what = f"{path}: labels are numbers with gaps, so they are names of {len(names):,} classes"
+    note = f"{what}, {names[0]} to {names[-1]}; numbers without images are no classes"
+    return replace(_relabelled(listing, names, subject, "label", False), notes=(note,))
+
+
+def match_classes(
+    found: Sequence[str], names: Sequence[str], subject: Callable[[str], str], what: str, positions: bool
+) -> tuple[list[int], str]:
+    """Return the place in `names` of each label found, and how they were matched ("": by name).
+
+    Args:
+        subject: begins the sentence about a label that is no class.
+        what: "label" or "folder", for messages.
+        positions: whether numbers may be positions. Where a class has a number for a name they never are.
+
+    Raises DataError that shows what matched and what did not.
+    """
+    place = {name: index for index, name in enumerate(names)}
+    others = [label for label in found if label not in place]
+    if not others:
+        return [place[label] for label in found], ""
+    numbers, numbered = [_number(label) for label in found], [_number(name) for name in names]
+    hint = ""
+    if None not in numbers and None not in numbered:
+        by_number = {number: index for index, number in enumerate(numbered)}
+        unique = len(by_number) == len(names) and len(set(numbers)) == len(found)
+        if unique and by_number.keys() >= set(numbers):
+            example = names[by_number[numbers[0]]]
+            return [by_number[number] for number in numbers], f"{what} {found[0]} is class {example}"
+        hint = "; where classes have numbers for names, a number is never a position"
+    elif None not in numbers and positions and len(others) == len(found):
+        places = [number for number in numbers if number is not None]
+        if numbered.count(None) == len(names) and max(places) < len(names):
+            shown = ", ".join(f"{index} is {names[index]}" for index in sorted(places)[:3])
+            return places, f"{what}s are positions among the classes: {shown}"
+        others = [label for label in found if int(label) >= len(names)] or others
+        hint = f"; as positions they would go from 0 to {len(names) - 1}"
+    alike = {_plain(name): name for name in names}
+    if _plain(others[0]) in alike:
+        other = alike[_plain(others[0])]
+        hint = f"; {other} looks alike in another Unicode normal form (NFC, NFD) or case: use one spelling"
+    matched = [label for label in found if label not in others]
+    shown = f"{len(matched)} of {len(found)} {what}s are ({some(matched)})" if matched else f"no {what} is"
+    listed = f"{shown}, {len(others)} such: {some(others)}; classes: {some(names)}"
+    raise DataError(f"{subject(others[0])} not one of the {len(names)} training classes; {listed}{hint}")
+
+
+def look_alikes(names: Sequence[str]) -> list[tuple[str, str]]:
+    """Return the pairs of names that differ in case or in Unicode's normal form only."""
+    first: dict[str, str] = {}
+    pairs = ((first.setdefault(_plain(name), name), name) for name in names)
+    return [(one, other) for one, other in pairs if one != other]
+
+
+def some(names: Sequence[str]) -> str:
+    """Return the first few of `names`, for a message."""
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def _plain(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+def _number(label: str) -> int | None:
+    return int(label) if re.fullmatch(r"[0-9]{1,18}", label) else None
+
+
+def _relabelled(
+    listing: Listing, names: Sequence[str], subject: Callable[[str], str], what: str, positions: bool
+) -> Listing:
+    classes, how = match_classes(listing.class_names, names, subject, what, positions)
+    labels = np.array(classes, np.int64)[listing.labels]
+    notes = (f"{listing.root}: {how}",) if how else ()
+    return replace(listing, labels=labels, class_names=tuple(names), notes=notes)

@@ -1,0 +1,106 @@
+"""Read list files: text with one `path,label` or `path label` per line."""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from pipelines.files.listing import EXTENSIONS, FolderState, Listing, folder_state, look_at
+from pipelines.spec import DataError
+
+_PATH = rf".+(?:{'|'.join(map(re.escape, EXTENSIONS))})"
+_LINE = re.compile(rf"({_PATH})\s*[,\s]\s*(.+)", re.IGNORECASE)
+_HEADER = re.compile(r"[^\s,;|./]+(\s*[\s,;|]\s*[^\s,;|./]+)+")
+_NUMBERS = re.compile(r"[-+.\d]+(\s+[-+.\d]+)+")
+_COLUMNS = "expected two columns, 'path,label'; a label that holds a comma or tab goes in double quotes"
+
+
+def list_file(path: Path, root: Path) -> Listing:
+    """List the images that `path` names, in its order; classes are its labels, in order of appearance.
+
+    Raises DataError when there is no such folder or file, no image, or a line that cannot be read.
+    """
+    place: dict[str, int] = {}
+    skipped = Counter[str]()
+
+    def entries(start: bytes, folders: dict[bytes, FolderState]) -> Iterator[tuple[bytes, int]]:
+        for _, name, label in read_list(path, root, skipped):
+            encoded = os.fsencode(name)
+            folder = os.path.dirname(encoded)
+            if folder not in folders:
+                folders[folder] = folder_state(start + folder)
+            yield encoded, place.setdefault(label, len(place))
+        if not place:
+            raise DataError(f"{path}: names no images")
+
+    return look_at(root, entries, place, skipped)
+
+
+def read_list(path: Path, root: Path, skipped: Counter[str] | None = None) -> Iterator[tuple[int, str, str]]:
+    """Yield line number, path relative to `root` and label of every image, without ./ and //.
+
+    Lines that begin with # are counted in `skipped`.
+
+    Raises DataError for a file that is no UTF-8 text, and for the first line that is not understood.
+    """
+    roots = {os.path.join(root, ""), os.path.join(os.path.realpath(root), "")}
+    first = True
+    try:
+        with path.open(encoding="utf-8-sig") as lines:
+            for number, raw in enumerate(lines, start=1):
+                line = raw.strip()
+                if not line or line.startswith("#"):
+                    if line and skipped is not None:
+                        skipped["on lines that begin with #"] += 1
+                    continue
+                where = f"{path}:{number}"
+                name, label = _split(line, where, first)
+                for prefix in roots if name.startswith("/") else ():
+                    name = name.removeprefix(prefix)
+                if name.startswith("/") or ".." in name.split("/") or "\0" in line:
+                    raise DataError(f"{where}: must be below data.root: not absolute, without .. and NUL")
+                if "./" in name or "//" in name:
+                    name = os.path.normpath(name)
+                if "\\" in name and "/" not in name:
+                    raise DataError(f"{where}: {name!r} has backslashes; folders are separated by /")
+                yield number, name, label
+                first = False
+    except OSError as error:
+        raise DataError(f"{path}: cannot read the list of images: {error}") from error
+    except UnicodeDecodeError as error:
+        bad = f"byte 0x{error.object[error.start]:02x}"
+        what = f"{path}: cannot read the list of images: not UTF-8 ({bad}); save it as UTF-8"
+        raise DataError(what) from error
+
+
+def _split(line: str, where: str, first: bool) -> tuple[str, str]:
+    if '"' in line and len(line) < 10_000:
+        cells = next(csv.reader([line], skipinitialspace=True))
+        if len(cells) == 2 and cells[0].lower().endswith(EXTENSIONS) and cells[1].strip():
+            return cells[0], cells[1].strip()
+    found = _LINE.fullmatch(line)
+    if found is None:
+        what = f"{where}: expected 'path,label' or 'path label', found {line[:100]!r}"
+        raise DataError(f"{what}{_why_not(line, first)}")
+    name, label = found[1], found[2].strip()
+    if re.search(r"[,\t]", label) or _NUMBERS.fullmatch(label) or label.lower().endswith(EXTENSIONS):
+        raise DataError(f"{where}: {_COLUMNS}; found {line[:100]!r}")
+    return name, label
+
+
+def _why_not(line: str, first: bool) -> str:
+    """Return what a person probably meant by a line that names no image and label."""
+    if line.lower().rstrip(" ,;\t").endswith(EXTENSIONS):
+        return "; the label is missing: it comes after the path"
+    line = line[:200]  # some of these patterns take quadratic time
+    separator = re.search(rf"{_PATH}\s*([;|:])", line, re.IGNORECASE)
+    if separator:
+        return f"; the separator is a comma, not {separator[1]!r}"
+    if first and _HEADER.fullmatch(line):
+        return "; a header line? Remove it, or begin it with #"
+    suffix = re.search(r"(\.\w{1,5})[,\s]", line)
+    return f"; {suffix[1]} is not among {' '.join(EXTENSIONS)}" if suffix else ""

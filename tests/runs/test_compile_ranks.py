@@ -1,0 +1,133 @@
+"""Two ranks train a compiled model: no graph break, the same gradients, and all-reduces during backward."""
+
+import contextlib
+import functools
+import os
+import pickle
+import socket
+
+import pytest
+import torch
+from functorch.compile import make_boxed_func
+from helpers.runs import FORKS, ROOT
+from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.utils import counters
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+from cmtrain.config.load import load_config
+from cmtrain.training import build
+from cmtrain.training.loaders import make_synthetic_loader
+
+# Two micro-batches per rank and step, the first without an all-reduce.
+SETTINGS = {
+    "model.name": "cmt_micro", "model.drop_path_rate": "0.1", "model.drop_rate": "0.1",
+    "data.image_px": "64", "data.eval_resize_px": "72", "train.precision": "fp32",
+    "train.global_batch_size": "16", "train.max_batch_per_gpu": "4",
+}  # fmt: skip
+NUM_CLASSES = 1000
+# torch's default splits the graph where DDP's buckets end; False leaves one graph.
+CASES = {"eager": None, "split": "default", "whole": False}
+
+
+def _train(rank, port, folder):
+    """One rank: for every case two steps as the trainer does them; leaves what was seen of them."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    outcomes = {}
+    for case, optimize_ddp in CASES.items():
+        torch._dynamo.reset()
+        counters.clear()
+        with contextlib.ExitStack() as stack:
+            if optimize_ddp is False:
+                stack.enter_context(torch._dynamo.config.patch(optimize_ddp=False))
+            outcomes[case] = _steps(compiled=optimize_ddp is not None)
+    (folder / f"{rank}.pickle").write_bytes(pickle.dumps(outcomes))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def _steps(compiled):
+    log, graphs = [], []
+
+    def forward(graph, inputs):
+        graphs.append(len(graph.graph.nodes))
+        return make_boxed_func(graph.forward)
+
+    def backward(graph, inputs):
+        def run(*arguments):
+            log.append("backward")
+            return graph.forward(*arguments)
+
+        return make_boxed_func(run)
+
+    def all_reduce(state, bucket):
+        log.append("all-reduce")
+        return allreduce_hook(state, bucket)
+
+    options = list((SETTINGS | {"train.compile": str(compiled).lower()}).items())
+    config = load_config(ROOT / "configs" / "demo.yaml", options).config
+    accelerator = build.make_accelerator(config.train.precision)
+    model = build.make_model(config, NUM_CLASSES)
+    schedule = build.plan_steps(config, 64, accelerator.num_processes)
+    assert schedule.accumulation == 2
+    backend = aot_autograd(fw_compiler=forward, bw_compiler=backward)
+    with pytest.MonkeyPatch.context() as patch:
+        # In place of inductor, which takes minutes.
+        patch.setattr(nn.Module, "compile", functools.partialmethod(nn.Module.compile, backend=backend))
+        learner = build.make_learner(config, model, schedule, NUM_CLASSES, accelerator)
+    learner.wrapped.register_comm_hook(None, all_reduce)
+    batches = make_synthetic_loader(config, schedule, NUM_CLASSES, accelerator).epoch(0)
+    gradients = []
+    for number in range(2):
+        log.clear()
+        learner.step(batches, number, 1e-3)
+        gradients.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
+    return {
+        "gradients": gradients,
+        "log": list(log),
+        "graphs": graphs,
+        "breaks": dict(counters["graph_break"]),
+        "traced": counters["stats"]["unique_graphs"],
+    }
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [FORKS.Process(target=_train, args=(rank, port, folder)) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(240)
+        assert process.exitcode == 0
+    return [pickle.loads((folder / f"{rank}.pickle").read_bytes()) for rank in (0, 1)]
+
+
+def test_ddp_breaks_no_graph(outcomes):
+    """The model alone is one graph, too. It is traced once, with and without an all-reduce."""
+    for rank in outcomes:
+        assert [rank[case]["breaks"] for case in CASES] == [{}, {}, {}]
+        assert [rank[case]["traced"] for case in CASES] == [0, 1, 1]
+        assert [len(rank[case]["graphs"]) for case in CASES] == [0, 2, 1]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_gradients_are_those_of_the_model_that_is_not_compiled(outcomes, case):
+    one, other = (rank[case]["gradients"] for rank in outcomes)
+    for step, expected in enumerate(outcomes[0]["eager"]["gradients"]):
+        assert all(torch.equal(one[step][name], other[step][name]) for name in expected)
+        apart = torch.stack([(one[step][name] - expected[name]).norm() for name in expected]).norm()
+        size = torch.stack([gradient.norm() for gradient in expected.values()]).norm()
+        assert apart < 1e-4 * size, step  # 3e-6, as torch.compile rounds otherwise
+
+
+def test_the_trainer_reduces_gradients_while_it_computes_others(outcomes):
+    """First come the backward passes of the micro-batch without an all-reduce. One graph has no overlap."""
+    for rank in outcomes:
+        assert rank["split"]["log"] == ["backward"] * 3 + ["all-reduce", "backward", "all-reduce"]
+        assert rank["whole"]["log"] == ["backward"] * 2 + ["all-reduce"] * 2
