@@ -111,7 +111,7 @@ def test_the_table_has_five_columns_with_units_at_any_width(
 
 def test_nobody_waits_for_a_sign_of_life(monkeypatch, capsys):
     monkeypatch.setattr("cmtrain.monitoring.console.SILENT_SECONDS", 0.01)
-    seen, deadline = "", time.monotonic() + 60
+    seen, deadline = "", time.monotonic() + HANG_SECONDS
     with Parts(7) as begin:
         begin("resnet50")
         while seen.count("[1 of 7] resnet50 ... 0s\n") < 3:
