@@ -116,8 +116,5 @@ def _data_stats(arguments: list[str]) -> int:
 
 
 _DATA_VERBS: dict[str, Callable[[list[str]], int]] = {
-    "check": _data_check,
-    "pack": _data_pack,
-    "preview": _data_preview,
-    "stats": _data_stats,
-}
+    "check": _data_check, "pack": _data_pack, "preview": _data_preview, "stats": _data_stats,
+}  # fmt: skip

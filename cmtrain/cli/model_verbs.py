@@ -41,10 +41,11 @@ def evaluate_trained(arguments: list[str]) -> int:
     options, overrides = _parse_with_run(parser, arguments)
     start.announce(f"eval of {options.run}")
     config = start.check_trained(options.run, overrides)
-    sizes_of(config, options.image_px, options.resize_px)
+    if config:
+        sizes_of(config, options.image_px, options.resize_px)
     if options.folder and not os.path.isdir(options.folder):
         raise DataError(f"--folder {options.folder}: no such folder")
-    if not options.folder:
+    if config and not options.folder:
         start.check_places(config)
     start.loading()
     from cmtrain.commands.evaluate import evaluate_trained

@@ -97,9 +97,16 @@ def open_data(config: Config, world_size: int) -> Data:
     return data
 
 
-def check_trained(place: str, overrides: Overrides) -> Config:
-    """Return the configuration of the run at `place`. Raises ConfigError, DataError: as open_trained."""
+def check_trained(place: str, overrides: Overrides) -> Config | None:
+    """Return the configuration of the run at `place`, None where open_trained has to take a checkpoint's.
+
+    Raises ConfigError, DataError: as open_trained.
+    """
     run, _ = find_run(place)
+    try:
+        load_config(run / "config.yaml")
+    except ConfigError:
+        return None
     return load_config(run / "config.yaml", overrides).config
 
 

@@ -1,11 +1,13 @@
 """Open a finished run for eval, export and repair-bn: its configuration, checkpoint and class names."""
 
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from cmtrain.config.load import Overrides, load_config
-from cmtrain.config.schema import Config
+from cmtrain.config.schema import Config, to_yaml
+from cmtrain.errors import ConfigError
 from cmtrain.storage.checkpoint import Loaded, find_checkpoint
 from cmtrain.storage.places import find_run
 from cmtrain.storage.records import read_json
@@ -55,7 +57,6 @@ def open_trained(place: str, overrides: Overrides) -> Trained:
         ConfigError: wrong overrides. DataError: no run or no usable checkpoint there.
     """
     run, path = find_run(place)
-    config = load_config(run / "config.yaml", overrides).config
     try:
         loaded = find_checkpoint(path)
         loaded.state["progress"]["step"]
@@ -64,7 +65,27 @@ def open_trained(place: str, overrides: Overrides) -> Trained:
     except (KeyError, TypeError) as error:
         raise DataError(f"{loaded.path}: no checkpoint of a run") from error
     sys.stderr.writelines(f"{line}\n" for line in loaded.warnings)
-    return Trained(run, config, loaded, _class_names(run))
+    return Trained(run, _config_of(run, loaded, overrides), loaded, _class_names(run))
+
+
+def _config_of(run: Path, loaded: Loaded, overrides: Overrides) -> Config:
+    """Return the configuration of a run with `overrides`; where its file is damaged, the checkpoint's copy.
+
+    Raises ConfigError: wrong overrides.
+    """
+    try:
+        load_config(run / "config.yaml")
+    except ConfigError as error:
+        line = f"{error}".partition("\n")[0]
+        sys.stderr.write(f"{line}; taking the configuration that is in {loaded.path.name}\n")
+        try:
+            saved = to_yaml(Config.model_validate(loaded.meta["config"]))
+        except (KeyError, ValueError):
+            raise error from None
+        with tempfile.TemporaryDirectory() as folder:
+            (copy := Path(folder, f"{run.name}.yaml")).write_text(saved)
+            return load_config(copy, overrides).config
+    return load_config(run / "config.yaml", overrides).config
 
 
 def _class_names(run: Path) -> tuple[str, ...]:

@@ -1,6 +1,4 @@
-"""Join the sections to a Config, check what no single key can check, and define which runs are the same
-run.
-"""
+"""Join the sections to a Config, check what no single key can, and define which runs are the same run."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -11,43 +9,27 @@ from pydantic import model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined, to_jsonable_python
 
-from cmtrain.config.sections import (
-    CMT_OPTIONS,
-    Augment,
-    Checkpoint,
-    Data,
-    Ema,
-    Evaluate,
-    Expect,
-    Guard,
-    Metrics,
-    Mixing,
-    Model,
-    Optim,
-    Run,
-    ScheduleSection,
-    Section,
-    Train,
-)  # fmt: skip
+from cmtrain.config import sections
+from cmtrain.config.sections import CMT_OPTIONS, Model, Section
 from cmtrain.config.strict_yaml import emit
 from cmtrain.errors import ConfigError
 
 
 class Config(Section):
-    run: Run = Run()
+    run: sections.Run = sections.Run()
     model: Model = Model()
-    data: Data
-    augment: Augment = Augment()
-    mixing: Mixing = Mixing()
-    optim: Optim
-    schedule: ScheduleSection
-    train: Train
-    ema: Ema = Ema()
-    guard: Guard = Guard()
-    checkpoint: Checkpoint = Checkpoint()
-    evaluate: Evaluate = Evaluate()
-    metrics: Metrics = Metrics()
-    expect: Expect = Expect()
+    data: sections.Data
+    augment: sections.Augment = sections.Augment()
+    mixing: sections.Mixing = sections.Mixing()
+    optim: sections.Optim
+    schedule: sections.ScheduleSection
+    train: sections.Train
+    ema: sections.Ema = sections.Ema()
+    guard: sections.Guard = sections.Guard()
+    checkpoint: sections.Checkpoint = sections.Checkpoint()
+    evaluate: sections.Evaluate = sections.Evaluate()
+    metrics: sections.Metrics = sections.Metrics()
+    expect: sections.Expect = sections.Expect()
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:

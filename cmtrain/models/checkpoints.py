@@ -27,11 +27,9 @@ IN_BLOCK = {
     "ffn.project_norm": ("mlp.conv2.1", "IRFFN.conv1x1_pw.1"),
 }  # fmt: skip
 PAPER_ENDS = {
-    **{f"stem.{kind}{i}": f"stem_{kind}{i}" for kind in ("conv", "norm") for i in (1, 2, 3)},
-    "fc": "_fc",
-    "fc_norm": "_bn",
-    "head": "head",
-}
+    **{f"stem.{kind}{i}": f"stem_{kind}{i}" for kind in ("conv", "norm") for i in (1, 2, 3)}, "fc": "_fc",
+    "fc_norm": "_bn", "head": "head",
+}  # fmt: skip
 REIMPL_STEM = ("conv3x3_gelu_bn_downsample", "conv3x3_gelu_bn_list.0", "conv3x3_gelu_bn_list.1")
 REIMPL_ENDS = {
     **{f"stem.conv{i}": f"stem.{name}.conv3x3_gelu_bn.0" for i, name in enumerate(REIMPL_STEM, 1)},

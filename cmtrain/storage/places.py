@@ -15,13 +15,13 @@ def find_run(place: str) -> tuple[Path, Path]:
     for path in (Path(place), RUNS / place):
         if run := _run_of(path):
             return run, path
-    raise DataError(f"{place}: no run and no checkpoint of one: it has no config.yaml of a run")
+    raise DataError(f"{place}: no run and no checkpoint of one: it has no checkpoints of a run")
 
 
 def _run_of(path: Path) -> Path | None:
     """Return the run folder of `path`: itself, or RUN for RUN/checkpoints/step-* and RUN/repaired/step-*."""
     for folder in (path, path.absolute().parent.parent) if path.name.startswith("step-") else (path,):
-        if (folder / "config.yaml").is_file() and (folder / "checkpoints").is_dir():
+        if (folder / "checkpoints").is_dir():
             return folder
     return None
 

@@ -26,9 +26,7 @@ T = TypeVar("T")
 
 CORRUPT = ".corrupt-"  # begins the name of a file or checkpoint that was set aside
 PAUSES_SECONDS = (0.1, 0.5)
-STALE_SECONDS = (
-    3600.0  # after which a temporary file belongs to nobody, although its process number is in use
-)
+STALE_SECONDS = 3600.0  # then a temporary file is nobody's, although its process number is in use
 # Errors that the next attempt would meet again: a file is missing or of another kind.
 _LASTING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO, errno.EEXIST)
 _LEFTOVER = re.compile(r"\.(.+)[.-](\d+)(\.tmp)?")  # the name it was for, and the number of its process

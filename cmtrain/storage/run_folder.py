@@ -24,24 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from cmtrain.config.strict_yaml import parse
-from cmtrain.storage.records import (
-    DamagedRecordError,
-    Losses,
-    append,
-    is_event,
-    is_number,
-    is_running,
-    keep_lines,
-    load_json,
-    parse_record,
-    read_bytes,
-    read_json,
-    reason_of,
-    remove_leftovers,
-    replace_file,
-    retried,
-    set_aside,
-)
+from cmtrain.storage import records
+from cmtrain.storage.records import DamagedRecordError, Losses, is_number, keep_lines, replace_file, retried
 from pipelines.spec import DataError
 
 SUMMARY_COLUMNS = ("epoch", "step", "train_loss", "eval_loss", "eval_top1", "eval_top5", "eval_ema_loss",
@@ -105,13 +89,13 @@ class RunFolder:
 
     def _append(self, name: str, record: dict[str, Any]) -> None:
         text = json.dumps(record, default=str) + "\n"
-        self.losses.attempt(name, append, self.path / name, text)
+        self.losses.attempt(name, records.append, self.path / name, text)
 
     def summary(self, row: dict[str, Any]) -> None:
         text = io.StringIO(newline="")
         csv.DictWriter(text, SUMMARY_COLUMNS, restval="").writerow(row)
         path = self.path / "summary.csv"
-        self.losses.attempt(path.name, append, path, text.getvalue(), f"{SUMMARY_HEADER}\r\n")
+        self.losses.attempt(path.name, records.append, path, text.getvalue(), f"{SUMMARY_HEADER}\r\n")
 
     def classes(self, record: dict[str, Any]) -> None:
         path = self.path / CLASSES_NAME
@@ -194,7 +178,7 @@ def read_status(path: Path, damage: list[str] | None = None) -> dict[str, Any] |
 
     Fields of another type than this version writes are left out. `damage`: see records.read_json.
     """
-    status = read_json(path / "status.json", damage)
+    status = records.read_json(path / "status.json", damage)
     return None if status is None else {key: v for key, v in status.items() if _is_status_field(key, v)}
 
 
@@ -215,7 +199,7 @@ def read_finished(path: Path, config_yaml: str, max_steps: int | None) -> dict[s
     if status.get("state") != "finished" or any(status.get(key) is None for key in needed):
         return None
     try:
-        if retried(read_bytes, path / "config.yaml").decode() != config_yaml:
+        if retried(records.read_bytes, path / "config.yaml").decode() != config_yaml:
             return None
         has_checkpoint = Path(status["resume_from"]).is_dir()
     except (OSError, ValueError):
@@ -227,10 +211,10 @@ def read_finished(path: Path, config_yaml: str, max_steps: int | None) -> dict[s
 def read_events(path: Path) -> list[dict[str, Any]]:
     """Return the events of the run folder `path`, without damaged lines."""
     try:
-        lines = retried(read_bytes, path / "events.jsonl").splitlines()
+        lines = retried(records.read_bytes, path / "events.jsonl").splitlines()
     except (OSError, DamagedRecordError):
         return []
-    return [record for line in lines if (record := parse_record(line)) and is_event(record)]
+    return [record for line in lines if (record := records.parse_record(line)) and records.is_event(record)]
 
 
 def set_damaged_aside(path: Path) -> list[str]:
@@ -239,24 +223,28 @@ def set_damaged_aside(path: Path) -> list[str]:
     Only for the process that holds the run's lock. Log and summary: see RunFolder.rewind. Returns a line for
     the user about each damaged record. Raises OSError: one cannot be renamed.
     """
-    events = keep_lines(path / "events.jsonl", lambda line: is_event(parse_record(line) or {}) or None)
+    events = keep_lines(
+        path / "events.jsonl", lambda line: records.is_event(records.parse_record(line) or {}) or None
+    )
     lines = [events] if events else []
-    records = [path / name for name in ("status.json", CLASSES_NAME, "config.yaml")]
-    for record in [*records, *sorted(path.glob("failed-rank*.json"))]:
+    files = [path / name for name in ("status.json", CLASSES_NAME, "config.yaml")]
+    for record in [*files, *sorted(path.glob("failed-rank*.json"))]:
         try:
-            _load_config(record) if record.suffix == ".yaml" else load_json(record)
+            _load_config(record) if record.suffix == ".yaml" else records.load_json(record)
         except (DamagedRecordError, IsADirectoryError) as error:
-            lines.append(f"{record.name}: {reason_of(error)}; it is kept as {set_aside(record).name}")
+            lines.append(
+                f"{record.name}: {records.reason_of(error)}; it is kept as {records.set_aside(record).name}"
+            )
         except OSError:
             continue  # missing; or the machine cannot read it, which is no damage
-    remove_leftovers(path, *RECORDS, SAMPLE_NAME, "failed-rank*.json")
-    remove_leftovers(path.parent / ".targets", f"{path.name}-[0-9]*.json")
+    records.remove_leftovers(path, *RECORDS, SAMPLE_NAME, "failed-rank*.json")
+    records.remove_leftovers(path.parent / ".targets", f"{path.name}-[0-9]*.json")
     return lines
 
 
 def _load_config(path: Path) -> None:
     try:
-        root, problems = parse(retried(read_bytes, path).decode())
+        root, problems = parse(retried(records.read_bytes, path).decode())
     except UnicodeDecodeError as error:
         raise DamagedRecordError(f"not text: {error}") from error
     if problems or root is None or not isinstance(root.value, dict):
@@ -268,7 +256,7 @@ def is_alive(process: dict[str, Any]) -> bool | None:
     pid = process.get("pid")
     if process.get("host") != socket.gethostname() or not isinstance(pid, int) or pid <= 0:
         return None
-    return is_running(pid)
+    return records.is_running(pid)
 
 
 def finite(value: Any) -> Any:
@@ -277,7 +265,7 @@ def finite(value: Any) -> Any:
 
 
 def _read_holder(path: Path) -> dict[str, Any]:
-    return read_json(path) or {}
+    return records.read_json(path) or {}
 
 
 def _is_until(found: float | None, step: int) -> bool | None:
@@ -285,7 +273,7 @@ def _is_until(found: float | None, step: int) -> bool | None:
 
 
 def _step_of_record(line: bytes) -> float | None:
-    found = (parse_record(line) or {}).get("step")
+    found = (records.parse_record(line) or {}).get("step")
     return found if is_number(found) else None
 
 

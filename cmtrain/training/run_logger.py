@@ -205,16 +205,14 @@ class RunLogger:
     def left_out(self, files: Sequence[BadFile], root: Path) -> None:
         """Log the files that the run begins without. All ranks know the same ones; rank 0 counts them.
 
-        Args:
-            root: the training split, to find the list of `cmtrain data check`.
+        `root`: the training split, to find the list of `cmtrain data check`.
         """
         self.bad_files([files], quiet=True)
-        if files and (path := find_list(root, files)):
-            self.console.line(f"{len(files):,} bad files are left out, see {path}")
-        elif files:
-            example = f"{files[0].path}: {files[0].reason}"
+        if files:
             others = f", and {len(files) - 1:,} more in events.jsonl" if len(files) > 1 else ""
-            self.console.line(f"{len(files):,} bad files are left out: {example}{others}")
+            example = f": {files[0].path}: {files[0].reason}{others}"
+            where = f", see {path}" if (path := find_list(root, files)) else example
+            self.console.line(f"{len(files):,} bad files are left out{where}")
 
     def bad_files(self, by_rank: Sequence[Sequence[BadFile]], *, quiet: bool = False) -> None:
         """Log each bad file once, whichever ranks met it; the first of them counts it."""

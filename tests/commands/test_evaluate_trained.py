@@ -195,3 +195,22 @@ def test_what_cannot_be_evaluated_is_refused_in_one_line(trained):
     assert "must be a share 0..1" in run_eval(job, "runs/job", "--expect", "75", code=2)
     assert "--image-px: must be a whole number" in run_eval(job, "runs/job", "--image-px", "big", code=2)
     assert "--optim.lrr" in run_eval(job, "runs/job", "--optim.lrr", "1", code=2)
+
+
+def test_a_run_without_its_records_is_opened_by_what_its_checkpoint_holds(trained, capsys):
+    job, _ = trained
+    overrides = [("data.image_px", "64"), ("data.eval_resize_px", "64")]
+    path, whole = job.run / "config.yaml", open_trained(str(job.run), overrides)
+    for content in (b"", b"\xff", b"model: [1", None):
+        path.unlink() if content is None else path.write_bytes(content)
+        assert open_trained(str(job.run), overrides).config == whole.config
+        (line,) = capsys.readouterr().err.splitlines()
+        assert str(path) in line
+        assert line.endswith("; taking the configuration that is in step-000000008")
+        with pytest.raises(ConfigError, match="image_px"):
+            open_trained(str(job.run), [("data.image_px", "x")])
+        capsys.readouterr()
+    for content in (b"", b"[]", b'{"classes": 3}'):
+        (job.run / "classes.json").write_bytes(content)
+        assert open_trained(str(job.run), []).class_names == ()
+        assert "classes.json: " in capsys.readouterr().err

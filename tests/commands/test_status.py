@@ -204,3 +204,11 @@ def test_watch_on_a_terminal_shows_the_run_in_place(run, monkeypatch):
     assert "r: running, step 1,200 of 3,600" in shown
     assert "\x1b[" in shown  # the cursor goes back up
     assert "r: finished, step 1,200 of 3,600: top-1 0.5" in shown
+
+
+@pytest.mark.parametrize("verb", ["status", "watch"])
+def test_escapes_in_status_json_stay_visible(run, capsys, verb):
+    change(run, state="failed", reason="\x1b]0;owned\x07\n\x1b[2J\u202e", resume_from="\x1b[8m")
+    text = printed(capsys, verb, "runs/r")
+    assert all(line.isprintable() for line in text.splitlines())
+    assert r"failed, step 1,200 of 3,600: \x1b]0;owned\x07\n\x1b[2J\u202e" in text

@@ -88,3 +88,11 @@ def test_other_ranks_print_nothing(capsys):
     console.progress(PLACE, *PARTS)
     console.line("checkpoint")
     assert capsys.readouterr().err == ""
+
+
+def test_what_is_not_printable_is_shown_as_escapes(capsys):
+    console = Console(enabled=True)
+    console.line("bad file: x\x1b]52;c;ZQ==\x07\nfinished: top-1 1.0\u202e.jpg \udce9")
+    assert capsys.readouterr().err == (
+        "bad file: x\\x1b]52;c;ZQ==\\x07\\nfinished: top-1 1.0\\u202e.jpg \\udce9\n"
+    )

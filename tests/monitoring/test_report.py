@@ -281,6 +281,25 @@ def test_classes_worst_first_and_what_they_are_taken_for(tmp_path):
     assert "Confusion matrix" not in many
 
 
+def test_pages_show_what_is_not_printable(tmp_path):
+    """Marks that turn the order of letters round, and escapes, in names of files and classes."""
+    evil = "a\u202egpj.exe\x1b]52;c;ZQ==\x07"
+    run = write_run(tmp_path / "a", num_classes=3, class_names=["cat", "dog", evil])
+    event = {
+        "event": "bad_file",
+        "time": time.time(),
+        "step": 1,
+        "path": evil,
+        "reason": evil,
+        "kind": "other",
+    }
+    with (run / "events.jsonl").open("a") as events:
+        events.write(json.dumps(event) + "\n" + json.dumps(event) + "\n")
+    html = render([read_run(run)])
+    assert not set("\u202e\x1b\x07") & set(html)
+    assert html.count(r"a\u202egpj.exe\x1b]52;c;ZQ==\x07") > 3
+
+
 def test_the_configuration_shows_what_is_not_default(tmp_path):
     html = render([read_run(write_run(tmp_path / "a", lr=0.0123, optim={"lr": 0.0123, "opt": "sgd"}))])
     assert "<b>  opt: sgd</b>" in html

@@ -72,5 +72,5 @@ def test_a_run_goes_on_without_its_readers(make_job, how, nproc, lost):
     status = job.status()
     assert (status["state"], status["exit_code"], status["step"]) == ("finished", 0, 6)
     reported = {event["what"] for event in job.events() if event["event"] == "record_lost"}
-    assert reported == ({f"stderr: {lost}"} if lost else set())
+    assert reported == ({f"stderr: {lost}", f"stdout: {lost}"} if lost else set())
     job()  # finished before, and a reader gets its result

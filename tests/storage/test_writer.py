@@ -271,3 +271,21 @@ def test_a_record_that_does_not_fit_is_not_half_written(tmp_path, monkeypatch):
         "before",
         "after",
     ]
+
+
+def test_a_run_that_cannot_say_how_it_ended_has_exit_code_3(tmp_path, capsys):
+    (tmp_path / "run" / "status.json" / "in the way").mkdir(parents=True)
+    logger = RunLogger(
+        tmp_path / "run", rank=0, world_size=1, first_step=0, last_step=2, epochs=1, total_steps=2,
+        address=None, stall_seconds=600,
+    )  # fmt: skip
+    assert logger.finish("finished", exit_code=0, reason="top-1 90 %") == 3
+    lines = capsys.readouterr().err.splitlines()
+    assert any(
+        line.endswith("the run misses a record and goes on: status.json: Is a directory") for line in lines
+    )
+    assert any("status.json does not say how the run ended" in line for line in lines)
+    (tmp_path / "run" / "status.json" / "in the way").rmdir()
+    (tmp_path / "run" / "status.json").rmdir()
+    assert logger.finish("finished", exit_code=5, reason="top-1 90 %") == 5
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["exit_code"] == 5

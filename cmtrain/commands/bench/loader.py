@@ -107,11 +107,9 @@ def summarise(rounds: list[Figures]) -> Figures:
         rates = [row[name]["images_per_second"] for row in rounds]
         cpu_ms = [row[name]["cpu_ms_per_image"] for row in rounds]
         figures[name] = {
-            "images_per_second": statistics.median(rates),
-            "images_per_second_max": max(rates),
-            "cpu_ms_per_image": statistics.median(cpu_ms),
-            "cpu_ms_per_image_min": min(cpu_ms),
-        }
+            "images_per_second": statistics.median(rates), "images_per_second_max": max(rates),
+            "cpu_ms_per_image": statistics.median(cpu_ms), "cpu_ms_per_image_min": min(cpu_ms),
+        }  # fmt: skip
         if name != "timm":
             theirs = [row["timm"] for row in rounds]
             by_rate = [rate / row["images_per_second"] for rate, row in zip(rates, theirs, strict=True)]

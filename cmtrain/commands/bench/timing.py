@@ -53,11 +53,9 @@ class Contender:
         times_ms = [1000 * seconds for turn in self.seconds for seconds in turn]
         rates = [len(turn) * self.images / sum(turn) for turn in self.seconds]
         row = {
-            "images_per_second": statistics.median(rates),
-            "ms_p50": float(np.percentile(times_ms, 50)),
-            "ms_p95": float(np.percentile(times_ms, 95)),
-            "first_seconds": self.first_seconds,
-        }
+            "images_per_second": statistics.median(rates), "ms_p50": float(np.percentile(times_ms, 50)),
+            "ms_p95": float(np.percentile(times_ms, 95)), "first_seconds": self.first_seconds,
+        }  # fmt: skip
         if self is not first:
             pairs = zip(first.seconds, self.seconds, strict=True)
             row["first_is_times"] = statistics.median(sum(others) / sum(mine) for mine, others in pairs)

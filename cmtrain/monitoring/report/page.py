@@ -84,12 +84,8 @@ def make_templates() -> Environment:
     templates.finalize = _visible
     templates.trim_blocks = templates.lstrip_blocks = True
     templates.filters |= {
-        "short": short,
-        "duration": duration,
-        "percent": percent,
-        "utc": utc,
-        "workers": workers,
-    }
+        "short": short, "duration": duration, "percent": percent, "utc": utc, "workers": workers,
+    }  # fmt: skip
     return templates
 
 
