@@ -133,7 +133,8 @@ def _moments(manifest: Manifest, index: int) -> NDArray[np.float64] | str:
     """Return (2, 3): mean and mean square of R, G and B in 0..1; or the reason why there are none."""
     packed = manifest.packed
     try:
-        content = packed.read(index) if packed else patiently(Path(manifest.file(index)).read_bytes)
+        path = Path(manifest.file(index))
+        content = packed.read(index) if packed else patiently(path.read_bytes, path)
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             histogram = grey_or_rgb(image).convert("RGB").histogram()
     except Exception as error:  # Pillow's decoders raise almost anything on hostile bytes
