@@ -16,7 +16,7 @@ TOO_OLD := $(if $(filter file,$(origin LOCK)),$(filter 8 9 10 11,$(CUDA)))
 DALI110_NAMES := nvidia-dali-cuda110 dm-tree absl-py attrs wrapt
 SITE          := 'import sysconfig; print(sysconfig.get_path("purelib"))'
 
-.PHONY: setup demo test test-dali110 test-dali24 test-nightly check bench dashboards image dist lock clean
+.PHONY: setup tools tools-nightly demo test test-dali110 test-dali24 test-nightly check bench dashboards image dist lock clean
 
 setup: $(VENV)/.installed
 
@@ -39,8 +39,23 @@ $(VENV)/.installed: $(LOCK) docker/build.lock pyproject.toml
 demo: setup  ## train on real JPEGs: no GPU, no download
 	$(BIN)/cmtrain demo
 
+# Programs that tests start, as packages of Debian and Ubuntu. Where one is missing its tests are skipped and
+# listed; with TOOLS=required they fail.
+TOOLS_TEST    := prometheus prometheus-alertmanager chromium gcc libc6-dev
+TOOLS_NIGHTLY := podman runc debootstrap iproute2
+INSTALL       := DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends
+have           = for tool in $(1); do command -v $$tool >/dev/null || exit 1; done
+TOOLS         ?=
+PYTEST        := -m pytest $(if $(filter required,$(TOOLS)),--tools-required)
+
+tools:  ## as root: the programs that `make test` uses
+	@($(call have,prometheus promtool amtool chromium cc)) || { apt-get update -q && $(INSTALL) $(TOOLS_TEST); }
+
+tools-nightly: tools  ## as root: those of `make test-nightly`, too
+	@($(call have,podman runc debootstrap ip)) || { apt-get update -q && $(INSTALL) $(TOOLS_NIGHTLY); }
+
 test: setup  ## what continuous integration runs, with `check`
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+	$(BIN)/python $(PYTEST) -n 2 --dist loadfile -m "not slow"
 
 # What 1.34 itself warns about, and nothing of ours.
 DALI110_WARNS := -W "ignore:invalid escape sequence:DeprecationWarning" \
@@ -66,8 +81,8 @@ $(VENV)-dali%/.installed: $(VENV)-dali%/requirements.txt $(VENV)/.installed
 	echo "import site; site.addsitedir('$$($(BIN)/python -c $(SITE))')" > $$($(@D)/bin/python -c $(SITE))/layer.pth
 	@touch $@
 
-test-nightly: setup
-	$(BIN)/python -m pytest
+test-nightly: setup  ## everything, the slow tests too
+	$(BIN)/python $(PYTEST)
 
 check: setup  ## formatting, lint, types
 	$(BIN)/ruff format --check .

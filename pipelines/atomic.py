@@ -1,7 +1,5 @@
 """Write a file or folder whole or not at all, one process at a time; remove what killed writers left."""
 
-from __future__ import annotations
-
 import contextlib
 import glob
 import os

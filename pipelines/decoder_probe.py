@@ -5,8 +5,6 @@ only for batches that mix kinds. A crash would end the run without a message. Ru
 decodes one batch of every kind and compares it with the CPU's.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -126,14 +126,10 @@ class DaliLoader:
     """
 
     def __init__(
-        self,
-        manifest: Manifest,
-        spec: AugmentSpec | EvalSpec,
-        place: Placement,
-        batch_size: int,
+        self, manifest: Manifest, spec: AugmentSpec | EvalSpec, place: Placement, batch_size: int,
         micro_batches: Callable[[int, int], Iterator[MicroBatch]],
         inputs: Callable[[MicroBatch], Sequence[Any]],
-    ) -> None:
+    ) -> None:  # fmt: skip
         self._run = graphs.execution(place, batch_size, reads_files=manifest.packed is None)
         self._stand_ins = StandIns(manifest, place.max_bad_fraction, place.threads)
         self._manifest, self._micro_batches, self._inputs = manifest, micro_batches, inputs

@@ -1,7 +1,5 @@
 """Draw the images of a batch as one PNG, for people to check what the model is fed."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -8,6 +8,8 @@ from collections.abc import Generator, Iterable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, TypeVar
 
+from pipelines.spec import visible
+
 if TYPE_CHECKING:
     from rich.progress import Progress
 
@@ -38,7 +40,7 @@ def tracked(
                 bar.update(bar.task_ids[0], completed=done)
                 next_report = now + REDRAW_SECONDS
             else:
-                sys.stderr.write(f"{what}: {done:,} of {total:,}, {now - began:.0f} s\n")
+                sys.stderr.write(f"{visible(what)}: {done:,} of {total:,}, {now - began:.0f} s\n")
                 sys.stderr.flush()
                 next_report = now + LINE_SECONDS
 
@@ -48,7 +50,7 @@ def _bar(what: str, total: int) -> Progress:
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     count = TextColumn("{task.completed:,} of {task.total:,}")
-    columns = TextColumn(what), BarColumn(), count, TimeRemainingColumn()
+    columns = TextColumn(visible(what), markup=False), BarColumn(), count, TimeRemainingColumn()
     bar = Progress(*columns, console=Console(stderr=True), transient=True)
     bar.add_task(what, total=total)
     return bar

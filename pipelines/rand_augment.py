@@ -6,8 +6,6 @@ those of timm's `rand_augment_transform` and of `nvidia.dali.auto_aug.rand_augme
 1909.13719), and of timm's `auto_augment_policy_3a` (three-augment: DeiT III, arXiv 2204.07118).
 """
 
-from __future__ import annotations
-
 import math
 import re
 from dataclasses import dataclass
@@ -47,25 +45,13 @@ class Branch(IntEnum):
 
 
 BRANCH_OF = {
-    "AutoContrast": Branch.AUTO_CONTRAST,
-    "Equalize": Branch.EQUALIZE,
-    "Invert": Branch.BITS,
-    "Rotate": Branch.WARP,
-    "Posterize": Branch.BITS,
-    "Solarize": Branch.BITS,
-    "SolarizeAdd": Branch.BITS,
-    "Color": Branch.SATURATE,
-    "Contrast": Branch.SCALE,
-    "Brightness": Branch.SCALE,
-    "Sharpness": Branch.SHARPEN,
-    "ShearX": Branch.WARP,
-    "ShearY": Branch.WARP,
-    "TranslateX": Branch.WARP,
-    "TranslateY": Branch.WARP,
-    "Identity": Branch.NONE,
-    "Desaturate": Branch.SATURATE,
+    "AutoContrast": Branch.AUTO_CONTRAST, "Equalize": Branch.EQUALIZE, "Invert": Branch.BITS,
+    "Rotate": Branch.WARP, "Posterize": Branch.BITS, "Solarize": Branch.BITS, "SolarizeAdd": Branch.BITS,
+    "Color": Branch.SATURATE, "Contrast": Branch.SCALE, "Brightness": Branch.SCALE,
+    "Sharpness": Branch.SHARPEN, "ShearX": Branch.WARP, "ShearY": Branch.WARP, "TranslateX": Branch.WARP,
+    "TranslateY": Branch.WARP, "Identity": Branch.NONE, "Desaturate": Branch.SATURATE,
     "GaussianBlur": Branch.BLUR,
-}
+}  # fmt: skip
 _TIMM_OPS = tuple(name for name in BRANCH_OF if name not in {"Identity", "Desaturate", "GaussianBlur"})
 _DALI_OPS = (*(name for name in _TIMM_OPS if name not in {"Invert", "SolarizeAdd"}), "Identity")
 _THREE_OPS = ("Solarize", "Desaturate", "GaussianBlur")

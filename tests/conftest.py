@@ -9,7 +9,7 @@ from helpers.browser import Browser
 from helpers.images import write_tree
 from helpers.runs import FORKS, Job
 
-FORKS.set_forkserver_preload(["helpers.warm"])
+FORKS.set_forkserver_preload(["helpers.warm", "helpers.runs"])
 
 
 def pytest_addoption(parser):

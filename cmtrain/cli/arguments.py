@@ -15,12 +15,10 @@ CONFIG_HELP = "configuration file, or one that ships with cmtrain"
 def make_parser(verb: str, description: str) -> argparse.ArgumentParser:
     """Make the parser of `cmtrain VERB`."""
     return argparse.ArgumentParser(
-        prog=f"cmtrain {verb}",
-        description=description,
+        prog=f"cmtrain {verb}", description=description,
         epilog="--SECTION.KEY VALUE overrides a value of the configuration; see `cmtrain config reference`.",
-        allow_abbrev=False,
-        exit_on_error=False,
-    )
+        allow_abbrev=False, exit_on_error=False,
+    )  # fmt: skip
 
 
 def parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[argparse.Namespace, Overrides]:
@@ -84,6 +82,15 @@ def parse_alone(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> ar
     if overrides:
         raise ConfigError(f"--{overrides[0][0]}: unknown option; see {parser.prog} --help")
     return options
+
+
+def add_json(parser: argparse.ArgumentParser, *, to_file: bool = False) -> None:
+    """Add --json, for a verb that prints its result for programs only where stdout is no terminal."""
+    if to_file:
+        what = "print the figures as JSON on a terminal, too; or write them to FILE"
+        parser.add_argument("--json", nargs="?", const="", metavar="FILE", help=what)
+    else:
+        parser.add_argument("--json", action="store_true", help="print the JSON line on a terminal, too")
 
 
 def positive(text: str) -> int:

@@ -1,14 +1,39 @@
 """Parse `cmtrain data ...`: check, pack, preview, stats."""
 
+import sys
 from collections.abc import Callable
 
-from cmtrain.cli.arguments import CONFIG_HELP, make_parser, parse_alone, parse_with_config, positive
-from cmtrain.errors import ConfigError, did_you_mean
+from cmtrain.cli import start
+from cmtrain.cli.arguments import (
+    CONFIG_HELP,
+    add_json,
+    make_parser,
+    parse_alone,
+    parse_with_config,
+    positive,
+)
+from cmtrain.errors import EXIT_DONE, ConfigError, did_you_mean
+
+HELP = """\
+usage: cmtrain data check DIR
+       cmtrain data pack SRC DST
+       cmtrain data preview | stats --config FILE [--SECTION.KEY VALUE ...]
+
+check    find the images that cannot be read; training leaves them out from then on
+pack     write an image folder as tar shards with an index: few large files instead of many small
+preview  draw augmented training images as a grid
+stats    count and measure the images of a configuration
+
+cmtrain data VERB --help lists the options of a verb.
+"""
 
 
 def data(arguments: list[str]) -> int:
     """Run the verb that `arguments` begin with. Returns the exit code."""
     what = arguments.pop(0) if arguments else ""
+    if what in ("-h", "--help"):
+        sys.stdout.write(HELP)
+        return EXIT_DONE
     if what not in _DATA_VERBS:
         close = did_you_mean(what, _DATA_VERBS) or f"; there are {', '.join(_DATA_VERBS)}"
         raise ConfigError(f"cmtrain data {what}: unknown verb{close}".replace("data :", "data:"))
@@ -46,6 +71,7 @@ def _data_pack(arguments: list[str]) -> int:
     add("--max-bad-fraction", type=float, metavar="X", help="unreadable share to refuse (default: 0.1)")
     add("--train-list", metavar="FILE", help="list of training images below SRC, instead of train/")
     add("--val-list", metavar="FILE", help="the same for validation")
+    add_json(parser)
     options = parse_alone(parser, arguments)
     from cmtrain.commands.data_pack import pack
 
@@ -53,7 +79,7 @@ def _data_pack(arguments: list[str]) -> int:
     return pack(
         options.source, options.destination, resize_shorter=options.resize_shorter, quality=options.quality,
         shard_mib=options.shard_size, processes=options.processes, train_list=options.train_list,
-        val_list=options.val_list, **limit,
+        val_list=options.val_list, as_json=options.json, **limit,
     )  # fmt: skip
 
 
@@ -66,6 +92,9 @@ def _data_preview(arguments: list[str]) -> int:
     add("--columns", type=positive, default=8, metavar="N", help="epochs (default: 8)")
     add("--epoch", type=int, default=0, metavar="N", help="the first one (default: 0)")
     options, resolved = parse_with_config(parser, arguments)
+    start.announce("data preview of " + resolved.config.data.root)
+    start.check_places(resolved.config)
+    start.loading()
     from cmtrain.commands.data_preview import preview
 
     return preview(
@@ -76,10 +105,14 @@ def _data_preview(arguments: list[str]) -> int:
 def _data_stats(arguments: list[str]) -> int:
     parser = make_parser("data stats", "Count and measure the images of a configuration.")
     parser.add_argument("--config", metavar="FILE", help=CONFIG_HELP)
-    _, resolved = parse_with_config(parser, arguments)
+    add_json(parser)
+    options, resolved = parse_with_config(parser, arguments)
+    start.announce("data stats of " + resolved.config.data.root)
+    start.check_places(resolved.config)
+    start.loading()
     from cmtrain.commands.data_preview import stats
 
-    return stats(resolved.config)
+    return stats(resolved.config, as_json=options.json)
 
 
 _DATA_VERBS: dict[str, Callable[[list[str]], int]] = {

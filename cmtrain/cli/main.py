@@ -3,15 +3,16 @@ torch.
 """
 
 import itertools
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cmtrain import __version__
+from cmtrain.cli import start
 from cmtrain.cli.arguments import (
     CONFIG_HELP,
+    add_json,
     count,
     make_parser,
     parse,
@@ -19,12 +20,12 @@ from cmtrain.cli.arguments import (
     parse_with_config,
     positive,
 )  # fmt: skip
+from cmtrain.cli.config_verbs import config
 from cmtrain.cli.data_verbs import data
 from cmtrain.cli.model_verbs import evaluate_trained, export_trained
 from cmtrain.commands import sweep
-from cmtrain.config.describe import config_reference, config_schema
 from cmtrain.config.load import load_config
-from cmtrain.config.schema import Config, to_yaml
+from cmtrain.config.schema import to_yaml
 from cmtrain.errors import (
     EXIT_CONFIG,
     EXIT_DATA,
@@ -34,21 +35,18 @@ from cmtrain.errors import (
     did_you_mean,
     message_of,
 )
-from cmtrain.processes.gpus import hide_gpus_if_cpu_is_asked_for, visible_gpus
+from cmtrain.processes.environment import check_launcher, ignore_variables
+from cmtrain.processes.gpus import visible_gpus
 from cmtrain.processes.launcher import run_ranks
 from cmtrain.processes.output import with_guarded_output
 from cmtrain.processes.rank import PARENT, hold_back, is_first_rank, is_started_by_launcher, run_as_rank
-from cmtrain.storage.run_folder import read_finished, read_status
-from cmtrain.training.schedule import split_batch
+from cmtrain.storage.run_folder import REPORT_NAME, read_finished, read_status
 from pipelines.spec import DataError
 
 DEMO_PHOTOS = [
-    ("data.root", "demo:photos"),
-    ("data.image_px", "64"),
-    ("data.eval_resize_px", "72"),
-    ("augment.hflip", "0.5"),
-    ("expect.top1", "0.85"),
-]
+    ("data.root", "demo:photos"), ("data.image_px", "64"), ("data.eval_resize_px", "72"),
+    ("augment.hflip", "0.5"), ("expect.top1", "0.85"),
+]  # fmt: skip
 BENCHMARKS = ("loader", "model", "latency", "guard", "train", "all")
 
 HELP = """\
@@ -119,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     verb = (arguments or [""])[0]
     trains = verb in ("train", "demo") or verb.startswith("-")
-    is_asked = verb in ("-h", "--help", "--version") or "--dry-run" in arguments
+    is_asked = verb in ("-h", "--help", "--version", "help") or "--dry-run" in arguments
     return with_guarded_output(lambda: _main(arguments), stdout_raises=is_asked or not trains)
 
 
@@ -127,15 +125,19 @@ def _main(arguments: list[str]) -> int:
     if not arguments:
         sys.stderr.write(HELP)
         return EXIT_CONFIG
+    if arguments[0] == "help":  # `cmtrain help VERB` is `cmtrain VERB --help`
+        arguments = [*arguments[1:], "--help"]
     if arguments[0] in ("-h", "--help", "--version"):
         sys.stdout.write(f"cmtrain {__version__}\n" if arguments[0] == "--version" else HELP)
         return EXIT_DONE
-    hide_gpus_if_cpu_is_asked_for()
     verb = "train" if arguments[0].startswith("-") else arguments.pop(0)
     try:
         if verb not in _VERBS:
             hint = f" (verbs: {', '.join(_VERBS)}; a configuration file goes after --config)"
             raise ConfigError(f"{verb}: unknown verb{did_you_mean(verb, _VERBS) or hint}")
+        if verb not in _READERS and not {"--help", "-h", "--dry-run"} & set(arguments):
+            ignore_variables()
+            check_launcher()
         return _VERBS[verb](arguments)
     except ConfigError as error:
         hold_back()
@@ -145,6 +147,7 @@ def _main(arguments: list[str]) -> int:
         sys.stderr.write(f"{message_of(error)}\n")
         return EXIT_DATA
     except KeyboardInterrupt:
+        sys.stderr.write("stopped by Ctrl-C\n")
         return EXIT_INTERRUPTED
 
 
@@ -157,10 +160,11 @@ def _train(arguments: list[str]) -> int:
     add("--nproc", type=positive, metavar="N", help="processes to train in (default: one per GPU)")
     add("--max-restarts", type=count, default=0, metavar="N", help="restarts after failures (0)")
     add("--dry-run", action="store_true", help="print the plan of the run and stop")
+    add_json(parser)
     options, resolved = parse_with_config(parser, arguments)
     config = resolved.config
     if options.dry_run:
-        sys.stdout.write(describe_plan(config))
+        sys.stdout.write(start.describe_plan(config))
         return EXIT_DONE
 
     # A run that has finished is not started again.
@@ -170,27 +174,38 @@ def _train(arguments: list[str]) -> int:
         finished = read_finished(run_path, to_yaml(config), options.max_steps)
     if finished:
         if is_first_rank():
-            sys.stderr.write(f"{run_path}: finished before\n")
-            sys.stdout.write(json.dumps(finished["result"]) + "\n")
+            from cmtrain.monitoring.console import print_result
+
+            sys.stderr.write(f"{run_path}: finished before: {finished['reason']}\n")
+            sys.stderr.write(f"report {run_path / REPORT_NAME}\n")
+            print_result(finished["result"], asked=options.json)
         return int(finished["exit_code"])
 
     # Start one process per GPU, unless a launcher has started this one.
+    what = f"{options.config}, run folder {run_path}"
     if not is_started_by_launcher():
-        nproc = options.nproc or max(1, visible_gpus())
-        split_batch(config.train.global_batch_size, config.train.max_batch_per_gpu, nproc)
+        gpus = visible_gpus()
+        nproc = options.nproc or max(1, gpus)
+        start.announce(f"{what}, {start.where(nproc, gpus)}")
+        start.check_run(config, options.resume, nproc)
         if nproc > 1 or options.max_restarts:
+            start.loading()  # in the ranks
             return run_ranks(sys.orig_argv, nproc, max_restarts=options.max_restarts, run_path=run_path)
-    elif PARENT not in os.environ and (options.nproc or options.max_restarts):
-        raise ConfigError(
-            "--nproc, --max-restarts: a launcher has started this process; give them to the launcher"
-        )
+    elif PARENT not in os.environ:
+        if options.nproc or options.max_restarts:
+            raise ConfigError(
+                "--nproc, --max-restarts: a launcher has started this process; give them to the launcher"
+            )
+        start.announce(f"{what}, {os.environ.get('WORLD_SIZE', '1')} processes of a launcher")
 
     def work() -> int:
-        if is_first_rank() and sys.stderr.isatty():  # the import takes seconds
-            sys.stderr.write(f"cmtrain {__version__}: loading torch and DALI\n")
+        data = start.open_data(config, int(os.environ.get("WORLD_SIZE", "1")))
+        start.loading()
         from cmtrain.training.train import train
 
-        return train(config, resume=options.resume, max_steps=options.max_steps)
+        return train(
+            config, resume=options.resume, max_steps=options.max_steps, data=data, as_json=options.json
+        )
 
     return run_as_rank(work, run_path)
 
@@ -200,6 +215,8 @@ def _demo(arguments: list[str]) -> int:
     parser.add_argument(
         "--photos", action="store_true", help="12 colour photographs instead of handwritten digits"
     )
+    parser.add_argument("--dry-run", action="store_true", help="print the plan of the run and stop")
+    add_json(parser)
     options, overrides = parse(parser, arguments)
     base, given = ("demo-photos", DEMO_PHOTOS) if options.photos else ("demo", [])
     for attempt in itertools.count(1):  # an interrupted demo continues; a finished one is left alone
@@ -208,9 +225,16 @@ def _demo(arguments: list[str]) -> int:
         status = read_status(Path(config.run.dir) / str(config.run.name)) or {}
         if status.get("state") != "finished" or any(key == "run.name" for key, _ in overrides):
             break
+    if options.dry_run:
+        sys.stdout.write(start.describe_plan(config))
+        return EXIT_DONE
+    start.announce(f"demo, run folder {config.run.dir}/{config.run.name}")
+    start.check_run(config, "auto", world_size := int(os.environ.get("WORLD_SIZE", "1")))
+    data = start.open_data(config, world_size)
+    start.loading()
     from cmtrain.training.train import train  # torch is loaded here, after the mistakes
 
-    return train(config)
+    return train(config, data=data, as_json=options.json)
 
 
 def _bench(arguments: list[str]) -> int:
@@ -226,10 +250,13 @@ def _bench(arguments: list[str]) -> int:
     add("--beside", type=_names, default="resnet50,efficientnet_b0", metavar="NAMES", help=beside)
     add("--compare", metavar="FILE", help="JSON of an earlier run to compare rates with")
     add("--fail-below", type=float, metavar="X", help="exit code 5 where a rate is below X times that")
-    add("--json", metavar="FILE", help="write the figures there, too")
+    add_json(parser, to_file=True)
     options, resolved = parse_with_config(parser, arguments)
     if options.fail_below is not None and not options.compare:
         raise ConfigError("--fail-below: needs --compare FILE, the earlier run")
+    start.announce(f"bench of {options.config}: {options.what}")
+    start.check_places(resolved.config)
+    start.loading()
     from cmtrain.commands.bench.bench import bench
 
     return bench(resolved.config, options)
@@ -244,6 +271,8 @@ def _doctor(arguments: list[str]) -> int:
     parser.add_argument("--config", default="configs/demo.yaml", metavar="FILE", help=CONFIG_HELP)
     parser.add_argument("--json", action="store_true", help="as one JSON object")
     options, resolved = parse_with_config(parser, arguments)
+    start.announce(f"doctor for a run of {options.config}")
+    start.loading()
     from cmtrain.commands.doctor import doctor
 
     return doctor(resolved.config, as_json=options.json)
@@ -273,7 +302,7 @@ def _sweep(arguments: list[str]) -> int:
     code = EXIT_DONE
     if not options.table:
         code = sweep.submit(rows, options.sbatch) if options.jobs == "slurm" else sweep.run_here(rows)
-    sys.stdout.write(sweep.table(rows, as_csv=options.csv))
+    sweep.print_table(rows, as_csv=options.csv)
     return code
 
 
@@ -310,13 +339,17 @@ def _repair_bn(arguments: list[str]) -> int:
     parser.add_argument("--config", metavar="FILE", help="model and data; a run has its own")
     parser.add_argument("--out", metavar="PATH", help="default: x-repaired.pth for x.pth, RUN/repaired")
     parser.add_argument("--batches", type=positive, default=200, metavar="N", help="to average over (200)")
+    add_json(parser)
     options, overrides = parse(parser, arguments)
     if options.place is None:
         raise ConfigError("cmtrain repair-bn: which run or file? e.g. cmtrain repair-bn runs/full_in1k")
     config = load_config(options.config, overrides).config if options.config else None
+    start.announce(f"repair-bn of {options.place}")
+    start.check_repair(options.place, config, overrides)
+    start.loading()
     from cmtrain.commands.repair_bn import repair_bn
 
-    return repair_bn(options.place, config, overrides, options.out, options.batches)
+    return repair_bn(options.place, config, overrides, options.out, options.batches, as_json=options.json)
 
 
 def _report(arguments: list[str]) -> int:
@@ -333,63 +366,9 @@ def _report(arguments: list[str]) -> int:
     return report(options.runs, options.out)
 
 
-def _config(arguments: list[str]) -> int:
-    what = arguments.pop(0) if arguments else ""
-    if what == "schema" and not arguments:
-        sys.stdout.write(json.dumps(config_schema(), indent=2) + "\n")
-        return EXIT_DONE
-    if what == "reference" and not arguments:
-        sys.stdout.write(config_reference())
-        return EXIT_DONE
-    if what != "show":
-        raise ConfigError(
-            "cmtrain config: must be `config show --config FILE`, `config schema` or `config reference`"
-        )
-    parser = make_parser("config show", "Print the resolved configuration and where each value comes from.")
-    parser.add_argument("--config", metavar="FILE", help=CONFIG_HELP)
-    _, resolved = parse_with_config(parser, arguments)
-    sys.stdout.write(to_yaml(resolved.config, resolved.origins))
-    return EXIT_DONE
-
-
 _VERBS: dict[str, Callable[[list[str]], int]] = {
-    "train": _train,
-    "doctor": _doctor,
-    "demo": _demo,
-    "sweep": _sweep,
-    "eval": evaluate_trained,
-    "export": export_trained,
-    "status": _status,
-    "watch": _watch,
-    "report": _report,
-    "bench": _bench,
-    "repair-bn": _repair_bn,
-    "data": data,
-    "config": _config,
-}
-
-
-def describe_plan(config: Config) -> str:
-    """Describe a run as far as it is known before its data is: model, epochs, learning rate and batch."""
-    size, plan = config.train.global_batch_size, config.schedule
-    variant = f" ({config.model.variant})" if config.model.name.startswith("cmt_") else ""
-    lines = [
-        f"run      {config.run.dir}/{config.run.name}",
-        f"data     {config.data.root}, {config.data.image_px} px",
-        f"model    {config.model.name}{variant}",
-        f"epochs   {plan.epochs}, warm-up {plan.warmup_epochs:g}, cool-down {plan.cooldown_epochs}",
-        f"lr       {plan.warmup_lr:g} -> {config.optim.lr:g} -> {plan.min_lr:g} ({config.optim.opt})",
-        f"steps    (training images // {size}) per epoch",
-    ]
-    # A launcher sets the number of processes; without one, show what would happen on one node.
-    launched = os.environ.get("WORLD_SIZE")
-    for world_size in [int(launched)] if launched else [1, 2, 4, 8]:
-        try:
-            micro_batch_size, accumulation = split_batch(size, config.train.max_batch_per_gpu, world_size)
-            split = f"{world_size} x {accumulation} x {micro_batch_size}"
-            lines.append(f"batch    {size} = {split} (processes x accumulation x images)")
-        except ConfigError as error:
-            if launched:
-                raise
-            lines.append(f"batch    {error}")
-    return "\n".join(lines) + "\n"
+    "train": _train, "doctor": _doctor, "demo": _demo, "sweep": _sweep, "eval": evaluate_trained,
+    "export": export_trained, "status": _status, "watch": _watch, "report": _report, "bench": _bench,
+    "repair-bn": _repair_bn, "data": data, "config": config,
+}  # fmt: skip
+_READERS = ("status", "watch", "report", "config")  # they compute nothing, in one process

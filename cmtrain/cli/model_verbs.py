@@ -1,10 +1,14 @@
 """Parse the verbs for a trained model: eval and export."""
 
 import argparse
+import os
 
-from cmtrain.cli.arguments import make_parser, parse, positive
+from cmtrain.cli import start
+from cmtrain.cli.arguments import add_json, make_parser, parse, positive
+from cmtrain.commands.evaluation_sizes import sizes_of
 from cmtrain.config.load import Overrides
 from cmtrain.errors import ConfigError
+from pipelines.spec import DataError
 
 FORMATS = ("timm", "onnx", "torch-export")
 
@@ -20,8 +24,8 @@ def evaluate_trained(arguments: list[str]) -> int:
         type=_sizes,
         default=[],
         metavar="LIST",
-        help="shorter sides before the crop, such as 184,182, each with each image side (default: the run's "
-        "own; for another image side in the same proportion)",
+        help="shorter sides before the crop, such as 184,182: one for each image side, or several for one "
+        "(default: the run's own; for another image side in the same proportion)",
     )
     add(
         "--folder",
@@ -33,8 +37,17 @@ def evaluate_trained(arguments: list[str]) -> int:
     add("--per-class", metavar="FILE", help="write images and accuracy of every class as CSV")
     add("--confusion", metavar="FILE", help="write the best result's confusion matrix as CSV")
     add("--expect", type=_fraction, metavar="TOP1", help="exit code 5 where the best top-1 is below it")
-    add("--json", metavar="FILE", help="write the results there, too")
+    add_json(parser, to_file=True)
     options, overrides = _parse_with_run(parser, arguments)
+    start.announce(f"eval of {options.run}")
+    config = start.check_trained(options.run, overrides)
+    if config:
+        sizes_of(config, options.image_px, options.resize_px)
+    if options.folder and not os.path.isdir(options.folder):
+        raise DataError(f"--folder {options.folder}: no such folder")
+    if config and not options.folder:
+        start.check_places(config)
+    start.loading()
     from cmtrain.commands.evaluate import evaluate_trained
 
     return evaluate_trained(options, overrides)
@@ -48,15 +61,22 @@ def export_trained(arguments: list[str]) -> int:
     add("--out", metavar="DIR", help="folder to write; must not exist")
     add("--weights", choices=("model", "ema"), help="default: ema, if there is one")
     add("--fold-bn", action="store_true", help="absorb BatchNorm where that is exact; not with timm")
+    add_json(parser)
     options, overrides = _parse_with_run(parser, arguments)
     if options.out is None:
         raise ConfigError("cmtrain export: --out is missing, e.g. --out exported")
+    start.announce(f"export of {options.run}")
+    start.check_trained(options.run, overrides)
+    if os.path.lexists(options.out):
+        raise ConfigError(f"--out {options.out}: exists already; choose another folder")
+    start.loading()
     from cmtrain.commands.export import export
     from cmtrain.commands.trained_model import open_trained
 
     formats = FORMATS if options.format == "all" else (options.format,)
     trained = open_trained(options.run, overrides)
-    return export(trained, formats=formats, out=options.out, kind=options.weights, fold_bn=options.fold_bn)
+    what = {"formats": formats, "out": options.out, "kind": options.weights, "fold_bn": options.fold_bn}
+    return export(trained, **what, as_json=options.json)
 
 
 def _parse_with_run(

@@ -4,7 +4,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,12 +23,9 @@ from pipelines.spec import MAX_BAD_FRACTION, DataError, os_errors_in_one_line, v
 
 NUM_SHOWN = 20
 KIND_NAMES: dict[Kind, str] = {
-    "truncated": "cut short",
-    "not_an_image": "not an image",
-    "too_large": "too large",
-    "missing": "cannot be opened",
-    "other": "damaged",
-}
+    "truncated": "cut short", "not_an_image": "not an image", "too_large": "too large",
+    "missing": "cannot be opened", "other": "damaged",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -43,14 +40,9 @@ class CheckedSplit:
 
 @os_errors_in_one_line()
 def check(
-    root: str,
-    *,
-    full: bool,
-    processes: int | None,
-    out: str | None,
-    cache_dir: str | None = None,
+    root: str, *, full: bool, processes: int | None, out: str | None, cache_dir: str | None = None,
     max_bad_fraction: float = MAX_BAD_FRACTION,
-) -> int:
+) -> int:  # fmt: skip
     """Test the images of `root`, in processes that a hostile file may kill, and list the unusable ones.
 
     The list is written beside the data, or into the user's cache if the data is read-only, and training
@@ -95,10 +87,11 @@ def check(
     class_names = splits[0].listing.class_names
     for split in splits:
         _describe(split, class_names, cache_dir)
-    if not faults:
-        return EXIT_DONE
     if written is not None:
         _print(f"the {len(faults):,} bad files are listed in {written}")
+    relabel_folder(splits[0].listing, None)  # raises where training would
+    if not faults:
+        return EXIT_DONE
     if out and full:
         _print("training does not read that list: check without --out to have them left out")
         return EXIT_DATA
@@ -122,7 +115,8 @@ def _list_splits(folder: Path) -> Iterator[Listing]:
         if is_packed(root):
             what = "is packed: the same `cmtrain data pack` again verifies it"
             raise DataError(f"{root}: {what}; check the folder that it was packed from")
-        listing = relabel_folder(list_folder(root), class_names)
+        listing = list_folder(root)
+        listing = relabel_folder(listing, class_names or listing.class_names)
         class_names = listing.class_names
         yield listing
 
@@ -161,7 +155,7 @@ def _describe(split: CheckedSplit, class_names: tuple[str, ...], cache_dir: str 
         manifest = Manifest.from_folder(
             listing.root, class_names=class_names, cache_dir=cache_dir, max_bad_fraction=1.0, refresh=True
         )
-        for line in split_doubts(manifest, str(listing.root)):
+        for line in split_doubts(replace(manifest, notes=()), listing.root.name):
             _print(f"  {line}")
 
 

@@ -1,12 +1,12 @@
 """Pack folders or lists of image files into tar shards with an index (`cmtrain data pack`)."""
 
-import json
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from cmtrain.errors import EXIT_DONE
+from cmtrain.monitoring.console import print_result
 from pipelines.files.doubts import split_doubts
 from pipelines.files.manifest import Manifest
 from pipelines.files.shards import damage, is_packed
@@ -19,17 +19,10 @@ SPLITS = ("train", "val")
 
 @os_errors_in_one_line()
 def pack(
-    source: str,
-    destination: str,
-    *,
-    shard_mib: int,
-    processes: int | None,
-    train_list: str | None = None,
-    val_list: str | None = None,
-    max_bad_fraction: float = MAX_BAD_FRACTION,
-    cache_dir: str | None = None,
-    **encoding: Any,
-) -> int:
+    source: str, destination: str, *, shard_mib: int, processes: int | None, train_list: str | None = None,
+    val_list: str | None = None, max_bad_fraction: float = MAX_BAD_FRACTION, cache_dir: str | None = None,
+    as_json: bool = False, **encoding: Any,
+) -> int:  # fmt: skip
     """Pack the training and the validation images of `source`; `destination` is then a data.root.
 
     After a kill or a full disk the same command continues; after success it verifies the shards. Prints one
@@ -42,6 +35,7 @@ def pack(
         train_list, val_list: list files, relative to `source`, used instead of the folders.
         max_bad_fraction: share of unusable files above which a split is refused.
         cache_dir: cache for image sizes, as data.cache_dir.
+        as_json: print the JSON line on a terminal, too.
         encoding: `resize_shorter` and `quality`, see pipelines.packing.encode.
 
     Raises:
@@ -82,5 +76,5 @@ def pack(
         report[split] = counts | {"bytes": size_bytes}
         written = f"{images:,} images in {counts['shards']} shards, {size_bytes:,} bytes"
         sys.stderr.write(visible(f"{folder}: {written}, verified") + "\n")
-    print(json.dumps({"destination": destination, **report}), flush=True)  # noqa: T201
+    print_result({"destination": destination, **report}, asked=as_json)
     return EXIT_DONE

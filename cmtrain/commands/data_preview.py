@@ -1,7 +1,6 @@
 """Draw augmented images, and measure a data set (`cmtrain data preview` and `cmtrain data stats`)."""
 
 import io
-import json
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +17,7 @@ from rich.table import Table
 
 from cmtrain.config.schema import Config
 from cmtrain.errors import EXIT_DONE
+from cmtrain.monitoring.console import print_result
 from cmtrain.step.mixing import MixSpec, mix
 from cmtrain.training import build, loaders
 from pipelines.checks.decode_one import FORMATS, fault_of, is_trouble, patiently
@@ -68,8 +68,8 @@ def preview(config: Config, *, out: str, rows: int = 8, columns: int = 8, epoch:
     return EXIT_DONE
 
 
-def stats(config: Config) -> int:
-    """Count and measure both splits: a table on stderr, one JSON line on stdout.
+def stats(config: Config, *, as_json: bool = False) -> int:
+    """Count and measure both splits: a table on stderr, one JSON line on stdout (see print_result).
 
     `mean` and `std` are the values for data.mean and data.std: over all pixels, with equal weight for every
     image. They and `undecodable` come from at most 1,000 images. Returns the exit code, 0.
@@ -84,7 +84,7 @@ def stats(config: Config) -> int:
     for key in report["train"]:
         table.add_row(key, *(_text(figures[key]) for figures in report.values()))
     Console(stderr=True).print(table)
-    print(json.dumps(report), flush=True)  # noqa: T201
+    print_result(report, asked=as_json)
     return EXIT_DONE
 
 

@@ -25,7 +25,7 @@ from cmtrain.errors import EXIT_DATA, EXIT_DONE, ConfigError
 from cmtrain.processes.collectives import control_group, gather, leave_together
 from cmtrain.processes.gpus import cuda_of_driver
 from cmtrain.training import build, loaders
-from pipelines.spec import DataError
+from pipelines.spec import DataError, visible
 
 SEVERITIES: tuple[Severity, ...] = ("ok", "warn", "fail")
 COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
@@ -102,7 +102,7 @@ def _show(results: dict[str, CheckResult]) -> None:
         table.add_column(column, no_wrap=column == "check", overflow="fold")
     for check, result in results.items():
         verdict = f"[{COLOURS[result.verdict]}]{result.verdict}[/]"
-        table.add_row(verdict, check, escape(result.found), escape(result.advice))
+        table.add_row(verdict, check, escape(visible(result.found)), escape(visible(result.advice)))
     console.print(table)
 
 

@@ -18,12 +18,13 @@ from typing import Any
 import numpy as np
 from timm.data import RealLabelsImagenet
 
+from cmtrain.commands.evaluation_sizes import sizes_of
 from cmtrain.commands.export import make_trained_model
 from cmtrain.commands.trained_model import open_trained
 from cmtrain.config.load import Overrides
 from cmtrain.config.schema import Config
 from cmtrain.errors import EXIT_DONE, EXIT_EXPECTATION, ConfigError
-from cmtrain.monitoring.console import Console
+from cmtrain.monitoring.console import Console, print_result
 from cmtrain.monitoring.units import percent
 from cmtrain.step.evaluate import Evaluation, evaluate
 from cmtrain.storage.records import replace_file
@@ -33,6 +34,7 @@ from cmtrain.training.schedule import split_batch
 from pipelines.files.doubts import split_doubts
 from pipelines.files.labels import some
 from pipelines.files.manifest import Manifest
+from pipelines.progress import tracked
 from pipelines.spec import DataError, visible
 
 NUM_REAL_FILES, NUM_IMAGENET_CLASSES = 50_000, 1_000
@@ -89,7 +91,8 @@ def evaluate_trained(options: argparse.Namespace, overrides: Overrides) -> int:
         for each in weights:
             model = make_trained_model(sized, each).to(accelerator.device)
             outputs = num_classes_in(each, config.model.name)
-            images = loader.epoch(0)
+            what = f"evaluating {each.kind} at {image_px} px"
+            images = tracked(loader.epoch(0), what, len(manifest), per_step=batch_size)
             evaluation = evaluate(
                 model, images, accelerator, len(manifest), outputs, keeps_ranked=options.real
             )
@@ -116,32 +119,12 @@ def evaluate_trained(options: argparse.Namespace, overrides: Overrides) -> int:
     except OSError as error:
         raise DataError(f"{error.filename or 'a file'}: cannot be written: {error.strerror}") from error
     _show(figures)
-    print(json.dumps(report), flush=True)  # noqa: T201
+    print_result(report, asked=options.json == "")
     if options.expect is not None and best.top1 < options.expect:
         missed = f"top-1 {percent(best.top1, 2)}, expected {percent(options.expect, 2)}: missed"
         Console(enabled=True).line(missed)
         return EXIT_EXPECTATION
     return EXIT_DONE
-
-
-def sizes_of(config: Config, image_px: Sequence[int], resize_px: Sequence[int]) -> list[tuple[int, int]]:
-    """Return pairs of image side and shorter side before the crop, each with each, in the order given.
-
-    Without `resize_px` the run's own is scaled with the image side.
-
-    Raises:
-        ConfigError: a crop larger than the image, or a side that the model cannot have.
-    """
-    data = config.data
-    pairs = []
-    for side in image_px or (data.image_px,):
-        if side % 32:
-            raise ConfigError(f"--image-px: must be multiples of 32, got {side}")
-        for resize in resize_px or (round(data.eval_resize_px * side / data.image_px),):
-            if resize < side:
-                raise ConfigError(f"--resize-px: {resize} is less than the image side {side}")
-            pairs.append((side, resize))
-    return pairs
 
 
 def open_folder(folder: str, class_names: Sequence[str], config: Config) -> Manifest:
@@ -218,11 +201,11 @@ def _write_csv(path: str, table: Sequence[Sequence[Any]]) -> None:
 
 def _show(figures: Sequence[dict[str, Any]]) -> None:
     console = Console(enabled=True)
-    header = "weights  image px  resize px    top-1    top-5    loss   images"
+    header = "weights  image px  resize px     top-1     top-5    loss   images"
     console.line(header + "   ReaL top-1" if "real_top1" in figures[0] else header)
     for row in figures:
         top1, top5 = percent(row["top1"], 2), percent(row["top5"], 2)
-        line = f"{row['weights']:<7}  {row['image_px']:>8}  {row['resize_px']:>9}  {top1:>7}  {top5:>7}"
+        line = f"{row['weights']:<7}  {row['image_px']:>8}  {row['resize_px']:>9}  {top1:>8}  {top5:>8}"
         line += f"  {row['loss']:6.4f}  {row['num_images']:>7}"
         console.line(line + (f"   {percent(row['real_top1'], 2):>10}" if "real_top1" in row else ""))
     if unreadable := figures[0]["num_unreadable"]:

@@ -2,7 +2,6 @@
 
 import importlib
 import importlib.util
-import json
 import math
 import os
 import platform
@@ -23,7 +22,7 @@ from cmtrain.config.schema import CMT_OPTIONS, Config, to_yaml
 from cmtrain.errors import EXIT_DONE, ConfigError
 from cmtrain.models.cmt import CMT
 from cmtrain.models.fold import folded
-from cmtrain.monitoring.console import Console
+from cmtrain.monitoring.console import Console, print_result
 from cmtrain.monitoring.report.page import make_templates
 from cmtrain.storage.checkpoint import new_folder, sync
 from cmtrain.storage.records import remove_leftovers
@@ -42,7 +41,10 @@ ANY_BATCH = ({0: torch.export.Dim("batch")},)
 CHECKED_BATCHES = (1, 3)  # images; neither is the size that the exporters trace
 
 
-def export(trained: Trained, *, formats: Sequence[str], out: str, kind: str | None, fold_bn: bool) -> int:
+def export(
+    trained: Trained, *, formats: Sequence[str], out: str, kind: str | None, fold_bn: bool,
+    as_json: bool = False,
+) -> int:  # fmt: skip
     """Write `trained` to the folder `out` in each of `formats` (of FORMATS), with a model card.
 
     Every format is read back and must give the model's logits before the folder appears, by one rename.
@@ -51,6 +53,7 @@ def export(trained: Trained, *, formats: Sequence[str], out: str, kind: str | No
     Args:
         kind: `model` or `ema`; None: the EMA if there is one.
         fold_bn: absorb BatchNorm where that is exact; not in timm's layout, which has a place for each norm.
+        as_json: print the JSON line on a terminal, too.
 
     Raises:
         ConfigError: `out` exists, or these options do not fit together.
@@ -92,7 +95,7 @@ def export(trained: Trained, *, formats: Sequence[str], out: str, kind: str | No
     files = sorted(path.name for path in final.iterdir())
     result = {"out": str(final), "checkpoint": str(weights.path), "weights": weights.kind, "files": files}
     found = {"rejected": list(trained.checkpoint.rejected), "max_difference": differences}
-    print(json.dumps(result | found), flush=True)  # noqa: T201
+    print_result(result | found, asked=as_json)
     return EXIT_DONE
 
 
@@ -161,13 +164,10 @@ def preprocessing_of(config: Config) -> dict[str, Any]:
     """Return the entries of timm's pretrained_cfg."""
     data = config.data
     return {
-        "input_size": [3, data.image_px, data.image_px],
-        "mean": list(data.mean),
-        "std": list(data.std),
-        "crop_pct": crop_pct_of(data.image_px, data.eval_resize_px),
-        "crop_mode": "center",
+        "input_size": [3, data.image_px, data.image_px], "mean": list(data.mean), "std": list(data.std),
+        "crop_pct": crop_pct_of(data.image_px, data.eval_resize_px), "crop_mode": "center",
         "interpolation": data.eval_interpolation,
-    }
+    }  # fmt: skip
 
 
 def _card(

@@ -8,7 +8,6 @@ moving average cannot heal them, not even with momentum 1: the old value is in t
 import argparse
 import functools
 import itertools
-import json
 import math
 import os
 import re
@@ -28,13 +27,14 @@ from cmtrain.commands.trained_model import open_trained
 from cmtrain.config.load import Overrides
 from cmtrain.config.schema import Config
 from cmtrain.errors import EXIT_DONE, ConfigError
-from cmtrain.monitoring.console import Console
+from cmtrain.monitoring.console import Console, print_result
 from cmtrain.monitoring.units import percent
 from cmtrain.step.evaluate import Evaluation, evaluate
 from cmtrain.step.mixing import MixSpec, mix
 from cmtrain.storage.checkpoint import checkpoint_path, find_checkpoint, save_checkpoint
 from cmtrain.storage.state_file import CheckpointError
 from cmtrain.training import build, loaders
+from cmtrain.training.schedule import refuse_batch_of_one
 from pipelines.atomic import replacing
 from pipelines.spec import DataError, Loader
 
@@ -75,7 +75,9 @@ class Entry:
                 self.state[key] = own[name].to("cpu", self.state[key].dtype, copy=True)
 
 
-def repair_bn(place: str, config: Config | None, overrides: Overrides, out: str | None, batches: int) -> int:
+def repair_bn(
+    place: str, config: Config | None, overrides: Overrides, out: str | None, batches: int, *, as_json: bool
+) -> int:
     """Recompute the BatchNorm statistics of all weights (model and EMA) at `place`; write a repaired copy.
 
     They are averaged over `batches` micro-batches of training, augmented and mixed, in fp32, which does not
@@ -88,6 +90,7 @@ def repair_bn(place: str, config: Config | None, overrides: Overrides, out: str 
         config: model and data; None takes a run's own configuration, with `overrides`.
         out: the file to write (None: `x-repaired.pth` beside `x.pth`); for a run, the folder of the new
             checkpoint (None: `repaired` in the run folder).
+        as_json: print the JSON line on a terminal, too.
 
     Raises:
         ConfigError: no configuration, one of another model, or several processes.
@@ -107,6 +110,7 @@ def repair_bn(place: str, config: Config | None, overrides: Overrides, out: str 
     sys.stderr.writelines(f"{line}\n" for line in lines)
     data = loaders.open_data(config, accelerator)
     schedule = build.plan_steps(config, len(data.train), 1)
+    refuse_batch_of_one(schedule.global_batch_size, schedule.max_batch_per_gpu, 1)
     num_classes = loaders.num_classes_of(config, data.train)
 
     # Load every state_dict, and refuse what new statistics cannot heal.
@@ -151,7 +155,7 @@ def repair_bn(place: str, config: Config | None, overrides: Overrides, out: str 
     console.line(f"written to {written}{source.next_step}")
     result = {"out": str(written), "nonfinite_statistics": nonfinite, "batches": batches, "top1": top1}
     result["rejected"] = list(source.rejected)
-    print(json.dumps(result), flush=True)  # noqa: T201
+    print_result(result, asked=as_json)
     return EXIT_DONE
 
 

@@ -20,7 +20,7 @@ from rich.text import Text
 
 from cmtrain.config.strict_yaml import Node, parse
 from cmtrain.errors import EXIT_DONE
-from cmtrain.monitoring.units import duration, percent
+from cmtrain.monitoring.units import duration, percent, state_name, step_place
 from cmtrain.storage.records import is_number
 from cmtrain.storage.run_folder import SILENT_SECONDS, is_alive, read_status
 from pipelines.spec import DataError, visible
@@ -150,7 +150,8 @@ def describe(run_status: RunStatus) -> list[str]:
     if status.get("resume_from"):
         lines.append(f"saved    {status['resume_from']}")
     if run_status.is_running and status.get("metrics_url"):
-        lines.append(f"metrics  {status['metrics_url']}{'' if now else ' (no answer)'}")
+        page = str(status["metrics_url"]).removesuffix("metrics")
+        lines.append(f"watch    {page}{'' if now else ' (no answer)'}")
     lines += [f"lost     {what} ({count} times)" for what, count in (status.get("lost") or {}).items()]
     writer = f"process {status.get('pid')} on {status.get('host')}"
     lines = [*lines, f"written  {duration(run_status.age_seconds)} ago by {writer}"]
@@ -159,11 +160,11 @@ def describe(run_status: RunStatus) -> list[str]:
 
 def _headline(run_status: RunStatus) -> str:
     status = run_status.status
-    steps = f"step {run_status.step:,} of {status.get('last_step') or 0:,}"
+    steps = step_place(status, run_status.step)
     if run_status.warning:
         return f"claims to run, {steps}, but {run_status.warning}"
     reason = f": {status['reason']}" if status.get("reason") else ""
-    return f"{status.get('state')}, {steps}{reason}"
+    return f"{state_name(status)}, {steps}{reason}"
 
 
 def _speed(status: dict[str, Any]) -> str:

@@ -23,6 +23,7 @@ from cmtrain.config.load import Overrides, find_configs, load_config
 from cmtrain.config.schema import Config, recipe
 from cmtrain.config.strict_yaml import emit
 from cmtrain.errors import ConfigError
+from cmtrain.monitoring.units import is_part, percent, state_name
 from cmtrain.processes.failure import stop_signals
 from cmtrain.storage.records import is_number
 from cmtrain.storage.run_folder import read_status
@@ -32,15 +33,10 @@ SBATCH = "docker/slurm/train.sbatch"
 
 # The whole recipe in a minute on any machine: small photographs, small batches, a few steps.
 DEMO_SCALE = [
-    ("run.dir", "runs/sweep-demo"),
-    ("data.root", "demo:photos"),
-    ("data.fraction", "1.0"),
-    ("data.image_px", "32"),
-    ("data.eval_resize_px", "36"),
-    ("train.global_batch_size", "16"),
-    ("train.max_batch_per_gpu", "16"),
-    ("train.log_every_steps", "1"),
-]
+    ("run.dir", "runs/sweep-demo"), ("data.root", "demo:photos"), ("data.fraction", "1.0"),
+    ("data.image_px", "32"), ("data.eval_resize_px", "36"), ("train.global_batch_size", "16"),
+    ("train.max_batch_per_gpu", "16"), ("train.log_every_steps", "1"),
+]  # fmt: skip
 DEMO_STEPS = 3
 END_CODES = (errors.EXIT_CONFIG, errors.EXIT_DATA, errors.EXIT_INTERRUPTED, errors.EXIT_PREEMPTED)
 
@@ -144,32 +140,66 @@ def commands(rows: Sequence[SweepRow], jobs: str, script: str) -> str:
 
 
 COLUMNS = ("row", "run", "differs in", "published", "measured", "difference", "state", "source")
+NUMBERS = ("row", "published", "measured", "difference")
+LEAST_WIDTH = {"differs in": 110, "source": 180}  # of a terminal that shows these columns, too
 
 
 def table(rows: Sequence[SweepRow], *, as_csv: bool = False) -> str:
-    """Return published and measured top-1 of every row, in percent, as Markdown or CSV."""
-    lines = [_cells(row) for row in rows]
+    """Return published and measured top-1 of every row as Markdown: 50.99 %, and the difference in points.
+
+    As CSV they are numbers in percent, and nothing where nothing was measured.
+    """
+    lines = [_cells(row, as_csv=as_csv) for row in rows]
     if as_csv:
         text = io.StringIO(newline="")
         csv.writer(text, lineterminator="\n").writerows([COLUMNS, *lines])
         return text.getvalue()
-    rule = ["---:" if name in ("row", "published", "measured", "difference") else "---" for name in COLUMNS]
+    rule = ["---:" if name in NUMBERS else "---" for name in COLUMNS]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in [COLUMNS, rule, *lines])
 
 
-def _cells(row: SweepRow) -> list[str]:
+def print_table(rows: Sequence[SweepRow], *, as_csv: bool) -> None:
+    """Print the table: on a terminal as many columns as fit, elsewhere `table`."""
+    if as_csv or not sys.stdout.isatty():
+        sys.stdout.write(table(rows, as_csv=as_csv))
+        return
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    shown = [i for i, name in enumerate(COLUMNS) if console.width >= LEAST_WIDTH.get(name, 0)]
+    drawn = Table(box=None, pad_edge=False, header_style="bold")
+    for name in (COLUMNS[i] for i in shown):
+        wraps = name in ("differs in", "state", "source")
+        drawn.add_column(name, justify="right" if name in NUMBERS else "left", no_wrap=not wraps)
+    for row in rows:
+        cells = _cells(row, as_csv=False)
+        drawn.add_row(*(escape(cells[i]) for i in shown))
+    console.print(drawn)
+
+
+def _cells(row: SweepRow, *, as_csv: bool) -> list[str]:
     expect, status = row.config.expect, read_status(row.run_path) or {}
     state = _state(row, status)
-    top1 = (status.get("result") or {}).get("top1") if state == "finished" else None
-    top1 = top1 if is_number(top1) else None
+    result = status.get("result") or {}
+    # As the run itself reports: of model and EMA the better one.
+    reached = [top1 for key in ("top1", "ema_top1") if is_number(top1 := result.get(key))]
+
+    def share(value: float) -> str:
+        return f"{100 * value:.2f}" if as_csv else percent(value, 2)
+
     published = measured = difference = ""
     if expect.diverges:
         published = "diverged"
     elif expect.top1 is not None:
-        published = f"{100 * expect.top1:.2f}"
-    if top1 is not None:
-        measured = f"{100 * top1:.2f}"
-        difference = "" if expect.top1 is None else f"{100 * (top1 - expect.top1):+.2f}"
+        published = share(expect.top1)
+    if state == "finished" and reached:
+        measured = share(max(reached))
+        points = "" if as_csv else " points"
+        difference = "" if expect.top1 is None else f"{100 * (max(reached) - expect.top1):+.2f}{points}"
+    elif not as_csv:
+        measured = "not a whole run" if is_part(status) else "-"
     name = str(row.config.run.name)
     return [str(row.number), name, row.changes, published, measured, difference, state, expect.source or ""]
 
@@ -177,7 +207,7 @@ def _cells(row: SweepRow) -> list[str]:
 def _state(row: SweepRow, status: dict[str, Any]) -> str:
     if not status:
         return "not started"
-    state, step, total = str(status.get("state")), status.get("step") or 0, status.get("total_steps")
+    state, step, total = state_name(status), status.get("step") or 0, status.get("total_steps")
     try:
         other = load_config(row.run_path / "config.yaml").config
         if recipe(other.model_dump(mode="json")) != recipe(row.config.model_dump(mode="json")):

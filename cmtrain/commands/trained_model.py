@@ -9,13 +9,13 @@ from cmtrain.config.load import Overrides, load_config
 from cmtrain.config.schema import Config, to_yaml
 from cmtrain.errors import ConfigError
 from cmtrain.storage.checkpoint import Loaded, find_checkpoint
+from cmtrain.storage.places import find_run
 from cmtrain.storage.records import read_json
 from cmtrain.storage.run_folder import CLASSES_NAME
 from cmtrain.storage.state_file import CheckpointError
 from cmtrain.storage.weights import Weights, check_finite, state_of
 from pipelines.spec import DataError
 
-RUNS = Path("runs")
 KINDS = ("model", "ema")
 
 
@@ -56,12 +56,7 @@ def open_trained(place: str, overrides: Overrides) -> Trained:
     Raises:
         ConfigError: wrong overrides. DataError: no run or no usable checkpoint there.
     """
-    path = Path(place)
-    if not _run_of(path) and _run_of(RUNS / place):
-        path = RUNS / place
-    run = _run_of(path)
-    if run is None:
-        raise DataError(f"{place}: no run and no checkpoint of one: it has no checkpoints of a run")
+    run, path = find_run(place)
     try:
         loaded = find_checkpoint(path)
         loaded.state["progress"]["step"]
@@ -91,14 +86,6 @@ def _config_of(run: Path, loaded: Loaded, overrides: Overrides) -> Config:
             (copy := Path(folder, f"{run.name}.yaml")).write_text(saved)
             return load_config(copy, overrides).config
     return load_config(run / "config.yaml", overrides).config
-
-
-def _run_of(path: Path) -> Path | None:
-    """Return the run folder of `path`: itself, or RUN for RUN/checkpoints/step-* and RUN/repaired/step-*."""
-    for folder in (path, path.absolute().parent.parent) if path.name.startswith("step-") else (path,):
-        if (folder / "checkpoints").is_dir():
-            return folder
-    return None
 
 
 def _class_names(run: Path) -> tuple[str, ...]:

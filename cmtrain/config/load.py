@@ -31,19 +31,11 @@ Overrides = Sequence[tuple[str, str]]  # (dotted key, text as on a command line)
 
 # Names that other trainers use, where the spelling alone does not lead to ours.
 _FOREIGN_NAMES = {
-    "aa": "augment.rand_augment",
-    "amp": "train.precision",
-    "batch_size": "train.global_batch_size",
-    "data_dir": "data.root",
-    "drop": "model.drop_rate",
-    "img_size": "data.image_px",
-    "input_size": "data.image_px",
-    "learning_rate": "optim.lr",
-    "num_workers": "data.threads",
-    "output": "run.dir",
-    "wd": "optim.weight_decay",
-    "workers": "data.threads",
-}
+    "aa": "augment.rand_augment", "amp": "train.precision", "batch_size": "train.global_batch_size",
+    "data_dir": "data.root", "drop": "model.drop_rate", "img_size": "data.image_px",
+    "input_size": "data.image_px", "learning_rate": "optim.lr", "num_workers": "data.threads",
+    "output": "run.dir", "wd": "optim.weight_decay", "workers": "data.threads",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

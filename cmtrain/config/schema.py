@@ -3,7 +3,8 @@ run.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from pydantic import model_validator
@@ -29,6 +30,7 @@ from cmtrain.config.sections import (
     Train,
 )  # fmt: skip
 from cmtrain.config.strict_yaml import emit
+from cmtrain.errors import ConfigError
 
 
 class Config(Section):
@@ -187,3 +189,18 @@ def recipe(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         for key, value in values.items()
         if key.split(".")[0] not in _FREE_SECTIONS and key not in _FREE_KEYS
     }
+
+
+def recipe_changes(old: Mapping[str, Mapping[str, Any]], new: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return `key: old -> new` for what differs between the recipes of two Configs dumped to JSON."""
+    before, after = recipe(old), recipe(new)
+    changed = [key for key in sorted(before | after) if before.get(key) != after.get(key)]
+    return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in changed]
+
+
+def another_recipe(checkpoint: Path, changes: Sequence[str]) -> ConfigError:
+    """Return the error for a run that does not continue `checkpoint`, because of `changes`."""
+    return ConfigError(
+        f"{checkpoint} was made with another recipe: {'; '.join(changes)}; "
+        "choose another --run.name, or --resume force to continue with the new recipe"
+    )

@@ -15,23 +15,17 @@ from cmtrain.models.position import POSITION_MODULES
 
 # Our module inside a block -> the paper's names, the re-implementation's. Our matrix holds the rows of all.
 IN_BLOCK = {
-    "lpu": ("proj", "LPU.conv_3x3_dw.conv"),
-    "norm1": ("norm1", "norm1"),
-    "attn.q": ("attn.q", "LMHSA.q"),
-    "attn.kv": ("attn.k attn.v", "LMHSA.kv"),
-    "attn.qkv": ("attn.q attn.k attn.v", "LMHSA.q LMHSA.kv"),
-    "attn.proj": ("attn.proj", "LMHSA.proj"),
-    "attn.reduce": ("attn.sr.0", "LMHSA.sr"),
-    "attn.reduce_norm": ("attn.sr.1", "LMHSA.norm"),
-    "bias": ("", "LMHSA.position_embeeding"),
-    "norm2": ("norm2", "norm2"),
-    "ffn.expand": ("mlp.conv1.0", "IRFFN.conv1x1_gelu_bn.conv3x3_gelu_bn.0"),
+    "lpu": ("proj", "LPU.conv_3x3_dw.conv"), "norm1": ("norm1", "norm1"), "attn.q": ("attn.q", "LMHSA.q"),
+    "attn.kv": ("attn.k attn.v", "LMHSA.kv"), "attn.qkv": ("attn.q attn.k attn.v", "LMHSA.q LMHSA.kv"),
+    "attn.proj": ("attn.proj", "LMHSA.proj"), "attn.reduce": ("attn.sr.0", "LMHSA.sr"),
+    "attn.reduce_norm": ("attn.sr.1", "LMHSA.norm"), "bias": ("", "LMHSA.position_embeeding"),
+    "norm2": ("norm2", "norm2"), "ffn.expand": ("mlp.conv1.0", "IRFFN.conv1x1_gelu_bn.conv3x3_gelu_bn.0"),
     "ffn.expand_norm": ("mlp.conv1.2", "IRFFN.conv1x1_gelu_bn.conv3x3_gelu_bn.2"),
     "ffn.depthwise": ("mlp.proj", "IRFFN.conv3x3_dw.conv"),
     "ffn.depthwise_norm": ("mlp.proj_bn", "IRFFN.act.1"),
     "ffn.project": ("mlp.conv2.0", "IRFFN.conv1x1_pw.0"),
     "ffn.project_norm": ("mlp.conv2.1", "IRFFN.conv1x1_pw.1"),
-}
+}  # fmt: skip
 PAPER_ENDS = {
     **{f"stem.{kind}{i}": f"stem_{kind}{i}" for kind in ("conv", "norm") for i in (1, 2, 3)},
     "fc": "_fc",
@@ -42,10 +36,8 @@ REIMPL_STEM = ("conv3x3_gelu_bn_downsample", "conv3x3_gelu_bn_list.0", "conv3x3_
 REIMPL_ENDS = {
     **{f"stem.conv{i}": f"stem.{name}.conv3x3_gelu_bn.0" for i, name in enumerate(REIMPL_STEM, 1)},
     **{f"stem.norm{i}": f"stem.{name}.conv3x3_gelu_bn.2" for i, name in enumerate(REIMPL_STEM, 1)},
-    "stages.0.absolute": "absolute_pos_embed",
-    "fc": "fc",
-    "head": "classifier",
-}
+    "stages.0.absolute": "absolute_pos_embed", "fc": "fc", "head": "classifier",
+}  # fmt: skip
 WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 
 

@@ -1,14 +1,18 @@
-"""Print a run's progress to stderr: a bar on a terminal, else one greppable line per log point."""
+"""Print what a verb finds: progress and tables for people on stderr, a JSON line for programs on stdout."""
 
 import contextlib
 import functools
+import json
 import sys
 from collections.abc import Callable
-from typing import Concatenate, ParamSpec
+from typing import Any, Concatenate, ParamSpec
 
 from rich.console import Console as RichConsole
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
+from rich.table import Column
+from rich.text import Text
 
+from cmtrain.monitoring.units import duration
 from pipelines.spec import visible
 
 MIN_BAR_WIDTH = 7
@@ -31,27 +35,46 @@ def _safe(show: Callable[Concatenate["Console", P], None]) -> Callable[Concatena
     return call
 
 
+def print_result(result: dict[str, Any], *, asked: bool) -> None:
+    """Print `result` as a JSON line where stdout is no terminal, or where a person has `asked` (--json)."""
+    if asked or not sys.stdout.isatty():
+        print(json.dumps(result), flush=True)  # noqa: T201
+
+
+class ElapsedColumn(ProgressColumn):
+    """The time since the bar appeared, in a column of one width up to 99 days."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{duration(task.elapsed or 0.0):>7} elapsed")
+
+
 class Console:
-    """Prints on rank 0; `enabled` is false on the others, which print nothing. No method raises."""
+    """Shows a bar on a terminal, else one greppable line per log point. No method raises.
+
+    Prints on rank 0; `enabled` is false on the others, which print nothing.
+    """
 
     def __init__(self, *, enabled: bool) -> None:
         self.enabled = enabled
-        self.rich = RichConsole(stderr=True, highlight=False, soft_wrap=True)
+        # Only a terminal is one: CI systems set FORCE_COLOR, and their logs are files.
+        terminal = sys.stderr.isatty()
+        self.rich = RichConsole(stderr=True, highlight=False, soft_wrap=True, force_terminal=terminal)
         self.bar: Progress | None = None
         self.task = TaskID(0)
-        self.parts_width = 0  # columns of the terminal that are left for the parts of a log point
+        self.first_step = self.fixed_width = 0  # columns of the terminal that the parts cannot have
+        self.parts: tuple[str, ...] = ()  # of the newest log point
 
     @_safe
     def start(self, step: int, total_steps: int) -> None:
         """Show the bar, if stderr is a terminal."""
-        if not (self.enabled and self.rich.is_terminal):
+        if not (self.enabled and self.rich.is_interactive):
             return
         digits = len(str(total_steps))
         place = TextColumn(f"step {{task.completed:>{digits}}}/{{task.total}}")
-        columns = place, BarColumn(None), TimeElapsedColumn(), TextColumn("elapsed  {task.description}")
-        self.bar = Progress(*columns, console=self.rich, transient=True)
-        fixed = f"step {total_steps}/{total_steps} {' ' * MIN_BAR_WIDTH} 0:00:00 elapsed  "
-        self.parts_width = self.rich.width - len(fixed)
+        elapsed, parts = ElapsedColumn(Column(no_wrap=True)), TextColumn(" {task.description}")
+        self.bar = Progress(place, BarColumn(None), elapsed, parts, console=self.rich, transient=True)
+        fixed = f"step {total_steps}/{total_steps} {' ' * MIN_BAR_WIDTH} 59m 59s elapsed  "
+        self.first_step, self.fixed_width = step, len(fixed)
         self.task = self.bar.add_task("", total=total_steps, completed=step)
         self.bar.start()
 
@@ -59,6 +82,10 @@ class Console:
     def advance(self, step: int) -> None:
         if self.bar:
             self.bar.update(self.task, completed=step)
+            if not self.parts:  # before the first log point, which may be hours away
+                elapsed_seconds, done = self.bar.tasks[0].elapsed or 0.0, step - self.first_step
+                left_seconds = elapsed_seconds / max(done, 1) * (int(self.bar.tasks[0].total or 0) - step)
+                self.bar.update(self.task, description=f"eta {duration(left_seconds)}")
 
     @_safe
     def progress(self, place: str, *parts: str) -> None:
@@ -69,10 +96,10 @@ class Console:
         if not self.bar:
             self.line(" ".join([place, *parts]))
             return
-        shown = ""
+        self.parts, shown = parts, ""
         for part in parts:
             longer = f"{shown}  {part}" if shown else part
-            if len(longer) > self.parts_width:
+            if len(longer) > self.rich.width - self.fixed_width:
                 break
             shown = longer
         self.bar.update(self.task, description=shown)

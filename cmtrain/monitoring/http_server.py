@@ -14,6 +14,7 @@ import errno
 import functools
 import io
 import ipaddress
+import math
 import socket
 import threading
 import time
@@ -26,6 +27,8 @@ CLOSE_GRACE_SECONDS = 0.05  # time for just-closed connections to leave the coun
 MAX_CONNECTIONS = 32
 MAX_HEAD_BYTES = 8192  # request line and headers
 TIMEOUT_SECONDS = 5.0  # for a request to arrive, and for its answer to be sent
+WATCHED_SECONDS = 5.0  # a page that somebody looks at was asked for this recently
+LINGER_SECONDS = 2.2  # the live page asks again after 2
 END_OF_HEAD = b"\r\n\r\n"
 
 # A turn is one request, with its connection if that is new. It takes 0.4 ms on a slow core, so the server
@@ -74,6 +77,8 @@ class Exporter:
         self.idle: dict[asyncio.Task[None], None] = {}
         self.num_connections = 0
         self.turns_taken_until = 0.0
+        self.asked_at: dict[str, float] = {}  # path -> when the newest answered request for it came
+        self.answered = threading.Condition()
         self.loop = asyncio.new_event_loop()
         self.serving = self.loop.create_task(self._serve())
         self.thread = threading.Thread(target=self._run, name="exporter", daemon=True)
@@ -83,6 +88,15 @@ class Exporter:
     def url(self) -> str:
         """`http://host:port`, without a slash at the end."""
         return f"http://{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}"
+
+    def linger(self, path: str) -> None:
+        """If somebody watches the page at `path`, wait until it is asked for once more: LINGER_SECONDS at
+        most. Ctrl-C ends the wait, and nothing else.
+        """
+        now = time.monotonic()
+        with contextlib.suppress(KeyboardInterrupt), self.answered:
+            if now - self.asked_at.get(path, -math.inf) < WATCHED_SECONDS:
+                self.answered.wait_for(lambda: self.asked_at[path] >= now, LINGER_SECONDS)
 
     def close(self) -> None:
         """Close all connections and end the thread."""
@@ -137,10 +151,14 @@ class Exporter:
                 while keep_open:
                     async with asyncio.timeout(TIMEOUT_SECONDS):
                         head = await self._read_head(reader)
+                    begun = time.monotonic()
                     answer, keep_open = answer_to(head, self.routes, self.allowed_hosts)
                     writer.write(answer)
                     async with asyncio.timeout(TIMEOUT_SECONDS):
                         await writer.drain()
+                    with self.answered:
+                        self.asked_at |= dict.fromkeys(_path_of(head) & self.routes.keys(), begun)
+                        self.answered.notify_all()
                     if keep_open:
                         await self._wait_for_turn()
             finally:
@@ -165,6 +183,12 @@ class Exporter:
         now = time.monotonic()
         self.turns_taken_until = max(self.turns_taken_until, now) + 1 / TURNS_PER_SECOND
         await asyncio.sleep(self.turns_taken_until - now - TURNS_AT_ONCE / TURNS_PER_SECOND)
+
+
+def _path_of(head: bytes | None) -> set[str]:
+    """Return the path of a request, if it has one."""
+    words = (head or b"").split(b" ", 2)
+    return {words[1].partition(b"?")[0].decode("latin-1")} if len(words) == 3 else set()
 
 
 def answer_to(head: bytes | None, routes: Routes, allowed_hosts: Collection[str] = ()) -> tuple[bytes, bool]:

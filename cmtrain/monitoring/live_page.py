@@ -8,7 +8,7 @@ shared 2-core machine). The template is report/templates/live.html.
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ from cmtrain.monitoring.metrics import TrainMetrics
 from cmtrain.monitoring.report.curves import PlottedRun, draw_charts
 from cmtrain.monitoring.report.events import newest_rows
 from cmtrain.monitoring.report.headline import Headline, number
-from cmtrain.monitoring.report.page import render_page
-from cmtrain.monitoring.units import duration, percent, short
+from cmtrain.monitoring.report.page import TONES, render_page
+from cmtrain.monitoring.units import duration, is_part, percent, short, state_name
 from cmtrain.storage.run_folder import REPORT_NAME
 from cmtrain.storage.run_record import is_sampled, read_sample
 
@@ -40,13 +40,16 @@ class LivePage:
     status: Callable[[], dict[str, Any]]
     now: Callable[[], dict[str, Any]]
     run_path: Path
+    since: float = field(default_factory=time.time)  # status.json may be that of an earlier process
     page: Page | None = None
     made_at: float = 0.0
+    shown: Any = None  # the run's state on `page`
 
     def __call__(self, accept: str) -> Page:
-        if self.page is None or time.monotonic() - self.made_at >= MAX_AGE_SECONDS:
+        state = self.status().get("state")  # its end is shown at once
+        if self.page is None or state != self.shown or time.monotonic() - self.made_at >= MAX_AGE_SECONDS:
             self.page = Page(HTML, self._render().encode(errors="replace"))
-            self.made_at = time.monotonic()
+            self.made_at, self.shown = time.monotonic(), state
         return self.page
 
     def _render(self) -> str:
@@ -62,6 +65,12 @@ class LivePage:
         state, tone = STATES[now["state"]], "info" if now["state"] == "setup" else "good"
         if now["stalled"]:
             state, tone = "stalled", "bad"
+        is_new = (number(status.get("updated")) or 0.0) >= self.since
+        page["ended"] = is_new and status.get("state") in TONES.keys() - {"running"}
+        if page["ended"]:
+            state, tone, end = state_name(status), TONES[status["state"]], 0.0
+            page["reason"] = status.get("reason")
+            target = status["total_steps"] if is_part(status) else target
         page |= {"state": state, "tone": tone, "numbers": headline_now(metrics, status, at), "at": at}
         page |= {"target": int(target), "share": min(1.0, now["step"] / target) if target else 0.0}
         page |= {"end": end, "left_seconds": max(0.0, end - at) if end else None}

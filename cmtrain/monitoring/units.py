@@ -1,7 +1,8 @@
-"""Format durations, numbers and times for people."""
+"""Format durations, numbers, times and the states of runs for people."""
 
 import datetime
 import math
+from typing import Any
 
 
 def duration(seconds: float) -> str:
@@ -46,3 +47,31 @@ def with_exponent(value: float, digits: int) -> str:
 def percent(share: float, digits: int = 1) -> str:
     """Format a share of 1, as people read it everywhere in cmtrain: 98.7 %."""
     return f"{100 * share:.{digits}f} %"
+
+
+def is_part(status: dict[str, Any]) -> bool:
+    """Return whether a run, by its status.json, ended as planned but not whole: by --max-steps."""
+    step, total_steps = status.get("step"), status.get("total_steps")
+    if not isinstance(step, int) or not isinstance(total_steps, int):
+        return False
+    return status.get("state") == "finished" and step < total_steps
+
+
+def state_name(status: dict[str, Any]) -> str:
+    """Return the state in status.json for people."""
+    return "ended by --max-steps" if is_part(status) else str(status.get("state", "unknown"))
+
+
+def step_place(status: dict[str, Any], step: int) -> str:
+    """Return how far a run is: `step 3 of 10,800`; of the steps until --max-steps while it runs."""
+    target = status.get("total_steps" if is_part(status) else "last_step") or 0
+    return f"step {step:,} of {target:,}"
+
+
+def workers(facts: dict[str, Any]) -> str:
+    """Return what a run trains on, by `device` and `world_size`: 8 GPUs, or 2 processes on the CPU."""
+    count, device = facts.get("world_size"), facts.get("device")
+    many = "" if str(count) == "1" else "s" if device == "cuda" else "es"
+    if device == "cuda":
+        return f"{count} GPU{many}"
+    return f"{count} process{many}" + (" on the CPU" if device == "cpu" else "")

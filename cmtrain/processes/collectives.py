@@ -2,6 +2,9 @@
 
 import datetime
 import os
+import socket
+import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,8 +13,11 @@ import torch
 import torch.distributed as dist
 
 from cmtrain.processes.rank import num_restarts
+from pipelines.spec import DataError
 
 T = TypeVar("T")
+
+LINE_SECONDS, POLL_SECONDS = 8.0, 0.1
 
 
 def set_torch_defaults(run_path: Path) -> None:
@@ -51,20 +57,62 @@ def set_cuda_math(precision: str) -> None:
         backend.fp32_precision = "tf32" if tf32 else "ieee"
 
 
-def join_torchrun(backend: str, timeout: datetime.timedelta) -> None:
-    """Join the process group with a store of this attempt's own; torchrun reuses one for all attempts.
+def join(backend: str, timeout: datetime.timedelta) -> None:
+    """Join the process group of all ranks, and name those that are waited for.
 
-    Otherwise ranks read addresses that died with the attempt before. Without this, one of three restarts
-    after a killed rank used up all attempts (torch 2.15; pytorch issue 135712). A prefix per attempt keeps
-    them apart, as does TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment of torchrun itself.
+    The store is this attempt's own; torchrun's serves all attempts, and ranks would read addresses that
+    died with the attempt before: one of three restarts after a killed rank used up all attempts (torch 2.15;
+    pytorch issue 135712). A prefix per attempt keeps them apart, as does
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment of torchrun itself.
+
+    Raises DataError: a rank did not come within `timeout`, or the address cannot be used.
     """
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    store = dist.TCPStore(address, port, is_master=False, timeout=timeout)
-    own = dist.PrefixStore(f"attempt-{num_restarts()}", store)
-    dist.init_process_group(backend, store=own, rank=rank, world_size=world_size, timeout=timeout)
+    is_host = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    missing = list(range(world_size))
+    place = f"{address}:{port} (MASTER_ADDR, MASTER_PORT)"
+    wait = _Wait(timeout.total_seconds())
+    try:
+        while not is_host and not _answers(address, port):
+            wait.once(f"rank {rank} of {world_size} waits for rank 0 at {place}")
+        store = dist.TCPStore(
+            address, port, is_master=is_host, timeout=timeout, wait_for_workers=False, multi_tenant=True
+        )
+        own = dist.PrefixStore(f"attempt-{num_restarts()}", store)
+        own.set(f"rank-{rank}", "here")
+        while missing := [other for other in missing if not own.check([f"rank-{other}"])]:
+            names = f"{', '.join(map(str, missing[:8]))}{', ...' if len(missing) > 8 else ''}"
+            wait.once(f"rank {rank} of {world_size} waits at {place} for rank {names}")
+        dist.init_process_group(backend, store=own, rank=rank, world_size=world_size, timeout=timeout)
+    except dist.DistError as error:
+        raise DataError(f"ranks cannot meet at {place}: {' '.join(str(error).split())[:200]}") from error
+
+
+def _answers(address: str, port: int) -> bool:
+    try:
+        socket.create_connection((address, port), timeout=2).close()
+    except OSError:  # also a name that is not known yet
+        return False
+    return True
+
+
+class _Wait:
+    """Waits for something in turns of a moment, says so every few seconds, and not for ever."""
+
+    def __init__(self, seconds: float) -> None:
+        self.deadline, self.next_line = time.monotonic() + seconds, time.monotonic() + LINE_SECONDS
+
+    def once(self, what: str) -> None:
+        """Wait for a moment. Raises DataError: `what` is still true after the time."""
+        now = time.monotonic()
+        if now > self.deadline:
+            raise DataError(f"{what}, which did not come in time (train.collective_timeout_seconds)")
+        if now > self.next_line:
+            sys.stderr.write(f"{what}; gives up in {self.deadline - now:.0f} s\n")
+            sys.stderr.flush()
+            self.next_line = now + LINE_SECONDS
+        time.sleep(POLL_SECONDS)
 
 
 def control_group(num_processes: int, timeout_seconds: float) -> Any:

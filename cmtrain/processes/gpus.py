@@ -14,14 +14,6 @@ DRIVERS = {13: 580, 12: 525}  # the first driver for each CUDA
 LOCKS = {13: "requirements.lock", 12: "requirements-cuda120.lock"}  # with torch for each CUDA
 OLDEST_OF_CUDA13 = (7, 5)  # compute capability of the oldest GPUs for which it makes code
 
-TRUE = ("1", "true", "yes", "on", "y", "t")  # as accelerate reads its variables
-
-
-def hide_gpus_if_cpu_is_asked_for() -> None:
-    """Turn ACCELERATE_USE_CPU=1 into CUDA_VISIBLE_DEVICES="", which torch, DALI and child processes obey."""
-    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in TRUE:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
-
 
 def visible_gpus() -> int:
     """Return how many GPUs training would see, without CUDA, which would put a context into this process.

@@ -21,7 +21,7 @@ from pathlib import Path
 from cmtrain import errors
 from cmtrain.processes import failure
 from cmtrain.processes.failure import Failure
-from cmtrain.processes.rank import PARENT, RESTARTS
+from cmtrain.processes.rank import PARENT, RESTARTS, answer_to_ctrl_c
 from cmtrain.storage.run_folder import read_status
 from pipelines.spec import visible
 
@@ -104,6 +104,8 @@ def _watch(attempt: Attempt, taken: set[signal.Signals], run_path: Path) -> bool
     while attempt.running:
         received = signal.sigtimedwait(taken, POLL_SECONDS)
         if received and received.si_signo != signal.SIGCHLD:
+            if received.si_signo == signal.SIGINT and not is_stopped:
+                _print(_answer(attempt, run_path))
             is_stopped = True
             _send(attempt, received.si_signo)
         failed_before = attempt.failed
@@ -114,6 +116,14 @@ def _watch(attempt: Attempt, taken: set[signal.Signals], run_path: Path) -> bool
         if time.monotonic() > deadline:
             _send(attempt, signal.SIGKILL)
     return is_stopped
+
+
+def _answer(attempt: Attempt, run_path: Path) -> str:
+    """Return what a Ctrl-C does, which the ranks cannot print at once."""
+    if not _has_begun(attempt, run_path):
+        return "Ctrl-C: stopping before the first step; nothing is lost"
+    saved = Path((read_status(run_path) or {}).get("resume_from") or "step-0").name
+    return answer_to_ctrl_c(int(saved.rpartition("-")[2]))
 
 
 def _reap(attempt: Attempt, run_path: Path) -> None:

@@ -25,9 +25,9 @@ from cmtrain.processes.failure import Failure
 from cmtrain.storage.run_folder import read_status
 from pipelines.spec import DataError, visible
 
-# Variables by which a launcher is recognised; cmtrain's own launcher sets the first, to its process id.
-PARENT = "CMTRAIN_PARENT"
-LAUNCHERS = (PARENT, "TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")
+PARENT = "CMTRAIN_PARENT"  # set by cmtrain's own launcher, to its process id
+# `accelerate launch` is known by two together: people export the first alone. See environment.py.
+ACCELERATE_LAUNCH = ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_DYNAMO_BACKEND")
 RESTARTS = "TORCHELASTIC_RESTART_COUNT"
 
 # From the kernel when the launcher is gone, or only its thread that started us, which must not stop a run.
@@ -44,7 +44,13 @@ BROKEN = ("gloo", "Connection closed by peer", "Connection reset by peer", "Conn
 
 def is_started_by_launcher() -> bool:
     """Return whether a launcher, cmtrain's own included, decides how many processes there are."""
-    return "RANK" in os.environ or any(name in os.environ for name in LAUNCHERS)
+    return "RANK" in os.environ or _has_parent_to_follow()
+
+
+def _has_parent_to_follow() -> bool:
+    """Return whether cmtrain, torchrun or accelerate started this process, and not a shell."""
+    is_torchrun = "RANK" in os.environ and "TORCHELASTIC_RUN_ID" in os.environ
+    return PARENT in os.environ or is_torchrun or all(name in os.environ for name in ACCELERATE_LAUNCH)
 
 
 def num_restarts() -> int:
@@ -56,6 +62,12 @@ def is_first_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def answer_to_ctrl_c(saved_step: int) -> str:
+    """Return what a first Ctrl-C does, and a second one, with the newest checkpoint at `saved_step`."""
+    where = f"step {saved_step}" if saved_step else "the beginning"
+    return f"Ctrl-C: stopping after this step and saving; Ctrl-C again stops now, to go on from {where}"
+
+
 def follow_launcher() -> None:
     """Have the kernel signal this process when its launcher dies, so that no rank outlives it as an orphan.
 
@@ -63,7 +75,7 @@ def follow_launcher() -> None:
     Before training the signal is answered with an exit, from StopRequest on with a checkpoint. A run that a
     shell started is not affected: nohup and & work as usual.
     """
-    if not any(name in os.environ for name in LAUNCHERS):
+    if not _has_parent_to_follow():
         return
     launcher = int(os.environ.get(PARENT, os.getppid()))
 

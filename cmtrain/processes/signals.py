@@ -5,6 +5,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -12,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from cmtrain.processes.failure import stop_signals
-from cmtrain.processes.rank import LAUNCHER_GONE
+from cmtrain.processes.rank import LAUNCHER_GONE, PARENT, answer_to_ctrl_c, is_first_rank
 
 T = TypeVar("T")
 
@@ -32,11 +33,13 @@ class StopRequest:
 
     With several ranks the flags are combined over the host's `group`, which never synchronises the device.
     The reduction of one step is waited for at the next: that hides its latency and delays a stop by a step.
-    `decision` is the signal agreed on so far, 0 for none; once set, it does not change.
+    `decision` is the signal agreed on so far, 0 for none; once set, it does not change. `saved_step`: the
+    newest checkpoint's, from which the run goes on if it is stopped at once; the trainer sets it.
     """
 
     def __init__(self, group: Any) -> None:
         self.received, self.received_at, self.decision = 0, 0.0, 0
+        self.saved_step = 0
         self.group, self.launcher = group, os.getppid()
         self.pending: tuple[Any, torch.Tensor] | None = None
         self.previous: dict[int, Any] = {}
@@ -54,6 +57,9 @@ class StopRequest:
             raise KeyboardInterrupt
         if not self.received:
             self.received, self.received_at = number, now
+            if number == signal.SIGINT and is_first_rank() and PARENT not in os.environ:
+                with suppress(OSError):  # no print: this may interrupt one
+                    os.write(2, f"\n{answer_to_ctrl_c(self.saved_step)}\n".encode())
 
     def agreed(self) -> int:
         """Return the signal to stop for, 0 for none, equal on all ranks. Call it once per step, on each."""

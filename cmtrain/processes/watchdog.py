@@ -34,14 +34,9 @@ class Watchdog:
     """
 
     def __init__(
-        self,
-        run_path: Path,
-        rank: int,
-        world_size: int,
-        *,
-        timeout_seconds: float | None,
+        self, run_path: Path, rank: int, world_size: int, *, timeout_seconds: float | None,
         losses: Losses | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.run_path, self.rank, self.world_size = run_path, rank, world_size
         self.losses = losses or Losses()
         self.timeout_seconds = timeout_seconds

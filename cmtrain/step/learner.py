@@ -58,7 +58,7 @@ class Learner:
         with warnings.catch_warnings():
             # torch 2.15 renames an argument of build.make_accelerator; older ones lack the new name.
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-            self.wrapped = accelerator.prepare_model(model)
+            self.wrapped = accelerator.prepare_model(model, device_placement=False)  # it is there
         self.mixing, self.accumulation, self.clip_grad, self.seed = mixing, accumulation, clip_grad, seed
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.buffer = StepBuffer(accelerator.num_processes)

@@ -1,10 +1,11 @@
 """Build SGD and AdamW so that the device can skip a step, and average the weights (EMA)."""
 
 import copy
+from collections.abc import Collection
+from fnmatch import fnmatch
 from typing import Any
 
 import torch
-from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
@@ -21,7 +22,7 @@ def make_optimizer(
     Only fused optimizers read `found_inf` on the device and so skip a bad step without synchronising.
     """
     keep: set[str] = getattr(model, "no_weight_decay", set)()
-    groups = param_groups_weight_decay(model, weight_decay=weight_decay, no_weight_decay_list=keep)
+    groups = param_groups(model, weight_decay, keep)
     if opt == "adamw":
         return AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
     optimizer = SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov, fused=True)
@@ -32,6 +33,19 @@ def make_optimizer(
             for parameter in group["params"]:
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
+
+
+def param_groups(model: nn.Module, weight_decay: float, keep: Collection[str]) -> list[dict[str, Any]]:
+    """Return the optimizer's groups: what is not decayed (also the names or patterns in `keep`), the rest.
+
+    As timm.optim.param_groups_weight_decay; to import timm.optim takes longer than to import torch.
+    """
+    groups: dict[float, list[nn.Parameter]] = {0.0: [], weight_decay: []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            is_kept = parameter.ndim <= 1 or name.endswith(".bias") or any(fnmatch(name, k) for k in keep)
+            groups[0.0 if is_kept else weight_decay].append(parameter)
+    return [{"params": group, "weight_decay": decay} for decay, group in groups.items() if group]
 
 
 # ---- the average of the weights

@@ -49,14 +49,8 @@ SUMMARY_COLUMNS = ("epoch", "step", "train_loss", "eval_loss", "eval_top1", "eva
 SUMMARY_HEADER = ",".join(SUMMARY_COLUMNS)
 CLASSES_NAME, SAMPLE_NAME, REPORT_NAME = "classes.json", "augmented.png", "report.html"
 RECORDS = (
-    "config.yaml",
-    "status.json",
-    "log.jsonl",
-    "summary.csv",
-    "events.jsonl",
-    CLASSES_NAME,
-    REPORT_NAME,
-)
+    "config.yaml", "status.json", "log.jsonl", "summary.csv", "events.jsonl", CLASSES_NAME, REPORT_NAME,
+)  # fmt: skip
 
 # What readers of status.json rely on; a field of another type counts as missing.
 _TEXTS = ("state", "host", "reason", "resume_from", "metrics_url")

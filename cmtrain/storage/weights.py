@@ -1,6 +1,8 @@
 """Read trained weights from any place, and load them into a model of another resolution or class count."""
 
-from collections.abc import Mapping
+import contextlib
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from cmtrain.errors import ConfigError
 from cmtrain.models.checkpoints import resize_positions
 from cmtrain.storage.checkpoint import find_checkpoint
 from cmtrain.storage.finite import all_finite, floating_tensors, named
+from cmtrain.storage.places import why_no_weights
 from cmtrain.storage.records import retried
 from cmtrain.storage.state_file import CheckpointError, open_regular
 from pipelines.spec import DataError
@@ -51,9 +54,7 @@ def read_weights(path: str) -> Weights:
             tensors = state_of(loaded.state, kind, loaded.path)
             weights = Weights(loaded.path, kind, tensors, loaded.warnings)
         else:
-            what = "neither a folder nor a .safetensors file" if given.exists() else "no such file or folder"
-            advice = "weights are a run, a checkpoint, an export or a .safetensors file"
-            raise DataError(f"{path}: {what}; {advice}")
+            raise DataError(f"{path}: {why_no_weights(given)}")
     except (CheckpointError, OSError) as error:
         raise DataError(str(error)) from error
     check_finite(weights)
@@ -116,18 +117,36 @@ def num_classes_in(weights: Weights, name: str) -> int:
     return len(weights.tensors[f"{head}.weight"])
 
 
-def start_from(path: str, model: nn.Module) -> list[str]:
+def start_from(path: str, model: nn.Module, class_names: Sequence[str] = ()) -> list[str]:
     """Give a new `model` the weights at `path`, for model.init_from. Return lines for the user.
+
+    One of them reports a classifier head that is kept but was trained on other classes than `class_names`.
 
     Raises ConfigError: they are of another model. DataError: as read_weights.
     """
     try:
         weights = read_weights(path)
         notes = fit(model, weights.tensors, keeps_head=False)
+        theirs = _classes_beside(weights.path)
+        if len(theirs) == len(class_names) and theirs != list(class_names):
+            pair = next(pair for pair in zip(theirs, class_names, strict=True) if pair[0] != pair[1])
+            what = "the classifier head is of other classes, or of these in another order"
+            notes.append(f"{what}: output {theirs.index(pair[0])} was {pair[0]} and is now {pair[1]}")
     except (ConfigError, DataError) as error:
         raise type(error)(f"model.init_from: {path}: {error}".replace(f"{path}: {path}", path)) from error
     lines = (*weights.warnings, f"{weights.kind} weights of {weights.path}", *notes)
     return [f"model.init_from: {line}" for line in lines]
+
+
+def _classes_beside(path: Path) -> list[str]:
+    """Return the class names of the run or export that `path` is in; [] where it has none."""
+    for file, key in (
+        (path.parent.parent / "classes.json", "classes"),
+        (path.parent / "config.json", "label_names"),
+    ):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            return list(map(str, json.loads(file.read_text())[key]))
+    return []
 
 
 def _read_safetensors(file: Path) -> dict[str, Tensor]:

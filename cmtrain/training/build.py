@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,11 @@ from typing import TYPE_CHECKING, Any
 import timm
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+)
 from torch import nn
 
 from cmtrain.config.schema import CMT_OPTIONS, Config
@@ -20,12 +25,8 @@ from cmtrain.errors import ConfigError, did_you_mean
 from cmtrain.models.cost import training_flops_per_image
 from cmtrain.models.ffn_check import use_fused_where_it_agrees
 from cmtrain.monitoring.trackers import tracker_options
-from cmtrain.processes.collectives import (
-    control_group,
-    join_torchrun,
-    set_cuda_math,
-    set_torch_defaults,
-)  # fmt: skip
+from cmtrain.processes.collectives import control_group, join, set_cuda_math, set_torch_defaults  # fmt: skip
+from cmtrain.processes.environment import ignore_variables
 from cmtrain.processes.gpus import why_unusable
 from cmtrain.processes.preflight import check_ranks
 from cmtrain.step.learner import Learner
@@ -36,7 +37,7 @@ from cmtrain.storage.weights import start_from
 from cmtrain.training import loaders
 from cmtrain.training.recovery import Recovery
 from cmtrain.training.resume import Start, choose_start
-from cmtrain.training.schedule import Schedule
+from cmtrain.training.schedule import Schedule, plan_steps, refuse_batch_of_one
 from pipelines.spec import DataError
 
 if TYPE_CHECKING:
@@ -68,18 +69,19 @@ class Parts:
     notes: list[str]
 
 
-def assemble(config: Config, lock: RunLock, resume: str) -> Parts:
+def assemble(config: Config, lock: RunLock, resume: str, data: loaders.Data | None = None) -> Parts:
     """Join the other ranks and build everything that a run needs. Writes nothing; rank 0 takes the `lock`.
 
     Args:
         resume: see resume.choose_start.
+        data: the images, if they are open already.
 
     Raises:
         ConfigError, DataError: a mistake in the configuration, the ranks, the data or the checkpoint.
     """
     accelerator, control, warnings = join_ranks(config, lock.folder)
     place, lines = loaders.place_loaders(config, accelerator, control)
-    data = loaders.open_data(config, accelerator)
+    data = data or loaders.open_data(config, accelerator)
     schedule = plan_steps(config, len(data.train), accelerator.num_processes)
     num_classes = loaders.num_classes_of(config, data.train)
     model = make_model(config, num_classes, accelerator.device)
@@ -88,7 +90,7 @@ def assemble(config: Config, lock: RunLock, resume: str) -> Parts:
     start = choose_start(lock, resume, config, *fingerprints, is_main=accelerator.is_main_process)
     notes = [*warnings, *lines, *data.notes, *start.notes]
     if config.model.init_from and not start.checkpoint:
-        notes += start_from(config.model.init_from, model)
+        notes += start_from(config.model.init_from, model, data.train.class_names)
     # The loaders are not prepared by accelerate: order, sharding and every random draw are the plan's.
     train_loader = loaders.make_train_loader(config, data.train, schedule, accelerator, place)
     eval_loader = loaders.make_eval_loader(config, data.val, schedule.micro_batch_size, accelerator, place)
@@ -119,11 +121,7 @@ def join_ranks(config: Config, run_path: Path) -> tuple[Accelerator, Any, list[s
 
 
 def make_accelerator(
-    precision: str,
-    collective_timeout_seconds: float = 600.0,
-    *,
-    checks_gpus: bool = True,
-    **options: Any,
+    precision: str, collective_timeout_seconds: float = 600.0, *, checks_gpus: bool = True, **options: Any
 ) -> Accelerator:
     """Join the process group, if a launcher made one, and pick the device.
 
@@ -148,12 +146,15 @@ def make_accelerator(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # accelerate takes a backend as proof of a launcher
         timeout = datetime.timedelta(seconds=collective_timeout_seconds)
         backend = "nccl" if cuda else "gloo"
-        join_torchrun(backend, timeout)
+        join(backend, timeout)
         handlers.append(InitProcessGroupKwargs(backend=backend, timeout=timeout))
-    mixed_precision = MIXED_PRECISION[precision]
-    accelerator = Accelerator(
-        mixed_precision=mixed_precision, cpu=not cuda, kwargs_handlers=handlers, **options
-    )
+    # Whatever accelerate would take from the environment is given.
+    ignore_variables()
+    given: dict[str, Any] = {"mixed_precision": MIXED_PRECISION[precision], "dynamo_backend": "no"}
+    given["gradient_accumulation_plugin"] = GradientAccumulationPlugin(num_steps=1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "OMP_NUM_THREADS", UserWarning)  # see loaders.split_threads
+        accelerator = Accelerator(cpu=not cuda, kwargs_handlers=handlers, **given, **options)
     set_cuda_math(precision)  # after accelerate, which may allow TF32
     return accelerator
 
@@ -176,21 +177,6 @@ def precision_of(accelerator: Accelerator) -> str:
     if mixed != "no":
         return mixed
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "fp32"
-
-
-def plan_steps(config: Config, num_samples: int, num_processes: int) -> Schedule:
-    """Plan all steps of the run. Raises ConfigError or DataError when the numbers do not fit."""
-    train, sizes = config.train, {"global_batch_size", "max_batch_per_gpu"}
-    lengths = config.train.model_dump(include=sizes) | config.schedule.model_dump()
-    schedule = Schedule(num_samples=num_samples, world_size=num_processes, lr=config.optim.lr, **lengths)
-    if train.compile_mode != "default" and schedule.accumulation > 1:
-        # A graph leaves its gradients where its next replay writes them.
-        raise ConfigError(
-            f"train.compile_mode: {train.compile_mode} replays CUDA graphs, which cannot add up the "
-            f"gradients of {schedule.accumulation} micro-batches; use default, or a "
-            f"train.max_batch_per_gpu of {schedule.micro_batch_size * schedule.accumulation} or more"
-        )
-    return schedule
 
 
 def make_model(config: Config, num_classes: int, device: torch.device | str = "cpu") -> nn.Module:
@@ -242,6 +228,9 @@ def make_recovery(config: Config, schedule: Schedule) -> Recovery:
 def make_learner(
     config: Config, model: nn.Module, schedule: Schedule, num_classes: int, accelerator: Accelerator
 ) -> Learner:
+    """Make the learner of `model`. Raises ConfigError: a micro-batch of one image for BatchNorm."""
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+        refuse_batch_of_one(schedule.global_batch_size, schedule.max_batch_per_gpu, schedule.world_size)
     optimizer = make_optimizer(model, **config.optim.model_dump(exclude={"clip_grad"}))
     compile_model(config, model)
     return Learner(

@@ -1,20 +1,20 @@
-"""Open the images of a run and make the loaders of its batches, from its configuration."""
+"""Open the images of a run and make the loaders of its batches, from its configuration.
+
+Importing this loads no torch, so that images are opened, and refused, before it.
+"""
 
 from __future__ import annotations
 
 import itertools
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from accelerate import Accelerator
-
 from cmtrain.config.schema import Config
 from cmtrain.errors import ConfigError
-from cmtrain.processes.collectives import gather
 from cmtrain.training.schedule import Schedule
 from pipelines.checks.bad_list import user_cache
 from pipelines.decoder_probe import WAYS, choose_decode
@@ -23,11 +23,14 @@ from pipelines.files.doubts import pair_doubts, split_doubts
 from pipelines.files.manifest import Manifest
 from pipelines.files.shards import is_packed
 from pipelines.plan import Plan
-from pipelines.spec import IMAGENET_MEAN, IMAGENET_STD, AugmentSpec, EvalSpec, Placement
-from pipelines.synthetic import SyntheticLoader
+from pipelines.spec import IMAGENET_MEAN, IMAGENET_STD, AugmentSpec, Channels, EvalSpec, Placement
 
 if TYPE_CHECKING:
+    import torch
+    from accelerate import Accelerator
+
     from pipelines.loader import DaliLoader
+    from pipelines.synthetic import SyntheticLoader
 
 # DALI keeps 32 MiB of GPU memory and of pinned memory for each decoding thread, for either loader.
 MAX_GPU_DECODE_THREADS = 24
@@ -61,7 +64,8 @@ def place_loaders(
     Raises:
         DataError: DALI is not installed, or cannot be loaded.
     """
-    import pipelines.loader  # noqa: F401 - without DALI a run ends here, not after a first look at its files
+    import pipelines.loader  # noqa: F401 - without DALI a run ends here
+    from cmtrain.processes.collectives import gather
 
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
     given = {"decode", "prefetch_batches", "max_bad_fraction", "hw_decoder_load"}
@@ -89,34 +93,43 @@ def split_threads(config: Config, device: torch.device) -> int:
         return config.data.threads or min(cores, MAX_GPU_DECODE_THREADS)
     threads = config.data.threads or max(1, cores // 4)
     if "OMP_NUM_THREADS" not in os.environ:
+        import torch
+
         torch.set_num_threads(max(1, cores - threads))
     return threads
 
 
-def open_data(config: Config, accelerator: Accelerator) -> Data:
+def check_places(config: Config) -> None:
+    """Raise DataError, as open_data would, where a folder or a list of images is not there."""
+    data, root = config.data, _root_of(config)
+    for folder, list_file in ((data.train_dir, data.train_list), (data.val_dir, data.val_list)):
+        if not (root / (list_file or folder)).exists():
+            _open_split(config, root, folder, list_file, None)
+
+
+def open_data(config: Config, accelerator: Accelerator | None = None) -> Data:
     """Index both splits. Of the processes that share a cache, one scans the files and the others read its
-    result.
+    result. Without an `accelerator`, before ranks have met, each of them may write the demo images.
 
     Raises:
         DataError: files that are missing or unusable.
     """
     data = config.data
-    with accelerator.local_main_process_first():
+    with accelerator.local_main_process_first() if accelerator else nullcontext():
         root = _root_of(config)
     # Outside: the others would wait at a barrier, which a first look at a large folder outlasts.
     train = _open_split(config, root, data.train_dir, data.train_list, None)
     val = _open_split(config, root, data.val_dir, data.val_list, train.class_names)
     if data.fraction < 1:
         train = train.fraction(data.fraction, config.run.seed)
-    if not accelerator.is_main_process:
+    if accelerator and not accelerator.is_main_process:
         return Data(train, val)
     doubts = split_doubts(train, "training"), split_doubts(val, "validation"), pair_doubts(train, val)
-    return Data(train, val, (*_scale_doubts(config), *itertools.chain(*doubts)))
+    return Data(train, val, (*scale_doubts(config.data.mean, config.data.std), *itertools.chain(*doubts)))
 
 
-def _scale_doubts(config: Config) -> list[str]:
+def scale_doubts(mean: Channels, std: Channels) -> list[str]:
     """Return a line if data.mean and data.std are of pixels in 0..255, multiply, or are swapped."""
-    mean, std = config.data.mean, config.data.std
     given = f"data.mean {list(mean)}, data.std {list(std)}"
     if max(*mean, *std) > 1 or min(mean) < 0:
         return [f"{given}: they are for pixels in 0..1; if these are for 0..255, divide them by 255"]
@@ -184,6 +197,8 @@ def make_synthetic_loader(
     config: Config, schedule: Schedule, num_classes: int, accelerator: Accelerator
 ) -> SyntheticLoader:
     """Make a loader of random batches with the recipe's shape: no files, eight steps per epoch."""
+    from pipelines.synthetic import SyntheticLoader
+
     size = schedule.global_batch_size
     plan = Plan(config.run.seed, 8 * size, size, schedule.micro_batch_size)
     place = Placement(accelerator.process_index, accelerator.num_processes, accelerator.device)

@@ -36,14 +36,9 @@ class Recovery:
     """
 
     def __init__(
-        self,
-        *,
-        after_bad_steps: int,
-        max_rollbacks: int,
-        lr_backoff: float,
-        backoff_steps: int | None,
+        self, *, after_bad_steps: int, max_rollbacks: int, lr_backoff: float, backoff_steps: int | None,
         on_spikes: bool,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.after_bad_steps, self.max_rollbacks = after_bad_steps, max_rollbacks
         self.lr_backoff, self.backoff_steps = lr_backoff, backoff_steps
         self.on_spikes = on_spikes

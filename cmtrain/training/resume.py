@@ -7,7 +7,8 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from cmtrain.config.schema import Config, recipe
+from cmtrain.config.schema import Config, another_recipe
+from cmtrain.config.schema import recipe_changes as changed_keys
 from cmtrain.errors import ConfigError
 from cmtrain.processes.failure import archive_previous_attempt
 from cmtrain.step.learner import Learner
@@ -106,10 +107,7 @@ def _choose(run_path: Path, resume: str, config: Config, fingerprint: str, val_f
         return Start(notes=lost)
     changes = recipe_changes(loaded, config, fingerprint)
     if changes and resume != "force":
-        raise ConfigError(
-            f"{loaded.path} was made with another recipe: {'; '.join(changes)}; "
-            "choose another --run.name, or --resume force to continue with the new recipe"
-        )
+        raise another_recipe(loaded.path, changes)
     notes = list(loaded.warnings)
     notes += [f"recipe changed: {change}" for change in changes]
     if loaded.meta.get("val_fingerprint", val_fingerprint) != val_fingerprint:
@@ -135,15 +133,13 @@ def recipe_changes(loaded: Loaded, config: Config, fingerprint: str) -> list[str
     """
     meta = loaded.meta
     try:
-        old, new = recipe(meta["config"]), recipe(config.model_dump(mode="json"))
+        changes = changed_keys(meta["config"], config.model_dump(mode="json"))
         same_data = meta["fingerprint"] == fingerprint
         StepReport(**meta["report"])
         if not {"best_top1", "best_step"} <= meta.keys() or not loaded.state["progress"]["step"] >= 0:
             raise ValueError("best_top1, best_step or the step is missing")
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise DataError(f"{loaded.path}: no checkpoint of a run: {type(error).__name__}: {error}") from error
-    changed = [key for key in sorted(old | new) if old.get(key) != new.get(key)]
-    changes = [f"{key}: {old.get(key)} -> {new.get(key)}" for key in changed]
     return changes if same_data else [*changes, "the training images (fingerprint) changed"]
 
 

@@ -1,6 +1,5 @@
 """Send every event of a run to the console, the metrics, the run folder and the experiment trackers."""
 
-import json
 import math
 import socket
 import sys
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 
 from cmtrain.errors import EXIT_DATA
-from cmtrain.monitoring.console import Console
+from cmtrain.monitoring.console import Console, print_result
 from cmtrain.monitoring.discovery import forget_ranks, write_target
 from cmtrain.monitoring.http_server import Exporter
 from cmtrain.monitoring.machine import environment
@@ -21,7 +20,7 @@ from cmtrain.monitoring.metrics import TrainMetrics
 from cmtrain.monitoring.report.page import write_report
 from cmtrain.monitoring.routes import make_pages
 from cmtrain.monitoring.trackers import Trackers
-from cmtrain.monitoring.units import duration, percent
+from cmtrain.monitoring.units import duration, is_part, percent, state_name, step_place, workers
 from cmtrain.processes.output import lost_output
 from cmtrain.processes.rank import num_restarts
 from cmtrain.step.evaluate import Evaluation, by_class
@@ -72,6 +71,7 @@ class RunLogger:
         self.train_loss = math.nan
         self.bad_paths: set[str] = set()
         self.pace, self.begin = Pace(), time.monotonic()
+        self.failure: dict[str, Any] = {}  # which is written to status.json by report_failure
         self.exporter: Exporter | None = None
         self.target: Path | None = None
         if self.address:
@@ -80,7 +80,8 @@ class RunLogger:
     def _serve(self, address: tuple[str, int]) -> None:
         """Serve metrics; if that fails, log why and go on without them."""
         try:
-            status = self.folder.snapshot if self.folder else lambda: self.speed
+            folder = self.folder
+            status = (lambda: folder.snapshot() | self.failure) if folder else lambda: self.speed
             pages = make_pages(self.metrics, status, self.stall_seconds, self.path)
             self.exporter = Exporter(pages, *address, self.allowed_hosts)
         except (OSError, UnicodeError) as error:
@@ -96,15 +97,9 @@ class RunLogger:
         return f"{self.exporter.url}/metrics" if self.exporter else None
 
     def start(
-        self,
-        config_yaml: str,
-        facts: Mapping[str, str],
-        notes: Sequence[str],
-        *,
-        flops_per_image: int,
-        device: torch.device,
-        resumed: tuple[Path, StepReport] | None,
-    ) -> None:
+        self, config_yaml: str, facts: Mapping[str, str], notes: Sequence[str], *, flops_per_image: int,
+        device: torch.device, resumed: tuple[Path, StepReport] | None,
+    ) -> None:  # fmt: skip
         """Log the start of a run, or of its next part.
 
         Args:
@@ -136,7 +131,7 @@ class RunLogger:
         state = "resumed" if resumed else "started"
         self._event(state, step=self.first_step, restarts=num_restarts(), **facts)
         self._event("environment", **environment())
-        self.console.line(" ".join(f"{key} {value}" for key, value in facts.items()))
+        self.console.line(f"{facts['model']}, {facts['precision']}, {workers(dict(facts))}")
         watch = f"  watch {self.exporter.url}/" if self.exporter else ""
         self.console.line(f"run folder {self.path}{watch}")
         if resumed:
@@ -210,16 +205,14 @@ class RunLogger:
     def left_out(self, files: Sequence[BadFile], root: Path) -> None:
         """Log the files that the run begins without. All ranks know the same ones; rank 0 counts them.
 
-        Args:
-            root: the training split, to find the list of `cmtrain data check`.
+        `root`: the training split, to find the list of `cmtrain data check`.
         """
         self.bad_files([files], quiet=True)
-        if files and (path := find_list(root, files)):
-            self.console.line(f"{len(files):,} bad files are left out, see {path}")
-        elif files:
-            example = f"{files[0].path}: {files[0].reason}"
+        if files:
             others = f", and {len(files) - 1:,} more in events.jsonl" if len(files) > 1 else ""
-            self.console.line(f"{len(files):,} bad files are left out: {example}{others}")
+            example = f": {files[0].path}: {files[0].reason}{others}"
+            where = f", see {path}" if (path := find_list(root, files)) else example
+            self.console.line(f"{len(files):,} bad files are left out{where}")
 
     def bad_files(self, by_rank: Sequence[Sequence[BadFile]], *, quiet: bool = False) -> None:
         """Log each bad file once, whichever ranks met it; the first of them counts it."""
@@ -264,16 +257,9 @@ class RunLogger:
     # Evaluations and checkpoints
 
     def evaluated(
-        self,
-        results: Mapping[str, Evaluation],
-        class_names: Sequence[str],
-        *,
-        epoch: int,
-        step: int,
-        lr: float,
-        seconds: float,
-        best: tuple[float, int],
-    ) -> None:
+        self, results: Mapping[str, Evaluation], class_names: Sequence[str], *, epoch: int, step: int,
+        lr: float, seconds: float, best: tuple[float, int],
+    ) -> None:  # fmt: skip
         """Log the evaluations of `model` and, if there is one, `ema`.
 
         Args:
@@ -326,9 +312,11 @@ class RunLogger:
     # The end
 
     def finish(
-        self, state: str, *, exit_code: int, reason: str, results: Mapping[str, Evaluation] | None = None
-    ) -> int:
-        """Write how the run ended: status.json, report.html, the console, and one JSON line for programs.
+        self, state: str, *, exit_code: int, reason: str, results: Mapping[str, Evaluation] | None = None,
+        as_json: bool = False,
+    ) -> int:  # fmt: skip
+        """Write how the run ended: status.json, report.html, the console, and one JSON line for programs
+        (`as_json`: on a terminal, too).
 
         Returns the exit code: `exit_code`, or 3 where status.json could not be written.
         """
@@ -342,27 +330,33 @@ class RunLogger:
             is_written = self.folder.status(
                 state=state, step=self.step, exit_code=exit_code, reason=reason, result=result, retries=True
             )
-            self.console.line(reason if state == "preempted" else f"{state}: {reason}")
+            status = self.folder.snapshot()
+            place = f", {step_place(status, self.step)}" if is_part(status) else ""
+            self.console.line(reason if state == "preempted" else f"{state_name(status)}{place}: {reason}")
             self._report()
-            if result and not sys.stdout.isatty():  # people have read it above
-                print(json.dumps(result), flush=True)  # noqa: T201
+            if result:
+                print_result(result, asked=as_json)
             if not is_written:
                 exit_code = EXIT_DATA
                 advice = "run the same command again"
                 self.console.line(f"{self.path}: status.json does not say how the run ended; {advice}")
-        self._close()
+        self._close(waits=state != "preempted")
         return exit_code
 
-    def fail(self, reason: str) -> None:
+    def fail(self, reason: str, *, waits: bool) -> None:
         """Print why the run failed; the failure itself is in the run folder already."""
         self.console.stop()
         self.console.line(f"failed: {reason}")
-        self._close()
+        self.failure = {"state": "failed", "reason": reason, "updated": time.time()}
+        self._close(waits=waits)
 
-    def _close(self) -> None:
+    def _close(self, *, waits: bool) -> None:
+        """Stop serving; if it `waits`, a browser that shows the live page fetches its last state first."""
         if self.target:
             self.losses.attempt("discovery of metrics", self.target.unlink, missing_ok=True)
         if self.exporter:
+            if waits and self.rank == 0:
+                self.exporter.linger("/")
             self.exporter.close()
         self.report_losses()
 
@@ -378,15 +372,10 @@ class RunLogger:
             for key in ("top1", "top5", "loss")
         }
         return {
-            "state": state,
-            **measured,
-            "num_images": results["model"].num_images,
-            "num_unreadable": results["model"].num_unreadable,
-            "step": self.last_step,
+            "state": state, **measured, "num_images": results["model"].num_images,
+            "num_unreadable": results["model"].num_unreadable, "step": self.last_step,
             "images_per_second": self.pace.images_per_second,
-            "train_seconds": round(time.monotonic() - self.begin, 1),
-            "run_dir": str(self.path),
-            "metrics_url": self.metrics_url,
-            "augmented": str(self.path / SAMPLE_NAME),
+            "train_seconds": round(time.monotonic() - self.begin, 1), "run_dir": str(self.path),
+            "metrics_url": self.metrics_url, "augmented": str(self.path / SAMPLE_NAME),
             "report": str(self.path / REPORT_NAME),
-        }
+        }  # fmt: skip

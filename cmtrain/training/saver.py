@@ -19,14 +19,14 @@ class Saver:
         keep: the newest checkpoints to keep; see checkpoint.drop_old.
 
     `best`: the best top-1 so far and its step, (0, -1) before the first evaluation. `unsaved`: why the
-    newest state has no checkpoint, "" if it has one.
+    newest state has no checkpoint, "" if it has one. `saved_step`: of the newest checkpoint, 0 for none.
     """
 
     def __init__(self, path: Path, logger: RunLogger, *, keep: int) -> None:
         self.writer = CheckpointWriter(path / "checkpoints")
         self.logger, self.keep = logger, keep
         self.best: tuple[float, int] = (0.0, -1)
-        self.unsaved = ""
+        self.unsaved, self.saved_step = "", 0
 
     def resume(self, meta: Mapping[str, Any], val_fingerprint: str) -> None:
         """Continue from a checkpoint with this `meta`; its best top-1 counts on the same images only."""
@@ -70,6 +70,7 @@ class Saver:
 
     def _log(self, outcome: Outcome) -> None:
         self.unsaved = "" if outcome.path else outcome.error
+        self.saved_step = outcome.step if outcome.path else self.saved_step
         self.logger.saved(outcome)
 
     def close(self) -> None:

@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
+from cmtrain.config.schema import Config
 from cmtrain.errors import ConfigError
 from pipelines.spec import DataError
 
@@ -116,3 +117,33 @@ def split_batch(global_batch_size: int, max_batch_per_gpu: int, world_size: int)
             f"more; use {max_batch_per_gpu * fewest * world_size}"
         )
     return micro_batch_size, accumulation
+
+
+def refuse_batch_of_one(global_batch_size: int, max_batch_per_gpu: int, world_size: int) -> None:
+    """Raise ConfigError where a micro-batch is one image, for models with BatchNorm: it has no variance."""
+    micro_batch_size, accumulation = split_batch(global_batch_size, max_batch_per_gpu, world_size)
+    if micro_batch_size > 1:
+        return
+    if max_batch_per_gpu == 1:
+        key, advice = "train.max_batch_per_gpu", "use 2 or more"
+    else:
+        key, advice = "train.global_batch_size", f"use {2 * world_size} or more, or fewer processes"
+    raise ConfigError(
+        f"{key}: {global_batch_size} = {world_size} processes x {accumulation} passes x 1 image, and "
+        f"BatchNorm needs more than one; {advice}"
+    )
+
+
+def plan_steps(config: Config, num_samples: int, num_processes: int) -> Schedule:
+    """Plan all steps of the run. Raises ConfigError or DataError when the numbers do not fit."""
+    train, sizes = config.train, {"global_batch_size", "max_batch_per_gpu"}
+    lengths = config.train.model_dump(include=sizes) | config.schedule.model_dump()
+    schedule = Schedule(num_samples=num_samples, world_size=num_processes, lr=config.optim.lr, **lengths)
+    if train.compile_mode != "default" and schedule.accumulation > 1:
+        # A graph leaves its gradients where its next replay writes them.
+        raise ConfigError(
+            f"train.compile_mode: {train.compile_mode} replays CUDA graphs, which cannot add up the "
+            f"gradients of {schedule.accumulation} micro-batches; use default, or a "
+            f"train.max_batch_per_gpu of {schedule.micro_batch_size * schedule.accumulation} or more"
+        )
+    return schedule

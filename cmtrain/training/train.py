@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import platform
-import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -15,9 +14,8 @@ from accelerate import Accelerator
 
 from cmtrain import __version__
 from cmtrain.config.schema import Config, flat, to_yaml
-from cmtrain.errors import EXIT_DATA, EXIT_DIVERGED, EXIT_DONE, EXIT_ERROR, EXIT_EXPECTATION
+from cmtrain.errors import EXIT_DATA, EXIT_DIVERGED, EXIT_ERROR, EXIT_INTERRUPTED
 from cmtrain.monitoring.trackers import Trackers
-from cmtrain.monitoring.units import percent
 from cmtrain.processes.collectives import gather, leave_together
 from cmtrain.processes.failure import stop_code
 from cmtrain.processes.rank import is_lost_contact, report_failure
@@ -30,6 +28,8 @@ from cmtrain.storage.finite import FiniteCheck, repair_or_reject
 from cmtrain.storage.run_folder import SAMPLE_NAME, RunLock
 from cmtrain.training import build
 from cmtrain.training.build import Parts
+from cmtrain.training.endings import check_expectation, stopped_at_once, stopped_by
+from cmtrain.training.loaders import Data
 from cmtrain.training.recovery import Recovery, find_overflow, merge_ranks
 from cmtrain.training.resume import restore
 from cmtrain.training.run_logger import RunLogger
@@ -45,12 +45,17 @@ if TYPE_CHECKING:
 NUM_NAMED_FILES = 3
 
 
-def train(config: Config, *, resume: str = "auto", max_steps: int | None = None) -> int:
+def train(
+    config: Config, *, resume: str = "auto", max_steps: int | None = None, data: Data | None = None,
+    as_json: bool = False,
+) -> int:  # fmt: skip
     """Train the configuration in this process, one of several if a launcher started it.
 
     Args:
         resume: `auto`, `never`, `force` or a path; see resume.choose_start.
         max_steps: optimizer steps after which the run ends; None: all of them.
+        data: the images, if they are open already.
+        as_json: print the result as JSON on a terminal, too.
 
     Returns:
         The exit code of the process: 0 done, 3 too many bad files, 4 diverged, 5 expected accuracy not met,
@@ -62,13 +67,15 @@ def train(config: Config, *, resume: str = "auto", max_steps: int | None = None)
     """
     lock = RunLock(Path(config.run.dir) / str(config.run.name))
     with closing(lock):
-        return run(config, lock, resume, max_steps)
+        return run(config, lock, resume, max_steps, data, as_json)
 
 
-def run(config: Config, lock: RunLock, resume: str, max_steps: int | None) -> int:
+def run(
+    config: Config, lock: RunLock, resume: str, max_steps: int | None, images: Data | None, as_json: bool
+) -> int:
     """Do what `train` promises, in the run folder that `lock` guards."""
     # Set up, or resume. Whatever can be wrong is found before anything is written.
-    parts = build.assemble(config, lock, resume)
+    parts = build.assemble(config, lock, resume, images)
     data, schedule, learner, recovery = parts.data, parts.schedule, parts.learner, parts.recovery
     accelerator, loaders, start = parts.accelerator, [parts.train_loader, parts.eval_loader], parts.start
     rank, world_size = accelerator.process_index, accelerator.num_processes
@@ -118,6 +125,7 @@ def run(config: Config, lock: RunLock, resume: str, max_steps: int | None) -> in
     try:
         if start.checkpoint:
             saver.resume(start.checkpoint.meta, data.val.fingerprint)
+            saver.saved_step = stop.saved_step = start.step
         logger.start(
             to_yaml(config), facts_of(config, accelerator), parts.notes,
             flops_per_image=parts.flops_per_image, device=accelerator.device, resumed=resumed,
@@ -144,6 +152,7 @@ def run(config: Config, lock: RunLock, resume: str, max_steps: int | None) -> in
                 phases=learner.phases.pop_finished(),
             )  # fmt: skip
             saver.log_finished()
+            stop.saved_step = saver.saved_step
             received = 0 if final else stop.agreed()
 
             # Log. Here host and device meet, and nowhere else in a step.
@@ -196,10 +205,14 @@ def run(config: Config, lock: RunLock, resume: str, max_steps: int | None) -> in
             if saver.unsaved:
                 state, code = "failed", EXIT_DATA
                 reason = f"{reason}, but its checkpoint is missing: {saver.unsaved}"
-        code = logger.finish(state, exit_code=code, reason=reason, results=results)
+        code = logger.finish(state, exit_code=code, reason=reason, results=results, as_json=as_json)
+    except KeyboardInterrupt:
+        reason = stopped_at_once(logger.step, saver.saved_step)
+        logger.finish("preempted", exit_code=EXIT_INTERRUPTED, reason=reason)
+        return EXIT_INTERRUPTED
     except BaseException as error:
         cause = report_failure(error, lock.folder, rank=rank, world_size=world_size, step=logger.step)
-        logger.fail(cause.describe())
+        logger.fail(cause.describe(), waits=cause.exit_code != EXIT_INTERRUPTED)
         if cause.exit_code == EXIT_ERROR and not is_lost_contact(error):
             raise
         return cause.exit_code
@@ -231,13 +244,9 @@ def draw_first(
 
 
 def keep_or_roll_back(
-    report: StepReport,
-    learner: Learner,
-    recovery: Recovery,
-    logger: RunLogger,
-    manifest: Manifest,
+    report: StepReport, learner: Learner, recovery: Recovery, logger: RunLogger, manifest: Manifest,
     stop: StopRequest,
-) -> str:
+) -> str:  # fmt: skip
     """At a log point, keep a good state; or, after bad steps in a row or a spike, go back to one.
 
     Returns:
@@ -280,13 +289,9 @@ def log_bad_files(logger: RunLogger, loaders: Sequence[DaliLoader], stop: StopRe
 
 
 def evaluate_weights(
-    learner: Learner,
-    loader: DaliLoader,
-    batches: Callable[[], Iterator[Batch]],
-    num_images: int,
-    num_classes: int,
-    accelerator: Accelerator,
-) -> dict[str, Evaluation]:
+    learner: Learner, loader: DaliLoader, batches: Callable[[], Iterator[Batch]], num_images: int,
+    num_classes: int, accelerator: Accelerator,
+) -> dict[str, Evaluation]:  # fmt: skip
     """Evaluate the model and, if there is one, its EMA, on `batches()` each. Returns {} if a stop signal
     came.
     """
@@ -325,59 +330,27 @@ def meta_of(config: Config, parts: Parts, *, milestone: bool) -> dict[str, Any]:
     """Return the origin of a checkpoint, for its manifest."""
     versions = {"cmtrain": __version__, "torch": torch.__version__, "python": platform.python_version()}
     return {
-        "config": config.model_dump(mode="json"),
-        "fingerprint": parts.data.train.fingerprint,
-        "val_fingerprint": parts.data.val.fingerprint,
-        "micro_batch_size": parts.schedule.micro_batch_size,
-        "world_size": parts.accelerator.num_processes,
-        "versions": versions,
-        "milestone": milestone,
-    }
+        "config": config.model_dump(mode="json"), "fingerprint": parts.data.train.fingerprint,
+        "val_fingerprint": parts.data.val.fingerprint, "micro_batch_size": parts.schedule.micro_batch_size,
+        "world_size": parts.accelerator.num_processes, "versions": versions, "milestone": milestone,
+    }  # fmt: skip
 
 
 def facts_of(config: Config, accelerator: Accelerator) -> dict[str, str]:
     return {
-        "model": config.model.name,
-        "precision": build.precision_of(accelerator),
-        "device": accelerator.device.type,
-        "world_size": str(accelerator.num_processes),
+        "model": config.model.name, "precision": build.precision_of(accelerator),
+        "device": accelerator.device.type, "world_size": str(accelerator.num_processes),
         "version": __version__,
-    }
+    }  # fmt: skip
 
 
 def open_logger(config: Config, path: Path, parts: Parts, last_step: int) -> RunLogger:
     metrics, accelerator, schedule = config.metrics, parts.accelerator, parts.schedule
     return RunLogger(
-        path,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-        first_step=parts.start.step,
-        last_step=last_step,
-        epochs=schedule.total_epochs,
+        path, rank=accelerator.process_index, world_size=accelerator.num_processes,
+        first_step=parts.start.step, last_step=last_step, epochs=schedule.total_epochs,
         total_steps=schedule.total_steps,
         address=(metrics.host, metrics.port + accelerator.local_process_index) if metrics.enabled else None,
-        stall_seconds=metrics.stall_seconds,
-        allowed_hosts=metrics.allowed_hosts,
+        stall_seconds=metrics.stall_seconds, allowed_hosts=metrics.allowed_hosts,
         trackers=Trackers(accelerator, path.name, flat(config)),
-    )
-
-
-def stopped_by(number: int, step: int, unsaved: str) -> str:
-    """Describe for people how a stop signal ended the run."""
-    name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-    if unsaved:
-        older = "run the same command to continue from an older checkpoint"
-        return f"stopped by {name} at step {step}, not saved ({unsaved}); {older}"
-    return f"stopped by {name} at step {step}, saved; run the same command to continue"
-
-
-def check_expectation(config: Config, results: dict[str, Evaluation], *, whole: bool) -> tuple[int, str]:
-    """Return exit code and reason: did a `whole` run reach the accuracy that its configuration expects?"""
-    top1 = max(result.top1 for result in results.values())
-    expect = config.expect
-    if expect.top1 is None or not whole:
-        return EXIT_DONE, f"top-1 {percent(top1)}"
-    reached = top1 >= expect.top1 - expect.tolerance
-    wanted = f"{percent(expect.top1)} expected" + (f" by {expect.source}" if expect.source else "")
-    reason = f"top-1 {percent(top1)}, {wanted}: {'reached' if reached else 'missed'}"
-    return EXIT_EXPECTATION if expect.enforce and not reached else EXIT_DONE, reason
+    )  # fmt: skip

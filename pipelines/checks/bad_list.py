@@ -6,8 +6,6 @@ takes its file back in. What is not printable in a path is an escape such as \\n
 two. Older lists, with another first line, have no escapes; the oldest have no kind, which counts as "other".
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import os
@@ -98,14 +96,12 @@ def write_list(folder: Path, faults: Mapping[str, Fault], path: Path | None = No
 
 
 def user_cache() -> Path:
-    """Return $XDG_CACHE_HOME/cmtrain; as its standard asks, one that is not absolute, as ~/x, is ignored.
-
-    For a user without a home it is a folder that is not there.
-    """
+    """Return $XDG_CACHE_HOME/cmtrain; a folder that is not there for a user without a home."""
     home = os.path.expanduser("~/.cache")  # is left as it is where there is none
     given = os.environ.get("XDG_CACHE_HOME", "")
-    cache = given if os.path.isabs(given) else "/nonexistent" if home.startswith("~") else home
-    return Path(cache) / "cmtrain"
+    if not os.path.isabs(given):  # such as ~/x; its standard asks to ignore it
+        given = "/nonexistent" if home.startswith("~") else home
+    return Path(given) / "cmtrain"
 
 
 def _places(folder: Path) -> tuple[Path, Path]:

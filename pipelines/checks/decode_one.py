@@ -5,8 +5,6 @@ and answers with one JSON line each. A file that crashes the decoder ends only t
 is limited. It imports nothing of ours: started by its path, it is ready in a few hundredths of a second.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import io

@@ -1,7 +1,5 @@
 """Test-decode many files in worker processes; a file that crashes its decoder ends one worker only."""
 
-from __future__ import annotations
-
 import json
 import os
 import queue

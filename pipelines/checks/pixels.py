@@ -5,8 +5,6 @@ thing: of PNG with 16 bits in each of several channels, Pillow gives the higher 
 differ by one grey level at most. DALI 1.34 takes the higher byte of every 16-bit PNG.
 """
 
-from __future__ import annotations
-
 import numpy as np
 from PIL import Image
 

@@ -4,8 +4,6 @@ No operator here draws a random number: everything random is data from the plan.
 Pillow, which timm and torchvision augment with; the few differences are stated where they are made.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -3,8 +3,6 @@
 One code base serves DALI 1.34 and 2.x: it looks for features and never compares versions.
 """
 
-from __future__ import annotations
-
 import inspect
 import warnings
 from collections.abc import Callable, Sequence

@@ -5,8 +5,6 @@ DALI's antialiased resize is slow on a CPU: it took 1.1 of the 2.3 ms of a rando
 a CPU one graph decodes, torch resizes in a pool of threads, and another graph augments.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor

@@ -9,6 +9,7 @@
 
 import contextlib
 import io
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -44,11 +45,11 @@ def demo_folder(name: str, cache: Path) -> Path:
     folder = cache / f"demo-{name}"
     lock_path = cache / f"demo-{name}.lock"
     remove_leftovers(folder, lock_path)
-    if folder.exists():
+    if os.path.exists(folder):  # not Path.exists, which raises where the cache cannot be entered
         return folder
     lock = wait_for_lock(lock_path, "writes the demo images")
     try:
-        return folder if folder.exists() else _write_folder(folder, writers[name])
+        return folder if os.path.exists(folder) else _write_folder(folder, writers[name])
     finally:
         with contextlib.suppress(OSError):
             lock.release()

@@ -28,10 +28,11 @@ def split_doubts(manifest: Manifest, split: str) -> list[str]:
     for one, other in look_alikes(names)[:3]:
         what = "differ only in case or in Unicode normal form (NFC, NFD)"
         doubts.append(f"{split}: classes {one!r} and {other!r} {what}: one class?")
-    order = np.argsort(manifest.identities, kind="stable")
-    ids, labels = manifest.identities[order], manifest.labels[order]
+    ids = np.sort(manifest.identities)
     same = (ids[1:] == ids[:-1]) & (ids[1:] != 0)
     if num_same := int(same.sum()):
+        order = np.argsort(manifest.identities, kind="stable")  # slower than a sort, and seldom needed
+        labels = manifest.labels[order]
         place = int(np.argmax(same))
         conflicts = int((same & (labels[1:] != labels[:-1])).sum())
         first, second = (manifest.paths[index] for index in order[place : place + 2].tolist())

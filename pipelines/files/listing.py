@@ -162,11 +162,11 @@ def describe_skipped(skipped: Mapping[str, int]) -> str:
     """Return what was not taken as an image, in words; "" if that is nothing."""
     if not skipped:
         return ""
-    kinds = sorted(skipped.items(), key=lambda item: -item[1])
+    kinds = sorted(skipped.items(), key=lambda item: (-item[1], item[0]))
     parts = [f"{number:,} {kind}" for kind, number in kinds[:MAX_KINDS]]
     if others := sum(number for _, number in kinds[MAX_KINDS:]):
         parts.append(f"{others:,} of other kinds")
-    return visible(f"not used: {', '.join(parts)}")
+    return visible(f"ignored: {', '.join(parts)}")
 
 
 def look_at(root: Path, entries: Entries, classes: Iterable[str], skipped: Counter[str]) -> Listing:
@@ -213,12 +213,9 @@ def _class_folders(root: Path, skipped: Counter[str]) -> list[str]:
 
 
 def _walk(
-    start: bytes,
-    top: bytes,
-    visited: set[tuple[int, int]],
-    folders: dict[bytes, FolderState],
+    start: bytes, top: bytes, visited: set[tuple[int, int]], folders: dict[bytes, FolderState],
     skipped: Counter[str],
-) -> Iterator[bytes]:
+) -> Iterator[bytes]:  # fmt: skip
     """Yield the paths of the images below `start + top`. Raises OSError for a folder that cannot be read."""
     waiting = [top]  # no recursion: a path may have a thousand folders
     while waiting:
@@ -226,7 +223,7 @@ def _walk(
         folders[folder] = folder_state(start + folder)
         info = os.stat(start + folder)
         if (info.st_dev, info.st_ino) in visited:  # a link back up, or a second link to the same folder
-            skipped["links to folders that are listed already"] += 1
+            skipped["linked to a folder that is listed already"] += 1
             continue
         visited.add((info.st_dev, info.st_ino))
         inner = []
@@ -256,11 +253,11 @@ def _kind_of(entry: os.DirEntry[bytes]) -> str | None:
         return "hidden"
     try:
         if patiently(entry.is_dir):
-            return "folders of the system" if name in _SYSTEM_FOLDERS else None
+            return "of the system (such as __MACOSX)" if name in _SYSTEM_FOLDERS else None
         if not patiently(entry.is_file):
-            return "links that lead nowhere" if entry.is_symlink() else "pipes or devices"
+            return "linked to nowhere" if entry.is_symlink() else "pipe or device"
     except OSError as error:
         if is_trouble(error):
             raise
-        return "links that lead nowhere"
+        return "linked to nowhere"
     return os.path.splitext(name)[1].lower() or NO_EXTENSION

@@ -55,7 +55,7 @@ def read_list(path: Path, root: Path, skipped: Counter[str] | None = None) -> It
                 line = raw.strip()
                 if not line or line.startswith("#"):
                     if line and skipped is not None:
-                        skipped["lines that begin with #"] += 1
+                        skipped["on lines that begin with #"] += 1
                     continue
                 where = f"{path}:{number}"
                 name, label = _split(line, where, first)

@@ -108,16 +108,11 @@ class Manifest:
     @staticmethod
     @os_errors_in_one_line()
     def from_folder(
-        root: Path | str,
-        *,
-        image_list: Path | str | None = None,
-        class_names: Sequence[str] | None = None,
-        cache_dir: Path | str | None = None,
-        max_bad_fraction: float = MAX_BAD_FRACTION,
-        threads: int | None = None,
-        refresh: bool = False,
+        root: Path | str, *, image_list: Path | str | None = None,
+        class_names: Sequence[str] | None = None, cache_dir: Path | str | None = None,
+        max_bad_fraction: float = MAX_BAD_FRACTION, threads: int | None = None, refresh: bool = False,
         positions: bool = False,
-    ) -> Manifest:
+    ) -> Manifest:  # fmt: skip
         """Read the images below `root/<class>/`, at any depth, without hidden ones; links are followed once.
 
         Raises DataError without a folder, classes or images, for a list that cannot be read, a class that
@@ -205,14 +200,9 @@ def read_index(folder: Path) -> tuple[str, Manifest]:
         identities = _identities(slices.checksums, slices.size_bytes)
         size_bytes = slices.size_bytes
         shards = Manifest(
-            folder,
-            paths,
-            **image,
-            size_bytes=size_bytes,
-            bad=bad_files,
-            packed=slices,
+            folder, paths, **image, size_bytes=size_bytes, bad=bad_files, packed=slices,
             identities=identities,
-        )
+        )  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{folder / INDEX}: cannot be read ({error}); pack again") from error
     slices.check_shards()
@@ -239,20 +229,17 @@ def _listed_faults(
     if not listed:
         return {}
     entries = Paths.of(listed).find(listing.paths)  # (N,)
-    places = np.flatnonzero(entries >= 0)
-    faults = list(listed.values())
-    found = {place: faults[entries[place]] for place in places.tolist()}
-    elsewhere = np.setdiff1d(np.arange(len(faults)), entries)
-    names = list(listed)
-    if len(elsewhere):
-        states = [
-            file_state(listing.encoded_path(os.fsencode(names[entry]))) for entry in elsewhere.tolist()
-        ]
+    names, faults = list(listed), list(listed.values())
+    found = {place: faults[entries[place]] for place in np.flatnonzero(entries >= 0).tolist()}
+    wanted = {int(identities[place]): fault for place, fault in found.items()}
+    if elsewhere := np.setdiff1d(np.arange(len(faults)), entries).tolist():
+        states = [file_state(listing.encoded_path(os.fsencode(names[entry]))) for entry in elsewhere]
         sizes, times, inodes = (np.array(column, np.int64) for column in list(zip(*states, strict=True))[:3])
-        wanted = dict(zip(_identities(inodes, sizes, times).tolist(), elsewhere.tolist(), strict=True))
-        wanted.pop(0, None)
-        for place in np.flatnonzero(np.isin(identities, np.array(list(wanted), np.uint64))).tolist():
-            found.setdefault(place, faults[wanted[int(identities[place])]])
+        ids = _identities(inodes, sizes, times).tolist()
+        wanted |= {one: faults[entry] for one, entry in zip(ids, elsewhere, strict=True)}
+    wanted.pop(0, None)
+    for place in np.flatnonzero(np.isin(identities, np.array(list(wanted), np.uint64))).tolist():
+        found.setdefault(place, wanted[int(identities[place])])
     return found
 
 

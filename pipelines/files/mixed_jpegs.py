@@ -4,8 +4,6 @@ Decoders have one path for each kind of JPEG, and some only for batches that mix
 kind show neither their faults nor their speed. The pictures are noise with the spectrum of photographs.
 """
 
-from __future__ import annotations
-
 import functools
 import io
 from collections.abc import Iterator
@@ -32,13 +30,10 @@ class JpegKind:
 
 
 KINDS = (
-    JpegKind("4:2:0", 70, 94),
-    JpegKind("4:4:4", 25, 92, subsampling=0),
-    JpegKind("4:2:2", 1, 93, subsampling=1),
-    JpegKind("grey", 2, 95, mode="L"),
-    JpegKind("progressive", 1, 95, progressive=True),
-    JpegKind("CMYK", 1, 62, subsampling=0, mode="CMYK"),
-)
+    JpegKind("4:2:0", 70, 94), JpegKind("4:4:4", 25, 92, subsampling=0),
+    JpegKind("4:2:2", 1, 93, subsampling=1), JpegKind("grey", 2, 95, mode="L"),
+    JpegKind("progressive", 1, 95, progressive=True), JpegKind("CMYK", 1, 62, subsampling=0, mode="CMYK"),
+)  # fmt: skip
 
 
 def mixed_jpegs(count: int, seed: int = 0) -> Iterator[bytes]:

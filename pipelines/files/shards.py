@@ -116,9 +116,12 @@ class SliceReader:
 
 @os_errors_in_one_line()
 def is_packed(folder: Path) -> bool:
-    """Return whether `folder` is a packed split. Raises DataError for one not finished or not readable."""
-    if (folder / INDEX).is_file():
-        return True
+    """Return whether `folder` is a packed split. Raises DataError for one that was not finished."""
+    try:
+        if (folder / INDEX).is_file():
+            return True
+    except PermissionError:  # listing the folder says it better: there may be no index in it
+        return False
     if next(folder.glob("shard-*.tar"), None) is not None:
         what = f"has shards but no {INDEX}: give the same `cmtrain data pack` again to finish it"
         raise DataError(f"{folder}: {what}")

@@ -1,7 +1,5 @@
 """Encode image files for shards: their own bytes where possible, else a JPEG of the decoded pixels."""
 
-from __future__ import annotations
-
 import io
 import os
 import signal

@@ -119,6 +119,8 @@ def test_demo_and_bench_pass_their_options_on(calls):
         (["--config", "configs/demo.yaml", "--lr", "1"], "--lr: unknown option, did you mean --optim.lr?"),
         (["--config", "configs/demo.yaml", "--train.compile"], "--train.compile: needs a value"),
         (["--config", "configs/demo.yaml", "more"], "cmtrain train: unexpected argument more"),
+        (["--config=~/x.yaml"], "--config=~/x.yaml: no shell expanded the ~: write the whole path; after a blank, and not after =, a shell expands it"),
+        (["data", "check", "~/photos"], "~/photos: no shell expanded the ~: write the whole path; after a blank, and not after =, a shell expands it"),
         (["config"], "cmtrain config: must be `config show --config FILE`, `config schema` or `config reference`"),
         (["config", "show"], "cmtrain config show: --config is missing, e.g. cmtrain config show --config configs/demo.yaml"),
     ],

@@ -15,6 +15,7 @@ import pytest
 import torch
 from helpers.mini import batch, make_learner
 from helpers.photographs import write_folder
+from helpers.runs import HANG_SECONDS
 
 from cmtrain.commands.bench import bench as bench_command
 from cmtrain.commands.bench.bench import verdict
@@ -113,9 +114,9 @@ def test_a_loader_and_its_workers_stay_on_their_core_and_end_with_the_pipe(root,
         assert figures["cpu_ms_per_image"] > 0
     finally:
         pipe.close()
-    process.join(30)
+    process.join(HANG_SECONDS)
     assert process.exitcode == 0
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + HANG_SECONDS
     while any(os.path.exists(f"/proc/{pid}") for pid in family[1:]):
         assert time.monotonic() < deadline
 

@@ -12,7 +12,7 @@ from helpers.images import write_tree
 from helpers.runs import Forked, flip
 
 from cmtrain.commands import evaluate as evaluate_command
-from cmtrain.commands.evaluate import open_folder, real_accuracy, real_labels, sizes_of
+from cmtrain.commands.evaluate import imagenet_numbers, open_folder, real_accuracy, real_labels, sizes_of
 from cmtrain.commands.trained_model import open_trained
 from cmtrain.config.load import load_config
 from cmtrain.errors import ConfigError
@@ -77,8 +77,8 @@ def test_several_sizes_at_once(trained):
     job, _ = trained
     reported = run_eval(job, "runs/job", "--weights", "model", "--resize-px", "64,72", "--image-px", "32,64")
     sizes = [(row["image_px"], row["resize_px"]) for row in reported["results"]]
-    assert sizes == [(32, 64), (32, 72), (64, 64), (64, 72)]
-    assert len({row["loss"] for row in reported["results"]}) == 4
+    assert sizes == [(32, 64), (64, 72)]
+    assert len({row["loss"] for row in reported["results"]}) == 2
 
 
 def test_sizes_keep_the_runs_proportion():
@@ -88,6 +88,11 @@ def test_sizes_keep_the_runs_proportion():
     assert sizes_of(config, (), (184, 182)) == [(160, 184), (160, 182)]
     with pytest.raises(ConfigError, match="--image-px: must be multiples of 32, got 100"):
         sizes_of(config, (100,), ())
+    assert sizes_of(config, (64, 96), (72, 108)) == [(64, 72), (96, 108)]
+    assert sizes_of(config, (64, 96), (128,)) == [(64, 128), (96, 128)]
+    message = "--image-px has 3 sizes and --resize-px 2: give one for each, or several for one"
+    with pytest.raises(ConfigError, match=message):
+        sizes_of(config, (64, 96, 128), (72, 108))
     with pytest.raises(ConfigError, match="--resize-px: 182 is less than the image side 224"):
         sizes_of(config, (160, 224), (182,))
 
@@ -103,9 +108,7 @@ def test_images_from_elsewhere_by_name_or_by_number(trained, tmp_path):
     assert by_name["num_images"] == 12
     (root / "val" / "2").rename(root / "val" / "3")
     line = run_eval(job, "runs/job", "--folder", str(root / "val"), code=3)
-    assert (
-        "/val/3: not one of the 3 training classes; no folder is, 3 such: 0, 1, 3; classes: class0" in line
-    )
+    assert "/val/3: not one of the 3 training classes; 2 of 3 folders are (0, 1), 1 such: 3" in line
     assert "no such folder" in run_eval(job, "runs/job", "--folder", "nowhere", code=3)
 
 
@@ -151,6 +154,16 @@ def test_imagenet_real(monkeypatch):
         real_labels(Images([*files[:3], "/data/x.jpg"]))
     with pytest.raises(DataError, match="here are 3"):
         real_labels(Images(files[:3]))
+
+
+def test_real_labels_are_numbers_of_imagenets_classes():
+    numbers = tuple(sorted(map(str, range(1000))))  # in the order of text: 0, 1, 10, 100
+    assert imagenet_numbers(numbers)[2] == 10
+    synsets = [f"n{number:08d}" for number in range(1000)]
+    assert imagenet_numbers(synsets) == list(range(1000))
+    for names in (numbers[:-1], [*numbers[:-1], "1000"], [f"class {number}" for number in range(1000)]):
+        with pytest.raises(DataError, match=r"--real: .* are neither 0 to 999 nor such as n01440764"):
+            imagenet_numbers(names)
 
 
 def test_the_real_labels_that_timm_ships():

@@ -86,7 +86,7 @@ def test_a_run_on_another_host_is_believed_until_it_is_silent(run, capsys):
     ("config", "limit_seconds"),
     [
         ("metrics:\n  stall_seconds: 3600.0\n", 3600),
-        ("metrics:\n  stall_seconds: 20\n", 20),
+        ("metrics:\n  stall_seconds: 400\n", 400),
         ("metrics:\n  stall_seconds: often\n", SILENT_SECONDS),
         ("metrics: 7\n", SILENT_SECONDS),
         ("\x00", SILENT_SECONDS),
@@ -94,7 +94,7 @@ def test_a_run_on_another_host_is_believed_until_it_is_silent(run, capsys):
 )
 def test_how_long_a_run_may_be_silent_is_its_own_setting(run, config, limit_seconds):
     (run.path / "config.yaml").write_text(config)
-    change(run, host="elsewhere", updated=time.time() - limit_seconds + 10)
+    change(run, host="elsewhere", updated=time.time() - limit_seconds + 300)
     assert current_status(run.path).warning == ""
     change(run, updated=time.time() - limit_seconds - 10)
     assert "has written nothing for" in current_status(run.path).warning
@@ -149,8 +149,15 @@ def test_an_ended_run(run, capsys):
     change(run, state="finished", step=3600, reason="top-1 0.4400", exit_code=0, pid=dead_process())
     lines = printed(capsys, "status", "r").splitlines()
     assert lines[0] == "runs/r: finished, step 3,600 of 3,600: top-1 0.4400"
-    assert not any(line.startswith(("left", "metrics")) for line in lines)
+    assert not any(line.startswith(("left", "watch")) for line in lines)
     assert printed(capsys, "watch", "r").startswith("finished, step 3,600 of 3,600: top-1 0.4400")
+
+
+def test_a_run_that_max_steps_ended_has_not_finished(run, capsys):
+    change(run, state="finished", step=3600, total_steps=10_800, reason="top-1 12.0 %", pid=dead_process())
+    line = "ended by --max-steps, step 3,600 of 10,800: top-1 12.0 %"
+    assert printed(capsys, "status", "r").splitlines()[0] == f"runs/r: {line}"
+    assert printed(capsys, "watch", "r").startswith(line)
 
 
 @pytest.mark.parametrize("verb", ["status", "watch"])
@@ -197,3 +204,11 @@ def test_watch_on_a_terminal_shows_the_run_in_place(run, monkeypatch):
     assert "r: running, step 1,200 of 3,600" in shown
     assert "\x1b[" in shown  # the cursor goes back up
     assert "r: finished, step 1,200 of 3,600: top-1 0.5" in shown
+
+
+@pytest.mark.parametrize("verb", ["status", "watch"])
+def test_escapes_in_status_json_stay_visible(run, capsys, verb):
+    change(run, state="failed", reason="\x1b]0;owned\x07\n\x1b[2J\u202e", resume_from="\x1b[8m")
+    text = printed(capsys, verb, "runs/r")
+    assert all(line.isprintable() for line in text.splitlines())
+    assert r"failed, step 1,200 of 3,600: \x1b]0;owned\x07\n\x1b[2J\u202e" in text

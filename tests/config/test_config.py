@@ -83,10 +83,7 @@ TYPICAL = [
         "x.yaml:9: model.attention_bias: must be one of none, relative, pairwise or null, got realtive, "
         "did you mean relative?",
     ),
-    (
-        "data2:\n  image_size: 150\n",
-        "x.yaml:9: data2: unknown section, did you mean data?",
-    ),
+    ("data2:\n  image_size: 150\n", "x.yaml:9: data2: unknown section, did you mean data?"),
     ("guard:\n  enabled: on\n", "x.yaml:10: guard.enabled: must be true or false, got on"),
     (
         "run: {name: 7}\n",
@@ -118,6 +115,26 @@ def test_typical_mistake_in_a_file(added, line):
 )  # fmt: skip
 def test_typical_mistake_on_the_command_line(option, text, line):
     assert mistakes(GOOD, (option, text)) == [line]
+
+
+@pytest.mark.parametrize("text", ["42", "007", "1e3", "true"])
+def test_text_on_the_command_line_needs_no_quotes(text):
+    found = values(GOOD, ("run.name", text), ("data.train_dir", text), ("data.val_list", text))
+    assert (found["run.name"], found["data.train_dir"], found["data.val_list"]) == (text, text, text)
+    assert values(GOOD, ("data.val_list", "null"))["data.val_list"] is None
+
+
+@pytest.mark.parametrize(
+    "key", ["data.root", "run.dir", "data.cache_dir", "model.init_from", "data.val_list"]
+)
+@pytest.mark.parametrize("path", ["~/data", "~", "~me/data", "$HOME/data", "${HOME}/data"])
+def test_a_path_that_no_shell_expanded_is_refused(key, path):
+    first = path.split("/")[0]
+    (line,) = mistakes(GOOD, (key, f"'{path}'"))
+    assert line.startswith(
+        f"--{key}: {first} is expanded by no shell here: write the folder out (or ./{first}"
+    )
+    assert values(GOOD, (key, f"./{path}"))[key] == f"./{path}"
 
 
 def test_all_mistakes_of_all_sources_are_reported_at_once_in_reading_order():
@@ -389,7 +406,7 @@ def test_packaged_configurations_are_found_from_anywhere():
 def test_yaml_round_trip_is_exact():
     odd = [
         ("run.dir", "é: #x"), ("expect.source", '"1e-3"'), ("data.root", "demo:digits"), ("optim.lr", "0.1234567890123456"),
-        ("optim.eps", "1e-08"), ("run.name", '"010"'), ("data.cache_dir", '"~"'), ("augment.scale", "[1e-1, .5]"),
+        ("optim.eps", "1e-08"), ("run.name", '"010"'), ("data.cache_dir", '"null"'), ("augment.scale", "[1e-1, .5]"),
     ]  # fmt: skip
     config = load_config(write(GOOD), odd).config
     resolved = load_config(write(to_yaml(config), "again.yaml"))

@@ -1,6 +1,8 @@
 """Compile the Triton kernels of a CMT for GPUs that this machine lacks; test_fused_ffn.py runs it.
 
-    python tests/helpers/cross_compile.py fp16 46:165:40 ...   # type, then channels : hidden channels : side
+    python tests/helpers/cross_compile.py 80,90 fp16 46:165:40 ...
+
+Its arguments: architectures, type, then sizes: channels : hidden channels : side.
 
 Networks of these sizes run with kernels that only record their launches, and each launch is then compiled.
 Prints a line of JSON for each architecture, size and launch: registers and spilled bytes of a thread, how
@@ -134,11 +136,11 @@ def instructions(code: str) -> int:
 
 
 def main() -> None:
-    dtype, *sizes = sys.argv[1:]
+    architectures, dtype, *sizes = sys.argv[1:]
     for size in sizes:
         for name, launched in launches(dtype, *map(int, size.split(":"))).items():
             for kinds, constants, options in launched.noted.values():
-                for sm in (80, 90):
+                for sm in map(int, architectures.split(",")):
                     kernel = compiled(launched.kernel, kinds, constants, options, sm)
                     forms = [
                         flag.lower()

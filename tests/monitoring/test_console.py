@@ -1,23 +1,29 @@
-"""The bar shows the most important numbers at any width; a pipe gets whole lines."""
+"""The bar shows the most important numbers at any width; a pipe gets whole lines, a program JSON."""
 
 import io
+import json
+import sys
 
 import pytest
 from rich.console import Console as RichConsole
 
-from cmtrain.monitoring.console import Console
+from cmtrain.monitoring.console import Console, print_result
 
 PLACE = "epoch 1/25 step 20/450"
 PARTS = "eta 43s", "loss 0.5182", "388 img/s", "data 14 %", "lr 1.86e-03", "grad 1.19"
 
 
-def bar_at(width):
-    """Return the text of the bar on a terminal of `width` columns, after a log point."""
+def bar_at(width, *, parts=PARTS, elapsed_seconds=7, first_step=0):
+    """Return the text of the bar, `width` columns wide, at step 20, after a log point of `parts`."""
     console = Console(enabled=True)
-    console.rich = RichConsole(file=io.StringIO(), force_terminal=True, width=width, soft_wrap=True)
-    console.start(0, 450)
+    on_terminal = {"force_terminal": True, "force_interactive": True}
+    console.rich = RichConsole(file=io.StringIO(), **on_terminal, width=width, soft_wrap=True)
+    console.start(first_step, 450)
+    task = console.bar.tasks[0]
+    task.start_time = console.bar.get_time() - elapsed_seconds
     console.advance(20)
-    console.progress(PLACE, *PARTS)
+    if parts:
+        console.progress(PLACE, *parts)
     screen = RichConsole(file=io.StringIO(), width=width)
     screen.print(*console.bar.get_renderables())
     console.stop()
@@ -30,8 +36,43 @@ def test_the_bar_shows_step_and_time_left_and_whole_parts(width, num_parts):
     assert "\n" not in text
     assert len(text) <= width
     assert text.startswith("step  20/450 ")
-    assert "0:00:00 elapsed" in text
+    assert " 7s elapsed" in text
     assert text.endswith("  ".join(PARTS[:num_parts]))
+
+
+def test_the_bar_of_a_run_of_days_is_one_line_at_80_columns():
+    text = bar_at(80, elapsed_seconds=3 * 86_400 + 7_300)
+    assert "3d 2h elapsed" in text
+    assert text.endswith("  ".join(PARTS[:4]))
+    assert len(text) <= 80
+
+
+def test_the_time_left_is_there_after_the_first_step():
+    """A log point may be hours away: 50 steps of a minute."""
+    assert bar_at(80, parts=(), elapsed_seconds=600).endswith(" 10m 0s elapsed  eta 3h 35m")
+    assert bar_at(80, parts=(), elapsed_seconds=600, first_step=10).endswith("elapsed  eta 7h 10m")
+
+
+@pytest.mark.parametrize("variable", ["FORCE_COLOR", "TTY_COMPATIBLE"])
+def test_a_pipe_is_a_pipe_whatever_the_environment_says(variable, monkeypatch, capsys):
+    monkeypatch.setenv(variable, "1")
+    test_a_pipe_gets_one_line_with_everything(capsys)
+
+
+def test_a_terminal_that_cannot_move_its_cursor_gets_lines(monkeypatch, capsys):
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    test_a_pipe_gets_one_line_with_everything(capsys)
+
+
+def test_json_is_for_programs_and_for_a_person_who_asks(monkeypatch, capsys):
+    print_result({"top1": 0.5}, asked=False)
+    assert json.loads(capsys.readouterr().out) == {"top1": 0.5}
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    print_result({"top1": 0.5}, asked=False)
+    assert capsys.readouterr().out == ""
+    print_result({"top1": 0.5}, asked=True)
+    assert json.loads(capsys.readouterr().out) == {"top1": 0.5}
 
 
 def test_a_pipe_gets_one_line_with_everything(capsys):
@@ -47,3 +88,11 @@ def test_other_ranks_print_nothing(capsys):
     console.progress(PLACE, *PARTS)
     console.line("checkpoint")
     assert capsys.readouterr().err == ""
+
+
+def test_what_is_not_printable_is_shown_as_escapes(capsys):
+    console = Console(enabled=True)
+    console.line("bad file: x\x1b]52;c;ZQ==\x07\nfinished: top-1 1.0\u202e.jpg \udce9")
+    assert capsys.readouterr().err == (
+        "bad file: x\\x1b]52;c;ZQ==\\x07\\nfinished: top-1 1.0\\u202e.jpg \\udce9\n"
+    )

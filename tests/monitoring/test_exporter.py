@@ -16,7 +16,7 @@ import time
 from urllib.parse import quote
 
 import pytest
-from helpers.runs import ROOT, free_port, logged, wait_for
+from helpers.runs import HANG_SECONDS, ROOT, free_port, logged, wait_for
 from helpers.tools import needs
 from prometheus_client import CollectorRegistry, Gauge
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
@@ -112,6 +112,34 @@ def test_there_is_no_way_to_a_file(serve, path):
     assert b"root:" not in answer
 
 
+def test_it_lingers_for_a_page_that_is_watched_and_not_for_long(serve, monkeypatch):
+    server = serve({"/": ROUTES["/metrics"], **ROUTES})
+    monkeypatch.setattr(exporter_module, "LINGER_SECONDS", 3600.0)
+    get(server.port)
+    get(server.port, "/nowhere")
+
+    def wait_until_noted(path):  # which is after the answer
+        deadline = time.monotonic() + 60
+        while path not in server.asked_at:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+    wait_until_noted("/metrics")
+    server.linger("/")  # nobody looks at it: it does not wait
+    assert server.asked_at.keys() == {"/metrics"}
+    get(server.port, "/?x")
+    wait_until_noted("/")
+    waiting = threading.Thread(target=server.linger, args="/")
+    waiting.start()
+    get(server.port)
+    assert waiting.is_alive()
+    get(server.port, "/")
+    waiting.join(60)
+    assert not waiting.is_alive()
+    monkeypatch.setattr(exporter_module, "LINGER_SECONDS", 0.01)
+    server.linger("/")
+
+
 def test_a_connection_stays_open_for_the_next_request(serve):
     port = serve().port
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
@@ -160,9 +188,9 @@ def test_a_client_that_stops_in_the_middle_is_dropped(serve, monkeypatch):
     assert talk(server.port, HALF_A_REQUEST) == b""
     with socket.create_connection(("127.0.0.1", server.port)) as takes_nothing:
         takes_nothing.sendall(HALF_A_REQUEST + b"\r\n")
-        while server.num_connections == 0 and time.monotonic() < begin + 30:
+        while server.num_connections == 0 and time.monotonic() < begin + HANG_SECONDS:
             time.sleep(0.01)
-        while server.num_connections and time.monotonic() < begin + 30:
+        while server.num_connections and time.monotonic() < begin + HANG_SECONDS:
             time.sleep(0.01)
     assert server.num_connections == 0
 
@@ -273,7 +301,7 @@ def test_silent_connections_make_room_for_a_scraper(serve):
         assert server.num_connections <= MAX_CONNECTIONS
         assert serving_threads() == 1
     assert get(server.port)[0] == 200
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + HANG_SECONDS
     while open_descriptors() > descriptors and time.monotonic() < deadline:
         time.sleep(0.01)
     assert open_descriptors() <= descriptors
@@ -302,29 +330,34 @@ def test_a_training_run_in_a_storm(make_job, figure):
         def threads():
             return len(os.listdir(f"/proc/{pid}/task"))
 
+        def scrape_seconds():
+            begin = time.perf_counter()
+            assert get(port)[0] == 200
+            return time.perf_counter() - begin
+
         get(port)
         before = threads(), open_descriptors(pid)
         ratios, answers = [], []
         for _ in range(3):
-            alone = pace(1.0)
+            # Beside a process that computes as much as the clients, and asks for nothing.
+            with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as rival:
+                alone = pace(1.0)
+                rival.kill()
             clients = storm(port, 8, 2.0)
             time.sleep(0.5)
             ratios.append(pace(1.0) / alone)
             answers += json.loads(clients.communicate(timeout=600)[0])["seconds"]
+        scrapes_alone = [scrape_seconds() for _ in range(20)]
         silent = [socket.create_connection(("127.0.0.1", port), timeout=120) for _ in range(500)]
         for connection in silent:
             connection.sendall(HALF_A_REQUEST)
         assert get(port, method="POST", body=b"x")[0] == 405
         assert talk(port, HALF_A_REQUEST, b"X: " + b"y" * 100_000).startswith(b"HTTP/1.1 431 ")
-        scrapes = []
-        for _ in range(20):
-            begin = time.perf_counter()
-            assert get(port)[0] == 200
-            scrapes.append(time.perf_counter() - begin)
+        scrapes = [scrape_seconds() for _ in range(20)]
         in_storm = steps_done()
         for connection in silent:
             connection.close()
-        wait_for(lambda: threads() <= before[0] and open_descriptors(pid) <= before[1], process, seconds=30)
+        wait_for(lambda: threads() <= before[0] and open_descriptors(pid) <= before[1], process)
         wait_for(lambda: steps_done() > in_storm + 4, process)
         process.terminate()
         _, err = process.communicate(timeout=600)
@@ -337,7 +370,7 @@ def test_a_training_run_in_a_storm(make_job, figure):
         # Generous, because machines are shared: prometheus_client's own server makes it 3 to 5.
         # benchmarks/storm.py measures what this only bounds.
         assert statistics.median(ratios) < 2.5
-        assert statistics.median(scrapes) < 0.1
+        assert statistics.median(scrapes) < 20 * statistics.median(scrapes_alone)
         assert job.status()["state"] == "preempted"
         assert not list((job.run.parent / ".targets").iterdir())
 
@@ -384,22 +417,26 @@ def test_ready_after_the_first_step(metrics, tmp_path):
 
 
 def test_unhealthy_when_training_has_stalled(metrics, tmp_path):
-    stalled, patient = make_pages(metrics, dict, 0.05, tmp_path), make_pages(metrics, dict, 600, tmp_path)
-    time.sleep(0.1)
+    stalled, patient = make_pages(metrics, dict, 600, tmp_path), make_pages(metrics, dict, 6000, tmp_path)
+
+    def pass_time():
+        metrics.progress_at -= 700
+
+    pass_time()
     assert stalled["/-/healthy"]("").status == 200  # setting up may take its time
     count_step(metrics, 7)
     assert stalled["/-/healthy"]("").status == 200
-    time.sleep(0.1)
+    pass_time()
     assert stalled["/-/healthy"]("").status == 503
-    assert stalled["/-/healthy"]("").body.startswith(b"train, step 7, no progress for 0.")
+    assert stalled["/-/healthy"]("").body.startswith(b"train, step 7, no progress for 7")
     assert json.loads(stalled["/status.json"]("").body)["now"]["stalled"] is True
     assert patient["/-/healthy"]("").status == 200
     metrics.enter("evaluate")
-    time.sleep(0.1)
+    pass_time()
     assert stalled["/-/healthy"]("").status == 200  # so may evaluation
     metrics.enter("train")
     assert stalled["/-/healthy"]("").status == 200  # the clock of a step starts again
-    time.sleep(0.1)
+    pass_time()
     assert stalled["/-/healthy"]("").status == 503
 
 
@@ -484,7 +521,7 @@ def test_prometheus_finds_a_rank_and_loses_it(serve, metrics, tmp_path):
         return []
 
     def wait(condition):
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + HANG_SECONDS
         while not condition():
             assert process.poll() is None, process.stderr.read()
             assert time.monotonic() < deadline

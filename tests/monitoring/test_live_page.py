@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers.pages import DOUBLE_IDS, EVIL, OUTSIDE, OVERLAPS, UNNAMED, ParsedPage
 from helpers.report_runs import eventful, write_run
-from helpers.runs import free_port
+from helpers.runs import HANG_SECONDS, free_port
 
 from cmtrain.monitoring.discovery import write_target
 from cmtrain.monitoring.http_server import Exporter
@@ -71,7 +71,7 @@ def test_it_shows_the_state_of_a_run(folder):
     metrics.saved_at.set(time.time() - 125)
     words = words_of(metrics, folder, status)
     for text in (
-        "job training", "cmt_ti \u00b7 fp16 \u00b7 8 x cuda", "50.0 % step 10,000 of 20,000, epoch 5",
+        "job training", "cmt_ti \u00b7 fp16 \u00b7 8 GPUs", "50.0 % step 10,000 of 20,000, epoch 5",
         "2h 9m left", "Images per second 12,810 3 % of the time waiting for data",
         "Loss 2.345 at step 10,000", "Learning rate 0.0031",
         "Best top-1 43.1 % at step 9,000", "Last checkpoint 2m 5s ago", "Bad steps 3",
@@ -83,6 +83,34 @@ def test_it_shows_the_state_of_a_run(folder):
     html = page_of(metrics, folder, status)("").body.decode()
     for key in ("loss", "accuracy", "lr", "images_per_second"):
         assert f'id="{key}-title"' in html
+
+
+@pytest.mark.parametrize(
+    ("status", "badge"),
+    [
+        ({"state": "finished", "step": 20_000}, "finished"),
+        ({"state": "finished", "step": 10_000}, "ended by --max-steps"),
+        ({"state": "preempted", "step": 10_000}, "preempted"),
+        ({"state": "failed", "step": 10_000}, "failed"),
+    ],
+)
+def test_the_end_of_a_run_is_shown_at_once_with_its_report(folder, status, badge):
+    shown = SPEED | {"state": "running", "updated": time.time(), "total_steps": 20_000}
+    page = make_pages(rank_at(status["step"]), lambda: shown, 600, folder)["/"]
+    assert "job training" in ParsedPage(page("").body.decode()).words
+    shown |= status | {"reason": "top-1 43.1 %", "updated": time.time()}
+    words = ParsedPage(page("").body.decode()).words
+    assert f"job {badge}" in words
+    assert f"top-1 43.1 % The report of this run is {folder}/report.html" in words
+    assert f"step {status['step']:,} of 20,000" in words
+    assert "2h 9m left" not in words
+
+
+def test_the_end_of_an_earlier_process_is_not_shown(folder):
+    status = {"state": "preempted", "updated": time.time() - 60, "reason": "stopped by Ctrl-C"}
+    words = words_of(TrainMetrics("job", 0), folder, status)
+    assert "job setting up" in words
+    assert "Ctrl-C" not in words
 
 
 def test_a_stalled_run_is_marked(folder):
@@ -148,7 +176,7 @@ def test_a_hostile_run_is_shown_and_not_obeyed(tmp_path):
     assert policy["content"].startswith(
         "default-src 'none'; connect-src 'self'; style-src 'unsafe-inline'; script-src 'sha256-"
     )
-    assert EVIL in page.text
+    assert EVIL.replace("\u202e", r"\u202e") in page.text
     assert "49\u202e" not in page.text
 
 
@@ -280,18 +308,36 @@ def test_it_refreshes_itself_and_shows_when_the_run_is_gone(browser, serve, fold
     assert browser.evaluate("getComputedStyle(document.querySelector('.gone')).display") == "none"
 
 
+def test_the_last_that_a_browser_shows_is_the_end_of_the_run(browser, serve, folder, monkeypatch):
+    monkeypatch.setattr("cmtrain.monitoring.http_server.LINGER_SECONDS", 60.0)
+    status = SPEED | {"state": "running", "updated": time.time()}
+    page = make_pages(rank_at(19_999), lambda: status, 600, folder)["/"]
+    server = serve(page)
+    browser.open(server.url, width_px=1280)
+    status |= {"state": "finished", "reason": "top-1 43.1 %", "updated": time.time()}
+    wait_until(lambda: server.asked_at)
+    server.linger("/")
+    server.close()
+    shown = "document.querySelector('main').innerText"
+    wait_until(lambda: "finished" in browser.evaluate(shown))
+    assert f"The report of this run is {folder}/report.html" in browser.evaluate(shown)
+    time.sleep(2.5)  # nobody answers any more, and there is nothing to add
+    assert browser.evaluate("getComputedStyle(document.querySelector('.gone')).display") == "none"
+
+
 def test_a_hidden_page_asks_for_nothing(browser, serve, folder):
     asked = []
     page = page_of(rank_at(10_000), folder)
     browser.open(serve(lambda accept: asked.append(1) or page(accept)).url, width_px=1280)
     browser.evaluate("Object.defineProperty(document, 'hidden', {get: () => true})")
+    time.sleep(1)  # a request may be on its way
     count = len(asked)
     time.sleep(2.6)
     assert len(asked) == count
 
 
 def wait_until(condition):
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + HANG_SECONDS
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.1)

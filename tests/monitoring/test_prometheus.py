@@ -16,11 +16,10 @@ from urllib.parse import quote
 import pytest
 import yaml
 from helpers.dashboards import ALERTS, ASKED, RECORDED, RULE_TESTS, families
-from helpers.runs import ROOT, Forked
+from helpers.runs import HANG_SECONDS, ROOT, Forked
 from helpers.tools import needs
 
 RULES = ROOT / "docker" / "prometheus" / "rules.yaml"
-PATIENCE_SECONDS = 120
 
 needs_promtool, needs_prometheus = needs("promtool"), needs("prometheus")
 
@@ -151,7 +150,7 @@ class Watched:
         return self.get("/api/v1/query", query=query).get("data", {}).get("result", [])
 
     def wait(self, condition: Any) -> None:
-        deadline = time.monotonic() + PATIENCE_SECONDS
+        deadline = time.monotonic() + HANG_SECONDS
         while not condition():
             assert self.server.poll() is None, "Prometheus has ended"
             assert time.monotonic() < deadline, self.job.outputs[1].read_text()[-2000:]

@@ -17,6 +17,7 @@ from helpers.report_runs import BEGIN, eventful, write_run
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cmtrain.cli.main import main
+from cmtrain.monitoring.report.events import newest_rows
 from cmtrain.monitoring.report.headline import measure_times
 from cmtrain.monitoring.report.page import render, report, sample_uri, write_report
 from cmtrain.step.evaluate import Evaluation, _Outcomes, evaluate
@@ -158,6 +159,48 @@ def test_events_are_listed_and_marked(tmp_path):
     assert "3 1 rollback" in page.words
 
 
+def test_a_bad_file_is_listed_once_over_all_starts(tmp_path):
+    """Every start writes all files that it leaves out."""
+    bad = [
+        {"event": "bad_file", "path": f"{i}.jpg", "reason": "truncated", "kind": "truncated"}
+        for i in (1, 2, 3)
+    ]
+    events = [
+        {"event": "resumed", "restarts": 0, "model": "cmt_ti", "device": "cuda", "world_size": "1"},
+        *bad,
+    ]
+    events = [event | {"time": BEGIN + start} for start in (10, 20, 30) for event in events]
+    run = write_run(tmp_path / "a", events=events)
+    page = page_of(run)
+    for path in ("1.jpg", "2.jpg", "3.jpg"):
+        assert page.words.count(f"path {path}") == 1
+    assert "bad files 3 " in page.words  # their lane
+    assert "4 starts" in page.words
+    assert "model cmt_ti on 1 GPU" in page.words
+    assert "world size" not in page.words
+    assert "restarts" not in page.words
+    news = newest_rows(read_run(run), BEGIN + 40)
+    assert [row.kind for row in news] == ["finished"] + ["resumed"] * 3 + ["bad file"] * 3 + ["started"]
+
+
+@pytest.mark.parametrize(
+    ("device", "world_size", "text"),
+    [
+        ("cuda", "1", "1 GPU"),
+        ("cuda", "8", "8 GPUs"),
+        ("cpu", "1", "1 process on the CPU"),
+        ("cpu", "2", "2 processes on the CPU"),
+    ],
+)
+def test_what_a_run_trains_on_in_words(tmp_path, device, world_size, text):
+    events = [
+        {"time": BEGIN, "event": "resumed", "precision": "fp16", "device": device, "world_size": world_size}
+    ]
+    page = page_of(write_run(tmp_path / "a", events=events))
+    assert f"fp16 \u00b7 {text} " in page.words
+    assert f"trained on {text}" in page.words
+
+
 def test_a_flood_of_events_is_cut_with_a_note(tmp_path):
     flood = [
         {"time": BEGIN + i, "event": "bad_file", "path": f"{i}.jpg", "reason": "truncated"}
@@ -238,6 +281,25 @@ def test_classes_worst_first_and_what_they_are_taken_for(tmp_path):
     assert "Confusion matrix" not in many
 
 
+def test_pages_show_what_is_not_printable(tmp_path):
+    """Marks that turn the order of letters round, and escapes, in names of files and classes."""
+    evil = "a\u202egpj.exe\x1b]52;c;ZQ==\x07"
+    run = write_run(tmp_path / "a", num_classes=3, class_names=["cat", "dog", evil])
+    event = {
+        "event": "bad_file",
+        "time": time.time(),
+        "step": 1,
+        "path": evil,
+        "reason": evil,
+        "kind": "other",
+    }
+    with (run / "events.jsonl").open("a") as events:
+        events.write(json.dumps(event) + "\n" + json.dumps(event) + "\n")
+    html = render([read_run(run)])
+    assert not set("\u202e\x1b\x07") & set(html)
+    assert html.count(r"a\u202egpj.exe\x1b]52;c;ZQ==\x07") > 3
+
+
 def test_the_configuration_shows_what_is_not_default(tmp_path):
     html = render([read_run(write_run(tmp_path / "a", lr=0.0123, optim={"lr": 0.0123, "opt": "sgd"}))])
     assert "<b>  opt: sgd</b>" in html
@@ -286,7 +348,7 @@ def test_a_hostile_run_is_shown_and_not_obeyed(tmp_path):
         assert policy.startswith(
             "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-"
         )
-        assert EVIL in page.text
+        assert EVIL.replace("\u202e", r"\u202e") in page.text
         assert "49\u202e" not in page.text
 
 
@@ -448,6 +510,10 @@ def test_it_looks_right_in_a_browser(browser, tmp_path, width_px):
             browser.open(tmp_path / "page.html", width_px=width_px, dark=dark)
             browser.evaluate("document.querySelectorAll('details').forEach(node => node.open = true)")
             assert browser.evaluate("document.documentElement.scrollWidth") <= width_px
+            matrix = "document.querySelector('.confusion, .heat')"
+            if width_px == 1280 and browser.evaluate(f"!!{matrix}"):  # all of it, as wide as the page
+                filled = f"{matrix}.getBoundingClientRect().width / {matrix}.parentNode.clientWidth"
+                assert 0.99 < browser.evaluate(filled) < 1.01
             assert [browser.evaluate(script) for script in (OVERLAPS, OUTSIDE, UNNAMED, DOUBLE_IDS)] == [
                 []
             ] * 4

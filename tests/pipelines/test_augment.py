@@ -50,11 +50,7 @@ LIMITS = {
 # Pillow blurs by three box filters, each rounded to levels, and repeats the border where DALI mirrors the
 # image (the large single errors); without the border the mean error is 0.63 levels at the worst radius (0.7)
 # and 0.3 at 2.
-LIMITS_3A = {
-    "Solarize": (0.0, 0),
-    "Desaturate": (0.2, 1),
-    "GaussianBlur": (0.5, 45),
-}
+LIMITS_3A = {"Solarize": (0.0, 0), "Desaturate": (0.2, 1), "GaussianBlur": (0.5, 45)}
 
 
 def run_graph(body, arrays: list[np.ndarray], layouts: list[str], conditionals: bool = True) -> np.ndarray:

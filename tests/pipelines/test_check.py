@@ -255,7 +255,7 @@ def test_memory_and_time_of_a_decoder_are_limited():
     assert process.returncode == 0
 
 
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(300)
 def test_a_pipe_blocks_no_decoder(tmp_path):
     """One that took the place of an image after the folder was listed."""
     os.mkfifo(tmp_path / "pipe.jpg")
@@ -295,3 +295,86 @@ def test_a_run_logs_what_the_check_found(make_job, tmp_path):
     assert sorted(event["path"] for event in logged) == sorted(map(str, cut))
     assert {event["kind"] for event in logged} == {"truncated"}
     assert f"{len(cut)} bad files are left out, see {root / NAME}\n" in job.stderr.read_text()
+
+
+@pytest.mark.parametrize("fails", ["beside", "everywhere"])
+def test_the_list_of_before_is_there_until_there_is_a_new_one(data, user_cache, monkeypatch, fails):
+    (data / "train" / "a" / "cut.jpg").write_bytes(encoded()[:-20])
+    assert check(str(data), full=True, processes=1, out=None) == 0
+    before = (data / NAME).read_text()
+    open_file, removed = Path.open, []
+
+    def full_disk(self, *args, **kwargs):
+        if (
+            self.name.endswith(".tmp")
+            and "bad" in self.name
+            and (fails == "everywhere" or data in self.parents)
+        ):
+            raise OSError(28, "No space left on device", str(self))
+        return open_file(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", full_disk)
+    if fails == "everywhere":
+        with pytest.raises(DataError, match=r"the list of bad files cannot be written: .*No space left"):
+            check(str(data), full=True, processes=1, out=None)
+        assert (data / NAME).read_text() == before
+    else:
+        unlink = Path.unlink
+
+        def removing(self, *args, **kwargs):
+            removed.append((self.name, len(list(user_cache.glob("bad-files-*.tsv")))))
+            unlink(self, *args, **kwargs)
+
+        monkeypatch.setattr(Path, "unlink", removing)
+        assert check(str(data), full=True, processes=1, out=None) == 0
+        assert dict(removed)[NAME] == 1  # the new one is in the cache by then
+    assert "a/cut.jpg" in read_lists(data / "train")
+
+
+def test_a_split_has_no_list_of_its_own(data):
+    """Its part of the list beside it is replaced; one that an older check left in it is removed."""
+    for split in ("train", "val"):
+        (data / split / "a" / "cut.jpg").write_bytes(encoded()[:-20])
+    assert check(str(data), full=True, processes=1, out=None) == 0
+    (data / "train" / NAME).write_text("a/good.jpg\tother\tof an older check\n")
+    (data / "train" / "a" / "cut.jpg").unlink()
+    (data / "train" / "b" / "new.jpg").write_bytes(encoded()[:-20])
+    assert check(str(data / "train"), full=True, processes=1, out=None) == 0
+    assert set(listed(data / NAME)) == {"train/b/new.jpg", "val/a/cut.jpg"}
+    assert not (data / "train" / NAME).exists()
+
+
+def test_exit_code_and_report(data, tmp_path, capsys):
+    """0 where training leaves out what was found, 3 where it refuses the data or meets the files."""
+    (data / "train" / "a" / "cut.jpg").write_bytes(encoded()[:-20])
+    assert check(str(data), full=True, processes=1, out=None) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("  train/a/cut.jpg: image file is truncated")
+    assert lines[1] == f"{data}/train: 17 files, 16 good, 1 bad (1 cut short)"
+    assert lines[2] == "  2 ask to be turned (EXIF); images are used as they are stored"
+    assert lines[-2:] == [f"the 1 bad files are listed in {data / NAME}", "training leaves them out"]
+    assert check(str(data), full=True, processes=1, out=None, max_bad_fraction=0.05) == 3
+    assert f"training will refuse {data}/train: more than 0.05 of it is bad\n" in capsys.readouterr().out
+    assert check(str(data), full=True, processes=1, out=str(tmp_path / "list.tsv")) == 3
+    assert "training does not read that list" in capsys.readouterr().out
+
+
+def test_packed_data_is_not_checked_but_verified(data, tmp_path):
+    (data / "train" / "index.npz").touch()
+    with pytest.raises(DataError, match=r"train: is packed: the same `cmtrain data pack` again verifies it"):
+        check(str(data), full=True, processes=1, out=None)
+
+
+def test_a_user_without_a_home_has_no_cache_and_needs_none(data, monkeypatch, capfd):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    mkdir = Path.mkdir
+
+    def refuse(self, *args, **kwargs):
+        if self.parts[1] == "nonexistent":
+            raise PermissionError(13, "Permission denied", str(self))
+        mkdir(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    assert len(Manifest.from_folder(data / "train")) == 16
+    assert "the list of images is not cached" in capfd.readouterr().err

@@ -288,7 +288,12 @@ for _ in range(2):
     begin = time.perf_counter()
     manifest = Manifest.from_folder(sys.argv[1], cache_dir=sys.argv[2])
     seconds.append(time.perf_counter() - begin)
-print(len(manifest), *seconds, peak_mb() - before)
+begin = time.perf_counter()
+for index in range(0, len(manifest), 10):
+    with open(manifest.file(index), "rb") as file:
+        file.read(4096)
+plain = 10 * (time.perf_counter() - begin)
+print(len(manifest), *seconds, peak_mb() - before, plain)
 """
 
 
@@ -305,12 +310,11 @@ def test_a_million_files_take_seconds_and_little_memory(tmp_path, cache, num_cla
             os.link(originals[(label + number) % 40], folder / f"n{label:08d}_{number}.JPEG")
     command = [sys.executable, "-c", SCALE, str(tmp_path / "in"), str(cache)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    num_files, first, second, memory_mb = map(float, done.stdout.split())
+    num_files, first, second, memory_mb, plain = map(float, done.stdout.split())
     assert num_files == num_classes * files_per_class
-    # Ceilings for 1.28 million files and in proportion: 300 MB, 4,000 headers a second, then 1 s from the
-    # cache.
+    # Ceilings in proportion to 300 MB for 1.28 million files, and to a plain loop that opens and reads them.
     share = num_files / 1_281_000
     assert memory_mb < 10 + 300 * share
-    if share > 0.5:  # nightly: a busy machine must not fail the short one
-        assert second < 1
-        assert first < 12 + num_files / 4000
+    if share > 0.5:  # nightly; alone on two cores 3.6 and 1/60
+        assert first < 2 + 20 * plain
+        assert second < first / 10

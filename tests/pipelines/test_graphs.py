@@ -12,6 +12,7 @@ from helpers.photographs import write_folder
 from nvidia.dali import fn
 
 from cmtrain.config.load import load_config
+from cmtrain.processes import collectives
 from cmtrain.training import build, loaders
 from pipelines.dali import graphs
 from pipelines.files.manifest import Manifest
@@ -95,7 +96,7 @@ def test_all_ranks_decode_in_the_way_that_works_on_every_host(monkeypatch):
     """The first process of each host tries; the slowest way found is everyone's."""
     config = load_config("configs/demo.yaml", [("train.global_batch_size", "12")]).config
     found = {"gpu1": ("mixed", []), "gpu2": ("mixed_whole", ["a line"]), "gpu3": ("mixed_whole", ["a line"])}
-    monkeypatch.setattr(loaders, "gather", lambda mine, _: [*found.values(), mine, None])
+    monkeypatch.setattr(collectives, "gather", lambda mine, _: [*found.values(), mine, None])
     monkeypatch.setattr(loaders, "choose_decode", lambda place: pytest.fail("was tried"))
     accelerator = SimpleNamespace(
         device=torch.device("cuda:1"), process_index=3, num_processes=5, is_local_main_process=False

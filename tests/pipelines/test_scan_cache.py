@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from helpers.images import SIDE, pixels, plan_for
 from helpers.photographs import write_folder
-from helpers.runs import ROOT
+from helpers.runs import HANG_SECONDS, ROOT
 from PIL import Image
 
 from pipelines.files import headers, manifest, scan_cache
@@ -302,7 +302,7 @@ def wait_for_look(tmp_path: Path) -> None:
 def test_of_several_processes_one_looks(tmp_path):
     root = write_folder(tmp_path / "in", 12)
     processes = [started(root, tmp_path) for _ in range(3)]
-    assert [process.wait(60) for process in processes] == [0, 0, 0]
+    assert [process.wait(HANG_SECONDS) for process in processes] == [0, 0, 0]
     assert (tmp_path / "log").read_text() == "listed\n"
 
 
@@ -311,11 +311,11 @@ def test_a_killed_process_holds_nobody_up(tmp_path):
     process = started(root, tmp_path)
     wait_for_look(tmp_path)
     process.kill()
-    process.wait(60)
+    process.wait(HANG_SECONDS)
     assert len(Manifest.from_folder(root, cache_dir=tmp_path / "cache")) == 12
 
 
-@pytest.mark.timeout(30)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
 def test_a_file_system_without_locks_holds_nobody_up(tmp_path, monkeypatch, looks, number):
     def no_locks(*_) -> None:
@@ -330,12 +330,12 @@ def test_a_file_system_without_locks_holds_nobody_up(tmp_path, monkeypatch, look
 
 
 def test_a_waiting_process_reports_why(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(scan_cache, "LINE_SECONDS", 0.3)
+    monkeypatch.setattr(scan_cache, "LINE_SECONDS", 0.05)
     root = write_folder(tmp_path / "in", 12)
     process = started(root, tmp_path)
     wait_for_look(tmp_path)
     Manifest.from_folder(root, cache_dir=tmp_path / "cache")
-    assert process.wait(60) == 0
+    assert process.wait(HANG_SECONDS) == 0
     assert f"lists the images (it holds {tmp_path / 'cache' / 'files-'}" in capsys.readouterr().err
 
 

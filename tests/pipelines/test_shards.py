@@ -19,7 +19,7 @@ import pytest
 import torch
 from helpers.images import SPEC, pixels
 from helpers.photographs import photographs, write_folder
-from helpers.runs import ROOT
+from helpers.runs import HANG_SECONDS, ROOT
 from PIL import Image
 
 from cmtrain.commands.data_pack import pack
@@ -213,7 +213,7 @@ def test_a_killed_pack_goes_on_and_equals_one_that_was_left_alone(source, packed
     with pytest.raises(DataError, match=r"no index\.npz: give the same"):
         is_packed(tmp_path / "train")
     for worker in workers:  # a worker whose parent is gone ends, too
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + HANG_SECONDS
         while (
             Path(f"/proc/{worker}").exists()
             and "\nState:\tZ" not in Path(f"/proc/{worker}/status").read_text()

@@ -12,7 +12,8 @@ from helpers.runs import ROOT
 
 from cmtrain.cli.main import main
 from cmtrain.processes import gpus
-from cmtrain.processes.gpus import has_code_for, hide_gpus_if_cpu_is_asked_for, why_no_code, why_unavailable
+from cmtrain.processes.environment import ignore_variables
+from cmtrain.processes.gpus import has_code_for, why_no_code, why_unavailable
 from cmtrain.training import build
 from pipelines.spec import DataError
 
@@ -120,7 +121,7 @@ def test_a_cpu_may_be_asked_for_as_cuda_does(eight_gpus, monkeypatch, devices):
 @pytest.mark.parametrize(("value", "asks"), [("1", True), ("True", True), ("False", False), ("", False)])
 def test_a_cpu_may_be_asked_for_as_accelerate_does(eight_gpus, monkeypatch, value, asks):
     monkeypatch.setenv("ACCELERATE_USE_CPU", value)
-    hide_gpus_if_cpu_is_asked_for()
+    ignore_variables()
     assert (gpus.why_unusable() == "") == asks
 
 
@@ -155,4 +156,4 @@ def test_ranks_are_not_started_on_cpus_where_there_are_gpus(make_job, tmp_path):
     assert not (job.run / "status.json").exists()
     asked = start(job, driver, ACCELERATE_USE_CPU="1")
     assert asked.returncode == 0, asked.stderr
-    assert "device cpu world_size 1 " in asked.stderr
+    assert "1 process on the CPU" in asked.stderr

@@ -7,7 +7,16 @@ import time
 from contextlib import suppress
 
 import pytest
-from helpers.runs import ROOT, TWO, assert_nobody_is_left, assert_same_state, logged, losses, wait_for
+from helpers.runs import (
+    HANG_SECONDS,
+    ROOT,
+    TWO,
+    assert_nobody_is_left,
+    assert_same_state,
+    logged,
+    losses,
+    wait_for,
+)
 
 from cmtrain.storage.checkpoint import checkpoint_steps
 
@@ -32,17 +41,17 @@ def send(pid, number):
         os.kill(pid, number)
 
 
-def assert_stopped(job, process, number, began):
-    """`process` ends, the run is preempted at the step it was at, and can go on from there."""
-    process.communicate(timeout=600)
+def assert_stopped(job, process, number):
+    """`process` ends, the run is preempted at the step it was at, and can go on from there.
+
+    "preempted" says that it waited for nothing: not for the last epoch, nor for the end of an evaluation.
+    """
+    process.communicate(timeout=HANG_SECONDS)
     assert_nobody_is_left(job)
-    took = time.monotonic() - began
-    print(f"{signal.Signals(number).name}: ended after {took:.1f} s")
     status = job.status()
     assert (status["state"], status["exit_code"]) == ("preempted", CODES[number])
     assert checkpoint_steps(job.run / "checkpoints")[-1] == status["step"]
     assert status["resume_from"].endswith(f"step-{status['step']:09d}")
-    assert took < 15  # 5 s on a machine that does nothing else
 
 
 @pytest.mark.parametrize(
@@ -59,9 +68,8 @@ def test_signals_to_cmtrain(make_job, arguments, number):
     job = make_job(**LONG)
     process = job.start(*arguments, module=FAULTY, WARM="1")
     wait_for(lambda: logged(job, 4), process)
-    began = time.monotonic()
     send(process.processes[0].pid, number)
-    assert_stopped(job, process, number, began)
+    assert_stopped(job, process, number)
     assert process.returncode == CODES[number]
 
 
@@ -71,9 +79,8 @@ def test_signals_to_process_1_of_a_container(make_job, arguments, number):
     job = make_job(**LONG)
     process = job.start(*arguments, module=FAULTY, WARM="1", PROCESS_1="1")
     wait_for(lambda: logged(job, 4), process)
-    began = time.monotonic()
     send(int((job.folder / "process1").read_text()), number)
-    assert_stopped(job, process, number, began)
+    assert_stopped(job, process, number)
     assert process.returncode == CODES[number]
 
 
@@ -93,7 +100,7 @@ def test_process_1_can_be_stopped_before_training_begins(make_job):
     ("launcher", "number"),
     [
         (TORCHRUN, signal.SIGTERM),
-        (ACCELERATE, signal.SIGTERM),
+        pytest.param(ACCELERATE, signal.SIGTERM, marks=pytest.mark.slow),
         pytest.param(TORCHRUN, signal.SIGINT, marks=pytest.mark.slow),
         pytest.param(ACCELERATE, signal.SIGINT, marks=pytest.mark.slow),
         pytest.param(ACCELERATE, signal.SIGKILL, marks=pytest.mark.slow),
@@ -107,11 +114,10 @@ def test_signals_to_other_launchers(make_job, launcher, number):
     job = make_job(**LONG)
     process = job.start(launcher=launcher)
     wait_for(lambda: logged(job, 4), process)
-    began = time.monotonic()
     send(process.pid, number)
     if number == signal.SIGKILL or launcher == ACCELERATE:
         number = signal.SIGTERM
-    assert_stopped(job, process, number, began)
+    assert_stopped(job, process, number)
 
 
 ONE_OR_TWO = pytest.mark.parametrize("arguments", [pytest.param((), marks=pytest.mark.slow), TWO])
@@ -122,9 +128,8 @@ def test_a_signal_during_a_checkpoint(make_job, arguments):
     job = make_job(schedule={"epochs": 400})
     process = job.start(*arguments, module=FAULTY, WARM="1", SLOW_CHECKPOINT="1")
     wait_for(lambda: (job.folder / "slow").exists(), process)
-    began = time.monotonic()
     send(process.processes[0].pid, signal.SIGTERM)
-    assert_stopped(job, process, signal.SIGTERM, began)
+    assert_stopped(job, process, signal.SIGTERM)
 
 
 @ONE_OR_TWO
@@ -134,9 +139,8 @@ def test_a_signal_ends_an_evaluation_and_the_resumed_run_makes_it_up(make_job, a
     undisturbed(*arguments, module=FAULTY, WARM="1")
     process = job.start(*arguments, module=FAULTY, WARM="1", SLOW_EVALUATION="1")
     wait_for(lambda: (job.folder / "slow").exists(), process)
-    began = time.monotonic()
     send(process.processes[0].pid, signal.SIGTERM)
-    assert_stopped(job, process, signal.SIGTERM, began)
+    assert_stopped(job, process, signal.SIGTERM)
     assert checkpoint_steps(job.run / "checkpoints") == [6]
     assert not (job.run / "summary.csv").exists()
     job(*arguments, module=FAULTY, WARM="1")

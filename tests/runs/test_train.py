@@ -165,6 +165,7 @@ def test_metrics_are_served_while_the_run_runs(make_job):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     job = make_job(schedule={"epochs": 400}, metrics={"enabled": True, "port": port, "stall_seconds": 1e-3})
+    began = time.time()
     process = job.start(nproc=2)
     wait_for(lambda: logged(job, 4), process)
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -191,7 +192,7 @@ def test_metrics_are_served_while_the_run_runs(make_job):
     assert list((job.run.parent / ".targets").iterdir()) == []
     assert (statuses[0]["state"], "state" in statuses[1]) == ("running", False)
     assert [status["now"]["rank"] for status in statuses] == [0, 1]
-    assert all("cmt_micro \u00b7 fp32 \u00b7 2 x cpu" in front for front in fronts)
+    assert all("cmt_micro \u00b7 fp32 \u00b7 2 processes on the CPU" in front for front in fronts)
     assert ["<h2>Curves" in front for front in fronts] == [True, False]
     assert f'href="http://127.0.0.1:{port}/"' in fronts[1]
     for rank, page in enumerate(pages):
@@ -223,10 +224,7 @@ def test_metrics_are_served_while_the_run_runs(make_job):
         assert sum(value("state", state=state) for state in STATES) == 1
         assert float(samples[f'cmtrain_images_total{{rank="{rank}",run="job",split="train"}}']) >= 32
         assert float(samples[f'cmtrain_steps_total{{rank="{rank}",result="applied",run="job"}}']) >= 4
-        assert (
-            float(samples[f'cmtrain_last_step_timestamp_seconds{{rank="{rank}",run="job"}}'])
-            > time.time() - 60
-        )
+        assert float(samples[f'cmtrain_last_step_timestamp_seconds{{rank="{rank}",run="job"}}']) > began
         assert 'world_size="2"' in page
     if find("promtool"):
         subprocess.run(["promtool", "check", "metrics"], input=pages[0].encode(), check=True, timeout=600)

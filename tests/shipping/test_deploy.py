@@ -132,7 +132,7 @@ def test_slurm_requeues_what_was_preempted_and_nothing_else(tmp_path, code, prin
         env=os.environ | slurm,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,
     )
     assert (done.returncode, done.stderr) == (code, "")
     assert done.stdout == f"9 1 16 8 node7 22345 --config a b.yaml\n{printed}"

@@ -29,11 +29,7 @@ PODMAN = ["podman", "--cgroup-manager=cgroupfs", "--runtime=runc", "--log-level=
 NESTED = ["--network=none", "--ulimit=nofile=1024:1024", "--ulimit=nproc=1024:1024"]
 HARDENED = ["--read-only", "--tmpfs=/tmp:exec", "--cap-drop=ALL", "--security-opt=no-new-privileges"]
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.timeout(2400),
-    needs("podman", "runc", "debootstrap"),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400), needs("podman", "runc", "debootstrap")]
 
 
 def make_base(folder):

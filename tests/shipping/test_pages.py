@@ -21,7 +21,6 @@ from helpers.photographs import write_folder
 from helpers.runs import ROOT
 
 PAGES = ("README.md", "docs/tutorial.md", "docs/data.md")
-SLOW = PAGES[:2]  # more than two minutes each
 BLOCK = re.compile(r"^(?:<!-- ([^\n]*) -->\n)?```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 MARK = re.compile(r"test(?:: exit code (?P<code>\d+))?|file: (?P<file>[\w.]+)|not run: (?P<reason>.+)")
 MAX_SECONDS = 600  # for one block, on a machine that is busy with other things
@@ -104,10 +103,9 @@ def run(block: Block, folder: Path) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(3 * MAX_SECONDS)
-@pytest.mark.parametrize(
-    "page", [pytest.param(page, marks=pytest.mark.slow) if page in SLOW else page for page in PAGES]
-)
+@pytest.mark.parametrize("page", PAGES)
 def test_the_commands_of_the_page_run(page, tmp_path):
     folder = checkout(tmp_path)
     for block in blocks(page):

@@ -15,10 +15,7 @@ from helpers.tools import find, needs
 from cmtrain import __version__
 
 UV = find("uv")
-pytestmark = [
-    pytest.mark.slow,
-    needs("uv"),
-]
+pytestmark = [pytest.mark.slow, needs("uv")]
 
 
 def call(folder, *command):

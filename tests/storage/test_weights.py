@@ -177,3 +177,19 @@ def test_a_start_from_an_older_checkpoint_names_both(tmp_path):
     assert first.startswith(f"model.init_from: checkpoint rejected: {newest}/state.safetensors: sha256")
     assert first.endswith(f"; taking {older.name} instead")
     assert second == f"model.init_from: model weights of {older}"
+
+
+@pytest.mark.parametrize("place", ["run", "export"])
+def test_a_head_of_other_classes_is_named(tmp_path, place):
+    """As many classes in another order, or others, would otherwise start as each other without a word."""
+    if place == "run":
+        save_checkpoint(tmp_path / "checkpoints", 1, {"model": contiguous(micro())}, {})
+        (tmp_path / "classes.json").write_text(json.dumps({"classes": ["cat", "dog", "owl"]}))
+    else:
+        save_file(contiguous(micro()), tmp_path / "model.safetensors")
+        (tmp_path / "config.json").write_text(json.dumps({"label_names": ["cat", "dog", "owl"]}))
+    line = start_from(str(tmp_path), micro(seed=1), ["cat", "owl", "dog"])[-1]
+    assert line.startswith("model.init_from: the classifier head is of other classes")
+    assert line.endswith("output 1 was dog and is now owl")
+    for names in (["cat", "dog", "owl"], []):
+        assert "head" not in " ".join(start_from(str(tmp_path), micro(seed=1), names))

@@ -13,6 +13,7 @@ from cmtrain.step.measure import StepReport
 from cmtrain.storage.checkpoint import Loaded, checkpoint_path, checkpoint_steps, save_checkpoint
 from cmtrain.storage.run_folder import RunLock
 from cmtrain.training.resume import choose_start, restore
+from cmtrain.training.saver import Saver
 from pipelines.spec import DataError
 
 CONFIG = load_config("configs/demo.yaml").config
@@ -31,10 +32,10 @@ def save(run, step, **changes):
     return save_checkpoint(run / "checkpoints", step, state, META | changes)
 
 
-def start(run, resume="auto", config=CONFIG, fingerprint="f"):
+def start(run, resume="auto", config=CONFIG, fingerprint="f", val="v"):
     lock = RunLock(run)
     try:
-        return choose_start(lock, resume, config, fingerprint, "v", is_main=True)
+        return choose_start(lock, resume, config, fingerprint, val, is_main=True)
     finally:
         lock.close()
 
@@ -97,6 +98,19 @@ def test_another_recipe_or_other_data(tmp_path):
         tmp_path, fingerprint="g", error=ConfigError
     )
     assert start(tmp_path, "force", config=other).step == 3
+
+
+def test_other_validation_images_are_reported_and_begin_a_new_search_for_the_best(tmp_path):
+    save(tmp_path, 3, val_fingerprint="v", best_top1=0.9, best_step=2)
+    assert start(tmp_path).notes == ()
+    found = start(tmp_path, val="w")
+    (note,) = found.notes
+    assert note.startswith("the validation images or classes are others than at step-000000003: ")
+    for val, best in (("v", (0.9, 2)), ("w", (0.0, -1))):
+        saver = Saver(tmp_path, None, keep=1)
+        saver.resume(found.checkpoint.meta, val)
+        assert saver.best == best
+        saver.close()
 
 
 def test_the_same_recipe_in_other_ways(tmp_path):

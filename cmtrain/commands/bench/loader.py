@@ -40,13 +40,9 @@ COLOR_JITTER = 0.4
 OVERHEAD_BATCH_SIZE = 512
 PACKED_IMAGES, PACKED_PX, PACKED_QUALITY = 2000, 256, 90
 COLUMNS = {
-    "images_per_second": "images/s",
-    "images_per_second_max": "best",
-    "cpu_ms_per_image": "CPU ms/image",
-    "cpu_ms_per_image_min": "best",
-    "times_timm": "x timm",
-    "times_timm_by_cpu": "x timm by CPU time",
-}
+    "images_per_second": "images/s", "images_per_second_max": "best", "cpu_ms_per_image": "CPU ms/image",
+    "cpu_ms_per_image_min": "best", "times_timm": "x timm", "times_timm_by_cpu": "x timm by CPU time",
+}  # fmt: skip
 
 
 def bench_loader(config: Config, steps: int, rounds: int, packed: str | None, json_path: str | None) -> int:

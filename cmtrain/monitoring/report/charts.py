@@ -25,7 +25,7 @@ PLOT_UNITS = 1000  # width of the nested <svg>, in its own units
 MAX_COLUMNS = 600  # of a thinned line: about half the pixels of a page's width
 MEDIAN_COLUMNS = 200
 LABEL_PITCH_PX = 12
-HEAT_LEVELS = 8
+HEAT_LEVELS, HEAT_NAME, HEAT_CELL_PX = 8, 24, 28  # shades, letters of a class name, a cell at most
 MAX_LANE_COLUMNS = 150
 
 
@@ -89,17 +89,10 @@ class _Plot:
 
 
 def line_chart(
-    title: str,
-    series: Sequence[Series],
-    *,
-    key: str,
-    x_high: float,
-    scale: Scale = "linear",
-    percent: bool = False,
-    level: tuple[float, str] | None = None,
-    marks: Iterable[Mark] = (),
+    title: str, series: Sequence[Series], *, key: str, x_high: float, scale: Scale = "linear",
+    percent: bool = False, level: tuple[float, str] | None = None, marks: Iterable[Mark] = (),
     height_px: int = 150,
-) -> Chart:
+) -> Chart:  # fmt: skip
     """Draw lines over steps 0..x_high, and `marks` as hairlines over the height of the plot.
 
     No other chart of the page has the id `key`. `level`: a value to compare with, and its name. `percent`:
@@ -154,15 +147,27 @@ def lane(marks: Sequence[Mark], x_high: float) -> str:
     return tostring(svg, encoding="unicode")
 
 
-def heat_map(matrix: np.ndarray, *, key: str) -> str:
-    """Draw a confusion matrix; shades show each row's shares of its sum.
+def heat_map(matrix: np.ndarray, names: Sequence[str], *, key: str) -> str:
+    """Draw a confusion matrix with its class names; shades show each row's shares of its sum.
 
     All cells of one shade are one path, which keeps the file small.
     """
     size, images = len(matrix), int(matrix.sum())
     wrong = images - int(np.trace(matrix))
     description = f"{size} classes, {images:,} images, {wrong:,} of them not on the diagonal."
-    svg = _labelled_svg(key, {"class": "heat", "viewBox": f"0 0 {size} {size}"}, description)
+    short = [name if len(name) <= HEAT_NAME else f"{name[: HEAT_NAME - 1]}\u2026" for name in names]
+    margin = max(map(len, short)) / 2 + 1  # in cells, which are as high as a letter and twice as wide
+    box = f"{-margin:g} {-margin:g} {size + margin:g} {size + margin:g}"
+    svg = _labelled_svg(key, {"class": "heat", "viewBox": box}, description)
+    svg.set("style", f"max-width:{HEAT_CELL_PX * (size + margin):.0f}px")
+    _add(svg, "rect", width=str(size), height=str(size))
+    for index, name in enumerate(short):
+        for turn, anchor in (
+            (f"translate(-.3 {index + 0.8})", "end"),
+            (f"translate({index + 0.8} -.3)rotate(-90)", "start"),
+        ):
+            label = _add(svg, "text", name, transform=f"{turn}scale(.1)", cls=anchor)
+            _add(label, "title", names[index])
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     # The root makes a few errors in a hundred visible.
     level = np.ceil(np.sqrt(shares) * HEAT_LEVELS).astype(int)

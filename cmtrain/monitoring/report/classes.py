@@ -49,7 +49,7 @@ def class_section(record: RunRecord) -> dict[str, Any] | None:
             # The root makes a few errors in a hundred visible.
             counts, shades = matrix, np.sqrt(matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1))
         else:
-            heat = heat_map(matrix, key="confusion")
+            heat = heat_map(matrix, names, key="confusion")
     rows = [_row(index, names, result, errors[index]) for index in worst.tolist()]
     section = {"weights": weights, "names": names, "median_accuracy": float(np.median(accuracy[seen]))}
     section |= {"rows": rows[:NUM_OPEN_ROWS], "more_rows": rows[NUM_OPEN_ROWS:]}

@@ -15,12 +15,10 @@ from cmtrain.storage.run_record import Columns, RunRecord, last
 
 # (column of the log, title, scale); a column that is missing or always 1 has no chart.
 LOG_CHARTS: tuple[tuple[str, str, Scale], ...] = (
-    ("lr", "Learning rate", "zero"),
-    ("grad_norm", "Gradient norm", "auto"),
-    ("loss_scale", "Loss scale", "log2"),
-    ("images_per_second", "Images per second", "zero"),
+    ("lr", "Learning rate", "zero"), ("grad_norm", "Gradient norm", "auto"),
+    ("loss_scale", "Loss scale", "log2"), ("images_per_second", "Images per second", "zero"),
     ("data_wait_ratio", "Time waiting for data", "zero"),
-)
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

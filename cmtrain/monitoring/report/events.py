@@ -9,24 +9,24 @@ from typing import Any
 import numpy as np
 
 from cmtrain.monitoring.report.charts import Mark, lane
-from cmtrain.monitoring.units import percent, short, utc
+from cmtrain.monitoring.units import percent, short, utc, workers
 from cmtrain.storage.run_record import RunRecord
 from pipelines.spec import visible
 
 Event = dict[str, Any]
 
 # These go as planned: the report leaves them out.
+# Details that have their own column, or are named below.
+HIDDEN = ("time", "event", "step", "device", "world_size", "restarts")
 ROUTINE = ("checkpoint", "evaluated", "environment")
 
 # glyph -> (name of its lane, events). Events without a glyph here are notes.
 LANES = {
-    "start": ("starts", ["started", "resumed"]),
-    "bad": ("bad steps", ["bad_steps", "bad_batch"]),
-    "spike": ("loss spikes", ["loss_spikes"]),
-    "rollback": ("rollbacks", ["rollback", "ema_healed"]),
+    "start": ("starts", ["started", "resumed"]), "bad": ("bad steps", ["bad_steps", "bad_batch"]),
+    "spike": ("loss spikes", ["loss_spikes"]), "rollback": ("rollbacks", ["rollback", "ema_healed"]),
     "failure": ("failures", ["checkpoint_failed", "diverged", "failed"]),
     "file": ("bad files", ["bad_file"]),
-}
+}  # fmt: skip
 GLYPHS = {event: glyph for glyph, (_, events) in LANES.items() for event in events}
 GLYPHS |= {"finished": "end", "preempted": "end"}
 HAIRLINES = ("start", "rollback")
@@ -62,7 +62,7 @@ def event_rows(record: RunRecord) -> list[EventRow]:
 
 def newest_rows(record: RunRecord, now: float) -> list[EventRow]:
     """Return rows of the newest events, the newest first, a few of each kind. `now`: Unix time."""
-    events = [event for event in record.events if event["event"] != "environment"]
+    events = [event for event in _without_repeats(record) if event["event"] != "environment"]
     events.sort(key=itemgetter("time"), reverse=True)
     return _rows(record, events, MAX_NEWEST_OF_A_KIND, lambda time: max(0.0, now - time))[:MAX_NEWEST]
 
@@ -106,7 +106,15 @@ def _name(event: Event) -> str:
 
 
 def _noteworthy(record: RunRecord) -> list[Event]:
-    return [event for event in record.events if event["event"] not in ROUTINE]
+    return [event for event in _without_repeats(record) if event["event"] not in ROUTINE]
+
+
+def _without_repeats(record: RunRecord) -> list[Event]:
+    """Return the events, each bad file once: every start of a run has all of them again."""
+    first: dict[Any, Event] = {}
+    for number, event in enumerate(record.events):
+        first.setdefault(str(event.get("path")) if event["event"] == "bad_file" else number, event)
+    return list(first.values())
 
 
 def _marks(record: RunRecord) -> list[Mark]:
@@ -130,11 +138,16 @@ def _step_of(record: RunRecord, event: Event) -> float:
 
 
 def _details(event: Event) -> list[tuple[str, str]]:
-    return [
+    found = [
         (key.replace("_", " "), _text(key, value))
         for key, value in event.items()
-        if key not in ("time", "event", "step") and value not in (None, "", [], {})
+        if key not in HIDDEN and value not in (None, "", [], {})
     ]
+    if "world_size" in event:
+        found.append(("on", workers(event)))
+    if event.get("restarts"):
+        found.append(("restarts", _text("restarts", event["restarts"])))
+    return found
 
 
 def _text(key: str, value: Any) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from cmtrain.config.strict_yaml import emit
-from cmtrain.monitoring.units import duration, percent, short
+from cmtrain.monitoring.units import duration, percent, short, workers
 from cmtrain.storage.run_record import RunRecord, is_number, last
 
 PHASE_NAMES = {"data_wait": "waiting for data"}
@@ -113,7 +113,7 @@ def summary(record: RunRecord) -> str:
     parts = [config.get("model.name"), config.get("data.root")]
     if "data.image_px" in config:
         parts.append(f"{emit(config['data.image_px'])} px")
-    parts += [facts.get("precision"), f"{facts.get('world_size', '?')} x {facts.get('device', '?')}"]
+    parts += [facts.get("precision"), facts.get("trained on")]
     return " \u00b7 ".join(str(part) for part in parts if part)
 
 
@@ -179,8 +179,12 @@ def environment_of(record: RunRecord) -> dict[str, str]:
     found: dict[str, str] = {}
     for event in record.events:
         if event["event"] in ("started", "resumed", "environment"):
-            found |= {str(k): str(v) for k, v in event.items() if k not in ("time", "event", "step")}
-    return found
+            found |= {
+                str(k): str(v) for k, v in event.items() if k not in ("time", "event", "step", "restarts")
+            }
+    if "world_size" in found:
+        found["trained on"] = workers(found)
+    return {key: value for key, value in found.items() if key not in ("device", "world_size")}
 
 
 def number(value: Any) -> float | None:

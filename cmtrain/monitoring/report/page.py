@@ -27,7 +27,7 @@ from cmtrain.monitoring.report.classes import class_section
 from cmtrain.monitoring.report.curves import PlottedRun, draw_charts, x_high
 from cmtrain.monitoring.report.events import event_lanes, event_rows
 from cmtrain.monitoring.report.headline import environment_of, headline, measure_times, number, summary
-from cmtrain.monitoring.units import duration, percent, short, utc
+from cmtrain.monitoring.units import duration, percent, short, state_name, utc, workers
 from cmtrain.storage.records import remove_leftovers, replace_file
 from cmtrain.storage.run_folder import REPORT_NAME, SILENT_SECONDS
 from cmtrain.storage.run_record import Columns, RunRecord, read_run
@@ -83,7 +83,13 @@ def make_templates() -> Environment:
     templates = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
     templates.finalize = _visible
     templates.trim_blocks = templates.lstrip_blocks = True
-    templates.filters |= {"short": short, "duration": duration, "percent": percent, "utc": utc}
+    templates.filters |= {
+        "short": short,
+        "duration": duration,
+        "percent": percent,
+        "utc": utc,
+        "workers": workers,
+    }
     return templates
 
 
@@ -131,22 +137,16 @@ def _run_page(run: PlottedRun) -> dict[str, Any]:
         reason = f"nothing was written for {duration(silent_seconds)}; the run may have been killed"
     tone = "warn" if exit_code == 5 else TONES.get(state, "warn")
     page = {"plot": run, "record": record}
-    page |= {"state": state, "tone": tone, "exit_code": exit_code, "reason": reason}
+    name = state if state == "running?" else state_name(status)
+    page |= {"state": name, "tone": tone, "exit_code": exit_code, "reason": reason}
     return page | {
-        "summary": summary(record),
-        "began": utc(times.begin) if times.begin else "",
-        "headline": headline(record, times, run.last_step),
-        "times": times,
-        "events": event_rows(record),
-        "lanes": event_lanes(record, x_high([run])),
-        "steps_per_epoch": _steps_per_epoch(record),
-        "evaluations": _table(record.evaluations),
-        "log": _table(record.log, leave_out=("time",)),
-        "classes": class_section(record),
-        "sample": sample_uri(record.sample) if record.sample else None,
-        "config": _config_lines(record),
-        "environment": environment_of(record),
-    }
+        "summary": summary(record), "began": utc(times.begin) if times.begin else "",
+        "headline": headline(record, times, run.last_step), "times": times, "events": event_rows(record),
+        "lanes": event_lanes(record, x_high([run])), "steps_per_epoch": _steps_per_epoch(record),
+        "evaluations": _table(record.evaluations), "log": _table(record.log, leave_out=("time",)),
+        "classes": class_section(record), "sample": sample_uri(record.sample) if record.sample else None,
+        "config": _config_lines(record), "environment": environment_of(record),
+    }  # fmt: skip
 
 
 def _steps_per_epoch(record: RunRecord) -> float | None:

@@ -11,7 +11,7 @@ const refresh = async () => {
       readCurves();
       document.body.classList.remove("lost");
     } catch {
-      document.body.classList.add("lost");
+      document.body.classList.toggle("lost", !document.querySelector("main[data-ended]"));  // nobody answers after the end
     }
   }
   setTimeout(refresh, REFRESH_MS);

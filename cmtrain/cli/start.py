@@ -1,0 +1,166 @@
+"""Say at once what starts, and refuse what can be found without torch, which takes seconds to load."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cmtrain import __version__
+from cmtrain.config.load import Overrides, load_config
+from cmtrain.config.schema import Config, another_recipe, recipe_changes
+from cmtrain.errors import ConfigError
+from cmtrain.processes.rank import PARENT, is_first_rank
+from cmtrain.storage.places import find_run, why_no_weights
+from cmtrain.storage.run_folder import RunLock
+from cmtrain.training.schedule import plan_steps, refuse_batch_of_one, split_batch
+from pipelines.spec import DataError
+
+if TYPE_CHECKING:
+    from cmtrain.training.loaders import Data  # with numpy: help and mistakes answer without it
+
+WEIGHTS_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
+
+
+def announce(what: str) -> None:
+    """Print the first line of a verb, on the first rank or in the process that starts the ranks."""
+    if is_first_rank() and PARENT not in os.environ:
+        sys.stderr.write(f"cmtrain {__version__}: {what}\n")
+        sys.stderr.flush()
+
+
+def loading() -> None:
+    """Print that libraries are loaded, before the import that takes seconds."""
+    if is_first_rank() and PARENT not in os.environ:
+        sys.stderr.write("loading torch and DALI ...\n")
+        sys.stderr.flush()
+
+
+def where(nproc: int, num_gpus: int) -> str:
+    """Return for people on what a run of `nproc` processes works."""
+    if not num_gpus:
+        return "on the CPU" if nproc == 1 else f"{nproc} processes on the CPU"
+    gpus = f"{num_gpus} GPU{'s' if num_gpus > 1 else ''}"
+    return f"{nproc} process{'es' if nproc > 1 else ''} for {gpus}"
+
+
+def check_run(config: Config, resume: str, world_size: int) -> None:
+    """Refuse a run whose batch, data, folder or checkpoint cannot be used, as its start would do later.
+
+    For the process that starts ranks, or is the only one. A checkpoint is only looked at, not verified.
+
+    Raises:
+        ConfigError: a batch that does not split, or another recipe than the newest checkpoint's.
+        DataError: no such data or weights, or a run folder that is in use or cannot be written.
+    """
+    train, run_path = config.train, Path(config.run.dir) / str(config.run.name)
+    split_batch(train.global_batch_size, train.max_batch_per_gpu, world_size)
+    if config.model.name.startswith("cmt_"):  # of other models it is known when they are built
+        refuse_batch_of_one(train.global_batch_size, train.max_batch_per_gpu, world_size)
+    check_places(config)
+    with closing(RunLock(run_path)) as lock:
+        lock.acquire()
+    newest = _newest_manifest(run_path)
+    if resume == "never" and newest:
+        held = f"{run_path} already holds checkpoints"
+        raise ConfigError(f"--resume never: {held}; choose another --run.name")
+    if resume not in ("auto", "force", "never") and not newest:
+        if not Path(resume).exists():
+            raise DataError(f"--resume {resume}: no such checkpoint or run folder")
+        newest = _newest_manifest(Path(resume))
+    if newest and resume != "force":
+        old = _config_in(newest)
+        if old and (changes := recipe_changes(old, config.model_dump(mode="json"))):
+            raise another_recipe(newest.parent, changes)
+    begins_with = config.model.init_from
+    if begins_with and not newest and (why := why_no_weights(Path(begins_with))):
+        raise DataError(f"model.init_from: {begins_with}: {why}")
+
+
+def check_places(config: Config) -> None:
+    """Raise DataError where folders or lists of images are not there, as their opening would."""
+    from cmtrain.training import loaders
+
+    loaders.check_places(config)
+
+
+def open_data(config: Config, world_size: int) -> Data:
+    """Open the images of a run. Raises ConfigError, DataError: unusable, or too few for the batch."""
+    from cmtrain.training import loaders
+
+    data = loaders.open_data(config)
+    loaders.num_classes_of(config, data.train)
+    plan_steps(config, len(data.train), world_size)
+    return data
+
+
+def check_trained(place: str, overrides: Overrides) -> Config | None:
+    """Return the configuration of the run at `place`, None where open_trained has to take a checkpoint's.
+
+    Raises ConfigError, DataError: as open_trained.
+    """
+    run, _ = find_run(place)
+    try:
+        load_config(run / "config.yaml")
+    except ConfigError:
+        return None
+    return load_config(run / "config.yaml", overrides).config
+
+
+def check_repair(place: str, config: Config | None, overrides: Overrides) -> None:
+    """Refuse a run, file or data that is not there. Raises ConfigError, DataError: as repair_bn."""
+    path = Path(place)
+    if path.suffix in WEIGHTS_SUFFIXES and not path.exists():
+        raise DataError(f"{place}: no such file")
+    if not path.is_file() and config is None:
+        config = check_trained(place, overrides)
+    if config is not None:
+        check_places(config)
+
+
+def _newest_manifest(place: Path) -> Path | None:
+    """Return the manifest of the newest checkpoint in a run folder, or of a checkpoint folder."""
+    found = sorted([*place.glob("checkpoints/step-*/manifest.json"), *place.glob("manifest.json")])
+    return found[-1] if found else None
+
+
+def _config_in(manifest: Path) -> dict[str, Any] | None:
+    """Return the configuration in a manifest; None if it is damaged, which the start finds out."""
+    try:
+        old = json.loads(manifest.read_text())["meta"]["config"]
+        recipe_changes(old, old)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    return old
+
+
+def describe_plan(config: Config) -> str:
+    """Describe a run as far as it is known before its data is: model, epochs, learning rate and batch."""
+    size, plan = config.train.global_batch_size, config.schedule
+    variant = f" ({config.model.variant})" if config.model.name.startswith("cmt_") else ""
+    lines = [
+        f"run      {config.run.dir}/{config.run.name}",
+        f"data     {config.data.root}, {config.data.image_px} px",
+        f"model    {config.model.name}{variant}",
+        f"epochs   {plan.epochs}, warm-up {plan.warmup_epochs:g}, cool-down {plan.cooldown_epochs}",
+        f"lr       {plan.warmup_lr:g} -> {config.optim.lr:g} -> {plan.min_lr:g} ({config.optim.opt})",
+        f"steps    (training images // {size}) per epoch",
+    ]
+    # A launcher sets the number of processes; without one, show what would happen on one node.
+    given = os.environ.get("WORLD_SIZE", "")
+    launched = int(given) if given.isascii() and given.isdecimal() else 0
+    for world_size in [launched] if launched else [1, 2, 4, 8]:
+        try:
+            micro_batch_size, accumulation = split_batch(size, config.train.max_batch_per_gpu, world_size)
+            if config.model.name.startswith("cmt_"):
+                refuse_batch_of_one(size, config.train.max_batch_per_gpu, world_size)
+            split = f"{world_size} x {accumulation} x {micro_batch_size}"
+            lines.append(f"batch    {size} = {split} (processes x accumulation x images)")
+        except ConfigError as error:
+            if launched:
+                raise
+            lines.append(f"batch    {error}")
+    return "\n".join(lines) + "\n"

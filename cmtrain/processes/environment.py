@@ -1,0 +1,128 @@
+"""Keep variables of the environment from deciding what a run computes, and check those of launchers.
+
+accelerate, torch, timm and others take defaults from the environment, where they may be left over from
+another job. Here the configuration decides: such variables are removed before the libraries are loaded, with
+one line for those that ask for something. Needs no torch.
+"""
+
+import os
+import sys
+
+from cmtrain.processes.rank import ACCELERATE_LAUNCH, PARENT, RESTARTS
+from pipelines.spec import DataError
+
+IGNORED_PREFIXES = ("ACCELERATE_", "FSDP_", "FP8_", "MEGATRON_LM_", "PARALLELISM_CONFIG_", "TIMM_")
+IGNORED = (
+    "FORK_LAUNCHED", "USE_TORCH_XLA",
+    # Precision of products and convolutions
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "NVIDIA_TF32_OVERRIDE", "ONEDNN_DEFAULT_FPMATH_MODE",
+    "DNNL_DEFAULT_FPMATH_MODE", "TRITON_F32_DEFAULT", "TRITON_INTERPRET", "TORCHINDUCTOR_USE_FAST_MATH",
+    "TORCHINDUCTOR_CPP_ENABLE_UNSAFE_MATH_OPT_FLAG", "TORCHINDUCTOR_FREEZING",
+    # Whether and how a model is compiled
+    "TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE", "TORCHDYNAMO_SUPPRESS_ERRORS", "TORCH_COMPILE_BACKEND",
+    "TORCH_COMPILE_OVERRIDE_BACKENDS", "TORCHINDUCTOR_CUDAGRAPHS", "TORCHINDUCTOR_MAX_AUTOTUNE",
+    "TORCHINDUCTOR_MAX_AUTOTUNE_GEMM", "TORCHINDUCTOR_MAX_AUTOTUNE_POINTWISE",
+    # A NaN ends the process, which the guard would survive
+    "TORCH_NCCL_NAN_CHECK", "TORCH_DIST_NAN_CHECK",
+)  # fmt: skip
+# Kept where they have a value that can be read: they say which cores and what to print.
+SWITCHES = ("ACCELERATE_CPU_AFFINITY", "ACCELERATE_DEBUG_MODE")
+KEPT = ("ACCELERATE_LOG_LEVEL", *ACCELERATE_LAUNCH)  # the launch is known by them; build.py gives others
+TRUE, FALSE = ("1", "true", "yes", "on", "y", "t"), ("0", "false", "no", "off", "n", "f")  # of accelerate
+ASKS_NOTHING = ("", "none", "default", *FALSE)
+
+RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+MEETING = ("MASTER_ADDR", "MASTER_PORT")
+# How many processes srun or mpirun have started. accelerate reads those of MPI before WORLD_SIZE.
+MPI = ("PMI_", "OMPI_COMM_WORLD_", "MV2_COMM_WORLD_")
+NUM_TASKS = ("SLURM_STEP_NUM_TASKS", *(f"{prefix}SIZE" for prefix in MPI))
+ADVICE = "unset them, or use a launcher, which sets all: cmtrain --nproc, torchrun, accelerate launch"
+
+
+def ignore_variables() -> None:
+    """Remove the variables that would change what a run computes; print one line on those that ask for it.
+
+    Turns ACCELERATE_USE_CPU=1 into CUDA_VISIBLE_DEVICES="", which torch, DALI and child processes obey.
+    """
+    ignored = []
+    for name, value in sorted(os.environ.items()):
+        low = value.strip().lower()
+        if name == "ACCELERATE_USE_CPU" and low in TRUE:
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        elif name == "OMP_NUM_THREADS":  # OpenMP also takes a list, which accelerate cannot read
+            if _number(value):
+                continue
+            ignored.append(f"{name}={value!a}")
+        elif name in SWITCHES and low in (*TRUE, *FALSE):
+            continue
+        elif name.startswith(IGNORED_PREFIXES) or name in IGNORED:
+            is_one = low == "1" and name == "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
+            if low not in ASKS_NOTHING and not is_one and name != "ACCELERATE_LOG_LEVEL":
+                ignored.append(f"{name}={value!a}")
+        else:
+            continue
+        if name not in KEPT:
+            del os.environ[name]
+    first = os.environ.get("LOCAL_RANK", "0") == "0" and PARENT not in os.environ
+    if ignored and first:
+        what = f"variables of the environment are ignored, the configuration decides: {', '.join(ignored)}"
+        sys.stderr.write(f"{what}\n")
+
+
+def check_launcher() -> None:
+    """Check that the variables of a launcher are all set and agree, or none; an empty one counts as not set.
+
+    Raises DataError: half of them, no number where one must be, numbers that contradict one another, or
+    several processes that srun or mpirun started without them.
+    """
+    for name in (*RANKS, *MEETING, PARENT, RESTARTS):
+        if not os.environ.get(name, "-").strip():
+            del os.environ[name]
+    parent = os.environ.get(PARENT)
+    if parent is not None and parent != str(os.getppid()):
+        raise DataError(f"{PARENT}={parent!a}: that is not the process that started this one; unset it")
+    values = {name: os.environ[name] for name in (*RANKS, RESTARTS) if name in os.environ}
+    for name, value in values.items():
+        if _number(value) is None:
+            raise DataError(f"{name}={value!a}: must be a whole number; {ADVICE}")
+    rank, local_rank, world_size, local_world_size = (_number(values.get(name)) for name in RANKS)
+    if (rank, local_rank, world_size, local_world_size) == (None,) * 4:
+        _refuse_tasks()
+    elif world_size == 1 and not rank and not local_rank and local_world_size in (1, None):
+        os.environ.pop("LOCAL_RANK", None)  # by which accelerate would look for a group to join
+    else:
+        _check_ranks(rank, local_rank, world_size, local_world_size)
+    for name in [name for name in os.environ if name.startswith(MPI)]:
+        del os.environ[name]
+
+
+def _check_ranks(
+    rank: int | None, local_rank: int | None, world_size: int | None, local_world_size: int | None
+) -> None:
+    needed = ("RANK", "LOCAL_RANK", "WORLD_SIZE", *MEETING)
+    found = [f"{name}={os.environ[name]!a}" for name in (*RANKS, *MEETING) if name in os.environ]
+    if missing := [name for name in needed if name not in os.environ]:
+        raise DataError(f"half a launcher: {', '.join(found)}, but no {', '.join(missing)}; {ADVICE}")
+    assert rank is not None
+    assert local_rank is not None
+    assert world_size is not None
+    fits = rank < world_size and local_rank < (local_world_size or world_size) <= world_size
+    if not fits or local_world_size == 0:
+        raise DataError(f"ranks that contradict one another: {', '.join(found)}; {ADVICE}")
+    port = _number(os.environ["MASTER_PORT"])
+    if port is None or not 0 < port < 2**16:
+        raise DataError(f"MASTER_PORT={os.environ['MASTER_PORT']!a}: must be a port, 1..65535; {ADVICE}")
+
+
+def _refuse_tasks() -> None:
+    """Raise DataError where srun or mpirun has started several processes that would not know one another."""
+    for name in NUM_TASKS:
+        num_tasks = _number(os.environ.get(name)) or 1
+        if num_tasks > 1:
+            what = f"{name}={num_tasks}: several processes, but RANK, LOCAL_RANK and WORLD_SIZE are not set"
+            raise DataError(f"{what}; start one per host, or set them as docker/slurm/train.sbatch does")
+
+
+def _number(text: str | None) -> int | None:
+    """Return the whole number >= 0 that `text` is, None if it is none."""
+    return int(text) if text and text.isascii() and text.isdecimal() and len(text) < 10 else None
