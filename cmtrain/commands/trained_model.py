@@ -76,7 +76,7 @@ def _config_of(run: Path, loaded: Loaded, overrides: Overrides) -> Config:
     try:
         load_config(run / "config.yaml")
     except ConfigError as error:
-        line = f"{error}".partition("\n")[0]
+        line = f"{run / 'config.yaml'} is missing or damaged"
         sys.stderr.write(f"{line}; taking the configuration that is in {loaded.path.name}\n")
         try:
             saved = to_yaml(Config.model_validate(loaded.meta["config"]))

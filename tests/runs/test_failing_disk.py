@@ -94,7 +94,7 @@ class Disk:
         return code == 0
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(1200)
 def test_some_of_the_operations_that_may_fail(make_job, images, tmp_path, figure):
     disk = Disk(make_job, images, tmp_path, "resumed")
     chosen = random.Random(0).sample(disk.plan(), SAMPLE)
