@@ -80,11 +80,11 @@ def check_run(config: Config, resume: str, world_size: int) -> None:
         raise DataError(f"model.init_from: {begins_with}: {why}")
 
 
-def check_places(config: Config) -> None:
+def check_places(config: Config, *, trains: bool = True) -> None:
     """Raise DataError where folders or lists of images are not there, as their opening would."""
     from cmtrain.training import loaders
 
-    loaders.check_places(config)
+    loaders.check_places(config, trains=trains)
 
 
 def open_data(config: Config, world_size: int) -> Data:

@@ -99,10 +99,14 @@ def split_threads(config: Config, device: torch.device) -> int:
     return threads
 
 
-def check_places(config: Config) -> None:
-    """Raise DataError, as open_data would, where a folder or a list of images is not there."""
+def check_places(config: Config, *, trains: bool = True) -> None:
+    """Raise DataError, as open_data would, where a folder or a list of images is not there.
+
+    `trains`: whether training images are needed as well.
+    """
     data, root = config.data, _root_of(config)
-    for folder, list_file in ((data.train_dir, data.train_list), (data.val_dir, data.val_list)):
+    splits = [(data.train_dir, data.train_list)] if trains else []
+    for folder, list_file in [*splits, (data.val_dir, data.val_list)]:
         if not (root / (list_file or folder)).exists():
             _open_split(config, root, folder, list_file, None)
 
