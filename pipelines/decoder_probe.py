@@ -82,8 +82,6 @@ def fault_of(
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         return f"hangs (no answer in {max_seconds:g} s)"
-    if done.returncode == -signal.SIGALRM:
-        return f"hangs (no answer in {max_seconds:g} s)"
     if done.returncode < 0:
         return f"crashes ({signal.Signals(-done.returncode).name})"
     answers = [line for line in done.stdout.splitlines() if line.startswith('{"fault"')]

@@ -55,14 +55,8 @@ def place_loaders(
 ) -> tuple[Placement, list[str]]:
     """Decide where and with how many threads this process decodes. All ranks decode in the same way.
 
-    Args:
-        control: a group of all ranks, None for a single process.
-
-    Returns:
-        The placement of the loaders, and one line for each way to decode that failed a test on this machine.
-
-    Raises:
-        DataError: DALI is not installed, or cannot be loaded.
+    Returns the placement of the loaders, and one line for each way to decode that failed a test here.
+    Raises DataError: DALI is not installed, or cannot be loaded. `control`: a group of all ranks, or None.
     """
     import pipelines.loader  # noqa: F401 - without DALI a run ends here
     from cmtrain.processes.collectives import gather
