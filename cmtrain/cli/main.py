@@ -197,7 +197,10 @@ def _train(arguments: list[str]) -> int:
             raise ConfigError(
                 "--nproc, --max-restarts: a launcher has started this process; give them to the launcher"
             )
-        start.announce(f"{what}, {os.environ.get('WORLD_SIZE', '1')} processes of a launcher")
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        start.announce(f"{what}, started by a launcher as one of {world_size} processes")
+        if world_size == 1:
+            start.check_run(config, options.resume, world_size)
 
     def work() -> int:
         data = start.open_data(config, int(os.environ.get("WORLD_SIZE", "1")))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import sys
@@ -22,6 +23,7 @@ from pipelines.spec import DataError
 if TYPE_CHECKING:
     from cmtrain.training.loaders import Data  # with numpy: help and mistakes answer without it
 
+STATE_NAME = "state.safetensors"  # of a checkpoint that this version can read
 WEIGHTS_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
 
 
@@ -91,10 +93,19 @@ def open_data(config: Config, world_size: int) -> Data:
     """Open the images of a run. Raises ConfigError, DataError: unusable, or too few for the batch."""
     from cmtrain.training import loaders
 
+    if not _has_dali():
+        import pipelines.dali  # noqa: F401 - raises DataError; not after a first look at all files
     data = loaders.open_data(config)
     loaders.num_classes_of(config, data.train)
     plan_steps(config, len(data.train), world_size)
     return data
+
+
+def _has_dali() -> bool:
+    try:
+        return importlib.util.find_spec("nvidia.dali") is not None
+    except ImportError:
+        return False
 
 
 def check_trained(place: str, overrides: Overrides) -> Config | None:
@@ -130,8 +141,11 @@ def _newest_manifest(place: Path) -> Path | None:
 def _config_in(manifest: Path) -> dict[str, Any] | None:
     """Return the configuration in a manifest; None if it is damaged, which the start finds out."""
     try:
-        old = json.loads(manifest.read_text())["meta"]["config"]
+        content = json.loads(manifest.read_text())
+        old = content["meta"]["config"]
         recipe_changes(old, old)
+        if list(content["files"]) != [STATE_NAME]:
+            return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     return old
