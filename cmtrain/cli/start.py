@@ -15,8 +15,7 @@ from cmtrain.config.load import Overrides, load_config
 from cmtrain.config.schema import Config, another_recipe, recipe_changes
 from cmtrain.errors import ConfigError
 from cmtrain.processes.rank import PARENT, is_first_rank
-from cmtrain.storage.places import find_run, why_no_weights
-from cmtrain.storage.run_folder import RunLock
+from cmtrain.storage.run_folder import RunLock, find_run, why_no_weights
 from cmtrain.training.schedule import plan_steps, refuse_batch_of_one, split_batch
 from pipelines.spec import DataError
 
@@ -93,19 +92,16 @@ def open_data(config: Config, world_size: int) -> Data:
     """Open the images of a run. Raises ConfigError, DataError: unusable, or too few for the batch."""
     from cmtrain.training import loaders
 
-    if not _has_dali():
+    try:
+        has_dali = importlib.util.find_spec("nvidia.dali") is not None
+    except ImportError:
+        has_dali = False
+    if not has_dali:
         import pipelines.dali  # noqa: F401 - raises DataError; not after a first look at all files
     data = loaders.open_data(config)
     loaders.num_classes_of(config, data.train)
     plan_steps(config, len(data.train), world_size)
     return data
-
-
-def _has_dali() -> bool:
-    try:
-        return importlib.util.find_spec("nvidia.dali") is not None
-    except ImportError:
-        return False
 
 
 def check_trained(place: str, overrides: Overrides) -> Config | None:

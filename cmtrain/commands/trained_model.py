@@ -9,9 +9,8 @@ from cmtrain.config.load import Overrides, load_config
 from cmtrain.config.schema import Config, to_yaml
 from cmtrain.errors import ConfigError
 from cmtrain.storage.checkpoint import Loaded, find_checkpoint
-from cmtrain.storage.places import find_run
 from cmtrain.storage.records import read_json
-from cmtrain.storage.run_folder import CLASSES_NAME
+from cmtrain.storage.run_folder import CLASSES_NAME, find_run
 from cmtrain.storage.state_file import CheckpointError
 from cmtrain.storage.weights import Weights, check_finite, state_of
 from pipelines.spec import DataError

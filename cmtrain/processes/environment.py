@@ -1,8 +1,7 @@
 """Keep variables of the environment from deciding what a run computes, and check those of launchers.
 
-accelerate, torch, timm and others take defaults from the environment, where they may be left over from
-another job. Here the configuration decides: such variables are removed before the libraries are loaded, with
-one line for those that ask for something. Needs no torch.
+accelerate, torch and timm take defaults from the environment, perhaps left over from another job. Such
+variables are removed before they are loaded, with one line for those that ask for something.
 """
 
 import os
