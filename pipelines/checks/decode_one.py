@@ -76,7 +76,8 @@ def patiently(read: Callable[[], T], path: object = None) -> T:
             return read()
         except OSError as error:
             if seconds is None or not is_trouble(error):
-                error.filename = error.filename or path
+                if error.errno is not None:  # Pillow's own have no number, and would lose their text
+                    error.filename = error.filename or path
                 raise
             time.sleep(seconds)
     raise AssertionError
