@@ -42,19 +42,22 @@ class DataError(Exception):
     @staticmethod
     def of(error: OSError, path: object = None) -> DataError:
         """Return what an error of the operating system means, in one line; `path` if it names none."""
-        place = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else path
+        place = path if error.filename is None else os.fsdecode(error.filename)
         advice = _ADVICE.get(error.errno or 0, _TRY_AGAIN)
         return DataError(f"{place}: {error.strerror or error}; {advice}")
 
 
 @contextmanager
 def os_errors_in_one_line(path: object = None) -> Iterator[None]:
-    """Raise DataError for an OSError of the block, except for one of standard output (EPIPE)."""
+    """Raise DataError for an OSError of the block that names a file, or for any if `path` is given.
+
+    Others may be of standard output.
+    """
     try:
         yield
-    except BrokenPipeError:
-        raise
     except OSError as error:
+        if error.filename is None and path is None:
+            raise
         raise DataError.of(error, path) from error
 
 

@@ -43,6 +43,7 @@ from cmtrain.processes.rank import PARENT, hold_back, is_first_rank, is_started_
 from cmtrain.storage.run_folder import REPORT_NAME, read_finished, read_status
 from pipelines.spec import DataError
 
+DEMO = "configs/demo.yaml"
 DEMO_PHOTOS = [
     ("data.root", "demo:photos"), ("data.image_px", "64"), ("data.eval_resize_px", "72"),
     ("augment.hflip", "0.5"), ("expect.top1", "0.85"),
@@ -196,7 +197,10 @@ def _train(arguments: list[str]) -> int:
             raise ConfigError(
                 "--nproc, --max-restarts: a launcher has started this process; give them to the launcher"
             )
-        start.announce(f"{what}, {os.environ.get('WORLD_SIZE', '1')} processes of a launcher")
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        start.announce(f"{what}, started by a launcher as one of {world_size} processes")
+        if world_size == 1:
+            start.check_run(config, options.resume, world_size)
 
     def work() -> int:
         data = start.open_data(config, int(os.environ.get("WORLD_SIZE", "1")))
@@ -268,10 +272,11 @@ def _names(text: str) -> list[str]:
 
 def _doctor(arguments: list[str]) -> int:
     parser = make_parser("doctor", "Check this machine for a run, and suggest a remedy for every problem.")
-    parser.add_argument("--config", default="configs/demo.yaml", metavar="FILE", help=CONFIG_HELP)
+    parser.add_argument("--config", default=DEMO, metavar="FILE", help=f"{CONFIG_HELP} (default: {DEMO})")
     parser.add_argument("--json", action="store_true", help="as one JSON object")
     options, resolved = parse_with_config(parser, arguments)
-    start.announce(f"doctor for a run of {options.config}")
+    own = "" if options.config != DEMO else " (--config FILE for a run of your own)"
+    start.announce(f"doctor for a run of {options.config}{own}")
     start.loading()
     from cmtrain.commands.doctor import doctor
 

@@ -46,7 +46,7 @@ def evaluate_trained(arguments: list[str]) -> int:
     if options.folder and not os.path.isdir(options.folder):
         raise DataError(f"--folder {options.folder}: no such folder")
     if config and not options.folder:
-        start.check_places(config)
+        start.check_places(config, trains=False)
     start.loading()
     from cmtrain.commands.evaluate import evaluate_trained
 

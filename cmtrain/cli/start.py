@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import sys
@@ -14,14 +15,14 @@ from cmtrain.config.load import Overrides, load_config
 from cmtrain.config.schema import Config, another_recipe, recipe_changes
 from cmtrain.errors import ConfigError
 from cmtrain.processes.rank import PARENT, is_first_rank
-from cmtrain.storage.places import find_run, why_no_weights
-from cmtrain.storage.run_folder import RunLock
+from cmtrain.storage.run_folder import RunLock, find_run, why_no_weights
 from cmtrain.training.schedule import plan_steps, refuse_batch_of_one, split_batch
 from pipelines.spec import DataError
 
 if TYPE_CHECKING:
     from cmtrain.training.loaders import Data  # with numpy: help and mistakes answer without it
 
+STATE_NAME = "state.safetensors"  # of a checkpoint that this version can read
 WEIGHTS_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
 
 
@@ -80,17 +81,23 @@ def check_run(config: Config, resume: str, world_size: int) -> None:
         raise DataError(f"model.init_from: {begins_with}: {why}")
 
 
-def check_places(config: Config) -> None:
+def check_places(config: Config, *, trains: bool = True) -> None:
     """Raise DataError where folders or lists of images are not there, as their opening would."""
     from cmtrain.training import loaders
 
-    loaders.check_places(config)
+    loaders.check_places(config, trains=trains)
 
 
 def open_data(config: Config, world_size: int) -> Data:
     """Open the images of a run. Raises ConfigError, DataError: unusable, or too few for the batch."""
     from cmtrain.training import loaders
 
+    try:
+        has_dali = importlib.util.find_spec("nvidia.dali") is not None
+    except ImportError:
+        has_dali = False
+    if not has_dali:
+        import pipelines.dali  # noqa: F401 - raises DataError; not after a first look at all files
     data = loaders.open_data(config)
     loaders.num_classes_of(config, data.train)
     plan_steps(config, len(data.train), world_size)
@@ -130,8 +137,11 @@ def _newest_manifest(place: Path) -> Path | None:
 def _config_in(manifest: Path) -> dict[str, Any] | None:
     """Return the configuration in a manifest; None if it is damaged, which the start finds out."""
     try:
-        old = json.loads(manifest.read_text())["meta"]["config"]
+        content = json.loads(manifest.read_text())
+        old = content["meta"]["config"]
         recipe_changes(old, old)
+        if list(content["files"]) != [STATE_NAME]:
+            return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     return old

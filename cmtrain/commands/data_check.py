@@ -88,12 +88,12 @@ def check(
     for split in splits:
         _describe(split, class_names, cache_dir)
     if written is not None:
-        _print(f"the {len(faults):,} bad files are listed in {written}")
+        _print(f"the list of bad files is {written}")
     relabel_folder(splits[0].listing, None)  # raises where training would
     if not faults:
         return EXIT_DONE
     if out and full:
-        _print("training does not read that list: check without --out to have them left out")
+        _print("training does not read it: check without --out to have them left out")
         return EXIT_DATA
     crowded = []
     for split in splits:

@@ -92,17 +92,13 @@ def _split_stats(manifest: Manifest, config: Config) -> dict[str, Any]:
     per_class = np.bincount(manifest.labels, minlength=len(manifest.class_names))
     shorter = np.minimum(manifest.heights, manifest.widths)
     return {
-        "images": len(manifest),
-        "left_out": len(manifest.bad),
-        "not_used": dict(manifest.skipped),
-        "classes": len(manifest.class_names),
-        "images_per_class": _percentiles(per_class, (0, 50, 100)),
+        "images": len(manifest), "left_out": len(manifest.bad), "not_used": dict(manifest.skipped),
+        "classes": len(manifest.class_names), "images_per_class": _percentiles(per_class, (0, 50, 100)),
         "height_px": _percentiles(manifest.heights, _PERCENTILES),
         "width_px": _percentiles(manifest.widths, _PERCENTILES),
         "smaller_than_crop": float((shorter < config.data.image_px).mean()),
-        "bytes": int(manifest.size_bytes.sum()),
-        **_pixel_stats(manifest),
-    }
+        "bytes": int(manifest.size_bytes.sum()), **_pixel_stats(manifest),
+    }  # fmt: skip
 
 
 def _percentiles(values: NDArray[Any], percents: tuple[int, ...]) -> dict[str, float]:
@@ -122,18 +118,17 @@ def _pixel_stats(manifest: Manifest) -> dict[str, Any]:
         sys.stderr.write(visible(f"cannot be decoded: {manifest.file(index)}: {why}") + "\n")
     mean, square = moments.mean(axis=0) if len(moments) else np.full((2, 3), np.nan)
     return {
-        "mean": np.round(mean, 4).tolist(),
-        "std": np.round(np.sqrt(square - mean**2), 4).tolist(),
-        "decoded": len(chosen),
-        "undecodable": len(failures),
-    }
+        "mean": np.round(mean, 4).tolist(), "std": np.round(np.sqrt(square - mean**2), 4).tolist(),
+        "decoded": len(chosen), "undecodable": len(failures),
+    }  # fmt: skip
 
 
 def _moments(manifest: Manifest, index: int) -> NDArray[np.float64] | str:
     """Return (2, 3): mean and mean square of R, G and B in 0..1; or the reason why there are none."""
     packed = manifest.packed
     try:
-        content = packed.read(index) if packed else patiently(Path(manifest.file(index)).read_bytes)
+        path = Path(manifest.file(index))
+        content = packed.read(index) if packed else patiently(path.read_bytes, path)
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             histogram = grey_or_rgb(image).convert("RGB").histogram()
     except Exception as error:  # Pillow's decoders raise almost anything on hostile bytes

@@ -6,6 +6,7 @@ result of each check is shown.
 """
 
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -65,7 +66,8 @@ def run_checks(config: Config, accelerator: Accelerator, control: Any) -> dict[s
         nonlocal num_classes
         opened = loaders.open_data(config, accelerator)
         num_classes = loaders.num_classes_of(config, opened.train)
-        return checks.data(opened)
+        found = checks.data(opened)
+        return replace(found, found=f"{config.data.root}: {found.found}")
 
     run: dict[str, Callable[[], CheckResult]] = {
         "packages": checks.packages,
@@ -95,7 +97,7 @@ def worst(results: Sequence[CheckResult]) -> CheckResult:
 
 def _show(results: dict[str, CheckResult]) -> None:
     console = Console(highlight=False)
-    if not console.is_terminal:
+    if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = PLAIN_WIDTH
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("", "check", "found", "what to do"):

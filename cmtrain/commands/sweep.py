@@ -164,10 +164,9 @@ def print_table(rows: Sequence[SweepRow], *, as_csv: bool) -> None:
         sys.stdout.write(table(rows, as_csv=as_csv))
         return
     from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     shown = [i for i, name in enumerate(COLUMNS) if console.width >= LEAST_WIDTH.get(name, 0)]
     drawn = Table(box=None, pad_edge=False, header_style="bold")
     for name in (COLUMNS[i] for i in shown):
@@ -175,7 +174,7 @@ def print_table(rows: Sequence[SweepRow], *, as_csv: bool) -> None:
         drawn.add_column(name, justify="right" if name in NUMBERS else "left", no_wrap=not wraps)
     for row in rows:
         cells = _cells(row, as_csv=False)
-        drawn.add_row(*(escape(cells[i]) for i in shown))
+        drawn.add_row(*(cells[i] for i in shown))
     console.print(drawn)
 
 

@@ -9,9 +9,8 @@ from cmtrain.config.load import Overrides, load_config
 from cmtrain.config.schema import Config, to_yaml
 from cmtrain.errors import ConfigError
 from cmtrain.storage.checkpoint import Loaded, find_checkpoint
-from cmtrain.storage.places import find_run
 from cmtrain.storage.records import read_json
-from cmtrain.storage.run_folder import CLASSES_NAME
+from cmtrain.storage.run_folder import CLASSES_NAME, find_run
 from cmtrain.storage.state_file import CheckpointError
 from cmtrain.storage.weights import Weights, check_finite, state_of
 from pipelines.spec import DataError
@@ -76,7 +75,7 @@ def _config_of(run: Path, loaded: Loaded, overrides: Overrides) -> Config:
     try:
         load_config(run / "config.yaml")
     except ConfigError as error:
-        line = f"{error}".partition("\n")[0]
+        line = f"{run / 'config.yaml'} is missing or damaged"
         sys.stderr.write(f"{line}; taking the configuration that is in {loaded.path.name}\n")
         try:
             saved = to_yaml(Config.model_validate(loaded.meta["config"]))

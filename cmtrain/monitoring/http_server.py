@@ -90,9 +90,7 @@ class Exporter:
         return f"http://{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}"
 
     def linger(self, path: str) -> None:
-        """If somebody watches the page at `path`, wait until it is asked for once more: LINGER_SECONDS at
-        most. Ctrl-C ends the wait, and nothing else.
-        """
+        """Wait until a watched page is asked for once more: LINGER_SECONDS at most, or until Ctrl-C."""
         now = time.monotonic()
         with contextlib.suppress(KeyboardInterrupt), self.answered:
             if now - self.asked_at.get(path, -math.inf) < WATCHED_SECONDS:

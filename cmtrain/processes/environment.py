@@ -1,8 +1,7 @@
 """Keep variables of the environment from deciding what a run computes, and check those of launchers.
 
-accelerate, torch, timm and others take defaults from the environment, where they may be left over from
-another job. Here the configuration decides: such variables are removed before the libraries are loaded, with
-one line for those that ask for something. Needs no torch.
+accelerate, torch and timm take defaults from the environment, perhaps left over from another job. Such
+variables are removed before they are loaded, with one line for those that ask for something.
 """
 
 import os
@@ -16,7 +15,7 @@ IGNORED = (
     "FORK_LAUNCHED", "USE_TORCH_XLA",
     # Precision of products and convolutions
     "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "NVIDIA_TF32_OVERRIDE", "ONEDNN_DEFAULT_FPMATH_MODE",
-    "DNNL_DEFAULT_FPMATH_MODE", "TRITON_F32_DEFAULT", "TRITON_INTERPRET", "TORCHINDUCTOR_USE_FAST_MATH",
+    "DNNL_DEFAULT_FPMATH_MODE", "TRITON_F32_DEFAULT", "TORCHINDUCTOR_USE_FAST_MATH",
     "TORCHINDUCTOR_CPP_ENABLE_UNSAFE_MATH_OPT_FLAG", "TORCHINDUCTOR_FREEZING",
     # Whether and how a model is compiled
     "TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE", "TORCHDYNAMO_SUPPRESS_ERRORS", "TORCH_COMPILE_BACKEND",

@@ -1,7 +1,6 @@
 """Keep what is printed from ending the program: a full disk behind a redirect, a dead `tee`, no terminal.
 
-Python raises an error from print, and from everything that prints, where nobody reads any more. What a run
-prints is for people, and a run without them goes on.
+Python raises an error from print where nobody reads any more. A run, which prints for people, goes on.
 """
 
 import errno

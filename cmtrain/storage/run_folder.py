@@ -30,6 +30,7 @@ from pipelines.spec import DataError
 
 SUMMARY_COLUMNS = ("epoch", "step", "train_loss", "eval_loss", "eval_top1", "eval_top5", "eval_ema_loss",
                    "eval_ema_top1", "eval_ema_top5", "lr")  # fmt: skip
+RUNS = Path("runs")
 SUMMARY_HEADER = ",".join(SUMMARY_COLUMNS)
 CLASSES_NAME, SAMPLE_NAME, REPORT_NAME = "classes.json", "augmented.png", "report.html"
 RECORDS = (
@@ -284,3 +285,30 @@ def _step_of_row(line: bytes) -> float | None:
     except ValueError:
         return None
     return numbers[1] if len(numbers) == len(SUMMARY_COLUMNS) else None
+
+
+def find_run(place: str) -> tuple[Path, Path]:
+    """Return the run folder of `place`, and `place` as a path: itself, or a run of that name below runs/.
+
+    Raises DataError: neither a run folder nor a checkpoint in one.
+    """
+    for path in (Path(place), RUNS / place):
+        if run := _run_of(path):
+            return run, path
+    raise DataError(f"{place}: no run and no checkpoint of one: it has no checkpoints of a run")
+
+
+def _run_of(path: Path) -> Path | None:
+    """Return the run folder of `path`: itself, or RUN for RUN/checkpoints/step-* and RUN/repaired/step-*."""
+    for folder in (path, path.absolute().parent.parent) if path.name.startswith("step-") else (path,):
+        if (folder / "checkpoints").is_dir():
+            return folder
+    return None
+
+
+def why_no_weights(path: Path) -> str:
+    """Return why `path` cannot hold weights for model.init_from, as far as its name and kind show, or ""."""
+    if path.is_dir() or (path.exists() and path.resolve().suffix == ".safetensors"):
+        return ""
+    what = "neither a folder nor a .safetensors file" if path.exists() else "no such file or folder"
+    return f"{what}; weights are a run, a checkpoint, an export or a .safetensors file"

@@ -16,8 +16,8 @@ from cmtrain.errors import ConfigError
 from cmtrain.models.checkpoints import resize_positions
 from cmtrain.storage.checkpoint import find_checkpoint
 from cmtrain.storage.finite import all_finite, floating_tensors, named
-from cmtrain.storage.places import why_no_weights
 from cmtrain.storage.records import retried
+from cmtrain.storage.run_folder import why_no_weights
 from cmtrain.storage.state_file import CheckpointError, open_regular
 from pipelines.spec import DataError
 

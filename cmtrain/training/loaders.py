@@ -55,14 +55,8 @@ def place_loaders(
 ) -> tuple[Placement, list[str]]:
     """Decide where and with how many threads this process decodes. All ranks decode in the same way.
 
-    Args:
-        control: a group of all ranks, None for a single process.
-
-    Returns:
-        The placement of the loaders, and one line for each way to decode that failed a test on this machine.
-
-    Raises:
-        DataError: DALI is not installed, or cannot be loaded.
+    Returns the placement of the loaders, and one line for each way to decode that failed a test here.
+    Raises DataError: DALI is not installed, or cannot be loaded. `control`: a group of all ranks, or None.
     """
     import pipelines.loader  # noqa: F401 - without DALI a run ends here
     from cmtrain.processes.collectives import gather
@@ -99,10 +93,14 @@ def split_threads(config: Config, device: torch.device) -> int:
     return threads
 
 
-def check_places(config: Config) -> None:
-    """Raise DataError, as open_data would, where a folder or a list of images is not there."""
+def check_places(config: Config, *, trains: bool = True) -> None:
+    """Raise DataError, as open_data would, where a folder or a list of images is not there.
+
+    `trains`: whether training images are needed as well.
+    """
     data, root = config.data, _root_of(config)
-    for folder, list_file in ((data.train_dir, data.train_list), (data.val_dir, data.val_list)):
+    splits = [(data.train_dir, data.train_list)] if trains else []
+    for folder, list_file in [*splits, (data.val_dir, data.val_list)]:
         if not (root / (list_file or folder)).exists():
             _open_split(config, root, folder, list_file, None)
 

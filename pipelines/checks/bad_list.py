@@ -111,7 +111,7 @@ def _places(folder: Path) -> tuple[Path, Path]:
 
 def _read(path: Path) -> dict[str, Fault]:
     try:
-        text = patiently(lambda: path.read_text("utf-8", "surrogateescape"))
+        text = patiently(lambda: path.read_text("utf-8", "surrogateescape"), path)
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except PermissionError:

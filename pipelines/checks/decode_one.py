@@ -66,16 +66,21 @@ def is_trouble(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno is not None and error.errno not in _ERRORS_OF_A_FILE
 
 
-def patiently(read: Callable[[], T]) -> T:
-    """Return `read()`, tried again a few times within two seconds while the machine is in trouble."""
-    for seconds in WAIT_SECONDS:
+def patiently(read: Callable[[], T], path: object = None) -> T:
+    """Return `read()`, tried again a few times within two seconds while the machine is in trouble.
+
+    An error that names no file, as of a read, gets `path`.
+    """
+    for seconds in (*WAIT_SECONDS, None):
         try:
             return read()
         except OSError as error:
-            if not is_trouble(error):
+            if seconds is None or not is_trouble(error):
+                if error.errno is not None:  # Pillow's own have no number, and would lose their text
+                    error.filename = error.filename or path
                 raise
-        time.sleep(seconds)
-    return read()
+            time.sleep(seconds)
+    raise AssertionError
 
 
 def fault_in_stat(info: os.stat_result) -> Fault | None:
@@ -110,7 +115,7 @@ def check_file(path: str, decode: bool, limit_seconds: int = 0) -> CheckResult:
     Raises OSError when the machine cannot read the file, which says nothing about the file.
     """
     try:
-        return patiently(lambda: _check(path, decode, limit_seconds))
+        return patiently(lambda: _check(path, decode, limit_seconds), path)
     except MemoryError as error:
         if not decode:  # a header needs none
             raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM), path) from error

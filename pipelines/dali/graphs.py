@@ -39,8 +39,7 @@ _EVAL_WINDOWS = [(types.FLOAT, 1), (types.INT32, 1)]
 class Execution:
     """Device and resources of a graph. `decode` "mixed" decodes JPEG on the GPU and needs `device` "gpu".
 
-    Of images with crop windows, "mixed" decodes the windows only. "mixed_whole" decodes whole images, then
-    cuts the windows: the same pixels for more memory, where a decoder fails with windows.
+    "mixed" decodes crop windows only; "mixed_whole" decodes whole images and cuts them, for more memory.
 
     `hw_decoder_load` is the share of a batch that goes to the GPU's JPEG engine, where it has one (A100 and
     later); the rest is decoded by its general cores. None is DALI's default, 0.65 in 1.34 and 2.4.

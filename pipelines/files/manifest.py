@@ -203,7 +203,9 @@ def read_index(folder: Path) -> tuple[str, Manifest]:
             folder, paths, **image, size_bytes=size_bytes, bad=bad_files, packed=slices,
             identities=identities,
         )  # fmt: skip
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except OSError as error:  # it may be whole
+        raise DataError.of(error, folder / INDEX) from error
+    except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{folder / INDEX}: cannot be read ({error}); pack again") from error
     slices.check_shards()
     return recipe, shards

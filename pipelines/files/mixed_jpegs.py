@@ -1,7 +1,6 @@
 """Make JPEGs that ask of a decoder what ImageNet's do: about 500 x 375 pixels and 110 KB, of every kind.
 
-Decoders have one path for each kind of JPEG, and some only for batches that mix kinds. Small pictures of one
-kind show neither their faults nor their speed. The pictures are noise with the spectrum of photographs.
+Small pictures of one kind show neither the faults nor the speed of decoders, which have a path for each.
 """
 
 import functools

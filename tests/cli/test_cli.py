@@ -12,6 +12,7 @@ from types import ModuleType
 import pytest
 
 from cmtrain import __version__
+from cmtrain.cli import start
 from cmtrain.cli.main import main
 from cmtrain.config.load import load_config
 from cmtrain.config.schema import Config
@@ -42,6 +43,8 @@ def calls(monkeypatch):
         module = sys.modules.get(name) if verb == "stats" else ModuleType(name)
         setattr(module, verb, lambda *args, verb=verb, **kwargs: received.append((verb, args, kwargs)) or 4)
         monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(start, "open_data", lambda config, world_size: f"images for {world_size}")
+    monkeypatch.setattr(start, "check_places", lambda config: None)
     return received
 
 
@@ -58,13 +61,14 @@ def refusal(capsys, *arguments: str) -> str:
 def test_train_is_the_default_verb(calls, verb):
     assert main([*verb, "--config", "configs/demo.yaml", "--resume", "never", "--max-steps", "3"]) == 4
     ((name, (config,), options),) = calls
-    assert (name, options) == ("train", {"resume": "never", "max_steps": 3})
+    chosen = {"resume": "never", "max_steps": 3, "as_json": False}
+    assert (name, options) == ("train", chosen | {"data": "images for 1"})
     assert config == load_config("configs/demo.yaml").config
 
 
 def test_resume_defaults_to_auto_and_no_step_limit(calls):
     main(["--config", "configs/demo.yaml"])
-    assert calls[0][2] == {"resume": "auto", "max_steps": None}
+    assert calls[0][2].items() >= {"resume": "auto", "max_steps": None}.items()
 
 
 def test_overrides_may_stand_anywhere_and_use_either_spelling(calls):
@@ -162,7 +166,9 @@ def test_errors_of_a_run_are_one_line_and_an_exit_code(capsys, calls, monkeypatc
 
     monkeypatch.setattr(sys.modules["cmtrain.training.train"], "train", fail)
     assert main(["--config", "configs/demo.yaml"]) == code
-    assert capsys.readouterr().err == "a: b\n"
+    first, loading, *rest = capsys.readouterr().err.splitlines()
+    assert first == f"cmtrain {__version__}: configs/demo.yaml, run folder runs/demo, on the CPU"
+    assert (loading, rest) == ("loading torch and DALI ...", ["a: b"])
 
 
 def test_ctrl_c_before_the_first_step_is_130(calls, monkeypatch):

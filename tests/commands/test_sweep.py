@@ -202,7 +202,7 @@ def test_a_run_of_another_recipe_is_not_passed_off_as_the_row(study):
 # --- real processes ---
 
 
-def test_a_sweep_trains_each_row_once(study, folder, capsys):
+def test_a_sweep_trains_each_row_once(study, folder, capfd):
     """A row for two steps, started as a person does, and once more."""
     arguments = ["sweep", *study, "--rows", "3", "--scale", "demo", "--max-steps", "2"]
     command = [sys.executable, "-m", "cmtrain", *arguments]
@@ -214,7 +214,7 @@ def test_a_sweep_trains_each_row_once(study, folder, capsys):
     checkpoints = sorted(folder.glob("runs/sweep-demo/*/checkpoints/*"))
     assert len(checkpoints) == 1
     assert main(arguments) == 0
-    assert capsys.readouterr().err.count("finished before") == 1
+    assert capfd.readouterr().err.count("finished before") == 1
 
 
 def test_a_stop_signal_reaches_the_row_and_ends_the_sweep():

@@ -46,7 +46,7 @@ class HalfAccelerator:
         stack.enter_context(GpuArithmetic(self.dtype))
         return stack
 
-    def prepare_model(self, model):
+    def prepare_model(self, model, device_placement=None):
         return Wrapped(model, self.autocast)
 
     def no_sync(self, model):

@@ -352,11 +352,11 @@ def test_exit_code_and_report(data, tmp_path, capsys):
     assert lines[0].startswith("  train/a/cut.jpg: image file is truncated")
     assert lines[1] == f"{data}/train: 17 files, 16 good, 1 bad (1 cut short)"
     assert lines[2] == "  2 ask to be turned (EXIF); images are used as they are stored"
-    assert lines[-2:] == [f"the 1 bad files are listed in {data / NAME}", "training leaves them out"]
+    assert lines[-2:] == [f"the list of bad files is {data / NAME}", "training leaves them out"]
     assert check(str(data), full=True, processes=1, out=None, max_bad_fraction=0.05) == 3
     assert f"training will refuse {data}/train: more than 0.05 of it is bad\n" in capsys.readouterr().out
     assert check(str(data), full=True, processes=1, out=str(tmp_path / "list.tsv")) == 3
-    assert "training does not read that list" in capsys.readouterr().out
+    assert "training does not read it" in capsys.readouterr().out
 
 
 def test_packed_data_is_not_checked_but_verified(data, tmp_path):

@@ -19,6 +19,7 @@ from helpers.photographs import write_folder
 from helpers.runs import HANG_SECONDS, ROOT
 from PIL import Image
 
+from pipelines import atomic
 from pipelines.files import headers, manifest, scan_cache
 from pipelines.files.listing import Paths
 from pipelines.files.manifest import BadFile, Manifest
@@ -330,7 +331,7 @@ def test_a_file_system_without_locks_holds_nobody_up(tmp_path, monkeypatch, look
 
 
 def test_a_waiting_process_reports_why(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(scan_cache, "LINE_SECONDS", 0.05)
+    monkeypatch.setattr(atomic, "WAIT_LINE_SECONDS", 0.05)
     root = write_folder(tmp_path / "in", 12)
     process = started(root, tmp_path)
     wait_for_look(tmp_path)

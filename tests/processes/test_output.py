@@ -15,7 +15,7 @@ PROGRAM = [sys.executable, "-c", RUN_PROGRAM]
 def run_into(stdout, *arguments, **how):
     """Run the program with this stdout; return exit code and stderr."""
     done = subprocess.run(
-        [*PROGRAM, *arguments], stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=120, **how
+        [*PROGRAM, *arguments], stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=600, **how
     )
     return done.returncode, done.stderr
 
@@ -40,7 +40,7 @@ def test_a_full_disk_behind_stdout_is_one_line():
 
 
 def test_a_mistake_keeps_its_exit_code_without_stderr(dead_pipe):
-    done = subprocess.run([*PROGRAM, "nonsense"], stderr=dead_pipe, stdout=subprocess.PIPE, timeout=120)
+    done = subprocess.run([*PROGRAM, "nonsense"], stderr=dead_pipe, stdout=subprocess.PIPE, timeout=600)
     assert (done.returncode, done.stdout) == (2, b"")
 
 
@@ -49,7 +49,7 @@ def test_closed_streams_are_opened_and_take_nobodys_place(tmp_path):
     program = "from cmtrain.processes.output import guard_output; guard_output(stdout_raises=True); "
     program += f"file = open({str(tmp_path / 'file')!r}, 'w'); print('text', flush=True); file.write('own')"
     command = f'exec {sys.executable} -c "{program}" <&- >&- 2>&-'
-    assert subprocess.run(["bash", "-c", command], timeout=120).returncode == 0
+    assert subprocess.run(["bash", "-c", command], timeout=600).returncode == 0
     assert (tmp_path / "file").read_text() == "own"
 
 
@@ -57,7 +57,7 @@ def test_names_that_are_not_text_can_be_printed():
     program = "from cmtrain.processes.output import guard_output; guard_output(stdout_raises=True); "
     program += r"print('a\udcffb')"
     environment = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, timeout=600)
     assert (done.returncode, done.stdout) == (0, b"a\\udcffb\n")
 
 

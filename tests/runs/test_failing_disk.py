@@ -54,7 +54,7 @@ class Disk:
         count = self.job.folder / "count.json"
         environment = {"FAIL": fail, "COUNT": str(count), "WATCHED": f"{self.job.folder}:bad_files.tsv"}
         process = self.job.start(*arguments, module=PROGRAM, **environment)
-        out, err = process.communicate(timeout=240)
+        out, err = process.communicate(timeout=600)
         assert process.returncode in codes, f"{fail}: exit code {process.returncode}\n{out}\n{err}"
         assert "Traceback" not in err, f"{fail}: {err}"
         return json.loads(count.read_text()) | {"code": process.returncode}
@@ -94,7 +94,7 @@ class Disk:
         return code == 0
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(1200)
 def test_some_of_the_operations_that_may_fail(make_job, images, tmp_path, figure):
     disk = Disk(make_job, images, tmp_path, "resumed")
     chosen = random.Random(0).sample(disk.plan(), SAMPLE)

@@ -13,11 +13,13 @@ from helpers.runs import (
     TWO,
     assert_nobody_is_left,
     assert_same_state,
+    faults,
     logged,
     losses,
     wait_for,
 )
 
+from cmtrain.processes.signals import SECOND_CTRL_C_SECONDS
 from cmtrain.storage.checkpoint import checkpoint_steps
 
 FAULTY = str(ROOT / "tests" / "helpers" / "faulty_train.py")
@@ -147,3 +149,26 @@ def test_a_signal_ends_an_evaluation_and_the_resumed_run_makes_it_up(make_job, a
     assert losses(job) == losses(undisturbed)
     assert (job.run / "summary.csv").read_text() == (undisturbed.run / "summary.csv").read_text()
     assert_same_state(job, undisturbed)
+
+
+@pytest.mark.parametrize("arguments", [(), TWO])
+def test_ctrl_c_answers_at_once_and_a_second_one_stops_now(make_job, arguments):
+    """Step 10 takes 1000 s: the first Ctrl-C must not wait for it to answer, the second one not at all."""
+    job = make_job(checkpoint={"every_steps": 4})
+    fault = faults("sleep", rank=0, step=9)
+    process = job.start(*arguments, module=FAULTY, WARM="1", **fault)
+    wait_for(lambda: logged(job, 8) and job.status().get("resume_from", "").endswith("8"), process)
+    time.sleep(1)
+    os.kill(process.processes[0].pid, signal.SIGINT)
+    answer = "Ctrl-C: stopping after this step and saving; Ctrl-C again stops now, to go on from step 8\n"
+    wait_for(lambda: answer in process.outputs[1].read_text(), process)
+    time.sleep(SECOND_CTRL_C_SECONDS + 0.5)
+    os.kill(process.processes[0].pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    reason = "stopped at once by a second Ctrl-C at step 9, not saved"
+    status = job.status()
+    assert (status["state"], status["exit_code"], process.returncode) == ("preempted", 130, 130)
+    assert status["reason"] == f"{reason}; run the same command to continue from step 8"
+    assert err.count(answer) == err.count(reason) == 1
+    assert "Traceback" not in err
+    assert_nobody_is_left(job)

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers.runs import ROOT
+from helpers.runs import HANG_SECONDS, ROOT
 from helpers.tools import need_root, needs
 
 from cmtrain import __version__
@@ -29,7 +29,7 @@ PODMAN = ["podman", "--cgroup-manager=cgroupfs", "--runtime=runc", "--log-level=
 NESTED = ["--network=none", "--ulimit=nofile=1024:1024", "--ulimit=nproc=1024:1024"]
 HARDENED = ["--read-only", "--tmpfs=/tmp:exec", "--cap-drop=ALL", "--security-opt=no-new-privileges"]
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400), needs("podman", "runc", "debootstrap")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(7200), needs("podman", "runc", "debootstrap")]
 
 
 def make_base(folder):
@@ -99,7 +99,7 @@ def container(image, runs, *arguments):
         subprocess.run([*PODMAN, "rm", "--force", "--time=0", name], check=False, capture_output=True)
 
 
-def wait_for_step(run_path, step, name, seconds=120):
+def wait_for_step(run_path, step, name, seconds=HANG_SECONDS):
     deadline = time.monotonic() + seconds
     while (
         not (run_path / "log.jsonl").exists()

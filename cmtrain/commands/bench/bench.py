@@ -99,17 +99,14 @@ def bench(config: Config, options: argparse.Namespace) -> int:
         "what": what,
         "device": torch.cuda.get_device_name() if accelerator.device.type == "cuda" else "cpu",
         "precision": build.precision_of(accelerator),
-        "compiled": config.train.compile and config.train.compile_mode,
-        "model": config.model.name,
+        "compiled": config.train.compile and config.train.compile_mode, "model": config.model.name,
         "image_px": config.data.image_px,
         "batch": 1 if what == "latency" else schedule.micro_batch_size * schedule.accumulation,
-        "world_size": accelerator.num_processes,
-        "decode_threads": threads,
+        "world_size": accelerator.num_processes, "decode_threads": threads,
         "torch_threads": torch.get_num_threads(),
-        "versions": {"cmtrain": __version__, "torch": torch.__version__},
-        "figures": figures,
+        "versions": {"cmtrain": __version__, "torch": torch.__version__}, "figures": figures,
         "verdict": "unfinished",
-    }
+    }  # fmt: skip
     with announced_parts(NUM_PARTS[what], enabled=accelerator.is_main_process) as begin:
         for name, row in rows:
             if not row:

@@ -162,10 +162,8 @@ def heat_map(matrix: np.ndarray, names: Sequence[str], *, key: str) -> str:
     svg.set("style", f"max-width:{HEAT_CELL_PX * (size + margin):.0f}px")
     _add(svg, "rect", width=str(size), height=str(size))
     for index, name in enumerate(short):
-        for turn, anchor in (
-            (f"translate(-.3 {index + 0.8})", "end"),
-            (f"translate({index + 0.8} -.3)rotate(-90)", "start"),
-        ):
+        row, column = f"translate(-.3 {index + 0.8})", f"translate({index + 0.8} -.3)rotate(-90)"
+        for turn, anchor in ((row, "end"), (column, "start")):
             label = _add(svg, "text", name, transform=f"{turn}scale(.1)", cls=anchor)
             _add(label, "title", names[index])
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)

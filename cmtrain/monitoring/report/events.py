@@ -17,7 +17,7 @@ Event = dict[str, Any]
 
 # These go as planned: the report leaves them out.
 # Details that have their own column, or are named below.
-HIDDEN = ("time", "event", "step", "device", "world_size", "restarts")
+HIDDEN = ("time", "event", "step", "device", "world_size")
 ROUTINE = ("checkpoint", "evaluated", "environment")
 
 # glyph -> (name of its lane, events). Events without a glyph here are notes.
@@ -141,12 +141,10 @@ def _details(event: Event) -> list[tuple[str, str]]:
     found = [
         (key.replace("_", " "), _text(key, value))
         for key, value in event.items()
-        if key not in HIDDEN and value not in (None, "", [], {})
+        if key not in HIDDEN and value not in (None, "", [], {}) and (key, value) != ("restarts", 0)
     ]
     if "world_size" in event:
         found.append(("on", workers(event)))
-    if event.get("restarts"):
-        found.append(("restarts", _text("restarts", event["restarts"])))
     return found
 
 
