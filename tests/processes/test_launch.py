@@ -306,8 +306,10 @@ def test_the_next_start_records_how_a_run_ended(tmp_path):
 def test_a_full_disk_does_not_hide_the_failure(tmp_path, monkeypatch):
     RunFolder(tmp_path).status(state="running", step=1)
 
-    def full(*_):
-        raise OSError(28, "No space left on device")
+    def full(file, mode="r", **options):
+        if "w" in mode:
+            raise OSError(28, "No space left on device")
+        return open(file, mode, **options)
 
     monkeypatch.setattr("cmtrain.storage.records.open", full, raising=False)
     write_failure(tmp_path, Failure(0, 1, "OSError: no space"))
