@@ -105,10 +105,7 @@ def open_data(config: Config, world_size: int) -> Data:
 
 
 def check_trained(place: str, overrides: Overrides) -> Config | None:
-    """Return the configuration of the run at `place`, None where open_trained has to take a checkpoint's.
-
-    Raises ConfigError, DataError: as open_trained.
-    """
+    """Return the configuration of the run at `place`, None where open_trained takes a checkpoint's."""
     run, _ = find_run(place)
     try:
         load_config(run / "config.yaml")

@@ -76,8 +76,10 @@ def patiently(read: Callable[[], T], path: object = None) -> T:
             return read()
         except OSError as error:
             if seconds is None or not is_trouble(error):
-                if error.errno is not None:  # Pillow's own have no number, and would lose their text
-                    error.filename = error.filename or path
+                if (
+                    error.errno and not error.filename
+                ):  # Pillow's own have no number, and would lose their text
+                    error.filename = path
                 raise
             time.sleep(seconds)
     raise AssertionError

@@ -49,11 +49,9 @@ def mixed_jpegs(count: int, seed: int = 0) -> Iterator[bytes]:
 def _encode(kind: JpegKind, rng: np.random.Generator) -> bytes:
     top, left = rng.integers(_TEXTURE_PX - HEIGHT), rng.integers(_TEXTURE_PX - WIDTH)
     image = Image.fromarray(_texture()[top : top + HEIGHT, left : left + WIDTH]).convert(kind.mode)
-    options = {"quality": kind.quality, "progressive": kind.progressive}
-    if kind.mode != "L":
-        options["subsampling"] = kind.subsampling
+    options = {} if kind.mode == "L" else {"subsampling": kind.subsampling}
     file = io.BytesIO()
-    image.save(file, "JPEG", **options)
+    image.save(file, "JPEG", quality=kind.quality, progressive=kind.progressive, **options)
     return file.getvalue()
 
 

@@ -19,7 +19,8 @@ for command in json.loads(sys.argv[1]):
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = main(command)
     line = err.getvalue().splitlines()[-1]
-    print(json.dumps([code, line, out.getvalue(), [n for n in ("torch", "nvidia") if n in sys.modules]]))
+    loaded = [n for n in ("torch", "nvidia.dali") if n in sys.modules]
+    print(json.dumps([code, line, out.getvalue(), loaded]))
 """
 
 

@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from helpers.runs import Forked
+from helpers.runs import Forked, after_start
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -108,13 +108,20 @@ def test_what_cannot_be_healed_is_refused(make_job):
         state = load_checkpoint(loaded.path).state
         change(state)
         path = save_checkpoint(job.folder / named.replace(" ", "-"), 2, state, loaded.meta)
-        (line,) = repair(job, str(path), *config, code=3).splitlines()
+        (line,) = after_start(repair(job, str(path), *config, code=3))
         assert f"{named} is not finite, and only BatchNorm statistics can be recomputed" in line
     assert "nowhere: no run and no checkpoint" in repair(job, "nowhere", code=3)
     assert "nowhere" in repair(job, "nowhere", *config, code=3)
     assert "does not fit model.name" in repair(job, "runs/job", "--model.variant", "reimpl", code=2)
     assert "which run or file?" in repair(job, code=2)
-    assert "one process" in repair(job, "runs/job", code=2, WORLD_SIZE="2")
+    ranks = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "1",
+    }
+    assert "one process" in repair(job, "runs/job", code=2, **ranks)
     assert not (job.run / "repaired").exists()
 
 
@@ -241,7 +248,7 @@ def test_mistakes_about_a_file_are_one_line_and_write_nothing(job, resnet, monke
 
     def refused(name, *arguments, code, config=("--config", "job.yaml")):
         assert main(["repair-bn", name, *config, "--batches", "1", *arguments]) == code
-        (line,) = capsys.readouterr().err.splitlines()
+        (line,) = after_start(capsys.readouterr().err)
         assert files() == before
         return line
 
@@ -272,7 +279,7 @@ def test_mistakes_about_a_file_are_one_line_and_write_nothing(job, resnet, monke
     assert "two.pth: model has 2 classes, the data 3; set data.root" in refused("two.pth", code=2)
     assert "damaged.pth: cannot be read: " in refused("damaged.pth", code=3)
     assert "damaged.safetensors: cannot be read: " in refused("damaged.safetensors", code=3)
-    assert "gone.pth: No such file" in refused("gone.pth", code=3)
+    assert "gone.pth: no such file" in refused("gone.pth", code=3)
     assert "must end in .pth" in refused("x.pth", "--out", "x.safetensors", code=2)
     assert "choose another --out" in refused("x.pth", "--out", "nowhere/x.pth", code=2)
     assert "x.pth needs its model and data" in refused("x.pth", code=2, config=())

@@ -16,12 +16,22 @@ from typing import Any
 
 import torch
 
+from cmtrain import __version__
 from cmtrain.storage.checkpoint import load_newest
 
 ROOT = Path(__file__).parents[2]
 
 
 SHARED = ROOT.parent / "shared"
+
+
+def after_start(err: str) -> list[str]:
+    """Lines of stderr after those with which every verb starts (tests/cli/test_start.py is about those)."""
+    lines = err.splitlines()
+    started = bool(lines) and lines[0].startswith(f"cmtrain {__version__}: ")
+    lines = lines[started:]
+    return lines[bool(lines) and lines[0] == "loading torch and DALI ..." :]
+
 
 # Bounds only what would never end. It judges nothing: on a busy machine the imports alone take minutes.
 HANG_SECONDS = 600

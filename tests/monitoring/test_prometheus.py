@@ -140,7 +140,11 @@ class Watched:
             connection.request(
                 "GET", f"{path}?" + "&".join(f"{k}={quote(v)}" for k, v in parameters.items())
             )
-            return json.loads(connection.getresponse().read())
+            response = connection.getresponse()
+            content = response.read()
+            if response.status == 503:  # it is starting, too
+                return {"status": "starting", "data": {"result": []}}
+            return json.loads(content)
         except ConnectionRefusedError:  # it is starting
             return {"status": "error", "data": {"result": []}}
         finally:

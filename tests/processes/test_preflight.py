@@ -1,7 +1,7 @@
 """Ranks that do not fit together are refused in one line that names hosts; nothing is written."""
 
 import pytest
-from helpers.runs import ROOT
+from helpers.runs import ROOT, after_start
 
 from cmtrain.processes.preflight import Facts, clock_warnings, contradictions, version_of_code
 
@@ -27,7 +27,7 @@ FITTING = [facts("a"), facts("a", 0.3), facts("b", -0.4)]
 def test_ranks_that_do_not_fit_are_refused(make_job, odd, line):
     job = make_job()
     job("--nproc", "2", module=FAULTY, WARM="1", code=3, **odd)
-    (refusal,) = job.stderr.read_text().splitlines()
+    (refusal,) = after_start(job.stderr.read_text())
     assert line in refusal
     assert not (job.folder / "runs").exists()
 

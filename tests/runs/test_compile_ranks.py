@@ -36,19 +36,20 @@ def _train(rank, port, folder):
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     outcomes = {}
+    accelerator = build.make_accelerator("fp32")
     for case, optimize_ddp in CASES.items():
         torch._dynamo.reset()
         counters.clear()
         with contextlib.ExitStack() as stack:
             if optimize_ddp is False:
                 stack.enter_context(torch._dynamo.config.patch(optimize_ddp=False))
-            outcomes[case] = _steps(compiled=optimize_ddp is not None)
+            outcomes[case] = _steps(accelerator, compiled=optimize_ddp is not None)
     (folder / f"{rank}.pickle").write_bytes(pickle.dumps(outcomes))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
-def _steps(compiled):
+def _steps(accelerator, compiled):
     log, graphs = [], []
 
     def forward(graph, inputs):
@@ -68,7 +69,6 @@ def _steps(compiled):
 
     options = list((SETTINGS | {"train.compile": str(compiled).lower()}).items())
     config = load_config(ROOT / "configs" / "demo.yaml", options).config
-    accelerator = build.make_accelerator(config.train.precision)
     model = build.make_model(config, NUM_CLASSES)
     schedule = build.plan_steps(config, 64, accelerator.num_processes)
     assert schedule.accumulation == 2

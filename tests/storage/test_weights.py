@@ -8,7 +8,7 @@ import pickle
 import pytest
 import timm
 import torch
-from helpers.runs import flip
+from helpers.runs import after_start, flip
 from safetensors.torch import save_file
 
 from cmtrain.errors import ConfigError
@@ -84,7 +84,7 @@ def test_a_resumed_run_goes_on_from_its_own_checkpoint(make_job):
 def test_what_it_starts_from_is_found_wanting_before_anything_is_written(make_job, tmp_path):
     job = make_job()
     job("--model.init_from", "nowhere", code=3)
-    (line,) = job.stderr.read_text().splitlines()
+    (line,) = after_start(job.stderr.read_text())
     assert line.startswith(
         "model.init_from: nowhere: no such file or folder; weights are a run, a checkpoint, "
     )
@@ -161,7 +161,7 @@ def test_other_models_and_damaged_files_are_refused_in_one_line(tmp_path):
 def test_options_of_cmt_are_refused_for_other_models(make_job):
     job = make_job()
     job("--model.name", "resnet18", "--model.variant", "reimpl", code=2)
-    (line,) = job.stderr.read_text().splitlines()
+    (line,) = after_start(job.stderr.read_text())
     assert "model.variant (reimpl) is an option of CMT only, and does not fit model.name (resnet18)" in line
 
 
