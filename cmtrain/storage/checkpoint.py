@@ -2,9 +2,8 @@
 
 A checkpoint is a folder `step-000001234/` with `state.safetensors` (see state_file.py) and `manifest.json`
 (its size and sha256, versions, configuration). It is written under a temporary name, synced, read back, and
-published by one rename. A damaged one is reported, and the one before it is used. A higher step is newer; no
-`latest` link can be wrong. accelerate's save_state is not used: it is not atomic, deletes the old checkpoint
-before the new one is written, and cannot be verified.
+published by one rename. accelerate's save_state is not atomic, deletes the old checkpoint before the new one
+is written, and cannot be verified.
 """
 
 import contextlib
@@ -18,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cmtrain.storage.records import CORRUPT, retried
+from cmtrain.storage.records import CORRUPT, delete, replace_file, retried
 from cmtrain.storage.state_file import CheckpointError, Digest, open_regular, read_state, verify, write_state
 
 MAX_MANIFEST_BYTES = 2**20  # a full one has 4 kB
@@ -65,11 +64,9 @@ def checkpoint_path(root: Path, step: int) -> Path:
 def save_checkpoint(root: Path, step: int, state: dict[str, Any], meta: dict[str, Any]) -> Path:
     """Publish `state`, as state_file takes it, as the checkpoint of `step` in the folder `root`.
 
-    `meta`: JSON values. drop_old reads two of them, `best_step` and `milestone`.
-
-    Raises:
-        OSError, CheckpointError: the write failed, `state` cannot be saved, or the disk returns other bytes
-            than were written. No half-written checkpoint is left, and no older one was touched.
+    `meta`: JSON values. drop_old reads two of them, `best_step` and `milestone`. Raises OSError or
+    CheckpointError: the write failed, `state` cannot be saved, or the disk returns other bytes than were
+    written. No half-written checkpoint is left, and no older one was touched.
     """
     root.mkdir(parents=True, exist_ok=True)
     final = checkpoint_path(root, step)
@@ -78,8 +75,7 @@ def save_checkpoint(root: Path, step: int, state: dict[str, Any], meta: dict[str
         digest = write_state(temporary / _STATE, state)
         files = {_STATE: {"bytes": digest.num_bytes, "sha256": digest.sha256}}
         manifest = {"step": step, "time": time.time(), "files": files, "meta": meta}
-        (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=1))
-        sync(temporary / _MANIFEST)
+        replace_file(temporary / _MANIFEST, json.dumps(manifest, indent=1), durable=True)
         with open_regular(temporary / _STATE) as file:
             verify(file, temporary / _STATE, digest)
     return final
@@ -100,10 +96,8 @@ def load_newest(root: Path, *, set_aside: bool = True) -> Loaded | None:
     A damaged one is renamed to `.corrupt-...`, so that it is neither counted nor lost, and the one before it
     is tried. With `set_aside` false, for the folder of another run, nothing is renamed.
 
-    Raises:
-        CheckpointError: there were checkpoints, and none is usable. It is raised again at the next start,
-            when all of them have been set aside: starting from scratch would silently throw a run away.
-        OSError: the machine cannot read one of them.
+    Raises CheckpointError: there were checkpoints, and none is usable: starting from scratch would silently
+    throw a run away. OSError: the machine cannot read one of them.
     """
     rejected: list[str] = []
     for step in reversed(retried(checkpoint_steps, root)):
@@ -156,14 +150,14 @@ def drop_old(root: Path, keep: int) -> None:
             # Renamed first: a kill in the middle of the deletion must leave nothing that looks whole.
             doomed = root / f"{DOOMED}{step}-{os.getpid()}"
             checkpoint_path(root, step).rename(doomed)
-            _delete(doomed)
+            delete(doomed)
 
 
 def remove_leftovers(root: Path) -> None:
     """Delete what a killed writer left behind. Only the process that holds the run's lock may call this."""
-    for prefix in (TEMPORARY, DOOMED):
-        for leftover in root.glob(f"{prefix}*"):
-            _delete(leftover)
+    for leftover in [*root.glob(f"{TEMPORARY}*"), *root.glob(f"{DOOMED}*")]:
+        with contextlib.suppress(OSError):
+            delete(leftover)
 
 
 def _read_manifest(path: Path) -> tuple[Digest, dict[str, Any]]:
@@ -188,15 +182,6 @@ def _read_manifest(path: Path) -> tuple[Digest, dict[str, Any]]:
         what = f"{type(error).__name__}: {error}"
         raise CheckpointError(f"{path / _MANIFEST}: not a manifest: {what}") from error
     return digest, meta
-
-
-def _delete(path: Path) -> None:
-    """Delete a folder of ours, and never what a symbolic link in its place, or in it, leads to."""
-    if path.is_symlink() or path.is_file():
-        with contextlib.suppress(OSError):
-            path.unlink()
-    else:
-        shutil.rmtree(path, ignore_errors=True)  # follows no link that is put in place of a folder meanwhile
 
 
 @contextlib.contextmanager

@@ -1,9 +1,8 @@
 """Write and read the small files of a run folder: a lost or damaged one costs that record, never the run.
 
-A damaged file is one whose content is wrong, whatever wrote it: empty after a power failure, cut by a kill,
-saved by a spreadsheet, of another version. It is set aside under another name by the next start, and kept.
-A file that the machine cannot read (an I/O error, permissions) is not damaged: it is read again. Needs no
-torch and no numpy, because the launcher loads it.
+The content of a damaged file is wrong: cut by a kill, saved by a spreadsheet. The next start sets it aside
+under another name. A file that the machine cannot read (an I/O error, permissions) is not damaged: it is
+read again. Needs no torch and no numpy, because the launcher loads it.
 """
 
 import contextlib
@@ -17,7 +16,7 @@ import stat
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ParamSpec, TypeGuard, TypeVar
+from typing import Any, BinaryIO, ParamSpec, TypeGuard, TypeVar
 
 from pydantic_core import from_json
 
@@ -140,10 +139,15 @@ def remove_leftovers(folder: Path, *names: str) -> None:
                 continue
             pid, age_seconds = int(found[2]), time.time() - path.lstat().st_mtime
             if pid == os.getpid() or not is_running(pid) or age_seconds > STALE_SECONDS:
-                if path.is_dir() and not path.is_symlink():
-                    shutil.rmtree(path, ignore_errors=True)
-                else:
-                    path.unlink()
+                delete(path)
+
+
+def delete(path: Path) -> None:
+    """Delete a file or folder, and never what a symbolic link in its place, or in it, leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink()
 
 
 def is_running(pid: int) -> bool:
@@ -160,15 +164,21 @@ def is_running(pid: int) -> bool:
 # Reading
 
 
-def read_bytes(path: Path) -> bytes:
-    """Return the content of a regular file, never waiting for a pipe.
+def open_regular(path: Path, flags: int = 0) -> BinaryIO:
+    """Open a regular file for reading, never waiting for a pipe. `flags`: more ones of os.open.
 
     Raises OSError, or DamagedRecordError: something else has its place.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    with open(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise DamagedRecordError("not a regular file")
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | flags)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise DamagedRecordError("not a regular file")
+    return open(descriptor, "rb")
+
+
+def read_bytes(path: Path) -> bytes:
+    """Return the content of a file. Raises as open_regular."""
+    with open_regular(path) as file:
         return file.read()
 
 
@@ -177,12 +187,9 @@ def load_json(path: Path) -> dict[str, Any]:
 
     Raises DamagedRecordError: it holds none. OSError: it is missing, or the machine cannot read it.
     """
+    content = retried(read_bytes, path)
     try:
-        record = json.loads(retried(read_bytes, path))
-    except IsADirectoryError:
-        raise DamagedRecordError("not a regular file") from None
-    except DamagedRecordError:
-        raise
+        record = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise DamagedRecordError(f"not JSON: {error}") from error
     if not isinstance(record, dict):
@@ -248,7 +255,7 @@ def keep_lines(path: Path, is_kept: Callable[[bytes], bool | None], header: byte
         lines = retried(read_bytes, path).splitlines(keepends=True)
     except FileNotFoundError:
         return ""
-    except (DamagedRecordError, IsADirectoryError):
+    except DamagedRecordError:
         return f"{path.name} is not a regular file; it is kept as {set_aside(path).name}"
     head, rows = (lines[:1], lines[1:]) if header else ([], lines)
     if header and (not head or head[0].strip() != header):

@@ -232,7 +232,7 @@ def set_damaged_aside(path: Path) -> list[str]:
     for record in [*files, *sorted(path.glob("failed-rank*.json"))]:
         try:
             _load_config(record) if record.suffix == ".yaml" else records.load_json(record)
-        except (DamagedRecordError, IsADirectoryError) as error:
+        except DamagedRecordError as error:
             lines.append(
                 f"{record.name}: {records.reason_of(error)}; it is kept as {records.set_aside(record).name}"
             )

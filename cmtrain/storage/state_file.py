@@ -1,25 +1,25 @@
 """Write tensors and plain values to one file with a checksum, and read them back without trusting the file.
 
-The format is safetensors: a JSON header and the bytes of each tensor. The header's metadata holds the state
-as JSON, in which a list begins with its kind: ["dict", [key, value], ...], ["list", value, ...], ["tuple",
-value, ...] or ["tensor", name, stride, ...]. Loading runs no code and takes no memory beyond the file's
-size. The checksum is ours: safetensors notices no flipped bit. Its own writer is not used, because it keeps
+The format is safetensors. The metadata of its header holds the state as JSON, in which a list begins with
+its kind: ["dict", [key, value], ...], ["list", value, ...], ["tuple", value, ...] or ["tensor", name,
+stride, ...]. Loading runs no code and takes no memory beyond the file's size. safetensors' own writer keeps
 neither strides (of channels-last weights) nor a checksum of what was meant to be written.
 """
 
 import errno
 import hashlib
-import io
+import itertools
 import json
 import os
-import stat
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
+
+from cmtrain.storage import records
 
 MAX_HEADER_BYTES = 2**25  # CMT-B's has 1.1 MB
 MAX_DEPTH = 32
@@ -65,14 +65,10 @@ def write_state(path: Path, state: dict[str, Any]) -> Digest:
         raise CheckpointError(f"the state without its tensors takes more than {MAX_HEADER_BYTES} bytes")
     sha256 = hashlib.sha256()
     with open(path, "wb") as file:
-
-        def write(data: Any) -> None:
+        contents = (t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy() for _, t in ordered)
+        for data in itertools.chain([len(text).to_bytes(8, "little") + text], contents):
             sha256.update(data)
             file.write(data)
-
-        write(len(text).to_bytes(8, "little") + text)
-        for _, tensor in ordered:
-            write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         file.flush()
         os.fsync(file.fileno())
         # The next reader gets what the disk holds, and the images keep their place in the page cache.
@@ -105,25 +101,23 @@ def read_state(path: Path, expected: Digest) -> dict[str, Any]:
     return state
 
 
-def open_regular(path: Path) -> io.BufferedReader:
-    """Open a regular file for reading: no symbolic link, no device, and no pipe that would block.
+def open_regular(path: Path) -> BinaryIO:
+    """Open a regular file for reading: no symbolic link, no device, no pipe.
 
     Raises CheckpointError: there is none. OSError: the machine cannot open it.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        return records.open_regular(path, os.O_NOFOLLOW)
+    except records.DamagedRecordError as error:
+        raise CheckpointError(f"{path}: {error}") from error
     except OSError as error:
         if error.errno not in _DAMAGE:
             raise
         what = "is a symbolic link" if error.errno == errno.ELOOP else error.strerror
         raise CheckpointError(f"{path}: {what}") from error
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise CheckpointError(f"{path}: not a regular file")
-    return open(descriptor, "rb")
 
 
-def verify(file: io.BufferedReader, path: Path, expected: Digest) -> None:
+def verify(file: BinaryIO, path: Path, expected: Digest) -> None:
     """Raises CheckpointError: `file`, at `path`, has another digest. OSError: the machine cannot read it."""
     size = os.fstat(file.fileno()).st_size
     if size != expected.num_bytes:

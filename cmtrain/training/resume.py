@@ -1,6 +1,6 @@
 """Choose where a run starts: at step 0, or at a checkpoint of this configuration and this data."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +115,7 @@ def _choose(run_path: Path, resume: str, config: Config, fingerprint: str, val_f
         notes.append(
             f"{what}: earlier accuracies do not compare, and the search for the best one begins again"
         )
-    return Start(loaded.state["progress"]["step"], replace(loaded, rejected=()), (*lost, *notes))
+    return Start(loaded.state["progress"]["step"], loaded, (*lost, *notes))
 
 
 def _load(path: Path) -> Loaded:
