@@ -6,12 +6,9 @@ Each rank writes `<run.dir>/.targets/<run>-<rank>.json` and deletes it when it e
       - job_name: cmtrain
         file_sd_configs: [{files: [/path/to/runs/.targets/*.json]}]
 
-All runs share one folder, since Prometheus allows a wildcard in the last part of a path only (2.42 refuses
-`runs/*/targets.json`, although promtool takes it). The folder is hidden, because no run can have its name.
-
-A rank writes its own file, since no other rank knows the port it got. The file of a killed rank stays: its
-target is then down, and an alert can fire. The files hold no labels, because the metrics have them. A `run`
-label here would rename theirs to `exported_run`.
+All runs share one folder, since Prometheus allows a wildcard in the last part of a path only; it is hidden,
+because no run can have its name. The file of a killed rank stays: its target is then down, and an alert can
+fire. The files hold no labels: a `run` label here would rename the metrics' own to `exported_run`.
 """
 
 import json

@@ -1,9 +1,8 @@
 """Serve a few pages about a run over HTTP, so cheaply that no number of clients slows training down.
 
-One thread with an event loop serves everybody, and answers a limited number of requests per second. Under a
-storm of requests clients wait, and training does not. prometheus_client's own server starts one thread per
-connection and makes its page for every request. Each of those threads takes the interpreter's lock from the
-training thread, which gives it up at every torch call and then has to wait for it.
+One thread with an event loop serves everybody, and answers a limited number of requests per second.
+prometheus_client's own server starts one thread per connection and makes its page for every request. Each of
+those threads takes the interpreter's lock from the training thread, which gives it up at every torch call.
 
 Only the paths in `routes` are served. No path is ever looked up on a disk.
 """
@@ -41,8 +40,6 @@ TOO_LONG = b"HTTP/1.1 431 Request Header Fields Too Large\r\nConnection: close\r
 
 
 class Page(NamedTuple):
-    """A response: content type, body and HTTP status."""
-
     content_type: str
     body: bytes
     status: int = 200
@@ -54,19 +51,13 @@ Routes = Mapping[str, Route]
 
 
 class Exporter:
-    """Serves `routes` from a daemon thread until `close`.
+    """Serves `routes` (pages by path) at `host` (a name, IPv4 or IPv6) from a daemon thread until `close`.
 
-    Connections stay open between requests (HTTP/1.1). Of MAX_CONNECTIONS, a new one replaces the one that
-    has been silent for longest: connections that never send a request cannot keep a scraper out.
+    `port`: the first of PORT_ATTEMPTS ports to try. `allowed_hosts`: see is_own_host. Of MAX_CONNECTIONS
+    (HTTP/1.1), a new one replaces the one that has been silent for longest: connections that never send a
+    request cannot keep a scraper out.
 
-    Args:
-        routes: path -> function that makes the page.
-        host: name or address to listen at, IPv4 or IPv6.
-        port: the first of PORT_ATTEMPTS ports to try.
-        allowed_hosts: names to answer to, besides this machine's own; see is_own_host.
-
-    Raises:
-        OSError: none of the ports is free, or `host` is no address of this machine.
+    Raises OSError: none of the ports is free, or `host` is no address of this machine.
     """
 
     def __init__(self, routes: Routes, host: str, port: int, allowed_hosts: Sequence[str] = ()) -> None:
@@ -188,9 +179,7 @@ class Exporter:
 def answer_to(head: bytes | None, routes: Routes, allowed_hosts: Collection[str] = ()) -> tuple[bytes, bool]:
     """Return the answer to a request, and whether its connection stays open for another one.
 
-    Args:
-        head: request line and headers with the empty line at their end; None if they were too long.
-        allowed_hosts: see is_own_host.
+    `head`: request line and headers with the empty line at their end; None if they were too long.
     """
     if head is None:
         return TOO_LONG, False
@@ -217,10 +206,15 @@ class _Exchange(BaseHTTPRequestHandler):
         hosts = self.headers.get_all("Host", [])
         if not all(is_own_host(host, self.allowed_hosts) for host in hosts):
             page = Page(TEXT, b"403 Host is no name of this machine; see metrics.allowed_hosts\n", 403)
-        elif self.command in ("GET", "HEAD"):
-            page = _page(routes.get(self.path.partition("?")[0]), self.headers.get("Accept", ""))
-        else:
+        elif self.command not in ("GET", "HEAD"):
             page = Page(TEXT, b"405 only GET and HEAD\n", 405)
+        elif route := routes.get(self.path.partition("?")[0]):
+            try:
+                page = route(self.headers.get("Accept", ""))
+            except Exception as error:  # a page that cannot be made must not end the server
+                page = Page(TEXT, f"500 {type(error).__name__}\n".encode(), 500)
+        else:
+            page = Page(TEXT, b"404 no such page\n", 404)
         # A body follows the head, and nothing here reads it: the next request cannot be found.
         has_body = "Content-Length" in self.headers or "Transfer-Encoding" in self.headers
         self.close_connection = self.close_connection or has_body or page.status == 405
@@ -244,8 +238,7 @@ def is_own_host(host: str, allowed_hosts: Collection[str] = ()) -> bool:
     """Return whether a Host header names this machine: by an address, one of its names, or an allowed one.
 
     A page on the web can point its own name at 127.0.0.1 and have a browser read what is served here (DNS
-    rebinding), but only under that name. It has a dot; names without one, such as localhost or a service of
-    Docker or Kubernetes, are given by this network. "*" allows every name.
+    rebinding), but only under that name, which has a dot. "*" allows every name.
     """
     name = host.strip().lower()
     name = name[1:].partition("]")[0] if name.startswith("[") else name.partition(":")[0].rstrip(".")
@@ -261,15 +254,6 @@ def is_own_host(host: str, allowed_hosts: Collection[str] = ()) -> bool:
 @functools.cache
 def _own_names() -> frozenset[str]:
     return frozenset(name.lower() for name in (socket.gethostname(), socket.getfqdn()))
-
-
-def _page(route: Route | None, accept: str) -> Page:
-    if route is None:
-        return Page(TEXT, b"404 no such page\n", 404)
-    try:
-        return route(accept)
-    except Exception as error:  # a page that cannot be made must not end the server
-        return Page(TEXT, f"500 {type(error).__name__}\n".encode(), 500)
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -1,9 +1,8 @@
 """Make the live page of a run, at / of the metrics port: progress, curves and the newest events.
 
-The page needs only a browser, and refreshes itself while its tab is in front. It is made on request, on the
-server's thread, at most once a second for all clients. Its data is what the process knows and a bounded
-sample of the run folder. That takes 7 to 16 ms of CPU time, after 200 log points or after 200,000 (on a
-shared 2-core machine). The template is report/templates/live.html.
+It refreshes itself while its tab is in front. It is made on request, on the server's thread, at most once a
+second for all clients, of what the process knows and a bounded sample of the run folder. That takes 7 to 16
+ms of CPU time after 200 log points or after 200,000. The template is report/templates/live.html.
 """
 
 import time
@@ -17,7 +16,7 @@ from cmtrain.monitoring.http_server import Page
 from cmtrain.monitoring.metrics import TrainMetrics
 from cmtrain.monitoring.report.curves import PlottedRun, draw_charts
 from cmtrain.monitoring.report.events import newest_rows
-from cmtrain.monitoring.report.headline import Headline, number
+from cmtrain.monitoring.report.headline import Headline, best_top1, number
 from cmtrain.monitoring.report.page import TONES, render_page
 from cmtrain.monitoring.units import duration, is_part, percent, short, state_name
 from cmtrain.storage.run_folder import REPORT_NAME
@@ -91,9 +90,7 @@ def headline_now(metrics: TrainMetrics, status: dict[str, Any], at: float) -> He
         found.append(("Gradient norm", short(report.grad_norm), ""))
         rollbacks = round(_value(metrics.rollbacks))
         found.append(("Bad steps", f"{report.bad_steps:,}", f"{rollbacks} rollbacks" if rollbacks else ""))
-    best, best_step = number(status.get("best_top1")), number(status.get("best_step"))
-    if best is not None and best_step is not None:
-        found.append(("Best top-1", percent(best), f"at step {best_step:,.0f}"))
+    found += best_top1(status)
     if saved := _value(metrics.saved_at):
         found.append(("Last checkpoint", duration(max(0.0, at - saved)), "ago"))
     return found

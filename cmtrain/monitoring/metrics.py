@@ -1,12 +1,9 @@
-"""Declare and update the Prometheus metrics of one rank.
+"""Declare and update the Prometheus metrics of one rank, which has its own port; see docs/metrics.md.
 
-Every metric name is declared in this file; docs/metrics.md lists them. They follow Prometheus' naming rules:
-prefix `cmtrain_`, base units, counters that end in `_total`. No gauge holds a throughput, because a rate is
-a query: `rate(cmtrain_images_total{split="train"}[1m])`. Known label values exist from the start, so that
-rates and alerts work from the first event on.
-
-Each rank serves its own port, so a dead rank is a target that is down. The run's name is the only label that
-a user chooses. No label holds a path or a host name, so the number of series does not grow.
+They follow Prometheus' naming rules: prefix `cmtrain_`, base units, counters that end in `_total`. No gauge
+holds a throughput, because a rate is a query: `rate(cmtrain_images_total{split="train"}[1m])`. Known label
+values exist from the start, so that rates and alerts work from the first event on. The run's name is the
+only label that a user chooses; none holds a path or a host name, so the number of series does not grow.
 """
 
 import itertools

@@ -29,10 +29,8 @@ def make_pages(
 ) -> dict[str, Route]:
     """Return the pages by path.
 
-    Args:
-        status: returns what this rank knows of the run, as JSON values.
-        stall_seconds: time without a finished step after which the run counts as stalled.
-        run_path: the run folder.
+    `status`: returns what this rank knows of the run, as JSON values. After `stall_seconds` without a
+    finished step the run counts as stalled.
     """
 
     def now() -> dict[str, Any]:
@@ -61,8 +59,7 @@ def make_pages(
 class MetricsPage:
     """The series of `registry` as text, made on request and at most once a second for all clients.
 
-    It takes 1.7 ms for 138 series on one CPU core, and holds the interpreter's lock for most of that. If it
-    were made at log points, it would be as old as the last one, and the training thread would make it.
+    It takes 1.7 ms for 138 series on one CPU core, most of it with the interpreter's lock.
     """
 
     def __init__(self, registry: CollectorRegistry) -> None:

@@ -1,12 +1,9 @@
-"""Send log points and evaluations to TensorBoard, W&B and MLflow, through accelerate.
+"""Send the numbers of log.jsonl and summary.csv to TensorBoard, W&B and MLflow, through accelerate.
 
-They get the numbers of log.jsonl and summary.csv; no code here depends on one of the three. A tracker that
-fails during a run (its server went away) is reported once and then left alone, for the run folder has
-everything.
+A tracker that fails during a run (its server went away) is reported once and then left alone.
 """
 
 import importlib.util
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,7 @@ from accelerate import Accelerator
 
 from cmtrain.config.strict_yaml import emit
 from cmtrain.errors import ConfigError
+from cmtrain.storage.records import is_number
 from pipelines.spec import DataError
 
 PROJECT = "cmtrain"
@@ -25,12 +23,8 @@ FOLDER_NAME = "trackers"  # in the run folder, for trackers that write files
 class Trackers:
     """The trackers of a run on rank 0; they do nothing on other ranks.
 
-    Args:
-        accelerator: an Accelerator made with `tracker_options`.
-        config: the configuration by dotted key, for the trackers' tables of hyperparameters.
-
-    Raises:
-        DataError: a tracker cannot start, because a login or a server is missing.
+    `accelerator`: made with tracker_options. `config`: by dotted key, for tables of hyperparameters. Raises
+    DataError: a tracker cannot start, because a login or a server is missing.
     """
 
     def __init__(self, accelerator: Accelerator, run_name: str, config: Mapping[str, Any]) -> None:
@@ -43,14 +37,14 @@ class Trackers:
         try:
             accelerator.init_trackers(PROJECT, values, init_kwargs=names)
         except Exception as error:  # each tracker has exceptions of its own
-            message = f"metrics.trackers: cannot start: {_line(error)}; leave it out to run without"
-            raise DataError(message) from error
+            what = f"cannot start: {_line(error)}; leave it out to run without"
+            raise DataError(f"metrics.trackers: {what}") from error
 
     def log(self, values: Mapping[str, Any], step: int) -> str:
         """Log the finite numbers among `values`. Returns why that failed, else ""."""
         if not self.enabled:
             return ""
-        numbers = {key: v for key, v in values.items() if key not in ("step", "time") and _is_finite(v)}
+        numbers = {key: v for key, v in values.items() if key not in ("step", "time") and is_number(v)}
         try:
             self.accelerator.log(numbers, step=step)
         except Exception as error:
@@ -75,18 +69,13 @@ class Trackers:
 def tracker_options(names: Sequence[str], run_folder: Path) -> dict[str, Any]:
     """Return the options that an Accelerator with the trackers `names` needs.
 
-    Raises:
-        ConfigError: a package is missing; accelerate itself would silently leave the tracker out.
+    Raises ConfigError: a package is missing; accelerate itself would silently leave the tracker out.
     """
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
         remedy = f"pip install -e '.[{','.join(missing)}]', or leave it out"
         raise ConfigError(f"metrics.trackers: not installed: {', '.join(missing)}; {remedy}")
     return {"log_with": list(names), "project_dir": run_folder / FOLDER_NAME} if names else {}
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _line(error: Exception) -> str:

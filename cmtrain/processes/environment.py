@@ -69,10 +69,9 @@ def ignore_variables() -> None:
 
 
 def check_launcher() -> None:
-    """Check that the variables of a launcher are all set and agree, or none; an empty one counts as not set.
+    """Raise DataError unless a launcher's variables are all set and agree, or none of them is set.
 
-    Raises DataError: half of them, no number where one must be, numbers that contradict one another, or
-    several processes that srun or mpirun started without them.
+    An empty one counts as not set. Without them srun and mpirun must have started one process only.
     """
     for name in (*RANKS, *MEETING, PARENT, RESTARTS):
         if not os.environ.get(name, "-").strip():
@@ -80,33 +79,30 @@ def check_launcher() -> None:
     parent = os.environ.get(PARENT)
     if parent is not None and parent != str(os.getppid()):
         raise DataError(f"{PARENT}={parent!a}: that is not the process that started this one; unset it")
-    values = {name: os.environ[name] for name in (*RANKS, RESTARTS) if name in os.environ}
-    for name, value in values.items():
-        if _number(value) is None:
-            raise DataError(f"{name}={value!a}: must be a whole number; {ADVICE}")
-    rank, local_rank, world_size, local_world_size = (_number(values.get(name)) for name in RANKS)
-    if (rank, local_rank, world_size, local_world_size) == (None,) * 4:
+    numbers: dict[str, int] = {}
+    for name in [name for name in (*RANKS, RESTARTS) if name in os.environ]:
+        number = _number(os.environ[name])
+        if number is None:
+            raise DataError(f"{name}={os.environ[name]!a}: must be a whole number; {ADVICE}")
+        numbers[name] = number
+    alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}
+    if not numbers.keys() & alone:
         _refuse_tasks()
-    elif world_size == 1 and not rank and not local_rank and local_world_size in (1, None):
+    elif "WORLD_SIZE" in numbers and all(numbers.get(name, value) == value for name, value in alone.items()):
         os.environ.pop("LOCAL_RANK", None)  # by which accelerate would look for a group to join
     else:
-        _check_ranks(rank, local_rank, world_size, local_world_size)
+        _check_ranks(numbers)
     for name in [name for name in os.environ if name.startswith(MPI)]:
         del os.environ[name]
 
 
-def _check_ranks(
-    rank: int | None, local_rank: int | None, world_size: int | None, local_world_size: int | None
-) -> None:
+def _check_ranks(numbers: dict[str, int]) -> None:
     needed = ("RANK", "LOCAL_RANK", "WORLD_SIZE", *MEETING)
     found = [f"{name}={os.environ[name]!a}" for name in (*RANKS, *MEETING) if name in os.environ]
     if missing := [name for name in needed if name not in os.environ]:
         raise DataError(f"half a launcher: {', '.join(found)}, but no {', '.join(missing)}; {ADVICE}")
-    assert rank is not None
-    assert local_rank is not None
-    assert world_size is not None
-    fits = rank < world_size and local_rank < (local_world_size or world_size) <= world_size
-    if not fits or local_world_size == 0:
+    rank, local_rank, world_size = (numbers[name] for name in needed[:3])
+    if rank >= world_size or not local_rank < numbers.get("LOCAL_WORLD_SIZE", world_size) <= world_size:
         raise DataError(f"ranks that contradict one another: {', '.join(found)}; {ADVICE}")
     port = _number(os.environ["MASTER_PORT"])
     if port is None or not 0 < port < 2**16:

@@ -1,8 +1,8 @@
 """Record how each process of a run failed, and find the failure that caused the others. Needs no torch.
 
-Each rank that fails writes `failed-rank<r>.json` in the run folder, which all ranks share. Most of these
-failures are consequences: when one rank is gone, the others lose contact. The last process (a rank, the
-launcher, or the next start) picks the cause and writes it to status.json.
+Each rank that fails writes `failed-rank<r>.json` in the run folder. Most of these failures are consequences:
+when one rank is gone, the others lose contact. A rank, the launcher or the next start picks the cause and
+writes it to status.json.
 """
 
 import fcntl
@@ -16,8 +16,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import FiniteFloat, TypeAdapter
+
 from cmtrain.errors import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_PREEMPTED
-from cmtrain.storage.records import is_number, read_json, replace_file, retried
+from cmtrain.storage.records import is_number, read_bytes, replace_file, retried
 from cmtrain.storage.run_folder import RunFolder, read_events, read_status, set_damaged_aside
 
 # Batch systems send SIGUSR2 before the time limit (NCCL's tools use SIGUSR1), closed terminals SIGHUP.
@@ -42,7 +44,7 @@ class Failure:
     step: int | None = None
     lost_contact: bool = False
     host: str = field(default_factory=socket.gethostname)
-    time: float = field(default_factory=time.time)
+    time: FiniteFloat = field(default_factory=time.time)
 
     def describe(self) -> str:
         """Return the reason, with rank and host if there are several ranks."""
@@ -51,10 +53,7 @@ class Failure:
         return f"rank {self.rank}{f' on {self.host}' if self.host else ''}: {self.reason}"
 
 
-_FIELD_TYPES: dict[str, Any] = {
-    "rank": int, "world_size": int, "reason": str, "exit_code": int, "step": int | None,
-    "lost_contact": bool, "host": str, "time": int | float,
-}  # fmt: skip
+_FAILURE = TypeAdapter(Failure)
 
 
 def stop_signals() -> list[signal.Signals]:
@@ -79,7 +78,7 @@ def failure_of_dead_process(rank: int, world_size: int, exit_code: int) -> Failu
 
 
 def write_failure(run_path: Path, failure: Failure) -> None:
-    """Write `failure` where the other processes look for it, or nothing if the folder cannot be written."""
+    """Write `failure` into the run folder, or nothing if that cannot be written."""
     path = run_path / f"failed-rank{failure.rank}.json"
     with suppress(OSError):
         retried(replace_file, path, json.dumps(asdict(failure)) + "\n", durable=True)
@@ -90,8 +89,10 @@ def read_failures(run_path: Path, since: float = 0) -> list[Failure]:
 
     Damaged files count for nothing.
     """
-    read = [_failure_in(read_json(path) or {}) for path in run_path.glob("failed-rank*.json")]
-    found = [failure for failure in read if failure]
+    found = []
+    for path in run_path.glob("failed-rank*.json"):
+        with suppress(OSError, ValueError):
+            found.append(_FAILURE.validate_json(retried(read_bytes, path), strict=True))
     for path in run_path.glob("hang-rank*.txt"):
         with suppress(OSError, ValueError):  # a file of another name, or one that is gone
             rank, status = int(path.stem.removeprefix("hang-rank")), path.stat()
@@ -99,15 +100,6 @@ def read_failures(run_path: Path, since: float = 0) -> list[Failure]:
                 reason = f"hung without an error report; see its stacks in {path.name}"
                 found.append(Failure(rank, rank + 1, reason, host="", time=status.st_mtime))
     return [failure for failure in found if failure.time >= since]
-
-
-def _failure_in(record: dict[str, Any]) -> Failure | None:
-    """Return the Failure in a record, which a newer version may have written; None if it holds none."""
-    known = {name: record[name] for name in _FIELD_TYPES if name in record}
-    if not {"rank", "world_size", "reason"} <= known.keys():
-        return None
-    is_sound = all(isinstance(value, _FIELD_TYPES[name]) for name, value in known.items())
-    return Failure(**known) if is_sound and is_number(known.get("time", 0)) else None
 
 
 def cause_of(failures: Iterable[Failure]) -> Failure | None:
@@ -126,7 +118,26 @@ def record_cause(run_path: Path, *, since: float = 0, has_ended: bool = False) -
     to have ended, so that "running" is wrong.
     """
     with _one_at_a_time(run_path):
-        return _record_cause(run_path, since, has_ended)
+        status = read_status(run_path) or {}
+        failures = read_failures(run_path, since)
+        cause = cause_of(failures)
+        if cause is None and has_ended and status.get("state") == "running":
+            cause = Failure(0, 1, "ended without an error report: killed, or the machine went down", host="")
+        if cause is None:
+            return None
+        # Ranks that fail together come here together. What the first of them recorded stays, unless it had
+        # only lost contact or would end with another exit code.
+        kind = (cause.lost_contact, cause.exit_code)
+        equivalent = [f.describe() for f in (cause, *failures) if (f.lost_contact, f.exit_code) == kind]
+        already_recorded = status.get("state") == "failed" and status.get("reason") in equivalent
+        if not already_recorded and status.get("state") in (None, "running", "failed"):
+            step = cause.step if cause.step is not None else status.get("step")
+            fields = {"step": step, "exit_code": cause.exit_code, "reason": cause.describe()}
+            with suppress(OSError):
+                folder = RunFolder(run_path)
+                folder.event("failed", **fields)
+                folder.status(state="failed", retries=True, **fields)
+        return cause
 
 
 @contextmanager
@@ -152,29 +163,6 @@ def _one_at_a_time(run_path: Path) -> Iterator[None]:
             except OSError:
                 break
         yield
-
-
-def _record_cause(run_path: Path, since: float, has_ended: bool) -> Failure | None:
-    status = read_status(run_path) or {}
-    failures = read_failures(run_path, since)
-    cause = cause_of(failures)
-    if cause is None and has_ended and status.get("state") == "running":
-        cause = Failure(0, 1, "ended without an error report: killed, or the machine went down", host="")
-    if cause is None:
-        return None
-    # Ranks that fail together come here together. What the first of them recorded stays, unless it had only
-    # lost contact or would end with another exit code.
-    kind = (cause.lost_contact, cause.exit_code)
-    equivalent = [f.describe() for f in (cause, *failures) if (f.lost_contact, f.exit_code) == kind]
-    already_recorded = status.get("state") == "failed" and status.get("reason") in equivalent
-    if not already_recorded and status.get("state") in (None, "running", "failed"):
-        step = cause.step if cause.step is not None else status.get("step")
-        fields = {"step": step, "exit_code": cause.exit_code, "reason": cause.describe()}
-        with suppress(OSError):
-            folder = RunFolder(run_path)
-            folder.event("failed", **fields)
-            folder.status(state="failed", retries=True, **fields)
-    return cause
 
 
 def archive_previous_attempt(run_path: Path) -> tuple[str, ...]:

@@ -11,15 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
-from cmtrain.errors import (
-    EXIT_CONFIG,
-    EXIT_DATA,
-    EXIT_ERROR,
-    EXIT_INTERRUPTED,
-    EXIT_PREEMPTED,
-    ConfigError,
-    message_of,
-)
+from cmtrain import errors
+from cmtrain.errors import ConfigError
 from cmtrain.processes import failure
 from cmtrain.processes.failure import Failure
 from cmtrain.storage.run_folder import read_status
@@ -81,18 +74,11 @@ def follow_launcher() -> None:
 
     def leave_if_orphaned(number: int, frame: FrameType | None) -> None:
         if os.getppid() != launcher:
-            os._exit(EXIT_PREEMPTED)
+            os._exit(errors.EXIT_PREEMPTED)
 
     signal.signal(LAUNCHER_GONE, leave_if_orphaned)
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, LAUNCHER_GONE)
     leave_if_orphaned(LAUNCHER_GONE, None)  # it may have died before we asked
-
-
-def leave_on_stop_signals() -> None:
-    """Let a stop signal end process 1 of a container before training: the kernel would drop the signal."""
-    if os.getpid() == 1:
-        for number in failure.STOP_SIGNALS:
-            signal.signal(number, lambda number, frame: os._exit(failure.stop_code(number)))
 
 
 def run_as_rank(work: Callable[[], int], run_path: Path) -> int:
@@ -102,26 +88,28 @@ def run_as_rank(work: Callable[[], int], run_path: Path) -> int:
     step again and again, it is not started once more; the exit code is then that of the failure.
     """
     follow_launcher()
-    leave_on_stop_signals()
+    if os.getpid() == 1:  # of a container: the kernel drops signals that it does not handle
+        for number in failure.STOP_SIGNALS:
+            signal.signal(number, lambda number, frame: os._exit(failure.stop_code(number)))
     # Our own launcher has checked this already.
     if num_restarts() and is_first_rank() and PARENT not in os.environ:
         failure.record_cause(run_path, has_ended=True)
         if loop := failure.crash_loop(run_path):
             sys.stderr.write(f"{run_path}: {loop}\n")
-            return int((read_status(run_path) or {}).get("exit_code") or EXIT_ERROR)
+            return int((read_status(run_path) or {}).get("exit_code") or errors.EXIT_ERROR)
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return work()
     try:
         code = work()
     except (ConfigError, DataError) as error:
         hold_back()
-        sys.stderr.write(f"{message_of(error)}\n")
+        sys.stderr.write(f"{errors.message_of(error)}\n")
         code = _exit_code_of(error)
     except Exception as error:
         if is_lost_contact(error):
             hold_back()
         traceback.print_exc()
-        code = EXIT_ERROR
+        code = errors.EXIT_ERROR
     if code:
         # torch's process groups may hang or abort without the other ranks; the exit code would be lost.
         sys.stdout.flush()
@@ -146,7 +134,7 @@ def hold_back() -> None:
 
 
 def report_failure(error: BaseException, run_path: Path, rank: int, world_size: int, step: int) -> Failure:
-    """Write why this rank ended after `step` steps, and find out, record and return why the run ended.
+    """Write why this rank ended after `step` steps; record and return why the run ended.
 
     The cause is another rank's failure if this rank only lost contact. The rank that caused it prints it.
     """
@@ -170,5 +158,9 @@ def report_failure(error: BaseException, run_path: Path, rank: int, world_size: 
 
 
 def _exit_code_of(error: BaseException) -> int:
-    codes = {KeyboardInterrupt: EXIT_INTERRUPTED, DataError: EXIT_DATA, ConfigError: EXIT_CONFIG}
-    return codes.get(type(error), EXIT_ERROR)
+    codes = {
+        KeyboardInterrupt: errors.EXIT_INTERRUPTED,
+        DataError: errors.EXIT_DATA,
+        ConfigError: errors.EXIT_CONFIG,
+    }
+    return codes.get(type(error), errors.EXIT_ERROR)

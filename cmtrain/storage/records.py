@@ -8,6 +8,7 @@ read again. Needs no torch and no numpy, because the launcher loads it.
 import contextlib
 import errno
 import fnmatch
+import io
 import json
 import os
 import re
@@ -16,7 +17,7 @@ import stat
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, ParamSpec, TypeGuard, TypeVar
+from typing import Any, ParamSpec, TypeGuard, TypeVar
 
 from pydantic_core import from_json
 
@@ -164,7 +165,7 @@ def is_running(pid: int) -> bool:
 # Reading
 
 
-def open_regular(path: Path, flags: int = 0) -> BinaryIO:
+def open_regular(path: Path, flags: int = 0) -> io.BufferedReader:
     """Open a regular file for reading, never waiting for a pipe. `flags`: more ones of os.open.
 
     Raises OSError, or DamagedRecordError: something else has its place.

@@ -68,11 +68,8 @@ class RunFolder:
 
         `retries`: try again for a moment, and sync it: for what must not be lost, as how the run ended.
         """
-        self._status |= fields | {
-            "updated": time.time(),
-            "pid": os.getpid(),
-            "lost": dict(self.losses.counts),
-        }
+        lost = dict(self.losses.counts)
+        self._status |= fields | {"updated": time.time(), "pid": os.getpid(), "lost": lost}
         path, text = self.path / "status.json", json.dumps(self._status, indent=1) + "\n"
         if retries:
             return bool(self.losses.attempt(path.name, retried, replace_file, path, text, durable=True))
@@ -108,20 +105,22 @@ class RunFolder:
         Damaged tables are set aside, and their good records kept. Returns a line for the user about each.
         Raises OSError: a table cannot be read or changed, and would hold those steps twice.
         """
-        log, summary = self.path / "log.jsonl", self.path / "summary.csv"
-        found = keep_lines(log, lambda line: _is_until(_step_of_record(line), step))
-        header = SUMMARY_HEADER.encode()
-        also = keep_lines(summary, lambda line: _is_until(_step_of_row(line), step), header)
-        return [line for line in (found, also) if line]
+
+        def is_until(found: float | None) -> bool | None:
+            return None if found is None else found <= step
+
+        log, summary, header = self.path / "log.jsonl", self.path / "summary.csv", SUMMARY_HEADER.encode()
+        found = [keep_lines(log, lambda line: is_until(_step_of_record(line)))]
+        found += [keep_lines(summary, lambda line: is_until(_step_of_row(line)), header)]
+        return list(filter(None, found))
 
 
 class RunLock:
     """The right to write to the run folder `folder`, from `acquire` to `close`.
 
-    Two trainers in one folder would mix their logs and overwrite each other's checkpoints. Rank 0 holds a
-    lock on the file `.lock`, which names its process and host. The kernel frees the lock when that process
-    ends, even by kill -9. On shared file systems see docs/checkpoints.md. Where a file system has no locks,
-    the process named in the file is looked for, which works on its own host only.
+    Rank 0 holds a lock on the file `.lock`, which names its process and host. The kernel frees the lock when
+    that process ends, even by kill -9. Where a file system has no locks, the process named in the file is
+    looked for, which works on its own host only. On shared file systems see docs/checkpoints.md.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -144,20 +143,20 @@ class RunLock:
                 # More than one try: the last holder may delete the file between our open and our lock.
                 lock.acquire(timeout=LOCK_SECONDS, poll_interval=LOCK_SECONDS / 10)
             except Timeout:
-                raise self._in_use(_read_holder(self.path)) from None
+                raise self._in_use() from None
             except OSError as error:
                 if error.errno not in _NO_LOCKS:
                     raise
-                holder = _read_holder(self.path)
-                if is_alive(holder):
-                    raise self._in_use(holder) from None
+                if is_alive(records.read_json(self.path) or {}):
+                    raise self._in_use() from None
             self._lock = lock
             self.path.write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
         except OSError as error:
             self.close()
             raise DataError(f"{self.folder}: cannot be written: {error.strerror}") from error
 
-    def _in_use(self, holder: dict[str, Any]) -> DataError:
+    def _in_use(self) -> DataError:
+        holder = records.read_json(self.path)
         who = f"process {holder.get('pid')} on {holder.get('host')}" if holder else "another process"
         advice = "wait for it or stop it, or choose another --run.name"
         return DataError(f"{self.folder} is in use by {who}; {advice}")
@@ -233,9 +232,7 @@ def set_damaged_aside(path: Path) -> list[str]:
         try:
             _load_config(record) if record.suffix == ".yaml" else records.load_json(record)
         except DamagedRecordError as error:
-            lines.append(
-                f"{record.name}: {records.reason_of(error)}; it is kept as {records.set_aside(record).name}"
-            )
+            lines.append(f"{record.name}: {error}; it is kept as {records.set_aside(record).name}")
         except OSError:
             continue  # missing; or the machine cannot read it, which is no damage
     records.remove_leftovers(path, *RECORDS, SAMPLE_NAME, "failed-rank*.json")
@@ -263,14 +260,6 @@ def is_alive(process: dict[str, Any]) -> bool | None:
 def finite(value: Any) -> Any:
     """Return None for NaN and infinity, which JSON lacks: a window without a good step has no loss."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _read_holder(path: Path) -> dict[str, Any]:
-    return records.read_json(path) or {}
-
-
-def _is_until(found: float | None, step: int) -> bool | None:
-    return None if found is None else found <= step
 
 
 def _step_of_record(line: bytes) -> float | None:

@@ -33,8 +33,7 @@ Columns = Mapping[str, np.ndarray]  # name -> (N,) float64, NaN where a row has 
 class ClassCounts:
     """Validation results by class, for one set of weights.
 
-    `images`, `correct`: (K,) counts. `confusion`: (K, K), rows are true and columns predicted classes; None
-    if there are too many classes for it.
+    `images`, `correct`: (K,) counts. `confusion`: (K, K), true by predicted class; None if K is too large.
     """
 
     images: np.ndarray
@@ -76,17 +75,18 @@ def read_run(path: Path) -> RunRecord:
     damage: list[str] = []
     events = [event for event in _records(path / "events.jsonl", damage) if is_event(event)]
     config, classes = _config(path / "config.yaml", damage), _classes(path / CLASSES_NAME, damage)
-    status, log = _status(path, damage), to_columns(_records(path / "log.jsonl", damage))
+    status, log = read_status(path, damage), to_columns(_records(path / "log.jsonl", damage))
+    if not (path / "status.json").exists():
+        damage.append("status.json: missing")
     evaluations = to_columns(_summary(path / "summary.csv", damage))
     sample = path / SAMPLE_NAME if (path / SAMPLE_NAME).is_file() else None
-    return RunRecord(path, status, log, evaluations, events, *config, *classes, sample, damage)
+    return RunRecord(path, status or {}, log, evaluations, events, *config, *classes, sample, damage)
 
 
 def read_sample(path: Path, status: dict[str, Any]) -> RunRecord:
-    """Read a bounded sample of a run folder's logs, so that a page costs the same after a million steps.
+    """Read a bounded sample of a run folder: of its log and evaluations, and the newest events.
 
-    `status`: the content of status.json. The record has a sample of the log and of the evaluations, and the
-    newest events; the rest is empty.
+    `status`: the content of status.json. So a page costs the same after a million steps.
     """
     log = filter(None, map(parse_record, sample_lines(path / "log.jsonl")))
     rows = (line.decode(errors="replace") for line in sample_lines(path / "summary.csv"))
@@ -101,14 +101,6 @@ def last(columns: Columns, name: str) -> float | None:
     return float(finite[-1]) if finite.size else None
 
 
-def _status(path: Path, damage: list[str]) -> dict[str, Any]:
-    num_before = len(damage)
-    status = read_status(path, damage)
-    if status is None and len(damage) == num_before:
-        damage.append("status.json: missing")
-    return status or {}
-
-
 def _records(path: Path, damage: list[str]) -> Iterator[dict[str, Any]]:
     """Yield the JSON objects of a file, one per line. Lines that a kill cut short are counted as damage."""
     cut = 0
@@ -121,8 +113,11 @@ def _records(path: Path, damage: list[str]) -> Iterator[dict[str, Any]]:
                     yield record
     except OSError as error:
         damage.append(_unreadable(path, error))
-    if cut:
-        damage.append(f"{path.name}: {cut} damaged {'line' if cut == 1 else 'lines'} left out")
+    damage += _left_out(path, "line", cut)
+
+
+def _left_out(path: Path, what: str, count: int) -> list[str]:
+    return [f"{path.name}: {count} damaged {what}{'s' if count > 1 else ''} left out"] if count else []
 
 
 def _unreadable(path: Path, error: OSError) -> str:
@@ -147,8 +142,7 @@ def _summary(path: Path, damage: list[str]) -> list[dict[str, float | None]]:
     except OSError as error:
         damage.append(_unreadable(path, error))
         return []
-    if cut := sum(not is_number(row.get("step")) for row in rows):
-        damage.append(f"{path.name}: {cut} damaged {'row' if cut == 1 else 'rows'} left out")
+    damage += _left_out(path, "row", sum(not is_number(row.get("step")) for row in rows))
     return rows
 
 
@@ -203,13 +197,12 @@ def _classes(path: Path, damage: list[str]) -> tuple[list[str], dict[str, ClassC
 
 
 def _class_counts(entry: Mapping[str, Any], num_classes: int) -> ClassCounts:
-    images, correct = (np.array(entry[key], dtype=np.int64) for key in ("images", "correct"))
-    confusion = None if entry.get("confusion") is None else np.array(entry["confusion"], dtype=np.int64)
-    if images.shape != (num_classes,) or correct.shape != images.shape:
-        raise ValueError(f"{num_classes} classes, but counts of {images.shape} and {correct.shape}")
-    if confusion is not None and confusion.shape != (num_classes, num_classes):
-        raise ValueError(f"{num_classes} classes, but a confusion matrix of {confusion.shape}")
-    return ClassCounts(images, correct, confusion)
+    wanted = {"images": (num_classes,), "correct": (num_classes,), "confusion": (num_classes, num_classes)}
+    given = {name: entry.get(name) for name in wanted}
+    counts = {name: np.array(value, np.int64) for name, value in given.items() if value is not None}
+    if wrong := [name for name, table in counts.items() if table.shape != wanted[name]]:
+        raise ValueError(f"{num_classes} classes, but {wrong[0]} of shape {counts[wrong[0]].shape}")
+    return ClassCounts(counts["images"], counts["correct"], counts.get("confusion"))
 
 
 def _number(text: str | None) -> float | None:

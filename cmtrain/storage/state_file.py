@@ -8,12 +8,13 @@ neither strides (of channels-last weights) nor a checksum of what was meant to b
 
 import errno
 import hashlib
+import io
 import itertools
 import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -66,7 +67,8 @@ def write_state(path: Path, state: dict[str, Any]) -> Digest:
     sha256 = hashlib.sha256()
     with open(path, "wb") as file:
         contents = (t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy() for _, t in ordered)
-        for data in itertools.chain([len(text).to_bytes(8, "little") + text], contents):
+        begin_of_file: list[Any] = [len(text).to_bytes(8, "little") + text]
+        for data in itertools.chain(begin_of_file, contents):
             sha256.update(data)
             file.write(data)
         file.flush()
@@ -101,7 +103,7 @@ def read_state(path: Path, expected: Digest) -> dict[str, Any]:
     return state
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> io.BufferedReader:
     """Open a regular file for reading: no symbolic link, no device, no pipe.
 
     Raises CheckpointError: there is none. OSError: the machine cannot open it.
@@ -117,7 +119,7 @@ def open_regular(path: Path) -> BinaryIO:
         raise CheckpointError(f"{path}: {what}") from error
 
 
-def verify(file: BinaryIO, path: Path, expected: Digest) -> None:
+def verify(file: io.BufferedReader, path: Path, expected: Digest) -> None:
     """Raises CheckpointError: `file`, at `path`, has another digest. OSError: the machine cannot read it."""
     size = os.fstat(file.fileno()).st_size
     if size != expected.num_bytes:

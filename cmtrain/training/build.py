@@ -13,11 +13,7 @@ from typing import TYPE_CHECKING, Any
 import timm
 import torch
 from accelerate import Accelerator
-from accelerate.utils import (
-    DistributedDataParallelKwargs,
-    GradientAccumulationPlugin,
-    InitProcessGroupKwargs,
-)
+from accelerate import utils as accelerate_utils
 from torch import nn
 
 from cmtrain.config.schema import CMT_OPTIONS, Config
@@ -25,7 +21,7 @@ from cmtrain.errors import ConfigError, did_you_mean
 from cmtrain.models.cost import training_flops_per_image
 from cmtrain.models.ffn_check import use_fused_where_it_agrees
 from cmtrain.monitoring.trackers import tracker_options
-from cmtrain.processes.collectives import control_group, join, set_cuda_math, set_torch_defaults  # fmt: skip
+from cmtrain.processes.collectives import control_group, join, set_cuda_math, set_torch_defaults
 from cmtrain.processes.environment import ignore_variables
 from cmtrain.processes.gpus import why_unusable
 from cmtrain.processes.preflight import check_ranks
@@ -49,11 +45,7 @@ TF32_CAPABILITY = (8, 0)  # A100
 
 @dataclass(frozen=True)
 class Parts:
-    """Everything a run is made of, before its first step.
-
-    `control`: a group of all ranks for what hosts exchange, None for a single process. `start`: the first
-    step and the checkpoint to resume from. `notes`: lines that the user should see.
-    """
+    """Everything a run is made of, before its first step. `control`, `notes`: see join_ranks."""
 
     accelerator: Accelerator
     control: Any
@@ -72,12 +64,8 @@ class Parts:
 def assemble(config: Config, lock: RunLock, resume: str, data: loaders.Data | None = None) -> Parts:
     """Join the other ranks and build everything that a run needs. Writes nothing; rank 0 takes the `lock`.
 
-    Args:
-        resume: see resume.choose_start.
-        data: the images, if they are open already.
-
-    Raises:
-        ConfigError, DataError: a mistake in the configuration, the ranks, the data or the checkpoint.
+    `resume`: see choose_start. `data`: the images, if they are open already. Raises ConfigError, DataError:
+    a mistake in the configuration, the ranks, the data or the checkpoint.
     """
     accelerator, control, warnings = join_ranks(config, lock.folder)
     place, lines = loaders.place_loaders(config, accelerator, control)
@@ -105,12 +93,9 @@ def assemble(config: Config, lock: RunLock, resume: str, data: loaders.Data | No
 def join_ranks(config: Config, run_path: Path) -> tuple[Accelerator, Any, list[str]]:
     """Join the other ranks, if a launcher started several, and check that they fit together.
 
-    Returns:
-        The accelerator, a group of all ranks for what hosts exchange (None for one process), and warnings.
-
-    Raises:
-        ConfigError: a precision that the GPU does not have, or an experiment tracker that is not installed.
-        DataError: GPUs that torch cannot use, or ranks that do not fit together: preflight.check_ranks.
+    Returns the accelerator, a group of all ranks for what hosts exchange (None for one process), and lines
+    for the user. Raises ConfigError: an experiment tracker is not installed; and as make_accelerator and
+    check_ranks.
     """
     timeout_seconds = config.train.collective_timeout_seconds
     set_torch_defaults(run_path)
@@ -125,14 +110,8 @@ def make_accelerator(
 ) -> Accelerator:
     """Join the process group, if a launcher made one, and pick the device.
 
-    Args:
-        collective_timeout_seconds: how long ranks wait for one another before they give up.
-        checks_gpus: refuse GPUs that torch cannot use, rather than take the CPU.
-        options: more arguments of Accelerator, as from trackers.tracker_options.
-
-    Raises:
-        ConfigError: fp16 or tf32 without a GPU, or tf32 on one that has none.
-        DataError: GPUs that torch cannot use.
+    `checks_gpus`: refuse GPUs that torch cannot use, rather than take the CPU. `options`: more arguments of
+    Accelerator. Raises ConfigError: as check_precision. DataError: GPUs that torch cannot use.
     """
     if checks_gpus and (why := why_unusable()):
         raise DataError(why)
@@ -141,20 +120,27 @@ def make_accelerator(
         precision = "fp16" if cuda else "fp32"
     check_precision(precision)
     # BatchNorm statistics are averaged over ranks before an evaluation, not at every forward pass.
-    ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    ddp = accelerate_utils.DistributedDataParallelKwargs(
+        broadcast_buffers=False, gradient_as_bucket_view=True
+    )
     handlers: list[Any] = [ddp]
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # accelerate takes a backend as proof of a launcher
         timeout = datetime.timedelta(seconds=collective_timeout_seconds)
         backend = "nccl" if cuda else "gloo"
         join(backend, timeout)
-        handlers.append(InitProcessGroupKwargs(backend=backend, timeout=timeout))
-    # Whatever accelerate would take from the environment is given.
+        handlers.append(accelerate_utils.InitProcessGroupKwargs(backend=backend, timeout=timeout))
     ignore_variables()
-    given: dict[str, Any] = {"mixed_precision": MIXED_PRECISION[precision], "dynamo_backend": "no"}
-    given["gradient_accumulation_plugin"] = GradientAccumulationPlugin(num_steps=1)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "OMP_NUM_THREADS", UserWarning)  # see loaders.split_threads
-        accelerator = Accelerator(cpu=not cuda, kwargs_handlers=handlers, **given, **options)
+        # Whatever accelerate would take from the environment is given.
+        accelerator = Accelerator(
+            cpu=not cuda,
+            mixed_precision=MIXED_PRECISION[precision],
+            dynamo_backend="no",
+            gradient_accumulation_plugin=accelerate_utils.GradientAccumulationPlugin(num_steps=1),
+            kwargs_handlers=handlers,
+            **options,
+        )
     set_cuda_math(precision)  # after accelerate, which may allow TF32
     return accelerator
 
@@ -183,9 +169,7 @@ def make_model(config: Config, num_classes: int, device: torch.device | str = "c
     """Make the model, CMT or any of timm's, with random weights from run.seed, equal on all ranks.
 
     Weights of model.init_from are not loaded here, since a resumed run has its own: see weights.start_from.
-
-    Raises:
-        ConfigError: an unknown name, or options that the model refuses.
+    Raises ConfigError: an unknown name, or options that the model refuses.
     """
     model = config.model
     if not timm.is_model(model.name):
@@ -214,8 +198,7 @@ def compile_model(config: Config, model: nn.Module) -> None:
 
 
 def make_recovery(config: Config, schedule: Schedule) -> Recovery:
-    guard = config.guard
-    epochs = guard.lr_backoff_epochs
+    guard, epochs = config.guard, config.guard.lr_backoff_epochs
     return Recovery(
         after_bad_steps=guard.rollback_after_bad_steps if guard.enabled else sys.maxsize,
         max_rollbacks=guard.max_rollbacks,

@@ -9,17 +9,14 @@ from cmtrain.step.evaluate import Evaluation
 
 
 def stopped_at_once(step: int, saved_step: int) -> str:
-    """Describe how a second Ctrl-C ended the run in the middle of a step, after `step` finished ones.
-
-    `saved_step`: of the newest checkpoint, 0 for none.
-    """
+    """Describe how a second Ctrl-C ended the run after `step` steps. `saved_step`: as of Saver."""
     where = f"step {saved_step}" if saved_step else "the beginning"
     what = f"stopped at once by a second Ctrl-C at step {step}, not saved"
     return f"{what}; run the same command to continue from {where}"
 
 
 def stopped_by(number: int, step: int, unsaved: str) -> str:
-    """Describe for people how a stop signal ended the run."""
+    """Describe how a stop signal ended the run. `unsaved`: as of Saver."""
     name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
     if unsaved:
         older = "run the same command to continue from an older checkpoint"

@@ -53,10 +53,10 @@ def cache_folder(config: Config) -> Path:
 def place_loaders(
     config: Config, accelerator: Accelerator, control: Any = None
 ) -> tuple[Placement, list[str]]:
-    """Decide where and with how many threads this process decodes. All ranks decode in the same way.
+    """Decide where and with how many threads this process decodes: all ranks in the same way.
 
-    Returns the placement of the loaders, and one line for each way to decode that failed a test here.
-    Raises DataError: DALI is not installed, or cannot be loaded. `control`: a group of all ranks, or None.
+    `control`: a group of all ranks, or None. Returns the placement of the loaders, and a line for each way
+    to decode that failed a test here. Raises DataError: DALI is not installed, or cannot be loaded.
     """
     import pipelines.loader  # noqa: F401 - without DALI a run ends here
     from cmtrain.processes.collectives import gather
@@ -65,20 +65,18 @@ def place_loaders(
     given = {"decode", "prefetch_batches", "max_bad_fraction", "hw_decoder_load"}
     limits = config.data.model_dump(include=given)
     place = Placement(rank, world, device, threads=split_threads(config, device), **limits)
-    if device.type == "cuda":  # DALI itself refuses "mixed" on a CPU
-        # The GPUs of a host are alike, so one of its processes tries for all.
-        tries = control is None or accelerator.is_local_main_process
-        tried = choose_decode(place) if tries else None
-        results = [result for result in gather(tried, control) if result is not None]
-        decode = max((decode for decode, _ in results), key=WAYS.index)
-        lines = dict.fromkeys(line for _, lines in results for line in lines)
-        return replace(place, decode=decode), list(lines)
-    return place, []
+    if device.type != "cuda":
+        return place, []  # DALI itself refuses "mixed" on a CPU
+    # The GPUs of a host are alike, so one of its processes tries for all.
+    tries = control is None or accelerator.is_local_main_process
+    results = list(filter(None, gather(choose_decode(place) if tries else None, control)))
+    decode = max((decode for decode, _ in results), key=WAYS.index)
+    lines = dict.fromkeys(line for _, lines in results for line in lines)
+    return replace(place, decode=decode), list(lines)
 
 
 def split_threads(config: Config, device: torch.device) -> int:
-    """Share this process's cores between decoding and, on a CPU, the model. Returns the number of decode
-    threads.
+    """Share this process's cores between decoding and, on a CPU, the model. Returns the decode threads.
 
     Two pools that together have more threads than there are cores spin at each other's barriers.
     """
@@ -106,11 +104,10 @@ def check_places(config: Config, *, trains: bool = True) -> None:
 
 
 def open_data(config: Config, accelerator: Accelerator | None = None) -> Data:
-    """Index both splits. Of the processes that share a cache, one scans the files and the others read its
-    result. Without an `accelerator`, before ranks have met, each of them may write the demo images.
+    """Index both splits; of the processes that share a cache, one scans the files for all.
 
-    Raises:
-        DataError: files that are missing or unusable.
+    Without an `accelerator`, before ranks have met, each of them may write the demo images. Raises
+    DataError: files that are missing or unusable.
     """
     data = config.data
     with accelerator.local_main_process_first() if accelerator else nullcontext():
@@ -211,11 +208,8 @@ def cores_per_process(num_local_processes: int) -> int:
 
 
 def num_classes_of(config: Config, manifest: Manifest) -> int:
-    """Return model.num_classes, or the number of classes in the data. Raises ConfigError if it is too
-    small.
-    """
-    found = len(manifest.class_names)
-    stated = config.model.num_classes
+    """Return model.num_classes, else that of the data. Raises ConfigError: it is too small."""
+    found, stated = len(manifest.class_names), config.model.num_classes
     if stated is not None and stated < found:
         raise ConfigError(f"model.num_classes: {stated}, but the training data has {found} classes")
     return stated or found

@@ -1,20 +1,21 @@
 """Go back to a good state in memory when skipping bad steps is not enough, and find what made them bad.
 
-A skipped step protects the weights. But an overflow in the *forward* pass comes back at every step: the
-weights that cause it never change again, the loss scale falls to its floor, and the run is frozen for ever.
-(cmt_micro, SGD at the re-implementation's learning rate 1.6 without warm-up, fp16: 97 of 100 steps skipped.)
-Then the learner goes back to a copy in memory, with a lower learning rate. The data goes on, so the batches
-that broke it are over. PaLM (arXiv 2204.02311, section 5.1) did the same by hand.
+An overflow in the *forward* pass comes back at every step: skipping protects the weights that cause it, the
+loss scale falls to its floor, and the run is frozen for ever. (cmt_micro, SGD at learning rate 1.6 without
+warm-up, fp16: 97 of 100 steps skipped.) So the learner goes back to a copy in memory, with a lower learning
+rate, while the data goes on. PaLM (arXiv 2204.02311, section 5.1) did the same by hand.
 """
 
-import copy
+import contextlib
+import functools
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from cmtrain.step.learner import Learner
 from cmtrain.step.measure import samples_of
@@ -22,28 +23,23 @@ from cmtrain.step.measure import samples_of
 MAX_SNAPSHOTS = 3
 
 
+@dataclass(kw_only=True)
 class Recovery:
     """In-memory snapshots of good states, and how many rollbacks remain.
 
-    Args:
-        after_bad_steps: number of bad steps in a row that call for a rollback. A snapshot is trusted only
-            between as many good steps before it and as many steps after it: a failing run is still finite
-            for a while.
-        max_rollbacks: rollbacks allowed; the next call for one means that the run has diverged.
-        lr_backoff: factor on the learning rate after a rollback; factors of several rollbacks multiply.
-        backoff_steps: steps over which a factor returns to 1, evenly; None if it stays.
-        on_spikes: whether a loss spike calls for a rollback, too.
+    `after_bad_steps` in a row call for a rollback, as a loss spike does if `on_spikes`; one after
+    `max_rollbacks` means that the run has diverged. A snapshot is trusted only between `after_bad_steps`
+    good steps and as many later steps: a failing run is still finite for a while. `lr_backoff`: factor on
+    the learning rate after a rollback, which returns to 1 evenly over `backoff_steps` (None: it stays).
     """
 
-    def __init__(
-        self, *, after_bad_steps: int, max_rollbacks: int, lr_backoff: float, backoff_steps: int | None,
-        on_spikes: bool,
-    ) -> None:  # fmt: skip
-        self.after_bad_steps, self.max_rollbacks = after_bad_steps, max_rollbacks
-        self.lr_backoff, self.backoff_steps = lr_backoff, backoff_steps
-        self.on_spikes = on_spikes
-        self.rollback_steps: list[int] = []
-        self.snapshots: list[tuple[int, dict[str, Any]]] = []
+    after_bad_steps: int
+    max_rollbacks: int
+    lr_backoff: float
+    backoff_steps: int | None
+    on_spikes: bool
+    rollback_steps: list[int] = field(default_factory=list)
+    snapshots: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
 
     def lr_factor(self, step: int) -> float:
         """Return the factor on the schedule's learning rate at `step`."""
@@ -71,9 +67,8 @@ class Recovery:
     def roll_back(self, step: int, learner: Learner, *, good_until: int) -> int | None:
         """Put the learner back to a good state. Returns the step of that state, None if no rollback remains.
 
-        The newest snapshot may be of a run that was failing already. So it is trusted only if
-        `after_bad_steps` more steps followed it up to `good_until`, the last step before the trouble; where
-        none is trusted, the oldest is taken. A snapshot is used once: the next rollback goes further back.
+        `good_until`: the last step before the trouble. Where no snapshot is trusted, the oldest is taken.
+        One is used once: the next rollback goes further back.
         """
         if self.exhausted or not self.snapshots:
             return None
@@ -94,22 +89,16 @@ class Recovery:
 
 
 def _clone(tree: Any) -> Any:
-    """Return a deep copy in which tensors stay on their device."""
-    if isinstance(tree, Tensor):
-        return tree.detach().clone()
-    if isinstance(tree, dict):
-        return {key: _clone(value) for key, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return type(tree)(_clone(value) for value in tree)
-    return copy.copy(tree)
+    """Return a copy of nested values with copies of their tensors, on the same device."""
+    return tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), tree)
 
 
 @dataclass(frozen=True)
 class BadStep:
     """What is known of a bad step, by one rank or by all of them together.
 
-    `cause`: one line. `suspects`: samples whose activations are not finite in the layer that `cause` names;
-    where images are mixed, the partner of each is as suspect. `samples`: all samples of the step.
+    `cause`: one line. `suspects`: samples whose activations are not finite in the layer that `cause` names
+    (where images are mixed, or those of their partners). `samples`: all samples of the step.
     """
 
     cause: str
@@ -120,14 +109,13 @@ class BadStep:
 def find_overflow(learner: Learner) -> BadStep:
     """Run the last micro-batch of this rank again, and find the first module whose output is not finite.
 
-    Synchronises; meant for the moment before a rollback. BatchNorm's statistics are restored. `cause` reads
-    like `stem.conv2: not finite in 5 of 16 images, largest finite value 6.5e+04`; it is empty if all is
-    finite.
+    Synchronises. BatchNorm's statistics are restored. `cause` reads like `stem.conv2: not finite in 5 of 16
+    images, largest finite value 6.5e+04`; it is empty if all is finite.
     """
     batch = samples_of(learner.last_indices[-1:])
     cause, suspects = "", list[int]()
 
-    def look(name: str, output: Tensor) -> None:
+    def look(name: str, module: nn.Module, inputs: Any, output: Tensor) -> None:
         nonlocal cause
         finite = torch.isfinite(output)
         if cause or finite.all():
@@ -140,30 +128,21 @@ def find_overflow(learner: Learner) -> BadStep:
         largest = f"{output[finite].abs().max().item():.1e}" if finite.any() else "none"
         cause = f"{name}: not finite{where}, largest finite value {largest}"
 
-    def hook_of(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        return lambda module, inputs, output: look(name, output)
-
-    leaves = [
-        (name, module) for name, module in learner.model.named_modules() if not list(module.children())
-    ]
-    handles = [module.register_forward_hook(hook_of(name)) for name, module in leaves]
-    try:
-        # A compiled model does not look for hooks that were not there when it was compiled.
-        with torch.compiler.set_stance("force_eager"):
-            learner.replay()
-    finally:
-        for handle in handles:
-            handle.remove()
+    # A compiled model does not look for hooks that were not there when it was compiled.
+    with contextlib.ExitStack() as hooks, torch.compiler.set_stance("force_eager"):
+        for name, module in learner.model.named_modules():
+            if not list(module.children()):
+                hooks.enter_context(module.register_forward_hook(functools.partial(look, name)))
+        learner.replay()
     return BadStep(cause, tuple(suspects), tuple(samples_of(learner.last_indices)))
 
 
 def merge_ranks(found: Sequence[BadStep]) -> BadStep:
     """Return what all ranks found together: the first cause, with its rank, and the samples of all."""
-    causes = [f"rank {rank}: {bad.cause}" for rank, bad in enumerate(found) if bad.cause]
-    if len(found) == 1:
-        causes = [bad.cause for bad in found if bad.cause]
+    names = [f"rank {rank}: " if len(found) > 1 else "" for rank in range(len(found))]
+    causes = [name + bad.cause for name, bad in zip(names, found, strict=True) if bad.cause]
     return BadStep(
-        causes[0] if causes else "every value of the last forward pass was finite",
+        next(iter(causes), "every value of the last forward pass was finite"),
         tuple(sample for bad in found for sample in bad.suspects),
         tuple(sample for bad in found for sample in bad.samples),
     )

@@ -13,14 +13,8 @@ from cmtrain.errors import ConfigError
 from cmtrain.processes.failure import archive_previous_attempt
 from cmtrain.step.learner import Learner
 from cmtrain.step.measure import StepReport
-from cmtrain.storage.checkpoint import (
-    Loaded,
-    checkpoint_steps,
-    find_checkpoint,
-    load_checkpoint,
-    load_newest,
-    remove_leftovers,
-)
+from cmtrain.storage import checkpoint as storage
+from cmtrain.storage.checkpoint import Loaded
 from cmtrain.storage.records import retried
 from cmtrain.storage.run_folder import RunLock
 from cmtrain.storage.state_file import CheckpointError
@@ -29,9 +23,7 @@ from pipelines.spec import DataError
 
 @dataclass(frozen=True)
 class Start:
-    """The first step to take, and the checkpoint before it (None: from scratch). `notes`: lines for the
-    user.
-    """
+    """The first step to take, the checkpoint before it (None: from scratch), and lines for the user."""
 
     step: int = 0
     checkpoint: Loaded | None = None
@@ -39,9 +31,7 @@ class Start:
 
     @property
     def evaluation_due(self) -> bool:
-        """Whether the evaluation that belongs to the checkpoint is missing, because a stop signal came
-        first.
-        """
+        """Whether a stop signal came before the evaluation that belongs to the checkpoint."""
         return self.checkpoint is not None and self.checkpoint.state["progress"].get("evaluation_due", False)
 
 
@@ -50,18 +40,12 @@ def choose_start(
 ) -> Start:
     """Choose on rank 0, which takes the `lock`, and make every rank start from the same checkpoint.
 
-    Args:
-        lock: guards the run folder, which need not exist; not taken yet. resume: `auto` (newest checkpoint
-        of the run folder, else from scratch), `never` (from scratch; refused if
-            there are checkpoints), `force` (as auto, but configuration and data may have changed), or the
-            path of a checkpoint or run folder.
-        fingerprint: digest of the training manifest. val_fingerprint: of the validation manifest; another
-            one is a note.
+    `resume`: `auto` (newest checkpoint of the run folder, else from scratch), `never` (from scratch; refused
+    if there are checkpoints), `force` (as auto, but configuration and data may have changed), or the path of
+    a checkpoint or run folder. `fingerprint`: of the training manifest; another `val_fingerprint` is a note.
 
-    Raises:
-        ConfigError: the checkpoint belongs to another configuration or other data, or `never` would mix two
-        runs. DataError: no usable checkpoint where there should be one, or another trainer works in the run
-        folder.
+    Raises ConfigError: the checkpoint belongs to another configuration or other data, or `never` would mix
+    two runs. DataError: no usable checkpoint where there should be one, or the run folder is in use.
     """
     start, error = Start(), None
     if is_main:
@@ -76,7 +60,10 @@ def choose_start(
         dist.broadcast_object_list(shared, src=0)
         path, step, error = shared
         if not is_main and error is None:
-            start = Start(step, _load(path) if path else None)
+            try:
+                start = Start(step, storage.load_checkpoint(path) if path else None)
+            except (CheckpointError, OSError) as raised:
+                error = DataError(f"{raised}; run.dir must be on a file system that all nodes share")
     if error is not None:
         raise error
     return start
@@ -87,12 +74,12 @@ def _choose(run_path: Path, resume: str, config: Config, fingerprint: str, val_f
     try:
         lost = archive_previous_attempt(run_path)
         if resume == "never":
-            if retried(checkpoint_steps, checkpoints):
+            if retried(storage.checkpoint_steps, checkpoints):
                 held = f"{run_path} already holds checkpoints"
                 raise ConfigError(f"--resume never: {held}; choose another --run.name")
             return Start(notes=lost)
-        loaded = load_newest(checkpoints)
-        remove_leftovers(checkpoints)  # not before: they may be all that is left of a run
+        loaded = storage.load_newest(checkpoints)
+        storage.remove_leftovers(checkpoints)  # not before: they may be all that is left of a run
     except CheckpointError as error:
         raise DataError(f"{error}; to start from scratch all the same, use --resume never") from error
     except OSError as error:
@@ -100,7 +87,7 @@ def _choose(run_path: Path, resume: str, config: Config, fingerprint: str, val_f
         raise DataError(f"{what}; no checkpoint was changed, run the same command again") from error
     if resume not in ("auto", "force") and loaded is None:
         try:
-            loaded = find_checkpoint(Path(resume))
+            loaded = storage.find_checkpoint(Path(resume))
         except (CheckpointError, OSError) as error:
             raise DataError(f"--resume {resume}: {error}") from error
     if loaded is None:
@@ -108,28 +95,19 @@ def _choose(run_path: Path, resume: str, config: Config, fingerprint: str, val_f
     changes = recipe_changes(loaded, config, fingerprint)
     if changes and resume != "force":
         raise another_recipe(loaded.path, changes)
-    notes = list(loaded.warnings)
-    notes += [f"recipe changed: {change}" for change in changes]
+    notes = [*lost, *loaded.warnings, *(f"recipe changed: {change}" for change in changes)]
     if loaded.meta.get("val_fingerprint", val_fingerprint) != val_fingerprint:
         what = f"the validation images or classes are others than at {loaded.path.name}"
         notes.append(
             f"{what}: earlier accuracies do not compare, and the search for the best one begins again"
         )
-    return Start(loaded.state["progress"]["step"], loaded, (*lost, *notes))
-
-
-def _load(path: Path) -> Loaded:
-    try:
-        return load_checkpoint(path)
-    except (CheckpointError, OSError) as error:
-        raise DataError(f"{error}; run.dir must be on a file system that all nodes share") from error
+    return Start(loaded.state["progress"]["step"], loaded, tuple(notes))
 
 
 def recipe_changes(loaded: Loaded, config: Config, fingerprint: str) -> list[str]:
     """Return what differs from the recipe and data of a checkpoint, one `key: old -> new` each.
 
-    Raises:
-        DataError: a verified checkpoint that no run of ours wrote.
+    Raises DataError: a verified checkpoint that no run of ours wrote.
     """
     meta = loaded.meta
     try:
@@ -146,18 +124,16 @@ def recipe_changes(loaded: Loaded, config: Config, fingerprint: str) -> list[str
 def restore(learner: Learner, checkpoint: Loaded) -> None:
     """Load `checkpoint` into `learner`; `--resume force` may have chosen one of another model.
 
-    Raises:
-        ConfigError: it does not fit; names the first tensor that does not.
+    Raises ConfigError: it does not fit; names the first tensor that does not.
     """
-    state = checkpoint.state
-    problem = _misfit(learner, state)
+    problem = _misfit(learner, checkpoint.state)
     if problem is None:
         try:
-            learner.load_state_dict(state)
+            learner.load_state_dict(checkpoint.state)
+            return
         except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
             problem = f"{type(error).__name__}: {error}".splitlines()[0]
-    if problem is not None:
-        raise ConfigError(f"{checkpoint.path} does not fit this model: {problem}")
+    raise ConfigError(f"{checkpoint.path} does not fit this model: {problem}")
 
 
 def _misfit(learner: Learner, state: dict[str, Any]) -> str | None:

@@ -39,13 +39,9 @@ from pipelines.spec import DataError
 class RunLogger:
     """Logs on rank 0 to console, run folder and trackers; on every rank to metrics.
 
-    Args:
-        path: the run folder; made here, on rank 0.
-        first_step, last_step: first and last step of this process's part of the run.
-        epochs, total_steps: length of the whole run.
-        address: (host, port) to serve metrics at, None for no metrics.
-        stall_seconds: see routes.make_pages. allowed_hosts: see http_server.is_own_host.
-        trackers: experiment trackers, if any.
+    `path`: the run folder; made here, on rank 0. `first_step`, `last_step`: of this process's part of the
+    run. `epochs`, `total_steps`: of the whole run. `address`: (host, port) to serve metrics at, None for no
+    metrics. `stall_seconds`: see routes.make_pages. `allowed_hosts`: see http_server.is_own_host.
     """
 
     path: Path
@@ -102,12 +98,9 @@ class RunLogger:
     ) -> None:  # fmt: skip
         """Log the start of a run, or of its next part.
 
-        Args:
-            facts: model, precision and so on; see metrics.RUN_FACTS.
-            notes: lines that the user should see.
-            resumed: the checkpoint that this part continues from, and the report that is saved in it.
-
-        Raises DataError: log or summary cannot be read, and would hold steps twice.
+        `facts`: see metrics.RUN_FACTS. `notes`: lines for the user. `resumed`: the checkpoint that this part
+        continues from, and the report that is saved in it. Raises DataError: log or summary cannot be read,
+        and would hold steps twice.
         """
         self.metrics.start(facts, last_step=self.last_step, flops_per_image=flops_per_image, device=device)
         if resumed:
@@ -262,9 +255,7 @@ class RunLogger:
     ) -> None:  # fmt: skip
         """Log the evaluations of `model` and, if there is one, `ema`.
 
-        Args:
-            seconds: time that all of them took.
-            best: the run's best top-1 so far, and its step.
+        `seconds`: that all of them took. `best`: the run's best top-1 so far, and its step.
         """
         row: dict[str, Any] = {"epoch": epoch, "step": step, "train_loss": finite(self.train_loss), "lr": lr}
         for weights, result in results.items():
@@ -315,8 +306,7 @@ class RunLogger:
         self, state: str, *, exit_code: int, reason: str, results: Mapping[str, Evaluation] | None = None,
         as_json: bool = False,
     ) -> int:  # fmt: skip
-        """Write how the run ended: status.json, report.html, the console, and one JSON line for programs
-        (`as_json`: on a terminal, too).
+        """Write how the run ended: status.json, report.html, the console, a JSON line (see print_result).
 
         Returns the exit code: `exit_code`, or 3 where status.json could not be written.
         """
@@ -333,13 +323,15 @@ class RunLogger:
             status = self.folder.snapshot()
             place = f", {step_place(status, self.step)}" if is_part(status) else ""
             self.console.line(reason if state == "preempted" else f"{state_name(status)}{place}: {reason}")
-            self._report()
+            report_path = self.path / REPORT_NAME
+            if self.losses.attempt(REPORT_NAME, write_report, [self.path], report_path):
+                self.console.line(f"report {report_path}")
             if result:
                 print_result(result, asked=as_json)
             if not is_written:
                 exit_code = EXIT_DATA
-                advice = "run the same command again"
-                self.console.line(f"{self.path}: status.json does not say how the run ended; {advice}")
+                what = "status.json does not say how the run ended; run the same command again"
+                self.console.line(f"{self.path}: {what}")
         self._close(waits=state != "preempted")
         return exit_code
 
@@ -359,11 +351,6 @@ class RunLogger:
                 self.exporter.linger("/")
             self.exporter.close()
         self.report_losses()
-
-    def _report(self) -> None:
-        path = self.path / REPORT_NAME
-        if self.losses.attempt(path.name, write_report, [self.path], path):
-            self.console.line(f"report {path}")
 
     def _result(self, state: str, results: Mapping[str, Evaluation]) -> dict[str, Any]:
         measured = {

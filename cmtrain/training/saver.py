@@ -13,10 +13,7 @@ from cmtrain.training.run_logger import RunLogger
 
 
 class Saver:
-    """Writes checkpoints on rank 0 and logs how each save ended.
-
-    Args:
-        keep: the newest checkpoints to keep; see checkpoint.drop_old.
+    """Writes checkpoints on rank 0 and logs how each save ended. `keep`: see checkpoint.drop_old.
 
     `best`: the best top-1 so far and its step, (0, -1) before the first evaluation. `unsaved`: why the
     newest state has no checkpoint, "" if it has one. `saved_step`: of the newest checkpoint, 0 for none.

@@ -16,11 +16,8 @@ from pipelines.spec import DataError
 class Schedule:
     """A run of `epochs` + `cooldown_epochs` epochs over `num_samples` samples on `world_size` processes.
 
-    The incomplete last global batch of an epoch is dropped.
-
-    Raises:
-        ConfigError: the global batch does not split evenly over the processes.
-        DataError: the dataset is smaller than one global batch.
+    The incomplete last global batch of an epoch is dropped. Raises ConfigError: see split_batch. DataError:
+    the dataset is smaller than one global batch.
     """
 
     num_samples: int
@@ -49,7 +46,7 @@ class Schedule:
     @cached_property
     def accumulation(self) -> int:
         """Micro-batches that one process accumulates into a step."""
-        return self.global_batch_size // (self.world_size * self.micro_batch_size)
+        return split_batch(self.global_batch_size, self.max_batch_per_gpu, self.world_size)[1]
 
     @cached_property
     def steps_per_epoch(self) -> int:
@@ -76,10 +73,8 @@ class Schedule:
         """Return the learning rate of the update that follows `step` finished ones; a pure function.
 
         Linear from warmup_lr to lr over the warm-up; half a cosine from lr to min_lr at the end of the
-        configured epochs; then min_lr. The references differ. The re-implementation's cosine lasts for the
-        epochs without the warm-up but starts with it: it reaches zero at epoch 295 of 300 and rises again,
-        to 0.07 % of the peak. timm's starts with the warm-up, too, and moves once per epoch; with
-        `warmup_prefix` and a move per step it is this one.
+        configured epochs; then min_lr. It is timm's with `warmup_prefix` and a move per step. The
+        re-implementation's cosine reaches zero at epoch 295 of 300 and rises again, to 0.07 % of the peak.
         """
         if step < self.warmup_steps:
             return self.warmup_lr + (self.lr - self.warmup_lr) * step / self.warmup_steps
@@ -94,11 +89,9 @@ class Schedule:
 
 
 def split_batch(global_batch_size: int, max_batch_per_gpu: int, world_size: int) -> tuple[int, int]:
-    """Return (micro-batch size, accumulation) with the fewest forward passes that `max_batch_per_gpu`
-    allows.
+    """Return (micro-batch size, accumulation) with the fewest passes that `max_batch_per_gpu` allows.
 
-    Raises:
-        ConfigError: the global batch does not split evenly over the processes.
+    Raises ConfigError: the global batch does not split evenly over the processes.
     """
     share, rest = divmod(global_batch_size, world_size)
     if rest:

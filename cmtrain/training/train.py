@@ -51,22 +51,14 @@ def train(
 ) -> int:  # fmt: skip
     """Train the configuration in this process, one of several if a launcher started it.
 
-    Args:
-        resume: `auto`, `never`, `force` or a path; see resume.choose_start.
-        max_steps: optimizer steps after which the run ends; None: all of them.
-        data: the images, if they are open already.
-        as_json: print the result as JSON on a terminal, too.
+    `resume`: see resume.choose_start. `max_steps`: optimizer steps after which the run ends; None: all of
+    them. `data`: the images, if they are open already. `as_json`: print the result on a terminal, too.
 
-    Returns:
-        The exit code of the process: 0 done, 3 too many bad files, 4 diverged, 5 expected accuracy not met,
-        130 Ctrl-C, 143 another stop signal. With several ranks, that of the rank whose failure was the
-        cause.
-
-    Raises:
-        ConfigError, DataError: before anything was written.
+    Returns the exit code: 0 done, 3 too many bad files, 4 diverged, 5 expected accuracy not met, 130 Ctrl-C,
+    143 another stop signal; with several ranks, of the rank whose failure was the cause.
+    Raises ConfigError, DataError: before anything was written.
     """
-    lock = RunLock(Path(config.run.dir) / str(config.run.name))
-    with closing(lock):
+    with closing(RunLock(Path(config.run.dir) / str(config.run.name))) as lock:
         return run(config, lock, resume, max_steps, data, as_json)
 
 
@@ -79,7 +71,7 @@ def run(
     data, schedule, learner, recovery = parts.data, parts.schedule, parts.learner, parts.recovery
     accelerator, loaders, start = parts.accelerator, [parts.train_loader, parts.eval_loader], parts.start
     rank, world_size = accelerator.process_index, accelerator.num_processes
-    last_step = min(schedule.total_steps, max_steps or schedule.total_steps)
+    first_step, last_step = start.step, min(schedule.total_steps, max_steps or schedule.total_steps)
     resumed = None
     if start.checkpoint:
         restore(learner, start.checkpoint)
@@ -121,7 +113,6 @@ def run(
         return results, improved
 
     received, diverged, results = 0, "", dict[str, Evaluation]()
-    first_step = start.step
     try:
         if start.checkpoint:
             saver.resume(start.checkpoint.meta, data.val.fingerprint)
@@ -249,8 +240,7 @@ def keep_or_roll_back(
 ) -> str:  # fmt: skip
     """At a log point, keep a good state; or, after bad steps in a row or a spike, go back to one.
 
-    Returns:
-        Why the run has diverged, or "" if it goes on; the same on all ranks.
+    Returns why the run has diverged, or "" if it goes on; the same on all ranks.
     """
     if report.bad_steps_in_a_row >= recovery.after_bad_steps:
         found = merge_ranks(gather(find_overflow(learner), stop.group))
@@ -292,9 +282,7 @@ def evaluate_weights(
     learner: Learner, loader: DaliLoader, batches: Callable[[], Iterator[Batch]], num_images: int,
     num_classes: int, accelerator: Accelerator,
 ) -> dict[str, Evaluation]:  # fmt: skip
-    """Evaluate the model and, if there is one, its EMA, on `batches()` each. Returns {} if a stop signal
-    came.
-    """
+    """Evaluate the model and its EMA, if any, on `batches()` each. Returns {} if a stop signal came."""
     learner.average_over_ranks()
     try:
         results = {

@@ -1,11 +1,8 @@
-"""Draw line charts, event lanes and heat maps as inline SVG.
-
-A report is a file to keep and to mail: its charts take 10 to 100 kB. plotly would put 4.6 MB of JavaScript
-into every file, so the SVG is written here. ElementTree builds the elements, and escapes all text.
+"""Draw line charts, event lanes and heat maps as inline SVG, of 10 to 100 kB (plotly's script has 4.6 MB).
 
 A chart has no width of its own. Its lines are in a nested <svg> that is stretched to the room there is,
-while strokes keep their width. Text and marks are placed in per cent. So a chart is equally sharp on a
-monitor and on a phone. Colours are CSS classes, which the page defines for light and dark.
+while strokes keep their width. Text and marks are placed in per cent. ElementTree escapes all text. Colours
+are CSS classes, which the page defines for light and dark.
 """
 
 import itertools

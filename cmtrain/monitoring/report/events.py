@@ -15,10 +15,8 @@ from pipelines.spec import visible
 
 Event = dict[str, Any]
 
-# These go as planned: the report leaves them out.
-# Details that have their own column, or are named below.
-HIDDEN = ("time", "event", "step", "device", "world_size")
-ROUTINE = ("checkpoint", "evaluated", "environment")
+HIDDEN = ("time", "event", "step", "device", "world_size")  # have a column, or are named below
+ROUTINE = ("checkpoint", "evaluated", "environment")  # go as planned: the report leaves them out
 
 # glyph -> (name of its lane, events). Events without a glyph here are notes.
 LANES = {

@@ -30,10 +30,9 @@ class Share:
 class Times:
     """The times of a run.
 
-    `begin`, `end`: Unix times of the first and the last record. `active_seconds`: time in which a process
-    ran. `images`: trained on, as far as the log goes. `images_per_second`, `data_wait_ratio`: means over the
-    logged steps, without evaluations and checkpoints; None without a log. `shares`: of `active_seconds`, in
-    the order of a step.
+    `begin`, `end`: Unix times of the first and the last record. `active_seconds`: in which a process ran;
+    `shares` of it are in the order of a step. `images`: trained on, as far as the log goes. Both means are
+    over the logged steps, without evaluations and checkpoints; None without a log.
     """
 
     begin: float
@@ -47,11 +46,7 @@ class Times:
 
 
 def measure_times(record: RunRecord) -> Times:
-    """Sum up the time of a run.
-
-    The log holds a step once, even if a kill made it necessary twice. Its first time is in "start and the
-    rest".
-    """
+    """Sum up the time of a run. Steps that a kill undid count as "start and the rest"."""
     events = [float(event["time"]) for event in record.events]
     if is_number(updated := record.status.get("updated", "")):
         events.append(float(updated))
@@ -130,9 +125,7 @@ def headline(record: RunRecord, times: Times, last_step: float) -> Headline:
     top5, ema_top5 = _accuracy(record, "top5"), _accuracy(record, "ema_top5")
     if top5 is not None:
         found.append(("Top-5", percent(top5), f"EMA {percent(ema_top5)}" if ema_top5 is not None else ""))
-    best, best_step = number(status.get("best_top1")), number(status.get("best_step"))
-    if best is not None and best_step is not None:
-        found.append(("Best top-1", percent(best), f"at step {best_step:,.0f}"))
+    found += best_top1(status)
     # Steps and time.
     target = number(status.get("last_step"))
     remark = f"{short(times.images)} images" if times.images else ""
@@ -153,6 +146,11 @@ def headline(record: RunRecord, times: Times, last_step: float) -> Headline:
             remark = "1 rollback" if rollbacks == 1 else f"{rollbacks} rollbacks"
         found.append(("Bad steps", f"{bad_steps:,.0f}", remark if bad_steps else ""))
     return found
+
+
+def best_top1(status: dict[str, Any]) -> Headline:
+    best, step = number(status.get("best_top1")), number(status.get("best_step"))
+    return [] if best is None or step is None else [("Best top-1", percent(best), f"at step {step:,.0f}")]
 
 
 def _accuracy(record: RunRecord, key: str) -> float | None:

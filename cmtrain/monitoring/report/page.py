@@ -1,8 +1,7 @@
 """Write one or several runs as one HTML file, for `cmtrain report` and for the end of each run.
 
-The file needs nothing else: it is there to read, to keep and to mail. All data comes from the run folders,
-so a run that is still running, was killed or diverged has a report, too. The template is
-templates/report.html, and charts.py draws the charts. Needs no torch.
+All data comes from the run folders, so a run that is still running, was killed or diverged has a report,
+too. The template is templates/report.html, and charts.py draws the charts. Needs no torch.
 """
 
 import base64
@@ -44,11 +43,8 @@ TONES = {"finished": "good", "running": "info", "preempted": "warn", "diverged":
 def report(paths: Sequence[str], out: str | None) -> int:
     """Write the report of the run folders `paths`, and print its path. Returns the exit code, 0.
 
-    Args:
-        out: the file to write; None for report.html in the run folder, or here if there are several.
-
-    Raises:
-        DataError: one of `paths` is no run folder, or the file cannot be written.
+    `out`: the file to write; None for report.html in the run folder, or here if there are several. Raises
+    DataError: one of `paths` is no run folder, or the file cannot be written.
     """
     folders = [Path(path) for path in paths]
     target = Path(out or (folders[0] / REPORT_NAME if len(folders) == 1 else REPORT_NAME))
@@ -64,9 +60,7 @@ def report(paths: Sequence[str], out: str | None) -> int:
 def write_report(folders: Sequence[Path], target: Path) -> Path:
     """Write the report of `folders` to `target`, whole or not at all. Returns `target`.
 
-    Raises:
-        DataError: one of `folders` is no run folder.
-        OSError: `target` cannot be written.
+    Raises DataError: one of `folders` is no run folder. OSError: `target` cannot be written.
     """
     page = render([read_run(folder) for folder in folders])
     return replace_file(target, page.encode(errors="replace"))
@@ -80,12 +74,15 @@ def make_templates() -> Environment:
     not printable, such as marks that turn the order of letters round.
     """
     loader = FileSystemLoader(Path(__file__).parent / "templates")
-    templates = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
-    templates.finalize = _visible
-    templates.trim_blocks = templates.lstrip_blocks = True
-    templates.filters |= {
-        "short": short, "duration": duration, "percent": percent, "utc": utc, "workers": workers,
-    }  # fmt: skip
+    templates = Environment(
+        loader=loader,
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=_visible,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    templates.filters |= {f.__name__: f for f in (short, duration, percent, utc, workers)}
     return templates
 
 
