@@ -46,8 +46,9 @@ def print_result(result: dict[str, Any], *, asked: bool) -> None:
 
 @contextlib.contextmanager
 def announced_parts(total: int, *, enabled: bool = True) -> Iterator[Callable[[str], None]]:
-    """Yield a function to call at the begin of each part of a long work. It prints `[3 of 7] resnet50 ...`,
-    and how long that has taken whenever nothing was printed for a while.
+    """Yield a function that prints `[3 of 7] resnet50 ...` at the begin of each part of a long work.
+
+    Whenever nothing was printed for a while, a line says how long the part has taken.
     """
     begun, ended = list[tuple[float, str]](), threading.Event()
 
@@ -75,10 +76,7 @@ class ElapsedColumn(ProgressColumn):
 
 
 class Console:
-    """Shows a bar on a terminal, else one greppable line per log point. No method raises.
-
-    Prints on rank 0; `enabled` is false on the others, which print nothing.
-    """
+    """Shows a bar on a terminal, else a line per log point; nothing unless `enabled`. Never raises."""
 
     def __init__(self, *, enabled: bool) -> None:
         self.enabled = enabled

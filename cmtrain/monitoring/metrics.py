@@ -37,11 +37,7 @@ Timing = Sequence[Mapping[str, float]]  # seconds by phase, of each of some step
 
 @dataclass
 class TrainMetrics:
-    """The series of one rank, in a registry of their own.
-
-    `facts`: of the run, see `start`. `state`: what this rank is doing, one of STATES. `reported`: the newest
-    log point.
-    """
+    """The series of one rank. `facts`: see `start`. `state`: of STATES. `reported`: the last log point."""
 
     run: str
     rank: int
@@ -152,8 +148,8 @@ class TrainMetrics:
     ) -> None:
         """Count `step`, which has just ended, on the host only: this never waits for the device.
 
-        `num_images` of `num_bytes` are those of this rank. `seconds` include `wait_seconds` for data.
-        `phases` are of the steps that the device has finished since the last call.
+        `num_images` of `num_bytes` are this rank's. `seconds` include `wait_seconds` for data. `phases`: of
+        the steps that the device has finished since the last call.
         """
         if self.state == "setup":
             self.enter("train")

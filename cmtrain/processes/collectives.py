@@ -40,8 +40,7 @@ def set_torch_defaults(run_path: Path) -> None:
 def set_cuda_math(precision: str) -> None:
     """Set how this process computes on CUDA: fp32 exactly, or in TF32 for "tf32"; convolutions by trial.
 
-    torch's own default lets cuDNN's convolutions in fp32 use TF32, and its environment variables can let
-    matrix products. Both hold under autocast as well, for what stays in fp32.
+    torch's default lets cuDNN's convolutions in fp32 use TF32, also under autocast.
     """
     # cuDNN times its algorithms at the first pass of each shape, once in a process: training has one shape,
     # evaluation that and the one of its last, smaller batch, both the same at every evaluation.
@@ -60,12 +59,9 @@ def set_cuda_math(precision: str) -> None:
 def join(backend: str, timeout: datetime.timedelta) -> None:
     """Join the process group of all ranks, and name those that are waited for.
 
-    The store is this attempt's own; torchrun's serves all attempts, and ranks would read addresses that
-    died with the attempt before: one of three restarts after a killed rank used up all attempts (torch 2.15;
-    pytorch issue 135712). A prefix per attempt keeps them apart, as does
-    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment of torchrun itself.
-
-    Raises DataError: a rank did not come within `timeout`, or the address cannot be used.
+    A prefix gives each attempt a store of its own: torchrun's serves all attempts, and ranks would read
+    addresses that died with the attempt before (torch 2.15; pytorch issue 135712). Raises DataError: a rank
+    did not come within `timeout`, or the address cannot be used.
     """
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])

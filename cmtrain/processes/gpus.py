@@ -69,8 +69,7 @@ def packages_for(driver: int) -> str:
 def has_code_for(capability: tuple[int, int], architectures: Iterable[str]) -> bool:
     """Return whether code for these `architectures`, as of torch.cuda.get_arch_list(), runs on a GPU.
 
-    sm_86 is machine code: for 8.6, and for later 8.x. compute_86 is compiled at the start, for 8.6 and all
-    later GPUs. Code with an "a" behind (sm_90a) is for exactly that GPU.
+    sm_86 is for 8.6 and later 8.x, compute_86 for 8.6 and all later GPUs, sm_90a for exactly 9.0.
     """
     for architecture in architectures:
         kind, _, number = architecture.partition("_")
@@ -104,8 +103,7 @@ def why_unusable() -> str:
 def why_unavailable(torch_cuda: str | None, driver: int | None) -> str:
     """Return what torch lacks to use a GPU; "" if that is not known.
 
-    `torch_cuda`: CUDA that torch was built with, such as 13.2; None for a build without. `driver`: as from
-    cuda_of_driver.
+    `torch_cuda`: as torch.version.cuda, such as 13.2. `driver`: as from cuda_of_driver.
     """
     if torch_cuda is None:
         return f"is built without CUDA: install {packages_for(driver or 13000)}"

@@ -1,11 +1,10 @@
 """Start one process per GPU, pass signals on, restart the ranks if they fail, and report how the run ended.
 
 torch's elastic agent (torchrun, accelerate) is not used on one host. It restarts after any exit code, also
-that of a preempted rank. A second signal interrupts its shutdown. It waits a fixed 30 s for a frozen rank,
-and ends with exit code 1 whatever the ranks ended with. Its torch takes 2.9 s of CPU time, for which the
-ranks would wait, and 533 MiB (torch 2.15); this process takes 0.4 s and 35 MiB.
+that of a preempted rank, ends with 1 whatever the ranks ended with, and waits a fixed 30 s for a frozen
+rank. Its torch takes 2.9 s of CPU time and 533 MiB (torch 2.15); this process takes 0.4 s and 35 MiB.
 
-So this process imports no torch, starts no thread and opens no CUDA device. Signals are blocked and taken by
+It imports no torch, starts no thread and opens no CUDA device. Signals are blocked and taken by
 `sigtimedwait`, which also works as process 1 of a container. All children are reaped, adopted ones included.
 """
 

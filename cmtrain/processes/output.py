@@ -40,8 +40,7 @@ class _Stream(io.FileIO):
 def with_guarded_output(work: Callable[[], int], *, stdout_raises: bool) -> int:
     """Return the exit code of `work`, in which no print raises.
 
-    `stdout_raises`: stdout is the result of `work`. Then it ends quietly when the reader has gone (exit code
-    141), and with one line when the disk is full (3).
+    If `stdout_raises`, it ends quietly when the reader has gone (141), and with a line on a full disk (3).
     """
     guard_output(stdout_raises=stdout_raises)
     try:

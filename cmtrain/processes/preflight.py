@@ -53,8 +53,7 @@ class Facts:
 def check_ranks(group: Any, config: Config, run_path: Path) -> list[str]:
     """Refuse ranks that do not fit together, over `group` (None: a single process). Return warnings.
 
-    Raises DataError: the same on all ranks: other code or another configuration on one of them, clocks more
-    than 5 s apart, or a run folder that not all of them share.
+    Raises DataError, on all ranks: see `contradictions`.
     """
     if group is None:
         return []
@@ -120,9 +119,7 @@ def sees_run_dir(group: Any, folder: Path) -> bool:
     Raises DataError: rank 0 cannot write there.
     """
     path = folder / f".token-{gather(secrets.token_hex(8), group)[0]}"
-    is_first = torch.distributed.get_rank(group) == 0
-    made: list[Path] = []
-    failure = ""
+    is_first, made, failure = torch.distributed.get_rank(group) == 0, list[Path](), ""
     if is_first:
         try:
             made = [parent for parent in path.parents if not parent.exists()]

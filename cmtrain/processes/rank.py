@@ -64,9 +64,8 @@ def answer_to_ctrl_c(saved_step: int) -> str:
 def follow_launcher() -> None:
     """Have the kernel signal this process when its launcher dies, so that no rank outlives it as an orphan.
 
-    `accelerate launch` with one process does not pass SIGTERM on: it dies and leaves the trainer alone.
-    Before training the signal is answered with an exit, from StopRequest on with a checkpoint. A run that a
-    shell started is not affected: nohup and & work as usual.
+    `accelerate launch` with one process does not pass SIGTERM on. Before training the answer is an exit,
+    from StopRequest on a checkpoint. A run that a shell started is not affected: nohup and & work as usual.
     """
     if not _has_parent_to_follow():
         return
@@ -84,8 +83,8 @@ def follow_launcher() -> None:
 def run_as_rank(work: Callable[[], int], run_path: Path) -> int:
     """Run `work` in the place that a launcher gave this process, and return the exit code.
 
-    An error that all ranks have is printed by the first rank of each host. If the run failed at the same
-    step again and again, it is not started once more; the exit code is then that of the failure.
+    An error that all ranks have is printed by the first rank of each host. A run that failed at the same
+    step again and again is not started once more; the exit code is then that of the failure.
     """
     follow_launcher()
     if os.getpid() == 1:  # of a container: the kernel drops signals that it does not handle

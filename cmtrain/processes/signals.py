@@ -27,14 +27,13 @@ class Stopped(Exception):  # noqa: N818
 class StopRequest:
     """Turns a stop signal into a decision that every rank takes at the same step boundary.
 
-    The handler only sets a flag: a checkpoint written inside a handler may catch the middle of a step. A
-    second SIGINT stops at once. Repeated SIGTERM or SIGUSR2 change nothing, because launchers deliver them
+    A second SIGINT stops at once. Repeated SIGTERM or SIGUSR2 change nothing, because launchers deliver them
     twice. The end of the launcher counts as SIGTERM.
 
-    With several ranks the flags are combined over the host's `group`, which never synchronises the device.
-    The reduction of one step is waited for at the next: that hides its latency and delays a stop by a step.
-    `decision` is the signal agreed on so far, 0 for none; once set, it does not change. `saved_step`: the
-    newest checkpoint's, from which the run goes on if it is stopped at once; the trainer sets it.
+    The flags of several ranks are combined over the host's `group`, which never synchronises the device. The
+    reduction of one step is waited for at the next: that hides its latency and delays a stop by a step.
+    `decision`: the signal agreed on so far, 0 for none; once set, it does not change. `saved_step`: the
+    newest checkpoint's; the trainer sets it.
     """
 
     def __init__(self, group: Any) -> None:

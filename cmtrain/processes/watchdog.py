@@ -1,9 +1,8 @@
 """End a process that hangs, and write down where it hung.
 
-There are two timers, because each alone has a blind spot. A thread of ours can report and end the process
-with its stacks in the run folder and on stderr, but never runs while something holds the interpreter's lock.
-faulthandler's timer is plain C and always fires, but can only write stacks and exit. It comes a little
-later.
+There are two timers. A thread of ours reports and ends the process with its stacks in the run folder and on
+stderr, but never runs while something holds the interpreter's lock. faulthandler's timer, in C, always fires
+a little later, but can only write stacks and exit.
 """
 
 import faulthandler

@@ -1,13 +1,11 @@
 """Write checkpoints in a background thread, while training goes on.
 
-At a save the training thread only copies the state into host memory, the same for every save. On a GPU it
-does not wait for that copy; collecting the state (Learner.state_dict) does wait for the device, to read the
-losses since the last log point and, in fp16, the loss scale. A second thread serialises, syncs, verifies and
-publishes the copy, and drops old checkpoints. The training thread fetches how each write ended: it alone
-writes to console, metrics and run folder.
+At a save the training thread only copies the state into host memory, the same for every save; on a GPU it
+does not wait for that copy. A second thread serialises, syncs, verifies and publishes it, and drops old
+checkpoints. The training thread fetches how each write ended, and reports it.
 
-A save that comes while another is being written waits for it, at most PATIENCE_SECONDS. If storage hangs for
-longer, training goes on without that checkpoint, before the other ranks, which wait in their next
+A save that comes while another is being written waits for it. If storage hangs for more than
+PATIENCE_SECONDS, training goes on without that checkpoint, before the other ranks, which wait in their next
 all-reduce, give the run up. The last save of a process waits as long as it must.
 """
 
@@ -34,7 +32,7 @@ class Outcome:
     """How the save of `step` ended, after `seconds`. `path` is None if it failed.
 
     `error`: why there is no checkpoint; or, if there is one, why no old one was deleted. `num_bytes`: its
-    size, known here because a later save may drop the checkpoint before this is reported.
+    size; a later save may drop the checkpoint before this is reported.
     """
 
     step: int

@@ -1,10 +1,8 @@
-"""Check weights before a save: repair a non-finite EMA, reject a non-finite model.
+"""Check weights before a save: repair a non-finite EMA from a finite model, reject a non-finite model.
 
-The guard keeps non-finite values out of weights, statistics and EMA (the moving average of the weights).
-Should one get in by another way, a saver that takes everything replaces good checkpoints by bad ones. A
-saver that only refuses saves nothing for the rest of the run, because an EMA never loses a NaN by itself.
-Both happened: ultralytics pull requests 24731, 24986 and 25005. So the EMA is repaired from a finite model,
-and only a non-finite model is rejected.
+Should a non-finite value pass the guard, a saver that takes everything replaces good checkpoints by bad
+ones, and one that only refuses saves nothing for the rest of the run: an EMA (moving average of the
+weights) never loses a NaN by itself. Both happened: ultralytics pull requests 24731, 24986 and 25005.
 """
 
 from collections.abc import Sequence

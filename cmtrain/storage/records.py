@@ -113,10 +113,7 @@ def replace_file(path: Path, content: str | bytes, *, durable: bool = False) -> 
 
 
 def append(path: Path, text: str, header: str = "") -> None:
-    """Append all of `text` or nothing: half a line would spoil the next one, too.
-
-    An empty file gets the `header` first.
-    """
+    """Append all of `text`, after the `header` if the file is empty, or nothing: no half a line."""
     with open(path, "ab", buffering=0) as file:
         end = file.tell()
         rest = (text if end else header + text).encode()

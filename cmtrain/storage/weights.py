@@ -84,8 +84,7 @@ def fit(model: nn.Module, tensors: Mapping[str, Tensor], *, keeps_head: bool) ->
     """Load `tensors` into `model`, which may be of another image size; position tables are resized to it.
 
     `keeps_head`: whether another number of classes is refused; else the model keeps its own new head.
-    Returns what was changed on the way, one line each. Raises ConfigError: `tensors` do not fit; the model
-    is as it was.
+    Returns a line for each change. Raises ConfigError: `tensors` do not fit; the model is as it was.
     """
     own, given, notes = model.state_dict(), dict(tensors), []
     # The classifier, as timm records it.
@@ -103,8 +102,8 @@ def fit(model: nn.Module, tensors: Mapping[str, Tensor], *, keeps_head: bool) ->
     if resized := [name for name in given if fitting[name] is not given[name]]:
         notes.append(f"{len(resized)} position tables resized, {resized[0]} first")
     if name := _misfit(own, fitting, [*own, *fitting]):
-        shapes = [str(tuple(side[name].shape)) if name in side else "missing" for side in (fitting, own)]
-        raise ConfigError(f"{name} is {shapes[0]} in the weights and {shapes[1]} in the model")
+        shapes = f"{_shape(fitting, name)} in the weights and {_shape(own, name)} in the model"
+        raise ConfigError(f"{name} is {shapes}")
     model.load_state_dict(fitting)
     return notes
 
@@ -121,7 +120,6 @@ def start_from(path: str, model: nn.Module, class_names: Sequence[str] = ()) -> 
     """Give a new `model` the weights at `path`, for model.init_from. Return lines for the user.
 
     One of them reports a classifier head that is kept but was trained on other classes than `class_names`.
-
     Raises ConfigError: they are of another model. DataError: as read_weights.
     """
     try:
@@ -159,5 +157,8 @@ def _read_safetensors(file: Path) -> dict[str, Tensor]:
 
 def _misfit(own: Mapping[str, Tensor], given: Mapping[str, Tensor], names: list[str]) -> str | None:
     """Return the first of `names` that the two do not both have, in one shape."""
-    shapes = [{name: tensor.shape for name, tensor in side.items()} for side in (own, given)]
-    return next((name for name in names if shapes[0].get(name) != shapes[1].get(name)), None)
+    return next((name for name in names if _shape(own, name) != _shape(given, name)), None)
+
+
+def _shape(tensors: Mapping[str, Tensor], name: str) -> str:
+    return str(tuple(tensors[name].shape)) if name in tensors else "missing"

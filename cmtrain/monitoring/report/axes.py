@@ -32,10 +32,7 @@ class Axis:
 
 
 def make_axis(values: np.ndarray, scale: Scale, *, percent: bool = False) -> Axis:
-    """Return the axis that shows all finite `values`; on a log axis the positive ones.
-
-    Scale auto is log if the largest value is far above the median.
-    """
+    """Return the axis of all finite (if log, positive) `values`; auto is log if the largest is far above."""
     values = values[np.isfinite(values)]
     positive = values[values > 0]
     if scale == "auto":
@@ -48,10 +45,7 @@ def make_axis(values: np.ndarray, scale: Scale, *, percent: bool = False) -> Axi
 
 
 def linear_axis(low: float, high: float, count: int, *, percent: bool = False, exact: bool = False) -> Axis:
-    """Return an axis with about `count` ticks.
-
-    It goes from the tick below `low` to the tick above `high`, or from `low` to `high` if `exact`.
-    """
+    """Return an axis with about `count` ticks, one below `low` and one above `high` unless `exact`."""
     if high <= low:
         room = abs(low) * 0.1 or 1.0
         high = low + room

@@ -92,8 +92,7 @@ def line_chart(
 ) -> Chart:  # fmt: skip
     """Draw lines over steps 0..x_high, and `marks` as hairlines over the height of the plot.
 
-    No other chart of the page has the id `key`. `level`: a value to compare with, and its name. `percent`:
-    show values 0..1 as 0..100 %.
+    `key`: an id on the page. `level`: a value to compare with, and its name. `percent`: of values 0..1.
     """
     x_axis = linear_axis(0, x_high, 6, exact=True)
     values = [line.y for line in series] + ([np.array([level[0]])] if level else [])
@@ -145,10 +144,7 @@ def lane(marks: Sequence[Mark], x_high: float) -> str:
 
 
 def heat_map(matrix: np.ndarray, names: Sequence[str], *, key: str) -> str:
-    """Draw a confusion matrix with its class names; shades show each row's shares of its sum.
-
-    All cells of one shade are one path, which keeps the file small.
-    """
+    """Draw a confusion matrix with class names; shades show shares of a row. A shade is one path: small."""
     size, images = len(matrix), int(matrix.sum())
     wrong = images - int(np.trace(matrix))
     description = f"{size} classes, {images:,} images, {wrong:,} of them not on the diagonal."

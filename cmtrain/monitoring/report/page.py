@@ -68,11 +68,7 @@ def write_report(folders: Sequence[Path], target: Path) -> Path:
 
 @functools.cache
 def make_templates() -> Environment:
-    """Return the templates of pages and model cards.
-
-    Jinja escapes all values; the templates mark only what charts.py drew as safe. Escapes stand for what is
-    not printable, such as marks that turn the order of letters round.
-    """
+    """Return the templates of pages and model cards, which escape all values, and what is not printable."""
     loader = FileSystemLoader(Path(__file__).parent / "templates")
     templates = Environment(
         loader=loader,
