@@ -53,7 +53,7 @@ class Facts:
 def check_ranks(group: Any, config: Config, run_path: Path) -> list[str]:
     """Refuse ranks that do not fit together, over `group` (None: a single process). Return warnings.
 
-    Raises DataError, on all ranks: see `contradictions`.
+    Raises DataError, on all ranks: other code, another configuration or run folder, or clocks > 5 s apart.
     """
     if group is None:
         return []

@@ -282,17 +282,11 @@ def find_run(place: str) -> tuple[Path, Path]:
     Raises DataError: neither a run folder nor a checkpoint in one.
     """
     for path in (Path(place), RUNS / place):
-        if run := _run_of(path):
-            return run, path
+        # RUN for RUN/checkpoints/step-* and RUN/repaired/step-*
+        for run in (path, path.absolute().parent.parent) if path.name.startswith("step-") else (path,):
+            if (run / "checkpoints").is_dir():
+                return run, path
     raise DataError(f"{place}: no run and no checkpoint of one: it has no checkpoints of a run")
-
-
-def _run_of(path: Path) -> Path | None:
-    """Return the run folder of `path`: itself, or RUN for RUN/checkpoints/step-* and RUN/repaired/step-*."""
-    for folder in (path, path.absolute().parent.parent) if path.name.startswith("step-") else (path,):
-        if (folder / "checkpoints").is_dir():
-            return folder
-    return None
 
 
 def why_no_weights(path: Path) -> str:

@@ -46,7 +46,7 @@ def draw_charts(runs: Sequence[PlottedRun]) -> dict[str, list[Chart]]:
     level = None if expected is None else (expected, f"expected {percent(expected)}")
     options: dict[str, Any] = {"x_high": x_high(runs)}
     options["marks"] = hairlines(runs[0].record) if len(runs) == 1 else []
-    losses, accuracies, large, small = _known(_losses(runs)), _known(_accuracies(runs)), [], []
+    (losses, accuracies), large, small = _lines(runs), [], []
     if losses:
         large.append(line_chart("Loss", losses, key="loss", scale="auto", height_px=200, **options))
     if accuracies:
@@ -65,28 +65,23 @@ def x_high(runs: Sequence[PlottedRun]) -> float:
     return max(1.0, *(run.last_step for run in runs))
 
 
-def _losses(runs: Sequence[PlottedRun]) -> list[Series]:
-    if len(runs) > 1:
-        return [_series(run, run.record.log, "loss", run.letter) for run in runs]
-    run, known = runs[0], runs[0].record.evaluations
-    return [
-        _series(run, run.record.log, "loss", "training"),
-        _series(run, known, "eval_loss", "validation", color=1, dots=True),
-        _series(run, known, "eval_ema_loss", "validation, EMA", color=2, dots=True),
-    ]
-
-
-def _accuracies(runs: Sequence[PlottedRun]) -> list[Series]:
-    lines = []
+def _lines(runs: Sequence[PlottedRun]) -> tuple[list[Series], list[Series]]:
+    """Return the lines of losses and of accuracies, as far as they have points."""
+    if len(runs) == 1:
+        run, known = runs[0], runs[0].record.evaluations
+        losses = [_series(run, run.record.log, "loss", "training")]
+        losses += [_series(run, known, "eval_loss", "validation", color=1, dots=True)]
+        losses += [_series(run, known, "eval_ema_loss", "validation, EMA", color=2, dots=True)]
+        accuracies = [_series(run, known, "eval_top1", "model", color=1, dots=True)]
+        accuracies += [_series(run, known, "eval_ema_top1", "EMA", color=2, dots=True)]
+        return _known(losses), _known(accuracies)
+    losses, accuracies = [], []
     for run in runs:
         known = run.record.evaluations
-        if len(runs) == 1:
-            lines += [_series(run, known, "eval_top1", "model", color=1, dots=True)]
-            lines += [_series(run, known, "eval_ema_top1", "EMA", color=2, dots=True)]
-        else:
-            lines += [_series(run, known, "eval_top1", run.letter, dots=True)]
-            lines += [_series(run, known, "eval_ema_top1", f"{run.letter} EMA", dashed=True)]
-    return lines
+        losses.append(_series(run, run.record.log, "loss", run.letter))
+        accuracies.append(_series(run, known, "eval_top1", run.letter, dots=True))
+        accuracies.append(_series(run, known, "eval_ema_top1", f"{run.letter} EMA", dashed=True))
+    return _known(losses), _known(accuracies)
 
 
 def _known(lines: Sequence[Series]) -> list[Series]:
