@@ -487,7 +487,8 @@ def test_the_old_report_stays_when_the_new_one_fails(tmp_path, monkeypatch):
 def test_half_a_million_log_points(tmp_path, figure):
     run = write_run(tmp_path / "a", num_logs=500_000, num_classes=1000)
     times = [time.process_time()]
-    deque(map(json.loads, (run / "log.jsonl").open()), maxlen=0)
+    with (run / "log.jsonl").open() as log:
+        deque(map(json.loads, log), maxlen=0)
     times.append(time.process_time())
     write_report([run], run / "report.html")
     times.append(time.process_time())
