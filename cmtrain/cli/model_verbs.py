@@ -78,9 +78,8 @@ def _parse_with_run(
     parser: argparse.ArgumentParser, arguments: list[str]
 ) -> tuple[argparse.Namespace, Overrides]:
     """Return the options, among them the positional RUN, and the overrides."""
-    parser.add_argument(
-        "run", nargs="?", metavar="RUN", help="run folder, the name of one below runs, or a checkpoint"
-    )
+    what = "run folder, the name of one below runs, or a checkpoint"
+    parser.add_argument("run", nargs="?", metavar="RUN", help=what)
     options, overrides = parse(parser, arguments)
     if options.run is None:
         raise ConfigError(f"{parser.prog}: of which run? e.g. {parser.prog} runs/demo")

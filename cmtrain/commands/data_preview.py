@@ -36,10 +36,7 @@ def preview(config: Config, *, out: str, rows: int = 8, columns: int = 8, epoch:
 
     The images are spread evenly over the training split. They are augmented as in training, with other
     random draws, from `epoch` on. If the recipe mixes or erases, `<out>-mixed.png` shows the same images
-    after that. Returns the exit code, 0.
-
-    Raises:
-        ConfigError, DataError: as for training; DataError also if `out` cannot be written.
+    after that. Raises as training does, and DataError if `out` cannot be written.
     """
     accelerator = build.make_accelerator("auto")
     data = loaders.open_data(config, accelerator)
@@ -72,10 +69,7 @@ def stats(config: Config, *, as_json: bool = False) -> int:
     """Count and measure both splits: a table on stderr, one JSON line on stdout (see print_result).
 
     `mean` and `std` are the values for data.mean and data.std: over all pixels, with equal weight for every
-    image. They and `undecodable` come from at most 1,000 images. Returns the exit code, 0.
-
-    Raises:
-        ConfigError, DataError: as for training.
+    image. They and `undecodable` come from at most 1,000 images. Raises as training does.
     """
     data = loaders.open_data(config, build.make_accelerator("auto", checks_gpus=False))
     sys.stderr.writelines(f"{visible(line)}\n" for line in data.notes)

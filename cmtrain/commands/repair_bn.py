@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from cmtrain.commands.bench.timing import endless
-from cmtrain.commands.trained_model import open_trained
+from cmtrain.commands.trained_model import open_trained, read_checkpoint
 from cmtrain.config.load import Overrides
 from cmtrain.config.schema import Config
 from cmtrain.errors import EXIT_DONE, ConfigError
@@ -31,7 +31,7 @@ from cmtrain.monitoring.console import Console, print_result
 from cmtrain.monitoring.units import percent
 from cmtrain.step.evaluate import Evaluation, evaluate
 from cmtrain.step.mixing import MixSpec, mix
-from cmtrain.storage.checkpoint import checkpoint_path, find_checkpoint, save_checkpoint
+from cmtrain.storage.checkpoint import checkpoint_path, save_checkpoint
 from cmtrain.storage.state_file import CheckpointError
 from cmtrain.training import build, loaders
 from cmtrain.training.schedule import refuse_batch_of_one
@@ -146,7 +146,8 @@ def repair_bn(
     if nonfinite:
         found = f"{len(nonfinite)} BatchNorm statistics were not finite, {nonfinite[0]} first"
     console.line(f"{source.path}: {found}; averaged over {batches} batches")
-    result = {"out": str(written), "nonfinite_statistics": nonfinite, "batches": batches, "top1": {}}
+    result: dict[str, Any] = {"out": str(written), "nonfinite_statistics": nonfinite, "batches": batches}
+    result["top1"] = {}
     for entry, was, now in zip(entries, before, after, strict=True):
         nan = "" if math.isfinite(was.loss) else " (its outputs were NaN)"
         console.line(f"{entry.label}: top-1 {percent(was.top1)} before{nan}, {percent(now.top1)} after")
@@ -160,21 +161,15 @@ def _open_run(
     place: str, config: Config | None, overrides: Overrides, out: str | None
 ) -> tuple[Config, Source]:
     """Open a checkpoint; without `config` it must belong to a run folder, whose configuration is taken."""
-    try:
-        if config is None:
-            trained = open_trained(place, overrides)
-            config, loaded = trained.config, trained.checkpoint
-        else:
-            loaded = find_checkpoint(Path(place))
-            sys.stderr.writelines(f"{line}\n" for line in loaded.warnings)
-        step = int(loaded.state["progress"]["step"])
-        moments = loaded.state["optimizer"]["state"].items()
-        named = {f"optimizer {name} {i}": value for i, each in moments for name, value in each.items()}
-        _refuse(loaded.path, _nonfinite(named))
-    except (CheckpointError, OSError) as error:
-        raise DataError(str(error)) from error
-    except (KeyError, TypeError) as error:
-        raise DataError(f"{loaded.path}: no checkpoint of a run") from error
+    if config is None:
+        trained = open_trained(place, overrides)
+        config, loaded = trained.config, trained.checkpoint
+    else:
+        loaded = read_checkpoint(Path(place))
+    step = int(loaded.state["progress"]["step"])
+    state = loaded.state["optimizer"]["state"]
+    moments = {f"optimizer {name} {i}": state[i][name] for i in state for name in state[i]}
+    _refuse(loaded.path, _nonfinite(moments))
     root = Path(out or loaded.path.absolute().parent.parent / "repaired")
     final = checkpoint_path(root, step)
     if final.exists():

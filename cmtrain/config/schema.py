@@ -90,10 +90,8 @@ _RULES = (
         lambda mode, on: on or mode == "default",
         "{} needs {} to be true",
     ),
-    _Rule(
-        "expect.enforce expect.top1", lambda on, top1: not on or top1 is not None, "{} needs {} to be set"
-    ),
-    _Rule("expect.diverges expect.top1", lambda on, top1: not on or top1 is None, "{} contradicts {}"),
+    _Rule("expect.enforce expect.top1", lambda on, top: not on or top is not None, "{} needs {} to be set"),
+    _Rule("expect.diverges expect.top1", lambda on, top: not on or top is None, "{} contradicts {}"),
     _Rule(
         "model.absolute_position_px model.absolute_position",
         lambda px, on: px is None or on,

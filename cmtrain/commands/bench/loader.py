@@ -50,23 +50,19 @@ def bench_loader(config: Config, steps: int, rounds: int, packed: str | None, js
     """Time decoding, crop + resize + flip, colour jitter and RandAugment, by DALI and by timm.
 
     Prints a table on stderr and one JSON line on stdout. Writes the JSON to `json_path` as well, if given,
-    and before that what is known of it after each work. Returns the exit code, 0.
+    and before that what is known of it after each work. Raises as training does.
 
     Args:
         steps: batches of 64 images that are timed in each of the `rounds` of each work.
         packed: copy of data.root by `cmtrain data pack`, timed beside the files; None packs up to 2000 of
             the images into a temporary one, with shorter sides of 256 pixels.
-
-    Raises:
-        ConfigError, DataError: as for training.
     """
     accelerator = build.make_accelerator(config.train.precision)
     placed, lines = loaders.place_loaders(config, accelerator)
     sys.stderr.writelines(f"{line}\n" for line in lines)
     files = loaders.open_data(config, accelerator).train
-    crop = replace(
-        loaders.augment_spec(config, accelerator), color_jitter=None, rand_augment=None, fp16=False
-    )
+    spec = loaders.augment_spec(config, accelerator)
+    crop = replace(spec, color_jitter=None, rand_augment=None, fp16=False)
     jitter, hardest = replace(crop, color_jitter=COLOR_JITTER), replace(crop, rand_augment=RAND_AUGMENT)
     works = {"decode": None, "crop": crop, "crop + jitter": jitter, "crop + randaugment": hardest}
     report = {"device": "cpu"} | config.data.model_dump(include={"image_px", "interpolation"})
@@ -94,11 +90,8 @@ def bench_loader(config: Config, steps: int, rounds: int, packed: str | None, js
 
         race("cpu", "cpu", 1)
         if accelerator.device.type == "cuda":
-            report |= {
-                "device": torch.cuda.get_device_name(),
-                "cores": placed.threads,
-                "decode": placed.decode,
-            }
+            report |= {"device": torch.cuda.get_device_name()}
+            report |= {"cores": placed.threads, "decode": placed.decode}
             race("cuda", placed.decode, placed.threads, placed.hw_decoder_load)
     _show(report)
     print_result(report, asked=json_path == "")
