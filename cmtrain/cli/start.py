@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import sys
 from contextlib import closing
@@ -15,6 +14,7 @@ from cmtrain.config.load import Overrides, load_config
 from cmtrain.config.schema import Config, another_recipe, recipe_changes
 from cmtrain.errors import ConfigError
 from cmtrain.processes.rank import PARENT, is_first_rank
+from cmtrain.storage.records import read_json
 from cmtrain.storage.run_folder import RunLock, find_run, why_no_weights
 from cmtrain.training.schedule import plan_steps, refuse_batch_of_one, split_batch
 from pipelines.spec import DataError
@@ -49,10 +49,8 @@ def check_run(config: Config, resume: str, world_size: int) -> None:
     """Refuse a run whose batch, data, folder or checkpoint cannot be used, as its start would do later.
 
     For the process that starts ranks, or is the only one. A checkpoint is only looked at, not verified.
-
-    Raises:
-        ConfigError: a batch that does not split, or another recipe than the newest checkpoint's.
-        DataError: no such data or weights, or a run folder that is in use or cannot be written.
+    Raises ConfigError: a batch that does not split, or another recipe than the newest checkpoint's.
+    DataError: no such data or weights, or a run folder that is in use or cannot be written.
     """
     run_path = Path(config.run.dir) / str(config.run.name)
     _split(config, world_size)
@@ -136,15 +134,13 @@ def _newest_manifest(place: Path) -> Path | None:
 
 def _config_in(manifest: Path) -> dict[str, Any] | None:
     """Return the configuration in a manifest; None if it is damaged, which the start finds out."""
+    content = read_json(manifest) or {}
     try:
-        content = json.loads(manifest.read_text())
         old = content["meta"]["config"]
         recipe_changes(old, old)
-        if list(content["files"]) != [STATE_NAME]:
-            return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return old if list(content["files"]) == [STATE_NAME] else None
+    except (ValueError, KeyError, TypeError, AttributeError):
         return None
-    return old
 
 
 def describe_plan(config: Config) -> str:

@@ -7,14 +7,13 @@ from typing import Any
 
 from cmtrain.errors import EXIT_DONE
 from cmtrain.monitoring.console import print_result
+from pipelines.checks.bad_list import SPLITS
 from pipelines.files.doubts import split_doubts
 from pipelines.files.manifest import Manifest
 from pipelines.files.shards import damage, is_packed
 from pipelines.packing.encode import PackSpec
 from pipelines.packing.shard_writer import pack_split
 from pipelines.spec import MAX_BAD_FRACTION, DataError, os_errors_in_one_line, visible
-
-SPLITS = ("train", "val")
 
 
 @os_errors_in_one_line()

@@ -191,7 +191,7 @@ def shared_memory(path: Path) -> CheckResult:
 def open_files() -> CheckResult:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if 0 <= soft < MIN_OPEN_FILES:
-        return CheckResult("warn", f"at most {soft:,}", f"ulimit -n {min(hard, 4096)}")
+        return CheckResult("warn", f"at most {soft:,}", f"ulimit -n {4096 if hard < 0 else min(hard, 4096)}")
     return CheckResult("ok", f"at most {soft:,}" if soft >= 0 else "no limit")
 
 

@@ -44,11 +44,9 @@ MEASURED = ("top1", "top5", "loss", "num_images", "num_unreadable")
 def evaluate_trained(options: argparse.Namespace, overrides: Overrides) -> int:
     """Evaluate a trained model as the `options` of `cmtrain eval` ask: a table on stderr, JSON on stdout.
 
-    Returns the exit code: 0, or 5 if the best top-1 is below `options.expect`.
-
-    Raises:
-        ConfigError: sizes or options that do not fit together.
-        DataError: images, classes or weights that are missing or unusable, or a file that cannot be written.
+    Returns the exit code: 0, or 5 if the best top-1 is below `options.expect`. Raises ConfigError: sizes or
+    options that do not fit together. DataError: images, classes or weights that are missing or unusable, or
+    a file that cannot be written.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("cmtrain eval: runs in one process, without a launcher")

@@ -88,12 +88,10 @@ def repair_bn(
         place: a run or a checkpoint folder, or a weights file by torch.save or safetensors: a state_dict, or
             a dictionary that holds some.
         config: model and data; None takes a run's own configuration, with `overrides`.
-        out: the file to write (None: `x-repaired.pth` beside `x.pth`); for a run, the folder of the new
-            checkpoint (None: `repaired` in the run folder).
+        out: the file to write, or for a run the folder of the new checkpoint; None: see the command's help.
 
-    Raises:
-        ConfigError: no configuration, one of another model, or several processes.
-        DataError: nothing usable at `place`, weights that are not finite themselves, or a write that failed.
+    Raises ConfigError: no configuration, one of another model, or several processes. DataError: nothing
+    usable at `place`, weights that are not finite themselves, or a write that failed.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("cmtrain repair-bn: runs in one process, without a launcher")

@@ -105,24 +105,20 @@ def watch(run: str) -> int:
 
     Raises DataError: there is no such run.
     """
-    path, console = find_run(run), Console(highlight=False)
-    run_status, printed = current_status(path), ""
-    if console.is_terminal:
-        with Live(Text("\n".join(describe(run_status))), console=console, auto_refresh=False) as live:
-            while run_status.is_running:
-                time.sleep(REFRESH_SECONDS)
-                run_status = current_status(path)
-                live.update(Text("\n".join(describe(run_status))), refresh=True)
-        return EXIT_DONE
-    while True:
-        line = "  ".join(part for part in (_headline(run_status), _speed(run_status.status)) if part)
-        if line != printed:
-            print(visible(line), flush=True)  # noqa: T201
-            printed = line
-        if not run_status.is_running:
-            return EXIT_DONE
-        time.sleep(REFRESH_SECONDS)
-        run_status = current_status(path)
+    path, console, printed = find_run(run), Console(highlight=False), ""
+    on_screen = Live(console=console, auto_refresh=False) if console.is_terminal else None
+    with on_screen or contextlib.nullcontext():
+        while True:
+            run_status = current_status(path)
+            line = "  ".join(filter(None, (_headline(run_status), _speed(run_status.status))))
+            if on_screen:
+                on_screen.update(Text("\n".join(describe(run_status))), refresh=True)
+            elif line != printed:
+                print(visible(line), flush=True)  # noqa: T201
+                printed = line
+            if not run_status.is_running:
+                return EXIT_DONE
+            time.sleep(REFRESH_SECONDS)
 
 
 def describe(run_status: RunStatus) -> list[str]:

@@ -65,9 +65,8 @@ def bench(config: Config, options: argparse.Namespace) -> int:
 
     Prints its parts and a table on stderr, and one JSON line on stdout. If asked to, writes the JSON to a
     file as well, and before that what is known of it after each row. Returns the exit code: 0, or 5 if a
-    rate is below `fail_below` times the one in the report `compare`.
-
-    Raises as training does, and DataError: an earlier run that cannot be compared.
+    rate is below `fail_below` times the one in the report `compare`. Raises as training does, and DataError:
+    an earlier run that cannot be compared.
     """
     what = options.what
     if what == "loader":

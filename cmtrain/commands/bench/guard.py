@@ -42,11 +42,10 @@ def time_guard(
     """Time `rounds` turns of `steps` steps with the guard and without, then what the guard adds alone.
 
     Yields rows of `ms`, and of `percent` of a step without the guard. "without", "with": a step, median over
-    the rounds; `percent` is the addition to the other side of the same round, `percent_min` and
-    `percent_max` its range. "alone": the addition to a step. "log point": the addition to a log point, its
-    `percent` spread over `log_every_steps` steps. "mixing", "ema" (if there is one): those parts of a step,
-    alone. "together": all that was timed alone. "save": the wait at a save, in percent of a step's wall time
-    right before. Raises RuntimeError: on a GPU, a step synchronised with the host.
+    the rounds; `percent` is the addition within a round. "alone", "log point": the addition to a step, and
+    to a log point, spread over `log_every_steps` steps. "mixing", "ema": those parts of a step, alone.
+    "together": all that was timed alone. "save": the wait at a save, in percent of a step's wall time right
+    before. Raises RuntimeError: on a GPU, a step synchronised with the host.
     """
     device = learner.accelerator.device
     metrics = TrainMetrics("bench", learner.accelerator.process_index)
