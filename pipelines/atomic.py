@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 from filelock import FileLock, Timeout
 
-from pipelines.spec import visible
+from pipelines.spec import is_device, visible
 
 WAIT_LINE_SECONDS = 10.0
 
@@ -23,6 +23,10 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
     After an error it is deleted, and `path` is as it was. Raises OSError.
     """
+    if is_device(path):
+        with path.open("ab") as file:
+            yield file
+        return
     partial = partial_path(path)
     try:
         with partial.open("wb") as file:

@@ -27,6 +27,8 @@ MAX_BAD_FRACTION = 0.1
 
 
 _ADVICE = {
+    errno.EISDIR: "a folder has the place of a file; move it away",
+    errno.ENOTDIR: "a file has the place of a folder; move it away",
     errno.EACCES: "give this user the right to read it, or move it away",
     errno.ELOOP: "a link leads back to itself; remove it",
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
@@ -59,6 +61,12 @@ def os_errors_in_one_line(path: object = None) -> Iterator[None]:
         if error.filename is None and path is None:
             raise
         raise DataError.of(error, path) from error
+
+
+def is_device(path: str | os.PathLike[str]) -> bool:
+    """Return whether a path names a device, such as /dev/stdout: a rename, by root, would replace it."""
+    is_below = os.path.abspath(path).startswith(("/dev/", "/proc/"))
+    return is_below and os.path.exists(path) and (os.path.islink(path) or not os.path.isfile(path))
 
 
 def visible(text: object) -> str:

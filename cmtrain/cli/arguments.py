@@ -28,6 +28,8 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[ar
     own, rest = [], list(arguments)
     while rest:  # overrides first, or argparse takes their values for positional arguments
         argument = rest.pop(0)
+        if not argument.strip():
+            raise ConfigError("an argument is empty: a variable of the shell that is not set?")
         value = argument.partition("=")[2] if argument.startswith("--") else argument
         if re.match(r"~[\w.-]*/", value):
             advice = "write the whole path; after a blank, and not after =, a shell expands it"
@@ -88,10 +90,21 @@ def add_json(parser: argparse.ArgumentParser, *, to_file: bool = False) -> None:
 
 
 def positive(text: str, least: int = 1) -> int:
-    if not text.isdecimal() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"must be a whole number >= {least}, got {text}")
+    if not text.isdecimal() or len(text) > 9 or int(text) < least:
+        limit = " of at most 9 digits" if len(text) > 9 else ""
+        raise argparse.ArgumentTypeError(f"must be a whole number >= {least}{limit}, got {text}")
     return int(text)
 
 
 def count(text: str) -> int:
     return positive(text, least=0)
+
+
+def share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must be a share 0..1, got {text}")
+    return value

@@ -9,10 +9,12 @@ from cmtrain.cli import start
 from cmtrain.cli.arguments import (
     CONFIG_HELP,
     add_json,
+    count,
     make_parser,
     parse_alone,
     parse_with_config,
     positive,
+    share,
 )
 from cmtrain.config.schema import Config
 from cmtrain.errors import EXIT_DONE, ConfigError, did_you_mean
@@ -29,7 +31,7 @@ stats    count and measure the images of a configuration
 
 cmtrain data VERB --help lists the options of a verb.
 """
-SHARE: dict[str, Any] = {"type": float, "default": argparse.SUPPRESS, "metavar": "X"}
+SHARE: dict[str, Any] = {"type": share, "default": argparse.SUPPRESS, "metavar": "X"}
 
 
 def data(arguments: list[str]) -> int:
@@ -86,7 +88,7 @@ def _data_preview(arguments: list[str]) -> int:
     add("--out", default="preview.png", metavar="FILE", help="PNG to write (default: preview.png)")
     add("--rows", type=positive, default=8, metavar="N", help="images (default: 8)")
     add("--columns", type=positive, default=8, metavar="N", help="epochs (default: 8)")
-    add("--epoch", type=int, default=0, metavar="N", help="the first one (default: 0)")
+    add("--epoch", type=count, default=0, metavar="N", help="the first one (default: 0)")
     config, options = _parse_and_start(parser, arguments)
     from cmtrain.commands.data_preview import preview
 

@@ -18,6 +18,7 @@ from cmtrain.cli.arguments import (
     parse_alone,
     parse_with_config,
     positive,
+    share,
 )  # fmt: skip
 from cmtrain.cli.config_verbs import config
 from cmtrain.cli.data_verbs import data
@@ -31,7 +32,7 @@ from cmtrain.processes.gpus import visible_gpus
 from cmtrain.processes.launcher import run_ranks
 from cmtrain.processes.output import with_guarded_output
 from cmtrain.processes.rank import PARENT, hold_back, is_first_rank, is_started_by_launcher, run_as_rank
-from cmtrain.storage.run_folder import REPORT_NAME, read_finished, read_status
+from cmtrain.storage.run_folder import REPORT_NAME, RUNS, read_finished, read_status
 from pipelines.spec import DataError
 
 DEMO = "configs/demo.yaml"
@@ -237,7 +238,7 @@ def _bench(arguments: list[str]) -> int:
     beside = "timm models to time, too (model, latency)"
     add("--beside", type=_names, default="resnet50,efficientnet_b0", metavar="NAMES", help=beside)
     add("--compare", metavar="FILE", help="JSON of an earlier run to compare rates with")
-    add("--fail-below", type=float, metavar="X", help="exit code 5 where a rate is below X times that")
+    add("--fail-below", type=share, metavar="X", help="exit code 5 where a rate is below X times that")
     add_json(parser, to_file=True)
     options, resolved = parse_with_config(parser, arguments)
     if options.fail_below is not None and not options.compare:
@@ -350,7 +351,8 @@ def _report(arguments: list[str]) -> int:
         raise ConfigError("cmtrain report: of which run? e.g. cmtrain report runs/demo")
     from cmtrain.monitoring.report.page import report
 
-    return report(options.runs, options.out)
+    runs = [run if os.path.exists(run) else str(RUNS / run) for run in options.runs]
+    return report(runs, options.out)
 
 
 _VERBS: dict[str, Callable[[list[str]], int]] = {

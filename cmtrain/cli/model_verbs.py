@@ -4,7 +4,7 @@ import argparse
 import os
 
 from cmtrain.cli import start
-from cmtrain.cli.arguments import add_json, make_parser, parse, positive
+from cmtrain.cli.arguments import add_json, make_parser, parse, positive, share
 from cmtrain.commands.evaluation_sizes import sizes_of
 from cmtrain.config.load import Overrides
 from cmtrain.errors import ConfigError
@@ -32,7 +32,7 @@ def evaluate_trained(arguments: list[str]) -> int:
     add("--real", action="store_true", help="also by ImageNet-ReaL's labels, for ImageNet's val images")
     add("--per-class", metavar="FILE", help="write images and accuracy of every class as CSV")
     add("--confusion", metavar="FILE", help="write the best result's confusion matrix as CSV")
-    add("--expect", type=_fraction, metavar="TOP1", help="exit code 5 where the best top-1 is below it")
+    add("--expect", type=share, metavar="TOP1", help="exit code 5 where the best top-1 is below it")
     add_json(parser, to_file=True)
     options, overrides = _parse_with_run(parser, arguments)
     start.announce(f"eval of {options.run}")
@@ -88,13 +88,3 @@ def _parse_with_run(
 
 def _sizes(text: str) -> list[int]:
     return [positive(part.strip()) for part in text.split(",")]
-
-
-def _fraction(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"must be a share 0..1, got {text}")
-    return value

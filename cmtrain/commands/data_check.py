@@ -83,6 +83,8 @@ def check(
     class_names = splits[0].listing.class_names
     for split in splits:
         _describe(split, class_names, cache_dir)
+    if len(splits) == 1 and splits[0].listing.root != folder:
+        _print(f"{folder}: only {splits[0].listing.root.name}/ was checked, the other split is no folder")
     if written is not None:
         _print(f"the list of bad files is {written}")
     relabel_folder(splits[0].listing, None)  # raises where training would

@@ -20,7 +20,7 @@ from rich.text import Text
 from cmtrain.config.strict_yaml import parse
 from cmtrain.errors import EXIT_DONE, did_you_mean
 from cmtrain.monitoring.units import duration, percent, state_name, step_place
-from cmtrain.storage.records import is_number
+from cmtrain.storage.records import is_number, read_bytes
 from cmtrain.storage.run_folder import SILENT_SECONDS, is_alive, read_status
 from pipelines.spec import DataError, visible
 
@@ -164,7 +164,7 @@ def _speed(status: dict[str, Any]) -> str:
 def _silent_seconds(path: Path) -> float:
     """Return how long the run in `path` may write nothing: its metrics.stall_seconds."""
     try:
-        root: Any = parse((path / "config.yaml").read_text())[0]
+        root: Any = parse(read_bytes(path / "config.yaml").decode())[0]
         value = root.value["metrics"].value["stall_seconds"].value
     except (OSError, ValueError, AttributeError, KeyError, TypeError):
         return SILENT_SECONDS

@@ -27,7 +27,7 @@ from cmtrain.monitoring.units import is_part, percent, state_name
 from cmtrain.processes.failure import stop_signals
 from cmtrain.storage.records import is_number
 from cmtrain.storage.run_folder import read_status
-from pipelines.spec import DataError
+from pipelines.spec import DataError, visible
 
 SBATCH = "docker/slurm/train.sbatch"
 
@@ -189,7 +189,8 @@ def _cells(row: SweepRow, *, as_csv: bool) -> list[str]:
     elif not as_csv:
         measured = "not a whole run" if is_part(status) else "-"
     name = str(row.config.run.name)
-    return [str(row.number), name, row.changes, published, measured, difference, state, expect.source or ""]
+    cells = [str(row.number), name, row.changes, published, measured, difference, state, expect.source or ""]
+    return list(map(visible, cells))
 
 
 def _state(row: SweepRow, status: dict[str, Any]) -> str:

@@ -21,6 +21,7 @@ from cmtrain.config.describe import describe_values, schema_of
 from cmtrain.config.schema import Config, contradictions, defaults, fields, flat
 from cmtrain.config.strict_yaml import REFUSED, Node, parse, parse_argument, show
 from cmtrain.errors import ConfigError, did_you_mean
+from pipelines.spec import is_device
 
 MAX_FILE_BYTES = 1_000_000
 MAX_MISTAKES_SHOWN = 50
@@ -176,6 +177,8 @@ class _Draft:
     def _read(self, source: int, path: Path) -> dict[str, Node]:
         """Return the sections of a file, as far as it can be read."""
         start = _Place(source, 1)
+        if path.is_fifo() and not is_device(path):  # it would wait for its writer; <(...) has one
+            return self._cannot_read(start, "cannot be read: a pipe")
         try:
             with open(path, "rb") as file:
                 content = file.read(MAX_FILE_BYTES + 1)

@@ -16,7 +16,7 @@ import re
 import socket
 from pathlib import Path
 
-from cmtrain.storage.records import replace_file
+from cmtrain.storage.records import read_bytes, replace_file
 
 
 def write_target(run_path: Path, rank: int, host: str, port: int) -> Path:
@@ -36,7 +36,7 @@ def write_target(run_path: Path, rank: int, host: str, port: int) -> Path:
 def read_target(run_path: Path, rank: int) -> str | None:
     """Return the `host:port` of `rank`, None if its file is missing or unreadable."""
     try:
-        (group,) = json.loads(_file(run_path, rank).read_text())
+        (group,) = json.loads(read_bytes(_file(run_path, rank)))
         return str(group["targets"][0])
     except (OSError, ValueError, LookupError, TypeError):
         return None

@@ -19,7 +19,7 @@ from typing import Any
 from pydantic import FiniteFloat, TypeAdapter
 
 from cmtrain.errors import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_PREEMPTED
-from cmtrain.storage.records import is_number, read_bytes, replace_file, retried
+from cmtrain.storage.records import is_number, read_bytes, replace_file, retried, set_aside
 from cmtrain.storage.run_folder import RunFolder, read_events, read_status, set_damaged_aside
 
 # Batch systems send SIGUSR2 before the time limit (NCCL's tools use SIGUSR1), closed terminals SIGHUP.
@@ -177,7 +177,9 @@ def archive_previous_attempt(run_path: Path) -> tuple[str, ...]:
     for path in run_path.glob("failed-rank*.json"):
         retried(path.unlink, missing_ok=True)
     for path in run_path.glob("hang-rank*.txt"):
-        if path.stat().st_size:
+        if not path.is_file():  # to open a pipe would wait for its reader
+            set_aside(path)
+        elif path.stat().st_size:
             path.replace(path.with_stem(f"old-{path.stem}"))
     ended = (f"the attempt before failed: {cause.describe()}",) if was_running and cause else ()
     return (*damaged, *ended)

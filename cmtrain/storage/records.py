@@ -10,6 +10,7 @@ import errno
 import fnmatch
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -21,11 +22,14 @@ from typing import Any, ParamSpec, TypeGuard, TypeVar
 
 from pydantic_core import from_json
 
+from pipelines.spec import is_device
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
 CORRUPT = ".corrupt-"  # begins the name of a file or checkpoint that was set aside
 PAUSES_SECONDS = (0.1, 0.5)
+MAX_BYTES = 2**28  # of what is no table; the largest, confusion matrices of 1,000 classes, have some 10 MB
 STALE_SECONDS = 3600.0  # then a temporary file is nobody's, although its process number is in use
 # Errors that the next attempt would meet again: a file is missing or of another kind.
 _LASTING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO, errno.EEXIST)
@@ -97,6 +101,10 @@ def replace_file(path: Path, content: str | bytes, *, durable: bool = False) -> 
     `durable`: wait until the disk holds it, so that a power failure leaves no empty file. Returns `path`.
     Raises OSError: `path` is as it was.
     """
+    if is_device(path):
+        with open(path, "ab") as device:
+            device.write(content.encode() if isinstance(content, str) else content)
+        return path
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(temporary, "wb") as file:
@@ -162,21 +170,25 @@ def is_running(pid: int) -> bool:
 # Reading
 
 
-def open_regular(path: Path, flags: int = 0) -> io.BufferedReader:
+def open_regular(path: Path, flags: int = 0, buffering: int = io.DEFAULT_BUFFER_SIZE) -> io.BufferedReader:
     """Open a regular file for reading, never waiting for a pipe. `flags`: more ones of os.open.
 
     Raises OSError, or DamagedRecordError: something else has its place.
     """
+    if path.is_symlink() and not path.exists():
+        raise DamagedRecordError("a link that leads nowhere")
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | flags)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise DamagedRecordError("not a regular file")
-    return open(descriptor, "rb")
+    return io.BufferedReader(io.FileIO(descriptor), buffering)
 
 
-def read_bytes(path: Path) -> bytes:
-    """Return the content of a file. Raises as open_regular."""
+def read_bytes(path: Path, limit: float = MAX_BYTES) -> bytes:
+    """Return the content of a file. Raises as open_regular, and DamagedRecordError: above `limit` bytes."""
     with open_regular(path) as file:
+        if os.fstat(file.fileno()).st_size > limit:
+            raise DamagedRecordError(f"larger than {limit:,} bytes")
         return file.read()
 
 
@@ -250,11 +262,11 @@ def keep_lines(path: Path, is_kept: Callable[[bytes], bool | None], header: byte
     Returns a line for the user about damage, else "". Raises OSError: the table is as it was.
     """
     try:
-        lines = retried(read_bytes, path).splitlines(keepends=True)
+        lines = retried(read_bytes, path, math.inf).splitlines(keepends=True)
     except FileNotFoundError:
         return ""
-    except DamagedRecordError:
-        return f"{path.name} is not a regular file; it is kept as {set_aside(path).name}"
+    except DamagedRecordError as error:
+        return f"{path.name}: {error}; it is kept as {set_aside(path).name}"
     head, rows = (lines[:1], lines[1:]) if header else ([], lines)
     if header and (not head or head[0].strip() != header):
         what = "is empty" if not lines else "has another header"

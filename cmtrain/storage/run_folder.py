@@ -153,7 +153,9 @@ class RunLock:
             self.path.write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
         except OSError as error:
             self.close()
-            raise DataError(f"{self.folder}: cannot be written: {error.strerror}") from error
+            raise DataError(
+                f"{error.filename or self.folder}: cannot be written: {error.strerror}"
+            ) from error
 
     def _in_use(self) -> DataError:
         holder = records.read_json(self.path)
@@ -211,7 +213,7 @@ def read_finished(path: Path, config_yaml: str, max_steps: int | None) -> dict[s
 def read_events(path: Path) -> list[dict[str, Any]]:
     """Return the events of the run folder `path`, without damaged lines."""
     try:
-        lines = retried(records.read_bytes, path / "events.jsonl").splitlines()
+        lines = retried(records.read_bytes, path / "events.jsonl", math.inf).splitlines()
     except (OSError, DamagedRecordError):
         return []
     return [record for line in lines if (record := records.parse_record(line)) and records.is_event(record)]

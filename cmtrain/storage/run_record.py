@@ -4,6 +4,7 @@ Needs no torch. Half a million log records are read in 2 s on one core, most of 
 """
 
 import csv
+import io
 import itertools
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,7 +15,16 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from cmtrain.config.strict_yaml import Node, parse
-from cmtrain.storage.records import is_event, is_number, load_json, parse_record, reason_of
+from cmtrain.storage.records import (
+    DamagedRecordError,
+    is_event,
+    is_number,
+    load_json,
+    open_regular,
+    parse_record,
+    read_bytes,
+    reason_of,
+)  # fmt: skip
 from cmtrain.storage.run_folder import CLASSES_NAME, SAMPLE_NAME, read_status
 from pipelines.spec import DataError
 
@@ -105,13 +115,13 @@ def _records(path: Path, damage: list[str]) -> Iterator[dict[str, Any]]:
     """Yield the JSON objects of a file, one per line. Lines that a kill cut short are counted as damage."""
     cut = 0
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             for record in map(parse_record, file):
                 if record is None:
                     cut += 1
                 else:
                     yield record
-    except OSError as error:
+    except (OSError, DamagedRecordError) as error:
         damage.append(_unreadable(path, error))
     damage += _left_out(path, "line", cut)
 
@@ -120,7 +130,7 @@ def _left_out(path: Path, what: str, count: int) -> list[str]:
     return [f"{path.name}: {count} damaged {what}{'s' if count > 1 else ''} left out"] if count else []
 
 
-def _unreadable(path: Path, error: OSError) -> str:
+def _unreadable(path: Path, error: Exception) -> str:
     return f"{path.name}: {'missing' if isinstance(error, FileNotFoundError) else reason_of(error)}"
 
 
@@ -135,11 +145,11 @@ def _rows(lines: Iterable[str]) -> Iterator[dict[str, float | None]]:
 
 def _summary(path: Path, damage: list[str]) -> list[dict[str, float | None]]:
     try:
-        with open(path, newline="", errors="replace") as file:
+        with io.TextIOWrapper(open_regular(path), errors="replace", newline="") as file:
             rows = list(_rows(file))
     except FileNotFoundError:
         return []  # a run that was not evaluated has none
-    except OSError as error:
+    except (OSError, DamagedRecordError) as error:
         damage.append(_unreadable(path, error))
         return []
     damage += _left_out(path, "row", sum(not is_number(row.get("step")) for row in rows))
@@ -171,8 +181,8 @@ def _as_floats(values: Sequence[Any]) -> np.ndarray:
 
 def _config(path: Path, damage: list[str]) -> tuple[str, dict[str, Any]]:
     try:
-        text = path.read_text(errors="replace")
-    except OSError as error:
+        text = read_bytes(path).decode(errors="replace")
+    except (OSError, DamagedRecordError) as error:
         damage.append(_unreadable(path, error))
         return "", {}
     root, _ = parse(text)
@@ -218,7 +228,7 @@ def sample_lines(path: Path) -> Iterator[bytes]:
     They are taken at multiples of a power of two: a file that grows keeps its sample until it has doubled.
     """
     try:
-        with open(path, "rb", buffering=BUFFER_BYTES) as file:
+        with open_regular(path, buffering=BUFFER_BYTES) as file:
             num_bytes = os.fstat(file.fileno()).st_size
             if num_bytes <= WHOLE_BYTES:
                 yield from file
@@ -230,7 +240,7 @@ def sample_lines(path: Path) -> Iterator[bytes]:
                 if begun < begin < num_bytes:
                     yield file.readline()
                     begun = begin
-    except OSError:
+    except (OSError, DamagedRecordError):
         return  # nothing was logged yet
     yield from last_lines(path, 4 * BUFFER_BYTES)
 
@@ -246,10 +256,10 @@ def is_sampled(path: Path) -> bool:
 def last_lines(path: Path, num_bytes: int) -> list[bytes]:
     """Return the whole lines among the last `num_bytes` of a file."""
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             _seek_line(file, max(0, os.fstat(file.fileno()).st_size - num_bytes))
             return file.readlines()
-    except OSError:
+    except (OSError, DamagedRecordError):
         return []
 
 

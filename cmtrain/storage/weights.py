@@ -16,7 +16,7 @@ from cmtrain.errors import ConfigError
 from cmtrain.models.checkpoints import resize_positions
 from cmtrain.storage.checkpoint import find_checkpoint
 from cmtrain.storage.finite import all_finite, floating_tensors, named
-from cmtrain.storage.records import retried
+from cmtrain.storage.records import read_bytes, retried
 from cmtrain.storage.run_folder import why_no_weights
 from cmtrain.storage.state_file import CheckpointError, open_regular
 from pipelines.spec import DataError
@@ -143,7 +143,7 @@ def _classes_beside(path: Path) -> list[str]:
         (path.parent / "config.json", "label_names"),
     ):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            return list(map(str, json.loads(file.read_text())[key]))
+            return list(map(str, json.loads(read_bytes(file))[key]))
     return []
 
 

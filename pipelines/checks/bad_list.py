@@ -110,8 +110,10 @@ def _places(folder: Path) -> tuple[Path, Path]:
 
 
 def _read(path: Path) -> dict[str, Fault]:
+    if path.exists() and not path.is_file():  # to open a pipe would wait for its writer
+        raise DataError(f"{path}: not a file; move it away, the list of bad files belongs there")
     try:
-        text = patiently(lambda: path.read_text("utf-8", "surrogateescape"), path)
+        text = patiently(lambda: path.read_text("utf-8-sig", "surrogateescape"), path)
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except PermissionError:
@@ -120,8 +122,11 @@ def _read(path: Path) -> dict[str, Fault]:
         raise
     faults: dict[str, Fault] = {}
     unescaped = _unescaped if text.startswith(_HEADER) else str
-    for line in text.split("\n"):
+    for number, line in enumerate(text.split("\n"), start=1):
         if line and not line.startswith("#"):
+            if "\t" not in line or "\0" in line:
+                advice = "expected path, tab, kind, tab, reason; mend it, or run `cmtrain data check` again"
+                raise DataError(f"{path}:{number}: {advice}")
             listed, _, reason = line.rpartition("\t")  # a path may hold tabs, a reason does not
             before, _, column = listed.rpartition("\t")
             kind = next((kind for kind in KINDS if kind == column), None)

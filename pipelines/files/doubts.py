@@ -26,7 +26,7 @@ def split_doubts(manifest: Manifest, split: str) -> list[str]:
     if len(names) == 1:
         doubts.append(f"{split}: only one class, {names[0]}: there is nothing to learn; a folder too deep?")
     for one, other in look_alikes(names)[:3]:
-        what = "differ only in case or in Unicode normal form (NFC, NFD)"
+        what = "differ only in case, blanks or Unicode form (NFC, NFD)"
         doubts.append(f"{split}: classes {one!r} and {other!r} {what}: one class?")
     ids = np.sort(manifest.identities)
     same = (ids[1:] == ids[:-1]) & (ids[1:] != 0)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipelines.files.listing import Listing
+from pipelines.files.listing import LISTED_ALREADY, Listing
 from pipelines.files.lists import read_list
 from pipelines.spec import DataError
 
@@ -39,6 +39,8 @@ def relabel_folder(
         others = (root / name for name in found if root / name != folder)
         same = next((other.name for other in others if os.path.samefile(other, folder)), None)
         what = "no images in this class folder; add some or remove the folder"
+        if LISTED_ALREADY in listing.skipped:
+            what = f"{what}; if it has some, a link in another class leads here: remove that link"
         link = f"the same folder as {same}, by a link: two classes cannot share their images; remove one"
         raise DataError(f"{folder}: {link if same else what}")
     return replace(listing, labels=listing.labels)
@@ -61,25 +63,25 @@ def relabel_list(listing: Listing, path: Path, class_names: Sequence[str] | None
         return _relabelled(listing, class_names, subject, "label", True)
     found = listing.class_names
     numbers = [_number(label) for label in found]
-    signed = [label for label in found if re.fullmatch(r"-[0-9]+", label)]
+    signed = [label for label in found if label.startswith("-") and _number(label[1:]) is not None]
     if signed and numbers.count(None) == len(signed):
         raise DataError(f"{subject(signed[0])} negative; leave out the lines of images without a class")
     if None in numbers:
         names = sorted(found)
         listing = _relabelled(listing, names, subject, "label", False)
-        num_numbers = len(found) - numbers.count(None)
-        other = found[numbers.index(None)]
-        what = f"{path}: {num_numbers:,} labels are numbers and others, as {other!r}, are not"
+        others = [label for label in found if _number(label) is None and label not in signed]
+        num_numbers = len(found) - len(others)
+        what = f"{path}: {num_numbers:,} labels are numbers and others, as {others[0]!r}, are not"
         note = f"{what}: all are taken as names of classes"
         return replace(listing, notes=(note,)) if num_numbers else listing
     by_number: dict[int | None, str] = {}
     for number, label in zip(numbers, found, strict=True):
         if by_number.setdefault(number, label) != label:
             raise DataError(f"{subject(label)} the number of {by_number[number]!r}, too; write one of them")
-    largest = max(number for number in numbers if number is not None)
+    largest = max(number or 0 for number in numbers)
     if largest < 2 * len(found):
         return _relabelled(listing, list(map(str, range(largest + 1))), subject, "label", True)
-    names = sorted(found, key=int)
+    names = sorted(found, key=lambda label: _number(label) or 0)
     what = f"{path}: labels are numbers with gaps, so they are names of {len(names):,} classes"
     note = f"{what}, {names[0]} to {names[-1]}; numbers without images are no classes"
     return replace(_relabelled(listing, names, subject, "label", False), notes=(note,))
@@ -115,7 +117,7 @@ def match_classes(
         if numbered.count(None) == len(names) and max(places) < len(names):
             shown = ", ".join(f"{index} is {names[index]}" for index in sorted(places)[:3])
             return places, f"{what}s are positions among the classes: {shown}"
-        others = [label for label in found if int(label) >= len(names)] or others
+        others = [name for name, place in zip(found, places, strict=True) if place >= len(names)] or others
         hint = f"; as positions they would go from 0 to {len(names) - 1}"
     alike = {_plain(name): name for name in names}
     if _plain(others[0]) in alike:
@@ -128,7 +130,7 @@ def match_classes(
 
 
 def look_alikes(names: Sequence[str]) -> list[tuple[str, str]]:
-    """Return the pairs of names that differ in case or in Unicode's normal form only."""
+    """Return the pairs of names that differ in case, blanks, unprintable characters or Unicode form only."""
     first: dict[str, str] = {}
     pairs = ((first.setdefault(_plain(name), name), name) for name in names)
     return [(one, other) for one, other in pairs if one != other]
@@ -140,11 +142,14 @@ def some(names: Sequence[str]) -> str:
 
 
 def _plain(name: str) -> str:
-    return unicodedata.normalize("NFC", name).casefold()
+    plain = unicodedata.normalize("NFKC", name).casefold()
+    return "".join(char for char in plain if char.isprintable() and not char.isspace())
 
 
 def _number(label: str) -> int | None:
-    return int(label) if re.fullmatch(r"[0-9]{1,18}", label) else None
+    """Return the whole number that a label spells, as 7, 007, 7.0 and +7 do; None if it is none."""
+    found = re.fullmatch(r"\+?(\d{1,99})(\.0*)?", label)
+    return int(found[1]) if found else None
 
 
 def _relabelled(

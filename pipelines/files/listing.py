@@ -22,7 +22,7 @@ from pipelines.spec import DataError, os_errors_in_one_line, visible
 
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp")
 LAYOUT = "data.root must hold train/<class>/*.jpg and val/<class>/*.jpg"
-NO_EXTENSION = "without extension"
+NO_EXTENSION, LISTED_ALREADY = "without extension", "linked to a folder that is listed already"
 MAX_KINDS = 8  # named in one line
 _ENCODED_EXTENSIONS = tuple(extension.encode() for extension in EXTENSIONS)
 # Folders that systems put into others: zip files of a Mac, thumbnails of a NAS, the root of a disk.
@@ -223,7 +223,7 @@ def _walk(
         folders[folder] = folder_state(start + folder)
         info = os.stat(start + folder)
         if (info.st_dev, info.st_ino) in visited:  # a link back up, or a second link to the same folder
-            skipped["linked to a folder that is listed already"] += 1
+            skipped[LISTED_ALREADY] += 1
             continue
         visited.add((info.st_dev, info.st_ino))
         inner = []

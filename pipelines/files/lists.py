@@ -16,7 +16,7 @@ _PATH = rf".+(?:{'|'.join(map(re.escape, EXTENSIONS))})"
 _LINE = re.compile(rf"({_PATH})\s*[,\s]\s*(.+)", re.IGNORECASE)
 _HEADER = re.compile(r"[^\s,;|./]+(\s*[\s,;|]\s*[^\s,;|./]+)+")
 _NUMBERS = re.compile(r"[-+.\d]+(\s+[-+.\d]+)+")
-_COLUMNS = "expected two columns, 'path,label'; a label that holds a comma or tab goes in double quotes"
+_COLUMNS = "expected two columns, 'path,label'; a label that holds a comma, tab or # goes in double quotes"
 
 
 def list_file(path: Path, root: Path) -> Listing:
@@ -59,12 +59,12 @@ def read_list(path: Path, root: Path, skipped: Counter[str] | None = None) -> It
                     continue
                 where = f"{path}:{number}"
                 name, label = _split(line, where, first)
+                if ("./" in name or "//" in name) and ".." not in name.split("/"):
+                    name = os.path.normpath(name.replace("//", "/"))
                 for prefix in roots if name.startswith("/") else ():
                     name = name.removeprefix(prefix)
                 if name.startswith("/") or ".." in name.split("/") or "\0" in line:
                     raise DataError(f"{where}: must be below data.root: not absolute, without .. and NUL")
-                if "./" in name or "//" in name:
-                    name = os.path.normpath(name)
                 if "\\" in name and "/" not in name:
                     raise DataError(f"{where}: {name!r} has backslashes; folders are separated by /")
                 yield number, name, label
@@ -87,7 +87,7 @@ def _split(line: str, where: str, first: bool) -> tuple[str, str]:
         what = f"{where}: expected 'path,label' or 'path label', found {line[:100]!r}"
         raise DataError(f"{what}{_why_not(line, first)}")
     name, label = found[1], found[2].strip()
-    if re.search(r"[,\t]", label) or _NUMBERS.fullmatch(label) or label.lower().endswith(EXTENSIONS):
+    if re.search(r"[,\t]|\s#", label) or _NUMBERS.fullmatch(label) or label.lower().endswith(EXTENSIONS):
         raise DataError(f"{where}: {_COLUMNS}; found {line[:100]!r}")
     return name, label
 

@@ -68,6 +68,8 @@ def cached_scan(
 
 def list_digest(path: Path) -> str:
     """Return the SHA-256 of a list of images. Raises DataError when it cannot be read."""
+    if path.exists() and not path.is_file():  # to open a pipe would wait for its writer
+        raise DataError(f"{path}: cannot read the list of images: not a file")
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

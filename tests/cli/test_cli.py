@@ -146,6 +146,9 @@ def test_demo_and_bench_pass_their_options_on(calls):
         (["--config=~/x.yaml"], "--config=~/x.yaml: no shell expanded the ~: write the whole path; after a blank, and not after =, a shell expands it"),
         (["data", "check", "~/photos"], "~/photos: no shell expanded the ~: write the whole path; after a blank, and not after =, a shell expands it"),
         (["config"], "cmtrain config: must be `config show --config FILE`, `config schema` or `config reference`"),
+        (["status", ""], "an argument is empty: a variable of the shell that is not set?"),
+        (["data", "check", "x", "--max-bad-fraction", "nan"], "--max-bad-fraction: must be a share 0..1, got nan"),
+        (["data", "preview", "--epoch", "-1"], "--epoch: must be a whole number >= 0, got -1"),
         (["config", "show"], "cmtrain config show: --config is missing, e.g. cmtrain config show --config configs/demo.yaml"),
     ],
 )  # fmt: skip

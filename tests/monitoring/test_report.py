@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import subprocess
 import sys
@@ -373,7 +374,7 @@ def test_damaged_rows_of_the_summary_are_reported(tmp_path):
 
 
 @pytest.mark.parametrize("missing", [*RUN_FILES, "summary.csv", "classes.json", "augmented.png"])
-@pytest.mark.parametrize("how", ["missing", "empty", "garbage", "wrong"])
+@pytest.mark.parametrize("how", ["missing", "empty", "garbage", "wrong", "pipe"])
 def test_a_file_that_is_missing_or_damaged_costs_only_itself(tmp_path, missing, how):
     run = write_run(tmp_path / "a", num_logs=20, events=eventful())
     top1 = f"Top-1 {100 * read_run(run).evaluations['eval_top1'][-1]:.1f} %"
@@ -382,7 +383,11 @@ def test_a_file_that_is_missing_or_damaged_costs_only_itself(tmp_path, missing, 
         "garbage": b"\xff\xfe{]\x00,;\n" * 50,
         "wrong": b'[1, {"step": "x", "time": null}]\n3\n"x"\n',
     }
-    (run / missing).unlink() if how == "missing" else (run / missing).write_bytes(content[how])
+    (run / missing).unlink()
+    if how == "pipe":
+        os.mkfifo(run / missing)
+    elif how != "missing":
+        (run / missing).write_bytes(content[how])
     page = page_of(run)
     assert "Curves" in page.words
     if missing in RUN_FILES and (how != "empty" or missing.startswith(("status", "config"))):

@@ -13,7 +13,9 @@ import pytest
 from helpers.images import write_tree
 from helpers.runs import ROOT
 
+from cmtrain.storage.records import replace_file
 from cmtrain.training import loaders
+from pipelines.atomic import replacing
 from pipelines.checks.bad_list import _places, user_cache, write_list
 from pipelines.checks.decode_one import Fault
 from pipelines.files.doubts import pair_doubts, split_doubts
@@ -270,7 +272,7 @@ def test_classes_without_an_image_one_class_and_look_alikes_are_reported(root, t
     for name in CAFE.values():
         shutil.copytree(root / "train" / "cat", root / "train" / name)
     doubts = split_doubts(Manifest.from_folder(root / "train", **options), "training")
-    assert any("differ only in case or in Unicode normal form" in line for line in doubts)
+    assert any("differ only in case, blanks or Unicode form" in line for line in doubts)
 
 
 @pytest.mark.parametrize(
@@ -320,3 +322,42 @@ def test_another_package_called_pipelines_is_one_clear_line(tmp_path, start):
     )
     if "-m" in start:
         assert (done.returncode, len(done.stderr.splitlines())) == (3, 1)
+
+
+def test_numbers_of_a_data_frame_are_numbers_and_never_positions_of_their_own_text(opened):
+    names = opened([f"train/cat/0000.jpg,{number}.0" for number in range(12)]).class_names
+    assert names == tuple(map(str, range(12)))
+    assert opened(images("2", "10"), names).labels.tolist() == [2, 10]  # as text, 10.0 comes before 2.0
+
+
+def test_a_comment_behind_a_label_is_no_part_of_it(opened):
+    with pytest.raises(DataError, match="two columns"):
+        opened(images("cat  # blurred", "dog"))
+
+
+@pytest.mark.parametrize("content", ["pipe", b"train/cat/0000.jpg\n", b"\0\0\t\0"])
+def test_a_list_of_bad_files_that_cannot_be_read_is_one_line(root, tmp_path, content):
+    """It would let the bad files back in, and a pipe would wait for ever."""
+    if content == "pipe":
+        os.mkfifo(root / "bad_files.tsv")
+    else:
+        (root / "bad_files.tsv").write_bytes(content)
+    with pytest.raises(DataError, match=r"bad_files.tsv.*(not a file|expected path)"):
+        Manifest.from_folder(root / "train", cache_dir=tmp_path / "cache")
+
+
+def test_a_list_that_is_a_pipe_is_refused(root, tmp_path):
+    os.mkfifo(tmp_path / "list")
+    with pytest.raises(DataError, match="not a file"):
+        Manifest.from_list(tmp_path / "list", root, cache_dir=tmp_path / "cache")
+
+
+def test_a_device_is_written_to_and_never_replaced(tmp_path):
+    """As root a rename would put a file in the place of /dev/stdout."""
+    reader, writer = os.pipe()
+    path = Path(f"/proc/self/fd/{writer}")
+    with replacing(path) as file:
+        file.write(b"one ")
+    replace_file(path, "two")
+    assert os.read(reader, 99) == b"one two"
+    os.close(reader), os.close(writer)

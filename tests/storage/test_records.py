@@ -134,11 +134,13 @@ def test_a_table_is_rewound_on_a_full_disk(tmp_path, monkeypatch):
     assert rows_of(tmp_path / "summary.csv") == ["10", "20"]
 
 
-@pytest.mark.parametrize("how", [*DAMAGED, "a folder"])
+@pytest.mark.parametrize("how", [*DAMAGED, "a folder", "a dead link"])
 @pytest.mark.parametrize("name", ["status.json", "classes.json", "failed-rank0.json", "config.yaml"])
 def test_a_damaged_record_is_set_aside(tmp_path, name, how):
     if how == "a folder":
         (tmp_path / name).mkdir()
+    elif how == "a dead link":
+        (tmp_path / name).symlink_to(name)
     else:
         (tmp_path / name).write_bytes(DAMAGED[how])
     assert read_status(tmp_path) is None
@@ -151,12 +153,20 @@ def test_a_damaged_record_is_set_aside(tmp_path, name, how):
     assert archive_previous_attempt(tmp_path) == ()
 
 
+@pytest.mark.parametrize("place", [os.mkfifo, lambda path: path.symlink_to("nowhere")])
+def test_what_is_no_file_in_the_place_of_stacks_is_put_away(tmp_path, place):
+    """The watchdog would wait for the reader of a pipe."""
+    place(tmp_path / "hang-rank0.txt")
+    archive_previous_attempt(tmp_path)
+    assert [name.startswith(".corrupt-hang-rank0.txt-") for name in os.listdir(tmp_path)] == [True]
+
+
 def test_nothing_is_set_aside_that_the_machine_cannot_read(tmp_path, monkeypatch, no_pauses):
     a_table(tmp_path).status(state="running", step=1)
     before = sorted(path.name for path in tmp_path.iterdir())
     real = records_module.read_bytes
 
-    def unreadable(path):
+    def unreadable(path, limit=0):
         if path.name == "status.json":
             raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
         return real(path)
