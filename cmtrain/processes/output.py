@@ -17,7 +17,7 @@ NUMBERS = {"stdout": 1, "stderr": 2}
 
 
 class _Stream(io.FileIO):
-    """A standard stream. `error`: why the latest line was lost; `raises`: whether write raises it."""
+    """A standard stream. `error`: why the first line was lost; `raises`: whether write raises it."""
 
     def __init__(self, number: int, *, raises: bool) -> None:
         super().__init__(number, "w", closefd=False)
@@ -30,7 +30,7 @@ class _Stream(io.FileIO):
             return written
         except OSError as error:
             self.is_news = self.is_news or self.error is None
-            self.error = error
+            self.error = self.error or error  # the one raised is looked for: what is buffered is tried again
             if self.raises:
                 self.raises = False  # not a second time, when the interpreter flushes at its end
                 raise

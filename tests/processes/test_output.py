@@ -39,6 +39,19 @@ def test_a_full_disk_behind_stdout_is_one_line():
         assert run_into(full, "config", "schema") == (3, "stdout: No space left on device\n")
 
 
+@pytest.mark.parametrize(
+    ("place", "code", "line"), [("/dev/full", 3, "stdout: No space left"), ("pipe", 141, "")]
+)
+def test_what_a_verb_flushes_at_once_ends_it_as_quietly(tmp_path, dead_pipe, place, code, line):
+    (tmp_path / "status.json").write_text('{"state": "finished"}')
+    with open("/dev/full", "w") as full:
+        stdout = dead_pipe if place == "pipe" else full
+        found, err = run_into(stdout, "watch", str(tmp_path))
+    assert found == code
+    assert err.startswith(line)
+    assert err.count("\n") == bool(line)
+
+
 def test_a_mistake_keeps_its_exit_code_without_stderr(dead_pipe):
     done = subprocess.run([*PROGRAM, "nonsense"], stderr=dead_pipe, stdout=subprocess.PIPE, timeout=600)
     assert (done.returncode, done.stdout) == (2, b"")
