@@ -39,8 +39,8 @@ def resize_into(out: Pixels, image: Pixels, interpolation: Interpolation) -> Non
 class OneGraph:
     """A graph from files to normalised images; at most `Execution.prefetch_batches` are in the making."""
 
-    def __init__(self, pipeline: Pipeline, run: Execution) -> None:
-        self._pipeline, self._device_id = pipeline, run.device_id
+    def __init__(self, source: Source, spec: AugmentSpec | EvalSpec, run: Execution) -> None:
+        self._pipeline, self._device_id = graphs.file_graph(source, spec, run), run.device_id
 
     def schedule(self) -> None:
         """Begin the next batch, without waiting; the very first call begins prefetch_batches."""
@@ -120,12 +120,8 @@ Stages = OneGraph | TwoGraphs
 
 
 def make_stages(source: Source, spec: AugmentSpec | EvalSpec, run: Execution) -> Stages:
-    """Return the stages of a loader; `source` as for `graphs.train_graph` or `graphs.eval_graph`."""
-    if run.device == "cpu":
-        return TwoGraphs(source, spec, run)
-    if isinstance(spec, AugmentSpec):
-        return OneGraph(graphs.train_graph(source, spec, run), run)
-    return OneGraph(graphs.eval_graph(source, spec, run), run)
+    """Return the stages of a loader; `source` as for `graphs.file_graph`."""
+    return TwoGraphs(source, spec, run) if run.device == "cpu" else OneGraph(source, spec, run)
 
 
 def _fetch_output(pipeline: Pipeline, device_id: int | None) -> torch.Tensor:
