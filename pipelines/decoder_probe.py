@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -25,9 +26,7 @@ _HOW = {
     "cpu": "on the CPU",
 }
 
-BATCH_SIZE = (
-    32  # of these at least 13 go to the JPEG engine, which then decodes batches of mixed kinds at once
-)
+BATCH_SIZE = 32  # at least 13 of them go to the JPEG engine, which then decodes mixed kinds at once
 MAX_SECONDS = 120  # to import DALI from a slow disk and to create CUDA's context
 # Decoders round differently and interpolate colour differently: less than one level of 255. A window that is
 # one pixel off is 8 levels away, another image's window more than 40.
@@ -46,11 +45,11 @@ def choose_decode(
     Args:
         probe: returns what is wrong with a way to decode on a device, or nothing; `fault_of` if None.
     """
-    if not str(place.device).startswith("cuda") or place.decode == "cpu":
+    if not str(place.device).startswith("cuda"):
         return "cpu", []
     first = 0 if place.decode == "auto" else WAYS.index(place.decode)
     lines: list[str] = []
-    for way, fallback in zip(WAYS[first:-1], WAYS[first + 1 :], strict=True):
+    for way, fallback in pairwise(WAYS[first:]):
         fault = (probe or fault_of)(place, way)
         if not fault:
             return way, lines

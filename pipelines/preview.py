@@ -14,10 +14,7 @@ def contact_sheet(
 ) -> None:
     """Write the first of `images`, (B, 3, H, W) of any device and float type, as a PNG grid.
 
-    Args:
-        mean, std: constants that the images were normalised with, which is undone.
-        path: the PNG to write; its folder must exist.
-        columns: images in a row; 0 makes a square grid.
+    mean, std: what the images were normalised with, which is undone. columns: 0 makes a square grid.
     """
     pixels = images[:max_images].float().cpu().permute(0, 2, 3, 1).numpy()  # (B, 3, H, W) -> (B, H, W, 3)
     levels = np.clip(np.rint((pixels * np.array(std) + np.array(mean)) * 255), 0, 255).astype(np.uint8)

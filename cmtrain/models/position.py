@@ -1,12 +1,11 @@
 """Learn positions: the attention bias in its four forms, and the absolute embedding.
 
-Letters: h heads, n queries per side of the map, N = n * n queries, r reduction, k = n / r keys per side, K =
-    k * k
-keys (m, M, L: the same of a table from another image size).
+Letters: h heads, n queries per side of the map, N = n * n queries, r reduction, k = n / r keys per side,
+K = k * k keys (m, M, L: the same of a table from another image size).
 
-Every class holds one parameter, `table`, and has two methods. `forward` returns the bias of the attention
-scores (or the map with the embedding added). `resized` returns a table that was learned at another image
-size at this one's, and raises ValueError for a table of another kind.
+Every class holds one parameter, `table`. `forward` returns the bias of the attention scores (or the map with
+the embedding added). `resized` returns a table that was learned at another image size at this one's, and
+raises ValueError for a table of another kind.
 """
 
 import math
@@ -16,9 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Variant = Literal[
-    "paper", "reimpl"
-]  # the authors' released network; the re-implementation's (FlyEgle/CMT-pytorch)
+# The authors' released network; the re-implementation's (FlyEgle/CMT-pytorch).
+Variant = Literal["paper", "reimpl"]
 AttentionBiasKind = Literal["none", "relative", "pairwise"]
 
 
@@ -40,8 +38,8 @@ def relative_windows(table: Tensor, queries_per_side: int, step: int) -> Tensor:
     """Read a table of 2-D offsets as a bias: (..., a, b) -> (..., n, n, i, j), with i = (a - n) / step + 1.
 
     Entry [y, x, i, j] is table[i * step - y + n - 1, j * step - x + n - 1]: the offset from query (y, x) to
-    the key at pixel (i * step, j * step). Neighbouring queries see shifted windows of the table, so strided
-    views and one flip replace an index table: no buffer, and no atomic additions of index_put's backward.
+    the key at pixel (i * step, j * step). Strided views and one flip replace an index table: no buffer, and
+    no atomic additions of index_put's backward.
     """
     n = queries_per_side
     windows = table.unfold(-2, n, step).unfold(-2, n, step)  # (..., i, j, n, n), query coordinates reversed
@@ -83,9 +81,7 @@ class PairwiseBias(nn.Module):
         return self.table
 
     def resized(self, table: Tensor) -> Tensor:
-        is_pairs = (
-            table.ndim == 3 and table.shape[0] == self.table.shape[0] and all(map(_side, table.shape[1:]))
-        )
+        is_pairs = table.ndim == 3 and len(table) == len(self.table) and all(map(_side, table.shape[1:]))
         _require(is_pairs, table, self.table)
         return _resize_pairs(table, self.queries_per_side, self.keys_per_side)
 
@@ -199,6 +195,5 @@ def make_attention_bias(
         return None
     if variant == "paper":
         return {"relative": RelativeBias, "pairwise": PairwiseBias}[kind](heads, queries_per_side, reduction)
-    return {"relative": ReimplRelativeBias, "pairwise": ReimplPairwiseBias}[kind](
-        queries_per_side, reduction
-    )
+    reimpl = {"relative": ReimplRelativeBias, "pairwise": ReimplPairwiseBias}
+    return reimpl[kind](queries_per_side, reduction)

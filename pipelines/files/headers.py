@@ -17,9 +17,8 @@ from pipelines.checks.decode_one import CheckResult, Fault, check_file
 from pipelines.files.listing import Listing
 from pipelines.progress import tracked
 
-# A file or folder that is changed twice within one tick of its file system's clock looks as after the first
-# change (so git checks "racily clean" files again). The coarsest tick is FAT's two seconds; another one for
-# clocks that differ.
+# Two changes within one tick of a file system's clock look like one (git's "racily clean" files). The
+# coarsest tick is FAT's two seconds; another one for clocks that differ.
 TICK_NS = 3_000_000_000
 _DAY_NS = 86_400_000_000_000
 _BLOCK = 64  # files that a thread takes at a time
@@ -37,11 +36,7 @@ class Scan:
 
 
 def scan(listing: Listing, threads: int | None, known: Scan | None) -> Scan:
-    """Read the headers that `known` lacks, holds with another size or time, or holds as unusable.
-
-    Args:
-        threads: number of readers; None is four per core.
-        known: an earlier scan of the same root.
+    """Read the headers that `known`, an earlier scan, lacks, has with another size or time, or as unusable.
 
     Raises OSError when the machine cannot read a file, which says nothing about the file.
     """

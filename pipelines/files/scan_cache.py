@@ -8,7 +8,6 @@ changes that cannot see.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import sys
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.atomic import remove_leftovers, replacing, wait_for_lock
+from pipelines.atomic import locked, remove_leftovers, replacing
 from pipelines.checks.decode_one import Fault
 from pipelines.files.headers import Scan, in_threads, is_racy, read_headers, scan
 from pipelines.files.listing import Listing, Paths, file_state, folder_state
@@ -48,22 +47,18 @@ def cached_scan(
     """
     digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:32]
     path = cache / f"files-{digest}.npz"
-    remove_leftovers(path, path.with_suffix(".lock"))
+    remove_leftovers(path)
     kept = None if refresh else _load(path)
     if kept and _is_valid(*kept, content, threads):
         return kept[1]
     kept = None  # it is large, and another process may write a new one while this one waits
-    lock = wait_for_lock(path.with_suffix(".lock"), "lists the images")
-    try:
+    with locked(path, "lists the images"):
         kept = None if refresh else _load(path)
         if kept and _is_valid(*kept, content, threads):
             return kept[1]
         found = scan(lister(), threads, kept and kept[1])
         _store(path, content, found)
         return found
-    finally:
-        with contextlib.suppress(OSError):
-            lock.release()
 
 
 def list_digest(path: Path) -> str:
@@ -80,31 +75,19 @@ def _is_valid(then: str, kept: Scan, content: str, threads: int | None) -> bool:
     folder_times_ns = listing.folder_states[:, 2:]  # (F, 2) mtime, ctime
     if (folder_times_ns == 0).any():  # a file system that gives folders no time (s3fs issue 2048)
         return False
-    if any(is_racy(times_ns, listing.began_ns).any() for times_ns in (folder_times_ns, listing.mtime_ns)):
+    times_ns = folder_times_ns, listing.mtime_ns
+    if then != content or any(is_racy(times, listing.began_ns).any() for times in times_ns):
         return False
-    return (
-        then == content
-        and _folders_are_unchanged(listing, threads)
-        and _sample_is_unchanged(listing, threads)
-        and _faults_are_unchanged(kept, threads)
-    )
-
-
-def _folders_are_unchanged(listing: Listing, threads: int | None) -> bool:
     folders = list(map(listing.encoded_path, listing.folders.encoded))
-    return np.array_equal(list(in_threads(folder_state, folders, threads)), listing.folder_states)
-
-
-def _sample_is_unchanged(listing: Listing, threads: int | None) -> bool:
+    if not np.array_equal(list(in_threads(folder_state, folders, threads)), listing.folder_states):
+        return False
     sample = np.linspace(0, len(listing) - 1, min(len(listing), NUM_SAMPLED)).astype(np.int64)
     files = list(map(listing.encoded_path, listing.paths.encoded[sample]))
-    then = np.stack([listing.size_bytes[sample], listing.mtime_ns[sample]], axis=1)
-    return np.array_equal([state[:2] for state in in_threads(file_state, files, threads)], then)
-
-
-def _faults_are_unchanged(kept: Scan, threads: int | None) -> bool:
-    """An unusable file may have been repaired by a change that no time shows, as of its permissions."""
-    results = read_headers(kept.listing, list(kept.faults), threads)
+    known = np.stack([listing.size_bytes[sample], listing.mtime_ns[sample]], axis=1)
+    if not np.array_equal([state[:2] for state in in_threads(file_state, files, threads)], known):
+        return False
+    # An unusable file may have been repaired by a change that no time shows, as of its permissions.
+    results = read_headers(listing, list(kept.faults), threads)
     return [result.fault for result in results] == list(kept.faults.values())
 
 
