@@ -40,10 +40,7 @@ def choose_decode(
 ) -> tuple[Decode, list[str]]:
     """Return the fastest way to decode that works on `place.device`, and one line for each that does not.
 
-    Begins with the way that `place.decode` names; "auto" is the fastest one.
-
-    Args:
-        probe: returns what is wrong with a way to decode on a device, or nothing; `fault_of` if None.
+    Begins with the way that `place.decode` names; "auto" is the fastest one. `probe` is for tests.
     """
     if not str(place.device).startswith("cuda"):
         return "cpu", []
@@ -64,8 +61,7 @@ def fault_of(
 ) -> str:
     """Return what is wrong with a way to decode on `place.device`, "" if nothing is.
 
-    Args:
-        program: the command that decodes and compares; this file if empty.
+    `program`: the command that decodes and compares; this file if empty.
     """
     request = {"decode": decode, "device": str(place.device), "load": place.hw_decoder_load}
     request |= {"threads": min(place.threads, 4), "max_seconds": max_seconds}

@@ -36,10 +36,8 @@ def train_loader(
 ) -> DaliLoader:
     """Return a loader of this rank's augmented micro-batches, in the plan's order.
 
-    Another sample, with its own label and draws, replaces one that cannot be decoded.
-
-    Args:
-        place: rank, device and limits; or give fields of Placement as keywords, such as `device="cuda:0"`.
+    Another sample, with its own label and draws, replaces one that cannot be decoded. Instead of `place`,
+    fields of Placement may be given as keywords, such as `device="cuda:0"`.
 
     Raises:
         TypeError: a keyword that Placement does not have, or both a Placement and keywords.
@@ -146,8 +144,7 @@ class DaliLoader:
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Yield this rank's batches after `start` consumed samples. A batch owns its memory.
 
-        While an epoch's last batches are consumed, the first of the next one are already being made. Another
-        request than the next epoch throws those away.
+        With an epoch's last batches the first of the next one are made; another request throws those away.
 
         Raises:
             DataError: too many bad files, or a batch fails twice although Pillow can read all of its files.

@@ -125,7 +125,9 @@ class Plan:
         # Keyed by sample and copy, never by position: a sample keeps its pixels wherever it lands.
         copies = batch.copies.astype(np.uint64)
         states = _mix(_states(self.seed, _AUGMENT_DOMAIN, batch.epoch, batch.indices) ^ _mix(copies))
-        return _uniforms(states, num_streams)
+        counters = np.arange(1, num_streams + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        words = _mix(states[:, None] + counters)  # (B,) -> (B, streams)
+        return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 class JitterParams(NamedTuple):
@@ -217,12 +219,6 @@ def _states(seed: int, domain: int, epoch: int, indices: Ints) -> Words:
     for part in (seed, domain, epoch):
         key = _mix(key ^ np.uint64(part))
     return _mix(key ^ indices.astype(np.uint64))
-
-
-def _uniforms(states: Words, num_streams: int) -> Floats:
-    counters = np.arange(1, num_streams + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    words = _mix(states[:, None] + counters)  # (B,) -> (B, streams)
-    return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def _mix(x: Words) -> Words:

@@ -73,8 +73,8 @@ def to_reference_state_dict(model: CMT, tensors: Mapping[str, Tensor] | None = N
 def load_reference_checkpoint(model: CMT, state_dict: Mapping, *, skip_head: bool = False) -> None:
     """Load weights of the paper's authors or the re-implementation into a model of that variant, in place.
 
-    state_dict: the reference's own keys, also inside {"model": ...}, {"state_dict": ...}, {"model_ema": ...}
-        or {"state_dict_ema": ...} (averaged weights are preferred) and behind "module." prefixes.
+    state_dict: the reference's own keys, also inside one of WRAPPERS (averaged weights are preferred) and
+        behind "module." prefixes.
     skip_head: keep the model's own classifier, for another number of classes.
 
     Position tables of another image size are resized. Anything else that does not fit - variant, options,

@@ -11,7 +11,6 @@ from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
@@ -221,15 +220,11 @@ class CMT(nn.Module):
 
 
 def _cfg(size: Size) -> dict[str, Any]:
+    # The rest is timm's default: ImageNet's mean and std, bicubic, and the paper's crop_pct of 224 / 256.
     return {
-        "num_classes": 1000,
         "input_size": (3, size.image_px, size.image_px),
         "fixed_input_size": True,
         "pool_size": (size.image_px // 32, size.image_px // 32),
-        "crop_pct": 224 / 256,  # the paper evaluates on the centre of int(256 / 224 * px)
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
         "first_conv": "stem.conv1",
         "classifier": "head",
     }

@@ -21,10 +21,9 @@ AttentionBiasKind = Literal["none", "relative", "pairwise"]
 
 
 def resize_grid(grid: Tensor, side: int) -> Tensor:
-    """Resample square grids bicubically: (..., m, m) -> (..., side, side).
+    """Resample square grids bicubically, antialiased as in timm: (..., m, m) -> (..., side, side).
 
-    Antialiased, as timm resizes position embeddings, so that shrinking averages instead of picking. Half
-    precision is resampled in fp32. A grid of that side already is returned untouched, bit for bit.
+    Half precision is resampled in fp32. A grid of that side already is returned untouched, bit for bit.
     """
     if grid.shape[-1] == side:
         return grid
@@ -66,10 +65,7 @@ def _require(fits: bool, table: Tensor, wanted: Tensor) -> None:
 
 
 class PairwiseBias(nn.Module):
-    """One learned number per (head, query, reduced key): the paper's released `relative_pos_*`.
-
-    Drawn from N(0, 1), as released: no smaller scale is documented for the paper's accuracies.
-    """
+    """The paper's `relative_pos_*`: a number per (head, query, reduced key), drawn from N(0, 1)."""
 
     def __init__(self, heads: int, queries_per_side: int, reduction: int):
         super().__init__()
@@ -89,9 +85,9 @@ class PairwiseBias(nn.Module):
 class RelativeBias(nn.Module):
     """One learned number per (head, 2-D offset from a query to the origin of a reduced key's cell).
 
-    The paper asks for a relative bias (section 3.3) but released a pairwise table; this is the literal
-    reading. Offsets are counted in query pixels against the true key grid, 2n - r of them per axis. Drawn
-    like the re-implementation's table (standard deviation 0.2), the only one with published accuracies.
+    The literal reading of the paper's section 3.3, which released a pairwise table. Offsets are counted in
+    query pixels, 2n - r of them per axis. Drawn like the re-implementation's table, which has published
+    accuracies (standard deviation 0.2).
     """
 
     def __init__(self, heads: int, queries_per_side: int, reduction: int):
@@ -114,8 +110,8 @@ class RelativeBias(nn.Module):
 class ReimplPairwiseBias(nn.Module):
     """The re-implementation's "no distance" table: (N, N) for all heads; it reads the first K columns.
 
-    Key j of the reduced map reads column j, so those K columns are a pairwise table. The other columns have
-    no effect and a gradient of exactly zero; they are kept because its checkpoints hold them.
+    Key j of the reduced map reads column j. The other columns have no effect and a gradient of exactly zero;
+    they are kept because its checkpoints hold them.
     """
 
     def __init__(self, queries_per_side: int, reduction: int):

@@ -1,7 +1,7 @@
 """Turn the labels of a list, or the names of class folders, into classes.
 
-What the labels of a list or folder are is decided once for all of them: names of classes, numbers in
-another spelling of such names, or positions among the classes. One label that does not fit is an error.
+All of them are names of classes, or numbers in another spelling of such names, or positions among the
+classes. One label that does not fit is an error.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
-"""List the candidate images of a folder, without opening them.
+"""List the candidate images of a folder, without opening them; by our own walk.
 
-DALI's directory reader gives hidden and empty folders a label and ignores nested files, so the walk is our
-own.
+DALI's directory reader gives hidden and empty folders a label and ignores nested files.
 """
 
 from __future__ import annotations
@@ -131,8 +130,7 @@ def list_folder(root: Path) -> Listing:
 def folder_state(path: bytes) -> FolderState:
     """Return what changes with a folder's entries: inode, size, mtime, ctime; all -1 for a missing folder.
 
-    The time of modification alone is not enough: rsync and tar set it back, and it may be all the same.
-    Raises OSError when the machine cannot look.
+    mtime alone is not enough: rsync and tar set it back. Raises OSError when the machine cannot look.
     """
     info = _stat(path)
     if isinstance(info, OSError):
@@ -143,8 +141,7 @@ def folder_state(path: bytes) -> FolderState:
 def file_state(path: bytes) -> FileState:
     """Return size in bytes, time of modification, inode, and the fault that shows without opening the file.
 
-    The inode is of the file itself: of one with many names, by links or by spelling, it is one.
-    Raises OSError when the machine cannot look.
+    The inode is the same under many names, by links or by spelling. Raises OSError as `folder_state`.
     """
     info = _stat(path)
     if isinstance(info, OSError):

@@ -1,7 +1,7 @@
-"""List the usable images of a split, with class and size: found by our own walk, never by DALI's.
+"""List the usable images of a split, with class and size.
 
-DALI answers a broken file by ending the run. Here every file's header is read beforehand, and a file that
-cannot be used is left out and named.
+DALI answers a broken file by ending the run. So every header is read beforehand, and a file that cannot be
+used is left out and named.
 """
 
 from __future__ import annotations
@@ -110,8 +110,7 @@ class Manifest:
     def from_folder(
         root: Path | str, *, image_list: Path | str | None = None,
         class_names: Sequence[str] | None = None, cache_dir: Path | str | None = None,
-        max_bad_fraction: float = MAX_BAD_FRACTION, threads: int | None = None, refresh: bool = False,
-        positions: bool = False,
+        max_bad_fraction: float = MAX_BAD_FRACTION, refresh: bool = False, positions: bool = False,
     ) -> Manifest:  # fmt: skip
         """Read the images below `root/<class>/`, at any depth, without hidden ones; links are followed once.
 
@@ -124,7 +123,6 @@ class Manifest:
             class_names: classes of the training split, for a validation split; None takes those found.
             cache_dir: folder for the cached list of images and sizes; None is `$XDG_CACHE_HOME/cmtrain`.
             max_bad_fraction: largest share of unusable files; they are left out (`bad`).
-            threads: readers of file headers; None is four per core.
             refresh: whether to look at every file, whatever is cached (see `scan_cache`).
             positions: whether class folders may be named by positions in `class_names`; labels of lists may.
         """
@@ -142,7 +140,7 @@ class Manifest:
             relabel(listing)  # reports a wrong class before all headers are read
             return listing
 
-        found = cached_scan(checked, name, content, cache, threads, refresh)
+        found = cached_scan(checked, name, content, cache, refresh)
         listing = relabel(found.listing)
         return _manifest(found, listing, max_bad_fraction, listed=image_list is not None)
 

@@ -121,7 +121,8 @@ def _write_shard(
         columns = np.array(rows, np.int64).reshape(-1, 6)
         end = begin + len(rows) + len(faults)
         record = _Record(name, size, digest.hexdigest(), end, columns, faults)
-        _store_record(folder, record, recipe)  # before the shard gets its name
+        with replacing(_record_file(folder, name)) as record_file:  # before the shard gets its name
+            record_file.write(json.dumps([recipe, *record._replace(rows=record.rows.tolist())]).encode())
     return record
 
 
@@ -171,11 +172,6 @@ def _kept_records(folder: Path, recipe: str) -> list[_Record]:
                 break
         records.append(record)
     return records
-
-
-def _store_record(folder: Path, record: _Record, recipe: str) -> None:
-    with replacing(_record_file(folder, record.name)) as file:
-        file.write(json.dumps([recipe, *record._replace(rows=record.rows.tolist())]).encode())
 
 
 def _load_record(path: Path, recipe: str) -> _Record | None:
