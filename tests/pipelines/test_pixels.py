@@ -161,8 +161,9 @@ def test_stats_are_of_the_pixels_that_training_sees(tmp_path, make_job, capsys):
     assert main(["data", "stats", "--config", str(job.config)]) == 0
     stats = json.loads(capsys.readouterr().out)["train"]
     seen = of_dali((tmp_path / "ramps" / "train" / "a" / "0.png").read_bytes()) / 255
-    assert stats["mean"] == pytest.approx([seen.mean()] * 3, abs=1e-4)
-    assert stats["std"] == pytest.approx([seen.std()] * 3, abs=1e-4)
+    near = 1e-4 if graphs.READS_FILES else 1 / 255  # DALI 1.34 differs by one grey level, see NEARLY
+    assert stats["mean"] == pytest.approx([seen.mean()] * 3, abs=near)
+    assert stats["std"] == pytest.approx([seen.std()] * 3, abs=near)
     assert stats["bytes"] == sum(
         path.stat().st_size for path in (tmp_path / "ramps" / "train").rglob("*.png")
     )
