@@ -39,10 +39,9 @@ class Learner:
         model: on `accelerator.device`, not yet wrapped.
         ema_decay: decay per step, None for no EMA.
         protect: whether the guard refuses bad steps, or only counts them.
-        spike_sigma: standard deviations above the mean of loss or gradient norm that make a step a spike.
+        spike_sigma: see SpikeDetector.
         accumulation: micro-batches per step on this rank.
         clip_grad: largest L2 norm of the gradient, None for no clipping.
-        seed: random seed of the run; see `_torch_seed`.
     """
 
     def __init__(

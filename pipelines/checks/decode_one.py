@@ -143,10 +143,9 @@ def _check(path: str, decode: bool, limit_seconds: int) -> CheckResult:
             width, height = image.size
             if height * width > MAX_PIXELS:
                 return CheckResult(0, 0, Fault("too_large", f"{height}x{width} pixels, {_TOO_MANY_PIXELS}"))
-            if not decode:
-                return CheckResult(height, width, None)
-            image.load()
-            return CheckResult(height, width, None, may_rotate(image))
+            if decode:
+                image.load()
+            return CheckResult(height, width, None, decode and may_rotate(image))
 
 
 @contextlib.contextmanager

@@ -46,12 +46,10 @@ def relabel_folder(
 
 
 def relabel_list(listing: Listing, path: Path, class_names: Sequence[str] | None) -> Listing:
-    """Return the same files with places in `class_names` as labels.
+    """Return the same files with places in `class_names` as labels; None takes the labels found, in order.
 
-    None takes the labels found: names in order, or numbers. Numbers are positions if at least half of those
-    up to the largest are found, else names.
-
-    Raises DataError for a label that is no class, with its line.
+    Then numbers are positions if at least half of those up to the largest are found, else names. Raises
+    DataError for a label that is no class, with its line.
     """
 
     def subject(label: str) -> str:
@@ -91,12 +89,9 @@ def relabelled(
 ) -> Files:
     """Return the same files with places in `names` as labels, and a note if not all were matched by name.
 
-    Args:
-        subject: begins the sentence about a label that is no class.
-        what: "label", "folder" or "class", for messages.
-        positions: whether numbers may be positions. Where a class has a number for a name they never are.
-
-    Raises DataError that shows what matched and what did not.
+    Raises DataError that shows what matched and what did not: a sentence that `subject` begins, about a
+    `what` ("label", "folder" or "class"). `positions`: whether numbers may be positions. Where a class has a
+    number for a name they never are.
     """
     classes, how = _match(files.class_names, names, subject, what, positions)
     labels, notes = np.array(classes, np.int64)[files.labels], (f"{files.root}: {how}",) if how else ()
