@@ -1,6 +1,4 @@
-"""Parse the arguments of a verb: its own options, and overrides of the configuration. A mistake is one
-line.
-"""
+"""Parse the arguments of a verb: its own options, and overrides of the configuration."""
 
 import argparse
 import re
@@ -22,11 +20,9 @@ def make_parser(verb: str, description: str) -> argparse.ArgumentParser:
 
 
 def parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[argparse.Namespace, Overrides]:
-    """Return the options of a verb, and as overrides whatever else looks like an option; load_config checks
-    those.
+    """Return the options of a verb, and as overrides, for load_config, whatever else looks like an option.
 
-    Raises:
-        ConfigError: a mistake in the verb's own options.
+    Raises ConfigError: a mistake in the verb's own options.
     """
     overrides: list[tuple[str, str]] = []
     own, rest = [], list(arguments)
@@ -49,8 +45,7 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[ar
         name = argument.partition("=")[0]
         if not name.startswith("--"):
             raise ConfigError(f"{parser.prog}: unexpected argument {name}")
-        names = [option.replace("_", "-") for option in vars(options)]
-        if close := did_you_mean(name.strip("-"), names, "--"):
+        if close := did_you_mean(name.strip("-"), re.findall(r"--([\w-]+)", parser.format_usage()), "--"):
             raise ConfigError(f"{name}: unknown option{close}")
         overrides.append(_override(argument, rest))
     return options, overrides
@@ -70,9 +65,8 @@ def parse_with_config(
     """Return the options of a verb that has --config, and the configuration with its overrides."""
     options, overrides = parse(parser, arguments)
     if options.config is None:
-        raise ConfigError(
-            f"{parser.prog}: --config is missing, e.g. {parser.prog} --config configs/demo.yaml"
-        )
+        example = f"{parser.prog} --config configs/demo.yaml"
+        raise ConfigError(f"{parser.prog}: --config is missing, e.g. {example}")
     return options, load_config(options.config, overrides)
 
 
@@ -93,13 +87,11 @@ def add_json(parser: argparse.ArgumentParser, *, to_file: bool = False) -> None:
         parser.add_argument("--json", action="store_true", help="print the JSON line on a terminal, too")
 
 
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number >= 1, got {text}")
+def positive(text: str, least: int = 1) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"must be a whole number >= {least}, got {text}")
     return int(text)
 
 
 def count(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"must be a whole number >= 0, got {text}")
-    return int(text)
+    return positive(text, least=0)

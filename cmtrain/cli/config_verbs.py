@@ -21,21 +21,20 @@ reference  print every key, its unit, range and default, for people
 def config(arguments: list[str]) -> int:
     """Run the verb that `arguments` begin with. Returns the exit code."""
     what = arguments.pop(0) if arguments else ""
-    if what == "schema" and not arguments:
-        sys.stdout.write(json.dumps(config_schema(), indent=2) + "\n")
-        return EXIT_DONE
-    if what == "reference" and not arguments:
-        sys.stdout.write(config_reference())
-        return EXIT_DONE
     if what in ("-h", "--help"):
-        sys.stdout.write(HELP)
-        return EXIT_DONE
-    if what != "show":
-        raise ConfigError(
-            "cmtrain config: must be `config show --config FILE`, `config schema` or `config reference`"
-        )
-    parser = make_parser("config show", "Print the resolved configuration and where each value comes from.")
-    parser.add_argument("--config", metavar="FILE", help=CONFIG_HELP)
-    _, resolved = parse_with_config(parser, arguments)
-    sys.stdout.write(to_yaml(resolved.config, resolved.origins))
+        text = HELP
+    elif what == "schema" and not arguments:
+        text = json.dumps(config_schema(), indent=2) + "\n"
+    elif what == "reference" and not arguments:
+        text = config_reference()
+    elif what == "show":
+        about = "Print the resolved configuration and where each value comes from."
+        parser = make_parser("config show", about)
+        parser.add_argument("--config", metavar="FILE", help=CONFIG_HELP)
+        _, resolved = parse_with_config(parser, arguments)
+        text = to_yaml(resolved.config, resolved.origins)
+    else:
+        verbs = "`config show --config FILE`, `config schema` or `config reference`"
+        raise ConfigError(f"cmtrain config: must be {verbs}")
+    sys.stdout.write(text)
     return EXIT_DONE

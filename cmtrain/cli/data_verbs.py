@@ -1,7 +1,9 @@
 """Parse `cmtrain data ...`: check, pack, preview, stats."""
 
+import argparse
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from cmtrain.cli import start
 from cmtrain.cli.arguments import (
@@ -12,6 +14,7 @@ from cmtrain.cli.arguments import (
     parse_with_config,
     positive,
 )
+from cmtrain.config.schema import Config
 from cmtrain.errors import EXIT_DONE, ConfigError, did_you_mean
 
 HELP = """\
@@ -26,6 +29,7 @@ stats    count and measure the images of a configuration
 
 cmtrain data VERB --help lists the options of a verb.
 """
+SHARE: dict[str, Any] = {"type": float, "default": argparse.SUPPRESS, "metavar": "X"}
 
 
 def data(arguments: list[str]) -> int:
@@ -48,15 +52,11 @@ def _data_check(arguments: list[str]) -> int:
     add("--processes", type=positive, metavar="N", help="default: one per core")
     add("--out", metavar="FILE", help="write the list there instead; training does not look there")
     add("--cache-dir", metavar="DIR", help="data.cache_dir of the runs, if they have one")
-    add("--max-bad-fraction", type=float, metavar="X", help="exit code 3 above this share (default: 0.1)")
-    options = parse_alone(parser, arguments)
+    add("--max-bad-fraction", **SHARE, help="exit code 3 above this share (default: 0.1)")
+    options = vars(parse_alone(parser, arguments))
     from cmtrain.commands.data_check import check
 
-    limit = {} if options.max_bad_fraction is None else {"max_bad_fraction": options.max_bad_fraction}
-    return check(
-        options.root, full=not options.headers_only, processes=options.processes, out=options.out,
-        cache_dir=options.cache_dir, **limit,
-    )  # fmt: skip
+    return check(options.pop("root"), full=not options.pop("headers_only"), **options)
 
 
 def _data_pack(arguments: list[str]) -> int:
@@ -68,51 +68,49 @@ def _data_pack(arguments: list[str]) -> int:
     add("--quality", type=positive, default=90, metavar="Q", help="of re-encoded JPEGs (default: 90)")
     add("--shard-size", type=positive, default=256, metavar="MIB", help="MiB per shard (default: 256)")
     add("--processes", type=positive, metavar="N", help="default: one per core")
-    add("--max-bad-fraction", type=float, metavar="X", help="unreadable share to refuse (default: 0.1)")
+    add("--max-bad-fraction", **SHARE, help="unreadable share to refuse (default: 0.1)")
     add("--train-list", metavar="FILE", help="list of training images below SRC, instead of train/")
     add("--val-list", metavar="FILE", help="the same for validation")
     add_json(parser)
-    options = parse_alone(parser, arguments)
+    options = vars(parse_alone(parser, arguments))
+    source, destination = options.pop("source"), options.pop("destination")
     from cmtrain.commands.data_pack import pack
 
-    limit = {} if options.max_bad_fraction is None else {"max_bad_fraction": options.max_bad_fraction}
-    return pack(
-        options.source, options.destination, resize_shorter=options.resize_shorter, quality=options.quality,
-        shard_mib=options.shard_size, processes=options.processes, train_list=options.train_list,
-        val_list=options.val_list, as_json=options.json, **limit,
-    )  # fmt: skip
+    shard_mib, as_json = options.pop("shard_size"), options.pop("json")
+    return pack(source, destination, shard_mib=shard_mib, as_json=as_json, **options)
 
 
 def _data_preview(arguments: list[str]) -> int:
     parser = make_parser("data preview", "Draw augmented images: a row per image, a column per epoch.")
     add = parser.add_argument
-    add("--config", metavar="FILE", help=CONFIG_HELP)
     add("--out", default="preview.png", metavar="FILE", help="PNG to write (default: preview.png)")
     add("--rows", type=positive, default=8, metavar="N", help="images (default: 8)")
     add("--columns", type=positive, default=8, metavar="N", help="epochs (default: 8)")
     add("--epoch", type=int, default=0, metavar="N", help="the first one (default: 0)")
-    options, resolved = parse_with_config(parser, arguments)
-    start.announce("data preview of " + resolved.config.data.root)
-    start.check_places(resolved.config)
-    start.loading()
+    config, options = _parse_and_start(parser, arguments)
     from cmtrain.commands.data_preview import preview
 
-    return preview(
-        resolved.config, out=options.out, rows=options.rows, columns=options.columns, epoch=options.epoch
-    )
+    return preview(config, **options)
 
 
 def _data_stats(arguments: list[str]) -> int:
     parser = make_parser("data stats", "Count and measure the images of a configuration.")
-    parser.add_argument("--config", metavar="FILE", help=CONFIG_HELP)
     add_json(parser)
-    options, resolved = parse_with_config(parser, arguments)
-    start.announce("data stats of " + resolved.config.data.root)
-    start.check_places(resolved.config)
-    start.loading()
+    config, options = _parse_and_start(parser, arguments)
     from cmtrain.commands.data_preview import stats
 
-    return stats(resolved.config, as_json=options.json)
+    return stats(config, as_json=options["json"])
+
+
+def _parse_and_start(parser: argparse.ArgumentParser, arguments: list[str]) -> tuple[Config, dict[str, Any]]:
+    """Return the configuration of a verb and its own options, once the images are known to be there."""
+    parser.add_argument("--config", metavar="FILE", help=CONFIG_HELP)
+    options, resolved = parse_with_config(parser, arguments)
+    start.announce(f"{parser.prog.removeprefix('cmtrain ')} of {resolved.config.data.root}")
+    start.check_places(resolved.config)
+    start.loading()
+    del options.config
+    return resolved.config, vars(options)
 
 
 _DATA_VERBS: dict[str, Callable[[list[str]], int]] = {

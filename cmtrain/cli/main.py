@@ -1,14 +1,13 @@
-"""Run the command line. Each verb imports what it needs, so help and mistakes answer without loading
-torch.
-"""
+"""Run the command line. Each verb imports what it needs: help and mistakes answer without torch."""
 
 import itertools
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from cmtrain import __version__
+from cmtrain import __version__, errors
 from cmtrain.cli import start
 from cmtrain.cli.arguments import (
     CONFIG_HELP,
@@ -25,16 +24,8 @@ from cmtrain.cli.data_verbs import data
 from cmtrain.cli.model_verbs import evaluate_trained, export_trained
 from cmtrain.commands import sweep
 from cmtrain.config.load import load_config
-from cmtrain.config.schema import to_yaml
-from cmtrain.errors import (
-    EXIT_CONFIG,
-    EXIT_DATA,
-    EXIT_DONE,
-    EXIT_INTERRUPTED,
-    ConfigError,
-    did_you_mean,
-    message_of,
-)
+from cmtrain.config.schema import Config, to_yaml
+from cmtrain.errors import EXIT_DONE, ConfigError, did_you_mean, message_of
 from cmtrain.processes.environment import check_launcher, ignore_variables
 from cmtrain.processes.gpus import visible_gpus
 from cmtrain.processes.launcher import run_ranks
@@ -125,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(arguments: list[str]) -> int:
     if not arguments:
         sys.stderr.write(HELP)
-        return EXIT_CONFIG
+        return errors.EXIT_CONFIG
     if arguments[0] == "help":  # `cmtrain help VERB` is `cmtrain VERB --help`
         arguments = [*arguments[1:], "--help"]
     if arguments[0] in ("-h", "--help", "--version"):
@@ -143,13 +134,13 @@ def _main(arguments: list[str]) -> int:
     except ConfigError as error:
         hold_back()
         sys.stderr.write(f"{message_of(error)}\n")
-        return EXIT_CONFIG
+        return errors.EXIT_CONFIG
     except DataError as error:
         sys.stderr.write(f"{message_of(error)}\n")
-        return EXIT_DATA
+        return errors.EXIT_DATA
     except KeyboardInterrupt:
         sys.stderr.write("stopped by Ctrl-C\n")
-        return EXIT_INTERRUPTED
+        return errors.EXIT_INTERRUPTED
 
 
 def _train(arguments: list[str]) -> int:
@@ -168,12 +159,9 @@ def _train(arguments: list[str]) -> int:
         sys.stdout.write(start.describe_plan(config))
         return EXIT_DONE
 
-    # A run that has finished is not started again.
     run_path = Path(config.run.dir) / str(config.run.name)
-    finished = None
-    if options.resume == "auto":
-        finished = read_finished(run_path, to_yaml(config), options.max_steps)
-    if finished:
+    finished = options.resume == "auto" and read_finished(run_path, to_yaml(config), options.max_steps)
+    if finished:  # it is not started again
         if is_first_rank():
             from cmtrain.monitoring.console import print_result
 
@@ -194,31 +182,31 @@ def _train(arguments: list[str]) -> int:
             return run_ranks(sys.orig_argv, nproc, max_restarts=options.max_restarts, run_path=run_path)
     elif PARENT not in os.environ:
         if options.nproc or options.max_restarts:
-            raise ConfigError(
-                "--nproc, --max-restarts: a launcher has started this process; give them to the launcher"
-            )
-        world_size = int(os.environ.get("WORLD_SIZE", "1"))
-        start.announce(f"{what}, started by a launcher as one of {world_size} processes")
-        if world_size == 1:
-            start.check_run(config, options.resume, world_size)
+            what = "a launcher has started this process; give them to the launcher"
+            raise ConfigError(f"--nproc, --max-restarts: {what}")
+        start.announce(f"{what}, started by a launcher as one of {_world_size()} processes")
+        if _world_size() == 1:
+            start.check_run(config, options.resume, 1)
+    how = {"resume": options.resume, "max_steps": options.max_steps, "as_json": options.json}
+    return run_as_rank(lambda: _open_and_train(config, how), run_path)
 
-    def work() -> int:
-        data = start.open_data(config, int(os.environ.get("WORLD_SIZE", "1")))
-        start.loading()
-        from cmtrain.training.train import train
 
-        return train(
-            config, resume=options.resume, max_steps=options.max_steps, data=data, as_json=options.json
-        )
+def _open_and_train(config: Config, how: dict[str, Any]) -> int:
+    data = start.open_data(config, _world_size())
+    start.loading()
+    from cmtrain.training.train import train  # torch is loaded here, after the mistakes
 
-    return run_as_rank(work, run_path)
+    return train(config, data=data, **how)
+
+
+def _world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _demo(arguments: list[str]) -> int:
     parser = make_parser("demo", "Train a small CMT on images of installed packages; no GPU, no download.")
-    parser.add_argument(
-        "--photos", action="store_true", help="12 colour photographs instead of handwritten digits"
-    )
+    what = "12 colour photographs instead of handwritten digits"
+    parser.add_argument("--photos", action="store_true", help=what)
     parser.add_argument("--dry-run", action="store_true", help="print the plan of the run and stop")
     add_json(parser)
     options, overrides = parse(parser, arguments)
@@ -233,12 +221,8 @@ def _demo(arguments: list[str]) -> int:
         sys.stdout.write(start.describe_plan(config))
         return EXIT_DONE
     start.announce(f"demo, run folder {config.run.dir}/{config.run.name}")
-    start.check_run(config, "auto", world_size := int(os.environ.get("WORLD_SIZE", "1")))
-    data = start.open_data(config, world_size)
-    start.loading()
-    from cmtrain.training.train import train  # torch is loaded here, after the mistakes
-
-    return train(config, data=data, as_json=options.json)
+    start.check_run(config, "auto", _world_size())
+    return _open_and_train(config, {"as_json": options.json})
 
 
 def _bench(arguments: list[str]) -> int:
@@ -297,9 +281,8 @@ def _sweep(arguments: list[str]) -> int:
     add("--csv", action="store_true", help="print the table as CSV (default: Markdown)")
     options, overrides = parse(parser, arguments)
     if not options.files:
-        raise ConfigError(
-            "cmtrain sweep: of which files? e.g. cmtrain sweep configs/ablations --data.root /data/imagenet"
-        )
+        example = "cmtrain sweep configs/ablations --data.root /data/imagenet"
+        raise ConfigError(f"cmtrain sweep: of which files? e.g. {example}")
     rows = sweep.read_rows(options.files, overrides, options.rows, options.scale, options.max_steps)
     if options.dry_run:
         sys.stdout.write(sweep.commands(rows, options.jobs, options.sbatch))
@@ -360,9 +343,8 @@ def _repair_bn(arguments: list[str]) -> int:
 def _report(arguments: list[str]) -> int:
     parser = make_parser("report", "Draw a run folder as one HTML file; several runs are compared.")
     parser.add_argument("runs", nargs="*", metavar="RUN", help="run folder, such as runs/demo")
-    parser.add_argument(
-        "--out", metavar="FILE", help="default: RUN/report.html, or report.html for several runs"
-    )
+    what = "default: RUN/report.html, or report.html for several runs"
+    parser.add_argument("--out", metavar="FILE", help=what)
     options = parse_alone(parser, arguments)
     if not options.runs:
         raise ConfigError("cmtrain report: of which run? e.g. cmtrain report runs/demo")

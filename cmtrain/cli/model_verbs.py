@@ -19,20 +19,16 @@ def evaluate_trained(arguments: list[str]) -> int:
     add = parser.add_argument
     add("--weights", choices=("model", "ema", "both"), default="both", help="default: both, if both exist")
     add("--image-px", type=_sizes, default=[], metavar="LIST", help="image sides, such as 160,192")
-    add(
-        "--resize-px",
-        type=_sizes,
-        default=[],
-        metavar="LIST",
-        help="shorter sides before the crop, such as 184,182: one for each image side, or several for one "
-        "(default: the run's own; for another image side in the same proportion)",
+    resize = (
+        "shorter sides before the crop, such as 184,182: one for each image side, or several for one "
+        "(default: the run's own; for another image side in the same proportion)"
     )
-    add(
-        "--folder",
-        metavar="DIR",
-        help="other images: class folders named as the training classes, or by the numbers 0, 1, ... of "
-        "the classes in order, as ImageNet-V2's",
+    add("--resize-px", type=_sizes, default=[], metavar="LIST", help=resize)
+    folder = (
+        "other images: class folders named as the training classes, or by the numbers 0, 1, ... of the "
+        "classes in order, as ImageNet-V2's"
     )
+    add("--folder", metavar="DIR", help=folder)
     add("--real", action="store_true", help="also by ImageNet-ReaL's labels, for ImageNet's val images")
     add("--per-class", metavar="FILE", help="write images and accuracy of every class as CSV")
     add("--confusion", metavar="FILE", help="write the best result's confusion matrix as CSV")
@@ -74,18 +70,16 @@ def export_trained(arguments: list[str]) -> int:
     from cmtrain.commands.trained_model import open_trained
 
     formats = FORMATS if options.format == "all" else (options.format,)
-    trained = open_trained(options.run, overrides)
-    what = {"formats": formats, "out": options.out, "kind": options.weights, "fold_bn": options.fold_bn}
-    return export(trained, **what, as_json=options.json)
+    how = {"kind": options.weights, "fold_bn": options.fold_bn, "as_json": options.json}
+    return export(open_trained(options.run, overrides), formats=formats, out=options.out, **how)
 
 
 def _parse_with_run(
     parser: argparse.ArgumentParser, arguments: list[str]
 ) -> tuple[argparse.Namespace, Overrides]:
     """Return the options, among them the positional RUN, and the overrides."""
-    parser.add_argument(
-        "run", nargs="?", metavar="RUN", help="run folder, the name of one below runs, or a checkpoint"
-    )
+    what = "run folder, the name of one below runs, or a checkpoint"
+    parser.add_argument("run", nargs="?", metavar="RUN", help=what)
     options, overrides = parse(parser, arguments)
     if options.run is None:
         raise ConfigError(f"{parser.prog}: of which run? e.g. {parser.prog} runs/demo")

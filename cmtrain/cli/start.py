@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import sys
 from contextlib import closing
@@ -15,6 +14,7 @@ from cmtrain.config.load import Overrides, load_config
 from cmtrain.config.schema import Config, another_recipe, recipe_changes
 from cmtrain.errors import ConfigError
 from cmtrain.processes.rank import PARENT, is_first_rank
+from cmtrain.storage.records import read_json
 from cmtrain.storage.run_folder import RunLock, find_run, why_no_weights
 from cmtrain.training.schedule import plan_steps, refuse_batch_of_one, split_batch
 from pipelines.spec import DataError
@@ -26,18 +26,15 @@ STATE_NAME = "state.safetensors"  # of a checkpoint that this version can read
 WEIGHTS_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
 
 
-def announce(what: str) -> None:
+def announce(what: str, start: str = f"cmtrain {__version__}: ") -> None:
     """Print the first line of a verb, on the first rank or in the process that starts the ranks."""
     if is_first_rank() and PARENT not in os.environ:
-        sys.stderr.write(f"cmtrain {__version__}: {what}\n")
-        sys.stderr.flush()
+        print(start + what, file=sys.stderr, flush=True)  # noqa: T201
 
 
 def loading() -> None:
     """Print that libraries are loaded, before the import that takes seconds."""
-    if is_first_rank() and PARENT not in os.environ:
-        sys.stderr.write("loading torch and DALI ...\n")
-        sys.stderr.flush()
+    announce("loading torch and DALI ...", start="")
 
 
 def where(nproc: int, num_gpus: int) -> str:
@@ -52,15 +49,11 @@ def check_run(config: Config, resume: str, world_size: int) -> None:
     """Refuse a run whose batch, data, folder or checkpoint cannot be used, as its start would do later.
 
     For the process that starts ranks, or is the only one. A checkpoint is only looked at, not verified.
-
-    Raises:
-        ConfigError: a batch that does not split, or another recipe than the newest checkpoint's.
-        DataError: no such data or weights, or a run folder that is in use or cannot be written.
+    Raises ConfigError: a batch that does not split, or another recipe than the newest checkpoint's.
+    DataError: no such data or weights, or a run folder that is in use or cannot be written.
     """
-    train, run_path = config.train, Path(config.run.dir) / str(config.run.name)
-    split_batch(train.global_batch_size, train.max_batch_per_gpu, world_size)
-    if config.model.name.startswith("cmt_"):  # of other models it is known when they are built
-        refuse_batch_of_one(train.global_batch_size, train.max_batch_per_gpu, world_size)
+    run_path = Path(config.run.dir) / str(config.run.name)
+    _split(config, world_size)
     check_places(config)
     with closing(RunLock(run_path)) as lock:
         lock.acquire()
@@ -79,6 +72,14 @@ def check_run(config: Config, resume: str, world_size: int) -> None:
     begins_with = config.model.init_from
     if begins_with and not newest and (why := why_no_weights(Path(begins_with))):
         raise DataError(f"model.init_from: {begins_with}: {why}")
+
+
+def _split(config: Config, world_size: int) -> tuple[int, int]:
+    """Return micro-batch size and accumulation. Raises ConfigError: the batch cannot be split."""
+    sizes = config.train.global_batch_size, config.train.max_batch_per_gpu, world_size
+    if config.model.name.startswith("cmt_"):  # of other models it is known when they are built
+        refuse_batch_of_one(*sizes)
+    return split_batch(*sizes)
 
 
 def check_places(config: Config, *, trains: bool = True) -> None:
@@ -106,12 +107,12 @@ def open_data(config: Config, world_size: int) -> Data:
 
 def check_trained(place: str, overrides: Overrides) -> Config | None:
     """Return the configuration of the run at `place`, None where open_trained takes a checkpoint's."""
-    run, _ = find_run(place)
+    path = find_run(place)[0] / "config.yaml"
     try:
-        load_config(run / "config.yaml")
+        load_config(path)
     except ConfigError:
         return None
-    return load_config(run / "config.yaml", overrides).config
+    return load_config(path, overrides).config
 
 
 def check_repair(place: str, config: Config | None, overrides: Overrides) -> None:
@@ -133,15 +134,13 @@ def _newest_manifest(place: Path) -> Path | None:
 
 def _config_in(manifest: Path) -> dict[str, Any] | None:
     """Return the configuration in a manifest; None if it is damaged, which the start finds out."""
+    content = read_json(manifest) or {}
     try:
-        content = json.loads(manifest.read_text())
         old = content["meta"]["config"]
         recipe_changes(old, old)
-        if list(content["files"]) != [STATE_NAME]:
-            return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return old if list(content["files"]) == [STATE_NAME] else None
+    except (ValueError, KeyError, TypeError, AttributeError):
         return None
-    return old
 
 
 def describe_plan(config: Config) -> str:
@@ -161,9 +160,7 @@ def describe_plan(config: Config) -> str:
     launched = int(given) if given.isascii() and given.isdecimal() else 0
     for world_size in [launched] if launched else [1, 2, 4, 8]:
         try:
-            micro_batch_size, accumulation = split_batch(size, config.train.max_batch_per_gpu, world_size)
-            if config.model.name.startswith("cmt_"):
-                refuse_batch_of_one(size, config.train.max_batch_per_gpu, world_size)
+            micro_batch_size, accumulation = _split(config, world_size)
             split = f"{world_size} x {accumulation} x {micro_batch_size}"
             lines.append(f"batch    {size} = {split} (processes x accumulation x images)")
         except ConfigError as error:

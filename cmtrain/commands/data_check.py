@@ -1,5 +1,6 @@
 """Check every image before a run has to (`cmtrain data check`)."""
 
+import itertools
 import sys
 import time
 from collections import Counter
@@ -53,18 +54,14 @@ def check(
     Args:
         root: a folder with train/ and val/, each a tree of class folders, or one such tree.
         full: decode every image, not only its header.
-        processes: number of decoding processes; None is one per core.
         out: file for the list instead, for people: training does not read it.
-        cache_dir: data.cache_dir of the runs, where they cache file headers.
-        max_bad_fraction: data.max_bad_fraction of the runs.
+        cache_dir, max_bad_fraction: as in the section data of the runs' configuration.
 
-    Returns:
-        The process exit code: 0 when training will leave out every bad file that was found; 3 when a split
-        has more of them than `max_bad_fraction`, or when `out` is given and training would meet them.
+    Returns the exit code: 0 when training will leave out every bad file that was found; 3 when a split has
+    more of them than `max_bad_fraction`, or when `out` is given and training would meet them.
 
-    Raises:
-        DataError: no images there, a validation class that training does not have, a file or folder that
-            the machine cannot read (nothing is listed then), or a list that cannot be written.
+    Raises DataError: no images there, a validation class that training does not have, a file or folder that
+    the machine cannot read (nothing is listed then), or a list that cannot be written.
     """
     folder = Path(root).absolute()
     pool = DecodePool(processes, decode=full)
@@ -72,15 +69,14 @@ def check(
         splits = [_check_split(listing, pool) for listing in _list_splits(folder)]
     finally:
         pool.close()
-    faults = {
-        str((split.listing.root / split.listing.paths[place]).relative_to(folder)): fault
-        for split in splits
-        for place, fault in split.faults.items()
-    }
+    faults: dict[str, Fault] = {}
+    for split in splits:
+        start, paths = split.listing.root.relative_to(folder), split.listing.paths
+        faults |= {str(start / paths[place]): fault for place, fault in split.faults.items()}
     written = None
     if out or full:  # before the manifests are made, which leave out what it names
         written = write_list(folder, faults, Path(out) if out else None)
-    for path, fault in list(faults.items())[:NUM_SHOWN]:
+    for path, fault in itertools.islice(faults.items(), NUM_SHOWN):
         _print(f"  {path}: {fault.reason}")
     if len(faults) > NUM_SHOWN:
         _print(f"  and {len(faults) - NUM_SHOWN:,} more")

@@ -7,14 +7,13 @@ from typing import Any
 
 from cmtrain.errors import EXIT_DONE
 from cmtrain.monitoring.console import print_result
+from pipelines.checks.bad_list import SPLITS
 from pipelines.files.doubts import split_doubts
 from pipelines.files.manifest import Manifest
 from pipelines.files.shards import damage, is_packed
 from pipelines.packing.encode import PackSpec
 from pipelines.packing.shard_writer import pack_split
 from pipelines.spec import MAX_BAD_FRACTION, DataError, os_errors_in_one_line, visible
-
-SPLITS = ("train", "val")
 
 
 @os_errors_in_one_line()
@@ -26,20 +25,16 @@ def pack(
     """Pack the training and the validation images of `source`; `destination` is then a data.root.
 
     After a kill or a full disk the same command continues; after success it verifies the shards. Prints one
-    JSON line on stdout, and the images that were left out on stderr. Returns the exit code, 0.
+    JSON line on stdout, and the images that were left out on stderr.
 
     Args:
         source: holds train/<class>/* and val/<class>/*, or the files on the lists; one split may be missing.
         shard_mib: size at which a shard is closed.
-        processes: number of processes that read and encode; None is one per core.
         train_list, val_list: list files, relative to `source`, used instead of the folders.
         max_bad_fraction: share of unusable files above which a split is refused.
-        cache_dir: cache for image sizes, as data.cache_dir.
-        as_json: print the JSON line on a terminal, too.
         encoding: `resize_shorter` and `quality`, see pipelines.packing.encode.
 
-    Raises:
-        DataError: nothing to pack, too many bad images, no space, a destination in use, a damaged shard.
+    Raises DataError: nothing to pack, too many bad images, no space, a destination in use, a damaged shard.
     """
     root = Path(source)
     listed = {"train": train_list, "val": val_list}
@@ -47,6 +42,7 @@ def pack(
     if not found:
         raise DataError(f"{root}: holds neither train/<class>/ nor val/<class>/, and no list is given")
     spec = PackSpec(shard_bytes=shard_mib * 2**20, **encoding)
+    workers = processes or len(os.sched_getaffinity(0))
     report: dict[str, dict[str, int]] = {}
     limits: dict[str, Any] = {"cache_dir": cache_dir, "max_bad_fraction": max_bad_fraction}
     class_names: tuple[str, ...] | None = None
@@ -60,19 +56,16 @@ def pack(
         class_names = manifest.class_names
         sys.stderr.writelines(f"{visible(line)}\n" for line in split_doubts(manifest, split))
         folder = Path(destination).absolute() / split
-        workers = processes or len(os.sched_getaffinity(0))
-        split_index = pack_split(
-            manifest, folder, spec, processes=workers, max_bad_fraction=max_bad_fraction
-        )
-        for path, _, reason in split_index.bad:
+        done = pack_split(manifest, folder, spec, processes=workers, max_bad_fraction=max_bad_fraction)
+        for path, _, reason in done.bad:
             sys.stderr.write(visible(f"left out: {path}: {reason}") + "\n")
-        shards = split_index.packed
+        shards = done.packed
         assert shards is not None
-        if damaged := damage(shards, split_index.paths):
+        if damaged := damage(shards, done.paths):
             first = "; ".join(damaged[:3])
             raise DataError(f"{first} ({len(damaged)} such): remove {folder} and pack again")
-        images, size_bytes = len(split_index), int(shards.shard_bytes.sum())
-        counts = {"images": images, "left_out": len(split_index.bad), "shards": len(shards.shard_names)}
+        images, size_bytes = len(done), int(shards.shard_bytes.sum())
+        counts = {"images": images, "left_out": len(done.bad), "shards": len(shards.shard_names)}
         report[split] = counts | {"bytes": size_bytes}
         written = f"{images:,} images in {counts['shards']} shards, {size_bytes:,} bytes"
         sys.stderr.write(visible(f"{folder}: {written}, verified") + "\n")

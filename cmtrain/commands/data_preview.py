@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageStat
 from rich.console import Console
 from rich.table import Table
 
@@ -36,10 +36,7 @@ def preview(config: Config, *, out: str, rows: int = 8, columns: int = 8, epoch:
 
     The images are spread evenly over the training split. They are augmented as in training, with other
     random draws, from `epoch` on. If the recipe mixes or erases, `<out>-mixed.png` shows the same images
-    after that. Returns the exit code, 0.
-
-    Raises:
-        ConfigError, DataError: as for training; DataError also if `out` cannot be written.
+    after that. Raises as training does, and DataError if `out` cannot be written.
     """
     accelerator = build.make_accelerator("auto")
     data = loaders.open_data(config, accelerator)
@@ -72,10 +69,7 @@ def stats(config: Config, *, as_json: bool = False) -> int:
     """Count and measure both splits: a table on stderr, one JSON line on stdout (see print_result).
 
     `mean` and `std` are the values for data.mean and data.std: over all pixels, with equal weight for every
-    image. They and `undecodable` come from at most 1,000 images. Returns the exit code, 0.
-
-    Raises:
-        ConfigError, DataError: as for training.
+    image. They and `undecodable` come from at most 1,000 images. Raises as training does.
     """
     data = loaders.open_data(config, build.make_accelerator("auto", checks_gpus=False))
     sys.stderr.writelines(f"{visible(line)}\n" for line in data.notes)
@@ -117,8 +111,9 @@ def _pixel_stats(manifest: Manifest) -> dict[str, Any]:
     for index, why in failures:
         sys.stderr.write(visible(f"cannot be decoded: {manifest.file(index)}: {why}") + "\n")
     mean, square = moments.mean(axis=0) if len(moments) else np.full((2, 3), np.nan)
+    variance = np.maximum(square - mean**2, 0)  # rounding leaves images of one colour below
     return {
-        "mean": np.round(mean, 4).tolist(), "std": np.round(np.sqrt(square - mean**2), 4).tolist(),
+        "mean": np.round(mean, 4).tolist(), "std": np.round(np.sqrt(variance), 4).tolist(),
         "decoded": len(chosen), "undecodable": len(failures),
     }  # fmt: skip
 
@@ -130,14 +125,12 @@ def _moments(manifest: Manifest, index: int) -> NDArray[np.float64] | str:
         path = Path(manifest.file(index))
         content = packed.read(index) if packed else patiently(path.read_bytes, path)
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-            histogram = grey_or_rgb(image).convert("RGB").histogram()
+            found = ImageStat.Stat(grey_or_rgb(image).convert("RGB"))
+            return np.array([found.mean, np.square(found.rms)]) / [[255], [255**2]]
     except Exception as error:  # Pillow's decoders raise almost anything on hostile bytes
         if is_trouble(error) or isinstance(error, DataError | MemoryError):
             raise
         return fault_of(error).reason
-    shares = np.array(histogram).reshape(3, 256) * (3 / sum(histogram))  # of each channel's 256 levels
-    levels = np.arange(256) / 255
-    return np.stack([shares @ levels, shares @ levels**2])
 
 
 def _text(value: Any) -> str:

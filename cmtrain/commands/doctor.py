@@ -28,20 +28,15 @@ from cmtrain.processes.gpus import cuda_of_driver
 from cmtrain.training import build, loaders
 from pipelines.spec import DataError, visible
 
-SEVERITIES: tuple[Severity, ...] = ("ok", "warn", "fail")
-COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
-
+COLOURS: dict[Severity, str] = {"ok": "green", "warn": "yellow", "fail": "red"}  # the gravest last
 PLAIN_WIDTH = 160  # table width without a terminal
 
 
 def doctor(config: Config, *, as_json: bool) -> int:
     """Check this machine for a run of `config`, and print a table or a JSON object.
 
-    Returns:
-        The exit code: 0, or 3 when a check fails. No GPU is a warning.
-
-    Raises:
-        DataError: the ranks that a launcher started cannot meet.
+    Returns the exit code: 0, or 3 when a check fails; no GPU is a warning. Raises DataError: the ranks that
+    a launcher started cannot meet.
     """
     accelerator, control = _meet(config)
     by_rank = gather(run_checks(config, accelerator, control), control)
@@ -60,23 +55,20 @@ def doctor(config: Config, *, as_json: bool) -> int:
 def run_checks(config: Config, accelerator: Accelerator, control: Any) -> dict[str, CheckResult]:
     """Run all checks on this rank; every rank runs the same ones in the same order."""
     run_path = Path(config.run.dir) / str(config.run.name)
-    num_classes, cuda, data_keys = config.model.num_classes or 1000, torch.version.cuda, config.data
+    num_classes, keys, device = config.model.num_classes or 1000, config.data, accelerator.device
 
     def data() -> CheckResult:
         nonlocal num_classes
         opened = loaders.open_data(config, accelerator)
         num_classes = loaders.num_classes_of(config, opened.train)
-        found = checks.data(opened)
-        return replace(found, found=f"{config.data.root}: {found.found}")
+        return checks.data(keys.root, opened)
 
     run: dict[str, Callable[[], CheckResult]] = {
         "packages": checks.packages,
-        "driver": lambda: checks.pairing(cuda_of_driver(), cuda, checks.dali_flavours()),
+        "driver": lambda: checks.pairing(cuda_of_driver(), torch.version.cuda, checks.dali_flavours()),
         "GPUs": lambda: checks.gpus(config.train.precision),
         "decode on the CPU": checks.decode_on_cpu,
-        "decode on the GPU": lambda: checks.decode_on_gpu(
-            accelerator.device, data_keys.decode, data_keys.hw_decoder_load
-        ),
+        "decode on the GPU": lambda: checks.decode_on_gpu(device, keys.decode, keys.hw_decoder_load),
         "ranks": lambda: checks.ranks(control, config, run_path),
         "all-reduce": lambda: checks.all_reduce(accelerator),
         "shared memory": lambda: checks.shared_memory(Path("/dev/shm")),  # noqa: S108 - only read
@@ -91,7 +83,8 @@ def run_checks(config: Config, accelerator: Accelerator, control: Any) -> dict[s
 
 def worst(results: Sequence[CheckResult]) -> CheckResult:
     """Return the gravest of one check's results, by rank; of equally grave ones, the first rank's."""
-    rank = max(range(len(results)), key=lambda rank: (SEVERITIES.index(results[rank].verdict), -rank))
+    gravity = [*COLOURS]
+    rank = max(range(len(results)), key=lambda rank: gravity.index(results[rank].verdict))
     return replace(results[rank], found=f"rank {rank}: {results[rank].found}") if rank else results[0]
 
 
@@ -112,10 +105,9 @@ def _result(check: Callable[[], CheckResult]) -> CheckResult:
     """Run `check`; an error is a result as well."""
     try:
         return check()
-    except (ConfigError, DataError) as error:
-        return CheckResult("fail", " ".join(str(error).split()))
     except Exception as error:  # a broken installation raises anything
-        return CheckResult("fail", f"{type(error).__name__}: {' '.join(str(error).split())}")
+        kind = "" if isinstance(error, ConfigError | DataError) else f"{type(error).__name__}: "
+        return CheckResult("fail", kind + " ".join(str(error).split()))
 
 
 def _meet(config: Config) -> tuple[Accelerator, Any]:

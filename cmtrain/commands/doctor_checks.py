@@ -9,6 +9,7 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -37,6 +38,7 @@ Severity = Literal["ok", "warn", "fail"]
 GIB = 2**30
 MIN_SHARED_MEMORY_BYTES = GIB  # NCCL joins the GPUs of a host through it; Docker's default is 64 MiB
 MIN_OPEN_FILES = 1024
+DALI_ADVICE = "install DALI from the requirements*.lock that fits the driver"
 
 # A JPEG of one colour is within a level or two of it; swapped or missing channels are 50 off.
 COLOUR = (200, 100, 50)
@@ -54,10 +56,9 @@ class CheckResult:
 
 def packages() -> CheckResult:
     """Compare the installed packages with this program's own metadata."""
-    dali = dali_flavours()
-    names = ["torch", "torchvision", "timm", "accelerate", *dali]
+    names = ["torch", "torchvision", "timm", "accelerate", *dali_flavours()]
     found = ", ".join([f"Python {platform.python_version()}", *(f"{n} {_version(n)}" for n in names)])
-    found += "" if dali else ", no DALI installed"
+    found += "" if dali_flavours() else ", no DALI installed"
     try:
         program = metadata.metadata("cmtrain")
     except metadata.PackageNotFoundError:
@@ -91,8 +92,7 @@ def dali_flavours() -> list[str]:
 def pairing(driver: int | None, torch_cuda: str | None, flavours: Sequence[str]) -> CheckResult:
     """Check that driver, torch and DALI fit. A driver runs every CUDA of its major version and older ones.
 
-    `driver`: as from cuda_of_driver. `torch_cuda`: CUDA that torch was built with, such as 13.2; None for a
-    build without. `flavours`: as from dali_flavours.
+    `torch_cuda`: CUDA that torch was built with, such as 13.2; None for a build without.
     """
     if len(flavours) != 1:
         found = f"{' and '.join(flavours) or 'no DALI'} installed"
@@ -128,12 +128,10 @@ def decode_on_gpu(device: torch.device, decode: Decode = "auto", load: float | N
     if device.type != "cuda":
         return CheckResult("warn", "no GPU", "images will be decoded on the CPU")
     chosen, lines = choose_decode(Placement(device=device, decode=decode, threads=4, hw_decoder_load=load))
-    found = "; ".join(
-        [*lines, f"data.decode: {chosen} gives the CPU's pixels"] if chosen != "cpu" else lines
-    )
+    right = [f"data.decode: {chosen} gives the CPU's pixels"] if chosen != "cpu" else []
     if lines:
-        return CheckResult("warn", found, "install DALI from the requirements*.lock that fits the driver")
-    return CheckResult("ok", found or "data.decode: cpu")
+        return CheckResult("warn", "; ".join([*lines, *right]), DALI_ADVICE)
+    return CheckResult("ok", "".join(right) or "data.decode: cpu")
 
 
 def decode_on_cpu() -> CheckResult:
@@ -147,17 +145,14 @@ def decode_on_cpu() -> CheckResult:
         path.parent.mkdir(parents=True)
         Image.new("RGB", (64, 64), COLOUR).save(path)
         manifest = Manifest.from_folder(path.parent.parent, cache_dir=folder)
-        loader = eval_loader(manifest, spec, place, batch_size=1)
-        try:
+        with closing(eval_loader(manifest, spec, place, batch_size=1)) as loader:
             batch = next(iter(loader.epoch(0)))
             colour = batch.images.float().mean(dim=(0, 2, 3)).mul(255).tolist()
             readable = int(batch.labels) != UNREADABLE
-        finally:
-            loader.close()
     error = max(abs(got - made) for got, made in zip(colour, COLOUR, strict=True))
     if not readable or error > MAX_COLOUR_ERROR:
         found = f"a JPEG of the colour {COLOUR} came out as {[round(value) for value in colour]}"
-        return CheckResult("fail", found, "install DALI from the requirements*.lock that fits the driver")
+        return CheckResult("fail", found, DALI_ADVICE)
     return CheckResult("ok", "a JPEG through DALI, pixels right")
 
 
@@ -196,12 +191,12 @@ def shared_memory(path: Path) -> CheckResult:
 def open_files() -> CheckResult:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if 0 <= soft < MIN_OPEN_FILES:
-        return CheckResult("warn", f"at most {soft:,}", f"ulimit -n {min(hard, 4096)}")
+        return CheckResult("warn", f"at most {soft:,}", f"ulimit -n {4096 if hard < 0 else min(hard, 4096)}")
     return CheckResult("ok", f"at most {soft:,}" if soft >= 0 else "no limit")
 
 
-def data(opened: loaders.Data) -> CheckResult:
-    found = f"{len(opened.train):,} training, {len(opened.val):,} validation images"
+def data(root: str, opened: loaders.Data) -> CheckResult:
+    found = f"{root}: {len(opened.train):,} training, {len(opened.val):,} validation images"
     found += f", {len(opened.train.class_names):,} classes"
     if bad := len(opened.train.bad) + len(opened.val.bad):
         return CheckResult("warn", f"{found}; {bad:,} more cannot be read", "cmtrain data check lists them")
@@ -211,9 +206,8 @@ def data(opened: loaders.Data) -> CheckResult:
 def run_folder(run_path: Path, *, is_main: bool) -> CheckResult:
     """Take the lock of the run folder, as a run does, and release it."""
     if is_main:
-        lock = RunLock(run_path)
-        lock.acquire()
-        lock.close()
+        with closing(RunLock(run_path)) as lock:
+            lock.acquire()
     return CheckResult("ok", f"{run_path.absolute()} can be written, and is in use by nobody")
 
 

@@ -11,7 +11,6 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,32 +37,16 @@ from pipelines.progress import tracked
 from pipelines.spec import DataError, visible
 
 NUM_REAL_FILES, NUM_IMAGENET_CLASSES = 50_000, 1_000
-
-
-@dataclass(frozen=True)
-class Result:
-    """One evaluation. `real_top1`: by ImageNet-ReaL's labels, if they were asked for."""
-
-    weights: str
-    image_px: int
-    resize_px: int
-    evaluation: Evaluation
-    real_top1: float | None = None
-
-    def figures(self) -> dict[str, Any]:
-        figures = {"weights": self.weights, "image_px": self.image_px, "resize_px": self.resize_px}
-        counted = ("top1", "top5", "loss", "num_images", "num_unreadable")
-        figures |= {key: getattr(self.evaluation, key) for key in counted}
-        return figures if self.real_top1 is None else figures | {"real_top1": self.real_top1}
+SIZES = ("weights", "image_px", "resize_px")
+MEASURED = ("top1", "top5", "loss", "num_images", "num_unreadable")
 
 
 def evaluate_trained(options: argparse.Namespace, overrides: Overrides) -> int:
-    """Evaluate a trained model as the `options` of `cmtrain eval` ask: a table on stderr, one JSON line on
-    stdout. Returns the exit code: 0, or 5 if the best top-1 is below `options.expect`.
+    """Evaluate a trained model as the `options` of `cmtrain eval` ask: a table on stderr, JSON on stdout.
 
-    Raises:
-        ConfigError: sizes or options that do not fit together.
-        DataError: images, classes or weights that are missing or unusable, or a file that cannot be written.
+    Returns the exit code: 0, or 5 if the best top-1 is below `options.expect`. Raises ConfigError: sizes or
+    options that do not fit together. DataError: images, classes or weights that are missing or unusable, or
+    a file that cannot be written.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("cmtrain eval: runs in one process, without a launcher")
@@ -83,34 +66,35 @@ def evaluate_trained(options: argparse.Namespace, overrides: Overrides) -> int:
     real = real_labels(manifest) if options.real else None
     numbers = imagenet_numbers(names) if options.real else []
     batch_size, _ = split_batch(config.train.global_batch_size, config.train.max_batch_per_gpu, 1)
-    results = []
+    figures: list[dict[str, Any]] = []
+    evaluations = []
     for image_px, resize_px in sizes:
         data = config.data.model_copy(update={"image_px": image_px, "eval_resize_px": resize_px})
         sized = config.model_copy(update={"data": data})
         loader = loaders.make_eval_loader(sized, manifest, batch_size, accelerator, place)
         for each in weights:
             model = make_trained_model(sized, each).to(accelerator.device)
-            outputs = num_classes_in(each, config.model.name)
+            count, outputs = len(manifest), num_classes_in(each, config.model.name)
             what = f"evaluating {each.kind} at {image_px} px"
-            images = tracked(loader.epoch(0), what, len(manifest), per_step=batch_size)
-            evaluation = evaluate(
-                model, images, accelerator, len(manifest), outputs, keeps_ranked=options.real
-            )
-            real_top1 = None if real is None else real_accuracy(real, evaluation, numbers)
-            results.append(Result(each.kind, image_px, resize_px, evaluation, real_top1))
+            images = tracked(loader.epoch(0), what, count, per_step=batch_size)
+            evaluation = evaluate(model, images, accelerator, count, outputs, keeps_ranked=options.real)
+            row = dict(zip(SIZES, (each.kind, image_px, resize_px), strict=True))
+            figures.append(row | {key: getattr(evaluation, key) for key in MEASURED})
+            if real is not None:
+                figures[-1]["real_top1"] = real_accuracy(real, evaluation, numbers)
+            evaluations.append(evaluation)
         loader.close()
 
     # Write files, and report
-    best = max((result.evaluation for result in results), key=lambda evaluation: evaluation.top1)
+    best = max(evaluations, key=lambda evaluation: evaluation.top1)
     labels = [*names, *map(str, range(len(names), len(best.class_images)))]
     if options.confusion and best.confusion is None:
         raise ConfigError(f"--confusion: {len(labels)} classes are too many for a matrix; use --per-class")
-    figures = [result.figures() for result in results]
     report: dict[str, Any] = {"checkpoint": str(trained.checkpoint.path), "step": trained.step}
     report |= {"rejected": list(trained.checkpoint.rejected), "results": figures}
     try:
         if options.per_class:
-            _write_csv(options.per_class, class_rows(results, labels))
+            _write_csv(options.per_class, class_rows(figures, evaluations, labels))
         if options.confusion and best.confusion is not None:
             matrix = [[name, *counts] for name, counts in zip(labels, best.confusion, strict=True)]
             _write_csv(options.confusion, [["true \\ predicted", *labels], *matrix])
@@ -130,31 +114,24 @@ def evaluate_trained(options: argparse.Namespace, overrides: Overrides) -> int:
 def open_folder(folder: str, class_names: Sequence[str], config: Config) -> Manifest:
     """Open `folder`, whose class folders have the names of training's classes, or else their positions.
 
-    Raises:
-        DataError: a class that training does not know, or nothing to read.
+    Raises DataError: a class that training does not know, or nothing to read.
     """
     limit = config.data.max_bad_fraction
     scan: dict[str, Any] = {"cache_dir": loaders.cache_folder(config), "max_bad_fraction": limit}
-    if not os.path.isdir(folder):
-        raise DataError(f"--folder {folder}: no such folder")
     return Manifest.from_folder(folder, class_names=class_names, positions=True, **scan)
 
 
 def real_labels(manifest: Manifest) -> RealLabelsImagenet:
-    """Return ImageNet-ReaL's labels (arXiv 2006.07159) for ImageNet's validation images, as in `manifest`.
-
-    Raises:
-        DataError: the images are others.
-    """
+    """Return ImageNet-ReaL's labels (arXiv 2006.07159) of ImageNet's validation images. Raises DataError."""
     files = [manifest.file(index) for index in range(len(manifest))]
     if len(files) != NUM_REAL_FILES:
         expected = f"has labels of ImageNet's {NUM_REAL_FILES} validation images"
         raise DataError(f"--real: {expected}; here are {len(files)}")
     real = RealLabelsImagenet(files)
-    strange = next((file for file in files if os.path.basename(file) not in real.real_labels), None)
-    if strange is not None:
-        example = "such as ILSVRC2012_val_00000001.JPEG"
-        raise DataError(f"--real: {strange} is no validation image of ImageNet, {example}")
+    for file in files:
+        if os.path.basename(file) not in real.real_labels:
+            example = "such as ILSVRC2012_val_00000001.JPEG"
+            raise DataError(f"--real: {file} is no validation image of ImageNet, {example}")
     return real
 
 
@@ -173,8 +150,7 @@ def imagenet_numbers(class_names: Sequence[str]) -> list[int]:
 def real_accuracy(real: RealLabelsImagenet, evaluation: Evaluation, numbers: Sequence[int]) -> float:
     """Return the share of the images with real labels whose likeliest class is among them.
 
-    Args:
-        numbers: ImageNet's number of each class of the model.
+    `numbers`: ImageNet's number of each class of the model.
     """
     assert evaluation.ranked is not None
     number_of = dict(enumerate(numbers))  # a model may have more outputs than classes
@@ -183,11 +159,13 @@ def real_accuracy(real: RealLabelsImagenet, evaluation: Evaluation, numbers: Seq
     return float(np.mean([answer in true for answer, true in zip(likeliest, labels, strict=True) if true]))
 
 
-def class_rows(results: Sequence[Result], class_names: Sequence[str]) -> list[list[Any]]:
-    """Return a table with its header: images, correct ones and accuracy of each class, by result."""
-    table: list[list[Any]] = [["weights", "image_px", "resize_px", "class", "images", "correct", "accuracy"]]
-    for result in results:
-        evaluation, sizes = result.evaluation, [result.weights, result.image_px, result.resize_px]
+def class_rows(
+    figures: Sequence[dict[str, Any]], evaluations: Sequence[Evaluation], class_names: Sequence[str]
+) -> list[list[Any]]:
+    """Return a table with its header: images, correct ones and accuracy of each class, by evaluation."""
+    table: list[list[Any]] = [[*SIZES, "class", "images", "correct", "accuracy"]]
+    for row, evaluation in zip(figures, evaluations, strict=True):
+        sizes = [row[key] for key in SIZES]
         counts = zip(class_names, evaluation.class_images, evaluation.class_correct, strict=True)
         table += [[*sizes, name, images, right, right / images] for name, images, right in counts if images]
     return table

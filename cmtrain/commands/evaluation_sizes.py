@@ -10,11 +10,7 @@ def sizes_of(config: Config, image_px: Sequence[int], resize_px: Sequence[int]) 
     """Return pairs of image side and shorter side before the crop, in the order given.
 
     Two lists are paired; one size goes with each of the other list. Without `resize_px` the run's own is
-    scaled with the image side.
-
-    Raises:
-        ConfigError: a crop larger than the image, lists of unequal length, or a side that the model cannot
-            have.
+    scaled with the image side. Raises ConfigError: sizes that fit neither one another nor the model.
     """
     data = config.data
     sides = list(image_px or (data.image_px,))

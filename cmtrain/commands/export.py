@@ -31,7 +31,6 @@ from cmtrain.storage.weights import Weights, fit, num_classes_in
 from cmtrain.training import build
 from pipelines.spec import DataError
 
-FORMATS = ("timm", "onnx", "torch-export")
 TOLERANCE = 1e-5  # of logits, against the largest of them or 1
 FOLDED_TOLERANCE = 1e-4
 ONNX_NAME, PROGRAM_NAME = "model.onnx", "model.pt2"
@@ -45,25 +44,20 @@ def export(
     trained: Trained, *, formats: Sequence[str], out: str, kind: str | None, fold_bn: bool,
     as_json: bool = False,
 ) -> int:  # fmt: skip
-    """Write `trained` to the folder `out` in each of `formats` (of FORMATS), with a model card.
+    """Write `trained` to the new folder `out` in each of `formats` (keys of _write), with a model card.
 
     Every format is read back and must give the model's logits before the folder appears, by one rename.
-    Prints what was written on stderr, and one JSON line on stdout. Returns the exit code, 0.
+    Prints what was written on stderr, and one JSON line on stdout.
 
     Args:
         kind: `model` or `ema`; None: the EMA if there is one.
         fold_bn: absorb BatchNorm where that is exact; not in timm's layout, which has a place for each norm.
-        as_json: print the JSON line on a terminal, too.
 
-    Raises:
-        ConfigError: `out` exists, or these options do not fit together.
-        DataError: no such weights, they are not finite, a package is missing, a format computes something
-            else, or the files cannot be written. Nothing is left behind.
+    Raises ConfigError: these options do not fit together. DataError: no such weights, they are not finite, a
+    package is missing, a format computes something else, or the files cannot be written. Nothing is left.
     """
     config, final = trained.config, Path(out)
     is_cmt = config.model.name.startswith("cmt_")
-    if os.path.lexists(final):
-        raise ConfigError(f"--out {out}: exists already; choose another folder")
     if fold_bn and (not is_cmt or list(formats) == ["timm"]):
         why = "not for timm's layout, which has a place for every norm" if is_cmt else "for CMT only"
         raise ConfigError(f"--fold-bn: {why}; leave it out, or export onnx or torch-export")
@@ -97,10 +91,7 @@ def export(
 
 
 def make_trained_model(config: Config, weights: Weights) -> nn.Module:
-    """Return the model of `config` with `weights`, in eval() and fp32 on the CPU.
-
-    Position tables are resized if data.image_px is another one than in training.
-    """
+    """Return the model of `config` with `weights`, in eval() and fp32 on the CPU; see `fit` for its size."""
     num_classes = num_classes_in(weights, config.model.name)
     # Contiguous, because the layout of a training step means nothing to a user of the files.
     model = build.make_model(config, num_classes).to(memory_format=torch.contiguous_format)
@@ -115,11 +106,10 @@ def _write(
     folder: Path, model: nn.Module, formats: Sequence[str], trained: Trained, fold_bn: bool
 ) -> dict[str, float]:
     """Write each format and compare it with `model`. Returns its largest difference."""
-    config, generator = trained.config, torch.Generator().manual_seed(0)
-    side = config.data.image_px
+    config, side = trained.config, trained.config.data.image_px
+    generator = torch.Generator().manual_seed(0)
     sample = torch.randn(max(CHECKED_BATCHES), 3, side, side, generator=generator)
     for_inference = folded(model) if fold_bn and isinstance(model, CMT) else model
-
     writers: dict[str, Callable[[], Logits]] = {
         "timm": lambda: to_timm(folder, model, config, trained.class_names),
         "onnx": lambda: to_onnx(folder, for_inference, sample[:2]),
@@ -177,12 +167,12 @@ def _card(
     place = {int(step): place for place, step in enumerate(evaluations["step"])}.get(trained.step)
     names = {key: f"{prefix}_{key}" for key in ("top1", "top5", "loss") if place is not None}
     metrics = {key: float(evaluations[name][place]) for key, name in names.items() if name in evaluations}
-    exported_by = {"cmtrain": __version__, "torch": torch.__version__, "timm": timm.__version__}
-    exported_by["python"] = platform.python_version()
+    versions = {"cmtrain": __version__, "torch": torch.__version__, "timm": timm.__version__}
     facts: dict[str, Any] = {"trained": trained, "config": config, "config_yaml": to_yaml(config)}
     facts |= {"weights": weights.kind, "metrics": metrics, "differences": differences, "fold_bn": fold_bn}
     facts |= {"num_parameters": sum(p.numel() for p in model.parameters()), "num_classes": model.num_classes}
-    return make_templates().get_template("model_card.md").render(facts, exported_by=exported_by)
+    facts["exported_by"] = versions | {"python": platform.python_version()}
+    return make_templates().get_template("model_card.md").render(facts)
 
 
 # Each of the next functions writes one format and returns the model as it is read back, for comparison.
@@ -194,12 +184,12 @@ def to_timm(folder: Path, model: nn.Module, config: Config, class_names: Sequenc
 
     The parameters of `model` must be contiguous. `class_names` that are not one per output are left out.
     """
-    pretrained_cfg = preprocessing_of(config) | {"num_classes": model.num_classes}
-    described: dict[str, Any] = {"pretrained_cfg": pretrained_cfg}
+    outputs = {"num_classes": model.num_classes}
+    described: dict[str, Any] = {"pretrained_cfg": preprocessing_of(config) | outputs}
     if class_names and len(class_names) == model.num_classes:
         described["label_names"] = list(class_names)
-    model_args = model_args_of(config)
-    save_for_hf(model, str(folder), model_config=described, model_args=model_args, safe_serialization=True)
+    args = model_args_of(config)
+    save_for_hf(model, str(folder), model_config=described, model_args=args, safe_serialization=True)
     return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
 
 

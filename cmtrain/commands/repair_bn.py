@@ -6,7 +6,6 @@ moving average cannot heal them, not even with momentum 1: the old value is in t
 """
 
 import argparse
-import functools
 import itertools
 import math
 import os
@@ -23,7 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
-from cmtrain.commands.trained_model import open_trained
+from cmtrain.commands.bench.timing import endless
+from cmtrain.commands.trained_model import open_trained, read_checkpoint
 from cmtrain.config.load import Overrides
 from cmtrain.config.schema import Config
 from cmtrain.errors import EXIT_DONE, ConfigError
@@ -31,7 +31,7 @@ from cmtrain.monitoring.console import Console, print_result
 from cmtrain.monitoring.units import percent
 from cmtrain.step.evaluate import Evaluation, evaluate
 from cmtrain.step.mixing import MixSpec, mix
-from cmtrain.storage.checkpoint import checkpoint_path, find_checkpoint, save_checkpoint
+from cmtrain.storage.checkpoint import checkpoint_path, save_checkpoint
 from cmtrain.storage.state_file import CheckpointError
 from cmtrain.training import build, loaders
 from cmtrain.training.schedule import refuse_batch_of_one
@@ -82,20 +82,16 @@ def repair_bn(
     """Recompute the BatchNorm statistics of all weights (model and EMA) at `place`; write a repaired copy.
 
     They are averaged over `batches` micro-batches of training, augmented and mixed, in fp32, which does not
-    overflow where fp16 did. Prints accuracy before and after on stderr, and one JSON line on stdout. Returns
-    the exit code, 0.
+    overflow where fp16 did. Prints accuracy before and after on stderr, and one JSON line on stdout.
 
     Args:
         place: a run or a checkpoint folder, or a weights file by torch.save or safetensors: a state_dict, or
             a dictionary that holds some.
         config: model and data; None takes a run's own configuration, with `overrides`.
-        out: the file to write (None: `x-repaired.pth` beside `x.pth`); for a run, the folder of the new
-            checkpoint (None: `repaired` in the run folder).
-        as_json: print the JSON line on a terminal, too.
+        out: the file to write, or for a run the folder of the new checkpoint; None: see the command's help.
 
-    Raises:
-        ConfigError: no configuration, one of another model, or several processes.
-        DataError: nothing usable at `place`, weights that are not finite themselves, or a write that failed.
+    Raises ConfigError: no configuration, one of another model, or several processes. DataError: nothing
+    usable at `place`, weights that are not finite themselves, or a write that failed.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("cmtrain repair-bn: runs in one process, without a launcher")
@@ -115,19 +111,17 @@ def repair_bn(
     num_classes = loaders.num_classes_of(config, data.train)
 
     # Load every state_dict, and refuse what new statistics cannot heal.
-    load = functools.partial(_load, source.path, config, num_classes, accelerator.device)
-    entries = [load(label, state) for label, state in _states_in(source).items()]
+    how = source.path, config, num_classes, accelerator.device
+    entries = [_load(*how, label, state) for label, state in _states_in(source).items()]
     nonfinite = [name for entry in entries for name in entry.nonfinite()]
     _refuse(source.path, [name for name in nonfinite if not name.endswith(STATISTICS)])
 
     # Evaluate, recompute, evaluate again.
     train_loader = loaders.make_train_loader(config, data.train, schedule, accelerator, placement)
-    eval_loader = loaders.make_eval_loader(
-        config, data.val, schedule.micro_batch_size, accelerator, placement
-    )
+    num_images, size = len(data.val), schedule.micro_batch_size
+    eval_loader = loaders.make_eval_loader(config, data.val, size, accelerator, placement)
 
     def accuracy(entry: Entry) -> Evaluation:
-        num_images, size = len(data.val), schedule.micro_batch_size
         images = tracked(eval_loader.epoch(0), f"evaluating {entry.label}", num_images, per_step=size)
         return evaluate(entry.model, images, accelerator, num_images, entry.num_classes)
 
@@ -150,16 +144,14 @@ def repair_bn(
     if nonfinite:
         found = f"{len(nonfinite)} BatchNorm statistics were not finite, {nonfinite[0]} first"
     console.line(f"{source.path}: {found}; averaged over {batches} batches")
-    top1 = {}
+    result: dict[str, Any] = {"out": str(written), "nonfinite_statistics": nonfinite, "batches": batches}
+    result["top1"] = {}
     for entry, was, now in zip(entries, before, after, strict=True):
         nan = "" if math.isfinite(was.loss) else " (its outputs were NaN)"
-        change = f"top-1 {percent(was.top1)} before{nan}, {percent(now.top1)} after"
-        console.line(f"{entry.label}: {change}")
-        top1[entry.label] = [was.top1, now.top1]
+        console.line(f"{entry.label}: top-1 {percent(was.top1)} before{nan}, {percent(now.top1)} after")
+        result["top1"][entry.label] = [was.top1, now.top1]
     console.line(f"written to {written}{source.next_step}")
-    result = {"out": str(written), "nonfinite_statistics": nonfinite, "batches": batches, "top1": top1}
-    result["rejected"] = list(source.rejected)
-    print_result(result, asked=as_json)
+    print_result(result | {"rejected": list(source.rejected)}, asked=as_json)
     return EXIT_DONE
 
 
@@ -167,21 +159,15 @@ def _open_run(
     place: str, config: Config | None, overrides: Overrides, out: str | None
 ) -> tuple[Config, Source]:
     """Open a checkpoint; without `config` it must belong to a run folder, whose configuration is taken."""
-    try:
-        if config is None:
-            trained = open_trained(place, overrides)
-            config, loaded = trained.config, trained.checkpoint
-        else:
-            loaded = find_checkpoint(Path(place))
-            sys.stderr.writelines(f"{line}\n" for line in loaded.warnings)
-        step = int(loaded.state["progress"]["step"])
-        state = loaded.state["optimizer"]["state"]
-        moments = {f"optimizer {name} {i}": state[i][name] for i in state for name in state[i]}
-        _refuse(loaded.path, _nonfinite(moments))
-    except (CheckpointError, OSError) as error:
-        raise DataError(str(error)) from error
-    except (KeyError, TypeError) as error:
-        raise DataError(f"{loaded.path}: no checkpoint of a run") from error
+    if config is None:
+        trained = open_trained(place, overrides)
+        config, loaded = trained.config, trained.checkpoint
+    else:
+        loaded = read_checkpoint(Path(place))
+    step = int(loaded.state["progress"]["step"])
+    state = loaded.state["optimizer"]["state"]
+    moments = {f"optimizer {name} {i}": state[i][name] for i in state for name in state[i]}
+    _refuse(loaded.path, _nonfinite(moments))
     root = Path(out or loaded.path.absolute().parent.parent / "repaired")
     final = checkpoint_path(root, step)
     if final.exists():
@@ -241,9 +227,9 @@ def _open_file(path: Path, out: Path | None) -> Source:
 
 def _states_in(source: Source) -> dict[str, dict[str, Any]]:
     """Return the state_dicts with BatchNorm statistics: all of the content as `model`, or entries of it."""
-    entries = {str(name): entry for name, entry in source.content.items() if isinstance(entry, dict)}
-    entries = {"model": source.content} | entries
-    states = {name: entry for name, entry in entries.items() if _find_key(entry, "running_var")}
+    parts = {str(name): part for name, part in source.content.items() if isinstance(part, dict)}
+    everything = {"model": source.content} | parts
+    states = {name: part for name, part in everything.items() if _find_key(part, "running_var")}
     if not states:
         raise DataError(f"{source.path}: has no BatchNorm statistics to repair (no key ends in running_var)")
     return states
@@ -254,16 +240,15 @@ def _load(
 ) -> Entry:
     """Load `state` into a new model of `config`. Its keys may share any prefix, such as `module.`.
 
-    Raises:
-        ConfigError: it does not fit the model, or has fewer classes than the data.
+    Raises ConfigError: it does not fit the model, or has fewer classes than the data.
     """
     name = config.model.name
     head = getattr(timm.get_pretrained_cfg(name), "classifier", None) or "head"
     head_key = _find_key(state, f"{head}.weight")
     num_classes = len(state[head_key]) if head_key else data_classes
     if num_classes < data_classes:
-        counts = f"{num_classes} classes, the data {data_classes}"
-        raise ConfigError(f"{path}: {label} has {counts}; set data.root")
+        has = f"{label} has {num_classes} classes, the data {data_classes}"
+        raise ConfigError(f"{path}: {has}; set data.root")
     model = build.make_model(config, num_classes, device)
     own = model.state_dict()
     first = next((key for key in own if key.endswith("running_var")), None)
@@ -306,6 +291,5 @@ def _refuse(path: Path, nonfinite: list[str]) -> None:
 def _images(loader: Loader, config: Config, num_classes: int, batches: int) -> Iterator[Tensor]:
     """Yield the images of `batches` training micro-batches, mixed, in fp32."""
     spec = MixSpec(num_classes=num_classes, **config.mixing.model_dump())
-    endless = itertools.chain.from_iterable(map(loader.epoch, itertools.count()))
-    for number, (images, labels, _) in enumerate(itertools.islice(endless, batches)):
+    for number, (images, labels, _) in enumerate(itertools.islice(endless(loader), batches)):
         yield mix(images.float(), labels, spec, (config.run.seed, number, 0))[0]

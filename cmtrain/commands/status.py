@@ -5,7 +5,6 @@ looked up on its own host, and a long silence is reported on any host.
 """
 
 import contextlib
-import difflib
 import http.client
 import json
 import time
@@ -18,8 +17,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from cmtrain.config.strict_yaml import Node, parse
-from cmtrain.errors import EXIT_DONE
+from cmtrain.config.strict_yaml import parse
+from cmtrain.errors import EXIT_DONE, did_you_mean
 from cmtrain.monitoring.units import duration, percent, state_name, step_place
 from cmtrain.storage.records import is_number
 from cmtrain.storage.run_folder import SILENT_SECONDS, is_alive, read_status
@@ -35,9 +34,9 @@ MAX_ANSWER_BYTES = 1_000_000
 class RunStatus:
     """The content of status.json, checked against the live process.
 
-    `status`: status.json. `now`: the answer of the run itself ("now" of /status.json); None without one.
-    `alive`: whether its process exists; None if that cannot be known from here, or if the run has ended.
-    `warning`: what contradicts status.json, or "".
+    `now`: the answer of the run itself ("now" of /status.json); None without one. `alive`: whether its
+    process exists; None if that cannot be known from here, or if the run has ended. `warning`: what
+    contradicts status.json, or "".
     """
 
     path: Path
@@ -67,9 +66,8 @@ def find_run(run: str) -> Path:
             advice = "the run itself is not harmed: run its command again, or see cmtrain report"
             raise DataError(f"{path}: {damage[0]}; {advice}")
     known = sorted(path.parent.name for path in RUNS.glob("*/status.json"))
-    close = difflib.get_close_matches(Path(run).name, known, n=1)
-    hint = "a run is a folder with a status.json, such as runs/demo"
-    hint = f"did you mean {RUNS / close[0]}?" if close else hint
+    hint = did_you_mean(Path(run).name, known, f"{RUNS}/").removeprefix(", ")
+    hint = hint or "a run is a folder with a status.json, such as runs/demo"
     raise DataError(f"{run}: no such run; {hint}")
 
 
@@ -92,11 +90,7 @@ def current_status(path: Path) -> RunStatus:
 
 
 def print_status(run: str, *, as_json: bool) -> int:
-    """Print the status of `run`, as lines or as one JSON object. Returns the exit code, 0.
-
-    Raises:
-        DataError: there is no such run.
-    """
+    """Print the status of `run`, as lines or as one JSON object. Raises DataError: there is no such run."""
     run_status = current_status(find_run(run))
     text = "\n".join(describe(run_status))
     if as_json:
@@ -107,30 +101,24 @@ def print_status(run: str, *, as_json: bool) -> int:
 
 
 def watch(run: str) -> int:
-    """Show the status of `run` until it ends: in place on a terminal, elsewhere one line whenever it
-    changes. Returns the exit code, 0.
+    """Show the status of `run` until it ends: in place on a terminal, elsewhere each new line.
 
-    Raises:
-        DataError: there is no such run.
+    Raises DataError: there is no such run.
     """
-    path, console = find_run(run), Console(highlight=False)
-    run_status, printed = current_status(path), ""
-    if console.is_terminal:
-        with Live(Text("\n".join(describe(run_status))), console=console, auto_refresh=False) as live:
-            while run_status.is_running:
-                time.sleep(REFRESH_SECONDS)
-                run_status = current_status(path)
-                live.update(Text("\n".join(describe(run_status))), refresh=True)
-        return EXIT_DONE
-    while True:
-        line = "  ".join(part for part in (_headline(run_status), _speed(run_status.status)) if part)
-        if line != printed:
-            print(visible(line), flush=True)  # noqa: T201
-            printed = line
-        if not run_status.is_running:
-            return EXIT_DONE
-        time.sleep(REFRESH_SECONDS)
-        run_status = current_status(path)
+    path, console, printed = find_run(run), Console(highlight=False), ""
+    on_screen = Live(console=console, auto_refresh=False) if console.is_terminal else None
+    with on_screen or contextlib.nullcontext():
+        while True:
+            run_status = current_status(path)
+            line = "  ".join(filter(None, (_headline(run_status), _speed(run_status.status))))
+            if on_screen:
+                on_screen.update(Text("\n".join(describe(run_status))), refresh=True)
+            elif line != printed:
+                print(visible(line), flush=True)  # noqa: T201
+                printed = line
+            if not run_status.is_running:
+                return EXIT_DONE
+            time.sleep(REFRESH_SECONDS)
 
 
 def describe(run_status: RunStatus) -> list[str]:
@@ -154,13 +142,12 @@ def describe(run_status: RunStatus) -> list[str]:
         lines.append(f"watch    {page}{'' if now else ' (no answer)'}")
     lines += [f"lost     {what} ({count} times)" for what, count in (status.get("lost") or {}).items()]
     writer = f"process {status.get('pid')} on {status.get('host')}"
-    lines = [*lines, f"written  {duration(run_status.age_seconds)} ago by {writer}"]
+    lines.append(f"written  {duration(run_status.age_seconds)} ago by {writer}")
     return list(map(visible, lines))
 
 
 def _headline(run_status: RunStatus) -> str:
-    status = run_status.status
-    steps = step_place(status, run_status.step)
+    status, steps = run_status.status, step_place(run_status.status, run_status.step)
     if run_status.warning:
         return f"claims to run, {steps}, but {run_status.warning}"
     reason = f": {status['reason']}" if status.get("reason") else ""
@@ -177,12 +164,10 @@ def _speed(status: dict[str, Any]) -> str:
 def _silent_seconds(path: Path) -> float:
     """Return how long the run in `path` may write nothing: its metrics.stall_seconds."""
     try:
-        node, _ = parse((path / "config.yaml").read_text())
-    except (OSError, ValueError):
+        root: Any = parse((path / "config.yaml").read_text())[0]
+        value = root.value["metrics"].value["stall_seconds"].value
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):
         return SILENT_SECONDS
-    for key in ("metrics", "stall_seconds"):
-        node = node.value.get(key) if isinstance(node, Node) and isinstance(node.value, dict) else None
-    value = node.value if node else None
     return float(value) if is_number(value) and value > 0 else SILENT_SECONDS
 
 

@@ -60,12 +60,8 @@ def read_rows(
 ) -> list[SweepRow]:
     """Read configuration files and folders of them as rows, numbered from 1 in the order given.
 
-    Args:
-        select: row numbers to keep, such as "1,3-5"; None keeps all.
-        scale: "demo" for DEMO_SCALE.
-
-    Raises:
-        ConfigError: all mistakes of all rows, or two rows with one run folder.
+    `select`: row numbers to keep, such as "1,3-5"; None keeps all. `scale`: "demo" for DEMO_SCALE. Raises
+    ConfigError: all mistakes of all rows, or two rows with one run folder.
     """
     paths = [path for file in files for path in find_configs(file)]
     numbers = _numbers(select, len(paths)) if select else range(1, len(paths) + 1)
@@ -115,13 +111,11 @@ def run_here(rows: Sequence[SweepRow]) -> int:
 def submit(rows: Sequence[SweepRow], script: str) -> int:
     """Submit one SLURM job for each row that is neither finished nor queued. Returns the exit code.
 
-    Raises:
-        DataError: there is no SLURM here, no such script, or SLURM refuses a job.
+    Raises DataError: there is no SLURM here, no such script, or SLURM refuses a job.
     """
     if not Path(script).is_file():
-        raise DataError(
-            f"{script}: no such file; give a job script such as the sources' {SBATCH} with --sbatch FILE"
-        )
+        advice = f"give a job script such as the sources' {SBATCH} with --sbatch FILE"
+        raise DataError(f"{script}: no such file; {advice}")
     for row in rows:
         name = f"cmtrain-{row.config.run.name}"
         if (read_status(row.run_path) or {}).get("state") == "finished":
@@ -167,32 +161,27 @@ def print_table(rows: Sequence[SweepRow], *, as_csv: bool) -> None:
     from rich.table import Table
 
     console = Console(highlight=False, markup=False)
-    shown = [i for i, name in enumerate(COLUMNS) if console.width >= LEAST_WIDTH.get(name, 0)]
     drawn = Table(box=None, pad_edge=False, header_style="bold")
+    shown = [i for i, name in enumerate(COLUMNS) if console.width >= LEAST_WIDTH.get(name, 0)]
     for name in (COLUMNS[i] for i in shown):
         wraps = name in ("differs in", "state", "source")
         drawn.add_column(name, justify="right" if name in NUMBERS else "left", no_wrap=not wraps)
-    for row in rows:
-        cells = _cells(row, as_csv=False)
+    for cells in (_cells(row, as_csv=False) for row in rows):
         drawn.add_row(*(cells[i] for i in shown))
     console.print(drawn)
 
 
 def _cells(row: SweepRow, *, as_csv: bool) -> list[str]:
     expect, status = row.config.expect, read_status(row.run_path) or {}
-    state = _state(row, status)
-    result = status.get("result") or {}
+    state, result = _state(row, status), status.get("result") or {}
     # As the run itself reports: of model and EMA the better one.
     reached = [top1 for key in ("top1", "ema_top1") if is_number(top1 := result.get(key))]
 
     def share(value: float) -> str:
         return f"{100 * value:.2f}" if as_csv else percent(value, 2)
 
-    published = measured = difference = ""
-    if expect.diverges:
-        published = "diverged"
-    elif expect.top1 is not None:
-        published = share(expect.top1)
+    published = "diverged" if expect.diverges else "" if expect.top1 is None else share(expect.top1)
+    measured = difference = ""
     if state == "finished" and reached:
         measured = share(max(reached))
         points = "" if as_csv else " points"
@@ -242,9 +231,8 @@ def _numbers(select: str, last: int) -> list[int]:
 class _Child:
     """Run one command at a time, and forward stop signals to it."""
 
-    def __init__(self) -> None:
-        self.received = 0
-        self.process: subprocess.Popen[bytes] | None = None
+    received = 0
+    process: subprocess.Popen[bytes] | None = None
 
     def receive(self, number: int, _: FrameType | None) -> None:
         self.received = number

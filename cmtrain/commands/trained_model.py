@@ -15,8 +15,6 @@ from cmtrain.storage.state_file import CheckpointError
 from cmtrain.storage.weights import Weights, check_finite, state_of
 from pipelines.spec import DataError
 
-KINDS = ("model", "ema")
-
 
 @dataclass(frozen=True)
 class Trained:
@@ -37,7 +35,7 @@ class Trained:
     @property
     def kinds(self) -> list[str]:
         """Kinds of weights in the checkpoint: `model`, and `ema` if the run had one."""
-        return [kind for kind in KINDS if kind in self.checkpoint.state]
+        return [kind for kind in ("model", "ema") if kind in self.checkpoint.state]
 
     def weights(self, kind: str) -> Weights:
         """Return the weights of `kind`. Raises DataError: there are none, or they are not finite."""
@@ -50,48 +48,48 @@ class Trained:
 def open_trained(place: str, overrides: Overrides) -> Trained:
     """Open `place`: a run folder, the name of one below runs/, or a checkpoint folder in a run folder.
 
-    Newer checkpoints that are damaged are named on stderr.
-
-    Raises:
-        ConfigError: wrong overrides. DataError: no run or no usable checkpoint there.
+    Newer checkpoints that are damaged are named on stderr. Raises ConfigError: wrong overrides; DataError:
+    no run or no usable checkpoint there.
     """
     run, path = find_run(place)
+    loaded = read_checkpoint(path)
+    return Trained(run, _config_of(run / "config.yaml", loaded, overrides), loaded, _class_names(run))
+
+
+def read_checkpoint(path: Path) -> Loaded:
+    """Load a checkpoint as find_checkpoint does. Raises DataError: there is none, or none of a run."""
     try:
         loaded = find_checkpoint(path)
-        loaded.state["progress"]["step"]
+        _ = loaded.state["progress"]["step"], loaded.state["optimizer"]["state"]
     except (CheckpointError, OSError) as error:
         raise DataError(str(error)) from error
     except (KeyError, TypeError) as error:
         raise DataError(f"{loaded.path}: no checkpoint of a run") from error
     sys.stderr.writelines(f"{line}\n" for line in loaded.warnings)
-    return Trained(run, _config_of(run, loaded, overrides), loaded, _class_names(run))
+    return loaded
 
 
-def _config_of(run: Path, loaded: Loaded, overrides: Overrides) -> Config:
-    """Return the configuration of a run with `overrides`; where its file is damaged, the checkpoint's copy.
-
-    Raises ConfigError: wrong overrides.
-    """
+def _config_of(path: Path, loaded: Loaded, overrides: Overrides) -> Config:
+    """Return the configuration in `path` with `overrides`; where it is damaged, the checkpoint's copy."""
     try:
-        load_config(run / "config.yaml")
+        load_config(path)
     except ConfigError as error:
-        line = f"{run / 'config.yaml'} is missing or damaged"
-        sys.stderr.write(f"{line}; taking the configuration that is in {loaded.path.name}\n")
+        what = f"taking the configuration that is in {loaded.path.name}"
+        sys.stderr.write(f"{path} is missing or damaged; {what}\n")
         try:
             saved = to_yaml(Config.model_validate(loaded.meta["config"]))
         except (KeyError, ValueError):
             raise error from None
         with tempfile.TemporaryDirectory() as folder:
-            (copy := Path(folder, f"{run.name}.yaml")).write_text(saved)
+            (copy := Path(folder, f"{path.parent.name}.yaml")).write_text(saved)
             return load_config(copy, overrides).config
-    return load_config(run / "config.yaml", overrides).config
+    return load_config(path, overrides).config
 
 
 def _class_names(run: Path) -> tuple[str, ...]:
     """Return the class names of a run; () if it was not evaluated yet, or, with a line, if damaged."""
     damage: list[str] = []
-    record = read_json(run / CLASSES_NAME, damage)
-    names = (record or {}).get("classes", [])
+    names = (read_json(run / CLASSES_NAME, damage) or {}).get("classes", [])
     if not isinstance(names, list):
         damage.append(f"{CLASSES_NAME}: names no classes")
     sys.stderr.writelines(f"{run}: {line}; going on without class names\n" for line in damage)

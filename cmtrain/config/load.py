@@ -49,11 +49,7 @@ class Resolved:
 def load_config(path: str | Path, overrides: Overrides = ()) -> Resolved:
     """Read the configuration file `path`, or the packaged one of that name, and apply `overrides`.
 
-    Args:
-        overrides: the last of two equal keys wins.
-
-    Raises:
-        ConfigError: str() is all mistakes, one line each. Nothing has been created on disk.
+    The last of two equal overrides wins. Raises ConfigError: str() is all mistakes, one line each.
     """
     path = find_config(path)
     draft = _Draft()
@@ -70,27 +66,22 @@ def load_config(path: str | Path, overrides: Overrides = ()) -> Resolved:
 
 
 def find_config(path: str | Path) -> Path:
-    """Return `path` if it exists, else the file of that name among those that ship with cmtrain.
+    """Return `path` if it exists, else the file of that name that ships with cmtrain.
 
-    Raises:
-        ConfigError: there is neither.
+    Raises ConfigError: there is neither.
     """
     if os.path.exists(path):
         return Path(path)
     packaged = _packaged()
-    for name in (f"{Path(path)}", f"configs/{Path(path)}"):
-        if name in packaged:
-            return packaged[name]
+    if found := packaged.get(str(Path(path))) or packaged.get(f"configs/{Path(path)}"):
+        return found
     raise ConfigError(f"{show(str(path))}: no such file{did_you_mean(str(path), packaged)}")
 
 
 def find_configs(path: str | Path) -> list[Path]:
     """Return the file `path`, or all files of the folder `path` by name; either may ship with cmtrain.
 
-    `base.yaml` is left out of a folder, since the other files extend it.
-
-    Raises:
-        ConfigError: there is neither.
+    `base.yaml` is left out of a folder, since the other files extend it. Raises ConfigError as find_config.
     """
     if os.path.isdir(path):
         found = sorted(Path(path).glob("*.yaml"))
@@ -151,17 +142,15 @@ class _Draft:
         start = "--" if place.source == _COMMAND_LINE else f"{self.origin(place)}: "
         self.mistakes.append((place, f"{start}{subject}{message}"))
 
-    def read_files(self, path: Path) -> None:
+    def read_files(self, path: Path | None) -> None:
         """Read `path`, the file that it extends, the file that this one extends, and so on."""
-        files: list[tuple[Path, dict[str, Node]]] = []
-        following: Path | None = path
-        while following:
-            self.file_names.append(_printable(following))
-            root = self._read(len(files), following)
-            extends = root.pop("extends", None)
-            files.append((following, root))
-            following = self._find_extended(extends, [path for path, _ in files]) if extends else None
-        for source, (_, root) in reversed([*enumerate(files)]):  # what is added later wins
+        files: dict[Path, dict[str, Node]] = {}
+        while path:
+            self.file_names.append(_printable(path))
+            files[path] = self._read(len(files), path)
+            extends = files[path].pop("extends", None)
+            path = self._find_extended(extends, [*files]) if extends else None
+        for source, root in reversed([*enumerate(files.values())]):  # what is added later wins
             self._add(source, root)
 
     def _find_extended(self, extends: Node, read: Sequence[Path]) -> Path | None:
@@ -242,8 +231,9 @@ class _Draft:
                 continue
             if problem:
                 self.mistake(place, problem, name)
-            if isinstance(value, int | float) and _is_text(name):  # quotes are for files: a shell takes them
-                value = text
+            types = {option.get("type") for option in schema_of(name).get("anyOf", [schema_of(name)])}
+            if isinstance(value, int | float) and types <= {"string", "null"}:
+                value = text  # quotes are for files: a shell takes them
             self.settings[name] = _Setting(value, place)
 
     def validate(self, *, default_name: str) -> Config | None:
@@ -285,22 +275,14 @@ class _Draft:
         return 1 if source == _COMMAND_LINE else -source
 
 
-def _is_text(name: str) -> bool:
-    schema = schema_of(name)
-    types = {option.get("type") for option in schema.get("anyOf", [schema])}
-    return types <= {"string", "null"}
-
-
 def _suggest(section: str, key: str, prefix: str = "") -> str:
-    """Return `, did you mean ...?` for a key that `section` lacks: the same name elsewhere, or a similar
-    one.
-    """
+    """Return `, did you mean ...?` for a key that `section` lacks: that name elsewhere, or a similar one."""
     key = key.lower().replace("-", "_")
     names = [name for name in fields() if name.split(".")[1] == key]
     if not names and key in _FOREIGN_NAMES:
         names = [_FOREIGN_NAMES[key]]
-    for candidates in [name for name in fields() if name.startswith(f"{section}.")], list(fields()):
-        by_key = {name.split(".")[1]: name for name in candidates}
+    for start in f"{section}.", "":
+        by_key = {name.split(".")[1]: name for name in fields() if name.startswith(start)}
         names = names or [by_key[close] for close in difflib.get_close_matches(key, by_key, n=1)]
     if not names:
         return ", see `cmtrain config schema`"

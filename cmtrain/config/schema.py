@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from operator import ge, le, lt
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -69,19 +70,11 @@ class _Rule(NamedTuple):
 
 
 _RULES = (
-    _Rule("augment.scale", lambda scale: scale[0] <= scale[1], "{} must go from low to high"),
-    _Rule("augment.ratio", lambda ratio: ratio[0] <= ratio[1], "{} must go from low to high"),
-    _Rule(
-        "data.eval_resize_px data.image_px",
-        lambda resize, crop: resize >= crop,
-        "{} must not be less than {}",
-    ),
-    _Rule(
-        "schedule.warmup_epochs schedule.epochs",
-        lambda warmup, all_: warmup < all_,
-        "{} must be less than {}",
-    ),
-    _Rule("schedule.min_lr optim.lr", lambda low, peak: low <= peak, "{} must not exceed {}"),
+    _Rule("augment.scale", lambda scale: le(*scale), "{} must go from low to high"),
+    _Rule("augment.ratio", lambda ratio: le(*ratio), "{} must go from low to high"),
+    _Rule("data.eval_resize_px data.image_px", ge, "{} must not be less than {}"),
+    _Rule("schedule.warmup_epochs schedule.epochs", lt, "{} must be less than {}"),
+    _Rule("schedule.min_lr optim.lr", le, "{} must not exceed {}"),
     _Rule(
         "schedule.warmup_lr optim.lr schedule.warmup_epochs",
         lambda first, peak, warmup: first <= peak or warmup == 0,
@@ -97,10 +90,8 @@ _RULES = (
         lambda mode, on: on or mode == "default",
         "{} needs {} to be true",
     ),
-    _Rule(
-        "expect.enforce expect.top1", lambda on, top1: top1 is not None or not on, "{} needs {} to be set"
-    ),
-    _Rule("expect.diverges expect.top1", lambda on, top1: top1 is None or not on, "{} contradicts {}"),
+    _Rule("expect.enforce expect.top1", lambda on, top: not on or top is not None, "{} needs {} to be set"),
+    _Rule("expect.diverges expect.top1", lambda on, top: not on or top is None, "{} contradicts {}"),
     _Rule(
         "model.absolute_position_px model.absolute_position",
         lambda px, on: px is None or on,
@@ -119,9 +110,7 @@ def _fits_cmt_only(key: str) -> _Rule:
 
 
 def contradictions(values: Mapping[str, Any]) -> list[tuple[list[str], str]]:
-    """Return (keys, message) of each rule that `values` (by dotted key) break; a rule needs all of its
-    keys.
-    """
+    """Return (keys, message) of each rule that `values` (by dotted key) break; it needs all of its keys."""
     found = []
     for rule in (*_RULES, *map(_fits_cmt_only, CMT_OPTIONS)):
         keys = rule.keys.split()
@@ -131,18 +120,15 @@ def contradictions(values: Mapping[str, Any]) -> list[tuple[list[str], str]]:
 
 
 def to_yaml(config: Config, comments: Mapping[str, str] | None = None) -> str:
-    """Write `config` as a file that load_config reads back as an equal one.
-
-    Args:
-        comments: text to put after a value, by dotted key.
-    """
-    lines: list[tuple[str, str]] = []
+    """Write `config` as a file that load_config reads back as an equal one; `comments`: by dotted key."""
+    lines = {}
     for section, keys in config:
-        lines.append((f"{section}:", ""))
-        for key, value in keys:
-            lines.append((f"  {key}: {emit(value)}", (comments or {}).get(f"{section}.{key}", "")))
-    width = max(len(text) for text, _ in lines)
-    return "".join(f"{text:<{width}}  # {comment}\n" if comment else f"{text}\n" for text, comment in lines)
+        lines[section] = f"{section}:"
+        lines |= {f"{section}.{key}": f"  {key}: {emit(value)}" for key, value in keys}
+    width = max(map(len, lines.values()))
+    for key, comment in (comments or {}).items():
+        lines[key] = f"{lines[key]:<{width}}  # {comment}"
+    return "".join(f"{line}\n" for line in lines.values())
 
 
 # What may differ between the run that wrote a checkpoint and the run that continues it, without changing
@@ -159,18 +145,13 @@ _FREE_KEYS = (
 
 
 def recipe(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Return what makes two runs the same run, by dotted key: the keys that decide what is learned.
+    """Return what makes two runs the same run: the keys that decide what is learned, with their values.
 
-    Args: sections: a Config dumped to JSON. A key that an older version of cmtrain did not have counts as
-        today's
-            default, which is what that version did.
+    A key that `sections`, a Config dumped to JSON, does not have counts as its default.
     """
     values = to_jsonable_python(defaults()) | flatten(sections)
-    return {
-        key: value
-        for key, value in values.items()
-        if key.split(".")[0] not in _FREE_SECTIONS and key not in _FREE_KEYS
-    }
+    free = {key for key in values if key.split(".")[0] in _FREE_SECTIONS} | {*_FREE_KEYS}
+    return {key: value for key, value in values.items() if key not in free}
 
 
 def recipe_changes(old: Mapping[str, Mapping[str, Any]], new: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -24,9 +24,8 @@ MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 1024
 def _path(text: str) -> str:
     if re.match(r"~[\w.-]*(/|$)|[$]\{?\w", text):
         first = text.split("/")[0]
-        raise ValueError(
-            f"{first} is expanded by no shell here: write the folder out (or ./{first} if it is a name)"
-        )
+        advice = f"write the folder out (or ./{first} if it is a name)"
+        raise ValueError(f"{first} is expanded by no shell here: {advice}")
     longest = max(len(part.encode()) for part in _printable(text).split("/"))
     if len(text.encode()) > MAX_PATH_BYTES or longest > MAX_NAME_BYTES:
         limits = f"{MAX_PATH_BYTES} bytes, and {MAX_NAME_BYTES} between two slashes"

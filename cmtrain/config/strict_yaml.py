@@ -6,6 +6,7 @@ anchors, aliases and tags are errors. Values are built from the parser's events:
 expanded, so a tag or an alias bomb has nothing to act on.
 """
 
+import itertools
 import json
 import math
 import re
@@ -49,10 +50,9 @@ Problem = tuple[int, str]  # line, message
 
 
 def parse(text: str) -> tuple[Node | None, list[Problem]]:
-    """Parse the one document in `text`.
+    """Parse the one document in `text`. Returns its root, and every problem.
 
-    Returns:
-        Its root (None where the text cannot be read to the end or holds no document), and every problem.
+    The root is None where the text cannot be read to the end or holds no document.
     """
     root, problems = None, list[Problem]()
     try:
@@ -79,8 +79,7 @@ def parse(text: str) -> tuple[Node | None, list[Problem]]:
 def parse_argument(text: str) -> tuple[Any, str | None]:
     """Parse the value of an option: as YAML where it opens a list, a mapping or quotes, else as a scalar.
 
-    Returns:
-        The value (REFUSED if there is none), and the problem or None.
+    Returns the value (REFUSED if there is none), and the problem or None.
     """
     if text[:1] not in ("[", "{", '"', "'"):
         return scalar(text), None
@@ -141,17 +140,11 @@ def _build(events: Iterator[yaml.Event], event: yaml.Event, depth: int, problems
     if isinstance(event, yaml.ScalarEvent):
         value = event.value if event.style else scalar(event.value)
     elif isinstance(event, yaml.SequenceStartEvent):
-        value = _build_list(events, depth, problems)
+        items = itertools.takewhile(lambda item: not isinstance(item, yaml.SequenceEndEvent), events)
+        value = tuple(_build(events, item, depth + 1, problems) for item in items)
     else:
         value = _build_mapping(events, depth, problems)
     return REFUSED if len(problems) > refused and not isinstance(value, dict) else value
-
-
-def _build_list(events: Iterator[yaml.Event], depth: int, problems: list[Problem]) -> tuple[Any, ...]:
-    items = []
-    while not isinstance(event := next(events), yaml.SequenceEndEvent):
-        items.append(_build(events, event, depth + 1, problems))
-    return tuple(items)
 
 
 def _build_mapping(events: Iterator[yaml.Event], depth: int, problems: list[Problem]) -> dict[str, Node]:

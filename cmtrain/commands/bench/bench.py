@@ -1,5 +1,4 @@
-"""Time the loader alone, the training step alone, and both together, and name what limits them (`cmtrain
-bench`).
+"""Time the loader alone, the step alone and both together; name what limits them (`cmtrain bench`).
 
 Machines are shared and noisy, so all rates are taken in one process, one after the other, and the verdict is
 their ratio. Steps are timed by a host clock, with the device drained before and after the whole region,
@@ -7,6 +6,7 @@ never inside it. Compare with an earlier run (`--compare`) on the same quiet mac
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -63,16 +63,10 @@ NUM_PARTS = {"model": 3, "latency": 1, "guard": 3, "all": 4, "train": 1}
 def bench(config: Config, options: argparse.Namespace) -> int:
     """Measure `options.what` with the recipe of `config`, by the `options` of `cmtrain bench`.
 
-    "loader": ours against timm's, see `bench_loader`. "model", "latency": the model beside timm's, see
-    `time_models`. "guard": a step with the guard and without, see `time_guard`. "train": training on real
-    data. "all": loader, model and training one after the other, and what limits them.
-
     Prints its parts and a table on stderr, and one JSON line on stdout. If asked to, writes the JSON to a
     file as well, and before that what is known of it after each row. Returns the exit code: 0, or 5 if a
-    rate is below `fail_below` times the one in the report `compare`.
-
-    Raises:
-        ConfigError, DataError: as for training, and an earlier run that cannot be compared.
+    rate is below `fail_below` times the one in the report `compare`. Raises as training does, and DataError:
+    an earlier run that cannot be compared.
     """
     what = options.what
     if what == "loader":
@@ -89,9 +83,9 @@ def bench(config: Config, options: argparse.Namespace) -> int:
     elif what == "latency":
         rows = time_latency(setup, options.beside)
     elif what == "guard":
-        how = {"steps": setup.steps, "rounds": setup.rounds, "log_every_steps": config.train.log_every_steps}
-        learner, batches = setup.make_learner(config), setup.synthetic_batches()
-        rows = guard.time_guard(learner, batches, lr=config.optim.lr, **how)
+        learner, every = setup.make_learner(config), config.train.log_every_steps
+        how = {"steps": options.steps, "rounds": options.rounds, "log_every_steps": every}
+        rows = guard.time_guard(learner, setup.synthetic_batches(), lr=config.optim.lr, **how)
     else:
         rows = _time_run(what, setup, data.train)
     figures: Figures = {}
@@ -192,11 +186,10 @@ def _read_earlier(path: str) -> dict[str, Any]:
 def _compare(report: dict[str, Any], earlier: dict[str, Any], fail_below: float | None) -> list[str]:
     """Add `times_earlier` to each row with a rate in both; return one line for each below `fail_below`.
 
-    Raises:
-        DataError: the two reports are about different work or different kinds of device.
+    Raises DataError: the two reports are about different work or different kinds of device.
     """
-    others = [key for key in SAME if earlier.get(key) != report[key]]
-    if others := [f"{key} {earlier.get(key)} -> {report[key]}" for key in others]:
+    pairs = ((key, earlier.get(key), report[key]) for key in SAME)
+    if others := [f"{key} {before} -> {now}" for key, before, now in pairs if before != now]:
         raise DataError(f"--compare: of another benchmark: {', '.join(others)}")
     below = []
     for name, row in report["figures"].items():
@@ -209,19 +202,17 @@ def _compare(report: dict[str, Any], earlier: dict[str, Any], fail_below: float 
 
 
 def _time_loader(loader: Loader, setup: Setup) -> dict[str, float]:
+    def read(steps: int) -> int:
+        count = steps * setup.schedule.accumulation
+        return sum(len(batch.labels) for batch in itertools.islice(batches, count))
+
     batches = endless(loader)
-    accumulation = setup.schedule.accumulation
-    for _ in range(WARMUP_STEPS * accumulation):
-        next(batches)
-    images = 0
-
-    def read() -> None:
-        nonlocal images
-        for _ in range(setup.steps * accumulation):
-            images += len(next(batches).labels)
-
-    seconds = timing.best_seconds(read, 1, device=setup.device)
-    return {"images_per_second": images / seconds}
+    read(WARMUP_STEPS)
+    drain(setup.device)
+    begin = time.perf_counter()
+    images = read(setup.steps)
+    drain(setup.device)
+    return {"images_per_second": images / (time.perf_counter() - begin)}
 
 
 def _time_steps(learner: Learner, loader: Loader, setup: Setup) -> dict[str, float]:
@@ -254,8 +245,7 @@ def _show(report: dict[str, Any]) -> None:
     console, figures = Console(stderr=True, highlight=False), report["figures"]
     compared = any("times_earlier" in row for row in figures.values())
     keys = [*KEYS.get(report["what"], RUN_KEYS), *["times_earlier"] * compared]
-    title = f"{report['model']} at {report['image_px']} px, {report['precision']}, {report['device']}"
-    title += f", batch {report['batch']}"
+    title = "{model} at {image_px} px, {precision}, {device}, batch {batch}".format(**report)
     columns = (Column(COLUMNS[key][0], justify="right") for key in keys)
     table = Table("measured", *columns, title=title, title_justify="left", box=None, pad_edge=False)
     for name, row in figures.items():

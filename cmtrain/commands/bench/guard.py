@@ -12,10 +12,10 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from cmtrain.commands.bench.timing import WARMUP_STEPS, Figures, Row, Rows, best_seconds, drain
 from cmtrain.monitoring.metrics import TrainMetrics
@@ -30,20 +30,10 @@ ALONE_REPEATS = 100
 SAVES = 6
 
 
-class _Without:
-    """Replace the guard, the step buffer and the metrics of a step, and do nothing."""
-
-    def propose(self) -> None:
-        pass
-
-    def commit_or_restore(self, ok: Tensor) -> Tensor:
-        return ok
-
-    def add(self, loss: Tensor, grad_norm: Tensor, indices: list[Tensor]) -> None:
-        pass
-
-    def count_step(self, step: int, **numbers: object) -> None:
-        pass
+# In place of guard, step buffer and metrics: they do nothing.
+NO_GUARD = SimpleNamespace(propose=lambda: None, commit_or_restore=lambda ok: ok)
+NO_BUFFER = SimpleNamespace(add=lambda loss, grad_norm, indices: None)
+NO_METRICS = SimpleNamespace(count_step=lambda step, **numbers: None)
 
 
 def time_guard(
@@ -51,22 +41,17 @@ def time_guard(
 ) -> Rows:
     """Time `rounds` turns of `steps` steps with the guard and without, then what the guard adds alone.
 
-    Yields:
-        Rows of `ms`, and of `percent` of a step without the guard:
-        "without", "with": a step, median over the rounds; `percent` is the addition to the other side of the
-        same round, `percent_min` and `percent_max` its range. "alone": the addition to a step. "log point":
-        the addition to a log point, its `percent` spread over `log_every_steps` steps. "mixing", "ema" (if
-        there is one): those parts of a step, alone. "together": all that was timed alone. "save": the wait
-        at a save, in percent of a step's wall time right before.
-
-    Raises:
-        RuntimeError: on a GPU, a step synchronised with the host.
+    Yields rows of `ms`, and of `percent` of a step without the guard. "without", "with": a step, median over
+    the rounds; `percent` is the addition within a round. "alone", "log point": the addition to a step, and
+    to a log point, spread over `log_every_steps` steps. "mixing", "ema": those parts of a step, alone.
+    "together": all that was timed alone. "save": the wait at a save, in percent of a step's wall time right
+    before. Raises RuntimeError: on a GPU, a step synchronised with the host.
     """
     device = learner.accelerator.device
     metrics = TrainMetrics("bench", learner.accelerator.process_index)
     sides: dict[str, Any] = {
         "with": (learner.guard, learner.buffer, metrics),
-        "without": (_Without(), _Without(), _Without()),
+        "without": (NO_GUARD, NO_BUFFER, NO_METRICS),
     }
     numbers = itertools.count()
     counted: dict[str, Any] = {"num_bytes": 0, "seconds": 0.1, "wait_seconds": 0.0}

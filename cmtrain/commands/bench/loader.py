@@ -33,7 +33,7 @@ from pipelines.files.manifest import Manifest
 from pipelines.packing.encode import PackSpec
 from pipelines.packing.shard_writer import pack_split
 from pipelines.plan import augment_params
-from pipelines.spec import AugmentSpec, Decode, Placement
+from pipelines.spec import AugmentSpec, Placement
 
 RAND_AUGMENT = "rand-m9-mstd0.5-inc1"  # the paper's
 COLOR_JITTER = 0.4
@@ -50,56 +50,43 @@ def bench_loader(config: Config, steps: int, rounds: int, packed: str | None, js
     """Time decoding, crop + resize + flip, colour jitter and RandAugment, by DALI and by timm.
 
     Prints a table on stderr and one JSON line on stdout. Writes the JSON to `json_path` as well, if given,
-    and before that what is known of it after each work. Returns the exit code, 0.
+    and before that what is known of it after each work. Raises as training does.
 
     Args:
         steps: batches of 64 images that are timed in each of the `rounds` of each work.
         packed: copy of data.root by `cmtrain data pack`, timed beside the files; None packs up to 2000 of
             the images into a temporary one, with shorter sides of 256 pixels.
-
-    Raises:
-        ConfigError, DataError: as for training.
     """
     accelerator = build.make_accelerator(config.train.precision)
     placed, lines = loaders.place_loaders(config, accelerator)
     sys.stderr.writelines(f"{line}\n" for line in lines)
     files = loaders.open_data(config, accelerator).train
-    crop = replace(
-        loaders.augment_spec(config, accelerator), color_jitter=None, rand_augment=None, fp16=False
-    )
+    spec = loaders.augment_spec(config, accelerator)
+    crop = replace(spec, color_jitter=None, rand_augment=None, fp16=False)
     jitter, hardest = replace(crop, color_jitter=COLOR_JITTER), replace(crop, rand_augment=RAND_AUGMENT)
     works = {"decode": None, "crop": crop, "crop + jitter": jitter, "crop + randaugment": hardest}
     report = {"device": "cpu"} | config.data.model_dump(include={"image_px", "interpolation"})
     versions = {"cmtrain": __version__, "torch": torch.__version__}
     report |= {"batch": BATCH_SIZE, "images": len(files), "versions": versions}
-    num_parts = 1 + len(works) * (1 + (accelerator.device.type == "cuda"))
+    places = {"cpu": Placement(device="cpu", decode="cpu", threads=1)}
+    if accelerator.device.type == "cuda":
+        report |= {"device": torch.cuda.get_device_name(), "cores": placed.threads, "decode": placed.decode}
+        places["gpu"] = replace(placed, device="cuda", prefetch_batches=Placement.prefetch_batches)
     folder = Path(packed, config.data.train_dir) if packed else None
-    with announced_parts(num_parts) as begin, ExitStack() as stack:
+    with announced_parts(1 + len(works) * len(places)) as begin, ExitStack() as stack:
         begin("a packed copy of the images, and what a batch takes of the training thread")
         shards = stack.enter_context(_packed_copy(files, folder))
         report["overhead"] = _overhead(files, hardest)
-        sources = {"dali": files} | ({} if shards is None else {"dali packed": shards})
-
-        def race(device: str, decode: Decode, cores: int, load: float | None = None) -> None:
-            place = Placement(device=device, decode=decode, threads=cores, hw_decoder_load=load)
-            contenders = [LoaderContender("timm", files, place)]
-            contenders += [LoaderContender(name, images, place) for name, images in sources.items()]
-            report["gpu" if device == "cuda" else device] = figures = {}
+        sources = {"timm": files, "dali": files} | ({} if shards is None else {"dali packed": shards})
+        for device, place in places.items():
+            contenders = [LoaderContender(name, images, place) for name, images in sources.items()]
+            report[device] = figures = {}
             for work, rows in _race(contenders, works, steps, rounds):
                 if not rows:
-                    begin(f"{work} by {', '.join(contender.name for contender in contenders)}")
+                    begin(f"{work} by {', '.join(sources)}")
                     continue
                 figures[work] = rows
                 write_report(json_path, report)
-
-        race("cpu", "cpu", 1)
-        if accelerator.device.type == "cuda":
-            report |= {
-                "device": torch.cuda.get_device_name(),
-                "cores": placed.threads,
-                "decode": placed.decode,
-            }
-            race("cuda", placed.decode, placed.threads, placed.hw_decoder_load)
     _show(report)
     print_result(report, asked=json_path == "")
     return EXIT_DONE

@@ -139,12 +139,11 @@ def _timm_batches(contender: LoaderContender, spec: AugmentSpec | None) -> Count
     how = {name: getattr(augmented, name) for name in kept}
     how |= {"color_jitter": augmented.color_jitter or 0.0, "auto_augment": augmented.rand_augment}
     how |= {"num_workers": contender.place.threads, "pin_memory": contender.place.device == "cuda"}
-    how |= {"use_multi_epochs_loader": True}  # or its queue runs dry at the end of every epoch
+    # Without the second, its queue runs dry at the end of every epoch.
+    how |= {"is_training": True, "use_multi_epochs_loader": True}
     dataset = timm.data.ImageDataset("", reader=_ManifestReader(contender.manifest))
     size, device = min(BATCH_SIZE, len(dataset)), torch.device(contender.place.device)
-    loader = timm.data.create_loader(
-        dataset, augmented.image_px, size, is_training=True, device=device, **how
-    )
+    loader = timm.data.create_loader(dataset, augmented.image_px, size, device=device, **how)
     if spec is None:
         dataset.transform = _one_pixel  # the dataset has decoded the image by then
     return (len(labels) for _ in itertools.count() for _, labels in loader)

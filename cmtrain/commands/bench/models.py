@@ -53,8 +53,7 @@ class Setup:
 def time_models(setup: Setup, beside: Sequence[str]) -> Rows:
     """Time training and inference of the configuration's model and of the timm models `beside` it.
 
-    Yields:
-        Rows "NAME train" and "NAME infer" as of Contender.figures and against_ceilings, and "machine".
+    Yields rows "NAME train" and "NAME infer" as of Contender.figures and against_ceilings, and "machine".
     """
     config, accelerator = setup.config, setup.accelerator
     yield "setting up", {}

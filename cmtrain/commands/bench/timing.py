@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipelines.atomic import replacing
+from cmtrain.storage.records import replace_file
 from pipelines.spec import Batch, Loader
 
 WARMUP_STEPS = 3
@@ -144,5 +144,4 @@ def drain(device: torch.device) -> None:
 def write_report(path: str | None, report: dict[str, Any]) -> None:
     """Write `report` as JSON, if there is a path. A kill leaves the report of the call before, whole."""
     if path:
-        with replacing(Path(path)) as file:
-            file.write((json.dumps(report, indent=1) + "\n").encode())
+        replace_file(Path(path), json.dumps(report, indent=1) + "\n")
