@@ -48,8 +48,7 @@ def evaluate(
     Args:
         model: unwrapped; its mode is restored.
         batches: this rank's share, each image once; may be empty.
-        accelerator: device and precision.
-        num_images: number of images of all ranks together.
+        num_images: of all ranks together.
         num_classes: number of `model`'s outputs.
         keeps_ranked: fill Evaluation.ranked, which costs 40 bytes per image on the device.
     """
@@ -120,15 +119,11 @@ def all_reduce_sum(values: Tensor) -> None:
 
 @torch.no_grad()
 def average_running_statistics(*models: nn.Module) -> None:
-    """Give every rank the mean over ranks of the BatchNorm running statistics, before evaluating or saving.
-
-    Their update is linear, so averaging now equals averaging after every step.
-    """
+    """Give every rank the mean of all ranks' running statistics, as if taken after every step."""
     if not (dist.is_available() and dist.is_initialized()):
         return
     for model in models:
-        statistics = running_statistics(model)
-        if statistics:
+        if statistics := running_statistics(model):
             flat = torch.cat(statistics)
             dist.all_reduce(flat)
             flat /= dist.get_world_size()

@@ -45,14 +45,13 @@ def normalise(image: Node, mean: Channels, std: Channels, fp16: bool, flips: Nod
 
 
 def warp(image: Node, matrix: Node, background: Pixels) -> Node:
-    """Warp as Pillow's affine transform, bilinearly; `matrix` (2, 3) maps destination to source.
+    """Warp as Pillow's affine transform, but bilinearly; `matrix` (2, 3) maps destination to source.
 
-    `background` (H, W, 3) shows where the source has no pixel. DALI interpolates linearly or not at all, so
-    timm's bicubic warps come out slightly softer.
+    `background` (H, W, 3) shows where the source has no pixel.
     """
-    # DALI's own fill is one number for all channels and bleeds into the border pixels. So: repeat the
-    # border, find what lies inside by warping a white image, and fill the rest. The background has the size
-    # of the image because arithmetic that broadcasts is four times slower on a CPU.
+    # DALI's own fill is one number for all channels and bleeds into the border pixels. So repeat the border
+    # and fill what lies outside of a warped white image. Arithmetic that broadcasts takes four times as long
+    # on a CPU, hence a whole background.
     white = fn.color_space_conversion(image, image_type=types.RGB, output_type=types.GRAY) | _level(255)
     nearest = types.INTERP_NN
     inside = fn.warp_affine(white, matrix=matrix, fill_value=0, interp_type=nearest, inverse_map=True)
@@ -108,8 +107,8 @@ def blur(image: Node, sigma_px: Node) -> Node:
 def equalize(image: Node) -> Node:
     """Equalise the histogram as Pillow, with OpenCV's operator.
 
-    OpenCV counts the values up to and including a level, Pillow those below it. Below in the image is above
-    in the negative, so the negative of the equalised negative is Pillow's result up to rounding.
+    OpenCV counts the values up to and including a level, Pillow those below it, which are above it in the
+    negative. So the negative of the equalised negative is Pillow's result up to rounding.
     """
     return _equalize(image ^ _level(255)) ^ _level(255)
 
