@@ -60,10 +60,11 @@ def evaluate(
     with torch.no_grad(), accelerator.autocast():
         for images, labels, indices in batches:
             logits = model(images).float()
-            totals += _count(logits, labels)
-            outcomes.add(logits, labels)
+            best = logits.topk(min(5, num_classes), dim=1).indices  # one answer for all, also of tied logits
+            totals += _count(logits, labels, best)
+            outcomes.add(best[:, 0], labels)
             if ranked is not None:
-                ranked[indices] = logits.topk(ranked.shape[1], dim=1).indices
+                ranked[indices] = best
     model.train(was_training)
     all_reduce_sum(totals)
     top1, top5, loss, seen, unreadable = totals.tolist()
@@ -86,9 +87,8 @@ class _Outcomes:
         self.width = num_classes if num_classes <= MAX_CONFUSION_CLASSES else 2
         self.counts = torch.zeros(num_classes * self.width + 1, dtype=torch.int64, device=device)
 
-    def add(self, logits: Tensor, labels: Tensor) -> None:
-        """Count a batch: (B, K), (B,). torch.bincount would make the host wait for the largest value."""
-        predicted = logits.argmax(dim=1)
+    def add(self, predicted: Tensor, labels: Tensor) -> None:
+        """Count a batch: (B,), (B,). torch.bincount would make the host wait for the largest value."""
         column = predicted if self.width == self.num_classes else (predicted == labels).long()
         cell = torch.where(labels == UNREADABLE, len(self.counts) - 1, labels * self.width + column)
         self.counts.index_add_(0, cell, torch.ones_like(cell))
@@ -102,9 +102,12 @@ class _Outcomes:
         return table.sum(dim=1).tolist(), correct.tolist(), table.tolist() if whole else None
 
 
-def _count(logits: Tensor, labels: Tensor) -> Tensor:
-    """(B, K), (B,) -> (5,) float64: correct at 1, correct at 5, summed loss, images, unreadable images."""
-    hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]  # (B, 5)
+def _count(logits: Tensor, labels: Tensor, best: Tensor) -> Tensor:
+    """Return (5,) float64: correct at 1, correct at 5, summed loss, images, unreadable images.
+
+    `logits` (B, K), `labels` (B,), `best` (B, 5): the likeliest classes.
+    """
+    hits = best == labels[:, None]
     loss = F.cross_entropy(logits, labels, reduction="sum", ignore_index=UNREADABLE)
     images = torch.full((), len(labels), device=logits.device)
     unreadable = (labels == UNREADABLE).sum()
