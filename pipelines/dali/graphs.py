@@ -122,6 +122,7 @@ def release_memory() -> None:
     backend.ReleaseUnusedMemory()  # type: ignore[attr-defined]
 
 
+@augment.do_not_convert
 def _augment_inputs(spec: AugmentSpec) -> list[tuple[Any, int]]:
     jitter = _JITTER if spec.color_jitter else []
     return [_FLIPS, *jitter, *(_LAYERS if spec.rand_augment is not None else [])]
@@ -148,6 +149,7 @@ def _finished(image: Any, params: Sequence[Any], spec: AugmentSpec | EvalSpec) -
     return augment.normalise(image, spec.mean, spec.std, spec.fp16, flips)
 
 
+@augment.do_not_convert
 def _external_source(source: Source, inputs: list[tuple[Any, int]], no_copy: bool = False) -> Any:
     dtypes, ndims = [dtype for dtype, _ in inputs], [ndim for _, ndim in inputs]
     layout = ["HWC" if given == _IMAGES else "" for given in inputs]
@@ -156,6 +158,7 @@ def _external_source(source: Source, inputs: list[tuple[Any, int]], no_copy: boo
     )
 
 
+@augment.do_not_convert
 def _decode(files: Any, run: Execution, windows: Any = None) -> Any:
     """Decode whole images, or of each its window: (top, left, height, width)."""
     # Mapping a file that is then cut short ends the process; reading it ends one batch.
