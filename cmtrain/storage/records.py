@@ -261,10 +261,10 @@ def keep_lines(path: Path, is_kept: Callable[[bytes], bool | None], header: byte
 
     Returns a line for the user about damage, else "". Raises OSError: the table is as it was.
     """
+    if not os.path.lexists(path):
+        return ""
     try:
         lines = retried(read_bytes, path, math.inf).splitlines(keepends=True)
-    except FileNotFoundError:
-        return ""
     except DamagedRecordError as error:
         return f"{path.name}: {error}; it is kept as {set_aside(path).name}"
     head, rows = (lines[:1], lines[1:]) if header else ([], lines)
