@@ -81,7 +81,8 @@ class CMT(nn.Module):
         dropout after the attention's projection and, in the paper's variant only, twice in the FFN.
     drop_path_rate: rate of the last block, growing linearly from 0; reimpl: on the FFN's branch only.
     ffn_kernel: "fused" computes feed-forward networks, local perception units and LayerNorm in Triton
-        kernels, "eager" operation by operation, "auto" is fused on a GPU that can and eager elsewhere. All compute the same.
+        kernels, "eager" operation by operation, "auto" is fused on a GPU that can and eager elsewhere. All
+        compute the same.
     global_pool: "avg", or "" for the unpooled map, which needs num_classes=0.
 
     Raises ValueError for an illegal option, an illegal size, and an input of another size than img_size.

@@ -147,7 +147,10 @@ def norm_grad(
     tile = _tile(x)
     num_tiles = ops.cdiv(rows, tile["ROWS"])
     tiles = max(1, min(ops.MAX_TILES, num_tiles // MIN_PROGRAMS))
-    dx, d_branch = torch.empty_like(x), ops.empty(x, rows if kept is not None else 0, channels, dtype=x.dtype)
+    dx, d_branch = (
+        torch.empty_like(x),
+        ops.empty(x, rows if kept is not None else 0, channels, dtype=x.dtype),
+    )
     sums = ops.empty(x, ops.cdiv(num_tiles, tiles), 2, channels)
     ops.launch(
         norm_grad_kernel, (len(sums),),

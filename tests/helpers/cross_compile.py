@@ -8,7 +8,8 @@ feed-forward networks, channels alone for a LayerNorm.
 Networks of these sizes run with kernels that only record their launches, and each launch is then compiled.
 Prints a line of JSON for each architecture, size and launch: registers and spilled bytes of a thread, how
 many of its loads and stores of device memory are 16 bytes wide, and how many only 2, and the instructions
-that a number of a tile costs in the longest loop. Loops of 46 channels are unrolled: others count too little.
+that a place of a tile costs in the longest loop. Loops of 46 channels are unrolled: others count too
+little.
 """
 
 import json
@@ -63,7 +64,7 @@ def kind_of(value: Any) -> str:
 
 
 def launches(dtype: str, channels: int, *ffn: int) -> dict[str, Launches]:
-    """Return the launches of each kernel, of all forms, trained and evaluated. ffn: hidden channels, side."""
+    """Return the launches of each kernel, of all forms, trained and evaluated. ffn: hidden width, side."""
     module = ffn_kernels if ffn else norm_kernels
     found = {}
     for name, kernel in list(vars(module).items()):
@@ -131,9 +132,12 @@ def usage(name: str, kernel: CompiledKernel, constants: dict[str, Any], num_warp
         "vectors": sizes.count(16),
         "scalars": sizes.count(2),
     }
-    sides = {"norm": ("CHUNKS", "ROWS", "COLUMNS"), "norm_grad": ("CHUNKS", "ROWS", "COLUMNS"), "project": ("ROWS", "INNER"), "project_weight_grad": ("INNER", "COLUMNS")}.get(
-        name, ("ROWS", "COLUMNS")
-    )
+    sides = {
+        "norm": ("CHUNKS", "ROWS", "COLUMNS"),
+        "norm_grad": ("CHUNKS", "ROWS", "COLUMNS"),
+        "project": ("ROWS", "INNER"),
+        "project_weight_grad": ("INNER", "COLUMNS"),
+    }.get(name, ("ROWS", "COLUMNS"))
     if "ROWS" in constants:
         numbers_of_a_thread = math.prod(constants[side] for side in sides) / (32 * num_warps)
         found["instructions"] = round(instructions(code) / numbers_of_a_thread, 1)
