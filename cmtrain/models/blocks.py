@@ -390,19 +390,3 @@ class Stage(nn.Module):
 
 
 FusedPart = FeedForward | ResidualDepthwiseConv | ChannelNorm  # each has a `kernel`
-
-
-def init_weights(module: nn.Module) -> None:
-    """Initialise a layer as the references do.
-
-    Linear layers: normal with standard deviation 0.02, as in DeiT, whose recipe the paper follows.
-    Convolutions: He's normal over fan-out. BatchNorm follows most of them, so the scale matters for the
-    depth-wise branches only: their fan-out counts all channels, so they start near zero, and the skip
-    connections carry the signal. Biases: zero (the re-implementation keeps torch's for convolutions).
-    """
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-    elif isinstance(module, nn.Conv2d | PointwiseConv):
-        nn.init.kaiming_normal_(module.weight, mode="fan_out")
-    if isinstance(module, nn.Linear | nn.Conv2d) and module.bias is not None:
-        nn.init.zeros_(module.bias)

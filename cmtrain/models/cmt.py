@@ -16,7 +16,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from cmtrain.models.blocks import Block, BlockOptions, FfnKernel, PointwiseConv, Stage, Stem, init_weights
+from cmtrain.models.blocks import Block, BlockOptions, FfnKernel, PointwiseConv, Stage, Stem
 from cmtrain.models.position import (
     POSITION_MODULES,
     AbsolutePosition,
@@ -65,6 +65,22 @@ def _square_px(img_size: int | tuple[int, int]) -> int:
             f"img_size={img_size} must be a square of a multiple of 32 pixels, such as 160 or 224"
         )
     return height
+
+
+def init_weights(module: nn.Module) -> None:
+    """Initialise a layer as the references do.
+
+    Linear layers: normal with standard deviation 0.02, as in DeiT, whose recipe the paper follows.
+    Convolutions: He's normal over fan-out. BatchNorm follows most of them, so the scale matters for the
+    depth-wise branches only: their fan-out counts all channels, so they start near zero, and the skip
+    connections carry the signal. Biases: zero (the re-implementation keeps torch's for convolutions).
+    """
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+    elif isinstance(module, nn.Conv2d | PointwiseConv):
+        nn.init.kaiming_normal_(module.weight, mode="fan_out")
+    if isinstance(module, nn.Linear | nn.Conv2d) and module.bias is not None:
+        nn.init.zeros_(module.bias)
 
 
 class CMT(nn.Module):
