@@ -39,30 +39,35 @@ def partial_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
-def wait_for_lock(path: Path, what: str) -> FileLock:
-    """Hold the lock, once no process of this host, or of any host if the file system can, has it.
+@contextmanager
+def locked(path: Path, what: str) -> Iterator[None]:
+    """Hold the lock of `path`, once no process of this host, or of any host if the file system can, has it.
 
     Where nothing can be locked it is not held, and every process works for itself. `what` the others do.
     """
-    lock = FileLock(path, fallback_to_soft=False)
+    lock = FileLock(path.with_suffix(".lock"), fallback_to_soft=False)
     with contextlib.suppress(OSError, NotImplementedError):
         path.parent.mkdir(parents=True, exist_ok=True)
         while not lock.is_locked:
             try:
                 lock.acquire(timeout=WAIT_LINE_SECONDS)
             except Timeout:
-                sys.stderr.write(visible(f"waiting for the process that {what} (it holds {path})") + "\n")
-    return lock
+                holder = f"the process that {what} (it holds {lock.lock_file})"
+                sys.stderr.write(visible(f"waiting for {holder}") + "\n")
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            lock.release()
 
 
-def remove_leftovers(path: Path, lock_path: Path) -> None:
-    """Remove the partial files or folders for `path` whose writers are dead: nobody holds their lock."""
-    pattern = f".{glob.escape(path.name)}.*"
+def remove_leftovers(path: Path) -> None:
+    """Remove the partial files or folders for `path` whose writers are dead: nobody holds its lock."""
     with contextlib.suppress(OSError, NotImplementedError, Timeout):
-        leftovers = list(path.parent.glob(pattern))
+        leftovers = list(path.parent.glob(f".{glob.escape(path.name)}.*"))
         if not leftovers:
             return
-        with FileLock(lock_path, timeout=0, fallback_to_soft=False):
+        with FileLock(path.with_suffix(".lock"), timeout=0, fallback_to_soft=False):
             for leftover in leftovers:
                 if leftover.is_dir():
                     shutil.rmtree(leftover)

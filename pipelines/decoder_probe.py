@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -25,9 +26,7 @@ _HOW = {
     "cpu": "on the CPU",
 }
 
-BATCH_SIZE = (
-    32  # of these at least 13 go to the JPEG engine, which then decodes batches of mixed kinds at once
-)
+BATCH_SIZE = 32  # at least 13 of them go to the JPEG engine, which then decodes mixed kinds at once
 MAX_SECONDS = 120  # to import DALI from a slow disk and to create CUDA's context
 # Decoders round differently and interpolate colour differently: less than one level of 255. A window that is
 # one pixel off is 8 levels away, another image's window more than 40.
@@ -41,16 +40,13 @@ def choose_decode(
 ) -> tuple[Decode, list[str]]:
     """Return the fastest way to decode that works on `place.device`, and one line for each that does not.
 
-    Begins with the way that `place.decode` names; "auto" is the fastest one.
-
-    Args:
-        probe: returns what is wrong with a way to decode on a device, or nothing; `fault_of` if None.
+    Begins with the way that `place.decode` names; "auto" is the fastest one. `probe` is for tests.
     """
-    if not str(place.device).startswith("cuda") or place.decode == "cpu":
+    if not str(place.device).startswith("cuda"):
         return "cpu", []
     first = 0 if place.decode == "auto" else WAYS.index(place.decode)
     lines: list[str] = []
-    for way, fallback in zip(WAYS[first:-1], WAYS[first + 1 :], strict=True):
+    for way, fallback in pairwise(WAYS[first:]):
         fault = (probe or fault_of)(place, way)
         if not fault:
             return way, lines
@@ -65,8 +61,7 @@ def fault_of(
 ) -> str:
     """Return what is wrong with a way to decode on `place.device`, "" if nothing is.
 
-    Args:
-        program: the command that decodes and compares; this file if empty.
+    `program`: the command that decodes and compares; this file if empty.
     """
     request = {"decode": decode, "device": str(place.device), "load": place.hw_decoder_load}
     request |= {"threads": min(place.threads, 4), "max_seconds": max_seconds}

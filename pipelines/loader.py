@@ -36,10 +36,8 @@ def train_loader(
 ) -> DaliLoader:
     """Return a loader of this rank's augmented micro-batches, in the plan's order.
 
-    Another sample, with its own label and draws, replaces one that cannot be decoded.
-
-    Args:
-        place: rank, device and limits; or give fields of Placement as keywords, such as `device="cuda:0"`.
+    Another sample, with its own label and draws, replaces one that cannot be decoded. Instead of `place`,
+    fields of Placement may be given as keywords, such as `device="cuda:0"`.
 
     Raises:
         TypeError: a keyword that Placement does not have, or both a Placement and keywords.
@@ -115,10 +113,9 @@ def eval_windows(
 class DaliLoader:
     """A DALI pipeline fed from a plan, built at the first batch. `train_loader` and `eval_loader` make one.
 
-    An undecodable file fails DALI's batch and ends DALI's pipeline. Then the files of all batches in flight
-    are checked, and the pipeline is built again at the first batch that was not delivered. Whether a sample
-    is replaced depends on its file and its draws alone, not on the batches around it nor on what happened
-    before: a file cut in the middle still gives the crops above the cut.
+    An undecodable file ends DALI's pipeline. Then the files of all batches in flight are checked, and the
+    pipeline is built again at the first batch that was not delivered. Whether a sample is replaced depends
+    on its file and its draws alone: a file cut in the middle still gives the crops above the cut.
 
     Args:
         micro_batches: yields the micro-batches of (epoch, start).
@@ -147,8 +144,7 @@ class DaliLoader:
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Yield this rank's batches after `start` consumed samples. A batch owns its memory.
 
-        While an epoch's last batches are consumed, the first of the next one are already being made. Another
-        request than the next epoch throws those away.
+        With an epoch's last batches the first of the next one are made; another request throws those away.
 
         Raises:
             DataError: too many bad files, or a batch fails twice although Pillow can read all of its files.
@@ -156,10 +152,10 @@ class DaliLoader:
             RuntimeError: this epoch was left for another one and then continued.
         """
         for position, planned in enumerate(self._micro_batches(epoch, start)):
-            if position == 0 and not self._is_next(planned):
+            if not self._undelivered or self._undelivered[0].identity != planned.identity:
+                if position:
+                    raise RuntimeError(f"epoch {epoch} cannot go on: another epoch was begun on this loader")
                 self._redirect(epoch, start)
-            if position and not self._is_next(planned):
-                raise RuntimeError(f"epoch {epoch} cannot go on: another epoch was begun on this loader")
             try:
                 images, given = self._receive()
             except DataError:
@@ -170,8 +166,8 @@ class DaliLoader:
             if not self._trains:
                 labels = np.where(given.indices == planned.indices, labels, UNREADABLE)
                 indices = planned.indices
-            images = images.to(self._device, non_blocking=True)
-            images = images.permute(0, 3, 1, 2)  # (B, H, W, 3) -> (B, 3, H, W)
+            # (B, H, W, 3) -> (B, 3, H, W)
+            images = images.to(self._device, non_blocking=True).permute(0, 3, 1, 2)
             yield Batch(images, self._to_device(labels), self._to_device(indices))
 
     def take_bad_files(self) -> list[BadFile]:
@@ -190,9 +186,6 @@ class DaliLoader:
             graphs.release_memory()
         self._undelivered.clear()
         self._stand_ins.close()
-
-    def _is_next(self, planned: MicroBatch) -> bool:
-        return bool(self._undelivered) and self._undelivered[0].identity == planned.identity
 
     def _redirect(self, epoch: int, start: int) -> None:
         self._upcoming = self._endless(epoch, start)
@@ -269,12 +262,11 @@ class DaliLoader:
         """Return whether DALI decodes a sample of a bad file: its crop may lie in the part that is whole.
 
         DALI decodes from the top: contents without a first pixel have no crop either. They are remembered,
-        for a pipeline ends with its failure and takes up to a second to build on a GPU (estimated). What is
-        remembered depends on the bytes alone, not on what happened before.
+        for a pipeline ends with its failure and takes up to a second to build on a GPU (estimated).
         """
         index, packed = int(sample.indices[0]), self._manifest.packed
+        path = Path(self._manifest.file(index))
         try:
-            path = Path(self._manifest.file(index))
             content = patiently(path.read_bytes) if packed is None else packed.read(index)
         except OSError as error:
             if is_trouble(error):  # another sample must not take the place of a good one
@@ -286,9 +278,8 @@ class DaliLoader:
         try:
             self._decode(sample)
         except (RuntimeError, OSError):
-            inputs = [[np.frombuffer(content, np.uint8)], _FIRST_PIXEL]
             try:
-                self._decode_inputs(inputs, replace(self._run, reads_files=False))
+                self._decode_inputs([[np.frombuffer(content, np.uint8)], _FIRST_PIXEL], reads_files=False)
             except RuntimeError:
                 self._undecodable.add(digest)
             return False
@@ -296,11 +287,12 @@ class DaliLoader:
 
     def _decode(self, batch: MicroBatch) -> None:
         """Test-decode a part of a batch. Raises RuntimeError or OSError when DALI cannot."""
-        self._decode_inputs(self._inputs(batch), self._run)
+        self._decode_inputs(self._inputs(batch), self._run.reads_files)
 
-    def _decode_inputs(self, inputs: Sequence[Any], run: graphs.Execution) -> None:
+    def _decode_inputs(self, inputs: Sequence[Any], reads_files: bool) -> None:
         inputs = inputs[: 2 if self._trains else 1]
-        graphs.decode_graph(lambda: inputs, replace(run, prefetch_batches=1), windows=self._trains).run()
+        run = replace(self._run, reads_files=reads_files, prefetch_batches=1)
+        graphs.decode_graph(lambda: inputs, run, windows=self._trains).run()
 
     def _to_device(self, values: NDArray[np.int64]) -> torch.Tensor:
         host = torch.from_numpy(values)

@@ -78,10 +78,9 @@ class Plan:
     repeats: int = 1
 
     def __post_init__(self) -> None:
-        size = self.global_batch_size
-        if self.micro_batch_size < 1 or size % self.micro_batch_size:
-            what = f"no multiple of micro_batch_size {self.micro_batch_size}"
-            raise ValueError(f"global_batch_size {size} is {what}")
+        size, micro = self.global_batch_size, self.micro_batch_size
+        if micro < 1 or size % micro:
+            raise ValueError(f"global_batch_size {size} is no multiple of micro_batch_size {micro}")
         if not 1 <= size <= self.num_samples:
             raise ValueError(f"global_batch_size {size} is not in 1..{self.num_samples} (samples)")
         if self.repeats < 1:
@@ -115,10 +114,10 @@ class Plan:
         return self._micro_batches(epoch, start // size, rank, world)
 
     def _micro_batches(self, epoch: int, first_step: int, rank: int, world: int) -> Iterator[MicroBatch]:
+        size, count = self.global_batch_size, self.num_micro_batches
         for step in range(first_step, self.steps_per_epoch):
-            for slot in range(rank, self.num_micro_batches, world):
-                begin = step * self.global_batch_size
-                positions = np.arange(begin + slot, begin + self.global_batch_size, self.num_micro_batches)
+            for slot in range(rank, count, world):
+                positions = np.arange(step * size + slot, (step + 1) * size, count)
                 yield MicroBatch(epoch, step, slot, self.order(epoch)[positions], positions % self.repeats)
 
     def uniforms(self, batch: MicroBatch, num_streams: int) -> Floats:
@@ -126,7 +125,9 @@ class Plan:
         # Keyed by sample and copy, never by position: a sample keeps its pixels wherever it lands.
         copies = batch.copies.astype(np.uint64)
         states = _mix(_states(self.seed, _AUGMENT_DOMAIN, batch.epoch, batch.indices) ^ _mix(copies))
-        return _uniforms(states, num_streams)
+        counters = np.arange(1, num_streams + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        words = _mix(states[:, None] + counters)  # (B,) -> (B, streams)
+        return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 class JitterParams(NamedTuple):
@@ -137,12 +138,12 @@ class JitterParams(NamedTuple):
 
 
 class AugmentParams(NamedTuple):
-    """Everything random about a batch, as whole arrays ready for DALI."""
+    """Everything random about a batch, as whole arrays ready for DALI; None is off."""
 
     windows: NDArray[np.int32]  # (B, 4) top, left, height, width of the crop, in pixels of the stored image
     flips: NDArray[np.int32]  # (B,) 1 mirrors left to right
-    jitter: JitterParams | None  # None when it is off
-    layers: LayerParams | None  # RandAugment, None when it is off
+    jitter: JitterParams | None
+    layers: LayerParams | None  # of RandAugment
 
 
 def augment_params(
@@ -152,18 +153,15 @@ def augment_params(
 
     Raises ValueError for a `rand_augment` string that `rand_augment.parse` refuses.
     """
-    policy = parse(spec.rand_augment) if spec.rand_augment is not None else None
-    num_layers = policy.num_layers if policy is not None else 0
+    policy = None if spec.rand_augment is None else parse(spec.rand_augment)
+    num_layers = policy.num_layers if policy else 0
     u = plan.uniforms(batch, _LAYERS + NUM_LAYER_DRAWS * num_layers)  # (B, streams)
-    layers = None
-    if policy is not None:
-        draws = u[:, _LAYERS:].reshape(len(u), num_layers, NUM_LAYER_DRAWS)
-        layers = layer_params(policy, draws, spec.image_px)
+    draws = u[:, _LAYERS:].reshape(len(u), num_layers, NUM_LAYER_DRAWS)
     return AugmentParams(
         windows=crop_windows(u[:, :_CROP_DRAWS], heights, widths, spec.scale, spec.ratio),
         flips=(u[:, _FLIP] < spec.hflip).astype(np.int32),
         jitter=jitter_params(u[:, _JITTER:_LAYERS], spec.color_jitter) if spec.color_jitter else None,
-        layers=layers,
+        layers=layer_params(policy, draws, spec.image_px) if policy else None,
     )
 
 
@@ -221,12 +219,6 @@ def _states(seed: int, domain: int, epoch: int, indices: Ints) -> Words:
     for part in (seed, domain, epoch):
         key = _mix(key ^ np.uint64(part))
     return _mix(key ^ indices.astype(np.uint64))
-
-
-def _uniforms(states: Words, num_streams: int) -> Floats:
-    counters = np.arange(1, num_streams + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    words = _mix(states[:, None] + counters)  # (B,) -> (B, streams)
-    return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def _mix(x: Words) -> Words:

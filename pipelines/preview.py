@@ -1,9 +1,8 @@
 """Draw the images of a batch as one PNG, for people to check what the model is fed."""
 
+import math
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
 from torch import Tensor
 
 from pipelines.spec import Channels
@@ -14,16 +13,10 @@ def contact_sheet(
 ) -> None:
     """Write the first of `images`, (B, 3, H, W) of any device and float type, as a PNG grid.
 
-    Args:
-        mean, std: constants that the images were normalised with, which is undone.
-        path: the PNG to write; its folder must exist.
-        columns: images in a row; 0 makes a square grid.
+    mean, std: what the images were normalised with, which is undone. columns: 0 makes a square grid.
     """
-    pixels = images[:max_images].float().cpu().permute(0, 2, 3, 1).numpy()  # (B, 3, H, W) -> (B, H, W, 3)
-    levels = np.clip(np.rint((pixels * np.array(std) + np.array(mean)) * 255), 0, 255).astype(np.uint8)
-    count, height, width, _ = levels.shape
-    columns = columns or int(np.ceil(np.sqrt(count)))
-    sheet = Image.new("RGB", (columns * width, -(-count // columns) * height))
-    for index, image in enumerate(levels):
-        sheet.paste(Image.fromarray(image), (index % columns * width, index // columns * height))
-    sheet.save(path, format="PNG")
+    from torchvision.utils import save_image
+
+    pixels = images[:max_images].float().cpu()
+    pixels = pixels * pixels.new_tensor(std)[:, None, None] + pixels.new_tensor(mean)[:, None, None]
+    save_image(pixels, path, format="PNG", nrow=columns or math.ceil(math.sqrt(len(pixels))), padding=0)

@@ -1,7 +1,6 @@
 """Turn RandAugment into numbers: which operation, how strong, in a form that a short DALI graph can execute.
 
-The named operations need eight kinds of pixel work (`Branch`). A layer of a sample is one kind plus its
-numbers, so a layer of the graph has eight branches, or seven where nothing blurs. Meaning and ranges are
+A layer of a sample is one of eight kinds of pixel work (`Branch`) and its numbers. Meaning and ranges are
 those of timm's `rand_augment_transform` and of `nvidia.dali.auto_aug.rand_augment` (RandAugment: arXiv
 1909.13719), and of timm's `auto_augment_policy_3a` (three-augment: DeiT III, arXiv 2204.07118).
 """
@@ -105,20 +104,6 @@ def parse(text: str) -> Policy:
     known = {"rand": ("m", "n", "p", "mstd", "inc"), "dali": ("m", "n")}.get(family)
     if known is None:
         raise ValueError(f"{text!r} is none of 'rand-m9-mstd0.5-inc1', '3a' (timm), 'reimpl', 'dali-n2-m9'")
-    values = _parse_parts(text, parts, known)
-    num_layers = int(values.get("n", 2))
-    if family == "dali":
-        magnitude_bin = values.get("m", 9.0)
-        if magnitude_bin > 30:
-            raise ValueError(f"{text!r}: m{magnitude_bin:g} is not one of DALI's magnitude bins 0..30")
-        return Policy(_DALI_OPS, num_layers, 1.0, magnitude_bin / 30, 0.0, "dali", 100 / 224)
-    std, magnitude, prob = values.get("mstd", 0.0), values.get("m", 10.0) / 10, values.get("p", 0.5)
-    std = math.inf if std > 100 else std / 10  # above 100 means uniform in timm
-    severity: Severity = "timm_increasing" if values.get("inc", 0.0) else "timm"
-    return Policy(_TIMM_OPS, num_layers, prob, magnitude, std, severity, 0.45)
-
-
-def _parse_parts(text: str, parts: list[str], known: tuple[str, ...]) -> dict[str, float]:
     values: dict[str, float] = {}
     for part in parts:
         found = re.fullmatch(r"([a-z]+)(\d+(?:\.\d+)?)", part)
@@ -128,9 +113,18 @@ def _parse_parts(text: str, parts: list[str], known: tuple[str, ...]) -> dict[st
         if found[1] in {"m", "n", "inc"} and not found[2].isdigit():
             raise ValueError(f"{text!r}: {part!r} needs a whole number")
         values[found[1]] = float(found[2])
-    if values.get("n", 2.0) < 1 or values.get("p", 0.5) > 1:
+    num_layers, prob = int(values.get("n", 2)), values.get("p", 0.5)
+    if num_layers < 1 or prob > 1:
         raise ValueError(f"{text!r}: n must be at least 1 and p at most 1")
-    return values
+    if family == "dali":
+        magnitude_bin = values.get("m", 9.0)
+        if magnitude_bin > 30:
+            raise ValueError(f"{text!r}: m{magnitude_bin:g} is not one of DALI's magnitude bins 0..30")
+        return Policy(_DALI_OPS, num_layers, 1.0, magnitude_bin / 30, 0.0, "dali", 100 / 224)
+    std = values.get("mstd", 0.0)
+    std = math.inf if std > 100 else std / 10  # above 100 means uniform in timm
+    severity: Severity = "timm_increasing" if values.get("inc") else "timm"
+    return Policy(_TIMM_OPS, num_layers, prob, values.get("m", 10.0) / 10, std, severity, 0.45)
 
 
 def layer_params(policy: Policy, draws: Floats, image_px: int) -> LayerParams:

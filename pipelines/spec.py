@@ -64,8 +64,7 @@ def os_errors_in_one_line(path: object = None) -> Iterator[None]:
 def visible(text: object) -> str:
     r"""Return text for a screen or a log: what is not printable is an escape such as \n, \x1b or \u202e.
 
-    Names of files and classes come from outside. One with control characters could move the cursor, forge a
-    line or turn the order of letters round.
+    Names of files and classes come from outside, and could move the cursor or forge a line.
     """
     shown = str(text)
     if shown.isprintable():

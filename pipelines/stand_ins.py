@@ -32,10 +32,8 @@ class StandIns:
     The stand-in of a sample is the next one in the manifest's order that Pillow can read, cyclically. That
     depends on the files alone, so all ranks find the same one without asking each other.
 
-    Args:
-        max_bad_fraction: more bad files than this share of the manifest end the run, but a single file never
-            does unless the share is 0.
-        processes: number of processes that test-decode suspects.
+    More bad files than `max_bad_fraction` of the manifest end the run, but a single file never does unless
+    the share is 0. `processes` test-decode suspects.
     """
 
     def __init__(self, manifest: Manifest, max_bad_fraction: float, processes: int) -> None:
@@ -60,10 +58,9 @@ class StandIns:
         with self._manifest.files(unknown) as paths:
             results = list(self._pool.check(paths))
         for index, (height, width, fault, _) in zip(unknown, results, strict=True):
-            expected = int(self._manifest.heights[index]), int(self._manifest.widths[index])
-            if not fault and (height, width) != expected:
-                was = f"was {expected[0]}x{expected[1]} when it was indexed"
-                fault = Fault("other", f"is {height}x{width} now, {was}")
+            now, was = f"{height}x{width}", f"{self._manifest.heights[index]}x{self._manifest.widths[index]}"
+            if not fault and now != was:
+                fault = Fault("other", f"is {now} now, was {was} when it was indexed")
             if fault:
                 self._add(index, fault)
         return len(self._bad) > before
@@ -73,10 +70,7 @@ class StandIns:
 
         DALI 2.4 does not decode a BMP of 16 bits a pixel, for one, and 1.34 no animated WebP.
 
-        Args:
-            batches: the batches in flight, one of which failed; none if DALI failed before any.
-            decode: test-decodes a part of a batch with DALI.
-            error: the batch's error.
+        `batches` in flight, one of which failed with `error`; none if DALI failed before any.
 
         Raises DataError when none fails alone, other images fail, too, or more files are bad than allowed.
         """

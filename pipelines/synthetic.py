@@ -13,11 +13,9 @@ _POOL_SIZE = 64  # images
 
 
 class SyntheticLoader:
-    """Noise images drawn from a small pool that stays on the device.
+    """Noise images from a small pool that stays on the device: a batch costs one gather.
 
-    Label and pixels are functions of the sample's index alone: label = index % num_classes, image =
-    pool[label % 64]. So a model can learn them, any number of ranks sees the same samples, and a batch costs
-    one gather.
+    label = index % num_classes, image = pool[label % 64]: a model can learn them, on any number of ranks.
     """
 
     def __init__(self, plan: Plan, image_px: int, num_classes: int, place: Placement, *, fp16: bool) -> None:

@@ -1,9 +1,7 @@
 """Build the layers of a CMT (arXiv 2107.06263), in the paper's and in the re-implementation's form.
 
 Letters: B batch, C channels, H x W map, N = H * W queries, K reduced keys, h heads, d = C / h, r reduction.
-
-Maps are (B, C, H, W) in channels-last memory from the stem to the head. So a map and its tokens (B, H, W, C)
-are two views of the same memory: no copy is made between convolution and attention.
+Maps (B, C, H, W) are in channels-last memory throughout, so that tokens (B, H, W, C) are views of them.
 """
 
 from collections.abc import Sequence
@@ -56,8 +54,7 @@ def _takes_kernel(kernel: FfnKernel, x: Tensor) -> bool:
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Multiply every pixel by the same matrix: (B, C, H, W), (out, C), (out,) -> (B, out, H, W).
 
-    On CUDA it is one GEMM. On a CPU oneDNN's convolution is faster for the same sum: 1.1 to 1.8 times
-    F.linear on CMT-Ti's FFN shapes (fp32, batch 32, one thread).
+    On a CPU oneDNN's convolution is 1.1 to 1.8 times as fast as F.linear on CMT-Ti's FFN shapes.
     """
     if x.is_cuda:
         return _map(F.linear(_tokens(x), weight, bias))
@@ -105,7 +102,7 @@ class ResidualDepthwiseConv(nn.Conv2d):
     """x plus its depth-wise 3x3 convolution: (B, C, H, W) -> (B, C, H, W).
 
     On a GPU it is one Triton kernel (`kernel`: see FeedForward). On a CPU the addition is a 1 in the centre
-    of every kernel, which saves passes over x. fp16 would round the weight to 2^-10, bf16 to 2^-7.
+    of every kernel, which saves passes over x, but not in half precision, which would round the weight.
     """
 
     def __init__(self, channels: int, kernel: FfnKernel = "auto"):
@@ -139,9 +136,8 @@ def add_branch(x: Tensor, branch: Tensor, drop_path: DropPath) -> Tensor:
 class ChannelNorm(nn.LayerNorm):
     """LayerNorm over the channels of a map, in its dtype: (B, C, H, W) -> (B, C, H, W).
 
-    Autocast would return fp32, and every residual addition after it would stay fp32: twice the bytes in a
-    model that memory bounds. So the residual stream has the autocast dtype throughout. The statistics are
-    fp32 anyway. On a GPU it is a Triton kernel (`kernel`: see FeedForward).
+    Autocast would return fp32, and so would every residual addition after it: twice the bytes.
+    The statistics are fp32 anyway. On a GPU it is a Triton kernel (`kernel`: see FeedForward).
     """
 
     def __init__(self, channels: int, eps: float, kernel: FfnKernel = "auto"):
@@ -159,16 +155,13 @@ class ChannelNorm(nn.LayerNorm):
             return _map(F.layer_norm(tokens, self.normalized_shape, weight, bias, self.eps))
 
     def of_sum(self, x: Tensor, branch: Tensor | None, drop_path: DropPath) -> tuple[Tensor, Tensor]:
-        """Return x + drop_path(branch) and its norm, (B, C, H, W) all; on a GPU in one pass.
-
-        Without a branch the sum is x. Then the one pass is that of the gradients.
-        """
+        """Return x + drop_path(branch), or x alone, and its norm, all (B, C, H, W), in one pass."""
         if not _takes_kernel(self.kernel, x) or self._forward_hooks:  # hooks: as in FeedForward
             total = x if branch is None else add_branch(x, branch, drop_path)
             return total, self(total)
         kept, added = (None, None) if branch is None else (_kept(x, drop_path), _tokens(branch))
-        found = norm_kernels.add_layer_norm(_tokens(x), added, self.weight, self.bias, self.eps, kept)
-        return _map(found[0]), _map(found[1])
+        both = norm_kernels.add_layer_norm(_tokens(x), added, self.weight, self.bias, self.eps, kept)
+        return _map(both[0]), _map(both[1])
 
 
 # ---- blocks
@@ -204,13 +197,11 @@ class Stem(nn.Module):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: float, scale: float) -> Tensor:
-    """Scaled dot-product attention with a learned bias.
+    """Attend with a bias: q (B, h, N, d), k and v (B, h, K, d), bias (h or 1, N, K) -> (B, h, N, d).
 
-    q (B, h, N, d), k and v (B, h, K, d), bias (h or 1, N, K) -> (B, h, N, d).
-
-    On CUDA a bias goes to the memory-efficient backend, the only fused one that returns its gradient.
-    cuDNN's does not, and flash attention takes no bias. It wants d to be a multiple of 8; float64 gets the
-    plain formula. So does a CPU, where K is so small that the plain formula is the fastest.
+    On CUDA a bias goes to the memory-efficient backend, the only fused one that returns its gradient. It
+    wants d to be a multiple of 8. float64 gets the plain formula, as a CPU, where K is so small that the
+    plain formula is the fastest.
     """
     if _is_eager_on_cpu(q):
         scores = q @ (k * scale).transpose(-1, -2)
@@ -233,9 +224,9 @@ class Attention(nn.Module):
     The paper reduces by a depth-wise convolution and BatchNorm, the re-implementation by a full convolution
     and LayerNorm. Projections of the same tokens are one matrix, rows ordered q, k, v, then head, channel.
 
-    Fused attention on CUDA refuses heads whose channels are no multiple of 8. So they are padded there (46
-    to 48 in CMT-Ti), by zero rows in the matrices that make q, k and v, and zero columns in the one that
-    reads the result. Every forward pass makes the padding again: nothing is learned or saved in it.
+    Fused attention on CUDA refuses heads whose channels are no multiple of 8. So every forward pass pads
+    them there (46 to 48 in CMT-Ti): zero rows in the matrices that make q, k and v, zero columns in the one
+    that reads the result.
     """
 
     def __init__(self, dim: int, heads: int, reduction: int, options: BlockOptions):
@@ -297,20 +288,20 @@ class FeedForward(nn.Module):
 
     The paper adds the depth-wise branch before GELU and BatchNorm, the re-implementation after them.
 
-    kernel: "eager" computes operation by operation, as written below. "fused" computes the same in Triton
-        kernels (fused_ffn.py), without dropout and without a backward pass of evaluation. "auto" is fused on
-        a GPU that runs Triton (compute capability 8.0), where neither is asked for.
+    kernel: "eager" computes as written below, "fused" in Triton kernels (fused_ffn.py), without dropout and
+        without a backward pass of evaluation. "auto" is fused on a GPU that runs Triton (compute capability
+        8.0), where neither is asked for.
     """
 
     def __init__(self, dim: int, hidden: int, *, variant: Variant, drop: float, kernel: FfnKernel = "auto"):
         super().__init__()
         if kernel == "fused" and (fused_ffn is None or drop):
             raise ValueError("ffn_kernel='fused' needs Triton and, in variant='paper', proj_drop_rate=0")
-        self.kernel = kernel
+        self.kernel: FfnKernel = kernel
         self.variant: Variant = variant
+        is_paper = variant == "paper"
         self.expand = PointwiseConv(dim, hidden)
         self.expand_norm = nn.BatchNorm2d(hidden)
-        is_paper = variant == "paper"
         self.depthwise = ResidualDepthwiseConv(hidden, "eager") if is_paper else depthwise_conv(hidden, 3, 1)
         self.depthwise_norm = nn.BatchNorm2d(hidden)
         self.project = PointwiseConv(hidden, dim)
@@ -390,3 +381,18 @@ class Stage(nn.Module):
 
 
 FusedPart = FeedForward | ResidualDepthwiseConv | ChannelNorm  # each has a `kernel`
+
+
+def init_weights(module: nn.Module) -> None:
+    """Initialise a layer as the references do.
+
+    Linear layers: normal with standard deviation 0.02, as in DeiT. Convolutions: He's normal over fan-out;
+    that of depth-wise ones counts all channels, so they start near zero, and the skip connections carry the
+    signal. Biases: zero (the re-implementation keeps torch's for convolutions).
+    """
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+    elif isinstance(module, nn.Conv2d | PointwiseConv):
+        nn.init.kaiming_normal_(module.weight, mode="fan_out")
+    if isinstance(module, nn.Linear | nn.Conv2d) and module.bias is not None:
+        nn.init.zeros_(module.bias)

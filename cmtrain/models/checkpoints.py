@@ -40,17 +40,15 @@ WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 
 
 def resize_positions(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Return one of our own state_dicts with every position table at `model`'s image size.
+    """Return one of our own state_dicts with every position table resampled to `model`'s image size.
 
-    Tables are resampled bicubically; one that fits is passed on untouched. Use it before
-    `model.load_state_dict` to go on at another resolution. Raises ValueError for a table of another kind.
+    One that fits is passed on untouched. Raises ValueError for a table of another kind.
     """
     resized = dict(state_dict)
     for name, module in model.named_modules():
         key = f"{name}.table"
-        if not (isinstance(module, POSITION_MODULES) and key in resized):
-            continue
-        if resized[key].shape != module.table.shape:
+        is_table = isinstance(module, POSITION_MODULES) and key in resized
+        if is_table and resized[key].shape != module.table.shape:
             try:
                 resized[key] = module.resized(resized[key])
             except ValueError as error:
@@ -75,26 +73,24 @@ def to_reference_state_dict(model: CMT, tensors: Mapping[str, Tensor] | None = N
 def load_reference_checkpoint(model: CMT, state_dict: Mapping, *, skip_head: bool = False) -> None:
     """Load weights of the paper's authors or the re-implementation into a model of that variant, in place.
 
-    state_dict: the reference's own keys, also inside {"model": ...}, {"state_dict": ...}, {"model_ema": ...}
-        or {"state_dict_ema": ...} (averaged weights are preferred) and behind "module." prefixes.
+    state_dict: the reference's own keys, also inside one of WRAPPERS (averaged weights are preferred) and
+        behind "module." prefixes.
     skip_head: keep the model's own classifier, for another number of classes.
 
     Position tables of another image size are resized. Anything else that does not fit - variant, options,
     missing and unexpected keys, shapes - is listed in one ValueError, and the model is not changed.
     """
     given = _unwrap(state_dict)
-    variant = _variant_of(given)
-    if variant != model.variant:
-        raise ValueError(
-            f"the checkpoint is of variant={variant!r}, the model was built with {model.variant!r}"
-        )
-    modules = _reference_modules(model)
-    own = model.state_dict()
-    expected = to_reference_state_dict(model)
+    if (variant := _variant_of(given)) != model.variant:
+        what = f"the model was built with {model.variant!r}"
+        raise ValueError(f"the checkpoint is of variant={variant!r}, {what}")
+    modules, own, expected = _reference_modules(model), model.state_dict(), to_reference_state_dict(model)
     if skip_head:
         head = f"{modules['head'][0]}."
-        given = {key: tensor for key, tensor in given.items() if not key.startswith(head)}
-        expected = {key: tensor for key, tensor in expected.items() if not key.startswith(head)}
+        given, expected = (
+            {key: tensor for key, tensor in tensors.items() if not key.startswith(head)}
+            for tensors in (given, expected)
+        )
 
     # Convert every tensor that fits, and note the others.
     problems = _option_problems(model, given)
@@ -104,14 +100,12 @@ def load_reference_checkpoint(model: CMT, state_dict: Mapping, *, skip_head: boo
         names = _reference_keys(modules, key)
         if not all(name in given and name in expected for name in names):
             continue
-        if key.endswith(".table"):
-            converted[key] = given[names[0]]
-            continue
         shapes = {name: (tuple(given[name].shape), tuple(expected[name].shape)) for name in names}
         wrong = [f"{name} {has}, not {wanted}" for name, (has, wanted) in shapes.items() if has != wanted]
-        misshapen += wrong
-        if not wrong:
+        if key.endswith(".table") or not wrong:
             converted[key] = _pack(model, key, [given[name] for name in names])
+        else:
+            misshapen += wrong
     try:
         converted = resize_positions(converted, model)
     except ValueError as error:
@@ -128,10 +122,8 @@ def load_reference_checkpoint(model: CMT, state_dict: Mapping, *, skip_head: boo
 
 def _listed(what: str, items: list[str]) -> list[str]:
     """Return a phrase with the first three of `items` and the number of the others; [] for no items."""
-    if not items:
-        return []
     more = f" and {len(items) - 3} more" if len(items) > 3 else ""
-    return [f"{what}: {', '.join(items[:3])}{more}"]
+    return [f"{what}: {', '.join(items[:3])}{more}"] if items else []
 
 
 def _unwrap(state_dict: Mapping) -> dict[str, Tensor]:
@@ -160,11 +152,8 @@ def _option_problems(model: CMT, given: Mapping[str, Tensor]) -> list[str]:
         table = given.get("stage1.block_list.0.LMHSA.position_embeeding")
         # A side has 2n - 1 offsets, which is odd, or n * n queries: even, n being a multiple of 8.
         kind = "none" if table is None else "relative" if len(table) % 2 else "pairwise"
-        theirs = {
-            "qkv_bias": "stage1.block_list.0.LMHSA.q.bias" in given,
-            "attention_bias": kind,
-            "absolute_position": "absolute_pos_embed" in given,
-        }
+        theirs = {"qkv_bias": "stage1.block_list.0.LMHSA.q.bias" in given, "attention_bias": kind}
+        theirs |= {"absolute_position": "absolute_pos_embed" in given}
         ours |= {"attention_bias": model.attention_bias, "absolute_position": stage.absolute is not None}
     different = [name for name in theirs if theirs[name] != ours[name]]
     return [f"it was made with {k}={theirs[k]!r}, the model has {k}={ours[k]!r}" for k in different]
@@ -175,42 +164,36 @@ def _reference_modules(model: CMT) -> dict[str, tuple[str, ...]]:
     is_paper = model.variant == "paper"
     stages: Any = model.stages
     kind, scope = model.attention_bias, model.attention_bias_scope
+    foreign = ""
     if is_paper and (kind, scope) != ("pairwise", "stage"):
         foreign = "the paper's release has pairwise tables per stage: other attention biases have"
     elif is_paper and stages[0].absolute is not None:
         foreign = "the paper's release has no absolute position embedding: absolute_position has"
     elif not is_paper and kind != "none" and scope == "stage":
         foreign = "the re-implementation has a table per block: attention_bias_scope='stage' has"
-    else:
-        foreign = ""
     if foreign:
         raise ValueError(f"{foreign} no counterpart there")
 
-    ends = PAPER_ENDS if is_paper else REIMPL_ENDS
-    modules: dict[str, tuple[str, ...]] = {ours: (name,) for ours, name in ends.items()}
+    modules = dict(PAPER_ENDS if is_paper else REIMPL_ENDS)
     for i, stage in enumerate(stages):
         letter = "abcd"[i]
         if is_paper:
-            modules[f"stages.{i}.embed"] = (f"patch_embed_{letter}.proj",)
-            modules[f"stages.{i}.norm"] = (f"patch_embed_{letter}.norm",)
-            modules[f"stages.{i}.bias"] = (f"relative_pos_{letter}",)
+            modules[f"stages.{i}.embed"] = f"patch_embed_{letter}.proj"
+            modules[f"stages.{i}.norm"] = f"patch_embed_{letter}.norm"
+            modules[f"stages.{i}.bias"] = f"relative_pos_{letter}"
         else:
-            modules[f"stages.{i}.embed"] = (f"pool{i + 1}.patch_aggregation",)
+            modules[f"stages.{i}.embed"] = f"pool{i + 1}.patch_aggregation"
         for j in range(len(stage.blocks)):
             block = f"blocks_{letter}.{j}" if is_paper else f"stage{i + 1}.block_list.{j}"
             for ours, (paper, reimpl) in IN_BLOCK.items():
                 theirs = (paper if is_paper else reimpl).split()
-                modules[f"stages.{i}.blocks.{j}.{ours}"] = tuple(f"{block}.{name}" for name in theirs)
-    return modules
+                modules[f"stages.{i}.blocks.{j}.{ours}"] = " ".join(f"{block}.{name}" for name in theirs)
+    return {ours: tuple(theirs.split()) for ours, theirs in modules.items()}
 
 
 def _reference_keys(modules: Mapping[str, tuple[str, ...]], key: str) -> tuple[str, ...]:
     module, _, leaf = key.rpartition(".")
     return modules[module] if leaf == "table" else tuple(f"{name}.{leaf}" for name in modules[module])
-
-
-def _is_joint(key: str) -> bool:
-    return ".attn.kv." in key or ".attn.qkv." in key
 
 
 def _is_conv_matrix(model: CMT, key: str) -> bool:
@@ -228,7 +211,7 @@ def _unpack(model: CMT, key: str, tensor: Tensor) -> tuple[Tensor, ...]:
     """Convert one of our tensors to the reference's: rows split by projection, convolutions 4-D."""
     if _is_conv_matrix(model, key):
         return (tensor[:, :, None, None],)
-    if not _is_joint(key):
+    if "kv." not in key:  # of attn.kv or attn.qkv
         return (tensor,)
     parts = tensor.chunk(2 if ".kv." in key else 3)  # (q,) k, v
     if model.variant == "paper":
@@ -242,7 +225,7 @@ def _pack(model: CMT, key: str, tensors: list[Tensor]) -> Tensor:
     """Convert the reference's tensors to one of ours: the inverse of _unpack."""
     if _is_conv_matrix(model, key):
         return tensors[0][:, :, 0, 0]
-    if not _is_joint(key):
+    if "kv." not in key:
         return tensors[0]
     if model.variant == "reimpl":
         kv = tensors[-1].unflatten(0, (-1, _heads(model, key), 2)).transpose(0, 2).flatten(0, 2)

@@ -11,12 +11,11 @@ from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from cmtrain.models.blocks import Block, BlockOptions, FfnKernel, PointwiseConv, Stage, Stem
+from cmtrain.models.blocks import Block, BlockOptions, FfnKernel, PointwiseConv, Stage, Stem, init_weights
 from cmtrain.models.position import (
     POSITION_MODULES,
     AbsolutePosition,
@@ -44,12 +43,14 @@ class Size:
     head_width: int = 1280
 
 
+# Behind a size: parameters and multiply-adds of the paper's variant with 1000 classes. cmt_micro is our own,
+# small enough to train on a CPU.
 SIZES = {
-    "cmt_micro": Size(32, 16, (16, 32, 64, 128), (1, 1, 2, 1), 2.0, 2.0, head_width=256),  # ours
-    "cmt_ti": Size(160, 16, (46, 92, 184, 368), (2, 2, 10, 2), 3.6, 3.6),
-    "cmt_xs": Size(192, 16, (52, 104, 208, 416), (3, 3, 12, 3), 3.77, 3.8),
-    "cmt_s": Size(224, 32, (64, 128, 256, 512), (3, 3, 16, 3), 4.0, 4.0),
-    "cmt_b": Size(256, 38, (76, 152, 304, 608), (4, 4, 20, 4), 4.0, 4.0),
+    "cmt_micro": Size(32, 16, (16, 32, 64, 128), (1, 1, 2, 1), 2.0, 2.0, head_width=256),
+    "cmt_ti": Size(160, 16, (46, 92, 184, 368), (2, 2, 10, 2), 3.6, 3.6),  # 9.49 M, 0.64 G
+    "cmt_xs": Size(192, 16, (52, 104, 208, 416), (3, 3, 12, 3), 3.77, 3.8),  # 15.25 M, 1.55 G
+    "cmt_s": Size(224, 32, (64, 128, 256, 512), (3, 3, 16, 3), 4.0, 4.0),  # 26.26 M, 4.03 G
+    "cmt_b": Size(256, 38, (76, 152, 304, 608), (4, 4, 20, 4), 4.0, 4.0),  # 45.72 M, 9.32 G
 }
 
 
@@ -61,33 +62,15 @@ def _choose(name: str, value: str, legal: Sequence[str]) -> None:
 def _square_px(img_size: int | tuple[int, int]) -> int:
     height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
     if height != width or height < 32 or height % 32:
-        raise ValueError(
-            f"img_size={img_size} must be a square of a multiple of 32 pixels, such as 160 or 224"
-        )
+        what = "must be a square of a multiple of 32 pixels, such as 160 or 224"
+        raise ValueError(f"img_size={img_size} {what}")
     return height
-
-
-def init_weights(module: nn.Module) -> None:
-    """Initialise a layer as the references do.
-
-    Linear layers: normal with standard deviation 0.02, as in DeiT, whose recipe the paper follows.
-    Convolutions: He's normal over fan-out. BatchNorm follows most of them, so the scale matters for the
-    depth-wise branches only: their fan-out counts all channels, so they start near zero, and the skip
-    connections carry the signal. Biases: zero (the re-implementation keeps torch's for convolutions).
-    """
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-    elif isinstance(module, nn.Conv2d | PointwiseConv):
-        nn.init.kaiming_normal_(module.weight, mode="fan_out")
-    if isinstance(module, nn.Linear | nn.Conv2d) and module.bias is not None:
-        nn.init.zeros_(module.bias)
 
 
 class CMT(nn.Module):
     """CMT classifier: (B, in_chans, img_size, img_size) -> (B, num_classes).
 
-    variant: "paper" is the authors' released network, "reimpl" the re-implementation's
-        (FlyEgle/CMT-pytorch), whose ablations we reproduce.
+    variant: "paper" is the authors' released network, "reimpl" that of FlyEgle/CMT-pytorch.
     img_size: pixels per side, a multiple of 32 (four halvings, and 8-fold reduced keys in the first stage).
     attention_bias, attention_bias_scope: kind of the table that is added to the scores, and whether a
         stage's blocks share it; None is the variant's own (pairwise per stage; reimpl: relative per block).
@@ -113,11 +96,11 @@ class CMT(nn.Module):
         drop_path_rate: float = 0.0, ffn_kernel: FfnKernel = "auto",
     ):  # fmt: skip
         super().__init__()
-        _choose("ffn_kernel", ffn_kernel, get_args(FfnKernel))
-        _choose("variant", variant, get_args(Variant))
         is_paper = variant == "paper"
         bias_kind = attention_bias or ("pairwise" if is_paper else "relative")
         bias_scope = attention_bias_scope or ("stage" if is_paper else "block")
+        _choose("ffn_kernel", ffn_kernel, get_args(FfnKernel))
+        _choose("variant", variant, get_args(Variant))
         _choose("attention_bias", bias_kind, get_args(AttentionBiasKind))
         _choose("attention_bias_scope", bias_scope, get_args(BiasScope))
 
@@ -139,12 +122,11 @@ class CMT(nn.Module):
         for i, (dim, depth, heads, reduction) in enumerate(
             zip(size.dims, size.depths, HEADS, REDUCTIONS, strict=True)
         ):
-            side = self.img_size // 4 >> i
+            side, hidden = self.img_size // 4 >> i, int(dim * ffn_ratio)
             make_bias = partial(make_attention_bias, bias_kind, variant, heads, side, reduction)
             blocks = []
             for drop_path_prob in islice(drop_path_probs, depth):
                 bias = make_bias() if bias_scope == "block" else None
-                hidden = int(dim * ffn_ratio)
                 blocks.append(Block(dim, hidden, heads, reduction, bias, drop_path_prob, options))
             table_side = absolute_position_px // 4 if absolute_position_px else side
             absolute = AbsolutePosition(dim, side, table_side) if absolute_position and i == 0 else None
@@ -189,10 +171,7 @@ class CMT(nn.Module):
         self, x: Tensor, indices: int | Sequence[int] | None = None, norm: bool = False,
         stop_early: bool = False, output_fmt: str = "NCHW", intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:  # fmt: skip
-        """Return stage outputs (B, C, H, W) at strides 4 to 32. timm's `features_only` calls it.
-
-        `norm` has no effect: CMT has no norm after its last stage.
-        """
+        """Return stage outputs (B, C, H, W) at strides 4 to 32. `norm` has no effect: there is none here."""
         _choose("output_fmt", output_fmt, ("NCHW",))
         take, last = feature_take_indices(len(self.stages), indices)
         stages = self.stages[: last + 1] if stop_early else self.stages
@@ -227,9 +206,8 @@ class CMT(nn.Module):
             x = stage(x)
         return x
 
-    def forward_head(
-        self, x: Tensor, pre_logits: bool = False
-    ) -> Tensor:  # (B, C, H, W) -> (B, num_classes)
+    # (B, C, H, W) -> (B, num_classes)
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         if self.fc_norm is not None:  # paper: convolution, BatchNorm, Swish, then the average
             x = F.silu(self.fc_norm(self.fc(x)))
         x = x.mean((2, 3), keepdim=True) if self.global_pool else x
@@ -243,15 +221,11 @@ class CMT(nn.Module):
 
 
 def _cfg(size: Size) -> dict[str, Any]:
+    # The rest is timm's default: ImageNet's mean and std, bicubic, and the paper's crop_pct of 224 / 256.
     return {
-        "num_classes": 1000,
         "input_size": (3, size.image_px, size.image_px),
         "fixed_input_size": True,
         "pool_size": (size.image_px // 32, size.image_px // 32),
-        "crop_pct": 224 / 256,  # the paper evaluates on the centre of int(256 / 224 * px)
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
         "first_conv": "stem.conv1",
         "classifier": "head",
     }
@@ -260,38 +234,16 @@ def _cfg(size: Size) -> dict[str, Any]:
 default_cfgs = generate_default_cfgs({name: _cfg(size) for name, size in SIZES.items()})
 
 
-def _create(name: str, pretrained: bool, *, variant: Variant = "paper", **kwargs: Any) -> nn.Module:
-    # `variant` is bound here because timm's builder has an argument of that name.
-    features = {"out_indices": (0, 1, 2, 3), "feature_cls": "getter"}
-    build = partial(CMT, SIZES[name], variant=variant)
-    return build_model_with_cfg(build, name, pretrained, feature_cfg=features, **kwargs)
+def _register(name: str) -> None:
+    def create(pretrained: bool = False, *, variant: Variant = "paper", **kwargs: Any) -> nn.Module:
+        # `variant` is bound here because timm's builder has an argument of that name.
+        build = partial(CMT, SIZES[name], variant=variant)
+        features = {"out_indices": (0, 1, 2, 3), "feature_cls": "getter"}
+        return build_model_with_cfg(build, name, pretrained, feature_cfg=features, **kwargs)
+
+    create.__name__ = name
+    register_model(create)
 
 
-@register_model
-def cmt_micro(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """A CMT small enough to train on a CPU, 32 px. Not the paper's."""
-    return _create("cmt_micro", pretrained, **kwargs)
-
-
-@register_model
-def cmt_ti(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """CMT-Ti, 160 px: 9.49 M parameters, 0.64 G multiply-adds (paper variant, 1000 classes)."""
-    return _create("cmt_ti", pretrained, **kwargs)
-
-
-@register_model
-def cmt_xs(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """CMT-XS, 192 px: 15.25 M parameters, 1.55 G multiply-adds (paper variant, 1000 classes)."""
-    return _create("cmt_xs", pretrained, **kwargs)
-
-
-@register_model
-def cmt_s(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """CMT-S, 224 px: 26.26 M parameters, 4.03 G multiply-adds (paper variant, 1000 classes)."""
-    return _create("cmt_s", pretrained, **kwargs)
-
-
-@register_model
-def cmt_b(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """CMT-B, 256 px: 45.72 M parameters, 9.32 G multiply-adds (paper variant, 1000 classes)."""
-    return _create("cmt_b", pretrained, **kwargs)
+for _name in SIZES:
+    _register(_name)

@@ -1,8 +1,7 @@
 """Count the bytes, kernels and floating-point operations of a model's passes, without a GPU.
 
-Memory traffic bounds CMT, not arithmetic (docs/performance.md), so a change to the model is measured by its
-bytes. The passes run on fake tensors, which have shapes, strides and dtypes but no memory. Every operation
-is charged its reads and writes, so the counts never vary.
+Memory traffic bounds CMT (docs/performance.md), so a change to the model is measured by its bytes. The
+passes run on fake tensors, and every operation is charged its reads and writes, so the counts never vary.
 """
 
 import collections
@@ -52,9 +51,9 @@ def count(
 ) -> Traffic:
     """Count the traffic of `model` on CUDA under autocast to `dtype` (none for float32).
 
-    Counts forward and backward pass of a model in train(), the forward pass of one in eval(). Optimizer,
-    augmentation and loss are left out, and every effect of a cache. The model is not changed and may be
-    on any device, also "meta". Where a CMT's `ffn_kernel` is "auto", the GPU decides.
+    Counts forward and backward pass of a model in train(), the forward pass of one in eval(); no loss, no
+    optimizer, no cache. The model is not changed and may be on any device, also "meta". Where a CMT's
+    `ffn_kernel` is "auto", the GPU decides.
     """
     counter = _Counter()
     with FakeTensorMode():
@@ -147,9 +146,9 @@ def _efficient_attention(
 def training_flops_per_image(model: nn.Module, image_px: int) -> int:
     """Count the floating-point operations of forward and backward pass for one image; a multiply-add is two.
 
-    The backward pass counts as two forward passes, as is usual: torch's counter takes the backward pass of a
-    grouped convolution for that of a dense one. Runs one forward pass of one image in evaluation mode and
-    changes nothing: 0.3 s for cmt_ti at 160 px on one CPU core, most of it the counter's own start.
+    The backward pass counts as two forward passes: torch's counter takes that of a grouped convolution for
+    that of a dense one. Runs one forward pass in evaluation mode and changes nothing: 0.3 s for cmt_ti at
+    160 px on one CPU core.
     """
     parameter = next(model.parameters())
     image = torch.zeros(1, 3, image_px, image_px, device=parameter.device, dtype=parameter.dtype)

@@ -28,10 +28,10 @@ def use_fused_where_it_agrees(model: nn.Module) -> None:
         return
     try:
         (variant,) = {part.variant for part in parts if isinstance(part, FeedForward)}
-        errors = {dtype: worst_error(device, dtype, variant=variant) for dtype in _checked_dtypes(device)}
-        wrong = [
-            f"{dtype}: {error:.1e}" for dtype, error in errors.items() if not error <= TOLERANCES[dtype]
-        ]
+        has_bf16 = torch.cuda.get_device_capability(device) >= BF16_CAPABILITY
+        dtypes = [dtype for dtype in TOLERANCES if has_bf16 or dtype != torch.bfloat16]
+        errors = {dtype: worst_error(device, dtype, variant=variant) for dtype in dtypes}
+        wrong = [f"{each}: {error:.1e}" for each, error in errors.items() if not error <= TOLERANCES[each]]
         trouble = f"differ from torch's results by {', '.join(wrong)}" if wrong else ""
     except Exception as error:  # from Triton, its compiler or the driver: the model runs without them
         trouble = f"do not run: {type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
@@ -40,12 +40,6 @@ def use_fused_where_it_agrees(model: nn.Module) -> None:
         warnings.warn(message, stacklevel=2)
         for part in parts:
             part.kernel = "eager"
-
-
-def _checked_dtypes(device: torch.device) -> list[torch.dtype]:
-    """Return the dtypes in which a run may train on a CUDA `device`."""
-    has_bf16 = torch.cuda.get_device_capability(device) >= BF16_CAPABILITY
-    return [dtype for dtype in TOLERANCES if has_bf16 or dtype != torch.bfloat16]
 
 
 def _device_of(model: nn.Module) -> torch.device:

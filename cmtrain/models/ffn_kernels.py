@@ -6,9 +6,9 @@ Programs of the same rows start one after another (the grid's first axis is colu
 delivers their common input once, and then its L2 cache does. The counted bytes (cost.py) rely on it.
 
 Sums over rows are fp32, always in the same order and without atomics: equal inputs give equal bits. Each
-place of a tile keeps its own sum. They are added over the tile's rows once per program, because threads
-exchange them for that. An H100 issues some 10 instructions in the time in which it moves a byte, so
-instructions are counted, too (tests/helpers/cross_compile.py).
+place of a tile keeps its own sum; they are added once per program, because threads exchange them for that.
+An H100 issues some 10 instructions while it moves a byte, so these are counted, too
+(tests/helpers/cross_compile.py).
 """
 
 import triton

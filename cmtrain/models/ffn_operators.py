@@ -3,10 +3,8 @@
 fused_ffn.py has the algebra. Letters: M = B * H * W rows, C channels, h hidden channels, p = padded(h).
 
 Hidden tensors are (M, p): rows begin at multiples of 32 bytes, so that loads are vectors whatever h is
-(CMT-Ti's are 165, 331, 662 and 1324). The last p - h columns are zero in all of them, forward and backward,
-because weights are read as zero there. Parameters and their gradients are never padded.
-
-On a CPU everything runs, slowly, in processes that have TRITON_INTERPRET=1.
+(CMT-Ti's are 165, 331, 662 and 1324). Their last p - h columns are zero, because weights are read as zero
+there. Parameters and their gradients are never padded. With TRITON_INTERPRET=1 everything runs on a CPU.
 """
 
 from collections.abc import Callable
@@ -216,10 +214,8 @@ def depthwise_grad(
     """Return the gradient of `depthwise`'s n (M, p), a being gelu(z), and sums (parts, SUMS, p).
 
     dz, z (M, p). skip (M, p): the gradient that reached n past the convolution; None where `depthwise` added
-    n, whose gradient is dz itself. Without scale and shift, n is z.
-
-    The first ten sums are the gradient of the weight (10, p). The last two, zero where n is z, are the
-    gradient of n and its product with a, over all rows.
+    n, whose gradient is dz itself. Without scale and shift, n is z. The first ten sums are the gradient of
+    the weight (10, p); the last two, zero where n is z, those of n and of its product with a.
     """
     rows, pitch = z.shape
     tiles = _tiles(rows, pitch) * (ROWS // GRAD_ROWS)

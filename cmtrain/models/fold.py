@@ -1,8 +1,8 @@
 """Fold BatchNorm into the layers around it for inference, where that is exact.
 
 In evaluation a BatchNorm is scale * x + shift, which the linear layer before or behind it can absorb. A
-convolution behind it that pads with zeros cannot: the zeros are normalised values, and the border would lack
-the shift. So the norms in front of the stem's second and third convolution and of every depth-wise 3x3 stay.
+convolution behind it that pads with zeros cannot: the border would lack the shift. So the norms in front of
+the stem's second and third convolution and of every depth-wise 3x3 stay.
 """
 
 import copy

@@ -20,16 +20,14 @@ Backward, with M rows, D = sum of dn * a and E = sum of dn over them, BatchNorm 
     d gamma = (D - mean E) / deviation      d beta = E      da = s dn + k a + c
     k = -s (D - mean E) / (M deviation^2)   c = -s E / M - k mean
 
-The second BatchNorm's D and E need no pass of their own: they are column sums of W2 * G2 and of W2 *
-sum(dy). The gradient of W2, G2 s2 + sum(dy) t2', needs G2 = dy' a2 anyway. In the re-implementation's form
-it has a second part, from G1 = dy' a1, and dn1 has dy W2 added.
+The second BatchNorm's D and E are column sums of W2 * G2 and of W2 * sum(dy). The gradient of W2, G2 s2 +
+sum(dy) t2', needs G2 = dy' a2 anyway. In the re-implementation's form it has a second part, from G1 = dy'
+a1, and dn1 has dy W2 added.
 
 Passes over a hidden tensor, reads and writes: 5 forward (z1 w, a1 w r, z2 w r) and 11 backward (G2 r; dz2 r
 w; dn1 r r w; dz1 r r w; dx r; dW1 r); operation by operation it is 44. The re-implementation's form has 4
 more: y reads a1, G1 reads z1, and dy W2 is written beside dz2 and read for dn1. The kernels take fp16, bf16
-and fp32; sums and scales are fp32 always.
-
-The local perception unit in front of the attention, x + depthwise(x), uses the same kernels without a
+and fp32; sums and scales are fp32. The local perception unit, x + depthwise(x), uses them without a
 BatchNorm: 2 passes over x forward and 3 backward, instead of 13.
 """
 

@@ -1,12 +1,11 @@
 """Learn positions: the attention bias in its four forms, and the absolute embedding.
 
-Letters: h heads, n queries per side of the map, N = n * n queries, r reduction, k = n / r keys per side, K =
-    k * k
-keys (m, M, L: the same of a table from another image size).
+Letters: h heads, n queries per side of the map, N = n * n queries, r reduction, k = n / r keys per side,
+K = k * k keys (m, M, L: the same of a table from another image size).
 
-Every class holds one parameter, `table`, and has two methods. `forward` returns the bias of the attention
-scores (or the map with the embedding added). `resized` returns a table that was learned at another image
-size at this one's, and raises ValueError for a table of another kind.
+Every class holds one parameter, `table`. `forward` returns the bias of the attention scores (or the map with
+the embedding added). `resized` returns a table that was learned at another image size at this one's, and
+raises ValueError for a table of another kind.
 """
 
 import math
@@ -16,17 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Variant = Literal[
-    "paper", "reimpl"
-]  # the authors' released network; the re-implementation's (FlyEgle/CMT-pytorch)
+# The authors' released network; the re-implementation's (FlyEgle/CMT-pytorch).
+Variant = Literal["paper", "reimpl"]
 AttentionBiasKind = Literal["none", "relative", "pairwise"]
 
 
 def resize_grid(grid: Tensor, side: int) -> Tensor:
-    """Resample square grids bicubically: (..., m, m) -> (..., side, side).
+    """Resample square grids bicubically, antialiased as in timm: (..., m, m) -> (..., side, side).
 
-    Antialiased, as timm resizes position embeddings, so that shrinking averages instead of picking. Half
-    precision is resampled in fp32. A grid of that side already is returned untouched, bit for bit.
+    Half precision is resampled in fp32. A grid of that side already is returned untouched, bit for bit.
     """
     if grid.shape[-1] == side:
         return grid
@@ -40,8 +37,8 @@ def relative_windows(table: Tensor, queries_per_side: int, step: int) -> Tensor:
     """Read a table of 2-D offsets as a bias: (..., a, b) -> (..., n, n, i, j), with i = (a - n) / step + 1.
 
     Entry [y, x, i, j] is table[i * step - y + n - 1, j * step - x + n - 1]: the offset from query (y, x) to
-    the key at pixel (i * step, j * step). Neighbouring queries see shifted windows of the table, so strided
-    views and one flip replace an index table: no buffer, and no atomic additions of index_put's backward.
+    the key at pixel (i * step, j * step). Strided views and one flip replace an index table: no buffer, and
+    no atomic additions of index_put's backward.
     """
     n = queries_per_side
     windows = table.unfold(-2, n, step).unfold(-2, n, step)  # (..., i, j, n, n), query coordinates reversed
@@ -68,10 +65,7 @@ def _require(fits: bool, table: Tensor, wanted: Tensor) -> None:
 
 
 class PairwiseBias(nn.Module):
-    """One learned number per (head, query, reduced key): the paper's released `relative_pos_*`.
-
-    Drawn from N(0, 1), as released: no smaller scale is documented for the paper's accuracies.
-    """
+    """The paper's `relative_pos_*`: a number per (head, query, reduced key), drawn from N(0, 1)."""
 
     def __init__(self, heads: int, queries_per_side: int, reduction: int):
         super().__init__()
@@ -83,9 +77,7 @@ class PairwiseBias(nn.Module):
         return self.table
 
     def resized(self, table: Tensor) -> Tensor:
-        is_pairs = (
-            table.ndim == 3 and table.shape[0] == self.table.shape[0] and all(map(_side, table.shape[1:]))
-        )
+        is_pairs = table.ndim == 3 and len(table) == len(self.table) and all(map(_side, table.shape[1:]))
         _require(is_pairs, table, self.table)
         return _resize_pairs(table, self.queries_per_side, self.keys_per_side)
 
@@ -93,9 +85,9 @@ class PairwiseBias(nn.Module):
 class RelativeBias(nn.Module):
     """One learned number per (head, 2-D offset from a query to the origin of a reduced key's cell).
 
-    The paper asks for a relative bias (section 3.3) but released a pairwise table; this is the literal
-    reading. Offsets are counted in query pixels against the true key grid, 2n - r of them per axis. Drawn
-    like the re-implementation's table (standard deviation 0.2), the only one with published accuracies.
+    The literal reading of the paper's section 3.3, which released a pairwise table. Offsets are counted in
+    query pixels, 2n - r of them per axis. Drawn like the re-implementation's table, which has published
+    accuracies (standard deviation 0.2).
     """
 
     def __init__(self, heads: int, queries_per_side: int, reduction: int):
@@ -118,8 +110,8 @@ class RelativeBias(nn.Module):
 class ReimplPairwiseBias(nn.Module):
     """The re-implementation's "no distance" table: (N, N) for all heads; it reads the first K columns.
 
-    Key j of the reduced map reads column j, so those K columns are a pairwise table. The other columns have
-    no effect and a gradient of exactly zero; they are kept because its checkpoints hold them.
+    Key j of the reduced map reads column j. The other columns have no effect and a gradient of exactly zero;
+    they are kept because its checkpoints hold them.
     """
 
     def __init__(self, queries_per_side: int, reduction: int):
@@ -199,6 +191,5 @@ def make_attention_bias(
         return None
     if variant == "paper":
         return {"relative": RelativeBias, "pairwise": PairwiseBias}[kind](heads, queries_per_side, reduction)
-    return {"relative": ReimplRelativeBias, "pairwise": ReimplPairwiseBias}[kind](
-        queries_per_side, reduction
-    )
+    reimpl = {"relative": ReimplRelativeBias, "pairwise": ReimplPairwiseBias}
+    return reimpl[kind](queries_per_side, reduction)

@@ -35,7 +35,7 @@ END_OF_HEAD = b"\r\n\r\n"
 TURNS_PER_SECOND = 200
 TURNS_AT_ONCE = 50
 
-TEXT = "text/plain; charset=utf-8"
+TEXT, JSON = "text/plain; charset=utf-8", "application/json"
 TOO_LONG = b"HTTP/1.1 431 Request Header Fields Too Large\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
 
 
@@ -205,7 +205,9 @@ class _Exchange(BaseHTTPRequestHandler):
     def _answer(self, routes: Routes) -> None:
         hosts = self.headers.get_all("Host", [])
         if not all(is_own_host(host, self.allowed_hosts) for host in hosts):
-            page = Page(TEXT, b"403 Host is no name of this machine; see metrics.allowed_hosts\n", 403)
+            page = Page(
+                JSON, b'{"error": "Host is no name of this machine; see metrics.allowed_hosts"}\n', 403
+            )
         elif self.command not in ("GET", "HEAD"):
             page = Page(TEXT, b"405 only GET and HEAD\n", 405)
         elif route := routes.get(self.path.partition("?")[0]):

@@ -16,7 +16,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Metric, generate_latest
 from prometheus_client.openmetrics import exposition as openmetrics
 
-from cmtrain.monitoring.http_server import TEXT, Page, Route
+from cmtrain.monitoring.http_server import JSON, TEXT, Page, Route
 from cmtrain.monitoring.live_page import LivePage
 from cmtrain.monitoring.metrics import TrainMetrics
 
@@ -49,7 +49,7 @@ def make_pages(
         return Page(TEXT, f"{done} steps done by this process\n".encode(), 200 if done else 503)
 
     def status_json(accept: str) -> Page:
-        return Page("application/json", json.dumps(status() | {"now": now()}, indent=1).encode() + b"\n")
+        return Page(JSON, json.dumps(status() | {"now": now()}, indent=1).encode() + b"\n")
 
     pages: dict[str, Route] = {"/": LivePage(metrics, status, now, run_path)}
     pages |= {"/metrics": MetricsPage(metrics.registry), "/status.json": status_json}

@@ -48,8 +48,7 @@ def evaluate(
     Args:
         model: unwrapped; its mode is restored.
         batches: this rank's share, each image once; may be empty.
-        accelerator: device and precision.
-        num_images: number of images of all ranks together.
+        num_images: of all ranks together.
         num_classes: number of `model`'s outputs.
         keeps_ranked: fill Evaluation.ranked, which costs 40 bytes per image on the device.
     """
@@ -61,10 +60,11 @@ def evaluate(
     with torch.no_grad(), accelerator.autocast():
         for images, labels, indices in batches:
             logits = model(images).float()
-            totals += _count(logits, labels)
-            outcomes.add(logits, labels)
+            best = logits.topk(min(5, num_classes), dim=1).indices  # one answer for all, also of tied logits
+            totals += _count(logits, labels, best)
+            outcomes.add(best[:, 0], labels)
             if ranked is not None:
-                ranked[indices] = logits.topk(ranked.shape[1], dim=1).indices
+                ranked[indices] = best
     model.train(was_training)
     all_reduce_sum(totals)
     top1, top5, loss, seen, unreadable = totals.tolist()
@@ -87,9 +87,8 @@ class _Outcomes:
         self.width = num_classes if num_classes <= MAX_CONFUSION_CLASSES else 2
         self.counts = torch.zeros(num_classes * self.width + 1, dtype=torch.int64, device=device)
 
-    def add(self, logits: Tensor, labels: Tensor) -> None:
-        """Count a batch: (B, K), (B,). torch.bincount would make the host wait for the largest value."""
-        predicted = logits.argmax(dim=1)
+    def add(self, predicted: Tensor, labels: Tensor) -> None:
+        """Count a batch: (B,), (B,). torch.bincount would make the host wait for the largest value."""
         column = predicted if self.width == self.num_classes else (predicted == labels).long()
         cell = torch.where(labels == UNREADABLE, len(self.counts) - 1, labels * self.width + column)
         self.counts.index_add_(0, cell, torch.ones_like(cell))
@@ -103,9 +102,12 @@ class _Outcomes:
         return table.sum(dim=1).tolist(), correct.tolist(), table.tolist() if whole else None
 
 
-def _count(logits: Tensor, labels: Tensor) -> Tensor:
-    """(B, K), (B,) -> (5,) float64: correct at 1, correct at 5, summed loss, images, unreadable images."""
-    hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]  # (B, 5)
+def _count(logits: Tensor, labels: Tensor, best: Tensor) -> Tensor:
+    """Return (5,) float64: correct at 1, correct at 5, summed loss, images, unreadable images.
+
+    `logits` (B, K), `labels` (B,), `best` (B, 5): the likeliest classes.
+    """
+    hits = best == labels[:, None]
     loss = F.cross_entropy(logits, labels, reduction="sum", ignore_index=UNREADABLE)
     images = torch.full((), len(labels), device=logits.device)
     unreadable = (labels == UNREADABLE).sum()
@@ -120,15 +122,11 @@ def all_reduce_sum(values: Tensor) -> None:
 
 @torch.no_grad()
 def average_running_statistics(*models: nn.Module) -> None:
-    """Give every rank the mean over ranks of the BatchNorm running statistics, before evaluating or saving.
-
-    Their update is linear, so averaging now equals averaging after every step.
-    """
+    """Give every rank the mean of all ranks' running statistics, as if taken after every step."""
     if not (dist.is_available() and dist.is_initialized()):
         return
     for model in models:
-        statistics = running_statistics(model)
-        if statistics:
+        if statistics := running_statistics(model):
             flat = torch.cat(statistics)
             dist.all_reduce(flat)
             flat /= dist.get_world_size()

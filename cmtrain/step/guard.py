@@ -1,14 +1,13 @@
 """Undo what a bad step did to BatchNorm's running statistics (the NaN guard).
 
 The failure (pytorch issues 88474, 90342 and 115500, and the SGD run of the re-implementation, section 4.3):
-an fp16 activation overflows, and BatchNorm writes inf or NaN into its running statistics *during the forward
-pass*. The loss scaler then skips the optimizer step, and training goes on, because training never reads
-those statistics. Evaluation does, and is NaN for good: 0.9 * NaN is NaN.
+an fp16 activation overflows, and BatchNorm writes inf or NaN into its running statistics during the forward
+pass. The loss scaler skips the step, and training goes on, because it never reads those statistics.
+Evaluation does, and is NaN for good: 0.9 * NaN is NaN.
 
-The cure: what a forward pass writes is only *proposed*. Once the gradients of all ranks are reduced, one
-flag on the device tells a good step from a bad one. The same flag commits or restores the statistics and
-lets the optimizer and the EMA move. Everything happens in place and on the device: no host synchronisation,
-no second pass over activations, and 25 operations per step however deep the model is.
+The cure: what a forward pass writes is only proposed. Once the gradients of all ranks are reduced, one flag
+on the device commits or restores the statistics and lets the optimizer and the EMA move: in place, without a
+host synchronisation, by 25 operations per step however deep the model is.
 """
 
 from collections.abc import Iterable
@@ -41,9 +40,8 @@ class Guard:
         model: the unwrapped model (not DDP's wrapper), already on its device.
         protect: False only counts bad steps and commits every statistic. For comparisons and tests.
 
-    A step may consist of several micro-batches (gradient accumulation). Each of them starts from the
-    statistics that the last step committed, and the step commits the mean of their proposals. So the
-    statistics move once per step with BatchNorm's own momentum, whatever the accumulation. The update is
+    Each micro-batch of a step starts from the statistics that the last step committed, and the step commits
+    the mean of their proposals. So they move once per step with BatchNorm's own momentum. The update is
     linear, so the mean over ranks is the same on 1 process x 8 micro-batches as on 8 x 1.
     """
 
@@ -58,15 +56,14 @@ class Guard:
         self.proposed = torch.zeros_like(self.committed)
         self.num_proposals = 0
         self.bad_steps = torch.zeros((), dtype=torch.int64, device=device)
-        self.bad_steps_in_a_row = torch.zeros((), dtype=torch.int64, device=device)
-        self.restores = torch.zeros((), dtype=torch.int64, device=device)
+        self.bad_steps_in_a_row = torch.zeros_like(self.bad_steps)
+        self.restores = torch.zeros_like(self.bad_steps)
 
     @torch.no_grad()
     def propose(self) -> None:
         """Collect the proposal of one micro-batch and restore the committed statistics for the next one.
 
-        Call after the backward pass, never between forward and backward: BatchNorm's backward holds the
-        buffers, and an in-place write there raises a version error.
+        Call after the backward pass: BatchNorm's holds the buffers, and a write before it raises an error.
         """
         self.num_proposals += 1
         if self.batchnorms:
@@ -81,8 +78,8 @@ class Guard:
             ok: bool scalar on the device, equal on all ranks: the global gradient norm is finite.
 
         Returns:
-            bool scalar on the device: whether optimizer and EMA may take this step (always True without
-            `protect`). It is `ok`, whatever this rank's statistics are, so that all ranks do the same.
+            bool scalar on the device: whether optimizer and EMA may take this step. It is `ok` (True without
+            `protect`), whatever this rank's statistics are, so that all ranks do the same.
         """
         bad = ~ok
         self.bad_steps += bad

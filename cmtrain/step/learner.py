@@ -3,10 +3,9 @@
     mix -> forward (autocast) -> loss -> backward -> propose                   once per micro-batch
     gradient norm -> commit or restore -> clip -> update -> EMA -> record      once per step
 
-The host never waits for the device. The device decides by one flag whether a step counts: the norm of the
-gradient, reduced over all ranks, is finite. The same flag commits BatchNorm's statistics, lets the (fused)
-optimizer write, and moves the EMA. So all ranks agree without asking each other. accelerate's
-`optimizer_step_was_skipped` is not used: it is always False for fused optimizers (accelerate issue 4242).
+The host never waits for the device, which decides by one flag whether a step counts: the norm of the
+gradient, reduced over all ranks, is finite. So all ranks agree. accelerate's `optimizer_step_was_skipped` is
+not used: it is always False for fused optimizers (accelerate issue 4242).
 """
 
 import copy
@@ -40,10 +39,9 @@ class Learner:
         model: on `accelerator.device`, not yet wrapped.
         ema_decay: decay per step, None for no EMA.
         protect: whether the guard refuses bad steps, or only counts them.
-        spike_sigma: standard deviations above the mean of loss or gradient norm that make a step a spike.
+        spike_sigma: see SpikeDetector.
         accumulation: micro-batches per step on this rank.
         clip_grad: largest L2 norm of the gradient, None for no clipping.
-        seed: random seed of the run; see `_torch_seed`.
     """
 
     def __init__(
@@ -198,10 +196,8 @@ class Learner:
 def _torch_seed(seed: int, step: int, micro: int) -> int:
     """Return torch's seed for a micro-batch: (seed, step, micro) spread over 63 bits.
 
-    So neighbouring steps do not share generator states. Dropout, drop path and the noise of random erasing
-    draw from it, and mixing from numpy's generator for the same key: a resumed run, or one on another number
-    of ranks, draws the same. Augmentation has a recipe of its own (pipelines/plan.py): it needs many numbers
-    for every sample, so it hashes (seed, epoch, sample, repeat), vectorised. A step needs one seed.
+    Dropout, drop path and the noise of random erasing draw from it, and mixing from numpy's generator for
+    the same key: a resumed run, or one on another number of ranks, draws the same.
     """
     mask = 2**64 - 1
     mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + micro * 0x94D049BB133111EB) & mask

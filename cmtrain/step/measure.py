@@ -1,7 +1,4 @@
-"""Measure steps: loss, gradient norm, time by phase, pace, and the size of the model's numbers.
-
-A step must not wait for the device. So a step leaves its measurements there, and the log point reads them.
-"""
+"""Measure steps without waiting: what a step leaves on the device, the next log point reads."""
 
 import time
 import warnings
@@ -27,10 +24,7 @@ MAX_PENDING_STEPS = 64  # not yet finished on the device; the host seldom is mor
 
 
 class StepBuffer:
-    """Loss (mean over ranks), gradient norm and samples of the steps since the last log point.
-
-    A step costs one kernel and no synchronisation.
-    """
+    """Loss (mean over ranks), gradient norm and samples of the steps since the last log point."""
 
     def __init__(self, num_processes: int) -> None:
         self.num_processes = num_processes
@@ -84,8 +78,7 @@ class StepReport:
 
     `loss` is the mean over ranks and over the good steps since the last log point, NaN when there was none.
     `bad_steps`, `restores` and `spikes` count since the start of the run. `bad_steps_in_a_row` and
-    `good_steps_in_a_row` (neither bad nor a spike) end at this step.
-    `bn_mean_abs_max`, `bn_var_max`, `weight_norm`: this rank's `extremes`.
+    `good_steps_in_a_row` (neither bad nor a spike) end at this step. The last three are `extremes`.
     """
 
     step: int
@@ -108,8 +101,8 @@ class StepReport:
 def extremes(model: nn.Module) -> dict[str, Tensor]:
     """Return `bn_mean_abs_max`, `bn_var_max` and `weight_norm` of a StepReport, on the model's device.
 
-    They are the largest |running_mean| and the largest running_var of all BatchNorm layers (0 without any),
-    and the L2 norm of all trainable parameters together.
+    The largest |running_mean| and running_var of all BatchNorms (0 without any), and the L2 norm of all
+    trainable parameters together.
     """
     parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
     norm = torch.stack(torch._foreach_norm(parameters)).norm()

@@ -1,8 +1,8 @@
 """Erase and mix a batch between the pipeline and the model: random erasing, MixUp or CutMix, soft targets.
 
-Semantics are timm's (`timm.data.Mixup` in batch mode with its flipped partner and lambda correction,
-`timm.data.RandomErasing` in pixel mode). Two things differ. All draws come from a key that the caller gives,
-not from global state, so that a resumed run mixes the same. Erasing works on the whole batch at once.
+As `timm.data.Mixup` in batch mode, with its flipped partner and lambda correction, and
+`timm.data.RandomErasing` in pixel mode. But all draws come from a key that the caller gives, so that a
+resumed run mixes the same, and erasing works on the whole batch at once.
 """
 
 import math

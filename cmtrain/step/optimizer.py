@@ -54,13 +54,9 @@ def param_groups(model: nn.Module, weight_decay: float, keep: Collection[str]) -
 class Ema:
     """Exponential moving average (EMA) of parameters and buffers: ema += (1 - decay) * (model - ema).
 
-    timm's ModelEmaV3 and torch's AveragedModel average anything that the model holds, so one NaN in a
-    BatchNorm buffer stays in the average for ever (ultralytics pull requests 24731 and 24986). Here a step
-    that the guard refused adds exactly zero, without a host synchronisation. Integer buffers are copied.
-
-    Args:
-        model: the unwrapped model; it is copied.
-        decay: 0 < decay < 1, per optimizer step.
+    In timm's ModelEmaV3 and torch's AveragedModel one NaN in a BatchNorm buffer stays for ever (ultralytics
+    pull requests 24731 and 24986). Here a step that the guard refused adds exactly zero, without a host
+    synchronisation. Integer buffers are copied. `model` is unwrapped, 0 < `decay` < 1 is per step.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:

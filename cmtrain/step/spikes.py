@@ -4,9 +4,8 @@ The rule is that of OLMo-core's and levanter's skip-step optimizers: more than 6
 the mean of the last 128 steps. Two things differ. The values are logarithms, because the noise of both
 measurements grows with their size. Mean and variance are exponential, so the whole state is two numbers.
 
-A step only leaves its loss and its norm on the device (see measure.py); the log point applies the rule to
-each step. So the loss is the mean over ranks, which the log point reduces anyway. Every rank finds the same
-spikes, and float64 on the host finds the same ones on every device, however often the run was stopped.
+The log point applies it to each step since the last one: to the mean loss over ranks, in float64 on the
+host. So every rank and every device finds the same spikes, however often the run was stopped.
 """
 
 import math

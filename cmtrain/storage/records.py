@@ -249,10 +249,10 @@ def keep_lines(path: Path, is_kept: Callable[[bytes], bool | None], header: byte
 
     Returns a line for the user about damage, else "". Raises OSError: the table is as it was.
     """
+    if not path.exists():
+        return ""
     try:
         lines = retried(read_bytes, path).splitlines(keepends=True)
-    except FileNotFoundError:
-        return ""
     except DamagedRecordError:
         return f"{path.name} is not a regular file; it is kept as {set_aside(path).name}"
     head, rows = (lines[:1], lines[1:]) if header else ([], lines)

@@ -34,10 +34,9 @@ class BadFile(NamedTuple):
 
 
 def read_lists(root: Path, inner: Iterable[str] = ()) -> dict[str, Fault]:
-    """Return faults by path relative to `root`, from the lists of `root` and of the folder that holds it.
+    """Return faults by path relative to `root`, by its list, that of the folder above, and those of `inner`.
 
-    Args:
-        inner: folders below `root` whose lists count, too.
+    `inner` are folders below `root`.
     """
     faults: dict[str, Fault] = {}
     real = Path(os.path.realpath(root))
@@ -63,17 +62,9 @@ def find_list(root: Path, files: Iterable[BadFile]) -> Path | None:
 def write_list(folder: Path, faults: Mapping[str, Fault], path: Path | None = None) -> Path | None:
     """Replace the list of `folder`; without faults, delete it. There is always the old one or the new.
 
-    A split has no list of its own: its part of the list of the folder above is replaced.
-
-    Args:
-        faults: by path relative to `folder`.
-        path: the only file to write instead, if given.
-
-    Returns:
-        Where the list is, None when it is empty.
-
-    Raises:
-        DataError: it can be written nowhere; the one before is as it was.
+    A split has no list of its own: its part of the list of the folder above is replaced. `faults`: by path
+    relative to `folder`. `path`: the only file to write instead. Returns where the list is, None when it is
+    empty. Raises DataError where it can be written nowhere; the one before is as it was.
     """
     if path is not None:
         with os_errors_in_one_line(path):
@@ -85,13 +76,12 @@ def write_list(folder: Path, faults: Mapping[str, Fault], path: Path | None = No
         kept = {listed: fault for listed, fault in others if not listed.startswith(prefix)}
         faults = kept | {prefix + listed: fault for listed, fault in faults.items()}
         folder = folder.parent
-    places = _places(folder)
-    written = _write_first(places, faults) if faults else None
-    inner = [place for name in SPLITS for place in _places(folder / name)]  # of older checks
-    for place in (*places, *inner):
-        if place != written:
-            with contextlib.suppress(OSError):
-                place.unlink(missing_ok=True)
+    written = _write_first(_places(folder), faults) if faults else None
+    for holder in (folder, *(folder / name for name in SPLITS)):  # a split has one of an older check
+        for place in _places(holder):
+            if place != written:
+                with contextlib.suppress(OSError):
+                    place.unlink(missing_ok=True)
     return written
 
 
@@ -132,7 +122,9 @@ def _read(path: Path) -> dict[str, Fault]:
 def _write(path: Path, faults: Mapping[str, Fault]) -> None:
     lines = [_HEADER]
     for listed, (kind, reason) in sorted(faults.items()):
-        lines.append(f"{_escaped(listed)}\t{kind}\t{visible(' '.join(reason.split()))}")
+        name = visible(listed.replace("\\", "\\\\"))
+        name = f"\\x23{name[1:]}" if name.startswith("#") else name  # no comment
+        lines.append(f"{name}\t{kind}\t{visible(' '.join(reason.split()))}")
     with replacing(path) as file:
         file.write("".join(f"{line}\n" for line in lines).encode())
 
@@ -148,11 +140,6 @@ def _write_first(places: Iterable[Path], faults: Mapping[str, Fault]) -> Path:
         except OSError as error:
             errors.append(f"{place}: {error.strerror or error}")
     raise DataError(f"the list of bad files cannot be written: {'; '.join(errors)}")
-
-
-def _escaped(path: str) -> str:
-    text = visible(path.replace("\\", "\\\\"))
-    return f"\\x23{text[1:]}" if text.startswith("#") else text  # no comment
 
 
 def _unescaped(text: str) -> str:

@@ -76,9 +76,7 @@ def patiently(read: Callable[[], T], path: object = None) -> T:
             return read()
         except OSError as error:
             if seconds is None or not is_trouble(error):
-                if (
-                    error.errno and not error.filename
-                ):  # Pillow's own have no number, and would lose their text
+                if error.errno and not error.filename:  # Pillow's have no number, and would lose their text
                     error.filename = path
                 raise
             time.sleep(seconds)
@@ -102,19 +100,18 @@ def fault_of(error: Exception) -> Fault:
         return Fault("too_large", f"needs more than {MAX_MEMORY_BYTES // 1_000_000} MB to decode")
     if isinstance(error, OSError) and error.errno is not None:
         return Fault("missing", f"cannot be opened: {error.strerror}")
+    if str(error) == "cannot load this image":
+        return Fault("other", "damaged: has a header, but no pixels")
     # Pillow raises one class for all damage: only its message shows that a file was cut short.
     kind: Kind = "truncated" if "truncated" in str(error).lower() else "other"
-    if str(error) == "cannot load this image":
-        return Fault(kind, "damaged: has a header, but no pixels")
     return Fault(kind, str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}")
 
 
 def check_file(path: str, decode: bool, limit_seconds: int = 0) -> CheckResult:
     """Read the header and, if `decode` and unless the header shows that it is too large, the whole image.
 
-    The process ends by SIGALRM when decoding takes longer than `limit_seconds`, unless that is 0.
-
-    Raises OSError when the machine cannot read the file, which says nothing about the file.
+    The process ends by SIGALRM when decoding takes longer than `limit_seconds`, unless that is 0. Raises
+    OSError when the machine cannot read the file, which says nothing about the file.
     """
     try:
         return patiently(lambda: _check(path, decode, limit_seconds), path)
@@ -146,10 +143,9 @@ def _check(path: str, decode: bool, limit_seconds: int) -> CheckResult:
             width, height = image.size
             if height * width > MAX_PIXELS:
                 return CheckResult(0, 0, Fault("too_large", f"{height}x{width} pixels, {_TOO_MANY_PIXELS}"))
-            if not decode:
-                return CheckResult(height, width, None)
-            image.load()
-            return CheckResult(height, width, None, may_rotate(image))
+            if decode:
+                image.load()
+            return CheckResult(height, width, None, decode and may_rotate(image))
 
 
 @contextlib.contextmanager

@@ -21,11 +21,9 @@ _BLOCK = 4096  # files handed to the threads at a time: a future takes more memo
 
 
 class DecodePool:
-    """Processes that run decode_one.py, each started when it is first needed.
+    """At most `processes` (None: one per core) that run decode_one.py, each started when it is first needed.
 
-    Args:
-        processes: largest number of them; None is one per core.
-        decode: whether to decode whole images or to read their headers only.
+    They `decode` whole images, or read the headers only.
     """
 
     def __init__(self, processes: int | None, *, decode: bool) -> None:

@@ -1,8 +1,8 @@
 """Decode an image with Pillow to the pixels that DALI gives the training; pixel for pixel where it can be.
 
-All that is not DALI decodes here: `cmtrain data stats` and `data pack`. DALI is newer than Pillow in one
-thing: of PNG with 16 bits in each of several channels, Pillow gives the higher byte and DALI rounds. They
-differ by one grey level at most. DALI 1.34 takes the higher byte of every 16-bit PNG.
+All that is not DALI decodes here: `cmtrain data stats` and `data pack`. They differ by one grey level at
+most, in PNG with 16 bits in each of several channels: Pillow gives the higher byte, DALI rounds (DALI 1.34
+takes the higher byte of every 16-bit PNG).
 """
 
 import numpy as np

@@ -2,6 +2,9 @@
 
 No operator here draws a random number: everything random is data from the plan. Pixel for pixel they follow
 Pillow, which timm and torchvision augment with; the few differences are stated where they are made.
+
+To have an `if` on a node, DALI rewrites the source of every function that a graph calls. Those without such
+an `if` are kept from it: rewriting them takes 0.6 s of every start.
 """
 
 from collections.abc import Sequence
@@ -9,13 +12,15 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from nvidia.dali import fn, types
+from nvidia.dali import fn, pipeline, types
 
 from pipelines.rand_augment import Branch
 from pipelines.spec import Channels, Interpolation
 
 Node = Any  # nvidia.dali.data_node.DataNode, which ships without types
 Pixels = NDArray[np.uint8]  # (H, W, 3)
+
+do_not_convert = getattr(pipeline, "do_not_convert", lambda function: function)  # 1.34 converts all
 
 # Both operators moved out of `experimental` between 1.34 and 2.x.
 _equalize, _filter = (
@@ -29,11 +34,13 @@ _TRUNCATE = 0.498
 _INTERPOLATIONS = {"bicubic": types.INTERP_CUBIC, "bilinear": types.INTERP_LINEAR}
 
 
+@do_not_convert
 def resize(image: Node, size: Any, interpolation: Interpolation) -> Node:
     """Resize to `size` (height, width) with an antialiasing filter, as Pillow does."""
     return fn.resize(image, size=size, interp_type=_INTERPOLATIONS[interpolation], antialias=True)
 
 
+@do_not_convert
 def normalise(image: Node, mean: Channels, std: Channels, fp16: bool, flips: Node | int = 0) -> Node:
     """Turn uint8 levels into (x / 255 - mean) / std, still HWC, which is torch's channels-last memory.
 
@@ -44,15 +51,15 @@ def normalise(image: Node, mean: Channels, std: Channels, fp16: bool, flips: Nod
     return fn.crop_mirror_normalize(image, mirror=flips, dtype=dtype, output_layout="HWC", **levels)
 
 
+@do_not_convert
 def warp(image: Node, matrix: Node, background: Pixels) -> Node:
-    """Warp as Pillow's affine transform, bilinearly; `matrix` (2, 3) maps destination to source.
+    """Warp as Pillow's affine transform, but bilinearly; `matrix` (2, 3) maps destination to source.
 
-    `background` (H, W, 3) shows where the source has no pixel. DALI interpolates linearly or not at all, so
-    timm's bicubic warps come out slightly softer.
+    `background` (H, W, 3) shows where the source has no pixel.
     """
-    # DALI's own fill is one number for all channels and bleeds into the border pixels. So: repeat the
-    # border, find what lies inside by warping a white image, and fill the rest. The background has the size
-    # of the image because arithmetic that broadcasts is four times slower on a CPU.
+    # DALI's own fill is one number for all channels and bleeds into the border pixels. So repeat the border
+    # and fill what lies outside of a warped white image. Arithmetic that broadcasts takes four times as long
+    # on a CPU, hence a whole background.
     white = fn.color_space_conversion(image, image_type=types.RGB, output_type=types.GRAY) | _level(255)
     nearest = types.INTERP_NN
     inside = fn.warp_affine(white, matrix=matrix, fill_value=0, interp_type=nearest, inverse_map=True)
@@ -62,6 +69,7 @@ def warp(image: Node, matrix: Node, background: Pixels) -> Node:
     return ((warped ^ behind) & inside) ^ behind
 
 
+@do_not_convert
 def bits(image: Node, numbers: Node) -> Node:
     """Posterise, invert, solarise and solarise-add in one expression; `numbers` as in `LayerParams.bits`."""
     numbers = beside(image, numbers)
@@ -70,6 +78,7 @@ def bits(image: Node, numbers: Node) -> Node:
     return (((image & numbers[0]) ^ numbers[1]) ^ inverted) + raised
 
 
+@do_not_convert
 def scale(image: Node, factor: Node, about_mean: Node) -> Node:
     """Change brightness, or contrast if `about_mean` is 1: scale about 0 or about the mean grey."""
     grey = fn.color_space_conversion(image, image_type=types.RGB, output_type=types.GRAY)
@@ -80,6 +89,7 @@ def scale(image: Node, factor: Node, about_mean: Node) -> Node:
     return fn.cast((image - centre) * beside(image, factor) + (centre - _TRUNCATE), dtype=types.UINT8)
 
 
+@do_not_convert
 def saturate(image: Node, factor: Node) -> Node:
     """Blend with the grey image: `factor * image + (1 - factor) * grey`."""
     # On a CPU four times as fast as DALI's matrix of colours, and half as far from Pillow.
@@ -88,6 +98,7 @@ def saturate(image: Node, factor: Node) -> Node:
     return fn.cast(_times(image, factor) + _times(grey, 1.0 - factor), dtype=types.UINT8)
 
 
+@do_not_convert
 def _times(image: Node, factor: Node) -> Node:
     """Return `factor * image` as int16, less half of what truncates a sum of two such."""
     # A shift counts in int16's range.
@@ -95,25 +106,29 @@ def _times(image: Node, factor: Node) -> Node:
     return fn.brightness_contrast(image, contrast=factor, **options)
 
 
+@do_not_convert
 def sharpen(image: Node, kernel: Node) -> Node:
     """Blend with the smoothed image, as one filter. Unlike Pillow, it changes the outermost pixels, too."""
     return _filter(image, beside(image, kernel))
 
 
+@do_not_convert
 def blur(image: Node, sigma_px: Node) -> Node:
     """Blur with a Gaussian. Pillow's box filters come near; they repeat the border, this mirrors it."""
     return fn.gaussian_blur(image, sigma=sigma_px)
 
 
+@do_not_convert
 def equalize(image: Node) -> Node:
     """Equalise the histogram as Pillow, with OpenCV's operator.
 
-    OpenCV counts the values up to and including a level, Pillow those below it. Below in the image is above
-    in the negative, so the negative of the equalised negative is Pillow's result up to rounding.
+    OpenCV counts the values up to and including a level, Pillow those below it, which are above it in the
+    negative. So the negative of the equalised negative is Pillow's result up to rounding.
     """
     return _equalize(image ^ _level(255)) ^ _level(255)
 
 
+@do_not_convert
 def auto_contrast(image: Node) -> Node:
     """Stretch every channel to 0..255; a channel of one value stays as it is."""
     gpu = on_gpu(image)
@@ -165,14 +180,17 @@ def color_jitter(image: Node, branches: Node, factors: Node) -> Node:
     return image
 
 
+@do_not_convert
 def on_gpu(image: Node) -> bool:
     return bool(image.device == "gpu")
 
 
+@do_not_convert
 def beside(image: Node, node: Node) -> Node:
     """Return `node` on the device of `image`: an arithmetic operator needs its operands on one device."""
     return node.gpu() if on_gpu(image) else node
 
 
+@do_not_convert
 def _level(value: int) -> Any:
     return types.Constant(value, dtype=types.UINT8)

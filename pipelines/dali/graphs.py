@@ -39,10 +39,9 @@ _EVAL_WINDOWS = [(types.FLOAT, 1), (types.INT32, 1)]
 class Execution:
     """Device and resources of a graph. `decode` "mixed" decodes JPEG on the GPU and needs `device` "gpu".
 
-    "mixed" decodes crop windows only; "mixed_whole" decodes whole images and cuts them, for more memory.
-
+    It decodes crop windows only; "mixed_whole" decodes whole images and cuts them, for more memory.
     `hw_decoder_load` is the share of a batch that goes to the GPU's JPEG engine, where it has one (A100 and
-    later); the rest is decoded by its general cores. None is DALI's default, 0.65 in 1.34 and 2.4.
+    later), not to its general cores. None is DALI's default, 0.65 in 1.34 and 2.4.
     """
 
     device: Literal["gpu", "cpu"]
@@ -61,9 +60,8 @@ def execution(place: Placement, batch_size: int, *, reads_files: bool) -> Execut
     common = batch_size, place.threads, place.prefetch_batches, READS_FILES and reads_files
     if device.type != "cuda":
         if place.decode in ("mixed", "mixed_whole"):
-            raise DataError(
-                f"data.decode: {place.decode} decodes on a GPU, and there is none; use auto or cpu"
-            )
+            what = f"{place.decode} decodes on a GPU, and there is none; use auto or cpu"
+            raise DataError(f"data.decode: {what}")
         return Execution("cpu", "cpu", None, *common)
     device_id = torch.cuda.current_device() if device.index is None else device.index
     if place.decode == "cpu":  # only the decoder on a GPU has an engine, though DALI accepts its load here
@@ -72,33 +70,22 @@ def execution(place: Placement, batch_size: int, *, reads_files: bool) -> Execut
     return Execution("gpu", decode, device_id, *common, place.hw_decoder_load)
 
 
-def train_graph(source: Source, spec: AugmentSpec, run: Execution) -> Pipeline:
-    """Crop window, resize, then as `augment_graph`: one output, (B, H, W, 3).
+def file_graph(source: Source, spec: AugmentSpec | EvalSpec, run: Execution) -> Pipeline:
+    """Decode and resize a crop window, or resize and crop, then as `finish_graph`: one output, (B, H, W, 3).
 
-    `source` returns files (see `Execution.reads_files`) and windows, then the params of `finish_graph`.
+    `source` returns files (see `Execution.reads_files`), then windows and the params of `finish_graph`. For
+    evaluation: files, sizes (B, 2) after resizing and offsets (B, 2) of the crop, height first.
     """
-    inputs = [_FILES, _WINDOWS, *_augment_inputs(spec)]
+    square = [spec.image_px, spec.image_px]
 
     def graph() -> Any:
-        files, windows, *params = _external_source(source, inputs)
-        size = [spec.image_px, spec.image_px]
-        image = augment.resize(_decode(files, run, windows), size, spec.interpolation)
+        if isinstance(spec, EvalSpec):
+            files, sizes, offsets = _external_source(source, [_FILES, *_EVAL_WINDOWS])
+            image = augment.resize(_decode(files, run), sizes, spec.interpolation)
+            return _finished(fn.slice(image, start=offsets, shape=square, axes=[0, 1]), (), spec)
+        files, windows, *params = _external_source(source, [_FILES, _WINDOWS, *_augment_inputs(spec)])
+        image = augment.resize(_decode(files, run, windows), square, spec.interpolation)
         return _finished(image, params, spec)
-
-    return _pipeline(graph, run, spec)
-
-
-def eval_graph(source: Source, spec: EvalSpec, run: Execution) -> Pipeline:
-    """Resize, centre crop, normalise: one output, (B, H, W, 3).
-
-    `source` returns files, sizes (B, 2) after resizing and offsets (B, 2) of the crop, height first.
-    """
-
-    def graph() -> Any:
-        files, sizes, offsets = _external_source(source, [_FILES, *_EVAL_WINDOWS])
-        image = augment.resize(_decode(files, run), sizes, spec.interpolation)
-        image = fn.slice(image, start=offsets, shape=[spec.image_px, spec.image_px], axes=[0, 1])
-        return _finished(image, (), spec)
 
     return _pipeline(graph, run, spec)
 
@@ -135,6 +122,7 @@ def release_memory() -> None:
     backend.ReleaseUnusedMemory()  # type: ignore[attr-defined]
 
 
+@augment.do_not_convert
 def _augment_inputs(spec: AugmentSpec) -> list[tuple[Any, int]]:
     jitter = _JITTER if spec.color_jitter else []
     return [_FLIPS, *jitter, *(_LAYERS if spec.rand_augment is not None else [])]
@@ -161,6 +149,7 @@ def _finished(image: Any, params: Sequence[Any], spec: AugmentSpec | EvalSpec) -
     return augment.normalise(image, spec.mean, spec.std, spec.fp16, flips)
 
 
+@augment.do_not_convert
 def _external_source(source: Source, inputs: list[tuple[Any, int]], no_copy: bool = False) -> Any:
     dtypes, ndims = [dtype for dtype, _ in inputs], [ndim for _, ndim in inputs]
     layout = ["HWC" if given == _IMAGES else "" for given in inputs]
@@ -169,6 +158,7 @@ def _external_source(source: Source, inputs: list[tuple[Any, int]], no_copy: boo
     )
 
 
+@augment.do_not_convert
 def _decode(files: Any, run: Execution, windows: Any = None) -> Any:
     """Decode whole images, or of each its window: (top, left, height, width)."""
     # Mapping a file that is then cut short ends the process; reading it ends one batch.

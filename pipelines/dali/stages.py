@@ -1,8 +1,8 @@
 """Make a loader's batches, in the order in which they are scheduled, with one DALI graph or, on a CPU, two.
 
-DALI's antialiased resize is slow on a CPU: it took 1.1 of the 2.3 ms of a random crop of an ImageNet picture
-(bicubic, 160 px, one core). torch's uint8 kernel takes 0.17 ms, in fixed-point arithmetic as Pillow's. So on
-a CPU one graph decodes, torch resizes in a pool of threads, and another graph augments.
+On a CPU one graph decodes, torch resizes in a pool of threads, and another graph augments: of the 2.3 ms of
+a random crop of an ImageNet picture (bicubic, 160 px, one core) DALI's antialiased resize took 1.1; torch's
+uint8 kernel takes 0.17, in fixed-point arithmetic as Pillow's.
 """
 
 from collections import deque
@@ -39,8 +39,8 @@ def resize_into(out: Pixels, image: Pixels, interpolation: Interpolation) -> Non
 class OneGraph:
     """A graph from files to normalised images; at most `Execution.prefetch_batches` are in the making."""
 
-    def __init__(self, pipeline: Pipeline, run: Execution) -> None:
-        self._pipeline, self._device_id = pipeline, run.device_id
+    def __init__(self, source: Source, spec: AugmentSpec | EvalSpec, run: Execution) -> None:
+        self._pipeline, self._device_id = graphs.file_graph(source, spec, run), run.device_id
 
     def schedule(self) -> None:
         """Begin the next batch, without waiting; the very first call begins prefetch_batches."""
@@ -120,21 +120,16 @@ Stages = OneGraph | TwoGraphs
 
 
 def make_stages(source: Source, spec: AugmentSpec | EvalSpec, run: Execution) -> Stages:
-    """Return the stages of a loader; `source` as for `graphs.train_graph` or `graphs.eval_graph`."""
-    if run.device == "cpu":
-        return TwoGraphs(source, spec, run)
-    if isinstance(spec, AugmentSpec):
-        return OneGraph(graphs.train_graph(source, spec, run), run)
-    return OneGraph(graphs.eval_graph(source, spec, run), run)
+    """Return the stages of a loader; `source` as for `graphs.file_graph`."""
+    return TwoGraphs(source, spec, run) if run.device == "cpu" else OneGraph(source, spec, run)
 
 
 def _fetch_output(pipeline: Pipeline, device_id: int | None) -> torch.Tensor:
     """Return the pipeline's next output as a tensor that DALI will not write to again, (B, H, W, 3).
 
-    On a CPU it is DALI's own memory where DALI gives that away. On a GPU it is a copy, 79 MB for 512 images,
-    50 us on an H100 (computed). To get memory back from torch, DALI 2.x calls cudaDeviceSynchronize in a
-    thread of its own. That breaks a CUDA graph that is being recorded, and it ends the process without a
-    message after any CUDA error.
+    On a CPU it is DALI's own memory where DALI gives that away. On a GPU it is a copy: to get memory back
+    from torch, DALI 2.x calls cudaDeviceSynchronize in a thread of its own. That breaks a CUDA graph that is
+    being recorded, and ends the process without a message after any CUDA error.
     """
     stream = None if device_id is None else torch.cuda.current_stream(device_id)
     options = {"cuda_stream": stream} if graphs.OUTPUTS_OWN_MEMORY else {}

@@ -7,7 +7,6 @@
                more are held out. There is nothing to learn in them.
 """
 
-import contextlib
 import io
 import os
 import shutil
@@ -17,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pipelines.atomic import partial_path, remove_leftovers, wait_for_lock
+from pipelines.atomic import locked, partial_path, remove_leftovers
 from pipelines.files.mixed_jpegs import mixed_jpegs
 from pipelines.spec import DataError
 
@@ -33,29 +32,23 @@ def demo_folder(name: str, cache: Path) -> Path:
     """Return the image folder of `demo:<name>` under `cache`, written first if it is not there.
 
     Of several processes one writes and the others wait. Where nothing can be locked, each writes a folder of
-    its own, and the first rename wins.
-
-    Raises:
-        DataError: no such demo data, its packages are not installed, or `cache` cannot be written.
+    its own, and the first rename wins. Raises DataError: no such demo data, its packages are not installed,
+    or `cache` cannot be written.
     """
     writers = {"digits": _digits, "photos": _photos, "jpegs": _jpegs}
     if name not in writers:
         known = ", ".join(f"demo:{writer}" for writer in writers)
         raise DataError(f"demo:{name}: no such demo data; there are {known}")
     folder = cache / f"demo-{name}"
-    lock_path = cache / f"demo-{name}.lock"
-    remove_leftovers(folder, lock_path)
-    if os.path.exists(folder):  # not Path.exists, which raises where the cache cannot be entered
-        return folder
-    lock = wait_for_lock(lock_path, "writes the demo images")
-    try:
-        return folder if os.path.exists(folder) else _write_folder(folder, writers[name])
-    finally:
-        with contextlib.suppress(OSError):
-            lock.release()
+    remove_leftovers(folder)
+    if not os.path.exists(folder):  # not Path.exists, which raises where the cache cannot be entered
+        with locked(folder, "writes the demo images"):
+            if not os.path.exists(folder):
+                _write_folder(folder, writers[name])
+    return folder
 
 
-def _write_folder(folder: Path, writer: Callable[[], Iterator[tuple[str, bytes]]]) -> Path:
+def _write_folder(folder: Path, writer: Callable[[], Iterator[tuple[str, bytes]]]) -> None:
     temporary = partial_path(folder)
     name, cache = folder.name.replace("-", ":"), folder.parent
     try:
@@ -75,7 +68,6 @@ def _write_folder(folder: Path, writer: Callable[[], Iterator[tuple[str, bytes]]
         if not folder.exists():
             raise
         shutil.rmtree(temporary)
-    return folder
 
 
 def _jpeg(image: Image.Image) -> bytes:

@@ -15,8 +15,7 @@ _COMPARED_IMAGES = 8  # validation images that are compared with training's by t
 def split_doubts(manifest: Manifest, split: str) -> list[str]:
     """Return one line per doubt about one split: its labels, classes without images, files named twice.
 
-    Args:
-        split: its name in the lines, such as "training".
+    `split`: its name in the lines, such as "training".
     """
     doubts, names = list(manifest.notes), manifest.class_names
     counts = np.bincount(manifest.labels, minlength=len(names))

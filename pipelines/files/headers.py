@@ -17,9 +17,8 @@ from pipelines.checks.decode_one import CheckResult, Fault, check_file
 from pipelines.files.listing import Listing
 from pipelines.progress import tracked
 
-# A file or folder that is changed twice within one tick of its file system's clock looks as after the first
-# change (so git checks "racily clean" files again). The coarsest tick is FAT's two seconds; another one for
-# clocks that differ.
+# Two changes within one tick of a file system's clock look like one (git's "racily clean" files). The
+# coarsest tick is FAT's two seconds; another one for clocks that differ.
 TICK_NS = 3_000_000_000
 _DAY_NS = 86_400_000_000_000
 _BLOCK = 64  # files that a thread takes at a time
@@ -36,12 +35,8 @@ class Scan:
     faults: dict[int, Fault]  # of the unusable files, by place
 
 
-def scan(listing: Listing, threads: int | None, known: Scan | None) -> Scan:
-    """Read the headers that `known` lacks, holds with another size or time, or holds as unusable.
-
-    Args:
-        threads: number of readers; None is four per core.
-        known: an earlier scan of the same root.
+def scan(listing: Listing, known: Scan | None) -> Scan:
+    """Read the headers that `known`, an earlier scan, lacks, has with another size or time, or as unusable.
 
     Raises OSError when the machine cannot read a file, which says nothing about the file.
     """
@@ -55,7 +50,7 @@ def scan(listing: Listing, threads: int | None, known: Scan | None) -> Scan:
         sizes[same] = known.sizes[places[same]]
     faults = dict(listing.faults)
     unread = np.setdiff1d(np.flatnonzero(sizes[:, 0] == 0), list(faults), assume_unique=True).tolist()
-    results = read_headers(listing, unread, threads)
+    results = read_headers(listing, unread)
     results = tracked(results, f"{listing.root}: reading image headers", len(unread))
     for place, result in zip(unread, results, strict=True):
         sizes[place] = result.height, result.width
@@ -64,7 +59,7 @@ def scan(listing: Listing, threads: int | None, known: Scan | None) -> Scan:
     return Scan(listing, sizes, dict(sorted(faults.items())))
 
 
-def read_headers(listing: Listing, places: list[int], threads: int | None) -> Iterator[CheckResult]:
+def read_headers(listing: Listing, places: list[int]) -> Iterator[CheckResult]:
     """Yield one result per place, in order."""
 
     def read(place: int) -> CheckResult:
@@ -73,16 +68,16 @@ def read_headers(listing: Listing, places: list[int], threads: int | None) -> It
     with warnings.catch_warnings():
         # Pillow warns from 89 megapixels on and raises from 179 on; both are over our limit anyway.
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        yield from in_threads(read, places, threads)
+        yield from in_threads(read, places)
 
 
-def in_threads(function: Callable[[Any], T], items: Sequence[Any], threads: int | None) -> Iterator[T]:
-    """Yield `function` of every item, in order; None is four threads per core: they wait for a disk."""
+def in_threads(function: Callable[[Any], T], items: Sequence[Any]) -> Iterator[T]:
+    """Yield `function` of every item, in order, in four threads per core: they wait for a disk."""
 
     def of_block(begin: int) -> list[T]:
         return [function(item) for item in items[begin : begin + _BLOCK]]
 
-    with ThreadPoolExecutor(threads or 4 * (os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(4 * (os.cpu_count() or 1)) as pool:
         for results in pool.map(of_block, range(0, len(items), _BLOCK)):
             yield from results
 

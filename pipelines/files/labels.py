@@ -1,7 +1,7 @@
 """Turn the labels of a list, or the names of class folders, into classes.
 
-What the labels of a list or folder are is decided once for all of them: names of classes, numbers in
-another spelling of such names, or positions among the classes. One label that does not fit is an error.
+All of them are names of classes, or numbers in another spelling of such names, or positions among the
+classes. One label that does not fit is an error.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -19,20 +20,20 @@ from pipelines.files.listing import Listing
 from pipelines.files.lists import read_list
 from pipelines.spec import DataError
 
+Files = TypeVar("Files", bound=Any)  # a Listing or a Manifest
+
 
 def relabel_folder(
     listing: Listing, class_names: Sequence[str] | None, *, positions: bool = False
 ) -> Listing:
     """Return the same files with places in `class_names` as labels; None takes the folders' names.
 
-    Raises DataError for a folder that is no class of `class_names`, or, without these, for an empty one.
-
-    Args:
-        positions: folders may also be positions in `class_names`.
+    `positions`: folders may also be positions in `class_names`. Raises DataError for a folder that is no
+    class of `class_names`, or, without these, for an empty one.
     """
     found, root = listing.class_names, listing.root
     if class_names is not None:
-        return _relabelled(listing, class_names, lambda name: f"{root / name}:", "folder", positions)
+        return relabelled(listing, class_names, lambda name: f"{root / name}:", "folder", positions)
     empty = np.flatnonzero(np.bincount(listing.labels, minlength=len(found)) == 0)
     if len(empty):
         folder = root / found[empty[0]]
@@ -41,16 +42,14 @@ def relabel_folder(
         what = "no images in this class folder; add some or remove the folder"
         link = f"the same folder as {same}, by a link: two classes cannot share their images; remove one"
         raise DataError(f"{folder}: {link if same else what}")
-    return replace(listing, labels=listing.labels)
+    return listing
 
 
 def relabel_list(listing: Listing, path: Path, class_names: Sequence[str] | None) -> Listing:
-    """Return the same files with places in `class_names` as labels.
+    """Return the same files with places in `class_names` as labels; None takes the labels found, in order.
 
-    None takes the labels found: names in order, or numbers. Numbers are positions if at least half of those
-    up to the largest are found, else names.
-
-    Raises DataError for a label that is no class, with its line.
+    Then numbers are positions if at least half of those up to the largest are found, else names. Raises
+    DataError for a label that is no class, with its line.
     """
 
     def subject(label: str) -> str:
@@ -58,7 +57,7 @@ def relabel_list(listing: Listing, path: Path, class_names: Sequence[str] | None
         return f"{path}:{next(number for number, _, text in lines if text == label)}: label {label!r} is"
 
     if class_names is not None:
-        return _relabelled(listing, class_names, subject, "label", True)
+        return relabelled(listing, class_names, subject, "label", True)
     found = listing.class_names
     numbers = [_number(label) for label in found]
     signed = [label for label in found if re.fullmatch(r"-[0-9]+", label)]
@@ -66,7 +65,7 @@ def relabel_list(listing: Listing, path: Path, class_names: Sequence[str] | None
         raise DataError(f"{subject(signed[0])} negative; leave out the lines of images without a class")
     if None in numbers:
         names = sorted(found)
-        listing = _relabelled(listing, names, subject, "label", False)
+        listing = relabelled(listing, names, subject, "label", False)
         num_numbers = len(found) - numbers.count(None)
         other = found[numbers.index(None)]
         what = f"{path}: {num_numbers:,} labels are numbers and others, as {other!r}, are not"
@@ -78,25 +77,31 @@ def relabel_list(listing: Listing, path: Path, class_names: Sequence[str] | None
             raise DataError(f"{subject(label)} the number of {by_number[number]!r}, too; write one of them")
     largest = max(number for number in numbers if number is not None)
     if largest < 2 * len(found):
-        return _relabelled(listing, list(map(str, range(largest + 1))), subject, "label", True)
+        return relabelled(listing, list(map(str, range(largest + 1))), subject, "label", True)
     names = sorted(found, key=int)
     what = f"{path}: labels are numbers with gaps, so they are names of {len(names):,} classes"
     note = f"{what}, {names[0]} to {names[-1]}; numbers without images are no classes"
-    return replace(_relabelled(listing, names, subject, "label", False), notes=(note,))
+    return replace(relabelled(listing, names, subject, "label", False), notes=(note,))
 
 
-def match_classes(
+def relabelled(
+    files: Files, names: Sequence[str], subject: Callable[[str], str], what: str, positions: bool
+) -> Files:
+    """Return the same files with places in `names` as labels, and a note if not all were matched by name.
+
+    Raises DataError that shows what matched and what did not: a sentence that `subject` begins, about a
+    `what` ("label", "folder" or "class"). `positions`: whether numbers may be positions. Where a class has a
+    number for a name they never are.
+    """
+    classes, how = _match(files.class_names, names, subject, what, positions)
+    labels, notes = np.array(classes, np.int64)[files.labels], (f"{files.root}: {how}",) if how else ()
+    return replace(files, labels=labels, class_names=tuple(names), notes=notes)
+
+
+def _match(
     found: Sequence[str], names: Sequence[str], subject: Callable[[str], str], what: str, positions: bool
 ) -> tuple[list[int], str]:
-    """Return the place in `names` of each label found, and how they were matched ("": by name).
-
-    Args:
-        subject: begins the sentence about a label that is no class.
-        what: "label" or "folder", for messages.
-        positions: whether numbers may be positions. Where a class has a number for a name they never are.
-
-    Raises DataError that shows what matched and what did not.
-    """
+    """Return the place in `names` of each label found, and how they were matched ("": by name)."""
     place = {name: index for index, name in enumerate(names)}
     others = [label for label in found if label not in place]
     if not others:
@@ -145,12 +150,3 @@ def _plain(name: str) -> str:
 
 def _number(label: str) -> int | None:
     return int(label) if re.fullmatch(r"[0-9]{1,18}", label) else None
-
-
-def _relabelled(
-    listing: Listing, names: Sequence[str], subject: Callable[[str], str], what: str, positions: bool
-) -> Listing:
-    classes, how = match_classes(listing.class_names, names, subject, what, positions)
-    labels = np.array(classes, np.int64)[listing.labels]
-    notes = (f"{listing.root}: {how}",) if how else ()
-    return replace(listing, labels=labels, class_names=tuple(names), notes=notes)

@@ -1,7 +1,6 @@
-"""List the candidate images of a folder, without opening them.
+"""List the candidate images of a folder, without opening them; by our own walk.
 
-DALI's directory reader gives hidden and empty folders a label and ignores nested files, so the walk is our
-own.
+DALI's directory reader gives hidden and empty folders a label and ignores nested files.
 """
 
 from __future__ import annotations
@@ -131,14 +130,10 @@ def list_folder(root: Path) -> Listing:
 def folder_state(path: bytes) -> FolderState:
     """Return what changes with a folder's entries: inode, size, mtime, ctime; all -1 for a missing folder.
 
-    The time of modification alone is not enough: rsync and tar set it back, and it may be all the same.
-    Raises OSError when the machine cannot look.
+    mtime alone is not enough: rsync and tar set it back. Raises OSError when the machine cannot look.
     """
-    try:
-        info = patiently(lambda: os.stat(path))
-    except OSError as error:
-        if is_trouble(error):
-            raise
+    info = _stat(path)
+    if isinstance(info, OSError):
         return -1, -1, -1, -1
     return info.st_ino & _INT64_MASK, info.st_size, info.st_mtime_ns, info.st_ctime_ns
 
@@ -146,27 +141,30 @@ def folder_state(path: bytes) -> FolderState:
 def file_state(path: bytes) -> FileState:
     """Return size in bytes, time of modification, inode, and the fault that shows without opening the file.
 
-    The inode is of the file itself: of one with many names, by links or by spelling, it is one.
-    Raises OSError when the machine cannot look.
+    The inode is the same under many names, by links or by spelling. Raises OSError as `folder_state`.
     """
+    info = _stat(path)
+    if isinstance(info, OSError):
+        return 0, 0, 0, fault_of(info)
+    return info.st_size, info.st_mtime_ns, info.st_ino & _INT64_MASK, fault_in_stat(info)
+
+
+def _stat(path: bytes) -> os.stat_result | OSError:
     try:
-        info = patiently(lambda: os.stat(path))
+        return patiently(lambda: os.stat(path))
     except OSError as error:
         if is_trouble(error):
             raise
-        return 0, 0, 0, fault_of(error)
-    return info.st_size, info.st_mtime_ns, info.st_ino & _INT64_MASK, fault_in_stat(info)
+        return error
 
 
 def describe_skipped(skipped: Mapping[str, int]) -> str:
     """Return what was not taken as an image, in words; "" if that is nothing."""
-    if not skipped:
-        return ""
     kinds = sorted(skipped.items(), key=lambda item: (-item[1], item[0]))
     parts = [f"{number:,} {kind}" for kind, number in kinds[:MAX_KINDS]]
     if others := sum(number for _, number in kinds[MAX_KINDS:]):
         parts.append(f"{others:,} of other kinds")
-    return visible(f"ignored: {', '.join(parts)}")
+    return visible(f"ignored: {', '.join(parts)}") if parts else ""
 
 
 def look_at(root: Path, entries: Entries, classes: Iterable[str], skipped: Counter[str]) -> Listing:

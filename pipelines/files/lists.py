@@ -1,4 +1,4 @@
-"""Read list files: text with one `path,label` or `path label` per line."""
+"""Read list files: text with one `path,label` or `path label` per line; # begins a comment line."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""List the usable images of a split, with class and size: found by our own walk, never by DALI's.
+"""List the usable images of a split, with class and size.
 
-DALI answers a broken file by ending the run. Here every file's header is read beforehand, and a file that
-cannot be used is left out and named.
+DALI answers a broken file by ending the run. So every header is read beforehand, and a file that cannot be
+used is left out and named.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pipelines.atomic import replacing
 from pipelines.checks.bad_list import BadFile, read_lists, user_cache
 from pipelines.checks.decode_one import Fault
 from pipelines.files.headers import Scan
-from pipelines.files.labels import match_classes, relabel_folder, relabel_list
+from pipelines.files.labels import relabel_folder, relabel_list, relabelled
 from pipelines.files.listing import Listing, Paths, describe_skipped, file_state, list_folder
 from pipelines.files.lists import list_file
 from pipelines.files.scan_cache import cached_scan, list_digest
@@ -110,8 +110,7 @@ class Manifest:
     def from_folder(
         root: Path | str, *, image_list: Path | str | None = None,
         class_names: Sequence[str] | None = None, cache_dir: Path | str | None = None,
-        max_bad_fraction: float = MAX_BAD_FRACTION, threads: int | None = None, refresh: bool = False,
-        positions: bool = False,
+        max_bad_fraction: float = MAX_BAD_FRACTION, refresh: bool = False, positions: bool = False,
     ) -> Manifest:  # fmt: skip
         """Read the images below `root/<class>/`, at any depth, without hidden ones; links are followed once.
 
@@ -120,13 +119,10 @@ class Manifest:
 
         Args:
             root: folder of one split.
-            image_list: text file that names the images below `root` instead, one `path,label` or
-                `path label` per line. Labels are whole numbers or class names. Empty lines and lines that
-                begin with # are skipped.
+            image_list: text file that names the images below `root` instead; see `lists`.
             class_names: classes of the training split, for a validation split; None takes those found.
             cache_dir: folder for the cached list of images and sizes; None is `$XDG_CACHE_HOME/cmtrain`.
             max_bad_fraction: largest share of unusable files; they are left out (`bad`).
-            threads: readers of file headers; None is four per core.
             refresh: whether to look at every file, whatever is cached (see `scan_cache`).
             positions: whether class folders may be named by positions in `class_names`; labels of lists may.
         """
@@ -144,7 +140,7 @@ class Manifest:
             relabel(listing)  # reports a wrong class before all headers are read
             return listing
 
-        found = cached_scan(checked, name, content, cache, threads, refresh)
+        found = cached_scan(checked, name, content, cache, refresh)
         listing = relabel(found.listing)
         return _manifest(found, listing, max_bad_fraction, listed=image_list is not None)
 
@@ -162,11 +158,7 @@ class Manifest:
         _, shards = read_index(Path(folder).absolute())
         if class_names is None:
             return shards
-        classes, how = match_classes(
-            shards.class_names, class_names, lambda name: f"{shards.root}: {name} is", "class", False
-        )
-        labels, notes = np.array(classes, np.int64)[shards.labels], (f"{shards.root}: {how}",) if how else ()
-        return replace(shards, labels=labels, class_names=tuple(class_names), notes=notes)
+        return relabelled(shards, class_names, lambda name: f"{shards.root}: {name} is", "class", False)
 
 
 def write_index(shards: Manifest, recipe: str) -> None:
@@ -197,12 +189,9 @@ def read_index(folder: Path) -> tuple[str, Manifest]:
         slices = Slices(folder, **columns)
         # Older indexes have no kind: (path, reason).
         bad_files = tuple(BadFile(row[0], row[1] if len(row) == 3 else "other", row[-1]) for row in bad)
-        identities = _identities(slices.checksums, slices.size_bytes)
-        size_bytes = slices.size_bytes
-        shards = Manifest(
-            folder, paths, **image, size_bytes=size_bytes, bad=bad_files, packed=slices,
-            identities=identities,
-        )  # fmt: skip
+        sizes = slices.size_bytes
+        facts: dict[str, Any] = {"bad": bad_files, "identities": _identities(slices.checksums, sizes)}
+        shards = Manifest(folder, paths, **image, size_bytes=sizes, packed=slices, **facts)
     except OSError as error:  # it may be whole
         raise DataError.of(error, folder / INDEX) from error
     except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:

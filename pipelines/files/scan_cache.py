@@ -1,15 +1,14 @@
 """Cache what one start found out about the files of a split, for as long as it is valid.
 
-Looking at 1.28 million files takes seconds on a local disk and loads a file server, from every rank at every
-start. So a scan is kept in one file. It is valid while these are unchanged: the state of every folder, size
-and time of a sample of the files, and the header of every unusable file. docs/data.md describes which
-changes that cannot see.
+A scan of 1.28 million files takes seconds on a local disk and loads a file server. It is valid while these
+are unchanged: the state of every folder, size and time of a sample of the files, and the header of every
+unusable file. docs/data.md describes which changes that cannot see.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.atomic import remove_leftovers, replacing, wait_for_lock
+from pipelines.atomic import locked, remove_leftovers, replacing
 from pipelines.checks.decode_one import Fault
 from pipelines.files.headers import Scan, in_threads, is_racy, read_headers, scan
 from pipelines.files.listing import Listing, Paths, file_state, folder_state
@@ -25,45 +24,36 @@ from pipelines.spec import DataError, visible
 
 NUM_SAMPLED = 1024  # 1 % of files overwritten in place escape it with a probability of 0.00003
 
-_FORMAT = 4
+_FORMAT = 5
 _ARRAYS = ("labels", "size_bytes", "mtime_ns", "inodes", "folder_states")  # columns of a listing
 _PATHS = ("paths", "folders")
 
 
-def cached_scan(
-    lister: Callable[[], Listing], name: str, content: str, cache: Path, threads: int | None, refresh: bool
-) -> Scan:
-    """Return the cached scan if it is still valid, else scan and cache.
-
-    Of several processes that find no valid scan, one at a time scans; the others wait and use what it found.
+def cached_scan(lister: Callable[[], Listing], name: str, content: str, cache: Path, refresh: bool) -> Scan:
+    """Return the cached scan if it is still valid, else scan and cache, in one process at a time.
 
     Args:
         name: name of the split; scans of different names are kept apart.
         content: digest of the list file, if there is one; a scan is valid for the same content only.
         cache: folder of the scans; a line is printed when none can be written there.
-        threads: number of threads that read files; None is four per core.
         refresh: whether to look at everything again.
 
     Raises OSError when the machine cannot read a folder or file; then nothing is cached.
     """
     digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:32]
     path = cache / f"files-{digest}.npz"
-    remove_leftovers(path, path.with_suffix(".lock"))
+    remove_leftovers(path)
     kept = None if refresh else _load(path)
-    if kept and _is_valid(*kept, content, threads):
+    if kept and _is_valid(*kept, content):
         return kept[1]
     kept = None  # it is large, and another process may write a new one while this one waits
-    lock = wait_for_lock(path.with_suffix(".lock"), "lists the images")
-    try:
+    with locked(path, "lists the images"):
         kept = None if refresh else _load(path)
-        if kept and _is_valid(*kept, content, threads):
+        if kept and _is_valid(*kept, content):
             return kept[1]
-        found = scan(lister(), threads, kept and kept[1])
+        found = scan(lister(), kept and kept[1])
         _store(path, content, found)
         return found
-    finally:
-        with contextlib.suppress(OSError):
-            lock.release()
 
 
 def list_digest(path: Path) -> str:
@@ -75,36 +65,24 @@ def list_digest(path: Path) -> str:
         raise DataError(f"{path}: cannot read the list of images: {error}") from error
 
 
-def _is_valid(then: str, kept: Scan, content: str, threads: int | None) -> bool:
+def _is_valid(then: str, kept: Scan, content: str) -> bool:
     listing = kept.listing
     folder_times_ns = listing.folder_states[:, 2:]  # (F, 2) mtime, ctime
     if (folder_times_ns == 0).any():  # a file system that gives folders no time (s3fs issue 2048)
         return False
-    if any(is_racy(times_ns, listing.began_ns).any() for times_ns in (folder_times_ns, listing.mtime_ns)):
+    times_ns = folder_times_ns, listing.mtime_ns
+    if then != content or any(is_racy(times, listing.began_ns).any() for times in times_ns):
         return False
-    return (
-        then == content
-        and _folders_are_unchanged(listing, threads)
-        and _sample_is_unchanged(listing, threads)
-        and _faults_are_unchanged(kept, threads)
-    )
-
-
-def _folders_are_unchanged(listing: Listing, threads: int | None) -> bool:
     folders = list(map(listing.encoded_path, listing.folders.encoded))
-    return np.array_equal(list(in_threads(folder_state, folders, threads)), listing.folder_states)
-
-
-def _sample_is_unchanged(listing: Listing, threads: int | None) -> bool:
+    if not np.array_equal(list(in_threads(folder_state, folders)), listing.folder_states):
+        return False
     sample = np.linspace(0, len(listing) - 1, min(len(listing), NUM_SAMPLED)).astype(np.int64)
     files = list(map(listing.encoded_path, listing.paths.encoded[sample]))
-    then = np.stack([listing.size_bytes[sample], listing.mtime_ns[sample]], axis=1)
-    return np.array_equal([state[:2] for state in in_threads(file_state, files, threads)], then)
-
-
-def _faults_are_unchanged(kept: Scan, threads: int | None) -> bool:
-    """An unusable file may have been repaired by a change that no time shows, as of its permissions."""
-    results = read_headers(kept.listing, list(kept.faults), threads)
+    known = np.stack([listing.size_bytes[sample], listing.mtime_ns[sample]], axis=1)
+    if not np.array_equal([state[:2] for state in in_threads(file_state, files)], known):
+        return False
+    # An unusable file may have been repaired by a change that no time shows, as of its permissions.
+    results = read_headers(listing, list(kept.faults))
     return [result.fault for result in results] == list(kept.faults.values())
 
 
@@ -113,35 +91,30 @@ def _load(path: Path) -> tuple[str, Scan] | None:
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as data:
             columns: dict[str, Any] = dict(data)  # checks a CRC-32 of each
-        if columns["format"] != _FORMAT:
+        facts = json.loads(columns["facts"].tobytes())
+        if facts["format"] != _FORMAT:
             return None
-        names = tuple(columns["class_names"].tolist())
         arrays = {name: columns[name] for name in _ARRAYS} | {name: Paths(columns[name]) for name in _PATHS}
-        root, began_ns = Path(str(columns["root"])), int(columns["began_ns"])
-        skipped = dict(zip(columns["skipped"].tolist(), columns["num_skipped"].tolist(), strict=True))
-        # The faults are among those of the scan.
-        facts: dict[str, Any] = {"class_names": names, "faults": {}, "began_ns": began_ns}
-        listing = Listing(root=root, **arrays, **facts, skipped=skipped)
-        faults = map(Fault._make, columns["faults"].tolist())
-        places = columns["fault_places"].tolist()
-        found = Scan(listing, columns["sizes"], dict(zip(places, faults, strict=True)))
-        return str(columns["content"]), found
+        arrays |= {"class_names": tuple(facts["class_names"]), "faults": {}}  # those are in the scan's
+        root, began_ns, skipped = Path(facts["root"]), facts["began_ns"], facts["skipped"]
+        listing = Listing(root=root, began_ns=began_ns, skipped=skipped, **arrays)
+        faults = {place: Fault(kind, reason) for place, kind, reason in facts["faults"]}
+        return facts["content"], Scan(listing, columns["sizes"], faults)
     except Exception:  # zipfile and numpy raise almost anything on damaged bytes
         return None
 
 
 def _store(path: Path, content: str, found: Scan) -> None:
     listing = found.listing
-    columns = {name: getattr(listing, name) for name in (*_ARRAYS, "class_names", "began_ns")}
+    columns = {name: getattr(listing, name) for name in _ARRAYS}
     columns |= {name: getattr(listing, name).encoded for name in _PATHS}
-    columns |= {"format": _FORMAT, "content": content, "root": str(listing.root), "sizes": found.sizes}
-    columns["fault_places"] = np.array(list(found.faults), np.int64)
-    columns["faults"] = np.array(list(found.faults.values()), np.str_).reshape(-1, 2)
-    columns["skipped"] = np.array(list(listing.skipped), np.str_)
-    columns["num_skipped"] = np.array(list(listing.skipped.values()), np.int64)
+    facts = {name: getattr(listing, name) for name in ("class_names", "began_ns", "skipped")}
+    facts |= {"format": _FORMAT, "content": content, "root": str(listing.root)}
+    facts["faults"] = [(place, *fault) for place, fault in found.faults.items()]
     try:
         with replacing(path) as file:
-            np.savez(file, **columns)
+            encoded = np.frombuffer(json.dumps(facts).encode(), np.uint8)
+            np.savez(file, facts=encoded, sizes=found.sizes, **columns)
     except OSError as error:
         advice = "set data.cache_dir to a writable folder"
         sys.stderr.write(visible(f"the list of images is not cached: {error}; {advice}") + "\n")

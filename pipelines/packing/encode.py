@@ -43,14 +43,9 @@ def encode(path: str, resize_shorter: int | None, quality: int) -> Encoded:
     """Return one image as a JPEG whose shorter side is at most `resize_shorter`.
 
     Every image is decoded, so a file that is cut short is found here. A JPEG that is small enough keeps its
-    bytes. Everything else becomes a baseline JPEG of `quality` with full-resolution colour (4:4:4), grey if
-    it was grey, else RGB. On 63 ImageNet photographs resized to 256, 4:4:4 at quality 90 is 38 KB and 2.0
-    levels from the original (mean absolute error after the evaluation transform at 160 px); 4:2:0 is 30 KB
-    and 2.7. At equal bytes (30 KB) it is 2.3 against 2.7. Lanczos is nearest to the original (1.08 before
-    JPEG; bicubic 1.31).
-
-    An EXIF orientation is not applied, as elsewhere here and in timm. It is removed, so that no other reader
-    turns some images and not others.
+    bytes. Everything else becomes a baseline JPEG of `quality`, grey or RGB, with full-resolution colour
+    (4:4:4; docs/data.md has the measurements). An EXIF orientation is not applied, as elsewhere here and in
+    timm, but removed, so that no other reader turns some images and not others.
 
     Raises DataError when the machine cannot read the file or has no memory for it, which is no verdict.
     """
@@ -58,16 +53,15 @@ def encode(path: str, resize_shorter: int | None, quality: int) -> Encoded:
         data = patiently(Path(path).read_bytes)
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             width, height = image.size
-            shrink = resize_shorter is not None and min(width, height) > resize_shorter
+            shorter = min(width, height)
+            wanted = min(shorter, resize_shorter or shorter)
+            shrink = wanted < shorter
             if not shrink and image.format in ("JPEG", "MPO"):
                 image.load()
                 return Encoded(_without_exif(data) if may_rotate(image) else data, height, width, None)
-            size = width, height
+            # The longer side is truncated, as torchvision's Resize does.
+            size = wanted * width // shorter, wanted * height // shorter
             if shrink:
-                assert resize_shorter is not None
-                # The longer side is truncated, as torchvision's Resize does.
-                shorter = min(width, height)
-                size = resize_shorter * width // shorter, resize_shorter * height // shorter
                 # libjpeg halves for nothing. The filter gets twice the size (MAE 1.083, without 1.082).
                 image.draft(None, (2 * size[0], 2 * size[1]))
             pixels = grey_or_rgb(image)

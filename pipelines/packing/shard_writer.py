@@ -1,8 +1,7 @@
 """Write the shards of one split, so that a killed run resumes where it was and ends with the same bytes.
 
-A shard has its name only when it is whole and a record of it is on the disk. The record holds its contents
-and its SHA-256, so that a later run can keep it. All records together become the index, which is written
-last.
+A shard has its name only when it is whole and a record of its contents is on the disk, so that a later run
+can keep it. All records together become the index, which is written last.
 """
 
 from __future__ import annotations
@@ -59,15 +58,11 @@ def pack_split(
     Samples lie in the shards in a fixed random order, so that a sequential reader sees mixed classes, too;
     the index keeps the manifest's order. Returns the packed manifest, an earlier run's if that had finished.
 
-    Args:
-        processes: number of processes that read and encode; this one writes.
-        max_bad_fraction: largest share of unusable files.
-
-    Raises:
-        DataError: too many bad images, no space, anything else in `folder`, another run at work there.
+    `processes` read and encode; this one writes. Raises DataError for more unusable files than the share
+    `max_bad_fraction`, no space, anything else in `folder`, another run at work there.
     """
     recipe = json.dumps({"format": _FORMAT, "source": manifest.fingerprint, **spec._asdict()})
-    with _errors_in_one_line(folder), _locked(folder):
+    with _locked(folder):
         if (folder / INDEX).is_file():
             found, shards = read_index(folder)
             _check_recipe(folder, found, recipe)
@@ -126,7 +121,8 @@ def _write_shard(
         columns = np.array(rows, np.int64).reshape(-1, 6)
         end = begin + len(rows) + len(faults)
         record = _Record(name, size, digest.hexdigest(), end, columns, faults)
-        _store_record(folder, record, recipe)  # before the shard gets its name
+        with replacing(_record_file(folder, name)) as record_file:  # before the shard gets its name
+            record_file.write(json.dumps([recipe, *record._replace(rows=record.rows.tolist())]).encode())
     return record
 
 
@@ -144,11 +140,8 @@ def _packed(manifest: Manifest, folder: Path, records: list[_Record], bad: tuple
     names, size_bytes, digests, *_ = zip(*records, strict=True)
     shard_bytes, checksums = np.array(size_bytes, np.int64), checksums.astype(np.uint32)
     slices = Slices(folder, names, shard_bytes, digests, shards[by_place], offsets, sizes, checksums)
-    heights, widths = heights.astype(np.int32), widths.astype(np.int32)
-    source = manifest.select(places)
-    return replace(
-        source, root=folder, heights=heights, widths=widths, size_bytes=sizes, bad=bad, packed=slices
-    )
+    shape = {"heights": heights.astype(np.int32), "widths": widths.astype(np.int32), "size_bytes": sizes}
+    return replace(manifest.select(places), root=folder, bad=bad, packed=slices, **shape)
 
 
 def _left_out(manifest: Manifest, records: list[_Record], max_bad_fraction: float) -> tuple[BadFile, ...]:
@@ -172,21 +165,13 @@ def _kept_records(folder: Path, recipe: str) -> list[_Record]:
     records: list[_Record] = []
     for number in itertools.count():
         record = _load_record(_record_file(folder, _shard_name(number)), recipe)
-        if record is None:
-            break
-        shard = folder / record.name
-        if not shard.is_file() or shard.stat().st_size != record.size_bytes:
+        if record is None or not (shard := folder / record.name).is_file():
             break
         with shard.open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != record.sha256:
                 break
         records.append(record)
     return records
-
-
-def _store_record(folder: Path, record: _Record, recipe: str) -> None:
-    with replacing(_record_file(folder, record.name)) as file:
-        file.write(json.dumps([recipe, *record._replace(rows=record.rows.tolist())]).encode())
 
 
 def _load_record(path: Path, recipe: str) -> _Record | None:
@@ -217,9 +202,11 @@ def _record_file(folder: Path, shard_name: str) -> Path:
 
 @contextmanager
 def _locked(folder: Path) -> Generator[None, None, None]:
-    """Hold the folder's lock, which ends with the process however that ends."""
+    """Hold the folder's lock, which ends with the process however that ends. Raises DataError."""
+    again = "finished shards are kept, the same command goes on from there"
     path = folder / ".lock"
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         with FileLock(path, timeout=0, fallback_to_soft=False):
             try:
                 yield
@@ -227,14 +214,6 @@ def _locked(folder: Path) -> Generator[None, None, None]:
                 path.unlink()  # while it is held: filelock gives nobody a lock on a deleted file
     except Timeout as error:
         raise DataError(f"{folder}: another process is packing there") from error
-
-
-@contextmanager
-def _errors_in_one_line(folder: Path) -> Generator[None, None, None]:
-    again = "finished shards are kept, the same command goes on from there"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        yield
     except OSError as error:
         raise DataError(f"{folder}: cannot be written: {error.strerror or error}; {again}") from error
     except BrokenProcessPool as error:

@@ -567,6 +567,9 @@ def test_only_names_of_this_machine_are_answered(host, is_own):
     assert (b"cmtrain_step" in answer) == is_own
     answer, _ = exporter_module.answer_to(head, ROUTES, ["*"])
     assert answer.split()[1] == b"200"
+    if not is_own:  # what asks for JSON can read the refusal
+        refusal, _ = exporter_module.answer_to(head, ROUTES)
+        assert "metrics.allowed_hosts" in json.loads(refusal.partition(b"\r\n\r\n")[2])["error"]
     twice = head.replace(b"\r\n\r\n", b"\r\nHost: attacker.example\r\n\r\n")
     assert exporter_module.answer_to(twice, ROUTES)[0].split()[1] == b"403"
 

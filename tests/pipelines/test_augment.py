@@ -157,7 +157,7 @@ def test_only_three_augment_has_a_blur_in_its_graph(monkeypatch):
     run = graphs.Execution("cpu", "cpu", device_id=None, batch_size=4, threads=1, prefetch_batches=1)
     for policy, blurs in (("rand-m9-mstd0.5-inc1", 0), ("reimpl", 0), ("dali-n2-m9", 0), ("3a", 1)):
         built.clear()
-        graphs.train_graph(lambda: [], AugmentSpec(64, rand_augment=policy), run)
+        graphs.file_graph(lambda: [], AugmentSpec(64, rand_augment=policy), run)
         assert len(built) == blurs
 
 
@@ -320,5 +320,5 @@ def test_the_graph_of_a_gpu_can_be_defined_without_one(monkeypatch, decode, poli
     monkeypatch.setattr("nvidia.dali.pipeline.Pipeline.build", lambda self: built.append(self))
     spec = AugmentSpec(160, rand_augment=policy, color_jitter=0.4, fp16=True)
     run = graphs.Execution("gpu", decode, device_id=0, batch_size=4, threads=1, prefetch_batches=2)
-    graphs.train_graph(lambda: [], spec, run)
+    graphs.file_graph(lambda: [], spec, run)
     assert len(built) == 1

@@ -61,8 +61,8 @@ def test_every_recipe_keeps_the_rules_on_devices(decode, reads_files, figure):
     for given, name in TRANSFORMS.items():
         spec, eval_spec = (dataclasses.replace(each, fp16=not reads_files) for each in given)
         whole = {
-            "train": define(graphs.train_graph, nothing, spec, run),
-            "eval": define(graphs.eval_graph, nothing, eval_spec, run),
+            "train": define(graphs.file_graph, nothing, spec, run),
+            "eval": define(graphs.file_graph, nothing, eval_spec, run),
         }
         finish = {
             "finish": define(graphs.finish_graph, nothing, nothing, spec, run),
@@ -92,7 +92,7 @@ def test_an_operator_for_a_cpu_in_a_graph_for_a_gpu_is_reported(monkeypatch):
     """Contrast takes another way on a CPU; on a GPU a named argument of it would come from the GPU."""
     monkeypatch.setattr(augment, "on_gpu", lambda image: False)
     spec = AugmentSpec(32, rand_augment="reimpl", color_jitter=0.4)
-    graph = define(graphs.train_graph, nothing, spec, execution("mixed", False))
+    graph = define(graphs.file_graph, nothing, spec, execution("mixed", False))
     assert any("argument contrast_center is on the gpu" in fault for fault in graph.faults), graph.faults
 
 

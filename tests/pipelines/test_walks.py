@@ -351,7 +351,7 @@ def test_leftovers_of_killed_writers_are_removed_by_the_next_start(data, tmp_pat
     leftover = cache / f".{kept.name}.4000000.tmp"
     leftover.touch()
     with FileLock(kept.with_suffix(".lock"), fallback_to_soft=False):  # its writer is alive
-        remove_leftovers(kept, kept.with_suffix(".lock"))
+        remove_leftovers(kept)
         assert leftover.exists()
     Manifest.from_folder(data / "train", cache_dir=cache)
     assert not leftover.exists()

@@ -327,3 +327,13 @@ def test_a_failure_is_recorded_at_the_second_try(tmp_path, monkeypatch, no_pause
     monkeypatch.setattr("cmtrain.storage.run_folder.replace_file", unsure)
     record_cause(tmp_path)
     assert (read_status(tmp_path)["state"], read_status(tmp_path)["reason"]) == ("failed", "injected")
+
+
+def test_a_table_that_is_not_there_is_not_opened(tmp_path, monkeypatch):
+    """So the first failure to open it is that of a row, which is reported."""
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "open", full)
+    assert records_module.keep_lines(tmp_path / "summary.csv", bool) == ""
