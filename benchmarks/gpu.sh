@@ -101,7 +101,7 @@ fi
 batch=512
 fp16=fp16 bf16=bf16 decode=mixed compile=true graphs=reduce-overhead
 model=(--batch "$batch" --small-batch 128 --steps "$steps")
-tests=(tests/gpu tests/models/test_fused_ffn.py -k "not compiled_for")
+tests=(tests/gpu tests/models/test_fused_ffn.py tests/models/test_layer_norm.py -k "not compiled_for")
 small=()
 # Without a GPU the same lines run with a small model and batch, with a CPU's precision and decoder.
 if [ "$device" = cpu ]; then

@@ -102,8 +102,8 @@ class Model(Section):
     drop_path_rate: FractionBelowOne = _key(0.0, "stochastic depth: probability at the last block")
     ffn_kernel: Literal["auto", "fused", "eager"] = _key(
         "auto",
-        "fused: feed-forward networks and perception units by Triton; eager: operation by operation; "
-        "auto: fused where the GPU can",
+        "fused: feed-forward networks, perception units and LayerNorm by Triton; "
+        "eager: operation by operation; auto: fused where the GPU can",
     )
     init_from: AnyPath | None = _key(
         None,

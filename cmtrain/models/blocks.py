@@ -18,6 +18,7 @@ from cmtrain.models.position import AbsolutePosition, Variant
 
 try:
     import cmtrain.models.fused_ffn as fused_ffn
+    import cmtrain.models.norm_kernels as norm_kernels
 except ModuleNotFoundError:  # torch's builds for machines without a GPU bring no Triton
     fused_ffn = None  # type: ignore[assignment]
 
@@ -118,16 +119,49 @@ class ResidualDepthwiseConv(nn.Conv2d):
         return self._conv_forward(x, self.weight + centre, self.bias)
 
 
-def layer_norm(norm: nn.LayerNorm, tokens: Tensor) -> Tensor:
-    """LayerNorm of (..., C) in the dtype of `tokens`; the kernel computes statistics in fp32 anyway.
+def _kept(x: Tensor, drop_path: DropPath) -> Tensor | None:
+    """Draw 0 or 1 / (share kept) for every image, (B, 1, 1, 1); None where no path is dropped."""
+    if not (drop_path.training and drop_path.drop_prob):
+        return None
+    keep = 1 - drop_path.drop_prob
+    return x.new_empty(len(x), 1, 1, 1).bernoulli_(keep).div_(keep)
+
+
+def add_branch(x: Tensor, branch: Tensor, drop_path: DropPath) -> Tensor:
+    """Return x + drop_path(branch), all (B, C, H, W), in one pass over the maps where DropPath takes two."""
+    kept = _kept(x, drop_path)
+    return x + branch if kept is None else torch.addcmul(x, kept, branch)
+
+
+class ChannelNorm(nn.LayerNorm):
+    """LayerNorm over the channels of a map, in its dtype: (B, C, H, W) -> (B, C, H, W).
 
     Autocast would return fp32, and so would every residual addition after it: twice the bytes.
+    The statistics are fp32 anyway. On a GPU it is a Triton kernel (`kernel`: see FeedForward).
     """
-    if tokens.dtype == norm.weight.dtype:
-        return norm(tokens)
-    with torch.autocast(tokens.device.type, enabled=False):
-        weight, bias = norm.weight.to(tokens.dtype), norm.bias.to(tokens.dtype)
-        return F.layer_norm(tokens, norm.normalized_shape, weight, bias, norm.eps)
+
+    def __init__(self, channels: int, eps: float, kernel: FfnKernel = "auto"):
+        super().__init__(channels, eps=eps)
+        self.kernel = kernel
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = _tokens(x)
+        if _takes_kernel(self.kernel, x):
+            return _map(norm_kernels.layer_norm(tokens, self.weight, self.bias, self.eps))
+        if x.dtype == self.weight.dtype:
+            return _map(super().forward(tokens))
+        with torch.autocast(x.device.type, enabled=False):
+            weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+            return _map(F.layer_norm(tokens, self.normalized_shape, weight, bias, self.eps))
+
+    def of_sum(self, x: Tensor, branch: Tensor | None, drop_path: DropPath) -> tuple[Tensor, Tensor]:
+        """Return x + drop_path(branch), or x alone, and its norm, all (B, C, H, W), in one pass."""
+        if not _takes_kernel(self.kernel, x) or self._forward_hooks:  # hooks: as in FeedForward
+            total = x if branch is None else add_branch(x, branch, drop_path)
+            return total, self(total)
+        kept, added = (None, None) if branch is None else (_kept(x, drop_path), _tokens(branch))
+        both = norm_kernels.add_layer_norm(_tokens(x), added, self.weight, self.bias, self.eps, kept)
+        return _map(both[0]), _map(both[1])
 
 
 # ---- blocks
@@ -208,15 +242,12 @@ class Attention(nn.Module):
                 self.reduce_norm: nn.Module = nn.BatchNorm2d(dim)
             else:
                 self.reduce = nn.Conv2d(dim, dim, reduction, reduction)
-                self.reduce_norm = nn.LayerNorm(dim, eps=1e-5)
+                self.reduce_norm = ChannelNorm(dim, 1e-5, options.ffn_kernel)
         self.proj = TokenLinear(dim, dim)
         self.proj_drop = nn.Dropout(options.proj_drop)
 
     def reduced(self, tokens: Tensor) -> Tensor:  # (B, H, W, C) -> (B, H/r, W/r, C)
-        x = self.reduce(_map(tokens))
-        if isinstance(self.reduce_norm, nn.LayerNorm):
-            return layer_norm(self.reduce_norm, _tokens(x))
-        return _tokens(self.reduce_norm(x))
+        return _tokens(self.reduce_norm(self.reduce(_map(tokens))))
 
     # (B, H, W, C), (h or 1, N, K) -> (B, H, W, C)
     def forward(self, tokens: Tensor, bias: Tensor | None) -> Tensor:
@@ -293,15 +324,6 @@ class FeedForward(nn.Module):
         return has_kernel and _takes_kernel(self.kernel, x)
 
 
-def add_branch(x: Tensor, branch: Tensor, drop_path: DropPath) -> Tensor:
-    """Return x + drop_path(branch), all (B, C, H, W), in one pass over the maps where DropPath takes two."""
-    if not (drop_path.training and drop_path.drop_prob):
-        return x + branch
-    keep = 1 - drop_path.drop_prob
-    kept = x.new_empty(len(x), 1, 1, 1).bernoulli_(keep).div_(keep)
-    return torch.addcmul(x, kept, branch)
-
-
 class Block(nn.Module):
     """CMT block (section 3.2): local perception unit, attention and FFN, each added to its input."""
 
@@ -314,10 +336,10 @@ class Block(nn.Module):
         is_paper = variant == "paper"
         eps = 1e-6 if is_paper else 1e-5
         self.lpu = ResidualDepthwiseConv(dim, kernel)
-        self.norm1 = nn.LayerNorm(dim, eps=eps)
+        self.norm1 = ChannelNorm(dim, eps, kernel)
         self.attn = Attention(dim, heads, reduction, options)
         self.bias = bias
-        self.norm2 = nn.LayerNorm(dim, eps=eps)
+        self.norm2 = ChannelNorm(dim, eps, kernel)
         # The re-implementation drops paths of the FFN branch only, and has no dropout inside the FFN.
         drop = options.proj_drop if is_paper else 0.0
         self.ffn = FeedForward(dim, hidden, variant=variant, drop=drop, kernel=kernel)
@@ -326,21 +348,22 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, stage_bias: Tensor | None) -> Tensor:  # (B, C, H, W) -> (B, C, H, W)
         bias = stage_bias if self.bias is None else self.bias()
-        x = self.lpu(x)
-        x = add_branch(x, _map(self.attn(layer_norm(self.norm1, _tokens(x)), bias)), self.attn_drop_path)
-        return add_branch(x, self.ffn(_map(layer_norm(self.norm2, _tokens(x)))), self.ffn_drop_path)
+        x, normed = self.norm1.of_sum(self.lpu(x), None, self.attn_drop_path)
+        branch = _map(self.attn(_tokens(normed), bias))
+        x, normed = self.norm2.of_sum(x, branch, self.attn_drop_path)
+        return add_branch(x, self.ffn(normed), self.ffn_drop_path)
 
 
 class Stage(nn.Module):
     """Patch aggregation (2x2 convolution, stride 2; the paper adds LayerNorm), then blocks of one size."""
 
     def __init__(
-        self, in_channels: int, dim: int, variant: Variant,
+        self, in_channels: int, dim: int, variant: Variant, kernel: FfnKernel,
         absolute: AbsolutePosition | None, bias: nn.Module | None, blocks: Sequence[Block],
     ):  # fmt: skip
         super().__init__()
         self.embed = nn.Conv2d(in_channels, dim, 2, stride=2)
-        self.norm = nn.LayerNorm(dim, eps=1e-5) if variant == "paper" else None
+        self.norm = ChannelNorm(dim, 1e-5, kernel) if variant == "paper" else None
         self.absolute = absolute
         self.bias = bias
         self.blocks = nn.ModuleList(blocks)
@@ -348,13 +371,16 @@ class Stage(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (B, C_in, 2H, 2W) -> (B, C, H, W)
         x = self.embed(x)
         if self.norm is not None:
-            x = _map(layer_norm(self.norm, _tokens(x)))
+            x = self.norm(x)
         if self.absolute is not None:
             x = self.absolute(x)
         bias = None if self.bias is None else self.bias()
         for block in self.blocks:
             x = block(x, bias)
         return x
+
+
+FusedPart = FeedForward | ResidualDepthwiseConv | ChannelNorm  # each has a `kernel`
 
 
 def init_weights(module: nn.Module) -> None:

@@ -79,8 +79,9 @@ class CMT(nn.Module):
     drop_rate: dropout before the classifier. attn_drop_rate: dropout of attention weights. proj_drop_rate:
         dropout after the attention's projection and, in the paper's variant only, twice in the FFN.
     drop_path_rate: rate of the last block, growing linearly from 0; reimpl: on the FFN's branch only.
-    ffn_kernel: "fused" computes feed-forward networks and local perception units in Triton kernels, "eager"
-        operation by operation, "auto" is fused on a GPU that can and eager elsewhere. All compute the same.
+    ffn_kernel: "fused" computes feed-forward networks, local perception units and LayerNorm in Triton
+        kernels, "eager" operation by operation, "auto" is fused on a GPU that can and eager elsewhere. All
+        compute the same.
     global_pool: "avg", or "" for the unpooled map, which needs num_classes=0.
 
     Raises ValueError for an illegal option, an illegal size, and an input of another size than img_size.
@@ -130,7 +131,7 @@ class CMT(nn.Module):
             table_side = absolute_position_px // 4 if absolute_position_px else side
             absolute = AbsolutePosition(dim, side, table_side) if absolute_position and i == 0 else None
             stage_bias = make_bias() if bias_scope == "stage" else None
-            self.stages.append(Stage(in_channels, dim, variant, absolute, stage_bias, blocks))
+            self.stages.append(Stage(in_channels, dim, variant, ffn_kernel, absolute, stage_bias, blocks))
             in_channels = dim
 
         self.fc: nn.Module = PointwiseConv(in_channels, size.head_width)

@@ -19,9 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from cmtrain.models.blocks import FeedForward, ResidualDepthwiseConv
+from cmtrain.models.blocks import FusedPart
 
-FUSED_PARTS = (FeedForward, ResidualDepthwiseConv)
 NO_KERNEL = {"_unsafe_view", "detach", "alias", "lift_fresh"}
 
 
@@ -156,7 +155,7 @@ def training_flops_per_image(model: nn.Module, image_px: int) -> int:
     was_training = model.training
     model.eval()
     # The counter does not know the Triton operators, so the same parts are counted operation by operation.
-    kernels = {part: part.kernel for part in model.modules() if isinstance(part, FUSED_PARTS)}
+    kernels = {part: part.kernel for part in model.modules() if isinstance(part, FusedPart)}
     for part in kernels:
         part.kernel = "eager"
     # Detached: the counter would follow gradients, which a view of a parameter cannot offer here.

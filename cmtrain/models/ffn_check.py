@@ -4,12 +4,12 @@ import copy
 import warnings
 
 import torch
-from torch import nn
+from timm.layers import DropPath
+from torch import Tensor, nn
 
-from cmtrain.models.blocks import FeedForward, FfnKernel, ResidualDepthwiseConv
+from cmtrain.models.blocks import ChannelNorm, FeedForward, FfnKernel, FusedPart, ResidualDepthwiseConv
 from cmtrain.models.position import Variant
 
-Part = FeedForward | ResidualDepthwiseConv
 # Small, with a hidden width that is no multiple of anything and a map that is no multiple of a tile.
 DIM, HIDDEN, SIDE, BATCH = 24, 37, 7, 3
 # TF32 has ten bits, as fp16 has; bf16 has seven.
@@ -22,7 +22,7 @@ def use_fused_where_it_agrees(model: nn.Module) -> None:
 
     So a compiler or driver that gets the kernels wrong costs speed and a warning, not a run.
     """
-    parts = [part for part in model.modules() if isinstance(part, Part) and part.kernel == "auto"]
+    parts = [part for part in model.modules() if isinstance(part, FusedPart) and part.kernel == "auto"]
     device = _device_of(model)
     if device.type != "cuda" or not parts:
         return
@@ -49,14 +49,22 @@ def _device_of(model: nn.Module) -> torch.device:
 def worst_error(
     device: torch.device, dtype: torch.dtype, kernel: FfnKernel = "auto", *, variant: Variant = "paper"
 ) -> float:
-    """Return the largest difference from torch, of a perception unit and an FFN; see _error."""
+    """Return the largest difference from torch, of a perception unit, a norm and an FFN; see _error."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
-        parts = ResidualDepthwiseConv(DIM), FeedForward(DIM, HIDDEN, variant=variant, drop=0.0)
+        ffn = FeedForward(DIM, HIDDEN, variant=variant, drop=0.0)
+        parts = ResidualDepthwiseConv(DIM), ChannelNorm(DIM, 1e-6), ffn
         return max(_error(part, device, dtype, kernel) for part in parts)
 
 
-def _error(part: Part, device: torch.device, dtype: torch.dtype, kernel: FfnKernel) -> float:
+def _output(part: FusedPart, images: Tensor) -> Tensor:
+    if not isinstance(part, ChannelNorm):
+        return part(images)
+    torch.manual_seed(0)  # of the dropped paths
+    return torch.add(*part.of_sum(part(images), images, DropPath(0.5)))
+
+
+def _error(part: FusedPart, device: torch.device, dtype: torch.dtype, kernel: FfnKernel) -> float:
     """Return the largest difference in the output, a gradient or a statistic, relative to its norm."""
     for parameter in part.parameters():
         nn.init.normal_(parameter, std=0.3)
@@ -70,7 +78,7 @@ def _error(part: Part, device: torch.device, dtype: torch.dtype, kernel: FfnKern
     for network in (eager, fused):
         images = x.to(memory_format=torch.channels_last).requires_grad_()
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            out = network(images)
+            out = _output(network, images)
         gradients = torch.autograd.grad((out.float() * weight).sum(), [images, *network.parameters()])
         statistics = [buffer for buffer in network.buffers() if buffer.is_floating_point()]
         results.append([out, *gradients, *statistics])

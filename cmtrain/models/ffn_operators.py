@@ -34,33 +34,33 @@ PRODUCT_LAUNCH = LAUNCH | {"num_warps": 4}
 Function = TypeVar("Function", bound=Callable)
 
 
-def _operator(function: Function) -> Function:
+def operator(function: Function) -> Function:
     """Register `function` with torch, also for fake tensors, where its launches do nothing."""
-    operator = torch.library.custom_op(f"cmtrain::ffn_{function.__name__}", mutates_args=())(function)
-    operator.register_fake(function)
-    return operator  # type: ignore[return-value]
+    registered = torch.library.custom_op(f"cmtrain::{function.__name__}", mutates_args=())(function)
+    registered.register_fake(function)
+    return registered  # type: ignore[return-value]
 
 
-def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
     if not isinstance(arguments[0], FakeTensor):
         kernel[grid](*arguments, **constants)
 
 
-def _cdiv(total: int, size: int) -> int:  # triton.cdiv takes 5 us, and a step would call it a thousand times
+def cdiv(total: int, size: int) -> int:  # triton.cdiv takes 5 us, and a step would call it a thousand times
     return -(-total // size)
 
 
 def padded(hidden: int) -> int:
-    return _cdiv(hidden, PITCH) * PITCH
+    return cdiv(hidden, PITCH) * PITCH
 
 
 def _tiles(rows: int, pitch: int) -> int:
-    programs = _cdiv(rows, ROWS) * _cdiv(pitch, MAP_COLUMNS)
+    programs = cdiv(rows, ROWS) * cdiv(pitch, MAP_COLUMNS)
     return max(1, min(MAX_TILES, programs // MIN_PROGRAMS))
 
 
 def _num_partials(rows: int, pitch: int) -> int:
-    return _cdiv(rows, ROWS * _tiles(rows, pitch))
+    return cdiv(rows, ROWS * _tiles(rows, pitch))
 
 
 def _depthwise_launch(z: Tensor) -> dict[str, int]:
@@ -78,14 +78,14 @@ def _precision(x: Tensor) -> str:
     return "tf32" if is_tf32 else "ieee"
 
 
-def _empty(x: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+def empty(x: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, device=x.device, dtype=dtype)
 
 
 # ---- forward
 
 
-@_operator
+@operator
 def expand(x: Tensor, weight: Tensor, bias: Tensor, training: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """gelu(x @ weight.T + bias): (M, C), (h, C), (h,) -> before GELU (M, p), after it (M, p), its sums.
 
@@ -95,13 +95,13 @@ def expand(x: Tensor, weight: Tensor, bias: Tensor, training: bool) -> tuple[Ten
     (rows, channels), hidden = x.shape, weight.shape[0]
     pitch = padded(hidden)
     num_partials = _num_partials(rows, pitch)
-    z = _empty(x, rows if training else 0, pitch, dtype=x.dtype)
-    a = _empty(x, rows, pitch, dtype=x.dtype)
-    means, m2s = (_empty(x, num_partials if training else 0, pitch) for _ in range(2))
+    z = empty(x, rows if training else 0, pitch, dtype=x.dtype)
+    a = empty(x, rows, pitch, dtype=x.dtype)
+    means, m2s = (empty(x, num_partials if training else 0, pitch) for _ in range(2))
     # With few channels the writes bound it, with many the repeated reads of x.
     columns = MAP_COLUMNS if channels <= GEMM_COLUMNS else GEMM_COLUMNS
-    _launch(
-        kernels.expand_kernel, (_cdiv(pitch, columns), num_partials),
+    launch(
+        kernels.expand_kernel, (cdiv(pitch, columns), num_partials),
         x, weight, bias, z, a, means, m2s, rows,
         C=channels, H=hidden, P=pitch, TRAINING=training, PRECISION=_precision(x),
         ROWS=ROWS, COLUMNS=columns, INNER=GEMM_INNER, TILES=_tiles(rows, pitch), **LAUNCH,
@@ -109,23 +109,23 @@ def expand(x: Tensor, weight: Tensor, bias: Tensor, training: bool) -> tuple[Ten
     return z, a, means, m2s
 
 
-@_operator
+@operator
 def normalise(means: Tensor, m2s: Tensor, gamma: Tensor, beta: Tensor, rows: int, eps: float) -> Tensor:
     """Merge the statistics of parts -> (5, p): mean, unbiased variance, 1 / deviation, scale, shift.
 
     scale * a + shift is BatchNorm, which divides by the biased deviation; gamma and beta (h,) are its own.
     """
     parts, pitch = means.shape
-    out = _empty(means, 5, pitch)
-    _launch(
-        kernels.normalise_kernel, (_cdiv(pitch, MAP_COLUMNS),),
+    out = empty(means, 5, pitch)
+    launch(
+        kernels.normalise_kernel, (cdiv(pitch, MAP_COLUMNS),),
         means, m2s, gamma, beta, out, rows, eps, parts, ROWS * _tiles(rows, pitch),
         H=gamma.shape[0], P=pitch, COLUMNS=MAP_COLUMNS, PARTS=ROWS, **LAUNCH,
     )  # fmt: skip
     return out
 
 
-@_operator
+@operator
 def depthwise(
     a: Tensor, scale: Tensor | None, shift: Tensor | None, weight: Tensor,
     height: int, width: int, residual: bool, training: bool,
@@ -137,9 +137,9 @@ def depthwise(
     rows, pitch = a.shape
     num_partials = _num_partials(rows, pitch)
     z = torch.empty_like(a)
-    means, m2s = (_empty(a, num_partials if training else 0, pitch) for _ in range(2))
-    _launch(
-        kernels.depthwise_kernel, (_cdiv(pitch, MAP_COLUMNS), num_partials),
+    means, m2s = (empty(a, num_partials if training else 0, pitch) for _ in range(2))
+    launch(
+        kernels.depthwise_kernel, (cdiv(pitch, MAP_COLUMNS), num_partials),
         a, scale, shift, weight, z, means, m2s, rows,
         HEIGHT=height, WIDTH=width, P=pitch, RESIDUAL=residual, PLAIN=scale is None, TRAINING=training,
         ROWS=ROWS, COLUMNS=MAP_COLUMNS, TILES=_tiles(rows, pitch), **_depthwise_launch(z),
@@ -147,7 +147,7 @@ def depthwise(
     return z, means, m2s
 
 
-@_operator
+@operator
 def project(
     z: Tensor, scale: Tensor, weight: Tensor, bias: Tensor, skip: Tensor | None, skip_scale: Tensor | None
 ) -> Tensor:
@@ -156,10 +156,10 @@ def project(
     z, skip (M, p), scale, skip_scale (p,), weight (C, p), bias (C,).
     """
     (rows, pitch), channels = z.shape, weight.shape[0]
-    out = _empty(z, rows, channels, dtype=z.dtype)
+    out = empty(z, rows, channels, dtype=z.dtype)
     columns = _channel_columns(channels, z.dtype)
-    _launch(
-        kernels.project_kernel, (_cdiv(rows, ROWS) * _cdiv(channels, columns),), z, scale, weight, bias,
+    launch(
+        kernels.project_kernel, (cdiv(rows, ROWS) * cdiv(channels, columns),), z, scale, weight, bias,
         z if skip is None else skip, scale if skip_scale is None else skip_scale, out, rows,
         C=channels, P=pitch, SKIP=skip is not None, PRECISION=_precision(z),
         ROWS=ROWS, COLUMNS=columns, INNER=GEMM_INNER, **PRODUCT_LAUNCH,
@@ -170,23 +170,23 @@ def project(
 # ---- backward
 
 
-@_operator
+@operator
 def project_weight_grad(dy: Tensor, z: Tensor) -> Tensor:
     """dy.T @ gelu(z), in parts of the rows: (M, C), (M, p) -> (parts, C, p) fp32."""
     (rows, channels), pitch = dy.shape, z.shape[1]
     channel_rows = _channel_columns(channels, z.dtype)
-    tiles = _cdiv(pitch, GEMM_COLUMNS), _cdiv(channels, channel_rows)
+    tiles = cdiv(pitch, GEMM_COLUMNS), cdiv(channels, channel_rows)
     parts = max(1, min(MIN_PROGRAMS // (tiles[0] * tiles[1]), rows // (ROWS * MAX_TILES)))
-    out = _empty(z, parts, channels, pitch)
-    _launch(
-        kernels.project_weight_grad_kernel, (*tiles, parts), dy, z, out, rows, _cdiv(rows, parts),
+    out = empty(z, parts, channels, pitch)
+    launch(
+        kernels.project_weight_grad_kernel, (*tiles, parts), dy, z, out, rows, cdiv(rows, parts),
         C=channels, P=pitch, PRECISION=_precision(z),
         ROWS=channel_rows, COLUMNS=GEMM_COLUMNS, INNER=GEMM_INNER, **LAUNCH,
     )  # fmt: skip
     return out
 
 
-@_operator
+@operator
 def project_grad(
     dy: Tensor, weight: Tensor, z: Tensor, scale: Tensor, slope: Tensor, offset: Tensor, skip: bool
 ) -> tuple[Tensor, Tensor]:
@@ -196,9 +196,9 @@ def project_grad(
     that skips z's normalisation; else an empty tensor.
     """
     (rows, channels), pitch = dy.shape, z.shape[1]
-    dz, dn = torch.empty_like(z), _empty(z, rows if skip else 0, pitch, dtype=z.dtype)
-    _launch(
-        kernels.project_grad_kernel, (_cdiv(rows, ROWS) * _cdiv(pitch, GEMM_COLUMNS),),
+    dz, dn = torch.empty_like(z), empty(z, rows if skip else 0, pitch, dtype=z.dtype)
+    launch(
+        kernels.project_grad_kernel, (cdiv(rows, ROWS) * cdiv(pitch, GEMM_COLUMNS),),
         dy, weight, z, scale, slope, offset, dz, dn, rows,
         C=channels, P=pitch, SKIP=skip, PRECISION=_precision(z),
         ROWS=ROWS, COLUMNS=GEMM_COLUMNS, INNER=GEMM_INNER, **LAUNCH,
@@ -206,7 +206,7 @@ def project_grad(
     return dz, dn
 
 
-@_operator
+@operator
 def depthwise_grad(
     dz: Tensor, skip: Tensor | None, z: Tensor, scale: Tensor | None, shift: Tensor | None, weight: Tensor,
     height: int, width: int,
@@ -219,9 +219,9 @@ def depthwise_grad(
     """
     rows, pitch = z.shape
     tiles = _tiles(rows, pitch) * (ROWS // GRAD_ROWS)
-    dn, sums = torch.empty_like(z), _empty(z, _cdiv(rows, GRAD_ROWS * tiles), SUMS, pitch)
-    _launch(
-        kernels.depthwise_grad_kernel, (_cdiv(pitch, MAP_COLUMNS), sums.shape[0]),
+    dn, sums = torch.empty_like(z), empty(z, cdiv(rows, GRAD_ROWS * tiles), SUMS, pitch)
+    launch(
+        kernels.depthwise_grad_kernel, (cdiv(pitch, MAP_COLUMNS), sums.shape[0]),
         dz, dz if skip is None else skip, z, scale, shift, weight, dn, sums, rows,
         HEIGHT=height, WIDTH=width, P=pitch, SKIP=skip is not None, PLAIN=scale is None, SUMS=SUMS,
         ROWS=GRAD_ROWS, COLUMNS=MAP_COLUMNS, TILES=tiles, **_depthwise_launch(z),
@@ -229,22 +229,22 @@ def depthwise_grad(
     return dn, sums
 
 
-@_operator
+@operator
 def normalise_grad(d: Tensor, e: Tensor, mean: Tensor, inverse: Tensor, scale: Tensor, rows: int) -> Tensor:
     """Return a BatchNorm's d gamma, slope and offset (3, p).
 
     a's gradient is scale * dn + slope * a + offset. d and e (p,): the sums over rows of dn * a and of dn.
     """
     pitch = len(d)
-    out = _empty(d, 3, pitch)
-    _launch(
-        kernels.normalise_grad_kernel, (_cdiv(pitch, MAP_COLUMNS),),
+    out = empty(d, 3, pitch)
+    launch(
+        kernels.normalise_grad_kernel, (cdiv(pitch, MAP_COLUMNS),),
         d, e, mean, inverse, scale, out, rows, P=pitch, COLUMNS=MAP_COLUMNS, **LAUNCH,
     )  # fmt: skip
     return out
 
 
-@_operator
+@operator
 def expand_grad(
     dn: Tensor, z: Tensor, scale: Tensor, slope: Tensor, offset: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -254,9 +254,9 @@ def expand_grad(
     """
     rows, pitch = z.shape
     num_partials = _num_partials(rows, pitch)
-    dz, sums = torch.empty_like(z), _empty(z, num_partials, pitch)
-    _launch(
-        kernels.expand_grad_kernel, (_cdiv(pitch, MAP_COLUMNS), num_partials),
+    dz, sums = torch.empty_like(z), empty(z, num_partials, pitch)
+    launch(
+        kernels.expand_grad_kernel, (cdiv(pitch, MAP_COLUMNS), num_partials),
         dn, z, scale, slope, offset, dz, sums, rows,
         P=pitch, ROWS=ROWS, COLUMNS=MAP_COLUMNS, TILES=_tiles(rows, pitch), **LAUNCH,
     )  # fmt: skip

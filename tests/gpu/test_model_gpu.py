@@ -7,24 +7,36 @@ if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
 import timm
+from timm.layers import DropPath
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from cmtrain.models.blocks import FeedForward, FfnKernel, ResidualDepthwiseConv, attend
+from cmtrain.models.blocks import ChannelNorm, FeedForward, FfnKernel, ResidualDepthwiseConv, attend
 from cmtrain.models.fold import folded
 
 pytestmark = pytest.mark.gpu
 
 STAGES = [(46, 165, 40), (92, 331, 20), (184, 662, 10), (368, 1324, 5)]
 DTYPES = [torch.float16, torch.bfloat16]
-PARTS = pytest.mark.parametrize("part", ["perception unit", "paper", "reimpl"])
+PARTS = pytest.mark.parametrize("part", ["perception unit", "norm", "paper", "reimpl"])
+
+
+class NormOfSum(nn.Module):
+    def __init__(self, channels: int, kernel: FfnKernel):
+        super().__init__()
+        self.norm = ChannelNorm(channels, 1e-6, kernel)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.add(*self.norm.of_sum(x, self.norm(x), DropPath()))
 
 
 def built(part: str, channels: int, hidden: int, kernel: FfnKernel) -> nn.Module:
-    """Build a perception unit, or a feed-forward network in the paper's or the re-implementation's form."""
+    """Build a perception unit, a norm, or a feed-forward network in the paper's or the other form."""
     torch.manual_seed(0)
     if part == "perception unit":
         network: nn.Module = ResidualDepthwiseConv(channels, kernel)
+    elif part == "norm":
+        network = NormOfSum(channels, kernel)
     else:
         network = FeedForward(channels, hidden, variant=part, drop=0.0, kernel=kernel)
         network.project_norm.eval()  # batch statistics would pass no gradient on to the shifts before it

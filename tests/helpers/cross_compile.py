@@ -1,13 +1,15 @@
-"""Compile the Triton kernels of a CMT for GPUs that this machine lacks; test_fused_ffn.py runs it.
+"""Compile the Triton kernels of a CMT for GPUs that this machine lacks; tests of the kernels run it.
 
-    python tests/helpers/cross_compile.py 80,90 fp16 46:165:40 ...
+    python tests/helpers/cross_compile.py 80,90 fp16 46:165:40 46 ...
 
-Its arguments: architectures, type, then sizes: channels : hidden channels : side.
+Its arguments: architectures, type, then sizes: channels : hidden channels : side for a perception unit and
+feed-forward networks, channels alone for a LayerNorm.
 
 Networks of these sizes run with kernels that only record their launches, and each launch is then compiled.
 Prints a line of JSON for each architecture, size and launch: registers and spilled bytes of a thread, how
 many of its loads and stores of device memory are 16 bytes wide, and how many only 2, and the instructions
-that a hidden number costs in the longest loop. Loops of 46 channels are unrolled: others count too little.
+that a place of a tile costs in the longest loop. Loops of 46 channels are unrolled: others count too
+little.
 """
 
 import json
@@ -24,12 +26,13 @@ os.environ.pop("TRITON_INTERPRET", None)
 
 import torch
 import triton
+from timm.layers import DropPath
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
-from cmtrain.models import ffn_kernels
+from cmtrain.models import ffn_kernels, norm_kernels
 from cmtrain.models import ffn_operators as ops
-from cmtrain.models.blocks import FeedForward, ResidualDepthwiseConv
+from cmtrain.models.blocks import ChannelNorm, FeedForward, ResidualDepthwiseConv
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -60,25 +63,38 @@ def kind_of(value: Any) -> str:
     return "fp32" if isinstance(value, float) else "i32"
 
 
-def launches(dtype: str, channels: int, hidden: int, side: int) -> dict[str, Launches]:
-    """Return the launches of each kernel, of both forms and the perception unit, trained and evaluated."""
+def launches(dtype: str, channels: int, *ffn: int) -> dict[str, Launches]:
+    """Return the launches of each kernel, of all forms, trained and evaluated. ffn: hidden width, side."""
+    module = ffn_kernels if ffn else norm_kernels
     found = {}
-    for name, kernel in list(vars(ffn_kernels).items()):
+    for name, kernel in list(vars(module).items()):
         if name.endswith("_kernel"):
-            found[name.removesuffix("_kernel")] = Launches(kernel)
-            setattr(ffn_kernels, name, found[name.removesuffix("_kernel")])
-    ops.MIN_PROGRAMS = 1  # as with many images
-    for network in (
+            real = kernel.kernel if isinstance(kernel, Launches) else kernel  # of the size before
+            found[name.removesuffix("_kernel")] = Launches(real)
+            setattr(module, name, found[name.removesuffix("_kernel")])
+    ops.MIN_PROGRAMS = norm_kernels.MIN_PROGRAMS = 1  # as with many images
+    side = ffn[1] if ffn else 64
+    x = torch.zeros(2, channels, side, side, dtype=DTYPES[dtype]).to(memory_format=torch.channels_last)
+    x.requires_grad_()
+    with torch.autocast("cpu", DTYPES[dtype], enabled=dtype != "fp32"):
+        for network in of_ffn(channels, ffn[0]) if ffn else []:
+            network(x).sum().backward()
+            with torch.no_grad():
+                network.eval()(x)
+        if not ffn:
+            norm = ChannelNorm(channels, 1e-6, "fused")
+            norm(x).sum().backward()
+            for branch, drop in ((None, 0.0), (x, 0.0), (x, 0.5)):
+                torch.add(*norm.of_sum(x, branch, DropPath(drop))).sum().backward()
+    return found
+
+
+def of_ffn(channels: int, hidden: int) -> list[torch.nn.Module]:
+    return [
         ResidualDepthwiseConv(channels, "fused"),
         FeedForward(channels, hidden, variant="paper", drop=0.0, kernel="fused"),
         FeedForward(channels, hidden, variant="reimpl", drop=0.0, kernel="fused"),
-    ):
-        x = torch.zeros(2, channels, side, side, dtype=DTYPES[dtype]).to(memory_format=torch.channels_last)
-        with torch.autocast("cpu", DTYPES[dtype], enabled=dtype != "fp32"):
-            network(x.requires_grad_()).sum().backward()
-            with torch.no_grad():
-                network.eval()(x)
-    return found
+    ]
 
 
 def compiled(
@@ -116,9 +132,12 @@ def usage(name: str, kernel: CompiledKernel, constants: dict[str, Any], num_warp
         "vectors": sizes.count(16),
         "scalars": sizes.count(2),
     }
-    sides = {"project": ("ROWS", "INNER"), "project_weight_grad": ("INNER", "COLUMNS")}.get(
-        name, ("ROWS", "COLUMNS")
-    )
+    sides = {
+        "norm": ("CHUNKS", "ROWS", "COLUMNS"),
+        "norm_grad": ("CHUNKS", "ROWS", "COLUMNS"),
+        "project": ("ROWS", "INNER"),
+        "project_weight_grad": ("INNER", "COLUMNS"),
+    }.get(name, ("ROWS", "COLUMNS"))
     if "ROWS" in constants:
         numbers_of_a_thread = math.prod(constants[side] for side in sides) / (32 * num_warps)
         found["instructions"] = round(instructions(code) / numbers_of_a_thread, 1)
@@ -144,7 +163,7 @@ def main() -> None:
                     kernel = compiled(launched.kernel, kinds, constants, options, sm)
                     forms = [
                         flag.lower()
-                        for flag in ("TRAINING", "RESIDUAL", "SKIP", "PLAIN")
+                        for flag in ("TRAINING", "RESIDUAL", "SKIP", "PLAIN", "ADD", "KEPT")
                         if constants.get(flag)
                     ]
                     what = {"kernel": name, "forms": forms, "sm": sm, "dtype": dtype, "size": size}

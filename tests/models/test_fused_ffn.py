@@ -2,11 +2,8 @@
 
 import ast
 import copy
-import json
 import math
 import statistics
-import subprocess
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -15,13 +12,13 @@ import pytest
 import timm
 import torch
 import torch.distributed as dist
-from helpers.runs import ROOT
+from helpers.compiled import compiled_for_gpus
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cmtrain.models import ffn_operators, fused_ffn
-from cmtrain.models.blocks import FeedForward, ResidualDepthwiseConv
+from cmtrain.models import ffn_operators, fused_ffn, norm_kernels
+from cmtrain.models.blocks import FeedForward, FusedPart, ResidualDepthwiseConv
 from cmtrain.models.cmt import SIZES
 from cmtrain.models.ffn_check import TOLERANCES, use_fused_where_it_agrees, worst_error
 from cmtrain.processes.collectives import set_cuda_math
@@ -402,14 +399,6 @@ INSTRUCTIONS = {
 }  # fmt: skip
 
 
-def compiled_for_gpus(sm: str, dtype: str, *sizes: tuple[int, int, int]) -> list[dict]:
-    command = [sys.executable, str(ROOT / "tests" / "helpers" / "cross_compile.py"), sm, dtype]
-    command += [":".join(map(str, size)) for size in sizes]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    print(printed)
-    return [json.loads(line) for line in printed.splitlines()]
-
-
 @pytest.mark.parametrize("sm", [pytest.param("80", marks=pytest.mark.slow), "90"])
 def test_compiled_for_a_gpu_without_spills_that_matter_and_without_scalar_access(sm):
     """Compile for CMT-Ti's first stage, whose 165 hidden channels fit no vector load."""
@@ -450,7 +439,9 @@ def test_the_check_accepts_correct_kernels(variant):
         assert worst_error(device, dtype, "fused", variant=variant) < TOLERANCES[dtype] / 2
 
 
-@pytest.mark.parametrize("part", ["y", "gradient", "statistic", "perception unit"])
+@pytest.mark.parametrize(
+    "part", ["y", "gradient", "statistic", "perception unit", "norm", "gradient of norm"]
+)
 def test_the_check_finds_a_wrong_kernel(part, monkeypatch):
     """Make one result of a kernel wrong by 3 %."""
     module, name = {
@@ -458,6 +449,8 @@ def test_the_check_finds_a_wrong_kernel(part, monkeypatch):
         "gradient": (fused_ffn.ops, "expand_grad"),
         "statistic": (fused_ffn.ops, "normalise"),
         "perception unit": (fused_ffn, "residual_depthwise"),
+        "norm": (norm_kernels, "norm"),
+        "gradient of norm": (norm_kernels, "norm_grad"),
     }[part]
     right = getattr(module, name)
 
@@ -504,8 +497,8 @@ def test_no_test_here_puts_a_tensor_on_the_cpu_by_name():
 @pytest.mark.parametrize("trouble", [lambda *_, **__: 0.3, lambda *_, **__: 1 / 0])
 def test_kernels_that_fail_the_check_are_not_used(trouble, monkeypatch):
     model = timm.create_model("cmt_micro")
-    networks = [m for m in model.modules() if isinstance(m, FeedForward)]
-    networks += [block.lpu for stage in model.stages for block in stage.blocks]
+    networks = [m for m in model.modules() if isinstance(m, FusedPart)]
+    assert len(networks) == 5 * 4 + 4  # of a block, and a norm of every stage
     parameter = next(model.parameters())
     use_fused_where_it_agrees(model)
     assert {network.kernel for network in networks} == {"auto"}  # on a CPU nothing is checked

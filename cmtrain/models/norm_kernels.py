@@ -1,0 +1,208 @@
+"""Normalise the channels of every row, many rows a program, and add the branch in front of it in one pass.
+
+torch's LayerNorm on CUDA spends a block of 512 threads on a row whose width is no multiple of 4, such as
+the 46 channels of CMT-Ti's first stage, and a block of 128 on others. Its time is then instructions, not
+bytes.
+
+Letters: M = B * H * W rows, C channels. As in ffn_kernels.py sums over rows have a fixed order and no
+atomics: each place of a tile keeps its own, programs write theirs, and torch adds those of programs.
+"""
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+import cmtrain.models.ffn_operators as ops
+
+PLACES = 16  # of a thread in a tile; in the backward pass it keeps two sums for each
+TILE = 128 * PLACES
+MIN_COLUMNS = 16  # of a chunk: 32 bytes in half precision, a sector
+LAUNCH = {"num_warps": 4, "enable_fp_fusion": True}
+MIN_PROGRAMS = 512  # of the backward pass, one wave on a large GPU: each writes 2 C sums
+
+
+@triton.jit
+def _over_channels(value):  # [CHUNKS, ROWS, COLUMNS] -> [1, ROWS, 1]
+    return tl.sum(tl.sum(value, 0), 1)[None, :, None]
+
+
+@triton.jit
+def norm_kernel(
+    x, branch, kept, weight, bias, total, out, stats, rows, eps,
+    C: tl.constexpr, PIXELS: tl.constexpr, ADD: tl.constexpr, KEPT: tl.constexpr,
+    CHUNKS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    start = tl.program_id(0) * ROWS
+    place = tl.arange(0, ROWS)[None, :, None]
+    column = tl.arange(0, CHUNKS)[:, None, None] * COLUMNS + tl.arange(0, COLUMNS)[None, None, :]
+    row, at = start + place, start.to(tl.int64) * C + (place * C + column)
+    inside = (row < rows) & (column < C)
+    value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    if ADD:
+        added = tl.load(branch + at, mask=inside, other=0.0).to(tl.float32)
+        if KEPT:
+            added *= tl.load(kept + row // PIXELS, mask=row < rows, other=0.0).to(tl.float32)
+        rounded = (value + added).to(total.dtype.element_ty)
+        tl.store(total + at, rounded, mask=inside)
+        value = rounded.to(tl.float32)
+    mean = _over_channels(value) * (1.0 / C)
+    away = tl.where(column < C, value - mean, 0.0)
+    inverse = tl.rsqrt(_over_channels(away * away) * (1.0 / C) + eps)
+    tl.store(stats + row, mean, mask=row < rows)
+    tl.store(stats + rows + row, inverse, mask=row < rows)
+    w = tl.load(weight + column, mask=column < C, other=0.0).to(tl.float32)
+    b = tl.load(bias + column, mask=column < C, other=0.0).to(tl.float32)
+    tl.store(out + at, (away * inverse * w + b).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def norm_grad_kernel(
+    dy, skip, x, kept, weight, stats, dx, d_branch, sums, rows,
+    C: tl.constexpr, PIXELS: tl.constexpr, SKIP: tl.constexpr, KEPT: tl.constexpr,
+    CHUNKS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    part = tl.program_id(0)
+    place = tl.arange(0, ROWS)[None, :, None]
+    column = tl.arange(0, CHUNKS)[:, None, None] * COLUMNS + tl.arange(0, COLUMNS)[None, None, :]
+    w = tl.load(weight + column, mask=column < C, other=0.0).to(tl.float32)
+    d_weight = tl.zeros([CHUNKS, ROWS, COLUMNS], tl.float32)
+    d_bias = tl.zeros([CHUNKS, ROWS, COLUMNS], tl.float32)
+    for i in range(TILES):
+        start = (part * TILES + i) * ROWS
+        row, at = start + place, start.to(tl.int64) * C + (place * C + column)
+        inside = (row < rows) & (column < C)
+        mean = tl.load(stats + row, mask=row < rows, other=0.0)
+        inverse = tl.load(stats + rows + row, mask=row < rows, other=0.0)
+        normal = (tl.load(x + at, mask=inside, other=0.0).to(tl.float32) - mean) * inverse
+        gradient = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)  # 0 outside, and so all sums
+        d_weight += gradient * normal
+        d_bias += gradient
+        gradient *= w
+        shift = _over_channels(gradient) * (1.0 / C)
+        slope = _over_channels(gradient * normal) * (1.0 / C)
+        gradient = (gradient - shift - normal * slope) * inverse
+        if SKIP:
+            gradient += tl.load(skip + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(dx + at, gradient.to(dx.dtype.element_ty), mask=inside)
+        if KEPT:
+            gradient *= tl.load(kept + row // PIXELS, mask=row < rows, other=0.0).to(tl.float32)
+            tl.store(d_branch + at, gradient.to(d_branch.dtype.element_ty), mask=inside)
+    to = sums + part * 2 * C + column
+    tl.store(to, tl.sum(d_weight, 1)[:, None, :], mask=column < C)
+    tl.store(to + C, tl.sum(d_bias, 1)[:, None, :], mask=column < C)
+
+
+def _tile(x: Tensor) -> dict[str, int]:
+    """Return the sides of a tile. A thread reads a vector of each of a row's chunks.
+
+    So a row has few threads, which exchange its sums five times if they are 32, and three if they are 8.
+    """
+    channels = x.shape[1]
+    width = triton.next_power_of_2(channels)
+    vector = math.gcd(channels, 16 // x.itemsize)
+    columns = min(width, max(MIN_COLUMNS, width // PLACES * vector))
+    return {"CHUNKS": width // columns, "ROWS": max(1, TILE // width), "COLUMNS": columns}
+
+
+def _kept(kept: Tensor | None, x: Tensor) -> dict[str, Any]:
+    return {"KEPT": kept is not None, "PIXELS": 1 if kept is None else len(x) // len(kept)}
+
+
+@ops.operator
+def norm(
+    x: Tensor, branch: Tensor | None, kept: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return x + kept * branch (M, C), its norm (M, C), and mean and 1 / deviation of its rows (2, M) fp32.
+
+    x, branch (M, C), kept (B,), weight, bias (C,). Without a branch the first is empty.
+    """
+    rows, channels = x.shape
+    dtype = x.dtype if branch is None else torch.promote_types(x.dtype, branch.dtype)
+    total = ops.empty(x, 0 if branch is None else rows, channels, dtype=dtype)
+    out, stats = ops.empty(x, rows, channels, dtype=dtype), ops.empty(x, 2, rows)
+    tile = _tile(x)
+    ops.launch(
+        norm_kernel, (ops.cdiv(rows, tile["ROWS"]),),
+        x, x if branch is None else branch, x if kept is None else kept, weight, bias, total, out, stats,
+        rows, eps, C=channels, ADD=branch is not None, **_kept(kept, x), **tile, **LAUNCH,
+    )  # fmt: skip
+    return total, out, stats
+
+
+@ops.operator
+def norm_grad(
+    dy: Tensor, skip: Tensor | None, x: Tensor, kept: Tensor | None, weight: Tensor, stats: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradient of `norm`'s sum x (M, C), that times kept, and sums (parts, 2, C) fp32.
+
+    dy, x (M, C), kept (B,), weight (C,), stats (2, M). skip (M, C): the gradient that reached the sum past
+    the norm. Added over parts, the sums are the gradients of weight and bias. Without kept the second is
+    empty.
+    """
+    rows, channels = x.shape
+    tile = _tile(x)
+    num_tiles = ops.cdiv(rows, tile["ROWS"])
+    tiles = max(1, min(ops.MAX_TILES, num_tiles // MIN_PROGRAMS))
+    dx, d_branch = (
+        torch.empty_like(x),
+        ops.empty(x, rows if kept is not None else 0, channels, dtype=x.dtype),
+    )
+    sums = ops.empty(x, ops.cdiv(num_tiles, tiles), 2, channels)
+    ops.launch(
+        norm_grad_kernel, (len(sums),),
+        dy, dy if skip is None else skip, x, x if kept is None else kept, weight, stats, dx, d_branch, sums,
+        rows, C=channels, SKIP=skip is not None, **_kept(kept, x), **tile, TILES=tiles, **LAUNCH,
+    )  # fmt: skip
+    return dx, d_branch, sums
+
+
+class _AddNorm(torch.autograd.Function):
+    """Rows (M, C), a branch (M, C) or None, kept (B,) or None -> their sum and its norm, both (M, C)."""
+
+    @staticmethod
+    def forward(ctx, x, branch, kept, weight, bias, eps):
+        total, out, stats = norm(x, branch, kept, weight, bias, eps)
+        total = x.view_as(x) if branch is None else total
+        ctx.save_for_backward(x if branch is None else total, kept, weight, stats)
+        ctx.dtypes = x.dtype, None if branch is None else branch.dtype, bias.dtype
+        ctx.set_materialize_grads(False)
+        return total, out
+
+    @staticmethod
+    def backward(ctx, skip, dy):
+        x, kept, weight, stats = ctx.saved_tensors
+        of_x, of_branch, of_bias = ctx.dtypes
+        dy = torch.zeros_like(x) if dy is None else dy.contiguous()
+        skip = None if skip is None else skip.contiguous()
+        dx, d_branch, sums = norm_grad(dy, skip, x, kept, weight, stats)
+        d_weight, d_bias = sums.sum(0)
+        if of_branch is not None:
+            d_branch = (dx if kept is None else d_branch).to(of_branch)
+        return (
+            dx.to(of_x), None if of_branch is None else d_branch, None,
+            d_weight.to(weight.dtype), d_bias.to(of_bias), None,
+        )  # fmt: skip
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Return the LayerNorm of (..., C) over its last side, in the dtype of x."""
+    return add_layer_norm(x, None, weight, bias, eps)[1]
+
+
+def add_layer_norm(
+    x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, eps: float, kept: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return x + kept * branch, both (B, ..., C), and its LayerNorm. kept: B numbers, or None for ones.
+
+    Without a branch the sum is x. Its gradient and the norm's become one in the backward pass, for which
+    torch would read both again.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    added = None if branch is None else branch.reshape(rows.shape)
+    results = _AddNorm.apply(rows, added, None if kept is None else kept.flatten(), weight, bias, eps)
+    total, out = (result.view(x.shape) for result in results)
+    return total, out
