@@ -25,10 +25,11 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[ar
     Raises ConfigError: a mistake in the verb's own options.
     """
     overrides: list[tuple[str, str]] = []
-    own, rest = [], list(arguments)
+    own, rest = list[str](), list(arguments)
     while rest:  # overrides first, or argparse takes their values for positional arguments
         argument = rest.pop(0)
-        if not argument.strip():
+        is_value = own and re.fullmatch(r"--[^=]+", own[-1])
+        if not argument.strip() and not is_value:
             raise ConfigError("an argument is empty: a variable of the shell that is not set?")
         value = argument.partition("=")[2] if argument.startswith("--") else argument
         if re.match(r"~[\w.-]*/", value):

@@ -61,11 +61,13 @@ def announced_parts(total: int, *, enabled: bool = True) -> Iterator[Callable[[s
             for at, line in begun[-1:]:
                 sys.stderr.write(f"{line} {duration(time.monotonic() - at)}\n")
 
-    threading.Thread(target=repeat, daemon=True).start()
+    repeating = threading.Thread(target=repeat, daemon=True)
+    repeating.start()
     try:
         yield begin
     finally:
         ended.set()
+        repeating.join()
 
 
 class ElapsedColumn(ProgressColumn):

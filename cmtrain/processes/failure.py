@@ -16,8 +16,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import FiniteFloat, TypeAdapter
-
 from cmtrain.errors import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_PREEMPTED
 from cmtrain.storage.records import is_number, read_bytes, replace_file, retried, set_aside
 from cmtrain.storage.run_folder import RunFolder, read_events, read_status, set_damaged_aside
@@ -44,16 +42,13 @@ class Failure:
     step: int | None = None
     lost_contact: bool = False
     host: str = field(default_factory=socket.gethostname)
-    time: FiniteFloat = field(default_factory=time.time)
+    time: float = field(default_factory=time.time)
 
     def describe(self) -> str:
         """Return the reason, with rank and host if there are several ranks."""
         if self.world_size == 1:
             return self.reason
         return f"rank {self.rank}{f' on {self.host}' if self.host else ''}: {self.reason}"
-
-
-_FAILURE = TypeAdapter(Failure)
 
 
 def stop_signals() -> list[signal.Signals]:
@@ -89,10 +84,13 @@ def read_failures(run_path: Path, since: float = 0) -> list[Failure]:
 
     Damaged files count for nothing.
     """
-    found = []
+    from pydantic import TypeAdapter  # not above: benchmarks of the model alone need none
+
+    found, adapter = [], TypeAdapter(Failure)
     for path in run_path.glob("failed-rank*.json"):
         with suppress(OSError, ValueError):
-            found.append(_FAILURE.validate_json(retried(read_bytes, path), strict=True))
+            failure = adapter.validate_json(retried(read_bytes, path), strict=True)
+            found += [failure] if is_number(failure.time) else []
     for path in run_path.glob("hang-rank*.txt"):
         with suppress(OSError, ValueError):  # a file of another name, or one that is gone
             rank, status = int(path.stem.removeprefix("hang-rank")), path.stat()
