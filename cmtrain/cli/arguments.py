@@ -101,11 +101,15 @@ def count(text: str) -> int:
     return positive(text, least=0)
 
 
-def share(text: str) -> float:
+def share(text: str, most: float = 1, what: str = "share") -> float:
     try:
         value = float(text)
     except ValueError:
         value = -1.0
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"must be a share 0..1, got {text}")
+    if not 0 <= value <= most:
+        raise argparse.ArgumentTypeError(f"must be a {what} 0..{most:g}, got {text}")
     return value
+
+
+def factor(text: str) -> float:
+    return share(text, most=1000, what="factor")

@@ -13,12 +13,12 @@ from cmtrain.cli.arguments import (
     CONFIG_HELP,
     add_json,
     count,
+    factor,
     make_parser,
     parse,
     parse_alone,
     parse_with_config,
     positive,
-    share,
 )  # fmt: skip
 from cmtrain.cli.config_verbs import config
 from cmtrain.cli.data_verbs import data
@@ -238,7 +238,7 @@ def _bench(arguments: list[str]) -> int:
     beside = "timm models to time, too (model, latency)"
     add("--beside", type=_names, default="resnet50,efficientnet_b0", metavar="NAMES", help=beside)
     add("--compare", metavar="FILE", help="JSON of an earlier run to compare rates with")
-    add("--fail-below", type=share, metavar="X", help="exit code 5 where a rate is below X times that")
+    add("--fail-below", type=factor, metavar="X", help="exit code 5 where a rate is below X times that")
     add_json(parser, to_file=True)
     options, resolved = parse_with_config(parser, arguments)
     if options.fail_below is not None and not options.compare:

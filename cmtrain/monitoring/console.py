@@ -48,7 +48,7 @@ def print_result(result: dict[str, Any], *, asked: bool) -> None:
 def announced_parts(total: int, *, enabled: bool = True) -> Iterator[Callable[[str], None]]:
     """Yield a function that prints `[3 of 7] resnet50 ...` at the begin of each part of a long work.
 
-    Whenever nothing was printed for a while, a line says how long the part has taken.
+    While a part goes on, its line comes once more every SILENT_SECONDS, with the time since its begin.
     """
     begun, ended = list[tuple[float, str]](), threading.Event()
 

@@ -63,7 +63,7 @@ class Guard:
     def propose(self) -> None:
         """Collect the proposal of one micro-batch and restore the committed statistics for the next one.
 
-        Call after the backward pass: BatchNorm's holds the buffers, and a write before it raises an error.
+        Call after the backward pass, which needs the buffers as they were: a write before it is an error.
         """
         self.num_proposals += 1
         if self.batchnorms:

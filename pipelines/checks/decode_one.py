@@ -62,7 +62,7 @@ class CheckResult(NamedTuple):
 
 
 def is_trouble(error: BaseException) -> bool:
-    """Return whether an error of reading a file is the machine's, and says nothing about the file."""
+    """Return whether a file could not be read because of the machine: the file itself may be good."""
     return isinstance(error, OSError) and error.errno is not None and error.errno not in _ERRORS_OF_A_FILE
 
 
@@ -111,7 +111,7 @@ def check_file(path: str, decode: bool, limit_seconds: int = 0) -> CheckResult:
     """Read the header and, if `decode` and unless the header shows that it is too large, the whole image.
 
     The process ends by SIGALRM when decoding takes longer than `limit_seconds`, unless that is 0. Raises
-    OSError when the machine cannot read the file, which says nothing about the file.
+    OSError: the machine cannot read the file, which may be good.
     """
     try:
         return patiently(lambda: _check(path, decode, limit_seconds), path)

@@ -38,7 +38,7 @@ class Scan:
 def scan(listing: Listing, known: Scan | None) -> Scan:
     """Read the headers that `known`, an earlier scan, lacks, has with another size or time, or as unusable.
 
-    Raises OSError when the machine cannot read a file, which says nothing about the file.
+    Raises OSError: the machine cannot read a file, which may be good.
     """
     sizes = np.zeros((len(listing), 2), np.int32)
     if known is not None:

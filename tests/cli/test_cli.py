@@ -130,6 +130,12 @@ def test_demo_and_bench_pass_their_options_on(calls):
     assert options.packed is options.compare is options.fail_below is None
 
 
+def test_bench_may_ask_for_more_than_before_and_run_beside_nothing(calls):
+    assert main(["bench", "--beside", "", "--compare", "f.json", "--fail-below", "1.1"]) == 4
+    ((_, (_, options), _),) = calls
+    assert (options.beside, options.fail_below) == ([], 1.1)
+
+
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
@@ -148,6 +154,7 @@ def test_demo_and_bench_pass_their_options_on(calls):
         (["config"], "cmtrain config: must be `config show --config FILE`, `config schema` or `config reference`"),
         (["status", ""], "an argument is empty: a variable of the shell that is not set?"),
         (["data", "check", "x", "--max-bad-fraction", "nan"], "--max-bad-fraction: must be a share 0..1, got nan"),
+        (["bench", "--compare", "x", "--fail-below", "nan"], "--fail-below: must be a factor 0..1000, got nan"),
         (["data", "preview", "--epoch", "-1"], "--epoch: must be a whole number >= 0, got -1"),
         (["config", "show"], "cmtrain config show: --config is missing, e.g. cmtrain config show --config configs/demo.yaml"),
     ],
