@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import functools
+import json
+import multiprocessing
+import re
+import tempfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from helpers.photographs import write_folder
+from helpers.runs import HANG_SECONDS
 from nvidia.dali import fn
 
 from cmtrain.config.load import load_config
@@ -17,7 +23,7 @@ from cmtrain.training import build, loaders
 from pipelines.dali import graphs
 from pipelines.files.manifest import Manifest
 from pipelines.loader import file_reader
-from pipelines.spec import DataError, Placement
+from pipelines.spec import AugmentSpec, DataError, Placement
 
 
 @pytest.fixture
@@ -127,3 +133,25 @@ def test_decoding_alone_gives_whole_images(manifest):
 
 def test_unused_memory_can_be_released_without_a_gpu():
     graphs.release_memory()
+
+
+def _build(folder: str) -> None:
+    tempfile.tempdir = folder  # DALI writes there what it has rewritten
+    spec = AugmentSpec(32, color_jitter=0.4, rand_augment="3a")
+    run = graphs.execution(Placement(), 2, reads_files=False)
+    graphs.finish_graph(lambda: (), lambda: (), spec, run)
+    graphs.file_graph(lambda: (), spec, run)
+    written = "".join(path.read_text() for path in Path(folder).glob("*.py"))
+    (Path(folder) / "names.json").write_text(json.dumps(re.findall(r"def autograph__(\w+)\(", written)))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not graphs.READS_FILES, reason="DALI 1.34 rewrites all")
+def test_only_functions_with_a_branch_are_rewritten(tmp_path):
+    """In a new process: DALI rewrites a function once, and a forked one may have it already."""
+    process = multiprocessing.get_context("spawn").Process(target=_build, args=(str(tmp_path),))
+    process.start()
+    process.join(HANG_SECONDS)
+    assert process.exitcode == 0
+    names = json.loads((tmp_path / "names.json").read_text())
+    assert set(names) == {"graph", "_finished", "rand_augment_layer", "color_jitter"}
