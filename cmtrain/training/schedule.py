@@ -122,8 +122,8 @@ def refuse_batch_of_one(global_batch_size: int, max_batch_per_gpu: int, world_si
     else:
         key, advice = "train.global_batch_size", f"use {2 * world_size} or more, or fewer processes"
     raise ConfigError(
-        f"{key}: {global_batch_size} = {world_size} processes x {accumulation} passes x 1 image, and "
-        f"BatchNorm needs more than one; {advice}"
+        f"{key}: {global_batch_size} (processes {world_size} x passes {accumulation} x 1 image): BatchNorm "
+        f"needs more than one image; {advice}"
     )
 
 
