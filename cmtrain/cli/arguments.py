@@ -1,18 +1,29 @@
 """Parse the arguments of a verb: its own options, and overrides of the configuration."""
 
 import argparse
+import os
 import re
 from collections.abc import Sequence
+from typing import NoReturn
 
 from cmtrain.config.load import Overrides, Resolved, load_config
 from cmtrain.errors import ConfigError, did_you_mean
 
+EMPTY = "is empty: a variable of the shell that is not set?"
 CONFIG_HELP = "configuration file, or one that ships with cmtrain"
+# Records of runs, configurations, images, weights, shards
+KEPT = ("status.json", "classes.json", "manifest.json", ".jsonl", ".yaml", ".yml", ".jpg",
+        ".jpeg", ".pth", ".safetensors", ".tar", ".npz")  # fmt: skip
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:  # of arguments that are missing; argparse prints the usage
+        raise ConfigError(f"{self.prog}: {message}; see {self.prog} --help")
 
 
 def make_parser(verb: str, description: str) -> argparse.ArgumentParser:
     """Make the parser of `cmtrain VERB`."""
-    return argparse.ArgumentParser(
+    return _Parser(
         prog=f"cmtrain {verb}", description=description,
         epilog="--SECTION.KEY VALUE overrides a value of the configuration; see `cmtrain config reference`.",
         allow_abbrev=False, exit_on_error=False,
@@ -30,7 +41,7 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[ar
         argument = rest.pop(0)
         is_value = own and re.fullmatch(r"--[^=]+", own[-1])
         if not argument.strip() and not is_value:
-            raise ConfigError("an argument is empty: a variable of the shell that is not set?")
+            raise ConfigError(f"an argument {EMPTY}")
         value = argument.partition("=")[2] if argument.startswith("--") else argument
         if re.match(r"~[\w.-]*/", value):
             advice = "write the whole path; after a blank, and not after =, a shell expands it"
@@ -43,6 +54,9 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[ar
         options, rest = parser.parse_known_args(own)
     except argparse.ArgumentError as error:
         raise ConfigError(str(error).removeprefix("argument ")) from error
+    for name, value in vars(options).items():
+        if isinstance(value, str) and not value.strip() and name != "json":  # which has "" without FILE
+            raise ConfigError(f"--{name.replace('_', '-')}: {EMPTY}")
     while rest:
         argument = rest.pop(0)
         name = argument.partition("=")[0]
@@ -59,7 +73,10 @@ def _override(argument: str, rest: list[str]) -> tuple[str, str]:
     name, equals, value = argument.partition("=")
     if not equals and (not rest or rest[0].startswith("--")):
         raise ConfigError(f"{name}: needs a value")
-    return name.removeprefix("--"), value if equals else rest.pop(0)
+    value = value if equals else rest.pop(0)
+    if not value.strip():
+        raise ConfigError(f"{name}: {EMPTY} Give null for none")
+    return name.removeprefix("--"), value
 
 
 def parse_with_config(
@@ -67,6 +84,8 @@ def parse_with_config(
 ) -> tuple[argparse.Namespace, Resolved]:
     """Return the options of a verb that has --config, and the configuration with its overrides."""
     options, overrides = parse(parser, arguments)
+    if [argument.partition("=")[0] for argument in arguments].count("--config") > 1:
+        raise ConfigError("--config: given twice; one file takes another one's values by `extends: FILE`")
     if options.config is None:
         example = f"{parser.prog} --config configs/demo.yaml"
         raise ConfigError(f"{parser.prog}: --config is missing, e.g. {example}")
@@ -85,7 +104,7 @@ def add_json(parser: argparse.ArgumentParser, *, to_file: bool = False) -> None:
     """Add --json, for a verb that prints its result for programs only where stdout is no terminal."""
     if to_file:
         what = "print the figures as JSON on a terminal, too; or write them to FILE"
-        parser.add_argument("--json", nargs="?", const="", metavar="FILE", help=what)
+        parser.add_argument("--json", nargs="?", const="", type=out_file, metavar="FILE", help=what)
     else:
         parser.add_argument("--json", action="store_true", help="print the JSON line on a terminal, too")
 
@@ -95,6 +114,16 @@ def positive(text: str, least: int = 1) -> int:
         limit = " of at most 9 digits" if len(text) > 9 else ""
         raise argparse.ArgumentTypeError(f"must be a whole number >= {least}{limit}, got {text}")
     return int(text)
+
+
+def out_file(text: str) -> str:
+    """Refuse what cannot be written to, before hours of work, and what it would be a loss to replace."""
+    if not os.path.isdir(folder := os.path.dirname(text) or ".") or os.path.isdir(text):
+        what = "is a folder; give a file in it" if os.path.isdir(text) else f"no such folder: {folder}"
+        raise argparse.ArgumentTypeError(f"{text}: {what}")
+    if os.path.isfile(text) and os.path.basename(text).lower().endswith(KEPT):
+        raise argparse.ArgumentTypeError(f"{text}: exists, and is no result to replace; give another name")
+    return text
 
 
 def count(text: str) -> int:

@@ -41,6 +41,11 @@ def pack(
     found = [split for split in SPLITS if listed[split] or (root / split).is_dir()]
     if not found:
         raise DataError(f"{root}: holds neither train/<class>/ nor val/<class>/, and no list is given")
+    place = os.path.realpath(destination)
+    for split in [split for split in found if not listed[split]]:
+        if Path(place).is_relative_to(os.path.realpath(root / split)):
+            what = "its folders would be classes; give a folder outside"
+            raise DataError(f"{destination}: is in {root / split}, which is packed: {what}")
     spec = PackSpec(shard_bytes=shard_mib * 2**20, **encoding)
     workers = processes or len(os.sched_getaffinity(0))
     report: dict[str, dict[str, int]] = {}

@@ -125,7 +125,11 @@ def find_checkpoint(path: Path) -> Loaded:
     Raises CheckpointError: there is none. OSError: the machine cannot read it.
     """
     is_run = retried((path / "checkpoints").is_dir)
-    loaded = load_newest(path / "checkpoints", set_aside=False) if is_run else load_checkpoint(path)
+    try:
+        loaded = load_newest(path / "checkpoints", set_aside=False) if is_run else load_checkpoint(path)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        what = "give a run folder, or one of its checkpoints, such as runs/demo/checkpoints/step-000000575"
+        raise CheckpointError(f"{error.filename or path}: {error.strerror}; {what}") from error
     if loaded is None:
         raise CheckpointError(f"{path}: no checkpoint there")
     return loaded
