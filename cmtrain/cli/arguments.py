@@ -11,9 +11,8 @@ from cmtrain.errors import ConfigError, did_you_mean
 
 EMPTY = "is empty: a variable of the shell that is not set?"
 CONFIG_HELP = "configuration file, or one that ships with cmtrain"
-# Records of runs, configurations, images, weights, shards
-KEPT = ("status.json", "classes.json", "manifest.json", ".jsonl", ".yaml", ".yml", ".jpg",
-        ".jpeg", ".pth", ".safetensors", ".tar", ".npz")  # fmt: skip
+# Records of runs, configurations, weights, data
+KEPT = ("status.json", ".jsonl", ".yaml", ".yml", ".pth", ".safetensors", ".tar", ".npz", ".jpg", ".jpeg")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -54,9 +53,6 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[ar
         options, rest = parser.parse_known_args(own)
     except argparse.ArgumentError as error:
         raise ConfigError(str(error).removeprefix("argument ")) from error
-    for name, value in vars(options).items():
-        if isinstance(value, str) and not value.strip() and name != "json":  # which has "" without FILE
-            raise ConfigError(f"--{name.replace('_', '-')}: {EMPTY}")
     while rest:
         argument = rest.pop(0)
         name = argument.partition("=")[0]
@@ -65,6 +61,10 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[ar
         if close := did_you_mean(name.strip("-"), re.findall(r"--([\w-]+)", parser.format_usage()), "--"):
             raise ConfigError(f"{name}: unknown option{close}")
         overrides.append(_override(argument, rest))
+    own_values = [(name.replace("_", "-"), value) for name, value in vars(options).items() if name != "json"]
+    for name, value in [*own_values, *overrides]:  # --json without FILE is ""
+        if isinstance(value, str) and not value.strip():
+            raise ConfigError(f"--{name}: {EMPTY}")
     return options, overrides
 
 
@@ -73,10 +73,7 @@ def _override(argument: str, rest: list[str]) -> tuple[str, str]:
     name, equals, value = argument.partition("=")
     if not equals and (not rest or rest[0].startswith("--")):
         raise ConfigError(f"{name}: needs a value")
-    value = value if equals else rest.pop(0)
-    if not value.strip():
-        raise ConfigError(f"{name}: {EMPTY} Give null for none")
-    return name.removeprefix("--"), value
+    return name.removeprefix("--"), value if equals else rest.pop(0)
 
 
 def parse_with_config(
@@ -85,7 +82,7 @@ def parse_with_config(
     """Return the options of a verb that has --config, and the configuration with its overrides."""
     options, overrides = parse(parser, arguments)
     if [argument.partition("=")[0] for argument in arguments].count("--config") > 1:
-        raise ConfigError("--config: given twice; one file takes another one's values by `extends: FILE`")
+        raise ConfigError("--config: given twice; a file takes the values of another by `extends: FILE`")
     if options.config is None:
         example = f"{parser.prog} --config configs/demo.yaml"
         raise ConfigError(f"{parser.prog}: --config is missing, e.g. {example}")
@@ -118,10 +115,9 @@ def positive(text: str, least: int = 1) -> int:
 
 def out_file(text: str) -> str:
     """Refuse what cannot be written to, before hours of work, and what it would be a loss to replace."""
-    if not os.path.isdir(folder := os.path.dirname(text) or ".") or os.path.isdir(text):
-        what = "is a folder; give a file in it" if os.path.isdir(text) else f"no such folder: {folder}"
-        raise argparse.ArgumentTypeError(f"{text}: {what}")
-    if os.path.isfile(text) and os.path.basename(text).lower().endswith(KEPT):
+    if os.path.isdir(text) or not os.path.isdir(os.path.dirname(text) or "."):
+        raise argparse.ArgumentTypeError(f"{text}: must be a file, in a folder that exists")
+    if os.path.isfile(text) and text.lower().endswith(KEPT):
         raise argparse.ArgumentTypeError(f"{text}: exists, and is no result to replace; give another name")
     return text
 

@@ -44,8 +44,9 @@ def pack(
     place = os.path.realpath(destination)
     for split in [split for split in found if not listed[split]]:
         if Path(place).is_relative_to(os.path.realpath(root / split)):
-            what = "its folders would be classes; give a folder outside"
-            raise DataError(f"{destination}: is in {root / split}, which is packed: {what}")
+            raise DataError(
+                f"{destination}: lies in {root / split}, whose folders are classes; give another"
+            )
     spec = PackSpec(shard_bytes=shard_mib * 2**20, **encoding)
     workers = processes or len(os.sched_getaffinity(0))
     report: dict[str, dict[str, int]] = {}

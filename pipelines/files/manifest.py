@@ -196,7 +196,7 @@ def read_index(folder: Path) -> tuple[str, Manifest]:
     except OSError as error:  # it may be whole
         raise DataError.of(error, folder / INDEX) from error
     except (ValueError, LookupError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        what = f"cannot be used ({error}); remove {folder} and pack again"
+        what = f"cannot be read ({error}); remove {folder} and pack again"
         raise DataError(f"{folder / INDEX}: {what}") from error
     slices.check_shards()
     return recipe, shards

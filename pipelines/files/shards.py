@@ -122,7 +122,7 @@ def is_packed(folder: Path) -> bool:
     except PermissionError:  # listing the folder says it better: there may be no index in it
         return False
     if next(folder.glob("shard-*.tar"), None) is not None:
-        what = f"has shards but no {INDEX}: copy it too, or give the same `cmtrain data pack` again"
+        what = f"has shards but no {INDEX}: give the same `cmtrain data pack` again, or copy it too"
         raise DataError(f"{folder}: {what}")
     return False
 
