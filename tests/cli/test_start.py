@@ -46,7 +46,7 @@ def test_what_is_cheap_to_find_is_refused_before_torch_is_loaded(make_job, tmp_p
         (3, "neither a folder nor a", [*new, "--model.init_from", str(tmp_path / "x.pth")]),
         (2, "16 = processes 1 x passes 16 x 1", [*new, "--train.max_batch_per_gpu", "1"]),
         (2, "1 = processes 1 x passes 1 x 1", [*new, "--train.global_batch_size", "1"]),
-        (2, "2 = 2 processes x 1 passes x 1", [*new, "--train.global_batch_size", "2", "--nproc", "2"]),
+        (2, "2 = processes 2 x passes 1 x 1", [*new, "--train.global_batch_size", "2", "--nproc", "2"]),
         (3, "no/train: no such folder", [*new, "--data.root", "no", "--nproc", "2"]),
         (3, "no: no run and no checkpoint", ["eval", "no"]),
         (2, "--resize-px: 16 is less than", ["eval", run, "--resize-px", "16"]),
