@@ -233,9 +233,8 @@ def _bench(arguments: list[str]) -> int:
     add("--config", default="configs/demo.yaml", metavar="FILE", help="default: configs/demo.yaml")
     add("--what", choices=BENCHMARKS, default="all", help="default: all")
     add("--steps", type=positive, default=20, metavar="N", help="steps to time of each (default: 20)")
-    rounds = "turns of each side (5; not with train, all)"
+    rounds = "turns of each side (5; with model, latency)"
     add("--rounds", type=positive, default=5, metavar="N", help=rounds)
-    add("--packed", metavar="DIR", help="packed copy of the data to time, too (with --what loader)")
     beside = "timm models to time, too (model, latency)"
     add("--beside", type=_names, default="resnet50,efficientnet_b0", metavar="NAMES", help=beside)
     add("--compare", metavar="FILE", help="JSON of an earlier run to compare rates with")

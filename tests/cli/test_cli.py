@@ -127,7 +127,7 @@ def test_demo_and_bench_pass_their_options_on(calls):
     assert config == load_config("configs/demo.yaml", [("data.threads", "2")]).config
     assert (options.what, options.steps, options.rounds, options.json) == ("loader", 7, 5, "f.json")
     assert options.beside == ["resnet50", "efficientnet_b0"]
-    assert options.packed is options.compare is options.fail_below is None
+    assert options.compare is options.fail_below is None
 
 
 def test_bench_may_ask_for_more_than_before_and_run_beside_nothing(calls):
