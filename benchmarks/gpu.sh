@@ -133,7 +133,8 @@ plan() {
   bench 50 step          "${alone[@]}" "${one_gpu[@]}" "${fp16[@]}"
   bench 25 step_eager    "${alone[@]}" "${one_gpu[@]}" "${fp16[@]}" --model.ffn_kernel eager
   bench 85 step_compiled "${alone[@]}" "${one_gpu[@]}" "${fp16[@]}" --train.compile "$compile"
-  bench 25 guard         --what guard --rounds 3 "${one_gpu[@]}" "${fp16[@]}"
+  line 25 guard "$python" benchmarks/guard.py --config configs/full_in1k.yaml "${small[@]}" --rounds 3 \
+    --steps "$steps" --json "$out/guard.json" "${one_gpu[@]}" "${fp16[@]}"
   line 75 tests "$python" -m pytest -v --timeout 60 --continue-on-collection-errors -p no:cacheprovider \
     -m "not slow" "${tests[@]}"
   # The loader alone, by threads and by share of the JPEG engine; then from files and from shards to updates
@@ -150,8 +151,9 @@ plan() {
     --train.compile_mode "$graphs"
   bench 40 step_bf16         "${alone[@]}" "${one_gpu[@]}" "${bf16[@]}"
   bench 40 latency           --what latency --rounds "$rounds" "${one_gpu[@]}" "${fp16[@]}"
-  bench 90 loader_beside_timm --what loader --rounds "$rounds" "${one_gpu[@]}" "${fp16[@]}" --data.decode "$decode" \
-    --steps "$((steps / 6 + 1))"
+  line 90 loader_beside_timm "$python" benchmarks/loader_beside_timm.py --config configs/full_in1k.yaml \
+    "${small[@]}" --data.root "$data" --data.decode "$decode" "${fp16[@]}" --rounds "$rounds" \
+    --steps "$((steps / 6 + 1))" --json "$out/loader_beside_timm.json"
   line 120 model_compiled "$python" benchmarks/model_gpu.py --seconds "$(scaled 90)" "${model[@]}" \
     --compiled --json "$out/model_compiled.jsonl"
 }
