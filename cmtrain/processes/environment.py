@@ -70,7 +70,7 @@ def ignore_variables() -> None:
 
 
 def check_imports() -> None:
-    """Raise DataError where DALI or torch, of which neither says why, would fail to be imported."""
+    """Raise DataError where an import of DALI or torch would fail."""
     if sys.flags.optimize > 1:
         raise DataError("PYTHONOPTIMIZE=2 (python -OO) removes docstrings, which DALI needs; unset it")
     cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")
@@ -78,8 +78,7 @@ def check_imports() -> None:
         os.makedirs(cache or tempfile.gettempdir(), exist_ok=True)  # as torch does
     except OSError as error:
         name = f"TORCHINDUCTOR_CACHE_DIR={cache!a}" if cache else "TMPDIR"
-        what = "set it to a folder that can be written, or unset it"
-        raise DataError(f"{name}: {error.strerror}; {what}") from error
+        raise DataError(f"{name}: {error.strerror}; set it to a folder that can be written") from error
 
 
 def check_launcher() -> None:
