@@ -100,7 +100,7 @@ exit codes:
   5    the expected accuracy was not reached (expect.enforce)
   130  stopped by Ctrl-C
   141  the reader of stdout has gone (cmtrain data stats | head -1); never of a run, which goes on
-  143  stopped by SIGTERM or SIGUSR2, after a checkpoint
+  143  stopped by SIGTERM, SIGUSR1 or SIGUSR2, after a checkpoint
 """
 
 
