@@ -25,7 +25,7 @@ from cmtrain.step.evaluate import average_running_statistics
 from cmtrain.step.guard import Guard
 from cmtrain.step.measure import Phases, StepBuffer, StepReport, extremes
 from cmtrain.step.mixing import MixSpec, mix
-from cmtrain.step.optimizer import Ema
+from cmtrain.step.optimizer import Ema, add_gradients
 from cmtrain.step.spikes import Spike, SpikeDetector
 from pipelines.spec import Batch
 
@@ -90,7 +90,7 @@ class Learner:
             with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
                 loss = F.cross_entropy(self.wrapped(images).float(), targets)
                 self.phases.begin("backward")
-                self.accelerator.backward(loss / self.accumulation)
+                self._backward(loss / self.accumulation, last)
             self.guard.propose()
             loss_of_step += loss.detach() / self.accumulation
             self.last_indices.append(indices)
@@ -98,6 +98,19 @@ class Learner:
         self._update(loss_of_step)
         self.phases.end_step()
         return sum(len(indices) for indices in self.last_indices)
+
+    def _backward(self, loss: Tensor, last: bool) -> None:
+        """Add the gradients of a micro-batch to every .grad; DDP reduces them with those of the last one.
+
+        autograd would make the first micro-batch's gradients .grad itself. But with CUDA graphs their memory
+        is the graph's, and its next replay writes there.
+        """
+        if last and (self.accumulation == 1 or self.accelerator.num_processes > 1):
+            self.accelerator.backward(loss)
+            return
+        scaler = self.accelerator.scaler
+        scaled = loss if scaler is None else scaler.scale(loss)
+        add_gradients(self.parameters, torch.autograd.grad(scaled, self.parameters, allow_unused=True))
 
     @torch.no_grad()
     def _update(self, loss: Tensor) -> None:
