@@ -88,7 +88,9 @@ class Learner:
             self.last_forward = torch_seed, images
             last = turn == self.accumulation - 1
             with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
-                loss = F.cross_entropy(self.wrapped(images).float(), targets)
+                with self.guard.uncounted():
+                    logits = self.wrapped(images).float()
+                loss = F.cross_entropy(logits, targets)
                 self.phases.begin("backward")
                 self._backward(loss / self.accumulation, last)
             self.guard.propose()
@@ -117,8 +119,11 @@ class Learner:
         scaler = self.accelerator.scaler
         if scaler is not None:
             scaler.unscale_(self.optimizer)
-        grad_norm = nn.utils.clip_grad_norm_(self.parameters, self.clip_grad or math.inf, foreach=True)
-        ok = torch.isfinite(grad_norm)
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        grad_norm = nn.utils.get_total_norm(gradients, foreach=True)
+        if self.clip_grad:
+            nn.utils.clip_grads_with_norm_(self.parameters, self.clip_grad, grad_norm, foreach=True)
+        ok = grad_norm < math.inf  # also not NaN, by one kernel; isfinite takes four
         takes_step = self.guard.commit_or_restore(ok)
         # Fused optimizers write nothing where found_inf is 1. Unguarded fp16 skips, as GradScaler does.
         writes = takes_step if scaler is None else ok
@@ -171,7 +176,7 @@ class Learner:
         if self.last_forward is not None:
             seed, images = self.last_forward
             torch.manual_seed(seed)
-            with self.accelerator.autocast():
+            with self.accelerator.autocast(), self.guard.uncounted():
                 self.model(images)
             self.guard.discard()
 

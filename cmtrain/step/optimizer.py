@@ -53,13 +53,14 @@ def add_gradients(parameters: Sequence[Tensor], gradients: Sequence[Tensor | Non
     """Add `gradients` to each .grad in a few kernels, where autograd takes one a parameter; keep none."""
     pairs = [(p, g) for p, g in zip(parameters, gradients, strict=True) if g is not None]
     first = [(p, g) for p, g in pairs if p.grad is None]
-    others = [(p.grad, g) for p, g in pairs if p.grad is not None]
+    others = [(p, g) for p, g in pairs if p.grad is not None]
     for parameter, _ in first:
         parameter.grad = torch.empty_like(parameter)
-    if first:
-        torch._foreach_copy_([p.grad for p, _ in first], [g for _, g in first])
-    if others:
-        torch._foreach_add_([total for total, _ in others], [g for _, g in others])
+    for operation, some in (torch._foreach_copy_, first), (torch._foreach_add_, others):
+        for is_alike in (True, False):  # one kernel each for all of a list, if one pair's layouts differ
+            chosen = [(p.grad, g) for p, g in some if (p.stride() == g.stride()) == is_alike]
+            if chosen:
+                operation(*map(list, zip(*chosen, strict=True)))
 
 
 # ---- the average of the weights
