@@ -14,15 +14,15 @@ import time
 
 import pytest
 import torch
+from guard import time_guard
 from helpers.mini import batch, make_learner
 from helpers.photographs import write_folder
 from helpers.runs import HANG_SECONDS
+from loader_beside_timm import race_loaders, summarise
+from loader_workers import LoaderContender, _cpu_seconds, serve
 
 from cmtrain.commands.bench import bench as bench_command
 from cmtrain.commands.bench.bench import verdict
-from cmtrain.commands.bench.guard import time_guard
-from cmtrain.commands.bench.loader import bench_loader, summarise
-from cmtrain.commands.bench.loader_workers import LoaderContender, _cpu_seconds, serve
 from cmtrain.commands.bench.timing import WARMUP_STEPS, Contender, race
 from cmtrain.config.load import load_config
 from cmtrain.monitoring.console import announced_parts
@@ -88,8 +88,6 @@ BEST = "of the machine's best"
         ("latency", {"m": TIMES, "resnet50": TIMES | {"first_is_times": 3.21}},
          ["images/s", "median ms", "95 % within, ms", "first is"],
          ["resnet50", "80.2", "12.3", "140", "3.21 x as fast"]),
-        ("guard", {"with": {"ms": 9.0, "percent": 1.25, "percent_min": -3.0, "percent_max": 5.5}},
-         ["ms", "of a step", "lowest round", "highest round"], ["with", "9", "1.25 %", "-3 %", "5.5 %"]),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("width", [80, 120])
@@ -165,7 +163,7 @@ def root(tmp_path_factory):
 
 def bench(what, config, **options):
     """Call bench with the defaults of the command line."""
-    unset = dict.fromkeys(("packed", "compare", "fail_below", "json"))
+    unset = dict.fromkeys(("compare", "fail_below", "json"))
     defaults = {"what": what, "rounds": 5, "beside": []} | unset
     return bench_command.bench(config, argparse.Namespace(**defaults | options))
 
@@ -206,11 +204,18 @@ def _children(pid: int) -> list[int]:
     return found
 
 
+def test_the_loader_alone(root, tmp_path, capsys):
+    assert bench("loader", small(root, tmp_path), steps=2) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert list(report["figures"]) == ["loader"]
+    assert report["figures"]["loader"]["images_per_second"] > 0
+
+
 def test_every_work_is_done_by_every_loader(root, tmp_path, capsys):
     overrides = {"data.root": str(root), "data.cache_dir": str(tmp_path), "data.threads": "1"}
     config = load_config("configs/demo.yaml", list(overrides.items())).config
     json_path = tmp_path / "figures.json"
-    assert bench_loader(config, steps=1, rounds=1, packed=None, json_path=str(json_path)) == 0
+    race_loaders(config, steps=1, rounds=1, packed=None, json_path=str(json_path))
     report = json.loads(capsys.readouterr().out)
     assert report == json.loads(json_path.read_text())
     assert list(report["cpu"]) == ["decode", "crop", "crop + jitter", "crop + randaugment"]
@@ -238,15 +243,6 @@ def test_steps_with_the_guard_and_without_take_turns(monkeypatch):
     assert (learner.guard, learner.buffer) == (guard, buffer)
     assert 0 < figures["alone"]["ms"] < figures["without"]["ms"]
     assert figures["with"]["percent_min"] <= figures["with"]["percent"] <= figures["with"]["percent_max"]
-
-
-def test_the_guard_is_timed_with_the_recipe_of_a_configuration(root, tmp_path, capsys):
-    overrides = {"data.root": str(root), "data.cache_dir": str(tmp_path), "train.global_batch_size": "8"}
-    config = load_config("configs/demo.yaml", list(overrides.items())).config
-    assert bench("guard", config, steps=1, rounds=2) == 0
-    report = json.loads(capsys.readouterr().out)
-    assert list(report["figures"]) == ["without", "with", "alone", "log point", "mixing", "together", "save"]
-    assert report["verdict"].startswith("guard, spike detection and metrics add ")
 
 
 # --- models beside models, ceilings, comparison ---

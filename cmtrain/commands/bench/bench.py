@@ -19,8 +19,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from cmtrain import __version__
-from cmtrain.commands.bench import guard, timing
-from cmtrain.commands.bench.loader import bench_loader
+from cmtrain.commands.bench import timing
 from cmtrain.commands.bench.models import Setup, against_ceilings, time_latency, time_models
 from cmtrain.commands.bench.timing import WARMUP_STEPS, Figures, Rows, drain, endless, write_report
 from cmtrain.config.schema import Config
@@ -42,8 +41,7 @@ SAME = ("what", "device", "precision", "compiled", "model", "image_px", "batch",
 # key of a row -> header of its column and unit of its number
 COLUMNS = {
     "images_per_second": ("images/s", ""), "step_ms_mean": ("ms per step", ""), "ms_p50": ("median ms", ""),
-    "ms_p95": ("95 % within, ms", ""), "ms": ("ms", ""), "percent": ("of a step", " %"),
-    "percent_min": ("lowest round", " %"), "percent_max": ("highest round", " %"),
+    "ms_p95": ("95 % within, ms", ""),
     "data_wait_percent": ("lost to loading", " %"), "first_is_times": ("first is", " x as fast"),
     "uses": ("of the machine's best", ""), "times_earlier": ("earlier rate", " x"),
 }  # fmt: skip
@@ -54,10 +52,9 @@ USES = {
 KEYS = {
     "model": ("images_per_second", "ms_p50", "first_is_times", "uses"),
     "latency": ("images_per_second", "ms_p50", "ms_p95", "first_is_times"),
-    "guard": ("ms", "percent", "percent_min", "percent_max"),
 }
 RUN_KEYS = ("images_per_second", "step_ms_mean", "data_wait_percent", "uses")
-NUM_PARTS = {"model": 3, "latency": 1, "guard": 3, "all": 4, "train": 1}
+NUM_PARTS = {"loader": 1, "model": 3, "latency": 1, "all": 4, "train": 1}
 
 
 def bench(config: Config, options: argparse.Namespace) -> int:
@@ -69,8 +66,6 @@ def bench(config: Config, options: argparse.Namespace) -> int:
     an earlier run that cannot be compared.
     """
     what = options.what
-    if what == "loader":
-        return bench_loader(config, options.steps, options.rounds, options.packed, options.json)
     earlier = _read_earlier(options.compare) if options.compare else None
     accelerator = build.make_accelerator(config.train.precision)
     threads = loaders.split_threads(config, accelerator.device)
@@ -82,10 +77,6 @@ def bench(config: Config, options: argparse.Namespace) -> int:
         rows = time_models(setup, options.beside)
     elif what == "latency":
         rows = time_latency(setup, options.beside)
-    elif what == "guard":
-        learner, every = setup.make_learner(config), config.train.log_every_steps
-        how = {"steps": options.steps, "rounds": options.rounds, "log_every_steps": every}
-        rows = guard.time_guard(learner, setup.synthetic_batches(), lr=config.optim.lr, **how)
     else:
         rows = _time_run(what, setup, data.train)
     figures: Figures = {}
@@ -108,7 +99,7 @@ def bench(config: Config, options: argparse.Namespace) -> int:
                 continue
             figures[name] = row
             write_report(options.json if accelerator.is_main_process else None, report)
-    report["verdict"] = guard.verdict(figures) if what == "guard" else verdict(figures)
+    report["verdict"] = verdict(figures)
     below = _compare(report, earlier, options.fail_below) if earlier else []
     if accelerator.is_main_process:
         _show(report)
@@ -120,15 +111,17 @@ def bench(config: Config, options: argparse.Namespace) -> int:
 
 
 def _time_run(what: str, setup: Setup, images: Manifest) -> Rows:
-    """Time training on real data ("train"); for "all" first the loader and the model, each alone."""
+    """Time the loader ("loader"), training on real data ("train"), or both and the model alone ("all")."""
     config, accelerator = setup.config, setup.accelerator
     place, lines = loaders.place_loaders(config, accelerator)
     sys.stderr.writelines(f"{line}\n" for line in lines)
-    if what == "all":
+    if what in ("all", "loader"):
         yield "the loader alone", {}
         loader = loaders.make_train_loader(config, images, setup.schedule, accelerator, place)
         yield "loader", _time_loader(loader, setup)
         loader.close()
+    if what == "loader":
+        return
     learner = setup.make_learner(config)
     if what == "all":
         yield f"{config.model.name} alone", {}
