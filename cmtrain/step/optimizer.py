@@ -56,11 +56,12 @@ def add_gradients(parameters: Sequence[Tensor], gradients: Sequence[Tensor | Non
     others = [(p, g) for p, g in pairs if p.grad is not None]
     for parameter, _ in first:
         parameter.grad = torch.empty_like(parameter)
-    for operation, some in (torch._foreach_copy_, first), (torch._foreach_add_, others):
+    jobs: list[Any] = [(torch._foreach_copy_, first), (torch._foreach_add_, others)]
+    for operation, some in jobs:
         for is_alike in (True, False):  # one kernel each for all of a list, if one pair's layouts differ
             chosen = [(p.grad, g) for p, g in some if (p.stride() == g.stride()) == is_alike]
             if chosen:
-                operation(*map(list, zip(*chosen, strict=True)))
+                operation([total for total, _ in chosen], [g for _, g in chosen])
 
 
 # ---- the average of the weights

@@ -128,6 +128,6 @@ def refuse_batch_of_one(global_batch_size: int, max_batch_per_gpu: int, world_si
 
 def plan_steps(config: Config, num_samples: int, num_processes: int) -> Schedule:
     """Plan all steps of the run. Raises ConfigError or DataError when the numbers do not fit."""
-    train, sizes = config.train, {"global_batch_size", "max_batch_per_gpu"}
+    sizes = {"global_batch_size", "max_batch_per_gpu"}
     lengths = config.train.model_dump(include=sizes) | config.schedule.model_dump()
     return Schedule(num_samples=num_samples, world_size=num_processes, lr=config.optim.lr, **lengths)

@@ -36,7 +36,9 @@ def launches(name, args, cuda):
     if not lists or not name.startswith(("_foreach", "_fused", "_amp_foreach")):
         return 1
     first, is_fused = lists[0], name.startswith("_fused")
-    if not is_fused and any(a.stride() != b.stride() for other in lists[1:] for a, b in zip(first, other)):
+    if not is_fused and any(
+        a.stride() != b.stride() for other in lists[1:] for a, b in zip(first, other, strict=True)
+    ):
         return len(first)
     num_lists = len(lists) - ("adam" in name)  # the steps are not cut into chunks
     num_lists += name in ("_foreach_sub", "_foreach_add", "_foreach_mul", "_foreach_div")  # the results
@@ -73,8 +75,10 @@ class _Accelerator(HalfAccelerator):
         return torch.autocast("cpu", self.dtype)
 
 
-def step_launches(name="cmt_ti", *, opt="adamw", accumulation=1, clip_grad=5.0, cuda=13, image_px=160, **options):
-    """Return the Launches of a step, not the first one: phases "forward", "backward" and "optimizer", with the guard."""
+def step_launches(
+    name="cmt_ti", *, opt="adamw", accumulation=1, clip_grad=5.0, cuda=13, image_px=160, **options
+):
+    """Return the Launches of a second step: phases "forward", "backward" and "optimizer", with the guard."""
     counter = Launches(cuda)
     with torch.device("meta"):
         models = [timm.create_model(name, num_classes=1000, **options) for _ in range(2)]

@@ -1,4 +1,4 @@
-"""Stand in for CUDA graphs on a CPU: a backend of torch.compile whose results lie where the next ones come."""
+"""Stand in for CUDA graphs on a CPU: a backend of torch.compile that overwrites its results."""
 
 from functools import partial
 

@@ -62,7 +62,9 @@ def _steps(accelerator, compiled):
     assert schedule.accumulation == 2
     with pytest.MonkeyPatch.context() as patch:
         # In place of inductor, which takes minutes; results lie where those of CUDA graphs do.
-        patch.setattr(nn.Module, "compile", functools.partialmethod(nn.Module.compile, backend=graphs.backend))
+        patch.setattr(
+            nn.Module, "compile", functools.partialmethod(nn.Module.compile, backend=graphs.backend)
+        )
         learner = build.make_learner(config, model, schedule, NUM_CLASSES, accelerator)
     learner.wrapped.register_comm_hook(None, all_reduce)
     batches = make_synthetic_loader(config, schedule, NUM_CLASSES, accelerator).epoch(0)
