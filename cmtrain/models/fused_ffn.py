@@ -186,7 +186,8 @@ def _map(rows: Tensor, like: Tensor) -> Tensor:  # (M, C) -> (B, C, H, W)
 def _track(norm: Any, mean: Tensor, var: Tensor) -> None:
     """Update the running statistics of a BatchNorm as torch's batch_norm does."""
     hidden = len(norm.running_mean)
-    norm.num_batches_tracked.add_(1)
+    if norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
     torch._foreach_lerp_([norm.running_mean, norm.running_var], [mean[:hidden], var[:hidden]], norm.momentum)
 
 

@@ -25,7 +25,7 @@ from cmtrain.step.evaluate import average_running_statistics
 from cmtrain.step.guard import Guard
 from cmtrain.step.measure import Phases, StepBuffer, StepReport, extremes
 from cmtrain.step.mixing import MixSpec, mix
-from cmtrain.step.optimizer import Ema
+from cmtrain.step.optimizer import Ema, add_gradients
 from cmtrain.step.spikes import Spike, SpikeDetector
 from pipelines.spec import Batch
 
@@ -88,9 +88,11 @@ class Learner:
             self.last_forward = torch_seed, images
             last = turn == self.accumulation - 1
             with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
-                loss = F.cross_entropy(self.wrapped(images).float(), targets)
+                with self.guard.uncounted():
+                    logits = self.wrapped(images).float()
+                loss = F.cross_entropy(logits, targets)
                 self.phases.begin("backward")
-                self.accelerator.backward(loss / self.accumulation)
+                self._backward(loss / self.accumulation, last)
             self.guard.propose()
             loss_of_step += loss.detach() / self.accumulation
             self.last_indices.append(indices)
@@ -99,13 +101,29 @@ class Learner:
         self.phases.end_step()
         return sum(len(indices) for indices in self.last_indices)
 
+    def _backward(self, loss: Tensor, last: bool) -> None:
+        """Add the gradients of a micro-batch to every .grad; DDP reduces them with those of the last one.
+
+        autograd would make the first micro-batch's gradients .grad itself. But with CUDA graphs their memory
+        is the graph's, and its next replay writes there.
+        """
+        if last and (self.accumulation == 1 or self.accelerator.num_processes > 1):
+            self.accelerator.backward(loss)
+            return
+        scaler = self.accelerator.scaler
+        scaled = loss if scaler is None else scaler.scale(loss)
+        add_gradients(self.parameters, torch.autograd.grad(scaled, self.parameters, allow_unused=True))
+
     @torch.no_grad()
     def _update(self, loss: Tensor) -> None:
         scaler = self.accelerator.scaler
         if scaler is not None:
             scaler.unscale_(self.optimizer)
-        grad_norm = nn.utils.clip_grad_norm_(self.parameters, self.clip_grad or math.inf, foreach=True)
-        ok = torch.isfinite(grad_norm)
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        grad_norm = nn.utils.get_total_norm(gradients, foreach=True)
+        if self.clip_grad:
+            nn.utils.clip_grads_with_norm_(self.parameters, self.clip_grad, grad_norm, foreach=True)
+        ok = grad_norm < math.inf  # also not NaN, by one kernel; isfinite takes four
         takes_step = self.guard.commit_or_restore(ok)
         # Fused optimizers write nothing where found_inf is 1. Unguarded fp16 skips, as GradScaler does.
         writes = takes_step if scaler is None else ok
@@ -158,7 +176,7 @@ class Learner:
         if self.last_forward is not None:
             seed, images = self.last_forward
             torch.manual_seed(seed)
-            with self.accelerator.autocast():
+            with self.accelerator.autocast(), self.guard.uncounted():
                 self.model(images)
             self.guard.discard()
 

@@ -1,7 +1,7 @@
 """Build SGD and AdamW so that the device can skip a step, and average the weights (EMA)."""
 
 import copy
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from fnmatch import fnmatch
 from typing import Any
 
@@ -46,6 +46,22 @@ def param_groups(model: nn.Module, weight_decay: float, keep: Collection[str]) -
             is_kept = parameter.ndim <= 1 or name.endswith(".bias") or any(fnmatch(name, k) for k in keep)
             groups[0.0 if is_kept else weight_decay].append(parameter)
     return [{"params": group, "weight_decay": decay} for decay, group in groups.items() if group]
+
+
+@torch.no_grad()
+def add_gradients(parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
+    """Add `gradients` to each .grad in a few kernels, where autograd takes one a parameter; keep none."""
+    pairs = [(p, g) for p, g in zip(parameters, gradients, strict=True) if g is not None]
+    first = [(p, g) for p, g in pairs if p.grad is None]
+    others = [(p, g) for p, g in pairs if p.grad is not None]
+    for parameter, _ in first:
+        parameter.grad = torch.empty_like(parameter)
+    jobs: list[Any] = [(torch._foreach_copy_, first), (torch._foreach_add_, others)]
+    for operation, some in jobs:
+        for is_alike in (True, False):  # one kernel each for all of a list, if one pair's layouts differ
+            chosen = [(p.grad, g) for p, g in some if (p.stride() == g.stride()) == is_alike]
+            if chosen:
+                operation([total for total, _ in chosen], [g for _, g in chosen])
 
 
 # ---- the average of the weights

@@ -128,14 +128,6 @@ def refuse_batch_of_one(global_batch_size: int, max_batch_per_gpu: int, world_si
 
 def plan_steps(config: Config, num_samples: int, num_processes: int) -> Schedule:
     """Plan all steps of the run. Raises ConfigError or DataError when the numbers do not fit."""
-    train, sizes = config.train, {"global_batch_size", "max_batch_per_gpu"}
+    sizes = {"global_batch_size", "max_batch_per_gpu"}
     lengths = config.train.model_dump(include=sizes) | config.schedule.model_dump()
-    schedule = Schedule(num_samples=num_samples, world_size=num_processes, lr=config.optim.lr, **lengths)
-    if train.compile_mode != "default" and schedule.accumulation > 1:
-        # A graph leaves its gradients where its next replay writes them.
-        raise ConfigError(
-            f"train.compile_mode: {train.compile_mode} replays CUDA graphs, which cannot add up the "
-            f"gradients of {schedule.accumulation} micro-batches; use default, or a "
-            f"train.max_batch_per_gpu of {schedule.micro_batch_size * schedule.accumulation} or more"
-        )
-    return schedule
+    return Schedule(num_samples=num_samples, world_size=num_processes, lr=config.optim.lr, **lengths)

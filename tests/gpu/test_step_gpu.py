@@ -31,14 +31,12 @@ def test_a_step_never_synchronises_with_the_host(opt, precision):
     assert report.bad_steps_in_a_row < 6
 
 
-def test_cuda_graphs_train_as_the_compiled_model_does_and_are_replayed():
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_cuda_graphs_train_as_the_compiled_model_does_and_are_replayed(accumulation):
     def losses_after(compile_mode):
         counters.clear()
-        learner, stream, losses = (
-            make_learner("sgd", "bf16", compile_mode, accumulation=1),
-            batches(fp16=False),
-            [],
-        )
+        learner = make_learner("sgd", "bf16", compile_mode, accumulation)
+        stream, losses = batches(fp16=False), []
         for step in range(12):
             learner.step(stream, step, 1e-3)
             losses.append(learner.report(step, 0, 1e-3, reset=True).loss)

@@ -63,9 +63,11 @@ def test_one_micro_batch_leaves_batchnorm_as_torch_would():
     plain = Net()
     plain.load_state_dict(model.state_dict())
     plain(batch(0))
-    model(batch(0))
+    with guard.uncounted():
+        model(batch(0))
     guard.propose()
     guard.commit_or_restore(torch.tensor(True))
+    assert model.first.num_batches_tracked == plain.first.num_batches_tracked == 1
     for ours, theirs in zip(running_statistics(model), running_statistics(plain), strict=True):
         assert torch.equal(ours, theirs)
 
@@ -112,7 +114,7 @@ def test_the_number_of_operations_does_not_grow_with_depth():
         calls.append(count.calls)
     print(f"\noperations of guard and record in a step: {calls[0]}")
     # Cutting the flat tensor into views is one call a call of split, whatever the number of pieces.
-    assert calls[0] == calls[1] <= 32, calls
+    assert calls[0] == calls[1] <= 24, calls
 
 
 def test_a_model_without_batchnorm_is_fine():

@@ -16,11 +16,12 @@ from helpers.mini import (
     snapshot,
     step,
 )
+from helpers.replays import Replays
 from helpers.runs import ROOT
 from torch import nn
 
 from cmtrain.config.load import load_config
-from cmtrain.errors import ConfigError
+from cmtrain.step.learner import Learner
 from cmtrain.storage.checkpoint import load_newest
 from cmtrain.training import build
 from cmtrain.training.recovery import find_overflow
@@ -28,11 +29,12 @@ from cmtrain.training.recovery import find_overflow
 COMPILED = str(ROOT / "tests" / "helpers" / "compiled_train.py")
 
 
-def compiled_learner(**options):
+def compiled_learner(backend="aot_eager", precision="bf16", **options):
     torch.manual_seed(0)
     model = Mini()
-    model.compile(backend="aot_eager")
-    return make_learner(model=model, accelerator=HalfAccelerator(precision="bf16"), **options)
+    if backend is not None:
+        model.compile(backend=backend)
+    return make_learner(model=model, accelerator=HalfAccelerator(2.0**10, precision), **options)
 
 
 @pytest.mark.parametrize("opt", ["sgd", "adamw"])
@@ -65,32 +67,48 @@ def test_the_layer_that_overflowed_is_named():
     assert found.suspects == (16 + 3,)
 
 
-GRAPHS = [
-    ("train.compile", "true"),
-    ("train.compile_mode", "reduce-overhead"),
-    ("train.global_batch_size", "64"),
-]
-
-
 def test_the_mode_is_torchs(monkeypatch):
     modes = []
     monkeypatch.setattr(nn.Module, "compile", lambda self, mode: modes.append(mode))
-    for options in (GRAPHS, GRAPHS[:1], []):
+    compiled = ("train.compile", "true")
+    for options in ([compiled, ("train.compile_mode", "reduce-overhead")], [compiled], []):
         build.compile_model(load_config("configs/demo.yaml", options).config, Mini())
     assert modes == ["reduce-overhead", "default"]
 
 
-def test_cuda_graphs_do_not_accumulate():
-    def accumulation(*options):
-        config = load_config("configs/demo.yaml", [*GRAPHS, *options]).config
-        return build.plan_steps(config, num_samples=1000, num_processes=2).accumulation
+@pytest.mark.parametrize(("precision", "accumulation"), [("bf16", 1), ("fp16", 3)])
+def test_micro_batches_add_up_where_graphs_leave_their_results(precision, accumulation):
+    """Bit for bit, with a bad micro-batch, evaluation and the search for an overflow in between."""
+    torch._dynamo.reset()  # or the tests before use up its recompile_limit
+    graphs = Replays()
+    replayed, plain = (
+        compiled_learner(backend, precision, accumulation=accumulation, clip_grad=1.0)
+        for backend in (graphs.backend, "aot_eager")
+    )
+    for learner in (replayed, plain):
+        for number in range(5):
+            step(learner, number, poison=POISON[precision] if number == 2 else 1.0)
+            if number == 3:
+                accuracy(learner, learner.model)
+                learner.replay()
+    assert_same(snapshot(replayed), snapshot(plain))
+    report = replayed.report(5, 0, 0.05, reset=True)
+    assert report == plain.report(5, 0, 0.05, reset=True)
+    assert (report.bad_steps, report.restores) == (1, 1)
+    assert graphs.log.count("backward") == 5 * accumulation
 
-    assert accumulation() == 1
-    with pytest.raises(
-        ConfigError, match=r"cannot add up the gradients of 4 micro-batches; use default, or a .* of 32 "
-    ):
-        accumulation(("train.max_batch_per_gpu", "8"))
-    assert accumulation(("train.max_batch_per_gpu", "8"), ("train.compile_mode", "default")) == 4
+
+def test_gradients_that_autograd_adds_up_are_overwritten(monkeypatch):
+    """Prove the test above: autograd makes the first gradients .grad, and the second ones count twice."""
+    monkeypatch.setattr(Learner, "_backward", lambda self, loss, last: self.accelerator.backward(loss))
+    torch._dynamo.reset()
+    replayed, plain = (
+        compiled_learner(backend, accumulation=2) for backend in (Replays().backend, "aot_eager")
+    )
+    for learner in (replayed, plain):
+        step(learner, 0)
+    one, other = (learner.model.stem.weight.grad for learner in (replayed, plain))
+    assert (one - other).norm() > 0.1 * other.norm()
 
 
 @pytest.mark.parametrize("program", [COMPILED, pytest.param("cmtrain", marks=pytest.mark.slow)])
