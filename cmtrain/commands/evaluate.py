@@ -33,6 +33,7 @@ from cmtrain.training.schedule import split_batch
 from pipelines.files.doubts import split_doubts
 from pipelines.files.labels import some
 from pipelines.files.manifest import Manifest
+from pipelines.files.shards import is_packed
 from pipelines.progress import tracked
 from pipelines.spec import DataError, visible
 
@@ -116,6 +117,8 @@ def open_folder(folder: str, class_names: Sequence[str], config: Config) -> Mani
 
     Raises DataError: a class that training does not know, or nothing to read.
     """
+    if is_packed(Path(folder)):
+        return Manifest.from_shards(folder, class_names=class_names)
     limit = config.data.max_bad_fraction
     scan: dict[str, Any] = {"cache_dir": loaders.cache_folder(config), "max_bad_fraction": limit}
     return Manifest.from_folder(folder, class_names=class_names, positions=True, **scan)

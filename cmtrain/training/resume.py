@@ -16,7 +16,7 @@ from cmtrain.step.measure import StepReport
 from cmtrain.storage import checkpoint as storage
 from cmtrain.storage.checkpoint import Loaded
 from cmtrain.storage.records import retried
-from cmtrain.storage.run_folder import RunLock
+from cmtrain.storage.run_folder import RunLock, read_status
 from cmtrain.storage.state_file import CheckpointError
 from pipelines.spec import DataError
 
@@ -71,6 +71,7 @@ def choose_start(
 
 def _choose(run_path: Path, resume: str, config: Config, fingerprint: str, val_fingerprint: str) -> Start:
     checkpoints = run_path / "checkpoints"
+    saved = (read_status(run_path) or {}).get("resume_from")
     try:
         lost = archive_previous_attempt(run_path)
         if resume == "never":
@@ -91,7 +92,8 @@ def _choose(run_path: Path, resume: str, config: Config, fingerprint: str, val_f
         except (CheckpointError, OSError) as error:
             raise DataError(f"--resume {resume}: {error}") from error
     if loaded is None:
-        return Start(notes=lost)
+        gone = f"{saved}, which an earlier start saved, is gone: training begins from scratch"
+        return Start(notes=(*lost, gone) if saved else lost)
     changes = recipe_changes(loaded, config, fingerprint)
     if changes and resume != "force":
         raise another_recipe(loaded.path, changes)

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from helpers.images import write_tree
 from helpers.runs import Forked, flip
 
+from cmtrain.cli.main import main
 from cmtrain.commands import evaluate as evaluate_command
 from cmtrain.commands.evaluate import imagenet_numbers, open_folder, real_accuracy, real_labels, sizes_of
 from cmtrain.commands.trained_model import open_trained
@@ -128,6 +129,8 @@ def test_names_are_taken_before_numbers(tmp_path):
     (root / "class1").rename(root / "2")
     config = SimpleNamespace(data=SimpleNamespace(cache_dir=str(tmp_path / "cache"), max_bad_fraction=0.1))
     assert set(open_folder(str(root), names, config).labels.tolist()) == {2, 3}
+    assert main(["data", "pack", str(root.parent), str(tmp_path / "packed")]) == 0
+    assert set(open_folder(str(tmp_path / "packed" / "val"), names, config).labels.tolist()) == {2, 3}
 
 
 def test_imagenet_real(monkeypatch):

@@ -1,5 +1,6 @@
 """A run never starts from scratch silently, and never from a checkpoint that is not its own."""
 
+import json
 from dataclasses import asdict
 
 import pytest
@@ -65,6 +66,17 @@ def test_nothing_usable_is_refused_until_from_scratch_is_asked_for(tmp_path):
     assert start(tmp_path, "never").checkpoint is None
     save(tmp_path, 5)
     assert start(tmp_path).step == 5
+
+
+def test_checkpoints_that_are_gone_are_missed(tmp_path):
+    saved = "runs/a/checkpoints/step-000000007"
+    (tmp_path / "status.json").write_text(
+        json.dumps({"state": "preempted", "step": 7, "resume_from": saved})
+    )
+    (note,) = start(tmp_path).notes
+    assert note == f"{saved}, which an earlier start saved, is gone: training begins from scratch"
+    save(tmp_path, 7)
+    assert start(tmp_path).notes == ()
 
 
 def test_a_damaged_newest_is_told(tmp_path):
