@@ -41,6 +41,7 @@ DEMO_PHOTOS = [
     ("augment.hflip", "0.5"), ("expect.top1", "0.85"),
 ]  # fmt: skip
 BENCHMARKS = ("loader", "model", "latency", "guard", "train", "all")
+PREDICTED = ("h100", "h200", "a100", "l40s")
 
 HELP = """\
 usage: cmtrain [train] --config FILE [options] [--SECTION.KEY VALUE ...]
@@ -237,6 +238,8 @@ def _bench(arguments: list[str]) -> int:
     add("--packed", metavar="DIR", help="packed copy of the data to time, too (with --what loader)")
     beside = "timm models to time, too (model, latency)"
     add("--beside", type=_names, default="resnet50,efficientnet_b0", metavar="NAMES", help=beside)
+    predict = "predict the step of --what model on this GPU, kernel by kernel; needs no GPU and no data"
+    add("--predict", choices=PREDICTED, help=predict)
     add("--compare", metavar="FILE", help="JSON of an earlier run to compare rates with")
     add("--fail-below", type=factor, metavar="X", help="exit code 5 where a rate is below X times that")
     add_json(parser, to_file=True)
@@ -244,7 +247,10 @@ def _bench(arguments: list[str]) -> int:
     if options.fail_below is not None and not options.compare:
         raise ConfigError("--fail-below: needs --compare FILE, the earlier run")
     start.announce(f"bench of {options.config}: {options.what}")
-    start.check_places(resolved.config)
+    if not options.predict:
+        start.check_places(resolved.config)
+    elif options.what != "model" or options.compare:
+        raise ConfigError("--predict: goes with --what model and without --compare")
     start.loading()
     from cmtrain.commands.bench.bench import bench
 

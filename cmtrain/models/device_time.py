@@ -1,0 +1,137 @@
+"""Predict how long a GPU takes for each kernel of a training step in half precision.
+
+A kernel takes as long as the slowest of three: its bytes at the rate of a copy, its instructions at the rate
+at which the multiprocessors issue them, its products at the rate of the matrix units; and at least
+LAUNCH_SECONDS. No cache saves a byte. docs/performance.md has the source of every figure here.
+"""
+
+import collections
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+from cmtrain.models.cost import Call
+
+
+class Device(NamedTuple):
+    """A GPU's rates per second: bytes of a copy, instructions (of 32 threads), operations of a product."""
+
+    name: str
+    bytes: float
+    instructions: float
+    flops: float
+
+
+DEVICES = {  # multiprocessors, each of which issues 4 instructions a cycle, times cycles per second
+    "h100": Device("H100 SXM", 3.0e12, 132 * 4 * 1.755e9, 798e12),
+    "h200": Device("H200 SXM", 4.3e12, 132 * 4 * 1.755e9, 798e12),
+    "a100": Device("A100 SXM 80 GB", 1.7e12, 108 * 4 * 1.41e9, 250e12),
+    "l40s": Device("L40S", 0.73e12, 142 * 4 * 2.52e9, 290e12),
+}
+LAUNCH_SECONDS = 2.5e-6
+TENSORS_OF_A_LAUNCH = 128  # of operations on lists of them
+
+# Instructions of a thread, of our kernels for each number of the widest tensor; more for each channel of the
+# narrowest; and how many of these a program takes. Machine code for sm_90, fp16, CMT-Ti's four stages.
+INSTRUCTIONS = {
+    "expand": (36, 0.045, 9999), "depthwise": (82, 0, 9999), "depthwise plain": (41, 0, 9999),
+    "project": (24, 0, 128), "project_weight_grad": (29, 0, 128), "project_grad": (34, 0.16, 9999),
+    "depthwise_grad": (80, 0, 9999), "depthwise_grad plain": (58, 0, 9999), "expand_grad": (30, 0, 9999),
+    "norm": (19, 0, 9999), "norm_grad": (18.5, 0, 9999),
+}  # fmt: skip
+# Instructions of torch's LayerNorm for a row: not vectorised, vectorised
+NORM_INSTRUCTIONS = {"native_layer_norm": (2880, 1040), "native_layer_norm_backward": (800, 700)}
+TAP_INSTRUCTIONS = 10 / 32  # of a library's depth-wise convolution, for each tap of a number
+# Share of the rates that a product reaches if its rows begin at multiples of 16, 8, 4 or 2 bytes
+PRODUCT_SHARES = {16: 1.0, 8: 0.9, 4: 0.7, 2: 0.4}
+FEW_CHANNELS_SHARE = 1 / 3  # that a convolution reaches whose channels are no multiple of 8
+SLOW = "known slow: "
+
+
+class Work(NamedTuple):
+    """What a kernel asks of a device, of whose rates it reaches a `share`. `path`: how a library does it."""
+
+    kernel: str
+    bytes: float
+    instructions: float = 0.0
+    flops: float = 0.0
+    share: float = 1.0
+    path: str = ""
+
+
+def predict(calls: Iterable[Call], device: Device) -> list[dict[str, Any]]:
+    """Return a row for each kernel and its sizes, the dearest first.
+
+    `sizes`: of its two largest tensors. `ms`: of all its `launches`, predicted. `bound`: what they are due
+    to. `path`: how a library computes it, if that matters.
+    """
+    rows = []
+    for call, times in collections.Counter(calls).items():
+        shapes = sorted({*call.inputs, *call.outputs}, key=math.prod)[-2:]
+        launches = math.ceil(len(call.inputs + call.outputs) / TENSORS_OF_A_LAUNCH)
+        for work in _works(call):
+            seconds = {
+                "bytes": work.bytes / device.bytes / work.share,
+                "instructions": work.instructions / device.instructions,
+                "matrix units": work.flops / device.flops / work.share,
+                "launch": LAUNCH_SECONDS * launches,
+            }
+            bound = max(seconds, key=lambda what: seconds[what])
+            rows.append({
+                "kernel": work.kernel, "sizes": ", ".join("x".join(map(str, shape)) for shape in shapes),
+                "launches": times * launches, "bytes": times * work.bytes, "path": work.path,
+                "instructions": times * work.instructions, "ms": 1000 * times * seconds[bound],
+                "bound": bound,
+            })  # fmt: skip
+    return sorted(rows, key=lambda row: -row["ms"])
+
+
+def _works(call: Call) -> Iterator[Work]:
+    name, matrices = call.name, [shape for shape in call.inputs + call.outputs if len(shape) == 2]
+    if call.library == "cmtrain":
+        form = name if any(len(shape) == 1 for shape in call.inputs) else f"{name} plain"
+        if not (known := INSTRUCTIONS.get(form, INSTRUCTIONS.get(name))):
+            yield Work(f"{name}_kernel", call.bytes, path="instructions not known")
+            return
+        rows = max(shape[0] for shape in matrices)
+        channels, *_, width = sorted(shape[1] for shape in matrices if shape[0] == rows)
+        of_a_number = (known[0] + known[1] * channels) * math.ceil(channels / known[2])
+        yield Work(f"{name}_kernel", call.bytes, rows * _up(width, 32) * of_a_number / 32)
+    elif name in NORM_INSTRUCTIONS:
+        *sides, width = call.inputs[0]
+        instructions = math.prod(sides) * NORM_INSTRUCTIONS[name][width % 4 == 0]
+        path = f"{SLOW}512 threads for a row" if width % 4 else "128 threads for a row"
+        yield Work(name, call.bytes, instructions, path=path)
+    elif name in ("mm", "addmm", "bmm", "baddbmm"):
+        (*batch, rows, inner), (*_, columns) = call.inputs[-2:]
+        flops = 2 * math.prod(batch) * _up(rows, 64) * _up(columns, 64) * _up(inner, 32)
+        path = f"{SLOW * (call.alignment == 2)}rows at multiples of {call.alignment} bytes"
+        share = PRODUCT_SHARES[call.alignment]
+        yield Work(name, call.bytes, 0, flops, share, path if share < 1 else "")
+    elif "convolution" in name:
+        yield from _convolution(call, name.endswith("backward"))
+    else:
+        yield Work(name, call.bytes)
+
+
+def _convolution(call: Call, is_backward: bool) -> Iterator[Work]:
+    result = call.inputs[0] if is_backward else call.outputs[0]
+    images, weight = call.inputs[is_backward:][:2]
+    (out_channels, inner, *window), channels = weight, images[1]
+    taps, instructions, flops, share, path = math.prod(window), 0.0, 0, 1.0, ""
+    if inner == 1 < channels:
+        instructions, path = math.prod(result) * taps * TAP_INSTRUCTIONS, "depth-wise"
+    else:
+        flops = 2 * math.prod(result) // out_channels * _up(out_channels, 64) * _up(taps * _up(inner, 8), 32)
+    if channels % 8 or out_channels % 8:
+        share, path = FEW_CHANNELS_SHARE, f"{SLOW}channels are no multiple of 8"
+    if not is_backward:
+        yield Work(call.name, call.bytes, instructions, flops, share, path)
+    for gradient in call.outputs if is_backward else ():
+        name, other = {images: ("input", weight), weight: ("weight", images)}.get(gradient, ("bias", (0,)))
+        work = Work(f"{call.name}: {name}", 2 * sum(map(math.prod, (result, other, gradient))))
+        yield work if name == "bias" else Work(*work[:2], instructions, flops, share, path)
+
+
+def _up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
