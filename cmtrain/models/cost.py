@@ -29,14 +29,14 @@ NO_LIBRARY = {"prim", "profiler"}
 
 
 class Call(NamedTuple):
-    """An operation on a GPU, of a `library` (ours is "cmtrain"): one kernel, or the few that torch makes."""
+    """An operation on a GPU. `alignment`: bytes, at most 16, at whose multiples all rows of tensors begin."""
 
     name: str
-    library: str
+    library: str  # "aten", or "cmtrain" for our own kernels
     inputs: tuple[torch.Size, ...]
     outputs: tuple[torch.Size, ...]
-    bytes: int  # read and written
-    alignment: int  # of whose multiples, in bytes, all rows of its matrices begin; at most 16
+    bytes: int
+    alignment: int
 
 
 @dataclass(frozen=True)
@@ -67,12 +67,12 @@ def count(
     optimizer, no cache. The model is not changed and may be on any device, also "meta". Where a CMT's
     `ffn_kernel` is "auto", the GPU decides.
     """
-    counter = CallsOnCuda()
+    counter = Counter()
     with FakeTensorMode():
         tensors = {name: _fake(parameter).requires_grad_() for name, parameter in model.named_parameters()}
         tensors |= {name: _fake(buffer) for name, buffer in model.named_buffers()}
         images = torch.empty(batch, 3, image_px, image_px, dtype=dtype).to(memory_format=torch.channels_last)
-        with counter, torch.set_grad_enabled(model.training):
+        with counter, AsOnCuda(), torch.set_grad_enabled(model.training):
             with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
                 logits = torch.func.functional_call(model, tensors, (images,))
             num_forward = len(counter.calls)
@@ -83,9 +83,8 @@ def count(
     for call in counter.calls:
         by_op[call.name] += call.bytes
     return Traffic(
-        forward_bytes / batch, (by_op.total() - forward_bytes) / batch,
-        num_forward, len(counter.calls) - num_forward,
-        {name: amount / batch for name, amount in by_op.most_common()},
+        forward_bytes / batch, (by_op.total() - forward_bytes) / batch, num_forward,
+        len(counter.calls) - num_forward, {name: moved / batch for name, moved in by_op.most_common()},
     )  # fmt: skip
 
 
@@ -105,29 +104,16 @@ def _bytes(tree: Any) -> int:
     return total
 
 
-class CallsOnCuda(TorchDispatchMode):
-    """Notes the operations of a block that runs on fake tensors, as they would be on CUDA.
-
-    Charges every kernel its inputs and outputs, and some kernels for reading an input more than once.
-    """
+class Counter(TorchDispatchMode):
+    """Charges every kernel its inputs and outputs, and some kernels for reading an input more than once."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[Call] = []
-        self.cuda = _Cuda()
-
-    def __enter__(self) -> "CallsOnCuda":
-        self.cuda.__enter__()
-        return super().__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        self.cuda.__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         name = func._overloadpacket.__name__
-        inputs, outputs = _tensors((args, kwargs)), _tensors(out)
         if func.is_view or func.namespace in NO_LIBRARY or name in NO_KERNEL or "empty" in name:
             return out
         amount = _bytes((args, kwargs, out))
@@ -140,13 +126,17 @@ class CallsOnCuda(TorchDispatchMode):
         elif not func._schema.returns:  # it writes into its inputs
             places = zip(func._schema.arguments, args, strict=False)
             amount += _bytes([arg for place, arg in places if place.is_write])
-        pitches = [t.element_size() * side for t in inputs + outputs for side in t.stride() if side > 1]
-        shapes = [tuple(tensor.shape for tensor in tensors) for tensors in (inputs, outputs)]
-        self.calls.append(Call(name, func.namespace, shapes[0], shapes[1], amount, math.gcd(16, *pitches)))
+        tensors = _tensors((args, kwargs, out))
+        alignment = math.gcd(
+            16, *(t.element_size() * side for t in tensors for side in t.stride() if side > 1)
+        )
+        shapes = tuple(tensor.shape for tensor in tensors)
+        given = len(_tensors((args, kwargs)))
+        self.calls.append(Call(name, func.namespace, shapes[:given], shapes[given:], amount, alignment))
         return out
 
 
-class _Cuda(TorchFunctionMode):
+class AsOnCuda(TorchFunctionMode):
     """Makes fake tensors of the CPU behave like those of CUDA, whose fake backward needs a real device.
 
     The two autocasts differ in rules; those for normalisation, softmax and attention concern a CMT.

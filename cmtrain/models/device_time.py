@@ -59,78 +59,73 @@ class Work(NamedTuple):
     path: str = ""
 
 
-def predict(calls: Iterable[Call], device: Device) -> list[dict[str, Any]]:
-    """Return a row for each kernel and its sizes, the dearest first.
+def predict_rows(calls: Iterable[Call], device: Device) -> list[dict[str, Any]]:
+    """Return a row for each kernel and its sizes (of its two largest tensors), the dearest first.
 
-    `sizes`: of its two largest tensors. `ms`: of all its `launches`, predicted. `bound`: what they are due
-    to. `path`: how a library computes it, if that matters.
+    `ms`: of all its `launches`, predicted. `bound`: what takes them. `path`: see Work.
     """
     rows = []
     for call, times in collections.Counter(calls).items():
         shapes = sorted({*call.inputs, *call.outputs}, key=math.prod)[-2:]
         launches = math.ceil(len(call.inputs + call.outputs) / TENSORS_OF_A_LAUNCH)
-        for work in _works(call):
+        for kernel, moved, instructions, flops, share, path in _works(call):
             seconds = {
-                "bytes": work.bytes / device.bytes / work.share,
-                "instructions": work.instructions / device.instructions,
-                "matrix units": work.flops / device.flops / work.share,
-                "launch": LAUNCH_SECONDS * launches,
-            }
+                "bytes": moved / device.bytes / share, "instructions": instructions / device.instructions,
+                "matrix units": flops / device.flops / share, "launch": LAUNCH_SECONDS * launches,
+            }  # fmt: skip
             bound = max(seconds, key=lambda what: seconds[what])
             rows.append({
-                "kernel": work.kernel, "sizes": ", ".join("x".join(map(str, shape)) for shape in shapes),
-                "launches": times * launches, "bytes": times * work.bytes, "path": work.path,
-                "instructions": times * work.instructions, "ms": 1000 * times * seconds[bound],
-                "bound": bound,
+                "kernel": kernel, "sizes": ", ".join("x".join(map(str, shape)) for shape in shapes),
+                "launches": times * launches, "mb": times * moved / 1e6, "instructions": times * instructions,
+                "ms": 1000 * times * seconds[bound], "bound": bound, "path": path,
             })  # fmt: skip
     return sorted(rows, key=lambda row: -row["ms"])
 
 
 def _works(call: Call) -> Iterator[Work]:
-    name, matrices = call.name, [shape for shape in call.inputs + call.outputs if len(shape) == 2]
+    name, moved = call.name, call.bytes
     if call.library == "cmtrain":
         form = name if any(len(shape) == 1 for shape in call.inputs) else f"{name} plain"
-        if not (known := INSTRUCTIONS.get(form, INSTRUCTIONS.get(name))):
-            yield Work(f"{name}_kernel", call.bytes, path="instructions not known")
-            return
-        rows = max(shape[0] for shape in matrices)
-        channels, *_, width = sorted(shape[1] for shape in matrices if shape[0] == rows)
-        of_a_number = (known[0] + known[1] * channels) * math.ceil(channels / known[2])
-        yield Work(f"{name}_kernel", call.bytes, rows * _up(width, 32) * of_a_number / 32)
+        known = INSTRUCTIONS.get(form, INSTRUCTIONS.get(name))
+        path, instructions = "" if known else "instructions not known", 0.0
+        if known:
+            matrices = [shape for shape in call.inputs + call.outputs if len(shape) == 2]
+            rows = max(shape[0] for shape in matrices)
+            channels, *_, width = sorted(shape[1] for shape in matrices if shape[0] == rows)
+            of_a_number = (known[0] + known[1] * channels) * math.ceil(channels / known[2])
+            instructions = rows * _up(width, 32) * of_a_number / 32
+        yield Work(f"{name}_kernel", moved, instructions, path=path)
     elif name in NORM_INSTRUCTIONS:
         *sides, width = call.inputs[0]
-        instructions = math.prod(sides) * NORM_INSTRUCTIONS[name][width % 4 == 0]
         path = f"{SLOW}512 threads for a row" if width % 4 else "128 threads for a row"
-        yield Work(name, call.bytes, instructions, path=path)
+        yield Work(name, moved, math.prod(sides) * NORM_INSTRUCTIONS[name][width % 4 == 0], path=path)
     elif name in ("mm", "addmm", "bmm", "baddbmm"):
         (*batch, rows, inner), (*_, columns) = call.inputs[-2:]
         flops = 2 * math.prod(batch) * _up(rows, 64) * _up(columns, 64) * _up(inner, 32)
-        path = f"{SLOW * (call.alignment == 2)}rows at multiples of {call.alignment} bytes"
-        share = PRODUCT_SHARES[call.alignment]
-        yield Work(name, call.bytes, 0, flops, share, path if share < 1 else "")
+        share, path = PRODUCT_SHARES[call.alignment], f"rows at multiples of {call.alignment} bytes"
+        yield Work(name, moved, 0, flops, share, f"{SLOW * (share < 0.5)}{path}" if share < 1 else "")
     elif "convolution" in name:
-        yield from _convolution(call, name.endswith("backward"))
+        is_backward = name.endswith("backward")
+        result, (images, weight) = (
+            (call.inputs if is_backward else call.outputs)[0],
+            call.inputs[is_backward:][:2],
+        )
+        (out_channels, inner, *window), numbers = weight, math.prod(result)
+        taps, pixels = math.prod(window), numbers // out_channels
+        depthwise = inner == 1 < images[1]
+        flops = 0 if depthwise else 2 * pixels * _up(out_channels, 64) * _up(taps * _up(inner, 8), 32)
+        few = images[1] % 8 or out_channels % 8
+        path = f"{SLOW}channels are no multiple of 8" if few else ""
+        how = depthwise * numbers * taps * TAP_INSTRUCTIONS, flops, FEW_CHANNELS_SHARE if few else 1.0, path
+        if not is_backward:
+            yield Work(name, moved, *how)
+        others = {images: ("input", weight), weight: ("weight", images)}
+        for gradient in call.outputs if is_backward else ():
+            of, other = others.get(gradient, ("bias", (0,)))
+            moved = 2 * sum(map(math.prod, (result, other, gradient)))
+            yield Work(f"{name}: {of}", moved, *(how if gradient in others else ()))
     else:
-        yield Work(name, call.bytes)
-
-
-def _convolution(call: Call, is_backward: bool) -> Iterator[Work]:
-    result = call.inputs[0] if is_backward else call.outputs[0]
-    images, weight = call.inputs[is_backward:][:2]
-    (out_channels, inner, *window), channels = weight, images[1]
-    taps, instructions, flops, share, path = math.prod(window), 0.0, 0, 1.0, ""
-    if inner == 1 < channels:
-        instructions, path = math.prod(result) * taps * TAP_INSTRUCTIONS, "depth-wise"
-    else:
-        flops = 2 * math.prod(result) // out_channels * _up(out_channels, 64) * _up(taps * _up(inner, 8), 32)
-    if channels % 8 or out_channels % 8:
-        share, path = FEW_CHANNELS_SHARE, f"{SLOW}channels are no multiple of 8"
-    if not is_backward:
-        yield Work(call.name, call.bytes, instructions, flops, share, path)
-    for gradient in call.outputs if is_backward else ():
-        name, other = {images: ("input", weight), weight: ("weight", images)}.get(gradient, ("bias", (0,)))
-        work = Work(f"{call.name}: {name}", 2 * sum(map(math.prod, (result, other, gradient))))
-        yield work if name == "bias" else Work(*work[:2], instructions, flops, share, path)
+        yield Work(name, moved)
 
 
 def _up(number: int, multiple: int) -> int:

@@ -22,7 +22,7 @@ from cmtrain import __version__
 from cmtrain.commands.bench import guard, timing
 from cmtrain.commands.bench.loader import bench_loader
 from cmtrain.commands.bench.models import Setup, against_ceilings, time_latency, time_models
-from cmtrain.commands.bench.predict import predicted_step
+from cmtrain.commands.bench.predict import predict
 from cmtrain.commands.bench.timing import WARMUP_STEPS, Figures, Rows, drain, endless, write_report
 from cmtrain.config.schema import Config
 from cmtrain.errors import EXIT_DONE, EXIT_EXPECTATION
@@ -47,7 +47,7 @@ COLUMNS = {
     "percent_min": ("lowest round", " %"), "percent_max": ("highest round", " %"),
     "data_wait_percent": ("lost to loading", " %"), "first_is_times": ("first is", " x as fast"),
     "uses": ("of the machine's best", ""), "times_earlier": ("earlier rate", " x"),
-    "launches": ("launches", ""), "mb_per_image": ("MB per image", ""), "bound": ("bound by", ""),
+    "launches": ("launches", ""), "mb": ("MB", ""), "bound": ("bound by", ""),
 }  # fmt: skip
 USES = {
     "percent_of_copy": "memory {:.0f} %", "percent_of_matrix": "compute {:.0f} %",
@@ -57,7 +57,7 @@ KEYS = {
     "model": ("images_per_second", "ms_p50", "first_is_times", "uses"),
     "latency": ("images_per_second", "ms_p50", "ms_p95", "first_is_times"),
     "guard": ("ms", "percent", "percent_min", "percent_max"),
-    "predict": ("launches", "mb_per_image", "ms", "bound"),
+    "predict": ("launches", "mb", "ms", "bound"),
 }
 RUN_KEYS = ("images_per_second", "step_ms_mean", "data_wait_percent", "uses")
 NUM_PARTS = {"model": 3, "latency": 1, "guard": 3, "all": 4, "train": 1}
@@ -75,7 +75,7 @@ def bench(config: Config, options: argparse.Namespace) -> int:
     if what == "loader":
         return bench_loader(config, options.steps, options.rounds, options.packed, options.json)
     if options.predict:
-        return _finish(predicted_step(config, options.predict), options.json)
+        return _finish(predict(config, options.predict), options.json)
     earlier = _read_earlier(options.compare) if options.compare else None
     accelerator = build.make_accelerator(config.train.precision)
     threads = loaders.split_threads(config, accelerator.device)

@@ -14,8 +14,8 @@ from cmtrain.commands.bench.timing import DTYPES
 from cmtrain.config.schema import Config
 from cmtrain.errors import ConfigError
 from cmtrain.models import blocks
-from cmtrain.models.cost import Call, CallsOnCuda
-from cmtrain.models.device_time import DEVICES, predict
+from cmtrain.models.cost import AsOnCuda, Call, Counter
+from cmtrain.models.device_time import DEVICES, predict_rows
 from cmtrain.training import build
 from cmtrain.training.schedule import split_batch
 from pipelines.spec import Batch
@@ -24,7 +24,7 @@ SHOWN = 30  # dearest kernels
 CAUTIOUS = 0.65  # share of its rates that a GPU reaches with such kernels, estimated
 
 
-def predicted_step(config: Config, gpu: str) -> dict[str, Any]:
+def predict(config: Config, gpu: str) -> dict[str, Any]:
     """Report on a step of one micro-batch, the largest of `config`, on one of DEVICES.
 
     `figures`: sums of the dearest kernels, by path; `rows`: all kernels, by their sizes. Raises ConfigError:
@@ -36,29 +36,24 @@ def predicted_step(config: Config, gpu: str) -> dict[str, Any]:
         raise ConfigError(f"train.precision: --predict knows fp16 and bf16, not {precision}")
     batch = split_batch(train.global_batch_size, train.max_batch_per_gpu, 1)[0]
     calls = calls_of_step(config, batch, DTYPES[precision])
-    rows = predict(calls, device)
     slower = device._replace(**{key: CAUTIOUS * getattr(device, key) for key in device._fields[1:]})
-    cautious_ms = sum(row["ms"] for row in predict(calls, slower))
+    rows, cautious_rows = (predict_rows(calls, each) for each in (device, slower))
     sums: dict[str, dict[str, Any]] = {}
     for row in rows:
-        for name in (", ".join(filter(None, (row["kernel"], row["path"]))), "step"):
-            total = sums.setdefault(
-                name, {"launches": 0, "mb_per_image": 0.0, "ms": 0.0, "bound": row["bound"]}
-            )
-            total["launches"] += row["launches"]
-            total["mb_per_image"] += row["bytes"] / batch / 1e6
-            total["ms"] += row["ms"]
+        for name in (f"{row['kernel']}, {row['path']}".removesuffix(", "), "step"):
+            total = sums.setdefault(name, {"launches": 0, "mb": 0.0, "ms": 0.0, "bound": row["bound"]})
+            total |= {key: total[key] + row[key] for key in ("launches", "mb", "ms")}
     step = sums.pop("step") | {"bound": ""}
     dearest = sorted(sums, key=lambda name: -sums[name]["ms"])[:SHOWN]
-    rates = 1000 * batch / step["ms"], 1000 * batch / cautious_ms
+    rates = [1000 * batch / sum(row["ms"] for row in each) for each in (rows, cautious_rows)]
     verdict = "predicted, not measured: {:,.0f} images/s; {:,.0f} at {:.0f} % of the GPU's rates"
     return {
         "what": "predict", "device": f"{device.name} (predicted)", "precision": precision,
         "model": config.model.name, "image_px": config.data.image_px, "batch": batch,
         "predicted_images_per_second": rates[0], "predicted_cautious_images_per_second": rates[1],
-        "predicted_step_ms": step["ms"], "predicted_cautious_step_ms": cautious_ms,
-        "verdict": verdict.format(*rates, 100 * CAUTIOUS), "kernels": step["launches"],
-        "figures": {name: sums[name] for name in dearest} | {"step": step}, "rows": rows,
+        "predicted_step_ms": step["ms"], "kernels": step["launches"], "mb_per_image": step["mb"] / batch,
+        "figures": {name: sums[name] for name in dearest} | {"step": step},
+        "verdict": verdict.format(*rates, 100 * CAUTIOUS), "rows": rows,
     }  # fmt: skip
 
 
@@ -85,6 +80,6 @@ def calls_of_step(config: Config, batch: int, dtype: torch.dtype) -> list[Call]:
         learner.optimizer.step()  # makes its state
         images = torch.empty(batch, 3, side, side, dtype=dtype).to(memory_format=torch.channels_last)
         numbers = torch.empty(batch, dtype=torch.int64)
-        with CallsOnCuda() as step:
+        with Counter() as counter, AsOnCuda():
             learner.step(iter([Batch(images, numbers, numbers)]), 0, config.optim.lr)
-    return step.calls
+    return counter.calls
