@@ -133,7 +133,8 @@ plan() {
   bench 50 step          "${alone[@]}" "${one_gpu[@]}" "${fp16[@]}"
   bench 25 step_eager    "${alone[@]}" "${one_gpu[@]}" "${fp16[@]}" --model.ffn_kernel eager
   bench 85 step_compiled "${alone[@]}" "${one_gpu[@]}" "${fp16[@]}" --train.compile "$compile"
-  bench 25 guard         --what guard --rounds 3 "${one_gpu[@]}" "${fp16[@]}"
+  line 25 guard "$python" benchmarks/guard.py --config configs/full_in1k.yaml "${small[@]}" --rounds 3 \
+    --steps "$steps" --json "$out/guard.json" "${one_gpu[@]}" "${fp16[@]}"
   line 75 tests "$python" -m pytest -v --timeout 60 --continue-on-collection-errors -p no:cacheprovider \
     -m "not slow" "${tests[@]}"
   # The loader alone, by threads and by share of the JPEG engine; then from files and from shards to updates

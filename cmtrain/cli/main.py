@@ -40,7 +40,7 @@ DEMO_PHOTOS = [
     ("data.root", "demo:photos"), ("data.image_px", "64"), ("data.eval_resize_px", "72"),
     ("augment.hflip", "0.5"), ("expect.top1", "0.85"),
 ]  # fmt: skip
-BENCHMARKS = ("loader", "model", "latency", "guard", "train", "all")
+BENCHMARKS = ("loader", "model", "latency", "train", "all")
 PREDICTED = ("h100", "h200", "a100", "l40s")
 
 HELP = """\

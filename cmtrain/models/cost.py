@@ -29,7 +29,7 @@ NO_LIBRARY = {"prim", "profiler"}
 
 
 class Call(NamedTuple):
-    """An operation on a GPU. `alignment`: bytes, at most 16, at whose multiples all rows of tensors begin."""
+    """An operation on a GPU. `alignment`: bytes, at most 16, at whose multiples all rows begin."""
 
     name: str
     library: str  # "aten", or "cmtrain" for our own kernels

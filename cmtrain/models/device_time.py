@@ -8,31 +8,21 @@ LAUNCH_SECONDS. No cache saves a byte. docs/performance.md has the source of eve
 import collections
 import math
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 from cmtrain.models.cost import Call
 
-
-class Device(NamedTuple):
-    """A GPU's rates per second: bytes of a copy, instructions (of 32 threads), operations of a product."""
-
-    name: str
-    bytes: float
-    instructions: float
-    flops: float
-
-
-DEVICES = {  # multiprocessors, each of which issues 4 instructions a cycle, times cycles per second
-    "h100": Device("H100 SXM", 3.0e12, 132 * 4 * 1.755e9, 798e12),
-    "h200": Device("H200 SXM", 4.3e12, 132 * 4 * 1.755e9, 798e12),
-    "a100": Device("A100 SXM 80 GB", 1.7e12, 108 * 4 * 1.41e9, 250e12),
-    "l40s": Device("L40S", 0.73e12, 142 * 4 * 2.52e9, 290e12),
-}
+# Per second: bytes of a copy, read and written; instructions of 32 threads: multiprocessors, which issue 4 a
+# cycle, times cycles; operations of a matrix product.
+DEVICES = {
+    "h100": (3.0e12, 132 * 4 * 1.755e9, 798e12), "h200": (4.3e12, 132 * 4 * 1.755e9, 798e12),
+    "a100": (1.7e12, 108 * 4 * 1.41e9, 250e12), "l40s": (0.73e12, 142 * 4 * 2.52e9, 290e12),
+}  # fmt: skip
 LAUNCH_SECONDS = 2.5e-6
-TENSORS_OF_A_LAUNCH = 128  # of operations on lists of them
+TENSORS_OF_A_LAUNCH = 128  # of an operation on lists of them
 
-# Instructions of a thread, of our kernels for each number of the widest tensor; more for each channel of the
-# narrowest; and how many of these a program takes. Machine code for sm_90, fp16, CMT-Ti's four stages.
+# A thread's instructions of our kernels, for each number of the widest tensor; more for each channel of the
+# narrowest; how many of these channels a program takes. Machine code for sm_90, fp16, CMT-Ti's four stages.
 INSTRUCTIONS = {
     "expand": (36, 0.045, 9999), "depthwise": (82, 0, 9999), "depthwise plain": (41, 0, 9999),
     "project": (24, 0, 128), "project_weight_grad": (29, 0, 128), "project_grad": (34, 0.16, 9999),
@@ -47,37 +37,33 @@ PRODUCT_SHARES = {16: 1.0, 8: 0.9, 4: 0.7, 2: 0.4}
 FEW_CHANNELS_SHARE = 1 / 3  # that a convolution reaches whose channels are no multiple of 8
 SLOW = "known slow: "
 
-
-class Work(NamedTuple):
-    """What a kernel asks of a device, of whose rates it reaches a `share`. `path`: how a library does it."""
-
-    kernel: str
-    bytes: float
-    instructions: float = 0.0
-    flops: float = 0.0
-    share: float = 1.0
-    path: str = ""
+# kernel, bytes, instructions, operations of a product, share of the rates that it reaches, path
+Work = tuple[str, float, float, float, float, str]
 
 
-def predict_rows(calls: Iterable[Call], device: Device) -> list[dict[str, Any]]:
-    """Return a row for each kernel and its sizes (of its two largest tensors), the dearest first.
+def predict_rows(
+    calls: Iterable[Call], rates: tuple[float, float, float], share: float = 1.0
+) -> list[dict[str, Any]]:
+    """Return a row for each kernel and its sizes, the dearest first, at a `share` of a GPU's `rates`.
 
-    `ms`: of all its `launches`, predicted. `bound`: what takes them. `path`: see Work.
+    `sizes`: of its two largest tensors. `ms`: of all its `launches`, predicted. `bound`: what takes them.
+    `path`: how a library computes it, if that matters.
     """
-    rows = []
+    rows, (copied, issued, multiplied) = [], (share * rate for rate in rates)
     for call, times in collections.Counter(calls).items():
-        shapes = sorted({*call.inputs, *call.outputs}, key=math.prod)[-2:]
+        largest = sorted({*call.inputs, *call.outputs}, key=math.prod)[-2:]
+        sizes = ", ".join("x".join(map(str, shape)) for shape in largest)
         launches = math.ceil(len(call.inputs + call.outputs) / TENSORS_OF_A_LAUNCH)
-        for kernel, moved, instructions, flops, share, path in _works(call):
+        for kernel, moved, instructions, flops, reached, path in _works(call):
             seconds = {
-                "bytes": moved / device.bytes / share, "instructions": instructions / device.instructions,
-                "matrix units": flops / device.flops / share, "launch": LAUNCH_SECONDS * launches,
+                "bytes": moved / copied / reached, "instructions": instructions / issued,
+                "matrix units": flops / multiplied / reached, "launch": LAUNCH_SECONDS * launches,
             }  # fmt: skip
             bound = max(seconds, key=lambda what: seconds[what])
             rows.append({
-                "kernel": kernel, "sizes": ", ".join("x".join(map(str, shape)) for shape in shapes),
-                "launches": times * launches, "mb": times * moved / 1e6, "instructions": times * instructions,
-                "ms": 1000 * times * seconds[bound], "bound": bound, "path": path,
+                "kernel": kernel, "sizes": sizes, "launches": times * launches, "mb": times * moved / 1e6,
+                "instructions": times * instructions, "ms": 1000 * times * seconds[bound], "bound": bound,
+                "path": path,
             })  # fmt: skip
     return sorted(rows, key=lambda row: -row["ms"])
 
@@ -87,45 +73,48 @@ def _works(call: Call) -> Iterator[Work]:
     if call.library == "cmtrain":
         form = name if any(len(shape) == 1 for shape in call.inputs) else f"{name} plain"
         known = INSTRUCTIONS.get(form, INSTRUCTIONS.get(name))
-        path, instructions = "" if known else "instructions not known", 0.0
+        instructions, path = 0.0, "instructions not known"
         if known:
             matrices = [shape for shape in call.inputs + call.outputs if len(shape) == 2]
             rows = max(shape[0] for shape in matrices)
             channels, *_, width = sorted(shape[1] for shape in matrices if shape[0] == rows)
             of_a_number = (known[0] + known[1] * channels) * math.ceil(channels / known[2])
-            instructions = rows * _up(width, 32) * of_a_number / 32
-        yield Work(f"{name}_kernel", moved, instructions, path=path)
+            instructions, path = rows * _up(width, 32) * of_a_number / 32, ""
+        yield f"{name}_kernel", moved, instructions, 0, 1, path
     elif name in NORM_INSTRUCTIONS:
         *sides, width = call.inputs[0]
         path = f"{SLOW}512 threads for a row" if width % 4 else "128 threads for a row"
-        yield Work(name, moved, math.prod(sides) * NORM_INSTRUCTIONS[name][width % 4 == 0], path=path)
+        yield name, moved, math.prod(sides) * NORM_INSTRUCTIONS[name][width % 4 == 0], 0, 1, path
     elif name in ("mm", "addmm", "bmm", "baddbmm"):
         (*batch, rows, inner), (*_, columns) = call.inputs[-2:]
         flops = 2 * math.prod(batch) * _up(rows, 64) * _up(columns, 64) * _up(inner, 32)
         share, path = PRODUCT_SHARES[call.alignment], f"rows at multiples of {call.alignment} bytes"
-        yield Work(name, moved, 0, flops, share, f"{SLOW * (share < 0.5)}{path}" if share < 1 else "")
+        yield name, moved, 0, flops, share, f"{SLOW * (share < 0.5)}{path}" if share < 1 else ""
     elif "convolution" in name:
-        is_backward = name.endswith("backward")
-        result, (images, weight) = (
-            (call.inputs if is_backward else call.outputs)[0],
-            call.inputs[is_backward:][:2],
-        )
-        (out_channels, inner, *window), numbers = weight, math.prod(result)
-        taps, pixels = math.prod(window), numbers // out_channels
-        depthwise = inner == 1 < images[1]
-        flops = 0 if depthwise else 2 * pixels * _up(out_channels, 64) * _up(taps * _up(inner, 8), 32)
-        few = images[1] % 8 or out_channels % 8
-        path = f"{SLOW}channels are no multiple of 8" if few else ""
-        how = depthwise * numbers * taps * TAP_INSTRUCTIONS, flops, FEW_CHANNELS_SHARE if few else 1.0, path
-        if not is_backward:
-            yield Work(name, moved, *how)
-        others = {images: ("input", weight), weight: ("weight", images)}
-        for gradient in call.outputs if is_backward else ():
-            of, other = others.get(gradient, ("bias", (0,)))
-            moved = 2 * sum(map(math.prod, (result, other, gradient)))
-            yield Work(f"{name}: {of}", moved, *(how if gradient in others else ()))
+        yield from _convolution(call, name.endswith("backward"))
     else:
-        yield Work(name, moved)
+        yield name, moved, 0, 0, 1, ""
+
+
+def _convolution(call: Call, is_backward: bool) -> Iterator[Work]:
+    (images, weight), result = (
+        call.inputs[is_backward:][:2],
+        [*call.outputs[:1], call.inputs[0]][is_backward],
+    )
+    (out_channels, inner, *window), numbers = weight, math.prod(result)
+    if inner == 1 < images[1]:
+        asked = numbers * math.prod(window) * TAP_INSTRUCTIONS, 0.0
+    else:
+        side = _up(math.prod(window) * _up(inner, 8), 32)
+        asked = 0.0, 2 * side * _up(out_channels, 64) * numbers / out_channels
+    few = images[1] % 8 or out_channels % 8
+    how = (FEW_CHANNELS_SHARE, f"{SLOW}channels are no multiple of 8") if few else (1.0, "")
+    if not is_backward:
+        yield call.name, call.bytes, *asked, *how
+    for gradient in call.outputs if is_backward else ():
+        of, other = {images: ("input", weight), weight: ("weight", images)}.get(gradient, ("bias", (0,)))
+        moved = 2 * sum(map(math.prod, (result, other, gradient)))
+        yield f"{call.name}: {of}", moved, *((0.0, 0.0, 1.0, "") if of == "bias" else (*asked, *how))
 
 
 def _up(number: int, multiple: int) -> int:

@@ -81,7 +81,9 @@ def test_a_model_without_batch_norm_trains_with_one_image(make_job):
     one = {"train": {"global_batch_size": 1, "max_batch_per_gpu": 8}, "data": {"image_px": 32}}
     job = make_job("resnet", model={"name": "resnet10t"}, **one)
     job("--max-steps", "1", code=2)
-    assert "1 (processes 1 x passes 1 x 1 image): BatchNorm needs more than one image" in job.stderr.read_text()
+    assert (
+        "1 (processes 1 x passes 1 x 1 image): BatchNorm needs more than one image" in job.stderr.read_text()
+    )
     assert not job.run.exists()
     job = make_job("convnext", model={"name": "convnext_atto"}, **one)
     assert job("--max-steps", "1")["step"] == 1

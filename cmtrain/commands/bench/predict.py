@@ -30,14 +30,13 @@ def predict(config: Config, gpu: str) -> dict[str, Any]:
     `figures`: sums of the dearest kernels, by path; `rows`: all kernels, by their sizes. Raises ConfigError:
     a model that cannot be made, or a precision other than fp16 and bf16.
     """
-    device, train = DEVICES[gpu], config.train
+    train, rates = config.train, DEVICES[gpu]
     precision = "fp16" if train.precision == "auto" else train.precision
     if precision not in ("fp16", "bf16"):
         raise ConfigError(f"train.precision: --predict knows fp16 and bf16, not {precision}")
     batch = split_batch(train.global_batch_size, train.max_batch_per_gpu, 1)[0]
     calls = calls_of_step(config, batch, DTYPES[precision])
-    slower = device._replace(**{key: CAUTIOUS * getattr(device, key) for key in device._fields[1:]})
-    rows, cautious_rows = (predict_rows(calls, each) for each in (device, slower))
+    rows, cautious_rows = (predict_rows(calls, rates, share) for share in (1, CAUTIOUS))
     sums: dict[str, dict[str, Any]] = {}
     for row in rows:
         for name in (f"{row['kernel']}, {row['path']}".removesuffix(", "), "step"):
@@ -45,15 +44,15 @@ def predict(config: Config, gpu: str) -> dict[str, Any]:
             total |= {key: total[key] + row[key] for key in ("launches", "mb", "ms")}
     step = sums.pop("step") | {"bound": ""}
     dearest = sorted(sums, key=lambda name: -sums[name]["ms"])[:SHOWN]
-    rates = [1000 * batch / sum(row["ms"] for row in each) for each in (rows, cautious_rows)]
+    images = [1000 * batch / sum(row["ms"] for row in each) for each in (rows, cautious_rows)]
     verdict = "predicted, not measured: {:,.0f} images/s; {:,.0f} at {:.0f} % of the GPU's rates"
     return {
-        "what": "predict", "device": f"{device.name} (predicted)", "precision": precision,
+        "what": "predict", "device": f"{gpu} (predicted)", "precision": precision,
         "model": config.model.name, "image_px": config.data.image_px, "batch": batch,
-        "predicted_images_per_second": rates[0], "predicted_cautious_images_per_second": rates[1],
+        "predicted_images_per_second": images[0], "predicted_cautious_images_per_second": images[1],
         "predicted_step_ms": step["ms"], "kernels": step["launches"], "mb_per_image": step["mb"] / batch,
         "figures": {name: sums[name] for name in dearest} | {"step": step},
-        "verdict": verdict.format(*rates, 100 * CAUTIOUS), "rows": rows,
+        "verdict": verdict.format(*images, 100 * CAUTIOUS), "rows": rows,
     }  # fmt: skip
 
 
