@@ -246,11 +246,11 @@ def _bench(arguments: list[str]) -> int:
     options, resolved = parse_with_config(parser, arguments)
     if options.fail_below is not None and not options.compare:
         raise ConfigError("--fail-below: needs --compare FILE, the earlier run")
+    if options.predict and (options.what != "model" or options.compare):
+        raise ConfigError("--predict: needs --what model, and does not go with --compare")
     start.announce(f"bench of {options.config}: {options.what}")
     if not options.predict:
         start.check_places(resolved.config)
-    elif options.what != "model" or options.compare:
-        raise ConfigError("--predict: goes with --what model and without --compare")
     start.loading()
     from cmtrain.commands.bench.bench import bench
 

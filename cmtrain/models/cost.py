@@ -48,6 +48,7 @@ class Traffic:
     forward_kernels: int
     backward_kernels: int
     bytes_by_op: dict[str, float]  # both passes, the largest first
+    calls: list[Call]
 
     @property
     def total_bytes(self) -> float:
@@ -85,6 +86,7 @@ def count(
     return Traffic(
         forward_bytes / batch, (by_op.total() - forward_bytes) / batch, num_forward,
         len(counter.calls) - num_forward, {name: moved / batch for name, moved in by_op.most_common()},
+        counter.calls,
     )  # fmt: skip
 
 

@@ -163,10 +163,16 @@ def test_mistake_is_one_line_with_a_way_out(capsys, arguments, line):
     assert refusal(capsys, *arguments) == line
 
 
-def test_invalid_choice_is_one_line(capsys):
-    line = refusal(capsys, "bench", "--what", "everything")
-    assert line.startswith("--what: invalid choice: 'everything'")
+@pytest.mark.parametrize(("option", "choice"), [("--what", "everything"), ("--predict", "h300")])
+def test_invalid_choice_is_one_line(capsys, option, choice):
+    line = refusal(capsys, "bench", option, choice)
+    assert line.startswith(f"{option}: invalid choice: '{choice}'")
     assert "\n" not in line
+
+
+def test_a_prediction_is_of_the_model_alone(capsys):
+    line = "--predict: needs --what model, and does not go with --compare"
+    assert refusal(capsys, "bench", "--predict", "h200") == line
 
 
 @pytest.mark.parametrize(("error", "code"), [(ConfigError("a: b"), 2), (DataError("a: b"), 3)])

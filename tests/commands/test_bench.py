@@ -163,7 +163,7 @@ def root(tmp_path_factory):
 
 def bench(what, config, **options):
     """Call bench with the defaults of the command line."""
-    unset = dict.fromkeys(("packed", "compare", "fail_below", "json"))
+    unset = dict.fromkeys(("packed", "compare", "fail_below", "json", "predict"))
     defaults = {"what": what, "rounds": 5, "beside": []} | unset
     return bench_command.bench(config, argparse.Namespace(**defaults | options))
 
