@@ -75,8 +75,8 @@ def _works(call: Call) -> Iterator[Work]:
         known = INSTRUCTIONS.get(form, INSTRUCTIONS.get(name))
         instructions, path = 0.0, "instructions not known"
         if known:
+            rows, _ = call.inputs[0]
             matrices = [shape for shape in call.inputs + call.outputs if len(shape) == 2]
-            rows = max(shape[0] for shape in matrices)
             channels, *_, width = sorted(shape[1] for shape in matrices if shape[0] == rows)
             of_a_number = (known[0] + known[1] * channels) * math.ceil(channels / known[2])
             instructions, path = rows * _up(width, 32) * of_a_number / 32, ""

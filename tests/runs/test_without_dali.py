@@ -43,32 +43,6 @@ def test_benchmarks_on_ready_images_need_none(make_job, what):
     assert json.loads(run.stdout)["what"] == what
 
 
-def test_a_prediction_needs_neither_dali_nor_data_nor_a_gpu(make_job):
-    """The rows name every kernel of the step, from the stem's convolution to the EMA; all is predicted."""
-    job = make_job(data={"root": "/nowhere"}, train={"precision": "auto"})
-    options = "--what", "model", "--predict", "h200", "--json", "h200.json"
-    run = start(job, "cmtrain", "bench", "--config", str(job.config), *options)
-    assert run.returncode == 0, run.stderr
-    report = json.loads((job.folder / "h200.json").read_text())
-    assert report == json.loads(run.stdout)
-    assert report["verdict"] in run.stderr
-    assert report["verdict"].startswith("predicted, not measured")
-    assert (report["device"], report["precision"], report["batch"]) == ("h200 (predicted)", "fp16", 8)
-    rows, step = report["rows"], report["figures"].pop("step")
-    assert report["predicted_step_ms"] == step["ms"] == pytest.approx(sum(row["ms"] for row in rows))
-    assert report["predicted_images_per_second"] == pytest.approx(1000 * 8 / step["ms"])
-    assert report["predicted_cautious_images_per_second"] <= report["predicted_images_per_second"]
-    assert report["kernels"] == step["launches"] == sum(row["launches"] for row in rows)
-    assert all(figure.keys() == {"launches", "mb", "ms", "bound"} for figure in report["figures"].values())
-    keys = {"kernel", "sizes", "launches", "mb", "instructions", "ms", "bound", "path"}
-    assert all(row.keys() == keys for row in rows)
-    kernels = {row["kernel"] for row in rows}
-    assert {"convolution", "norm_kernel", "depthwise_grad_kernel", "_log_softmax"} <= kernels
-    assert {"_amp_foreach_non_finite_check_and_unscale_", "_foreach_norm", "_fused_adamw_"} <= kernels
-    assert sum(row["kernel"] == "_foreach_sub" for row in rows) == 1  # of the EMA
-    assert not any(row["kernel"].startswith("zeros_like") for row in rows)  # of the optimizer's first step
-
-
 @pytest.mark.parametrize("verb", [
     ("train",),
     pytest.param(("bench", "--what", "loader"), marks=pytest.mark.slow),
