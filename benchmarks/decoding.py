@@ -13,8 +13,8 @@ import json
 from pathlib import Path
 
 import torch
+from loader_workers import LoaderContender, make_loader
 
-from cmtrain.commands.bench.loader_workers import LoaderContender, make_loader
 from cmtrain.commands.bench.timing import best_seconds, endless
 from pipelines.checks.bad_list import user_cache
 from pipelines.decoder_probe import WAYS

@@ -151,8 +151,9 @@ plan() {
     --train.compile_mode "$graphs"
   bench 40 step_bf16         "${alone[@]}" "${one_gpu[@]}" "${bf16[@]}"
   bench 40 latency           --what latency --rounds "$rounds" "${one_gpu[@]}" "${fp16[@]}"
-  bench 90 loader_beside_timm --what loader --rounds "$rounds" "${one_gpu[@]}" "${fp16[@]}" --data.decode "$decode" \
-    --steps "$((steps / 6 + 1))"
+  line 90 loader_beside_timm "$python" benchmarks/loader_beside_timm.py --config configs/full_in1k.yaml \
+    "${small[@]}" --data.root "$data" --data.decode "$decode" "${fp16[@]}" --rounds "$rounds" \
+    --steps "$((steps / 6 + 1))" --json "$out/loader_beside_timm.json"
   line 120 model_compiled "$python" benchmarks/model_gpu.py --seconds "$(scaled 90)" "${model[@]}" \
     --compiled --json "$out/model_compiled.jsonl"
 }

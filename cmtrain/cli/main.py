@@ -61,6 +61,7 @@ verbs:
   report RUN...  draw a run folder as one HTML file; several runs are compared
   bench          time the loader, the model and training, and name the bottleneck
   repair-bn X    recompute the BatchNorm statistics of a run or of any weights file, such as NaN ones
+  data split     divide a folder of classes into lists for training and validation; moves no image
   data check     find the images that cannot be read; training leaves them out from then on
   data pack      write an image folder as tar shards with an index: few large files instead of many small
   data preview   draw augmented training images as a grid
@@ -233,9 +234,8 @@ def _bench(arguments: list[str]) -> int:
     add("--config", default="configs/demo.yaml", metavar="FILE", help="default: configs/demo.yaml")
     add("--what", choices=BENCHMARKS, default="all", help="default: all")
     add("--steps", type=positive, default=20, metavar="N", help="steps to time of each (default: 20)")
-    rounds = "turns of each side (5; not with train, all)"
+    rounds = "turns of each side (5; with model, latency)"
     add("--rounds", type=positive, default=5, metavar="N", help=rounds)
-    add("--packed", metavar="DIR", help="packed copy of the data to time, too (with --what loader)")
     beside = "timm models to time, too (model, latency)"
     add("--beside", type=_names, default="resnet50,efficientnet_b0", metavar="NAMES", help=beside)
     predict = "predict the step of --what model on this GPU, kernel by kernel; needs no GPU and no data"

@@ -7,7 +7,6 @@ import itertools
 import json
 import multiprocessing
 import os
-import runpy
 import subprocess
 import sys
 import threading
@@ -16,15 +15,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from guard import time_guard
 from helpers.mini import batch, make_learner
 from helpers.photographs import write_folder
-from helpers.runs import HANG_SECONDS, ROOT
+from helpers.runs import HANG_SECONDS
+from loader_beside_timm import race_loaders, summarise
+from loader_workers import LoaderContender, _cpu_seconds, serve
 
 from cmtrain.cli.main import main
 from cmtrain.commands.bench import bench as bench_command
 from cmtrain.commands.bench.bench import verdict
-from cmtrain.commands.bench.loader import bench_loader, summarise
-from cmtrain.commands.bench.loader_workers import LoaderContender, _cpu_seconds, serve
 from cmtrain.commands.bench.timing import WARMUP_STEPS, Contender, race
 from cmtrain.config.load import load_config
 from cmtrain.monitoring.console import announced_parts
@@ -165,7 +165,7 @@ def root(tmp_path_factory):
 
 def bench(what, config, **options):
     """Call bench with the defaults of the command line."""
-    unset = dict.fromkeys(("packed", "compare", "fail_below", "json", "predict"))
+    unset = dict.fromkeys(("compare", "fail_below", "json", "predict"))
     defaults = {"what": what, "rounds": 5, "beside": []} | unset
     return bench_command.bench(config, argparse.Namespace(**defaults | options))
 
@@ -206,11 +206,18 @@ def _children(pid: int) -> list[int]:
     return found
 
 
+def test_the_loader_alone(root, tmp_path, capsys):
+    assert bench("loader", small(root, tmp_path), steps=2) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert list(report["figures"]) == ["loader"]
+    assert report["figures"]["loader"]["images_per_second"] > 0
+
+
 def test_every_work_is_done_by_every_loader(root, tmp_path, capsys):
     overrides = {"data.root": str(root), "data.cache_dir": str(tmp_path), "data.threads": "1"}
     config = load_config("configs/demo.yaml", list(overrides.items())).config
     json_path = tmp_path / "figures.json"
-    assert bench_loader(config, steps=1, rounds=1, packed=None, json_path=str(json_path)) == 0
+    race_loaders(config, steps=1, rounds=1, packed=None, json_path=str(json_path))
     report = json.loads(capsys.readouterr().out)
     assert report == json.loads(json_path.read_text())
     assert list(report["cpu"]) == ["decode", "crop", "crop + jitter", "crop + randaugment"]
@@ -229,7 +236,6 @@ def test_steps_with_the_guard_and_without_take_turns(monkeypatch):
         return step(*arguments)
 
     monkeypatch.setattr(learner, "step", noted)
-    time_guard = runpy.run_path(str(ROOT / "benchmarks" / "guard.py"))["time_guard"]
     how = {"lr": 0.01, "steps": 2, "rounds": 2, "log_every_steps": 10}
     figures = dict(time_guard(learner, map(batch, itertools.count()), **how))
     assert turns[: 2 * WARMUP_STEPS] == ["with"] * WARMUP_STEPS + ["without"] * WARMUP_STEPS

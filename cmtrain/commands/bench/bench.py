@@ -20,7 +20,6 @@ from rich.table import Column, Table
 
 from cmtrain import __version__
 from cmtrain.commands.bench import timing
-from cmtrain.commands.bench.loader import bench_loader
 from cmtrain.commands.bench.models import Setup, against_ceilings, time_latency, time_models
 from cmtrain.commands.bench.predict import predict
 from cmtrain.commands.bench.timing import WARMUP_STEPS, Figures, Rows, drain, endless, write_report
@@ -58,7 +57,7 @@ KEYS = {
     "predict": ("launches", "mb", "ms", "bound"),
 }
 RUN_KEYS = ("images_per_second", "step_ms_mean", "data_wait_percent", "uses")
-NUM_PARTS = {"model": 3, "latency": 1, "all": 4, "train": 1}
+NUM_PARTS = {"loader": 1, "model": 3, "latency": 1, "all": 4, "train": 1}
 
 
 def bench(config: Config, options: argparse.Namespace) -> int:
@@ -70,8 +69,6 @@ def bench(config: Config, options: argparse.Namespace) -> int:
     an earlier run that cannot be compared.
     """
     what = options.what
-    if what == "loader":
-        return bench_loader(config, options.steps, options.rounds, options.packed, options.json)
     if options.predict:
         return _finish(predict(config, options.predict), options.json)
     earlier = _read_earlier(options.compare) if options.compare else None
@@ -124,15 +121,17 @@ def _finish(report: dict[str, Any], path: str | None) -> int:
 
 
 def _time_run(what: str, setup: Setup, images: Manifest) -> Rows:
-    """Time training on real data ("train"); for "all" first the loader and the model, each alone."""
+    """Time the loader ("loader"), training on real data ("train"), or both and the model alone ("all")."""
     config, accelerator = setup.config, setup.accelerator
     place, lines = loaders.place_loaders(config, accelerator)
     sys.stderr.writelines(f"{line}\n" for line in lines)
-    if what == "all":
+    if what in ("all", "loader"):
         yield "the loader alone", {}
         loader = loaders.make_train_loader(config, images, setup.schedule, accelerator, place)
         yield "loader", _time_loader(loader, setup)
         loader.close()
+    if what == "loader":
+        return
     learner = setup.make_learner(config)
     if what == "all":
         yield f"{config.model.name} alone", {}

@@ -1,4 +1,6 @@
-"""Race our loader against timm's on the same files, cores and augmentation (`cmtrain bench --what loader`).
+"""Race our loader against timm's on the same files, cores and augmentation.
+
+    python benchmarks/loader_beside_timm.py [--config F] [--steps N] [--rounds N] [--packed DIR] [--json F]
 
 Every contender is a process of its own. On a CPU its threads and workers are pinned to one core: the rate is
 images/s per core, and neither side can borrow from the other. Contenders take turns in alternating order,
@@ -19,14 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from loader_workers import BATCH_SIZE, LoaderContender, make_loader, serve
 from rich.console import Console
 from rich.table import Table
 
 from cmtrain import __version__
-from cmtrain.commands.bench.loader_workers import BATCH_SIZE, LoaderContender, make_loader, serve
+from cmtrain.cli.arguments import add_json, make_parser, parse_with_config, positive
 from cmtrain.commands.bench.timing import Figures, best_seconds, endless, write_report
 from cmtrain.config.schema import Config
-from cmtrain.errors import EXIT_DONE
 from cmtrain.monitoring.console import announced_parts, print_result
 from cmtrain.training import build, loaders
 from pipelines.files.manifest import Manifest
@@ -46,7 +48,7 @@ COLUMNS = {
 }
 
 
-def bench_loader(config: Config, steps: int, rounds: int, packed: str | None, json_path: str | None) -> int:
+def race_loaders(config: Config, steps: int, rounds: int, packed: str | None, json_path: str | None) -> None:
     """Time decoding, crop + resize + flip, colour jitter and RandAugment, by DALI and by timm.
 
     Prints a table on stderr and one JSON line on stdout. Writes the JSON to `json_path` as well, if given,
@@ -89,7 +91,6 @@ def bench_loader(config: Config, steps: int, rounds: int, packed: str | None, js
                 write_report(json_path, report)
     _show(report)
     print_result(report, asked=json_path == "")
-    return EXIT_DONE
 
 
 def summarise(rounds: list[Figures]) -> Figures:
@@ -195,3 +196,18 @@ def _show(report: dict[str, Any]) -> None:
         f"a batch of {overhead['batch']} takes {overhead['thread_ms_per_batch']:.2f} ms of the training "
         f"thread; random draws take {overhead['draws_us_per_sample']:.2f} us per sample"
     )
+
+
+def main() -> None:
+    parser = make_parser("loader_beside_timm", __doc__.splitlines()[0])
+    parser.add_argument("--config", default="configs/demo.yaml", metavar="FILE")
+    parser.add_argument("--steps", type=positive, default=20, metavar="N", help="batches of a turn")
+    parser.add_argument("--rounds", type=positive, default=5, metavar="N", help="turns of each side")
+    parser.add_argument("--packed", metavar="DIR", help="packed copy of the data to time, too")
+    add_json(parser, to_file=True)
+    options, resolved = parse_with_config(parser, sys.argv[1:])
+    race_loaders(resolved.config, options.steps, options.rounds, options.packed, options.json)
+
+
+if __name__ == "__main__":
+    main()

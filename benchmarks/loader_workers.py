@@ -1,4 +1,4 @@
-"""Run the loaders that `cmtrain bench --what loader` compares, each in a process pinned to its cores."""
+"""Run the loaders that loader_beside_timm.py compares, each in a process pinned to its cores."""
 
 from __future__ import annotations
 
