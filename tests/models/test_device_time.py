@@ -3,10 +3,11 @@
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cmtrain.cli.main import PREDICTED
 from cmtrain.models.blocks import ChannelNorm, FeedForward
-from cmtrain.models.cost import Call, count
+from cmtrain.models.cost import Call, Counter, count
 from cmtrain.models.device_time import DEVICES, predict_rows
 
 H100 = 3.0e12, 132 * 4 * 1.755e9, 798e12  # bytes, instructions of a warp, operations of a product per second
@@ -43,6 +44,17 @@ def test_calls_of_the_same_sizes_are_one_row_and_lists_take_several_launches():
     ]
     row = one(call("_foreach_add_", [(3,)] * 300, [], 4800))
     assert (row["launches"], row["ms"]) == (3, pytest.approx(3 * LAUNCH_MS))
+
+
+def test_what_an_operation_writes_into_its_inputs_is_charged():
+    """Adding b to a reads both and writes a, in place or not, in a list or alone."""
+    with FakeTensorMode():
+        a, b, c = ([torch.empty(1000) for _ in range(3)] for _ in range(3))
+        with Counter() as counter:
+            torch._foreach_add_(a, b)
+            torch._foreach_add(a, c)
+            a[0].add_(b[0])
+    assert [each.bytes for each in counter.calls] == [3 * 3 * 4000, 3 * 3 * 4000, 3 * 4000]
 
 
 def test_our_kernels_are_charged_their_instructions_and_new_ones_their_bytes():
