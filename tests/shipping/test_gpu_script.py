@@ -236,7 +236,7 @@ def model_gpu():
 def test_families_of_kernels_stand_measured_beside_predicted(model_gpu, monkeypatch):
     """Names as profilers print them; those of our kernels and their predictions are the same."""
     measured = {
-        "depthwise_grad_kernel": 2.0, "void at::native::reduce_kernel<512, 1, at::native::ReduceOp<...>>": 1.0,
+        "depthwise_grad_kernel": 2.0, "void at::native::reduce_kernel<512, 1, ReduceOp<...>>": 1.0,
         "sm90_xmma_wgrad_implicit_gemm_f16f16_f16f32_f32_nhwckrsc_nhwc_tilesize128x64x64": 3.0,
         "cutlass_80_tensorop_f16_s16816gemm_f16_64x64_32x6_tn_align2": 4.0,
         "fmha_cutlassB_f16_aligned_64x64_k64_sm80(PyTorchMemEffAttention::...)": 5.0,
