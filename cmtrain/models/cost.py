@@ -128,13 +128,11 @@ class Counter(TorchDispatchMode):
         elif not func._schema.returns:  # it writes into its inputs
             places = zip(func._schema.arguments, args, strict=False)
             amount += _bytes([arg for place, arg in places if place.is_write])
-        tensors = _tensors((args, kwargs, out))
-        alignment = math.gcd(
-            16, *(t.element_size() * side for t in tensors for side in t.stride() if side > 1)
-        )
+        tensors, given = _tensors((args, kwargs, out)), len(_tensors((args, kwargs)))
+        pitches = [t.element_size() * side for t in tensors for side in t.stride() if side > 1]
         shapes = tuple(tensor.shape for tensor in tensors)
-        given = len(_tensors((args, kwargs)))
-        self.calls.append(Call(name, func.namespace, shapes[:given], shapes[given:], amount, alignment))
+        call = name, func.namespace, shapes[:given], shapes[given:], amount, math.gcd(16, *pitches)
+        self.calls.append(Call(*call))
         return out
 
 

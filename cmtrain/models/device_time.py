@@ -41,9 +41,7 @@ SLOW = "known slow: "
 Work = tuple[str, float, float, float, float, str]
 
 
-def predict_rows(
-    calls: Iterable[Call], rates: tuple[float, float, float], share: float = 1.0
-) -> list[dict[str, Any]]:
+def predict_rows(calls: Iterable[Call], rates: Iterable[float], share: float = 1.0) -> list[dict[str, Any]]:
     """Return a row for each kernel and its sizes, the dearest first, at a `share` of a GPU's `rates`.
 
     `sizes`: of its two largest tensors. `ms`: of all its `launches`, predicted. `bound`: what takes them.
