@@ -1,18 +1,28 @@
 """Parse the arguments of a verb: its own options, and overrides of the configuration."""
 
 import argparse
+import os
 import re
 from collections.abc import Sequence
+from typing import NoReturn
 
 from cmtrain.config.load import Overrides, Resolved, load_config
 from cmtrain.errors import ConfigError, did_you_mean
 
+EMPTY = "is empty: a variable of the shell that is not set?"
 CONFIG_HELP = "configuration file, or one that ships with cmtrain"
+# Records of runs, configurations, weights, data
+KEPT = ("status.json", ".jsonl", ".yaml", ".yml", ".pth", ".safetensors", ".tar", ".npz", ".jpg", ".jpeg")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:  # of arguments that are missing; argparse prints the usage
+        raise ConfigError(f"{self.prog}: {message}; see {self.prog} --help")
 
 
 def make_parser(verb: str, description: str) -> argparse.ArgumentParser:
     """Make the parser of `cmtrain VERB`."""
-    return argparse.ArgumentParser(
+    return _Parser(
         prog=f"cmtrain {verb}", description=description,
         epilog="--SECTION.KEY VALUE overrides a value of the configuration; see `cmtrain config reference`.",
         allow_abbrev=False, exit_on_error=False,
@@ -30,7 +40,7 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[ar
         argument = rest.pop(0)
         is_value = own and re.fullmatch(r"--[^=]+", own[-1])
         if not argument.strip() and not is_value:
-            raise ConfigError("an argument is empty: a variable of the shell that is not set?")
+            raise ConfigError(f"an argument {EMPTY}")
         value = argument.partition("=")[2] if argument.startswith("--") else argument
         if re.match(r"~[\w.-]*/", value):
             advice = "write the whole path; after a blank, and not after =, a shell expands it"
@@ -51,6 +61,10 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[ar
         if close := did_you_mean(name.strip("-"), re.findall(r"--([\w-]+)", parser.format_usage()), "--"):
             raise ConfigError(f"{name}: unknown option{close}")
         overrides.append(_override(argument, rest))
+    own_values = [(name.replace("_", "-"), value) for name, value in vars(options).items() if name != "json"]
+    for name, value in [*own_values, *overrides]:  # --json without FILE is ""
+        if isinstance(value, str) and not value.strip():
+            raise ConfigError(f"--{name}: {EMPTY}")
     return options, overrides
 
 
@@ -67,6 +81,8 @@ def parse_with_config(
 ) -> tuple[argparse.Namespace, Resolved]:
     """Return the options of a verb that has --config, and the configuration with its overrides."""
     options, overrides = parse(parser, arguments)
+    if [argument.partition("=")[0] for argument in arguments].count("--config") > 1:
+        raise ConfigError("--config: given twice; a file takes the values of another by `extends: FILE`")
     if options.config is None:
         example = f"{parser.prog} --config configs/demo.yaml"
         raise ConfigError(f"{parser.prog}: --config is missing, e.g. {example}")
@@ -85,7 +101,7 @@ def add_json(parser: argparse.ArgumentParser, *, to_file: bool = False) -> None:
     """Add --json, for a verb that prints its result for programs only where stdout is no terminal."""
     if to_file:
         what = "print the figures as JSON on a terminal, too; or write them to FILE"
-        parser.add_argument("--json", nargs="?", const="", metavar="FILE", help=what)
+        parser.add_argument("--json", nargs="?", const="", type=out_file, metavar="FILE", help=what)
     else:
         parser.add_argument("--json", action="store_true", help="print the JSON line on a terminal, too")
 
@@ -95,6 +111,15 @@ def positive(text: str, least: int = 1) -> int:
         limit = " of at most 9 digits" if len(text) > 9 else ""
         raise argparse.ArgumentTypeError(f"must be a whole number >= {least}{limit}, got {text}")
     return int(text)
+
+
+def out_file(text: str) -> str:
+    """Refuse what cannot be written to, before hours of work, and what it would be a loss to replace."""
+    if os.path.isdir(text) or not os.path.isdir(os.path.dirname(text) or "."):
+        raise argparse.ArgumentTypeError(f"{text}: must be a file, in a folder that exists")
+    if os.path.isfile(text) and text.lower().endswith(KEPT):
+        raise argparse.ArgumentTypeError(f"{text}: exists, and is no result to replace; give another name")
+    return text
 
 
 def count(text: str) -> int:

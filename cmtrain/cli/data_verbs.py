@@ -11,6 +11,7 @@ from cmtrain.cli.arguments import (
     add_json,
     count,
     make_parser,
+    out_file,
     parse_alone,
     parse_with_config,
     positive,
@@ -72,7 +73,7 @@ def _data_check(arguments: list[str]) -> int:
     add("root", metavar="DIR", help="folder with train/ and val/, or one tree of class folders")
     add("--headers-only", action="store_true", help="read headers, do not decode")
     add("--processes", type=positive, metavar="N", help="default: one per core")
-    add("--out", metavar="FILE", help="write the list there instead; training does not look there")
+    add("--out", type=out_file, metavar="FILE", help="write the list there, where training does not look")
     add("--cache-dir", metavar="DIR", help="data.cache_dir of the runs, if they have one")
     add("--max-bad-fraction", **SHARE, help="exit code 3 above this share (default: 0.1)")
     options = vars(parse_alone(parser, arguments))
@@ -105,7 +106,8 @@ def _data_pack(arguments: list[str]) -> int:
 def _data_preview(arguments: list[str]) -> int:
     parser = make_parser("data preview", "Draw augmented images: a row per image, a column per epoch.")
     add = parser.add_argument
-    add("--out", default="preview.png", metavar="FILE", help="PNG to write (default: preview.png)")
+    what = "PNG to write (default: preview.png)"
+    add("--out", type=out_file, default="preview.png", metavar="FILE", help=what)
     add("--rows", type=positive, default=8, metavar="N", help="images (default: 8)")
     add("--columns", type=positive, default=8, metavar="N", help="epochs (default: 8)")
     add("--epoch", type=count, default=0, metavar="N", help="the first one (default: 0)")

@@ -15,6 +15,7 @@ from cmtrain.cli.arguments import (
     count,
     factor,
     make_parser,
+    out_file,
     parse,
     parse_alone,
     parse_with_config,
@@ -100,7 +101,7 @@ exit codes:
   5    the expected accuracy was not reached (expect.enforce)
   130  stopped by Ctrl-C
   141  the reader of stdout has gone (cmtrain data stats | head -1); never of a run, which goes on
-  143  stopped by SIGTERM or SIGUSR2, after a checkpoint
+  143  stopped by SIGTERM, SIGUSR1 or SIGUSR2, after a checkpoint
 """
 
 
@@ -351,7 +352,7 @@ def _report(arguments: list[str]) -> int:
     parser = make_parser("report", "Draw a run folder as one HTML file; several runs are compared.")
     parser.add_argument("runs", nargs="*", metavar="RUN", help="run folder, such as runs/demo")
     what = "default: RUN/report.html, or report.html for several runs"
-    parser.add_argument("--out", metavar="FILE", help=what)
+    parser.add_argument("--out", type=out_file, metavar="FILE", help=what)
     options = parse_alone(parser, arguments)
     if not options.runs:
         raise ConfigError("cmtrain report: of which run? e.g. cmtrain report runs/demo")

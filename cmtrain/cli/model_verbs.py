@@ -4,7 +4,7 @@ import argparse
 import os
 
 from cmtrain.cli import start
-from cmtrain.cli.arguments import add_json, make_parser, parse, positive, share
+from cmtrain.cli.arguments import add_json, make_parser, out_file, parse, positive, share
 from cmtrain.commands.evaluation_sizes import sizes_of
 from cmtrain.config.load import Overrides
 from cmtrain.errors import ConfigError
@@ -30,8 +30,8 @@ def evaluate_trained(arguments: list[str]) -> int:
     )
     add("--folder", metavar="DIR", help=folder)
     add("--real", action="store_true", help="also by ImageNet-ReaL's labels, for ImageNet's val images")
-    add("--per-class", metavar="FILE", help="write images and accuracy of every class as CSV")
-    add("--confusion", metavar="FILE", help="write the best result's confusion matrix as CSV")
+    add("--per-class", type=out_file, metavar="FILE", help="write images and accuracy of every class as CSV")
+    add("--confusion", type=out_file, metavar="FILE", help="write the best result's confusion matrix as CSV")
     add("--expect", type=share, metavar="TOP1", help="exit code 5 where the best top-1 is below it")
     add_json(parser, to_file=True)
     options, overrides = _parse_with_run(parser, arguments)

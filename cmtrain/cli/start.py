@@ -13,6 +13,7 @@ from cmtrain import __version__
 from cmtrain.config.load import Overrides, load_config
 from cmtrain.config.schema import Config, another_recipe, recipe_changes
 from cmtrain.errors import ConfigError
+from cmtrain.processes.environment import check_imports
 from cmtrain.processes.rank import PARENT, is_first_rank
 from cmtrain.storage.records import read_json
 from cmtrain.storage.run_folder import RunLock, find_run, why_no_weights
@@ -33,7 +34,8 @@ def announce(what: str, start: str = f"cmtrain {__version__}: ") -> None:
 
 
 def loading() -> None:
-    """Print that libraries are loaded, before the import that takes seconds."""
+    """Print that libraries are loaded, before the import that takes seconds. Raises DataError: it cannot."""
+    check_imports()
     announce("loading torch and DALI ...", start="")
 
 

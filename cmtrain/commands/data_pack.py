@@ -41,6 +41,11 @@ def pack(
     found = [split for split in SPLITS if listed[split] or (root / split).is_dir()]
     if not found:
         raise DataError(f"{root}: holds neither train/<class>/ nor val/<class>/, and no list is given")
+    for split in [split for split in found if not listed[split]]:
+        if Path(os.path.realpath(destination)).is_relative_to(os.path.realpath(root / split)):
+            raise DataError(
+                f"{destination}: lies in {root / split}, whose folders are classes; give another"
+            )
     spec = PackSpec(shard_bytes=shard_mib * 2**20, **encoding)
     workers = processes or len(os.sched_getaffinity(0))
     report: dict[str, dict[str, int]] = {}

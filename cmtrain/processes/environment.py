@@ -6,6 +6,7 @@ variables are removed before they are loaded, with one line for those that ask f
 
 import os
 import sys
+import tempfile
 
 from cmtrain.processes.rank import ACCELERATE_LAUNCH, PARENT, RESTARTS
 from pipelines.spec import DataError
@@ -66,6 +67,18 @@ def ignore_variables() -> None:
     if ignored and first:
         what = f"variables of the environment are ignored, the configuration decides: {', '.join(ignored)}"
         sys.stderr.write(f"{what}\n")
+
+
+def check_imports() -> None:
+    """Raise DataError where an import of DALI or torch would fail."""
+    if sys.flags.optimize > 1:
+        raise DataError("PYTHONOPTIMIZE=2 (python -OO) removes docstrings, which DALI needs; unset it")
+    cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")
+    try:
+        os.makedirs(cache or tempfile.gettempdir(), exist_ok=True)  # as torch does
+    except OSError as error:
+        name = f"TORCHINDUCTOR_CACHE_DIR={cache!a}" if cache else "TMPDIR"
+        raise DataError(f"{name}: {error.strerror}; set it to a folder that can be written") from error
 
 
 def check_launcher() -> None:

@@ -20,8 +20,8 @@ from cmtrain.errors import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_PREEMPTED
 from cmtrain.storage.records import is_number, read_bytes, replace_file, retried, set_aside
 from cmtrain.storage.run_folder import RunFolder, read_events, read_status, set_damaged_aside
 
-# Batch systems send SIGUSR2 before the time limit (NCCL's tools use SIGUSR1), closed terminals SIGHUP.
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)
+# Batch systems send SIGUSR1 or SIGUSR2 before the time limit, closed terminals SIGHUP.
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
 RECORD_WAIT_SECONDS = 2.0  # longest wait for another process that records the cause
 CRASH_LOOP = 3  # a step that fails this many times in a row will fail again: restarting wastes the machines
@@ -52,9 +52,10 @@ class Failure:
 
 
 def stop_signals() -> list[signal.Signals]:
-    """Return STOP_SIGNALS, without a SIGHUP that nohup has switched off."""
+    """Return STOP_SIGNALS, without a SIGHUP that nohup has switched off, and those that a library takes."""
     is_off = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    return [number for number in STOP_SIGNALS if number != signal.SIGHUP or not is_off]
+    free = [number for number in STOP_SIGNALS if signal.getsignal(number) is not None]
+    return [number for number in free if number != signal.SIGHUP or not is_off]
 
 
 def stop_code(number: int) -> int:

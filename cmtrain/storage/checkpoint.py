@@ -125,9 +125,13 @@ def find_checkpoint(path: Path) -> Loaded:
     Raises CheckpointError: there is none. OSError: the machine cannot read it.
     """
     is_run = retried((path / "checkpoints").is_dir)
-    loaded = load_newest(path / "checkpoints", set_aside=False) if is_run else load_checkpoint(path)
+    if is_run:
+        loaded = load_newest(path / "checkpoints", set_aside=False)
+    else:
+        loaded = load_checkpoint(path) if (path / _MANIFEST).exists() else None
     if loaded is None:
-        raise CheckpointError(f"{path}: no checkpoint there")
+        what = "no checkpoint there; give a run folder, or a step-... folder of its checkpoints"
+        raise CheckpointError(f"{path}: {what}")
     return loaded
 
 

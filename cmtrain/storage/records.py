@@ -101,21 +101,22 @@ def replace_file(path: Path, content: str | bytes, *, durable: bool = False) -> 
     `durable`: wait until the disk holds it, so that a power failure leaves no empty file. Returns `path`.
     Raises OSError: `path` is as it was.
     """
-    if is_device(path):
-        with open(path, "ab") as device:
-            device.write(content.encode() if isinstance(content, str) else content)
-        return path
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        if is_device(path):
+            with open(path, "ab") as device:
+                device.write(content.encode() if isinstance(content, str) else content)
+            return path
         with open(temporary, "wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             if durable:
                 file.flush()
                 os.fsync(file.fileno())
         temporary.replace(path)
-    except OSError:
+    except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+        error.filename = str(path)  # not that of the temporary file, which nobody knows
         raise
     return path
 

@@ -192,12 +192,28 @@ def read_index(folder: Path) -> tuple[str, Manifest]:
         sizes = slices.size_bytes
         facts: dict[str, Any] = {"bad": bad_files, "identities": _identities(slices.checksums, sizes)}
         shards = Manifest(folder, paths, **image, size_bytes=sizes, packed=slices, **facts)
+        _check_columns(shards, slices)
     except OSError as error:  # it may be whole
         raise DataError.of(error, folder / INDEX) from error
-    except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(f"{folder / INDEX}: cannot be read ({error}); pack again") from error
+    except (ValueError, LookupError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        what = f"cannot be read ({error}); remove {folder} and pack again"
+        raise DataError(f"{folder / INDEX}: {what}") from error
     slices.check_shards()
     return recipe, shards
+
+
+def _check_columns(shards: Manifest, slices: Slices) -> None:
+    """Raise ValueError unless each image has a class, a size and a place in a shard."""
+    columns: list[NDArray[Any]] = [shards.labels, shards.heights, shards.widths]
+    columns += [slices.shards, slices.offsets, slices.size_bytes]
+    if {(len(shards.paths),)} != {column.shape for column in [*columns, slices.checksums]}:
+        raise ValueError("its columns differ in length")
+    ends = len(shards.class_names), 2**31, 2**31, len(slices.shard_names), 2**62, 2**62
+    for column, least, end in zip(columns, (0, 1, 1, 0, 0, 1), ends, strict=True):
+        if column.dtype.kind not in "iu" or not len(column) or column.min() < least or column.max() >= end:
+            raise ValueError("no images, or one without a class, a size or a shard")
+    if (slices.offsets + slices.size_bytes > slices.shard_bytes[slices.shards]).any():
+        raise ValueError("an image ends behind its shard")
 
 
 def _identities(first: NDArray[Any], *others: NDArray[np.int64]) -> NDArray[np.uint64]:

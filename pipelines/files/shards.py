@@ -41,12 +41,13 @@ class Slices:
     @os_errors_in_one_line()
     def check_shards(self) -> None:
         """Raise DataError when a shard is missing or not as long as the index records."""
+        advice = f"copy it again, or remove {self.folder} and pack again"
         for number, size in enumerate(self.shard_bytes):
             path = self.shard_path(number)
             if not path.is_file():
-                raise DataError(f"{path}: missing, but {INDEX} names it; copy it again or pack again")
+                raise DataError(f"{path}: missing, but {INDEX} names it; {advice}")
             if (found := path.stat().st_size) != size:
-                raise DataError(f"{path}: {found} bytes, not the {size} of {INDEX}; copy it or pack again")
+                raise DataError(f"{path}: {found} bytes, not the {size} of {INDEX}; {advice}")
 
     @cached_property
     def digest(self) -> str:
@@ -121,7 +122,7 @@ def is_packed(folder: Path) -> bool:
     except PermissionError:  # listing the folder says it better: there may be no index in it
         return False
     if next(folder.glob("shard-*.tar"), None) is not None:
-        what = f"has shards but no {INDEX}: give the same `cmtrain data pack` again to finish it"
+        what = f"has shards but no {INDEX}: give the same `cmtrain data pack` again, or copy it too"
         raise DataError(f"{folder}: {what}")
     return False
 

@@ -153,6 +153,14 @@ def test_bench_may_ask_for_more_than_before_and_run_beside_nothing(calls):
         (["data", "check", "~/photos"], "~/photos: no shell expanded the ~: write the whole path; after a blank, and not after =, a shell expands it"),
         (["config"], "cmtrain config: must be `config show --config FILE`, `config schema` or `config reference`"),
         (["status", ""], "an argument is empty: a variable of the shell that is not set?"),
+        (["eval", "x", "--folder", ""], "--folder: is empty: a variable of the shell that is not set?"),
+        (["report", "x", "--out="], "--out: is empty: a variable of the shell that is not set?"),
+        (["--config", "configs/demo.yaml", "--resume", ""], "--resume: is empty: a variable of the shell that is not set?"),
+        (["--config", "configs/demo.yaml", "--model.init_from", ""], "--model.init_from: is empty: a variable of the shell that is not set?"),
+        (["--config", "configs/demo.yaml", "--config=x.yaml"], "--config: given twice; a file takes the values of another by `extends: FILE`"),
+        (["status"], "cmtrain status: the following arguments are required: RUN; see cmtrain status --help"),
+        (["eval", "x", "--json", "no/x.json"], "--json: no/x.json: must be a file, in a folder that exists"),
+        (["data", "check", "x", "--out", "."], "--out: .: must be a file, in a folder that exists"),
         (["data", "check", "x", "--max-bad-fraction", "nan"], "--max-bad-fraction: must be a share 0..1, got nan"),
         (["bench", "--compare", "x", "--fail-below", "nan"], "--fail-below: must be a factor 0..1000, got nan"),
         (["data", "preview", "--epoch", "-1"], "--epoch: must be a whole number >= 0, got -1"),
@@ -161,6 +169,26 @@ def test_bench_may_ask_for_more_than_before_and_run_beside_nothing(calls):
 )  # fmt: skip
 def test_mistake_is_one_line_with_a_way_out(capsys, arguments, line):
     assert refusal(capsys, *arguments) == line
+
+
+@pytest.mark.parametrize("name", ["log.jsonl", "status.json", "job.yaml", "000.JPG", "shard-000000.tar"])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["report", "x", "--out"],
+        ["eval", "x", "--per-class"],
+        ["data", "preview", "--out"],
+        ["bench", "--json"],
+    ],
+)
+def test_a_result_does_not_replace_what_was_an_input(calls, capsys, tmp_path, arguments, name):
+    (tmp_path / name).write_text("kept")
+    assert main([*arguments, str(tmp_path / name)]) == 2
+    assert capsys.readouterr().err.endswith(
+        f"{name}: exists, and is no result to replace; give another name\n"
+    )
+    assert (tmp_path / name).read_text() == "kept"
+    assert calls == []
 
 
 @pytest.mark.parametrize(("option", "choice"), [("--what", "everything"), ("--predict", "h300")])

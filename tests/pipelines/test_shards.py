@@ -353,6 +353,40 @@ def test_two_packers_do_not_share_a_destination(source, cache, tmp_path, monkeyp
         pack(str(source), str(tmp_path), **OPTIONS, cache_dir=str(cache))
 
 
+@pytest.mark.parametrize(
+    ("column", "change"),
+    [
+        ("labels", lambda labels: labels[:-1]),
+        ("labels", lambda labels: labels + 100),
+        ("labels", lambda labels: labels - 1),
+        ("labels", lambda labels: labels.astype(float)),
+        ("heights", lambda heights: heights[:, None]),
+        ("widths", lambda widths: widths * 0),
+        ("shards", lambda shards: shards + 3),
+        ("offsets", lambda offsets: offsets + 10**9),
+        ("size_bytes", lambda sizes: -sizes),
+    ],
+)
+def test_an_index_that_contradicts_itself_or_its_shards_is_refused(packed, tmp_path, column, change):
+    for name, content in contents(packed).items():
+        put(tmp_path / name, content)
+    index = tmp_path / "val" / "index.npz"
+    with np.load(index) as data:
+        columns = dict(data)
+    np.savez(index, **columns | {column: change(columns[column])})
+    with pytest.raises(DataError, match=r"index\.npz: cannot be read \(.*\); remove .*/val and pack again"):
+        Manifest.from_shards(tmp_path / "val")
+
+
+@pytest.mark.parametrize("inside", ["train", "val/c0", "link"])
+def test_shards_among_the_classes_of_their_source_are_refused(source, cache, tmp_path, inside):
+    (tmp_path / "link").symlink_to(source / "train")
+    place = tmp_path / "link" / "packed" if inside == "link" else source / inside / "packed"
+    with pytest.raises(DataError, match=r"/packed: lies in .*, whose folders are classes; give another"):
+        pack(str(source), str(place), **OPTIONS, cache_dir=str(cache))
+    assert not place.exists()
+
+
 @pytest.fixture
 def photo() -> Image.Image:
     return Image.fromarray(photographs()[1]).resize((96, 64))

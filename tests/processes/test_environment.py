@@ -2,7 +2,11 @@
 
 import datetime
 import os
+import signal
 import socket
+import sys
+import tempfile
+from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
@@ -10,7 +14,8 @@ from helpers.runs import free_port
 
 from cmtrain.cli.main import main
 from cmtrain.processes import collectives
-from cmtrain.processes.environment import check_launcher, ignore_variables
+from cmtrain.processes.environment import check_imports, check_launcher, ignore_variables
+from cmtrain.processes.failure import stop_signals
 from cmtrain.processes.rank import ACCELERATE_LAUNCH, PARENT, is_started_by_launcher
 from cmtrain.training import build
 from pipelines.spec import DataError
@@ -187,3 +192,38 @@ def test_a_port_in_use_is_one_line(environment):
         environment(**TWO | MEETING | {"RANK": "0", "MASTER_PORT": str(taken.getsockname()[1])})
         with pytest.raises(DataError, match=r"^ranks cannot meet at 127.0.0.1:.*in use"):
             collectives.join("gloo", datetime.timedelta(seconds=5))
+
+
+def test_what_an_import_of_torch_or_dali_would_fail_of_is_one_line(environment, monkeypatch):
+    environment(TORCHINDUCTOR_CACHE_DIR="/proc/no/kernels")
+    with pytest.raises(DataError, match=r"^TORCHINDUCTOR_CACHE_DIR='/proc/no/kernels': No such file"):
+        check_imports()
+    environment()
+    check_imports()
+    monkeypatch.setattr(tempfile, "tempdir", "/proc/no")
+    with pytest.raises(DataError, match=r"^TMPDIR: No such file"):
+        check_imports()
+    monkeypatch.setattr(sys, "flags", SimpleNamespace(optimize=2))
+    with pytest.raises(DataError, match=r"^PYTHONOPTIMIZE=2"):
+        check_imports()
+
+
+@pytest.mark.parametrize(
+    "arguments", [["bench"], ["data", "stats", "--config", "configs/demo.yaml"], ["eval", "runs/x"]]
+)
+def test_every_verb_that_loads_torch_checks_that_it_can(
+    environment, monkeypatch, capsys, tmp_path, arguments
+):
+    environment(TORCHINDUCTOR_CACHE_DIR="/proc/no/kernels")
+    (tmp_path / "runs" / "x" / "checkpoints").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 3
+    assert capsys.readouterr().err.splitlines()[-1].startswith("TORCHINDUCTOR_CACHE_DIR=")
+
+
+def test_signals_that_a_library_takes_stay_its_own(monkeypatch):
+    handlers = {signal.SIGUSR1: None}
+    monkeypatch.setattr(signal, "getsignal", lambda number: handlers.get(number, signal.SIG_DFL))
+    assert signal.SIGUSR1 not in stop_signals()
+    handlers.clear()
+    assert signal.SIGUSR1 in stop_signals()

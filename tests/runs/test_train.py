@@ -72,7 +72,7 @@ def test_kill_9_and_the_same_command_again_is_the_run_that_was_never_killed(make
 
 
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR2, 143)]
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 143)]
 )
 def test_a_stop_signal_ends_with_a_checkpoint_at_that_step(make_job, number, code):
     job = make_job(schedule={"epochs": 400})

@@ -11,6 +11,7 @@ from helpers.runs import flip
 from cmtrain.storage.checkpoint import (
     checkpoint_steps,
     drop_old,
+    find_checkpoint,
     load_newest,
     remove_leftovers,
     save_checkpoint,
@@ -85,6 +86,15 @@ def test_another_runs_folder_is_read_and_not_changed(tmp_path):
     flip(save(tmp_path, 2) / "state.safetensors")
     assert load_newest(tmp_path, set_aside=False).state["progress"] == {"step": 1}
     assert checkpoint_steps(tmp_path) == [1, 2]
+
+
+@pytest.mark.parametrize("name", [".", "checkpoints", "repaired", "config.yaml"])
+def test_what_is_no_checkpoint_is_named_with_what_to_give_instead(tmp_path, name):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "repaired").mkdir()
+    (tmp_path / "config.yaml").write_text("model: {}")
+    with pytest.raises(CheckpointError, match="no checkpoint there; give a run folder, or a step-"):
+        find_checkpoint(tmp_path / name)
 
 
 def test_no_checkpoint_is_none(tmp_path):

@@ -347,3 +347,14 @@ def test_a_table_that_is_not_there_is_not_opened(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "open", full)
     assert records_module.keep_lines(tmp_path / "summary.csv", bool) == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("folder", "Is a directory"), ("no/x.json", "No such file"), ("/dev/full", "No space")],
+)
+def test_what_cannot_be_written_is_named_and_not_its_temporary_file(tmp_path, name, text):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError, match=text) as caught:
+        replace_file(tmp_path / name, "x")
+    assert caught.value.filename == str(tmp_path / name)
