@@ -5,13 +5,15 @@
 Synthetic images lie on the device; there is no loader. Writes one JSON line per figure as soon as it is
 known; a case that fails has the error instead. `copy_share` of eager cases is the rate of counted bytes
 (cmtrain/models/cost.py), as a share of the device's own copy rate, which is measured first. The first case
-is also profiled: one line for each of the kernels that a step spends most of its time in.
+is also profiled: one line for each of the kernels that a step spends most of its time in, and one for each
+family of kernels; where the GPU is known, with the time that cmtrain/models/device_time.py predicts.
 """
 
 import argparse
 import json
+import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ import cmtrain.models  # noqa: F401
 from cmtrain.commands.bench.timing import WARMUP_STEPS, Work, best_seconds, laps, measure_ceilings
 from cmtrain.models.blocks import FeedForward, FfnKernel, ResidualDepthwiseConv, attend
 from cmtrain.models.cost import count
+from cmtrain.models.device_time import DEVICES, predict_rows
 from cmtrain.models.fold import folded
 from cmtrain.processes.collectives import set_cuda_math
 
@@ -36,6 +39,17 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 if not ON_GPU:
     DTYPES = dict.fromkeys(DTYPES, torch.float32)
 NUM_KERNELS = 30  # of a profile
+# family -> what its kernels' names have in a profile, and in a prediction; the first that fits
+FAMILIES = {
+    "Triton kernels": (r"^[a-z_]+_kernel$", "_kernel$"),
+    "LayerNorm": ("layer_?norm|RowwiseMoments|GammaBeta", "layer_norm"),
+    "BatchNorm": ("batch_norm|bn_[fb]w", "batch_norm"),
+    "attention": ("fmha|attention", "attention"),
+    "convolutions": ("conv|fprop|dgrad|wgrad|cudnn", "convolution"),
+    "products": ("gemm|nvjet|splitk|cutlass", "mm$"),
+    "sums": ("reduce_kernel", "^sum"),
+    "others": ("", ""),
+}
 
 
 @dataclass(frozen=True)
@@ -143,21 +157,57 @@ def profile_rows(case: Case, batch: int, image_px: int) -> Iterator[dict[str, An
     mean_seconds(work, 1)  # warms up
     with profile(activities=[ProfilerActivity.CUDA if ON_GPU else ProfilerActivity.CPU]) as profiled:
         best_seconds(work, 1, device=DEVICE)
-    yield from dearest_kernels(profiled.key_averages(), DeviceType.CUDA if ON_GPU else DeviceType.CPU)
+    device = DeviceType.CUDA if ON_GPU else DeviceType.CPU
+    predicted = predicted_ms(model, batch, image_px)
+    for row in dearest_kernels(profiled.key_averages(), device):
+        name = row["kernel"]
+        yield row | ({"predicted_ms": predicted[name]} if name in predicted else {})
+    if predicted:
+        ran = {name: us / 1000 for name, _, us in kernels_of(profiled.key_averages(), device)}
+        yield from families(ran, predicted)
+
+
+def predicted_ms(model: torch.nn.Module, batch: int, image_px: int) -> dict[str, float]:
+    """Return the predicted milliseconds of each kernel of forward and backward pass; none for other GPUs."""
+    gpu = next((gpu for gpu in DEVICES if ON_GPU and gpu in torch.cuda.get_device_name().lower()), None)
+    times: dict[str, float] = {}
+    if gpu is not None:
+        calls = count(model, image_px=image_px, batch=batch).calls
+        for row in predict_rows(calls, DEVICES[gpu]):
+            times[row["kernel"]] = times.get(row["kernel"], 0.0) + row["ms"]
+    return times
+
+
+def families(measured: dict[str, float], predicted: dict[str, float]) -> Iterator[dict[str, Any]]:
+    """Yield the milliseconds of each family of kernels, measured and predicted."""
+    for family in FAMILIES:
+        both = (
+            sum(ms for name, ms in times.items() if family_of(name, column) == family)
+            for column, times in enumerate((measured, predicted))
+        )
+        yield {"family": family, **dict(zip(("total_ms", "predicted_ms"), both, strict=True))}
+
+
+def family_of(kernel: str, column: int) -> str:
+    fits = (name for name, what in FAMILIES.items() if re.search(what[column], kernel, re.IGNORECASE))
+    return next(fits)
+
+
+def kernels_of(events: Iterable[Any], device: DeviceType) -> list[tuple[str, int, float]]:
+    """Return name, calls and microseconds of a profile's kernels, or of its operators on a CPU."""
+    own_us = {DeviceType.CPU: "self_cpu_time_total"}.get(device, "self_device_time_total")
+    ran = [event for event in events if event.device_type == device and not event.is_user_annotation]
+    return [(event.key, event.count, getattr(event, own_us)) for event in ran]
 
 
 def dearest_kernels(events: Sequence[Any], device: DeviceType) -> Iterator[dict[str, Any]]:
     """Yield the totals of a profile's kernels, or of its operators on a CPU, then the dearest of them."""
-    own_us = {DeviceType.CPU: "self_cpu_time_total"}.get(device, "self_device_time_total")
-    ran = [event for event in events if event.device_type == device and not event.is_user_annotation]
-    ran.sort(key=lambda event: getattr(event, own_us), reverse=True)
-    total_us = sum(getattr(event, own_us) for event in ran)
-    calls = sum(event.count for event in ran)
+    ran = sorted(kernels_of(events, device), key=lambda kernel: -kernel[2])
+    total_us = sum(us for _, _, us in ran)
+    calls = sum(calls for _, calls, _ in ran)
     yield {"kernel": "all", "calls": calls, "total_ms": total_us / 1000, "share": 1.0}
-    for event in ran[:NUM_KERNELS]:
-        us = getattr(event, own_us)
-        row = {"kernel": event.key[:160], "calls": event.count, "total_ms": us / 1000}
-        yield row | {"share": us / total_us}
+    for name, calls, us in ran[:NUM_KERNELS]:
+        yield {"kernel": name[:160], "calls": calls, "total_ms": us / 1000, "share": us / total_us}
 
 
 def attention_times(batch: int, steps: int) -> Iterator[dict[str, Any]]:

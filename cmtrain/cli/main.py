@@ -42,6 +42,7 @@ DEMO_PHOTOS = [
     ("augment.hflip", "0.5"), ("expect.top1", "0.85"),
 ]  # fmt: skip
 BENCHMARKS = ("loader", "model", "latency", "train", "all")
+PREDICTED = ("h100", "h200", "a100", "l40s")
 
 HELP = """\
 usage: cmtrain [train] --config FILE [options] [--SECTION.KEY VALUE ...]
@@ -238,14 +239,19 @@ def _bench(arguments: list[str]) -> int:
     add("--rounds", type=positive, default=5, metavar="N", help=rounds)
     beside = "timm models to time, too (model, latency)"
     add("--beside", type=_names, default="resnet50,efficientnet_b0", metavar="NAMES", help=beside)
+    predict = "predict the step of --what model on this GPU, kernel by kernel; needs no GPU and no data"
+    add("--predict", choices=PREDICTED, help=predict)
     add("--compare", metavar="FILE", help="JSON of an earlier run to compare rates with")
     add("--fail-below", type=factor, metavar="X", help="exit code 5 where a rate is below X times that")
     add_json(parser, to_file=True)
     options, resolved = parse_with_config(parser, arguments)
     if options.fail_below is not None and not options.compare:
         raise ConfigError("--fail-below: needs --compare FILE, the earlier run")
+    if options.predict and (options.what != "model" or options.compare):
+        raise ConfigError("--predict: needs --what model, and does not go with --compare")
     start.announce(f"bench of {options.config}: {options.what}")
-    start.check_places(resolved.config)
+    if not options.predict:
+        start.check_places(resolved.config)
     start.loading()
     from cmtrain.commands.bench.bench import bench
 

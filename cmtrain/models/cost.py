@@ -8,7 +8,7 @@ import collections
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +22,21 @@ from torch.utils.flop_counter import FlopCounterMode
 from cmtrain.models.blocks import FusedPart
 
 NO_KERNEL = {"_unsafe_view", "detach", "alias", "lift_fresh"}
+NO_LIBRARY = {"prim", "profiler"}
 
 
 # ---- bytes and kernels
+
+
+class Call(NamedTuple):
+    """An operation on a GPU. `alignment`: bytes, at most 16, at whose multiples all rows begin."""
+
+    name: str
+    library: str  # "aten", or "cmtrain" for our own kernels
+    inputs: tuple[torch.Size, ...]
+    outputs: tuple[torch.Size, ...]
+    bytes: int
+    alignment: int
 
 
 @dataclass(frozen=True)
@@ -36,6 +48,7 @@ class Traffic:
     forward_kernels: int
     backward_kernels: int
     bytes_by_op: dict[str, float]  # both passes, the largest first
+    calls: list[Call]
 
     @property
     def total_bytes(self) -> float:
@@ -55,21 +68,25 @@ def count(
     optimizer, no cache. The model is not changed and may be on any device, also "meta". Where a CMT's
     `ffn_kernel` is "auto", the GPU decides.
     """
-    counter = _Counter()
+    counter = Counter()
     with FakeTensorMode():
         tensors = {name: _fake(parameter).requires_grad_() for name, parameter in model.named_parameters()}
         tensors |= {name: _fake(buffer) for name, buffer in model.named_buffers()}
         images = torch.empty(batch, 3, image_px, image_px, dtype=dtype).to(memory_format=torch.channels_last)
-        with counter, _Cuda(), torch.set_grad_enabled(model.training):
+        with counter, AsOnCuda(), torch.set_grad_enabled(model.training):
             with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
                 logits = torch.func.functional_call(model, tensors, (images,))
-            forward_bytes, forward_kernels = counter.bytes.total(), counter.kernels
+            num_forward = len(counter.calls)
             if model.training:
                 logits.backward(torch.empty_like(logits))
+    forward_bytes = sum(call.bytes for call in counter.calls[:num_forward])
+    by_op = collections.Counter[str]()
+    for call in counter.calls:
+        by_op[call.name] += call.bytes
     return Traffic(
-        forward_bytes / batch, (counter.bytes.total() - forward_bytes) / batch,
-        forward_kernels, counter.kernels - forward_kernels,
-        {name: amount / batch for name, amount in counter.bytes.most_common()},
+        forward_bytes / batch, (by_op.total() - forward_bytes) / batch, num_forward,
+        len(counter.calls) - num_forward, {name: moved / batch for name, moved in by_op.most_common()},
+        counter.calls,
     )  # fmt: skip
 
 
@@ -77,27 +94,29 @@ def _fake(tensor: Tensor) -> Tensor:
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
 
 
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
 def _bytes(tree: Any) -> int:
     total = 0
-    for tensor in tree_leaves(tree):
-        if isinstance(tensor, Tensor):  # an expanded side has stride 0: it is read once, then from a cache
-            sides = [side for side, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride]
-            total += math.prod(sides) * tensor.element_size()
+    for tensor in _tensors(tree):  # an expanded side has stride 0: it is read once, then from a cache
+        sides = [side for side, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride]
+        total += math.prod(sides) * tensor.element_size()
     return total
 
 
-class _Counter(TorchDispatchMode):
+class Counter(TorchDispatchMode):
     """Charges every kernel its inputs and outputs, and some kernels for reading an input more than once."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.bytes: collections.Counter[str] = collections.Counter()
-        self.kernels = 0
+        self.calls: list[Call] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         name = func._overloadpacket.__name__
-        if func.is_view or func.namespace == "prim" or name in NO_KERNEL or "empty" in name:
+        if func.is_view or func.namespace in NO_LIBRARY or name in NO_KERNEL or "empty" in name:
             return out
         amount = _bytes((args, kwargs, out))
         if name == "native_batch_norm":  # statistics first, then again to normalise
@@ -106,12 +125,18 @@ class _Counter(TorchDispatchMode):
             amount += _bytes(args[:2])
         elif name == "convolution_backward":  # the gradients of input, weight and bias are three kernels
             amount += _bytes(args[0]) * (sum(args[-1]) - 1)
-        self.bytes[name] += amount
-        self.kernels += 1
+        elif not func._schema.returns:  # it writes into its inputs
+            places = zip(func._schema.arguments, args, strict=False)
+            amount += _bytes([arg for place, arg in places if place.is_write])
+        tensors, given = _tensors((args, kwargs, out)), len(_tensors((args, kwargs)))
+        pitches = [t.element_size() * side for t in tensors for side in t.stride() if side > 1]
+        shapes = tuple(tensor.shape for tensor in tensors)
+        call = name, func.namespace, shapes[:given], shapes[given:], amount, math.gcd(16, *pitches)
+        self.calls.append(Call(*call))
         return out
 
 
-class _Cuda(TorchFunctionMode):
+class AsOnCuda(TorchFunctionMode):
     """Makes fake tensors of the CPU behave like those of CUDA, whose fake backward needs a real device.
 
     The two autocasts differ in rules; those for normalisation, softmax and attention concern a CMT.

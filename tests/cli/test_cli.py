@@ -191,10 +191,16 @@ def test_a_result_does_not_replace_what_was_an_input(calls, capsys, tmp_path, ar
     assert calls == []
 
 
-def test_invalid_choice_is_one_line(capsys):
-    line = refusal(capsys, "bench", "--what", "everything")
-    assert line.startswith("--what: invalid choice: 'everything'")
+@pytest.mark.parametrize(("option", "choice"), [("--what", "everything"), ("--predict", "h300")])
+def test_invalid_choice_is_one_line(capsys, option, choice):
+    line = refusal(capsys, "bench", option, choice)
+    assert line.startswith(f"{option}: invalid choice: '{choice}'")
     assert "\n" not in line
+
+
+def test_a_prediction_is_of_the_model_alone(capsys):
+    line = "--predict: needs --what model, and does not go with --compare"
+    assert refusal(capsys, "bench", "--predict", "h200") == line
 
 
 @pytest.mark.parametrize(("error", "code"), [(ConfigError("a: b"), 2), (DataError("a: b"), 3)])

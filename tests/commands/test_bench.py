@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from helpers.runs import HANG_SECONDS
 from loader_beside_timm import race_loaders, summarise
 from loader_workers import LoaderContender, _cpu_seconds, serve
 
+from cmtrain.cli.main import main
 from cmtrain.commands.bench import bench as bench_command
 from cmtrain.commands.bench.bench import verdict
 from cmtrain.commands.bench.timing import WARMUP_STEPS, Contender, race
@@ -163,7 +165,7 @@ def root(tmp_path_factory):
 
 def bench(what, config, **options):
     """Call bench with the defaults of the command line."""
-    unset = dict.fromkeys(("compare", "fail_below", "json"))
+    unset = dict.fromkeys(("compare", "fail_below", "json", "predict"))
     defaults = {"what": what, "rounds": 5, "beside": []} | unset
     return bench_command.bench(config, argparse.Namespace(**defaults | options))
 
@@ -295,6 +297,41 @@ def test_a_race_alternates_and_its_ratio_is_that_of_a_round():
     slow = contenders[1].figures(contenders[0])
     assert slow["first_is_times"] == pytest.approx(3)
     assert slow["images_per_second"] == pytest.approx((8 / 0.6 + 8 / 2.4) / 2)
+
+
+def test_a_prediction_needs_neither_dali_nor_data_nor_a_gpu(make_job, monkeypatch, capsys):
+    """The rows name every kernel of the step, from the stem's convolution to the EMA; all is predicted."""
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    job = make_job(data={"root": "/nowhere"}, train={"precision": "auto"})
+    path = str(job.folder / "h200.json")
+    options = "--what", "model", "--predict", "h200", "--json", path
+    assert main(["bench", "--config", str(job.config), *options]) == 0
+    out, err = capsys.readouterr()
+    report = json.loads(Path(path).read_text())
+    assert report == json.loads(out)
+    assert report["verdict"] in err
+    assert report["verdict"].startswith("predicted, not measured")
+    assert (report["device"], report["precision"], report["batch"]) == ("h200 (predicted)", "fp16", 8)
+    rows, step = report["rows"], report["figures"].pop("step")
+    assert report["predicted_step_ms"] == step["ms"] == pytest.approx(sum(row["ms"] for row in rows))
+    assert report["predicted_images_per_second"] == pytest.approx(1000 * 8 / step["ms"])
+    assert report["predicted_cautious_images_per_second"] <= report["predicted_images_per_second"]
+    assert report["kernels"] == step["launches"] == sum(row["launches"] for row in rows)
+    assert all(figure.keys() == {"launches", "mb", "ms", "bound"} for figure in report["figures"].values())
+    keys = {"kernel", "sizes", "launches", "mb", "instructions", "ms", "bound", "path"}
+    assert all(row.keys() == keys for row in rows)
+    kernels = {row["kernel"] for row in rows}
+    assert {"convolution", "norm_kernel", "depthwise_grad_kernel", "_log_softmax"} <= kernels
+    assert {"_amp_foreach_non_finite_check_and_unscale_", "_foreach_norm", "_fused_adamw_"} <= kernels
+    assert sum(row["kernel"] == "_foreach_sub" for row in rows) == 1  # of the EMA
+    assert not any(row["kernel"].startswith("zeros_like") for row in rows)  # of the optimizer's first step
+
+
+def test_a_prediction_is_in_half_precision(make_job, capsys):
+    job = make_job(train={"precision": "fp32"})
+    assert main(["bench", "--config", str(job.config), "--what", "model", "--predict", "a100"]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line == "train.precision: --predict knows fp16 and bf16, not fp32"
 
 
 def test_latency_is_of_one_image(root, tmp_path, capsys):

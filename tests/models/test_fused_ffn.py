@@ -12,7 +12,7 @@ import pytest
 import timm
 import torch
 import torch.distributed as dist
-from helpers.compiled import compiled_for_gpus
+from helpers.compiled import compiled_for_gpus, predicted_kernels
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -410,6 +410,9 @@ def test_compiled_for_a_gpu_without_spills_that_matter_and_without_scalar_access
         (kernel["kernel"], kernel["instructions"]) for kernel in found if kernel["kernel"] in INSTRUCTIONS
     ]
     assert all(cost <= INSTRUCTIONS[name] for name, cost in costs), costs
+    if sm == "90":  # as in the table of device_time.py
+        plain = {"depthwise plain", "depthwise_grad plain"}
+        assert predicted_kernels(found, 46) == INSTRUCTIONS.keys() | plain | {"project_grad"}
     # The plain form reads 46 channels 4 bytes at a time, and project makes asynchronous copies.
     found = [kernel for kernel in found if "plain" not in kernel["forms"]]
     wide = {"expand", "depthwise", "project_weight_grad", "project_grad", "depthwise_grad", "expand_grad"}
@@ -426,6 +429,8 @@ def test_every_stage_compiles_without_spills_that_matter(name, dtype):
     )
     assert len(found) == 2 * 4 * NUM_KERNELS
     assert max(kernel["spilled_bytes"] for kernel in found) <= MAX_SPILL
+    if (name, dtype) == ("cmt_ti", "fp16"):
+        predicted_kernels([k for k in found if (k["sm"], k["size"]) == (90, "92:331:20")], 92)
 
 
 # ---- the check before training

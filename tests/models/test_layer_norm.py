@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers.compiled import compiled_for_gpus
+from helpers.compiled import compiled_for_gpus, predicted_kernels
 from timm.layers import DropPath
 from torch import nn
 from torch.overrides import TorchFunctionMode
@@ -262,6 +262,7 @@ def test_compiled_for_a_gpu_the_first_stage_takes_few_instructions_and_no_spill(
     ]  # fmt: skip
     costs = [kernel["instructions"] for kernel in found]
     assert all(cost <= most for cost, most in zip(costs, CEILINGS, strict=True)), costs
+    assert sm != "90" or predicted_kernels(found, 46) == {"norm", "norm_grad"}
     assert max(kernel["registers"] for kernel in found) <= REGISTERS
     assert max(kernel["spilled_bytes"] for kernel in found) == 0
     assert all(kernel["scalars"] == 0 for kernel in found if "kept" not in kernel["forms"])
@@ -275,3 +276,5 @@ def test_every_width_is_compiled_for_gpus_without_spills(name, dtype):
     assert len(found) == 2 * 4 * 6
     assert max(kernel["spilled_bytes"] for kernel in found) == 0
     assert max(kernel["instructions"] for kernel in found) <= 27
+    for width in (str(channels) for channels in SIZES["cmt_ti"].dims if (name, dtype) == ("cmt_ti", "fp16")):
+        predicted_kernels([k for k in found if (k["sm"], k["size"]) == (90, width)], int(width))

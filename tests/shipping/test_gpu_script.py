@@ -221,15 +221,42 @@ def test_the_model_alone_needs_neither_dali_nor_pydantic():
     assert "usage: model_gpu.py" in done.stdout
 
 
-def test_a_profile_counts_kernels_and_neither_operators_nor_annotations():
+@pytest.fixture(scope="module")
+def model_gpu():
     spec = importlib.util.spec_from_file_location("model_gpu", ROOT / "benchmarks" / "model_gpu.py")
-    model_gpu = importlib.util.module_from_spec(spec)
-    sys.modules["model_gpu"] = model_gpu
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["model_gpu"] = module
     try:
-        spec.loader.exec_module(model_gpu)
+        spec.loader.exec_module(module)
     finally:
         del sys.modules["model_gpu"]
+    return module
 
+
+def test_families_of_kernels_stand_measured_beside_predicted(model_gpu, monkeypatch):
+    """Names as profilers print them; those of our kernels and their predictions are the same."""
+    measured = {
+        "depthwise_grad_kernel": 2.0, "void at::native::reduce_kernel<512, 1, ReduceOp<...>>": 1.0,
+        "sm90_xmma_wgrad_implicit_gemm_f16f16_f16f32_f32_nhwckrsc_nhwc_tilesize128x64x64": 3.0,
+        "cutlass_80_tensorop_f16_s16816gemm_f16_64x64_32x6_tn_align2": 4.0,
+        "fmha_cutlassB_f16_aligned_64x64_k64_sm80(PyTorchMemEffAttention::...)": 5.0,
+        "void at::native::(anonymous namespace)::RowwiseMomentsCUDAKernel<float, float, false>": 6.0,
+        "void at::native::vectorized_elementwise_kernel<4, at::native::GeluCUDAKernelImpl>": 7.0,
+    }  # fmt: skip
+    monkeypatch.setattr(model_gpu, "ON_GPU", True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA H200")
+    model = model_gpu.make_model("cmt_micro", 32, "train", "fused")
+    predicted = model_gpu.predicted_ms(model, 4, 32)
+    assert {"depthwise_grad_kernel", "norm_kernel", "convolution", "mm"} <= predicted.keys()
+    rows = {row.pop("family"): row for row in model_gpu.families(measured, predicted)}
+    assert [row["total_ms"] for row in rows.values()] == [2.0, 6.0, 0, 5.0, 3.0, 4.0, 1.0, 7.0]
+    assert sum(row["predicted_ms"] for row in rows.values()) == pytest.approx(sum(predicted.values()))
+    assert [name for name, row in rows.items() if not row["predicted_ms"]] == ["LayerNorm"]  # it is Triton's
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA B200")
+    assert model_gpu.predicted_ms(model, 4, 32) == {}
+
+
+def test_a_profile_counts_kernels_and_neither_operators_nor_annotations(model_gpu):
     def event(key, device_type, count, us, annotates=False):
         return SimpleNamespace(
             key=key, device_type=device_type, count=count, self_device_time_total=us, self_cpu_time_total=7,

@@ -21,6 +21,7 @@ from rich.table import Column, Table
 from cmtrain import __version__
 from cmtrain.commands.bench import timing
 from cmtrain.commands.bench.models import Setup, against_ceilings, time_latency, time_models
+from cmtrain.commands.bench.predict import predict
 from cmtrain.commands.bench.timing import WARMUP_STEPS, Figures, Rows, drain, endless, write_report
 from cmtrain.config.schema import Config
 from cmtrain.errors import EXIT_DONE, EXIT_EXPECTATION
@@ -41,9 +42,10 @@ SAME = ("what", "device", "precision", "compiled", "model", "image_px", "batch",
 # key of a row -> header of its column and unit of its number
 COLUMNS = {
     "images_per_second": ("images/s", ""), "step_ms_mean": ("ms per step", ""), "ms_p50": ("median ms", ""),
-    "ms_p95": ("95 % within, ms", ""),
+    "ms_p95": ("95 % within, ms", ""), "ms": ("ms", ""),
     "data_wait_percent": ("lost to loading", " %"), "first_is_times": ("first is", " x as fast"),
     "uses": ("of the machine's best", ""), "times_earlier": ("earlier rate", " x"),
+    "launches": ("launches", ""), "mb": ("MB", ""), "bound": ("bound by", ""),
 }  # fmt: skip
 USES = {
     "percent_of_copy": "memory {:.0f} %", "percent_of_matrix": "compute {:.0f} %",
@@ -52,6 +54,7 @@ USES = {
 KEYS = {
     "model": ("images_per_second", "ms_p50", "first_is_times", "uses"),
     "latency": ("images_per_second", "ms_p50", "ms_p95", "first_is_times"),
+    "predict": ("launches", "mb", "ms", "bound"),
 }
 RUN_KEYS = ("images_per_second", "step_ms_mean", "data_wait_percent", "uses")
 NUM_PARTS = {"loader": 1, "model": 3, "latency": 1, "all": 4, "train": 1}
@@ -66,6 +69,8 @@ def bench(config: Config, options: argparse.Namespace) -> int:
     an earlier run that cannot be compared.
     """
     what = options.what
+    if options.predict:
+        return _finish(predict(config, options.predict), options.json)
     earlier = _read_earlier(options.compare) if options.compare else None
     accelerator = build.make_accelerator(config.train.precision)
     threads = loaders.split_threads(config, accelerator.device)
@@ -102,12 +107,17 @@ def bench(config: Config, options: argparse.Namespace) -> int:
     report["verdict"] = verdict(figures)
     below = _compare(report, earlier, options.fail_below) if earlier else []
     if accelerator.is_main_process:
-        _show(report)
-        print_result(report, asked=options.json == "")
-        write_report(options.json, report)
+        _finish(report, options.json)
         for line in below:
             sys.stderr.write(f"{line}\n")
     return EXIT_EXPECTATION if below else EXIT_DONE
+
+
+def _finish(report: dict[str, Any], path: str | None) -> int:
+    _show(report)
+    print_result(report, asked=path == "")
+    write_report(path, report)
+    return EXIT_DONE
 
 
 def _time_run(what: str, setup: Setup, images: Manifest) -> Rows:
@@ -240,7 +250,8 @@ def _show(report: dict[str, Any]) -> None:
     keys = [*KEYS.get(report["what"], RUN_KEYS), *["times_earlier"] * compared]
     title = "{model} at {image_px} px, {precision}, {device}, batch {batch}".format(**report)
     columns = (Column(COLUMNS[key][0], justify="right") for key in keys)
-    table = Table("measured", *columns, title=title, title_justify="left", box=None, pad_edge=False)
+    first = "predicted" if report["what"] == "predict" else "measured"
+    table = Table(first, *columns, title=title, title_justify="left", box=None, pad_edge=False)
     for name, row in figures.items():
         table.add_row(name, *(_shown(row, key) for key in keys))
     console.print(table)
@@ -250,6 +261,6 @@ def _show(report: dict[str, Any]) -> None:
 def _shown(row: dict[str, float], key: str) -> str:
     if key == "uses":
         return ", ".join(text.format(row[key]) for key, text in USES.items() if key in row)
-    if (value := row.get(key)) is None:
-        return ""
+    if not isinstance(value := row.get(key, ""), float | int):
+        return value
     return (f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}") + COLUMNS[key][1]
