@@ -51,6 +51,12 @@ def _takes_kernel(kernel: FfnKernel, x: Tensor) -> bool:
     return fused_ffn is not None and x.is_cuda and x.dtype != torch.float64 and _runs_triton(x.device.index)
 
 
+def _has_kernel(part: nn.Module, x: Tensor) -> bool:
+    """Return whether a part with BatchNorms is fused: evaluation has no backward there, and hooks see all."""
+    is_seen = any(layer._forward_hooks for layer in part.children())  # such as by the search for an overflow
+    return not is_seen and (part.training or not torch.is_grad_enabled()) and _takes_kernel(part.kernel, x)
+
+
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Multiply every pixel by the same matrix: (B, C, H, W), (out, C), (out,) -> (B, out, H, W).
 
@@ -179,10 +185,14 @@ class BlockOptions:
 
 
 class Stem(nn.Module):
-    """Three 3x3 convolutions, the first with stride 2, each followed by GELU and BatchNorm in that order."""
+    """Three 3x3 convolutions, the first with stride 2, each followed by GELU and BatchNorm in that order.
 
-    def __init__(self, in_chans: int, channels: int):
+    On a GPU bias, GELU and BatchNorm are Triton kernels (`kernel`: see FeedForward).
+    """
+
+    def __init__(self, in_chans: int, channels: int, kernel: FfnKernel = "auto"):
         super().__init__()
+        self.kernel: FfnKernel = kernel
         self.conv1 = nn.Conv2d(in_chans, channels, 3, stride=2, padding=1)
         self.norm1 = nn.BatchNorm2d(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
@@ -191,9 +201,15 @@ class Stem(nn.Module):
         self.norm3 = nn.BatchNorm2d(channels)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, C, H/2, W/2)
-        x = self.norm1(gelu(self.conv1(x)))
-        x = self.norm2(gelu(self.conv2(x)))
-        return self.norm3(gelu(self.conv3(x)))
+        x = self._layer(self.conv1, self.norm1, x)
+        x = self._layer(self.conv2, self.norm2, x)
+        return self._layer(self.conv3, self.norm3, x)
+
+    def _layer(self, conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
+        if _has_kernel(self, x) and conv.bias is not None:
+            z = conv._conv_forward(x, conv.weight, None)
+            return _map(norm_kernels.gelu_batch_norm(_tokens(z), conv.bias, norm))
+        return norm(gelu(conv(x)))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: float, scale: float) -> Tensor:
@@ -256,12 +272,13 @@ class Attention(nn.Module):
         padding = -head_dim % 8 if tokens.is_cuda else 0
         heads = (self.heads, head_dim + padding)
         if self.reduction > 1:
-            q = self._into_heads(self.q, tokens, padding).view(batch, height * width, *heads).transpose(1, 2)
+            q = self._into_heads(self.q, tokens, padding).view(batch, height * width, *heads)
             kv = self._into_heads(self.kv, self.reduced(tokens), padding)
-            k, v = kv.view(batch, -1, 2, *heads).permute(2, 0, 3, 1, 4)  # (B, h, K, d)
+            k, v = kv.view(batch, -1, 2, *heads).unbind(2)  # (B, K, h, d), and so their gradients are stacked
         else:
             qkv = self._into_heads(self.qkv, tokens, padding)
-            q, k, v = qkv.view(batch, height * width, 3, *heads).permute(2, 0, 3, 1, 4)  # (B, h, N, d)
+            q, k, v = qkv.view(batch, height * width, 3, *heads).unbind(2)
+        q, k, v = (each.transpose(1, 2) for each in (q, k, v))  # (B, h, N, d), (B, h, K, d)
         mixed = attend(q, k, v, bias, self.attn_drop if self.training else 0.0, head_dim**-0.5)
         mixed = mixed.transpose(1, 2).reshape(batch, height, width, -1)
         return self.proj_drop(self._out_of_heads(self.proj, mixed, padding))
@@ -308,20 +325,16 @@ class FeedForward(nn.Module):
         self.project_norm = nn.BatchNorm2d(dim)
         self.drop = nn.Dropout(drop)
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, H, W)
-        if self._is_fused(x):
-            layers = self.expand, self.expand_norm, self.depthwise, self.depthwise_norm, self.project
-            return self.project_norm(fused_ffn.feed_forward(x, *layers, variant=self.variant))
+    # (B, C, H, W) -> (B, C, H, W), and added to `residual`, with dropped paths
+    def forward(self, x: Tensor, residual: Tensor | None = None, drop_path: DropPath | None = None) -> Tensor:
+        if self.drop.p == 0 and _has_kernel(self, x):
+            kept = None if drop_path is None else _kept(x, drop_path)
+            return fused_ffn.feed_forward(x, self, residual, kept)
         x = self.drop(self.expand_norm(gelu(self.expand(x))))
         branch = self.depthwise_norm(gelu(self.depthwise(x)))
         x = branch if self.variant == "paper" else x + branch
-        return self.drop(self.project_norm(self.project(x)))
-
-    def _is_fused(self, x: Tensor) -> bool:
-        if any(layer._forward_hooks for layer in self.children()):
-            return False  # the hooks, such as those of the search for an overflow, must see every layer
-        has_kernel = self.drop.p == 0 and (self.training or not torch.is_grad_enabled())
-        return has_kernel and _takes_kernel(self.kernel, x)
+        branch = self.drop(self.project_norm(self.project(x)))
+        return branch if residual is None or drop_path is None else add_branch(residual, branch, drop_path)
 
 
 class Block(nn.Module):
@@ -351,7 +364,7 @@ class Block(nn.Module):
         x, normed = self.norm1.of_sum(self.lpu(x), None, self.attn_drop_path)
         branch = _map(self.attn(_tokens(normed), bias))
         x, normed = self.norm2.of_sum(x, branch, self.attn_drop_path)
-        return add_branch(x, self.ffn(normed), self.ffn_drop_path)
+        return self.ffn(normed, x, self.ffn_drop_path)
 
 
 class Stage(nn.Module):
@@ -380,7 +393,7 @@ class Stage(nn.Module):
         return x
 
 
-FusedPart = FeedForward | ResidualDepthwiseConv | ChannelNorm  # each has a `kernel`
+FusedPart = FeedForward | ResidualDepthwiseConv | ChannelNorm | Stem  # each has a `kernel`
 
 
 def init_weights(module: nn.Module) -> None:

@@ -116,7 +116,7 @@ class CMT(nn.Module):
         ffn_ratio = size.ffn_ratio if is_paper else size.reimpl_ffn_ratio
         num_blocks = sum(size.depths)
         drop_path_probs = iter([drop_path_rate * i / (num_blocks - 1) for i in range(num_blocks)])
-        self.stem = Stem(in_chans, size.stem_channels)
+        self.stem = Stem(in_chans, size.stem_channels, ffn_kernel)
         self.stages = nn.ModuleList()
         in_channels = size.stem_channels
         for i, (dim, depth, heads, reduction) in enumerate(

@@ -34,20 +34,20 @@ def _upper_tail(z):
 
 
 @triton.jit
-def _gelu(z):
+def gelu(z):
     tail, _ = _upper_tail(z)
     return tl.maximum(z, 0.0) - tl.abs(z) * tail
 
 
 @triton.jit
-def _gelu_and_slope(z):
+def gelu_and_slope(z):
     tail, bell = _upper_tail(z)
     integral = tl.where(z >= 0, 1.0 - tail, tail)
     return z * integral, integral + z * bell * 0.3989422804014327
 
 
 @triton.jit
-def _welford(tile, inside, i, mean, m2):
+def welford(tile, inside, i, mean, m2):
     """Add the i-th tile to mean and squared deviations at each of its places, without cancellation.
 
     Places outside keep theirs. Only the last tiles have such places: every other place has counted i tiles.
@@ -58,8 +58,8 @@ def _welford(tile, inside, i, mean, m2):
 
 
 @triton.jit
-def _over_rows(mean, m2, part, rows, ROWS: tl.constexpr, TILES: tl.constexpr):
-    """Merge _welford's results over the rows of a tile, as Chan et al. do."""
+def over_rows(mean, m2, part, rows, ROWS: tl.constexpr, TILES: tl.constexpr):
+    """Merge welford's results over the rows of a tile, as Chan et al. do."""
     left = rows - part * TILES * ROWS - tl.arange(0, ROWS)
     count = tl.minimum(tl.maximum((left + ROWS - 1) // ROWS, 0), TILES).to(tl.float32)[:, None]
     total = tl.sum(mean * count, 0) / tl.maximum(tl.sum(count), 1.0)
@@ -99,13 +99,13 @@ def expand_kernel(
             product = tl.dot(left, right, product, input_precision=PRECISION)
         at = row[:, None] * P + column[None, :]
         hidden = (product + b[None, :]).to(a.dtype.element_ty)
-        active = _gelu(hidden.to(tl.float32)).to(a.dtype.element_ty)
+        active = gelu(hidden.to(tl.float32)).to(a.dtype.element_ty)
         tl.store(a + at, active, mask=inside)
         if TRAINING:
             tl.store(z + at, hidden, mask=inside)
-            mean, m2 = _welford(active.to(tl.float32), (row < rows)[:, None], i, mean, m2)
+            mean, m2 = welford(active.to(tl.float32), (row < rows)[:, None], i, mean, m2)
     if TRAINING:
-        mean, m2 = _over_rows(mean, m2, part, rows, ROWS, TILES)
+        mean, m2 = over_rows(mean, m2, part, rows, ROWS, TILES)
         tl.store(means + part * P + column, mean, mask=column < P)
         tl.store(m2s + part * P + column, m2, mask=column < P)
 
@@ -176,10 +176,10 @@ def depthwise_kernel(
         hidden = total.to(z.dtype.element_ty)
         tl.store(z + at, hidden, mask=inside)
         if TRAINING:
-            active = _gelu(hidden.to(tl.float32)).to(z.dtype.element_ty).to(tl.float32)
-            mean, m2 = _welford(active, (row < rows)[:, None], i, mean, m2)
+            active = gelu(hidden.to(tl.float32)).to(z.dtype.element_ty).to(tl.float32)
+            mean, m2 = welford(active, (row < rows)[:, None], i, mean, m2)
     if TRAINING:
-        mean, m2 = _over_rows(mean, m2, part, rows, ROWS, TILES)
+        mean, m2 = over_rows(mean, m2, part, rows, ROWS, TILES)
         tl.store(means + part * P + column, mean, mask=column < P)
         tl.store(m2s + part * P + column, m2, mask=column < P)
 
@@ -199,7 +199,7 @@ def project_kernel(
         left_inside = (row < rows)[:, None] & (inner < P)[None, :]
         at = row[:, None] * P + inner[None, :]
         s = tl.load(scale + inner, mask=inner < P, other=0.0)[None, :]
-        left = _gelu(tl.load(z + at, mask=left_inside, other=0.0).to(tl.float32)) * s
+        left = gelu(tl.load(z + at, mask=left_inside, other=0.0).to(tl.float32)) * s
         if SKIP:
             s = tl.load(skip_scale + inner, mask=inner < P, other=0.0)[None, :]
             left += tl.load(skip + at, mask=left_inside, other=0.0).to(tl.float32) * s
@@ -231,7 +231,7 @@ def project_weight_grad_kernel(
         left = tl.load(dy + row[None, :] * C + channel[:, None], mask=left_inside, other=0.0)
         right_inside = (row < end)[:, None] & (column < P)[None, :]
         right = tl.load(z + row[:, None] * P + column[None, :], mask=right_inside, other=0.0)
-        right = _gelu(right.to(tl.float32)).to(z.dtype.element_ty)
+        right = gelu(right.to(tl.float32)).to(z.dtype.element_ty)
         product = tl.dot(left, right, product, input_precision=PRECISION)
     at = part * C * P + channel[:, None] * P + column[None, :]
     tl.store(out + at, product, mask=(channel < C)[:, None] & (column < P)[None, :])
@@ -259,7 +259,7 @@ def project_grad_kernel(
     k0 = tl.load(offset + column, mask=column < P, other=0.0)[None, :]
     inside = (row < rows)[:, None] & (column < P)[None, :]
     at = row[:, None] * P + column[None, :]
-    active, gelu_slope = _gelu_and_slope(tl.load(z + at, mask=inside, other=0.0).to(tl.float32))
+    active, gelu_slope = gelu_and_slope(tl.load(z + at, mask=inside, other=0.0).to(tl.float32))
     gradient = (product * s + k1 * active + k0) * gelu_slope
     tl.store(dz + at, gradient.to(dz.dtype.element_ty), mask=inside)
     if SKIP:
@@ -301,7 +301,7 @@ def depthwise_grad_kernel(
         active = tl.load(z + at, mask=inside, other=0.0).to(tl.float32)
         normal = active
         if not PLAIN:
-            active = _gelu(active).to(z.dtype.element_ty).to(tl.float32)
+            active = gelu(active).to(z.dtype.element_ty).to(tl.float32)
             s = tl.load(scale + column, mask=column < P, other=0.0)[None, :]
             t = tl.load(shift + column, mask=column < P, other=0.0)[None, :]
             normal = tl.where(inside, active * s + t, 0.0)
@@ -371,7 +371,7 @@ def expand_grad_kernel(
         row = ((part * TILES + i) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
         at = row[:, None] * P + column[None, :]
         inside = (row < rows)[:, None] & (column < P)[None, :]
-        active, gelu_slope = _gelu_and_slope(tl.load(z + at, mask=inside, other=0.0).to(tl.float32))
+        active, gelu_slope = gelu_and_slope(tl.load(z + at, mask=inside, other=0.0).to(tl.float32))
         gradient = tl.load(dn + at, mask=inside, other=0.0).to(tl.float32) * s
         gradient = ((gradient + k1 * active + k0) * gelu_slope).to(dz.dtype.element_ty)
         tl.store(dz + at, gradient, mask=inside)

@@ -54,13 +54,13 @@ def padded(hidden: int) -> int:
     return cdiv(hidden, PITCH) * PITCH
 
 
-def _tiles(rows: int, pitch: int) -> int:
+def count_tiles(rows: int, pitch: int) -> int:
     programs = cdiv(rows, ROWS) * cdiv(pitch, MAP_COLUMNS)
     return max(1, min(MAX_TILES, programs // MIN_PROGRAMS))
 
 
-def _num_partials(rows: int, pitch: int) -> int:
-    return cdiv(rows, ROWS * _tiles(rows, pitch))
+def count_parts(rows: int, pitch: int) -> int:
+    return cdiv(rows, ROWS * count_tiles(rows, pitch))
 
 
 def _depthwise_launch(z: Tensor) -> dict[str, int]:
@@ -94,7 +94,7 @@ def expand(x: Tensor, weight: Tensor, bias: Tensor, training: bool) -> tuple[Ten
     """
     (rows, channels), hidden = x.shape, weight.shape[0]
     pitch = padded(hidden)
-    num_partials = _num_partials(rows, pitch)
+    num_partials = count_parts(rows, pitch)
     z = empty(x, rows if training else 0, pitch, dtype=x.dtype)
     a = empty(x, rows, pitch, dtype=x.dtype)
     means, m2s = (empty(x, num_partials if training else 0, pitch) for _ in range(2))
@@ -104,7 +104,7 @@ def expand(x: Tensor, weight: Tensor, bias: Tensor, training: bool) -> tuple[Ten
         kernels.expand_kernel, (cdiv(pitch, columns), num_partials),
         x, weight, bias, z, a, means, m2s, rows,
         C=channels, H=hidden, P=pitch, TRAINING=training, PRECISION=_precision(x),
-        ROWS=ROWS, COLUMNS=columns, INNER=GEMM_INNER, TILES=_tiles(rows, pitch), **LAUNCH,
+        ROWS=ROWS, COLUMNS=columns, INNER=GEMM_INNER, TILES=count_tiles(rows, pitch), **LAUNCH,
     )  # fmt: skip
     return z, a, means, m2s
 
@@ -119,7 +119,7 @@ def normalise(means: Tensor, m2s: Tensor, gamma: Tensor, beta: Tensor, rows: int
     out = empty(means, 5, pitch)
     launch(
         kernels.normalise_kernel, (cdiv(pitch, MAP_COLUMNS),),
-        means, m2s, gamma, beta, out, rows, eps, parts, ROWS * _tiles(rows, pitch),
+        means, m2s, gamma, beta, out, rows, eps, parts, ROWS * count_tiles(rows, pitch),
         H=gamma.shape[0], P=pitch, COLUMNS=MAP_COLUMNS, PARTS=ROWS, **LAUNCH,
     )  # fmt: skip
     return out
@@ -135,14 +135,14 @@ def depthwise(
     weight: nine taps and the bias. Without scale and shift n is a. Also returns sums, like expand.
     """
     rows, pitch = a.shape
-    num_partials = _num_partials(rows, pitch)
+    num_partials = count_parts(rows, pitch)
     z = torch.empty_like(a)
     means, m2s = (empty(a, num_partials if training else 0, pitch) for _ in range(2))
     launch(
         kernels.depthwise_kernel, (cdiv(pitch, MAP_COLUMNS), num_partials),
         a, scale, shift, weight, z, means, m2s, rows,
         HEIGHT=height, WIDTH=width, P=pitch, RESIDUAL=residual, PLAIN=scale is None, TRAINING=training,
-        ROWS=ROWS, COLUMNS=MAP_COLUMNS, TILES=_tiles(rows, pitch), **_depthwise_launch(z),
+        ROWS=ROWS, COLUMNS=MAP_COLUMNS, TILES=count_tiles(rows, pitch), **_depthwise_launch(z),
     )  # fmt: skip
     return z, means, m2s
 
@@ -218,7 +218,7 @@ def depthwise_grad(
     the weight (10, p); the last two, zero where n is z, those of n and of its product with a.
     """
     rows, pitch = z.shape
-    tiles = _tiles(rows, pitch) * (ROWS // GRAD_ROWS)
+    tiles = count_tiles(rows, pitch) * (ROWS // GRAD_ROWS)
     dn, sums = torch.empty_like(z), empty(z, cdiv(rows, GRAD_ROWS * tiles), SUMS, pitch)
     launch(
         kernels.depthwise_grad_kernel, (cdiv(pitch, MAP_COLUMNS), sums.shape[0]),
@@ -253,11 +253,11 @@ def expand_grad(
     dn, z (M, p), the others (p,).
     """
     rows, pitch = z.shape
-    num_partials = _num_partials(rows, pitch)
+    num_partials = count_parts(rows, pitch)
     dz, sums = torch.empty_like(z), empty(z, num_partials, pitch)
     launch(
         kernels.expand_grad_kernel, (cdiv(pitch, MAP_COLUMNS), num_partials),
         dn, z, scale, slope, offset, dz, sums, rows,
-        P=pitch, ROWS=ROWS, COLUMNS=MAP_COLUMNS, TILES=_tiles(rows, pitch), **LAUNCH,
+        P=pitch, ROWS=ROWS, COLUMNS=MAP_COLUMNS, TILES=count_tiles(rows, pitch), **LAUNCH,
     )  # fmt: skip
     return dz, sums

@@ -38,44 +38,61 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cmtrain.models.ffn_operators as ops
+from cmtrain.models.norm_kernels import batch_norm, batch_norm_backward, evaluation, moments, track
 from cmtrain.models.position import Variant
 
 
 class _FeedForward(torch.autograd.Function):
-    """Rows (M, C) -> (M, C), and both norms' batch means and unbiased variances (p,), without gradients.
+    """Rows (M, C) -> (M, C), and the norms' batch means and unbiased variances, without gradients.
 
-    adds_late: the re-implementation's form, which adds n1 to n2, not to the convolution's result.
+    The last norm, with the addition behind it, is left out where gamma3 is None. adds_late: the
+    re-implementation's form, which adds n1 to n2, not to the convolution's result.
     """
 
     @staticmethod
     def forward(
-        ctx, x, w1, b1, gamma1, beta1, taps, gamma2, beta2, w2, b2, height, width, eps1, eps2, adds_late
-    ):
+        ctx, x, w1, b1, gamma1, beta1, taps, gamma2, beta2, w2, b2, gamma3, beta3, residual, kept,
+        height, width, eps, adds_late,
+    ):  # fmt: skip
         rows, hidden = len(x), len(w1)
         # Padded for dX, which takes dz1 with its zero padding: cuBLAS wants inner sizes in multiples of 8.
         w1_padded = w1.new_zeros(ops.padded(hidden), w1.shape[1], dtype=x.dtype)
         w1_padded[:hidden] = w1
         z1, a1, means, m2s = ops.expand(x, w1_padded[:hidden], b1, True)
-        mean1, var1, inverse1, s1, t1 = ops.normalise(means, m2s, gamma1, beta1, rows, eps1).unbind()
+        mean1, var1, inverse1, s1, t1 = ops.normalise(means, m2s, gamma1, beta1, rows, eps[0]).unbind()
         z2, means, m2s = ops.depthwise(a1, s1, t1, taps, height, width, not adds_late, True)
-        mean2, var2, inverse2, s2, t2 = ops.normalise(means, m2s, gamma2, beta2, rows, eps2).unbind()
-        y = _project(z2, s2, t2, w2, b2, (a1, s1, t1) if adds_late else None)
+        mean2, var2, inverse2, s2, t2 = ops.normalise(means, m2s, gamma2, beta2, rows, eps[1]).unbind()
+        out = y = _project(z2, s2, t2, w2, b2, (a1, s1, t1) if adds_late else None)
+        mean3 = var3 = inverse3 = s3 = None
+        if gamma3 is not None:
+            normal3 = ops.normalise(*moments(y, None), gamma3, beta3, rows, eps[2])
+            mean3, var3, inverse3, s3, t3 = normal3.unbind()
+            out = batch_norm(y, None, s3, t3, residual, kept)
         ctx.save_for_backward(
-            x, w1, w1_padded, taps, w2, z1, z2, mean1, inverse1, s1, t1, mean2, inverse2, s2, t2
+            x, w1, w1_padded, taps, w2, z1, z2, mean1, inverse1, s1, t1, mean2, inverse2, s2, t2,
+            None if s3 is None else y, mean3, inverse3, s3, kept,
         )  # fmt: skip
         ctx.size, ctx.adds_late = (height, width), adds_late
-        ctx.mark_non_differentiable(mean1, var1, mean2, var2)
-        return y, mean1, var1, mean2, var2
+        ctx.of_residual = None if residual is None else residual.dtype
+        statistics = mean1, var1, mean2, var2, mean3, var3
+        ctx.mark_non_differentiable(*(each for each in statistics if each is not None))
+        ctx.set_materialize_grads(False)  # zeros for the statistics
+        return out, *statistics
 
     @staticmethod
-    def backward(ctx, dy, *_):
-        x, w1, w1_padded, taps, w2, z1, z2, mean1, inverse1, s1, t1, mean2, inverse2, s2, t2 = (
+    def backward(ctx, dn, *_):
+        x, w1, w1_padded, taps, w2, z1, z2, mean1, inverse1, s1, t1, mean2, inverse2, s2, t2, *last = (
             ctx.saved_tensors
         )
         rows, hidden = len(x), len(w1)
-        dy, w2 = dy.contiguous(), _pad(w2, s2)
+        dn = dy = dn.contiguous()
+        y, *statistics3, kept = last
+        if y is None:
+            db2, dgamma3, dbeta3 = dy.sum(0, dtype=torch.float32), None, None
+        else:  # what a BatchNorm passes on has no mean: db2 is 0
+            dy, db2, dgamma3, dbeta3 = batch_norm_backward(dn, y, None, kept, *statistics3)
+        w2 = _pad(w2, s2)
         g2 = ops.project_weight_grad(dy, z2).sum(0)  # (C, p)
-        db2 = dy.sum(0, dtype=torch.float32)
         dw2 = torch.addcmul(g2 * s2, db2[:, None], t2)
         if ctx.adds_late:
             dw2 += torch.addcmul(ops.project_weight_grad(dy, z1).sum(0) * s1, db2[:, None], t1)
@@ -94,7 +111,8 @@ class _FeedForward(torch.autograd.Function):
         db1, dgamma1, dbeta1 = (v[:hidden] for v in (db1.sum(0), dgamma1, sums[10]))
         return (
             dx, dw1, db1, dgamma1, dbeta1, sums[:10], dgamma2[:hidden], e2[:hidden], dw2[:, :hidden], db2,
-            None, None, None, None, None,
+            dgamma3, dbeta3, None if ctx.of_residual is None else dn.to(ctx.of_residual), None,
+            None, None, None, None,
         )  # fmt: skip
 
 
@@ -128,35 +146,41 @@ def _project(
     return ops.project(z2, s2, w2.to(z2.dtype), b2 + (w2 * shift).sum(1), a1, s1)
 
 
-def feed_forward(
-    x: Tensor, expand: Any, expand_norm: nn.BatchNorm2d, depthwise: nn.Conv2d,
-    depthwise_norm: nn.BatchNorm2d | nn.Identity, project: Any, *, variant: Variant,
-) -> Tensor:  # fmt: skip
-    """Compute the network up to its last BatchNorm: (B, C, H, W) -> (B, C, H, W), channels-last.
+def feed_forward(x: Tensor, layers: Any, residual: Tensor | None, kept: Tensor | None) -> Tensor:
+    """Compute a FeedForward (`layers`), and add it to a residual: maps (B, C, H, W), channels-last.
 
-    expand and project hold a matrix and a bias. In training the norms' running statistics move as torch
-    moves them. Evaluation has no backward here; where folding left an Identity it does not normalise.
+    Returns residual + kept * network(x); kept (B, 1, 1, 1), or None for ones. In training the norms' running
+    statistics move as torch moves them. Evaluation has no backward here; where folding left an Identity it
+    does not normalise.
     """
-    adds_late = variant == "reimpl"
+    expand, project, adds_late = layers.expand, layers.project, layers.variant == "reimpl"
+    norms = norm1, norm2, norm3 = layers.expand_norm, layers.depthwise_norm, layers.project_norm
     rows, (height, width) = _rows(x), x.shape[2:]
-    taps = _taps(depthwise, ops.padded(len(depthwise.weight)))
+    added = None if residual is None else residual.permute(0, 2, 3, 1).reshape(rows.shape)
+    factors = None if kept is None else kept.flatten()
+    taps = _taps(layers.depthwise, ops.padded(len(layers.depthwise.weight)))
     with torch.autocast(x.device.type, enabled=False):
-        if expand_norm.training:
-            assert isinstance(depthwise_norm, nn.BatchNorm2d)
-            y, mean1, var1, mean2, var2 = _FeedForward.apply(
-                rows, expand.weight, expand.bias, expand_norm.weight, expand_norm.bias, taps,
-                depthwise_norm.weight, depthwise_norm.bias, project.weight, project.bias,
-                height, width, expand_norm.eps, depthwise_norm.eps, adds_late,
+        if norm1.training:
+            out, *statistics = _FeedForward.apply(
+                rows, expand.weight, expand.bias, norm1.weight, norm1.bias, taps, norm2.weight, norm2.bias,
+                project.weight, project.bias, *((norm3.weight, norm3.bias) if norm3.training else (None, None)),
+                added, factors, height, width, tuple(norm.eps for norm in norms), adds_late,
             )  # fmt: skip
-            _track(expand_norm, mean1, var1)
-            _track(depthwise_norm, mean2, var2)
+            for norm, mean, var in zip(norms, statistics[::2], statistics[1::2], strict=True):
+                if mean is not None:
+                    track(norm, mean, var)
+            if not norm3.training:
+                branch = norm3(_map(out, x))
+                kept = torch.ones_like(branch[:1, :1, :1, :1]) if kept is None else kept
+                return branch if residual is None else torch.addcmul(residual, kept, branch)
         else:
             _, a, *_ = ops.expand(rows, expand.weight.to(rows.dtype), expand.bias, False)
-            s1, t1 = _evaluation(expand_norm, expand.bias)
+            s1, t1 = _evaluation(norm1, expand.bias)
             z, *_ = ops.depthwise(a, s1, t1, taps, height, width, not adds_late, False)
-            s2, t2 = _evaluation(depthwise_norm, expand.bias)
+            s2, t2 = _evaluation(norm2, expand.bias)
             y = _project(z, s2, t2, project.weight, project.bias, (a, s1, t1) if adds_late else None)
-    return _map(y, x)
+            out = batch_norm(y, None, *evaluation(norm3, project.bias), added, factors)
+    return _map(out, x)
 
 
 def residual_depthwise(x: Tensor, depthwise: nn.Conv2d) -> Tensor:
@@ -182,20 +206,8 @@ def _map(rows: Tensor, like: Tensor) -> Tensor:  # (M, C) -> (B, C, H, W)
     return rows.view(batch, height, width, -1).permute(0, 3, 1, 2)
 
 
-@torch.no_grad()
-def _track(norm: Any, mean: Tensor, var: Tensor) -> None:
-    """Update the running statistics of a BatchNorm as torch's batch_norm does."""
-    hidden = len(norm.running_mean)
-    norm.num_batches_tracked.add_(1)
-    torch._foreach_lerp_([norm.running_mean, norm.running_var], [mean[:hidden], var[:hidden]], norm.momentum)
-
-
 def _evaluation(norm: Any, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Return scale and shift (p,) of a BatchNorm in evaluation, or of the Identity that folding left."""
-    if isinstance(norm, nn.Identity):
-        scale, shift = torch.ones_like(like), torch.zeros_like(like)
-    else:
-        scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
-        shift = norm.bias - norm.running_mean * scale
+    """Return scale and shift (p,) of a norm in evaluation."""
+    scale, shift = evaluation(norm, like)
     padding = (0, ops.padded(len(scale)) - len(scale))
     return F.pad(scale, padding), F.pad(shift, padding)

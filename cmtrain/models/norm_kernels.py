@@ -1,4 +1,4 @@
-"""Normalise the channels of every row, many rows a program, and add the branch in front of it in one pass.
+"""Compute LayerNorm with the addition in front of it, and BatchNorm with what is around it, in few passes.
 
 torch's LayerNorm on CUDA spends a block of 512 threads on a row whose width is no multiple of 4, such as
 the 46 channels of CMT-Ti's first stage, and a block of 128 on others. Its time is then instructions, not
@@ -14,9 +14,10 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, nn
 
 import cmtrain.models.ffn_operators as ops
+from cmtrain.models.ffn_kernels import gelu, gelu_and_slope, over_rows, welford
 
 PLACES = 16  # of a thread in a tile; in the backward pass it keeps two sums for each
 TILE = 128 * PLACES
@@ -206,3 +207,229 @@ def add_layer_norm(
     results = _AddNorm.apply(rows, added, None if kept is None else kept.flatten(), weight, bias, eps)
     total, out = (result.view(x.shape) for result in results)
     return total, out
+
+
+# ---- BatchNorm of f(z) = z, or of f(z) = gelu(z + bias), which is computed again in every pass
+
+
+@triton.jit
+def _places(tile, rows, C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    row = tile * ROWS + tl.arange(0, ROWS)[:, None]
+    column = (tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+    return row, column, row.to(tl.int64) * C + column, (row < rows) & (column < C)
+
+
+@triton.jit
+def _biased(z, bias, at, column, inside, C: tl.constexpr, GELU: tl.constexpr):
+    value = tl.load(z + at, mask=inside, other=0.0).to(tl.float32)
+    if GELU:
+        value += tl.load(bias + column, mask=column < C, other=0.0).to(tl.float32)
+    return value
+
+
+@triton.jit
+def moments_kernel(
+    z, bias, means, m2s, rows,
+    C: tl.constexpr, GELU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    part = tl.program_id(1)
+    mean, m2 = tl.zeros([ROWS, COLUMNS], tl.float32), tl.zeros([ROWS, COLUMNS], tl.float32)
+    for i in range(TILES):
+        row, column, at, inside = _places(part * TILES + i, rows, C, ROWS, COLUMNS)
+        value = _biased(z, bias, at, column, inside, C, GELU)
+        mean, m2 = welford(gelu(value) if GELU else value, row < rows, i, mean, m2)
+    mean, m2 = over_rows(mean, m2, part, rows, ROWS, TILES)
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    tl.store(means + part * C + column, mean, mask=column < C)
+    tl.store(m2s + part * C + column, m2, mask=column < C)
+
+
+@triton.jit
+def batch_norm_kernel(
+    z, bias, scale, shift, skip, kept, out, rows,
+    C: tl.constexpr, PIXELS: tl.constexpr, GELU: tl.constexpr, SKIP: tl.constexpr, KEPT: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    for i in range(TILES):
+        row, column, at, inside = _places(tl.program_id(1) * TILES + i, rows, C, ROWS, COLUMNS)
+        value = _biased(z, bias, at, column, inside, C, GELU)
+        value = gelu(value) if GELU else value
+        value *= tl.load(scale + column, mask=column < C, other=0.0)
+        value += tl.load(shift + column, mask=column < C, other=0.0)
+        if KEPT:
+            value *= tl.load(kept + row // PIXELS, mask=row < rows, other=0.0).to(tl.float32)
+        if SKIP:
+            value += tl.load(skip + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(out + at, value.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def batch_norm_sums_kernel(
+    dn, z, bias, kept, sums, rows,
+    C: tl.constexpr, PIXELS: tl.constexpr, GELU: tl.constexpr, KEPT: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    part = tl.program_id(1)
+    e, d = tl.zeros([ROWS, COLUMNS], tl.float32), tl.zeros([ROWS, COLUMNS], tl.float32)
+    for i in range(TILES):
+        row, column, at, inside = _places(part * TILES + i, rows, C, ROWS, COLUMNS)
+        gradient = tl.load(dn + at, mask=inside, other=0.0).to(tl.float32)
+        if KEPT:
+            gradient *= tl.load(kept + row // PIXELS, mask=row < rows, other=0.0).to(tl.float32)
+        value = _biased(z, bias, at, column, inside, C, GELU)
+        e += gradient
+        d += gradient * (gelu(value) if GELU else value)
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    tl.store(sums + part * 2 * C + column, tl.sum(d, 0), mask=column < C)
+    tl.store(sums + part * 2 * C + C + column, tl.sum(e, 0), mask=column < C)
+
+
+@triton.jit
+def batch_norm_grad_kernel(
+    dn, z, bias, kept, scale, slope, offset, dz, sums, rows,
+    C: tl.constexpr, PIXELS: tl.constexpr, GELU: tl.constexpr, KEPT: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    part = tl.program_id(1)
+    taken = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for i in range(TILES):
+        row, column, at, inside = _places(part * TILES + i, rows, C, ROWS, COLUMNS)
+        gradient = tl.load(dn + at, mask=inside, other=0.0).to(tl.float32)
+        if KEPT:
+            gradient *= tl.load(kept + row // PIXELS, mask=row < rows, other=0.0).to(tl.float32)
+        value = _biased(z, bias, at, column, inside, C, GELU)
+        gelu_slope = 1.0
+        if GELU:
+            value, gelu_slope = gelu_and_slope(value)
+        gradient *= tl.load(scale + column, mask=column < C, other=0.0)
+        gradient += value * tl.load(slope + column, mask=column < C, other=0.0)
+        gradient += tl.load(offset + column, mask=column < C, other=0.0)
+        gradient = (gradient * gelu_slope).to(dz.dtype.element_ty)
+        tl.store(dz + at, gradient, mask=inside)
+        if GELU:
+            taken += tl.where(inside, gradient.to(tl.float32), 0.0)
+    if GELU:
+        column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+        tl.store(sums + part * C + column, tl.sum(taken, 0), mask=column < C)
+
+
+def _tiled(z: Tensor, bias: Tensor | None, kept: Tensor | None = None) -> tuple[int, dict[str, Any]]:
+    """Return the parts of the rows, each with its program, and the constants of a launch."""
+    (rows, channels), columns = z.shape, min(ops.MAP_COLUMNS, triton.next_power_of_2(z.shape[1]))
+    constants = {"C": channels, "GELU": bias is not None, **_kept(kept, z)}
+    tile = {"ROWS": ops.ROWS, "COLUMNS": columns, "TILES": ops.count_tiles(rows, channels)}
+    return ops.count_parts(rows, channels), constants | tile | LAUNCH
+
+
+@ops.operator
+def moments(z: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return means and squared deviations of f(z) (M, C) in parts of the rows, (parts, C); bias (C,)."""
+    parts, constants = _tiled(z, bias)
+    means, m2s = (ops.empty(z, parts, z.shape[1]) for _ in range(2))
+    del constants["KEPT"], constants["PIXELS"]
+    ops.launch(
+        moments_kernel, (ops.cdiv(z.shape[1], constants["COLUMNS"]), parts),
+        z, z if bias is None else bias, means, m2s, len(z), **constants,
+    )  # fmt: skip
+    return means, m2s
+
+
+@ops.operator
+def batch_norm(
+    z: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor, skip: Tensor | None, kept: Tensor | None
+) -> Tensor:
+    """skip + kept * (scale * f(z) + shift) -> (M, C). z, skip (M, C), scale, shift (C,), kept (B,)."""
+    parts, constants = _tiled(z, bias, kept)
+    dtype = z.dtype if skip is None else torch.promote_types(z.dtype, skip.dtype)
+    out = ops.empty(z, *z.shape, dtype=dtype)
+    ops.launch(
+        batch_norm_kernel, (ops.cdiv(z.shape[1], constants["COLUMNS"]), parts),
+        z, z if bias is None else bias, scale, shift, z if skip is None else skip, z if kept is None else kept,
+        out, len(z), SKIP=skip is not None, **constants,
+    )  # fmt: skip
+    return out
+
+
+@ops.operator
+def batch_norm_sums(dn: Tensor, z: Tensor, bias: Tensor | None, kept: Tensor | None) -> Tensor:
+    """Return the sums of kept * dn * f(z) and of kept * dn in parts of the rows, (parts, 2, C)."""
+    parts, constants = _tiled(z, bias, kept)
+    sums = ops.empty(z, parts, 2, z.shape[1])
+    ops.launch(
+        batch_norm_sums_kernel, (ops.cdiv(z.shape[1], constants["COLUMNS"]), parts),
+        dn, z, z if bias is None else bias, z if kept is None else kept, sums, len(z), **constants,
+    )  # fmt: skip
+    return sums
+
+
+@ops.operator
+def batch_norm_grad(
+    dn: Tensor, z: Tensor, bias: Tensor | None, kept: Tensor | None,
+    scale: Tensor, slope: Tensor, offset: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(scale * kept * dn + slope * f(z) + offset) * f'(z) -> (M, C), and its sums (parts, C) with a bias."""
+    parts, constants = _tiled(z, bias, kept)
+    dz, sums = torch.empty_like(z), ops.empty(z, 0 if bias is None else parts, z.shape[1])
+    ops.launch(
+        batch_norm_grad_kernel, (ops.cdiv(z.shape[1], constants["COLUMNS"]), parts),
+        dn, z, z if bias is None else bias, z if kept is None else kept, scale, slope, offset, dz, sums,
+        len(z), **constants,
+    )  # fmt: skip
+    return dz, sums
+
+
+def batch_norm_backward(
+    dn: Tensor, z: Tensor, bias: Tensor | None, kept: Tensor | None,
+    mean: Tensor, inverse: Tensor, scale: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return the gradients of z (M, C), bias, gamma and beta (C,); that of bias is 0 without one."""
+    d, e = batch_norm_sums(dn, z, bias, kept).sum(0)
+    d_gamma, slope, offset = ops.normalise_grad(d, e, mean, inverse, scale, len(z)).unbind()
+    dz, sums = batch_norm_grad(dn, z, bias, kept, scale, slope, offset)
+    return dz, sums.sum(0), d_gamma, e
+
+
+class _GeluBatchNorm(torch.autograd.Function):
+    """Rows (M, C) -> (M, C), and batch mean and unbiased variance (C,), without gradients."""
+
+    @staticmethod
+    def forward(ctx, z, bias, gamma, beta, eps):
+        mean, var, inverse, scale, shift = ops.normalise(*moments(z, bias), gamma, beta, len(z), eps).unbind()
+        ctx.save_for_backward(z, bias, mean, inverse, scale)
+        ctx.mark_non_differentiable(mean, var)
+        ctx.set_materialize_grads(False)
+        return batch_norm(z, bias, scale, shift, None, None), mean, var
+
+    @staticmethod
+    def backward(ctx, dn, *_):
+        z, bias, *statistics = ctx.saved_tensors
+        return *batch_norm_backward(dn.contiguous(), z, bias, None, *statistics), None
+
+
+def gelu_batch_norm(z: Tensor, bias: Tensor, norm: Any) -> Tensor:
+    """Return norm(gelu(z + bias)), (..., C); like fused_ffn.feed_forward's norms in training and evaluation."""
+    rows = z.reshape(-1, z.shape[-1])
+    with torch.autocast(z.device.type, enabled=False):
+        if norm.training:
+            out, mean, var = _GeluBatchNorm.apply(rows, bias, norm.weight, norm.bias, norm.eps)
+            track(norm, mean, var)
+        else:
+            out = batch_norm(rows, bias, *evaluation(norm, bias), None, None)
+    return out.view(z.shape)
+
+
+@torch.no_grad()
+def track(norm: Any, mean: Tensor, var: Tensor) -> None:
+    """Update the running statistics of a BatchNorm as torch's batch_norm does."""
+    channels = len(norm.running_mean)
+    norm.num_batches_tracked.add_(1)
+    moved = [mean[:channels], var[:channels]]
+    torch._foreach_lerp_([norm.running_mean, norm.running_var], moved, norm.momentum)
+
+
+def evaluation(norm: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Return scale and shift (C,) of a BatchNorm in evaluation, or of the Identity that folding left."""
+    if isinstance(norm, nn.Identity):
+        return torch.ones_like(like), torch.zeros_like(like)
+    scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+    return scale, norm.bias - norm.running_mean * scale
