@@ -18,6 +18,7 @@ from cmtrain.models.position import AbsolutePosition, Variant
 
 try:
     import cmtrain.models.fused_ffn as fused_ffn
+    import cmtrain.models.linear_kernels as linear_kernels
     import cmtrain.models.norm_kernels as norm_kernels
 except ModuleNotFoundError:  # torch's builds for machines without a GPU bring no Triton
     fused_ffn = None  # type: ignore[assignment]
@@ -97,10 +98,9 @@ class TokenLinear(nn.Linear):
         return _tokens(pointwise(_map(tokens), self.weight, self.bias))
 
 
-def depthwise_conv(channels: int, kernel: int, stride: int) -> nn.Conv2d:
-    """Depth-wise convolution. Its weight has the strides of its gradient, channels-last, as DDP wants."""
-    padding = kernel // 2 if stride == 1 else 0
-    conv = nn.Conv2d(channels, channels, kernel, stride, padding, groups=channels)
+def depthwise_conv(channels: int) -> nn.Conv2d:
+    """Depth-wise 3x3 convolution. Its weight has the strides of its gradient, channels-last, as DDP wants."""
+    conv = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
     return conv.to(memory_format=torch.channels_last)
 
 
@@ -123,6 +123,21 @@ class ResidualDepthwiseConv(nn.Conv2d):
             return x + super().forward(x)
         centre = F.pad(self.weight.new_ones(1, 1, 1, 1), (1, 1, 1, 1))
         return self._conv_forward(x, self.weight + centre, self.bias)
+
+
+class PatchConv(nn.Conv2d):
+    """Convolution whose stride is its kernel, dense or depth-wise: (B, C, r H, r W) -> (B, out, H, W).
+
+    On a GPU it is a matrix product in a Triton kernel (`kernel`: see FeedForward).
+    """
+
+    def __init__(self, channels: int, out: int, patch: int, *, groups: int = 1, kernel: FfnKernel = "auto"):
+        super().__init__(channels, out, patch, patch, groups=groups)
+        self.kernel: FfnKernel = kernel
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear_kernels.patch_conv(x, self) if _takes_kernel(self.kernel, x) else super().forward(x)
 
 
 def _kept(x: Tensor, drop_path: DropPath) -> Tensor | None:
@@ -151,23 +166,21 @@ class ChannelNorm(nn.LayerNorm):
         self.kernel = kernel
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = _tokens(x)
         if _takes_kernel(self.kernel, x):
-            return _map(norm_kernels.layer_norm(tokens, self.weight, self.bias, self.eps))
+            return _map(norm_kernels.layer_norm(_tokens(x), self.weight, self.bias, self.eps)[1])
+        tokens = _tokens(x)
         if x.dtype == self.weight.dtype:
             return _map(super().forward(tokens))
         with torch.autocast(x.device.type, enabled=False):
             weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
             return _map(F.layer_norm(tokens, self.normalized_shape, weight, bias, self.eps))
 
-    def of_sum(self, x: Tensor, branch: Tensor | None, drop_path: DropPath) -> tuple[Tensor, Tensor]:
-        """Return x + drop_path(branch), or x alone, and its norm, all (B, C, H, W), in one pass."""
-        if not _takes_kernel(self.kernel, x) or self._forward_hooks:  # hooks: as in FeedForward
-            total = x if branch is None else add_branch(x, branch, drop_path)
-            return total, self(total)
-        kept, added = (None, None) if branch is None else (_kept(x, drop_path), _tokens(branch))
-        both = norm_kernels.add_layer_norm(_tokens(x), added, self.weight, self.bias, self.eps, kept)
-        return _map(both[0]), _map(both[1])
+    def with_input(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return x, for what else uses it, and its norm: on a GPU their gradients are added in one pass."""
+        if not _takes_kernel(self.kernel, x) or self._forward_hooks:  # hooks: as in _has_kernel
+            return x, self(x)
+        tokens, normed = norm_kernels.layer_norm(_tokens(x), self.weight, self.bias, self.eps)
+        return _map(tokens), _map(normed)
 
 
 # ---- blocks
@@ -248,16 +261,17 @@ class Attention(nn.Module):
     def __init__(self, dim: int, heads: int, reduction: int, options: BlockOptions):
         super().__init__()
         self.heads, self.reduction, self.attn_drop = heads, reduction, options.attn_drop
+        self.kernel: FfnKernel = options.ffn_kernel
         if reduction == 1:
             self.qkv = TokenLinear(dim, 3 * dim, bias=options.qkv_bias)
         else:
             self.q = TokenLinear(dim, dim, bias=options.qkv_bias)
             self.kv = TokenLinear(dim, 2 * dim, bias=options.qkv_bias)
             if options.variant == "paper":
-                self.reduce = depthwise_conv(dim, reduction, reduction)
+                self.reduce = PatchConv(dim, dim, reduction, groups=dim, kernel=options.ffn_kernel)
                 self.reduce_norm: nn.Module = nn.BatchNorm2d(dim)
             else:
-                self.reduce = nn.Conv2d(dim, dim, reduction, reduction)
+                self.reduce = PatchConv(dim, dim, reduction, kernel=options.ffn_kernel)
                 self.reduce_norm = ChannelNorm(dim, 1e-5, options.ffn_kernel)
         self.proj = TokenLinear(dim, dim)
         self.proj_drop = nn.Dropout(options.proj_drop)
@@ -265,23 +279,53 @@ class Attention(nn.Module):
     def reduced(self, tokens: Tensor) -> Tensor:  # (B, H, W, C) -> (B, H/r, W/r, C)
         return _tokens(self.reduce_norm(self.reduce(_map(tokens))))
 
-    # (B, H, W, C), (h or 1, N, K) -> (B, H, W, C)
-    def forward(self, tokens: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, bias: Tensor | None, residual: Tensor | None = None,
+        drop_path: DropPath | None = None,
+    ) -> Tensor:  # fmt: skip
+        """(B, H, W, C), (h or 1, N, K) -> (B, H, W, C), added to `residual`, with dropped paths."""
         batch, height, width, dim = tokens.shape
+        is_fused = _has_kernel(self, tokens)
         head_dim = dim // self.heads
-        padding = -head_dim % 8 if tokens.is_cuda else 0
+        padding = -head_dim % 8 if tokens.is_cuda or is_fused else 0
         heads = (self.heads, head_dim + padding)
+
+        def into_heads(linear: nn.Linear, x: Tensor) -> tuple[Tensor, Tensor]:
+            if is_fused:
+                return linear_kernels.project(x, linear, out_head=head_dim)
+            return self._into_heads(linear, x, padding), x
+
         if self.reduction > 1:
-            q = self._into_heads(self.q, tokens, padding).view(batch, height * width, *heads)
-            kv = self._into_heads(self.kv, self.reduced(tokens), padding)
+            q, tokens = into_heads(self.q, tokens)
+            kv, _ = into_heads(self.kv, self.reduced(tokens))
+            q = q.view(batch, height * width, *heads)
             k, v = kv.view(batch, -1, 2, *heads).unbind(2)  # (B, K, h, d), and so their gradients are stacked
         else:
-            qkv = self._into_heads(self.qkv, tokens, padding)
+            qkv, _ = into_heads(self.qkv, tokens)
             q, k, v = qkv.view(batch, height * width, 3, *heads).unbind(2)
         q, k, v = (each.transpose(1, 2) for each in (q, k, v))  # (B, h, N, d), (B, h, K, d)
         mixed = attend(q, k, v, bias, self.attn_drop if self.training else 0.0, head_dim**-0.5)
         mixed = mixed.transpose(1, 2).reshape(batch, height, width, -1)
-        return self.proj_drop(self._out_of_heads(self.proj, mixed, padding))
+        if is_fused:
+            kept, factor = self._kept(tokens, drop_path)
+            return linear_kernels.project(
+                mixed, self.proj, in_head=head_dim, residual=residual, kept=kept, factor=factor
+            )[0]
+        branch = self.proj_drop(self._out_of_heads(self.proj, mixed, padding))
+        if residual is None or drop_path is None:
+            return branch
+        return _tokens(add_branch(_map(residual), _map(branch), drop_path))
+
+    def _kept(self, tokens: Tensor, drop_path: DropPath | None) -> tuple[Tensor | None, float]:
+        """Draw what dropout and dropped paths leave, for `linear_kernels.project`, and the factor of it."""
+        kept = None if drop_path is None else _kept(tokens, drop_path)
+        rate = self.proj_drop.p if self.proj_drop.training else 0.0
+        if not rate:
+            return None if kept is None else kept.flatten(), 1.0
+        mask = torch.empty(tokens.shape, dtype=torch.bool, device=tokens.device).bernoulli_(1 - rate)
+        if kept is None or drop_path is None:
+            return mask, 1 / (1 - rate)
+        return mask & (kept > 0), 1 / (1 - rate) / (1 - drop_path.drop_prob)
 
     def _into_heads(self, linear: nn.Linear, x: Tensor, padding: int) -> Tensor:
         if not padding:
@@ -319,7 +363,7 @@ class FeedForward(nn.Module):
         is_paper = variant == "paper"
         self.expand = PointwiseConv(dim, hidden)
         self.expand_norm = nn.BatchNorm2d(hidden)
-        self.depthwise = ResidualDepthwiseConv(hidden, "eager") if is_paper else depthwise_conv(hidden, 3, 1)
+        self.depthwise = ResidualDepthwiseConv(hidden, "eager") if is_paper else depthwise_conv(hidden)
         self.depthwise_norm = nn.BatchNorm2d(hidden)
         self.project = PointwiseConv(hidden, dim)
         self.project_norm = nn.BatchNorm2d(dim)
@@ -361,9 +405,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, stage_bias: Tensor | None) -> Tensor:  # (B, C, H, W) -> (B, C, H, W)
         bias = stage_bias if self.bias is None else self.bias()
-        x, normed = self.norm1.of_sum(self.lpu(x), None, self.attn_drop_path)
-        branch = _map(self.attn(_tokens(normed), bias))
-        x, normed = self.norm2.of_sum(x, branch, self.attn_drop_path)
+        x, normed = self.norm1.with_input(self.lpu(x))
+        x = _map(self.attn(_tokens(normed), bias, _tokens(x), self.attn_drop_path))
+        x, normed = self.norm2.with_input(x)
         return self.ffn(normed, x, self.ffn_drop_path)
 
 
@@ -375,7 +419,7 @@ class Stage(nn.Module):
         absolute: AbsolutePosition | None, bias: nn.Module | None, blocks: Sequence[Block],
     ):  # fmt: skip
         super().__init__()
-        self.embed = nn.Conv2d(in_channels, dim, 2, stride=2)
+        self.embed = PatchConv(in_channels, dim, 2, kernel=kernel)
         self.norm = ChannelNorm(dim, 1e-5, kernel) if variant == "paper" else None
         self.absolute = absolute
         self.bias = bias
@@ -393,7 +437,7 @@ class Stage(nn.Module):
         return x
 
 
-FusedPart = FeedForward | ResidualDepthwiseConv | ChannelNorm | Stem  # each has a `kernel`
+FusedPart = Attention | FeedForward | ResidualDepthwiseConv | PatchConv | ChannelNorm | Stem  # each has a `kernel`
 
 
 def init_weights(module: nn.Module) -> None:

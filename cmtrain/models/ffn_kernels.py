@@ -96,7 +96,7 @@ def expand_kernel(
             left = tl.load(x + row[:, None] * C + inner[None, :], mask=left_inside, other=0.0)
             right_inside = (inner < C)[:, None] & (column < H)[None, :]
             right = tl.load(weight + column[None, :] * C + inner[:, None], mask=right_inside, other=0.0)
-            product = tl.dot(left, right, product, input_precision=PRECISION)
+            product = tl.dot(left, right.to(left.dtype), product, input_precision=PRECISION)
         at = row[:, None] * P + column[None, :]
         hidden = (product + b[None, :]).to(a.dtype.element_ty)
         active = gelu(hidden.to(tl.float32)).to(a.dtype.element_ty)
@@ -212,29 +212,6 @@ def project_kernel(
 
 
 # ---- backward
-
-
-@triton.jit
-def project_weight_grad_kernel(
-    dy, z, out, rows, rows_a_part,
-    C: tl.constexpr, P: tl.constexpr, PRECISION: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
-):  # fmt: skip
-    part = tl.program_id(2)
-    channel = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    product = tl.zeros([ROWS, COLUMNS], tl.float32)
-    end = tl.minimum((part + 1) * rows_a_part, rows)
-    for first in range(part * rows_a_part, end, INNER):
-        row = (first + tl.arange(0, INNER)).to(tl.int64)
-        left_inside = (channel < C)[:, None] & (row < end)[None, :]
-        left = tl.load(dy + row[None, :] * C + channel[:, None], mask=left_inside, other=0.0)
-        right_inside = (row < end)[:, None] & (column < P)[None, :]
-        right = tl.load(z + row[:, None] * P + column[None, :], mask=right_inside, other=0.0)
-        right = gelu(right.to(tl.float32)).to(z.dtype.element_ty)
-        product = tl.dot(left, right, product, input_precision=PRECISION)
-    at = part * C * P + channel[:, None] * P + column[None, :]
-    tl.store(out + at, product, mask=(channel < C)[:, None] & (column < P)[None, :])
 
 
 @triton.jit
@@ -358,22 +335,28 @@ def normalise_grad_kernel(
 
 @triton.jit
 def expand_grad_kernel(
-    dn, z, scale, slope, offset, dz, sums, rows,
-    P: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr,
+    dn, z, scale, slope, offset, weight, dz, dx, rows,
+    C: tl.constexpr, H: tl.constexpr, P: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
-    part = tl.program_id(1)
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    s = tl.load(scale + column, mask=column < P, other=0.0)[None, :]
-    k1 = tl.load(slope + column, mask=column < P, other=0.0)[None, :]
-    k0 = tl.load(offset + column, mask=column < P, other=0.0)[None, :]
-    taken = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for i in range(TILES):
-        row = ((part * TILES + i) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-        at = row[:, None] * P + column[None, :]
-        inside = (row < rows)[:, None] & (column < P)[None, :]
+    across: tl.constexpr = tl.cdiv(C, COLUMNS)
+    row = (tl.program_id(0) // across * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    column = tl.program_id(0) % across * COLUMNS + tl.arange(0, COLUMNS)
+    product = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for k in range(0, P, INNER):
+        inner = k + tl.arange(0, INNER)
+        at = row[:, None] * P + inner[None, :]
+        inside = (row < rows)[:, None] & (inner < P)[None, :]
         active, gelu_slope = gelu_and_slope(tl.load(z + at, mask=inside, other=0.0).to(tl.float32))
-        gradient = tl.load(dn + at, mask=inside, other=0.0).to(tl.float32) * s
-        gradient = ((gradient + k1 * active + k0) * gelu_slope).to(dz.dtype.element_ty)
-        tl.store(dz + at, gradient, mask=inside)
-        taken += tl.where(inside, gradient.to(tl.float32), 0.0)
-    tl.store(sums + part * P + column, tl.sum(taken, 0), mask=column < P)
+        gradient = tl.load(dn + at, mask=inside, other=0.0).to(tl.float32)
+        gradient *= tl.load(scale + inner, mask=inner < P, other=0.0)[None, :]
+        gradient += active * tl.load(slope + inner, mask=inner < P, other=0.0)[None, :]
+        gradient += tl.load(offset + inner, mask=inner < P, other=0.0)[None, :]
+        left = (gradient * gelu_slope).to(dz.dtype.element_ty)
+        if tl.program_id(0) % across == 0:
+            tl.store(dz + at, left, mask=inside)
+        right_inside = (inner < H)[:, None] & (column < C)[None, :]
+        right = tl.load(weight + inner[:, None] * C + column[None, :], mask=right_inside, other=0.0)
+        product = tl.dot(left, right.to(left.dtype), product, input_precision=PRECISION)
+    inside = (row < rows)[:, None] & (column < C)[None, :]
+    tl.store(dx + row[:, None] * C + column[None, :], product.to(dx.dtype.element_ty), mask=inside)

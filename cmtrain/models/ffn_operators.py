@@ -24,7 +24,7 @@ GEMM_CHANNELS = 128  # most columns of a tile that has the network's input or ou
 MAP_COLUMNS = 32  # columns of every other tile: 64 bytes in half precision, two sectors
 GRAD_ROWS = 32  # rows of a tile of depthwise_grad, which keeps twelve sums for each of its places
 # Consecutive tiles of rows per program: fewer partial sums to add, but programs enough for a large GPU.
-MAX_TILES, MIN_PROGRAMS = 16, 1024
+MAX_TILES, MIN_PROGRAMS = 64, 1024
 SUMS = 12  # sums of depthwise_grad: nine taps, bias, shift, scale
 # So that two or more programs fit a multiprocessor of sm_80 or sm_90.
 LAUNCH = {"num_warps": 8, "enable_fp_fusion": True}
@@ -67,12 +67,12 @@ def _depthwise_launch(z: Tensor) -> dict[str, int]:
     return LAUNCH | {"maxnreg": 128} if z.itemsize == 2 else LAUNCH  # in fp32 that would spill too much
 
 
-def _channel_columns(channels: int, dtype: torch.dtype) -> int:
+def channel_columns(channels: int, dtype: torch.dtype) -> int:
     most = GEMM_CHANNELS if dtype.itemsize < 4 else GEMM_COLUMNS  # fp32 has no registers for more
     return max(GEMM_COLUMNS, min(most, triton.next_power_of_2(channels)))
 
 
-def _precision(x: Tensor) -> str:
+def precision(x: Tensor) -> str:
     # Not allow_tf32, which raises where only fp32_precision was set.
     is_tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if is_tf32 else "ieee"
@@ -103,7 +103,7 @@ def expand(x: Tensor, weight: Tensor, bias: Tensor, training: bool) -> tuple[Ten
     launch(
         kernels.expand_kernel, (cdiv(pitch, columns), num_partials),
         x, weight, bias, z, a, means, m2s, rows,
-        C=channels, H=hidden, P=pitch, TRAINING=training, PRECISION=_precision(x),
+        C=channels, H=hidden, P=pitch, TRAINING=training, PRECISION=precision(x),
         ROWS=ROWS, COLUMNS=columns, INNER=GEMM_INNER, TILES=count_tiles(rows, pitch), **LAUNCH,
     )  # fmt: skip
     return z, a, means, m2s
@@ -157,33 +157,17 @@ def project(
     """
     (rows, pitch), channels = z.shape, weight.shape[0]
     out = empty(z, rows, channels, dtype=z.dtype)
-    columns = _channel_columns(channels, z.dtype)
+    columns = channel_columns(channels, z.dtype)
     launch(
         kernels.project_kernel, (cdiv(rows, ROWS) * cdiv(channels, columns),), z, scale, weight, bias,
         z if skip is None else skip, scale if skip_scale is None else skip_scale, out, rows,
-        C=channels, P=pitch, SKIP=skip is not None, PRECISION=_precision(z),
+        C=channels, P=pitch, SKIP=skip is not None, PRECISION=precision(z),
         ROWS=ROWS, COLUMNS=columns, INNER=GEMM_INNER, **PRODUCT_LAUNCH,
     )  # fmt: skip
     return out
 
 
 # ---- backward
-
-
-@operator
-def project_weight_grad(dy: Tensor, z: Tensor) -> Tensor:
-    """dy.T @ gelu(z), in parts of the rows: (M, C), (M, p) -> (parts, C, p) fp32."""
-    (rows, channels), pitch = dy.shape, z.shape[1]
-    channel_rows = _channel_columns(channels, z.dtype)
-    tiles = cdiv(pitch, GEMM_COLUMNS), cdiv(channels, channel_rows)
-    parts = max(1, min(MIN_PROGRAMS // (tiles[0] * tiles[1]), rows // (ROWS * MAX_TILES)))
-    out = empty(z, parts, channels, pitch)
-    launch(
-        kernels.project_weight_grad_kernel, (*tiles, parts), dy, z, out, rows, cdiv(rows, parts),
-        C=channels, P=pitch, PRECISION=_precision(z),
-        ROWS=channel_rows, COLUMNS=GEMM_COLUMNS, INNER=GEMM_INNER, **LAUNCH,
-    )  # fmt: skip
-    return out
 
 
 @operator
@@ -200,7 +184,7 @@ def project_grad(
     launch(
         kernels.project_grad_kernel, (cdiv(rows, ROWS) * cdiv(pitch, GEMM_COLUMNS),),
         dy, weight, z, scale, slope, offset, dz, dn, rows,
-        C=channels, P=pitch, SKIP=skip, PRECISION=_precision(z),
+        C=channels, P=pitch, SKIP=skip, PRECISION=precision(z),
         ROWS=ROWS, COLUMNS=GEMM_COLUMNS, INNER=GEMM_INNER, **LAUNCH,
     )  # fmt: skip
     return dz, dn
@@ -246,18 +230,19 @@ def normalise_grad(d: Tensor, e: Tensor, mean: Tensor, inverse: Tensor, scale: T
 
 @operator
 def expand_grad(
-    dn: Tensor, z: Tensor, scale: Tensor, slope: Tensor, offset: Tensor
+    dn: Tensor, z: Tensor, scale: Tensor, slope: Tensor, offset: Tensor, weight: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """(scale * dn + slope * gelu(z) + offset) * gelu'(z) -> (M, p), and its sums (parts, p).
+    """dz = (scale * dn + slope * gelu(z) + offset) * gelu'(z) -> (M, p), and dz @ weight (M, C).
 
-    dn, z (M, p), the others (p,).
+    dn, z (M, p), weight (h, C), the others (p,).
     """
-    rows, pitch = z.shape
-    num_partials = count_parts(rows, pitch)
-    dz, sums = torch.empty_like(z), empty(z, num_partials, pitch)
+    (rows, pitch), (hidden, channels) = z.shape, weight.shape
+    dz, dx = torch.empty_like(z), empty(z, rows, channels, dtype=z.dtype)
+    columns = channel_columns(channels, z.dtype)
     launch(
-        kernels.expand_grad_kernel, (cdiv(pitch, MAP_COLUMNS), num_partials),
-        dn, z, scale, slope, offset, dz, sums, rows,
-        P=pitch, ROWS=ROWS, COLUMNS=MAP_COLUMNS, TILES=count_tiles(rows, pitch), **LAUNCH,
+        kernels.expand_grad_kernel, (cdiv(rows, ROWS) * cdiv(channels, columns),),
+        dn, z, scale, slope, offset, weight, dz, dx, rows,
+        C=channels, H=hidden, P=pitch, PRECISION=precision(z),
+        ROWS=ROWS, COLUMNS=columns, INNER=GEMM_INNER, **PRODUCT_LAUNCH,
     )  # fmt: skip
-    return dz, sums
+    return dz, dx

@@ -38,6 +38,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cmtrain.models.ffn_operators as ops
+from cmtrain.models.linear_kernels import weight_grad
 from cmtrain.models.norm_kernels import batch_norm, batch_norm_backward, evaluation, moments, track
 from cmtrain.models.position import Variant
 
@@ -54,11 +55,8 @@ class _FeedForward(torch.autograd.Function):
         ctx, x, w1, b1, gamma1, beta1, taps, gamma2, beta2, w2, b2, gamma3, beta3, residual, kept,
         height, width, eps, adds_late,
     ):  # fmt: skip
-        rows, hidden = len(x), len(w1)
-        # Padded for dX, which takes dz1 with its zero padding: cuBLAS wants inner sizes in multiples of 8.
-        w1_padded = w1.new_zeros(ops.padded(hidden), w1.shape[1], dtype=x.dtype)
-        w1_padded[:hidden] = w1
-        z1, a1, means, m2s = ops.expand(x, w1_padded[:hidden], b1, True)
+        rows = len(x)
+        z1, a1, means, m2s = ops.expand(x, w1, b1, True)
         mean1, var1, inverse1, s1, t1 = ops.normalise(means, m2s, gamma1, beta1, rows, eps[0]).unbind()
         z2, means, m2s = ops.depthwise(a1, s1, t1, taps, height, width, not adds_late, True)
         mean2, var2, inverse2, s2, t2 = ops.normalise(means, m2s, gamma2, beta2, rows, eps[1]).unbind()
@@ -69,7 +67,7 @@ class _FeedForward(torch.autograd.Function):
             mean3, var3, inverse3, s3, t3 = normal3.unbind()
             out = batch_norm(y, None, s3, t3, residual, kept)
         ctx.save_for_backward(
-            x, w1, w1_padded, taps, w2, z1, z2, mean1, inverse1, s1, t1, mean2, inverse2, s2, t2,
+            x, w1, taps, w2, z1, z2, mean1, inverse1, s1, t1, mean2, inverse2, s2, t2,
             None if s3 is None else y, mean3, inverse3, s3, kept,
         )  # fmt: skip
         ctx.size, ctx.adds_late = (height, width), adds_late
@@ -81,7 +79,7 @@ class _FeedForward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dn, *_):
-        x, w1, w1_padded, taps, w2, z1, z2, mean1, inverse1, s1, t1, mean2, inverse2, s2, t2, *last = (
+        x, w1, taps, w2, z1, z2, mean1, inverse1, s1, t1, mean2, inverse2, s2, t2, *last = (
             ctx.saved_tensors
         )
         rows, hidden = len(x), len(w1)
@@ -92,10 +90,10 @@ class _FeedForward(torch.autograd.Function):
         else:  # what a BatchNorm passes on has no mean: db2 is 0
             dy, db2, dgamma3, dbeta3 = batch_norm_backward(dn, y, None, kept, *statistics3)
         w2 = _pad(w2, s2)
-        g2 = ops.project_weight_grad(dy, z2).sum(0)  # (C, p)
+        g2 = weight_grad(dy, z2, None, 1.0, 1, 1, True)[0].sum(0)  # (C, p)
         dw2 = torch.addcmul(g2 * s2, db2[:, None], t2)
         if ctx.adds_late:
-            dw2 += torch.addcmul(ops.project_weight_grad(dy, z1).sum(0) * s1, db2[:, None], t1)
+            dw2 += torch.addcmul(weight_grad(dy, z1, None, 1.0, 1, 1, True)[0].sum(0) * s1, db2[:, None], t1)
         e2 = (w2 * db2[:, None]).sum(0)
         d2 = (w2 * g2).sum(0)
         dgamma2, slope, offset = ops.normalise_grad(d2, e2, mean2, inverse2, s2, rows).unbind()
@@ -104,11 +102,9 @@ class _FeedForward(torch.autograd.Function):
         dn1, sums = ops.depthwise_grad(dz2, skip if ctx.adds_late else None, z1, s1, t1, taps, *ctx.size)
         sums = sums.sum(0)  # (SUMS, p)
         dgamma1, slope, offset = ops.normalise_grad(sums[11], sums[10], mean1, inverse1, s1, rows).unbind()
-        dz1, db1 = ops.expand_grad(dn1, z1, s1, slope, offset)
-
-        dx = dz1 @ w1_padded
-        dw1 = (dz1.t() @ x)[:hidden].to(w1.dtype)
-        db1, dgamma1, dbeta1 = (v[:hidden] for v in (db1.sum(0), dgamma1, sums[10]))
+        dz1, dx = ops.expand_grad(dn1, z1, s1, slope, offset, w1)
+        dw1, db1 = (parts.sum(0) for parts in weight_grad(dz1, x, None, 1.0, 1, 1, False))
+        dw1, db1, dgamma1, dbeta1 = (v[:hidden] for v in (dw1, db1, dgamma1, sums[10]))
         return (
             dx, dw1, db1, dgamma1, dbeta1, sums[:10], dgamma2[:hidden], e2[:hidden], dw2[:, :hidden], db2,
             dgamma3, dbeta3, None if ctx.of_residual is None else dn.to(ctx.of_residual), None,
@@ -174,7 +170,7 @@ def feed_forward(x: Tensor, layers: Any, residual: Tensor | None, kept: Tensor |
                 kept = torch.ones_like(branch[:1, :1, :1, :1]) if kept is None else kept
                 return branch if residual is None else torch.addcmul(residual, kept, branch)
         else:
-            _, a, *_ = ops.expand(rows, expand.weight.to(rows.dtype), expand.bias, False)
+            _, a, *_ = ops.expand(rows, expand.weight, expand.bias, False)
             s1, t1 = _evaluation(norm1, expand.bias)
             z, *_ = ops.depthwise(a, s1, t1, taps, height, width, not adds_late, False)
             s2, t2 = _evaluation(norm2, expand.bias)

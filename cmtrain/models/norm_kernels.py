@@ -33,9 +33,8 @@ def _over_channels(value):  # [CHUNKS, ROWS, COLUMNS] -> [1, ROWS, 1]
 
 @triton.jit
 def norm_kernel(
-    x, branch, kept, weight, bias, total, out, stats, rows, eps,
-    C: tl.constexpr, PIXELS: tl.constexpr, ADD: tl.constexpr, KEPT: tl.constexpr,
-    CHUNKS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    x, weight, bias, out, stats, rows, eps,
+    C: tl.constexpr, CHUNKS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     start = tl.program_id(0) * ROWS
     place = tl.arange(0, ROWS)[None, :, None]
@@ -43,13 +42,6 @@ def norm_kernel(
     row, at = start + place, start.to(tl.int64) * C + (place * C + column)
     inside = (row < rows) & (column < C)
     value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-    if ADD:
-        added = tl.load(branch + at, mask=inside, other=0.0).to(tl.float32)
-        if KEPT:
-            added *= tl.load(kept + row // PIXELS, mask=row < rows, other=0.0).to(tl.float32)
-        rounded = (value + added).to(total.dtype.element_ty)
-        tl.store(total + at, rounded, mask=inside)
-        value = rounded.to(tl.float32)
     mean = _over_channels(value) * (1.0 / C)
     away = tl.where(column < C, value - mean, 0.0)
     inverse = tl.rsqrt(_over_channels(away * away) * (1.0 / C) + eps)
@@ -62,8 +54,8 @@ def norm_kernel(
 
 @triton.jit
 def norm_grad_kernel(
-    dy, skip, x, kept, weight, stats, dx, d_branch, sums, rows,
-    C: tl.constexpr, PIXELS: tl.constexpr, SKIP: tl.constexpr, KEPT: tl.constexpr,
+    dy, skip, x, weight, stats, dx, sums, rows,
+    C: tl.constexpr, SKIP: tl.constexpr,
     CHUNKS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     part = tl.program_id(0)
@@ -89,9 +81,6 @@ def norm_grad_kernel(
         if SKIP:
             gradient += tl.load(skip + at, mask=inside, other=0.0).to(tl.float32)
         tl.store(dx + at, gradient.to(dx.dtype.element_ty), mask=inside)
-        if KEPT:
-            gradient *= tl.load(kept + row // PIXELS, mask=row < rows, other=0.0).to(tl.float32)
-            tl.store(d_branch + at, gradient.to(d_branch.dtype.element_ty), mask=inside)
     to = sums + part * 2 * C + column
     tl.store(to, tl.sum(d_weight, 1)[:, None, :], mask=column < C)
     tl.store(to + C, tl.sum(d_bias, 1)[:, None, :], mask=column < C)
@@ -114,99 +103,63 @@ def _kept(kept: Tensor | None, x: Tensor) -> dict[str, Any]:
 
 
 @ops.operator
-def norm(
-    x: Tensor, branch: Tensor | None, kept: Tensor | None, weight: Tensor, bias: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return x + kept * branch (M, C), its norm (M, C), and mean and 1 / deviation of its rows (2, M) fp32.
-
-    x, branch (M, C), kept (B,), weight, bias (C,). Without a branch the first is empty.
-    """
-    rows, channels = x.shape
-    dtype = x.dtype if branch is None else torch.promote_types(x.dtype, branch.dtype)
-    total = ops.empty(x, 0 if branch is None else rows, channels, dtype=dtype)
-    out, stats = ops.empty(x, rows, channels, dtype=dtype), ops.empty(x, 2, rows)
-    tile = _tile(x)
+def norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return the norm of x (M, C), and mean and 1 / deviation of its rows (2, M) fp32."""
+    out, stats, tile = torch.empty_like(x), ops.empty(x, 2, len(x)), _tile(x)
     ops.launch(
-        norm_kernel, (ops.cdiv(rows, tile["ROWS"]),),
-        x, x if branch is None else branch, x if kept is None else kept, weight, bias, total, out, stats,
-        rows, eps, C=channels, ADD=branch is not None, **_kept(kept, x), **tile, **LAUNCH,
+        norm_kernel, (ops.cdiv(len(x), tile["ROWS"]),),
+        x, weight, bias, out, stats, len(x), eps, C=x.shape[1], **tile, **LAUNCH,
     )  # fmt: skip
-    return total, out, stats
+    return out, stats
 
 
 @ops.operator
 def norm_grad(
-    dy: Tensor, skip: Tensor | None, x: Tensor, kept: Tensor | None, weight: Tensor, stats: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradient of `norm`'s sum x (M, C), that times kept, and sums (parts, 2, C) fp32.
+    dy: Tensor, skip: Tensor | None, x: Tensor, weight: Tensor, stats: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the gradient of `norm`'s x (M, C), and sums (parts, 2, C) fp32: gradients of weight and bias.
 
-    dy, x (M, C), kept (B,), weight (C,), stats (2, M). skip (M, C): the gradient that reached the sum past
-    the norm. Added over parts, the sums are the gradients of weight and bias. Without kept the second is
-    empty.
+    skip (M, C): the gradient that reached x past the norm.
     """
     rows, channels = x.shape
     tile = _tile(x)
     num_tiles = ops.cdiv(rows, tile["ROWS"])
     tiles = max(1, min(ops.MAX_TILES, num_tiles // MIN_PROGRAMS))
-    dx, d_branch = (
-        torch.empty_like(x),
-        ops.empty(x, rows if kept is not None else 0, channels, dtype=x.dtype),
-    )
-    sums = ops.empty(x, ops.cdiv(num_tiles, tiles), 2, channels)
+    dx, sums = torch.empty_like(x), ops.empty(x, ops.cdiv(num_tiles, tiles), 2, channels)
     ops.launch(
         norm_grad_kernel, (len(sums),),
-        dy, dy if skip is None else skip, x, x if kept is None else kept, weight, stats, dx, d_branch, sums,
-        rows, C=channels, SKIP=skip is not None, **_kept(kept, x), **tile, TILES=tiles, **LAUNCH,
+        dy, dy if skip is None else skip, x, weight, stats, dx, sums, rows,
+        C=channels, SKIP=skip is not None, **tile, TILES=tiles, **LAUNCH,
     )  # fmt: skip
-    return dx, d_branch, sums
+    return dx, sums
 
 
-class _AddNorm(torch.autograd.Function):
-    """Rows (M, C), a branch (M, C) or None, kept (B,) or None -> their sum and its norm, both (M, C)."""
+class _LayerNorm(torch.autograd.Function):
+    """Rows (M, C) -> themselves and their norm, both (M, C)."""
 
     @staticmethod
-    def forward(ctx, x, branch, kept, weight, bias, eps):
-        total, out, stats = norm(x, branch, kept, weight, bias, eps)
-        total = x.view_as(x) if branch is None else total
-        ctx.save_for_backward(x if branch is None else total, kept, weight, stats)
-        ctx.dtypes = x.dtype, None if branch is None else branch.dtype, bias.dtype
+    def forward(ctx, x, weight, bias, eps):
+        out, stats = norm(x, weight, bias, eps)
+        ctx.save_for_backward(x, weight, stats)
         ctx.set_materialize_grads(False)
-        return total, out
+        return x.view_as(x), out
 
     @staticmethod
     def backward(ctx, skip, dy):
-        x, kept, weight, stats = ctx.saved_tensors
-        of_x, of_branch, of_bias = ctx.dtypes
+        x, weight, stats = ctx.saved_tensors
         dy = torch.zeros_like(x) if dy is None else dy.contiguous()
-        skip = None if skip is None else skip.contiguous()
-        dx, d_branch, sums = norm_grad(dy, skip, x, kept, weight, stats)
-        d_weight, d_bias = sums.sum(0)
-        if of_branch is not None:
-            d_branch = (dx if kept is None else d_branch).to(of_branch)
-        return (
-            dx.to(of_x), None if of_branch is None else d_branch, None,
-            d_weight.to(weight.dtype), d_bias.to(of_bias), None,
-        )  # fmt: skip
+        dx, sums = norm_grad(dy, None if skip is None else skip.contiguous(), x, weight, stats)
+        return dx, *sums.sum(0).to(weight.dtype), None
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """Return the LayerNorm of (..., C) over its last side, in the dtype of x."""
-    return add_layer_norm(x, None, weight, bias, eps)[1]
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return x (..., C) and its LayerNorm over the last side, in its dtype.
 
-
-def add_layer_norm(
-    x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, eps: float, kept: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Return x + kept * branch, both (B, ..., C), and its LayerNorm. kept: B numbers, or None for ones.
-
-    Without a branch the sum is x. Its gradient and the norm's become one in the backward pass, for which
+    Other uses of x take the former: its gradient and the norm's become one in the backward pass, for which
     torch would read both again.
     """
-    rows = x.reshape(-1, x.shape[-1])
-    added = None if branch is None else branch.reshape(rows.shape)
-    results = _AddNorm.apply(rows, added, None if kept is None else kept.flatten(), weight, bias, eps)
-    total, out = (result.view(x.shape) for result in results)
-    return total, out
+    x_again, out = _LayerNorm.apply(x.reshape(-1, x.shape[-1]), weight, bias, eps)
+    return x_again.view(x.shape), out.view(x.shape)
 
 
 # ---- BatchNorm of f(z) = z, or of f(z) = gelu(z + bias), which is computed again in every pass
@@ -311,6 +264,10 @@ def batch_norm_grad_kernel(
     if GELU:
         column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
         tl.store(sums + part * C + column, tl.sum(taken, 0), mask=column < C)
+
+
+def _kept(kept: Tensor | None, x: Tensor) -> dict[str, Any]:
+    return {"KEPT": kept is not None, "PIXELS": 1 if kept is None else len(x) // len(kept)}
 
 
 def _tiled(z: Tensor, bias: Tensor | None, kept: Tensor | None = None) -> tuple[int, dict[str, Any]]:
