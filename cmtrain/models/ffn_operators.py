@@ -86,40 +86,38 @@ def empty(x: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 @operator
-def expand(x: Tensor, weight: Tensor, bias: Tensor, training: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """gelu(x @ weight.T + bias): (M, C), (h, C), (h,) -> before GELU (M, p), after it (M, p), its sums.
+def expand(x: Tensor, weight: Tensor, bias: Tensor, training: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """gelu(x @ weight.T + bias): (M, C), (h, C), (h,) -> before GELU (M, p), after it (M, p), its moments.
 
-    In training, the sums are (parts, p) means and squared deviations of equal parts of the rows. In
-    evaluation the sums and the tensor before GELU are empty.
+    In training the moments are means and squared deviations of equal parts of the rows, (parts, 2, p). In
+    evaluation they and the tensor before GELU are empty.
     """
     (rows, channels), hidden = x.shape, weight.shape[0]
     pitch = padded(hidden)
-    num_partials = count_parts(rows, pitch)
+    parts = count_parts(rows, pitch)
     z = empty(x, rows if training else 0, pitch, dtype=x.dtype)
-    a = empty(x, rows, pitch, dtype=x.dtype)
-    means, m2s = (empty(x, num_partials if training else 0, pitch) for _ in range(2))
+    a, moments = empty(x, rows, pitch, dtype=x.dtype), empty(x, parts if training else 0, 2, pitch)
     # With few channels the writes bound it, with many the repeated reads of x.
     columns = MAP_COLUMNS if channels <= GEMM_COLUMNS else GEMM_COLUMNS
     launch(
-        kernels.expand_kernel, (cdiv(pitch, columns), num_partials),
-        x, weight, bias, z, a, means, m2s, rows,
+        kernels.expand_kernel, (cdiv(pitch, columns), parts), x, weight, bias, z, a, moments, rows,
         C=channels, H=hidden, P=pitch, TRAINING=training, PRECISION=precision(x),
         ROWS=ROWS, COLUMNS=columns, INNER=GEMM_INNER, TILES=count_tiles(rows, pitch), **LAUNCH,
     )  # fmt: skip
-    return z, a, means, m2s
+    return z, a, moments
 
 
 @operator
-def normalise(means: Tensor, m2s: Tensor, gamma: Tensor, beta: Tensor, rows: int, eps: float) -> Tensor:
-    """Merge the statistics of parts -> (5, p): mean, unbiased variance, 1 / deviation, scale, shift.
+def normalise(moments: Tensor, gamma: Tensor, beta: Tensor, rows: int, eps: float) -> Tensor:
+    """Merge the moments of parts -> (5, p): mean, unbiased variance, 1 / deviation, scale, shift.
 
     scale * a + shift is BatchNorm, which divides by the biased deviation; gamma and beta (h,) are its own.
     """
-    parts, pitch = means.shape
-    out = empty(means, 5, pitch)
+    parts, _, pitch = moments.shape
+    out = empty(moments, 5, pitch)
     launch(
         kernels.normalise_kernel, (cdiv(pitch, MAP_COLUMNS),),
-        means, m2s, gamma, beta, out, rows, eps, parts, ROWS * count_tiles(rows, pitch),
+        moments, gamma, beta, out, rows, eps, parts, ROWS * count_tiles(rows, pitch),
         H=gamma.shape[0], P=pitch, COLUMNS=MAP_COLUMNS, PARTS=ROWS, **LAUNCH,
     )  # fmt: skip
     return out
@@ -129,42 +127,42 @@ def normalise(means: Tensor, m2s: Tensor, gamma: Tensor, beta: Tensor, rows: int
 def depthwise(
     a: Tensor, scale: Tensor | None, shift: Tensor | None, weight: Tensor,
     height: int, width: int, residual: bool, training: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """conv3x3(n), plus n with `residual`, of n = scale * a + shift: (M, p), (p,), (p,), (10, p) -> (M, p).
 
-    weight: nine taps and the bias. Without scale and shift n is a. Also returns sums, like expand.
+    weight: nine taps and the bias. Without scale and shift n is a. Also returns moments, like expand.
     """
     rows, pitch = a.shape
-    num_partials = count_parts(rows, pitch)
-    z = torch.empty_like(a)
-    means, m2s = (empty(a, num_partials if training else 0, pitch) for _ in range(2))
+    parts = count_parts(rows, pitch)
+    z, moments = torch.empty_like(a), empty(a, parts if training else 0, 2, pitch)
     launch(
-        kernels.depthwise_kernel, (cdiv(pitch, MAP_COLUMNS), num_partials),
-        a, scale, shift, weight, z, means, m2s, rows,
+        kernels.depthwise_kernel, (cdiv(pitch, MAP_COLUMNS), parts),
+        a, scale, shift, weight, z, moments, rows,
         HEIGHT=height, WIDTH=width, P=pitch, RESIDUAL=residual, PLAIN=scale is None, TRAINING=training,
         ROWS=ROWS, COLUMNS=MAP_COLUMNS, TILES=count_tiles(rows, pitch), **_depthwise_launch(z),
     )  # fmt: skip
-    return z, means, m2s
+    return z, moments
 
 
 @operator
 def project(
-    z: Tensor, scale: Tensor, weight: Tensor, bias: Tensor, skip: Tensor | None, skip_scale: Tensor | None
-) -> Tensor:
-    """(scale * gelu(z) + skip_scale * skip) @ weight.T + bias -> (M, C).
+    z: Tensor, scale: Tensor, weight: Tensor, bias: Tensor, skip: Tensor | None, skip_scale: Tensor | None,
+    training: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(scale * gelu(z) + skip_scale * skip) @ weight.T + bias -> (M, C), and moments, like expand.
 
     z, skip (M, p), scale, skip_scale (p,), weight (C, p), bias (C,).
     """
     (rows, pitch), channels = z.shape, weight.shape[0]
-    out = empty(z, rows, channels, dtype=z.dtype)
-    columns = channel_columns(channels, z.dtype)
+    parts, columns = count_parts(rows, channels), channel_columns(channels, z.dtype)
+    out, moments = empty(z, rows, channels, dtype=z.dtype), empty(z, parts if training else 0, 2, channels)
     launch(
-        kernels.project_kernel, (cdiv(rows, ROWS) * cdiv(channels, columns),), z, scale, weight, bias,
-        z if skip is None else skip, scale if skip_scale is None else skip_scale, out, rows,
-        C=channels, P=pitch, SKIP=skip is not None, PRECISION=precision(z),
-        ROWS=ROWS, COLUMNS=columns, INNER=GEMM_INNER, **PRODUCT_LAUNCH,
+        kernels.project_kernel, (cdiv(channels, columns), parts), z, scale, weight, bias,
+        z if skip is None else skip, scale if skip_scale is None else skip_scale, out, moments, rows,
+        C=channels, P=pitch, SKIP=skip is not None, TRAINING=training, PRECISION=precision(z),
+        ROWS=ROWS, COLUMNS=columns, INNER=GEMM_INNER, TILES=count_tiles(rows, channels), **PRODUCT_LAUNCH,
     )  # fmt: skip
-    return out
+    return out, moments
 
 
 # ---- backward
@@ -214,16 +212,17 @@ def depthwise_grad(
 
 
 @operator
-def normalise_grad(d: Tensor, e: Tensor, mean: Tensor, inverse: Tensor, scale: Tensor, rows: int) -> Tensor:
+def normalise_grad(d: Tensor, e: Tensor, statistics: Tensor, rows: int) -> Tensor:
     """Return a BatchNorm's d gamma, slope and offset (3, p).
 
     a's gradient is scale * dn + slope * a + offset. d and e (p,): the sums over rows of dn * a and of dn.
+    statistics: of `normalise`.
     """
     pitch = len(d)
     out = empty(d, 3, pitch)
     launch(
-        kernels.normalise_grad_kernel, (cdiv(pitch, MAP_COLUMNS),),
-        d, e, mean, inverse, scale, out, rows, P=pitch, COLUMNS=MAP_COLUMNS, **LAUNCH,
+        kernels.normalise_grad_kernel, (cdiv(pitch, MAP_COLUMNS),), d, e, statistics, out, rows,
+        P=pitch, COLUMNS=MAP_COLUMNS, **LAUNCH,
     )  # fmt: skip
     return out
 

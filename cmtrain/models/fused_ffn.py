@@ -39,12 +39,12 @@ from torch import Tensor, nn
 
 import cmtrain.models.ffn_operators as ops
 from cmtrain.models.linear_kernels import weight_grad
-from cmtrain.models.norm_kernels import batch_norm, batch_norm_backward, evaluation, moments, track
+from cmtrain.models.norm_kernels import batch_norm, batch_norm_grad, evaluation, track
 from cmtrain.models.position import Variant
 
 
 class _FeedForward(torch.autograd.Function):
-    """Rows (M, C) -> (M, C), and the norms' batch means and unbiased variances, without gradients.
+    """Rows (M, C) -> (M, C), and the statistics of the three norms (5, p), without gradients.
 
     The last norm, with the addition behind it, is left out where gamma3 is None. adds_late: the
     re-implementation's form, which adds n1 to n2, not to the convolution's result.
@@ -53,63 +53,62 @@ class _FeedForward(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, x, w1, b1, gamma1, beta1, taps, gamma2, beta2, w2, b2, gamma3, beta3, residual, kept,
-        height, width, eps, adds_late,
+        size, eps, adds_late,
     ):  # fmt: skip
-        rows = len(x)
-        z1, a1, means, m2s = ops.expand(x, w1, b1, True)
-        mean1, var1, inverse1, s1, t1 = ops.normalise(means, m2s, gamma1, beta1, rows, eps[0]).unbind()
-        z2, means, m2s = ops.depthwise(a1, s1, t1, taps, height, width, not adds_late, True)
-        mean2, var2, inverse2, s2, t2 = ops.normalise(means, m2s, gamma2, beta2, rows, eps[1]).unbind()
-        out = y = _project(z2, s2, t2, w2, b2, (a1, s1, t1) if adds_late else None)
-        mean3 = var3 = inverse3 = s3 = None
+        z1, a1, moments = ops.expand(x, w1, b1, True)
+        statistics1 = ops.normalise(moments, gamma1, beta1, len(x), eps[0])
+        *_, s1, t1 = statistics1
+        z2, moments = ops.depthwise(a1, s1, t1, taps, *size, not adds_late, True)
+        statistics2 = ops.normalise(moments, gamma2, beta2, len(x), eps[1])
+        *_, s2, t2 = statistics2
+        y, moments = _project(z2, s2, t2, w2, b2, (a1, s1, t1) if adds_late else None, gamma3 is not None)
+        out, statistics3 = y, None
         if gamma3 is not None:
-            normal3 = ops.normalise(*moments(y, None), gamma3, beta3, rows, eps[2])
-            mean3, var3, inverse3, s3, t3 = normal3.unbind()
-            out = batch_norm(y, None, s3, t3, residual, kept)
+            statistics3 = ops.normalise(moments, gamma3, beta3, len(x), eps[2])
+            out, _ = batch_norm("normal", y, None, residual, kept, *statistics3[3:])
+            ctx.mark_non_differentiable(statistics3)
         ctx.save_for_backward(
-            x, w1, taps, w2, z1, z2, mean1, inverse1, s1, t1, mean2, inverse2, s2, t2,
-            None if s3 is None else y, mean3, inverse3, s3, kept,
-        )  # fmt: skip
-        ctx.size, ctx.adds_late = (height, width), adds_late
+            x, w1, taps, w2, z1, z2, statistics1, statistics2, None if out is y else y, statistics3, kept
+        )
+        ctx.size, ctx.adds_late = size, adds_late
         ctx.of_residual = None if residual is None else residual.dtype
-        statistics = mean1, var1, mean2, var2, mean3, var3
-        ctx.mark_non_differentiable(*(each for each in statistics if each is not None))
-        ctx.set_materialize_grads(False)  # zeros for the statistics
-        return out, *statistics
+        ctx.mark_non_differentiable(statistics1, statistics2)
+        ctx.set_materialize_grads(False)
+        return out, statistics1, statistics2, statistics3
 
     @staticmethod
     def backward(ctx, dn, *_):
-        x, w1, taps, w2, z1, z2, mean1, inverse1, s1, t1, mean2, inverse2, s2, t2, *last = (
-            ctx.saved_tensors
-        )
-        rows, hidden = len(x), len(w1)
-        dn = dy = dn.contiguous()
-        y, *statistics3, kept = last
+        x, w1, taps, w2, z1, z2, statistics1, statistics2, y, statistics3, kept = ctx.saved_tensors
+        hidden, adds_late = len(w1), ctx.adds_late
+        (*_, s1, t1), (*_, s2, t2) = statistics1, statistics2
+        dy, dgamma3, dbeta3 = dn.contiguous(), None, None
+        d_residual = None if ctx.of_residual is None else dy.to(ctx.of_residual)
         if y is None:
-            db2, dgamma3, dbeta3 = dy.sum(0, dtype=torch.float32), None, None
-        else:  # what a BatchNorm passes on has no mean: db2 is 0
-            dy, db2, dgamma3, dbeta3 = batch_norm_backward(dn, y, None, kept, *statistics3)
+            db2 = dy.sum(0, dtype=torch.float32)
+        else:  # db2 is 0, because what a BatchNorm passes on has no mean
+            dy, db2, dgamma3, dbeta3 = batch_norm_grad(dy, y, None, kept, statistics3)
         w2 = _pad(w2, s2)
-        g2 = weight_grad(dy, z2, None, 1.0, 1, 1, True)[0].sum(0)  # (C, p)
+        g2 = _gelu_weight_grad(dy, z2)
         dw2 = torch.addcmul(g2 * s2, db2[:, None], t2)
-        if ctx.adds_late:
-            dw2 += torch.addcmul(weight_grad(dy, z1, None, 1.0, 1, 1, True)[0].sum(0) * s1, db2[:, None], t1)
-        e2 = (w2 * db2[:, None]).sum(0)
-        d2 = (w2 * g2).sum(0)
-        dgamma2, slope, offset = ops.normalise_grad(d2, e2, mean2, inverse2, s2, rows).unbind()
+        if adds_late:
+            dw2 += torch.addcmul(_gelu_weight_grad(dy, z1) * s1, db2[:, None], t1)
+        d2, e2 = (w2 * g2).sum(0), (w2 * db2[:, None]).sum(0)
+        dgamma2, slope, offset = ops.normalise_grad(d2, e2, statistics2, len(x))
 
-        dz2, skip = ops.project_grad(dy, w2.to(dy.dtype), z2, s2, slope, offset, ctx.adds_late)
-        dn1, sums = ops.depthwise_grad(dz2, skip if ctx.adds_late else None, z1, s1, t1, taps, *ctx.size)
+        dz2, skip = ops.project_grad(dy, w2.to(dy.dtype), z2, s2, slope, offset, adds_late)
+        dn1, sums = ops.depthwise_grad(dz2, skip if adds_late else None, z1, s1, t1, taps, *ctx.size)
         sums = sums.sum(0)  # (SUMS, p)
-        dgamma1, slope, offset = ops.normalise_grad(sums[11], sums[10], mean1, inverse1, s1, rows).unbind()
+        dgamma1, slope, offset = ops.normalise_grad(sums[11], sums[10], statistics1, len(x))
         dz1, dx = ops.expand_grad(dn1, z1, s1, slope, offset, w1)
-        dw1, db1 = (parts.sum(0) for parts in weight_grad(dz1, x, None, 1.0, 1, 1, False))
-        dw1, db1, dgamma1, dbeta1 = (v[:hidden] for v in (dw1, db1, dgamma1, sums[10]))
+        dw1, db1 = (parts.sum(0)[:hidden] for parts in weight_grad(dz1, x, None, 1.0, 1, 1, False))
         return (
-            dx, dw1, db1, dgamma1, dbeta1, sums[:10], dgamma2[:hidden], e2[:hidden], dw2[:, :hidden], db2,
-            dgamma3, dbeta3, None if ctx.of_residual is None else dn.to(ctx.of_residual), None,
-            None, None, None, None,
+            dx, dw1, db1, dgamma1[:hidden], sums[10, :hidden], sums[:10], dgamma2[:hidden], e2[:hidden],
+            dw2[:, :hidden], db2, dgamma3, dbeta3, d_residual, None, None, None, None,
         )  # fmt: skip
+
+
+def _gelu_weight_grad(dy: Tensor, z: Tensor) -> Tensor:  # (M, C), (M, p) -> (C, p)
+    return weight_grad(dy, z, None, 1.0, 1, 1, True)[0].sum(0)
 
 
 class _ResidualDepthwise(torch.autograd.Function):
@@ -133,13 +132,14 @@ def _pad(w2: Tensor, s2: Tensor) -> Tensor:  # (C, h) -> (C, p)
 
 
 def _project(
-    z2: Tensor, s2: Tensor, t2: Tensor, w2: Tensor, b2: Tensor, skip: tuple[Tensor, Tensor, Tensor] | None
-) -> Tensor:
-    """Return y. skip: a1, s1 and t1 where n1 is added to n2."""
+    z2: Tensor, s2: Tensor, t2: Tensor, w2: Tensor, b2: Tensor, skip: tuple[Tensor, Tensor, Tensor] | None,
+    training: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return y and, in training, its moments. skip: a1, s1 and t1 where n1 is added to n2."""
     w2 = _pad(w2, s2)
     a1, s1, t1 = skip or (None, None, None)
     shift = t2 if t1 is None else t1 + t2
-    return ops.project(z2, s2, w2.to(z2.dtype), b2 + (w2 * shift).sum(1), a1, s1)
+    return ops.project(z2, s2, w2.to(z2.dtype), b2 + (w2 * shift).sum(1), a1, s1, training)
 
 
 def feed_forward(x: Tensor, layers: Any, residual: Tensor | None, kept: Tensor | None) -> Tensor:
@@ -151,31 +151,33 @@ def feed_forward(x: Tensor, layers: Any, residual: Tensor | None, kept: Tensor |
     """
     expand, project, adds_late = layers.expand, layers.project, layers.variant == "reimpl"
     norms = norm1, norm2, norm3 = layers.expand_norm, layers.depthwise_norm, layers.project_norm
-    rows, (height, width) = _rows(x), x.shape[2:]
+    rows, size = _rows(x), tuple(x.shape[2:])
     added = None if residual is None else residual.permute(0, 2, 3, 1).reshape(rows.shape)
     factors = None if kept is None else kept.flatten()
     taps = _taps(layers.depthwise, ops.padded(len(layers.depthwise.weight)))
     with torch.autocast(x.device.type, enabled=False):
         if norm1.training:
+            last = (norm3.weight, norm3.bias) if norm3.training else (None, None)
             out, *statistics = _FeedForward.apply(
                 rows, expand.weight, expand.bias, norm1.weight, norm1.bias, taps, norm2.weight, norm2.bias,
-                project.weight, project.bias, *((norm3.weight, norm3.bias) if norm3.training else (None, None)),
-                added, factors, height, width, tuple(norm.eps for norm in norms), adds_late,
+                project.weight, project.bias, *last, added, factors, size, tuple(norm.eps for norm in norms),
+                adds_late,
             )  # fmt: skip
-            for norm, mean, var in zip(norms, statistics[::2], statistics[1::2], strict=True):
-                if mean is not None:
-                    track(norm, mean, var)
+            for norm, found in zip(norms, statistics, strict=True):
+                if found is not None:
+                    track(norm, found)
             if not norm3.training:
                 branch = norm3(_map(out, x))
                 kept = torch.ones_like(branch[:1, :1, :1, :1]) if kept is None else kept
                 return branch if residual is None else torch.addcmul(residual, kept, branch)
         else:
-            _, a, *_ = ops.expand(rows, expand.weight, expand.bias, False)
+            _, a, _ = ops.expand(rows, expand.weight, expand.bias, False)
             s1, t1 = _evaluation(norm1, expand.bias)
-            z, *_ = ops.depthwise(a, s1, t1, taps, height, width, not adds_late, False)
+            z, _ = ops.depthwise(a, s1, t1, taps, *size, not adds_late, False)
             s2, t2 = _evaluation(norm2, expand.bias)
-            y = _project(z, s2, t2, project.weight, project.bias, (a, s1, t1) if adds_late else None)
-            out = batch_norm(y, None, *evaluation(norm3, project.bias), added, factors)
+            skip = (a, s1, t1) if adds_late else None
+            y, _ = _project(z, s2, t2, project.weight, project.bias, skip, False)
+            out, _ = batch_norm("normal", y, None, added, factors, *evaluation(norm3, project.bias))
     return _map(out, x)
 
 

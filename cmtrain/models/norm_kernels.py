@@ -32,29 +32,33 @@ def _over_channels(value):  # [CHUNKS, ROWS, COLUMNS] -> [1, ROWS, 1]
 
 
 @triton.jit
+def _normal(x, at, row, column, rows, eps, C: tl.constexpr):
+    """Return a tile of x, normalised, and 1 / deviation of its rows."""
+    value = tl.load(x + at, mask=(row < rows) & (column < C), other=0.0).to(tl.float32)
+    mean = _over_channels(value) * (1.0 / C)
+    away = tl.where(column < C, value - mean, 0.0)
+    inverse = tl.rsqrt(_over_channels(away * away) * (1.0 / C) + eps)
+    return away * inverse, inverse
+
+
+@triton.jit
 def norm_kernel(
-    x, weight, bias, out, stats, rows, eps,
+    x, weight, bias, out, rows, eps,
     C: tl.constexpr, CHUNKS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     start = tl.program_id(0) * ROWS
     place = tl.arange(0, ROWS)[None, :, None]
     column = tl.arange(0, CHUNKS)[:, None, None] * COLUMNS + tl.arange(0, COLUMNS)[None, None, :]
     row, at = start + place, start.to(tl.int64) * C + (place * C + column)
-    inside = (row < rows) & (column < C)
-    value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-    mean = _over_channels(value) * (1.0 / C)
-    away = tl.where(column < C, value - mean, 0.0)
-    inverse = tl.rsqrt(_over_channels(away * away) * (1.0 / C) + eps)
-    tl.store(stats + row, mean, mask=row < rows)
-    tl.store(stats + rows + row, inverse, mask=row < rows)
+    normal, _ = _normal(x, at, row, column, rows, eps, C)
     w = tl.load(weight + column, mask=column < C, other=0.0).to(tl.float32)
     b = tl.load(bias + column, mask=column < C, other=0.0).to(tl.float32)
-    tl.store(out + at, (away * inverse * w + b).to(out.dtype.element_ty), mask=inside)
+    tl.store(out + at, (normal * w + b).to(out.dtype.element_ty), mask=(row < rows) & (column < C))
 
 
 @triton.jit
 def norm_grad_kernel(
-    dy, skip, x, weight, stats, dx, sums, rows,
+    dy, skip, x, weight, dx, sums, rows, eps,
     C: tl.constexpr, SKIP: tl.constexpr,
     CHUNKS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
@@ -68,9 +72,7 @@ def norm_grad_kernel(
         start = (part * TILES + i) * ROWS
         row, at = start + place, start.to(tl.int64) * C + (place * C + column)
         inside = (row < rows) & (column < C)
-        mean = tl.load(stats + row, mask=row < rows, other=0.0)
-        inverse = tl.load(stats + rows + row, mask=row < rows, other=0.0)
-        normal = (tl.load(x + at, mask=inside, other=0.0).to(tl.float32) - mean) * inverse
+        normal, inverse = _normal(x, at, row, column, rows, eps, C)
         gradient = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)  # 0 outside, and so all sums
         d_weight += gradient * normal
         d_bias += gradient
@@ -103,19 +105,19 @@ def _kept(kept: Tensor | None, x: Tensor) -> dict[str, Any]:
 
 
 @ops.operator
-def norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Return the norm of x (M, C), and mean and 1 / deviation of its rows (2, M) fp32."""
-    out, stats, tile = torch.empty_like(x), ops.empty(x, 2, len(x)), _tile(x)
+def norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Return the norm of x (M, C)."""
+    out, tile = torch.empty_like(x), _tile(x)
     ops.launch(
-        norm_kernel, (ops.cdiv(len(x), tile["ROWS"]),),
-        x, weight, bias, out, stats, len(x), eps, C=x.shape[1], **tile, **LAUNCH,
+        norm_kernel, (ops.cdiv(len(x), tile["ROWS"]),), x, weight, bias, out, len(x), eps,
+        C=x.shape[1], **tile, **LAUNCH,
     )  # fmt: skip
-    return out, stats
+    return out
 
 
 @ops.operator
 def norm_grad(
-    dy: Tensor, skip: Tensor | None, x: Tensor, weight: Tensor, stats: Tensor
+    dy: Tensor, skip: Tensor | None, x: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Return the gradient of `norm`'s x (M, C), and sums (parts, 2, C) fp32: gradients of weight and bias.
 
@@ -127,8 +129,7 @@ def norm_grad(
     tiles = max(1, min(ops.MAX_TILES, num_tiles // MIN_PROGRAMS))
     dx, sums = torch.empty_like(x), ops.empty(x, ops.cdiv(num_tiles, tiles), 2, channels)
     ops.launch(
-        norm_grad_kernel, (len(sums),),
-        dy, dy if skip is None else skip, x, weight, stats, dx, sums, rows,
+        norm_grad_kernel, (len(sums),), dy, dy if skip is None else skip, x, weight, dx, sums, rows, eps,
         C=channels, SKIP=skip is not None, **tile, TILES=tiles, **LAUNCH,
     )  # fmt: skip
     return dx, sums
@@ -139,16 +140,16 @@ class _LayerNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, eps):
-        out, stats = norm(x, weight, bias, eps)
-        ctx.save_for_backward(x, weight, stats)
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
         ctx.set_materialize_grads(False)
-        return x.view_as(x), out
+        return x.view_as(x), norm(x, weight, bias, eps)
 
     @staticmethod
     def backward(ctx, skip, dy):
-        x, weight, stats = ctx.saved_tensors
+        x, weight = ctx.saved_tensors
         dy = torch.zeros_like(x) if dy is None else dy.contiguous()
-        dx, sums = norm_grad(dy, None if skip is None else skip.contiguous(), x, weight, stats)
+        dx, sums = norm_grad(dy, None if skip is None else skip.contiguous(), x, weight, ctx.eps)
         return dx, *sums.sum(0).to(weight.dtype), None
 
 
@@ -166,222 +167,127 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Ten
 
 
 @triton.jit
-def _places(tile, rows, C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    row = tile * ROWS + tl.arange(0, ROWS)[:, None]
-    column = (tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
-    return row, column, row.to(tl.int64) * C + column, (row < rows) & (column < C)
-
-
-@triton.jit
-def _biased(z, bias, at, column, inside, C: tl.constexpr, GELU: tl.constexpr):
-    value = tl.load(z + at, mask=inside, other=0.0).to(tl.float32)
-    if GELU:
-        value += tl.load(bias + column, mask=column < C, other=0.0).to(tl.float32)
-    return value
-
-
-@triton.jit
-def moments_kernel(
-    z, bias, means, m2s, rows,
-    C: tl.constexpr, GELU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr,
-):  # fmt: skip
-    part = tl.program_id(1)
-    mean, m2 = tl.zeros([ROWS, COLUMNS], tl.float32), tl.zeros([ROWS, COLUMNS], tl.float32)
-    for i in range(TILES):
-        row, column, at, inside = _places(part * TILES + i, rows, C, ROWS, COLUMNS)
-        value = _biased(z, bias, at, column, inside, C, GELU)
-        mean, m2 = welford(gelu(value) if GELU else value, row < rows, i, mean, m2)
-    mean, m2 = over_rows(mean, m2, part, rows, ROWS, TILES)
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    tl.store(means + part * C + column, mean, mask=column < C)
-    tl.store(m2s + part * C + column, m2, mask=column < C)
-
-
-@triton.jit
 def batch_norm_kernel(
-    z, bias, scale, shift, skip, kept, out, rows,
-    C: tl.constexpr, PIXELS: tl.constexpr, GELU: tl.constexpr, SKIP: tl.constexpr, KEPT: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr,
-):  # fmt: skip
-    for i in range(TILES):
-        row, column, at, inside = _places(tl.program_id(1) * TILES + i, rows, C, ROWS, COLUMNS)
-        value = _biased(z, bias, at, column, inside, C, GELU)
-        value = gelu(value) if GELU else value
-        value *= tl.load(scale + column, mask=column < C, other=0.0)
-        value += tl.load(shift + column, mask=column < C, other=0.0)
-        if KEPT:
-            value *= tl.load(kept + row // PIXELS, mask=row < rows, other=0.0).to(tl.float32)
-        if SKIP:
-            value += tl.load(skip + at, mask=inside, other=0.0).to(tl.float32)
-        tl.store(out + at, value.to(out.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def batch_norm_sums_kernel(
-    dn, z, bias, kept, sums, rows,
-    C: tl.constexpr, PIXELS: tl.constexpr, GELU: tl.constexpr, KEPT: tl.constexpr,
+    z, bias, other, kept, a, b, c, out, sums, rows,
+    C: tl.constexpr, PIXELS: tl.constexpr, STEP: tl.constexpr, GELU: tl.constexpr, OTHER: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     part = tl.program_id(1)
-    e, d = tl.zeros([ROWS, COLUMNS], tl.float32), tl.zeros([ROWS, COLUMNS], tl.float32)
+    column = (tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+    is_column = column < C
+    first, second = tl.zeros([ROWS, COLUMNS], tl.float32), tl.zeros([ROWS, COLUMNS], tl.float32)
     for i in range(TILES):
-        row, column, at, inside = _places(part * TILES + i, rows, C, ROWS, COLUMNS)
-        gradient = tl.load(dn + at, mask=inside, other=0.0).to(tl.float32)
-        if KEPT:
-            gradient *= tl.load(kept + row // PIXELS, mask=row < rows, other=0.0).to(tl.float32)
-        value = _biased(z, bias, at, column, inside, C, GELU)
-        e += gradient
-        d += gradient * (gelu(value) if GELU else value)
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    tl.store(sums + part * 2 * C + column, tl.sum(d, 0), mask=column < C)
-    tl.store(sums + part * 2 * C + C + column, tl.sum(e, 0), mask=column < C)
-
-
-@triton.jit
-def batch_norm_grad_kernel(
-    dn, z, bias, kept, scale, slope, offset, dz, sums, rows,
-    C: tl.constexpr, PIXELS: tl.constexpr, GELU: tl.constexpr, KEPT: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr,
-):  # fmt: skip
-    part = tl.program_id(1)
-    taken = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for i in range(TILES):
-        row, column, at, inside = _places(part * TILES + i, rows, C, ROWS, COLUMNS)
-        gradient = tl.load(dn + at, mask=inside, other=0.0).to(tl.float32)
-        if KEPT:
-            gradient *= tl.load(kept + row // PIXELS, mask=row < rows, other=0.0).to(tl.float32)
-        value = _biased(z, bias, at, column, inside, C, GELU)
-        gelu_slope = 1.0
+        row = (part * TILES + i) * ROWS + tl.arange(0, ROWS)[:, None]
+        at, inside = row.to(tl.int64) * C + column, (row < rows) & is_column
+        value = tl.load(z + at, mask=inside, other=0.0).to(tl.float32)
+        slope = 1.0
         if GELU:
-            value, gelu_slope = gelu_and_slope(value)
-        gradient *= tl.load(scale + column, mask=column < C, other=0.0)
-        gradient += value * tl.load(slope + column, mask=column < C, other=0.0)
-        gradient += tl.load(offset + column, mask=column < C, other=0.0)
-        gradient = (gradient * gelu_slope).to(dz.dtype.element_ty)
-        tl.store(dz + at, gradient, mask=inside)
-        if GELU:
-            taken += tl.where(inside, gradient.to(tl.float32), 0.0)
-    if GELU:
+            value += tl.load(bias + column, mask=is_column, other=0.0).to(tl.float32)
+            value, slope = gelu_and_slope(value)
+        if OTHER:
+            added = tl.load(other + at, mask=inside, other=0.0).to(tl.float32)
+        factor = 1.0
+        if PIXELS:
+            factor = tl.load(kept + row // PIXELS, mask=row < rows, other=0.0).to(tl.float32)
+        if STEP == "moments":
+            first, second = welford(value, row < rows, i, first, second)
+        elif STEP == "sums":
+            first += added * factor * value
+            second += added * factor
+        else:
+            result = value * tl.load(a + column, mask=is_column, other=0.0)
+            result += tl.load(b + column, mask=is_column, other=0.0)
+            if STEP == "normal":
+                result *= factor
+                if OTHER:
+                    result += added
+            else:
+                result += added * factor * tl.load(c + column, mask=is_column, other=0.0)
+                result = (result * slope).to(out.dtype.element_ty).to(tl.float32)
+                first += tl.where(inside, result, 0.0)
+            tl.store(out + at, result.to(out.dtype.element_ty), mask=inside)
+    if STEP != "normal":
+        if STEP == "moments":
+            first, second = over_rows(first, second, part, rows, ROWS, TILES)
+        else:
+            first, second = tl.sum(first, 0), tl.sum(second, 0)
         column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-        tl.store(sums + part * C + column, tl.sum(taken, 0), mask=column < C)
-
-
-def _kept(kept: Tensor | None, x: Tensor) -> dict[str, Any]:
-    return {"KEPT": kept is not None, "PIXELS": 1 if kept is None else len(x) // len(kept)}
-
-
-def _tiled(z: Tensor, bias: Tensor | None, kept: Tensor | None = None) -> tuple[int, dict[str, Any]]:
-    """Return the parts of the rows, each with its program, and the constants of a launch."""
-    (rows, channels), columns = z.shape, min(ops.MAP_COLUMNS, triton.next_power_of_2(z.shape[1]))
-    constants = {"C": channels, "GELU": bias is not None, **_kept(kept, z)}
-    tile = {"ROWS": ops.ROWS, "COLUMNS": columns, "TILES": ops.count_tiles(rows, channels)}
-    return ops.count_parts(rows, channels), constants | tile | LAUNCH
-
-
-@ops.operator
-def moments(z: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return means and squared deviations of f(z) (M, C) in parts of the rows, (parts, C); bias (C,)."""
-    parts, constants = _tiled(z, bias)
-    means, m2s = (ops.empty(z, parts, z.shape[1]) for _ in range(2))
-    del constants["KEPT"], constants["PIXELS"]
-    ops.launch(
-        moments_kernel, (ops.cdiv(z.shape[1], constants["COLUMNS"]), parts),
-        z, z if bias is None else bias, means, m2s, len(z), **constants,
-    )  # fmt: skip
-    return means, m2s
+        tl.store(sums + part * 2 * C + column, first, mask=column < C)
+        tl.store(sums + part * 2 * C + C + column, second, mask=column < C)
 
 
 @ops.operator
 def batch_norm(
-    z: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor, skip: Tensor | None, kept: Tensor | None
-) -> Tensor:
-    """skip + kept * (scale * f(z) + shift) -> (M, C). z, skip (M, C), scale, shift (C,), kept (B,)."""
-    parts, constants = _tiled(z, bias, kept)
-    dtype = z.dtype if skip is None else torch.promote_types(z.dtype, skip.dtype)
-    out = ops.empty(z, *z.shape, dtype=dtype)
-    ops.launch(
-        batch_norm_kernel, (ops.cdiv(z.shape[1], constants["COLUMNS"]), parts),
-        z, z if bias is None else bias, scale, shift, z if skip is None else skip, z if kept is None else kept,
-        out, len(z), SKIP=skip is not None, **constants,
-    )  # fmt: skip
-    return out
-
-
-@ops.operator
-def batch_norm_sums(dn: Tensor, z: Tensor, bias: Tensor | None, kept: Tensor | None) -> Tensor:
-    """Return the sums of kept * dn * f(z) and of kept * dn in parts of the rows, (parts, 2, C)."""
-    parts, constants = _tiled(z, bias, kept)
-    sums = ops.empty(z, parts, 2, z.shape[1])
-    ops.launch(
-        batch_norm_sums_kernel, (ops.cdiv(z.shape[1], constants["COLUMNS"]), parts),
-        dn, z, z if bias is None else bias, z if kept is None else kept, sums, len(z), **constants,
-    )  # fmt: skip
-    return sums
-
-
-@ops.operator
-def batch_norm_grad(
-    dn: Tensor, z: Tensor, bias: Tensor | None, kept: Tensor | None,
-    scale: Tensor, slope: Tensor, offset: Tensor,
+    step: str, z: Tensor, bias: Tensor | None, other: Tensor | None = None, kept: Tensor | None = None,
+    a: Tensor | None = None, b: Tensor | None = None, c: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(scale * kept * dn + slope * f(z) + offset) * f'(z) -> (M, C), and its sums (parts, C) with a bias."""
-    parts, constants = _tiled(z, bias, kept)
-    dz, sums = torch.empty_like(z), ops.empty(z, 0 if bias is None else parts, z.shape[1])
+    """Take one of four passes over z (M, C) -> rows (M, C), and two sums over rows, in parts (parts, 2, C).
+
+    "moments": no rows; means and squared deviations of f(z).
+    "normal": other + kept * (a * f(z) + b); no sums. a, b (C,), kept (B,) or None for ones.
+    "sums": no rows; those of kept * other * f(z) and of kept * other, which is the gradient of "normal".
+    "gradient": (a * f(z) + b + c * kept * other) * f'(z); its sum, and zeros.
+    """
+    (rows, channels), columns = z.shape, min(ops.MAP_COLUMNS, triton.next_power_of_2(z.shape[1]))
+    parts, has_rows = ops.count_parts(rows, channels), step in ("normal", "gradient")
+    dtype = z.dtype if other is None or step != "normal" else torch.promote_types(z.dtype, other.dtype)
+    out = ops.empty(z, rows if has_rows else 0, channels, dtype=dtype)
+    sums = ops.empty(z, 0 if step == "normal" else parts, 2, channels)
     ops.launch(
-        batch_norm_grad_kernel, (ops.cdiv(z.shape[1], constants["COLUMNS"]), parts),
-        dn, z, z if bias is None else bias, z if kept is None else kept, scale, slope, offset, dz, sums,
-        len(z), **constants,
+        batch_norm_kernel, (ops.cdiv(channels, columns), parts),
+        z, *(z if each is None else each for each in (bias, other, kept, a, b, c)), out, sums, rows,
+        C=channels, PIXELS=0 if kept is None else rows // len(kept), STEP=step, GELU=bias is not None,
+        OTHER=other is not None, ROWS=ops.ROWS, COLUMNS=columns, TILES=ops.count_tiles(rows, channels),
+        **LAUNCH,
     )  # fmt: skip
-    return dz, sums
+    return out, sums
 
 
-def batch_norm_backward(
-    dn: Tensor, z: Tensor, bias: Tensor | None, kept: Tensor | None,
-    mean: Tensor, inverse: Tensor, scale: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return the gradients of z (M, C), bias, gamma and beta (C,); that of bias is 0 without one."""
-    d, e = batch_norm_sums(dn, z, bias, kept).sum(0)
-    d_gamma, slope, offset = ops.normalise_grad(d, e, mean, inverse, scale, len(z)).unbind()
-    dz, sums = batch_norm_grad(dn, z, bias, kept, scale, slope, offset)
-    return dz, sums.sum(0), d_gamma, e
+def batch_norm_grad(
+    dn: Tensor, z: Tensor, bias: Tensor | None, kept: Tensor | None, statistics: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of z (M, C), bias, gamma and beta (C,); statistics: of `ops.normalise`, (5, C)."""
+    _, _, _, scale, _ = statistics
+    d, e = batch_norm("sums", z, bias, dn, kept)[1].sum(0)
+    d_gamma, slope, offset = ops.normalise_grad(d, e, statistics, len(z))
+    dz, sums = batch_norm("gradient", z, bias, dn, kept, slope, offset, scale)
+    return dz, sums[:, 0].sum(0), d_gamma, e
 
 
 class _GeluBatchNorm(torch.autograd.Function):
-    """Rows (M, C) -> (M, C), and batch mean and unbiased variance (C,), without gradients."""
+    """Rows (M, C) -> (M, C), and the statistics of `ops.normalise`, without gradients."""
 
     @staticmethod
     def forward(ctx, z, bias, gamma, beta, eps):
-        mean, var, inverse, scale, shift = ops.normalise(*moments(z, bias), gamma, beta, len(z), eps).unbind()
-        ctx.save_for_backward(z, bias, mean, inverse, scale)
-        ctx.mark_non_differentiable(mean, var)
+        statistics = ops.normalise(batch_norm("moments", z, bias)[1], gamma, beta, len(z), eps)
+        ctx.save_for_backward(z, bias, statistics)
+        ctx.mark_non_differentiable(statistics)
         ctx.set_materialize_grads(False)
-        return batch_norm(z, bias, scale, shift, None, None), mean, var
+        return batch_norm("normal", z, bias, None, None, *statistics[3:])[0], statistics
 
     @staticmethod
-    def backward(ctx, dn, *_):
-        z, bias, *statistics = ctx.saved_tensors
-        return *batch_norm_backward(dn.contiguous(), z, bias, None, *statistics), None
+    def backward(ctx, dn, _):
+        z, bias, statistics = ctx.saved_tensors
+        return *batch_norm_grad(dn.contiguous(), z, bias, None, statistics), None
 
 
 def gelu_batch_norm(z: Tensor, bias: Tensor, norm: Any) -> Tensor:
     """Return norm(gelu(z + bias)), (..., C); like fused_ffn.feed_forward's norms in training and evaluation."""
     rows = z.reshape(-1, z.shape[-1])
-    with torch.autocast(z.device.type, enabled=False):
-        if norm.training:
-            out, mean, var = _GeluBatchNorm.apply(rows, bias, norm.weight, norm.bias, norm.eps)
-            track(norm, mean, var)
-        else:
-            out = batch_norm(rows, bias, *evaluation(norm, bias), None, None)
+    if norm.training:
+        out, statistics = _GeluBatchNorm.apply(rows, bias, norm.weight, norm.bias, norm.eps)
+        track(norm, statistics)
+    else:
+        out, _ = batch_norm("normal", rows, bias, None, None, *evaluation(norm, bias))
     return out.view(z.shape)
 
 
 @torch.no_grad()
-def track(norm: Any, mean: Tensor, var: Tensor) -> None:
+def track(norm: Any, statistics: Tensor) -> None:
     """Update the running statistics of a BatchNorm as torch's batch_norm does."""
-    channels = len(norm.running_mean)
+    moved = [norm.running_mean, norm.running_var]
     norm.num_batches_tracked.add_(1)
-    moved = [mean[:channels], var[:channels]]
-    torch._foreach_lerp_([norm.running_mean, norm.running_var], moved, norm.momentum)
+    torch._foreach_lerp_(moved, list(statistics[:2, : len(moved[0])]), norm.momentum)
 
 
 def evaluation(norm: Any, like: Tensor) -> tuple[Tensor, Tensor]:
