@@ -23,27 +23,12 @@ NUM_PROGRAMS = 264  # that parts are made for: two for each multiprocessor of an
 
 
 @triton.jit
-def _places(row, number, C: tl.constexpr, WIDTH: tl.constexpr, PATCH: tl.constexpr):
+def _places(row, number, C: tl.constexpr, PATCH: tl.constexpr, WIDTH: tl.constexpr):
     """Return where in a map, WIDTH patches wide, the numbers of a patch are."""
     if PATCH == 1:
         return row.to(tl.int64) * C + number
     corner = (row // WIDTH * (WIDTH * PATCH) + row % WIDTH) * PATCH
     return corner.to(tl.int64) * C + number // (PATCH * C) * (WIDTH * PATCH * C) + number % (PATCH * C)
-
-
-@triton.jit
-def _weights(
-    weight, output, number, C: tl.constexpr, N: tl.constexpr, K: tl.constexpr, OUT_HEAD: tl.constexpr,
-    OUT_PADDED: tl.constexpr, IN_HEAD: tl.constexpr, IN_PADDED: tl.constexpr, DEPTHWISE: tl.constexpr,
-):  # fmt: skip
-    """Load a tile of the matrix: 0 for the padding of heads, and off the diagonals of a depth-wise weight."""
-    inside = (output < N) & (output % OUT_PADDED < OUT_HEAD) & (number < K) & (number % IN_PADDED < IN_HEAD)
-    if DEPTHWISE:
-        at, inside = output * (K // C) + number // C, inside & (number % C == output)
-    else:
-        at = (output // OUT_PADDED * OUT_HEAD + output % OUT_PADDED) * (K // IN_PADDED * IN_HEAD)
-        at += number // IN_PADDED * IN_HEAD + number % IN_PADDED
-    return tl.load(weight + at, mask=inside, other=0.0)
 
 
 @triton.jit
@@ -61,7 +46,7 @@ def _dropped(value, kept, factor, row, at, inside, rows, PIXELS: tl.constexpr):
 @triton.jit
 def linear_kernel(
     x, weight, bias, skip, kept, out, rows, factor,
-    N: tl.constexpr, K: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr, PATCH: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr, C: tl.constexpr, PATCH: tl.constexpr, WIDTH: tl.constexpr,
     OUT_HEAD: tl.constexpr, OUT_PADDED: tl.constexpr, IN_HEAD: tl.constexpr, IN_PADDED: tl.constexpr,
     DEPTHWISE: tl.constexpr, BACKWARD: tl.constexpr, BIAS: tl.constexpr, SKIP: tl.constexpr,
     PIXELS: tl.constexpr, PRECISION: tl.constexpr,
@@ -72,29 +57,33 @@ def linear_kernel(
     column = (tl.program_id(0) % across * COLUMNS + tl.arange(0, COLUMNS))[None, :]
     product = tl.zeros([ROWS, COLUMNS], tl.float32)
     for k in range(0, N if BACKWARD else K, INNER):
-        inner, place = k + tl.arange(0, INNER)[None, :], k + tl.arange(0, INNER)[:, None]
+        inner, across_inner = k + tl.arange(0, INNER)[None, :], k + tl.arange(0, INNER)[:, None]
         if BACKWARD:
+            output, number = across_inner, column
             at, inside = row.to(tl.int64) * N + inner, (row < rows) & (inner < N)
             left = tl.load(x + at, mask=inside, other=0.0)
             left = _dropped(left, kept, factor, row, at, inside, rows, PIXELS)
-            right = _weights(
-                weight, place, column, C, N, K, OUT_HEAD, OUT_PADDED, IN_HEAD, IN_PADDED, DEPTHWISE
-            )
         else:
-            at, inside = _places(row, inner, C, WIDTH, PATCH), (row < rows) & (inner < K)
+            output, number = column, across_inner
+            at, inside = _places(row, inner, C, PATCH, WIDTH), (row < rows) & (inner < K)
             left = tl.load(x + at, mask=inside, other=0.0)
-            right = _weights(
-                weight, column, place, C, N, K, OUT_HEAD, OUT_PADDED, IN_HEAD, IN_PADDED, DEPTHWISE
-            )
-        product = tl.dot(left, right.to(left.dtype), product, input_precision=PRECISION)
+        # Weights of padding are 0, and those off the diagonals of a depth-wise convolution.
+        real = (output < N) & (output % OUT_PADDED < OUT_HEAD) & (number < K) & (number % IN_PADDED < IN_HEAD)
+        if DEPTHWISE:
+            at, real = output * PATCH * PATCH + number // C, real & (number % C == output)
+        else:
+            at = (output // OUT_PADDED * OUT_HEAD + output % OUT_PADDED) * (K // IN_PADDED * IN_HEAD)
+            at += number // IN_PADDED * IN_HEAD + number % IN_PADDED
+        right = tl.load(weight + at, mask=real, other=0.0).to(left.dtype)
+        product = tl.dot(left, right, product, input_precision=PRECISION)
     if BACKWARD:
-        at, inside = _places(row, column, C, WIDTH, PATCH), (row < rows) & (column < K)
+        at, inside = _places(row, column, C, PATCH, WIDTH), (row < rows) & (column < K)
     else:
         at, inside = row.to(tl.int64) * N + column, (row < rows) & (column < N)
         if BIAS:
             place = column // OUT_PADDED * OUT_HEAD + column % OUT_PADDED
-            is_real = (column < N) & (column % OUT_PADDED < OUT_HEAD)
-            product += tl.load(bias + place, mask=is_real, other=0.0).to(tl.float32)
+            real = (column < N) & (column % OUT_PADDED < OUT_HEAD)
+            product += tl.load(bias + place, mask=real, other=0.0).to(tl.float32)
         product = _dropped(product, kept, factor, row, at, inside, rows, PIXELS)
     if SKIP:
         product += tl.load(skip + at, mask=inside, other=0.0).to(tl.float32)
@@ -104,7 +93,7 @@ def linear_kernel(
 @triton.jit
 def weight_grad_kernel(
     dy, x, kept, out, sums, rows, part_rows, factor,
-    N: tl.constexpr, K: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr, PATCH: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr, C: tl.constexpr, PATCH: tl.constexpr, WIDTH: tl.constexpr,
     GELU: tl.constexpr, PIXELS: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
@@ -118,16 +107,16 @@ def weight_grad_kernel(
         at, inside = row.to(tl.int64) * N + output, (row < end) & (output < N)
         left = tl.load(dy + at, mask=inside, other=0.0)
         left = _dropped(left, kept, factor, row, at, inside, rows, PIXELS)
-        at, inside = _places(place, number, C, WIDTH, PATCH), (place < end) & (number < K)
+        at, inside = _places(place, number, C, PATCH, WIDTH), (place < end) & (number < K)
         right = tl.load(x + at, mask=inside, other=0.0)
         if GELU:
             right = gelu(right.to(tl.float32)).to(x.dtype.element_ty)
         product = tl.dot(left, right, product, input_precision=PRECISION)
         taken += left.to(tl.float32)
     tl.store(out + (part * N + output) * K + number, product, mask=(output < N) & (number < K))
+    line = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     if tl.program_id(0) == 0:
-        output = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-        tl.store(sums + part * N + output, tl.sum(taken, 1), mask=output < N)
+        tl.store(sums + part * N + line, tl.sum(taken, 1), mask=line < N)
 
 
 def _pixels(kept: Tensor | None, rows: int) -> int:
