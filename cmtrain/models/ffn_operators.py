@@ -151,15 +151,15 @@ def project(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(scale * gelu(z) + skip_scale * skip) @ weight.T + bias -> (M, C), and moments, like expand.
 
-    z, skip (M, p), scale, skip_scale (p,), weight (C, p), bias (C,).
+    z, skip (M, p), scale, skip_scale (p,), weight (C, h), bias (C,).
     """
-    (rows, pitch), channels = z.shape, weight.shape[0]
+    (rows, pitch), (channels, hidden) = z.shape, weight.shape
     parts, columns = count_parts(rows, channels), channel_columns(channels, z.dtype)
     out, moments = empty(z, rows, channels, dtype=z.dtype), empty(z, parts if training else 0, 2, channels)
     launch(
         kernels.project_kernel, (cdiv(channels, columns), parts), z, scale, weight, bias,
         z if skip is None else skip, scale if skip_scale is None else skip_scale, out, moments, rows,
-        C=channels, P=pitch, SKIP=skip is not None, TRAINING=training, PRECISION=precision(z),
+        C=channels, H=hidden, P=pitch, SKIP=skip is not None, TRAINING=training, PRECISION=precision(z),
         ROWS=ROWS, COLUMNS=columns, INNER=GEMM_INNER, TILES=count_tiles(rows, channels), **PRODUCT_LAUNCH,
     )  # fmt: skip
     return out, moments
@@ -174,7 +174,7 @@ def project_grad(
 ) -> tuple[Tensor, Tensor]:
     """(scale * dn + slope * gelu(z) + offset) * gelu'(z) with dn = dy @ weight -> (M, p).
 
-    dy (M, C), weight (C, p), z (M, p), the others (p,). With `skip` also returns dn (M, p), for the branch
+    dy (M, C), weight (C, h), z (M, p), the others (p,). With `skip` also returns dn (M, p), for the branch
     that skips z's normalisation; else an empty tensor.
     """
     (rows, channels), pitch = dy.shape, z.shape[1]
@@ -182,7 +182,7 @@ def project_grad(
     launch(
         kernels.project_grad_kernel, (cdiv(rows, ROWS) * cdiv(pitch, GEMM_COLUMNS),),
         dy, weight, z, scale, slope, offset, dz, dn, rows,
-        C=channels, P=pitch, SKIP=skip, PRECISION=precision(z),
+        C=channels, H=weight.shape[1], P=pitch, SKIP=skip, PRECISION=precision(z),
         ROWS=ROWS, COLUMNS=GEMM_COLUMNS, INNER=GEMM_INNER, **LAUNCH,
     )  # fmt: skip
     return dz, dn
@@ -215,14 +215,14 @@ def depthwise_grad(
 def normalise_grad(d: Tensor, e: Tensor, statistics: Tensor, rows: int) -> Tensor:
     """Return a BatchNorm's d gamma, slope and offset (3, p).
 
-    a's gradient is scale * dn + slope * a + offset. d and e (p,): the sums over rows of dn * a and of dn.
-    statistics: of `normalise`.
+    a's gradient is scale * dn + slope * a + offset. d and e: the sums over rows of dn * a and of dn, (p,) or
+    without padding. statistics: of `normalise`, (5, p).
     """
-    pitch = len(d)
+    pitch = statistics.shape[1]
     out = empty(d, 3, pitch)
     launch(
         kernels.normalise_grad_kernel, (cdiv(pitch, MAP_COLUMNS),), d, e, statistics, out, rows,
-        P=pitch, COLUMNS=MAP_COLUMNS, **LAUNCH,
+        H=len(d), P=pitch, COLUMNS=MAP_COLUMNS, **LAUNCH,
     )  # fmt: skip
     return out
 

@@ -85,30 +85,26 @@ class _FeedForward(torch.autograd.Function):
         d_residual = None if ctx.of_residual is None else dy.to(ctx.of_residual)
         if y is None:
             db2 = dy.sum(0, dtype=torch.float32)
-        else:  # db2 is 0, because what a BatchNorm passes on has no mean
+        else:
             dy, db2, dgamma3, dbeta3 = batch_norm_grad(dy, y, None, kept, statistics3)
-        w2 = _pad(w2, s2)
-        g2 = _gelu_weight_grad(dy, z2)
-        dw2 = torch.addcmul(g2 * s2, db2[:, None], t2)
+        g2 = weight_grad(dy, z2, is_gelu=True)[0].sum(0)[:, :hidden]
+        dw2 = torch.addcmul(g2 * s2[:hidden], db2[:, None], t2[:hidden])
         if adds_late:
-            dw2 += torch.addcmul(_gelu_weight_grad(dy, z1) * s1, db2[:, None], t1)
+            g1 = weight_grad(dy, z1, is_gelu=True)[0].sum(0)[:, :hidden]
+            dw2 += torch.addcmul(g1 * s1[:hidden], db2[:, None], t1[:hidden])
         d2, e2 = (w2 * g2).sum(0), (w2 * db2[:, None]).sum(0)
         dgamma2, slope, offset = ops.normalise_grad(d2, e2, statistics2, len(x))
 
-        dz2, skip = ops.project_grad(dy, w2.to(dy.dtype), z2, s2, slope, offset, adds_late)
+        dz2, skip = ops.project_grad(dy, w2, z2, s2, slope, offset, adds_late)
         dn1, sums = ops.depthwise_grad(dz2, skip if adds_late else None, z1, s1, t1, taps, *ctx.size)
         sums = sums.sum(0)  # (SUMS, p)
         dgamma1, slope, offset = ops.normalise_grad(sums[11], sums[10], statistics1, len(x))
         dz1, dx = ops.expand_grad(dn1, z1, s1, slope, offset, w1)
-        dw1, db1 = (parts.sum(0)[:hidden] for parts in weight_grad(dz1, x, None, 1.0, 1, 1, False))
+        dw1, db1 = (parts.sum(0)[:hidden] for parts in weight_grad(dz1, x))
         return (
-            dx, dw1, db1, dgamma1[:hidden], sums[10, :hidden], sums[:10], dgamma2[:hidden], e2[:hidden],
-            dw2[:, :hidden], db2, dgamma3, dbeta3, d_residual, None, None, None, None,
+            dx, dw1, db1, dgamma1[:hidden], sums[10, :hidden], sums[:10], dgamma2[:hidden], e2,
+            dw2, db2, dgamma3, dbeta3, d_residual, None, None, None, None,
         )  # fmt: skip
-
-
-def _gelu_weight_grad(dy: Tensor, z: Tensor) -> Tensor:  # (M, C), (M, p) -> (C, p)
-    return weight_grad(dy, z, None, 1.0, 1, 1, True)[0].sum(0)
 
 
 class _ResidualDepthwise(torch.autograd.Function):
@@ -127,19 +123,14 @@ class _ResidualDepthwise(torch.autograd.Function):
         return dx, sums[:, :10].sum(0), None, None
 
 
-def _pad(w2: Tensor, s2: Tensor) -> Tensor:  # (C, h) -> (C, p)
-    return F.pad(w2, (0, s2.shape[0] - w2.shape[1]))
-
-
 def _project(
     z2: Tensor, s2: Tensor, t2: Tensor, w2: Tensor, b2: Tensor, skip: tuple[Tensor, Tensor, Tensor] | None,
     training: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return y and, in training, its moments. skip: a1, s1 and t1 where n1 is added to n2."""
-    w2 = _pad(w2, s2)
     a1, s1, t1 = skip or (None, None, None)
     shift = t2 if t1 is None else t1 + t2
-    return ops.project(z2, s2, w2.to(z2.dtype), b2 + (w2 * shift).sum(1), a1, s1, training)
+    return ops.project(z2, s2, w2, b2 + (w2 * shift[: w2.shape[1]]).sum(1), a1, s1, training)
 
 
 def feed_forward(x: Tensor, layers: Any, residual: Tensor | None, kept: Tensor | None) -> Tensor:

@@ -94,7 +94,7 @@ def linear_kernel(
 def weight_grad_kernel(
     dy, x, kept, out, sums, rows, part_rows, factor,
     N: tl.constexpr, K: tl.constexpr, C: tl.constexpr, PATCH: tl.constexpr, WIDTH: tl.constexpr,
-    GELU: tl.constexpr, PIXELS: tl.constexpr, PRECISION: tl.constexpr,
+    DEPTHWISE: tl.constexpr, GELU: tl.constexpr, PIXELS: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
     part = tl.program_id(2)
@@ -113,7 +113,12 @@ def weight_grad_kernel(
             right = gelu(right.to(tl.float32)).to(x.dtype.element_ty)
         product = tl.dot(left, right, product, input_precision=PRECISION)
         taken += left.to(tl.float32)
-    tl.store(out + (part * N + output) * K + number, product, mask=(output < N) & (number < K))
+    inside = (output < N) & (number < K)
+    if DEPTHWISE:  # of the dense matrix its diagonals
+        at, inside = (part * N + output) * PATCH * PATCH + number // C, inside & (number % C == output)
+    else:
+        at = (part * N + output) * K + number
+    tl.store(out + at, product, mask=inside)
     line = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     if tl.program_id(0) == 0:
         tl.store(sums + part * N + line, tl.sum(taken, 1), mask=line < N)
@@ -154,21 +159,23 @@ def linear(
 
 @ops.operator
 def weight_grad(
-    dy: Tensor, x: Tensor, kept: Tensor | None, factor: float, patch: int, width: int, is_gelu: bool
-) -> tuple[Tensor, Tensor]:
+    dy: Tensor, x: Tensor, kept: Tensor | None = None, factor: float = 1.0, patch: int = 1, width: int = 1,
+    is_depthwise: bool = False, is_gelu: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(factor * kept * dy).T @ x or gelu(x), and sums over rows, in parts: (parts, N, K), (parts, N) fp32.
 
     dy (M, N), x: rows of a map, (M * patch^2, C), `width` patches wide. kept: as in `linear`.
     """
-    (rows, outputs), inputs = dy.shape, x.shape[1] * patch**2
-    tile_rows = ops.channel_columns(outputs, x.dtype)
+    (rows, outputs), channels = dy.shape, x.shape[1]
+    inputs, tile_rows = channels * patch**2, ops.channel_columns(outputs, x.dtype)
     tiles = ops.cdiv(inputs, ops.GEMM_COLUMNS), ops.cdiv(outputs, tile_rows)
     parts = max(1, min(ops.cdiv(NUM_PROGRAMS, tiles[0] * tiles[1]), rows // PART_ROWS))
-    out, sums = ops.empty(x, parts, outputs, inputs), ops.empty(x, parts, outputs)
+    out = ops.empty(x, parts, outputs, patch**2 if is_depthwise else inputs)
+    sums = ops.empty(x, parts, outputs)
     ops.launch(
         weight_grad_kernel, (*tiles, parts), dy, x, dy if kept is None else kept, out, sums, rows,
-        ops.cdiv(rows, parts), factor, N=outputs, K=inputs, C=x.shape[1], WIDTH=width, PATCH=patch,
-        GELU=is_gelu, PIXELS=_pixels(kept, rows), PRECISION=ops.precision(x),
+        ops.cdiv(rows, parts), factor, N=outputs, K=inputs, C=channels, PATCH=patch, WIDTH=width,
+        DEPTHWISE=is_depthwise, GELU=is_gelu, PIXELS=_pixels(kept, rows), PRECISION=ops.precision(x),
         ROWS=tile_rows, COLUMNS=ops.GEMM_COLUMNS, INNER=ops.GEMM_INNER, **ops.LAUNCH,
     )  # fmt: skip
     return out, sums
@@ -190,16 +197,13 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy, skip):
         x, weight, kept = ctx.saved_tensors
-        outputs, _, channels, patch, width, *heads, is_depthwise = ctx.shape
+        _, _, _, patch, width, *heads, is_depthwise = ctx.shape
         has_bias, has_skip = ctx.needs
         dy, skip = dy.contiguous(), None if skip is None else skip.contiguous()
         dx = linear(dy, weight, None, skip, kept, ctx.factor, ctx.shape, True)
-        dw, db = weight_grad(dy, x, kept, ctx.factor, patch, width, False)
-        if is_depthwise:
-            dw = dw.unflatten(2, (-1, channels)).diagonal(dim1=1, dim2=3).transpose(1, 2)
-        else:
-            dw = _unpad(_unpad(dw, 1, *heads[:2]), 2, *heads[2:])
-        dw, db = dw.sum(0).reshape(weight.shape), _unpad(db, 1, *heads[:2]).sum(0).flatten()
+        dw, db = weight_grad(dy, x, kept, ctx.factor, patch, width, is_depthwise)
+        dw, db = _unpad(_unpad(dw, 2, *heads[2:]), 1, *heads[:2]), _unpad(db, 1, *heads[:2])
+        dw, db = dw.sum(0).reshape(weight.shape), db.sum(0).flatten()
         return dx, dw, db if has_bias else None, dy if has_skip else None, None, None, None
 
 
@@ -231,7 +235,7 @@ def patch_conv(x: Tensor, conv: nn.Conv2d) -> Tensor:
     """Return conv(x) of a convolution, dense or depth-wise, whose stride is its kernel; channels-last maps."""
     (batch, channels, height, width), patch = x.shape, conv.stride[0]
     weight = conv.weight.permute(0, 2, 3, 1).flatten(1)
-    shape = (len(weight), patch**2 * channels, channels, patch, width // patch, 1, 1, 1, 1, conv.groups > 1)
+    shape = (len(weight), patch**2 * channels, channels, patch, width // patch, 1, 1, 1, 1, int(conv.groups > 1))
     rows = _rows(x.permute(0, 2, 3, 1))
     out, _ = _Linear.apply(rows, weight, conv.bias, None, None, 1.0, shape)
     return out.view(batch, height // patch, width // patch, -1).permute(0, 3, 1, 2)
