@@ -12,9 +12,8 @@ import torch
 import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from cmtrain.models.position import AbsolutePosition, Variant
+from cmtrain.models.position import AbsolutePosition, Variant, attend, is_eager_on_cpu
 
 try:
     import cmtrain.models.fused_ffn as fused_ffn
@@ -24,6 +23,7 @@ except ModuleNotFoundError:  # torch's builds for machines without a GPU bring n
     fused_ffn = None  # type: ignore[assignment]
 
 FfnKernel = Literal["auto", "fused", "eager"]
+NONE_DROPPED = DropPath()
 
 # ---- maps and tokens
 
@@ -34,10 +34,6 @@ def _tokens(x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, H, W, C), a view
 
 def _map(tokens: Tensor) -> Tensor:  # (B, H, W, C) -> (B, C, H, W), a view
     return tokens.permute(0, 3, 1, 2)
-
-
-def _is_eager_on_cpu(x: Tensor) -> bool:
-    return not x.is_cuda and not torch.compiler.is_compiling()  # what a CPU exports runs elsewhere
 
 
 @torch.compiler.assume_constant_result
@@ -70,7 +66,7 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def gelu(x: Tensor) -> Tensor:
     """GELU of a map. On a CPU of its tokens: oneDNN's kernel, 1.4 times as fast, wants them contiguous."""
-    return _map(F.gelu(_tokens(x))) if _is_eager_on_cpu(x) else F.gelu(x)
+    return _map(F.gelu(_tokens(x))) if is_eager_on_cpu(x) else F.gelu(x)
 
 
 # ---- convolutions and norms
@@ -100,8 +96,7 @@ class TokenLinear(nn.Linear):
 
 def depthwise_conv(channels: int) -> nn.Conv2d:
     """Depth-wise 3x3 convolution. Its weight has the strides of its gradient, channels-last, as DDP wants."""
-    conv = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
-    return conv.to(memory_format=torch.channels_last)
+    return nn.Conv2d(channels, channels, 3, padding=1, groups=channels).to(memory_format=torch.channels_last)
 
 
 class ResidualDepthwiseConv(nn.Conv2d):
@@ -119,7 +114,7 @@ class ResidualDepthwiseConv(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         if _takes_kernel(self.kernel, x):
             return fused_ffn.residual_depthwise(x, self)
-        if not _is_eager_on_cpu(x) or self.weight.dtype.itemsize < 4 or torch.is_autocast_enabled("cpu"):
+        if not is_eager_on_cpu(x) or self.weight.dtype.itemsize < 4 or torch.is_autocast_enabled("cpu"):
             return x + super().forward(x)
         centre = F.pad(self.weight.new_ones(1, 1, 1, 1), (1, 1, 1, 1))
         return self._conv_forward(x, self.weight + centre, self.bias)
@@ -219,32 +214,10 @@ class Stem(nn.Module):
         return self._layer(self.conv3, self.norm3, x)
 
     def _layer(self, conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
-        if _has_kernel(self, x) and conv.bias is not None:
-            z = conv._conv_forward(x, conv.weight, None)
-            return _map(norm_kernels.gelu_batch_norm(_tokens(z), conv.bias, norm))
-        return norm(gelu(conv(x)))
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: float, scale: float) -> Tensor:
-    """Attend with a bias: q (B, h, N, d), k and v (B, h, K, d), bias (h or 1, N, K) -> (B, h, N, d).
-
-    On CUDA a bias goes to the memory-efficient backend, the only fused one that returns its gradient. It
-    wants d to be a multiple of 8. float64 gets the plain formula, as a CPU, where K is so small that the
-    plain formula is the fastest.
-    """
-    if _is_eager_on_cpu(q):
-        scores = q @ (k * scale).transpose(-1, -2)
-        weights = (scores if bias is None else scores + bias).softmax(-1)
-        return F.dropout(weights, dropout).to(v.dtype) @ v
-    mask = None
-    if bias is not None:
-        # Some fused kernels are silently wrong if the mask's dtype is not q's. Most refuse a mask that
-        # requires a gradient, even where none is taken.
-        mask = (bias if torch.is_grad_enabled() else bias.detach()).to(q.dtype)[None]
-    if mask is None or not q.is_cuda:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
-    with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
+        if not _has_kernel(self, x):
+            return norm(gelu(conv(x)))
+        z = conv._conv_forward(x, conv.weight, None)
+        return _map(norm_kernels.gelu_batch_norm(_tokens(z), conv.bias, norm))
 
 
 class Attention(nn.Module):
@@ -279,21 +252,17 @@ class Attention(nn.Module):
     def reduced(self, tokens: Tensor) -> Tensor:  # (B, H, W, C) -> (B, H/r, W/r, C)
         return _tokens(self.reduce_norm(self.reduce(_map(tokens))))
 
-    def forward(
-        self, tokens: Tensor, bias: Tensor | None, residual: Tensor | None = None,
-        drop_path: DropPath | None = None,
-    ) -> Tensor:  # fmt: skip
-        """(B, H, W, C), (h or 1, N, K) -> (B, H, W, C), added to `residual`, with dropped paths."""
+    def forward(self, tokens: Tensor, bias: Tensor | None, residual: Tensor, drop_path: DropPath) -> Tensor:
+        """Return residual + drop_path(attention), (B, H, W, C); bias (h or 1, N, K)."""
         batch, height, width, dim = tokens.shape
-        is_fused = _has_kernel(self, tokens)
-        head_dim = dim // self.heads
+        is_fused, head_dim = _has_kernel(self, tokens), dim // self.heads
         padding = -head_dim % 8 if tokens.is_cuda or is_fused else 0
         heads = (self.heads, head_dim + padding)
 
         def into_heads(linear: nn.Linear, x: Tensor) -> tuple[Tensor, Tensor]:
             if is_fused:
                 return linear_kernels.project(x, linear, out_head=head_dim)
-            return self._into_heads(linear, x, padding), x
+            return self._padded(linear, x, padding, into_heads=True), x
 
         if self.reduction > 1:
             q, tokens = into_heads(self.q, tokens)
@@ -306,42 +275,29 @@ class Attention(nn.Module):
         q, k, v = (each.transpose(1, 2) for each in (q, k, v))  # (B, h, N, d), (B, h, K, d)
         mixed = attend(q, k, v, bias, self.attn_drop if self.training else 0.0, head_dim**-0.5)
         mixed = mixed.transpose(1, 2).reshape(batch, height, width, -1)
-        if is_fused:
-            kept, factor = self._kept(tokens, drop_path)
-            return linear_kernels.project(
-                mixed, self.proj, in_head=head_dim, residual=residual, kept=kept, factor=factor
-            )[0]
-        branch = self.proj_drop(self._out_of_heads(self.proj, mixed, padding))
-        if residual is None or drop_path is None:
-            return branch
-        return _tokens(add_branch(_map(residual), _map(branch), drop_path))
+        if not is_fused:
+            branch = self.proj_drop(self._padded(self.proj, mixed, padding, into_heads=False))
+            return _tokens(add_branch(_map(residual), _map(branch), drop_path))
+        # One mask for dropout and dropped paths, or numbers for paths alone
+        kept, rate, factor = _kept(tokens, drop_path), self.proj_drop.p if self.training else 0.0, 1.0
+        if rate:
+            mask = torch.empty_like(residual, dtype=torch.bool).bernoulli_(1 - rate)
+            factor = 1 / (1 - rate) / (1.0 if kept is None else 1 - drop_path.drop_prob)
+            kept = mask if kept is None else mask & (kept > 0)
+        return linear_kernels.project(
+            mixed, self.proj, in_head=head_dim, residual=residual, kept=kept, factor=factor
+        )[0]
 
-    def _kept(self, tokens: Tensor, drop_path: DropPath | None) -> tuple[Tensor | None, float]:
-        """Draw what dropout and dropped paths leave, for `linear_kernels.project`, and the factor of it."""
-        kept = None if drop_path is None else _kept(tokens, drop_path)
-        rate = self.proj_drop.p if self.proj_drop.training else 0.0
-        if not rate:
-            return None if kept is None else kept.flatten(), 1.0
-        mask = torch.empty(tokens.shape, dtype=torch.bool, device=tokens.device).bernoulli_(1 - rate)
-        if kept is None or drop_path is None:
-            return mask, 1 / (1 - rate)
-        return mask & (kept > 0), 1 / (1 - rate) / (1 - drop_path.drop_prob)
-
-    def _into_heads(self, linear: nn.Linear, x: Tensor, padding: int) -> Tensor:
+    def _padded(self, linear: nn.Linear, x: Tensor, padding: int, *, into_heads: bool) -> Tensor:
+        """Apply a layer into or out of heads, each with so much padding."""
         if not padding:
             return linear(x)
+        weight, bias = linear.weight, linear.bias
+        if not into_heads:
+            return F.linear(x, F.pad(weight.unflatten(1, (self.heads, -1)), (0, padding)).flatten(1), bias)
         head_dim = linear.in_features // self.heads
-        weight = F.pad(linear.weight.unflatten(0, (-1, head_dim)), (0, 0, 0, padding)).flatten(0, 1)
-        bias: Tensor | None = linear.bias
-        if bias is not None:
-            bias = F.pad(bias.unflatten(0, (-1, head_dim)), (0, padding)).flatten()
-        return F.linear(x, weight, bias)
-
-    def _out_of_heads(self, linear: nn.Linear, x: Tensor, padding: int) -> Tensor:
-        if not padding:
-            return linear(x)
-        weight = F.pad(linear.weight.unflatten(1, (self.heads, -1)), (0, padding)).flatten(1)
-        return F.linear(x, weight, linear.bias)
+        bias = None if bias is None else F.pad(bias.view(-1, head_dim), (0, padding)).flatten()
+        return F.linear(x, F.pad(weight.unflatten(0, (-1, head_dim)), (0, 0, 0, padding)).flatten(0, 1), bias)
 
 
 class FeedForward(nn.Module):
@@ -369,16 +325,15 @@ class FeedForward(nn.Module):
         self.project_norm = nn.BatchNorm2d(dim)
         self.drop = nn.Dropout(drop)
 
-    # (B, C, H, W) -> (B, C, H, W), and added to `residual`, with dropped paths
-    def forward(self, x: Tensor, residual: Tensor | None = None, drop_path: DropPath | None = None) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None, drop_path: DropPath = NONE_DROPPED) -> Tensor:
+        """Return the network's result, or residual + drop_path(result); all (B, C, H, W)."""
         if self.drop.p == 0 and _has_kernel(self, x):
-            kept = None if drop_path is None else _kept(x, drop_path)
-            return fused_ffn.feed_forward(x, self, residual, kept)
+            return fused_ffn.feed_forward(x, self, residual, _kept(x, drop_path))
         x = self.drop(self.expand_norm(gelu(self.expand(x))))
         branch = self.depthwise_norm(gelu(self.depthwise(x)))
         x = branch if self.variant == "paper" else x + branch
         branch = self.drop(self.project_norm(self.project(x)))
-        return branch if residual is None or drop_path is None else add_branch(residual, branch, drop_path)
+        return branch if residual is None else add_branch(residual, branch, drop_path)
 
 
 class Block(nn.Module):
@@ -438,18 +393,3 @@ class Stage(nn.Module):
 
 
 FusedPart = Attention | FeedForward | ResidualDepthwiseConv | PatchConv | ChannelNorm | Stem  # each has a `kernel`
-
-
-def init_weights(module: nn.Module) -> None:
-    """Initialise a layer as the references do.
-
-    Linear layers: normal with standard deviation 0.02, as in DeiT. Convolutions: He's normal over fan-out;
-    that of depth-wise ones counts all channels, so they start near zero, and the skip connections carry the
-    signal. Biases: zero (the re-implementation keeps torch's for convolutions).
-    """
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-    elif isinstance(module, nn.Conv2d | PointwiseConv):
-        nn.init.kaiming_normal_(module.weight, mode="fan_out")
-    if isinstance(module, nn.Linear | nn.Conv2d) and module.bias is not None:
-        nn.init.zeros_(module.bias)

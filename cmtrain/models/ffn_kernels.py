@@ -188,7 +188,7 @@ def depthwise_kernel(
 @triton.jit
 def project_kernel(
     z, scale, weight, bias, skip, skip_scale, out, moments, rows,
-    C: tl.constexpr, H: tl.constexpr, P: tl.constexpr, SKIP: tl.constexpr, TRAINING: tl.constexpr, PRECISION: tl.constexpr,
+    C: tl.constexpr, P: tl.constexpr, SKIP: tl.constexpr, TRAINING: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     part = tl.program_id(1)
@@ -206,10 +206,9 @@ def project_kernel(
             if SKIP:
                 s = tl.load(skip_scale + inner, mask=inner < P, other=0.0)[None, :]
                 left += tl.load(skip + at, mask=left_inside, other=0.0).to(tl.float32) * s
-            right_inside = (inner < H)[:, None] & (column < C)[None, :]
-            right = tl.load(weight + column[None, :] * H + inner[:, None], mask=right_inside, other=0.0)
-            left, right = left.to(z.dtype.element_ty), right.to(z.dtype.element_ty)
-            product = tl.dot(left, right, product, input_precision=PRECISION)
+            right_inside = (inner < P)[:, None] & (column < C)[None, :]
+            right = tl.load(weight + column[None, :] * P + inner[:, None], mask=right_inside, other=0.0)
+            product = tl.dot(left.to(z.dtype.element_ty), right, product, input_precision=PRECISION)
         product += tl.load(bias + column, mask=column < C, other=0.0)[None, :]
         inside = (row < rows)[:, None] & (column < C)[None, :]
         rounded = product.to(out.dtype.element_ty)
@@ -235,7 +234,7 @@ def project_kernel(
 @triton.jit
 def project_grad_kernel(
     dy, weight, z, scale, slope, offset, dz, dn, rows,
-    C: tl.constexpr, H: tl.constexpr, P: tl.constexpr, SKIP: tl.constexpr, PRECISION: tl.constexpr,
+    C: tl.constexpr, P: tl.constexpr, SKIP: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
     across: tl.constexpr = tl.cdiv(P, COLUMNS)  # a second axis ends at 65,535, which rows can exceed
@@ -246,9 +245,9 @@ def project_grad_kernel(
         inner = k + tl.arange(0, INNER)
         left_inside = (row < rows)[:, None] & (inner < C)[None, :]
         left = tl.load(dy + row[:, None] * C + inner[None, :], mask=left_inside, other=0.0)
-        right_inside = (inner < C)[:, None] & (column < H)[None, :]
-        right = tl.load(weight + inner[:, None] * H + column[None, :], mask=right_inside, other=0.0)
-        product = tl.dot(left, right.to(left.dtype), product, input_precision=PRECISION)
+        right_inside = (inner < C)[:, None] & (column < P)[None, :]
+        right = tl.load(weight + inner[:, None] * P + column[None, :], mask=right_inside, other=0.0)
+        product = tl.dot(left, right, product, input_precision=PRECISION)
     s = tl.load(scale + column, mask=column < P, other=0.0)[None, :]
     k1 = tl.load(slope + column, mask=column < P, other=0.0)[None, :]
     k0 = tl.load(offset + column, mask=column < P, other=0.0)[None, :]

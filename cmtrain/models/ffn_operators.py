@@ -63,8 +63,8 @@ def count_parts(rows: int, pitch: int) -> int:
     return cdiv(rows, ROWS * count_tiles(rows, pitch))
 
 
-def _depthwise_launch(z: Tensor) -> dict[str, int]:
-    return LAUNCH | {"maxnreg": 128} if z.itemsize == 2 else LAUNCH  # in fp32 that would spill too much
+def _limited(launch: dict[str, int], z: Tensor) -> dict[str, int]:
+    return launch | {"maxnreg": 128} if z.itemsize == 2 else launch  # in fp32 that would spill too much
 
 
 def channel_columns(channels: int, dtype: torch.dtype) -> int:
@@ -139,7 +139,7 @@ def depthwise(
         kernels.depthwise_kernel, (cdiv(pitch, MAP_COLUMNS), parts),
         a, scale, shift, weight, z, moments, rows,
         HEIGHT=height, WIDTH=width, P=pitch, RESIDUAL=residual, PLAIN=scale is None, TRAINING=training,
-        ROWS=ROWS, COLUMNS=MAP_COLUMNS, TILES=count_tiles(rows, pitch), **_depthwise_launch(z),
+        ROWS=ROWS, COLUMNS=MAP_COLUMNS, TILES=count_tiles(rows, pitch), **_limited(LAUNCH, z),
     )  # fmt: skip
     return z, moments
 
@@ -151,16 +151,17 @@ def project(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(scale * gelu(z) + skip_scale * skip) @ weight.T + bias -> (M, C), and moments, like expand.
 
-    z, skip (M, p), scale, skip_scale (p,), weight (C, h), bias (C,).
+    z, skip (M, p), scale, skip_scale (p,), weight (C, p), bias (C,).
     """
-    (rows, pitch), (channels, hidden) = z.shape, weight.shape
+    (rows, pitch), channels = z.shape, len(weight)
     parts, columns = count_parts(rows, channels), channel_columns(channels, z.dtype)
     out, moments = empty(z, rows, channels, dtype=z.dtype), empty(z, parts if training else 0, 2, channels)
     launch(
         kernels.project_kernel, (cdiv(channels, columns), parts), z, scale, weight, bias,
         z if skip is None else skip, scale if skip_scale is None else skip_scale, out, moments, rows,
-        C=channels, H=hidden, P=pitch, SKIP=skip is not None, TRAINING=training, PRECISION=precision(z),
-        ROWS=ROWS, COLUMNS=columns, INNER=GEMM_INNER, TILES=count_tiles(rows, channels), **PRODUCT_LAUNCH,
+        C=channels, P=pitch, SKIP=skip is not None, TRAINING=training, PRECISION=precision(z),
+        ROWS=ROWS, COLUMNS=columns, INNER=GEMM_INNER, TILES=count_tiles(rows, channels),
+        **_limited(PRODUCT_LAUNCH, z),
     )  # fmt: skip
     return out, moments
 
@@ -174,7 +175,7 @@ def project_grad(
 ) -> tuple[Tensor, Tensor]:
     """(scale * dn + slope * gelu(z) + offset) * gelu'(z) with dn = dy @ weight -> (M, p).
 
-    dy (M, C), weight (C, h), z (M, p), the others (p,). With `skip` also returns dn (M, p), for the branch
+    dy (M, C), weight (C, p), z (M, p), the others (p,). With `skip` also returns dn (M, p), for the branch
     that skips z's normalisation; else an empty tensor.
     """
     (rows, channels), pitch = dy.shape, z.shape[1]
@@ -182,7 +183,7 @@ def project_grad(
     launch(
         kernels.project_grad_kernel, (cdiv(rows, ROWS) * cdiv(pitch, GEMM_COLUMNS),),
         dy, weight, z, scale, slope, offset, dz, dn, rows,
-        C=channels, H=weight.shape[1], P=pitch, SKIP=skip, PRECISION=precision(z),
+        C=channels, P=pitch, SKIP=skip, PRECISION=precision(z),
         ROWS=ROWS, COLUMNS=GEMM_COLUMNS, INNER=GEMM_INNER, **LAUNCH,
     )  # fmt: skip
     return dz, dn
@@ -206,7 +207,7 @@ def depthwise_grad(
         kernels.depthwise_grad_kernel, (cdiv(pitch, MAP_COLUMNS), sums.shape[0]),
         dz, dz if skip is None else skip, z, scale, shift, weight, dn, sums, rows,
         HEIGHT=height, WIDTH=width, P=pitch, SKIP=skip is not None, PLAIN=scale is None, SUMS=SUMS,
-        ROWS=GRAD_ROWS, COLUMNS=MAP_COLUMNS, TILES=tiles, **_depthwise_launch(z),
+        ROWS=GRAD_ROWS, COLUMNS=MAP_COLUMNS, TILES=tiles, **_limited(LAUNCH, z),
     )  # fmt: skip
     return dn, sums
 

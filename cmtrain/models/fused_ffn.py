@@ -61,24 +61,26 @@ class _FeedForward(torch.autograd.Function):
         z2, moments = ops.depthwise(a1, s1, t1, taps, *size, not adds_late, True)
         statistics2 = ops.normalise(moments, gamma2, beta2, len(x), eps[1])
         *_, s2, t2 = statistics2
-        y, moments = _project(z2, s2, t2, w2, b2, (a1, s1, t1) if adds_late else None, gamma3 is not None)
+        skip = (a1, s1, t1) if adds_late else None
+        y, moments, w2_padded = _project(z2, s2, t2, w2, b2, skip, gamma3 is not None)
         out, statistics3 = y, None
         if gamma3 is not None:
             statistics3 = ops.normalise(moments, gamma3, beta3, len(x), eps[2])
             out, _ = batch_norm("normal", y, None, residual, kept, *statistics3[3:])
-            ctx.mark_non_differentiable(statistics3)
         ctx.save_for_backward(
-            x, w1, taps, w2, z1, z2, statistics1, statistics2, None if out is y else y, statistics3, kept
-        )
+            x, w1, taps, w2, w2_padded, z1, z2, statistics1, statistics2,
+            None if out is y else y, statistics3, kept,
+        )  # fmt: skip
         ctx.size, ctx.adds_late = size, adds_late
         ctx.of_residual = None if residual is None else residual.dtype
-        ctx.mark_non_differentiable(statistics1, statistics2)
+        ctx.mark_non_differentiable(statistics1, statistics2, *([] if out is y else [statistics3]))
         ctx.set_materialize_grads(False)
         return out, statistics1, statistics2, statistics3
 
     @staticmethod
     def backward(ctx, dn, *_):
-        x, w1, taps, w2, z1, z2, statistics1, statistics2, y, statistics3, kept = ctx.saved_tensors
+        x, w1, taps, w2, w2_padded, z1, z2, *statistics, y, statistics3, kept = ctx.saved_tensors
+        statistics1, statistics2 = statistics
         hidden, adds_late = len(w1), ctx.adds_late
         (*_, s1, t1), (*_, s2, t2) = statistics1, statistics2
         dy, dgamma3, dbeta3 = dn.contiguous(), None, None
@@ -92,10 +94,10 @@ class _FeedForward(torch.autograd.Function):
         if adds_late:
             g1 = weight_grad(dy, z1, is_gelu=True)[0].sum(0)[:, :hidden]
             dw2 += torch.addcmul(g1 * s1[:hidden], db2[:, None], t1[:hidden])
-        d2, e2 = (w2 * g2).sum(0), (w2 * db2[:, None]).sum(0)
+        d2, e2 = (w2 * g2).sum(0), torch.mv(w2.t().float(), db2.float())
         dgamma2, slope, offset = ops.normalise_grad(d2, e2, statistics2, len(x))
 
-        dz2, skip = ops.project_grad(dy, w2, z2, s2, slope, offset, adds_late)
+        dz2, skip = ops.project_grad(dy, w2_padded, z2, s2, slope, offset, adds_late)
         dn1, sums = ops.depthwise_grad(dz2, skip if adds_late else None, z1, s1, t1, taps, *ctx.size)
         sums = sums.sum(0)  # (SUMS, p)
         dgamma1, slope, offset = ops.normalise_grad(sums[11], sums[10], statistics1, len(x))
@@ -126,11 +128,13 @@ class _ResidualDepthwise(torch.autograd.Function):
 def _project(
     z2: Tensor, s2: Tensor, t2: Tensor, w2: Tensor, b2: Tensor, skip: tuple[Tensor, Tensor, Tensor] | None,
     training: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Return y and, in training, its moments. skip: a1, s1 and t1 where n1 is added to n2."""
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return y, in training its moments, and w2 (C, p). skip: a1, s1 and t1 where n1 is added to n2."""
     a1, s1, t1 = skip or (None, None, None)
     shift = t2 if t1 is None else t1 + t2
-    return ops.project(z2, s2, w2, b2 + (w2 * shift[: w2.shape[1]]).sum(1), a1, s1, training)
+    bias = torch.addmv(b2.float(), w2.float(), shift[: w2.shape[1]])
+    w2_padded = F.pad(w2.to(z2.dtype), (0, len(s2) - w2.shape[1]))
+    return *ops.project(z2, s2, w2_padded, bias, a1, s1, training), w2_padded
 
 
 def feed_forward(x: Tensor, layers: Any, residual: Tensor | None, kept: Tensor | None) -> Tensor:
@@ -167,7 +171,7 @@ def feed_forward(x: Tensor, layers: Any, residual: Tensor | None, kept: Tensor |
             z, _ = ops.depthwise(a, s1, t1, taps, *size, not adds_late, False)
             s2, t2 = _evaluation(norm2, expand.bias)
             skip = (a, s1, t1) if adds_late else None
-            y, _ = _project(z, s2, t2, project.weight, project.bias, skip, False)
+            y, *_ = _project(z, s2, t2, project.weight, project.bias, skip, False)
             out, _ = batch_norm("normal", y, None, added, factors, *evaluation(norm3, project.bias))
     return _map(out, x)
 

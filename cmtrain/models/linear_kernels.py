@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import cmtrain.models.ffn_operators as ops
 from cmtrain.models.ffn_kernels import gelu
 
-PART_ROWS = 1024  # at least, of a part of the weight's gradient: parts are written and then added
+PART_ROWS = 2048  # at least, of a part of the weight's gradient: parts are written and then added
 NUM_PROGRAMS = 264  # that parts are made for: two for each multiprocessor of an H100
 
 
@@ -218,7 +218,7 @@ def project(
     """Return residual + factor * kept * layer(tokens), and the tokens for other uses, (..., C) -> (..., N).
 
     out_head, in_head: width of heads that are, or have been, padded with zeros to a multiple of 8.
-    kept: one number per image, (B,), or per number of the result, (..., N). Without it none is dropped.
+    kept: one number per image, (B, ...), or per number of the result, (..., N). Without it none is dropped.
     """
     rows = _rows(tokens)
     out_width, in_width = out_head or 1, in_head or 1
@@ -226,7 +226,8 @@ def project(
     outputs = layer.out_features // out_width * out_padded
     shape = (outputs, rows.shape[1], rows.shape[1], 1, 1, out_width, out_padded, in_width, in_padded, 0)
     added = None if residual is None else residual.reshape(-1, outputs)
-    kept = kept if kept is None or kept.ndim == 1 else kept.view(-1, outputs)
+    if kept is not None:
+        kept = kept.flatten() if kept.numel() == len(kept) else kept.reshape(-1, outputs)
     out, rows = _Linear.apply(rows, layer.weight, layer.bias, added, kept, factor, shape)
     return out.view(*tokens.shape[:-1], outputs), rows.view(tokens.shape)
 

@@ -175,12 +175,17 @@ def usage(name: str, kernel: CompiledKernel, constants: dict[str, Any], num_warp
 
 
 def instructions(code: str) -> int:
-    """Count the instructions in one turn of the longest loop, or all of them without a loop."""
+    """Count the instructions in one turn of the longest loop that holds none, or all without a loop."""
     places = [int(place, 16) for place in re.findall(r"^\s+/\*([0-9a-f]{4,})\*/", code, re.MULTILINE)]
     back = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/[^;]*\bBRA\b[^;]*\b0x([0-9a-f]+)", code, re.MULTILINE)
     loops = [(int(target, 16), int(place, 16)) for place, target in back if int(target, 16) < int(place, 16)]
+    inner = [
+        (first, last)
+        for first, last in loops
+        if not any(first <= start and end < last for start, end in loops)
+    ]
     return max(
-        (sum(first <= place <= last for place in places) for first, last in loops), default=len(places)
+        (sum(first <= place <= last for place in places) for first, last in inner), default=len(places)
     )
 
 
