@@ -98,22 +98,22 @@ for name in ("torch", "triton", "timm", "accelerate", "pydantic", "nvidia.dali")
   } 2>&1 | tee "$out/environment.txt"
 fi
 
-batch=512
+batch=512 few_images=64 rounds=2
 fp16=fp16 bf16=bf16 decode=mixed compile=true graphs=reduce-overhead
 model=(--batch "$batch" --small-batch 128 --steps "$steps")
 tests=(tests/gpu tests/models/test_fused_ffn.py tests/models/test_layer_norm.py -k "not compiled_for")
 small=()
 # Without a GPU the same lines run with a small model and batch, with a CPU's precision and decoder.
 if [ "$device" = cpu ]; then
-  batch=8 fp16=fp32 bf16=fp32 decode=cpu compile=false graphs=default
+  batch=8 few_images=2 rounds=1 fp16=fp32 bf16=fp32 decode=cpu compile=false graphs=default
   model=(--batch 2 --small-batch 2 --steps 1 --image-px 64 --seconds "$(scaled 15)")
   small=(--model.name cmt_micro --data.image_px 64 --data.eval_resize_px 72)
-  tests=(tests/gpu tests/models/test_fused_ffn.py -k "gpu or maps_of_any_shape")
+  tests=(tests/gpu tests/models/test_fused_ffn.py -k "not compiled_for and (gpu or maps_of_any_shape)")
   export OMP_NUM_THREADS=1
 fi
 one_gpu=(--train.global_batch_size "$batch" --train.max_batch_per_gpu "$batch" --augment.repeats 1)
-alone=(--what model --rounds 2 --beside "")
-few=(--train.global_batch_size "$((batch / 8))" --augment.repeats 1)
+alone=(--what model --rounds "$rounds" --beside "")
+few=(--train.global_batch_size "$few_images" --augment.repeats 1)
 fp16=(--train.precision "$fp16") bf16=(--train.precision "$bf16")
 case $data in
   demo:*) folder=${XDG_CACHE_HOME:-$HOME/.cache}/cmtrain/demo-${data#demo:} ;;
@@ -133,7 +133,8 @@ plan() {
   bench 50 step          "${alone[@]}" "${one_gpu[@]}" "${fp16[@]}"
   bench 25 step_eager    "${alone[@]}" "${one_gpu[@]}" "${fp16[@]}" --model.ffn_kernel eager
   bench 85 step_compiled "${alone[@]}" "${one_gpu[@]}" "${fp16[@]}" --train.compile "$compile"
-  bench 25 guard         --what guard --rounds 3 "${one_gpu[@]}" "${fp16[@]}"
+  line 25 guard "$python" benchmarks/guard.py --config configs/full_in1k.yaml "${small[@]}" --rounds 3 \
+    --steps "$steps" --json "$out/guard.json" "${one_gpu[@]}" "${fp16[@]}"
   line 75 tests "$python" -m pytest -v --timeout 60 --continue-on-collection-errors -p no:cacheprovider \
     -m "not slow" "${tests[@]}"
   # The loader alone, by threads and by share of the JPEG engine; then from files and from shards to updates
@@ -149,8 +150,8 @@ plan() {
   bench 90 few_images_graphs "${alone[@]}" "${few[@]}" "${fp16[@]}" --train.compile "$compile" \
     --train.compile_mode "$graphs"
   bench 40 step_bf16         "${alone[@]}" "${one_gpu[@]}" "${bf16[@]}"
-  bench 40 latency           --what latency --rounds 2 "${one_gpu[@]}" "${fp16[@]}"
-  bench 90 loader_beside_timm --what loader --rounds 2 "${one_gpu[@]}" "${fp16[@]}" --data.decode "$decode" \
+  bench 40 latency           --what latency --rounds "$rounds" "${one_gpu[@]}" "${fp16[@]}"
+  bench 90 loader_beside_timm --what loader --rounds "$rounds" "${one_gpu[@]}" "${fp16[@]}" --data.decode "$decode" \
     --steps "$((steps / 6 + 1))"
   line 120 model_compiled "$python" benchmarks/model_gpu.py --seconds "$(scaled 90)" "${model[@]}" \
     --compiled --json "$out/model_compiled.jsonl"

@@ -1,4 +1,4 @@
-"""Parse `cmtrain data ...`: check, pack, preview, stats."""
+"""Parse `cmtrain data ...`: split, check, pack, preview, stats."""
 
 import argparse
 import sys
@@ -20,10 +20,12 @@ from cmtrain.config.schema import Config
 from cmtrain.errors import EXIT_DONE, ConfigError, did_you_mean
 
 HELP = """\
-usage: cmtrain data check DIR
+usage: cmtrain data split DIR
+       cmtrain data check DIR
        cmtrain data pack SRC DST
        cmtrain data preview | stats --config FILE [--SECTION.KEY VALUE ...]
 
+split    divide a folder of classes into lists for training and validation; moves no image
 check    find the images that cannot be read; training leaves them out from then on
 pack     write an image folder as tar shards with an index: few large files instead of many small
 preview  draw augmented training images as a grid
@@ -44,6 +46,24 @@ def data(arguments: list[str]) -> int:
         close = did_you_mean(what, _DATA_VERBS) or f"; there are {', '.join(_DATA_VERBS)}"
         raise ConfigError(f"cmtrain data {what}: unknown verb{close}".replace("data :", "data:"))
     return _DATA_VERBS[what](arguments)
+
+
+def _data_split(arguments: list[str]) -> int:
+    parser = make_parser("data split", "Divide a folder of classes into lists for training and validation.")
+    add = parser.add_argument
+    add("root", metavar="DIR", help="folder with one folder of images per class; no image is moved")
+    add("--val", type=share, default=0.2, metavar="X", help="share for validation (default: 0.2)")
+    add("--test", type=share, default=0.0, metavar="X", help="share for a third list (default: 0)")
+    same = "keep images on one side in whose path this finds the same text, such as 'patient-([0-9]+)'"
+    add("--group-by", metavar="REGEX", help=same)
+    add("--no-compare", dest="compare", action="store_false", help="do not look for near-duplicates")
+    add("--seed", type=count, default=0, metavar="N", help="another number, another split (default: 0)")
+    add("--out", metavar="DIR", help="folder for the lists (default: the folder itself)")
+    options = vars(parse_alone(parser, arguments))
+    start.announce(f"data split of {options['root']}")
+    from cmtrain.commands.data_split import split
+
+    return split(options.pop("root"), **options)
 
 
 def _data_check(arguments: list[str]) -> int:
@@ -116,5 +136,6 @@ def _parse_and_start(parser: argparse.ArgumentParser, arguments: list[str]) -> t
 
 
 _DATA_VERBS: dict[str, Callable[[list[str]], int]] = {
-    "check": _data_check, "pack": _data_pack, "preview": _data_preview, "stats": _data_stats,
+    "split": _data_split, "check": _data_check, "pack": _data_pack, "preview": _data_preview,
+    "stats": _data_stats,
 }  # fmt: skip

@@ -40,7 +40,7 @@ DEMO_PHOTOS = [
     ("data.root", "demo:photos"), ("data.image_px", "64"), ("data.eval_resize_px", "72"),
     ("augment.hflip", "0.5"), ("expect.top1", "0.85"),
 ]  # fmt: skip
-BENCHMARKS = ("loader", "model", "latency", "guard", "train", "all")
+BENCHMARKS = ("loader", "model", "latency", "train", "all")
 
 HELP = """\
 usage: cmtrain [train] --config FILE [options] [--SECTION.KEY VALUE ...]
@@ -60,6 +60,7 @@ verbs:
   report RUN...  draw a run folder as one HTML file; several runs are compared
   bench          time the loader, the model and training, and name the bottleneck
   repair-bn X    recompute the BatchNorm statistics of a run or of any weights file, such as NaN ones
+  data split     divide a folder of classes into lists for training and validation; moves no image
   data check     find the images that cannot be read; training leaves them out from then on
   data pack      write an image folder as tar shards with an index: few large files instead of many small
   data preview   draw augmented training images as a grid

@@ -123,11 +123,12 @@ class Data(Section):
     root: AnyPath = _key(..., "folder that holds the images, or demo:digits, demo:photos or demo:jpegs")
     train_dir: PathBelowRoot = _key("train", "<class>/<image> tree of the training images, below root")
     val_dir: PathBelowRoot = _key("val", "<class>/<image> tree of the validation images, below root")
-    train_list: PathBelowRoot | None = _key(
+    train_list: AnyPath | None = _key(
         None,
-        'list of training images below root, one "path,label" or "path label" per line; replaces train_dir',
+        'list of training images below root, one "path,label" or "path label" per line; replaces train_dir. '
+        "null: <train_dir>.csv, as `cmtrain data split` writes it, if there is no train_dir",
     )
-    val_list: PathBelowRoot | None = _key(None, "the same for validation; replaces val_dir")
+    val_list: AnyPath | None = _key(None, "the same for validation; replaces val_dir")
     fraction: float = _key(1.0, "share of the training images to use, equal in every class", gt=0, le=1)
     decode: Decode = _key(
         "auto",
@@ -182,6 +183,7 @@ class Optim(Section):
     lr: Positive = _key(
         ...,
         "peak learning rate for this global batch size; if you change the batch, change lr in proportion",
+        le=1000,
     )
     weight_decay: NotNegative = _key(0.05, "weight decay of matrices and convolutions; others have none")
     momentum: FractionBelowOne = _key(0.9, "momentum of sgd")

@@ -99,7 +99,7 @@ def check_places(config: Config, *, trains: bool = True) -> None:
     data, root = config.data, _root_of(config)
     splits = [(data.train_dir, data.train_list)] if trains else []
     for folder, list_file in [*splits, (data.val_dir, data.val_list)]:
-        if not (root / (list_file or folder)).exists():
+        if not (root / (_list_for(root, folder, list_file) or folder)).exists():
             _open_split(config, root, folder, list_file, None)
 
 
@@ -142,6 +142,7 @@ def _root_of(config: Config) -> Path:
 def _open_split(
     config: Config, root: Path, folder: str, list_file: str | None, class_names: Sequence[str] | None
 ) -> Manifest:
+    list_file = _list_for(root, folder, list_file)
     if list_file is None and is_packed(root / folder):
         return Manifest.from_shards(root / folder, class_names=class_names)
     limit = config.data.max_bad_fraction
@@ -149,6 +150,16 @@ def _open_split(
     if list_file is not None:
         return Manifest.from_list(root / list_file, root, class_names=class_names, **scan)
     return Manifest.from_folder(root / folder, class_names=class_names, **scan)
+
+
+def _list_for(root: Path, folder: str, list_file: str | None) -> str | None:
+    """Return the list of a split: without a folder the one that `cmtrain data split` writes in its place."""
+    written = f"{folder}.csv"
+    return (
+        written
+        if list_file is None and not (root / folder).exists() and (root / written).is_file()
+        else list_file
+    )
 
 
 def open_val(config: Config, class_names: Sequence[str]) -> Manifest:

@@ -118,13 +118,12 @@ def refuse_batch_of_one(global_batch_size: int, max_batch_per_gpu: int, world_si
     if micro_batch_size > 1:
         return
     if max_batch_per_gpu == 1:
-        key, advice = "train.max_batch_per_gpu", "use 2 or more"
+        setting, advice = "train.max_batch_per_gpu: 1", "use 2 or more"
     else:
-        key, advice = "train.global_batch_size", f"use {2 * world_size} or more, or fewer processes"
-    raise ConfigError(
-        f"{key}: {global_batch_size} = {world_size} processes x {accumulation} passes x 1 image, and "
-        f"BatchNorm needs more than one; {advice}"
-    )
+        setting = f"train.global_batch_size: {global_batch_size}"
+        advice = f"use {2 * world_size} or more, or fewer processes"
+    split = f"{global_batch_size} = processes {world_size} x passes {accumulation} x 1"
+    raise ConfigError(f"{setting} leaves 1 image at a time ({split}), and BatchNorm needs more; {advice}")
 
 
 def plan_steps(config: Config, num_samples: int, num_processes: int) -> Schedule:

@@ -44,9 +44,9 @@ def test_what_is_cheap_to_find_is_refused_before_torch_is_loaded(make_job, tmp_p
         (3, "--resume no: no such", [*new, "--resume", "no"]),
         (3, "no: no such file or folder", [*new, "--model.init_from", "no"]),
         (3, "neither a folder nor a", [*new, "--model.init_from", str(tmp_path / "x.pth")]),
-        (2, "16 = 1 processes x 16 passes x 1 image", [*new, "--train.max_batch_per_gpu", "1"]),
-        (2, "1 = 1 processes x 1 passes x 1 image", [*new, "--train.global_batch_size", "1"]),
-        (2, "2 = 2 processes x 1 passes x 1", [*new, "--train.global_batch_size", "2", "--nproc", "2"]),
+        (2, "16 = processes 1 x passes 16 x 1", [*new, "--train.max_batch_per_gpu", "1"]),
+        (2, "1 = processes 1 x passes 1 x 1", [*new, "--train.global_batch_size", "1"]),
+        (2, "2 = processes 2 x passes 1 x 1", [*new, "--train.global_batch_size", "2", "--nproc", "2"]),
         (3, "no/train: no such folder", [*new, "--data.root", "no", "--nproc", "2"]),
         (3, "no: no run and no checkpoint", ["eval", "no"]),
         (2, "--resize-px: 16 is less than", ["eval", run, "--resize-px", "16"]),
@@ -81,7 +81,10 @@ def test_a_model_without_batch_norm_trains_with_one_image(make_job):
     one = {"train": {"global_batch_size": 1, "max_batch_per_gpu": 8}, "data": {"image_px": 32}}
     job = make_job("resnet", model={"name": "resnet10t"}, **one)
     job("--max-steps", "1", code=2)
-    assert "1 = 1 processes x 1 passes x 1 image, and BatchNorm needs more" in job.stderr.read_text()
+    assert (
+        "train.global_batch_size: 1 leaves 1 image at a time (1 = processes 1 x passes 1 x 1), and BatchNorm"
+        in job.stderr.read_text()
+    )
     assert not job.run.exists()
     job = make_job("convnext", model={"name": "convnext_atto"}, **one)
     assert job("--max-steps", "1")["step"] == 1
@@ -91,8 +94,8 @@ def test_a_model_without_batch_norm_trains_with_one_image(make_job):
     ("arguments", "text"),
     [
         (["help"], "usage: cmtrain [train]"),
-        (["data", "--help"], "usage: cmtrain data check"),
-        (["help", "data"], "usage: cmtrain data check"),
+        (["data", "--help"], "usage: cmtrain data split"),
+        (["help", "data"], "usage: cmtrain data split"),
         (["config", "--help"], "usage: cmtrain config show"),
         (["demo", "--dry-run"], "run      runs/demo\n"),
         (["demo", "--photos", "--dry-run"], "run      runs/demo-photos\n"),

@@ -7,6 +7,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import runpy
 import subprocess
 import sys
 import threading
@@ -16,11 +17,10 @@ import pytest
 import torch
 from helpers.mini import batch, make_learner
 from helpers.photographs import write_folder
-from helpers.runs import HANG_SECONDS
+from helpers.runs import HANG_SECONDS, ROOT
 
 from cmtrain.commands.bench import bench as bench_command
 from cmtrain.commands.bench.bench import verdict
-from cmtrain.commands.bench.guard import time_guard
 from cmtrain.commands.bench.loader import bench_loader, summarise
 from cmtrain.commands.bench.loader_workers import LoaderContender, _cpu_seconds, serve
 from cmtrain.commands.bench.timing import WARMUP_STEPS, Contender, race
@@ -88,8 +88,6 @@ BEST = "of the machine's best"
         ("latency", {"m": TIMES, "resnet50": TIMES | {"first_is_times": 3.21}},
          ["images/s", "median ms", "95 % within, ms", "first is"],
          ["resnet50", "80.2", "12.3", "140", "3.21 x as fast"]),
-        ("guard", {"with": {"ms": 9.0, "percent": 1.25, "percent_min": -3.0, "percent_max": 5.5}},
-         ["ms", "of a step", "lowest round", "highest round"], ["with", "9", "1.25 %", "-3 %", "5.5 %"]),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("width", [80, 120])
@@ -229,6 +227,7 @@ def test_steps_with_the_guard_and_without_take_turns(monkeypatch):
         return step(*arguments)
 
     monkeypatch.setattr(learner, "step", noted)
+    time_guard = runpy.run_path(str(ROOT / "benchmarks" / "guard.py"))["time_guard"]
     how = {"lr": 0.01, "steps": 2, "rounds": 2, "log_every_steps": 10}
     figures = dict(time_guard(learner, map(batch, itertools.count()), **how))
     assert turns[: 2 * WARMUP_STEPS] == ["with"] * WARMUP_STEPS + ["without"] * WARMUP_STEPS
@@ -238,15 +237,6 @@ def test_steps_with_the_guard_and_without_take_turns(monkeypatch):
     assert (learner.guard, learner.buffer) == (guard, buffer)
     assert 0 < figures["alone"]["ms"] < figures["without"]["ms"]
     assert figures["with"]["percent_min"] <= figures["with"]["percent"] <= figures["with"]["percent_max"]
-
-
-def test_the_guard_is_timed_with_the_recipe_of_a_configuration(root, tmp_path, capsys):
-    overrides = {"data.root": str(root), "data.cache_dir": str(tmp_path), "train.global_batch_size": "8"}
-    config = load_config("configs/demo.yaml", list(overrides.items())).config
-    assert bench("guard", config, steps=1, rounds=2) == 0
-    report = json.loads(capsys.readouterr().out)
-    assert list(report["figures"]) == ["without", "with", "alone", "log point", "mixing", "together", "save"]
-    assert report["verdict"].startswith("guard, spike detection and metrics add ")
 
 
 # --- models beside models, ceilings, comparison ---

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from cmtrain import __version__
-from cmtrain.commands.bench import guard, timing
+from cmtrain.commands.bench import timing
 from cmtrain.commands.bench.loader import bench_loader
 from cmtrain.commands.bench.models import Setup, against_ceilings, time_latency, time_models
 from cmtrain.commands.bench.timing import WARMUP_STEPS, Figures, Rows, drain, endless, write_report
@@ -42,8 +42,7 @@ SAME = ("what", "device", "precision", "compiled", "model", "image_px", "batch",
 # key of a row -> header of its column and unit of its number
 COLUMNS = {
     "images_per_second": ("images/s", ""), "step_ms_mean": ("ms per step", ""), "ms_p50": ("median ms", ""),
-    "ms_p95": ("95 % within, ms", ""), "ms": ("ms", ""), "percent": ("of a step", " %"),
-    "percent_min": ("lowest round", " %"), "percent_max": ("highest round", " %"),
+    "ms_p95": ("95 % within, ms", ""),
     "data_wait_percent": ("lost to loading", " %"), "first_is_times": ("first is", " x as fast"),
     "uses": ("of the machine's best", ""), "times_earlier": ("earlier rate", " x"),
 }  # fmt: skip
@@ -54,10 +53,9 @@ USES = {
 KEYS = {
     "model": ("images_per_second", "ms_p50", "first_is_times", "uses"),
     "latency": ("images_per_second", "ms_p50", "ms_p95", "first_is_times"),
-    "guard": ("ms", "percent", "percent_min", "percent_max"),
 }
 RUN_KEYS = ("images_per_second", "step_ms_mean", "data_wait_percent", "uses")
-NUM_PARTS = {"model": 3, "latency": 1, "guard": 3, "all": 4, "train": 1}
+NUM_PARTS = {"model": 3, "latency": 1, "all": 4, "train": 1}
 
 
 def bench(config: Config, options: argparse.Namespace) -> int:
@@ -82,10 +80,6 @@ def bench(config: Config, options: argparse.Namespace) -> int:
         rows = time_models(setup, options.beside)
     elif what == "latency":
         rows = time_latency(setup, options.beside)
-    elif what == "guard":
-        learner, every = setup.make_learner(config), config.train.log_every_steps
-        how = {"steps": options.steps, "rounds": options.rounds, "log_every_steps": every}
-        rows = guard.time_guard(learner, setup.synthetic_batches(), lr=config.optim.lr, **how)
     else:
         rows = _time_run(what, setup, data.train)
     figures: Figures = {}
@@ -108,7 +102,7 @@ def bench(config: Config, options: argparse.Namespace) -> int:
                 continue
             figures[name] = row
             write_report(options.json if accelerator.is_main_process else None, report)
-    report["verdict"] = guard.verdict(figures) if what == "guard" else verdict(figures)
+    report["verdict"] = verdict(figures)
     below = _compare(report, earlier, options.fail_below) if earlier else []
     if accelerator.is_main_process:
         _show(report)

@@ -1,4 +1,6 @@
-"""Time what guard, spike detection and metrics add to a step (`cmtrain bench --what guard`).
+"""Time what guard, spike detection and metrics add to a step.
+
+    python benchmarks/guard.py [--config FILE] [--steps N] [--rounds N] [--json FILE] [--SECTION.KEY VALUE]
 
 Steps with and without them take turns on one model. On a machine that is not quiet, the ratio of two long
 times still shows little about one percent, so the additions are timed alone as well. On a GPU that is an
@@ -8,6 +10,7 @@ training waits at a save, while the checkpoint is written in the background.
 
 import itertools
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -17,17 +20,21 @@ from typing import Any
 
 import torch
 
-from cmtrain.commands.bench.timing import WARMUP_STEPS, Figures, Row, Rows, best_seconds, drain
+from cmtrain.cli.arguments import make_parser, parse_with_config, positive
+from cmtrain.commands.bench.models import Setup
+from cmtrain.commands.bench.timing import WARMUP_STEPS, Figures, Row, Rows, best_seconds, drain, write_report
 from cmtrain.monitoring.metrics import TrainMetrics
 from cmtrain.step.learner import Learner
 from cmtrain.step.measure import no_host_sync
 from cmtrain.step.mixing import mix
 from cmtrain.storage.checkpoint_writer import CheckpointWriter
 from cmtrain.storage.finite import repair_or_reject
+from cmtrain.training import build, loaders
 from pipelines.spec import Batch
 
 ALONE_REPEATS = 100
 SAVES = 6
+NUM_IMAGES, NUM_CLASSES = 1_281_167, 1000  # of a run that this could be
 
 
 # In place of guard, step buffer and metrics: they do nothing.
@@ -175,3 +182,30 @@ def _milliseconds(work: Callable[[], None], device: torch.device) -> float:
         ends.record()
     ends.synchronize()
     return begins.elapsed_time(ends)
+
+
+def main() -> None:
+    parser = make_parser("guard", __doc__.splitlines()[0])
+    parser.add_argument("--config", default="configs/demo.yaml", metavar="FILE")
+    parser.add_argument("--steps", type=positive, default=20, metavar="N", help="steps of a turn")
+    parser.add_argument("--rounds", type=positive, default=5, metavar="N", help="turns of each side")
+    parser.add_argument("--json", metavar="FILE")
+    options, resolved = parse_with_config(parser, sys.argv[1:])
+    config = resolved.config
+    accelerator = build.make_accelerator(config.train.precision)
+    loaders.split_threads(config, accelerator.device)
+    schedule = build.plan_steps(config, NUM_IMAGES, accelerator.num_processes)
+    setup = Setup(config, accelerator, schedule, NUM_CLASSES, options.steps, options.rounds)
+    learner, every = setup.make_learner(config), config.train.log_every_steps
+    how = {"steps": options.steps, "rounds": options.rounds, "log_every_steps": every}
+    figures: Figures = {}
+    for name, row in time_guard(learner, setup.synthetic_batches(), lr=config.optim.lr, **how):
+        print(name, *(f"{key} {value:.3g}" for key, value in row.items()), sep="  ", flush=True)
+        if row:
+            figures[name] = row
+            write_report(options.json, {"device": str(accelerator.device), "figures": figures})
+    print(verdict(figures))
+
+
+if __name__ == "__main__":
+    main()
