@@ -152,11 +152,10 @@ def feed_forward(x: Tensor, layers: Any, residual: Tensor | None, kept: Tensor |
     taps = _taps(layers.depthwise, ops.padded(len(layers.depthwise.weight)))
     with torch.autocast(x.device.type, enabled=False):
         if norm1.training:
-            last = (norm3.weight, norm3.bias) if norm3.training else (None, None)
+            last = (norm3.weight, norm3.bias, added, factors) if norm3.training else (None,) * 4
             out, *statistics = _FeedForward.apply(
                 rows, expand.weight, expand.bias, norm1.weight, norm1.bias, taps, norm2.weight, norm2.bias,
-                project.weight, project.bias, *last, added, factors, size, tuple(norm.eps for norm in norms),
-                adds_late,
+                project.weight, project.bias, *last, size, tuple(norm.eps for norm in norms), adds_late,
             )  # fmt: skip
             for norm, found in zip(norms, statistics, strict=True):
                 if found is not None:

@@ -199,7 +199,7 @@ def make_attention_bias(
 # ---- attention with a bias
 
 
-def _is_eager_on_cpu(x: Tensor) -> bool:
+def is_eager_on_cpu(x: Tensor) -> bool:
     return not x.is_cuda and not torch.compiler.is_compiling()  # what a CPU exports runs elsewhere
 
 
