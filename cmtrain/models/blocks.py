@@ -49,9 +49,12 @@ def _takes_kernel(kernel: FfnKernel, x: Tensor) -> bool:
 
 
 def _has_kernel(part: nn.Module, x: Tensor) -> bool:
-    """Return whether a part with BatchNorms is fused: evaluation has no backward there, and hooks see all."""
-    is_seen = any(layer._forward_hooks for layer in part.children())  # such as by the search for an overflow
-    return not is_seen and (part.training or not torch.is_grad_enabled()) and _takes_kernel(part.kernel, x)
+    """Return whether a part with layers is fused: hooks see them all, and evaluation has no backward there."""
+    if any(layer._forward_hooks for layer in part.children()):  # such as those of the search for an overflow
+        return False
+    norms = [layer for layer in part.children() if isinstance(layer, nn.BatchNorm2d)]
+    is_training = part.training and all(norm.training for norm in norms[:2])  # an FFN's third may be frozen
+    return (is_training or not torch.is_grad_enabled()) and _takes_kernel(part.kernel, x)
 
 
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -214,7 +217,7 @@ class Stem(nn.Module):
         return self._layer(self.conv3, self.norm3, x)
 
     def _layer(self, conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
-        if not _has_kernel(self, x):
+        if not _has_kernel(self, x) or (torch.is_grad_enabled() and not norm.training):
             return norm(gelu(conv(x)))
         z = conv._conv_forward(x, conv.weight, None)
         return _map(norm_kernels.gelu_batch_norm(_tokens(z), conv.bias, norm))

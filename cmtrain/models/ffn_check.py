@@ -62,11 +62,15 @@ def worst_error(
     """Return the largest difference from torch, of all parts that have kernels; see _error."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
-        ffn, frozen = (FeedForward(DIM, HIDDEN, variant=variant, drop=0.0) for _ in range(2))
-        frozen.project_norm.eval()  # batch statistics would pass no gradient on to the shifts before it
-        attention = Attention(DIM, 2, 2, BlockOptions(variant, True, 0.0, 0.0, "auto"))
-        parts = ResidualDepthwiseConv(DIM), ChannelNorm(DIM, 1e-6), PatchConv(DIM, DIM, 2), Stem(DIM, 16)
-        return max(_error(part, device, dtype, kernel) for part in (*parts, attention, ffn, frozen))
+        return max(_error(part, device, dtype, kernel) for part in _parts(variant))
+
+
+def _parts(variant: Variant) -> list[FusedPart]:
+    ffn, frozen = (FeedForward(DIM, HIDDEN, variant=variant, drop=0.0) for _ in range(2))
+    frozen.project_norm.eval()  # batch statistics would pass no gradient on to the shifts before it
+    attention = Attention(DIM, 2, 2, BlockOptions(variant, True, 0.0, 0.0, "auto"))
+    norm, patches = ChannelNorm(DIM, 1e-6), PatchConv(DIM, DIM, 2)
+    return [ResidualDepthwiseConv(DIM), norm, patches, Stem(DIM, 16), attention, ffn, frozen]
 
 
 def _output(part: FusedPart, x: Tensor) -> Tensor:

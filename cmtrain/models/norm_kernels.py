@@ -274,7 +274,7 @@ class _GeluBatchNorm(torch.autograd.Function):
 def gelu_batch_norm(z: Tensor, bias: Tensor, norm: Any) -> Tensor:
     """Return norm(gelu(z + bias)), (..., C); like fused_ffn.feed_forward's norms in training and evaluation."""
     rows = z.reshape(-1, z.shape[-1])
-    if norm.training:
+    if norm.training and not isinstance(norm, nn.Identity):
         out, statistics = _GeluBatchNorm.apply(rows, bias, norm.weight, norm.bias, norm.eps)
         track(norm, statistics)
     else:
