@@ -24,11 +24,12 @@ The second BatchNorm's D and E are column sums of W2 * G2 and of W2 * sum(dy). T
 sum(dy) t2', needs G2 = dy' a2 anyway. In the re-implementation's form it has a second part, from G1 = dy'
 a1, and dn1 has dy W2 added.
 
-Passes over a hidden tensor, reads and writes: 5 forward (z1 w, a1 w r, z2 w r) and 11 backward (G2 r; dz2 r
-w; dn1 r r w; dz1 r r w; dx r; dW1 r); operation by operation it is 44. The re-implementation's form has 4
-more: y reads a1, G1 reads z1, and dy W2 is written beside dz2 and read for dn1. The kernels take fp16, bf16
-and fp32; sums and scales are fp32. The local perception unit, x + depthwise(x), uses them without a
-BatchNorm: 2 passes over x forward and 3 backward, instead of 13.
+Passes over a hidden tensor, reads and writes: 5 forward (z1 w, a1 w r, z2 w r) and 10 backward (G2 r; dz2 r
+w; dn1 r r w; dz1 r r w, with dx made in the same pass; dW1 r); operation by operation it is 44. The
+re-implementation's form has 4 more: y reads a1, G1 reads z1, and dy W2 is written beside dz2 and read for
+dn1. The kernels take fp16, bf16 and fp32; sums and scales are fp32. The last BatchNorm and the addition
+behind it are norm_kernels.batch_norm's; the projection takes its moments. The local perception unit, x +
+depthwise(x), uses the kernels without a BatchNorm: 2 passes over x forward and 3 backward, instead of 13.
 """
 
 from typing import Any

@@ -153,7 +153,7 @@ def test_the_last_norm_the_dropped_paths_and_the_addition_equal_autograd(name, s
         found.append([out, *gradients, *network.buffers()])
     largest = max(part.detach().double().norm() for part in found[1])
     errors = [
-        float((ours.double() - theirs).norm() / theirs.double().norm().clamp(min=1e-4 * largest))
+        float((ours.double() - theirs).norm() / theirs.double().norm().clamp(min=1e-2 * largest))
         for ours, theirs in zip(*found, strict=True)
     ]
     assert max(errors) < 1e-5, errors
