@@ -49,7 +49,7 @@ def _takes_kernel(kernel: FfnKernel, x: Tensor) -> bool:
 
 
 def _has_kernel(part: nn.Module, x: Tensor) -> bool:
-    """Return whether a part with layers is fused: hooks see them all, and evaluation has no backward there."""
+    """Return whether a part with layers is fused: hooks see them all; evaluation has no backward there."""
     if any(layer._forward_hooks for layer in part.children()):  # such as those of the search for an overflow
         return False
     norms = [layer for layer in part.children() if isinstance(layer, nn.BatchNorm2d)]
@@ -98,7 +98,7 @@ class TokenLinear(nn.Linear):
 
 
 def depthwise_conv(channels: int) -> nn.Conv2d:
-    """Depth-wise 3x3 convolution. Its weight has the strides of its gradient, channels-last, as DDP wants."""
+    """Depth-wise 3x3 convolution. Weight and gradient have the same strides, channels-last, as DDP wants."""
     return nn.Conv2d(channels, channels, 3, padding=1, groups=channels).to(memory_format=torch.channels_last)
 
 
@@ -271,7 +271,9 @@ class Attention(nn.Module):
             q, tokens = into_heads(self.q, tokens)
             kv, _ = into_heads(self.kv, self.reduced(tokens))
             q = q.view(batch, height * width, *heads)
-            k, v = kv.view(batch, -1, 2, *heads).unbind(2)  # (B, K, h, d), and so their gradients are stacked
+            k, v = kv.view(batch, -1, 2, *heads).unbind(
+                2
+            )  # (B, K, h, d), and so their gradients are stacked
         else:
             qkv, _ = into_heads(self.qkv, tokens)
             q, k, v = qkv.view(batch, height * width, 3, *heads).unbind(2)
@@ -300,7 +302,9 @@ class Attention(nn.Module):
             return F.linear(x, F.pad(weight.unflatten(1, (self.heads, -1)), (0, padding)).flatten(1), bias)
         head_dim = linear.in_features // self.heads
         bias = None if bias is None else F.pad(bias.view(-1, head_dim), (0, padding)).flatten()
-        return F.linear(x, F.pad(weight.unflatten(0, (-1, head_dim)), (0, 0, 0, padding)).flatten(0, 1), bias)
+        return F.linear(
+            x, F.pad(weight.unflatten(0, (-1, head_dim)), (0, 0, 0, padding)).flatten(0, 1), bias
+        )
 
 
 class FeedForward(nn.Module):
@@ -328,7 +332,9 @@ class FeedForward(nn.Module):
         self.project_norm = nn.BatchNorm2d(dim)
         self.drop = nn.Dropout(drop)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, drop_path: DropPath = NONE_DROPPED) -> Tensor:
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, drop_path: DropPath = NONE_DROPPED
+    ) -> Tensor:
         """Return the network's result, or residual + drop_path(result); all (B, C, H, W)."""
         if self.drop.p == 0 and _has_kernel(self, x):
             return fused_ffn.feed_forward(x, self, residual, _kept(x, drop_path))
@@ -395,4 +401,6 @@ class Stage(nn.Module):
         return x
 
 
-FusedPart = Attention | FeedForward | ResidualDepthwiseConv | PatchConv | ChannelNorm | Stem  # each has a `kernel`
+FusedPart = (
+    Attention | FeedForward | ResidualDepthwiseConv | PatchConv | ChannelNorm | Stem
+)  # each has a `kernel`

@@ -41,7 +41,6 @@ from torch import Tensor, nn
 import cmtrain.models.ffn_operators as ops
 from cmtrain.models.linear_kernels import weight_grad
 from cmtrain.models.norm_kernels import batch_norm, batch_norm_grad, evaluation, track
-from cmtrain.models.position import Variant
 
 
 class _FeedForward(torch.autograd.Function):

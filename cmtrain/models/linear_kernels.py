@@ -1,11 +1,11 @@
 """Multiply the rows of maps by matrices: linear layers, and convolutions whose stride is their kernel.
 
 cuBLAS and cuDNN are fast where a row is a multiple of 16 bytes; the 46 and 92 channels of CMT-Ti's first
-stages are not. These kernels also do what would be passes of its own: casts of weights, padding of heads, the
-gradient of a bias, dropout, and the addition behind a product or to its gradient.
+stages are not. These kernels also do what would be passes of its own: casts of weights, padding of heads,
+the gradient of a bias, dropout, and the addition behind a product or to its gradient.
 
-Letters: M rows, N outputs and K inputs of a product, C channels of a map. A patch of r x r pixels is a row of
-K = r * r * C numbers, in the order of a channels-last weight; it is read where it lies in the map.
+Letters: M rows, N outputs and K inputs of a product, C channels of a map. A patch of r x r pixels is a row
+of K = r * r * C numbers, in the order of a channels-last weight; it is read where it lies in the map.
 """
 
 from collections.abc import Sequence
@@ -68,7 +68,9 @@ def linear_kernel(
             at, inside = _places(row, inner, C, PATCH, WIDTH), (row < rows) & (inner < K)
             left = tl.load(x + at, mask=inside, other=0.0)
         # Weights of padding are 0, and those off the diagonals of a depth-wise convolution.
-        real = (output < N) & (output % OUT_PADDED < OUT_HEAD) & (number < K) & (number % IN_PADDED < IN_HEAD)
+        real = (
+            (output < N) & (output % OUT_PADDED < OUT_HEAD) & (number < K) & (number % IN_PADDED < IN_HEAD)
+        )
         if DEPTHWISE:
             at, real = output * PATCH * PATCH + number // C, real & (number % C == output)
         else:
@@ -233,10 +235,21 @@ def project(
 
 
 def patch_conv(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    """Return conv(x) of a convolution, dense or depth-wise, whose stride is its kernel; channels-last maps."""
+    """Return conv(x), dense or depth-wise, of a convolution whose stride is its kernel; channels-last maps."""
     (batch, channels, height, width), patch = x.shape, conv.stride[0]
     weight = conv.weight.permute(0, 2, 3, 1).flatten(1)
-    shape = (len(weight), patch**2 * channels, channels, patch, width // patch, 1, 1, 1, 1, int(conv.groups > 1))
+    shape = (
+        len(weight),
+        patch**2 * channels,
+        channels,
+        patch,
+        width // patch,
+        1,
+        1,
+        1,
+        1,
+        int(conv.groups > 1),
+    )
     rows = _rows(x.permute(0, 2, 3, 1))
     out, _ = _Linear.apply(rows, weight, conv.bias, None, None, 1.0, shape)
     return out.view(batch, height // patch, width // patch, -1).permute(0, 3, 1, 2)

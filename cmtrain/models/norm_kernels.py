@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor, nn
 
 import cmtrain.models.ffn_operators as ops
-from cmtrain.models.ffn_kernels import gelu, gelu_and_slope, over_rows, welford
+from cmtrain.models.ffn_kernels import gelu_and_slope, over_rows, welford
 
 PLACES = 16  # of a thread in a tile; in the backward pass it keeps two sums for each
 TILE = 128 * PLACES
@@ -246,7 +246,7 @@ def batch_norm(
 def batch_norm_grad(
     dn: Tensor, z: Tensor, bias: Tensor | None, kept: Tensor | None, statistics: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of z (M, C), bias, gamma and beta (C,); statistics: of `ops.normalise`, (5, C)."""
+    """Return the gradients of z (M, C), bias, gamma, beta (C,); statistics: of `ops.normalise`, (5, C)."""
     _, _, _, scale, _ = statistics
     d, e = batch_norm("sums", z, bias, dn, kept)[1].sum(0)
     d_gamma, slope, offset = ops.normalise_grad(d, e, statistics, len(z))
@@ -272,7 +272,7 @@ class _GeluBatchNorm(torch.autograd.Function):
 
 
 def gelu_batch_norm(z: Tensor, bias: Tensor, norm: Any) -> Tensor:
-    """Return norm(gelu(z + bias)), (..., C); like fused_ffn.feed_forward's norms in training and evaluation."""
+    """Return norm(gelu(z + bias)), (..., C), of a norm in training or, without gradients, in evaluation."""
     rows = z.reshape(-1, z.shape[-1])
     if norm.training and not isinstance(norm, nn.Identity):
         out, statistics = _GeluBatchNorm.apply(rows, bias, norm.weight, norm.bias, norm.eps)

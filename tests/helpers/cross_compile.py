@@ -44,7 +44,7 @@ from cmtrain.models.blocks import (
 )
 
 FLAGS = (
-    "TRAINING", "RESIDUAL", "SKIP", "PLAIN", "KEPT", "GELU", "BACKWARD", "BIAS", "PIXELS", "DEPTHWISE", "PATCH"
+    "TRAINING", "RESIDUAL", "SKIP", "PLAIN", "GELU", "BACKWARD", "BIAS", "PIXELS", "DEPTHWISE", "PATCH"
 )  # fmt: skip
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -196,11 +196,7 @@ def main() -> None:
             for kinds, constants, options in launched.noted.values():
                 for sm in map(int, architectures.split(",")):
                     kernel = compiled(launched.kernel, kinds, constants, options, sm)
-                    forms = [
-                        flag.lower()
-                        for flag in FLAGS
-                        if constants.get(flag)
-                    ]
+                    forms = [flag.lower() for flag in FLAGS if constants.get(flag)]
                     what = {"kernel": name, "forms": forms, "sm": sm, "dtype": dtype, "size": size}
                     print(
                         json.dumps(what | usage(name, kernel, constants, options["num_warps"])), flush=True

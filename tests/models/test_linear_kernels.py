@@ -38,7 +38,9 @@ def pictures(channels: int, side: int, batch: int = 3) -> torch.Tensor:
     return torch.randn(batch, side, side, channels, device=DEVICE).permute(0, 3, 1, 2)
 
 
-def errors(part: nn.Module, forward, *inputs: torch.Tensor, dtype: torch.dtype = torch.float32) -> list[float]:
+def errors(
+    part: nn.Module, forward, *inputs: torch.Tensor, dtype: torch.dtype = torch.float32
+) -> list[float]:
     """Return the errors of result and gradients against float64; one of 0 is compared with the others."""
     for parameter in part.parameters():
         nn.init.normal_(parameter, std=0.3)
@@ -60,7 +62,9 @@ def errors(part: nn.Module, forward, *inputs: torch.Tensor, dtype: torch.dtype =
     ]
 
 
-def attend(attention: Attention, x: torch.Tensor, residual: torch.Tensor, share: float = 0.5) -> torch.Tensor:
+def attend(
+    attention: Attention, x: torch.Tensor, residual: torch.Tensor, share: float = 0.5
+) -> torch.Tensor:
     return attention(x.permute(0, 2, 3, 1), None, residual.permute(0, 2, 3, 1), DropPath(share))
 
 
@@ -105,7 +109,9 @@ def test_dropout_and_the_addition_are_those_of_the_formula(form):
     ours, _ = linear_kernels.project(
         given[0], layer, in_head=46, residual=given[1], kept=kept, factor=factor
     )
-    scale = 1.0 if kept is None else factor * kept.double().view(3, *[1] * 3 if form == "images" else (2, 5, 92))
+    scale = (
+        1.0 if kept is None else factor * kept.double().view(3, *[1] * 3 if form == "images" else (2, 5, 92))
+    )
     real = given[0].unflatten(-1, (2, 48))[..., :46].flatten(-2).double()
     exact = given[1].double() + scale * F.linear(real, layer.weight.double(), layer.bias.double())
     weights = torch.randn_like(exact)
@@ -144,7 +150,7 @@ def test_the_operators_are_what_torch_wants_of_operators():
 
 # ---- compiled
 
-# Of a number of the product's left side, in fp16; it is read once, and an H100 issues some 10 in a byte's time.
+# Of a number of the product's left side, in fp16. An H100 issues some 10 while it reads one of its bytes.
 CEILINGS = {"linear": 20, "weight_grad": 34}
 REGISTERS = 168  # of 128 threads: three programs fit a multiprocessor
 
