@@ -235,21 +235,11 @@ def project(
 
 
 def patch_conv(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    """Return conv(x), dense or depth-wise, of a convolution whose stride is its kernel; channels-last maps."""
+    """Return conv(x) of a convolution, dense or depth-wise, whose stride is its kernel."""
     (batch, channels, height, width), patch = x.shape, conv.stride[0]
     weight = conv.weight.permute(0, 2, 3, 1).flatten(1)
-    shape = (
-        len(weight),
-        patch**2 * channels,
-        channels,
-        patch,
-        width // patch,
-        1,
-        1,
-        1,
-        1,
-        int(conv.groups > 1),
-    )
+    heads, is_depthwise = (1, 1, 1, 1), int(conv.groups > 1)
+    shape = (len(weight), patch**2 * channels, channels, patch, width // patch, *heads, is_depthwise)
     rows = _rows(x.permute(0, 2, 3, 1))
     out, _ = _Linear.apply(rows, weight, conv.bias, None, None, 1.0, shape)
     return out.view(batch, height // patch, width // patch, -1).permute(0, 3, 1, 2)

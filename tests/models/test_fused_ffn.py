@@ -150,8 +150,8 @@ def test_the_last_norm_the_dropped_paths_and_the_addition_equal_autograd(name, s
         out = network(*inputs, DropPath(share))
         weights = torch.linspace(-1, 2, out.numel(), dtype=dtype, device=DEVICE).view(out.shape)
         gradients = torch.autograd.grad((out * weights).sum(), [*inputs, *network.parameters()])
-        found.append([out, *gradients, *network.buffers()])
-    largest = max(part.detach().double().norm() for part in found[1])
+        found.append([part.detach() for part in (out, *gradients, *network.buffers())])
+    largest = max(part.double().norm() for part in found[1])
     errors = [
         float((ours.double() - theirs).norm() / theirs.double().norm().clamp(min=1e-2 * largest))
         for ours, theirs in zip(*found, strict=True)
