@@ -117,9 +117,7 @@ class DaliLoader:
     pipeline is built again at the first batch that was not delivered. Whether a sample is replaced depends
     on its file and its draws alone: a file cut in the middle still gives the crops above the cut.
 
-    Args:
-        micro_batches: yields the micro-batches of (epoch, start).
-        inputs: returns the inputs of the graphs for a micro-batch.
+    `micro_batches` yields those of (epoch, start); `inputs` returns the graphs' inputs for a micro-batch.
     """
 
     def __init__(
@@ -146,10 +144,8 @@ class DaliLoader:
 
         With an epoch's last batches the first of the next one are made; another request throws those away.
 
-        Raises:
-            DataError: too many bad files, or a batch fails twice although Pillow can read all of its files.
-                The loader can go on.
-            RuntimeError: this epoch was left for another one and then continued.
+        Raises DataError: too many bad files, or a batch fails twice although Pillow can read its files;
+        it can go on. RuntimeError: this epoch was left for another one and then continued.
         """
         for position, planned in enumerate(self._micro_batches(epoch, start)):
             if not self._undelivered or self._undelivered[0].identity != planned.identity:

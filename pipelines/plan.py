@@ -67,7 +67,6 @@ class Plan:
     dropped. `repeats` > 1 is repeated augmentation (DeiT's sampler, arXiv 1902.05509): an epoch keeps
     `num_samples` samples, holds num_samples / repeats distinct images, and the copies of an image land in
     different micro-batches.
-
     Raises ValueError when the batch sizes do not fit each other or the number of samples.
     """
 
@@ -150,7 +149,6 @@ def augment_params(
     plan: Plan, batch: MicroBatch, heights: Sizes, widths: Sizes, spec: AugmentSpec
 ) -> AugmentParams:
     """Draw the augmentation of a batch; `heights` and `widths` are (B,) pixels as stored in the file.
-
     Raises ValueError for a `rand_augment` string that `rand_augment.parse` refuses.
     """
     policy = None if spec.rand_augment is None else parse(spec.rand_augment)

@@ -59,7 +59,6 @@ def check(
 
     Returns the exit code: 0 when training will leave out every bad file that was found; 3 when a split has
     more of them than `max_bad_fraction`, or when `out` is given and training would meet them.
-
     Raises DataError: no images there, a validation class that training does not have, a file or folder that
     the machine cannot read (nothing is listed then), or a list that cannot be written.
     """

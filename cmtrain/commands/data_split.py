@@ -48,11 +48,8 @@ def split(
     same text (its first group, else the whole match), and near-duplicates. The same images, shares and seed
     give the same lists.
 
-    Args:
-        root: folder with one folder per class.
-        val, test: shares of each class.
-        out: folder for the lists; None for `root`, where a run finds them by itself.
-        compare: whether to look for near-duplicates, which decodes every image.
+    `root` has one folder per class; `val` and `test` are shares of each class. `out`: folder for the lists;
+    None for `root`, where a run finds them. `compare`: whether to look for near-duplicates.
 
     Returns the exit code, 0. Raises ConfigError: shares or a pattern that cannot be used. DataError: no
     images, a folder that is split already, a list that is there with other content, or a name that no list
@@ -119,7 +116,6 @@ def divide(labels: Ints, groups: Ints, shares: Sequence[float], seed: int) -> In
 
 def near_duplicates(images: Manifest) -> Ints:
     """Return for each image, (N,), the first one whose grey thumbnail correlates with its own by ALIKE.
-
     Raises DataError: more than MAX_COMPARED images.
     """
     if len(images) > MAX_COMPARED:

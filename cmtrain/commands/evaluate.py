@@ -114,7 +114,6 @@ def evaluate_trained(options: argparse.Namespace, overrides: Overrides) -> int:
 
 def open_folder(folder: str, class_names: Sequence[str], config: Config) -> Manifest:
     """Open `folder`, whose class folders have the names of training's classes, or else their positions.
-
     Raises DataError: a class that training does not know, or nothing to read.
     """
     if is_packed(Path(folder)):

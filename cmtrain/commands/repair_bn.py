@@ -89,7 +89,6 @@ def repair_bn(
             a dictionary that holds some.
         config: model and data; None takes a run's own configuration, with `overrides`.
         out: the file to write, or for a run the folder of the new checkpoint; None: see the command's help.
-
     Raises ConfigError: no configuration, one of another model, or several processes. DataError: nothing
     usable at `place`, weights that are not finite themselves, or a write that failed.
     """
@@ -239,7 +238,6 @@ def _load(
     path: Path, config: Config, data_classes: int, device: torch.device, label: str, state: dict[str, Any]
 ) -> Entry:
     """Load `state` into a new model of `config`. Its keys may share any prefix, such as `module.`.
-
     Raises ConfigError: it does not fit the model, or has fewer classes than the data.
     """
     name = config.model.name

@@ -102,7 +102,6 @@ def print_status(run: str, *, as_json: bool) -> int:
 
 def watch(run: str) -> int:
     """Show the status of `run` until it ends: in place on a terminal, elsewhere each new line.
-
     Raises DataError: there is no such run.
     """
     path, console, printed = find_run(run), Console(highlight=False), ""

@@ -110,7 +110,6 @@ def run_here(rows: Sequence[SweepRow]) -> int:
 
 def submit(rows: Sequence[SweepRow], script: str) -> int:
     """Submit one SLURM job for each row that is neither finished nor queued. Returns the exit code.
-
     Raises DataError: there is no SLURM here, no such script, or SLURM refuses a job.
     """
     if not Path(script).is_file():

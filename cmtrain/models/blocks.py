@@ -6,23 +6,24 @@ Maps (B, C, H, W) are in channels-last memory throughout, so that tokens (B, H, 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from cmtrain.models.position import AbsolutePosition, Variant
+from cmtrain.models.position import AbsolutePosition, Variant, attend, is_eager_on_cpu
 
 try:
     import cmtrain.models.fused_ffn as fused_ffn
+    import cmtrain.models.linear_kernels as linear_kernels
     import cmtrain.models.norm_kernels as norm_kernels
 except ModuleNotFoundError:  # torch's builds for machines without a GPU bring no Triton
     fused_ffn = None  # type: ignore[assignment]
 
 FfnKernel = Literal["auto", "fused", "eager"]
+NONE_DROPPED = DropPath()
 
 # ---- maps and tokens
 
@@ -33,10 +34,6 @@ def _tokens(x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, H, W, C), a view
 
 def _map(tokens: Tensor) -> Tensor:  # (B, H, W, C) -> (B, C, H, W), a view
     return tokens.permute(0, 3, 1, 2)
-
-
-def _is_eager_on_cpu(x: Tensor) -> bool:
-    return not x.is_cuda and not torch.compiler.is_compiling()  # what a CPU exports runs elsewhere
 
 
 @torch.compiler.assume_constant_result
@@ -51,19 +48,25 @@ def _takes_kernel(kernel: FfnKernel, x: Tensor) -> bool:
     return fused_ffn is not None and x.is_cuda and x.dtype != torch.float64 and _runs_triton(x.device.index)
 
 
-def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Multiply every pixel by the same matrix: (B, C, H, W), (out, C), (out,) -> (B, out, H, W).
+def _has_kernel(part: Any, x: Tensor) -> bool:
+    """Return whether a part with layers is fused: hooks see them all; evaluation has no backward there."""
+    if any(layer._forward_hooks for layer in part.children()):  # such as those of the search for an overflow
+        return False
+    norms = [layer for layer in part.children() if isinstance(layer, nn.BatchNorm2d)]
+    is_training = part.training and all(norm.training for norm in norms[:2])  # an FFN's third may be frozen
+    return (is_training or not torch.is_grad_enabled()) and _takes_kernel(part.kernel, x)
 
-    On a CPU oneDNN's convolution is 1.1 to 1.8 times as fast as F.linear on CMT-Ti's FFN shapes.
-    """
+
+def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Multiply every pixel by the same matrix: (B, C, H, W), (out, C), (out,) -> (B, out, H, W)."""
     if x.is_cuda:
         return _map(F.linear(_tokens(x), weight, bias))
-    return F.conv2d(x, weight[:, :, None, None], bias)
+    return F.conv2d(x, weight[:, :, None, None], bias)  # on a CPU 1.1 to 1.8 times as fast as F.linear
 
 
 def gelu(x: Tensor) -> Tensor:
     """GELU of a map. On a CPU of its tokens: oneDNN's kernel, 1.4 times as fast, wants them contiguous."""
-    return _map(F.gelu(_tokens(x))) if _is_eager_on_cpu(x) else F.gelu(x)
+    return _map(F.gelu(_tokens(x))) if is_eager_on_cpu(x) else F.gelu(x)
 
 
 # ---- convolutions and norms
@@ -71,7 +74,6 @@ def gelu(x: Tensor) -> Tensor:
 
 class PointwiseConv(nn.Module):
     """1x1 convolution whose weight is a matrix: (B, C, H, W) -> (B, out, H, W).
-
     A matrix has one memory layout, so its gradient and DDP's bucket cannot disagree about strides.
     """
 
@@ -91,11 +93,9 @@ class TokenLinear(nn.Linear):
         return _tokens(pointwise(_map(tokens), self.weight, self.bias))
 
 
-def depthwise_conv(channels: int, kernel: int, stride: int) -> nn.Conv2d:
-    """Depth-wise convolution. Its weight has the strides of its gradient, channels-last, as DDP wants."""
-    padding = kernel // 2 if stride == 1 else 0
-    conv = nn.Conv2d(channels, channels, kernel, stride, padding, groups=channels)
-    return conv.to(memory_format=torch.channels_last)
+def depthwise_conv(channels: int) -> nn.Conv2d:
+    """Depth-wise 3x3 convolution. Weight and gradient have the same strides, channels-last, as DDP wants."""
+    return nn.Conv2d(channels, channels, 3, padding=1, groups=channels).to(memory_format=torch.channels_last)
 
 
 class ResidualDepthwiseConv(nn.Conv2d):
@@ -113,10 +113,24 @@ class ResidualDepthwiseConv(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         if _takes_kernel(self.kernel, x):
             return fused_ffn.residual_depthwise(x, self)
-        if not _is_eager_on_cpu(x) or self.weight.dtype.itemsize < 4 or torch.is_autocast_enabled("cpu"):
+        if not is_eager_on_cpu(x) or self.weight.dtype.itemsize < 4 or torch.is_autocast_enabled("cpu"):
             return x + super().forward(x)
         centre = F.pad(self.weight.new_ones(1, 1, 1, 1), (1, 1, 1, 1))
         return self._conv_forward(x, self.weight + centre, self.bias)
+
+
+class PatchConv(nn.Conv2d):
+    """Convolution whose stride is its kernel, dense or depth-wise: (B, C, r H, r W) -> (B, out, H, W).
+    On a GPU it is a matrix product in a Triton kernel (`kernel`: see FeedForward).
+    """
+
+    def __init__(self, channels: int, out: int, patch: int, *, groups: int = 1, kernel: FfnKernel = "auto"):
+        super().__init__(channels, out, patch, patch, groups=groups)
+        self.kernel: FfnKernel = kernel
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear_kernels.patch_conv(x, self) if _takes_kernel(self.kernel, x) else super().forward(x)
 
 
 def _kept(x: Tensor, drop_path: DropPath) -> Tensor | None:
@@ -145,23 +159,21 @@ class ChannelNorm(nn.LayerNorm):
         self.kernel = kernel
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = _tokens(x)
         if _takes_kernel(self.kernel, x):
-            return _map(norm_kernels.layer_norm(tokens, self.weight, self.bias, self.eps))
+            return _map(norm_kernels.layer_norm(_tokens(x), self.weight, self.bias, self.eps)[1])
+        tokens = _tokens(x)
         if x.dtype == self.weight.dtype:
             return _map(super().forward(tokens))
         with torch.autocast(x.device.type, enabled=False):
             weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
             return _map(F.layer_norm(tokens, self.normalized_shape, weight, bias, self.eps))
 
-    def of_sum(self, x: Tensor, branch: Tensor | None, drop_path: DropPath) -> tuple[Tensor, Tensor]:
-        """Return x + drop_path(branch), or x alone, and its norm, all (B, C, H, W), in one pass."""
-        if not _takes_kernel(self.kernel, x) or self._forward_hooks:  # hooks: as in FeedForward
-            total = x if branch is None else add_branch(x, branch, drop_path)
-            return total, self(total)
-        kept, added = (None, None) if branch is None else (_kept(x, drop_path), _tokens(branch))
-        both = norm_kernels.add_layer_norm(_tokens(x), added, self.weight, self.bias, self.eps, kept)
-        return _map(both[0]), _map(both[1])
+    def with_input(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return x, for what else uses it, and its norm: on a GPU their gradients are added in one pass."""
+        if not _takes_kernel(self.kernel, x) or self._forward_hooks:  # hooks: as in _has_kernel
+            return x, self(x)
+        tokens, normed = norm_kernels.layer_norm(_tokens(x), self.weight, self.bias, self.eps)
+        return _map(tokens), _map(normed)
 
 
 # ---- blocks
@@ -179,10 +191,13 @@ class BlockOptions:
 
 
 class Stem(nn.Module):
-    """Three 3x3 convolutions, the first with stride 2, each followed by GELU and BatchNorm in that order."""
+    """Three 3x3 convolutions, the first with stride 2, each followed by GELU and BatchNorm in that order.
+    On a GPU bias, GELU and BatchNorm are Triton kernels (`kernel`: see FeedForward).
+    """
 
-    def __init__(self, in_chans: int, channels: int):
+    def __init__(self, in_chans: int, channels: int, kernel: FfnKernel = "auto"):
         super().__init__()
+        self.kernel: FfnKernel = kernel
         self.conv1 = nn.Conv2d(in_chans, channels, 3, stride=2, padding=1)
         self.norm1 = nn.BatchNorm2d(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
@@ -191,31 +206,15 @@ class Stem(nn.Module):
         self.norm3 = nn.BatchNorm2d(channels)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, C, H/2, W/2)
-        x = self.norm1(gelu(self.conv1(x)))
-        x = self.norm2(gelu(self.conv2(x)))
-        return self.norm3(gelu(self.conv3(x)))
+        x = self._layer(self.conv1, self.norm1, x)
+        x = self._layer(self.conv2, self.norm2, x)
+        return self._layer(self.conv3, self.norm3, x)
 
-
-def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: float, scale: float) -> Tensor:
-    """Attend with a bias: q (B, h, N, d), k and v (B, h, K, d), bias (h or 1, N, K) -> (B, h, N, d).
-
-    On CUDA a bias goes to the memory-efficient backend, the only fused one that returns its gradient. It
-    wants d to be a multiple of 8. float64 gets the plain formula, as a CPU, where K is so small that the
-    plain formula is the fastest.
-    """
-    if _is_eager_on_cpu(q):
-        scores = q @ (k * scale).transpose(-1, -2)
-        weights = (scores if bias is None else scores + bias).softmax(-1)
-        return F.dropout(weights, dropout).to(v.dtype) @ v
-    mask = None
-    if bias is not None:
-        # Some fused kernels are silently wrong if the mask's dtype is not q's. Most refuse a mask that
-        # requires a gradient, even where none is taken.
-        mask = (bias if torch.is_grad_enabled() else bias.detach()).to(q.dtype)[None]
-    if mask is None or not q.is_cuda:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
-    with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
+    def _layer(self, conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
+        if not _has_kernel(self, x) or (torch.is_grad_enabled() and not norm.training):
+            return norm(gelu(conv(x)))
+        z = conv._conv_forward(x, conv.weight, None)
+        return _map(norm_kernels.gelu_batch_norm(_tokens(z), conv.bias, norm))
 
 
 class Attention(nn.Module):
@@ -232,16 +231,17 @@ class Attention(nn.Module):
     def __init__(self, dim: int, heads: int, reduction: int, options: BlockOptions):
         super().__init__()
         self.heads, self.reduction, self.attn_drop = heads, reduction, options.attn_drop
+        self.kernel: FfnKernel = options.ffn_kernel
         if reduction == 1:
             self.qkv = TokenLinear(dim, 3 * dim, bias=options.qkv_bias)
         else:
             self.q = TokenLinear(dim, dim, bias=options.qkv_bias)
             self.kv = TokenLinear(dim, 2 * dim, bias=options.qkv_bias)
             if options.variant == "paper":
-                self.reduce = depthwise_conv(dim, reduction, reduction)
+                self.reduce = PatchConv(dim, dim, reduction, groups=dim, kernel=options.ffn_kernel)
                 self.reduce_norm: nn.Module = nn.BatchNorm2d(dim)
             else:
-                self.reduce = nn.Conv2d(dim, dim, reduction, reduction)
+                self.reduce = PatchConv(dim, dim, reduction, kernel=options.ffn_kernel)
                 self.reduce_norm = ChannelNorm(dim, 1e-5, options.ffn_kernel)
         self.proj = TokenLinear(dim, dim)
         self.proj_drop = nn.Dropout(options.proj_drop)
@@ -249,38 +249,57 @@ class Attention(nn.Module):
     def reduced(self, tokens: Tensor) -> Tensor:  # (B, H, W, C) -> (B, H/r, W/r, C)
         return _tokens(self.reduce_norm(self.reduce(_map(tokens))))
 
-    # (B, H, W, C), (h or 1, N, K) -> (B, H, W, C)
-    def forward(self, tokens: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(self, tokens: Tensor, bias: Tensor | None, residual: Tensor, drop_path: DropPath) -> Tensor:
+        """Return residual + drop_path(attention), (B, H, W, C); bias (h or 1, N, K)."""
         batch, height, width, dim = tokens.shape
-        head_dim = dim // self.heads
-        padding = -head_dim % 8 if tokens.is_cuda else 0
+        is_fused, head_dim = _has_kernel(self, tokens), dim // self.heads
+        padding = -head_dim % 8 if tokens.is_cuda or is_fused else 0
         heads = (self.heads, head_dim + padding)
+
+        def into_heads(linear: nn.Linear, x: Tensor) -> tuple[Tensor, Tensor]:
+            if is_fused:
+                return linear_kernels.project(x, linear, out_head=head_dim)
+            return self._padded(linear, x, padding, into_heads=True), x
+
         if self.reduction > 1:
-            q = self._into_heads(self.q, tokens, padding).view(batch, height * width, *heads).transpose(1, 2)
-            kv = self._into_heads(self.kv, self.reduced(tokens), padding)
-            k, v = kv.view(batch, -1, 2, *heads).permute(2, 0, 3, 1, 4)  # (B, h, K, d)
+            q, tokens = into_heads(self.q, tokens)
+            kv, _ = into_heads(self.kv, self.reduced(tokens))
+            q = q.view(batch, height * width, *heads)
+            k, v = kv.view(batch, -1, 2, *heads).unbind(
+                2
+            )  # (B, K, h, d), and so their gradients are stacked
         else:
-            qkv = self._into_heads(self.qkv, tokens, padding)
-            q, k, v = qkv.view(batch, height * width, 3, *heads).permute(2, 0, 3, 1, 4)  # (B, h, N, d)
+            qkv, _ = into_heads(self.qkv, tokens)
+            q, k, v = qkv.view(batch, height * width, 3, *heads).unbind(2)
+        q, k, v = (each.transpose(1, 2) for each in (q, k, v))  # (B, h, N, d), (B, h, K, d)
         mixed = attend(q, k, v, bias, self.attn_drop if self.training else 0.0, head_dim**-0.5)
         mixed = mixed.transpose(1, 2).reshape(batch, height, width, -1)
-        return self.proj_drop(self._out_of_heads(self.proj, mixed, padding))
+        if not is_fused:
+            branch = self.proj_drop(self._padded(self.proj, mixed, padding, into_heads=False))
+            return _tokens(add_branch(_map(residual), _map(branch), drop_path))
+        # One mask for dropout and dropped paths, or numbers for paths alone
+        kept, rate, factor = _kept(tokens, drop_path), self.proj_drop.p if self.training else 0.0, 1.0
+        if rate:
+            mask = torch.empty_like(residual, dtype=torch.bool).bernoulli_(1 - rate)
+            factor = 1 / (1 - rate) / (1.0 if kept is None else 1 - drop_path.drop_prob)
+            kept = mask if kept is None else mask & (kept > 0)
+        return linear_kernels.project(
+            mixed, self.proj, in_head=head_dim, residual=residual, kept=kept, factor=factor
+        )[0]
 
-    def _into_heads(self, linear: nn.Linear, x: Tensor, padding: int) -> Tensor:
+    def _padded(self, linear: nn.Linear, x: Tensor, padding: int, *, into_heads: bool) -> Tensor:
+        """Apply a layer into or out of heads, each with so much padding."""
         if not padding:
             return linear(x)
-        head_dim = linear.in_features // self.heads
-        weight = F.pad(linear.weight.unflatten(0, (-1, head_dim)), (0, 0, 0, padding)).flatten(0, 1)
+        weight: Tensor = linear.weight
         bias: Tensor | None = linear.bias
-        if bias is not None:
-            bias = F.pad(bias.unflatten(0, (-1, head_dim)), (0, padding)).flatten()
-        return F.linear(x, weight, bias)
-
-    def _out_of_heads(self, linear: nn.Linear, x: Tensor, padding: int) -> Tensor:
-        if not padding:
-            return linear(x)
-        weight = F.pad(linear.weight.unflatten(1, (self.heads, -1)), (0, padding)).flatten(1)
-        return F.linear(x, weight, linear.bias)
+        if not into_heads:
+            return F.linear(x, F.pad(weight.unflatten(1, (self.heads, -1)), (0, padding)).flatten(1), bias)
+        head_dim = linear.in_features // self.heads
+        weight = F.pad(weight.unflatten(0, (-1, head_dim)), (0, 0, 0, padding)).flatten(0, 1)
+        return F.linear(
+            x, weight, None if bias is None else F.pad(bias.view(-1, head_dim), (0, padding)).flatten()
+        )
 
 
 class FeedForward(nn.Module):
@@ -288,9 +307,8 @@ class FeedForward(nn.Module):
 
     The paper adds the depth-wise branch before GELU and BatchNorm, the re-implementation after them.
 
-    kernel: "eager" computes as written below, "fused" in Triton kernels (fused_ffn.py), without dropout and
-        without a backward pass of evaluation. "auto" is fused on a GPU that runs Triton (compute capability
-        8.0), where neither is asked for.
+    kernel: "eager" computes as written below, "fused" in Triton kernels (fused_ffn.py), without a backward
+        pass of evaluation. "auto" is fused on a GPU that runs Triton (compute capability 8.0), where it can.
     """
 
     def __init__(self, dim: int, hidden: int, *, variant: Variant, drop: float, kernel: FfnKernel = "auto"):
@@ -302,26 +320,23 @@ class FeedForward(nn.Module):
         is_paper = variant == "paper"
         self.expand = PointwiseConv(dim, hidden)
         self.expand_norm = nn.BatchNorm2d(hidden)
-        self.depthwise = ResidualDepthwiseConv(hidden, "eager") if is_paper else depthwise_conv(hidden, 3, 1)
+        self.depthwise = ResidualDepthwiseConv(hidden, "eager") if is_paper else depthwise_conv(hidden)
         self.depthwise_norm = nn.BatchNorm2d(hidden)
         self.project = PointwiseConv(hidden, dim)
         self.project_norm = nn.BatchNorm2d(dim)
         self.drop = nn.Dropout(drop)
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, H, W)
-        if self._is_fused(x):
-            layers = self.expand, self.expand_norm, self.depthwise, self.depthwise_norm, self.project
-            return self.project_norm(fused_ffn.feed_forward(x, *layers, variant=self.variant))
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, drop_path: DropPath = NONE_DROPPED
+    ) -> Tensor:
+        """Return the network's result, or residual + drop_path(result); all (B, C, H, W)."""
+        if self.drop.p == 0 and _has_kernel(self, x):
+            return fused_ffn.feed_forward(x, self, residual, _kept(x, drop_path))
         x = self.drop(self.expand_norm(gelu(self.expand(x))))
         branch = self.depthwise_norm(gelu(self.depthwise(x)))
         x = branch if self.variant == "paper" else x + branch
-        return self.drop(self.project_norm(self.project(x)))
-
-    def _is_fused(self, x: Tensor) -> bool:
-        if any(layer._forward_hooks for layer in self.children()):
-            return False  # the hooks, such as those of the search for an overflow, must see every layer
-        has_kernel = self.drop.p == 0 and (self.training or not torch.is_grad_enabled())
-        return has_kernel and _takes_kernel(self.kernel, x)
+        branch = self.drop(self.project_norm(self.project(x)))
+        return branch if residual is None else add_branch(residual, branch, drop_path)
 
 
 class Block(nn.Module):
@@ -348,10 +363,10 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, stage_bias: Tensor | None) -> Tensor:  # (B, C, H, W) -> (B, C, H, W)
         bias = stage_bias if self.bias is None else self.bias()
-        x, normed = self.norm1.of_sum(self.lpu(x), None, self.attn_drop_path)
-        branch = _map(self.attn(_tokens(normed), bias))
-        x, normed = self.norm2.of_sum(x, branch, self.attn_drop_path)
-        return add_branch(x, self.ffn(normed), self.ffn_drop_path)
+        x, normed = self.norm1.with_input(self.lpu(x))
+        x = _map(self.attn(_tokens(normed), bias, _tokens(x), self.attn_drop_path))
+        x, normed = self.norm2.with_input(x)
+        return self.ffn(normed, x, self.ffn_drop_path)
 
 
 class Stage(nn.Module):
@@ -362,7 +377,7 @@ class Stage(nn.Module):
         absolute: AbsolutePosition | None, bias: nn.Module | None, blocks: Sequence[Block],
     ):  # fmt: skip
         super().__init__()
-        self.embed = nn.Conv2d(in_channels, dim, 2, stride=2)
+        self.embed = PatchConv(in_channels, dim, 2, kernel=kernel)
         self.norm = ChannelNorm(dim, 1e-5, kernel) if variant == "paper" else None
         self.absolute = absolute
         self.bias = bias
@@ -380,19 +395,5 @@ class Stage(nn.Module):
         return x
 
 
-FusedPart = FeedForward | ResidualDepthwiseConv | ChannelNorm  # each has a `kernel`
-
-
-def init_weights(module: nn.Module) -> None:
-    """Initialise a layer as the references do.
-
-    Linear layers: normal with standard deviation 0.02, as in DeiT. Convolutions: He's normal over fan-out;
-    that of depth-wise ones counts all channels, so they start near zero, and the skip connections carry the
-    signal. Biases: zero (the re-implementation keeps torch's for convolutions).
-    """
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-    elif isinstance(module, nn.Conv2d | PointwiseConv):
-        nn.init.kaiming_normal_(module.weight, mode="fan_out")
-    if isinstance(module, nn.Linear | nn.Conv2d) and module.bias is not None:
-        nn.init.zeros_(module.bias)
+# Each has a `kernel`.
+FusedPart = Attention | FeedForward | ResidualDepthwiseConv | PatchConv | ChannelNorm | Stem

@@ -15,7 +15,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from cmtrain.models.blocks import Block, BlockOptions, FfnKernel, PointwiseConv, Stage, Stem, init_weights
+from cmtrain.models.blocks import Block, BlockOptions, FfnKernel, PointwiseConv, Stage, Stem
 from cmtrain.models.position import (
     POSITION_MODULES,
     AbsolutePosition,
@@ -67,6 +67,21 @@ def _square_px(img_size: int | tuple[int, int]) -> int:
     return height
 
 
+def init_weights(module: nn.Module) -> None:
+    """Initialise a layer as the references do.
+
+    Linear layers: normal with standard deviation 0.02, as in DeiT. Convolutions: He's normal over fan-out;
+    that of depth-wise ones counts all channels, so they start near zero, and the skip connections carry the
+    signal. Biases: zero (the re-implementation keeps torch's for convolutions).
+    """
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+    elif isinstance(module, nn.Conv2d | PointwiseConv):
+        nn.init.kaiming_normal_(module.weight, mode="fan_out")
+    if isinstance(module, nn.Linear | nn.Conv2d) and module.bias is not None:
+        nn.init.zeros_(module.bias)
+
+
 class CMT(nn.Module):
     """CMT classifier: (B, in_chans, img_size, img_size) -> (B, num_classes).
 
@@ -116,7 +131,7 @@ class CMT(nn.Module):
         ffn_ratio = size.ffn_ratio if is_paper else size.reimpl_ffn_ratio
         num_blocks = sum(size.depths)
         drop_path_probs = iter([drop_path_rate * i / (num_blocks - 1) for i in range(num_blocks)])
-        self.stem = Stem(in_chans, size.stem_channels)
+        self.stem = Stem(in_chans, size.stem_channels, ffn_kernel)
         self.stages = nn.ModuleList()
         in_channels = size.stem_channels
         for i, (dim, depth, heads, reduction) in enumerate(
@@ -210,7 +225,7 @@ class CMT(nn.Module):
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         if self.fc_norm is not None:  # paper: convolution, BatchNorm, Swish, then the average
             x = F.silu(self.fc_norm(self.fc(x)))
-        x = x.mean((2, 3), keepdim=True) if self.global_pool else x
+        x = x.permute(0, 2, 3, 1).mean((1, 2))[:, :, None, None] if self.global_pool else x  # keeps strides
         if self.fc_norm is None:  # reimpl: the average first, and no activation before the classifier
             x = self.fc(x)
         x = F.dropout(x.flatten(1) if self.global_pool else x, self.drop_rate, self.training)

@@ -34,20 +34,20 @@ def _upper_tail(z):
 
 
 @triton.jit
-def _gelu(z):
+def gelu(z):
     tail, _ = _upper_tail(z)
     return tl.maximum(z, 0.0) - tl.abs(z) * tail
 
 
 @triton.jit
-def _gelu_and_slope(z):
+def gelu_and_slope(z):
     tail, bell = _upper_tail(z)
     integral = tl.where(z >= 0, 1.0 - tail, tail)
     return z * integral, integral + z * bell * 0.3989422804014327
 
 
 @triton.jit
-def _welford(tile, inside, i, mean, m2):
+def welford(tile, inside, i, mean, m2):
     """Add the i-th tile to mean and squared deviations at each of its places, without cancellation.
 
     Places outside keep theirs. Only the last tiles have such places: every other place has counted i tiles.
@@ -58,8 +58,8 @@ def _welford(tile, inside, i, mean, m2):
 
 
 @triton.jit
-def _over_rows(mean, m2, part, rows, ROWS: tl.constexpr, TILES: tl.constexpr):
-    """Merge _welford's results over the rows of a tile, as Chan et al. do."""
+def over_rows(mean, m2, part, rows, ROWS: tl.constexpr, TILES: tl.constexpr):
+    """Merge welford's results over the rows of a tile, as Chan et al. do."""
     left = rows - part * TILES * ROWS - tl.arange(0, ROWS)
     count = tl.minimum(tl.maximum((left + ROWS - 1) // ROWS, 0), TILES).to(tl.float32)[:, None]
     total = tl.sum(mean * count, 0) / tl.maximum(tl.sum(count), 1.0)
@@ -77,7 +77,7 @@ def _on_map(x, y, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def expand_kernel(
-    x, weight, bias, z, a, means, m2s, rows,
+    x, weight, bias, z, a, moments, rows,
     C: tl.constexpr, H: tl.constexpr, P: tl.constexpr, TRAINING: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
@@ -96,23 +96,23 @@ def expand_kernel(
             left = tl.load(x + row[:, None] * C + inner[None, :], mask=left_inside, other=0.0)
             right_inside = (inner < C)[:, None] & (column < H)[None, :]
             right = tl.load(weight + column[None, :] * C + inner[:, None], mask=right_inside, other=0.0)
-            product = tl.dot(left, right, product, input_precision=PRECISION)
+            product = tl.dot(left, right.to(left.dtype), product, input_precision=PRECISION)
         at = row[:, None] * P + column[None, :]
         hidden = (product + b[None, :]).to(a.dtype.element_ty)
-        active = _gelu(hidden.to(tl.float32)).to(a.dtype.element_ty)
+        active = gelu(hidden.to(tl.float32)).to(a.dtype.element_ty)
         tl.store(a + at, active, mask=inside)
         if TRAINING:
             tl.store(z + at, hidden, mask=inside)
-            mean, m2 = _welford(active.to(tl.float32), (row < rows)[:, None], i, mean, m2)
+            mean, m2 = welford(active.to(tl.float32), (row < rows)[:, None], i, mean, m2)
     if TRAINING:
-        mean, m2 = _over_rows(mean, m2, part, rows, ROWS, TILES)
-        tl.store(means + part * P + column, mean, mask=column < P)
-        tl.store(m2s + part * P + column, m2, mask=column < P)
+        mean, m2 = over_rows(mean, m2, part, rows, ROWS, TILES)
+        tl.store(moments + part * 2 * P + column, mean, mask=column < P)
+        tl.store(moments + part * 2 * P + P + column, m2, mask=column < P)
 
 
 @triton.jit
 def normalise_kernel(
-    means, m2s, gamma, beta, out, rows, eps, parts, rows_a_part,
+    moments, gamma, beta, out, rows, eps, parts, rows_a_part,
     H: tl.constexpr, P: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -121,15 +121,16 @@ def normalise_kernel(
         part = first + tl.arange(0, PARTS)
         inside = (part < parts)[:, None] & (column < P)[None, :]
         count = tl.minimum(rows - part * rows_a_part, rows_a_part).to(tl.float32)
-        some = tl.load(means + part[:, None] * P + column[None, :], mask=inside, other=0.0)
+        some = tl.load(moments + part[:, None] * 2 * P + column[None, :], mask=inside, other=0.0)
         mean += tl.sum(tl.where(inside, some * (count / rows)[:, None], 0.0), 0)
     variance = tl.zeros([COLUMNS], tl.float32)
     for first in range(0, parts, PARTS):
         part = first + tl.arange(0, PARTS)
         inside = (part < parts)[:, None] & (column < P)[None, :]
         count = tl.minimum(rows - part * rows_a_part, rows_a_part).to(tl.float32)
-        away = tl.load(means + part[:, None] * P + column[None, :], mask=inside, other=0.0) - mean[None, :]
-        m2 = tl.load(m2s + part[:, None] * P + column[None, :], mask=inside, other=0.0)
+        at = moments + part[:, None] * 2 * P + column[None, :]
+        away = tl.load(at, mask=inside, other=0.0) - mean[None, :]
+        m2 = tl.load(at + P, mask=inside, other=0.0)
         variance += tl.sum(tl.where(inside, (m2 + away * away * count[:, None]) / rows, 0.0), 0)
     inverse = 1.0 / tl.sqrt(variance + eps)
     scale = tl.load(gamma + column, mask=column < H, other=0.0) * inverse
@@ -144,7 +145,7 @@ def normalise_kernel(
 
 @triton.jit
 def depthwise_kernel(
-    a, scale, shift, weight, z, means, m2s, rows,
+    a, scale, shift, weight, z, moments, rows,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr,
     RESIDUAL: tl.constexpr, PLAIN: tl.constexpr, TRAINING: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr,
@@ -176,65 +177,58 @@ def depthwise_kernel(
         hidden = total.to(z.dtype.element_ty)
         tl.store(z + at, hidden, mask=inside)
         if TRAINING:
-            active = _gelu(hidden.to(tl.float32)).to(z.dtype.element_ty).to(tl.float32)
-            mean, m2 = _welford(active, (row < rows)[:, None], i, mean, m2)
+            active = gelu(hidden.to(tl.float32)).to(z.dtype.element_ty).to(tl.float32)
+            mean, m2 = welford(active, (row < rows)[:, None], i, mean, m2)
     if TRAINING:
-        mean, m2 = _over_rows(mean, m2, part, rows, ROWS, TILES)
-        tl.store(means + part * P + column, mean, mask=column < P)
-        tl.store(m2s + part * P + column, m2, mask=column < P)
+        mean, m2 = over_rows(mean, m2, part, rows, ROWS, TILES)
+        tl.store(moments + part * 2 * P + column, mean, mask=column < P)
+        tl.store(moments + part * 2 * P + P + column, m2, mask=column < P)
 
 
 @triton.jit
 def project_kernel(
-    z, scale, weight, bias, skip, skip_scale, out, rows,
-    C: tl.constexpr, P: tl.constexpr, SKIP: tl.constexpr, PRECISION: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
+    z, scale, weight, bias, skip, skip_scale, out, moments, rows,
+    C: tl.constexpr, P: tl.constexpr, SKIP: tl.constexpr, TRAINING: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    across: tl.constexpr = tl.cdiv(C, COLUMNS)  # a second axis ends at 65,535, which rows can exceed
-    row = (tl.program_id(0) // across * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    column = tl.program_id(0) % across * COLUMNS + tl.arange(0, COLUMNS)
-    product = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for k in range(0, P, INNER):
-        inner = k + tl.arange(0, INNER)
-        left_inside = (row < rows)[:, None] & (inner < P)[None, :]
-        at = row[:, None] * P + inner[None, :]
-        s = tl.load(scale + inner, mask=inner < P, other=0.0)[None, :]
-        left = _gelu(tl.load(z + at, mask=left_inside, other=0.0).to(tl.float32)) * s
-        if SKIP:
-            s = tl.load(skip_scale + inner, mask=inner < P, other=0.0)[None, :]
-            left += tl.load(skip + at, mask=left_inside, other=0.0).to(tl.float32) * s
-        right_inside = (inner < P)[:, None] & (column < C)[None, :]
-        right = tl.load(weight + column[None, :] * P + inner[:, None], mask=right_inside, other=0.0)
-        product = tl.dot(left.to(z.dtype.element_ty), right, product, input_precision=PRECISION)
-    product += tl.load(bias + column, mask=column < C, other=0.0)[None, :]
-    inside = (row < rows)[:, None] & (column < C)[None, :]
-    tl.store(out + row[:, None] * C + column[None, :], product.to(out.dtype.element_ty), mask=inside)
+    part = tl.program_id(1)
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    before, mean, m2 = 0.0, tl.zeros([COLUMNS], tl.float32), tl.zeros([COLUMNS], tl.float32)
+    for i in range(TILES):
+        row = ((part * TILES + i) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+        product = tl.zeros([ROWS, COLUMNS], tl.float32)
+        for k in range(0, P, INNER):
+            inner = k + tl.arange(0, INNER)
+            left_inside = (row < rows)[:, None] & (inner < P)[None, :]
+            at = row[:, None] * P + inner[None, :]
+            s = tl.load(scale + inner, mask=inner < P, other=0.0)[None, :]
+            left = gelu(tl.load(z + at, mask=left_inside, other=0.0).to(tl.float32)) * s
+            if SKIP:
+                s = tl.load(skip_scale + inner, mask=inner < P, other=0.0)[None, :]
+                left += tl.load(skip + at, mask=left_inside, other=0.0).to(tl.float32) * s
+            right_inside = (inner < P)[:, None] & (column < C)[None, :]
+            right = tl.load(weight + column[None, :] * P + inner[:, None], mask=right_inside, other=0.0)
+            product = tl.dot(left.to(z.dtype.element_ty), right, product, input_precision=PRECISION)
+        product += tl.load(bias + column, mask=column < C, other=0.0)[None, :]
+        inside = (row < rows)[:, None] & (column < C)[None, :]
+        rounded = product.to(out.dtype.element_ty)
+        tl.store(out + row[:, None] * C + column[None, :], rounded, mask=inside)
+        if TRAINING:  # a tile's moments are merged at once: registers hold no sums of every place here
+            count = tl.minimum(tl.maximum(rows - (part * TILES + i) * ROWS, 0), ROWS).to(tl.float32)
+            value = tl.where(inside, rounded.to(tl.float32), 0.0)
+            away = tl.sum(value, 0) / tl.maximum(count, 1.0)
+            value = tl.where(inside, value - away[None, :], 0.0)
+            away -= mean
+            share = count / tl.maximum(before + count, 1.0)
+            mean += away * share
+            m2 += tl.sum(value * value, 0) + away * away * before * share
+            before += count
+    if TRAINING:
+        tl.store(moments + part * 2 * C + column, mean, mask=column < C)
+        tl.store(moments + part * 2 * C + C + column, m2, mask=column < C)
 
 
 # ---- backward
-
-
-@triton.jit
-def project_weight_grad_kernel(
-    dy, z, out, rows, rows_a_part,
-    C: tl.constexpr, P: tl.constexpr, PRECISION: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
-):  # fmt: skip
-    part = tl.program_id(2)
-    channel = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    product = tl.zeros([ROWS, COLUMNS], tl.float32)
-    end = tl.minimum((part + 1) * rows_a_part, rows)
-    for first in range(part * rows_a_part, end, INNER):
-        row = (first + tl.arange(0, INNER)).to(tl.int64)
-        left_inside = (channel < C)[:, None] & (row < end)[None, :]
-        left = tl.load(dy + row[None, :] * C + channel[:, None], mask=left_inside, other=0.0)
-        right_inside = (row < end)[:, None] & (column < P)[None, :]
-        right = tl.load(z + row[:, None] * P + column[None, :], mask=right_inside, other=0.0)
-        right = _gelu(right.to(tl.float32)).to(z.dtype.element_ty)
-        product = tl.dot(left, right, product, input_precision=PRECISION)
-    at = part * C * P + channel[:, None] * P + column[None, :]
-    tl.store(out + at, product, mask=(channel < C)[:, None] & (column < P)[None, :])
 
 
 @triton.jit
@@ -259,7 +253,7 @@ def project_grad_kernel(
     k0 = tl.load(offset + column, mask=column < P, other=0.0)[None, :]
     inside = (row < rows)[:, None] & (column < P)[None, :]
     at = row[:, None] * P + column[None, :]
-    active, gelu_slope = _gelu_and_slope(tl.load(z + at, mask=inside, other=0.0).to(tl.float32))
+    active, gelu_slope = gelu_and_slope(tl.load(z + at, mask=inside, other=0.0).to(tl.float32))
     gradient = (product * s + k1 * active + k0) * gelu_slope
     tl.store(dz + at, gradient.to(dz.dtype.element_ty), mask=inside)
     if SKIP:
@@ -301,7 +295,7 @@ def depthwise_grad_kernel(
         active = tl.load(z + at, mask=inside, other=0.0).to(tl.float32)
         normal = active
         if not PLAIN:
-            active = _gelu(active).to(z.dtype.element_ty).to(tl.float32)
+            active = gelu(active).to(z.dtype.element_ty).to(tl.float32)
             s = tl.load(scale + column, mask=column < P, other=0.0)[None, :]
             t = tl.load(shift + column, mask=column < P, other=0.0)[None, :]
             normal = tl.where(inside, active * s + t, 0.0)
@@ -341,39 +335,45 @@ def depthwise_grad_kernel(
 
 @triton.jit
 def normalise_grad_kernel(
-    d, e, mean, inverse, scale, out, rows, P: tl.constexpr, COLUMNS: tl.constexpr,
+    d, e, statistics, out, rows, H: tl.constexpr, P: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < P
-    mean_of = tl.load(mean + column, mask=inside, other=0.0)
-    inverse_of = tl.load(inverse + column, mask=inside, other=0.0)
-    s = tl.load(scale + column, mask=inside, other=0.0)
-    sum_dn = tl.load(e + column, mask=inside, other=0.0)
-    dgamma = (tl.load(d + column, mask=inside, other=0.0) - mean_of * sum_dn) * inverse_of
-    slope = -s * inverse_of * dgamma / rows
+    mean = tl.load(statistics + column, mask=inside, other=0.0)
+    inverse = tl.load(statistics + 2 * P + column, mask=inside, other=0.0)
+    s = tl.load(statistics + 3 * P + column, mask=inside, other=0.0)
+    sum_dn = tl.load(e + column, mask=column < H, other=0.0)
+    dgamma = (tl.load(d + column, mask=column < H, other=0.0) - mean * sum_dn) * inverse
+    slope = -s * inverse * dgamma / rows
     tl.store(out + column, dgamma, mask=inside)
     tl.store(out + P + column, slope, mask=inside)
-    tl.store(out + 2 * P + column, -s * sum_dn / rows - slope * mean_of, mask=inside)
+    tl.store(out + 2 * P + column, -s * sum_dn / rows - slope * mean, mask=inside)
 
 
 @triton.jit
 def expand_grad_kernel(
-    dn, z, scale, slope, offset, dz, sums, rows,
-    P: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr,
+    dn, z, scale, slope, offset, weight, dz, dx, rows,
+    C: tl.constexpr, H: tl.constexpr, P: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
-    part = tl.program_id(1)
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    s = tl.load(scale + column, mask=column < P, other=0.0)[None, :]
-    k1 = tl.load(slope + column, mask=column < P, other=0.0)[None, :]
-    k0 = tl.load(offset + column, mask=column < P, other=0.0)[None, :]
-    taken = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for i in range(TILES):
-        row = ((part * TILES + i) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-        at = row[:, None] * P + column[None, :]
-        inside = (row < rows)[:, None] & (column < P)[None, :]
-        active, gelu_slope = _gelu_and_slope(tl.load(z + at, mask=inside, other=0.0).to(tl.float32))
-        gradient = tl.load(dn + at, mask=inside, other=0.0).to(tl.float32) * s
-        gradient = ((gradient + k1 * active + k0) * gelu_slope).to(dz.dtype.element_ty)
-        tl.store(dz + at, gradient, mask=inside)
-        taken += tl.where(inside, gradient.to(tl.float32), 0.0)
-    tl.store(sums + part * P + column, tl.sum(taken, 0), mask=column < P)
+    across: tl.constexpr = tl.cdiv(C, COLUMNS)
+    row = (tl.program_id(0) // across * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    column = tl.program_id(0) % across * COLUMNS + tl.arange(0, COLUMNS)
+    product = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for k in range(0, P, INNER):
+        inner = k + tl.arange(0, INNER)
+        at = row[:, None] * P + inner[None, :]
+        inside = (row < rows)[:, None] & (inner < P)[None, :]
+        active, gelu_slope = gelu_and_slope(tl.load(z + at, mask=inside, other=0.0).to(tl.float32))
+        gradient = tl.load(dn + at, mask=inside, other=0.0).to(tl.float32)
+        gradient *= tl.load(scale + inner, mask=inner < P, other=0.0)[None, :]
+        gradient += active * tl.load(slope + inner, mask=inner < P, other=0.0)[None, :]
+        gradient += tl.load(offset + inner, mask=inner < P, other=0.0)[None, :]
+        left = (gradient * gelu_slope).to(dz.dtype.element_ty)
+        if tl.program_id(0) % across == 0:
+            tl.store(dz + at, left, mask=inside)
+        right_inside = (inner < H)[:, None] & (column < C)[None, :]
+        right = tl.load(weight + inner[:, None] * C + column[None, :], mask=right_inside, other=0.0)
+        product = tl.dot(left, right.to(left.dtype), product, input_precision=PRECISION)
+    inside = (row < rows)[:, None] & (column < C)[None, :]
+    tl.store(dx + row[:, None] * C + column[None, :], product.to(dx.dtype.element_ty), mask=inside)

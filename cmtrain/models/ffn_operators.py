@@ -24,7 +24,7 @@ GEMM_CHANNELS = 128  # most columns of a tile that has the network's input or ou
 MAP_COLUMNS = 32  # columns of every other tile: 64 bytes in half precision, two sectors
 GRAD_ROWS = 32  # rows of a tile of depthwise_grad, which keeps twelve sums for each of its places
 # Consecutive tiles of rows per program: fewer partial sums to add, but programs enough for a large GPU.
-MAX_TILES, MIN_PROGRAMS = 16, 1024
+MAX_TILES, MIN_PROGRAMS = 64, 1024
 SUMS = 12  # sums of depthwise_grad: nine taps, bias, shift, scale
 # So that two or more programs fit a multiprocessor of sm_80 or sm_90.
 LAUNCH = {"num_warps": 8, "enable_fp_fusion": True}
@@ -54,25 +54,25 @@ def padded(hidden: int) -> int:
     return cdiv(hidden, PITCH) * PITCH
 
 
-def _tiles(rows: int, pitch: int) -> int:
+def count_tiles(rows: int, pitch: int) -> int:
     programs = cdiv(rows, ROWS) * cdiv(pitch, MAP_COLUMNS)
     return max(1, min(MAX_TILES, programs // MIN_PROGRAMS))
 
 
-def _num_partials(rows: int, pitch: int) -> int:
-    return cdiv(rows, ROWS * _tiles(rows, pitch))
+def count_parts(rows: int, pitch: int) -> int:
+    return cdiv(rows, ROWS * count_tiles(rows, pitch))
 
 
-def _depthwise_launch(z: Tensor) -> dict[str, int]:
-    return LAUNCH | {"maxnreg": 128} if z.itemsize == 2 else LAUNCH  # in fp32 that would spill too much
+def _limited(launch: dict[str, int], z: Tensor) -> dict[str, int]:
+    return launch | {"maxnreg": 128} if z.itemsize == 2 else launch  # in fp32 that would spill too much
 
 
-def _channel_columns(channels: int, dtype: torch.dtype) -> int:
+def channel_columns(channels: int, dtype: torch.dtype) -> int:
     most = GEMM_CHANNELS if dtype.itemsize < 4 else GEMM_COLUMNS  # fp32 has no registers for more
     return max(GEMM_COLUMNS, min(most, triton.next_power_of_2(channels)))
 
 
-def _precision(x: Tensor) -> str:
+def precision(x: Tensor) -> str:
     # Not allow_tf32, which raises where only fp32_precision was set.
     is_tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if is_tf32 else "ieee"
@@ -86,40 +86,38 @@ def empty(x: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 @operator
-def expand(x: Tensor, weight: Tensor, bias: Tensor, training: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """gelu(x @ weight.T + bias): (M, C), (h, C), (h,) -> before GELU (M, p), after it (M, p), its sums.
+def expand(x: Tensor, weight: Tensor, bias: Tensor, training: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """gelu(x @ weight.T + bias): (M, C), (h, C), (h,) -> before GELU (M, p), after it (M, p), its moments.
 
-    In training, the sums are (parts, p) means and squared deviations of equal parts of the rows. In
-    evaluation the sums and the tensor before GELU are empty.
+    In training the moments are means and squared deviations of equal parts of the rows, (parts, 2, p). In
+    evaluation they and the tensor before GELU are empty.
     """
     (rows, channels), hidden = x.shape, weight.shape[0]
     pitch = padded(hidden)
-    num_partials = _num_partials(rows, pitch)
+    parts = count_parts(rows, pitch)
     z = empty(x, rows if training else 0, pitch, dtype=x.dtype)
-    a = empty(x, rows, pitch, dtype=x.dtype)
-    means, m2s = (empty(x, num_partials if training else 0, pitch) for _ in range(2))
+    a, moments = empty(x, rows, pitch, dtype=x.dtype), empty(x, parts if training else 0, 2, pitch)
     # With few channels the writes bound it, with many the repeated reads of x.
     columns = MAP_COLUMNS if channels <= GEMM_COLUMNS else GEMM_COLUMNS
     launch(
-        kernels.expand_kernel, (cdiv(pitch, columns), num_partials),
-        x, weight, bias, z, a, means, m2s, rows,
-        C=channels, H=hidden, P=pitch, TRAINING=training, PRECISION=_precision(x),
-        ROWS=ROWS, COLUMNS=columns, INNER=GEMM_INNER, TILES=_tiles(rows, pitch), **LAUNCH,
+        kernels.expand_kernel, (cdiv(pitch, columns), parts), x, weight, bias, z, a, moments, rows,
+        C=channels, H=hidden, P=pitch, TRAINING=training, PRECISION=precision(x),
+        ROWS=ROWS, COLUMNS=columns, INNER=GEMM_INNER, TILES=count_tiles(rows, pitch), **LAUNCH,
     )  # fmt: skip
-    return z, a, means, m2s
+    return z, a, moments
 
 
 @operator
-def normalise(means: Tensor, m2s: Tensor, gamma: Tensor, beta: Tensor, rows: int, eps: float) -> Tensor:
-    """Merge the statistics of parts -> (5, p): mean, unbiased variance, 1 / deviation, scale, shift.
+def normalise(moments: Tensor, gamma: Tensor, beta: Tensor, rows: int, eps: float) -> Tensor:
+    """Merge the moments of parts -> (5, p): mean, unbiased variance, 1 / deviation, scale, shift.
 
     scale * a + shift is BatchNorm, which divides by the biased deviation; gamma and beta (h,) are its own.
     """
-    parts, pitch = means.shape
-    out = empty(means, 5, pitch)
+    parts, _, pitch = moments.shape
+    out = empty(moments, 5, pitch)
     launch(
         kernels.normalise_kernel, (cdiv(pitch, MAP_COLUMNS),),
-        means, m2s, gamma, beta, out, rows, eps, parts, ROWS * _tiles(rows, pitch),
+        moments, gamma, beta, out, rows, eps, parts, ROWS * count_tiles(rows, pitch),
         H=gamma.shape[0], P=pitch, COLUMNS=MAP_COLUMNS, PARTS=ROWS, **LAUNCH,
     )  # fmt: skip
     return out
@@ -129,61 +127,46 @@ def normalise(means: Tensor, m2s: Tensor, gamma: Tensor, beta: Tensor, rows: int
 def depthwise(
     a: Tensor, scale: Tensor | None, shift: Tensor | None, weight: Tensor,
     height: int, width: int, residual: bool, training: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """conv3x3(n), plus n with `residual`, of n = scale * a + shift: (M, p), (p,), (p,), (10, p) -> (M, p).
 
-    weight: nine taps and the bias. Without scale and shift n is a. Also returns sums, like expand.
+    weight: nine taps and the bias. Without scale and shift n is a. Also returns moments, like expand.
     """
     rows, pitch = a.shape
-    num_partials = _num_partials(rows, pitch)
-    z = torch.empty_like(a)
-    means, m2s = (empty(a, num_partials if training else 0, pitch) for _ in range(2))
+    parts = count_parts(rows, pitch)
+    z, moments = torch.empty_like(a), empty(a, parts if training else 0, 2, pitch)
     launch(
-        kernels.depthwise_kernel, (cdiv(pitch, MAP_COLUMNS), num_partials),
-        a, scale, shift, weight, z, means, m2s, rows,
+        kernels.depthwise_kernel, (cdiv(pitch, MAP_COLUMNS), parts),
+        a, scale, shift, weight, z, moments, rows,
         HEIGHT=height, WIDTH=width, P=pitch, RESIDUAL=residual, PLAIN=scale is None, TRAINING=training,
-        ROWS=ROWS, COLUMNS=MAP_COLUMNS, TILES=_tiles(rows, pitch), **_depthwise_launch(z),
+        ROWS=ROWS, COLUMNS=MAP_COLUMNS, TILES=count_tiles(rows, pitch), **_limited(LAUNCH, z),
     )  # fmt: skip
-    return z, means, m2s
+    return z, moments
 
 
 @operator
 def project(
-    z: Tensor, scale: Tensor, weight: Tensor, bias: Tensor, skip: Tensor | None, skip_scale: Tensor | None
-) -> Tensor:
-    """(scale * gelu(z) + skip_scale * skip) @ weight.T + bias -> (M, C).
+    z: Tensor, scale: Tensor, weight: Tensor, bias: Tensor, skip: Tensor | None, skip_scale: Tensor | None,
+    training: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(scale * gelu(z) + skip_scale * skip) @ weight.T + bias -> (M, C), and moments, like expand.
 
     z, skip (M, p), scale, skip_scale (p,), weight (C, p), bias (C,).
     """
-    (rows, pitch), channels = z.shape, weight.shape[0]
-    out = empty(z, rows, channels, dtype=z.dtype)
-    columns = _channel_columns(channels, z.dtype)
+    (rows, pitch), channels = z.shape, len(weight)
+    parts, columns = count_parts(rows, channels), channel_columns(channels, z.dtype)
+    out, moments = empty(z, rows, channels, dtype=z.dtype), empty(z, parts if training else 0, 2, channels)
     launch(
-        kernels.project_kernel, (cdiv(rows, ROWS) * cdiv(channels, columns),), z, scale, weight, bias,
-        z if skip is None else skip, scale if skip_scale is None else skip_scale, out, rows,
-        C=channels, P=pitch, SKIP=skip is not None, PRECISION=_precision(z),
-        ROWS=ROWS, COLUMNS=columns, INNER=GEMM_INNER, **PRODUCT_LAUNCH,
+        kernels.project_kernel, (cdiv(channels, columns), parts), z, scale, weight, bias,
+        z if skip is None else skip, scale if skip_scale is None else skip_scale, out, moments, rows,
+        C=channels, P=pitch, SKIP=skip is not None, TRAINING=training, PRECISION=precision(z),
+        ROWS=ROWS, COLUMNS=columns, INNER=GEMM_INNER, TILES=count_tiles(rows, channels),
+        **_limited(PRODUCT_LAUNCH, z),
     )  # fmt: skip
-    return out
+    return out, moments
 
 
 # ---- backward
-
-
-@operator
-def project_weight_grad(dy: Tensor, z: Tensor) -> Tensor:
-    """dy.T @ gelu(z), in parts of the rows: (M, C), (M, p) -> (parts, C, p) fp32."""
-    (rows, channels), pitch = dy.shape, z.shape[1]
-    channel_rows = _channel_columns(channels, z.dtype)
-    tiles = cdiv(pitch, GEMM_COLUMNS), cdiv(channels, channel_rows)
-    parts = max(1, min(MIN_PROGRAMS // (tiles[0] * tiles[1]), rows // (ROWS * MAX_TILES)))
-    out = empty(z, parts, channels, pitch)
-    launch(
-        kernels.project_weight_grad_kernel, (*tiles, parts), dy, z, out, rows, cdiv(rows, parts),
-        C=channels, P=pitch, PRECISION=_precision(z),
-        ROWS=channel_rows, COLUMNS=GEMM_COLUMNS, INNER=GEMM_INNER, **LAUNCH,
-    )  # fmt: skip
-    return out
 
 
 @operator
@@ -200,7 +183,7 @@ def project_grad(
     launch(
         kernels.project_grad_kernel, (cdiv(rows, ROWS) * cdiv(pitch, GEMM_COLUMNS),),
         dy, weight, z, scale, slope, offset, dz, dn, rows,
-        C=channels, P=pitch, SKIP=skip, PRECISION=_precision(z),
+        C=channels, P=pitch, SKIP=skip, PRECISION=precision(z),
         ROWS=ROWS, COLUMNS=GEMM_COLUMNS, INNER=GEMM_INNER, **LAUNCH,
     )  # fmt: skip
     return dz, dn
@@ -218,46 +201,48 @@ def depthwise_grad(
     the weight (10, p); the last two, zero where n is z, those of n and of its product with a.
     """
     rows, pitch = z.shape
-    tiles = _tiles(rows, pitch) * (ROWS // GRAD_ROWS)
+    tiles = count_tiles(rows, pitch) * (ROWS // GRAD_ROWS)
     dn, sums = torch.empty_like(z), empty(z, cdiv(rows, GRAD_ROWS * tiles), SUMS, pitch)
     launch(
         kernels.depthwise_grad_kernel, (cdiv(pitch, MAP_COLUMNS), sums.shape[0]),
         dz, dz if skip is None else skip, z, scale, shift, weight, dn, sums, rows,
         HEIGHT=height, WIDTH=width, P=pitch, SKIP=skip is not None, PLAIN=scale is None, SUMS=SUMS,
-        ROWS=GRAD_ROWS, COLUMNS=MAP_COLUMNS, TILES=tiles, **_depthwise_launch(z),
+        ROWS=GRAD_ROWS, COLUMNS=MAP_COLUMNS, TILES=tiles, **_limited(LAUNCH, z),
     )  # fmt: skip
     return dn, sums
 
 
 @operator
-def normalise_grad(d: Tensor, e: Tensor, mean: Tensor, inverse: Tensor, scale: Tensor, rows: int) -> Tensor:
+def normalise_grad(d: Tensor, e: Tensor, statistics: Tensor, rows: int) -> Tensor:
     """Return a BatchNorm's d gamma, slope and offset (3, p).
 
-    a's gradient is scale * dn + slope * a + offset. d and e (p,): the sums over rows of dn * a and of dn.
+    a's gradient is scale * dn + slope * a + offset. d and e: the sums over rows of dn * a and of dn, (p,) or
+    without padding. statistics: of `normalise`, (5, p).
     """
-    pitch = len(d)
+    pitch = statistics.shape[1]
     out = empty(d, 3, pitch)
     launch(
-        kernels.normalise_grad_kernel, (cdiv(pitch, MAP_COLUMNS),),
-        d, e, mean, inverse, scale, out, rows, P=pitch, COLUMNS=MAP_COLUMNS, **LAUNCH,
+        kernels.normalise_grad_kernel, (cdiv(pitch, MAP_COLUMNS),), d, e, statistics, out, rows,
+        H=len(d), P=pitch, COLUMNS=MAP_COLUMNS, **LAUNCH,
     )  # fmt: skip
     return out
 
 
 @operator
 def expand_grad(
-    dn: Tensor, z: Tensor, scale: Tensor, slope: Tensor, offset: Tensor
+    dn: Tensor, z: Tensor, scale: Tensor, slope: Tensor, offset: Tensor, weight: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """(scale * dn + slope * gelu(z) + offset) * gelu'(z) -> (M, p), and its sums (parts, p).
+    """dz = (scale * dn + slope * gelu(z) + offset) * gelu'(z) -> (M, p), and dz @ weight (M, C).
 
-    dn, z (M, p), the others (p,).
+    dn, z (M, p), weight (h, C), the others (p,).
     """
-    rows, pitch = z.shape
-    num_partials = _num_partials(rows, pitch)
-    dz, sums = torch.empty_like(z), empty(z, num_partials, pitch)
+    (rows, pitch), (hidden, channels) = z.shape, weight.shape
+    dz, dx = torch.empty_like(z), empty(z, rows, channels, dtype=z.dtype)
+    columns = channel_columns(channels, z.dtype)
     launch(
-        kernels.expand_grad_kernel, (cdiv(pitch, MAP_COLUMNS), num_partials),
-        dn, z, scale, slope, offset, dz, sums, rows,
-        P=pitch, ROWS=ROWS, COLUMNS=MAP_COLUMNS, TILES=_tiles(rows, pitch), **LAUNCH,
+        kernels.expand_grad_kernel, (cdiv(rows, ROWS) * cdiv(channels, columns),),
+        dn, z, scale, slope, offset, weight, dz, dx, rows,
+        C=channels, H=hidden, P=pitch, PRECISION=precision(z),
+        ROWS=ROWS, COLUMNS=columns, INNER=GEMM_INNER, **PRODUCT_LAUNCH,
     )  # fmt: skip
-    return dz, sums
+    return dz, dx

@@ -24,11 +24,9 @@ The second BatchNorm's D and E are column sums of W2 * G2 and of W2 * sum(dy). T
 sum(dy) t2', needs G2 = dy' a2 anyway. In the re-implementation's form it has a second part, from G1 = dy'
 a1, and dn1 has dy W2 added.
 
-Passes over a hidden tensor, reads and writes: 5 forward (z1 w, a1 w r, z2 w r) and 11 backward (G2 r; dz2 r
-w; dn1 r r w; dz1 r r w; dx r; dW1 r); operation by operation it is 44. The re-implementation's form has 4
-more: y reads a1, G1 reads z1, and dy W2 is written beside dz2 and read for dn1. The kernels take fp16, bf16
-and fp32; sums and scales are fp32. The local perception unit, x + depthwise(x), uses them without a
-BatchNorm: 2 passes over x forward and 3 backward, instead of 13.
+That is 15 passes over a hidden tensor instead of 44, 19 in the re-implementation's form. The kernels take
+fp16, bf16 and fp32; sums and scales are fp32. The last BatchNorm and the addition behind it are
+norm_kernels.batch_norm's. The local perception unit, x + depthwise(x), uses the kernels without BatchNorm.
 """
 
 from typing import Any
@@ -38,63 +36,73 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cmtrain.models.ffn_operators as ops
-from cmtrain.models.position import Variant
+from cmtrain.models.linear_kernels import weight_grad
+from cmtrain.models.norm_kernels import batch_norm, batch_norm_grad, evaluation, track
 
 
 class _FeedForward(torch.autograd.Function):
-    """Rows (M, C) -> (M, C), and both norms' batch means and unbiased variances (p,), without gradients.
+    """Rows (M, C) -> (M, C), and the statistics of the three norms (5, p), without gradients.
 
-    adds_late: the re-implementation's form, which adds n1 to n2, not to the convolution's result.
+    The last norm, with the addition behind it, is left out where gamma3 is None. adds_late: the
+    re-implementation's form, which adds n1 to n2, not to the convolution's result.
     """
 
     @staticmethod
     def forward(
-        ctx, x, w1, b1, gamma1, beta1, taps, gamma2, beta2, w2, b2, height, width, eps1, eps2, adds_late
-    ):
-        rows, hidden = len(x), len(w1)
-        # Padded for dX, which takes dz1 with its zero padding: cuBLAS wants inner sizes in multiples of 8.
-        w1_padded = w1.new_zeros(ops.padded(hidden), w1.shape[1], dtype=x.dtype)
-        w1_padded[:hidden] = w1
-        z1, a1, means, m2s = ops.expand(x, w1_padded[:hidden], b1, True)
-        mean1, var1, inverse1, s1, t1 = ops.normalise(means, m2s, gamma1, beta1, rows, eps1).unbind()
-        z2, means, m2s = ops.depthwise(a1, s1, t1, taps, height, width, not adds_late, True)
-        mean2, var2, inverse2, s2, t2 = ops.normalise(means, m2s, gamma2, beta2, rows, eps2).unbind()
-        y = _project(z2, s2, t2, w2, b2, (a1, s1, t1) if adds_late else None)
+        ctx, x, w1, b1, gamma1, beta1, taps, gamma2, beta2, w2, b2, gamma3, beta3, residual, kept,
+        size, eps, adds_late,
+    ):  # fmt: skip
+        z1, a1, moments = ops.expand(x, w1, b1, True)
+        statistics1 = ops.normalise(moments, gamma1, beta1, len(x), eps[0])
+        *_, s1, t1 = statistics1
+        z2, moments = ops.depthwise(a1, s1, t1, taps, size[0], size[1], not adds_late, True)
+        statistics2 = ops.normalise(moments, gamma2, beta2, len(x), eps[1])
+        *_, s2, t2 = statistics2
+        skip = (a1, s1, t1) if adds_late else None
+        y, moments, w2_padded = _project(z2, s2, t2, w2, b2, skip, gamma3 is not None)
+        out, statistics3 = y, None
+        if gamma3 is not None:
+            statistics3 = ops.normalise(moments, gamma3, beta3, len(x), eps[2])
+            out, _ = batch_norm("normal", y, None, residual, kept, *statistics3[3:])
         ctx.save_for_backward(
-            x, w1, w1_padded, taps, w2, z1, z2, mean1, inverse1, s1, t1, mean2, inverse2, s2, t2
+            x, w1, taps, w2, w2_padded, z1, z2, statistics1, statistics2,
+            None if out is y else y, statistics3, kept,
         )  # fmt: skip
-        ctx.size, ctx.adds_late = (height, width), adds_late
-        ctx.mark_non_differentiable(mean1, var1, mean2, var2)
-        return y, mean1, var1, mean2, var2
+        ctx.size, ctx.adds_late = size, adds_late
+        ctx.of_residual = None if residual is None else residual.dtype
+        ctx.mark_non_differentiable(statistics1, statistics2, *([] if out is y else [statistics3]))
+        ctx.set_materialize_grads(False)
+        return out, statistics1, statistics2, statistics3
 
     @staticmethod
-    def backward(ctx, dy, *_):
-        x, w1, w1_padded, taps, w2, z1, z2, mean1, inverse1, s1, t1, mean2, inverse2, s2, t2 = (
-            ctx.saved_tensors
-        )
-        rows, hidden = len(x), len(w1)
-        dy, w2 = dy.contiguous(), _pad(w2, s2)
-        g2 = ops.project_weight_grad(dy, z2).sum(0)  # (C, p)
-        db2 = dy.sum(0, dtype=torch.float32)
-        dw2 = torch.addcmul(g2 * s2, db2[:, None], t2)
-        if ctx.adds_late:
-            dw2 += torch.addcmul(ops.project_weight_grad(dy, z1).sum(0) * s1, db2[:, None], t1)
-        e2 = (w2 * db2[:, None]).sum(0)
-        d2 = (w2 * g2).sum(0)
-        dgamma2, slope, offset = ops.normalise_grad(d2, e2, mean2, inverse2, s2, rows).unbind()
+    def backward(ctx, dn, *_):
+        x, w1, taps, w2, w2_padded, z1, z2, *statistics, y, statistics3, kept = ctx.saved_tensors
+        statistics1, statistics2 = statistics
+        hidden, adds_late = len(w1), ctx.adds_late
+        (*_, s1, t1), (*_, s2, t2) = statistics1, statistics2
+        dy, dgamma3, dbeta3 = dn.contiguous(), None, None
+        d_residual = None if ctx.of_residual is None else dy.to(ctx.of_residual)
+        if y is None:
+            db2 = dy.sum(0, dtype=torch.float32)
+        else:
+            dy, db2, dgamma3, dbeta3 = batch_norm_grad(dy, y, None, kept, statistics3)
+        g2 = weight_grad(dy, z2, is_gelu=True)[0].sum(0)[:, :hidden]
+        dw2 = torch.addcmul(g2 * s2[:hidden], db2[:, None], t2[:hidden])
+        if adds_late:
+            g1 = weight_grad(dy, z1, is_gelu=True)[0].sum(0)[:, :hidden]
+            dw2 += torch.addcmul(g1 * s1[:hidden], db2[:, None], t1[:hidden])
+        d2, e2 = (w2 * g2).sum(0), torch.mv(w2.t().float(), db2.float())
+        dgamma2, slope, offset = ops.normalise_grad(d2, e2, statistics2, len(x))
 
-        dz2, skip = ops.project_grad(dy, w2.to(dy.dtype), z2, s2, slope, offset, ctx.adds_late)
-        dn1, sums = ops.depthwise_grad(dz2, skip if ctx.adds_late else None, z1, s1, t1, taps, *ctx.size)
+        dz2, skip = ops.project_grad(dy, w2_padded, z2, s2, slope, offset, adds_late)
+        dn1, sums = ops.depthwise_grad(dz2, skip if adds_late else None, z1, s1, t1, taps, *ctx.size)
         sums = sums.sum(0)  # (SUMS, p)
-        dgamma1, slope, offset = ops.normalise_grad(sums[11], sums[10], mean1, inverse1, s1, rows).unbind()
-        dz1, db1 = ops.expand_grad(dn1, z1, s1, slope, offset)
-
-        dx = dz1 @ w1_padded
-        dw1 = (dz1.t() @ x)[:hidden].to(w1.dtype)
-        db1, dgamma1, dbeta1 = (v[:hidden] for v in (db1.sum(0), dgamma1, sums[10]))
+        dgamma1, slope, offset = ops.normalise_grad(sums[11], sums[10], statistics1, len(x))
+        dz1, dx = ops.expand_grad(dn1, z1, s1, slope, offset, w1)
+        dw1, db1 = (parts.sum(0)[:hidden] for parts in weight_grad(dz1, x))
         return (
-            dx, dw1, db1, dgamma1, dbeta1, sums[:10], dgamma2[:hidden], e2[:hidden], dw2[:, :hidden], db2,
-            None, None, None, None, None,
+            dx, dw1, db1, dgamma1[:hidden], sums[10, :hidden], sums[:10], dgamma2[:hidden], e2,
+            dw2, db2, dgamma3, dbeta3, d_residual, None, None, None, None,
         )  # fmt: skip
 
 
@@ -114,49 +122,54 @@ class _ResidualDepthwise(torch.autograd.Function):
         return dx, sums[:, :10].sum(0), None, None
 
 
-def _pad(w2: Tensor, s2: Tensor) -> Tensor:  # (C, h) -> (C, p)
-    return F.pad(w2, (0, s2.shape[0] - w2.shape[1]))
-
-
 def _project(
-    z2: Tensor, s2: Tensor, t2: Tensor, w2: Tensor, b2: Tensor, skip: tuple[Tensor, Tensor, Tensor] | None
-) -> Tensor:
-    """Return y. skip: a1, s1 and t1 where n1 is added to n2."""
-    w2 = _pad(w2, s2)
+    z2: Tensor, s2: Tensor, t2: Tensor, w2: Tensor, b2: Tensor, skip: tuple[Tensor, Tensor, Tensor] | None,
+    training: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return y, in training its moments, and w2 (C, p). skip: a1, s1 and t1 where n1 is added to n2."""
     a1, s1, t1 = skip or (None, None, None)
     shift = t2 if t1 is None else t1 + t2
-    return ops.project(z2, s2, w2.to(z2.dtype), b2 + (w2 * shift).sum(1), a1, s1)
+    bias = torch.addmv(b2.float(), w2.float(), shift[: w2.shape[1]])
+    w2_padded = F.pad(w2.to(z2.dtype), (0, len(s2) - w2.shape[1]))
+    return *ops.project(z2, s2, w2_padded, bias, a1, s1, training), w2_padded
 
 
-def feed_forward(
-    x: Tensor, expand: Any, expand_norm: nn.BatchNorm2d, depthwise: nn.Conv2d,
-    depthwise_norm: nn.BatchNorm2d | nn.Identity, project: Any, *, variant: Variant,
-) -> Tensor:  # fmt: skip
-    """Compute the network up to its last BatchNorm: (B, C, H, W) -> (B, C, H, W), channels-last.
+def feed_forward(x: Tensor, layers: Any, residual: Tensor | None, kept: Tensor | None) -> Tensor:
+    """Compute a FeedForward (`layers`), and add it to a residual: maps (B, C, H, W), channels-last.
 
-    expand and project hold a matrix and a bias. In training the norms' running statistics move as torch
-    moves them. Evaluation has no backward here; where folding left an Identity it does not normalise.
+    Returns residual + kept * network(x); kept (B, 1, 1, 1), or None for ones. In training the norms' running
+    statistics move as torch moves them. Evaluation has no backward here; where folding left an Identity it
+    does not normalise.
     """
-    adds_late = variant == "reimpl"
-    rows, (height, width) = _rows(x), x.shape[2:]
-    taps = _taps(depthwise, ops.padded(len(depthwise.weight)))
+    expand, project, adds_late = layers.expand, layers.project, layers.variant == "reimpl"
+    norms = norm1, norm2, norm3 = layers.expand_norm, layers.depthwise_norm, layers.project_norm
+    rows, size = _rows(x), tuple(x.shape[2:])
+    added = None if residual is None else residual.permute(0, 2, 3, 1).reshape(rows.shape)
+    factors = None if kept is None else kept.flatten()
+    taps = _taps(layers.depthwise, ops.padded(len(layers.depthwise.weight)))
     with torch.autocast(x.device.type, enabled=False):
-        if expand_norm.training:
-            assert isinstance(depthwise_norm, nn.BatchNorm2d)
-            y, mean1, var1, mean2, var2 = _FeedForward.apply(
-                rows, expand.weight, expand.bias, expand_norm.weight, expand_norm.bias, taps,
-                depthwise_norm.weight, depthwise_norm.bias, project.weight, project.bias,
-                height, width, expand_norm.eps, depthwise_norm.eps, adds_late,
+        if norm1.training:
+            last = (norm3.weight, norm3.bias, added, factors) if norm3.training else (None,) * 4
+            out, *statistics = _FeedForward.apply(
+                rows, expand.weight, expand.bias, norm1.weight, norm1.bias, taps, norm2.weight, norm2.bias,
+                project.weight, project.bias, *last, size, tuple(norm.eps for norm in norms), adds_late,
             )  # fmt: skip
-            _track(expand_norm, mean1, var1)
-            _track(depthwise_norm, mean2, var2)
+            for norm, found in zip(norms, statistics, strict=True):
+                if found is not None:
+                    track(norm, found)
+            if not norm3.training:
+                branch = norm3(_map(out, x))
+                kept = torch.ones_like(branch[:1, :1, :1, :1]) if kept is None else kept
+                return branch if residual is None else torch.addcmul(residual, kept, branch)
         else:
-            _, a, *_ = ops.expand(rows, expand.weight.to(rows.dtype), expand.bias, False)
-            s1, t1 = _evaluation(expand_norm, expand.bias)
-            z, *_ = ops.depthwise(a, s1, t1, taps, height, width, not adds_late, False)
-            s2, t2 = _evaluation(depthwise_norm, expand.bias)
-            y = _project(z, s2, t2, project.weight, project.bias, (a, s1, t1) if adds_late else None)
-    return _map(y, x)
+            _, a, _ = ops.expand(rows, expand.weight, expand.bias, False)
+            s1, t1 = _evaluation(norm1, expand.bias)
+            z, _ = ops.depthwise(a, s1, t1, taps, size[0], size[1], not adds_late, False)
+            s2, t2 = _evaluation(norm2, expand.bias)
+            skip = (a, s1, t1) if adds_late else None
+            y, *_ = _project(z, s2, t2, project.weight, project.bias, skip, False)
+            out, _ = batch_norm("normal", y, None, added, factors, *evaluation(norm3, project.bias))
+    return _map(out, x)
 
 
 def residual_depthwise(x: Tensor, depthwise: nn.Conv2d) -> Tensor:
@@ -182,21 +195,8 @@ def _map(rows: Tensor, like: Tensor) -> Tensor:  # (M, C) -> (B, C, H, W)
     return rows.view(batch, height, width, -1).permute(0, 3, 1, 2)
 
 
-@torch.no_grad()
-def _track(norm: Any, mean: Tensor, var: Tensor) -> None:
-    """Update the running statistics of a BatchNorm as torch's batch_norm does."""
-    hidden = len(norm.running_mean)
-    if norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
-    torch._foreach_lerp_([norm.running_mean, norm.running_var], [mean[:hidden], var[:hidden]], norm.momentum)
-
-
 def _evaluation(norm: Any, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Return scale and shift (p,) of a BatchNorm in evaluation, or of the Identity that folding left."""
-    if isinstance(norm, nn.Identity):
-        scale, shift = torch.ones_like(like), torch.zeros_like(like)
-    else:
-        scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
-        shift = norm.bias - norm.running_mean * scale
+    """Return scale and shift (p,) of a norm in evaluation."""
+    scale, shift = evaluation(norm, like)
     padding = (0, ops.padded(len(scale)) - len(scale))
     return F.pad(scale, padding), F.pad(shift, padding)

@@ -1,4 +1,4 @@
-"""Learn positions: the attention bias in its four forms, and the absolute embedding.
+"""Learn positions: the attention bias in its four forms, attention with it, and the absolute embedding.
 
 Letters: h heads, n queries per side of the map, N = n * n queries, r reduction, k = n / r keys per side,
 K = k * k keys (m, M, L: the same of a table from another image size).
@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # The authors' released network; the re-implementation's (FlyEgle/CMT-pytorch).
 Variant = Literal["paper", "reimpl"]
@@ -193,3 +194,32 @@ def make_attention_bias(
         return {"relative": RelativeBias, "pairwise": PairwiseBias}[kind](heads, queries_per_side, reduction)
     reimpl = {"relative": ReimplRelativeBias, "pairwise": ReimplPairwiseBias}
     return reimpl[kind](queries_per_side, reduction)
+
+
+# ---- attention with a bias
+
+
+def is_eager_on_cpu(x: Tensor) -> bool:
+    return not x.is_cuda and not torch.compiler.is_compiling()  # what a CPU exports runs elsewhere
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: float, scale: float) -> Tensor:
+    """Attend with a bias: q (B, h, N, d), k and v (B, h, K, d), bias (h or 1, N, K) -> (B, h, N, d).
+
+    On CUDA a bias goes to the memory-efficient backend, the only fused one that returns its gradient. It
+    wants d to be a multiple of 8. float64 gets the plain formula, as a CPU, where K is so small that the
+    plain formula is the fastest.
+    """
+    if is_eager_on_cpu(q):
+        scores = q @ (k * scale).transpose(-1, -2)
+        weights = (scores if bias is None else scores + bias).softmax(-1)
+        return F.dropout(weights, dropout).to(v.dtype) @ v
+    mask = None
+    if bias is not None:
+        # Some fused kernels are silently wrong if the mask's dtype is not q's. Most refuse a mask that
+        # requires a gradient, even where none is taken.
+        mask = (bias if torch.is_grad_enabled() else bias.detach()).to(q.dtype)[None]
+    if mask is None or not q.is_cuda:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
+    with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)

@@ -1,12 +1,7 @@
 """Write one file per rank that lets Prometheus find it (file-based service discovery).
 
-Each rank writes `<run.dir>/.targets/<run>-<rank>.json` and deletes it when it ends:
-
-    scrape_configs:
-      - job_name: cmtrain
-        file_sd_configs: [{files: [/path/to/runs/.targets/*.json]}]
-
-All runs share one folder, since Prometheus allows a wildcard in the last part of a path only; it is hidden,
+Each rank writes `<run.dir>/.targets/<run>-<rank>.json` and deletes it when it ends (docs/metrics.md). All
+runs share one folder, since Prometheus allows a wildcard in the last part of a path only; it is hidden,
 because no run can have its name. The file of a killed rank stays: its target is then down, and an alert can
 fire. The files hold no labels: a `run` label here would rename the metrics' own to `exported_run`.
 """

@@ -56,7 +56,6 @@ class Exporter:
     `port`: the first of PORT_ATTEMPTS ports to try. `allowed_hosts`: see is_own_host. Of MAX_CONNECTIONS
     (HTTP/1.1), a new one replaces the one that has been silent for longest: connections that never send a
     request cannot keep a scraper out.
-
     Raises OSError: none of the ports is free, or `host` is no address of this machine.
     """
 

@@ -68,7 +68,6 @@ class Trackers:
 
 def tracker_options(names: Sequence[str], run_folder: Path) -> dict[str, Any]:
     """Return the options that an Accelerator with the trackers `names` needs.
-
     Raises ConfigError: a package is missing; accelerate itself would silently leave the tracker out.
     """
     missing = [name for name in names if importlib.util.find_spec(name) is None]

@@ -52,7 +52,6 @@ class Facts:
 
 def check_ranks(group: Any, config: Config, run_path: Path) -> list[str]:
     """Refuse ranks that do not fit together, over `group` (None: a single process). Return warnings.
-
     Raises DataError, on all ranks: other code, another configuration or run folder, or clocks > 5 s apart.
     """
     if group is None:
@@ -115,7 +114,6 @@ def clock_offset_seconds(group: Any) -> float:
 
 def sees_run_dir(group: Any, folder: Path) -> bool:
     """Return whether this rank sees a file that rank 0 writes to `folder`; nothing is left behind.
-
     Raises DataError: rank 0 cannot write there.
     """
     path = folder / f".token-{gather(secrets.token_hex(8), group)[0]}"

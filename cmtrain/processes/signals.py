@@ -30,8 +30,7 @@ class StopRequest:
     A second SIGINT stops at once. Repeated SIGTERM or SIGUSR2 change nothing, because launchers deliver them
     twice. The end of the launcher counts as SIGTERM.
 
-    The flags of several ranks are combined over the host's `group`, which never synchronises the device. The
-    reduction of one step is waited for at the next: that hides its latency and delays a stop by a step.
+    Ranks combine their flags over the host's `group`, and wait for the reduction of a step at the next one.
     `decision`: the signal agreed on so far, 0 for none; once set, it does not change. `saved_step`: the
     newest checkpoint's; the trainer sets it.
     """

@@ -45,12 +45,9 @@ def evaluate(
 ) -> Evaluation:  # fmt: skip
     """Evaluate `model` on this rank's share of the images and add up over ranks.
 
-    Args:
-        model: unwrapped; its mode is restored.
-        batches: this rank's share, each image once; may be empty.
-        num_images: of all ranks together.
-        num_classes: number of `model`'s outputs.
-        keeps_ranked: fill Evaluation.ranked, which costs 40 bytes per image on the device.
+    `model`: unwrapped; its mode is restored. `batches`: this rank's share, each image once; may be empty.
+    `num_images`: of all ranks together. `num_classes`: number of `model`'s outputs. `keeps_ranked`: fill
+    Evaluation.ranked, which costs 40 bytes per image on the device.
     """
     was_training, device = model.training, accelerator.device
     model.eval()

@@ -91,12 +91,9 @@ class Guard:
     def commit_or_restore(self, ok: Tensor) -> Tensor:
         """End the step: commit the mean proposal if it is finite and `ok`, else restore the last commit.
 
-        Args:
-            ok: bool scalar on the device, equal on all ranks: the global gradient norm is finite.
-
-        Returns:
-            bool scalar on the device: whether optimizer and EMA may take this step. It is `ok` (True without
-            `protect`), whatever this rank's statistics are, so that all ranks do the same.
+        `ok`: bool scalar on the device, equal on all ranks: the global gradient norm is finite. Returns such
+        a scalar: whether optimizer and EMA may take this step. It is `ok` (True without `protect`), whatever
+        this rank's statistics are, so that all ranks do the same.
         """
         bad = ~ok
         self.bad_steps += bad

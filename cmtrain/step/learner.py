@@ -35,13 +35,9 @@ MIN_LOSS_SCALE = 1.0
 class Learner:
     """Model, EMA, optimizer, guard, loss scaler, and the measurements since the last log point.
 
-    Args:
-        model: on `accelerator.device`, not yet wrapped.
-        ema_decay: decay per step, None for no EMA.
-        protect: whether the guard refuses bad steps, or only counts them.
-        spike_sigma: see SpikeDetector.
-        accumulation: micro-batches per step on this rank.
-        clip_grad: largest L2 norm of the gradient, None for no clipping.
+    `model` is on `accelerator.device`, not yet wrapped. `ema_decay`: per step; None: no EMA. `protect`:
+    whether the guard refuses bad steps, or only counts them. `accumulation`: micro-batches per step on this
+    rank. `clip_grad`: largest L2 norm of the gradient; None: no clipping. `spike_sigma`: see SpikeDetector.
     """
 
     def __init__(

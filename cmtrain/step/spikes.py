@@ -2,10 +2,8 @@
 
 The rule is that of OLMo-core's and levanter's skip-step optimizers: more than 6 standard deviations above
 the mean of the last 128 steps. Two things differ. The values are logarithms, because the noise of both
-measurements grows with their size. Mean and variance are exponential, so the whole state is two numbers.
-
-The log point applies it to each step since the last one: to the mean loss over ranks, in float64 on the
-host. So every rank and every device finds the same spikes, however often the run was stopped.
+measurements grows with their size. Mean and variance are exponential, so the whole state is two numbers. All
+ranks find the same spikes, however often the run was stopped: of the mean loss over ranks, in float64.
 """
 
 import math

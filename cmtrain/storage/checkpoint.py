@@ -46,7 +46,6 @@ class Loaded:
 
 def checkpoint_steps(root: Path) -> list[int]:
     """Return the steps of the published checkpoints under `root`, ascending. Symbolic links do not count.
-
     Raises OSError: the machine cannot list them, which is not the same as none.
     """
     try:
@@ -95,7 +94,6 @@ def load_newest(root: Path, *, set_aside: bool = True) -> Loaded | None:
 
     A damaged one is renamed to `.corrupt-...`, so that it is neither counted nor lost, and the one before it
     is tried. With `set_aside` false, for the folder of another run, nothing is renamed.
-
     Raises CheckpointError: there were checkpoints, and none is usable: starting from scratch would silently
     throw a run away. OSError: the machine cannot read one of them.
     """
@@ -121,7 +119,6 @@ def load_newest(root: Path, *, set_aside: bool = True) -> Loaded | None:
 
 def find_checkpoint(path: Path) -> Loaded:
     """Load the checkpoint folder `path`, or the newest usable one of the run folder `path`; change neither.
-
     Raises CheckpointError: there is none. OSError: the machine cannot read it.
     """
     is_run = retried((path / "checkpoints").is_dir)

@@ -1,8 +1,7 @@
 """Write checkpoints in a background thread, while training goes on.
 
-At a save the training thread only copies the state into host memory, the same for every save; on a GPU it
-does not wait for that copy. A second thread serialises, syncs, verifies and publishes it, and drops old
-checkpoints. The training thread fetches how each write ended, and reports it.
+At a save the training thread only copies the state into host memory, on a GPU without waiting for the copy.
+A second thread serialises, syncs, verifies and publishes it, and drops old checkpoints.
 
 A save that comes while another is being written waits for it. If storage hangs for more than
 PATIENCE_SECONDS, training goes on without that checkpoint, before the other ranks, which wait in their next

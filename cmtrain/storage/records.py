@@ -79,7 +79,6 @@ def reason_of(error: Exception) -> str:
 
 def retried(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Return the result of `work`, tried again after trouble of the machine, which may pass.
-
     Raises OSError: the last attempt's.
     """
     for pause_seconds in PAUSES_SECONDS:
@@ -173,7 +172,6 @@ def is_running(pid: int) -> bool:
 
 def open_regular(path: Path, flags: int = 0, buffering: int = io.DEFAULT_BUFFER_SIZE) -> io.BufferedReader:
     """Open a regular file for reading, never waiting for a pipe. `flags`: more ones of os.open.
-
     Raises OSError, or DamagedRecordError: something else has its place.
     """
     if path.is_symlink() and not path.exists():
@@ -195,7 +193,6 @@ def read_bytes(path: Path, limit: float = MAX_BYTES) -> bytes:
 
 def load_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in `path`.
-
     Raises DamagedRecordError: it holds none. OSError: it is missing, or the machine cannot read it.
     """
     content = retried(read_bytes, path)

@@ -280,7 +280,6 @@ def _step_of_row(line: bytes) -> float | None:
 
 def find_run(place: str) -> tuple[Path, Path]:
     """Return the run folder of `place`, and `place` as a path: itself, or a run of that name below runs/.
-
     Raises DataError: neither a run folder nor a checkpoint in one.
     """
     for path in (Path(place), RUNS / place):

@@ -80,7 +80,6 @@ def write_state(path: Path, state: dict[str, Any]) -> Digest:
 
 def read_state(path: Path, expected: Digest) -> dict[str, Any]:
     """Verify `path` and load it, onto the CPU.
-
     Raises CheckpointError: the file is damaged, or is not what write_state writes. OSError: the machine
     cannot read it (permissions, too many open files); the file may be good.
     """
@@ -105,7 +104,6 @@ def read_state(path: Path, expected: Digest) -> dict[str, Any]:
 
 def open_regular(path: Path) -> io.BufferedReader:
     """Open a regular file for reading: no symbolic link, no device, no pipe.
-
     Raises CheckpointError: there is none. OSError: the machine cannot open it.
     """
     try:

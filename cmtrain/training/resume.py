@@ -43,7 +43,6 @@ def choose_start(
     `resume`: `auto` (newest checkpoint of the run folder, else from scratch), `never` (from scratch; refused
     if there are checkpoints), `force` (as auto, but configuration and data may have changed), or the path of
     a checkpoint or run folder. `fingerprint`: of the training manifest; another `val_fingerprint` is a note.
-
     Raises ConfigError: the checkpoint belongs to another configuration or other data, or `never` would mix
     two runs. DataError: no usable checkpoint where there should be one, or the run folder is in use.
     """
@@ -108,7 +107,6 @@ def _choose(run_path: Path, resume: str, config: Config, fingerprint: str, val_f
 
 def recipe_changes(loaded: Loaded, config: Config, fingerprint: str) -> list[str]:
     """Return what differs from the recipe and data of a checkpoint, one `key: old -> new` each.
-
     Raises DataError: a verified checkpoint that no run of ours wrote.
     """
     meta = loaded.meta
@@ -125,7 +123,6 @@ def recipe_changes(loaded: Loaded, config: Config, fingerprint: str) -> list[str
 
 def restore(learner: Learner, checkpoint: Loaded) -> None:
     """Load `checkpoint` into `learner`; `--resume force` may have chosen one of another model.
-
     Raises ConfigError: it does not fit; names the first tensor that does not.
     """
     problem = _misfit(learner, checkpoint.state)

@@ -90,7 +90,6 @@ class Schedule:
 
 def split_batch(global_batch_size: int, max_batch_per_gpu: int, world_size: int) -> tuple[int, int]:
     """Return (micro-batch size, accumulation) with the fewest passes that `max_batch_per_gpu` allows.
-
     Raises ConfigError: the global batch does not split evenly over the processes.
     """
     share, rest = divmod(global_batch_size, world_size)

@@ -3,8 +3,7 @@
 `demo:digits`  scikit-learn's 1,797 handwritten digits (UCI, CC BY 4.0), 64 px; a fifth of them held out.
 `demo:photos`  12 colour photographs from scikit-image and scikit-learn (public domain, CC0, CC BY), 150
                crops each. The left 65 % of every photograph is for training, the right 35 % is held out.
-`demo:jpegs`   2,000 JPEGs of noise as large as ImageNet's, in its mixture of kinds, to measure decoding; 200
-               more are held out. There is nothing to learn in them.
+`demo:jpegs`   2,000 JPEGs of noise, in ImageNet's sizes and kinds, to measure decoding; 200 are held out.
 """
 
 import io

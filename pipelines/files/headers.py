@@ -37,7 +37,6 @@ class Scan:
 
 def scan(listing: Listing, known: Scan | None) -> Scan:
     """Read the headers that `known`, an earlier scan, lacks, has with another size or time, or as unusable.
-
     Raises OSError: the machine cannot read a file, which may be good.
     """
     sizes = np.zeros((len(listing), 2), np.int32)

@@ -90,7 +90,6 @@ def relabelled(
     files: Files, names: Sequence[str], subject: Callable[[str], str], what: str, positions: bool
 ) -> Files:
     """Return the same files with places in `names` as labels, and a note if not all were matched by name.
-
     Raises DataError that shows what matched and what did not: a sentence that `subject` begins, about a
     `what` ("label", "folder" or "class"). `positions`: whether numbers may be positions. Where a class has a
     number for a name they never are.

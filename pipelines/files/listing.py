@@ -110,7 +110,6 @@ class Listing:
 
 def list_folder(root: Path) -> Listing:
     """List the images below `root/<class>/`, by class, then by the bytes of their path.
-
     Raises DataError when there is no such folder, one that cannot be read, no class or no image.
     """
     names: list[str] = []

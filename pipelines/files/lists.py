@@ -21,7 +21,6 @@ _COLUMNS = "expected two columns, 'path,label'; a label that holds a comma, tab 
 
 def list_file(path: Path, root: Path) -> Listing:
     """List the images that `path` names, in its order; classes are its labels, in order of appearance.
-
     Raises DataError when there is no such folder or file, no image, or a line that cannot be read.
     """
     place: dict[str, int] = {}
@@ -44,7 +43,6 @@ def read_list(path: Path, root: Path, skipped: Counter[str] | None = None) -> It
     """Yield line number, path relative to `root` and label of every image, without ./ and //.
 
     Lines that begin with # are counted in `skipped`.
-
     Raises DataError for a file that is no UTF-8 text, and for the first line that is not understood.
     """
     roots = {os.path.join(root, ""), os.path.join(os.path.realpath(root), "")}

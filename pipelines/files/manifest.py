@@ -175,7 +175,6 @@ def write_index(shards: Manifest, recipe: str) -> None:
 
 def read_index(folder: Path) -> tuple[str, Manifest]:
     """Return the recipe and the manifest of a packed split.
-
     Raises DataError when the index cannot be read, or a shard is missing or has another size.
     """
     try:

@@ -129,7 +129,6 @@ def is_packed(folder: Path) -> bool:
 
 def damage(slices: Slices, paths: Paths) -> list[str]:
     """Compare SHA-256 of every shard and CRC-32 of every image; return one line for each difference.
-
     Raises OSError when a shard cannot be read.
     """
     found: list[str] = []

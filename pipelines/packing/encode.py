@@ -46,7 +46,6 @@ def encode(path: str, resize_shorter: int | None, quality: int) -> Encoded:
     bytes. Everything else becomes a baseline JPEG of `quality`, grey or RGB, with full-resolution colour
     (4:4:4; docs/data.md has the measurements). An EXIF orientation is not applied, as elsewhere here and in
     timm, but removed, so that no other reader turns some images and not others.
-
     Raises DataError when the machine cannot read the file or has no memory for it, which is no verdict.
     """
     try:

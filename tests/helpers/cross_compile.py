@@ -19,6 +19,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +31,24 @@ from timm.layers import DropPath
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
-from cmtrain.models import ffn_kernels, norm_kernels
+from cmtrain.models import ffn_kernels, linear_kernels, norm_kernels
 from cmtrain.models import ffn_operators as ops
-from cmtrain.models.blocks import ChannelNorm, FeedForward, ResidualDepthwiseConv
+from cmtrain.models.blocks import (
+    Attention,
+    BlockOptions,
+    ChannelNorm,
+    FeedForward,
+    PatchConv,
+    ResidualDepthwiseConv,
+    Stem,
+)
 
+FLAGS = (
+    "TRAINING", "RESIDUAL", "SKIP", "PLAIN", "GELU", "BACKWARD", "BIAS", "PIXELS", "DEPTHWISE", "PATCH"
+)  # fmt: skip
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-KINDS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+KINDS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.bool: "*i1"}
 
 
 class Launches:
@@ -65,35 +77,52 @@ def kind_of(value: Any) -> str:
 
 def launches(dtype: str, channels: int, *ffn: int) -> dict[str, Launches]:
     """Return the launches of each kernel, of all forms, trained and evaluated. ffn: hidden width, side."""
-    module = ffn_kernels if ffn else norm_kernels
     found = {}
-    for name, kernel in list(vars(module).items()):
-        if name.endswith("_kernel"):
-            real = kernel.kernel if isinstance(kernel, Launches) else kernel  # of the size before
-            found[name.removesuffix("_kernel")] = Launches(real)
-            setattr(module, name, found[name.removesuffix("_kernel")])
+    for module in ffn_kernels, linear_kernels, norm_kernels:
+        for name, kernel in list(vars(module).items()):
+            if name.endswith("_kernel"):
+                real = kernel.kernel if isinstance(kernel, Launches) else kernel  # of the size before
+                found[name.removesuffix("_kernel")] = Launches(real)
+                setattr(module, name, found[name.removesuffix("_kernel")])
     ops.MIN_PROGRAMS = norm_kernels.MIN_PROGRAMS = 1  # as with many images
     side = ffn[1] if ffn else 64
     x = torch.zeros(2, channels, side, side, dtype=DTYPES[dtype]).to(memory_format=torch.channels_last)
     x.requires_grad_()
     with torch.autocast("cpu", DTYPES[dtype], enabled=dtype != "fp32"):
-        for network in of_ffn(channels, ffn[0]) if ffn else []:
-            network(x).sum().backward()
+        for run, network in of_ffn(channels, ffn[0]) if ffn else others(channels):
+            run(network, x).sum().backward()
             with torch.no_grad():
-                network.eval()(x)
-        if not ffn:
-            norm = ChannelNorm(channels, 1e-6, "fused")
-            norm(x).sum().backward()
-            for branch, drop in ((None, 0.0), (x, 0.0), (x, 0.5)):
-                torch.add(*norm.of_sum(x, branch, DropPath(drop))).sum().backward()
-    return found
+                run(network.eval(), x)
+    return {name: launched for name, launched in found.items() if launched.noted}
 
 
-def of_ffn(channels: int, hidden: int) -> list[torch.nn.Module]:
+def of_ffn(channels: int, hidden: int) -> list[tuple[Callable, torch.nn.Module]]:
+    def add(network: FeedForward, x: torch.Tensor) -> torch.Tensor:
+        return network(x, x, DropPath(0.5).train(network.training))
+
     return [
-        ResidualDepthwiseConv(channels, "fused"),
-        FeedForward(channels, hidden, variant="paper", drop=0.0, kernel="fused"),
-        FeedForward(channels, hidden, variant="reimpl", drop=0.0, kernel="fused"),
+        (run, FeedForward(channels, hidden, variant=variant, drop=0.0, kernel="fused"))
+        for variant in ("paper", "reimpl")
+        for run in (lambda network, x: network(x), add)
+    ] + [(lambda network, x: network(x), ResidualDepthwiseConv(channels, "fused"))]
+
+
+def others(channels: int) -> list[tuple[Callable, torch.nn.Module]]:
+    """Return the other parts: of a width alone."""
+
+    def attend(network: Attention, x: torch.Tensor) -> torch.Tensor:
+        tokens = x.permute(0, 2, 3, 1)
+        drop_path = DropPath(0.5).train(network.training)
+        return network(tokens, None, tokens, drop_path)
+
+    options = [BlockOptions("paper", True, 0.0, drop, "fused") for drop in (0.0, 0.1)]
+    heads = next(heads for heads in (8, 4, 2, 1) if channels % heads == 0)
+    return [
+        (lambda network, x: torch.add(*network.with_input(x)), ChannelNorm(channels, 1e-6, "fused")),
+        (lambda network, x: network(x), ChannelNorm(channels, 1e-6, "fused")),
+        *((attend, Attention(channels, heads, 2, each)) for each in options),
+        (lambda network, x: network(x), PatchConv(channels, 2 * channels, 2, kernel="fused")),
+        (lambda network, x: network(x), Stem(channels, 16, "fused")),
     ]
 
 
@@ -136,7 +165,8 @@ def usage(name: str, kernel: CompiledKernel, constants: dict[str, Any], num_warp
         "norm": ("CHUNKS", "ROWS", "COLUMNS"),
         "norm_grad": ("CHUNKS", "ROWS", "COLUMNS"),
         "project": ("ROWS", "INNER"),
-        "project_weight_grad": ("INNER", "COLUMNS"),
+        "expand_grad": ("ROWS", "INNER"),
+        "weight_grad": ("INNER", "COLUMNS"),
     }.get(name, ("ROWS", "COLUMNS"))
     if "ROWS" in constants:
         numbers_of_a_thread = math.prod(constants[side] for side in sides) / (32 * num_warps)
@@ -145,12 +175,17 @@ def usage(name: str, kernel: CompiledKernel, constants: dict[str, Any], num_warp
 
 
 def instructions(code: str) -> int:
-    """Count the instructions in one turn of the longest loop, or all of them without a loop."""
+    """Count the instructions in one turn of the longest loop that holds none, or all without a loop."""
     places = [int(place, 16) for place in re.findall(r"^\s+/\*([0-9a-f]{4,})\*/", code, re.MULTILINE)]
     back = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/[^;]*\bBRA\b[^;]*\b0x([0-9a-f]+)", code, re.MULTILINE)
     loops = [(int(target, 16), int(place, 16)) for place, target in back if int(target, 16) < int(place, 16)]
+    inner = [
+        (first, last)
+        for first, last in loops
+        if not any(first <= start and end < last for start, end in loops)
+    ]
     return max(
-        (sum(first <= place <= last for place in places) for first, last in loops), default=len(places)
+        (sum(first <= place <= last for place in places) for first, last in inner), default=len(places)
     )
 
 
@@ -161,11 +196,7 @@ def main() -> None:
             for kinds, constants, options in launched.noted.values():
                 for sm in map(int, architectures.split(",")):
                     kernel = compiled(launched.kernel, kinds, constants, options, sm)
-                    forms = [
-                        flag.lower()
-                        for flag in ("TRAINING", "RESIDUAL", "SKIP", "PLAIN", "ADD", "KEPT")
-                        if constants.get(flag)
-                    ]
+                    forms = [flag.lower() for flag in FLAGS if constants.get(flag)]
                     what = {"kernel": name, "forms": forms, "sm": sm, "dtype": dtype, "size": size}
                     print(
                         json.dumps(what | usage(name, kernel, constants, options["num_warps"])), flush=True

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cmtrain.models  # noqa: F401
-from cmtrain.models.cost import NO_KERNEL, _Cuda, _fake
+from cmtrain.models.cost import NO_KERNEL, AsOnCuda, _fake
 from cmtrain.step.mixing import MixSpec
 from helpers.half import HalfAccelerator
 from helpers.mini import make_learner
@@ -104,6 +104,6 @@ def step_launches(
         for parameter in learner.parameters:
             parameter.grad = torch.empty_like(parameter)
         learner.optimizer.step()  # the first one makes the optimizer's state
-        with counter, _Cuda():
+        with counter, AsOnCuda():
             learner.step(iter([micro] * accumulation), 0, 1e-3)
     return counter

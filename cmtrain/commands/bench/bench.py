@@ -63,10 +63,9 @@ NUM_PARTS = {"loader": 1, "model": 3, "latency": 1, "all": 4, "train": 1}
 def bench(config: Config, options: argparse.Namespace) -> int:
     """Measure `options.what` with the recipe of `config`, by the `options` of `cmtrain bench`.
 
-    Prints its parts and a table on stderr, and one JSON line on stdout. If asked to, writes the JSON to a
-    file as well, and before that what is known of it after each row. Returns the exit code: 0, or 5 if a
-    rate is below `fail_below` times the one in the report `compare`. Raises as training does, and DataError:
-    an earlier run that cannot be compared.
+    Prints its parts and a table on stderr, one JSON line on stdout, and what is known so far into a file.
+    Returns the exit code: 0, or 5 if a rate is below `fail_below` times the one in the report `compare`.
+    Raises as training does, and DataError: an earlier run that cannot be compared.
     """
     what = options.what
     if options.predict:
@@ -188,7 +187,6 @@ def _read_earlier(path: str) -> dict[str, Any]:
 
 def _compare(report: dict[str, Any], earlier: dict[str, Any], fail_below: float | None) -> list[str]:
     """Add `times_earlier` to each row with a rate in both; return one line for each below `fail_below`.
-
     Raises DataError: the two reports are about different work or different kinds of device.
     """
     pairs = ((key, earlier.get(key), report[key]) for key in SAME)

@@ -59,7 +59,6 @@ def report(paths: Sequence[str], out: str | None) -> int:
 
 def write_report(folders: Sequence[Path], target: Path) -> Path:
     """Write the report of `folders` to `target`, whole or not at all. Returns `target`.
-
     Raises DataError: one of `folders` is no run folder. OSError: `target` cannot be written.
     """
     page = render([read_run(folder) for folder in folders])

@@ -1,0 +1,251 @@
+"""Multiply the rows of maps by matrices: linear layers, and convolutions whose stride is their kernel.
+
+cuBLAS and cuDNN are fast where a row is a multiple of 16 bytes; the 46 and 92 channels of CMT-Ti's first
+stages are not. These kernels also do what would be passes of its own: casts of weights, padding of heads,
+the gradient of a bias, dropout, and the addition behind a product or to its gradient.
+
+Letters: M rows, N outputs and K inputs of a product, C channels of a map. A patch of r x r pixels is a row
+of K = r * r * C numbers, in the order of a channels-last weight; it is read where it lies in the map.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor, nn
+
+import cmtrain.models.ffn_operators as ops
+from cmtrain.models.ffn_kernels import gelu
+
+PART_ROWS = 2048  # at least, of a part of the weight's gradient: parts are written and then added
+NUM_PROGRAMS = 264  # that parts are made for: two for each multiprocessor of an H100
+
+
+@triton.jit
+def _places(row, number, C: tl.constexpr, PATCH: tl.constexpr, WIDTH: tl.constexpr):
+    """Return where in a map, WIDTH patches wide, the numbers of a patch are."""
+    if PATCH == 1:
+        return row.to(tl.int64) * C + number
+    corner = (row // WIDTH * (WIDTH * PATCH) + row % WIDTH) * PATCH
+    return corner.to(tl.int64) * C + number // (PATCH * C) * (WIDTH * PATCH * C) + number % (PATCH * C)
+
+
+@triton.jit
+def _dropped(value, kept, factor, row, at, inside, rows, PIXELS: tl.constexpr):
+    """Multiply by 0 or `factor`: of each number if PIXELS is -1, else of each image; 0 drops none."""
+    if PIXELS == 0:
+        return value
+    if PIXELS > 0:
+        share = tl.load(kept + row // PIXELS, mask=row < rows, other=0.0)
+    else:
+        share = tl.load(kept + at, mask=inside, other=0)
+    return (value.to(tl.float32) * (share.to(tl.float32) * factor)).to(value.dtype)
+
+
+@triton.jit
+def linear_kernel(
+    x, weight, bias, skip, kept, out, rows, factor,
+    N: tl.constexpr, K: tl.constexpr, C: tl.constexpr, PATCH: tl.constexpr, WIDTH: tl.constexpr,
+    OUT_HEAD: tl.constexpr, OUT_PADDED: tl.constexpr, IN_HEAD: tl.constexpr, IN_PADDED: tl.constexpr,
+    DEPTHWISE: tl.constexpr, BACKWARD: tl.constexpr, BIAS: tl.constexpr, SKIP: tl.constexpr,
+    PIXELS: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
+):  # fmt: skip
+    across: tl.constexpr = tl.cdiv(K if BACKWARD else N, COLUMNS)
+    row = (tl.program_id(0) // across * ROWS + tl.arange(0, ROWS))[:, None]
+    column = (tl.program_id(0) % across * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+    product = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for k in range(0, N if BACKWARD else K, INNER):
+        inner, across_inner = k + tl.arange(0, INNER)[None, :], k + tl.arange(0, INNER)[:, None]
+        if BACKWARD:
+            output, number = across_inner, column
+            at, inside = row.to(tl.int64) * N + inner, (row < rows) & (inner < N)
+            left = tl.load(x + at, mask=inside, other=0.0)
+            left = _dropped(left, kept, factor, row, at, inside, rows, PIXELS)
+        else:
+            output, number = column, across_inner
+            at, inside = _places(row, inner, C, PATCH, WIDTH), (row < rows) & (inner < K)
+            left = tl.load(x + at, mask=inside, other=0.0)
+        # Weights of padding are 0, and those off the diagonals of a depth-wise convolution.
+        real = (
+            (output < N) & (output % OUT_PADDED < OUT_HEAD) & (number < K) & (number % IN_PADDED < IN_HEAD)
+        )
+        if DEPTHWISE:
+            at, real = output * PATCH * PATCH + number // C, real & (number % C == output)
+        else:
+            at = (output // OUT_PADDED * OUT_HEAD + output % OUT_PADDED) * (K // IN_PADDED * IN_HEAD)
+            at += number // IN_PADDED * IN_HEAD + number % IN_PADDED
+        right = tl.load(weight + at, mask=real, other=0.0).to(left.dtype)
+        product = tl.dot(left, right, product, input_precision=PRECISION)
+    if BACKWARD:
+        at, inside = _places(row, column, C, PATCH, WIDTH), (row < rows) & (column < K)
+    else:
+        at, inside = row.to(tl.int64) * N + column, (row < rows) & (column < N)
+        if BIAS:
+            place = column // OUT_PADDED * OUT_HEAD + column % OUT_PADDED
+            real = (column < N) & (column % OUT_PADDED < OUT_HEAD)
+            product += tl.load(bias + place, mask=real, other=0.0).to(tl.float32)
+        product = _dropped(product, kept, factor, row, at, inside, rows, PIXELS)
+    if SKIP:
+        product += tl.load(skip + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + at, product.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def weight_grad_kernel(
+    dy, x, kept, out, sums, rows, part_rows, factor,
+    N: tl.constexpr, K: tl.constexpr, C: tl.constexpr, PATCH: tl.constexpr, WIDTH: tl.constexpr,
+    DEPTHWISE: tl.constexpr, GELU: tl.constexpr, PIXELS: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
+):  # fmt: skip
+    part = tl.program_id(2)
+    output = (tl.program_id(1) * ROWS + tl.arange(0, ROWS))[:, None]
+    number = (tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+    product, taken = tl.zeros([ROWS, COLUMNS], tl.float32), tl.zeros([ROWS, INNER], tl.float32)
+    end = tl.minimum((part + 1) * part_rows, rows)
+    for first in range(part * part_rows, end, INNER):
+        row, place = first + tl.arange(0, INNER)[None, :], first + tl.arange(0, INNER)[:, None]
+        at, inside = row.to(tl.int64) * N + output, (row < end) & (output < N)
+        left = tl.load(dy + at, mask=inside, other=0.0)
+        left = _dropped(left, kept, factor, row, at, inside, rows, PIXELS)
+        at, inside = _places(place, number, C, PATCH, WIDTH), (place < end) & (number < K)
+        right = tl.load(x + at, mask=inside, other=0.0)
+        if GELU:
+            right = gelu(right.to(tl.float32)).to(x.dtype.element_ty)
+        product = tl.dot(left, right, product, input_precision=PRECISION)
+        taken += left.to(tl.float32)
+    inside = (output < N) & (number < K)
+    if DEPTHWISE:  # of the dense matrix its diagonals
+        at, inside = (part * N + output) * PATCH * PATCH + number // C, inside & (number % C == output)
+    else:
+        at = (part * N + output) * K + number
+    tl.store(out + at, product, mask=inside)
+    line = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    if tl.program_id(0) == 0:
+        tl.store(sums + part * N + line, tl.sum(taken, 1), mask=line < N)
+
+
+def _pixels(kept: Tensor | None, rows: int) -> int:
+    if kept is None:
+        return 0
+    return rows // len(kept) if kept.ndim == 1 else -1
+
+
+@ops.operator
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, skip: Tensor | None, kept: Tensor | None, factor: float,
+    shape: Sequence[int], backward: bool,
+) -> Tensor:  # fmt: skip
+    """Return skip + factor * kept * (x @ weight.T + bias), (M, N), or the gradient of x in its shape.
+
+    x: rows of a map of C channels, whose patches are the M rows. shape: see Layer. weight: without padding.
+    skip (M, N). kept: (B,) of images, (M, N) of numbers, or None. backward: x is the gradient of the result,
+    (M, N), and skip another gradient of x. kept and factor then belong to the former; there is no bias.
+    """
+    outputs, inputs, channels, patch, *_ = shape
+    rows = len(x) if backward else len(x) // patch**2
+    out = ops.empty(x, *((rows * patch**2, channels) if backward else (rows, outputs)), dtype=x.dtype)
+    columns = ops.channel_columns(inputs if backward else outputs, x.dtype)
+    grid = (ops.cdiv(rows, ops.ROWS) * ops.cdiv(inputs if backward else outputs, columns),)
+    names = "N", "K", "C", "PATCH", "WIDTH", "OUT_HEAD", "OUT_PADDED", "IN_HEAD", "IN_PADDED", "DEPTHWISE"
+    ops.launch(
+        linear_kernel, grid, x, weight, x if bias is None else bias, x if skip is None else skip,
+        x if kept is None else kept, out, rows, factor,
+        BACKWARD=backward, BIAS=bias is not None, SKIP=skip is not None, PIXELS=_pixels(kept, rows),
+        PRECISION=ops.precision(x), ROWS=ops.ROWS, COLUMNS=columns, INNER=ops.GEMM_INNER,
+        **dict(zip(names, shape, strict=True)), **ops.PRODUCT_LAUNCH,
+    )  # fmt: skip
+    return out
+
+
+@ops.operator
+def weight_grad(
+    dy: Tensor, x: Tensor, kept: Tensor | None = None, factor: float = 1.0, patch: int = 1, width: int = 1,
+    is_depthwise: bool = False, is_gelu: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(factor * kept * dy).T @ x or gelu(x), and sums over rows, in parts: (parts, N, K), (parts, N) fp32.
+
+    dy (M, N), x: rows of a map, (M * patch^2, C), `width` patches wide. kept: as in `linear`.
+    """
+    (rows, outputs), channels = dy.shape, x.shape[1]
+    inputs, tile_rows = channels * patch**2, ops.channel_columns(outputs, x.dtype)
+    tiles = ops.cdiv(inputs, ops.GEMM_COLUMNS), ops.cdiv(outputs, tile_rows)
+    parts = max(1, min(ops.cdiv(NUM_PROGRAMS, tiles[0] * tiles[1]), rows // PART_ROWS))
+    out = ops.empty(x, parts, outputs, patch**2 if is_depthwise else inputs)
+    sums = ops.empty(x, parts, outputs)
+    ops.launch(
+        weight_grad_kernel, (*tiles, parts), dy, x, dy if kept is None else kept, out, sums, rows,
+        ops.cdiv(rows, parts), factor, N=outputs, K=inputs, C=channels, PATCH=patch, WIDTH=width,
+        DEPTHWISE=is_depthwise, GELU=is_gelu, PIXELS=_pixels(kept, rows), PRECISION=ops.precision(x),
+        ROWS=tile_rows, COLUMNS=ops.GEMM_COLUMNS, INNER=ops.GEMM_INNER, **ops.LAUNCH,
+    )  # fmt: skip
+    return out, sums
+
+
+class _Linear(torch.autograd.Function):
+    """Rows of a map, a matrix, a bias, rows to add, and what is kept -> rows (M, N), and the map itself.
+
+    The gradient of the latter is added to the product's in the pass that writes it.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, skip, kept, factor, shape):
+        ctx.save_for_backward(x, weight, kept)
+        ctx.factor, ctx.shape, ctx.needs = factor, shape, (bias is not None, skip is not None)
+        ctx.set_materialize_grads(False)
+        return linear(x, weight, bias, skip, kept, factor, shape, False), x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, dy, skip):
+        x, weight, kept = ctx.saved_tensors
+        _, _, _, patch, width, *heads, is_depthwise = ctx.shape
+        has_bias, has_skip = ctx.needs
+        dy, skip = dy.contiguous(), None if skip is None else skip.contiguous()
+        dx = linear(dy, weight, None, skip, kept, ctx.factor, ctx.shape, True)
+        dw, db = weight_grad(dy, x, kept, ctx.factor, patch, width, is_depthwise)
+        dw, db = _unpad(_unpad(dw, 2, *heads[2:]), 1, *heads[:2]), _unpad(db, 1, *heads[:2])
+        dw, db = dw.sum(0).reshape(weight.shape), db.sum(0).flatten()
+        return dx, dw, db if has_bias else None, dy if has_skip else None, None, None, None
+
+
+def _unpad(x: Tensor, side: int, head: int, padded: int) -> Tensor:
+    return x if head == padded else x.unflatten(side, (-1, padded)).narrow(side + 1, 0, head)
+
+
+def project(
+    tokens: Tensor, layer: nn.Linear, *, out_head: int = 0, in_head: int = 0,
+    residual: Tensor | None = None, kept: Tensor | None = None, factor: float = 1.0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return residual + factor * kept * layer(tokens), and the tokens for other uses, (..., C) -> (..., N).
+
+    out_head, in_head: width of heads that are, or have been, padded with zeros to a multiple of 8.
+    kept: one number per image, (B, ...), or per number of the result, (..., N). Without it none is dropped.
+    """
+    rows = _rows(tokens)
+    out_width, in_width = out_head or 1, in_head or 1
+    out_padded, in_padded = (-(-head // 8) * 8 or 1 for head in (out_head, in_head))
+    outputs = layer.out_features // out_width * out_padded
+    shape = (outputs, rows.shape[1], rows.shape[1], 1, 1, out_width, out_padded, in_width, in_padded, 0)
+    added = None if residual is None else residual.reshape(-1, outputs)
+    if kept is not None:
+        kept = kept.flatten() if kept.numel() == len(kept) else kept.reshape(-1, outputs)
+    out, rows = _Linear.apply(rows, layer.weight, layer.bias, added, kept, factor, shape)
+    return out.view(*tokens.shape[:-1], outputs), rows.view(tokens.shape)
+
+
+def patch_conv(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """Return conv(x) of a convolution, dense or depth-wise, whose stride is its kernel."""
+    (batch, channels, height, width), patch = x.shape, conv.stride[0]
+    weight = conv.weight.permute(0, 2, 3, 1).flatten(1)
+    heads, is_depthwise = (1, 1, 1, 1), int(conv.groups > 1)
+    shape = (len(weight), patch**2 * channels, channels, patch, width // patch, *heads, is_depthwise)
+    rows = _rows(x.permute(0, 2, 3, 1))
+    out, _ = _Linear.apply(rows, weight, conv.bias, None, None, 1.0, shape)
+    return out.view(batch, height // patch, width // patch, -1).permute(0, 3, 1, 2)
+
+
+def _rows(tokens: Tensor) -> Tensor:  # (..., C) -> (M, C) in autocast's dtype
+    if torch.is_autocast_enabled(tokens.device.type):
+        tokens = tokens.to(torch.get_autocast_dtype(tokens.device.type))
+    return tokens.reshape(-1, tokens.shape[-1])
