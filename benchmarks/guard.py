@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -38,7 +39,7 @@ NUM_IMAGES, NUM_CLASSES = 1_281_167, 1000  # of a run that this could be
 
 
 # In place of guard, step buffer and metrics: they do nothing.
-NO_GUARD = SimpleNamespace(propose=lambda: None, commit_or_restore=lambda ok: ok)
+NO_GUARD = SimpleNamespace(propose=lambda: None, commit_or_restore=lambda ok: ok, uncounted=nullcontext)
 NO_BUFFER = SimpleNamespace(add=lambda loss, grad_norm, indices: None)
 NO_METRICS = SimpleNamespace(count_step=lambda step, **numbers: None)
 

@@ -183,7 +183,6 @@ class Optim(Section):
     lr: Positive = _key(
         ...,
         "peak learning rate for this global batch size; if you change the batch, change lr in proportion",
-        le=1000,
     )
     weight_decay: NotNegative = _key(0.05, "weight decay of matrices and convolutions; others have none")
     momentum: FractionBelowOne = _key(0.9, "momentum of sgd")
