@@ -13,8 +13,9 @@ import statistics
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,7 +27,6 @@ from cmtrain.commands.bench.models import Setup
 from cmtrain.commands.bench.timing import WARMUP_STEPS, Figures, Row, Rows, best_seconds, drain, write_report
 from cmtrain.monitoring.metrics import TrainMetrics
 from cmtrain.step.learner import Learner
-from cmtrain.step.measure import no_host_sync
 from cmtrain.step.mixing import mix
 from cmtrain.storage.checkpoint_writer import CheckpointWriter
 from cmtrain.storage.finite import repair_or_reject
@@ -166,6 +166,18 @@ def verdict(figures: Figures) -> str:
         f"from {low:.2f} to {high:.2f} %; timed alone they are {alone:.2f} % of a step, with mixing and EMA "
         f"{figures['together']['percent']:.2f} %; a save takes {save:.1f} % of a step"
     )
+
+
+@contextmanager
+def no_host_sync() -> Iterator[None]:
+    """Make every wait of the host for a GPU an error, until the end of the block."""
+    try:
+        with warnings.catch_warnings():  # torch warns once that the mode is a prototype, after setting it
+            warnings.filterwarnings("ignore", "Synchronization debug mode")
+            torch.cuda.set_sync_debug_mode("error")
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def _milliseconds(work: Callable[[], None], device: torch.device) -> float:

@@ -143,7 +143,6 @@ class DaliLoader:
         """Yield this rank's batches after `start` consumed samples. A batch owns its memory.
 
         With an epoch's last batches the first of the next one are made; another request throws those away.
-
         Raises DataError: too many bad files, or a batch fails twice although Pillow can read its files;
         it can go on. RuntimeError: this epoch was left for another one and then continued.
         """

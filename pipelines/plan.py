@@ -100,7 +100,6 @@ class Plan:
 
     def micro_batches(self, epoch: int, start: int, rank: int, world: int) -> Iterator[MicroBatch]:
         """Yield this rank's micro-batches of one epoch after `start` samples, whole global batches.
-
         Raises ValueError, at the call, when `world` does not divide the micro-batches of a global batch or
         `start` is no multiple of global_batch_size in the epoch.
         """

@@ -50,7 +50,6 @@ class StandIns:
 
     def check(self, indices: Iterable[int]) -> bool:
         """Test-decode images with Pillow; return whether another bad file was found.
-
         Raises DataError for more bad files than allowed, and when the machine cannot read a file.
         """
         unknown = sorted(set(indices) - self._bad.keys())
@@ -71,7 +70,6 @@ class StandIns:
         DALI 2.4 does not decode a BMP of 16 bits a pixel, for one, and 1.34 no animated WebP.
 
         `batches` in flight, one of which failed with `error`; none if DALI failed before any.
-
         Raises DataError when none fails alone, other images fail, too, or more files are bad than allowed.
         """
         num_suspects = len({index for batch in batches for index in batch.indices.tolist()})

@@ -31,7 +31,6 @@ def make_parser(verb: str, description: str) -> argparse.ArgumentParser:
 
 def parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[argparse.Namespace, Overrides]:
     """Return the options of a verb, and as overrides, for load_config, whatever else looks like an option.
-
     Raises ConfigError: a mistake in the verb's own options.
     """
     overrides: list[tuple[str, str]] = []

@@ -33,6 +33,7 @@ def pack(
         train_list, val_list: list files, relative to `source`, used instead of the folders.
         max_bad_fraction: share of unusable files above which a split is refused.
         encoding: `resize_shorter` and `quality`, see pipelines.packing.encode.
+
     Raises DataError: nothing to pack, too many bad images, no space, a destination in use, a damaged shard.
     """
     root = Path(source)

@@ -52,6 +52,7 @@ def export(
     Args:
         kind: `model` or `ema`; None: the EMA if there is one.
         fold_bn: absorb BatchNorm where that is exact; not in timm's layout, which has a place for each norm.
+
     Raises ConfigError: these options do not fit together. DataError: no such weights, they are not finite, a
     package is missing, a format computes something else, or the files cannot be written. Nothing is left.
     """

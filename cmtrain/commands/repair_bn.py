@@ -89,6 +89,7 @@ def repair_bn(
             a dictionary that holds some.
         config: model and data; None takes a run's own configuration, with `overrides`.
         out: the file to write, or for a run the folder of the new checkpoint; None: see the command's help.
+
     Raises ConfigError: no configuration, one of another model, or several processes. DataError: nothing
     usable at `place`, weights that are not finite themselves, or a write that failed.
     """

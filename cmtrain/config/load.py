@@ -68,7 +68,6 @@ def load_config(path: str | Path, overrides: Overrides = ()) -> Resolved:
 
 def find_config(path: str | Path) -> Path:
     """Return `path` if it exists, else the file of that name that ships with cmtrain.
-
     Raises ConfigError: there is neither.
     """
     if os.path.exists(path):

@@ -265,9 +265,8 @@ class Attention(nn.Module):
             q, tokens = into_heads(self.q, tokens)
             kv, _ = into_heads(self.kv, self.reduced(tokens))
             q = q.view(batch, height * width, *heads)
-            k, v = kv.view(batch, -1, 2, *heads).unbind(
-                2
-            )  # (B, K, h, d), and so their gradients are stacked
+            # Each (B, K, h, d). The backward pass stacks their gradients.
+            k, v = kv.view(batch, -1, 2, *heads).unbind(2)
         else:
             qkv, _ = into_heads(self.qkv, tokens)
             q, k, v = qkv.view(batch, height * width, 3, *heads).unbind(2)
@@ -297,9 +296,9 @@ class Attention(nn.Module):
             return F.linear(x, F.pad(weight.unflatten(1, (self.heads, -1)), (0, padding)).flatten(1), bias)
         head_dim = linear.in_features // self.heads
         weight = F.pad(weight.unflatten(0, (-1, head_dim)), (0, 0, 0, padding)).flatten(0, 1)
-        return F.linear(
-            x, weight, None if bias is None else F.pad(bias.view(-1, head_dim), (0, padding)).flatten()
-        )
+        if bias is not None:
+            bias = F.pad(bias.view(-1, head_dim), (0, padding)).flatten()
+        return F.linear(x, weight, bias)
 
 
 class FeedForward(nn.Module):

@@ -98,7 +98,6 @@ class CMT(nn.Module):
         kernels, "eager" operation by operation, "auto" is fused on a GPU that can and eager elsewhere. All
         compute the same.
     global_pool: "avg", or "" for the unpooled map, which needs num_classes=0.
-
     Raises ValueError for an illegal option, an illegal size, and an input of another size than img_size.
     """
 

@@ -54,10 +54,6 @@ class Traffic:
     def total_bytes(self) -> float:
         return self.forward_bytes + self.backward_bytes
 
-    @property
-    def num_kernels(self) -> int:
-        return self.forward_kernels + self.backward_kernels
-
 
 def count(
     model: nn.Module, *, image_px: int, batch: int = 256, dtype: torch.dtype = torch.float16

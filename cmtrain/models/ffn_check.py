@@ -7,17 +7,8 @@ import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from cmtrain.models.blocks import (
-    Attention,
-    BlockOptions,
-    ChannelNorm,
-    FeedForward,
-    FfnKernel,
-    FusedPart,
-    PatchConv,
-    ResidualDepthwiseConv,
-    Stem,
-)
+from cmtrain.models import blocks
+from cmtrain.models.blocks import FeedForward, FfnKernel, FusedPart
 from cmtrain.models.position import Variant
 
 # Small, with a hidden width that is no multiple of anything and a map that is no multiple of a tile.
@@ -68,18 +59,18 @@ def worst_error(
 def _parts(variant: Variant) -> list[FusedPart]:
     ffn, frozen = (FeedForward(DIM, HIDDEN, variant=variant, drop=0.0) for _ in range(2))
     frozen.project_norm.eval()  # batch statistics would pass no gradient on to the shifts before it
-    attention = Attention(DIM, 2, 2, BlockOptions(variant, True, 0.0, 0.0, "auto"))
-    norm, patches = ChannelNorm(DIM, 1e-6), PatchConv(DIM, DIM, 2)
-    return [ResidualDepthwiseConv(DIM), norm, patches, Stem(DIM, 16), attention, ffn, frozen]
+    attention = blocks.Attention(DIM, 2, 2, blocks.BlockOptions(variant, True, 0.0, 0.0, "auto"))
+    norm, patches = blocks.ChannelNorm(DIM, 1e-6), blocks.PatchConv(DIM, DIM, 2)
+    return [blocks.ResidualDepthwiseConv(DIM), norm, patches, blocks.Stem(DIM, 16), attention, ffn, frozen]
 
 
 def _output(part: FusedPart, x: Tensor) -> Tensor:
     torch.manual_seed(0)  # of the dropped paths
     little = 0.1 * x  # what is only added must not hide an error in what is computed
-    if isinstance(part, ChannelNorm):
+    if isinstance(part, blocks.ChannelNorm):
         again, normed = part.with_input(x)
         return normed + 0.1 * again
-    if isinstance(part, Attention):
+    if isinstance(part, blocks.Attention):
         return part(x.permute(0, 2, 3, 1), None, little.permute(0, 2, 3, 1), DropPath(0.5))
     return part(x, little, DropPath(0.5)) if isinstance(part, FeedForward) else part(x)
 

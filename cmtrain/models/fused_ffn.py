@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cmtrain.models.ffn_operators as ops
-from cmtrain.models.linear_kernels import weight_grad
+from cmtrain.models.linear_kernels import rows_of, weight_grad
 from cmtrain.models.norm_kernels import batch_norm, batch_norm_grad, evaluation, track
 
 
@@ -143,7 +143,7 @@ def feed_forward(x: Tensor, layers: Any, residual: Tensor | None, kept: Tensor |
     """
     expand, project, adds_late = layers.expand, layers.project, layers.variant == "reimpl"
     norms = norm1, norm2, norm3 = layers.expand_norm, layers.depthwise_norm, layers.project_norm
-    rows, size = _rows(x), tuple(x.shape[2:])
+    rows, size = rows_of(x.permute(0, 2, 3, 1)), tuple(x.shape[2:])
     added = None if residual is None else residual.permute(0, 2, 3, 1).reshape(rows.shape)
     factors = None if kept is None else kept.flatten()
     taps = _taps(layers.depthwise, ops.padded(len(layers.depthwise.weight)))
@@ -174,7 +174,8 @@ def feed_forward(x: Tensor, layers: Any, residual: Tensor | None, kept: Tensor |
 
 def residual_depthwise(x: Tensor, depthwise: nn.Conv2d) -> Tensor:
     """Return x plus its depth-wise 3x3 convolution: (B, C, H, W) -> (B, C, H, W), channels-last."""
-    return _map(_ResidualDepthwise.apply(_rows(x), _taps(depthwise, x.shape[1]), *x.shape[2:]), x)
+    rows, taps = rows_of(x.permute(0, 2, 3, 1)), _taps(depthwise, x.shape[1])
+    return _map(_ResidualDepthwise.apply(rows, taps, *x.shape[2:]), x)
 
 
 def _taps(depthwise: nn.Conv2d, pitch: int) -> Tensor:
@@ -182,12 +183,6 @@ def _taps(depthwise: nn.Conv2d, pitch: int) -> Tensor:
     assert depthwise.bias is not None
     taps = torch.cat([depthwise.weight.flatten(1).t(), depthwise.bias[None]])
     return taps if pitch == taps.shape[1] else F.pad(taps, (0, pitch - taps.shape[1]))
-
-
-def _rows(x: Tensor) -> Tensor:  # (B, C, H, W) -> (M, C) in autocast's dtype
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
 
 
 def _map(rows: Tensor, like: Tensor) -> Tensor:  # (M, C) -> (B, C, H, W)

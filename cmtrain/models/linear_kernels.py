@@ -222,7 +222,7 @@ def project(
     out_head, in_head: width of heads that are, or have been, padded with zeros to a multiple of 8.
     kept: one number per image, (B, ...), or per number of the result, (..., N). Without it none is dropped.
     """
-    rows = _rows(tokens)
+    rows = rows_of(tokens)
     out_width, in_width = out_head or 1, in_head or 1
     out_padded, in_padded = (-(-head // 8) * 8 or 1 for head in (out_head, in_head))
     outputs = layer.out_features // out_width * out_padded
@@ -240,12 +240,12 @@ def patch_conv(x: Tensor, conv: nn.Conv2d) -> Tensor:
     weight = conv.weight.permute(0, 2, 3, 1).flatten(1)
     heads, is_depthwise = (1, 1, 1, 1), int(conv.groups > 1)
     shape = (len(weight), patch**2 * channels, channels, patch, width // patch, *heads, is_depthwise)
-    rows = _rows(x.permute(0, 2, 3, 1))
+    rows = rows_of(x.permute(0, 2, 3, 1))
     out, _ = _Linear.apply(rows, weight, conv.bias, None, None, 1.0, shape)
     return out.view(batch, height // patch, width // patch, -1).permute(0, 3, 1, 2)
 
 
-def _rows(tokens: Tensor) -> Tensor:  # (..., C) -> (M, C) in autocast's dtype
+def rows_of(tokens: Tensor) -> Tensor:  # (..., C) -> (M, C) in autocast's dtype
     if torch.is_autocast_enabled(tokens.device.type):
         tokens = tokens.to(torch.get_autocast_dtype(tokens.device.type))
     return tokens.reshape(-1, tokens.shape[-1])

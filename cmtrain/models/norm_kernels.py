@@ -1,8 +1,7 @@
-"""Compute LayerNorm with the addition in front of it, and BatchNorm with what is around it, in few passes.
+"""Compute LayerNorm, and BatchNorm with the operations around it, in few passes over memory.
 
-torch's LayerNorm on CUDA spends a block of 512 threads on a row whose width is no multiple of 4, such as
-the 46 channels of CMT-Ti's first stage, and a block of 128 on others. Its time is then instructions, not
-bytes.
+torch's LayerNorm on CUDA spends a block of 512 threads on a row whose width is no multiple of 4, such as the
+46 channels of CMT-Ti's first stage, and a block of 128 on others: instructions bound it, not bytes.
 
 Letters: M = B * H * W rows, C channels. As in ffn_kernels.py sums over rows have a fixed order and no
 atomics: each place of a tile keeps its own, programs write theirs, and torch adds those of programs.
@@ -98,10 +97,6 @@ def _tile(x: Tensor) -> dict[str, int]:
     vector = math.gcd(channels, 16 // x.itemsize)
     columns = min(width, max(MIN_COLUMNS, width // PLACES * vector))
     return {"CHUNKS": width // columns, "ROWS": max(1, TILE // width), "COLUMNS": columns}
-
-
-def _kept(kept: Tensor | None, x: Tensor) -> dict[str, Any]:
-    return {"KEPT": kept is not None, "PIXELS": 1 if kept is None else len(x) // len(kept)}
 
 
 @ops.operator

@@ -71,7 +71,6 @@ class StopRequest:
 
     def interrupting(self, items: Iterator[T], num_agreements: int) -> Iterator[T]:
         """Pass `items` on until a stop signal; ranks agree after each of the first `num_agreements` items.
-
         Raises Stopped: on all ranks after the same item.
         """
         for number, item in enumerate(items):

@@ -1,10 +1,8 @@
 """Measure steps without waiting: what a step leaves on the device, the next log point reads."""
 
 import time
-import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -195,15 +193,3 @@ class Pace:
     def images_per_second(self) -> float | None:
         """The average up to the last log point; None before the first one."""
         return round(self._total_images / self._total_seconds, 1) if self._total_seconds else None
-
-
-@contextmanager
-def no_host_sync() -> Iterator[None]:
-    """Make every wait of the host for a GPU an error, until the end of the block."""
-    try:
-        with warnings.catch_warnings():  # torch warns once that the mode is a prototype, after setting it
-            warnings.filterwarnings("ignore", "Synchronization debug mode")
-            torch.cuda.set_sync_debug_mode("error")
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")

@@ -256,7 +256,6 @@ def keep_lines(path: Path, is_kept: Callable[[bytes], bool | None], header: byte
 
     None from `is_kept` is a damaged line. A table with one, or with another first line than `header`, is set
     aside as it is, and its other lines are kept. A last line that a kill cut short is no damage.
-
     Returns a line for the user about damage, else "". Raises OSError: the table is as it was.
     """
     if not os.path.lexists(path):

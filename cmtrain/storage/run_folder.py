@@ -130,7 +130,6 @@ class RunLock:
 
     def acquire(self) -> None:
         """Take the lock, and make the folder if it is missing.
-
         Raises DataError: another trainer holds it, or the folder cannot be written.
         """
         from filelock import FileLock, Timeout  # late: the launcher loads this module, and is to stay small

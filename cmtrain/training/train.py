@@ -53,7 +53,6 @@ def train(
 
     `resume`: see resume.choose_start. `max_steps`: optimizer steps after which the run ends; None: all of
     them. `data`: the images, if they are open already. `as_json`: print the result on a terminal, too.
-
     Returns the exit code: 0 done, 3 too many bad files, 4 diverged, 5 expected accuracy not met, 130 Ctrl-C,
     143 another stop signal; with several ranks, of the rank whose failure was the cause.
     Raises ConfigError, DataError: before anything was written.

@@ -37,7 +37,6 @@ class DecodePool:
 
     def check(self, paths: Sequence[str]) -> Iterator[CheckResult]:
         """Yield one result per path, in order.
-
         Raises DataError when no process can be started, or the machine cannot read a file or decode it.
         """
         for begin in range(0, len(paths), _BLOCK):

@@ -48,7 +48,6 @@ class OneGraph:
 
     def fetch(self) -> torch.Tensor:
         """Return the oldest batch in the making, (B, H, W, 3), in memory of its own.
-
         Raises RuntimeError or OSError for a file that DALI cannot read.
         """
         return _fetch_output(self._pipeline, self._device_id)

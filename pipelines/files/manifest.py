@@ -113,7 +113,6 @@ class Manifest:
         max_bad_fraction: float = MAX_BAD_FRACTION, refresh: bool = False, positions: bool = False,
     ) -> Manifest:  # fmt: skip
         """Read the images below `root/<class>/`, at any depth, without hidden ones; links are followed once.
-
         Raises DataError without a folder, classes or images, for a list that cannot be read, a class that
         training does not know, and too many bad files.
 
@@ -152,7 +151,6 @@ class Manifest:
     @staticmethod
     def from_shards(folder: Path | str, *, class_names: Sequence[str] | None = None) -> Manifest:
         """Read a packed split; its images are in the order of the manifest that it was packed from.
-
         Raises DataError as `read_index`, and for a class that training does not know.
         """
         _, shards = read_index(Path(folder).absolute())

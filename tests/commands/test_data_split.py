@@ -77,9 +77,13 @@ def test_copies_at_other_sizes_and_qualities_stay_with_their_original(tmp_path):
     for name in ("a", "b"):
         (root / name).mkdir(parents=True)
     for index in range(30):
-        image = photograph(index, 96, 120)
-        image.save(root / "ab"[index % 2] / f"{index}.png")
-        image.resize((60, 48), Image.Resampling.BICUBIC).save(root / "a" / f"{index} small.jpg", quality=40)
+        noise = np.random.default_rng(index).normal(
+            0, 60, (113, 150, 3)
+        )  # as fine as in a photograph of grass
+        pixels = np.asarray(photograph(index, 113, 150)) / 2 + 64 + noise
+        image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+        image.save(root / "ab"[index % 2] / f"{index}.jpg", quality=95)
+        image.resize((75, 57), Image.Resampling.BICUBIC).save(root / "a" / f"{index} small.jpg", quality=40)
     found = split(root, tmp_path / "lists")
     sides = {side: {int(re.search(r"\d+", path)[0]) for path, _ in rows} for side, rows in found.items()}
     assert sides["train"] & sides["val"] == set()

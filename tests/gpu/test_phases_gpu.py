@@ -10,10 +10,10 @@ import torch
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
+from guard import no_host_sync
 from helpers.gpu import batches, make_learner
 
 from cmtrain.monitoring.machine import gpu_identity, memory_bytes
-from cmtrain.step.measure import no_host_sync
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda", 0)

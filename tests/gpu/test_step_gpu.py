@@ -2,9 +2,8 @@
 
 import pytest
 import torch
+from guard import no_host_sync
 from helpers.gpu import batches, make_learner
-
-from cmtrain.step.measure import no_host_sync
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from guard import no_host_sync
 
-from cmtrain.step.measure import no_host_sync
 from cmtrain.storage.checkpoint import load_newest
 from cmtrain.storage.checkpoint_writer import CheckpointWriter, HostCopy
 

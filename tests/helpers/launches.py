@@ -1,9 +1,9 @@
 """Count the kernels that a whole training step launches on CUDA, on fake tensors.
 
-An operation is one kernel, as in cmtrain/models/cost.py; views and allocations are none. One on lists of
-tensors takes at most so many of them and of their chunks at a time as the arguments of a kernel can name
-(LIMITS, from ATen/native/cuda/MultiTensorApply.cuh), or one if the layouts of a pair differ. torch.cat takes
-128 tensors at a time.
+An operation is one kernel, as in cmtrain/models/cost.py; views and allocations are none. An operation on
+lists of tensors is one kernel for each group of tensors and of their chunks. LIMITS has the largest groups,
+from ATen/native/cuda/MultiTensorApply.cuh. If the layouts of one pair differ, each tensor has a kernel.
+torch.cat is one kernel for each 128 tensors.
 """
 
 import collections

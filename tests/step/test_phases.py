@@ -4,6 +4,7 @@ import itertools
 import time
 import warnings
 
+import guard
 import pytest
 import timm
 import torch
@@ -207,6 +208,6 @@ def test_waiting_for_the_device_is_an_error_in_the_block_and_nowhere_else(monkey
             warnings.warn("Synchronization debug mode is a prototype feature", stacklevel=1)
 
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", set_mode)
-    with pytest.raises(KeyError), measure.no_host_sync():
+    with pytest.raises(KeyError), guard.no_host_sync():
         raise KeyError(modes.copy())
     assert modes == ["error", "default"]
