@@ -102,13 +102,13 @@ def print_status(run: str, *, as_json: bool) -> int:
 
 def watch(run: str) -> int:
     """Show the status of `run` until it ends: in place on a terminal, elsewhere each new line.
-    Raises DataError: there is no such run.
+    Raises DataError: there is no such run, or no longer.
     """
-    path, console, printed = find_run(run), Console(highlight=False), ""
+    console, printed = Console(highlight=False), ""
     on_screen = Live(console=console, auto_refresh=False) if console.is_terminal else None
     with on_screen or contextlib.nullcontext():
         while True:
-            run_status = current_status(path)
+            run_status = current_status(find_run(run))
             line = "  ".join(filter(None, (_headline(run_status), _speed(run_status.status))))
             if on_screen:
                 on_screen.update(Text("\n".join(describe(run_status))), refresh=True)

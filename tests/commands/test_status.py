@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -37,8 +38,9 @@ def run(tmp_path):
 
 
 def change(folder, **fields):
-    path = folder.path / "status.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    path, new = folder.path / "status.json", folder.path / "status.json.new"
+    new.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    new.replace(path)  # a watcher that runs meanwhile reads the old or the new one, as it would of a run
 
 
 def printed(capsys, *arguments, code=0):
@@ -204,6 +206,14 @@ def test_watch_on_a_terminal_shows_the_run_in_place(run, monkeypatch):
     assert "r: running, step 1,200 of 3,600" in shown
     assert "\x1b[" in shown  # the cursor goes back up
     assert "r: finished, step 1,200 of 3,600: top-1 0.5" in shown
+
+
+def test_watch_of_a_run_that_is_deleted_ends_in_one_line(run, capsys):
+    threading.Timer(0.3, shutil.rmtree, (run.path,)).start()
+    assert main(["watch", "r"]) == 3
+    assert capsys.readouterr().err.splitlines() == [
+        "r: no such run; a run is a folder with a status.json, such as runs/demo"
+    ]
 
 
 @pytest.mark.parametrize("verb", ["status", "watch"])
