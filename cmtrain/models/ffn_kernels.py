@@ -277,8 +277,8 @@ def _tap(
 @triton.jit
 def depthwise_grad_kernel(
     dz, skip, z, scale, shift, weight, dn, sums, rows,
-    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr,
-    SKIP: tl.constexpr, PLAIN: tl.constexpr, SUMS: tl.constexpr,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, H: tl.constexpr, P: tl.constexpr,
+    SKIP: tl.constexpr, PLAIN: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     part = tl.program_id(1)
@@ -318,19 +318,42 @@ def depthwise_grad_kernel(
             total = gradient.to(tl.float32)
             d_shift += total
             d_scale += total * active
-    to = sums + part * SUMS * P + column
-    tl.store(to + 0 * P, tl.sum(tap0, 0), mask=column < P)
-    tl.store(to + 1 * P, tl.sum(tap1, 0), mask=column < P)
-    tl.store(to + 2 * P, tl.sum(tap2, 0), mask=column < P)
-    tl.store(to + 3 * P, tl.sum(tap3, 0), mask=column < P)
-    tl.store(to + 4 * P, tl.sum(tap4, 0), mask=column < P)
-    tl.store(to + 5 * P, tl.sum(tap5, 0), mask=column < P)
-    tl.store(to + 6 * P, tl.sum(tap6, 0), mask=column < P)
-    tl.store(to + 7 * P, tl.sum(tap7, 0), mask=column < P)
-    tl.store(to + 8 * P, tl.sum(tap8, 0), mask=column < P)
-    tl.store(to + 9 * P, tl.sum(d_bias, 0), mask=column < P)
-    tl.store(to + 10 * P, tl.sum(d_shift, 0), mask=column < P)
-    tl.store(to + 11 * P, tl.sum(d_scale, 0), mask=column < P)
+    # As autograd wants them, without padding: taps (H, 9), bias (H,); then two of (P,), 0 where n is z.
+    to, real = sums + part * (10 * H + 2 * P), column < H
+    tl.store(to + 9 * column + 0, tl.sum(tap0, 0), mask=real)
+    tl.store(to + 9 * column + 1, tl.sum(tap1, 0), mask=real)
+    tl.store(to + 9 * column + 2, tl.sum(tap2, 0), mask=real)
+    tl.store(to + 9 * column + 3, tl.sum(tap3, 0), mask=real)
+    tl.store(to + 9 * column + 4, tl.sum(tap4, 0), mask=real)
+    tl.store(to + 9 * column + 5, tl.sum(tap5, 0), mask=real)
+    tl.store(to + 9 * column + 6, tl.sum(tap6, 0), mask=real)
+    tl.store(to + 9 * column + 7, tl.sum(tap7, 0), mask=real)
+    tl.store(to + 9 * column + 8, tl.sum(tap8, 0), mask=real)
+    tl.store(to + 9 * H + column, tl.sum(d_bias, 0), mask=real)
+    tl.store(to + 10 * H + column, tl.sum(d_shift, 0), mask=column < P)
+    tl.store(to + 10 * H + P + column, tl.sum(d_scale, 0), mask=column < P)
+
+
+@triton.jit
+def project_weight_grad_kernel(
+    g, weight, db, scale, shift, dw, sums,
+    C: tl.constexpr, H: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    s = tl.load(scale + column, mask=column < H, other=0.0)[None, :]
+    t = tl.load(shift + column, mask=column < H, other=0.0)[None, :]
+    d, e = tl.zeros([COLUMNS], tl.float32), tl.zeros([COLUMNS], tl.float32)
+    for first in range(0, C, ROWS):
+        row = first + tl.arange(0, ROWS)
+        at, inside = row[:, None] * H + column[None, :], (row < C)[:, None] & (column < H)[None, :]
+        gradient = tl.load(g + at, mask=inside, other=0.0)
+        w = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
+        b = tl.load(db + row, mask=row < C, other=0.0)[:, None]
+        tl.store(dw + at, gradient * s + b * t, mask=inside)
+        d += tl.sum(gradient * w, 0)
+        e += tl.sum(b * w, 0)
+    tl.store(sums + column, d, mask=column < H)
+    tl.store(sums + H + column, e, mask=column < H)
 
 
 @triton.jit

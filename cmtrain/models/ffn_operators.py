@@ -25,7 +25,6 @@ MAP_COLUMNS = 32  # columns of every other tile: 64 bytes in half precision, two
 GRAD_ROWS = 32  # rows of a tile of depthwise_grad, which keeps twelve sums for each of its places
 # Consecutive tiles of rows per program: fewer partial sums to add, but programs enough for a large GPU.
 MAX_TILES, MIN_PROGRAMS = 64, 1024
-SUMS = 12  # sums of depthwise_grad: nine taps, bias, shift, scale
 # So that two or more programs fit a multiprocessor of sm_80 or sm_90.
 LAUNCH = {"num_warps": 8, "enable_fp_fusion": True}
 # A product whose left side is made in registers: with more warps, two of them would make each row's.
@@ -190,23 +189,40 @@ def project_grad(
 
 
 @operator
+def project_weight_grad(
+    g: Tensor, weight: Tensor, db: Tensor, scale: Tensor, shift: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return g * scale + db * shift', (C, h), and sums over rows, (2, h): of weight * g and of weight * db.
+
+    g, weight (C, h), db (C,); scale, shift (p,): of the BatchNorm in front of the product.
+    """
+    (channels, hidden), dw, sums = weight.shape, torch.empty_like(g), empty(g, 2, weight.shape[1])
+    launch(
+        kernels.project_weight_grad_kernel, (cdiv(hidden, PITCH),), g, weight, db, scale, shift, dw, sums,
+        C=channels, H=hidden, ROWS=ROWS, COLUMNS=PITCH, **PRODUCT_LAUNCH,
+    )  # fmt: skip
+    return dw, sums
+
+
+@operator
 def depthwise_grad(
     dz: Tensor, skip: Tensor | None, z: Tensor, scale: Tensor | None, shift: Tensor | None, weight: Tensor,
-    height: int, width: int,
+    hidden: int, height: int, width: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Return the gradient of `depthwise`'s n (M, p), a being gelu(z), and sums (parts, SUMS, p).
+    """Return the gradient of `depthwise`'s n (M, p), a being gelu(z), and sums (parts, 10 h + 2 p).
 
     dz, z (M, p). skip (M, p): the gradient that reached n past the convolution; None where `depthwise` added
-    n, whose gradient is dz itself. Without scale and shift, n is z. The first ten sums are the gradient of
-    the weight (10, p); the last two, zero where n is z, those of n and of its product with a.
+    n, whose gradient is dz itself. Without scale and shift, n is z. The sums are, one behind the other, the
+    gradients of the taps (h, 9) and of the bias (h,), and (p,) each, zero where n is z, those of n and of
+    its product with a.
     """
     rows, pitch = z.shape
     tiles = count_tiles(rows, pitch) * (ROWS // GRAD_ROWS)
-    dn, sums = torch.empty_like(z), empty(z, cdiv(rows, GRAD_ROWS * tiles), SUMS, pitch)
+    dn, sums = torch.empty_like(z), empty(z, cdiv(rows, GRAD_ROWS * tiles), 10 * hidden + 2 * pitch)
     launch(
-        kernels.depthwise_grad_kernel, (cdiv(pitch, MAP_COLUMNS), sums.shape[0]),
+        kernels.depthwise_grad_kernel, (cdiv(pitch, MAP_COLUMNS), len(sums)),
         dz, dz if skip is None else skip, z, scale, shift, weight, dn, sums, rows,
-        HEIGHT=height, WIDTH=width, P=pitch, SKIP=skip is not None, PLAIN=scale is None, SUMS=SUMS,
+        HEIGHT=height, WIDTH=width, H=hidden, P=pitch, SKIP=skip is not None, PLAIN=scale is None,
         ROWS=GRAD_ROWS, COLUMNS=MAP_COLUMNS, TILES=tiles, **_limited(LAUNCH, z),
     )  # fmt: skip
     return dn, sums

@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cmtrain.models.ffn_operators as ops
-from cmtrain.models.linear_kernels import rows_of, weight_grad
+from cmtrain.models.linear_kernels import rows_of, unpacked, weight_grad
 from cmtrain.models.norm_kernels import batch_norm, batch_norm_grad, evaluation, track
 
 
@@ -49,12 +49,13 @@ class _FeedForward(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x, w1, b1, gamma1, beta1, taps, gamma2, beta2, w2, b2, gamma3, beta3, residual, kept,
+        ctx, x, w1, b1, gamma1, beta1, depthwise, bias, gamma2, beta2, w2, b2, gamma3, beta3, residual, kept,
         size, eps, adds_late,
     ):  # fmt: skip
         z1, a1, moments = ops.expand(x, w1, b1, True)
         statistics1 = ops.normalise(moments, gamma1, beta1, len(x), eps[0])
         *_, s1, t1 = statistics1
+        taps = _taps(depthwise, bias, len(s1))
         z2, moments = ops.depthwise(a1, s1, t1, taps, size[0], size[1], not adds_late, True)
         statistics2 = ops.normalise(moments, gamma2, beta2, len(x), eps[1])
         *_, s2, t2 = statistics2
@@ -78,7 +79,8 @@ class _FeedForward(torch.autograd.Function):
     def backward(ctx, dn, *_):
         x, w1, taps, w2, w2_padded, z1, z2, *statistics, y, statistics3, kept = ctx.saved_tensors
         statistics1, statistics2 = statistics
-        hidden, adds_late = len(w1), ctx.adds_late
+        hidden, pitch, adds_late = len(w1), z1.shape[1], ctx.adds_late
+        shape = (*w2.shape[:1], pitch, pitch, 1, 1, 1, 1, hidden, pitch, 0)
         (*_, s1, t1), (*_, s2, t2) = statistics1, statistics2
         dy, dgamma3, dbeta3 = dn.contiguous(), None, None
         d_residual = None if ctx.of_residual is None else dy.to(ctx.of_residual)
@@ -86,22 +88,23 @@ class _FeedForward(torch.autograd.Function):
             db2 = dy.sum(0, dtype=torch.float32)
         else:
             dy, db2, dgamma3, dbeta3 = batch_norm_grad(dy, y, None, kept, statistics3)
-        g2 = weight_grad(dy, z2, is_gelu=True)[0].sum(0)[:, :hidden]
-        dw2 = torch.addcmul(g2 * s2[:hidden], db2[:, None], t2[:hidden])
+        g2 = unpacked(weight_grad(dy, z2, None, 1.0, shape, True), len(w2))[0]
+        dw2, (d2, e2) = ops.project_weight_grad(g2, w2, db2, s2, t2)
         if adds_late:
-            g1 = weight_grad(dy, z1, is_gelu=True)[0].sum(0)[:, :hidden]
+            g1 = unpacked(weight_grad(dy, z1, None, 1.0, shape, True), len(w2))[0]
             dw2 += torch.addcmul(g1 * s1[:hidden], db2[:, None], t1[:hidden])
-        d2, e2 = (w2 * g2).sum(0), torch.mv(w2.t().float(), db2.float())
         dgamma2, slope, offset = ops.normalise_grad(d2, e2, statistics2, len(x))
 
         dz2, skip = ops.project_grad(dy, w2_padded, z2, s2, slope, offset, adds_late)
-        dn1, sums = ops.depthwise_grad(dz2, skip if adds_late else None, z1, s1, t1, taps, *ctx.size)
-        sums = sums.sum(0)  # (SUMS, p)
-        dgamma1, slope, offset = ops.normalise_grad(sums[11], sums[10], statistics1, len(x))
+        dn1, sums = ops.depthwise_grad(dz2, skip if adds_late else None, z1, s1, t1, taps, hidden, *ctx.size)
+        taps_and_bias, of_norm = sums.sum(0).split([10 * hidden, 2 * pitch])
+        e1, d1 = of_norm.view(2, pitch)
+        dgamma1, slope, offset = ops.normalise_grad(d1, e1, statistics1, len(x))
         dz1, dx = ops.expand_grad(dn1, z1, s1, slope, offset, w1)
-        dw1, db1 = (parts.sum(0)[:hidden] for parts in weight_grad(dz1, x))
+        shape = (pitch, x.shape[1], x.shape[1], 1, 1, hidden, pitch, 1, 1, 0)
+        dw1, db1 = unpacked(weight_grad(dz1, x, None, 1.0, shape, False), hidden)
         return (
-            dx, dw1, db1, dgamma1[:hidden], sums[10, :hidden], sums[:10], dgamma2[:hidden], e2,
+            dx, dw1, db1, dgamma1[:hidden], e1[:hidden], *_of_taps(taps_and_bias), dgamma2[:hidden], e2,
             dw2, db2, dgamma3, dbeta3, d_residual, None, None, None, None,
         )  # fmt: skip
 
@@ -110,16 +113,17 @@ class _ResidualDepthwise(torch.autograd.Function):
     """Rows (M, C) -> (M, C)."""
 
     @staticmethod
-    def forward(ctx, x, taps, height, width):
+    def forward(ctx, x, weight, bias, height, width):
+        taps = _taps(weight, bias, len(weight))
         ctx.save_for_backward(x, taps)
         ctx.size = height, width
         return ops.depthwise(x, None, None, taps, height, width, True, False)[0]
 
     @staticmethod
     def backward(ctx, dy):
-        x, taps = ctx.saved_tensors
-        dx, sums = ops.depthwise_grad(dy.contiguous(), None, x, None, None, taps, *ctx.size)
-        return dx, sums[:, :10].sum(0), None, None
+        (x, taps), channels = ctx.saved_tensors, dy.shape[1]
+        dx, sums = ops.depthwise_grad(dy.contiguous(), None, x, None, None, taps, channels, *ctx.size)
+        return dx, *_of_taps(sums.sum(0)[: 10 * channels]), None, None
 
 
 def _project(
@@ -146,17 +150,16 @@ def feed_forward(x: Tensor, layers: Any, residual: Tensor | None, kept: Tensor |
     rows, size = rows_of(x.permute(0, 2, 3, 1)), tuple(x.shape[2:])
     added = None if residual is None else residual.permute(0, 2, 3, 1).reshape(rows.shape)
     factors = None if kept is None else kept.flatten()
-    taps = _taps(layers.depthwise, ops.padded(len(layers.depthwise.weight)))
+    depthwise = layers.depthwise.weight, layers.depthwise.bias
     with torch.autocast(x.device.type, enabled=False):
         if norm1.training:
             last = (norm3.weight, norm3.bias, added, factors) if norm3.training else (None,) * 4
             out, *statistics = _FeedForward.apply(
-                rows, expand.weight, expand.bias, norm1.weight, norm1.bias, taps, norm2.weight, norm2.bias,
-                project.weight, project.bias, *last, size, tuple(norm.eps for norm in norms), adds_late,
+                rows, expand.weight, expand.bias, norm1.weight, norm1.bias, *depthwise,
+                norm2.weight, norm2.bias, project.weight, project.bias, *last,
+                size, tuple(norm.eps for norm in norms), adds_late,
             )  # fmt: skip
-            for norm, found in zip(norms, statistics, strict=True):
-                if found is not None:
-                    track(norm, found)
+            track(norms[: 2 + norm3.training], statistics[: 2 + norm3.training])
             if not norm3.training:
                 branch = norm3(_map(out, x))
                 kept = torch.ones_like(branch[:1, :1, :1, :1]) if kept is None else kept
@@ -164,6 +167,7 @@ def feed_forward(x: Tensor, layers: Any, residual: Tensor | None, kept: Tensor |
         else:
             _, a, _ = ops.expand(rows, expand.weight, expand.bias, False)
             s1, t1 = _evaluation(norm1, expand.bias)
+            taps = _taps(*depthwise, len(s1))
             z, _ = ops.depthwise(a, s1, t1, taps, size[0], size[1], not adds_late, False)
             s2, t2 = _evaluation(norm2, expand.bias)
             skip = (a, s1, t1) if adds_late else None
@@ -174,15 +178,21 @@ def feed_forward(x: Tensor, layers: Any, residual: Tensor | None, kept: Tensor |
 
 def residual_depthwise(x: Tensor, depthwise: nn.Conv2d) -> Tensor:
     """Return x plus its depth-wise 3x3 convolution: (B, C, H, W) -> (B, C, H, W), channels-last."""
-    rows, taps = rows_of(x.permute(0, 2, 3, 1)), _taps(depthwise, x.shape[1])
-    return _map(_ResidualDepthwise.apply(rows, taps, *x.shape[2:]), x)
+    rows = rows_of(x.permute(0, 2, 3, 1))
+    return _map(_ResidualDepthwise.apply(rows, depthwise.weight, depthwise.bias, *x.shape[2:]), x)
 
 
-def _taps(depthwise: nn.Conv2d, pitch: int) -> Tensor:
+def _taps(weight: Tensor, bias: Tensor, pitch: int) -> Tensor:
     """Return the nine taps and the bias, (10, pitch), so that a thread reads neighbours."""
-    assert depthwise.bias is not None
-    taps = torch.cat([depthwise.weight.flatten(1).t(), depthwise.bias[None]])
+    taps = torch.cat([weight.flatten(1).t(), bias[None]])
     return taps if pitch == taps.shape[1] else F.pad(taps, (0, pitch - taps.shape[1]))
+
+
+def _of_taps(sums: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradients of weight (h, 1, 3, 3) and bias (h,) in the sums of depthwise_grad (10 h,)."""
+    hidden = len(sums) // 10
+    weight = sums[: 9 * hidden].view(hidden, 3, 3, 1).permute(0, 3, 1, 2)  # channels-last, as the layer's is
+    return weight, sums[9 * hidden :]
 
 
 def _map(rows: Tensor, like: Tensor) -> Tensor:  # (M, C) -> (B, C, H, W)

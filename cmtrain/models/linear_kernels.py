@@ -94,8 +94,9 @@ def linear_kernel(
 
 @triton.jit
 def weight_grad_kernel(
-    dy, x, kept, out, sums, rows, part_rows, factor,
+    dy, x, kept, sums, rows, part_rows, pitch, factor,
     N: tl.constexpr, K: tl.constexpr, C: tl.constexpr, PATCH: tl.constexpr, WIDTH: tl.constexpr,
+    OUT_HEAD: tl.constexpr, OUT_PADDED: tl.constexpr, IN_HEAD: tl.constexpr, IN_PADDED: tl.constexpr,
     DEPTHWISE: tl.constexpr, GELU: tl.constexpr, PIXELS: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
@@ -115,15 +116,25 @@ def weight_grad_kernel(
             right = gelu(right.to(tl.float32)).to(x.dtype.element_ty)
         product = tl.dot(left, right, product, input_precision=PRECISION)
         taken += left.to(tl.float32)
-    inside = (output < N) & (number < K)
+    # Without padding: all of the weight's gradient, then the bias'.
+    to = sums + part.to(tl.int64) * pitch
+    inside = (output < N) & (output % OUT_PADDED < OUT_HEAD) & (number < K) & (number % IN_PADDED < IN_HEAD)
+    place = output // OUT_PADDED * OUT_HEAD + output % OUT_PADDED
     if DEPTHWISE:  # of the dense matrix its diagonals
-        at, inside = (part * N + output) * PATCH * PATCH + number // C, inside & (number % C == output)
+        at, inside = place * PATCH * PATCH + number // C, inside & (number % C == output)
     else:
-        at = (part * N + output) * K + number
-    tl.store(out + at, product, mask=inside)
+        at = place * (K // IN_PADDED * IN_HEAD) + number // IN_PADDED * IN_HEAD + number % IN_PADDED
+    tl.store(to + at, product, mask=inside)
     line = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     if tl.program_id(0) == 0:
-        tl.store(sums + part * N + line, tl.sum(taken, 1), mask=line < N)
+        to += pitch - N // OUT_PADDED * OUT_HEAD
+        at_line = line // OUT_PADDED * OUT_HEAD + line % OUT_PADDED
+        tl.store(to + at_line, tl.sum(taken, 1), mask=(line < N) & (line % OUT_PADDED < OUT_HEAD))
+
+
+# The constants of a layer: N outputs and K inputs, padding included; PATCH x PATCH pixels of C channels are
+# an input, WIDTH of them a line of the map; heads of HEAD numbers are padded to PADDED, or all four are 1.
+SHAPE = "N", "K", "C", "PATCH", "WIDTH", "OUT_HEAD", "OUT_PADDED", "IN_HEAD", "IN_PADDED", "DEPTHWISE"
 
 
 def _pixels(kept: Tensor | None, rows: int) -> int:
@@ -139,7 +150,7 @@ def linear(
 ) -> Tensor:  # fmt: skip
     """Return skip + factor * kept * (x @ weight.T + bias), (M, N), or the gradient of x in its shape.
 
-    x: rows of a map of C channels, whose patches are the M rows. shape: see Layer. weight: without padding.
+    x: rows of a map of C channels, whose patches are the M rows. shape: of SHAPE. weight: without padding.
     skip (M, N). kept: (B,) of images, (M, N) of numbers, or None. backward: x is the gradient of the result,
     (M, N), and skip another gradient of x. kept and factor then belong to the former; there is no bias.
     """
@@ -148,39 +159,45 @@ def linear(
     out = ops.empty(x, *((rows * patch**2, channels) if backward else (rows, outputs)), dtype=x.dtype)
     columns = ops.channel_columns(inputs if backward else outputs, x.dtype)
     grid = (ops.cdiv(rows, ops.ROWS) * ops.cdiv(inputs if backward else outputs, columns),)
-    names = "N", "K", "C", "PATCH", "WIDTH", "OUT_HEAD", "OUT_PADDED", "IN_HEAD", "IN_PADDED", "DEPTHWISE"
     ops.launch(
         linear_kernel, grid, x, weight, x if bias is None else bias, x if skip is None else skip,
         x if kept is None else kept, out, rows, factor,
         BACKWARD=backward, BIAS=bias is not None, SKIP=skip is not None, PIXELS=_pixels(kept, rows),
         PRECISION=ops.precision(x), ROWS=ops.ROWS, COLUMNS=columns, INNER=ops.GEMM_INNER,
-        **dict(zip(names, shape, strict=True)), **ops.PRODUCT_LAUNCH,
+        **dict(zip(SHAPE, shape, strict=True)), **ops.PRODUCT_LAUNCH,
     )  # fmt: skip
     return out
 
 
 @ops.operator
 def weight_grad(
-    dy: Tensor, x: Tensor, kept: Tensor | None = None, factor: float = 1.0, patch: int = 1, width: int = 1,
-    is_depthwise: bool = False, is_gelu: bool = False,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(factor * kept * dy).T @ x or gelu(x), and sums over rows, in parts: (parts, N, K), (parts, N) fp32.
+    dy: Tensor, x: Tensor, kept: Tensor | None, factor: float, shape: Sequence[int], is_gelu: bool
+) -> Tensor:
+    """Return the gradients of a layer's weight and bias, without padding, in parts: (parts, n * k + n) fp32.
 
-    dy (M, N), x: rows of a map, (M * patch^2, C), `width` patches wide. kept: as in `linear`.
+    They are (factor * kept * dy).T @ x or, with is_gelu, gelu(x), and sums over rows; see `unpacked`.
+    dy (M, N), x: rows of a map, (M * patch^2, C). kept, shape: as in `linear`.
     """
-    (rows, outputs), channels = dy.shape, x.shape[1]
-    inputs, tile_rows = channels * patch**2, ops.channel_columns(outputs, x.dtype)
+    outputs, inputs, _, patch, _, out_head, out_padded, in_head, in_padded, is_depthwise = shape
+    rows, tile_rows = len(dy), ops.channel_columns(outputs, x.dtype)
     tiles = ops.cdiv(inputs, ops.GEMM_COLUMNS), ops.cdiv(outputs, tile_rows)
     parts = max(1, min(ops.cdiv(NUM_PROGRAMS, tiles[0] * tiles[1]), rows // PART_ROWS))
-    out = ops.empty(x, parts, outputs, patch**2 if is_depthwise else inputs)
-    sums = ops.empty(x, parts, outputs)
+    real = outputs // out_padded * out_head
+    pitch = real * ((patch**2 if is_depthwise else inputs // in_padded * in_head) + 1)
+    sums = ops.empty(x, parts, pitch)
     ops.launch(
-        weight_grad_kernel, (*tiles, parts), dy, x, dy if kept is None else kept, out, sums, rows,
-        ops.cdiv(rows, parts), factor, N=outputs, K=inputs, C=channels, PATCH=patch, WIDTH=width,
-        DEPTHWISE=is_depthwise, GELU=is_gelu, PIXELS=_pixels(kept, rows), PRECISION=ops.precision(x),
+        weight_grad_kernel, (*tiles, parts), dy, x, dy if kept is None else kept, sums, rows,
+        ops.cdiv(rows, parts), pitch, factor, **dict(zip(SHAPE, shape, strict=True)),
+        GELU=is_gelu, PIXELS=_pixels(kept, rows), PRECISION=ops.precision(x),
         ROWS=tile_rows, COLUMNS=ops.GEMM_COLUMNS, INNER=ops.GEMM_INNER, **ops.LAUNCH,
     )  # fmt: skip
-    return out, sums
+    return sums
+
+
+def unpacked(parts: Tensor, outputs: int) -> tuple[Tensor, Tensor]:
+    """Add the parts of `weight_grad`, in one kernel -> the gradients of weight (n, k) and bias (n,)."""
+    total = parts.sum(0)
+    return total[:-outputs].view(outputs, -1), total[-outputs:]
 
 
 class _Linear(torch.autograd.Function):
@@ -199,18 +216,12 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy, skip):
         x, weight, kept = ctx.saved_tensors
-        _, _, _, patch, width, *heads, is_depthwise = ctx.shape
         has_bias, has_skip = ctx.needs
         dy, skip = dy.contiguous(), None if skip is None else skip.contiguous()
         dx = linear(dy, weight, None, skip, kept, ctx.factor, ctx.shape, True)
-        dw, db = weight_grad(dy, x, kept, ctx.factor, patch, width, is_depthwise)
-        dw, db = _unpad(_unpad(dw, 2, *heads[2:]), 1, *heads[:2]), _unpad(db, 1, *heads[:2])
-        dw, db = dw.sum(0).reshape(weight.shape), db.sum(0).flatten()
+        dw, db = unpacked(weight_grad(dy, x, kept, ctx.factor, ctx.shape, False), len(weight))
+        dw = dw.view(weight.shape)
         return dx, dw, db if has_bias else None, dy if has_skip else None, None, None, None
-
-
-def _unpad(x: Tensor, side: int, head: int, padded: int) -> Tensor:
-    return x if head == padded else x.unflatten(side, (-1, padded)).narrow(side + 1, 0, head)
 
 
 def project(

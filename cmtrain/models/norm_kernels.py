@@ -8,6 +8,7 @@ atomics: each place of a tile keeps its own, programs write theirs, and torch ad
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -271,19 +272,25 @@ def gelu_batch_norm(z: Tensor, bias: Any, norm: Any) -> Tensor:
     rows = z.reshape(-1, z.shape[-1])
     if norm.training and not isinstance(norm, nn.Identity):
         out, statistics = _GeluBatchNorm.apply(rows, bias, norm.weight, norm.bias, norm.eps)
-        track(norm, statistics)
+        track([norm], [statistics])
     else:
         out, _ = batch_norm("normal", rows, bias, None, None, *evaluation(norm, bias))
     return out.view(z.shape)
 
 
 @torch.no_grad()
-def track(norm: Any, statistics: Tensor) -> None:
-    """Update the running statistics of a BatchNorm as torch's batch_norm does."""
-    moved = [norm.running_mean, norm.running_var]
-    if norm.num_batches_tracked is not None:  # the guard counts them, once per step
-        norm.num_batches_tracked.add_(1)
-    torch._foreach_lerp_(moved, list(statistics[:2, : len(moved[0])]), norm.momentum)
+def track(norms: Sequence[Any], statistics: Sequence[Tensor]) -> None:
+    """Update the running statistics of BatchNorms, in one kernel, as torch's batch_norm does."""
+    for momentum in {norm.momentum for norm in norms}:
+        moved, found = [], []
+        for norm, (mean, variance, *_) in zip(norms, statistics, strict=True):
+            if norm.momentum == momentum:
+                width = len(norm.running_mean)
+                moved += [norm.running_mean, norm.running_var]
+                found += [mean[:width], variance[:width]]
+                if norm.num_batches_tracked is not None:  # the guard counts them, once per step
+                    norm.num_batches_tracked.add_(1)
+        torch._foreach_lerp_(moved, found, momentum)
 
 
 def evaluation(norm: Any, like: Tensor) -> tuple[Tensor, Tensor]:

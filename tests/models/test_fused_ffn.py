@@ -250,7 +250,7 @@ def test_padding_is_zero_forward_and_backward_and_parameters_have_none(variant):
     fused, eager = networks(46, 165, variant=variant)
     with Padding(165) as padding:
         fused(pictures(46, 4, 4).requires_grad_()).square().sum().backward()
-    assert padding.num_tensors >= 11
+    assert padding.num_tensors >= 8
     assert padding.largest == 0
     assert all(parameter.grad.shape == parameter.shape for parameter in fused.parameters())
     assert fused.state_dict().keys() == eager.state_dict().keys()

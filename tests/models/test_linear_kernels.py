@@ -145,7 +145,7 @@ def test_the_operators_are_what_torch_wants_of_operators():
     torch.library.opcheck(linear_kernels.linear, (x, weight, bias, None, None, 1.0, shape, False))
     dy = torch.randn(15, 48, device=DEVICE)
     torch.library.opcheck(linear_kernels.linear, (dy, weight, bias, x, None, 1.0, shape, True))
-    torch.library.opcheck(linear_kernels.weight_grad, (dy, x))
+    torch.library.opcheck(linear_kernels.weight_grad, (dy, x, None, 1.0, shape, False))
 
 
 # ---- compiled
