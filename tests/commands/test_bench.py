@@ -213,6 +213,7 @@ def test_the_loader_alone(root, tmp_path, capsys):
     assert report["figures"]["loader"]["images_per_second"] > 0
 
 
+@pytest.mark.slow
 def test_every_work_is_done_by_every_loader(root, tmp_path, capsys):
     overrides = {"data.root": str(root), "data.cache_dir": str(tmp_path), "data.threads": "1"}
     config = load_config("configs/demo.yaml", list(overrides.items())).config

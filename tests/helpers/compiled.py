@@ -1,8 +1,10 @@
 """Run cross_compile.py, in a process of its own: the tests' has Triton's interpreter."""
 
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Iterable
 
 import pytest
 
@@ -10,10 +12,14 @@ from cmtrain.models.device_time import INSTRUCTIONS
 from helpers.runs import ROOT
 
 
-def compiled_for_gpus(sm: str, dtype: str, *sizes: tuple[int, ...]) -> list[dict]:
+def compiled_for_gpus(
+    sm: str, dtype: str, *sizes: tuple[int, ...], kernels: Iterable[str] = ()
+) -> list[dict]:
+    """Return what cross_compile.py prints, of `kernels` alone if there are any."""
     command = [sys.executable, str(ROOT / "tests" / "helpers" / "cross_compile.py"), sm, dtype]
     command += [":".join(map(str, size)) for size in sizes]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    only = os.environ | {"ONLY_KERNELS": ",".join(kernels)}
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, env=only).stdout
     print(printed)
     return [json.loads(line) for line in printed.splitlines()]
 

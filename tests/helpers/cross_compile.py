@@ -3,7 +3,8 @@
     python tests/helpers/cross_compile.py 80,90 fp16 46:165:40 46 ...
 
 Its arguments: architectures, type, then sizes: channels : hidden channels : side for a perception unit and
-feed-forward networks, channels alone for a LayerNorm.
+feed-forward networks, channels alone for the other parts. ONLY_KERNELS in the environment names the kernels
+to compile, separated by commas; without it all are.
 
 Networks of these sizes run with kernels that only record their launches, and each launch is then compiled.
 Prints a line of JSON for each architecture, size and launch: registers and spilled bytes of a thread, how
@@ -191,8 +192,11 @@ def instructions(code: str) -> int:
 
 def main() -> None:
     architectures, dtype, *sizes = sys.argv[1:]
+    only = list(filter(None, os.environ.get("ONLY_KERNELS", "").split(",")))
     for size in sizes:
         for name, launched in launches(dtype, *map(int, size.split(":"))).items():
+            if only and name not in only:
+                continue
             for kinds, constants, options in launched.noted.values():
                 for sm in map(int, architectures.split(",")):
                     kernel = compiled(launched.kernel, kinds, constants, options, sm)
