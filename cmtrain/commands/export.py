@@ -23,7 +23,7 @@ from cmtrain.errors import EXIT_DONE, ConfigError
 from cmtrain.models.cmt import CMT
 from cmtrain.models.fold import folded
 from cmtrain.monitoring.console import Console, print_result
-from cmtrain.monitoring.report.page import make_templates
+from cmtrain.monitoring.report.rendering import make_templates
 from cmtrain.storage.records import remove_leftovers
 from cmtrain.storage.run_record import read_run
 from cmtrain.storage.weights import Weights, fit, num_classes_in

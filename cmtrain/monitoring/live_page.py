@@ -17,7 +17,8 @@ from cmtrain.monitoring.metrics import TrainMetrics
 from cmtrain.monitoring.report.curves import PlottedRun, draw_charts
 from cmtrain.monitoring.report.events import newest_rows
 from cmtrain.monitoring.report.headline import Headline, best_top1, number
-from cmtrain.monitoring.report.page import TONES, render_page
+from cmtrain.monitoring.report.page import TONES
+from cmtrain.monitoring.report.rendering import render_page
 from cmtrain.monitoring.units import duration, is_part, percent, short, state_name
 from cmtrain.storage.run_folder import REPORT_NAME
 from cmtrain.storage.run_record import is_sampled, read_sample
