@@ -13,7 +13,6 @@ from cmtrain.config.load import Overrides, Resolved, load_config
 from cmtrain.errors import EXIT_DONE, ConfigError, did_you_mean
 
 EMPTY = "is empty: a variable of the shell that is not set?"
-CONFIG_HELP = "configuration file, or one that ships with cmtrain"
 # Records of runs, configurations, weights, data
 KEPT = ("status.json", ".jsonl", ".yaml", ".yml", ".pth", ".safetensors", ".tar", ".npz", ".jpg", ".jpeg")
 
@@ -79,9 +78,11 @@ def _override(argument: str, rest: list[str]) -> tuple[str, str]:
 
 
 def parse_with_config(
-    parser: argparse.ArgumentParser, arguments: Sequence[str]
+    parser: argparse.ArgumentParser, arguments: Sequence[str], default: str | None = None
 ) -> tuple[argparse.Namespace, Resolved]:
-    """Return the options of a verb that has --config, and the configuration with its overrides."""
+    """Return the options of a verb, --config among them, and the configuration with its overrides."""
+    what = f"configuration file, or one that ships with cmtrain{f' (default: {default})' if default else ''}"
+    parser.add_argument("--config", default=default, metavar="FILE", help=what)
     options, overrides = parse(parser, arguments)
     if [argument.partition("=")[0] for argument in arguments].count("--config") > 1:
         raise ConfigError("--config: given twice; a file takes the values of another by `extends: FILE`")

@@ -6,7 +6,6 @@ from typing import Any
 
 from cmtrain.cli import start
 from cmtrain.cli.arguments import (
-    CONFIG_HELP,
     add_json,
     count,
     make_parser,
@@ -100,7 +99,6 @@ def _data_stats(arguments: list[str]) -> int:
 
 def _parse_and_start(parser: argparse.ArgumentParser, arguments: list[str]) -> tuple[Config, dict[str, Any]]:
     """Return the configuration of a verb and its own options, once the images are known to be there."""
-    parser.add_argument("--config", metavar="FILE", help=CONFIG_HELP)
     options, resolved = parse_with_config(parser, arguments)
     start.announce(f"{parser.prog.removeprefix('cmtrain ')} of {resolved.config.data.root}")
     start.check_places(resolved.config)

@@ -12,7 +12,6 @@ from typing import Any
 from cmtrain import __version__, errors
 from cmtrain.cli import start
 from cmtrain.cli.arguments import (
-    CONFIG_HELP,
     add_json,
     count,
     factor,
@@ -95,7 +94,6 @@ def _main(arguments: list[str]) -> int:
 def _train(arguments: list[str]) -> int:
     parser = make_parser("train", "Train a configuration.")
     add = parser.add_argument
-    add("--config", metavar="FILE", help=CONFIG_HELP)
     add("--resume", default="auto", metavar="WHAT", help="auto (default), never, force, or a path")
     add("--max-steps", type=positive, metavar="N", help="stop after N optimizer steps")
     add("--nproc", type=positive, metavar="N", help="processes to train in (default: one per GPU)")
@@ -162,7 +160,7 @@ def _demo(arguments: list[str]) -> int:
     base, given = ("demo-photos", DEMO_PHOTOS) if options.photos else ("demo", [])
     for attempt in itertools.count(1):  # an interrupted demo continues; a finished one is left alone
         name = base if attempt == 1 else f"{base}-{attempt}"
-        config = load_config("configs/demo.yaml", [*given, ("run.name", name), *overrides]).config
+        config = load_config(DEMO, [*given, ("run.name", name), *overrides]).config
         status = read_status(Path(config.run.dir) / str(config.run.name)) or {}
         if status.get("state") != "finished" or any(key == "run.name" for key, _ in overrides):
             break
@@ -177,7 +175,6 @@ def _demo(arguments: list[str]) -> int:
 def _bench(arguments: list[str]) -> int:
     parser = make_parser("bench", "Time the loader, the model and training, and name the bottleneck.")
     add = parser.add_argument
-    add("--config", default="configs/demo.yaml", metavar="FILE", help="default: configs/demo.yaml")
     add("--what", choices=BENCHMARKS, default="all", help="default: all")
     add("--steps", type=positive, default=20, metavar="N", help="steps to time of each (default: 20)")
     rounds = "turns of each side (5; with model, latency)"
@@ -189,7 +186,7 @@ def _bench(arguments: list[str]) -> int:
     add("--compare", metavar="FILE", help="JSON of an earlier run to compare rates with")
     add("--fail-below", type=factor, metavar="X", help="exit code 5 where a rate is below X times that")
     add_json(parser, to_file=True)
-    options, resolved = parse_with_config(parser, arguments)
+    options, resolved = parse_with_config(parser, arguments, DEMO)
     if options.fail_below is not None and not options.compare:
         raise ConfigError("--fail-below: needs --compare FILE, the earlier run")
     if options.predict and (options.what != "model" or options.compare):
@@ -209,9 +206,8 @@ def _names(text: str) -> list[str]:
 
 def _doctor(arguments: list[str]) -> int:
     parser = make_parser("doctor", "Check this machine for a run, and suggest a remedy for every problem.")
-    parser.add_argument("--config", default=DEMO, metavar="FILE", help=f"{CONFIG_HELP} (default: {DEMO})")
     parser.add_argument("--json", action="store_true", help="as one JSON object")
-    options, resolved = parse_with_config(parser, arguments)
+    options, resolved = parse_with_config(parser, arguments, DEMO)
     own = "" if options.config != DEMO else " (--config FILE for a run of your own)"
     start.announce(f"doctor for a run of {options.config}{own}")
     start.loading()
@@ -309,7 +305,6 @@ def _report(arguments: list[str]) -> int:
 
 def _config_show(arguments: list[str]) -> int:
     parser = make_parser("config show", "Print the configuration and where each value comes from.")
-    parser.add_argument("--config", metavar="FILE", help=CONFIG_HELP)
     _, resolved = parse_with_config(parser, arguments)
     sys.stdout.write(to_yaml(resolved.config, resolved.origins))
     return EXIT_DONE
