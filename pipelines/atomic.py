@@ -4,13 +4,12 @@ import contextlib
 import glob
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from pipelines.spec import is_device, visible
+from pipelines.spec import is_device, print_lines
 
 WAIT_LINE_SECONDS = 10.0
 
@@ -89,7 +88,7 @@ def locked(path: Path, what: str) -> Iterator[None]:
                 lock.acquire(timeout=WAIT_LINE_SECONDS)
             except Timeout:
                 holder = f"the process that {what} (it holds {lock.lock_file})"
-                sys.stderr.write(visible(f"waiting for {holder}") + "\n")
+                print_lines(f"waiting for {holder}")
     try:
         yield
     finally:

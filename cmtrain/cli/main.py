@@ -37,7 +37,7 @@ from cmtrain.processes.launcher import run_ranks
 from cmtrain.processes.output import with_guarded_output
 from cmtrain.processes.rank import PARENT, hold_back, is_first_rank, is_started_by_launcher, run_as_rank
 from cmtrain.storage.run_folder import REPORT_NAME, RUNS, read_finished, read_status
-from pipelines.spec import DataError
+from pipelines.spec import DataError, print_lines
 
 DEMO = "configs/demo.yaml"
 DEMO_PHOTOS = [
@@ -112,8 +112,8 @@ def _train(arguments: list[str]) -> int:
         if is_first_rank():
             from cmtrain.monitoring.console import print_result
 
-            sys.stderr.write(f"{run_path}: finished before: {finished['reason']}\n")
-            sys.stderr.write(f"report {run_path / REPORT_NAME}\n")
+            before = f"{run_path}: finished before: {finished['reason']}"
+            print_lines(before, f"report {run_path / REPORT_NAME}")
             print_result(finished["result"], asked=options.json)
         return int(finished["exit_code"])
 

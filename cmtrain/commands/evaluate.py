@@ -9,7 +9,6 @@ import io
 import json
 import os
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ from pipelines.files.doubts import split_doubts
 from pipelines.files.labels import some
 from pipelines.files.manifest import Manifest
 from pipelines.progress import tracked
-from pipelines.spec import DataError, visible
+from pipelines.spec import DataError, print_lines
 
 NUM_REAL_FILES, NUM_IMAGENET_CLASSES = 50_000, 1_000
 SIZES = ("weights", "image_px", "resize_px")
@@ -57,10 +56,10 @@ def evaluate_trained(options: argparse.Namespace, overrides: Overrides) -> int:
     weights = [trained.weights(kind) for kind in kinds]
     accelerator = build.make_accelerator(config.train.precision)
     place, lines = loaders.place_loaders(config, accelerator)
-    sys.stderr.writelines(f"{visible(line)}\n" for line in lines)
+    print_lines(*lines)
     names = trained.class_names or loaders.open_data(config, accelerator).train.class_names
     manifest = loaders.open_val(config, names, options.folder)
-    sys.stderr.writelines(f"{visible(line)}\n" for line in split_doubts(manifest, "images"))
+    print_lines(*split_doubts(manifest, "images"))
     real = real_labels(manifest) if options.real else None
     numbers = imagenet_numbers(names) if options.real else []
     batch_size, _ = split_batch(config.train.global_batch_size, config.train.max_batch_per_gpu, 1)

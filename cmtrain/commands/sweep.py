@@ -26,7 +26,7 @@ from cmtrain.monitoring.units import is_part, percent, state_name
 from cmtrain.processes.failure import stop_signals
 from cmtrain.storage.records import is_number
 from cmtrain.storage.run_folder import read_status
-from pipelines.spec import DataError, visible
+from pipelines.spec import DataError, print_lines, visible
 
 SBATCH = "docker/slurm/train.sbatch"
 
@@ -96,12 +96,12 @@ def run_here(rows: Sequence[SweepRow]) -> int:
     """
     failed = errors.EXIT_DONE
     for row in rows:
-        _print(f"row {row.number}: {row.run_path} ({row.changes})")
+        print_lines(f"row {row.number}: {row.run_path} ({row.changes})")
         code, is_stopped = _call([sys.executable, "-m", "cmtrain", *row.command])
         if is_stopped or code in END_CODES:
             return code
         if code and not (code == errors.EXIT_DIVERGED and row.config.expect.diverges):
-            _print(f"row {row.number}: exit code {code}")
+            print_lines(f"row {row.number}: exit code {code}")
             failed = failed or code
     return failed
 
@@ -116,11 +116,11 @@ def submit(rows: Sequence[SweepRow], script: str) -> int:
     for row in rows:
         name = f"cmtrain-{row.config.run.name}"
         if (read_status(row.run_path) or {}).get("state") == "finished":
-            _print(f"row {row.number}: {row.run_path} is finished")
+            print_lines(f"row {row.number}: {row.run_path} is finished")
         elif queued := _ask(["squeue", "--me", "--noheader", "--format=%i", f"--name={name}"]):
-            _print(f"row {row.number}: job {queued.split()[0]} is queued or runs")
+            print_lines(f"row {row.number}: job {queued.split()[0]} is queued or runs")
         else:
-            _print(f"row {row.number}: {_ask(_sbatch(row, script))}")
+            print_lines(f"row {row.number}: {_ask(_sbatch(row, script))}")
     return errors.EXIT_DONE
 
 
@@ -261,8 +261,3 @@ def _ask(command: Sequence[str]) -> str:
         why = error.stderr.strip() or f"exit code {error.returncode}"
         raise DataError(f"{shlex.join(command)}: {why}") from error
     return done.stdout.strip()
-
-
-def _print(text: str) -> None:
-    sys.stderr.write(f"{text}\n")
-    sys.stderr.flush()

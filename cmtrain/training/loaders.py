@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from pipelines.loader import DaliLoader
-    from pipelines.synthetic import SyntheticLoader
 
 # DALI keeps 32 MiB of GPU memory and of pinned memory for each decoding thread, for either loader.
 MAX_GPU_DECODE_THREADS = 24
@@ -80,7 +79,8 @@ def split_threads(config: Config, device: torch.device) -> int:
 
     Two pools that together have more threads than there are cores spin at each other's barriers.
     """
-    cores = cores_per_process(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    cores = max(1, len(os.sched_getaffinity(0)) // ranks_here)
     if device.type == "cuda":
         return config.data.threads or min(cores, MAX_GPU_DECODE_THREADS)
     threads = config.data.threads or max(1, cores // 4)
@@ -204,25 +204,6 @@ def augment_spec(config: Config, accelerator: Accelerator) -> AugmentSpec:
     geometry = config.data.model_dump(include={"image_px", "interpolation", "mean", "std"})
     draws = config.augment.model_dump(exclude={"repeats"})
     return AugmentSpec(**geometry, **draws, fp16=accelerator.mixed_precision == "fp16")
-
-
-def make_synthetic_loader(
-    config: Config, schedule: Schedule, num_classes: int, accelerator: Accelerator
-) -> SyntheticLoader:
-    """Make a loader of random batches with the recipe's shape: no files, eight steps per epoch."""
-    from pipelines.synthetic import SyntheticLoader
-
-    size = schedule.global_batch_size
-    plan = Plan(config.run.seed, 8 * size, size, schedule.micro_batch_size)
-    place = Placement(accelerator.process_index, accelerator.num_processes, accelerator.device)
-    fp16 = accelerator.mixed_precision == "fp16"
-    return SyntheticLoader(plan, config.data.image_px, num_classes, place, fp16=fp16)
-
-
-def cores_per_process(num_local_processes: int) -> int:
-    """Return the CPU cores of this process: its affinity mask, shared with the other ranks of the host."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // num_local_processes)
 
 
 def num_classes_of(config: Config, manifest: Manifest) -> int:
