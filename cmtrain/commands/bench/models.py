@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from cmtrain.commands.bench.timing import DTYPES, Ceilings, Contender, Rows, measure_ceilings, race
+from cmtrain.commands.bench.timing import DTYPES, Contender, Row, Rows, measure_ceilings, race
 from cmtrain.config.schema import Config, Model
 from cmtrain.models import cost
 from cmtrain.step.learner import Learner
@@ -82,18 +82,12 @@ def time_models(setup: Setup, beside: Sequence[str], *, one_image: bool = False)
             row = contender.figures(contenders[0])
             row |= against_ceilings(setup, contender.name, mode, row["images_per_second"], ceilings)
             yield contender.name if one_image else f"{contender.name} {mode}", row
-    machine = {
-        "copy_gb_per_second": ceilings.copy_bytes_per_second / 1e9,
-        "matrix_tflops": ceilings.matrix_flops_per_second / 1e12,
-    }
     if not one_image:
-        yield "machine", machine
+        yield "machine", ceilings
 
 
-def against_ceilings(
-    setup: Setup, name: str, mode: str, images_per_second: float, ceilings: Ceilings
-) -> dict[str, float]:
-    """Return the share of the machine's ceilings that a model uses at that rate.
+def against_ceilings(setup: Setup, name: str, mode: str, images_per_second: float, ceilings: Row) -> Row:
+    """Return the share of the machine's ceilings, as of measure_ceilings, that a model uses at that rate.
 
     `mb_per_image` is counted (models/cost.py) as without torch.compile: operation by operation, but CMT's
     Triton kernels, where this machine's GPU runs them, as one each. `percent_of_copy`: the share of a copy's
@@ -105,8 +99,8 @@ def against_ceilings(
     flops = cost.training_flops_per_image(model, image_px) / (1 if mode == "train" else 3)
     return {
         "mb_per_image": moved / 1e6,
-        "percent_of_copy": 100 * moved * images_per_second / ceilings.copy_bytes_per_second,
-        "percent_of_matrix": 100 * flops * images_per_second / ceilings.matrix_flops_per_second,
+        "percent_of_copy": moved * images_per_second / ceilings["copy_gb_per_second"] / 1e7,
+        "percent_of_matrix": flops * images_per_second / ceilings["matrix_tflops"] / 1e10,
     }
 
 
