@@ -199,11 +199,10 @@ def _milliseconds(work: Callable[[], None], device: torch.device) -> float:
 
 def main() -> None:
     parser = make_parser("guard", __doc__.splitlines()[0])
-    parser.add_argument("--config", default="configs/demo.yaml", metavar="FILE")
     parser.add_argument("--steps", type=positive, default=20, metavar="N", help="steps of a turn")
     parser.add_argument("--rounds", type=positive, default=5, metavar="N", help="turns of each side")
     parser.add_argument("--json", metavar="FILE")
-    options, resolved = parse_with_config(parser, sys.argv[1:])
+    options, resolved = parse_with_config(parser, sys.argv[1:], "configs/demo.yaml")
     config = resolved.config
     accelerator = build.make_accelerator(config.train.precision)
     loaders.split_threads(config, accelerator.device)

@@ -200,12 +200,11 @@ def _show(report: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = make_parser("loader_beside_timm", __doc__.splitlines()[0])
-    parser.add_argument("--config", default="configs/demo.yaml", metavar="FILE")
     parser.add_argument("--steps", type=positive, default=20, metavar="N", help="batches of a turn")
     parser.add_argument("--rounds", type=positive, default=5, metavar="N", help="turns of each side")
     parser.add_argument("--packed", metavar="DIR", help="packed copy of the data to time, too")
     add_json(parser, to_file=True)
-    options, resolved = parse_with_config(parser, sys.argv[1:])
+    options, resolved = parse_with_config(parser, sys.argv[1:], "configs/demo.yaml")
     race_loaders(resolved.config, options.steps, options.rounds, options.packed, options.json)
 
 

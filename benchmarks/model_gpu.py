@@ -259,7 +259,7 @@ def main() -> None:
     begin = time.monotonic()
     set_cuda_math("fp32")  # as training does, also for fp16 and bf16
     torch.manual_seed(0)
-    rate = measure_ceilings(DEVICE, DTYPES["fp16"]).copy_bytes_per_second
+    rate = 1e9 * measure_ceilings(DEVICE, DTYPES["fp16"])["copy_gb_per_second"]
     cases = [case for case in CASES if bool(case.compiled) == options.compiled]
     if not ON_GPU:  # a CPU has no fused kernels, and compiles too slowly to be of use
         cases = [case for case in cases if not case.compiled and case.ffn_kernel != "fused"]

@@ -4,38 +4,67 @@ import contextlib
 import glob
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from filelock import FileLock, Timeout
-
-from pipelines.spec import is_device, visible
+from pipelines.spec import is_device, print_lines
 
 WAIT_LINE_SECONDS = 10.0
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
+def replacing(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
     """Open a temporary file that takes the place of `path` when the block ends without an error.
 
-    After an error it is deleted, and `path` is as it was. Raises OSError.
+    `durable`: wait until the disk holds it, so that a power failure leaves no empty file. After an error the
+    temporary file is deleted, and `path` is as it was. Raises OSError, which names `path`.
     """
-    if is_device(path):
-        with path.open("ab") as file:
-            yield file
-        return
     partial = partial_path(path)
     try:
-        with partial.open("wb") as file:
+        if is_device(path):
+            with open(path, "ab") as file:
+                yield file
+            return
+        with open(partial, "wb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         partial.replace(path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename in (None, str(partial)):
+            error.filename = str(path)  # nobody knows the temporary file
+        raise
+
+
+@contextmanager
+def new_folder(final: Path, temporary: Path) -> Iterator[None]:
+    """Publish as `final`, by one rename, the folder `temporary`, made here and filled by the caller.
+
+    The caller syncs the files. An error in its block is raised again, and leaves no folder behind.
+    """
+    try:
+        temporary.mkdir(parents=True)
+        yield
+        sync(temporary)
+        temporary.rename(final)
+        sync(final.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def sync(path: Path) -> None:
+    """Wait until the disk holds the file or folder `path`: only then does it survive a power failure."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
     finally:
-        partial.unlink(missing_ok=True)
+        os.close(descriptor)
 
 
 def partial_path(path: Path) -> Path:
@@ -49,6 +78,8 @@ def locked(path: Path, what: str) -> Iterator[None]:
 
     Where nothing can be locked it is not held, and every process works for itself. `what` the others do.
     """
+    from filelock import FileLock, Timeout  # late: it takes long to load, and the launcher needs none of it
+
     lock = FileLock(path.with_suffix(".lock"), fallback_to_soft=False)
     with contextlib.suppress(OSError, NotImplementedError):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -57,7 +88,7 @@ def locked(path: Path, what: str) -> Iterator[None]:
                 lock.acquire(timeout=WAIT_LINE_SECONDS)
             except Timeout:
                 holder = f"the process that {what} (it holds {lock.lock_file})"
-                sys.stderr.write(visible(f"waiting for {holder}") + "\n")
+                print_lines(f"waiting for {holder}")
     try:
         yield
     finally:
@@ -67,6 +98,8 @@ def locked(path: Path, what: str) -> Iterator[None]:
 
 def remove_leftovers(path: Path) -> None:
     """Remove the partial files or folders for `path` whose writers are dead: nobody holds its lock."""
+    from filelock import FileLock, Timeout  # as above
+
     with contextlib.suppress(OSError, NotImplementedError, Timeout):
         leftovers = list(path.parent.glob(f".{glob.escape(path.name)}.*"))
         if not leftovers:

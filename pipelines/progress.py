@@ -8,7 +8,7 @@ from collections.abc import Generator, Iterable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, TypeVar
 
-from pipelines.spec import visible
+from pipelines.spec import print_lines, visible
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -40,8 +40,7 @@ def tracked(
                 bar.update(bar.task_ids[0], completed=done)
                 next_report = now + REDRAW_SECONDS
             else:
-                sys.stderr.write(f"{visible(what)}: {done:,} of {total:,}, {now - began:.0f} s\n")
-                sys.stderr.flush()
+                print_lines(f"{what}: {done:,} of {total:,}, {now - began:.0f} s")
                 next_report = now + LINE_SECONDS
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -81,6 +82,12 @@ def visible(text: object) -> str:
         char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode()
         for char in shown
     )
+
+
+def print_lines(*lines: object) -> None:
+    """Print lines for people on stderr, at once, with what is not printable as escapes."""
+    sys.stderr.write("".join(f"{visible(line)}\n" for line in lines))
+    sys.stderr.flush()
 
 
 class Batch(NamedTuple):

@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "cmtrain.monitoring": MONITORING | {"cmtrain.monitoring.report", "pipelines.checks"},
     "cmtrain.monitoring.report": MONITORING | {"cmtrain.monitoring", "pipelines.checks"},
     "cmtrain.processes": {"cmtrain.storage", "cmtrain.config"},
-    "cmtrain.storage": {"cmtrain.models", "cmtrain.config"},
+    "cmtrain.storage": {"cmtrain.models", "cmtrain.config", "pipelines.atomic"},
     "cmtrain.step": set(),
     "cmtrain.models": set(),
     "cmtrain.config": set(),

@@ -3,14 +3,16 @@
 import argparse
 import os
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import NoReturn
 
 from cmtrain.config.load import Overrides, Resolved, load_config
-from cmtrain.errors import ConfigError, did_you_mean
+from cmtrain.errors import EXIT_DONE, ConfigError, did_you_mean
 
 EMPTY = "is empty: a variable of the shell that is not set?"
-CONFIG_HELP = "configuration file, or one that ships with cmtrain"
 # Records of runs, configurations, weights, data
 KEPT = ("status.json", ".jsonl", ".yaml", ".yml", ".pth", ".safetensors", ".tar", ".npz", ".jpg", ".jpeg")
 
@@ -76,9 +78,11 @@ def _override(argument: str, rest: list[str]) -> tuple[str, str]:
 
 
 def parse_with_config(
-    parser: argparse.ArgumentParser, arguments: Sequence[str]
+    parser: argparse.ArgumentParser, arguments: Sequence[str], default: str | None = None
 ) -> tuple[argparse.Namespace, Resolved]:
-    """Return the options of a verb that has --config, and the configuration with its overrides."""
+    """Return the options of a verb, --config among them, and the configuration with its overrides."""
+    what = f"configuration file, or one that ships with cmtrain{f' (default: {default})' if default else ''}"
+    parser.add_argument("--config", default=default, metavar="FILE", help=what)
     options, overrides = parse(parser, arguments)
     if [argument.partition("=")[0] for argument in arguments].count("--config") > 1:
         raise ConfigError("--config: given twice; a file takes the values of another by `extends: FILE`")
@@ -94,6 +98,23 @@ def parse_alone(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> ar
     if overrides:
         raise ConfigError(f"--{overrides[0][0]}: unknown option; see {parser.prog} --help")
     return options
+
+
+def run_group(group: str, verbs: Mapping[str, Callable[[list[str]], int]], arguments: list[str]) -> int:
+    """Run that verb of a `group`, such as data, that `arguments` begin with. Returns the exit code."""
+    what = arguments.pop(0) if arguments else ""
+    if what in ("-h", "--help"):
+        sys.stdout.write(help_page(group))
+        return EXIT_DONE
+    if what not in verbs:
+        hint = did_you_mean(what, verbs) or f"; there are {', '.join(verbs)}"
+        raise ConfigError(f"{' '.join(filter(None, ('cmtrain', group, what)))}: unknown verb{hint}")
+    return verbs[what](arguments)
+
+
+def help_page(name: str) -> str:
+    """Return the help of a group of verbs, or of the whole program ("help")."""
+    return Path(__file__).with_name(f"{name}.txt").read_text()
 
 
 def add_json(parser: argparse.ArgumentParser, *, to_file: bool = False) -> None:
@@ -112,6 +133,9 @@ def positive(text: str, least: int = 1) -> int:
     return int(text)
 
 
+count = partial(positive, least=0)
+
+
 def out_file(text: str) -> str:
     """Refuse what cannot be written to, before hours of work, and what it would be a loss to replace."""
     if os.path.isdir(text) or not os.path.isdir(os.path.dirname(text) or "."):
@@ -119,10 +143,6 @@ def out_file(text: str) -> str:
     if os.path.isfile(text) and text.lower().endswith(KEPT):
         raise argparse.ArgumentTypeError(f"{text}: exists, and is no result to replace; give another name")
     return text
-
-
-def count(text: str) -> int:
-    return positive(text, least=0)
 
 
 def share(text: str, most: float = 1, what: str = "share") -> float:
@@ -135,5 +155,4 @@ def share(text: str, most: float = 1, what: str = "share") -> float:
     return value
 
 
-def factor(text: str) -> float:
-    return share(text, most=1000, what="factor")
+factor = partial(share, most=1000, what="factor")

@@ -1,13 +1,11 @@
 """Parse `cmtrain data ...`: split, check, pack, preview, stats."""
 
 import argparse
-import sys
 from collections.abc import Callable
 from typing import Any
 
 from cmtrain.cli import start
 from cmtrain.cli.arguments import (
-    CONFIG_HELP,
     add_json,
     count,
     make_parser,
@@ -18,35 +16,8 @@ from cmtrain.cli.arguments import (
     share,
 )
 from cmtrain.config.schema import Config
-from cmtrain.errors import EXIT_DONE, ConfigError, did_you_mean
 
-HELP = """\
-usage: cmtrain data split DIR
-       cmtrain data check DIR
-       cmtrain data pack SRC DST
-       cmtrain data preview | stats --config FILE [--SECTION.KEY VALUE ...]
-
-split    divide a folder of classes into lists for training and validation; moves no image
-check    find the images that cannot be read; training leaves them out from then on
-pack     write an image folder as tar shards with an index: few large files instead of many small
-preview  draw augmented training images as a grid
-stats    count and measure the images of a configuration
-
-cmtrain data VERB --help lists the options of a verb.
-"""
 SHARE: dict[str, Any] = {"type": share, "default": argparse.SUPPRESS, "metavar": "X"}
-
-
-def data(arguments: list[str]) -> int:
-    """Run the verb that `arguments` begin with. Returns the exit code."""
-    what = arguments.pop(0) if arguments else ""
-    if what in ("-h", "--help"):
-        sys.stdout.write(HELP)
-        return EXIT_DONE
-    if what not in _DATA_VERBS:
-        close = did_you_mean(what, _DATA_VERBS) or f"; there are {', '.join(_DATA_VERBS)}"
-        raise ConfigError(f"cmtrain data {what}: unknown verb{close}".replace("data :", "data:"))
-    return _DATA_VERBS[what](arguments)
 
 
 def _data_split(arguments: list[str]) -> int:
@@ -128,7 +99,6 @@ def _data_stats(arguments: list[str]) -> int:
 
 def _parse_and_start(parser: argparse.ArgumentParser, arguments: list[str]) -> tuple[Config, dict[str, Any]]:
     """Return the configuration of a verb and its own options, once the images are known to be there."""
-    parser.add_argument("--config", metavar="FILE", help=CONFIG_HELP)
     options, resolved = parse_with_config(parser, arguments)
     start.announce(f"{parser.prog.removeprefix('cmtrain ')} of {resolved.config.data.root}")
     start.check_places(resolved.config)
@@ -137,7 +107,7 @@ def _parse_and_start(parser: argparse.ArgumentParser, arguments: list[str]) -> t
     return resolved.config, vars(options)
 
 
-_DATA_VERBS: dict[str, Callable[[list[str]], int]] = {
+DATA_VERBS: dict[str, Callable[[list[str]], int]] = {
     "split": _data_split, "check": _data_check, "pack": _data_pack, "preview": _data_preview,
     "stats": _data_stats,
 }  # fmt: skip

@@ -1,30 +1,33 @@
 """Run the command line. Each verb imports what it needs: help and mistakes answer without torch."""
 
 import itertools
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from cmtrain import __version__, errors
 from cmtrain.cli import start
 from cmtrain.cli.arguments import (
-    CONFIG_HELP,
     add_json,
     count,
     factor,
+    help_page,
     make_parser,
     out_file,
     parse,
     parse_alone,
     parse_with_config,
     positive,
+    run_group,
 )  # fmt: skip
-from cmtrain.cli.config_verbs import config
-from cmtrain.cli.data_verbs import data
+from cmtrain.cli.data_verbs import DATA_VERBS
 from cmtrain.cli.model_verbs import evaluate_trained, export_trained
 from cmtrain.commands import sweep
+from cmtrain.config.describe import config_reference, config_schema
 from cmtrain.config.load import load_config
 from cmtrain.config.schema import Config, to_yaml
 from cmtrain.errors import EXIT_DONE, ConfigError, did_you_mean, message_of
@@ -34,7 +37,7 @@ from cmtrain.processes.launcher import run_ranks
 from cmtrain.processes.output import with_guarded_output
 from cmtrain.processes.rank import PARENT, hold_back, is_first_rank, is_started_by_launcher, run_as_rank
 from cmtrain.storage.run_folder import REPORT_NAME, RUNS, read_finished, read_status
-from pipelines.spec import DataError
+from pipelines.spec import DataError, print_lines
 
 DEMO = "configs/demo.yaml"
 DEMO_PHOTOS = [
@@ -43,66 +46,6 @@ DEMO_PHOTOS = [
 ]  # fmt: skip
 BENCHMARKS = ("loader", "model", "latency", "train", "all")
 PREDICTED = ("h100", "h200", "a100", "l40s")
-
-HELP = """\
-usage: cmtrain [train] --config FILE [options] [--SECTION.KEY VALUE ...]
-       cmtrain VERB [options] [--SECTION.KEY VALUE ...]
-
-Trains CMT vision models (arXiv 2107.06263) from JPEG files.
-
-verbs:
-  train          train a configuration; the verb may be left out
-  doctor         check this machine for a run: packages, driver, GPUs, decoding, ranks, data, disk
-  demo           train a small CMT on images from installed packages: no GPU and no download needed
-  sweep          train many configurations, such as configs/ablations, and compare with what was published
-  eval RUN       accuracy of a trained model and its EMA: other sizes, other images, by class, ImageNet-ReaL
-  export RUN     write a trained model for timm, ONNX or torch.export; each file is read back and compared
-  status RUN     print the state of a run: its step, speed, time left, and whether its process is alive
-  watch RUN      the same, until the run ends
-  report RUN...  draw a run folder as one HTML file; several runs are compared
-  bench          time the loader, the model and training, and name the bottleneck
-  repair-bn X    recompute the BatchNorm statistics of a run or of any weights file, such as NaN ones
-  data split     divide a folder of classes into lists for training and validation; moves no image
-  data check     find the images that cannot be read; training leaves them out from then on
-  data pack      write an image folder as tar shards with an index: few large files instead of many small
-  data preview   draw augmented training images as a grid
-  data stats     count and measure the images of a configuration
-  config show    print the resolved configuration and where each value comes from
-  config schema  print the JSON schema of configuration files, for editors; `config reference` prints every
-                 key, its unit, range and default for people
-
-main options (cmtrain VERB --help lists those of a verb):
-  --config FILE         configuration file, or one that ships with cmtrain, such as configs/full_in1k.yaml
-  --SECTION.KEY VALUE   override one value of it, e.g. --optim.lr 4e-3 or --augment.scale '[0.2, 1]'
-  --resume WHAT         auto (default): continue from the run folder's newest checkpoint, if there is one;
-                        never; force: also where the recipe has changed; or a checkpoint or run folder
-  --max-steps N         stop after N optimizer steps
-  --nproc N             processes to train in, one per GPU (default: as many as there are GPUs; on a CPU 1)
-  --max-restarts N      start all of them again when one fails, at most N times (default: 0)
-  --dry-run             print the plan of the run and stop
-  --version             print the version and stop
-
-examples:
-  cmtrain demo
-  cmtrain --config configs/full_in1k.yaml --data.root /data/imagenet
-  cmtrain --config configs/full_in1k.yaml --optim.lr 4e-3 --run.name lr4e-3
-  accelerate launch --num_machines 2 ... -m cmtrain --config configs/full_in1k.yaml
-  cmtrain eval runs/full_in1k --resize-px 184,182
-  cmtrain export runs/full_in1k --format all --out cmt_ti
-  cmtrain sweep configs/ablations --data.root /data/imagenet --rows 16-32
-  cmtrain data pack /data/imagenet /data/imagenet-256 --resize-shorter 256
-  cmtrain config show --config configs/paper/cmt_ti.yaml
-
-exit codes:
-  0    done
-  2    the configuration or the command line is wrong; nothing was started
-  3    data or environment unusable
-  4    training diverged
-  5    the expected accuracy was not reached (expect.enforce)
-  130  stopped by Ctrl-C
-  141  the reader of stdout has gone (cmtrain data stats | head -1); never of a run, which goes on
-  143  stopped by SIGTERM, SIGUSR1 or SIGUSR2, after a checkpoint
-"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -119,12 +62,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(arguments: list[str]) -> int:
     if not arguments:
-        sys.stderr.write(HELP)
+        sys.stderr.write(help_page("help"))
         return errors.EXIT_CONFIG
     if arguments[0] == "help":  # `cmtrain help VERB` is `cmtrain VERB --help`
         arguments = [*arguments[1:], "--help"]
     if arguments[0] in ("-h", "--help", "--version"):
-        sys.stdout.write(f"cmtrain {__version__}\n" if arguments[0] == "--version" else HELP)
+        version = f"cmtrain {__version__}\n"
+        sys.stdout.write(version if arguments[0] == "--version" else help_page("help"))
         return EXIT_DONE
     verb = "train" if arguments[0].startswith("-") else arguments.pop(0)
     try:
@@ -150,7 +94,6 @@ def _main(arguments: list[str]) -> int:
 def _train(arguments: list[str]) -> int:
     parser = make_parser("train", "Train a configuration.")
     add = parser.add_argument
-    add("--config", metavar="FILE", help=CONFIG_HELP)
     add("--resume", default="auto", metavar="WHAT", help="auto (default), never, force, or a path")
     add("--max-steps", type=positive, metavar="N", help="stop after N optimizer steps")
     add("--nproc", type=positive, metavar="N", help="processes to train in (default: one per GPU)")
@@ -169,8 +112,8 @@ def _train(arguments: list[str]) -> int:
         if is_first_rank():
             from cmtrain.monitoring.console import print_result
 
-            sys.stderr.write(f"{run_path}: finished before: {finished['reason']}\n")
-            sys.stderr.write(f"report {run_path / REPORT_NAME}\n")
+            before = f"{run_path}: finished before: {finished['reason']}"
+            print_lines(before, f"report {run_path / REPORT_NAME}")
             print_result(finished["result"], asked=options.json)
         return int(finished["exit_code"])
 
@@ -217,7 +160,7 @@ def _demo(arguments: list[str]) -> int:
     base, given = ("demo-photos", DEMO_PHOTOS) if options.photos else ("demo", [])
     for attempt in itertools.count(1):  # an interrupted demo continues; a finished one is left alone
         name = base if attempt == 1 else f"{base}-{attempt}"
-        config = load_config("configs/demo.yaml", [*given, ("run.name", name), *overrides]).config
+        config = load_config(DEMO, [*given, ("run.name", name), *overrides]).config
         status = read_status(Path(config.run.dir) / str(config.run.name)) or {}
         if status.get("state") != "finished" or any(key == "run.name" for key, _ in overrides):
             break
@@ -232,7 +175,6 @@ def _demo(arguments: list[str]) -> int:
 def _bench(arguments: list[str]) -> int:
     parser = make_parser("bench", "Time the loader, the model and training, and name the bottleneck.")
     add = parser.add_argument
-    add("--config", default="configs/demo.yaml", metavar="FILE", help="default: configs/demo.yaml")
     add("--what", choices=BENCHMARKS, default="all", help="default: all")
     add("--steps", type=positive, default=20, metavar="N", help="steps to time of each (default: 20)")
     rounds = "turns of each side (5; with model, latency)"
@@ -244,7 +186,7 @@ def _bench(arguments: list[str]) -> int:
     add("--compare", metavar="FILE", help="JSON of an earlier run to compare rates with")
     add("--fail-below", type=factor, metavar="X", help="exit code 5 where a rate is below X times that")
     add_json(parser, to_file=True)
-    options, resolved = parse_with_config(parser, arguments)
+    options, resolved = parse_with_config(parser, arguments, DEMO)
     if options.fail_below is not None and not options.compare:
         raise ConfigError("--fail-below: needs --compare FILE, the earlier run")
     if options.predict and (options.what != "model" or options.compare):
@@ -264,9 +206,8 @@ def _names(text: str) -> list[str]:
 
 def _doctor(arguments: list[str]) -> int:
     parser = make_parser("doctor", "Check this machine for a run, and suggest a remedy for every problem.")
-    parser.add_argument("--config", default=DEMO, metavar="FILE", help=f"{CONFIG_HELP} (default: {DEMO})")
     parser.add_argument("--json", action="store_true", help="as one JSON object")
-    options, resolved = parse_with_config(parser, arguments)
+    options, resolved = parse_with_config(parser, arguments, DEMO)
     own = "" if options.config != DEMO else " (--config FILE for a run of your own)"
     start.announce(f"doctor for a run of {options.config}{own}")
     start.loading()
@@ -362,9 +303,30 @@ def _report(arguments: list[str]) -> int:
     return report(runs, options.out)
 
 
+def _config_show(arguments: list[str]) -> int:
+    parser = make_parser("config show", "Print the configuration and where each value comes from.")
+    _, resolved = parse_with_config(parser, arguments)
+    sys.stdout.write(to_yaml(resolved.config, resolved.origins))
+    return EXIT_DONE
+
+
+def _config_schema(arguments: list[str]) -> int:
+    parse_alone(make_parser("config schema", "Print the JSON schema of configuration files."), arguments)
+    sys.stdout.write(json.dumps(config_schema(), indent=2) + "\n")
+    return EXIT_DONE
+
+
+def _config_reference(arguments: list[str]) -> int:
+    parse_alone(make_parser("config reference", "Print every key, its range and default."), arguments)
+    sys.stdout.write(config_reference())
+    return EXIT_DONE
+
+
+_CONFIG_VERBS = {"show": _config_show, "schema": _config_schema, "reference": _config_reference}
 _VERBS: dict[str, Callable[[list[str]], int]] = {
     "train": _train, "doctor": _doctor, "demo": _demo, "sweep": _sweep, "eval": evaluate_trained,
     "export": export_trained, "status": _status, "watch": _watch, "report": _report, "bench": _bench,
-    "repair-bn": _repair_bn, "data": data, "config": config,
+    "repair-bn": _repair_bn, "data": partial(run_group, "data", DATA_VERBS),
+    "config": partial(run_group, "config", _CONFIG_VERBS),
 }  # fmt: skip
 _READERS = ("status", "watch", "report", "config")  # they compute nothing, in one process

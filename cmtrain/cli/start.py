@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import sys
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,7 @@ from cmtrain.processes.rank import PARENT, is_first_rank
 from cmtrain.storage.records import read_json
 from cmtrain.storage.run_folder import RunLock, find_run, why_no_weights
 from cmtrain.training.schedule import plan_steps, refuse_batch_of_one, split_batch
-from pipelines.spec import DataError, visible
+from pipelines.spec import DataError, print_lines
 
 if TYPE_CHECKING:
     from cmtrain.training.loaders import Data  # with numpy: help and mistakes answer without it
@@ -30,7 +29,7 @@ WEIGHTS_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
 def announce(what: str, start: str = f"cmtrain {__version__}: ") -> None:
     """Print the first line of a verb, on the first rank or in the process that starts the ranks."""
     if is_first_rank() and PARENT not in os.environ:
-        print(visible(start + what), file=sys.stderr, flush=True)  # noqa: T201
+        print_lines(start + what)
 
 
 def loading() -> None:

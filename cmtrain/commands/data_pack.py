@@ -1,7 +1,6 @@
 """Pack folders or lists of image files into tar shards with an index (`cmtrain data pack`)."""
 
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from pipelines.files.manifest import Manifest
 from pipelines.files.shards import damage, is_packed
 from pipelines.packing.encode import PackSpec
 from pipelines.packing.shard_writer import pack_split
-from pipelines.spec import MAX_BAD_FRACTION, DataError, os_errors_in_one_line, visible
+from pipelines.spec import MAX_BAD_FRACTION, DataError, os_errors_in_one_line, print_lines
 
 
 @os_errors_in_one_line()
@@ -59,11 +58,10 @@ def pack(
         else:
             manifest = Manifest.from_folder(root / split, class_names=class_names, **limits)
         class_names = manifest.class_names
-        sys.stderr.writelines(f"{visible(line)}\n" for line in split_doubts(manifest, split))
+        print_lines(*split_doubts(manifest, split))
         folder = Path(destination).absolute() / split
         done = pack_split(manifest, folder, spec, processes=workers, max_bad_fraction=max_bad_fraction)
-        for path, _, reason in done.bad:
-            sys.stderr.write(visible(f"left out: {path}: {reason}") + "\n")
+        print_lines(*(f"left out: {path}: {reason}" for path, _, reason in done.bad))
         shards = done.packed
         assert shards is not None
         if damaged := damage(shards, done.paths):
@@ -73,6 +71,6 @@ def pack(
         counts = {"images": images, "left_out": len(done.bad), "shards": len(shards.shard_names)}
         report[split] = counts | {"bytes": size_bytes}
         written = f"{images:,} images in {counts['shards']} shards, {size_bytes:,} bytes"
-        sys.stderr.write(visible(f"{folder}: {written}, verified") + "\n")
+        print_lines(f"{folder}: {written}, verified")
     print_result({"destination": destination, **report}, asked=as_json)
     return EXIT_DONE

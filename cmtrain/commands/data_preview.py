@@ -2,7 +2,6 @@
 
 import io
 import os
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +24,7 @@ from pipelines.checks.pixels import grey_or_rgb
 from pipelines.files.manifest import Manifest
 from pipelines.preview import contact_sheet
 from pipelines.progress import tracked
-from pipelines.spec import DataError, os_errors_in_one_line, visible
+from pipelines.spec import DataError, os_errors_in_one_line, print_lines, visible
 
 _PERCENTILES = (0, 5, 50, 95, 100)
 _SAMPLED_IMAGES = 1000  # decoded for mean and std, evenly spread over the split
@@ -40,7 +39,7 @@ def preview(config: Config, *, out: str, rows: int = 8, columns: int = 8, epoch:
     """
     accelerator = build.make_accelerator("auto")
     data = loaders.open_data(config, accelerator)
-    sys.stderr.writelines(f"{visible(line)}\n" for line in data.notes)
+    print_lines(*data.notes)
     chosen = np.unique(np.linspace(0, len(data.train) - 1, rows).astype(np.int64))
     shown = data.train.select(chosen)
     schedule = build.plan_steps(config, len(data.train), accelerator.num_processes)
@@ -72,7 +71,7 @@ def stats(config: Config, *, as_json: bool = False) -> int:
     image. They and `undecodable` come from at most 1,000 images. Raises as training does.
     """
     data = loaders.open_data(config, build.make_accelerator("auto", checks_gpus=False))
-    sys.stderr.writelines(f"{visible(line)}\n" for line in data.notes)
+    print_lines(*data.notes)
     report = {"train": _split_stats(data.train, config), "val": _split_stats(data.val, config)}
     table = Table("", *report)
     for key in report["train"]:
@@ -108,8 +107,7 @@ def _pixel_stats(manifest: Manifest) -> dict[str, Any]:
         found = list(tracked(decoded, f"{manifest.root}: decoding", len(chosen)))
     moments = np.array([moment for moment in found if not isinstance(moment, str)]).reshape(-1, 2, 3)
     failures = [(index, why) for index, why in zip(chosen, found, strict=True) if isinstance(why, str)]
-    for index, why in failures:
-        sys.stderr.write(visible(f"cannot be decoded: {manifest.file(index)}: {why}") + "\n")
+    print_lines(*(f"cannot be decoded: {manifest.file(index)}: {why}" for index, why in failures))
     mean, square = moments.mean(axis=0) if len(moments) else np.full((2, 3), np.nan)
     variance = np.maximum(square - mean**2, 0)  # rounding leaves images of one colour below
     return {
@@ -149,4 +147,4 @@ def _write_grid(epochs: list[torch.Tensor], config: Config, path: Path) -> None:
         contact_sheet(images, mean, std, path, max_images=len(images), columns=len(epochs))
     except OSError as error:
         raise DataError(f"{path}: cannot be written: {error.strerror or error}") from error
-    sys.stderr.write(f"{visible(path)}\n")
+    print_lines(path)

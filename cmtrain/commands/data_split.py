@@ -26,7 +26,7 @@ from pipelines.files.lists import read_list
 from pipelines.files.manifest import Manifest
 from pipelines.plan import sample_keys
 from pipelines.progress import tracked
-from pipelines.spec import DataError, os_errors_in_one_line, visible
+from pipelines.spec import DataError, os_errors_in_one_line, print_lines, visible
 
 SPLITS = ("train", "val", "test")
 THUMBNAIL_PX = 16
@@ -64,7 +64,7 @@ def split(
     images = Manifest.from_folder(folder)
     lines = split_doubts(images, folder.name)
     lines += [f"left out: {file.path}: {file.reason}" for file in images.bad]
-    sys.stderr.writelines(f"{visible(line)}\n" for line in lines)
+    print_lines(*lines)
     links = [_same_text(images, group_by)] if group_by else []
     if compare:
         links.append(near_duplicates(images))

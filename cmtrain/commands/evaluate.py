@@ -9,7 +9,6 @@ import io
 import json
 import os
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ from cmtrain.commands.evaluation_sizes import sizes_of
 from cmtrain.commands.export import make_trained_model
 from cmtrain.commands.trained_model import open_trained
 from cmtrain.config.load import Overrides
-from cmtrain.config.schema import Config
 from cmtrain.errors import EXIT_DONE, EXIT_EXPECTATION, ConfigError
 from cmtrain.monitoring.console import Console, print_result
 from cmtrain.monitoring.units import percent
@@ -33,9 +31,8 @@ from cmtrain.training.schedule import split_batch
 from pipelines.files.doubts import split_doubts
 from pipelines.files.labels import some
 from pipelines.files.manifest import Manifest
-from pipelines.files.shards import is_packed
 from pipelines.progress import tracked
-from pipelines.spec import DataError, visible
+from pipelines.spec import DataError, print_lines
 
 NUM_REAL_FILES, NUM_IMAGENET_CLASSES = 50_000, 1_000
 SIZES = ("weights", "image_px", "resize_px")
@@ -59,11 +56,10 @@ def evaluate_trained(options: argparse.Namespace, overrides: Overrides) -> int:
     weights = [trained.weights(kind) for kind in kinds]
     accelerator = build.make_accelerator(config.train.precision)
     place, lines = loaders.place_loaders(config, accelerator)
-    sys.stderr.writelines(f"{visible(line)}\n" for line in lines)
+    print_lines(*lines)
     names = trained.class_names or loaders.open_data(config, accelerator).train.class_names
-    folder = options.folder
-    manifest = open_folder(folder, names, config) if folder else loaders.open_val(config, names)
-    sys.stderr.writelines(f"{visible(line)}\n" for line in split_doubts(manifest, "images"))
+    manifest = loaders.open_val(config, names, options.folder)
+    print_lines(*split_doubts(manifest, "images"))
     real = real_labels(manifest) if options.real else None
     numbers = imagenet_numbers(names) if options.real else []
     batch_size, _ = split_batch(config.train.global_batch_size, config.train.max_batch_per_gpu, 1)
@@ -110,17 +106,6 @@ def evaluate_trained(options: argparse.Namespace, overrides: Overrides) -> int:
         Console(enabled=True).line(missed)
         return EXIT_EXPECTATION
     return EXIT_DONE
-
-
-def open_folder(folder: str, class_names: Sequence[str], config: Config) -> Manifest:
-    """Open `folder`, whose class folders have the names of training's classes, or else their positions.
-    Raises DataError: a class that training does not know, or nothing to read.
-    """
-    if is_packed(Path(folder)):
-        return Manifest.from_shards(folder, class_names=class_names)
-    limit = config.data.max_bad_fraction
-    scan: dict[str, Any] = {"cache_dir": loaders.cache_folder(config), "max_bad_fraction": limit}
-    return Manifest.from_folder(folder, class_names=class_names, positions=True, **scan)
 
 
 def real_labels(manifest: Manifest) -> RealLabelsImagenet:

@@ -23,12 +23,12 @@ from cmtrain.errors import EXIT_DONE, ConfigError
 from cmtrain.models.cmt import CMT
 from cmtrain.models.fold import folded
 from cmtrain.monitoring.console import Console, print_result
-from cmtrain.monitoring.report.page import make_templates
-from cmtrain.storage.checkpoint import new_folder, sync
+from cmtrain.monitoring.report.rendering import make_templates
 from cmtrain.storage.records import remove_leftovers
 from cmtrain.storage.run_record import read_run
 from cmtrain.storage.weights import Weights, fit, num_classes_in
 from cmtrain.training import build
+from pipelines.atomic import new_folder, sync
 from pipelines.spec import DataError
 
 TOLERANCE = 1e-5  # of logits, against the largest of them or 1

@@ -10,7 +10,6 @@ import itertools
 import math
 import os
 import re
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +36,7 @@ from cmtrain.training import build, loaders
 from cmtrain.training.schedule import refuse_batch_of_one
 from pipelines.atomic import replacing
 from pipelines.progress import tracked
-from pipelines.spec import DataError, Loader
+from pipelines.spec import DataError, Loader, print_lines
 
 SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
 STATISTICS = (".running_mean", ".running_var", ".num_batches_tracked")
@@ -104,7 +103,7 @@ def repair_bn(
         config, source = _open_run(place, config, overrides, out)
     accelerator = build.make_accelerator(config.train.precision)
     placement, lines = loaders.place_loaders(config, accelerator)
-    sys.stderr.writelines(f"{line}\n" for line in lines)
+    print_lines(*lines)
     data = loaders.open_data(config, accelerator)
     schedule = build.plan_steps(config, len(data.train), 1)
     refuse_batch_of_one(schedule.global_batch_size, schedule.max_batch_per_gpu, 1)

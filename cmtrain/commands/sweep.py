@@ -11,8 +11,7 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -27,7 +26,7 @@ from cmtrain.monitoring.units import is_part, percent, state_name
 from cmtrain.processes.failure import stop_signals
 from cmtrain.storage.records import is_number
 from cmtrain.storage.run_folder import read_status
-from pipelines.spec import DataError, visible
+from pipelines.spec import DataError, print_lines, visible
 
 SBATCH = "docker/slurm/train.sbatch"
 
@@ -96,15 +95,14 @@ def run_here(rows: Sequence[SweepRow]) -> int:
     misses its accuracy or crashes; missing data, a mistake and a stop request end it.
     """
     failed = errors.EXIT_DONE
-    with _forwarded_signals() as child:
-        for row in rows:
-            _print(f"row {row.number}: {row.run_path} ({row.changes})")
-            code = child.call([sys.executable, "-m", "cmtrain", *row.command])
-            if child.received or code in END_CODES:
-                return code
-            if code and not (code == errors.EXIT_DIVERGED and row.config.expect.diverges):
-                _print(f"row {row.number}: exit code {code}")
-                failed = failed or code
+    for row in rows:
+        print_lines(f"row {row.number}: {row.run_path} ({row.changes})")
+        code, is_stopped = _call([sys.executable, "-m", "cmtrain", *row.command])
+        if is_stopped or code in END_CODES:
+            return code
+        if code and not (code == errors.EXIT_DIVERGED and row.config.expect.diverges):
+            print_lines(f"row {row.number}: exit code {code}")
+            failed = failed or code
     return failed
 
 
@@ -118,11 +116,11 @@ def submit(rows: Sequence[SweepRow], script: str) -> int:
     for row in rows:
         name = f"cmtrain-{row.config.run.name}"
         if (read_status(row.run_path) or {}).get("state") == "finished":
-            _print(f"row {row.number}: {row.run_path} is finished")
+            print_lines(f"row {row.number}: {row.run_path} is finished")
         elif queued := _ask(["squeue", "--me", "--noheader", "--format=%i", f"--name={name}"]):
-            _print(f"row {row.number}: job {queued.split()[0]} is queued or runs")
+            print_lines(f"row {row.number}: job {queued.split()[0]} is queued or runs")
         else:
-            _print(f"row {row.number}: {_ask(_sbatch(row, script))}")
+            print_lines(f"row {row.number}: {_ask(_sbatch(row, script))}")
     return errors.EXIT_DONE
 
 
@@ -228,39 +226,25 @@ def _numbers(select: str, last: int) -> list[int]:
     return sorted(chosen)
 
 
-class _Child:
-    """Run one command at a time, and forward stop signals to it."""
+def _call(command: Sequence[str]) -> tuple[int, bool]:
+    """Run a command, and forward stop signals to it. Return its exit code, and whether one came."""
+    received, running = list[int](), list[subprocess.Popen[bytes]]()
 
-    received = 0
-    process: subprocess.Popen[bytes] | None = None
+    def forward(number: int, _: FrameType | None) -> None:
+        received.append(number)
+        for process in running:
+            process.send_signal(number)
 
-    def receive(self, number: int, _: FrameType | None) -> None:
-        self.received = number
-        self._forward()
-
-    def call(self, command: Sequence[str]) -> int:
-        """Run a command and return its exit code. After a stop signal nothing is run."""
-        if self.received:
-            return errors.EXIT_INTERRUPTED if self.received == signal.SIGINT else errors.EXIT_PREEMPTED
-        self.process = subprocess.Popen(command)  # noqa: S603 - our own program
-        self._forward()  # a signal that came before there was a process
-        code = self.process.wait()
-        return 128 - code if code < 0 else code
-
-    def _forward(self) -> None:
-        if self.received and self.process is not None:
-            self.process.send_signal(self.received)
-
-
-@contextmanager
-def _forwarded_signals() -> Iterator[_Child]:
-    child = _Child()
-    previous = {number: signal.signal(number, child.receive) for number in stop_signals()}
+    previous = {number: signal.signal(number, forward) for number in stop_signals()}
     try:
-        yield child
+        running.append(subprocess.Popen(command))  # noqa: S603 - our own program
+        for number in received:  # before there was a process
+            running[0].send_signal(number)
+        code = running[0].wait()
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+    return 128 - code if code < 0 else code, bool(received)
 
 
 def _sbatch(row: SweepRow, script: str) -> list[str]:
@@ -277,8 +261,3 @@ def _ask(command: Sequence[str]) -> str:
         why = error.stderr.strip() or f"exit code {error.returncode}"
         raise DataError(f"{shlex.join(command)}: {why}") from error
     return done.stdout.strip()
-
-
-def _print(text: str) -> None:
-    sys.stderr.write(f"{text}\n")
-    sys.stderr.flush()

@@ -1,6 +1,5 @@
 """Open a finished run for eval, export and repair-bn: its configuration, checkpoint and class names."""
 
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from cmtrain.storage.records import read_json
 from cmtrain.storage.run_folder import CLASSES_NAME, find_run
 from cmtrain.storage.state_file import CheckpointError
 from cmtrain.storage.weights import Weights, check_finite, state_of
-from pipelines.spec import DataError
+from pipelines.spec import DataError, print_lines
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ def read_checkpoint(path: Path) -> Loaded:
         raise DataError(str(error)) from error
     except (KeyError, TypeError) as error:
         raise DataError(f"{loaded.path}: no checkpoint of a run") from error
-    sys.stderr.writelines(f"{line}\n" for line in loaded.warnings)
+    print_lines(*loaded.warnings)
     return loaded
 
 
@@ -74,8 +73,7 @@ def _config_of(path: Path, loaded: Loaded, overrides: Overrides) -> Config:
     try:
         load_config(path)
     except ConfigError as error:
-        what = f"taking the configuration that is in {loaded.path.name}"
-        sys.stderr.write(f"{path} is missing or damaged; {what}\n")
+        print_lines(f"{path} is missing or damaged; taking the configuration that is in {loaded.path.name}")
         try:
             saved = to_yaml(Config.model_validate(loaded.meta["config"]))
         except (KeyError, ValueError):
@@ -92,5 +90,5 @@ def _class_names(run: Path) -> tuple[str, ...]:
     names = (read_json(run / CLASSES_NAME, damage) or {}).get("classes", [])
     if not isinstance(names, list):
         damage.append(f"{CLASSES_NAME}: names no classes")
-    sys.stderr.writelines(f"{run}: {line}; going on without class names\n" for line in damage)
+    print_lines(*(f"{run}: {line}; going on without class names" for line in damage))
     return () if damage else tuple(map(str, names))

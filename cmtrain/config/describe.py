@@ -3,6 +3,7 @@
 import functools
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from pydantic_core import PydanticUndefined
@@ -10,19 +11,6 @@ from pydantic_core import PydanticUndefined
 from cmtrain.config.schema import Config, fields
 from cmtrain.config.strict_yaml import emit
 
-HEAD = """\
-# Configuration
-
-This page lists every key of a configuration file, with its values, default and meaning.
-
-A configuration file is YAML: sections with keys. Values are strict: `"512"` is not a number and `yes` is not
-`true`; `6e-3` is a number. `extends: other.yaml` starts from another file, which may extend a third one. The
-path is relative to this file, or names a file that ships with cmtrain, such as `configs/full_in1k.yaml`.
-
-The command line (`--section.key value`) takes precedence over the file, the file over the one it extends.
-`cmtrain config show --config FILE` prints every value and where it comes from, `cmtrain config schema` a
-JSON schema for editors, `cmtrain config reference` this page.
-"""
 TABLE = "| key | value | default | meaning |\n|---|---|---|---|\n"
 
 
@@ -35,7 +23,8 @@ def config_reference() -> str:
         meaning = str(field.description).replace("<", "&lt;")
         cells = [cell.replace("|", r"\|") for cell in (f"`{name}`", value, default, meaning)]
         tables[name.split(".")[0]] += f"| {' | '.join(cells)} |\n"
-    return HEAD + "".join(tables.values())
+    head = Path(__file__).with_name("reference.md").read_text()
+    return head + "".join(tables.values())
 
 
 _KINDS = {

@@ -6,8 +6,6 @@ ms of CPU time after 200 log points or after 200,000. The template is report/tem
 """
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,63 +15,47 @@ from cmtrain.monitoring.metrics import TrainMetrics
 from cmtrain.monitoring.report.curves import PlottedRun, draw_charts
 from cmtrain.monitoring.report.events import newest_rows
 from cmtrain.monitoring.report.headline import Headline, best_top1, number
-from cmtrain.monitoring.report.page import TONES, render_page
+from cmtrain.monitoring.report.page import TONES
+from cmtrain.monitoring.report.rendering import render_page
 from cmtrain.monitoring.units import duration, is_part, percent, short, state_name
 from cmtrain.storage.run_folder import REPORT_NAME
 from cmtrain.storage.run_record import is_sampled, read_sample
 
 HTML = "text/html; charset=utf-8"
-MAX_AGE_SECONDS = 1.0
 STATES = {"setup": "setting up", "train": "training", "evaluate": "evaluating", "checkpoint": "saving"}
 
 
-@dataclass
-class LivePage:
-    """The page of one rank. Rank 0 shows the run; other ranks show themselves and link to rank 0.
+def make_live_page(
+    metrics: TrainMetrics, status: dict[str, Any], now: dict[str, Any], run_path: Path, since: float
+) -> Page:
+    """Return the page of one rank. Rank 0 shows the run; other ranks show themselves and link to rank 0.
 
-    `status` returns what this rank knows of the run, `now` what it is doing; see routes.make_pages. Only
-    rank 0 reads files in the run folder, `run_path`.
+    `status`: what this rank knows of the run; `now`: what it is doing; see routes.make_pages. Only rank 0
+    reads files in the run folder, `run_path`. `since`: when this process began (Unix time); an older status
+    is that of an earlier one.
     """
-
-    metrics: TrainMetrics
-    status: Callable[[], dict[str, Any]]
-    now: Callable[[], dict[str, Any]]
-    run_path: Path
-    since: float = field(default_factory=time.time)  # status.json may be that of an earlier process
-    page: Page | None = None
-    made_at: float = 0.0
-    shown: Any = None  # the run's state on `page`
-
-    def __call__(self, accept: str) -> Page:
-        state = self.status().get("state")  # its end is shown at once
-        if self.page is None or state != self.shown or time.monotonic() - self.made_at >= MAX_AGE_SECONDS:
-            self.page = Page(HTML, self._render().encode(errors="replace"))
-            self.made_at, self.shown = time.monotonic(), state
-        return self.page
-
-    def _render(self) -> str:
-        metrics, now, status, at = self.metrics, self.now(), self.status(), time.time()
-        target, end = _value(metrics.steps_target), _value(metrics.eta_timestamp)
-        page: dict[str, Any] = {"metrics": metrics, "now": now, "report": self.run_path / REPORT_NAME}
-        if metrics.rank == 0:
-            record = read_sample(self.run_path, status)
-            page |= draw_charts([PlottedRun(record)])
-            page |= {"sampled": is_sampled(self.run_path / "log.jsonl"), "events": newest_rows(record, at)}
-        elif first := read_target(self.run_path, 0):
-            page["first_rank"] = f"http://{first}/"
-        state, tone = STATES[now["state"]], "info" if now["state"] == "setup" else "good"
-        if now["stalled"]:
-            state, tone = "stalled", "bad"
-        is_new = (number(status.get("updated")) or 0.0) >= self.since
-        page["ended"] = is_new and status.get("state") in TONES.keys() - {"running"}
-        if page["ended"]:
-            state, tone, end = state_name(status), TONES[status["state"]], 0.0
-            page["reason"] = status.get("reason")
-            target = status["total_steps"] if is_part(status) else target
-        page |= {"state": state, "tone": tone, "numbers": headline_now(metrics, status, at), "at": at}
-        page |= {"target": int(target), "share": min(1.0, now["step"] / target) if target else 0.0}
-        page |= {"end": end, "left_seconds": max(0.0, end - at) if end else None}
-        return render_page("live.html", page, ["curves.js", "live.js"])
+    at, target, end = time.time(), _value(metrics.steps_target), _value(metrics.eta_timestamp)
+    page: dict[str, Any] = {"metrics": metrics, "now": now, "report": run_path / REPORT_NAME}
+    if metrics.rank == 0:
+        record = read_sample(run_path, status)
+        page |= draw_charts([PlottedRun(record)])
+        page |= {"sampled": is_sampled(run_path / "log.jsonl"), "events": newest_rows(record, at)}
+    elif first := read_target(run_path, 0):
+        page["first_rank"] = f"http://{first}/"
+    state, tone = STATES[now["state"]], "info" if now["state"] == "setup" else "good"
+    if now["stalled"]:
+        state, tone = "stalled", "bad"
+    is_new = (number(status.get("updated")) or 0.0) >= since
+    page["ended"] = is_new and status.get("state") in TONES.keys() - {"running"}
+    if page["ended"]:
+        state, tone, end = state_name(status), TONES[status["state"]], 0.0
+        page["reason"] = status.get("reason")
+        target = status["total_steps"] if is_part(status) else target
+    page |= {"state": state, "tone": tone, "numbers": headline_now(metrics, status, at), "at": at}
+    page |= {"target": int(target), "share": min(1.0, now["step"] / target) if target else 0.0}
+    page |= {"end": end, "left_seconds": max(0.0, end - at) if end else None}
+    html = render_page("live.html", page, ["curves.js", "live.js"])
+    return Page(HTML, html.encode(errors="replace"))
 
 
 def headline_now(metrics: TrainMetrics, status: dict[str, Any], at: float) -> Headline:

@@ -12,11 +12,10 @@ from accelerate import Accelerator
 
 from cmtrain.config.strict_yaml import emit
 from cmtrain.errors import ConfigError
-from cmtrain.storage.records import is_number
+from cmtrain.storage.records import is_number, reason_of
 from pipelines.spec import DataError
 
 PROJECT = "cmtrain"
-MAX_ERROR_CHARACTERS = 300
 FOLDER_NAME = "trackers"  # in the run folder, for trackers that write files
 
 
@@ -37,7 +36,7 @@ class Trackers:
         try:
             accelerator.init_trackers(PROJECT, values, init_kwargs=names)
         except Exception as error:  # each tracker has exceptions of its own
-            what = f"cannot start: {_line(error)}; leave it out to run without"
+            what = f"cannot start: {reason_of(error)}; leave it out to run without"
             raise DataError(f"metrics.trackers: {what}") from error
 
     def log(self, values: Mapping[str, Any], step: int) -> str:
@@ -49,7 +48,7 @@ class Trackers:
             self.accelerator.log(numbers, step=step)
         except Exception as error:
             self.enabled = False
-            return f"metrics.trackers: no more from here on: {_line(error)}"
+            return f"metrics.trackers: no more from here on: {reason_of(error)}"
         return ""
 
     def close(self) -> str:
@@ -62,7 +61,7 @@ class Trackers:
             for tracker in self.accelerator.trackers:
                 tracker.finish()
         except Exception as error:
-            return f"metrics.trackers: not ended in order: {_line(error)}"
+            return f"metrics.trackers: not ended in order: {reason_of(error)}"
         return ""
 
 
@@ -75,8 +74,3 @@ def tracker_options(names: Sequence[str], run_folder: Path) -> dict[str, Any]:
         remedy = f"pip install -e '.[{','.join(missing)}]', or leave it out"
         raise ConfigError(f"metrics.trackers: not installed: {', '.join(missing)}; {remedy}")
     return {"log_with": list(names), "project_dir": run_folder / FOLDER_NAME} if names else {}
-
-
-def _line(error: Exception) -> str:
-    text = f"{type(error).__name__}: {' '.join(str(error).split())}"
-    return text if len(text) <= MAX_ERROR_CHARACTERS else text[: MAX_ERROR_CHARACTERS - 3] + "..."

@@ -3,7 +3,6 @@
 import datetime
 import os
 import socket
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from cmtrain.processes.rank import num_restarts
-from pipelines.spec import DataError
+from pipelines.spec import DataError, print_lines
 
 T = TypeVar("T")
 
@@ -105,8 +104,7 @@ class _Wait:
         if now > self.deadline:
             raise DataError(f"{what}, which did not come in time (train.collective_timeout_seconds)")
         if now > self.next_line:
-            sys.stderr.write(f"{what}; gives up in {self.deadline - now:.0f} s\n")
-            sys.stderr.flush()
+            print_lines(f"{what}; gives up in {self.deadline - now:.0f} s")
             self.next_line = now + LINE_SECONDS
         time.sleep(POLL_SECONDS)
 

@@ -9,7 +9,7 @@ import sys
 import tempfile
 
 from cmtrain.processes.rank import ACCELERATE_LAUNCH, PARENT, RESTARTS
-from pipelines.spec import DataError
+from pipelines.spec import DataError, print_lines
 
 IGNORED_PREFIXES = ("ACCELERATE_", "FSDP_", "FP8_", "MEGATRON_LM_", "PARALLELISM_CONFIG_", "TIMM_")
 IGNORED = (
@@ -66,7 +66,7 @@ def ignore_variables() -> None:
     first = os.environ.get("LOCAL_RANK", "0") == "0" and PARENT not in os.environ
     if ignored and first:
         what = f"variables of the environment are ignored, the configuration decides: {', '.join(ignored)}"
-        sys.stderr.write(f"{what}\n")
+        print_lines(what)
 
 
 def check_imports() -> None:

@@ -22,7 +22,7 @@ from cmtrain.processes import failure
 from cmtrain.processes.failure import Failure
 from cmtrain.processes.rank import PARENT, RESTARTS, answer_to_ctrl_c
 from cmtrain.storage.run_folder import read_status
-from pipelines.spec import visible
+from pipelines.spec import print_lines
 
 # How long the other ranks have to notice that one is gone, and to report. More than the 2 s of
 # rank.CAUSE_WAIT_SECONDS and of watchdog.C_TIMER_SECONDS.
@@ -76,10 +76,10 @@ def run_ranks(
             if code in FINAL or is_stopped:
                 break
             if loop := failure.crash_loop(run_path):
-                _print(loop)
+                print_lines(f"cmtrain: {loop}")
                 break
             if restarts < max_restarts:
-                _print(f"restart {restarts + 1} of {max_restarts}")
+                print_lines(f"cmtrain: restart {restarts + 1} of {max_restarts}")
         return code
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -104,7 +104,7 @@ def _watch(attempt: Attempt, taken: set[signal.Signals], run_path: Path) -> bool
         received = signal.sigtimedwait(taken, POLL_SECONDS)
         if received and received.si_signo != signal.SIGCHLD:
             if received.si_signo == signal.SIGINT and not is_stopped:
-                _print(_answer(attempt, run_path))
+                print_lines(f"cmtrain: {_answer(attempt, run_path)}")
             is_stopped = True
             _send(attempt, received.si_signo)
         failed_before = attempt.failed
@@ -167,10 +167,5 @@ def _outcome(attempt: Attempt, run_path: Path) -> int:
     recorded = failure.record_cause(run_path, since=attempt.began) if has_begun else None
     cause = recorded or attempt.failures[0]
     if cause.exit_code not in FINAL and cause.exit_code > 128:  # killed, so it could not print why
-        _print(cause.describe())
+        print_lines(f"cmtrain: {cause.describe()}")
     return cause.exit_code
-
-
-def _print(line: str) -> None:
-    sys.stderr.write(f"cmtrain: {visible(line)}\n")
-    sys.stderr.flush()

@@ -16,7 +16,7 @@ from cmtrain.errors import ConfigError
 from cmtrain.processes import failure
 from cmtrain.processes.failure import Failure
 from cmtrain.storage.run_folder import read_status
-from pipelines.spec import DataError, visible
+from pipelines.spec import DataError, print_lines
 
 PARENT = "CMTRAIN_PARENT"  # set by cmtrain's own launcher, to its process id
 # `accelerate launch` is known by two together: people export the first alone. See environment.py.
@@ -94,7 +94,7 @@ def run_as_rank(work: Callable[[], int], run_path: Path) -> int:
     if num_restarts() and is_first_rank() and PARENT not in os.environ:
         failure.record_cause(run_path, has_ended=True)
         if loop := failure.crash_loop(run_path):
-            sys.stderr.write(f"{run_path}: {loop}\n")
+            print_lines(f"{run_path}: {loop}")
             return int((read_status(run_path) or {}).get("exit_code") or errors.EXIT_ERROR)
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return work()
@@ -152,7 +152,7 @@ def report_failure(error: BaseException, run_path: Path, rank: int, world_size: 
         time.sleep(0.1)
     failure.record_cause(run_path)
     if cause.rank == rank != 0:  # rank 0 prints it as the run's last line
-        sys.stderr.write(f"{visible(cause.describe())}\n")
+        print_lines(cause.describe())
     return cause
 
 

@@ -51,24 +51,28 @@ def evaluate(
     """
     was_training, device = model.training, accelerator.device
     model.eval()
-    totals = torch.zeros(5, dtype=torch.float64, device=device)  # as in _count
+    totals = torch.zeros(2, dtype=torch.float64, device=device)  # correct at 5, summed loss
     outcomes = _Outcomes(num_classes, device)
     ranked = torch.full((num_images, min(5, num_classes)), -1, device=device) if keeps_ranked else None
     with torch.no_grad(), accelerator.autocast():
         for images, labels, indices in batches:
             logits = model(images).float()
             best = logits.topk(min(5, num_classes), dim=1).indices  # one answer for all, also of tied logits
-            totals += _count(logits, labels, best)
+            hits = (best == labels[:, None]).sum()
+            loss = F.cross_entropy(logits, labels, reduction="sum", ignore_index=UNREADABLE)
+            totals += torch.stack([hits, loss]).double()
             outcomes.add(best[:, 0], labels)
             if ranked is not None:
                 ranked[indices] = best
     model.train(was_training)
     all_reduce_sum(totals)
-    top1, top5, loss, seen, unreadable = totals.tolist()
-    assert seen == num_images, f"evaluated {seen:.0f} images of {num_images}"
+    hits_at_5, summed_loss = totals.tolist()
+    images_of, correct, confusion = outcomes.sum_up()
+    seen, num_read = int(outcomes.counts.sum()), sum(images_of)
+    assert seen == num_images, f"evaluated {seen} images of {num_images}"
     return Evaluation(
-        top1 / seen, top5 / seen, loss / max(seen - unreadable, 1), num_images, int(unreadable),
-        *outcomes.sum_up(), None if ranked is None else ranked.cpu(),
+        sum(correct) / seen, hits_at_5 / seen, summed_loss / max(num_read, 1), num_images, seen - num_read,
+        images_of, correct, confusion, None if ranked is None else ranked.cpu(),
     )  # fmt: skip
 
 
@@ -97,18 +101,6 @@ class _Outcomes:
         whole = self.width == self.num_classes
         correct = table.diagonal() if whole else table[:, 1]
         return table.sum(dim=1).tolist(), correct.tolist(), table.tolist() if whole else None
-
-
-def _count(logits: Tensor, labels: Tensor, best: Tensor) -> Tensor:
-    """Return (5,) float64: correct at 1, correct at 5, summed loss, images, unreadable images.
-
-    `logits` (B, K), `labels` (B,), `best` (B, 5): the likeliest classes.
-    """
-    hits = best == labels[:, None]
-    loss = F.cross_entropy(logits, labels, reduction="sum", ignore_index=UNREADABLE)
-    images = torch.full((), len(labels), device=logits.device)
-    unreadable = (labels == UNREADABLE).sum()
-    return torch.stack([hits[:, 0].sum(), hits.sum(), loss, images, unreadable]).double()
 
 
 def all_reduce_sum(values: Tensor) -> None:

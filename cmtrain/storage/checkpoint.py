@@ -10,15 +10,14 @@ import contextlib
 import json
 import os
 import re
-import shutil
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from cmtrain.storage.records import CORRUPT, delete, replace_file, retried
 from cmtrain.storage.state_file import CheckpointError, Digest, open_regular, read_state, verify, write_state
+from pipelines.atomic import new_folder
 
 MAX_MANIFEST_BYTES = 2**20  # a full one has 4 kB
 TEMPORARY, DOOMED = ".tmp-", ".del-"
@@ -183,29 +182,3 @@ def _read_manifest(path: Path) -> tuple[Digest, dict[str, Any]]:
         what = f"{type(error).__name__}: {error}"
         raise CheckpointError(f"{path / _MANIFEST}: not a manifest: {what}") from error
     return digest, meta
-
-
-@contextlib.contextmanager
-def new_folder(final: Path, temporary: Path) -> Iterator[None]:
-    """Publish as `final`, by one rename, the folder `temporary`, made here and filled by the caller.
-
-    The caller syncs the files. An error in its block is raised again, and leaves no folder behind.
-    """
-    try:
-        temporary.mkdir(parents=True)
-        yield
-        sync(temporary)
-        temporary.rename(final)
-        sync(final.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-def sync(path: Path) -> None:
-    """Wait until the disk holds the file or folder `path`: only then does it survive a power failure."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -22,7 +22,7 @@ from typing import Any, ParamSpec, TypeGuard, TypeVar
 
 from pydantic_core import from_json
 
-from pipelines.spec import is_device
+from pipelines.atomic import replacing
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -97,26 +97,10 @@ def retried(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
 def replace_file(path: Path, content: str | bytes, *, durable: bool = False) -> Path:
     """Write `content` to `path`, in place of what it held, by one rename: a kill leaves the old or the new.
 
-    `durable`: wait until the disk holds it, so that a power failure leaves no empty file. Returns `path`.
-    Raises OSError: `path` is as it was.
+    `durable` and errors: see `replacing`. Returns `path`.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        if is_device(path):
-            with open(path, "ab") as device:
-                device.write(content.encode() if isinstance(content, str) else content)
-            return path
-        with open(temporary, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            if durable:
-                file.flush()
-                os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        error.filename = str(path)  # not that of the temporary file, which nobody knows
-        raise
+    with replacing(path, durable=durable) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
     return path
 
 

@@ -75,7 +75,7 @@ def assemble(config: Config, lock: RunLock, resume: str, data: loaders.Data | No
     model = make_model(config, num_classes, accelerator.device)
     flops_per_image = training_flops_per_image(model, config.data.image_px)
     fingerprints = data.train.fingerprint, data.val.fingerprint
-    start = choose_start(lock, resume, config, *fingerprints, is_main=accelerator.is_main_process)
+    start = choose_start(lock, resume, config, *fingerprints, control)
     notes = [*warnings, *lines, *data.notes, *start.notes]
     if config.model.init_from and not start.checkpoint:
         notes += start_from(config.model.init_from, model, data.train.class_names)

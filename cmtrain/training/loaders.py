@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from pipelines.loader import DaliLoader
-    from pipelines.synthetic import SyntheticLoader
 
 # DALI keeps 32 MiB of GPU memory and of pinned memory for each decoding thread, for either loader.
 MAX_GPU_DECODE_THREADS = 24
@@ -80,7 +79,8 @@ def split_threads(config: Config, device: torch.device) -> int:
 
     Two pools that together have more threads than there are cores spin at each other's barriers.
     """
-    cores = cores_per_process(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    cores = max(1, len(os.sched_getaffinity(0)) // ranks_here)
     if device.type == "cuda":
         return config.data.threads or min(cores, MAX_GPU_DECODE_THREADS)
     threads = config.data.threads or max(1, cores // 4)
@@ -142,28 +142,35 @@ def _root_of(config: Config) -> Path:
 def _open_split(
     config: Config, root: Path, folder: str, list_file: str | None, class_names: Sequence[str] | None
 ) -> Manifest:
-    list_file = _list_for(root, folder, list_file)
-    if list_file is None and is_packed(root / folder):
-        return Manifest.from_shards(root / folder, class_names=class_names)
-    limit = config.data.max_bad_fraction
-    scan: dict[str, Any] = {"cache_dir": cache_folder(config), "max_bad_fraction": limit}
-    if list_file is not None:
-        return Manifest.from_list(root / list_file, root, class_names=class_names, **scan)
-    return Manifest.from_folder(root / folder, class_names=class_names, **scan)
+    if (listed := _list_for(root, folder, list_file)) is not None:
+        return open_folder(config, root, class_names, image_list=root / listed)
+    return open_folder(config, root / folder, class_names)
+
+
+def open_folder(config: Config, folder: Path, class_names: Sequence[str] | None, **options: Any) -> Manifest:
+    """Index the images of `folder`, packed or not. `options`: more ones of Manifest.from_folder.
+    Raises DataError: a class that is not among `class_names`, or nothing to read.
+    """
+    if "image_list" not in options and is_packed(folder):
+        return Manifest.from_shards(folder, class_names=class_names)
+    options |= {"cache_dir": cache_folder(config), "max_bad_fraction": config.data.max_bad_fraction}
+    return Manifest.from_folder(folder, class_names=class_names, **options)
 
 
 def _list_for(root: Path, folder: str, list_file: str | None) -> str | None:
     """Return the list of a split: without a folder the one that `cmtrain data split` writes in its place."""
     written = f"{folder}.csv"
-    return (
-        written
-        if list_file is None and not (root / folder).exists() and (root / written).is_file()
-        else list_file
-    )
+    replaces = list_file is None and not (root / folder).exists() and (root / written).is_file()
+    return written if replaces else list_file
 
 
-def open_val(config: Config, class_names: Sequence[str]) -> Manifest:
-    """Index the validation split alone, by the `class_names` of training. Raises DataError as open_data."""
+def open_val(config: Config, class_names: Sequence[str], folder: str | None = None) -> Manifest:
+    """Index the validation split alone, or another `folder`, by the `class_names` of training.
+
+    Class folders of another folder may be named by their positions. Raises DataError as open_folder.
+    """
+    if folder:
+        return open_folder(config, Path(folder), class_names, positions=True)
     return _open_split(config, _root_of(config), config.data.val_dir, config.data.val_list, class_names)
 
 
@@ -197,25 +204,6 @@ def augment_spec(config: Config, accelerator: Accelerator) -> AugmentSpec:
     geometry = config.data.model_dump(include={"image_px", "interpolation", "mean", "std"})
     draws = config.augment.model_dump(exclude={"repeats"})
     return AugmentSpec(**geometry, **draws, fp16=accelerator.mixed_precision == "fp16")
-
-
-def make_synthetic_loader(
-    config: Config, schedule: Schedule, num_classes: int, accelerator: Accelerator
-) -> SyntheticLoader:
-    """Make a loader of random batches with the recipe's shape: no files, eight steps per epoch."""
-    from pipelines.synthetic import SyntheticLoader
-
-    size = schedule.global_batch_size
-    plan = Plan(config.run.seed, 8 * size, size, schedule.micro_batch_size)
-    place = Placement(accelerator.process_index, accelerator.num_processes, accelerator.device)
-    fp16 = accelerator.mixed_precision == "fp16"
-    return SyntheticLoader(plan, config.data.image_px, num_classes, place, fp16=fp16)
-
-
-def cores_per_process(num_local_processes: int) -> int:
-    """Return the CPU cores of this process: its affinity mask, shared with the other ranks of the host."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // num_local_processes)
 
 
 def num_classes_of(config: Config, manifest: Manifest) -> int:

@@ -10,6 +10,7 @@ from torch import Tensor
 from cmtrain.config.schema import Config, another_recipe
 from cmtrain.config.schema import recipe_changes as changed_keys
 from cmtrain.errors import ConfigError
+from cmtrain.processes.collectives import gather
 from cmtrain.processes.failure import archive_previous_attempt
 from cmtrain.step.learner import Learner
 from cmtrain.step.measure import StepReport
@@ -36,33 +37,32 @@ class Start:
 
 
 def choose_start(
-    lock: RunLock, resume: str, config: Config, fingerprint: str, val_fingerprint: str, *, is_main: bool
+    lock: RunLock, resume: str, config: Config, fingerprint: str, val_fingerprint: str, control: Any = None
 ) -> Start:
     """Choose on rank 0, which takes the `lock`, and make every rank start from the same checkpoint.
 
     `resume`: `auto` (newest checkpoint of the run folder, else from scratch), `never` (from scratch; refused
     if there are checkpoints), `force` (as auto, but configuration and data may have changed), or the path of
     a checkpoint or run folder. `fingerprint`: of the training manifest; another `val_fingerprint` is a note.
+    `control`: a group of all ranks, None for a single process.
     Raises ConfigError: the checkpoint belongs to another configuration or other data, or `never` would mix
     two runs. DataError: no usable checkpoint where there should be one, or the run folder is in use.
     """
     start, error = Start(), None
+    is_main = control is None or dist.get_rank(control) == 0
     if is_main:
         try:
             lock.acquire()
             start = _choose(lock.folder, resume, config, fingerprint, val_fingerprint)
         except (ConfigError, DataError) as raised:
             error = raised
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        path = start.checkpoint.path if start.checkpoint else None
-        shared: list[Any] = [path, start.step, error]
-        dist.broadcast_object_list(shared, src=0)
-        path, step, error = shared
-        if not is_main and error is None:
-            try:
-                start = Start(step, storage.load_checkpoint(path) if path else None)
-            except (CheckpointError, OSError) as raised:
-                error = DataError(f"{raised}; run.dir must be on a file system that all nodes share")
+    path = start.checkpoint.path if start.checkpoint else None
+    path, step, error = gather((path, start.step, error), control)[0]
+    if not is_main and error is None:
+        try:
+            start = Start(step, storage.load_checkpoint(path) if path else None)
+        except (CheckpointError, OSError) as raised:
+            error = DataError(f"{raised}; run.dir must be on a file system that all nodes share")
     if error is not None:
         raise error
     return start

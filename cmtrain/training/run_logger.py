@@ -2,7 +2,6 @@
 
 import math
 import socket
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, asdict, dataclass
@@ -32,7 +31,7 @@ from cmtrain.storage.records import Losses
 from cmtrain.storage.run_folder import REPORT_NAME, SAMPLE_NAME, RunFolder, finite
 from cmtrain.training.recovery import BadStep
 from pipelines.checks.bad_list import BadFile, find_list
-from pipelines.spec import DataError
+from pipelines.spec import DataError, print_lines
 
 
 @dataclass
@@ -156,7 +155,7 @@ class RunLogger:
             if self.rank == 0:
                 self.console.line(text)
             else:
-                sys.stderr.write(f"rank {self.rank}: {text}\n")
+                print_lines(f"rank {self.rank}: {text}")
 
     def log(self, report: StepReport) -> None:
         """Log a log point."""

@@ -8,14 +8,13 @@
 
 import io
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from pipelines.atomic import locked, partial_path, remove_leftovers
+from pipelines.atomic import locked, new_folder, partial_path, remove_leftovers
 from pipelines.files.mixed_jpegs import mixed_jpegs
 from pipelines.spec import DataError
 
@@ -51,22 +50,17 @@ def _write_folder(folder: Path, writer: Callable[[], Iterator[tuple[str, bytes]]
     temporary = partial_path(folder)
     name, cache = folder.name.replace("-", ":"), folder.parent
     try:
-        for relative, encoded in writer():
-            path = temporary / relative
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(encoded)
+        with new_folder(folder, temporary):
+            for relative, encoded in writer():
+                path = temporary / relative
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(encoded)
     except ImportError as error:
         raise DataError(f"{name}: needs {error.name}; pip install 'cmtrain[demo]'") from error
     except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        advice = "set data.cache_dir to another"
-        raise DataError(f"{cache}: cannot be written: {error.strerror}; {advice}") from error
-    try:
-        temporary.rename(folder)
-    except OSError:
-        if not folder.exists():
-            raise
-        shutil.rmtree(temporary)
+        if not os.path.exists(folder):  # else another process was faster
+            advice = "set data.cache_dir to another"
+            raise DataError(f"{cache}: cannot be written: {error.strerror}; {advice}") from error
 
 
 def _jpeg(image: Image.Image) -> bytes:

@@ -6,7 +6,7 @@ Small pictures of one kind show neither the faults nor the speed of decoders, wh
 import functools
 import io
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,43 +16,31 @@ WIDTH, HEIGHT = 500, 375
 _TEXTURE_PX = 1024
 
 
-@dataclass(frozen=True)
-class JpegKind:
-    """A kind of JPEG. `subsampling` is Pillow's: 0 is 4:4:4, 1 is 4:2:2, 2 is 4:2:0."""
-
-    name: str
-    per_hundred: int
-    quality: int  # so that a file takes about 110 KB
-    subsampling: int = 2
-    mode: str = "RGB"
-    progressive: bool = False
-
-
-KINDS = (
-    JpegKind("4:2:0", 70, 94), JpegKind("4:4:4", 25, 92, subsampling=0),
-    JpegKind("4:2:2", 1, 93, subsampling=1), JpegKind("grey", 2, 95, mode="L"),
-    JpegKind("progressive", 1, 95, progressive=True), JpegKind("CMYK", 1, 62, subsampling=0, mode="CMYK"),
-)  # fmt: skip
+# Kind of JPEG -> how many of a hundred, Pillow's mode, and how it is saved, so that it takes about 110 KB.
+KINDS: dict[str, tuple[int, str, dict[str, Any]]] = {
+    "4:2:0": (70, "RGB", {"quality": 94, "subsampling": "4:2:0"}),
+    "4:4:4": (25, "RGB", {"quality": 92, "subsampling": "4:4:4"}),
+    "4:2:2": (1, "RGB", {"quality": 93, "subsampling": "4:2:2"}),
+    "grey": (2, "L", {"quality": 95}),
+    "progressive": (1, "RGB", {"quality": 95, "subsampling": "4:2:0", "progressive": True}),
+    "CMYK": (1, "CMYK", {"quality": 62, "subsampling": "4:4:4"}),
+}
 
 
 def mixed_jpegs(count: int, seed: int = 0) -> Iterator[bytes]:
     """Yield `count` encoded images in the shares of KINDS, in random order; of six or more, each kind."""
     rng = np.random.default_rng(seed)
-    shares = np.array([kind.per_hundred for kind in KINDS])
+    shares = np.array([per_hundred for per_hundred, *_ in KINDS.values()])
     numbers = np.maximum(shares * count // 100, 1)
     numbers[0] += count - numbers.sum()
     kinds = np.repeat(np.arange(len(KINDS)), np.maximum(numbers, 0))[:count]
     for number in rng.permutation(kinds):
-        yield _encode(KINDS[number], rng)
-
-
-def _encode(kind: JpegKind, rng: np.random.Generator) -> bytes:
-    top, left = rng.integers(_TEXTURE_PX - HEIGHT), rng.integers(_TEXTURE_PX - WIDTH)
-    image = Image.fromarray(_texture()[top : top + HEIGHT, left : left + WIDTH]).convert(kind.mode)
-    options = {} if kind.mode == "L" else {"subsampling": kind.subsampling}
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=kind.quality, progressive=kind.progressive, **options)
-    return file.getvalue()
+        _, mode, options = list(KINDS.values())[number]
+        top, left = rng.integers(_TEXTURE_PX - HEIGHT), rng.integers(_TEXTURE_PX - WIDTH)
+        image = Image.fromarray(_texture()[top : top + HEIGHT, left : left + WIDTH]).convert(mode)
+        file = io.BytesIO()
+        image.save(file, "JPEG", **options)
+        yield file.getvalue()
 
 
 @functools.cache

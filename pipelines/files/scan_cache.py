@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from pipelines.atomic import locked, remove_leftovers, replacing
 from pipelines.checks.decode_one import Fault
 from pipelines.files.headers import Scan, in_threads, is_racy, read_headers, scan
 from pipelines.files.listing import Listing, Paths, file_state, folder_state
-from pipelines.spec import DataError, visible
+from pipelines.spec import DataError, print_lines
 
 NUM_SAMPLED = 1024  # 1 % of files overwritten in place escape it with a probability of 0.00003
 
@@ -116,4 +115,4 @@ def _store(path: Path, content: str, found: Scan) -> None:
             np.savez(file, facts=encoded, sizes=found.sizes, **columns)
     except OSError as error:
         advice = "set data.cache_dir to a writable folder"
-        sys.stderr.write(visible(f"the list of images is not cached: {error}; {advice}") + "\n")
+        print_lines(f"the list of images is not cached: {error}; {advice}")

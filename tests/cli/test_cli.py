@@ -151,7 +151,7 @@ def test_bench_may_ask_for_more_than_before_and_run_beside_nothing(calls):
         (["--config", "configs/demo.yaml", "more"], "cmtrain train: unexpected argument more"),
         (["--config=~/x.yaml"], "--config=~/x.yaml: no shell expanded the ~: write the whole path; after a blank, and not after =, a shell expands it"),
         (["data", "check", "~/photos"], "~/photos: no shell expanded the ~: write the whole path; after a blank, and not after =, a shell expands it"),
-        (["config"], "cmtrain config: must be `config show --config FILE`, `config schema` or `config reference`"),
+        (["config"], "cmtrain config: unknown verb; there are show, schema, reference"),
         (["status", ""], "an argument is empty: a variable of the shell that is not set?"),
         (["eval", "x", "--folder", ""], "--folder: is empty: a variable of the shell that is not set?"),
         (["report", "x", "--out="], "--out: is empty: a variable of the shell that is not set?"),

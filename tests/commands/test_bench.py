@@ -30,7 +30,6 @@ from cmtrain.config.load import load_config
 from cmtrain.monitoring.console import announced_parts
 from pipelines.files.manifest import Manifest
 from pipelines.spec import AugmentSpec, DataError, Placement
-from pipelines.synthetic import SyntheticLoader
 
 
 @pytest.mark.parametrize(
@@ -358,9 +357,9 @@ def test_all_names_what_limits_a_run(root, tmp_path, capsys):
 def test_an_interrupted_benchmark_leaves_the_rows_that_were_known(root, tmp_path, monkeypatch):
     time_steps, path = bench_command._time_steps, tmp_path / "figures.json"
 
-    def interrupted(learner, loader, setup):
-        if isinstance(loader, SyntheticLoader):
-            return time_steps(learner, loader, setup)
+    def interrupted(learner, batches, setup):
+        if isinstance(batches, itertools.repeat):  # of synthetic ones
+            return time_steps(learner, batches, setup)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(bench_command, "_time_steps", interrupted)

@@ -13,11 +13,12 @@ from helpers.runs import Forked, flip
 
 from cmtrain.cli.main import main
 from cmtrain.commands import evaluate as evaluate_command
-from cmtrain.commands.evaluate import imagenet_numbers, open_folder, real_accuracy, real_labels, sizes_of
+from cmtrain.commands.evaluate import imagenet_numbers, real_accuracy, real_labels, sizes_of
 from cmtrain.commands.trained_model import open_trained
 from cmtrain.config.load import load_config
 from cmtrain.errors import ConfigError
 from cmtrain.step.evaluate import Evaluation, evaluate
+from cmtrain.training.loaders import open_val
 from pipelines.spec import Batch, DataError
 
 
@@ -128,9 +129,9 @@ def test_names_are_taken_before_numbers(tmp_path):
     (root / "class0").rename(root / "10")
     (root / "class1").rename(root / "2")
     config = SimpleNamespace(data=SimpleNamespace(cache_dir=str(tmp_path / "cache"), max_bad_fraction=0.1))
-    assert set(open_folder(str(root), names, config).labels.tolist()) == {2, 3}
+    assert set(open_val(config, names, str(root)).labels.tolist()) == {2, 3}
     assert main(["data", "pack", str(root.parent), str(tmp_path / "packed")]) == 0
-    assert set(open_folder(str(tmp_path / "packed" / "val"), names, config).labels.tolist()) == {2, 3}
+    assert set(open_val(config, names, str(tmp_path / "packed" / "val")).labels.tolist()) == {2, 3}
 
 
 def test_imagenet_real(monkeypatch):

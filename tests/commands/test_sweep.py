@@ -56,12 +56,12 @@ def outcomes(monkeypatch):
     """outcomes[run name] = exit code of a row; the list holds the names of trained rows."""
     codes, trained = {}, []
 
-    def call(self, command):
+    def call(command):
         name = load_config(command[command.index("--config") + 1]).config.run.name
         trained.append(name)
-        return codes.get(name, 0)
+        return codes.get(name, 0), name == codes.get("stopped")
 
-    monkeypatch.setattr(sweep._Child, "call", call)
+    monkeypatch.setattr(sweep, "_call", call)
     return codes, trained
 
 
@@ -217,19 +217,24 @@ def test_a_sweep_trains_each_row_once(study, folder, capfd):
     assert capfd.readouterr().err.count("finished before") == 1
 
 
-def test_a_stop_signal_reaches_the_row_and_ends_the_sweep():
+def test_a_stop_signal_ends_the_sweep_whatever_its_row_returns(study, outcomes):
+    codes, trained = outcomes
+    codes["stopped"] = "b"
+    assert main(["sweep", *study]) == 0
+    assert trained == ["a", "b"]
+
+
+def test_a_stop_signal_reaches_the_row():
     code = (
-        "import sys; from cmtrain.commands.sweep import _forwarded_signals\n"
+        "import sys; from cmtrain.commands.sweep import _call\n"
         "program = 'import signal, sys, time; signal.signal(15, lambda *_: sys.exit(143));'\n"
         "program += 'print(1, flush=True); time.sleep(9999)'\n"
-        "with _forwarded_signals() as child:\n"
-        "    codes = [child.call([sys.executable, '-c', program]) for _ in range(3)]\n"
-        "print(codes)\n"
+        "print(_call([sys.executable, '-c', program]))\n"
     )
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "1\n"
     process.send_signal(signal.SIGTERM)
-    assert process.communicate(timeout=600)[0] == "[143, 143, 143]\n"  # the other two were not started
+    assert process.communicate(timeout=600)[0] == "(143, True)\n"
 
 
 # --- SLURM ---

@@ -9,9 +9,9 @@ from cmtrain.processes.collectives import set_cuda_math
 from cmtrain.step.learner import Learner
 from cmtrain.step.mixing import MixSpec
 from cmtrain.step.optimizer import make_optimizer
+from helpers.synthetic import noise_batches
 from pipelines.plan import Plan
 from pipelines.spec import Placement
-from pipelines.synthetic import SyntheticLoader
 
 
 def make_learner(opt="adamw", precision="fp16", compile_mode=None, accumulation=2, **mixing):
@@ -34,8 +34,4 @@ def make_learner(opt="adamw", precision="fp16", compile_mode=None, accumulation=
 
 def batches(fp16=True):
     plan = Plan(0, 1024, 128, 64)
-    loader = SyntheticLoader(plan, 160, 10, Placement(device="cuda"), fp16=fp16)
-    epoch = 0
-    while True:
-        yield from loader.epoch(epoch)
-        epoch += 1
+    return noise_batches(plan, 160, 10, Placement(device="cuda"), fp16=fp16)

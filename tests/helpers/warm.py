@@ -10,7 +10,7 @@ from contextlib import suppress
 
 import cmtrain.cli.main
 import cmtrain.training.train  # noqa: F401
-from cmtrain.monitoring.report.page import make_templates
+from cmtrain.monitoring.report.rendering import make_templates
 
 
 def convert_graphs() -> None:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from urllib.parse import quote
 
 import pytest
@@ -35,7 +36,7 @@ from cmtrain.monitoring.http_server import (
     Page,
 )
 from cmtrain.monitoring.metrics import TrainMetrics
-from cmtrain.monitoring.routes import MetricsPage, make_pages
+from cmtrain.monitoring.routes import cached, is_openmetrics, make_metrics_page, make_pages
 
 HALF_A_REQUEST = b"GET /metrics HTTP/1.1\r\nHost: x\r\n"
 
@@ -391,7 +392,7 @@ def test_metrics_are_made_once_a_second_for_everybody(monkeypatch):
     made = []
     registry = CollectorRegistry()
     Gauge("cmtrain_step", "text", registry=registry).set_function(lambda: made.append(1) or len(made))
-    page = MetricsPage(registry)
+    page = cached(partial(make_metrics_page, registry), is_openmetrics)
     assert [b"cmtrain_step 1.0" in page("").body for _ in range(100)] == [True] * 100
     monkeypatch.setattr("cmtrain.monitoring.routes.MAX_AGE_SECONDS", 0.0)
     assert b"cmtrain_step 2.0" in page("").body

@@ -199,7 +199,7 @@ def test_it_is_made_once_a_second_for_everybody_and_not_while_nobody_looks(folde
     assert looks == []
     assert len({page("").body for _ in range(100)}) == 1
     assert len(looks) == 1
-    monkeypatch.setattr("cmtrain.monitoring.live_page.MAX_AGE_SECONDS", 0.0)
+    monkeypatch.setattr("cmtrain.monitoring.routes.MAX_AGE_SECONDS", 0.0)
     page("")
     assert len(looks) == 2
 

@@ -182,7 +182,7 @@ def test_a_bad_file_is_listed_once_over_all_starts(tmp_path):
     assert "world size" not in page.words
     assert "restarts" not in page.words
     news = newest_rows(read_run(run), BEGIN + 40)
-    assert [row.kind for row in news] == ["finished"] + ["resumed"] * 3 + ["bad file"] * 3 + ["started"]
+    assert [row["kind"] for row in news] == ["finished"] + ["resumed"] * 3 + ["bad file"] * 3 + ["started"]
 
 
 @pytest.mark.parametrize(

@@ -302,18 +302,15 @@ def test_the_list_of_before_is_there_until_there_is_a_new_one(data, user_cache, 
     (data / "train" / "a" / "cut.jpg").write_bytes(encoded()[:-20])
     assert check(str(data), full=True, processes=1, out=None) == 0
     before = (data / NAME).read_text()
-    open_file, removed = Path.open, []
+    open_file, removed = open, []
 
-    def full_disk(self, *args, **kwargs):
-        if (
-            self.name.endswith(".tmp")
-            and "bad" in self.name
-            and (fails == "everywhere" or data in self.parents)
-        ):
-            raise OSError(28, "No space left on device", str(self))
-        return open_file(self, *args, **kwargs)
+    def full_disk(path, *args, **kwargs):
+        is_list = isinstance(path, Path) and path.name.endswith(".tmp") and "bad" in path.name
+        if is_list and (fails == "everywhere" or data in path.parents):
+            raise OSError(28, "No space left on device", str(path))
+        return open_file(path, *args, **kwargs)
 
-    monkeypatch.setattr(Path, "open", full_disk)
+    monkeypatch.setattr("builtins.open", full_disk)
     if fails == "everywhere":
         with pytest.raises(DataError, match=r"the list of bad files cannot be written: .*No space left"):
             check(str(data), full=True, processes=1, out=None)

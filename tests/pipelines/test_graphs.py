@@ -115,7 +115,7 @@ def test_decoding_threads_for_a_gpu_are_capped(monkeypatch):
     """DALI keeps GPU memory for each of them."""
     config = load_config("configs/demo.yaml").config
     without = config.model_copy(update={"data": config.data.model_copy(update={"threads": None})})
-    monkeypatch.setattr(loaders, "cores_per_process", lambda _: 128)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(128))
     assert loaders.split_threads(without, torch.device("cuda:0")) == 24
     many = without.data.model_copy(update={"threads": 96})
     assert loaders.split_threads(without.model_copy(update={"data": many}), torch.device("cuda:0")) == 96

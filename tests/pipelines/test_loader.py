@@ -15,7 +15,6 @@ from PIL import Image
 from pipelines.files.manifest import Manifest
 from pipelines.loader import DaliLoader, eval_loader, train_loader
 from pipelines.spec import AugmentSpec, DataError, EvalSpec, Loader, Placement
-from pipelines.synthetic import SyntheticLoader
 
 UNAUGMENTED = AugmentSpec(SIDE, scale=(1.0, 1.0), ratio=(1.0, 1.0), hflip=0.0, interpolation="bilinear")
 
@@ -178,17 +177,15 @@ def test_evaluation_takes_no_start_and_no_crop_larger_than_the_image(loaders, ma
         evaluation(loaders, manifest, spec=EvalSpec(SIDE, 40))
 
 
-@pytest.mark.parametrize("kind", ["train", "eval", "synthetic"])
+@pytest.mark.parametrize("kind", ["train", "eval"])
 @pytest.mark.parametrize("fp16", [False, True])
 def test_the_contract(loaders, manifest, kind, fp16):
     plan = plan_for(manifest, micro_batch_size=6)
     loader: Loader
     if kind == "train":
         loader = train(loaders, manifest, plan, AugmentSpec(SIDE, fp16=fp16), rank=1, world=2)
-    elif kind == "eval":
-        loader = evaluation(loaders, manifest, 6, 1, 2, EvalSpec(SIDE, 56, fp16=fp16))
     else:
-        loader = SyntheticLoader(plan, SIDE, 3, Placement(1, 2), fp16=fp16)
+        loader = evaluation(loaders, manifest, 6, 1, 2, EvalSpec(SIDE, 56, fp16=fp16))
     batches = list(loader.epoch(0))
     assert len(batches) == (5 if kind == "eval" else 4)
     for batch in batches[:4]:
@@ -197,10 +194,9 @@ def test_the_contract(loaders, manifest, kind, fp16):
         assert batch.images.is_contiguous(memory_format=torch.channels_last)
         assert batch.labels.dtype == batch.indices.dtype == torch.int64
         assert batch.labels.shape == batch.indices.shape == (6,)
-    if kind != "synthetic":
-        for batch in batches:
-            assert torch.equal(batch.labels, torch.from_numpy(manifest.labels)[batch.indices])
-    if kind != "eval":
+    for batch in batches:
+        assert torch.equal(batch.labels, torch.from_numpy(manifest.labels)[batch.indices])
+    if kind == "train":
         expected = [batch.indices.tolist() for batch in plan.micro_batches(0, 0, 1, 2)]
         assert [batch.indices.tolist() for batch in batches] == expected
         tail = list(loader.epoch(0, 24))

@@ -18,8 +18,8 @@ from helpers.images import SIDE, plan_for, write_tree
 from cmtrain.cli.main import main
 from cmtrain.commands.data_check import check
 from cmtrain.commands.data_pack import pack
-from cmtrain.commands.evaluate import open_folder
 from cmtrain.config.load import load_config
+from cmtrain.training.loaders import open_val
 from pipelines.atomic import remove_leftovers
 from pipelines.checks import bad_list, decode_one, decode_pool
 from pipelines.checks.decode_one import CheckResult, Fault, check_file
@@ -192,7 +192,7 @@ def test_an_evaluated_folder_of_another_user_is_one_line(data, broken):
     broken("scandir", "class1", errno.EACCES, 99)
     config = load_config("configs/demo.yaml", []).config
     with pytest.raises(DataError, match="val/class1: Permission denied"):
-        open_folder(str(data / "val"), ["class0", "class1", "class2"], config)
+        open_val(config, ["class0", "class1", "class2"], str(data / "val"))
 
 
 # Trouble of the machine is no verdict on a file

@@ -10,13 +10,15 @@ import pytest
 import torch
 from helpers.replays import Replays
 from helpers.runs import FORKS, ROOT
+from helpers.synthetic import noise_batches
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from cmtrain.config.load import load_config
 from cmtrain.training import build
-from cmtrain.training.loaders import make_synthetic_loader
+from pipelines.plan import Plan
+from pipelines.spec import Placement
 
 # Two micro-batches per rank and step, the first without an all-reduce.
 SETTINGS = {
@@ -67,7 +69,10 @@ def _steps(accelerator, compiled):
         )
         learner = build.make_learner(config, model, schedule, NUM_CLASSES, accelerator)
     learner.wrapped.register_comm_hook(None, all_reduce)
-    batches = make_synthetic_loader(config, schedule, NUM_CLASSES, accelerator).epoch(0)
+    size, rank = schedule.global_batch_size, accelerator.process_index
+    plan = Plan(config.run.seed, 8 * size, size, schedule.micro_batch_size)
+    place = Placement(rank, accelerator.num_processes)
+    batches = noise_batches(plan, config.data.image_px, NUM_CLASSES, place, fp16=False)
     gradients = []
     for number in range(2):
         graphs.log.clear()

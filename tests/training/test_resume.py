@@ -36,7 +36,7 @@ def save(run, step, **changes):
 def start(run, resume="auto", config=CONFIG, fingerprint="f", val="v"):
     lock = RunLock(run)
     try:
-        return choose_start(lock, resume, config, fingerprint, val, is_main=True)
+        return choose_start(lock, resume, config, fingerprint, val)
     finally:
         lock.close()
 

@@ -9,8 +9,8 @@ import argparse
 import itertools
 import json
 import statistics
-import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from rich.table import Column, Table
 
 from cmtrain import __version__
 from cmtrain.commands.bench import timing
-from cmtrain.commands.bench.models import Setup, against_ceilings, time_latency, time_models
+from cmtrain.commands.bench.models import Setup, against_ceilings, time_models
 from cmtrain.commands.bench.predict import predict
 from cmtrain.commands.bench.timing import WARMUP_STEPS, Figures, Rows, drain, endless, write_report
 from cmtrain.config.schema import Config
@@ -30,7 +30,7 @@ from cmtrain.monitoring.units import percent
 from cmtrain.step.learner import Learner
 from cmtrain.training import build, loaders
 from pipelines.files.manifest import Manifest
-from pipelines.spec import DataError, Loader
+from pipelines.spec import Batch, DataError, Loader, print_lines
 
 # A loader this much faster than the step keeps it fed through jitter.
 COMFORTABLE_RATIO = 1.2
@@ -57,7 +57,7 @@ KEYS = {
     "predict": ("launches", "mb", "ms", "bound"),
 }
 RUN_KEYS = ("images_per_second", "step_ms_mean", "data_wait_percent", "uses")
-NUM_PARTS = {"loader": 1, "model": 3, "latency": 1, "all": 4, "train": 1}
+NUM_PARTS = {"loader": 1, "model": 3, "latency": 2, "all": 4, "train": 1}
 
 
 def bench(config: Config, options: argparse.Namespace) -> int:
@@ -77,10 +77,8 @@ def bench(config: Config, options: argparse.Namespace) -> int:
     schedule = build.plan_steps(config, len(data.train), accelerator.num_processes)
     num_classes = loaders.num_classes_of(config, data.train)
     setup = Setup(config, accelerator, schedule, num_classes, options.steps, options.rounds)
-    if what == "model":
-        rows = time_models(setup, options.beside)
-    elif what == "latency":
-        rows = time_latency(setup, options.beside)
+    if what in ("model", "latency"):
+        rows = time_models(setup, options.beside, one_image=what == "latency")
     else:
         rows = _time_run(what, setup, data.train)
     figures: Figures = {}
@@ -107,8 +105,7 @@ def bench(config: Config, options: argparse.Namespace) -> int:
     below = _compare(report, earlier, options.fail_below) if earlier else []
     if accelerator.is_main_process:
         _finish(report, options.json)
-        for line in below:
-            sys.stderr.write(f"{line}\n")
+        print_lines(*below)
     return EXIT_EXPECTATION if below else EXIT_DONE
 
 
@@ -123,7 +120,7 @@ def _time_run(what: str, setup: Setup, images: Manifest) -> Rows:
     """Time the loader ("loader"), training on real data ("train"), or both and the model alone ("all")."""
     config, accelerator = setup.config, setup.accelerator
     place, lines = loaders.place_loaders(config, accelerator)
-    sys.stderr.writelines(f"{line}\n" for line in lines)
+    print_lines(*lines)
     if what in ("all", "loader"):
         yield "the loader alone", {}
         loader = loaders.make_train_loader(config, images, setup.schedule, accelerator, place)
@@ -134,15 +131,14 @@ def _time_run(what: str, setup: Setup, images: Manifest) -> Rows:
     learner = setup.make_learner(config)
     if what == "all":
         yield f"{config.model.name} alone", {}
-        synthetic = loaders.make_synthetic_loader(config, setup.schedule, setup.num_classes, accelerator)
-        alone = _time_steps(learner, synthetic, setup)
+        alone = _time_steps(learner, setup.synthetic_batches(), setup)
         yield "copies and matrix products", {}
         ceilings = timing.measure_ceilings(setup.device, setup.dtype)
         alone |= against_ceilings(setup, config.model.name, "train", alone["images_per_second"], ceilings)
         yield "model", alone
     yield "training on real images", {}
     loader = loaders.make_train_loader(config, images, setup.schedule, accelerator, place)
-    train = _time_steps(learner, loader, setup)
+    train = _time_steps(learner, endless(loader), setup)
     loader.close()
     if what == "all":
         # The part of a step on real data that a step on ready data does not need.
@@ -216,8 +212,8 @@ def _time_loader(loader: Loader, setup: Setup) -> dict[str, float]:
     return {"images_per_second": images / (time.perf_counter() - begin)}
 
 
-def _time_steps(learner: Learner, loader: Loader, setup: Setup) -> dict[str, float]:
-    batches, lr, device = endless(loader), setup.config.optim.lr, setup.device
+def _time_steps(learner: Learner, batches: Iterator[Batch], setup: Setup) -> dict[str, float]:
+    lr, device = setup.config.optim.lr, setup.device
     for step in range(WARMUP_STEPS):
         learner.step(batches, step, lr)
     if device.type == "cuda":

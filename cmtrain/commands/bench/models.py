@@ -11,11 +11,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from cmtrain.commands.bench.timing import DTYPES, Ceilings, Contender, Rows, endless, measure_ceilings, race
+from cmtrain.commands.bench.timing import DTYPES, Contender, Row, Rows, measure_ceilings, race
 from cmtrain.config.schema import Config, Model
 from cmtrain.models import cost
 from cmtrain.step.learner import Learner
-from cmtrain.training import build, loaders
+from cmtrain.training import build
 from cmtrain.training.schedule import Schedule
 from pipelines.spec import Batch
 
@@ -45,25 +45,30 @@ class Setup:
         return build.make_learner(config, model, self.schedule, self.num_classes, self.accelerator)
 
     def synthetic_batches(self) -> Iterator[Batch]:
-        """Yield batches that lie ready on the device, without end."""
-        recipe = self.config, self.schedule, self.num_classes, self.accelerator
-        return endless(loaders.make_synthetic_loader(*recipe))
+        """Yield one micro-batch of noise, which lies ready on the device, without end."""
+        size, side = self.schedule.micro_batch_size, self.config.data.image_px
+        dtype = torch.float16 if self.dtype == torch.float16 else torch.float32
+        images = torch.randn(size, 3, side, side, device=self.device, dtype=dtype)
+        indices = torch.arange(size, device=self.device)
+        images = images.contiguous(memory_format=torch.channels_last)
+        return itertools.repeat(Batch(images, indices % self.num_classes, indices))
 
 
-def time_models(setup: Setup, beside: Sequence[str]) -> Rows:
+def time_models(setup: Setup, beside: Sequence[str], *, one_image: bool = False) -> Rows:
     """Time training and inference of the configuration's model and of the timm models `beside` it.
 
-    Yields rows "NAME train" and "NAME infer" as of Contender.figures and against_ceilings, and "machine".
+    Yields rows "NAME train" and "NAME infer" as of Contender.figures and against_ceilings, and "machine";
+    for `one_image` such rows "NAME", of inference of a single image.
     """
     config, accelerator = setup.config, setup.accelerator
     yield "setting up", {}
     names = dict.fromkeys([config.model.name, *beside])
     learners = {name: setup.make_learner(with_model(config, name)) for name in names}
     batches = setup.synthetic_batches()
-    images = next(batches).images
+    images = next(batches).images[: 1 if one_image else None]
     ceilings = measure_ceilings(setup.device, setup.dtype)
     step_images = setup.schedule.micro_batch_size * setup.schedule.accumulation
-    for mode in ("train", "infer"):
+    for mode in ("infer",) if one_image else ("train", "infer"):
         yield f"{mode}: {', '.join(names)}, {setup.rounds} rounds of {setup.steps} steps each", {}
         contenders = []
         for name, learner in learners.items():
@@ -76,33 +81,13 @@ def time_models(setup: Setup, beside: Sequence[str]) -> Rows:
         for contender in contenders:
             row = contender.figures(contenders[0])
             row |= against_ceilings(setup, contender.name, mode, row["images_per_second"], ceilings)
-            yield f"{contender.name} {mode}", row
-    machine = {
-        "copy_gb_per_second": ceilings.copy_bytes_per_second / 1e9,
-        "matrix_tflops": ceilings.matrix_flops_per_second / 1e12,
-    }
-    yield "machine", machine
+            yield contender.name if one_image else f"{contender.name} {mode}", row
+    if not one_image:
+        yield "machine", ceilings
 
 
-def time_latency(setup: Setup, beside: Sequence[str]) -> Rows:
-    """Time inference of one image by the same models. Yields rows "NAME", as of Contender.figures."""
-    yield f"{setup.rounds} rounds of {setup.steps} images each", {}
-    config, side = setup.config, setup.config.data.image_px
-    image = torch.randn(1, 3, side, side, device=setup.device)
-    contenders = []
-    for name in dict.fromkeys([config.model.name, *beside]):
-        model = build.make_model(with_model(config, name), setup.num_classes, setup.device)
-        build.compile_model(config, model)
-        contenders.append(Contender(name, 1, inference(model, image, setup.accelerator)))
-    race(contenders, setup.device, steps=setup.steps, rounds=setup.rounds)
-    for contender in contenders:
-        yield contender.name, contender.figures(contenders[0])
-
-
-def against_ceilings(
-    setup: Setup, name: str, mode: str, images_per_second: float, ceilings: Ceilings
-) -> dict[str, float]:
-    """Return the share of the machine's ceilings that a model uses at that rate.
+def against_ceilings(setup: Setup, name: str, mode: str, images_per_second: float, ceilings: Row) -> Row:
+    """Return the share of the machine's ceilings, as of measure_ceilings, that a model uses at that rate.
 
     `mb_per_image` is counted (models/cost.py) as without torch.compile: operation by operation, but CMT's
     Triton kernels, where this machine's GPU runs them, as one each. `percent_of_copy`: the share of a copy's
@@ -114,8 +99,8 @@ def against_ceilings(
     flops = cost.training_flops_per_image(model, image_px) / (1 if mode == "train" else 3)
     return {
         "mb_per_image": moved / 1e6,
-        "percent_of_copy": 100 * moved * images_per_second / ceilings.copy_bytes_per_second,
-        "percent_of_matrix": 100 * flops * images_per_second / ceilings.matrix_flops_per_second,
+        "percent_of_copy": moved * images_per_second / ceilings["copy_gb_per_second"] / 1e7,
+        "percent_of_matrix": flops * images_per_second / ceilings["matrix_tflops"] / 1e10,
     }
 
 
@@ -126,7 +111,6 @@ def with_model(config: Config, name: str) -> Config:
 
 def inference(model: nn.Module, images: Tensor, accelerator: Accelerator) -> Callable[[], object]:
     """Return a function that passes `images` through `model` once, in the precision of `accelerator`."""
-    images = images.contiguous(memory_format=torch.channels_last)
     model.eval()
 
     def infer() -> None:

@@ -64,14 +64,6 @@ class Contender:
         return row
 
 
-@dataclass(frozen=True)
-class Ceilings:
-    """Bytes per second of a copy, read and written, and operations per second of a matrix product."""
-
-    copy_bytes_per_second: float
-    matrix_flops_per_second: float
-
-
 def race(
     contenders: Sequence[Contender], device: torch.device, steps: int, rounds: int, clock: Clock = WALL
 ) -> None:
@@ -119,8 +111,11 @@ def best_seconds(work: Work, repeats: int, clock: Clock = WALL, device: torch.de
     return min(taken)
 
 
-def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
-    """Time the best of a few large copies and square matrix products in `dtype`."""
+def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Row:
+    """Time the best of a few large copies, read and written, and square matrix products in `dtype`.
+
+    Returns `copy_gb_per_second` and `matrix_tflops`.
+    """
     source = torch.zeros(COPY_BYTES[device.type] // 4, device=device)
     target = torch.empty_like(source)
     seconds = best_seconds(lambda: target.copy_(source), CEILING_REPEATS, device=device)
@@ -128,7 +123,8 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
     side = MATRIX_SIDE[device.type]
     left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     product_seconds = best_seconds(lambda: left @ right, CEILING_REPEATS, device=device)
-    return Ceilings(copied / seconds, 2 * side**3 / product_seconds)
+    tflops = 2 * side**3 / product_seconds / 1e12
+    return {"copy_gb_per_second": copied / seconds / 1e9, "matrix_tflops": tflops}
 
 
 def endless(loader: Loader) -> Iterator[Batch]:

@@ -1,22 +1,21 @@
 """Draw line charts, event lanes and heat maps as inline SVG, of 10 to 100 kB (plotly's script has 4.6 MB).
 
 A chart has no width of its own. Its lines are in a nested <svg> that is stretched to the room there is,
-while strokes keep their width. Text and marks are placed in per cent. ElementTree escapes all text. Colours
-are CSS classes, which the page defines for light and dark.
+while strokes keep their width. Text and marks are placed in per cent. Colours are CSS classes, which the
+page defines for light and dark. The markup is in templates/*.svg.
 """
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
-from xml.etree.ElementTree import Element, SubElement, tostring
 
 import numpy as np
 
 from cmtrain.monitoring import units
 from cmtrain.monitoring.report.axes import Axis, Scale, linear_axis, make_axis
-from pipelines.spec import visible
+from cmtrain.monitoring.report.rendering import make_templates
 
 PLOT_UNITS = 1000  # width of the nested <svg>, in its own units
 MAX_COLUMNS = 600  # of a thinned line: about half the pixels of a page's width
@@ -98,49 +97,37 @@ def line_chart(
     values = [line.y for line in series] + ([np.array([level[0]])] if level else [])
     y_axis = make_axis(np.concatenate(values) if values else np.empty(0), scale, percent=percent)
     show = units.percent if percent else units.short
-    svg = _labelled_svg(key, {"class": "plot", "height": str(height_px + 22)}, _describe(series, show))
-    # The page's script reads values off the lines with these.
-    ends = f"{x_high:g} {y_axis.low:.17g} {y_axis.high:.17g}"
-    svg.set("data-axes", f"{ends} {height_px} {y_axis.log:d} {percent:d}")
     plot = _Plot(x_axis, y_axis, height_px)
-    _draw_axes(svg, plot)
-    if level:
-        y = plot.y(level[0])
-        _add(svg, "line", x1="0", x2="100%", y1=y, y2=y, cls="level")
-    for mark in marks:
-        x = plot.x(mark.x)
-        hairline = _add(svg, "line", x1=x, x2=x, y1="0", y2=str(height_px), cls=f"mark {mark.kind}")
-        _add(hairline, "title", mark.text)
-    stretched = _add(svg, "svg", viewBox=f"0 0 {PLOT_UNITS} {height_px}", preserveAspectRatio="none")
-    stretched.attrib |= {"width": "100%", "height": str(height_px)}
-    for line in series:
-        _draw_line(stretched, line, plot)
-    if level:
-        # The text is below the level if a line ends above it, so that they do not cross.
-        ends_above = any((line.known()[1][-1:] >= level[0]).any() for line in series)
-        _add(svg, "text", level[1], x="100%", dx="-4", y=y, dy="13" if ends_above else "-5", cls="level")
-    _end_labels(svg, series, plot)
-    legend = []
-    for line in series:
-        last = line.known()[1][-1:].tolist()
-        legend.append((line.name, line.css, show(last[0]) if last else "-"))
-    return Chart(key, title, tostring(svg, encoding="unicode"), legend)
+    last = [line.known()[1][-1:] for line in series]
+    ends = f"{x_high:g} {y_axis.low:.17g} {y_axis.high:.17g}"
+    svg = make_templates().get_template("line_chart.svg").render(
+        key=key, height_px=height_px, description=_describe(series, show), plot_units=PLOT_UNITS,
+        axes=f"{ends} {height_px} {y_axis.log:d} {percent:d}",  # by which the page's script reads values off
+        x_ticks=[(plot.x(value), label) for value, label in x_axis.ticks],
+        y_ticks=[(plot.y(value), label) for value, label in y_axis.ticks],
+        level=level, level_y=level and plot.y(level[0]),
+        ends_above=level and any((y >= level[0]).any() for y in last),
+        marks=[(plot.x(mark.x), mark) for mark in marks],
+        paths=[path for line in series for path in _paths(line, plot)],
+        end_labels=list(_end_labels(series, plot)),
+    )  # fmt: skip
+    shown = [show(float(y[0])) if y.size else "-" for y in last]
+    legend = [(line.name, line.css, value) for line, value in zip(series, shown, strict=True)]
+    return Chart(key, title, svg, legend)
 
 
 def lane(marks: Sequence[Mark], x_high: float) -> str:
     """Draw marks as glyphs along 0..x_high; marks that would overlap become one, with their number."""
-    svg = Element("svg", {"class": "lane", "height": "18", "aria-hidden": "true"})
-    _add(svg, "line", x1="0", x2="100%", y1="9", y2="9", cls="grid")
 
     def column(mark: Mark) -> tuple[int, str]:
         return round(mark.x / x_high * MAX_LANE_COLUMNS), mark.kind
 
+    glyphs = []
     for _, group in itertools.groupby(sorted(marks, key=column), key=column):
         first, *others = group
         text = first.text + (f" (and {len(others):,} more)" if others else "")
-        use = _add(svg, "use", href=f"#glyph-{first.kind}", x=_percent(first.x / x_high), y="9")
-        _add(use, "title", text)
-    return tostring(svg, encoding="unicode")
+        glyphs.append((_percent(first.x / x_high), first.kind, text))
+    return make_templates().get_template("lane.svg").render(glyphs=glyphs)
 
 
 def heat_map(matrix: np.ndarray, names: Sequence[str], *, key: str) -> str:
@@ -151,25 +138,19 @@ def heat_map(matrix: np.ndarray, names: Sequence[str], *, key: str) -> str:
     short = [name if len(name) <= HEAT_NAME else f"{name[: HEAT_NAME - 1]}\u2026" for name in names]
     margin = max(map(len, short)) / 2 + 1  # in cells, which are as high as a letter and twice as wide
     box = f"{-margin:g} {-margin:g} {size + margin:g} {size + margin:g}"
-    svg = _labelled_svg(key, {"class": "heat", "viewBox": box}, description)
-    svg.set("style", f"max-width:{HEAT_CELL_PX * (size + margin):.0f}px")
-    _add(svg, "rect", width=str(size), height=str(size))
-    for index, name in enumerate(short):
-        row, column = f"translate(-.3 {index + 0.8})", f"translate({index + 0.8} -.3)rotate(-90)"
-        for turn, anchor in ((row, "end"), (column, "start")):
-            label = _add(svg, "text", name, transform=f"{turn}scale(.1)", cls=anchor)
-            _add(label, "title", names[index])
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     # The root makes a few errors in a hundred visible.
     level = np.ceil(np.sqrt(shares) * HEAT_LEVELS).astype(int)
-    diagonal = np.eye(size, dtype=bool)
+    diagonal, shades = np.eye(size, dtype=bool), []
     for right, value in itertools.product((True, False), range(1, HEAT_LEVELS + 1)):
         cells = np.argwhere((level == value) & (diagonal == right)).tolist()
         if cells:
             path = "".join(f"M{x} {y}h1v1h-1z" for y, x in cells)
-            shade = {"fill-opacity": f"{value / HEAT_LEVELS}"}
-            _add(svg, "path", d=path, cls="right" if right else "wrong", **shade)
-    return tostring(svg, encoding="unicode")
+            shades.append((path, "right" if right else "wrong", value / HEAT_LEVELS))
+    return make_templates().get_template("heat_map.svg").render(
+        key=key, description=description, box=box, width_px=round(HEAT_CELL_PX * (size + margin)),
+        names=list(zip(names, short, strict=True)), shades=shades,
+    )  # fmt: skip
 
 
 def thin(x: np.ndarray, y: np.ndarray, columns: int) -> np.ndarray:
@@ -210,33 +191,23 @@ def _describe(series: Sequence[Series], show: Callable[[float], str]) -> str:
     return " ".join(sentences) or "Nothing was recorded."
 
 
-def _draw_axes(svg: Element, plot: _Plot) -> None:
-    for value, label in plot.y_axis.ticks:
-        y = plot.y(value)
-        _add(svg, "line", x1="0", x2="100%", y1=y, y2=y, cls="grid")
-        _add(svg, "text", label, x="-8", y=y, dy=".32em", cls="y")
-    for value, label in plot.x_axis.ticks:
-        _add(svg, "text", label, x=plot.x(value), y=str(plot.height_px + 16), cls="x")
-
-
-def _draw_line(stretched: Element, line: Series, plot: _Plot) -> None:
-    """Draw a line; one of many points as a band from lowest to highest, with the medians in front."""
+def _paths(line: Series, plot: _Plot) -> Iterator[tuple[str, str]]:
+    """Yield path and class of a line; of one with many points, of its band and then of its medians."""
     kept = thin(line.x, line.y, MAX_COLUMNS)
     x, y = line.x, line.y
     if len(kept) < len(x):
-        band = _path(PLOT_UNITS * plot.x_axis.place(x[kept]), plot.y_px(y[kept]))
-        _add(stretched, "path", d=band, cls=f"band c{line.color}")
+        yield _path(PLOT_UNITS * plot.x_axis.place(x[kept]), plot.y_px(y[kept])), f"band c{line.color}"
         x, y = medians(x, y, MEDIAN_COLUMNS)
     x, y = PLOT_UNITS * plot.x_axis.place(x), plot.y_px(y)
-    _add(stretched, "path", d=_path(x, y), cls=f"line {line.css}")
+    yield _path(x, y), f"line {line.css}"
     if line.dots:
         # A stroke of no length with round caps is a dot that stays round however the plot is stretched.
-        dots = "".join(f"M{_px(a)} {_px(b)}h0" for a, b in zip(x, y, strict=True) if math.isfinite(b))
-        _add(stretched, "path", d=dots, cls=f"dots c{line.color}")
+        dots = (f"M{_px(a)} {_px(b)}h0" for a, b in zip(x, y, strict=True) if math.isfinite(b))
+        yield "".join(dots), f"dots c{line.color}"
 
 
-def _end_labels(svg: Element, series: Sequence[Series], plot: _Plot) -> None:
-    """Write labels to the right of the last points, and keep them apart from each other."""
+def _end_labels(series: Sequence[Series], plot: _Plot) -> Iterator[tuple[str, str, Series]]:
+    """Yield places right of the last points for the labels of lines, apart from each other."""
     columns: dict[int, list[tuple[float, float, Series]]] = {}
     for line in series:
         xs, ys = line.known()
@@ -246,8 +217,7 @@ def _end_labels(svg: Element, series: Sequence[Series], plot: _Plot) -> None:
     for ends in columns.values():
         ends.sort(key=lambda end: end[0])
         for (_, x, line), y in zip(ends, _apart([end[0] for end in ends], plot.height_px), strict=True):
-            place = {"x": plot.x(x), "dx": "5", "y": _px(y), "dy": ".32em"}
-            _add(svg, "text", line.label, cls=f"end c{line.color}", **place)
+            yield plot.x(x), _px(y), line
 
 
 def _apart(places: Sequence[float], highest: float) -> list[float]:
@@ -270,23 +240,9 @@ def _path(x: np.ndarray, y: np.ndarray) -> str:
     return "".join(path if "L" in path else f"{path}h0" for path in paths)
 
 
-def _labelled_svg(key: str, attributes: dict[str, str], description: str) -> Element:
-    """Begin an <svg> that the page titles `<key>-title`, and describe it for a screen reader."""
-    names = {"aria-labelledby": f"{key}-title", "aria-describedby": f"{key}-desc"}
-    svg = Element("svg", attributes | {"role": "img", "id": key} | names)
-    _add(svg, "desc", description, id=f"{key}-desc")
-    return svg
-
-
 def _px(value: float) -> str:
     return f"{round(float(value), 1):g}"
 
 
 def _percent(share: float) -> str:
     return f"{round(100 * share, 2):g}%"
-
-
-def _add(parent: Element, tag: str, text: str = "", *, cls: str = "", **attributes: str) -> Element:
-    element = SubElement(parent, tag, attributes | ({"class": cls} if cls else {}))
-    element.text = visible(text) or None
-    return element

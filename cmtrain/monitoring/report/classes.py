@@ -1,6 +1,5 @@
 """Summarise the last evaluation by class: accuracies, confused pairs and the confusion matrix."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,23 +13,13 @@ NUM_OPEN_ROWS = 12  # of the table of classes; the others unfold
 MAX_PAIRS = 12
 
 
-@dataclass(frozen=True)
-class ClassRow:
-    """One class. `taken_for`: the class it was mistaken for most often, `mistakes` times; "" if unknown."""
-
-    name: str
-    images: int
-    accuracy: float
-    taken_for: str
-    mistakes: int
-
-
 def class_section(record: RunRecord) -> dict[str, Any] | None:
     """Return what the template shows of the better of model and EMA; None before the first evaluation.
 
-    `rows`, `more_rows`: classes, the worst first. `pairs`: (true, predicted, count, share of the true
-    class's images). `counts`, `shades`: the confusion matrix as a table, and how dark each cell is, 0 to 1.
-    `heat`: the matrix as SVG, if it is too large for a table.
+    `rows`, `more_rows`: classes, the worst first; each was mistaken most often for the class `taken_for`,
+    `mistakes` times. `pairs`: (true, predicted, count, share of the true class's images). `counts`,
+    `shades`: the confusion matrix as a table, and how dark each cell is, 0 to 1. `heat`: the matrix as SVG,
+    if it is too large for a table.
     """
     if not record.classes:
         return None
@@ -50,18 +39,17 @@ def class_section(record: RunRecord) -> dict[str, Any] | None:
             counts, shades = matrix, np.sqrt(matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1))
         else:
             heat = heat_map(matrix, names, key="confusion")
-    rows = [_row(index, names, result, errors[index]) for index in worst.tolist()]
+    rows = [
+        {
+            "name": names[index], "images": int(result.images[index]), "accuracy": float(accuracy[index]),
+            "taken_for": names[int(errors[index].argmax())], "mistakes": int(errors[index].max()),
+        }
+        for index in worst.tolist()
+    ]  # fmt: skip
     section = {"weights": weights, "names": names, "median_accuracy": float(np.median(accuracy[seen]))}
     section |= {"rows": rows[:NUM_OPEN_ROWS], "more_rows": rows[NUM_OPEN_ROWS:]}
     section |= {"counts": counts.tolist(), "shades": shades.round(2).tolist(), "heat": heat}
     return section | {"pairs": _pairs(names, result, errors)}
-
-
-def _row(index: int, names: list[str], result: ClassCounts, errors: np.ndarray) -> ClassRow:
-    images, taken_for = int(result.images[index]), int(errors.argmax())
-    mistakes = int(errors[taken_for])
-    accuracy = int(result.correct[index]) / images
-    return ClassRow(names[index], images, accuracy, names[taken_for] if mistakes else "", mistakes)
 
 
 def _pairs(names: list[str], result: ClassCounts, errors: np.ndarray) -> list[tuple[str, str, int, float]]:

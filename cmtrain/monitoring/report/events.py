@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any
 
@@ -14,6 +13,7 @@ from cmtrain.storage.run_record import RunRecord
 from pipelines.spec import visible
 
 Event = dict[str, Any]
+Row = dict[str, Any]
 
 HIDDEN = ("time", "event", "step", "device", "world_size")  # have a column, or are named below
 ROUTINE = ("checkpoint", "evaluated", "environment")  # go as planned: the report leaves them out
@@ -35,50 +35,33 @@ MAX_NEWEST_OF_A_KIND = 3  # frequent events must not hide rare ones
 MAX_ITEMS = 3  # of a list in an event
 
 
-@dataclass(frozen=True)
-class EventRow:
-    """A row of the table of events.
-
-    `seconds`: since the run began, or from then to now. `details`: (name, value) pairs. `more`: number of
-    further events of this kind, which have no row.
-    """
-
-    time: str
-    seconds: float
-    step: int
-    kind: str
-    glyph: str
-    details: list[tuple[str, str]]
-    more: int
-
-
-def event_rows(record: RunRecord) -> list[EventRow]:
+def event_rows(record: RunRecord) -> list[Row]:
     """Return a row for every event that is not routine, but only the first few of each kind."""
     events = sorted(_noteworthy(record), key=itemgetter("time"))
     return _rows(record, events, MAX_ROWS_OF_A_KIND, lambda time: time - events[0]["time"])
 
 
-def newest_rows(record: RunRecord, now: float) -> list[EventRow]:
+def newest_rows(record: RunRecord, now: float) -> list[Row]:
     """Return rows of the newest events, the newest first, a few of each kind. `now`: Unix time."""
     events = [event for event in _without_repeats(record) if event["event"] != "environment"]
     events.sort(key=itemgetter("time"), reverse=True)
     return _rows(record, events, MAX_NEWEST_OF_A_KIND, lambda time: max(0.0, now - time))[:MAX_NEWEST]
 
 
-def _rows(
-    record: RunRecord, events: list[Event], most: int, seconds: Callable[[float], float]
-) -> list[EventRow]:
-    """Return rows of `events`, at most `most` of each kind. `seconds`: of a Unix time."""
+def _rows(record: RunRecord, events: list[Event], most: int, seconds: Callable[[float], float]) -> list[Row]:
+    """Return rows of the table of events, at most `most` of each kind. `seconds`: of a Unix time.
+
+    `details`: (name, value) pairs. `more`: number of further events of this kind, which have no row.
+    """
     total, seen = Counter(event["event"] for event in events), Counter[str]()
     rows = []
     for event in events:
         kind, time = event["event"], event["time"]
         seen[kind] += 1
         if seen[kind] <= most:
-            step, glyph = round(_step_of(record, event)), GLYPHS.get(kind, "note")
-            more = total[kind] - most if seen[kind] == most else 0
-            row = utc(time), seconds(time), step, _name(event), glyph, _details(event), more
-            rows.append(EventRow(*row))
+            row: Row = {"time": utc(time), "seconds": seconds(time), "step": round(_step_of(record, event))}
+            row |= {"kind": _name(event), "glyph": GLYPHS.get(kind, "note"), "details": _details(event)}
+            rows.append(row | {"more": total[kind] - most if seen[kind] == most else 0})
     return rows
 
 

@@ -5,8 +5,6 @@ too. The template is templates/report.html, and charts.py draws the charts. Need
 """
 
 import base64
-import functools
-import hashlib
 import io
 import itertools
 import time
@@ -15,22 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 from PIL import Image
 
-from cmtrain import __version__
 from cmtrain.config.schema import defaults
 from cmtrain.config.strict_yaml import emit
 from cmtrain.monitoring.report.classes import class_section
 from cmtrain.monitoring.report.curves import PlottedRun, draw_charts, x_high
 from cmtrain.monitoring.report.events import event_lanes, event_rows
 from cmtrain.monitoring.report.headline import environment_of, headline, measure_times, number, summary
-from cmtrain.monitoring.units import duration, percent, short, state_name, utc, workers
+from cmtrain.monitoring.report.rendering import render_page
+from cmtrain.monitoring.units import duration, percent, short, state_name, utc
 from cmtrain.storage.records import remove_leftovers, replace_file
 from cmtrain.storage.run_folder import REPORT_NAME, SILENT_SECONDS
 from cmtrain.storage.run_record import Columns, RunRecord, read_run
-from pipelines.spec import DataError, visible
+from pipelines.spec import DataError
 
 NUM_COLORS = 8  # of lines that colour can distinguish; further runs differ by their letters
 MAX_SAMPLE_BYTES = 200_000  # a larger contact sheet becomes a smaller JPEG
@@ -63,40 +59,6 @@ def write_report(folders: Sequence[Path], target: Path) -> Path:
     """
     page = render([read_run(folder) for folder in folders])
     return replace_file(target, page.encode(errors="replace"))
-
-
-@functools.cache
-def make_templates() -> Environment:
-    """Return the templates of pages and model cards, which escape all values, and what is not printable."""
-    loader = FileSystemLoader(Path(__file__).parent / "templates")
-    templates = Environment(
-        loader=loader,
-        autoescape=True,
-        undefined=StrictUndefined,
-        finalize=_visible,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    templates.filters |= {f.__name__: f for f in (short, duration, percent, utc, workers)}
-    return templates
-
-
-def _visible(value: Any) -> Any:
-    if not isinstance(value, str) or isinstance(value, Markup):
-        return value
-    return "\n".join(map(visible, value.split("\n")))
-
-
-def render_page(template: str, values: dict[str, Any], scripts: Sequence[str]) -> str:
-    """Return a page with `scripts` in it.
-
-    Its security policy names their hash: a browser runs no other, even if one got past the escaping.
-    """
-    templates = make_templates()
-    script = "".join(templates.get_template(name).render() for name in scripts)
-    script_hash = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    values |= {"script": script, "script_hash": script_hash, "version": __version__}
-    return templates.get_template(template).render(values)
 
 
 def render(records: Sequence[RunRecord]) -> str:
