@@ -52,6 +52,7 @@ def class_section(record: RunRecord) -> dict[str, Any] | None:
             heat = heat_map(matrix, names, key="confusion")
     rows = [_row(index, names, result, errors[index]) for index in worst.tolist()]
     section = {"weights": weights, "names": names, "median_accuracy": float(np.median(accuracy[seen]))}
+    section["mean_accuracy"] = float(accuracy[seen].mean())
     section |= {"rows": rows[:NUM_OPEN_ROWS], "more_rows": rows[NUM_OPEN_ROWS:]}
     section |= {"counts": counts.tolist(), "shades": shades.round(2).tolist(), "heat": heat}
     return section | {"pairs": _pairs(names, result, errors)}
