@@ -32,7 +32,7 @@ _JITTER_DRAWS = 4
 _LAYERS = _JITTER + _JITTER_DRAWS
 
 # Domains keep the keys of unrelated uses of one seed apart.
-_ORDER_DOMAIN, _AUGMENT_DOMAIN = 1, 2
+_ORDER_DOMAIN, _AUGMENT_DOMAIN, _DRAW_DOMAIN = 1, 2, 5
 
 # Brightness, contrast, saturation and their six orders.
 _JITTER_BRANCHES = np.array([Branch.SCALE, Branch.SCALE, Branch.SATURATE], np.int32)
@@ -58,6 +58,17 @@ class MicroBatch(NamedTuple):
         return self._replace(indices=self.indices[places], copies=self.copies[places])
 
 
+@dataclass(frozen=True, eq=False)
+class ClassSampling:
+    """How often an epoch draws each class: in proportion to (its images) ** `power`, 0 for all alike.
+
+    `labels` (num_samples,): the class of each sample.
+    """
+
+    labels: Ints
+    power: float
+
+
 @dataclass(frozen=True)
 class Plan:
     """The order of samples.
@@ -66,7 +77,8 @@ class Plan:
     where M = G / micro_batch_size; rank r of W handles j = r, r + W, ... The incomplete last global batch is
     dropped. `repeats` > 1 is repeated augmentation (DeiT's sampler, arXiv 1902.05509): an epoch keeps
     `num_samples` samples, holds num_samples / repeats distinct images, and the copies of an image land in
-    different micro-batches.
+    different micro-batches. With `sampling`, a rare class gives its images several times, each time with
+    other augmentation, and a frequent one gives a part of its images, others in each epoch.
     Raises ValueError when the batch sizes do not fit each other or the number of samples.
     """
 
@@ -75,6 +87,7 @@ class Plan:
     global_batch_size: int
     micro_batch_size: int
     repeats: int = 1
+    sampling: ClassSampling | None = None
 
     def __post_init__(self) -> None:
         size, micro = self.global_batch_size, self.micro_batch_size
@@ -84,6 +97,8 @@ class Plan:
             raise ValueError(f"global_batch_size {size} is not in 1..{self.num_samples} (samples)")
         if self.repeats < 1:
             raise ValueError(f"repeats {self.repeats} is below 1")
+        if self.sampling and (self.repeats > 1 or len(self.sampling.labels) != self.num_samples):
+            raise ValueError("sampling needs a label for each sample, and no repeats")
 
     @property
     def steps_per_epoch(self) -> int:
@@ -96,7 +111,10 @@ class Plan:
 
     def order(self, epoch: int) -> Ints:
         """Return the sample indices of one epoch, (num_samples,), read-only."""
-        return _order(self.seed, epoch, self.num_samples, self.repeats)
+        return self._draws(epoch)[0]
+
+    def _draws(self, epoch: int) -> tuple[Ints, Ints]:
+        return _order(self.seed, epoch, self.num_samples, self.repeats, self.sampling)
 
     def micro_batches(self, epoch: int, start: int, rank: int, world: int) -> Iterator[MicroBatch]:
         """Yield this rank's micro-batches of one epoch after `start` samples, whole global batches.
@@ -113,10 +131,11 @@ class Plan:
 
     def _micro_batches(self, epoch: int, first_step: int, rank: int, world: int) -> Iterator[MicroBatch]:
         size, count = self.global_batch_size, self.num_micro_batches
+        order, copies = self._draws(epoch)
         for step in range(first_step, self.steps_per_epoch):
             for slot in range(rank, count, world):
                 positions = np.arange(step * size + slot, (step + 1) * size, count)
-                yield MicroBatch(epoch, step, slot, self.order(epoch)[positions], positions % self.repeats)
+                yield MicroBatch(epoch, step, slot, order[positions], copies[positions])
 
     def uniforms(self, batch: MicroBatch, num_streams: int) -> Floats:
         """Return independent uniforms in [0, 1) for every sample of the batch, (B, num_streams)."""
@@ -203,12 +222,43 @@ def sample_keys(seed: int, domain: int, indices: Ints) -> Words:
 
 # Two entries: the epoch being trained and the one whose first batches are already in flight.
 @lru_cache(maxsize=2)
-def _order(seed: int, epoch: int, num_samples: int, repeats: int) -> Ints:
+def _order(
+    seed: int, epoch: int, num_samples: int, repeats: int, sampling: ClassSampling | None
+) -> tuple[Ints, Ints]:
+    """Return the samples of an epoch in order, and which copy of its sample each is, (num_samples,) both."""
     # Sorting by our own hash, because numpy does not promise the same permutations in all versions.
-    keys = _states(seed, _ORDER_DOMAIN, epoch, np.arange(num_samples))
-    order = np.repeat(np.argsort(keys, kind="stable")[: -(-num_samples // repeats)], repeats)[:num_samples]
+    everyone = np.arange(num_samples)
+    shuffled = np.argsort(_states(seed, _ORDER_DOMAIN, epoch, everyone), kind="stable")
+    if sampling is None:
+        order = np.repeat(shuffled[: -(-num_samples // repeats)], repeats)[:num_samples]
+        copies = everyone % repeats
+    else:
+        keys = _states(seed, _DRAW_DOMAIN, epoch, everyone)
+        offset = (keys[0] >> np.uint64(11)) * 2.0**-53
+        drawn, again = _draw_classes(shuffled, sampling, offset)
+        again_shuffled = np.argsort(keys, kind="stable")
+        order, copies = drawn[again_shuffled], again[again_shuffled]
     order.setflags(write=False)
-    return order
+    copies.setflags(write=False)
+    return order, copies
+
+
+def _draw_classes(shuffled: Ints, sampling: ClassSampling, offset: float) -> tuple[Ints, Ints]:
+    """Return as many samples as there are, class by class, and which copy each is.
+
+    `offset`: 0..1, decides for all classes whether their share is rounded up or down.
+    """
+    counts, total = np.bincount(sampling.labels), len(shuffled)
+    shares = np.where(counts > 0, np.maximum(counts, 1.0) ** sampling.power, 0.0)
+    # Rounded, because a power's last bit may differ between CPUs.
+    ends = np.ceil(np.round(np.cumsum(shares) / shares.sum() * total, 6) - offset).astype(np.int64)
+    ends[-1] = total
+    times = np.diff(ends, prepend=0)
+    classes = np.repeat(np.arange(len(counts)), times)
+    turns = np.arange(total) - (ends - times)[classes]
+    by_class = shuffled[np.argsort(sampling.labels[shuffled], kind="stable")]
+    place, copies = turns % counts[classes], turns // counts[classes]
+    return by_class[(np.cumsum(counts) - counts)[classes] + place], copies
 
 
 def _states(seed: int, domain: int, epoch: int, indices: Ints) -> Words:

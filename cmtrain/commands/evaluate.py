@@ -36,7 +36,7 @@ from pipelines.spec import DataError, print_lines
 
 NUM_REAL_FILES, NUM_IMAGENET_CLASSES = 50_000, 1_000
 SIZES = ("weights", "image_px", "resize_px")
-MEASURED = ("top1", "top5", "loss", "num_images", "num_unreadable")
+MEASURED = ("top1", "top5", "balanced", "f1", "loss", "num_images", "num_unreadable")
 
 
 def evaluate_trained(options: argparse.Namespace, overrides: Overrides) -> int:
@@ -166,12 +166,12 @@ def _write_csv(path: str, table: Sequence[Sequence[Any]]) -> None:
 
 def _show(figures: Sequence[dict[str, Any]]) -> None:
     console = Console(enabled=True)
-    header = "weights  image px  resize px     top-1     top-5    loss   images"
+    header = "weights  image px  resize px     top-1     top-5  balanced    loss   images"
     console.line(header + "   ReaL top-1" if "real_top1" in figures[0] else header)
     for row in figures:
         top1, top5 = percent(row["top1"], 2), percent(row["top5"], 2)
         line = f"{row['weights']:<7}  {row['image_px']:>8}  {row['resize_px']:>9}  {top1:>8}  {top5:>8}"
-        line += f"  {row['loss']:6.4f}  {row['num_images']:>7}"
+        line += f"  {percent(row['balanced'], 2):>8}  {row['loss']:6.4f}  {row['num_images']:>7}"
         console.line(line + (f"   {percent(row['real_top1'], 2):>10}" if "real_top1" in row else ""))
     if unreadable := figures[0]["num_unreadable"]:
         console.line(f"{unreadable} images could not be read and count as wrong")

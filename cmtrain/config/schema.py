@@ -90,6 +90,11 @@ _RULES = (
         lambda mode, on: on or mode == "default",
         "{} needs {} to be true",
     ),
+    _Rule(
+        "data.sampling augment.repeats",
+        lambda sampling, repeats: sampling is None or repeats == 1,
+        "{} does not go with {}",
+    ),
     _Rule("expect.enforce expect.top1", lambda on, top: not on or top is not None, "{} needs {} to be set"),
     _Rule("expect.diverges expect.top1", lambda on, top: not on or top is None, "{} contradicts {}"),
     _Rule(

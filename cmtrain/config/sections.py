@@ -129,6 +129,12 @@ class Data(Section):
         "null: <train_dir>.csv, as `cmtrain data split` writes it, if there is no train_dir",
     )
     val_list: AnyPath | None = _key(None, "the same for validation; replaces val_dir")
+    sampling: str | None = _key(
+        None,
+        "balanced: an epoch draws all classes equally often; power:0.5: in proportion to the root of their "
+        "images (power:P, 0 to 1); null: each image once",
+        pattern="^(balanced|power:(0([.][0-9]+)?|1))$",
+    )
     fraction: float = _key(1.0, "share of the training images to use, equal in every class", gt=0, le=1)
     decode: Decode = _key(
         "auto",
@@ -174,6 +180,11 @@ class Mixing(Section):
     mixup_prob: Fraction = _key(1.0, "probability that a batch is mixed at all")
     mixup_switch_prob: Fraction = _key(0.5, "probability of CutMix where both are on")
     smoothing: FractionBelowOne = _key(0.0, "label smoothing: target mass spread over all classes")
+    class_weights: AnyPath | None = _key(
+        None,
+        "weights of the classes in the loss; auto: inverse to their images, 1 on average; or a file with "
+        "lines of class,weight; null: all 1",
+    )
     reprob: Fraction = _key(0.0, "probability that an image is randomly erased (pixel noise)")
     recount: Count = _key(1, "rectangles erased in such an image")
 
@@ -254,6 +265,11 @@ class Checkpoint(Section):
 
 class Evaluate(Section):
     every_epochs: Count = _key(1, "epochs between two evaluations; the last step is always evaluated")
+    best: Literal["top1", "balanced", "f1", "loss"] = _key(
+        "top1",
+        "what makes a checkpoint the best; balanced: mean accuracy of the classes (macro recall); f1: macro "
+        "F1; loss: the lowest",
+    )
 
 
 class Metrics(Section):

@@ -77,6 +77,7 @@ class TrainMetrics:
             "bn_var_max": gauge("bn_running_var_max", "Largest variance of any BatchNorm."),
         }
         self.eval_accuracy = gauge("eval_accuracy_ratio", "Accuracy on validation data.", k=(), weights=())
+        self.eval_balanced = gauge("eval_balanced_accuracy_ratio", "Mean accuracy of classes.", weights=())
         self.eval_loss = gauge("eval_loss", "Cross entropy on the validation set (nats).", weights=())
         self.eval_seconds = histogram("eval_duration_seconds", "Time of an evaluation.", EVAL_BUCKETS)
         self.best_accuracy = gauge("eval_best_accuracy_ratio", "Best top-1 of the run so far.")
@@ -184,6 +185,7 @@ class TrainMetrics:
         """Publish an evaluation of `weights` (model or ema), in which this rank saw `num_images`."""
         self.eval_accuracy("1", weights).set(result.top1)
         self.eval_accuracy("5", weights).set(result.top5)
+        self.eval_balanced(weights).set(result.balanced)
         self.eval_loss(weights).set(result.loss)
         self.images("eval").inc(num_images)
 

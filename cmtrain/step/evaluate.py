@@ -1,5 +1,6 @@
 """Evaluate a model: every image counts exactly once, whatever the number of ranks and the batch size."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +24,7 @@ class Evaluation:
     `top1`, `top5`: shares 0..1 of all images; `num_unreadable` count as wrong. Below 5 classes top5 is 1.
     `loss`: mean cross entropy (nats) of the images that were read.
     `class_images`, `class_correct`: images read of each class, and how many of them were recognised.
+    `class_predicted`: images read that were taken for each class.
     `confusion`: [true class][predicted class] counts; None beyond MAX_CONFUSION_CLASSES classes.
     `ranked`: (N, 5), or (N, K) with fewer classes, int64 on the CPU: the likeliest classes of each image, -1
         for the images of other ranks; None without `keeps_ranked`.
@@ -35,8 +37,29 @@ class Evaluation:
     num_unreadable: int = 0
     class_images: list[int] = field(default_factory=list)
     class_correct: list[int] = field(default_factory=list)
+    class_predicted: list[int] = field(default_factory=list)
     confusion: list[list[int]] | None = None
     ranked: Tensor | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def balanced(self) -> float:
+        """Mean of the accuracies of the classes that have images: macro recall, 0..1."""
+        pairs = zip(self.class_correct, self.class_images, strict=True)
+        recalls = [correct / images for correct, images in pairs if images]
+        return sum(recalls) / max(len(recalls), 1)
+
+    @property
+    def f1(self) -> float:
+        """Macro F1: mean of 2 correct / (images + predicted) of the classes that have images, 0..1."""
+        rows = zip(self.class_correct, self.class_images, self.class_predicted, strict=True)
+        scores = [2 * correct / (images + predicted) for correct, images, predicted in rows if images]
+        return sum(scores) / max(len(scores), 1)
+
+    def score(self, measure: str) -> float:
+        """Return what evaluate.best names: top1, balanced, f1, or the negative loss. More is better."""
+        if measure == "loss":
+            return -self.loss if math.isfinite(self.loss) else -math.inf
+        return float(getattr(self, measure))
 
 
 def evaluate(
@@ -79,28 +102,31 @@ def evaluate(
 class _Outcomes:
     """Counts right and wrong answers by class, on the device.
 
-    `counts`: flat (K, K) true by predicted class, or (K, 2) wrong, right beyond MAX_CONFUSION_CLASSES, and
-    one more cell for the unreadable images.
+    `counts`: flat (K, K) true by predicted class, or (K, 2) wrong, right beyond MAX_CONFUSION_CLASSES; then
+    (K,) predicted, and one more cell for the unreadable images.
     """
 
     def __init__(self, num_classes: int, device: torch.device) -> None:
         self.num_classes = num_classes
         self.width = num_classes if num_classes <= MAX_CONFUSION_CLASSES else 2
-        self.counts = torch.zeros(num_classes * self.width + 1, dtype=torch.int64, device=device)
+        self.counts = torch.zeros(num_classes * (self.width + 1) + 1, dtype=torch.int64, device=device)
 
     def add(self, predicted: Tensor, labels: Tensor) -> None:
         """Count a batch: (B,), (B,). torch.bincount would make the host wait for the largest value."""
         column = predicted if self.width == self.num_classes else (predicted == labels).long()
-        cell = torch.where(labels == UNREADABLE, len(self.counts) - 1, labels * self.width + column)
+        cells = torch.stack([labels * self.width + column, self.num_classes * self.width + predicted])
+        cell = torch.where(labels == UNREADABLE, len(self.counts) - 1, cells).flatten()
         self.counts.index_add_(0, cell, torch.ones_like(cell))
 
-    def sum_up(self) -> tuple[list[int], list[int], list[list[int]] | None]:
-        """Return Evaluation's images, correct ones and confusion of all ranks; all ranks must call it."""
+    def sum_up(self) -> tuple[list[int], list[int], list[int], list[list[int]] | None]:
+        """Return Evaluation's images, correct ones, predicted ones and confusion; all ranks must call it."""
         all_reduce_sum(self.counts)
-        table = self.counts[:-1].view(self.num_classes, self.width).cpu()
+        cells, predicted = self.counts[:-1].cpu().split([self.num_classes * self.width, self.num_classes])
+        table = cells.view(self.num_classes, self.width)
         whole = self.width == self.num_classes
         correct = table.diagonal() if whole else table[:, 1]
-        return table.sum(dim=1).tolist(), correct.tolist(), table.tolist() if whole else None
+        images = table.sum(dim=1).tolist()
+        return images, correct.tolist(), predicted.tolist(), table.tolist() if whole else None
 
 
 def all_reduce_sum(values: Tensor) -> None:

@@ -38,12 +38,14 @@ class Learner:
     `model` is on `accelerator.device`, not yet wrapped. `ema_decay`: per step; None: no EMA. `protect`:
     whether the guard refuses bad steps, or only counts them. `accumulation`: micro-batches per step on this
     rank. `clip_grad`: largest L2 norm of the gradient; None: no clipping. `spike_sigma`: see SpikeDetector.
+    `class_weights` (num_classes,): of each class in the loss.
     """
 
     def __init__(
         self, model: nn.Module, optimizer: Optimizer, accelerator: Accelerator, *,
         ema_decay: float | None, protect: bool, spike_sigma: float,
         mixing: MixSpec, accumulation: int, clip_grad: float | None, seed: int,
+        class_weights: Tensor | None = None,
     ) -> None:  # fmt: skip
         self.model, self.optimizer, self.accelerator = model, optimizer, accelerator
         self.guard = Guard(model, protect=protect)
@@ -54,6 +56,7 @@ class Learner:
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
             self.wrapped = accelerator.prepare_model(model, device_placement=False)  # it is there
         self.mixing, self.accumulation, self.clip_grad, self.seed = mixing, accumulation, clip_grad, seed
+        self.class_weights = class_weights
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.buffer = StepBuffer(accelerator.num_processes)
         self.detector = SpikeDetector(spike_sigma)
@@ -86,7 +89,7 @@ class Learner:
             with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
                 with self.guard.uncounted():
                     logits = self.wrapped(images).float()
-                loss = F.cross_entropy(logits, targets)
+                loss = F.cross_entropy(logits, targets, self.class_weights)
                 self.phases.begin("backward")
                 self._backward(loss / self.accumulation, last)
             self.guard.propose()

@@ -6,6 +6,7 @@ import datetime
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,7 +83,8 @@ def assemble(config: Config, lock: RunLock, resume: str, data: loaders.Data | No
     # The loaders are not prepared by accelerate: order, sharding and every random draw are the plan's.
     train_loader = loaders.make_train_loader(config, data.train, schedule, accelerator, place)
     eval_loader = loaders.make_eval_loader(config, data.val, schedule.micro_batch_size, accelerator, place)
-    learner = make_learner(config, model, schedule, num_classes, accelerator)
+    weights = loaders.class_weights(config, data.train, num_classes)
+    learner = make_learner(config, model, schedule, num_classes, accelerator, weights)
     recovery = make_recovery(config, schedule)
     return Parts(
         accelerator, control, data, schedule, start, train_loader, eval_loader, learner, recovery,
@@ -209,16 +211,18 @@ def make_recovery(config: Config, schedule: Schedule) -> Recovery:
 
 
 def make_learner(
-    config: Config, model: nn.Module, schedule: Schedule, num_classes: int, accelerator: Accelerator
-) -> Learner:
+    config: Config, model: nn.Module, schedule: Schedule, num_classes: int, accelerator: Accelerator,
+    class_weights: Sequence[float] | None = None,
+) -> Learner:  # fmt: skip
     """Make the learner of `model`. Raises ConfigError: a micro-batch of one image for BatchNorm."""
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
         refuse_batch_of_one(schedule.global_batch_size, schedule.max_batch_per_gpu, schedule.world_size)
     optimizer = make_optimizer(model, **config.optim.model_dump(exclude={"clip_grad"}))
     compile_model(config, model)
+    weights = None if class_weights is None else torch.tensor(class_weights, device=accelerator.device)
     return Learner(
         model, optimizer, accelerator, ema_decay=config.ema.decay, protect=config.guard.enabled,
         spike_sigma=config.guard.spike_sigma, accumulation=schedule.accumulation,
-        mixing=MixSpec(num_classes=num_classes, **config.mixing.model_dump()),
-        clip_grad=config.optim.clip_grad, seed=config.run.seed,
+        mixing=MixSpec(num_classes=num_classes, **config.mixing.model_dump(exclude={"class_weights"})),
+        clip_grad=config.optim.clip_grad, seed=config.run.seed, class_weights=weights,
     )  # fmt: skip

@@ -5,13 +5,17 @@ Importing this loads no torch, so that images are opened, and refused, before it
 
 from __future__ import annotations
 
+import csv
 import itertools
 import os
+import re
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from cmtrain.config.schema import Config
 from cmtrain.errors import ConfigError
@@ -22,8 +26,8 @@ from pipelines.files.demo_images import demo_folder
 from pipelines.files.doubts import pair_doubts, split_doubts
 from pipelines.files.manifest import Manifest
 from pipelines.files.shards import is_packed
-from pipelines.plan import Plan
-from pipelines.spec import IMAGENET_MEAN, IMAGENET_STD, AugmentSpec, Channels, EvalSpec, Placement
+from pipelines.plan import ClassSampling, Plan
+from pipelines.spec import IMAGENET_MEAN, IMAGENET_STD, AugmentSpec, Channels, DataError, EvalSpec, Placement
 
 if TYPE_CHECKING:
     import torch
@@ -182,9 +186,46 @@ def make_train_loader(
 
     plan = Plan(
         config.run.seed, len(manifest), schedule.global_batch_size, schedule.micro_batch_size,
-        repeats=config.augment.repeats,
+        repeats=config.augment.repeats, sampling=_sampling(config.data.sampling, manifest),
     )  # fmt: skip
     return train_loader(manifest, plan, augment_spec(config, accelerator), place)
+
+
+def _sampling(sampling: str | None, manifest: Manifest) -> ClassSampling | None:
+    if sampling is None:
+        return None
+    return ClassSampling(manifest.labels, float(sampling.partition(":")[2] or 0))
+
+
+def class_weights(config: Config, manifest: Manifest, num_classes: int) -> list[float] | None:
+    """Return mixing.class_weights, one for each of the model's outputs; those without images have 1.
+    Raises DataError: a file that cannot be read, or has a mistake, by its line.
+    """
+    given, names = config.mixing.class_weights, manifest.class_names
+    if given is None:
+        return None
+    weights = [1.0] * num_classes
+    if given == "auto":
+        counts = np.bincount(manifest.labels).tolist()
+        mean = len(manifest) / sum(count > 0 for count in counts)
+        weights[: len(counts)] = [mean / count if count else 1.0 for count in counts]
+        return weights
+    missing = dict.fromkeys(names)
+    try:
+        with open(given, newline="", encoding="utf-8-sig") as file:
+            for row in filter(None, reader := csv.reader(file)):
+                name, number = ",".join(row[:-1]), row[-1].strip()
+                weight = float(number) if re.fullmatch(r"[0-9]*[.]?[0-9]+(e-?[0-9]{1,2})?", number) else 0.0
+                if name not in missing or not weight > 0:
+                    wanted = "a class that has no weight yet, a comma and a number above 0"
+                    raise DataError(f"mixing.class_weights: {given}:{reader.line_num}: not {wanted}")
+                del missing[name]
+                weights[names.index(name)] = weight
+    except (OSError, UnicodeError, csv.Error) as error:
+        raise DataError(f"mixing.class_weights: {given}: {error}") from error
+    if missing:
+        raise DataError(f"mixing.class_weights: {given}: no weight for class {next(iter(missing))!r}")
+    return weights
 
 
 def make_eval_loader(

@@ -263,6 +263,8 @@ class RunLogger:
             prefix = "eval" if weights == "model" else f"eval_{weights}"
             row |= {f"{prefix}_{key}": getattr(result, key) for key in ("loss", "top1", "top5")}
             line = f"epoch {epoch}/{self.epochs} {weights} top-1 {percent(result.top1)}"
+            if len(set(result.class_images) - {0}) > 1:
+                line += f" balanced {percent(result.balanced)}"
             line += f" top-5 {percent(result.top5)} loss {result.loss:.4f} on {result.num_images:,} images"
             if result.num_unreadable:
                 line += f", {result.num_unreadable} unreadable ones counted as wrong"

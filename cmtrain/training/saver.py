@@ -1,5 +1,6 @@
 """Save checkpoints in the background, and remember which one is best."""
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -15,27 +16,30 @@ from cmtrain.training.run_logger import RunLogger
 class Saver:
     """Writes checkpoints on rank 0 and logs how each save ended. `keep`: see checkpoint.drop_old.
 
-    `best`: the best top-1 so far and its step, (0, -1) before the first evaluation. `unsaved`: why the
-    newest state has no checkpoint, "" if it has one. `saved_step`: of the newest checkpoint, 0 for none.
+    `measure`: what makes a checkpoint the best, see Evaluation.score. `best`: the best one's top-1 and step,
+    (0, -1) before the first evaluation. `unsaved`: why the newest state has no checkpoint, "" if it has one.
+    `saved_step`: of the newest checkpoint, 0 for none.
     """
 
-    def __init__(self, path: Path, logger: RunLogger, *, keep: int) -> None:
+    def __init__(self, path: Path, logger: RunLogger, *, keep: int, measure: str = "top1") -> None:
         self.writer = CheckpointWriter(path / "checkpoints")
-        self.logger, self.keep = logger, keep
+        self.logger, self.keep, self.measure = logger, keep, measure
         self.best: tuple[float, int] = (0.0, -1)
+        self.score = -math.inf
         self.unsaved, self.saved_step = "", 0
 
     def resume(self, meta: Mapping[str, Any], val_fingerprint: str) -> None:
-        """Continue from a checkpoint with this `meta`; its best top-1 counts on the same images only."""
-        if meta.get("val_fingerprint", val_fingerprint) == val_fingerprint:
-            self.best = meta["best_top1"], meta["best_step"]
+        """Continue from a checkpoint with this `meta`; its best counts by the same measure and images."""
+        score = meta.get("best_score", {"top1": meta["best_top1"]}).get(self.measure)
+        if meta.get("val_fingerprint", val_fingerprint) == val_fingerprint and score is not None:
+            self.best, self.score = (meta["best_top1"], meta["best_step"]), score
 
     def is_best(self, results: Mapping[str, Evaluation], step: int) -> bool:
-        """Note the accuracy at `step`; return whether it is the run's best."""
-        top1 = max(result.top1 for result in results.values())
-        improved = top1 > self.best[0] or self.best[1] < 0
+        """Note the result at `step`; return whether it is the run's best."""
+        result = max(results.values(), key=lambda result: result.score(self.measure))
+        improved = result.score(self.measure) > self.score or self.best[1] < 0
         if improved:
-            self.best = top1, step
+            self.best, self.score = (result.top1, step), result.score(self.measure)
         return improved
 
     def save(
@@ -53,7 +57,9 @@ class Saver:
             if checked.nonfinite:
                 self._log(Outcome(step, None, 0.0, f"the model is not finite: {named(checked.nonfinite)}"))
             else:
-                best = {"best_top1": self.best[0], "best_step": self.best[1]}
+                best: dict[str, Any] = {"best_top1": self.best[0], "best_step": self.best[1]}
+                if math.isfinite(self.score):
+                    best |= {"best_score": {self.measure: self.score}}
                 meta = {**meta, **best, "report": asdict(metrics.reported)}
                 self.writer.save(step, state, meta, keep=self.keep, last=last)
                 self.log_finished()

@@ -81,7 +81,7 @@ def run(
     # Start: from here on the run folder is written, and signals and hangs are handled.
     stop, clock = StopRequest(parts.control), Stopwatch()
     logger = open_logger(config, lock.folder, parts, last_step)
-    saver = Saver(lock.folder, logger, keep=config.checkpoint.keep)
+    saver = Saver(lock.folder, logger, keep=config.checkpoint.keep, measure=config.evaluate.best)
     watchdog = Watchdog(
         lock.folder, rank, world_size, timeout_seconds=config.train.step_timeout_seconds,
         losses=logger.losses,

@@ -162,6 +162,7 @@ def test_all_mistakes_of_all_sources_are_reported_at_once_in_reading_order():
         ("", [("optim.lr", "1e-7")], "--optim.lr: schedule.warmup_lr (1e-06) must not exceed optim.lr (1e-07)"),
         ("", [("optim.opt", "sgd"), ("optim.momentum", "0")], "--optim.momentum: optim.nesterov (true) needs optim.momentum (0) to be greater than 0"),
         ("", [("train.compile_mode", "max-autotune")], "--train.compile_mode: train.compile_mode (max-autotune) needs train.compile (false) to be true"),
+        ("augment: {repeats: 3}\n", [("data.sampling", "balanced")], "--data.sampling: data.sampling (balanced) does not go with augment.repeats (3)"),
         ("expect:\n  enforce: true\n", [], "x.yaml:10: expect.enforce: expect.enforce (true) needs expect.top1 (null) to be set"),
     ],
 )  # fmt: skip

@@ -83,7 +83,10 @@ def test_events_are_counted():
     metrics.saved(seconds=2.0, num_bytes=1000)
     metrics.best_accuracy.set(0.7)
     metrics.eta_timestamp.set(1.79e9)
-    metrics.evaluated("ema", Evaluation(top1=0.5, top5=0.9, loss=1.0, num_images=100), num_images=50)
+    counts = {"class_images": [60, 40], "class_correct": [30, 0]}
+    metrics.evaluated(
+        "ema", Evaluation(top1=0.5, top5=0.9, loss=1.0, num_images=100, **counts), num_images=50
+    )
     assert value(metrics, "data_decode_errors_total", kind="truncated") == 1
     assert value(metrics, "rollbacks_total") == 1
     assert value(metrics, "nonfinite_total", where="ema", action="heal") == 1
@@ -96,6 +99,7 @@ def test_events_are_counted():
     assert value(metrics, "eta_timestamp_seconds") == 1.79e9
     assert value(metrics, "eval_accuracy_ratio", k="1", weights="ema") == 0.5
     assert value(metrics, "eval_accuracy_ratio", k="5", weights="ema") == 0.9
+    assert value(metrics, "eval_balanced_accuracy_ratio", weights="ema") == 0.25
     assert value(metrics, "eval_loss", weights="ema") == 1
     assert value(metrics, "images_total", split="eval") == 50
 

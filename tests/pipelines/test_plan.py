@@ -9,7 +9,7 @@ import pytest
 import torch
 from torchvision.transforms import ColorJitter, RandomResizedCrop
 
-from pipelines.plan import MicroBatch, Plan, augment_params, crop_windows, jitter_params
+from pipelines.plan import ClassSampling, MicroBatch, Plan, augment_params, crop_windows, jitter_params
 from pipelines.rand_augment import BRANCH_OF, NUM_LAYER_DRAWS, Branch, layer_params, op_params, parse
 from pipelines.spec import AugmentSpec
 
@@ -287,3 +287,74 @@ def test_augmentation_can_be_left_out():
     assert params.layers is None
     assert params.jitter is None
     assert not params.flips.any()
+
+
+# ---- sampling by class
+
+LABELS = np.repeat(np.arange(5), [500, 300, 150, 50, 0])
+LABELS = np.concatenate([LABELS, np.full(3, 4)])  # 1,003 samples; the last class has three
+
+
+def drawn(power, epoch=0, seed=7, labels=LABELS):
+    plan = Plan(seed, len(labels), 48, 4, sampling=ClassSampling(labels, power))
+    batches = list(plan.micro_batches(epoch, 0, 0, 1))
+    indices = np.concatenate([batch.indices for batch in batches])
+    copies = np.concatenate([batch.copies for batch in batches])
+    return plan, indices, copies
+
+
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
+def test_an_epoch_draws_each_class_in_proportion_to_a_power_of_its_images(power):
+    counts = np.bincount(LABELS)
+    shares = counts**power / (counts**power).sum()
+    for epoch in range(4):
+        order = drawn(power, epoch)[0].order(epoch)
+        times = np.bincount(LABELS[order], minlength=5)
+        assert len(order) == len(LABELS)
+        assert np.abs(times - shares * len(LABELS)).max() <= 1  # far inside binomial bounds
+    if power == 1:
+        assert sorted(order) == list(range(len(LABELS)))
+
+
+def test_images_of_a_class_take_turns():
+    plan, _, _ = drawn(0.0)
+    times = np.bincount(plan.order(0), minlength=len(LABELS))
+    for label in range(5):
+        of_class = times[label == LABELS]
+        assert of_class.max() - of_class.min() <= 1
+    others = np.bincount(plan.order(1), minlength=len(LABELS))
+    frequent = LABELS == 0
+    assert (times[frequent] != others[frequent]).any()  # each epoch another part of a frequent class
+
+
+def test_copies_of_an_image_have_numbers_and_so_other_augmentation():
+    plan, indices, copies = drawn(0.0)
+    pairs = list(zip(indices.tolist(), copies.tolist(), strict=True))
+    assert len(set(pairs)) == len(pairs)
+    batch = MicroBatch(0, 0, 0, np.full(3, 1002), np.arange(3))
+    assert len(np.unique(plan.uniforms(batch, 4), axis=0)) == 3
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_sampling_does_not_depend_on_ranks_or_kills(world):
+    plan, _, _ = drawn(0.5)
+    alone = {b.identity: b for b in plan.micro_batches(3, 0, 0, 1)}
+    again, _, _ = drawn(0.5)
+    shared = {b.identity: b for rank in range(world) for b in again.micro_batches(3, 5 * 48, rank, world)}
+    assert shared.keys() == {identity for identity in alone if identity[1] >= 5}
+    for identity, batch in shared.items():
+        assert np.array_equal(batch.indices, alone[identity].indices)
+        assert np.array_equal(batch.copies, alone[identity].copies)
+
+
+def test_rare_images_are_spread_over_the_epoch():
+    _, indices, _ = drawn(0.0)
+    rare = np.flatnonzero(LABELS[indices] == 4)
+    assert abs(rare.mean() / len(indices) - 0.5) < 0.05
+
+
+def test_sampling_needs_labels_and_no_repeats():
+    with pytest.raises(ValueError, match="label for each sample"):
+        Plan(0, 10, 2, 2, sampling=ClassSampling(np.zeros(9, int), 0.0))
+    with pytest.raises(ValueError, match="no repeats"):
+        Plan(0, 10, 2, 2, repeats=3, sampling=ClassSampling(np.zeros(10, int), 0.0))

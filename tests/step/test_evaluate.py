@@ -1,12 +1,17 @@
 """Accuracy, accuracy by class, confusion and the kept answers come from one choice among the logits."""
 
+import dataclasses
+import math
+
 import pytest
 import torch
 from accelerate import Accelerator
+from sklearn.metrics import balanced_accuracy_score, f1_score
 from torch import nn
 
 from cmtrain.step import evaluate as module
 from cmtrain.step.evaluate import evaluate
+from pipelines.spec import UNREADABLE
 
 NUM_CLASSES, NUM_IMAGES = 7, 64
 
@@ -33,5 +38,26 @@ def test_tied_logits_count_the_same_everywhere(monkeypatch, has_matrix):
     assert 0 < right < NUM_IMAGES
     assert sum(result.class_correct) == right
     assert int((result.ranked[:, 0] == labels).sum()) == right
+    ranked = result.ranked[:, 0].tolist()
+    assert result.balanced == pytest.approx(balanced_accuracy_score(labels.tolist(), ranked))
+    assert result.f1 == pytest.approx(f1_score(labels.tolist(), ranked, average="macro"))
     if has_matrix:
         assert sum(row[index] for index, row in enumerate(result.confusion)) == right
+
+
+def test_classes_without_images_and_unreadable_images_are_no_part_of_the_balanced_accuracy():
+    labels = torch.tensor([0, 0, 0, 0, 2, UNREADABLE])
+
+    class Zero(nn.Module):
+        def forward(self, images):
+            return torch.tensor([[3.0, 1.0, 2.0]]).expand(len(images), 3)
+
+    batch = torch.zeros(6, 1), labels, torch.arange(6)
+    result = evaluate(Zero(), [batch], Accelerator(cpu=True), 6, 3)
+    counts = result.class_images, result.class_correct, result.class_predicted
+    assert counts == ([4, 0, 1], [4, 0, 0], [5, 0, 0])
+    assert result.balanced == 0.5
+    assert result.f1 == pytest.approx((8 / 9 + 0) / 2)
+    scores = {measure: result.score(measure) for measure in ("top1", "balanced", "f1", "loss")}
+    assert scores == {"top1": result.top1, "balanced": 0.5, "f1": result.f1, "loss": -result.loss}
+    assert dataclasses.replace(result, loss=math.nan).score("loss") == -math.inf

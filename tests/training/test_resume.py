@@ -10,6 +10,7 @@ from helpers.runs import flip
 
 from cmtrain.config.load import load_config
 from cmtrain.errors import ConfigError
+from cmtrain.step.evaluate import Evaluation
 from cmtrain.step.measure import StepReport
 from cmtrain.storage.checkpoint import Loaded, checkpoint_path, checkpoint_steps, save_checkpoint
 from cmtrain.storage.run_folder import RunLock
@@ -123,6 +124,26 @@ def test_other_validation_images_are_reported_and_begin_a_new_search_for_the_bes
         saver.resume(found.checkpoint.meta, val)
         assert saver.best == best
         saver.close()
+
+
+def test_the_best_checkpoint_is_the_best_by_the_measure_that_was_asked_for(tmp_path):
+    def evaluation(top1, balanced, loss):
+        images = [50, 50]
+        return Evaluation(top1, 1.0, loss, 100, 0, images, [round(50 * balanced)] * 2, images)
+
+    first, second = {"model": evaluation(0.9, 0.5, 1.0)}, {"model": evaluation(0.8, 0.7, 2.0)}
+    for measure, best in {"top1": (0.9, 3), "balanced": (0.8, 6), "f1": (0.8, 6), "loss": (0.9, 3)}.items():
+        saver = Saver(tmp_path, None, keep=1, measure=measure)
+        assert saver.is_best(first, 3)
+        assert saver.is_best(second, 6) == (best[1] == 6)
+        assert saver.best == best
+        meta = {"best_top1": best[0], "best_step": best[1], "best_score": {measure: saver.score}}
+        saver.close()
+        for other in ("top1", "balanced", "f1", "loss"):  # by another measure the search begins again
+            resumed = Saver(tmp_path, None, keep=1, measure=other)
+            resumed.resume(meta, "v")
+            assert resumed.best == (best if other == measure else (0.0, -1))
+            resumed.close()
 
 
 def test_the_same_recipe_in_other_ways(tmp_path):

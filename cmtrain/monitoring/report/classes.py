@@ -47,6 +47,7 @@ def class_section(record: RunRecord) -> dict[str, Any] | None:
         for index in worst.tolist()
     ]  # fmt: skip
     section = {"weights": weights, "names": names, "median_accuracy": float(np.median(accuracy[seen]))}
+    section["mean_accuracy"] = float(accuracy[seen].mean())
     section |= {"rows": rows[:NUM_OPEN_ROWS], "more_rows": rows[NUM_OPEN_ROWS:]}
     section |= {"counts": counts.tolist(), "shades": shades.round(2).tolist(), "heat": heat}
     return section | {"pairs": _pairs(names, result, errors)}
