@@ -7,14 +7,11 @@ delivers their common input once, and then its L2 cache does. The counted bytes 
 
 Sums over rows are fp32, always in the same order and without atomics: equal inputs give equal bits. Each
 place of a tile keeps its own sum; they are added once per program, because threads exchange them for that.
-An H100 issues some 10 instructions while it moves a byte, so these are counted, too
-(tests/helpers/cross_compile.py).
+An H100 issues some 10 instructions while it moves a byte, so tests/helpers/cross_compile.py counts them.
 """
 
 import triton
 import triton.language as tl
-
-# ---- device functions
 
 
 @triton.jit

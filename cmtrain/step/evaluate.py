@@ -90,12 +90,12 @@ def evaluate(
     model.train(was_training)
     all_reduce_sum(totals)
     hits_at_5, summed_loss = totals.tolist()
-    images_of, correct, confusion = outcomes.sum_up()
-    seen, num_read = int(outcomes.counts.sum()), sum(images_of)
+    images_of, correct, predicted, confusion = outcomes.sum_up()
+    seen, num_read = int(outcomes.counts.sum()) // 2, sum(images_of)
     assert seen == num_images, f"evaluated {seen} images of {num_images}"
     return Evaluation(
         sum(correct) / seen, hits_at_5 / seen, summed_loss / max(num_read, 1), num_images, seen - num_read,
-        images_of, correct, confusion, None if ranked is None else ranked.cpu(),
+        images_of, correct, predicted, confusion, None if ranked is None else ranked.cpu(),
     )  # fmt: skip
 
 
@@ -103,7 +103,7 @@ class _Outcomes:
     """Counts right and wrong answers by class, on the device.
 
     `counts`: flat (K, K) true by predicted class, or (K, 2) wrong, right beyond MAX_CONFUSION_CLASSES; then
-    (K,) predicted, and one more cell for the unreadable images.
+    (K,) predicted, and one more cell for the unreadable images. So every image counts twice.
     """
 
     def __init__(self, num_classes: int, device: torch.device) -> None:
