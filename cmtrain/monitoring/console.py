@@ -19,6 +19,7 @@ from pipelines.spec import visible
 
 MIN_BAR_WIDTH = 7
 SILENT_SECONDS = 9.0  # nobody waits longer for a sign of life
+LINE_SECONDS = 30.0  # between two lines of a run whose log points are further apart
 P = ParamSpec("P")
 
 
@@ -87,12 +88,15 @@ class Console:
         self.rich = RichConsole(stderr=True, highlight=False, soft_wrap=True, force_terminal=terminal)
         self.bar: Progress | None = None
         self.task = TaskID(0)
-        self.first_step = self.fixed_width = 0  # columns of the terminal that the parts cannot have
+        self.fixed_width = 0  # columns of the terminal that the parts cannot have
+        self.first_step = self.total_steps = 0
+        self.step_seconds = self.printed_at = 0.0
         self.parts: tuple[str, ...] = ()  # of the newest log point
 
     @_safe
     def start(self, step: int, total_steps: int) -> None:
         """Show the bar, if stderr is a terminal."""
+        self.first_step, self.total_steps = step, total_steps
         if not (self.enabled and self.rich.is_interactive):
             return
         digits = len(str(total_steps))
@@ -100,18 +104,25 @@ class Console:
         elapsed, parts = ElapsedColumn(Column(no_wrap=True)), TextColumn(" {task.description}")
         self.bar = Progress(place, BarColumn(None), elapsed, parts, console=self.rich, transient=True)
         fixed = f"step {total_steps}/{total_steps} {' ' * MIN_BAR_WIDTH} 59m 59s elapsed  "
-        self.first_step, self.fixed_width = step, len(fixed)
+        self.fixed_width = len(fixed)
         self.task = self.bar.add_task("", total=total_steps, completed=step)
         self.bar.start()
 
     @_safe
-    def advance(self, step: int) -> None:
+    def advance(self, step: int, seconds: float) -> None:
+        """Show that `step` is done: in the bar, else by a line after the first one and every LINE_SECONDS.
+
+        `seconds`: that it took. The first log point may be hours away, and the run take weeks.
+        """
+        self.step_seconds += seconds
+        done = step - self.first_step
+        eta = f"eta {duration(self.step_seconds / max(done, 1) * (self.total_steps - step))}"
         if self.bar:
             self.bar.update(self.task, completed=step)
-            if not self.parts:  # before the first log point, which may be hours away
-                elapsed_seconds, done = self.bar.tasks[0].elapsed or 0.0, step - self.first_step
-                left_seconds = elapsed_seconds / max(done, 1) * (int(self.bar.tasks[0].total or 0) - step)
-                self.bar.update(self.task, description=f"eta {duration(left_seconds)}")
+            if not self.parts:
+                self.bar.update(self.task, description=eta)
+        elif done == 1 or time.monotonic() - self.printed_at >= LINE_SECONDS:
+            self.line(f"step {step}/{self.total_steps} {eta}{' (by one step)' if done == 1 else ''}")
 
     @_safe
     def progress(self, place: str, *parts: str) -> None:
@@ -134,7 +145,7 @@ class Console:
     def line(self, text: str) -> None:
         """Print a line that stays on the screen: an evaluation, a checkpoint, what the guard did."""
         if self.enabled:
-            text = visible(text)
+            text, self.printed_at = visible(text), time.monotonic()
             if self.bar:
                 self.rich.print(text, markup=False)
             else:

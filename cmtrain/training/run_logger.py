@@ -144,7 +144,7 @@ class RunLogger:
         measured |= {"num_images": num_images, "seconds": seconds, "wait_seconds": wait_seconds}
         self.metrics.count_step(step, **measured)
         self.pace.step(num_images * self.world_size, seconds, wait_seconds)
-        self.console.advance(step)
+        self.console.advance(step, seconds)
         self.report_losses()
 
     def report_losses(self) -> None:

@@ -21,7 +21,7 @@ def bar_at(width, *, parts=PARTS, elapsed_seconds=7, first_step=0):
     console.start(first_step, 450)
     task = console.bar.tasks[0]
     task.start_time = console.bar.get_time() - elapsed_seconds
-    console.advance(20)
+    console.advance(20, elapsed_seconds)
     if parts:
         console.progress(PLACE, *parts)
     screen = RichConsole(file=io.StringIO(), width=width)
@@ -96,3 +96,25 @@ def test_what_is_not_printable_is_shown_as_escapes(capsys):
     assert capsys.readouterr().err == (
         "bad file: x\\x1b]52;c;ZQ==\\x07\\nfinished: top-1 1.0\\u202e.jpg \\udce9\n"
     )
+
+
+def test_without_a_terminal_the_first_step_and_half_a_minute_without_a_log_point_have_a_line(
+    capsys, monkeypatch
+):
+    now = [1000.0]
+    monkeypatch.setattr("cmtrain.monitoring.console.time.monotonic", lambda: now[0])
+    console = Console(enabled=True)
+    console.start(10, 110)
+    for step in range(11, 24):
+        now[0] += 10.0
+        console.advance(step, 10.0)
+        if step == 20:
+            console.progress("epoch 1/2 step 20/110", "loss 1.0")
+    assert capsys.readouterr().err.splitlines() == [
+        "step 11/110 eta 16m 30s (by one step)",
+        "step 14/110 eta 16m 0s",
+        "step 17/110 eta 15m 30s",
+        "step 20/110 eta 15m 0s",
+        "epoch 1/2 step 20/110 loss 1.0",
+        "step 23/110 eta 14m 30s",
+    ]
