@@ -139,6 +139,10 @@ class DaliLoader:
         self._num_bytes = 0
         self._undecodable: set[bytes] = set()  # digests of contents of which not even one pixel decodes
 
+    def __len__(self) -> int:
+        """Return the number of this rank's batches in an epoch."""
+        return sum(1 for _ in self._micro_batches(0, 0))
+
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Yield this rank's batches after `start` consumed samples. A batch owns its memory.
 
