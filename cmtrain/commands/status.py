@@ -21,10 +21,9 @@ from cmtrain.config.strict_yaml import parse
 from cmtrain.errors import EXIT_DONE, did_you_mean
 from cmtrain.monitoring.units import duration, percent, state_name, step_place
 from cmtrain.storage.records import is_number, read_bytes
-from cmtrain.storage.run_folder import SILENT_SECONDS, is_alive, read_status
+from cmtrain.storage.run_folder import RUNS, SILENT_SECONDS, is_alive, read_status
 from pipelines.spec import DataError, visible
 
-RUNS = Path("runs")
 ANSWER_SECONDS = 2.0
 REFRESH_SECONDS = 1.0
 MAX_ANSWER_BYTES = 1_000_000

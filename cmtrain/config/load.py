@@ -56,7 +56,8 @@ def load_config(path: str | Path, overrides: Overrides = ()) -> Resolved:
     draft = _Draft()
     draft.read_files(path)
     draft.read_overrides(overrides)
-    config = draft.validate(default_name=_run_name(path))
+    run_name = re.sub(r"^[.]|[^A-Za-z0-9._-]", "-", path.stem)[:64] or "run"
+    config = draft.validate(default_name=run_name)
     if draft.mistakes or config is None:
         lines = [line for _, line in sorted(draft.mistakes)]
         if len(lines) > MAX_MISTAKES_SHOWN:
@@ -98,10 +99,6 @@ def _packaged() -> dict[str, Path]:
     # In a wheel they are inside the package, in a checkout beside it.
     folder = package / "_configs" if (package / "_configs").is_dir() else package.parent / "configs"
     return {f"configs/{file.relative_to(folder)}": file for file in sorted(folder.rglob("*.yaml"))}
-
-
-def _run_name(path: Path) -> str:
-    return re.sub(r"^[.]|[^A-Za-z0-9._-]", "-", path.stem)[:64] or "run"
 
 
 class _Place(NamedTuple):

@@ -60,8 +60,8 @@ class RunFolder:
         self._status: dict[str, Any] = read_status(path) or {}
         path.mkdir(parents=True, exist_ok=True)
 
-    def write_config(self, text: str) -> None:
-        self.losses.attempt("config.yaml", replace_file, self.path / "config.yaml", text)
+    def write(self, name: str, text: str) -> None:
+        self.losses.attempt(name, replace_file, self.path / name, text)
 
     def status(self, *, retries: bool = False, **fields: Any) -> bool:
         """Merge `fields` into status.json, atomically. Return whether that was written.
@@ -94,10 +94,6 @@ class RunFolder:
         csv.DictWriter(text, SUMMARY_COLUMNS, restval="").writerow(row)
         path = self.path / "summary.csv"
         self.losses.attempt(path.name, records.append, path, text.getvalue(), f"{SUMMARY_HEADER}\r\n")
-
-    def classes(self, record: dict[str, Any]) -> None:
-        path = self.path / CLASSES_NAME
-        self.losses.attempt(path.name, replace_file, path, json.dumps(record) + "\n")
 
     def rewind(self, step: int) -> list[str]:
         """Remove log records and summary rows after `step`: a resumed run will do those steps again.

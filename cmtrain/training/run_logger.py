@@ -1,5 +1,6 @@
 """Send every event of a run to the console, the metrics, the run folder and the experiment trackers."""
 
+import json
 import math
 import socket
 import time
@@ -28,7 +29,7 @@ from cmtrain.step.spikes import Spike
 from cmtrain.storage.checkpoint_writer import Outcome
 from cmtrain.storage.finite import named
 from cmtrain.storage.records import Losses
-from cmtrain.storage.run_folder import REPORT_NAME, SAMPLE_NAME, RunFolder, finite
+from cmtrain.storage.run_folder import CLASSES_NAME, REPORT_NAME, SAMPLE_NAME, RunFolder, finite
 from cmtrain.training.recovery import BadStep
 from pipelines.checks.bad_list import BadFile, find_list
 from pipelines.spec import DataError, print_lines
@@ -106,7 +107,7 @@ class RunLogger:
             self.metrics.resume(resumed[1])
             self.train_loss = resumed[1].loss
         if self.folder:
-            self.folder.write_config(config_yaml)
+            self.folder.write("config.yaml", config_yaml)
             self.folder.status(
                 state="running", step=self.first_step, last_step=self.last_step,
                 total_steps=self.total_steps,
@@ -273,7 +274,8 @@ class RunLogger:
         if self.folder:
             self.folder.summary(row)
             self._track(row, step)
-            self.folder.classes(by_class(dict(results), class_names, step))
+            classes = by_class(dict(results), class_names, step)
+            self.folder.write(CLASSES_NAME, json.dumps(classes) + "\n")
             top1 = max(result.top1 for result in results.values())
             self._event("evaluated", step=step, top1=top1, seconds=round(seconds, 3))
             self.folder.status(step=step, best_top1=best[0], best_step=best[1])

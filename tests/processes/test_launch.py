@@ -311,7 +311,7 @@ def test_a_full_disk_does_not_hide_the_failure(tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         return open(file, mode, **options)
 
-    monkeypatch.setattr("cmtrain.storage.records.open", full, raising=False)
+    monkeypatch.setattr("pipelines.atomic.open", full, raising=False)
     write_failure(tmp_path, Failure(0, 1, "OSError: no space"))
     assert record_cause(tmp_path, has_ended=True).reason.startswith("ended without an error report")
 

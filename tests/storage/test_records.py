@@ -248,8 +248,8 @@ def test_a_lost_record_is_noted_once_and_counted(tmp_path, monkeypatch, no_pause
         (tmp_path / name / "x").touch()
     for _ in range(3):
         run.log({"step": 1})
-    run.write_config("a: 1")
-    run.classes({})
+    run.write("config.yaml", "a: 1")
+    run.write("classes.json", "{}")
     assert not run.status(state="finished", retries=True)
     news = run.losses.take_news()
     assert [line.partition(":")[0] for line in news] == [
