@@ -47,7 +47,8 @@ def preview(config: Config, *, out: str, rows: int = 8, columns: int = 8, epoch:
     once = config.model_copy(update={"augment": config.augment.model_copy(update={"repeats": 1})})
     place, _ = loaders.place_loaders(config, accelerator)
     loader = loaders.make_train_loader(once, shown, schedule, accelerator, place)
-    spec = MixSpec(num_classes=len(data.train.class_names), **config.mixing.model_dump())
+    mixing = config.mixing.model_dump(exclude={"class_weights"})
+    spec = MixSpec(num_classes=len(data.train.class_names), **mixing)
 
     plain, mixed = [], []
     for number in range(epoch, epoch + columns):

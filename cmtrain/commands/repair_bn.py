@@ -285,6 +285,6 @@ def _refuse(path: Path, nonfinite: list[str]) -> None:
 
 def _images(loader: Loader, config: Config, num_classes: int, batches: int) -> Iterator[Tensor]:
     """Yield the images of `batches` training micro-batches, mixed, in fp32."""
-    spec = MixSpec(num_classes=num_classes, **config.mixing.model_dump())
+    spec = MixSpec(num_classes=num_classes, **config.mixing.model_dump(exclude={"class_weights"}))
     for number, (images, labels, _) in enumerate(itertools.islice(endless(loader), batches)):
         yield mix(images.float(), labels, spec, (config.run.seed, number, 0))[0]
