@@ -94,7 +94,7 @@ class StandIns:
             if candidate in self._good or not self.check([candidate]):
                 self._good.add(candidate)
                 return candidate
-        raise DataError(f"{self._manifest.root}: no image can be read")
+        raise DataError(f"no image can be read: {self._first_bad()}")
 
     def take_new(self) -> list[BadFile]:
         """Return the bad files found since the last call."""
@@ -121,10 +121,12 @@ class StandIns:
         self._new.append(bad_file)
         share, total = self._max_bad_fraction, len(self._manifest)
         if len(self._bad) > max(int(share * total), int(share > 0)):
-            named = "; ".join(f"{file.path}: {file.reason}" for file in list(self._bad.values())[:3])
             what = f"{len(self._bad)} of {total} images became unreadable during the run"
             limit = f"more than data.max_bad_fraction {share:g} allows"
-            raise DataError(f"{self._manifest.root}: {what}, {limit}: {named}")
+            raise DataError(f"{self._manifest.root}: {what}, {limit}: {self._first_bad()}")
+
+    def _first_bad(self) -> str:
+        return "; ".join(f"{file.path}: {file.reason}" for file in list(self._bad.values())[:3])
 
 
 def _failing_alone(batch: MicroBatch, decode: TestDecode) -> Iterator[tuple[int, str]]:

@@ -51,7 +51,7 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[ar
         else:
             own.append(argument)
     try:
-        options, rest = parser.parse_known_args(own)
+        options, rest = parser.parse_known_intermixed_args(own)
     except argparse.ArgumentError as error:
         raise ConfigError(str(error).removeprefix("argument ")) from error
     while rest:

@@ -25,7 +25,7 @@ from cmtrain.cli.arguments import (
     run_group,
 )  # fmt: skip
 from cmtrain.cli.data_verbs import DATA_VERBS
-from cmtrain.cli.model_verbs import evaluate_trained, export_trained
+from cmtrain.cli.model_verbs import evaluate_trained, export_trained, predict_images
 from cmtrain.commands import sweep
 from cmtrain.config.describe import config_reference, config_schema
 from cmtrain.config.load import load_config
@@ -78,6 +78,8 @@ def _main(arguments: list[str]) -> int:
         if verb not in _READERS and not {"--help", "-h", "--dry-run"} & set(arguments):
             ignore_variables()
             check_launcher()
+        if verb in _ALONE and _world_size() > 1:
+            raise ConfigError(f"cmtrain {verb}: runs in one process, without a launcher")
         return _VERBS[verb](arguments)
     except ConfigError as error:
         hold_back()
@@ -325,8 +327,9 @@ def _config_reference(arguments: list[str]) -> int:
 _CONFIG_VERBS = {"show": _config_show, "schema": _config_schema, "reference": _config_reference}
 _VERBS: dict[str, Callable[[list[str]], int]] = {
     "train": _train, "doctor": _doctor, "demo": _demo, "sweep": _sweep, "eval": evaluate_trained,
-    "export": export_trained, "status": _status, "watch": _watch, "report": _report, "bench": _bench,
-    "repair-bn": _repair_bn, "data": partial(run_group, "data", DATA_VERBS),
-    "config": partial(run_group, "config", _CONFIG_VERBS),
+    "predict": predict_images, "export": export_trained, "status": _status, "watch": _watch,
+    "report": _report, "bench": _bench, "repair-bn": _repair_bn,
+    "data": partial(run_group, "data", DATA_VERBS), "config": partial(run_group, "config", _CONFIG_VERBS),
 }  # fmt: skip
+_ALONE = ("eval", "predict", "repair-bn")
 _READERS = ("status", "watch", "report", "config")  # they compute nothing, in one process

@@ -1,4 +1,4 @@
-"""Parse the verbs for a trained model: eval and export."""
+"""Parse the verbs for a trained model: eval, export and predict."""
 
 import argparse
 import os
@@ -8,8 +8,10 @@ from cmtrain.cli.arguments import add_json, make_parser, out_file, parse, positi
 from cmtrain.commands.evaluation_sizes import sizes_of
 from cmtrain.config.load import Overrides
 from cmtrain.errors import ConfigError
+from cmtrain.storage.run_folder import find_export
 from pipelines.spec import DataError
 
+RUN_HELP = "run folder, the name of one below runs, or a checkpoint"
 FORMATS = ("timm", "onnx", "torch-export")
 
 
@@ -32,6 +34,8 @@ def evaluate_trained(arguments: list[str]) -> int:
     add("--real", action="store_true", help="also by ImageNet-ReaL's labels, for ImageNet's val images")
     add("--per-class", type=out_file, metavar="FILE", help="write images and accuracy of every class as CSV")
     add("--confusion", type=out_file, metavar="FILE", help="write the best result's confusion matrix as CSV")
+    wrong = "write all mistakes as CSV, and a sheet of the most confident ones, to this new folder"
+    add("--save-wrong", metavar="DIR", help=wrong)
     add("--expect", type=share, metavar="TOP1", help="exit code 5 where the best top-1 is below it")
     add_json(parser, to_file=True)
     options, overrides = _parse_with_run(parser, arguments)
@@ -39,6 +43,8 @@ def evaluate_trained(arguments: list[str]) -> int:
     config = start.check_trained(options.run, overrides)
     if config:
         sizes_of(config, options.image_px, options.resize_px)
+    if options.save_wrong and os.path.lexists(options.save_wrong):
+        raise ConfigError(f"--save-wrong {options.save_wrong}: exists already; choose another folder")
     if options.folder and not os.path.isdir(options.folder):
         raise DataError(f"--folder {options.folder}: no such folder")
     if config and not options.folder:
@@ -74,12 +80,37 @@ def export_trained(arguments: list[str]) -> int:
     return export(open_trained(options.run, overrides), formats=formats, out=options.out, **how)
 
 
+def predict_images(arguments: list[str]) -> int:
+    """Run `cmtrain predict ...`. Returns the exit code."""
+    parser = make_parser("predict", "Classify images, prepared as the evaluation of the model's run does.")
+    add = parser.add_argument
+    add("run", metavar="RUN|EXPORT", help=f"{RUN_HELP}; or what `cmtrain export` wrote for timm, or as ONNX")
+    images = "image, folder, pattern, or list (.csv, .txt: one path per line, relative to its folder)"
+    add("images", nargs="+", metavar="IMAGES", help=images)
+    add("--top", type=positive, default=5, metavar="K", help="classes to give for each image (default: 5)")
+    add("--csv", type=out_file, metavar="FILE", help="write the predictions as CSV")
+    add("--jsonl", type=out_file, metavar="FILE", help="write them as JSON lines, as stdout has them")
+    pooled = "write the features before the classifier, the logits and the paths as .npz"
+    add("--embeddings", type=out_file, metavar="FILE", help=pooled)
+    add_json(parser)
+    options, overrides = parse(parser, arguments)
+    start.announce(f"predict by {options.run}")
+    if not find_export(options.run):
+        start.check_trained(options.run, overrides)
+    from pipelines.files.lists import find_images  # with numpy
+
+    files = find_images(options.images)
+    start.loading()
+    from cmtrain.commands.predict import predict
+
+    return predict(files, options, overrides)
+
+
 def _parse_with_run(
     parser: argparse.ArgumentParser, arguments: list[str]
 ) -> tuple[argparse.Namespace, Overrides]:
     """Return the options, among them the positional RUN, and the overrides."""
-    what = "run folder, the name of one below runs, or a checkpoint"
-    parser.add_argument("run", nargs="?", metavar="RUN", help=what)
+    parser.add_argument("run", nargs="?", metavar="RUN", help=RUN_HELP)
     options, overrides = parse(parser, arguments)
     if options.run is None:
         raise ConfigError(f"{parser.prog}: of which run? e.g. {parser.prog} runs/demo")

@@ -47,7 +47,8 @@ def preview(config: Config, *, out: str, rows: int = 8, columns: int = 8, epoch:
     once = config.model_copy(update={"augment": config.augment.model_copy(update={"repeats": 1})})
     place, _ = loaders.place_loaders(config, accelerator)
     loader = loaders.make_train_loader(once, shown, schedule, accelerator, place)
-    spec = MixSpec(num_classes=len(data.train.class_names), **config.mixing.model_dump())
+    mixing = config.mixing.model_dump(exclude={"class_weights"})
+    spec = MixSpec(num_classes=len(data.train.class_names), **mixing)
 
     plain, mixed = [], []
     for number in range(epoch, epoch + columns):
@@ -57,10 +58,10 @@ def preview(config: Config, *, out: str, rows: int = 8, columns: int = 8, epoch:
         mixed.append(mix(batch.images, batch.labels, spec, (config.run.seed, number))[0][by_row])
     loader.close()
 
-    path = Path(out)
-    _write_grid(plain, config, path)
+    path, names = Path(out), [data.train.class_names[label] for label in shown.labels]
+    _write_grid(plain, names, config, path)
     if config.mixing.mixup or config.mixing.cutmix or config.mixing.reprob:
-        _write_grid(mixed, config, path.with_name(f"{path.stem}-mixed.png"))
+        _write_grid(mixed, names, config, path.with_name(f"{path.stem}-mixed.png"))
     return EXIT_DONE
 
 
@@ -139,12 +140,13 @@ def _text(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
 
 
-def _write_grid(epochs: list[torch.Tensor], config: Config, path: Path) -> None:
-    """Write a grid with one column for each of `epochs`, which are (rows, 3, H, W)."""
+def _write_grid(epochs: list[torch.Tensor], names: list[str], config: Config, path: Path) -> None:
+    """Write a grid with one column for each of `epochs`, (rows, 3, H, W). `names`: of each row's class."""
     images = torch.stack(epochs, dim=1).flatten(0, 1)  # -> (rows * columns, 3, H, W)
     mean, std = config.data.mean, config.data.std
+    captions = [[name] for name in names for _ in epochs]
     try:
-        contact_sheet(images, mean, std, path, max_images=len(images), columns=len(epochs))
+        contact_sheet(images, mean, std, path, len(images), len(epochs), captions)
     except OSError as error:
         raise DataError(f"{path}: cannot be written: {error.strerror or error}") from error
     print_lines(path)

@@ -14,16 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from accelerate import Accelerator
 from timm.data import RealLabelsImagenet
 
 from cmtrain.commands.evaluation_sizes import sizes_of
 from cmtrain.commands.export import make_trained_model
 from cmtrain.commands.trained_model import open_trained
 from cmtrain.config.load import Overrides
+from cmtrain.config.schema import Config
 from cmtrain.errors import EXIT_DONE, EXIT_EXPECTATION, ConfigError
 from cmtrain.monitoring.console import Console, print_result
 from cmtrain.monitoring.units import percent
 from cmtrain.step.evaluate import Evaluation, evaluate
+from cmtrain.storage.checkpoint import new_folder
 from cmtrain.storage.records import replace_file
 from cmtrain.storage.weights import num_classes_in
 from cmtrain.training import build, loaders
@@ -31,8 +34,9 @@ from cmtrain.training.schedule import split_batch
 from pipelines.files.doubts import split_doubts
 from pipelines.files.labels import some
 from pipelines.files.manifest import Manifest
+from pipelines.preview import MAX_IMAGES, contact_sheet
 from pipelines.progress import tracked
-from pipelines.spec import DataError, print_lines
+from pipelines.spec import DataError, Placement, print_lines
 
 NUM_REAL_FILES, NUM_IMAGENET_CLASSES = 50_000, 1_000
 SIZES = ("weights", "image_px", "resize_px")
@@ -46,8 +50,6 @@ def evaluate_trained(options: argparse.Namespace, overrides: Overrides) -> int:
     options that do not fit together. DataError: images, classes or weights that are missing or unusable, or
     a file that cannot be written.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError("cmtrain eval: runs in one process, without a launcher")
     # What to evaluate, on which images
     trained = open_trained(options.run, overrides)
     config = trained.config
@@ -64,7 +66,7 @@ def evaluate_trained(options: argparse.Namespace, overrides: Overrides) -> int:
     numbers = imagenet_numbers(names) if options.real else []
     batch_size, _ = split_batch(config.train.global_batch_size, config.train.max_batch_per_gpu, 1)
     figures: list[dict[str, Any]] = []
-    evaluations = []
+    evaluations, configs = list[Evaluation](), list[Config]()
     for image_px, resize_px in sizes:
         data = config.data.model_copy(update={"image_px": image_px, "eval_resize_px": resize_px})
         sized = config.model_copy(update={"data": data})
@@ -74,12 +76,14 @@ def evaluate_trained(options: argparse.Namespace, overrides: Overrides) -> int:
             count, outputs = len(manifest), num_classes_in(each, config.model.name)
             what = f"evaluating {each.kind} at {image_px} px"
             images = tracked(loader.epoch(0), what, count, per_step=batch_size)
-            evaluation = evaluate(model, images, accelerator, count, outputs, keeps_ranked=options.real)
+            ranks = options.real or options.save_wrong is not None
+            evaluation = evaluate(model, images, accelerator, count, outputs, keeps_ranked=ranks)
             row = dict(zip(SIZES, (each.kind, image_px, resize_px), strict=True))
             figures.append(row | {key: getattr(evaluation, key) for key in MEASURED})
             if real is not None:
                 figures[-1]["real_top1"] = real_accuracy(real, evaluation, numbers)
             evaluations.append(evaluation)
+            configs.append(sized)
         loader.close()
 
     # Write files, and report
@@ -91,10 +95,13 @@ def evaluate_trained(options: argparse.Namespace, overrides: Overrides) -> int:
     report |= {"rejected": list(trained.checkpoint.rejected), "results": figures}
     try:
         if options.per_class:
-            _write_csv(options.per_class, class_rows(figures, evaluations, labels))
+            write_csv(Path(options.per_class), class_rows(figures, evaluations, labels))
         if options.confusion and best.confusion is not None:
             matrix = [[name, *counts] for name, counts in zip(labels, best.confusion, strict=True)]
-            _write_csv(options.confusion, [["true \\ predicted", *labels], *matrix])
+            write_csv(Path(options.confusion), [["true \\ predicted", *labels], *matrix])
+        if options.save_wrong:
+            seen = configs[evaluations.index(best)], accelerator, place
+            save_mistakes(Path(options.save_wrong), best, manifest, labels, *seen)
         if options.json:
             replace_file(Path(options.json), json.dumps(report, indent=1) + "\n")
     except OSError as error:
@@ -158,10 +165,40 @@ def class_rows(
     return table
 
 
-def _write_csv(path: str, table: Sequence[Sequence[Any]]) -> None:
+def save_mistakes(
+    folder: Path, evaluation: Evaluation, manifest: Manifest, labels: Sequence[str], config: Config,
+    accelerator: Accelerator, place: Placement,
+) -> None:  # fmt: skip
+    """Write the mistakes of `evaluation`, the most confident first, into the new `folder`.
+
+    mistakes.csv has all of them, mistakes.png the first MAX_IMAGES, as the model sees them. Raises OSError.
+    """
+    assert evaluation.ranked is not None
+    assert evaluation.confidence is not None
+    predicted, confidence = evaluation.ranked[:, 0].numpy(), evaluation.confidence.numpy()
+    wrong = np.flatnonzero((predicted != manifest.labels) & (predicted >= 0))
+    wrong = wrong[np.argsort(-confidence[wrong], kind="stable")]
+    shown = manifest.select(wrong[:MAX_IMAGES])
+    rows = [
+        [manifest.file(index), labels[manifest.labels[index]], labels[predicted[index]], confidence[index]]
+        for index in wrong.tolist()
+    ]
+    temporary = folder.absolute().parent / f".{folder.name}.{os.getpid()}"
+    with new_folder(folder, temporary):
+        write_csv(temporary / "mistakes.csv", [["path", "true", "predicted", "probability"], *rows])
+        if rows:
+            loader = loaders.make_eval_loader(config, shown, len(shown), accelerator, place)
+            (batch,) = loader.epoch(0)
+            captions = [[f"true: {true}", f"{percent(share)} {name}"] for _, true, name, share in rows]
+            how = config.data.mean, config.data.std, temporary / "mistakes.png"
+            contact_sheet(batch.images, *how, captions=captions)
+            loader.close()
+
+
+def write_csv(path: Path, table: Sequence[Sequence[Any]]) -> None:
     text = io.StringIO(newline="")
     csv.writer(text).writerows(table)
-    replace_file(Path(path), text.getvalue().encode("utf-8", "surrogateescape"))
+    replace_file(path, text.getvalue().encode("utf-8", "surrogateescape"))
 
 
 def _show(figures: Sequence[dict[str, Any]]) -> None:

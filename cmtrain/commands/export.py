@@ -26,7 +26,7 @@ from cmtrain.monitoring.console import Console, print_result
 from cmtrain.monitoring.report.rendering import make_templates
 from cmtrain.storage.records import remove_leftovers
 from cmtrain.storage.run_record import read_run
-from cmtrain.storage.weights import Weights, fit, num_classes_in
+from cmtrain.storage.weights import WEIGHTS_NAME, Weights, fit, num_classes_in
 from cmtrain.training import build
 from pipelines.atomic import new_folder, sync
 from pipelines.spec import DataError
@@ -115,6 +115,9 @@ def _write(
         "onnx": lambda: to_onnx(folder, for_inference, sample[:2]),
         "torch-export": lambda: to_program(folder, for_inference, sample[:2]),
     }
+    if "timm" not in formats:  # its config.json is for all formats: it says how images are prepared
+        writers["timm"]()
+        (folder / WEIGHTS_NAME).unlink()
     differences = {}
     for name in formats:
         tolerance = FOLDED_TOLERANCE if fold_bn and name != "timm" else TOLERANCE
@@ -199,9 +202,17 @@ def to_onnx(folder: Path, model: nn.Module, example: Tensor) -> Logits:
         names: dict[str, Any] = {"input_names": ["images"], "output_names": ["logits"]}
         how = names | {"dynamic_shapes": ANY_BATCH, "external_data": False, "verbose": False}
         torch.onnx.export(model, (example,), folder / ONNX_NAME, dynamo=True, **how)
-    onnxruntime = importlib.import_module("onnxruntime")  # an extra, not always there
-    session = onnxruntime.InferenceSession(str(folder / ONNX_NAME), providers=["CPUExecutionProvider"])
-    return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+    return read_onnx(folder / ONNX_NAME)
+
+
+def read_onnx(path: Path) -> Logits:
+    """Return the model in `path`, on the CPU. Raises DataError: it or onnxruntime cannot be loaded."""
+    try:
+        onnxruntime = importlib.import_module("onnxruntime")  # an extra, not always there
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime has a class of its own for every fault
+        raise DataError(f"{path}: {error}; ONNX needs pip install 'cmtrain[export]'") from error
+    return lambda images: torch.from_numpy(session.run(None, {"images": images.float().cpu().numpy()})[0])
 
 
 def to_program(folder: Path, model: nn.Module, example: Tensor) -> Logits:

@@ -8,7 +8,6 @@ moving average cannot heal them, not even with momentum 1: the old value is in t
 import argparse
 import itertools
 import math
-import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -89,11 +88,9 @@ def repair_bn(
         config: model and data; None takes a run's own configuration, with `overrides`.
         out: the file to write, or for a run the folder of the new checkpoint; None: see the command's help.
 
-    Raises ConfigError: no configuration, one of another model, or several processes. DataError: nothing
+    Raises ConfigError: no configuration, or one of another model. DataError: nothing
     usable at `place`, weights that are not finite themselves, or a write that failed.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError("cmtrain repair-bn: runs in one process, without a launcher")
     if Path(place).is_file() or place.endswith(SUFFIXES):
         source = _open_file(Path(place), Path(out) if out else None)
         if config is None:
@@ -288,6 +285,6 @@ def _refuse(path: Path, nonfinite: list[str]) -> None:
 
 def _images(loader: Loader, config: Config, num_classes: int, batches: int) -> Iterator[Tensor]:
     """Yield the images of `batches` training micro-batches, mixed, in fp32."""
-    spec = MixSpec(num_classes=num_classes, **config.mixing.model_dump())
+    spec = MixSpec(num_classes=num_classes, **config.mixing.model_dump(exclude={"class_weights"}))
     for number, (images, labels, _) in enumerate(itertools.islice(endless(loader), batches)):
         yield mix(images.float(), labels, spec, (config.run.seed, number, 0))[0]

@@ -1,14 +1,16 @@
-"""Open a finished run for eval, export and repair-bn: its configuration, checkpoint and class names."""
+"""Open a finished run, or an export of one: its configuration, weights and class names."""
 
+import json
+import math
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from cmtrain.config.load import Overrides, load_config
-from cmtrain.config.schema import Config, to_yaml
+from cmtrain.config.schema import CMT_OPTIONS, Config, to_yaml
 from cmtrain.errors import ConfigError
 from cmtrain.storage.checkpoint import Loaded, find_checkpoint
-from cmtrain.storage.records import read_json
+from cmtrain.storage.records import DamagedRecordError, load_json, read_json, reason_of
 from cmtrain.storage.run_folder import CLASSES_NAME, find_run
 from cmtrain.storage.state_file import CheckpointError
 from cmtrain.storage.weights import Weights, check_finite, state_of
@@ -82,6 +84,27 @@ def _config_of(path: Path, loaded: Loaded, overrides: Overrides) -> Config:
             (copy := Path(folder, f"{path.parent.name}.yaml")).write_text(saved)
             return load_config(copy, overrides).config
     return load_config(path, overrides).config
+
+
+def read_export(path: Path, overrides: Overrides) -> tuple[Config, list[str]]:
+    """Return the configuration, with `overrides`, and class names ([]: unknown) in an export's config.json.
+    Raises ConfigError: wrong overrides. DataError: `path` cannot be read, or is not by `cmtrain export`.
+    """
+    try:
+        content = load_json(path)
+        prepared, options = content["pretrained_cfg"], content.get("model_args", {})
+        side = prepared["input_size"][-1]
+        settings = {f"model.{key}": options[key] for key in CMT_OPTIONS if key in options}
+        settings |= {"model.name": content["architecture"], "train.precision": "fp32", "data.image_px": side}
+        settings |= {"data.eval_resize_px": math.floor(side / prepared["crop_pct"])}
+        settings |= {"data.eval_interpolation": prepared["interpolation"]}
+        settings |= {f"data.{key}": prepared[key] for key in ("mean", "std")}
+        stated = [(key, json.dumps(value)) for key, value in settings.items()]
+        return load_config("configs/small.yaml", [*stated, *overrides]).config, content.get(
+            "label_names", []
+        )
+    except (OSError, DamagedRecordError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        raise DataError(f"{path}: not as `cmtrain export` writes it: {reason_of(error)}") from error
 
 
 def _class_names(run: Path) -> tuple[str, ...]:

@@ -285,6 +285,13 @@ def find_run(place: str) -> tuple[Path, Path]:
     raise DataError(f"{place}: no run and no checkpoint of one: it has no checkpoints of a run")
 
 
+def find_export(place: str) -> Path | None:
+    """Return the weights or ONNX file of the export at `place`: that file, or one of its folder; or None."""
+    path = Path(place)
+    files = [path / "model.safetensors", path / "model.onnx"] if path.is_dir() else [path]
+    return next(filter(Path.is_file, files), None)
+
+
 def why_no_weights(path: Path) -> str:
     """Return why `path` cannot hold weights for model.init_from, as far as its name and kind show, or ""."""
     if path.is_dir() or (path.exists() and path.resolve().suffix == ".safetensors"):

@@ -122,7 +122,7 @@ def run(
         )  # fmt: skip
         logger.left_out(data.train.bad + data.val.bad, data.train.root)
         batches = clock.waiting(batches_from(first_step, parts.train_loader, schedule))
-        batches = draw_first(batches, clock, logger, config)
+        batches = draw_first(batches, clock, logger, config, data.train.class_names)
         if start.evaluation_due or first_step >= last_step:
             # Resumed after the last step of an epoch or of the run: its evaluation or its report is missing.
             results, _ = evaluate_after(first_step, log=start.evaluation_due)
@@ -221,13 +221,14 @@ def batches_from(step: int, loader: Loader, schedule: Schedule) -> Iterator[Batc
 
 
 def draw_first(
-    batches: Iterator[Batch], clock: Stopwatch, logger: RunLogger, config: Config
+    batches: Iterator[Batch], clock: Stopwatch, logger: RunLogger, config: Config, class_names: Sequence[str]
 ) -> Iterator[Batch]:
     """Pass `batches` on, and draw the first one into the run folder for people to look at."""
     first = next(batches)
     if logger.folder:
         how = first.images, config.data.mean, config.data.std, logger.path / SAMPLE_NAME
-        logger.losses.attempt(SAMPLE_NAME, contact_sheet, *how)
+        captions = [[class_names[label]] for label in first.labels.tolist()]
+        logger.losses.attempt(SAMPLE_NAME, contact_sheet, *how, captions=captions)
     clock.lap()  # building the pipeline is no part of a step's time
     yield first
     yield from batches

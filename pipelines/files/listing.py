@@ -123,7 +123,7 @@ def list_folder(root: Path) -> Listing:
             raise DataError(f"{root}: no class folders; {besides and f'{besides}; '}{LAYOUT}")
         visited: set[tuple[int, int]] = set()
         for label, name in enumerate(names):
-            for path in sorted(_walk(start, os.fsencode(name), visited, folders, skipped)):
+            for path in sorted(walk(start, os.fsencode(name), visited, folders, skipped)):
                 yield path, label
 
     return look_at(root, entries, names, skipped)
@@ -212,7 +212,7 @@ def _class_folders(root: Path, skipped: Counter[str]) -> list[str]:
     return names
 
 
-def _walk(
+def walk(
     start: bytes, top: bytes, visited: set[tuple[int, int]], folders: dict[bytes, FolderState],
     skipped: Counter[str],
 ) -> Iterator[bytes]:  # fmt: skip

@@ -1,16 +1,30 @@
-"""Read list files: text with one `path,label` or `path label` per line; # begins a comment line."""
+"""Find the images that a person names: in list files, folders and patterns.
+
+A list file is text with one `path,label` or `path label` per line; # begins a comment line.
+"""
 
 from __future__ import annotations
 
 import csv
+import glob
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from pipelines.files.listing import EXTENSIONS, FolderState, Listing, folder_state, look_at
-from pipelines.spec import DataError
+from pipelines.files.listing import (
+    EXTENSIONS,
+    FolderState,
+    Listing,
+    describe_skipped,
+    folder_state,
+    look_at,
+    walk,
+)
+from pipelines.spec import DataError, os_errors_in_one_line, print_lines
+
+LIST_EXTENSIONS = (".csv", ".tsv", ".txt", ".lst")
 
 _PATH = rf".+(?:{'|'.join(map(re.escape, EXTENSIONS))})"
 _LINE = re.compile(rf"({_PATH})\s*[,\s]\s*(.+)", re.IGNORECASE)
@@ -39,10 +53,13 @@ def list_file(path: Path, root: Path) -> Listing:
     return look_at(root, entries, place, skipped)
 
 
-def read_list(path: Path, root: Path, skipped: Counter[str] | None = None) -> Iterator[tuple[int, str, str]]:
+def read_list(
+    path: Path, root: Path, skipped: Counter[str] | None = None, *, labelled: bool = True
+) -> Iterator[tuple[int, str, str]]:
     """Yield line number, path relative to `root` and label of every image, without ./ and //.
 
-    Lines that begin with # are counted in `skipped`.
+    Lines that begin with # are counted in `skipped`. Unless `labelled`, a line may have no label, and its
+    path may be absolute or contain `..`.
     Raises DataError for a file that is no UTF-8 text, and for the first line that is not understood.
     """
     roots = {os.path.join(root, ""), os.path.join(os.path.realpath(root), "")}
@@ -56,12 +73,14 @@ def read_list(path: Path, root: Path, skipped: Counter[str] | None = None) -> It
                         skipped["on lines that begin with #"] += 1
                     continue
                 where = f"{path}:{number}"
-                name, label = _split(line, where, first)
+                bare = line.strip('"')
+                alone = not labelled and bare.lower().endswith(EXTENSIONS) and '"' not in bare
+                name, label = (bare, "") if alone else _split(line, where, first)
                 if ("./" in name or "//" in name) and ".." not in name.split("/"):
                     name = os.path.normpath(name.replace("//", "/"))
                 for prefix in roots if name.startswith("/") else ():
                     name = name.removeprefix(prefix)
-                if name.startswith("/") or ".." in name.split("/") or "\0" in line:
+                if "\0" in line or (labelled and (name.startswith("/") or ".." in name.split("/"))):
                     raise DataError(f"{where}: must be below data.root: not absolute, without .. and NUL")
                 if "\\" in name and "/" not in name:
                     raise DataError(f"{where}: {name!r} has backslashes; folders are separated by /")
@@ -73,6 +92,46 @@ def read_list(path: Path, root: Path, skipped: Counter[str] | None = None) -> It
         bad = f"byte 0x{error.object[error.start]:02x}"
         what = f"{path}: cannot read the list of images: not UTF-8 ({bad}); save it as UTF-8"
         raise DataError(what) from error
+
+
+@os_errors_in_one_line()
+def find_images(places: Sequence[str]) -> list[str]:
+    """Return the files that `places` name, in that order, each once.
+
+    A folder stands for the images below it, by path; a pattern, in quotes, for what it matches; a file with
+    one of LIST_EXTENSIONS for what it lists, relative to its folder, with or without labels; any other file
+    for itself. Raises DataError: a place without images, or a list that cannot be read.
+    """
+    found: dict[str, str] = {}
+    num_named = 0
+    for place in places:
+        skipped = Counter[str]()
+        files = dict.fromkeys(_files_at(place, skipped))  # a/**: what is in a folder, and the folder
+        if not files:
+            is_known = os.path.lexists(place) or glob.has_magic(place)
+            besides = describe_skipped(skipped)
+            what = "no images" if is_known else "no such file or folder"
+            raise DataError(f"{place}: {what}{besides and f'; {besides}'}")
+        num_named += len(files)
+        for file in files:
+            found.setdefault(os.path.abspath(file), file)
+    if len(found) < num_named:
+        print_lines(f"{num_named - len(found):,} of {num_named:,} files were named twice; used once")
+    return list(found.values())
+
+
+def _files_at(place: str, skipped: Counter[str]) -> Iterator[str]:
+    if os.path.isfile(place) and place.lower().endswith(LIST_EXTENSIONS):
+        folder = os.path.dirname(place)
+        for _, name, _ in read_list(Path(place), Path(folder), skipped, labelled=False):
+            yield os.path.join(folder, name)
+        return
+    for match in [place] if os.path.lexists(place) else sorted(glob.glob(place, recursive=True)):
+        if os.path.isdir(match):
+            top = os.fsencode(match.rstrip("/"))
+            yield from map(os.fsdecode, sorted(walk(b"", top, set(), {}, skipped)))
+        elif match == place or match.lower().endswith(EXTENSIONS):
+            yield match
 
 
 def _split(line: str, where: str, first: bool) -> tuple[str, str]:

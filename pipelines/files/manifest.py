@@ -12,6 +12,7 @@ import tempfile
 import unicodedata
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
@@ -25,9 +26,9 @@ from numpy.typing import NDArray
 from pipelines.atomic import replacing
 from pipelines.checks.bad_list import BadFile, read_lists, user_cache
 from pipelines.checks.decode_one import Fault
-from pipelines.files.headers import Scan
+from pipelines.files.headers import Scan, scan
 from pipelines.files.labels import relabel_folder, relabel_list, relabelled
-from pipelines.files.listing import Listing, Paths, describe_skipped, file_state, list_folder
+from pipelines.files.listing import Listing, Paths, describe_skipped, file_state, list_folder, look_at
 from pipelines.files.lists import list_file
 from pipelines.files.scan_cache import cached_scan, list_digest
 from pipelines.files.shards import INDEX, Slices
@@ -149,6 +150,14 @@ class Manifest:
         return Manifest.from_folder(root, image_list=list_path, **options)
 
     @staticmethod
+    @os_errors_in_one_line()
+    def from_files(files: Sequence[str]) -> Manifest:
+        """Read `files` of any folders, in their order, with the label 0; any number of them may be `bad`."""
+        paths = [os.fsencode(os.path.abspath(file))[1:] for file in files]
+        listing = look_at(Path("/"), lambda start, folders: ((path, 0) for path in paths), (), Counter())
+        return _manifest(scan(listing, None), listing, None, listed=False)
+
+    @staticmethod
     def from_shards(folder: Path | str, *, class_names: Sequence[str] | None = None) -> Manifest:
         """Read a packed split; its images are in the order of the manifest that it was packed from.
         Raises DataError as `read_index`, and for a class that training does not know.
@@ -247,7 +256,7 @@ def _listed_faults(
     return found
 
 
-def _manifest(found: Scan, listing: Listing, max_bad_fraction: float, *, listed: bool) -> Manifest:
+def _manifest(found: Scan, listing: Listing, max_bad_fraction: float | None, *, listed: bool) -> Manifest:
     sizes, faults, paths = found.sizes, found.faults, listing.paths
     identities = _identities(listing.inodes, listing.size_bytes, listing.mtime_ns)
     inner = _holders(listing) if listed else []
@@ -258,7 +267,8 @@ def _manifest(found: Scan, listing: Listing, max_bad_fraction: float, *, listed:
         faults = dict(sorted((more | faults).items()))
     bad = tuple(BadFile(str(listing.root / paths[place]), *fault) for place, fault in faults.items())
     hint = _why_missing(listing, [place for place, fault in faults.items() if fault.kind == "missing"])
-    check_num_bad(listing.root, bad, len(listing), max_bad_fraction, hint if listed else "")
+    if max_bad_fraction is not None:
+        check_num_bad(listing.root, bad, len(listing), max_bad_fraction, hint if listed else "")
     heights, widths = sizes.T.copy()
     image = paths, listing.labels, heights, widths, listing.size_bytes
     unused = describe_skipped(listing.skipped)

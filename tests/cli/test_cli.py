@@ -140,7 +140,7 @@ def test_bench_may_ask_for_more_than_before_and_run_beside_nothing(calls):
     ("arguments", "line"),
     [
         (["tran"], "tran: unknown verb, did you mean train?"),
-        (["x.yaml"], "x.yaml: unknown verb (verbs: train, doctor, demo, sweep, eval, export, status, watch, report, bench, repair-bn, data, config; a configuration file goes after --config)"),
+        (["x.yaml"], "x.yaml: unknown verb (verbs: train, doctor, demo, sweep, eval, predict, export, status, watch, report, bench, repair-bn, data, config; a configuration file goes after --config)"),
         (["train"], "cmtrain train: --config is missing, e.g. cmtrain train --config configs/demo.yaml"),
         (["--config"], "--config: expected one argument"),
         (["--config", "x.yaml"], "x.yaml: no such file"),
@@ -164,6 +164,8 @@ def test_bench_may_ask_for_more_than_before_and_run_beside_nothing(calls):
         (["data", "check", "x", "--max-bad-fraction", "nan"], "--max-bad-fraction: must be a share 0..1, got nan"),
         (["bench", "--compare", "x", "--fail-below", "nan"], "--fail-below: must be a factor 0..1000, got nan"),
         (["data", "preview", "--epoch", "-1"], "--epoch: must be a whole number >= 0, got -1"),
+        (["predict", "small"], "cmtrain predict: the following arguments are required: IMAGES; see cmtrain predict --help"),
+        (["predict", "x", "a.jpg", "--top", "0"], "--top: must be a whole number >= 1, got 0"),
         (["config", "show"], "cmtrain config show: --config is missing, e.g. cmtrain config show --config configs/demo.yaml"),
     ],
 )  # fmt: skip
@@ -177,6 +179,8 @@ def test_mistake_is_one_line_with_a_way_out(capsys, arguments, line):
     [
         ["report", "x", "--out"],
         ["eval", "x", "--per-class"],
+        ["predict", "x", "a.jpg", "--csv"],
+        ["predict", "x", "--embeddings"],
         ["data", "preview", "--out"],
         ["bench", "--json"],
     ],
@@ -189,6 +193,20 @@ def test_a_result_does_not_replace_what_was_an_input(calls, capsys, tmp_path, ar
     )
     assert (tmp_path / name).read_text() == "kept"
     assert calls == []
+
+
+@pytest.mark.parametrize("verb", [["eval", "x"], ["predict", "x", "a.jpg"], ["repair-bn", "x"]])
+def test_some_verbs_run_in_one_process(capsys, monkeypatch, verb):
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}.get(name, "1"))
+    assert refusal(capsys, *verb) == f"cmtrain {verb[0]}: runs in one process, without a launcher"
+
+
+def test_options_of_a_verb_may_stand_between_its_arguments(capsys):
+    assert main(["predict", "nowhere", "--top", "3", "a.jpg", "--csv", "x.csv", "b.jpg"]) == 3
+    assert "nowhere: no run and no checkpoint of one" in capsys.readouterr().err
+    assert main(["report", "a", "--out", "x.html", "b"]) == 3
+    assert "unexpected argument" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("option", "choice"), [("--what", "everything"), ("--predict", "h300")])
@@ -228,11 +246,20 @@ def test_help_names_every_verb_and_every_exit_code(capsys):
     text = capsys.readouterr().out
     assert all(
         f"\n  {word}" in text
-        for word in ("train ", "demo ", "eval ", "export ", "bench ", "config show ", "config schema ")
+        for word in (
+            "train ",
+            "demo ",
+            "eval ",
+            "predict ",
+            "export ",
+            "bench ",
+            "config show ",
+            "config schema ",
+        )
     )
     assert all(f"\n  {code:<5}" in text for code in (0, 2, 3, 4, 5, 130, 143))
     assert max(map(len, text.splitlines())) <= 120
-    for verb in (["train"], ["demo"], ["eval"], ["export"], ["bench"], ["config", "show"]):
+    for verb in (["train"], ["demo"], ["eval"], ["predict"], ["export"], ["bench"], ["config", "show"]):
         with pytest.raises(SystemExit) as done:
             main([*verb, "--help"])
         assert done.value.code == 0

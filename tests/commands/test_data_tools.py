@@ -14,6 +14,7 @@ from cmtrain.commands.data_preview import preview, stats
 from cmtrain.config.load import load_config
 from pipelines import progress
 from pipelines.files.manifest import Manifest
+from pipelines.preview import TILE_PX
 from pipelines.spec import DataError
 
 SIDE = 32
@@ -24,10 +25,16 @@ def config_of(job):
 
 
 def cells(path, rows: int, columns: int) -> np.ndarray:
-    """(rows, columns, SIDE, SIDE, 3) of a grid."""
+    """(rows, columns, SIDE, SIDE, 3) of a grid of enlarged images with captions."""
     pixels = np.asarray(Image.open(path))
-    assert pixels.shape == (rows * SIDE, columns * SIDE, 3)
-    return pixels.reshape(rows, SIDE, columns, SIDE, 3).swapaxes(1, 2)
+    height = len(pixels) // rows
+    assert pixels.shape == (rows * height, columns * TILE_PX, 3)
+    pixels = pixels.reshape(rows, height, columns, TILE_PX, 3).swapaxes(1, 2)
+    captions = pixels[:, :, TILE_PX:]
+    assert (captions == captions[:, :1]).all()
+    assert (captions.min(axis=(2, 3, 4)) < 99).all(), "no name of a class"
+    scale = TILE_PX // SIDE
+    return pixels[:, :, :TILE_PX:scale, ::scale]
 
 
 def test_a_row_of_the_preview_is_one_image_in_successive_epochs(make_job, tmp_path):

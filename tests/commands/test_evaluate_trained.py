@@ -2,14 +2,18 @@
 
 import csv
 import json
+import math
+import os
 import shutil
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 from helpers.images import write_tree
 from helpers.runs import Forked, flip
+from PIL import Image
 
 from cmtrain.cli.main import main
 from cmtrain.commands import evaluate as evaluate_command
@@ -19,7 +23,8 @@ from cmtrain.config.load import load_config
 from cmtrain.errors import ConfigError
 from cmtrain.step.evaluate import Evaluation, evaluate
 from cmtrain.training.loaders import open_val
-from pipelines.spec import Batch, DataError
+from pipelines.preview import TILE_PX
+from pipelines.spec import UNREADABLE, Batch, DataError
 
 
 def run_eval(job, *arguments, code=0):
@@ -73,6 +78,32 @@ def test_it_reports_what_the_run_reported(trained):
     assert sum(int(row[place + 1]) for place, row in enumerate(matrix)) == round(31 * best)
     run_eval(job, "runs/job", "--expect", "1.0", code=5)
     run_eval(job, "job", "--expect", "0.0", "--weights", "ema")
+
+
+def test_mistakes_are_saved_the_most_confident_first(trained, images):
+    job, _ = trained
+    row = run_eval(job, "job", "--weights", "model", "--save-wrong", "wrong")["results"][0]
+    header, *rows = csv.reader((job.folder / "wrong" / "mistakes.csv").read_text().splitlines())
+    assert header == ["path", "true", "predicted", "probability"]
+    assert len(rows) == round(31 * (1 - row["top1"])) > 0
+    probabilities = [float(probability) for *_, probability in rows]
+    assert probabilities == sorted(probabilities, reverse=True)
+    assert 1 / 3 <= probabilities[-1] <= probabilities[0] <= 1
+    for path, true, predicted, _ in rows:
+        assert path.startswith(f"{images}/val/{true}/")
+        assert predicted != true
+    columns = math.ceil(math.sqrt(len(rows)))
+    with Image.open(job.folder / "wrong" / "mistakes.png") as sheet:
+        assert sheet.size[0] == columns * TILE_PX
+        first = np.asarray(sheet)[:TILE_PX:4, :TILE_PX:4]
+    with Image.open(rows[0][0]) as image:  # 48 px, so that a crop of the middle is almost alike
+        middle = np.asarray(image.resize((36, 36)).crop((2, 2, 34, 34)))
+    assert np.abs(first.astype(int) - middle).mean() < 20
+    line = "--save-wrong wrong: exists already; choose another folder"
+    assert line in run_eval(job, "job", "--save-wrong", "wrong", code=2)
+    job("--run.name", "good", "--schedule.epochs", "30")
+    assert run_eval(job, "good", "--save-wrong", "none", "--weights", "model")["results"][0]["top1"] == 1
+    assert os.listdir(job.folder / "none") == ["mistakes.csv"]
 
 
 def test_several_sizes_at_once(trained):
@@ -186,7 +217,11 @@ def test_ranked_classes_lie_at_their_images_place():
     how = {"accelerator": Accelerator(cpu=True), "num_images": 7, "num_classes": 6}
     result = evaluate(torch.nn.Identity(), batches, **how, keeps_ranked=True)
     assert torch.equal(result.ranked, logits.topk(5).indices)
+    torch.testing.assert_close(result.confidence, logits.softmax(1).amax(1))
     assert evaluate(torch.nn.Identity(), batches, **how).ranked is None
+    batches[0].labels[1] = UNREADABLE
+    result = evaluate(torch.nn.Identity(), batches, **how, keeps_ranked=True)
+    assert result.ranked[0].tolist() == [-1] * 5
 
 
 def test_what_cannot_be_evaluated_is_refused_in_one_line(trained):

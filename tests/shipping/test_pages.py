@@ -80,6 +80,7 @@ def checkout(folder: Path) -> Path:
     (photos / "train" / "cat" / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 not a photograph")
     (photos / "train" / "cat" / "IMG 900.HEIC").write_bytes(b"another kind of file")
     shutil.copytree(photos / "train", folder / "pictures")
+    shutil.copy(photos / "val" / "cat" / "IMG 001.jpg", folder / "new.jpg")
     return folder
 
 

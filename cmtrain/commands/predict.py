@@ -1,0 +1,135 @@
+"""Classify images with a trained model, prepared as the evaluation of its run does (`cmtrain predict`)."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cmtrain.commands.evaluate import write_csv
+from cmtrain.commands.export import make_trained_model, read_onnx
+from cmtrain.commands.trained_model import open_trained, read_export
+from cmtrain.config.load import Overrides
+from cmtrain.config.schema import Config
+from cmtrain.errors import EXIT_DATA, EXIT_DONE, ConfigError
+from cmtrain.monitoring.console import Console
+from cmtrain.monitoring.units import percent
+from cmtrain.storage.records import replace_file
+from cmtrain.storage.run_folder import find_export
+from cmtrain.storage.weights import read_weights
+from cmtrain.training import build, loaders
+from cmtrain.training.schedule import split_batch
+from pipelines.atomic import replacing
+from pipelines.files.manifest import Manifest
+from pipelines.progress import tracked
+from pipelines.spec import UNREADABLE, DataError, print_lines, visible
+
+
+def predict(files: Sequence[str], options: argparse.Namespace, overrides: Overrides) -> int:
+    """Classify `files` as the `options` of `cmtrain predict` ask.
+
+    A file that cannot be read is named on stderr and left out. Returns the exit code: 0, or 3 if there is
+    one. Raises ConfigError: options that do not fit the model. DataError: a model that cannot be used, no
+    image that can be decoded, or a file that cannot be written.
+    """
+    # Open the model and the images
+    config, class_names, model = open_model(options.run, overrides)
+    if options.embeddings and not hasattr(model, "forward_head"):
+        raise ConfigError("--embeddings: this model has logits alone; take the run, or its export for timm")
+    accelerator = build.make_accelerator(config.train.precision)
+    if isinstance(model, nn.Module):
+        model.to(accelerator.device)
+    place, lines = loaders.place_loaders(config, accelerator)
+    manifest = Manifest.from_files(files)
+    batch_size, _ = split_batch(config.train.global_batch_size, config.train.max_batch_per_gpu, 1)
+    any_bad = replace(place, max_bad_fraction=1.0)
+    loader = loaders.make_eval_loader(config, manifest, batch_size, accelerator, any_bad)
+    given = {os.path.abspath(file): file for file in files}
+    print_lines(*lines)
+
+    # Predict, as `evaluate` does
+    rows: list[dict[str, Any]] = []
+    kept: list[list[Tensor]] = []  # logits and pooled features of each batch, if asked for
+    bad = list(manifest.bad)
+    batches = tracked(loader.epoch(0), "predicting", len(manifest), per_step=batch_size)
+    try:
+        for images, labels, indices in batches:
+            good = labels != UNREADABLE
+            with torch.no_grad(), accelerator.autocast():
+                if options.embeddings:
+                    maps = model.forward_features(images)
+                    outputs = [model.forward_head(maps), model.forward_head(maps, pre_logits=True)]
+                    kept.append([output.float()[good].cpu() for output in outputs])
+                else:
+                    outputs = [model(images)]
+            logits = outputs[0].float().cpu()[good.cpu()]
+            names = [*class_names, *map(str, range(len(class_names), logits.shape[1]))]
+            best = logits.topk(min(options.top, logits.shape[1])).indices
+            shares = logits.softmax(1).gather(1, best)
+            for index, classes, likely in zip(indices[good].tolist(), best, shares, strict=True):
+                answer = {"classes": [names[number] for number in classes], "probabilities": likely.tolist()}
+                rows.append({"path": given[manifest.file(index)]} | answer)
+    finally:
+        bad += loader.take_bad_files()
+        loader.close()
+        print_lines(*(f"{given[file.path]}: {file.reason}" for file in bad))
+    if bad:
+        print_lines(f"{len(bad):,} of {len(files):,} images cannot be read")
+    if rows:
+        _write(rows, [torch.cat(column).numpy() for column in zip(*kept, strict=True)], options)
+    return EXIT_DATA if bad else EXIT_DONE
+
+
+def open_model(place: str, overrides: Overrides) -> tuple[Config, Sequence[str], Any]:
+    """Return configuration, class names and model, on the CPU, of a run or an export.
+
+    The model is a module, a run's EMA if it has one, or a function. Raises ConfigError, DataError: as
+    open_trained and read_export, or weights that cannot be used.
+    """
+    path = find_export(place)
+    if path is None:
+        trained = open_trained(place, overrides)
+        names = trained.class_names or loaders.open_data(trained.config).train.class_names
+        return trained.config, names, make_trained_model(trained.config, trained.weights(trained.kinds[-1]))
+    config, labels = read_export(path.with_name("config.json"), overrides)
+    if path.suffix == ".onnx":
+        if "data.image_px" in dict(overrides):
+            raise ConfigError("--data.image_px: an ONNX file has one image size; take the run")
+        return config, labels, read_onnx(path)
+    return config, labels, make_trained_model(config, read_weights(str(path)))
+
+
+def _write(rows: Sequence[dict[str, Any]], kept: Sequence[Any], options: argparse.Namespace) -> None:
+    """Write the files that `options` name; without --csv and --jsonl print: a table for people, JSON lines
+    for programs. Raises DataError: a file cannot be written.
+    """
+    lines = [json.dumps(row) + "\n" for row in rows]
+    answers = [list(zip(row["classes"], row["probabilities"], strict=True)) for row in rows]
+    paths = [row["path"] for row in rows]
+    try:
+        if options.csv:
+            columns = [(f"class_{rank}", f"probability_{rank}") for rank in range(1, len(answers[0]) + 1)]
+            cells = zip(["path", *paths], [columns, *answers], strict=True)
+            write_csv(Path(options.csv), [[path, *chain(*pairs)] for path, pairs in cells])
+        if options.jsonl:
+            replace_file(Path(options.jsonl), "".join(lines))
+        if options.embeddings:
+            with replacing(Path(options.embeddings)) as file:
+                np.savez(file, paths=np.array(paths, np.str_), logits=kept[0], embeddings=kept[1])
+    except OSError as error:
+        raise DataError(f"{error.filename or 'a file'}: cannot be written: {error.strerror}") from error
+    if options.json or not (sys.stdout.isatty() or options.csv or options.jsonl):
+        sys.stdout.writelines(lines)
+    elif not (options.csv or options.jsonl):
+        width = max(map(len, map(visible, paths)))
+        for path, pairs in zip(paths, answers, strict=True):
+            shown = ", ".join(f"{name} {percent(probability)}" for name, probability in pairs)
+            Console(enabled=True).line(f"{visible(path):<{width}}  {shown}")
