@@ -16,7 +16,7 @@ from cmtrain.errors import ConfigError
 from cmtrain.processes.environment import check_imports
 from cmtrain.processes.rank import PARENT, is_first_rank
 from cmtrain.storage.records import read_json
-from cmtrain.storage.run_folder import RunLock, find_run, why_no_weights
+from cmtrain.storage.run_folder import WEIGHTS_SUFFIXES, RunLock, find_run, why_no_weights
 from cmtrain.training.schedule import plan_steps, refuse_batch_of_one, split_batch
 from pipelines.spec import DataError, visible
 
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from cmtrain.training.loaders import Data  # with numpy: help and mistakes answer without it
 
 STATE_NAME = "state.safetensors"  # of a checkpoint that this version can read
-WEIGHTS_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
 
 
 def announce(what: str, start: str = f"cmtrain {__version__}: ") -> None:

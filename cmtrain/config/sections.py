@@ -107,8 +107,8 @@ class Model(Section):
     )
     init_from: AnyPath | None = _key(
         None,
-        "run, checkpoint, export folder or .safetensors file to start from; image size and classes may "
-        "differ; null: random weights",
+        "run, checkpoint, export folder or any trainer's .safetensors, .pth, .pt or .bin to start from; "
+        "image size and classes may differ; null: random weights",
     )
 
 
