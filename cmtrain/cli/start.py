@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from cmtrain import __version__
 from cmtrain.config.load import Overrides, load_config
-from cmtrain.config.schema import Config, another_recipe, recipe_changes
+from cmtrain.config.schema import Config, another_recipe, as_begun, recipe_changes
 from cmtrain.errors import ConfigError
 from cmtrain.processes.environment import check_imports
 from cmtrain.processes.rank import PARENT, is_first_rank
@@ -68,7 +68,7 @@ def check_run(config: Config, resume: str, world_size: int) -> None:
         newest = _newest_manifest(Path(resume))
     if newest and resume != "force":
         old = _config_in(newest)
-        if old and (changes := recipe_changes(old, config.model_dump(mode="json"))):
+        if old and (changes := recipe_changes(old, as_begun(config, old).model_dump(mode="json"))):
             raise another_recipe(newest.parent, changes)
     begins_with = config.model.init_from
     if begins_with and not newest and (why := why_no_weights(Path(begins_with))):
@@ -125,6 +125,12 @@ def check_repair(place: str, config: Config | None, overrides: Overrides) -> Non
         config = check_trained(place, overrides)
     if config is not None:
         check_places(config)
+
+
+def as_resumed(config: Config, run_path: Path) -> Config:
+    """Return `config` as a run in `run_path` would go on with it."""
+    newest = _newest_manifest(run_path)
+    return as_begun(config, (newest and _config_in(newest)) or {})
 
 
 def _newest_manifest(place: Path) -> Path | None:

@@ -264,7 +264,8 @@ class _Draft:
                     place = self.sections.get(name.split(".")[0], _Place(0, 1))
                     self.mistake(place, f"required, but not set ({fields()[name].description})", name)
         values = defaults() | {name: setting.value for name, setting in self.settings.items()}
-        for names, message in contradictions({name: values[name] for name in values.keys() - wrong}):
+        right = {name: values[name] for name in values.keys() - wrong}
+        for names, message in contradictions(right, self.settings):
             # Blame what takes precedence: an override rather than a file, either rather than a default.
             name = max(names, key=self._precedence)
             self.mistake(self.settings[name].place, message, name)

@@ -105,6 +105,12 @@ class Model(Section):
         "fused: feed-forward networks, perception units and LayerNorm by Triton; "
         "eager: operation by operation; auto: fused where the GPU can",
     )
+    pretrained: bool | Annotated[str, Field(pattern="^(hf-hub:)?[A-Za-z0-9][A-Za-z0-9._/@-]*$")] = _key(
+        False,
+        "start from pretrained weights: true: timm's for this model; a tag of them, such as a1_in1k; or "
+        "hf-hub:NAME; data.mean, std, interpolation, eval_interpolation and eval_resize_px are the "
+        "weights' own where they are not set",
+    )
     init_from: AnyPath | None = _key(
         None,
         "run, checkpoint, export folder or any trainer's .safetensors, .pth, .pt or .bin to start from; "
@@ -189,6 +195,9 @@ class Optim(Section):
     nesterov: bool = _key(True, "Nesterov momentum of sgd")
     betas: Betas = _key((0.9, 0.999), "decay rates of adamw's averages")
     eps: Positive = _key(1e-08, "added to the denominator of adamw")
+    layer_decay: float | None = _key(
+        None, "factor on the learning rate from each layer to the one before it; null: off", gt=0, le=1
+    )
     clip_grad: Positive | None = _key(None, "L2 norm that gradients are clipped to; null: off")
 
 

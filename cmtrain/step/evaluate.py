@@ -49,7 +49,7 @@ def evaluate(
     `num_images`: of all ranks together. `num_classes`: number of `model`'s outputs. `keeps_ranked`: fill
     Evaluation.ranked, which costs 40 bytes per image on the device.
     """
-    was_training, device = model.training, accelerator.device
+    modes, device = [(module, module.training) for module in model.modules()], accelerator.device
     model.eval()
     totals = torch.zeros(5, dtype=torch.float64, device=device)  # as in _count
     outcomes = _Outcomes(num_classes, device)
@@ -62,7 +62,8 @@ def evaluate(
             outcomes.add(best[:, 0], labels)
             if ranked is not None:
                 ranked[indices] = best
-    model.train(was_training)
+    for module, mode in modes:  # a frozen BatchNorm's is another
+        module.training = mode
     all_reduce_sum(totals)
     top1, top5, loss, seen, unreadable = totals.tolist()
     assert seen == num_images, f"evaluated {seen:.0f} images of {num_images}"

@@ -67,7 +67,7 @@ class Learner:
     def step(self, batches: Iterator[Batch], step: int, lr: float) -> int:
         """Do step number `step` (from 0) on the next micro-batches; return how many images this rank had."""
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1.0)
         self.optimizer.zero_grad(set_to_none=True)
         loss_of_step = torch.zeros((), device=self.accelerator.device)
         self.last_indices = []

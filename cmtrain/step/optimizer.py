@@ -1,7 +1,7 @@
 """Build SGD and AdamW so that the device can skip a step, and average the weights (EMA)."""
 
 import copy
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatch
 from typing import Any
 
@@ -9,12 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
+from cmtrain.step.finetune import lr_scales
+
 # ---- optimizers
 
 
 def make_optimizer(
     model: nn.Module, *, opt: str, lr: float, weight_decay: float,
     momentum: float, nesterov: bool, betas: tuple[float, float], eps: float,
+    layer_decay: float | None = None,
 ) -> Optimizer:  # fmt: skip
     """Build the optimizer of `model`'s parameters.
 
@@ -22,7 +25,7 @@ def make_optimizer(
     Only fused optimizers read `found_inf` on the device and so skip a bad step without synchronising.
     """
     keep: set[str] = getattr(model, "no_weight_decay", set)()
-    groups = param_groups(model, weight_decay, keep)
+    groups = param_groups(model, weight_decay, keep, lr_scales(model, layer_decay) if layer_decay else {})
     if opt == "adamw":
         return AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
     optimizer = SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov, fused=True)
@@ -35,17 +38,25 @@ def make_optimizer(
     return optimizer
 
 
-def param_groups(model: nn.Module, weight_decay: float, keep: Collection[str]) -> list[dict[str, Any]]:
+def param_groups(
+    model: nn.Module, weight_decay: float, keep: Collection[str], lr_scales: Mapping[str, float]
+) -> list[dict[str, Any]]:
     """Return the optimizer's groups: what is not decayed (also the names or patterns in `keep`), the rest.
 
-    As timm.optim.param_groups_weight_decay; to import timm.optim takes longer than to import torch.
+    Each has its factor on the learning rate, 1 for names that are not in `lr_scales`. As timm.optim's
+    param_groups_weight_decay and _layer_decay; to import timm.optim takes longer than to import torch.
     """
-    groups: dict[float, list[nn.Parameter]] = {0.0: [], weight_decay: []}
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {(0.0, 1.0): [], (weight_decay, 1.0): []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             is_kept = parameter.ndim <= 1 or name.endswith(".bias") or any(fnmatch(name, k) for k in keep)
-            groups[0.0 if is_kept else weight_decay].append(parameter)
-    return [{"params": group, "weight_decay": decay} for decay, group in groups.items() if group]
+            kind = 0.0 if is_kept else weight_decay, lr_scales.get(name, 1.0)
+            groups.setdefault(kind, []).append(parameter)
+    return [
+        {"params": group, "weight_decay": decay, "lr_scale": scale}
+        for (decay, scale), group in groups.items()
+        if group
+    ]
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import os
 import sys
 import warnings
@@ -16,7 +17,7 @@ from accelerate import Accelerator
 from accelerate import utils as accelerate_utils
 from torch import nn
 
-from cmtrain.config.schema import CMT_OPTIONS, Config
+from cmtrain.config.schema import CMT_OPTIONS, Config, as_begun
 from cmtrain.errors import ConfigError, did_you_mean
 from cmtrain.models.cost import training_flops_per_image
 from cmtrain.models.ffn_check import use_fused_where_it_agrees
@@ -31,6 +32,7 @@ from cmtrain.step.optimizer import make_optimizer
 from cmtrain.storage.run_folder import RunLock
 from cmtrain.storage.weights import start_from
 from cmtrain.training import loaders
+from cmtrain.training.pretrained import load_pretrained
 from cmtrain.training.recovery import Recovery
 from cmtrain.training.resume import Start, choose_start
 from cmtrain.training.schedule import Schedule, plan_steps, refuse_batch_of_one
@@ -45,8 +47,12 @@ TF32_CAPABILITY = (8, 0)  # A100
 
 @dataclass(frozen=True)
 class Parts:
-    """Everything a run is made of, before its first step. `control`, `notes`: see join_ranks."""
+    """Everything a run is made of, before its first step. `control`, `notes`: see join_ranks.
 
+    `config`: with what pretrained weights decide.
+    """
+
+    config: Config
     accelerator: Accelerator
     control: Any
     data: loaders.Data
@@ -77,15 +83,21 @@ def assemble(config: Config, lock: RunLock, resume: str, data: loaders.Data | No
     fingerprints = data.train.fingerprint, data.val.fingerprint
     start = choose_start(lock, resume, config, *fingerprints, is_main=accelerator.is_main_process)
     notes = [*warnings, *lines, *data.notes, *start.notes]
-    if config.model.init_from and not start.checkpoint:
+    if start.checkpoint:
+        config = as_begun(config, start.checkpoint.meta["config"])
+    elif config.model.init_from:
         notes += start_from(config.model.init_from, model, data.train.class_names)
+    elif config.model.pretrained:
+        make = functools.partial(make_model, config, num_classes, accelerator.device)
+        model, config, line = load_pretrained(config, num_classes, make)
+        notes.append(line)
     # The loaders are not prepared by accelerate: order, sharding and every random draw are the plan's.
     train_loader = loaders.make_train_loader(config, data.train, schedule, accelerator, place)
     eval_loader = loaders.make_eval_loader(config, data.val, schedule.micro_batch_size, accelerator, place)
     learner = make_learner(config, model, schedule, num_classes, accelerator)
     recovery = make_recovery(config, schedule)
     return Parts(
-        accelerator, control, data, schedule, start, train_loader, eval_loader, learner, recovery,
+        config, accelerator, control, data, schedule, start, train_loader, eval_loader, learner, recovery,
         num_classes, flops_per_image, notes,
     )  # fmt: skip
 
@@ -165,10 +177,13 @@ def precision_of(accelerator: Accelerator) -> str:
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "fp32"
 
 
-def make_model(config: Config, num_classes: int, device: torch.device | str = "cpu") -> nn.Module:
+def make_model(
+    config: Config, num_classes: int, device: torch.device | str = "cpu", **pretrained: Any
+) -> nn.Module:
     """Make the model, CMT or any of timm's, with random weights from run.seed, equal on all ranks.
 
-    Weights of model.init_from are not loaded here, since a resumed run has its own: see weights.start_from.
+    No other weights are loaded, since a resumed run has its own: see weights.start_from, load_pretrained,
+    which gives `pretrained`: more arguments of timm.create_model.
     Raises ConfigError: an unknown name, or options that the model refuses.
     """
     model = config.model
@@ -183,7 +198,7 @@ def make_model(config: Config, num_classes: int, device: torch.device | str = "c
         options["img_size"] = config.data.image_px
     torch.manual_seed(config.run.seed)
     try:
-        built = timm.create_model(model.name, num_classes=num_classes, **options)
+        built = timm.create_model(model.name, num_classes=num_classes, **options, **pretrained)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"model: {model.name}: {error}") from error
     built = built.to(device, memory_format=torch.channels_last)

@@ -67,6 +67,7 @@ def run(
     """Do what `train` promises, in the run folder that `lock` guards."""
     # Set up, or resume. Whatever can be wrong is found before anything is written.
     parts = build.assemble(config, lock, resume, images)
+    config = parts.config
     data, schedule, learner, recovery = parts.data, parts.schedule, parts.learner, parts.recovery
     accelerator, loaders, start = parts.accelerator, [parts.train_loader, parts.eval_loader], parts.start
     rank, world_size = accelerator.process_index, accelerator.num_processes

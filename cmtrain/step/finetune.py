@@ -1,0 +1,57 @@
+"""Say which parameters of a model stay as they are, and how fast each of the others moves."""
+
+from collections.abc import Collection
+from fnmatch import fnmatch
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from cmtrain.errors import ConfigError
+
+
+def lr_scales(model: nn.Module, layer_decay: float) -> dict[str, float]:
+    """Return the factor on the learning rate of each parameter: `layer_decay` to its distance from the head.
+
+    The layers are those of the model's `group_matcher`, as in timm.optim.param_groups_layer_decay.
+    Raises ConfigError: the model has none.
+    """
+    from timm.models import group_parameters
+
+    if not hasattr(model, "group_matcher"):
+        what = f"{type(model).__name__} has no group_matcher(), which says what a layer is"
+        raise ConfigError(f"optim.layer_decay: {what}; leave it out")
+    layers = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
+    last = max(layers.values())
+    return {name: layer_decay ** (last - layers.get(name, last)) for name, _ in model.named_parameters()}
+
+
+def frozen_names(model: nn.Module, freeze: str | Collection[str]) -> frozenset[str]:
+    """Return the parameters and buffers of `freeze`: `backbone` (all but the classifier) or patterns.
+    Raises ConfigError: a pattern that matches none, or one that leaves nothing to train.
+    """
+    names = list(model.state_dict())
+    if freeze == "backbone":
+        head = getattr(model, "pretrained_cfg", {}).get("classifier") or "head"
+        heads = tuple(f"{name}." for name in ([head] if isinstance(head, str) else head))
+        frozen = frozenset(name for name in names if not name.startswith(heads))
+    else:
+        for pattern in freeze:
+            if not any(fnmatch(name, pattern) for name in names):
+                raise ConfigError(f"model.freeze: {pattern} matches no parameter; one is {names[0]}")
+        frozen = frozenset(name for name in names if any(fnmatch(name, pattern) for pattern in freeze))
+    if all(name in frozen for name, _ in model.named_parameters()):
+        raise ConfigError("model.freeze: nothing is left to train; freeze less")
+    return frozen
+
+
+def hold(model: nn.Module, frozen: Collection[str], *, trains: bool = True) -> None:
+    """Make exactly the `frozen` parameters get no gradient, and their BatchNorms keep their statistics.
+
+    `trains`: False for the EMA, which no gradient reaches.
+    """
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trains and name not in frozen)
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm):
+            module.is_frozen = f"{name}.running_mean" in frozen
+            module.training = trains and not module.is_frozen
