@@ -97,6 +97,7 @@ _RULES = (
     ),
     _Rule("expect.enforce expect.top1", lambda on, top: not on or top is not None, "{} needs {} to be set"),
     _Rule("expect.diverges expect.top1", lambda on, top: not on or top is None, "{} contradicts {}"),
+    _Rule("model.unfreeze_epoch model.freeze", lambda a, b: a is None or b, "{} needs {} to be set"),
     _Rule("model.pretrained model.init_from", lambda a, b: not (a and b), "{} contradicts {}"),
     _Rule(
         "model.pretrained model.name",

@@ -116,6 +116,12 @@ class Model(Section):
         "run, checkpoint, export folder or any trainer's .safetensors, .pth, .pt or .bin to start from; "
         "image size and classes may differ; null: random weights",
     )
+    freeze: Literal["backbone"] | Texts | None = _key(
+        None,
+        "what stays as it is: backbone, all but the classifier; or patterns of parameter names, such as "
+        "[stem.*]; a BatchNorm whose running_mean matches keeps its statistics; null: nothing",
+    )
+    unfreeze_epoch: Count | None = _key(None, "epochs after which all of it is trained; null: never")
 
 
 # The keys of Model that only CMT has.

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection
 from fnmatch import fnmatch
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -17,10 +18,11 @@ def lr_scales(model: nn.Module, layer_decay: float) -> dict[str, float]:
     """
     from timm.models import group_parameters
 
-    if not hasattr(model, "group_matcher"):
+    matcher: Any = getattr(model, "group_matcher", None)
+    if matcher is None:
         what = f"{type(model).__name__} has no group_matcher(), which says what a layer is"
         raise ConfigError(f"optim.layer_decay: {what}; leave it out")
-    layers = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
+    layers = group_parameters(model, matcher(coarse=False), reverse=True)
     last = max(layers.values())
     return {name: layer_decay ** (last - layers.get(name, last)) for name, _ in model.named_parameters()}
 
@@ -45,7 +47,7 @@ def frozen_names(model: nn.Module, freeze: str | Collection[str]) -> frozenset[s
 
 
 def hold(model: nn.Module, frozen: Collection[str], *, trains: bool = True) -> None:
-    """Make exactly the `frozen` parameters get no gradient, and their BatchNorms keep their statistics.
+    """Give exactly the `frozen` parameters no gradient, and keep the statistics of BatchNorms among them.
 
     `trains`: False for the EMA, which no gradient reaches.
     """
@@ -53,5 +55,6 @@ def hold(model: nn.Module, frozen: Collection[str], *, trains: bool = True) -> N
         parameter.requires_grad_(trains and name not in frozen)
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm):
-            module.is_frozen = f"{name}.running_mean" in frozen
-            module.training = trains and not module.is_frozen
+            is_frozen = f"{name}.running_mean" in frozen
+            module.is_frozen = is_frozen  # type: ignore[assignment]  # torch does not know it
+            module.training = trains and not is_frozen

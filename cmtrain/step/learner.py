@@ -9,9 +9,10 @@ not used: it is always False for fused optimizers (accelerate issue 4242).
 """
 
 import copy
+import gc
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from cmtrain.step.evaluate import average_running_statistics
+from cmtrain.step.finetune import hold
 from cmtrain.step.guard import Guard
 from cmtrain.step.measure import Phases, StepBuffer, StepReport, extremes
 from cmtrain.step.mixing import MixSpec, mix
@@ -38,23 +40,22 @@ class Learner:
     `model` is on `accelerator.device`, not yet wrapped. `ema_decay`: per step; None: no EMA. `protect`:
     whether the guard refuses bad steps, or only counts them. `accumulation`: micro-batches per step on this
     rank. `clip_grad`: largest L2 norm of the gradient; None: no clipping. `spike_sigma`: see SpikeDetector.
+    `frozen`: parameters and buffers that stay as they are until `unfreeze_step`, see finetune.hold.
     """
 
     def __init__(
         self, model: nn.Module, optimizer: Optimizer, accelerator: Accelerator, *,
         ema_decay: float | None, protect: bool, spike_sigma: float,
         mixing: MixSpec, accumulation: int, clip_grad: float | None, seed: int,
+        frozen: Collection[str] = (), unfreeze_step: float = math.inf,
     ) -> None:  # fmt: skip
         self.model, self.optimizer, self.accelerator = model, optimizer, accelerator
-        self.guard = Guard(model, protect=protect)
         # Copied before accelerate wraps the forward, or the copy would run the original's.
         self.ema = Ema(model, ema_decay) if ema_decay else None
-        with warnings.catch_warnings():
-            # torch 2.15 renames an argument of build.make_accelerator; older ones lack the new name.
-            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-            self.wrapped = accelerator.prepare_model(model, device_placement=False)  # it is there
+        self.protect, self.unfreeze_step = protect, unfreeze_step
+        self._hold(frozen)
+        self.wrapped = self._wrap()
         self.mixing, self.accumulation, self.clip_grad, self.seed = mixing, accumulation, clip_grad, seed
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.buffer = StepBuffer(accelerator.num_processes)
         self.detector = SpikeDetector(spike_sigma)
         self.spikes: list[Spike] = []  # found by the last report
@@ -64,8 +65,37 @@ class Learner:
         self.phases = Phases(accelerator.device)
         self.last_forward: tuple[int, Tensor] | None = None  # torch's seed and the images
 
+    def _hold(self, frozen: Collection[str]) -> None:
+        self.frozen = frozen
+        hold(self.model, frozen)
+        if self.ema:
+            hold(self.ema.module, frozen, trains=False)
+        self.guard = Guard(self.model, protect=self.protect)
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+
+    def _wrap(self) -> Any:
+        with warnings.catch_warnings():
+            # torch 2.15 renames an argument of build.make_accelerator; older ones lack the new name.
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            return self.accelerator.prepare_model(self.model, device_placement=False)  # it is there
+
+    def _unfreeze(self) -> None:
+        """Train everything from now on. For all ranks together."""
+        self.average_over_ranks()  # DDP would give all ranks the first one's statistics
+        counters = self.guard.state_dict()
+        self._hold(())
+        self.guard.load_state_dict(counters)
+        if self.accelerator.num_processes > 1:  # DDP reduces only what had gradients when it was made
+            self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
+            self.wrapped = None
+            self.accelerator.free_memory()
+            gc.collect()  # now, or its hooks would act on the next gradients
+            self.wrapped = self._wrap()
+
     def step(self, batches: Iterator[Batch], step: int, lr: float) -> int:
         """Do step number `step` (from 0) on the next micro-batches; return how many images this rank had."""
+        if self.frozen and step >= self.unfreeze_step:
+            self._unfreeze()
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
         self.optimizer.zero_grad(set_to_none=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import functools
+import math
 import os
 import sys
 import warnings
@@ -26,6 +27,7 @@ from cmtrain.processes.collectives import control_group, join, set_cuda_math, se
 from cmtrain.processes.environment import ignore_variables
 from cmtrain.processes.gpus import why_unusable
 from cmtrain.processes.preflight import check_ranks
+from cmtrain.step.finetune import frozen_names
 from cmtrain.step.learner import Learner
 from cmtrain.step.mixing import MixSpec
 from cmtrain.step.optimizer import make_optimizer
@@ -94,7 +96,7 @@ def assemble(config: Config, lock: RunLock, resume: str, data: loaders.Data | No
     # The loaders are not prepared by accelerate: order, sharding and every random draw are the plan's.
     train_loader = loaders.make_train_loader(config, data.train, schedule, accelerator, place)
     eval_loader = loaders.make_eval_loader(config, data.val, schedule.micro_batch_size, accelerator, place)
-    learner = make_learner(config, model, schedule, num_classes, accelerator)
+    learner = make_learner(config, model, schedule, num_classes, accelerator, start.step)
     recovery = make_recovery(config, schedule)
     return Parts(
         config, accelerator, control, data, schedule, start, train_loader, eval_loader, learner, recovery,
@@ -224,9 +226,16 @@ def make_recovery(config: Config, schedule: Schedule) -> Recovery:
 
 
 def make_learner(
-    config: Config, model: nn.Module, schedule: Schedule, num_classes: int, accelerator: Accelerator
-) -> Learner:
-    """Make the learner of `model`. Raises ConfigError: a micro-batch of one image for BatchNorm."""
+    config: Config, model: nn.Module, schedule: Schedule, num_classes: int, accelerator: Accelerator,
+    first_step: int = 0,
+) -> Learner:  # fmt: skip
+    """Make the learner of `model`, whose next step is `first_step`.
+
+    Raises ConfigError: a micro-batch of one image for BatchNorm, or as frozen_names and make_optimizer.
+    """
+    freeze, epoch = config.model.freeze, config.model.unfreeze_epoch
+    unfreeze_step = math.inf if epoch is None else epoch * schedule.steps_per_epoch
+    frozen = frozen_names(model, freeze) if freeze and first_step < unfreeze_step else ()
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
         refuse_batch_of_one(schedule.global_batch_size, schedule.max_batch_per_gpu, schedule.world_size)
     optimizer = make_optimizer(model, **config.optim.model_dump(exclude={"clip_grad"}))
@@ -235,5 +244,5 @@ def make_learner(
         model, optimizer, accelerator, ema_decay=config.ema.decay, protect=config.guard.enabled,
         spike_sigma=config.guard.spike_sigma, accumulation=schedule.accumulation,
         mixing=MixSpec(num_classes=num_classes, **config.mixing.model_dump()),
-        clip_grad=config.optim.clip_grad, seed=config.run.seed,
+        clip_grad=config.optim.clip_grad, seed=config.run.seed, frozen=frozen, unfreeze_step=unfreeze_step,
     )  # fmt: skip

@@ -1,17 +1,23 @@
-"""Layer-wise learning rates are timm's."""
+"""Layer-wise learning rates are timm's; what is frozen keeps every bit, on any number of ranks."""
 
 import copy
+import os
+import pickle
+import socket
 
 import pytest
 import timm
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
 from helpers.half import HalfAccelerator
-from helpers.mini import Mini, batch
+from helpers.mini import Mini, accuracy, assert_same, batch, snapshot
+from helpers.runs import FORKS, HANG_SECONDS
 from timm.optim import param_groups_layer_decay
 
 import cmtrain.models  # noqa: F401
 from cmtrain.errors import ConfigError
-from cmtrain.step.finetune import lr_scales
+from cmtrain.step.finetune import frozen_names, lr_scales
 from cmtrain.step.learner import Learner
 from cmtrain.step.mixing import MixSpec
 from cmtrain.step.optimizer import make_optimizer
@@ -20,11 +26,11 @@ ADAMW = {"opt": "adamw", "lr": 0.1, "weight_decay": 0.05, "betas": (0.9, 0.999),
 HOW = ADAMW | {"momentum": 0.9, "nesterov": True}
 
 
-def learner_of(model, **options):
-    optimizer = make_optimizer(model, **HOW, **options)
+def learner_of(model, *, accelerator=None, accumulation=1, opt="adamw", layer_decay=None, **options):
+    optimizer = make_optimizer(model, **HOW | {"opt": opt}, layer_decay=layer_decay)
     return Learner(
-        model, optimizer, HalfAccelerator(1.0, "bf16"), ema_decay=0.9, protect=True, spike_sigma=6.0,
-        mixing=MixSpec(4), accumulation=1, clip_grad=None, seed=0,
+        model, optimizer, accelerator or HalfAccelerator(1.0, "bf16"), ema_decay=0.9, protect=True,
+        spike_sigma=6.0, mixing=MixSpec(4), accumulation=accumulation, clip_grad=1.0, seed=0, **options,
     )  # fmt: skip
 
 
@@ -71,3 +77,135 @@ def test_the_factors_survive_a_checkpoint():
         one.step(iter([batch(1, side=32)]), 1, 0.1)
     for a, b in zip(model.parameters(), again.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+# ---- freezing
+
+
+def take(learner, number, *, lr=0.1, poison=1.0, rank=0, ranks=1):
+    """Do step `number` on batches of its own, shared by `ranks`."""
+    turns = range(learner.accumulation)
+    count = len(turns) * ranks
+    batches = [batch(number * count + turn * ranks + rank, poison, size=8, side=32) for turn in turns]
+    learner.step(iter(batches), number, lr)
+
+
+def frozen_state(learner):
+    """What of model and EMA is frozen, by name, copied."""
+    states = {kind: module.state_dict() for kind, module in learner.weights.items()}
+    return {(k, n): state[n].clone() for k, state in states.items() for n in state if n in learner.frozen}
+
+
+@pytest.mark.parametrize("opt", ["adamw", "sgd"])
+@pytest.mark.parametrize("freeze", ["backbone", ["stem.*", "stages.[01].*"]])
+@pytest.mark.parametrize("name", ["cmt_micro", "resnet18"])
+def test_what_is_frozen_is_the_same_bit_for_bit_after_twenty_steps(name, freeze, opt):
+    """Seven micro-batches a step, because the mean of seven equal numbers is not that number."""
+    if name == "resnet18" and freeze != "backbone":
+        freeze = ["conv1.*", "bn1.*", "layer1.*"]
+    model = timm.create_model(name, num_classes=4, **({"img_size": 32} if name == "cmt_micro" else {}))
+    for batchnorm in filter(lambda m: hasattr(m, "running_mean"), model.modules()):
+        batchnorm.running_mean.uniform_(0.1, 1)
+    learner = learner_of(model, opt=opt, accumulation=7, frozen=frozen_names(model, freeze))
+    before, head = frozen_state(learner), model.get_classifier().weight.clone()
+    moving = {n: t.clone() for n, t in model.state_dict().items() if n not in learner.frozen}
+    for number in range(20 if opt == "sgd" or name == "cmt_micro" else 2):
+        take(learner, number, poison=torch.inf if number == 1 else 1.0)
+        assert all((p.grad is None) == (n in learner.frozen) for n, p in model.named_parameters())
+        if number == 3:  # an evaluation between two steps
+            accuracy(learner, model, side=32)
+    after = frozen_state(learner)
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert any(key[1].endswith("running_var") for key in before)
+    assert not torch.equal(head, model.get_classifier().weight)
+    own = model.state_dict()
+    assert not any(torch.equal(t, own[n]) for n, t in moving.items() if n.endswith("running_mean"))
+    assert learner.report(20, 0, 0.1, reset=True).bad_steps == 1
+
+
+def test_unfrozen_at_an_epoch_is_the_same_after_a_resume_at_any_step():
+    def fresh(first):
+        torch.manual_seed(0)
+        model = timm.create_model("resnet18", num_classes=4)
+        frozen = frozen_names(model, "backbone") if first < 3 else ()
+        return learner_of(model, frozen=frozen, unfreeze_step=3, layer_decay=0.8)
+
+    states = []
+    whole = fresh(0)
+    for number in range(6):
+        states.append(copy.deepcopy(whole.state_dict()))
+        moved = whole.model.conv1.weight.clone()
+        take(whole, number, lr=0.01)
+        assert torch.equal(moved, whole.model.conv1.weight) == (number < 3)
+    assert whole.model.bn1.training
+    for first in (1, 3, 4):
+        resumed = fresh(first)
+        resumed.load_state_dict(states[first])
+        for number in range(first, 6):
+            take(resumed, number, lr=0.01)
+        assert_same(snapshot(resumed), snapshot(whole))
+        assert resumed.guard.state_dict() == whole.guard.state_dict()
+
+
+def test_wrong_patterns_are_refused():
+    model = timm.create_model("resnet18", num_classes=4)
+    assert "fc.weight" not in frozen_names(model, "backbone")
+    assert frozen_names(model, ["bn1.*"]) == {f"bn1.{n}" for n in model.bn1.state_dict()}
+    with pytest.raises(ConfigError, match=r"model.freeze: stem.. matches no parameter; one is conv1.weight"):
+        frozen_names(model, ["conv1.*", "stem.*"])
+    with pytest.raises(ConfigError, match=r"model.freeze: nothing is left to train"):
+        frozen_names(model, ["*"])
+
+
+def test_a_compiled_model_is_unfrozen_as_well():
+    model = Mini()
+    learner = learner_of(model, frozen=frozen_names(model, "backbone"), unfreeze_step=2)
+    model.compile(backend="aot_eager")
+    for number in range(4):
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        take(learner, number, lr=0.01)
+        after = model.state_dict()
+        for name in ("stem.weight", "norm.weight", "norm.running_mean"):
+            assert torch.equal(before[name], after[name]) == (number < 2), name
+        assert not torch.equal(before["head.weight"], after["head.weight"])
+
+
+def _train(rank, port, folder):
+    """One of two ranks: the backbone is frozen for three of six steps."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    wrapper = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    accelerator = Accelerator(cpu=True, kwargs_handlers=[wrapper], mixed_precision="bf16")
+    torch.manual_seed(0)
+    model = Mini()
+    frozen = frozen_names(model, "backbone")
+    learner = learner_of(model, accelerator=accelerator, accumulation=2, frozen=frozen, unfreeze_step=3)
+    states = [frozen_state(learner)]
+    for number in range(6):
+        take(learner, number, lr=0.01, rank=rank, ranks=2)
+        states.append(frozen_state(learner) if learner.frozen else snapshot(learner))
+    gradients = [p.grad.clone() for p in model.parameters()]
+    learner.average_over_ranks()
+    (folder / f"{rank}.pickle").write_bytes(pickle.dumps((states, gradients, snapshot(learner))))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_unfreeze_together_and_stay_the_same(tmp_path):
+    """Parameters without a gradient keep nobody waiting, and unfrozen ones are reduced over the ranks."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [FORKS.Process(target=_train, args=(rank, port, tmp_path)) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(HANG_SECONDS)
+        assert process.exitcode == 0
+    (states, gradients, end), (_, other_gradients, other_end) = (
+        pickle.loads((tmp_path / f"{rank}.pickle").read_bytes()) for rank in (0, 1)
+    )
+    assert all(torch.equal(states[0][key], states[3][key]) for key in states[0])
+    assert not torch.equal(states[4]["model.stem.weight"], states[0]["model", "stem.weight"])
+    assert all(torch.equal(a, b) for a, b in zip(gradients, other_gradients, strict=True))
+    assert_same(end, other_end)
