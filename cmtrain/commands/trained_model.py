@@ -5,6 +5,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from cmtrain.config.imports import import_modules
 from cmtrain.config.load import Overrides, load_config
 from cmtrain.config.schema import Config, to_yaml
 from cmtrain.errors import ConfigError
@@ -53,7 +54,9 @@ def open_trained(place: str, overrides: Overrides) -> Trained:
     """
     run, path = find_run(place)
     loaded = read_checkpoint(path)
-    return Trained(run, _config_of(run / "config.yaml", loaded, overrides), loaded, _class_names(run))
+    config = _config_of(run / "config.yaml", loaded, overrides)
+    import_modules(config.run.imports)
+    return Trained(run, config, loaded, _class_names(run))
 
 
 def read_checkpoint(path: Path) -> Loaded:

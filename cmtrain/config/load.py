@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from cmtrain.config.describe import describe_values, schema_of
+from cmtrain.config.imports import pinned
 from cmtrain.config.schema import Config, contradictions, defaults, fields, flat
 from cmtrain.config.strict_yaml import REFUSED, Node, parse, parse_argument, show
 from cmtrain.errors import ConfigError, did_you_mean
@@ -57,6 +58,12 @@ def load_config(path: str | Path, overrides: Overrides = ()) -> Resolved:
     draft.read_files(path)
     draft.read_overrides(overrides)
     config = draft.validate(default_name=_run_name(path))
+    if config and config.run.imports:
+        try:
+            run = config.run.model_copy(update={"imports": pinned(config.run.imports, path.parent)})
+            config = config.model_copy(update={"run": run})
+        except (ConfigError, OSError) as error:
+            draft.mistake(draft.settings["run.imports"].place, str(error), "run.imports")
     if draft.mistakes or config is None:
         lines = [line for _, line in sorted(draft.mistakes)]
         if len(lines) > MAX_MISTAKES_SHOWN:

@@ -55,6 +55,9 @@ Mean = Annotated[tuple[float, float, float], FromList]
 Std = Annotated[tuple[Positive, Positive, Positive], FromList]
 Interpolation = Literal["bicubic", "bilinear"]
 Texts = Annotated[tuple[str, ...], FromList]
+Modules = Annotated[
+    tuple[Annotated[str, Field(pattern="^[A-Za-z_][A-Za-z0-9_]*(@[0-9a-f]{12})?$")], ...], FromList
+]
 Trackers = Annotated[tuple[Literal["tensorboard", "wandb", "mlflow"], ...], FromList]
 
 
@@ -74,6 +77,11 @@ class Run(Section):
         pattern="^[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}$",
     )
     dir: AnyPath = _key("runs", "folder that holds the run folders; on several nodes, one that all share")
+    imports: Modules = _key(
+        (),
+        "your own modules, which register models with timm: in the folder of this file or on Python's path; "
+        "@ and the hash of the source are added",
+    )
     seed: int = _key(42, "random seed of initial weights, sample order and every draw", ge=0, le=2**31 - 1)
 
 
@@ -201,8 +209,8 @@ class Optim(Section):
     nesterov: bool = _key(True, "Nesterov momentum of sgd")
     betas: Betas = _key((0.9, 0.999), "decay rates of adamw's averages")
     eps: Positive = _key(1e-08, "added to the denominator of adamw")
-    layer_decay: float | None = _key(
-        None, "factor on the learning rate from each layer to the one before it; null: off", gt=0, le=1
+    layer_decay: float = _key(
+        1.0, "factor on the learning rate from each layer to the one before; 1: none", gt=0, le=1
     )
     clip_grad: Positive | None = _key(None, "L2 norm that gradients are clipped to; null: off")
 

@@ -31,7 +31,8 @@ def frozen_names(model: nn.Module, freeze: str | Collection[str]) -> frozenset[s
     """Return the parameters and buffers of `freeze`: `backbone` (all but the classifier) or patterns.
     Raises ConfigError: a pattern that matches none, or one that leaves nothing to train.
     """
-    names = list(model.state_dict())
+    fixed = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    names = [name for name in model.state_dict() if name not in fixed]
     if freeze == "backbone":
         head = getattr(model, "pretrained_cfg", {}).get("classifier") or "head"
         heads = tuple(f"{name}." for name in ([head] if isinstance(head, str) else head))
@@ -41,20 +42,17 @@ def frozen_names(model: nn.Module, freeze: str | Collection[str]) -> frozenset[s
             if not any(fnmatch(name, pattern) for name in names):
                 raise ConfigError(f"model.freeze: {pattern} matches no parameter; one is {names[0]}")
         frozen = frozenset(name for name in names if any(fnmatch(name, pattern) for pattern in freeze))
-    if all(name in frozen for name, _ in model.named_parameters()):
+    if all(name in frozen or name in fixed for name, _ in model.named_parameters()):
         raise ConfigError("model.freeze: nothing is left to train; freeze less")
     return frozen
 
 
-def hold(model: nn.Module, frozen: Collection[str], *, trains: bool = True) -> None:
-    """Give exactly the `frozen` parameters no gradient, and keep the statistics of BatchNorms among them.
-
-    `trains`: False for the EMA, which no gradient reaches.
-    """
+def hold(model: nn.Module, frozen: Collection[str], *, still: bool = True) -> None:
+    """Give `frozen` parameters no gradient, and keep BatchNorm's statistics; not `still`: undo it."""
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(trains and name not in frozen)
+        if name in frozen:
+            parameter.requires_grad_(not still)
     for name, module in model.named_modules():
-        if isinstance(module, _BatchNorm):
-            is_frozen = f"{name}.running_mean" in frozen
-            module.is_frozen = is_frozen  # type: ignore[assignment]  # torch does not know it
-            module.training = trains and not is_frozen
+        if isinstance(module, _BatchNorm) and f"{name}.running_mean" in frozen:
+            module.is_frozen = still  # type: ignore[assignment]  # torch does not know it
+            module.training = not still

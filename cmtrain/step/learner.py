@@ -40,7 +40,7 @@ class Learner:
     `model` is on `accelerator.device`, not yet wrapped. `ema_decay`: per step; None: no EMA. `protect`:
     whether the guard refuses bad steps, or only counts them. `accumulation`: micro-batches per step on this
     rank. `clip_grad`: largest L2 norm of the gradient; None: no clipping. `spike_sigma`: see SpikeDetector.
-    `frozen`: parameters and buffers that stay as they are until `unfreeze_step`, see finetune.hold.
+    `frozen`: what finetune.hold holds in `model`, until `unfreeze_step`.
     """
 
     def __init__(
@@ -50,12 +50,13 @@ class Learner:
         frozen: Collection[str] = (), unfreeze_step: float = math.inf,
     ) -> None:  # fmt: skip
         self.model, self.optimizer, self.accelerator = model, optimizer, accelerator
+        self.guard = Guard(model, protect=protect)
         # Copied before accelerate wraps the forward, or the copy would run the original's.
         self.ema = Ema(model, ema_decay) if ema_decay else None
-        self.protect, self.unfreeze_step = protect, unfreeze_step
-        self._hold(frozen)
         self.wrapped = self._wrap()
+        self.frozen, self.unfreeze_step = frozen, unfreeze_step
         self.mixing, self.accumulation, self.clip_grad, self.seed = mixing, accumulation, clip_grad, seed
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.buffer = StepBuffer(accelerator.num_processes)
         self.detector = SpikeDetector(spike_sigma)
         self.spikes: list[Spike] = []  # found by the last report
@@ -64,14 +65,6 @@ class Learner:
         self.fresh_scaler = None if accelerator.scaler is None else accelerator.scaler.state_dict()
         self.phases = Phases(accelerator.device)
         self.last_forward: tuple[int, Tensor] | None = None  # torch's seed and the images
-
-    def _hold(self, frozen: Collection[str]) -> None:
-        self.frozen = frozen
-        hold(self.model, frozen)
-        if self.ema:
-            hold(self.ema.module, frozen, trains=False)
-        self.guard = Guard(self.model, protect=self.protect)
-        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
 
     def _wrap(self) -> Any:
         with warnings.catch_warnings():
@@ -82,9 +75,14 @@ class Learner:
     def _unfreeze(self) -> None:
         """Train everything from now on. For all ranks together."""
         self.average_over_ranks()  # DDP would give all ranks the first one's statistics
-        counters = self.guard.state_dict()
-        self._hold(())
+        for module in self.weights.values():
+            hold(module, self.frozen, still=False)
+        if self.ema:
+            self.ema.module.eval().requires_grad_(False)
+        self.frozen, counters = (), self.guard.state_dict()
+        self.guard = Guard(self.model, protect=self.guard.protect)
         self.guard.load_state_dict(counters)
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         if self.accelerator.num_processes > 1:  # DDP reduces only what had gradients when it was made
             self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
             self.wrapped = None

@@ -16,8 +16,7 @@ from cmtrain.step.finetune import lr_scales
 
 def make_optimizer(
     model: nn.Module, *, opt: str, lr: float, weight_decay: float,
-    momentum: float, nesterov: bool, betas: tuple[float, float], eps: float,
-    layer_decay: float | None = None,
+    momentum: float, nesterov: bool, betas: tuple[float, float], eps: float, layer_decay: float = 1,
 ) -> Optimizer:  # fmt: skip
     """Build the optimizer of `model`'s parameters.
 
@@ -25,7 +24,9 @@ def make_optimizer(
     Only fused optimizers read `found_inf` on the device and so skip a bad step without synchronising.
     """
     keep: set[str] = getattr(model, "no_weight_decay", set)()
-    groups = param_groups(model, weight_decay, keep, lr_scales(model, layer_decay) if layer_decay else {})
+    groups = param_groups(
+        model, weight_decay, keep, lr_scales(model, layer_decay) if layer_decay < 1 else {}
+    )
     if opt == "adamw":
         return AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
     optimizer = SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov, fused=True)
@@ -52,11 +53,7 @@ def param_groups(
             is_kept = parameter.ndim <= 1 or name.endswith(".bias") or any(fnmatch(name, k) for k in keep)
             kind = 0.0 if is_kept else weight_decay, lr_scales.get(name, 1.0)
             groups.setdefault(kind, []).append(parameter)
-    return [
-        {"params": group, "weight_decay": decay, "lr_scale": scale}
-        for (decay, scale), group in groups.items()
-        if group
-    ]
+    return [{"params": p, "weight_decay": w, "lr_scale": s} for (w, s), p in groups.items() if p]
 
 
 @torch.no_grad()

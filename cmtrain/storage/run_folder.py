@@ -6,6 +6,7 @@ log.jsonl      one record per log point; after a resume it continues as if the r
 summary.csv    one row per evaluation, with timm's column names
 events.jsonl   started, resumed, environment, evaluations, checkpoints, guard, signals
 classes.json   the last evaluation by class: images, correct ones, confusion matrix
+NAME.py        the modules of run.imports
 augmented.png  the first augmented batch
 report.html    all of it for people, see monitoring/report/page.py
 checkpoints/   see checkpoint.py
@@ -19,10 +20,13 @@ import json
 import math
 import os
 import socket
+import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from cmtrain.config.imports import sources
 from cmtrain.config.strict_yaml import parse
 from cmtrain.storage import records
 from cmtrain.storage.records import DamagedRecordError, Losses, is_number, keep_lines, replace_file, retried
@@ -276,6 +280,15 @@ def _step_of_row(line: bytes) -> float | None:
     except ValueError:
         return None
     return numbers[1] if len(numbers) == len(SUMMARY_COLUMNS) else None
+
+
+def keep_sources(imports: Sequence[str], path: Path) -> None:
+    """Copy the modules of run.imports that are not installed to `path`, for what reads the run later."""
+    for entry in imports:
+        for name, file in sources(entry).items():
+            if not file.is_relative_to(sys.prefix):
+                (path / name).parent.mkdir(exist_ok=True, parents=True)
+                replace_file(path / name, file.read_bytes())
 
 
 def find_run(place: str) -> tuple[Path, Path]:

@@ -15,14 +15,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from cmtrain.errors import ConfigError
-from cmtrain.models.checkpoints import (
-    PAPER_ENDS,
-    REIMPL_ENDS,
-    load_reference_checkpoint,
-    resize_positions,
-    unwrap,
-    variant_of,
-)
+from cmtrain.models import checkpoints
 from cmtrain.models.cmt import CMT
 from cmtrain.storage.checkpoint import find_checkpoint
 from cmtrain.storage.finite import all_finite, floating_tensors, named
@@ -57,7 +50,7 @@ def read_weights(path: str) -> Weights:
     try:
         file = given / WEIGHTS_NAME if given.is_dir() and (given / WEIGHTS_NAME).exists() else given
         if file.suffix in WEIGHTS_SUFFIXES:
-            weights = Weights(file, "model", unwrap(read_file(file)[0]))
+            weights = Weights(file, "model", checkpoints.unwrap(read_file(file)[0]))
         elif given.is_dir():
             loaded = find_checkpoint(given)
             kind = "ema" if "ema" in loaded.state else "model"
@@ -137,7 +130,7 @@ def fit(model: nn.Module, tensors: Mapping[str, Tensor], *, keeps_head: bool) ->
         given = {name: tensor for name, tensor in given.items() if not name.startswith(head_name)}
         given |= {name: own[name] for name in head}
     try:
-        fitting = resize_positions(given, model)
+        fitting = checkpoints.resize_positions(given, model)
     except ValueError as error:
         raise ConfigError(f"position table {error}") from error
     if resized := [name for name in given if fitting[name] is not given[name]]:
@@ -165,7 +158,7 @@ def start_from(path: str, model: nn.Module, class_names: Sequence[str] = ()) -> 
     """
     try:
         weights = read_weights(path)
-        if isinstance(model, CMT) and variant_of(weights.tensors):
+        if isinstance(model, CMT) and checkpoints.variant_of(weights.tensors):
             notes = _fit_reference(model, weights.tensors)
         else:
             notes = fit(model, weights.tensors, keeps_head=False)
@@ -182,13 +175,14 @@ def start_from(path: str, model: nn.Module, class_names: Sequence[str] = ()) -> 
 
 def _fit_reference(model: CMT, tensors: Mapping[str, Tensor]) -> list[str]:
     """Do what `fit` does, for weights of a reference. Raises ConfigError: they do not fit."""
-    head = (PAPER_ENDS if variant_of(tensors) == "paper" else REIMPL_ENDS)["head"]
-    found, wanted = len(tensors.get(f"{head}.weight", ())), model.num_classes
+    heads = {"paper": "head.weight", "reimpl": "classifier.weight"}
+    found = len(tensors.get(heads[checkpoints.variant_of(tensors)], ()))
+    is_new = found != model.num_classes
     try:
-        load_reference_checkpoint(model, tensors, skip_head=found != wanted)
+        checkpoints.load_reference_checkpoint(model, tensors, skip_head=is_new)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    return [f"new classifier head: {wanted} classes (the weights have {found})"] if found != wanted else []
+    return [f"new classifier head: {model.num_classes} classes (the weights have {found})"] if is_new else []
 
 
 def _classes_beside(path: Path) -> list[str]:

@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from accelerate import utils as accelerate_utils
 from torch import nn
 
+from cmtrain.config.imports import import_modules
 from cmtrain.config.schema import CMT_OPTIONS, Config, as_begun
 from cmtrain.errors import ConfigError, did_you_mean
 from cmtrain.models.cost import training_flops_per_image
@@ -27,7 +28,7 @@ from cmtrain.processes.collectives import control_group, join, set_cuda_math, se
 from cmtrain.processes.environment import ignore_variables
 from cmtrain.processes.gpus import why_unusable
 from cmtrain.processes.preflight import check_ranks
-from cmtrain.step.finetune import frozen_names
+from cmtrain.step.finetune import frozen_names, hold
 from cmtrain.step.learner import Learner
 from cmtrain.step.mixing import MixSpec
 from cmtrain.step.optimizer import make_optimizer
@@ -49,10 +50,7 @@ TF32_CAPABILITY = (8, 0)  # A100
 
 @dataclass(frozen=True)
 class Parts:
-    """Everything a run is made of, before its first step. `control`, `notes`: see join_ranks.
-
-    `config`: with what pretrained weights decide.
-    """
+    """Everything a run is made of, before its first step. `control`, `notes`: see join_ranks."""
 
     config: Config
     accelerator: Accelerator
@@ -91,8 +89,8 @@ def assemble(config: Config, lock: RunLock, resume: str, data: loaders.Data | No
         notes += start_from(config.model.init_from, model, data.train.class_names)
     elif config.model.pretrained:
         make = functools.partial(make_model, config, num_classes, accelerator.device)
-        model, config, line = load_pretrained(config, num_classes, make)
-        notes.append(line)
+        model, config, note = load_pretrained(config, num_classes, make)
+        notes.append(note)
     # The loaders are not prepared by accelerate: order, sharding and every random draw are the plan's.
     train_loader = loaders.make_train_loader(config, data.train, schedule, accelerator, place)
     eval_loader = loaders.make_eval_loader(config, data.val, schedule.micro_batch_size, accelerator, place)
@@ -186,8 +184,9 @@ def make_model(
 
     No other weights are loaded, since a resumed run has its own: see weights.start_from, load_pretrained,
     which gives `pretrained`: more arguments of timm.create_model.
-    Raises ConfigError: an unknown name, or options that the model refuses.
+    Raises ConfigError: an unknown name, options that the model refuses, or as import_modules.
     """
+    import_modules(config.run.imports)
     model = config.model
     if not timm.is_model(model.name):
         hint = did_you_mean(model.name, timm.list_models())
@@ -229,9 +228,8 @@ def make_learner(
     config: Config, model: nn.Module, schedule: Schedule, num_classes: int, accelerator: Accelerator,
     first_step: int = 0,
 ) -> Learner:  # fmt: skip
-    """Make the learner of `model`, whose next step is `first_step`.
-
-    Raises ConfigError: a micro-batch of one image for BatchNorm, or as frozen_names and make_optimizer.
+    """Make the learner of `model`, at `first_step`.
+    Raises ConfigError: a micro-batch of one image for BatchNorm, or as frozen_names and lr_scales.
     """
     freeze, epoch = config.model.freeze, config.model.unfreeze_epoch
     unfreeze_step = math.inf if epoch is None else epoch * schedule.steps_per_epoch
@@ -239,6 +237,7 @@ def make_learner(
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
         refuse_batch_of_one(schedule.global_batch_size, schedule.max_batch_per_gpu, schedule.world_size)
     optimizer = make_optimizer(model, **config.optim.model_dump(exclude={"clip_grad"}))
+    hold(model, frozen)  # not before: the optimizer has all parameters from the beginning
     compile_model(config, model)
     return Learner(
         model, optimizer, accelerator, ema_decay=config.ema.decay, protect=config.guard.enabled,

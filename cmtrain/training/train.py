@@ -25,7 +25,7 @@ from cmtrain.step.evaluate import Evaluation, evaluate
 from cmtrain.step.learner import Learner
 from cmtrain.step.measure import StepReport, Stopwatch
 from cmtrain.storage.finite import FiniteCheck, repair_or_reject
-from cmtrain.storage.run_folder import SAMPLE_NAME, RunLock
+from cmtrain.storage.run_folder import SAMPLE_NAME, RunLock, keep_sources
 from cmtrain.training import build
 from cmtrain.training.build import Parts
 from cmtrain.training.endings import check_expectation, stopped_at_once, stopped_by
@@ -121,6 +121,8 @@ def run(
             to_yaml(config), facts_of(config, accelerator), parts.notes,
             flops_per_image=parts.flops_per_image, device=accelerator.device, resumed=resumed,
         )  # fmt: skip
+        if logger.folder:
+            logger.losses.attempt("imports", keep_sources, config.run.imports, lock.folder)
         logger.left_out(data.train.bad + data.val.bad, data.train.root)
         batches = clock.waiting(batches_from(first_step, parts.train_loader, schedule))
         batches = draw_first(batches, clock, logger, config)
