@@ -11,7 +11,7 @@ from timm.models import PretrainedCfg
 
 from cmtrain.config.load import load_config
 from cmtrain.errors import ConfigError
-from cmtrain.storage.checkpoint import load_newest
+from cmtrain.storage.checkpoint import checkpoint_path, load_checkpoint, load_newest
 from cmtrain.training import pretrained
 from cmtrain.training.pretrained import find_pretrained
 
@@ -159,3 +159,28 @@ def test_a_damaged_file_is_refused_in_one_line(tuned, tmp_path):
     job = make("damaged")
     (line,) = after_start(_refused(job, code=3, **how))
     assert line.startswith(f"model.pretrained: resnet18.a1_in1k cannot be loaded; {tmp_path}/w.pth (")
+
+
+def test_a_frozen_run_resumes_before_and_after_it_is_unfrozen(make_job):
+    """Six steps are an epoch; on two ranks it goes through it as well."""
+    model = {"freeze": "backbone", "unfreeze_epoch": 1}
+    sections = {"model": model, "optim": {"layer_decay": 0.8}, "checkpoint": {"every_steps": 1, "keep": 9}}
+    whole, killed, ranks = (make_job(name, run={"name": "job", "seed": 1}, **sections) for name in "abc")
+    whole("--max-steps", "8")
+    for steps in ("4", "6", "7", "8"):
+        killed("--max-steps", steps)
+    assert_same_state(whole, killed)
+    ranks("--max-steps", "8", nproc=2)
+    states = [load_newest(ranks.run / "checkpoints").state]
+    places = [checkpoint_path(job.run / "checkpoints", n) for job in (whole, ranks) for n in (1, 6)]
+    states += [load_checkpoint(place).state for place in places]
+    last, *held = (state["model"] for state in states)
+    backbone = [name for name in last if not name.startswith("head.")]
+    assert all(torch.equal(state[name], held[0][name]) for state in held for name in backbone)
+    assert not torch.equal(last["stem.conv1.weight"], held[0]["stem.conv1.weight"])
+    assert not torch.equal(last["stem.norm1.running_mean"], held[0]["stem.norm1.running_mean"])
+    assert not torch.equal(held[0]["head.weight"], held[1]["head.weight"])
+    killed("--max-steps", "9", "--model.freeze", "[stem.*]", code=2)
+    assert "model.freeze: backbone -> ['stem.*']" in killed.stderr.read_text()
+    killed("--run.name", "x", "--model.freeze", "[steem.*]", code=2)
+    assert "model.freeze: steem.* matches no parameter" in killed.stderr.read_text()
