@@ -164,8 +164,7 @@ def _train(arguments: list[str]) -> int:
         return EXIT_DONE
 
     run_path = Path(config.run.dir) / str(config.run.name)
-    whole = to_yaml(start.as_resumed(config, run_path))
-    finished = options.resume == "auto" and read_finished(run_path, whole, options.max_steps)
+    finished = options.resume == "auto" and read_finished(run_path, to_yaml(config), options.max_steps)
     if finished:  # it is not started again
         if is_first_rank():
             from cmtrain.monitoring.console import print_result

@@ -127,12 +127,6 @@ def check_repair(place: str, config: Config | None, overrides: Overrides) -> Non
         check_places(config)
 
 
-def as_resumed(config: Config, run_path: Path) -> Config:
-    """Return `config` as a run in `run_path` would go on with it."""
-    newest = _newest_manifest(run_path)
-    return as_begun(config, (newest and _config_in(newest)) or {})
-
-
 def _newest_manifest(place: Path) -> Path | None:
     """Return the manifest of the newest checkpoint in a run folder, or of a checkpoint folder."""
     found = sorted([*place.glob("checkpoints/step-*/manifest.json"), *place.glob("manifest.json")])

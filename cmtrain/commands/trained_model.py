@@ -5,7 +5,6 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from cmtrain.config.imports import import_modules
 from cmtrain.config.load import Overrides, load_config
 from cmtrain.config.schema import Config, to_yaml
 from cmtrain.errors import ConfigError
@@ -14,6 +13,7 @@ from cmtrain.storage.records import read_json
 from cmtrain.storage.run_folder import CLASSES_NAME, find_run
 from cmtrain.storage.state_file import CheckpointError
 from cmtrain.storage.weights import Weights, check_finite, state_of
+from cmtrain.training import build
 from pipelines.spec import DataError
 
 
@@ -55,7 +55,7 @@ def open_trained(place: str, overrides: Overrides) -> Trained:
     run, path = find_run(place)
     loaded = read_checkpoint(path)
     config = _config_of(run / "config.yaml", loaded, overrides)
-    import_modules(config.run.imports)
+    build.import_modules(config.run.imports)
     return Trained(run, config, loaded, _class_names(run))
 
 

@@ -55,9 +55,6 @@ Mean = Annotated[tuple[float, float, float], FromList]
 Std = Annotated[tuple[Positive, Positive, Positive], FromList]
 Interpolation = Literal["bicubic", "bilinear"]
 Texts = Annotated[tuple[str, ...], FromList]
-Modules = Annotated[
-    tuple[Annotated[str, Field(pattern="^[A-Za-z_][A-Za-z0-9_]*(@[0-9a-f]{12})?$")], ...], FromList
-]
 Trackers = Annotated[tuple[Literal["tensorboard", "wandb", "mlflow"], ...], FromList]
 
 
@@ -77,10 +74,10 @@ class Run(Section):
         pattern="^[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}$",
     )
     dir: AnyPath = _key("runs", "folder that holds the run folders; on several nodes, one that all share")
-    imports: Modules = _key(
+    imports: Texts = _key(
         (),
-        "your own modules, which register models with timm: in the folder of this file or on Python's path; "
-        "@ and the hash of the source are added",
+        "your modules that register models with timm: NAME for NAME.py in this folder or on Python's path; "
+        "a run adds @ and the hash of the source",
     )
     seed: int = _key(42, "random seed of initial weights, sample order and every draw", ge=0, le=2**31 - 1)
 
@@ -115,9 +112,8 @@ class Model(Section):
     )
     pretrained: bool | Annotated[str, Field(pattern="^(hf-hub:)?[A-Za-z0-9][A-Za-z0-9._/@-]*$")] = _key(
         False,
-        "start from pretrained weights: true: timm's for this model; a tag of them, such as a1_in1k; or "
-        "hf-hub:NAME; data.mean, std, interpolation, eval_interpolation and eval_resize_px are the "
-        "weights' own where they are not set",
+        "true: start from timm's weights; or a tag of them, as a1_in1k; or hf-hub:NAME; data.mean, std, "
+        "interpolation, eval_interpolation and eval_resize_px are theirs unless they are set",
     )
     init_from: AnyPath | None = _key(
         None,

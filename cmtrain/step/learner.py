@@ -23,11 +23,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from cmtrain.step.evaluate import average_running_statistics
-from cmtrain.step.finetune import hold
 from cmtrain.step.guard import Guard
 from cmtrain.step.measure import Phases, StepBuffer, StepReport, extremes
 from cmtrain.step.mixing import MixSpec, mix
-from cmtrain.step.optimizer import Ema, add_gradients
+from cmtrain.step.optimizer import Ema, add_gradients, hold
 from cmtrain.step.spikes import Spike, SpikeDetector
 from pipelines.spec import Batch
 
@@ -40,7 +39,7 @@ class Learner:
     `model` is on `accelerator.device`, not yet wrapped. `ema_decay`: per step; None: no EMA. `protect`:
     whether the guard refuses bad steps, or only counts them. `accumulation`: micro-batches per step on this
     rank. `clip_grad`: largest L2 norm of the gradient; None: no clipping. `spike_sigma`: see SpikeDetector.
-    `frozen`: what finetune.hold holds in `model`, until `unfreeze_step`.
+    `frozen`: what optimizer.hold holds in `model`, until `unfreeze_step`.
     """
 
     def __init__(

@@ -20,13 +20,10 @@ import json
 import math
 import os
 import socket
-import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cmtrain.config.imports import sources
 from cmtrain.config.strict_yaml import parse
 from cmtrain.storage import records
 from cmtrain.storage.records import DamagedRecordError, Losses, is_number, keep_lines, replace_file, retried
@@ -280,15 +277,6 @@ def _step_of_row(line: bytes) -> float | None:
     except ValueError:
         return None
     return numbers[1] if len(numbers) == len(SUMMARY_COLUMNS) else None
-
-
-def keep_sources(imports: Sequence[str], path: Path) -> None:
-    """Copy the modules of run.imports that are not installed to `path`, for what reads the run later."""
-    for entry in imports:
-        for name, file in sources(entry).items():
-            if not file.is_relative_to(sys.prefix):
-                (path / name).parent.mkdir(exist_ok=True, parents=True)
-                replace_file(path / name, file.read_bytes())
 
 
 def find_run(place: str) -> tuple[Path, Path]:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import datetime
 import functools
+import importlib
 import math
 import os
 import sys
+import traceback
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +21,6 @@ from accelerate import Accelerator
 from accelerate import utils as accelerate_utils
 from torch import nn
 
-from cmtrain.config.imports import import_modules
 from cmtrain.config.schema import CMT_OPTIONS, Config, as_begun
 from cmtrain.errors import ConfigError, did_you_mean
 from cmtrain.models.cost import training_flops_per_image
@@ -28,10 +30,9 @@ from cmtrain.processes.collectives import control_group, join, set_cuda_math, se
 from cmtrain.processes.environment import ignore_variables
 from cmtrain.processes.gpus import why_unusable
 from cmtrain.processes.preflight import check_ranks
-from cmtrain.step.finetune import frozen_names, hold
 from cmtrain.step.learner import Learner
 from cmtrain.step.mixing import MixSpec
-from cmtrain.step.optimizer import make_optimizer
+from cmtrain.step.optimizer import frozen_names, hold, make_optimizer
 from cmtrain.storage.run_folder import RunLock
 from cmtrain.storage.weights import start_from
 from cmtrain.training import loaders
@@ -205,6 +206,20 @@ def make_model(
     built = built.to(device, memory_format=torch.channels_last)
     use_fused_where_it_agrees(built)
     return built
+
+
+def import_modules(entries: Sequence[str]) -> None:
+    """Import the modules of run.imports. Raises ConfigError: one fails; names the line at which it did."""
+    for entry in entries:
+        name = entry.partition("@")[0]
+        try:
+            importlib.import_module(name)
+        except Exception as error:
+            lines = [f"{f.filename}:{f.lineno}" for f in traceback.extract_tb(error.__traceback__)[1:]]
+            own = [line for line in lines if "importlib" not in line]
+            place = f"{error.filename}:{error.lineno}" if isinstance(error, SyntaxError) else own[0]
+            why = f"{type(error).__name__}: {error}".partition("\n")[0]
+            raise ConfigError(f"{place}: run.imports: {name}: {why}") from error
 
 
 def compile_model(config: Config, model: nn.Module) -> None:

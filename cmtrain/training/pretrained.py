@@ -11,13 +11,9 @@ from timm.models import PretrainedCfg, load_model_config_from_hf
 from torch import nn
 
 from cmtrain.config.schema import Config, prepared_as
-from cmtrain.config.sections import Interpolation, Model
+from cmtrain.config.sections import CMT_OPTIONS, Interpolation, Model
 from cmtrain.errors import ConfigError
 from pipelines.spec import DataError
-
-HUB = "hf-hub:"
-# Arguments in a hub's config.json that need not be those of the new model.
-FREE_ARGUMENTS = {"img_size", "num_classes", "in_chans", "drop_rate", "drop_path_rate"}
 
 
 def load_pretrained(
@@ -48,16 +44,16 @@ def load_pretrained(
 def find_pretrained(model: Model) -> tuple[PretrainedCfg, str]:
     """Return timm's or the hub's description of the weights, and their name. Raises as load_pretrained."""
     given, architecture = str(model.pretrained), model.name.partition(".")[0]
-    if given.startswith(HUB):
-        repository = given.removeprefix(HUB)
+    if given.startswith("hf-hub:"):
+        repository = given.removeprefix("hf-hub:")
         try:
             found, name, arguments = load_model_config_from_hf(repository)
         except Exception as error:
             raise _unreachable(given, PretrainedCfg(hf_hub_id=repository), error) from error
-        own = model.model_dump() | {"name": architecture}
+        own = model.model_dump(include=set(CMT_OPTIONS[:-1])) | {"name": architecture}
         for key, value in ({"name": name} | arguments).items():
-            if key not in FREE_ARGUMENTS and own.get(key) != value:
-                raise ConfigError(f"model.{key}: {own.get(key)}, but {given} has {value}")
+            if key in own and own[key] != value:
+                raise ConfigError(f"model.{key}: {own[key]}, but {given} has {value}")
         return PretrainedCfg(**found), given
     name = model.name if model.pretrained is True else f"{model.name}.{given}"
     tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{architecture}.*")]

@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 
 from cmtrain import __version__
+from cmtrain.config.load import source_of
 from cmtrain.config.schema import Config, flat, to_yaml
 from cmtrain.errors import EXIT_DATA, EXIT_DIVERGED, EXIT_ERROR, EXIT_INTERRUPTED
 from cmtrain.monitoring.trackers import Trackers
@@ -25,7 +26,8 @@ from cmtrain.step.evaluate import Evaluation, evaluate
 from cmtrain.step.learner import Learner
 from cmtrain.step.measure import StepReport, Stopwatch
 from cmtrain.storage.finite import FiniteCheck, repair_or_reject
-from cmtrain.storage.run_folder import SAMPLE_NAME, RunLock, keep_sources
+from cmtrain.storage.records import replace_file
+from cmtrain.storage.run_folder import SAMPLE_NAME, RunLock
 from cmtrain.training import build
 from cmtrain.training.build import Parts
 from cmtrain.training.endings import check_expectation, stopped_at_once, stopped_by
@@ -121,8 +123,8 @@ def run(
             to_yaml(config), facts_of(config, accelerator), parts.notes,
             flops_per_image=parts.flops_per_image, device=accelerator.device, resumed=resumed,
         )  # fmt: skip
-        if logger.folder:
-            logger.losses.attempt("imports", keep_sources, config.run.imports, lock.folder)
+        for file in map(source_of, config.run.imports if logger.folder else ()):
+            logger.losses.attempt(file.name, replace_file, lock.folder / file.name, file.read_bytes())
         logger.left_out(data.train.bad + data.val.bad, data.train.root)
         batches = clock.waiting(batches_from(first_step, parts.train_loader, schedule))
         batches = draw_first(batches, clock, logger, config)

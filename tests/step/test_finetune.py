@@ -17,10 +17,9 @@ from timm.optim import param_groups_layer_decay
 
 import cmtrain.models  # noqa: F401
 from cmtrain.errors import ConfigError
-from cmtrain.step.finetune import frozen_names, hold, lr_scales
 from cmtrain.step.learner import Learner
 from cmtrain.step.mixing import MixSpec
-from cmtrain.step.optimizer import make_optimizer
+from cmtrain.step.optimizer import frozen_names, hold, lr_scales, make_optimizer
 
 ADAMW = {"opt": "adamw", "lr": 0.1, "weight_decay": 0.05, "betas": (0.9, 0.999), "eps": 1e-8}
 HOW = ADAMW | {"momentum": 0.9, "nesterov": True}
