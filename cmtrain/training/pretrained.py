@@ -50,7 +50,7 @@ def find_pretrained(model: Model) -> tuple[PretrainedCfg, str]:
             found, name, arguments = load_model_config_from_hf(repository)
         except Exception as error:
             raise _unreachable(given, PretrainedCfg(hf_hub_id=repository), error) from error
-        own = model.model_dump(include=set(CMT_OPTIONS[:-1])) | {"name": architecture}
+        own = model.model_dump(include={*CMT_OPTIONS} - {"ffn_kernel"}) | {"name": architecture}
         for key, value in ({"name": name} | arguments).items():
             if key in own and own[key] != value:
                 raise ConfigError(f"model.{key}: {own[key]}, but {given} has {value}")

@@ -80,7 +80,7 @@ def test_a_model_of_ones_own_goes_all_the_way(make_job, tmp_path):
 
 
 FAILURES = {
-    "no_such": ("import no_such_package", 1, "ModuleNotFoundError: No module named 'no_such'"),
+    "no_such": ("import no_such", 1, "ModuleNotFoundError: No module named 'no_such'"),
     "syntax": ("import os\n\nx = (", 3, "SyntaxError: "),
     "its own": ("def f():\n    return 1 / 0\nf()", 3, "ZeroDivisionError: division by zero"),
 }
