@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from cmtrain import __version__
 from cmtrain.config.load import Overrides, load_config
-from cmtrain.config.schema import Config, another_recipe, recipe_changes
+from cmtrain.config.schema import Config, another_recipe, as_begun, recipe_changes
 from cmtrain.errors import ConfigError
 from cmtrain.processes.environment import check_imports
 from cmtrain.processes.rank import PARENT, is_first_rank
 from cmtrain.storage.records import read_json
-from cmtrain.storage.run_folder import RunLock, find_run, why_no_weights
+from cmtrain.storage.run_folder import WEIGHTS_SUFFIXES, RunLock, find_run, why_no_weights
 from cmtrain.training.schedule import plan_steps, refuse_batch_of_one, split_batch
 from pipelines.spec import DataError, print_lines
 
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from cmtrain.training.loaders import Data  # with numpy: help and mistakes answer without it
 
 STATE_NAME = "state.safetensors"  # of a checkpoint that this version can read
-WEIGHTS_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
 
 
 def announce(what: str, start: str = f"cmtrain {__version__}: ") -> None:
@@ -68,7 +67,7 @@ def check_run(config: Config, resume: str, world_size: int) -> None:
         newest = _newest_manifest(Path(resume))
     if newest and resume != "force":
         old = _config_in(newest)
-        if old and (changes := recipe_changes(old, config.model_dump(mode="json"))):
+        if old and (changes := recipe_changes(old, as_begun(config, old).model_dump(mode="json"))):
             raise another_recipe(newest.parent, changes)
     begins_with = config.model.init_from
     if begins_with and not newest and (why := why_no_weights(Path(begins_with))):

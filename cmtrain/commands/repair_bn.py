@@ -5,10 +5,8 @@ NaN (docs/nan.md). They are replaced by the plain mean over training batches (to
 moving average cannot heal them, not even with momentum 1: the old value is in the sum, and 0 * NaN is NaN.
 """
 
-import argparse
 import itertools
 import math
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,14 +28,15 @@ from cmtrain.monitoring.units import percent
 from cmtrain.step.evaluate import Evaluation, evaluate
 from cmtrain.step.mixing import MixSpec, mix
 from cmtrain.storage.checkpoint import checkpoint_path, save_checkpoint
+from cmtrain.storage.run_folder import WEIGHTS_SUFFIXES
 from cmtrain.storage.state_file import CheckpointError
+from cmtrain.storage.weights import read_file
 from cmtrain.training import build, loaders
 from cmtrain.training.schedule import refuse_batch_of_one
 from pipelines.atomic import replacing
 from pipelines.progress import tracked
 from pipelines.spec import DataError, Loader, print_lines
 
-SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
 STATISTICS = (".running_mean", ".running_var", ".num_batches_tracked")
 NUM_SHOWN = 3
 
@@ -91,7 +90,7 @@ def repair_bn(
     Raises ConfigError: no configuration, or one of another model. DataError: nothing
     usable at `place`, weights that are not finite themselves, or a write that failed.
     """
-    if Path(place).is_file() or place.endswith(SUFFIXES):
+    if Path(place).is_file() or place.endswith(WEIGHTS_SUFFIXES):
         source = _open_file(Path(place), Path(out) if out else None)
         if config is None:
             example = "--config configs/demo.yaml --model.name resnet18 --data.root photos"
@@ -180,32 +179,14 @@ def _open_run(
 
 
 def _open_file(path: Path, out: Path | None) -> Source:
-    """Read a weights file of any trainer. Nothing in it runs; a file that would need code is refused."""
+    """Read a weights file of any trainer."""
     final = out or path.with_name(f"{path.stem}-repaired{path.suffix}")
     is_safetensors = path.suffix == ".safetensors"
     if (final.suffix == ".safetensors") != is_safetensors:
         raise ConfigError(f"--out {final}: must end in {path.suffix}, because the same format is written")
     if not final.parent.is_dir() or final.is_dir() or (out is None and final.exists()):
         raise ConfigError(f"{final} exists already or cannot be made; choose another --out")
-    metadata = None
-    try:
-        if is_safetensors:
-            with safetensors.safe_open(path, "pt") as file:
-                metadata = file.metadata()
-                content = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        else:
-            # Many trainers store their arguments beside the weights; a Namespace of values is harmless.
-            with torch.serialization.safe_globals([argparse.Namespace]):
-                content = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(content, dict):
-            raise ValueError(f"holds a {type(content).__name__}, not a state_dict")
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror or error}") from error
-    except Exception as error:  # torch and safetensors raise almost anything on damaged files
-        why = f"cannot be read: {str(error).partition(chr(10))[0]}"
-        if found := re.search(r"GLOBAL (\S+)", str(error)):
-            why = f"holds a {found[1]}, which could run code; save the state_dict alone"
-        raise DataError(f"{path}: {why}") from error
+    content, metadata = read_file(path)
 
     def write(record: dict[str, Any]) -> Path:
         try:

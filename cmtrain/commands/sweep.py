@@ -19,7 +19,7 @@ from typing import Any
 
 from cmtrain import errors
 from cmtrain.config.load import Overrides, find_configs, load_config
-from cmtrain.config.schema import Config, recipe
+from cmtrain.config.schema import Config, as_begun, recipe
 from cmtrain.config.strict_yaml import emit
 from cmtrain.errors import ConfigError
 from cmtrain.monitoring.units import is_part, percent, state_name
@@ -196,7 +196,8 @@ def _state(row: SweepRow, status: dict[str, Any]) -> str:
     state, step, total = state_name(status), status.get("step") or 0, status.get("total_steps")
     try:
         other = load_config(row.run_path / "config.yaml").config
-        if recipe(other.model_dump(mode="json")) != recipe(row.config.model_dump(mode="json")):
+        old = other.model_dump(mode="json")
+        if recipe(old) != recipe(as_begun(row.config, old).model_dump(mode="json")):
             return f"{state}, of another recipe"
     except ConfigError:
         return f"{state}, of an unknown recipe"

@@ -14,6 +14,7 @@ from cmtrain.storage.records import DamagedRecordError, load_json, read_json, re
 from cmtrain.storage.run_folder import CLASSES_NAME, find_run
 from cmtrain.storage.state_file import CheckpointError
 from cmtrain.storage.weights import Weights, check_finite, state_of
+from cmtrain.training import build
 from pipelines.spec import DataError, print_lines
 
 
@@ -54,7 +55,9 @@ def open_trained(place: str, overrides: Overrides) -> Trained:
     """
     run, path = find_run(place)
     loaded = read_checkpoint(path)
-    return Trained(run, _config_of(run / "config.yaml", loaded, overrides), loaded, _class_names(run))
+    config = _config_of(run / "config.yaml", loaded, overrides)
+    build.import_modules(config.run.imports)
+    return Trained(run, config, loaded, _class_names(run))
 
 
 def read_checkpoint(path: Path) -> Loaded:

@@ -41,6 +41,8 @@ def describe_values(schema: Mapping[str, Any]) -> str:
     """Return a field's JSON schema in words: "a number > 0 and <= 1 or null"."""
     if "anyOf" in schema:
         return " or ".join(describe_values(option) for option in schema["anyOf"])
+    if "const" in schema:
+        return str(schema["const"])
     if "enum" in schema:
         return "one of " + ", ".join(schema["enum"])
     if "prefixItems" in schema:

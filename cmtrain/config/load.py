@@ -7,10 +7,13 @@ Precedence: command line > the file > the file that it `extends`, and so on > de
 """
 
 import difflib
+import hashlib
 import os
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,6 +61,12 @@ def load_config(path: str | Path, overrides: Overrides = ()) -> Resolved:
     draft.read_overrides(overrides)
     run_name = re.sub(r"^[.]|[^A-Za-z0-9._-]", "-", path.stem)[:64] or "run"
     config = draft.validate(default_name=run_name)
+    if config and config.run.imports:
+        try:
+            run = config.run.model_copy(update={"imports": _pinned(config.run.imports, path.parent)})
+            config = config.model_copy(update={"run": run})
+        except (ConfigError, OSError) as error:
+            draft.mistake(draft.settings["run.imports"].place, str(error), "run.imports")
     if draft.mistakes or config is None:
         lines = [line for _, line in sorted(draft.mistakes)]
         if len(lines) > MAX_MISTAKES_SHOWN:
@@ -65,6 +74,31 @@ def load_config(path: str | Path, overrides: Overrides = ()) -> Resolved:
         raise ConfigError("\n".join(lines))
     stated = {key: draft.origin(setting.place) for key, setting in draft.settings.items()}
     return Resolved(config, dict.fromkeys(flat(config), DEFAULT) | stated)
+
+
+def source_of(entry: str) -> Path:
+    """Return the file of a module. Raises ConfigError: there is none, or it is a package."""
+    name = entry.partition("@")[0]
+    spec = PathFinder.find_spec(name)
+    if spec is None or not spec.origin or Path(spec.origin).name != f"{name}.py":
+        raise ConfigError(f"no {name}.py in {sys.path[0]} or on Python's path")
+    return Path(spec.origin)
+
+
+def _pinned(entries: Sequence[str], folder: Path) -> tuple[str, ...]:
+    """Return `entries` with the hash of each source, which may be in `folder` or on Python's path.
+    Raises ConfigError: as source_of, or its source is another than its entry's. OSError: it cannot be read.
+    """
+    if str(folder.resolve()) != sys.path[0]:
+        sys.path.insert(0, str(folder.resolve()))
+    found = []
+    for entry in entries:
+        file = source_of(entry)
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()[:12]
+        found.append(f"{entry.partition('@')[0]}@{digest}")
+        if found[-1] != entry and "@" in entry:
+            raise ConfigError(f"{file} is not the source that {entry} was made with")
+    return tuple(found)
 
 
 def find_config(path: str | Path) -> Path:
@@ -261,7 +295,8 @@ class _Draft:
                     place = self.sections.get(name.split(".")[0], _Place(0, 1))
                     self.mistake(place, f"required, but not set ({fields()[name].description})", name)
         values = defaults() | {name: setting.value for name, setting in self.settings.items()}
-        for names, message in contradictions({name: values[name] for name in values.keys() - wrong}):
+        right = {name: values[name] for name in values.keys() - wrong}
+        for names, message in contradictions(right, self.settings):
             # Blame what takes precedence: an override rather than a file, either rather than a default.
             name = max(names, key=self._precedence)
             self.mistake(self.settings[name].place, message, name)

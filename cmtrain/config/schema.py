@@ -1,7 +1,7 @@
 """Join the sections to a Config, check what no single key can, and define which runs are the same run."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from operator import ge, le, lt
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -34,7 +34,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:
-        if found := contradictions(flat(self)):
+        stated = {f"data.{key}" for key in self.data.model_fields_set}
+        if found := contradictions(flat(self), stated):
             raise ValueError("; ".join(message for _, message in found))
         return self
 
@@ -59,6 +60,10 @@ def flat(config: Config) -> dict[str, Any]:
 def defaults() -> dict[str, Any]:
     """Return the default of every field that has one, by its dotted key."""
     return {key: field.default for key, field in fields().items() if field.default is not PydanticUndefined}
+
+
+# How images are prepared: pretrained weights decide it where the configuration does not.
+PREPARED = ("mean", "std", "interpolation", "eval_interpolation", "eval_resize_px")
 
 
 class _Rule(NamedTuple):
@@ -97,6 +102,13 @@ _RULES = (
     ),
     _Rule("expect.enforce expect.top1", lambda on, top: not on or top is not None, "{} needs {} to be set"),
     _Rule("expect.diverges expect.top1", lambda on, top: not on or top is None, "{} contradicts {}"),
+    _Rule("model.unfreeze_epoch model.freeze", lambda a, b: a is None or b, "{} needs {} to be set"),
+    _Rule("model.pretrained model.init_from", lambda a, b: not (a and b), "{} contradicts {}"),
+    _Rule(
+        "model.pretrained model.name",
+        lambda given, name: not (given and name.startswith("cmt_")) or str(given).startswith("hf-hub:"),
+        "{} does not fit {}: CMT has no pretrained weights; use hf-hub:NAME or model.init_from",
+    ),
     _Rule(
         "model.absolute_position_px model.absolute_position",
         lambda px, on: px is None or on,
@@ -114,14 +126,32 @@ def _fits_cmt_only(key: str) -> _Rule:
     )
 
 
-def contradictions(values: Mapping[str, Any]) -> list[tuple[list[str], str]]:
-    """Return (keys, message) of each rule that `values` (by dotted key) break; it needs all of its keys."""
+def contradictions(values: Mapping[str, Any], stated: Collection[str] = ()) -> list[tuple[list[str], str]]:
+    """Return (keys, message) of each rule that `values` (by dotted key) break; it needs all of its keys.
+
+    `stated`: keys that are not defaults; pretrained weights decide others.
+    """
+    if values.get("model.pretrained"):
+        undecided = {f"data.{key}" for key in PREPARED} - {*stated}
+        values = {key: value for key, value in values.items() if key not in undecided}
     found = []
     for rule in (*_RULES, *map(_fits_cmt_only, CMT_OPTIONS)):
         keys = rule.keys.split()
         if all(key in values for key in keys) and not rule.holds(*(values[key] for key in keys)):
             found.append((keys, rule.message.format(*(f"{key} ({emit(values[key])})" for key in keys))))
     return found
+
+
+def prepared_as(config: Config, data: Mapping[str, Any]) -> Config:
+    """Return `config` with the PREPARED of `data` that it does not state."""
+    stated = config.data.model_dump(include=config.data.model_fields_set)
+    prepared = {key: data[key] for key in PREPARED if key in data} | stated
+    return config.model_copy(update={"data": sections.Data.model_validate(prepared)})
+
+
+def as_begun(config: Config, old: Mapping[str, Any]) -> Config:
+    """Return `config` with what pretrained weights decided when `old`, a Config dumped to JSON, began."""
+    return prepared_as(config, old["data"]) if config.model.pretrained and old else config
 
 
 def to_yaml(config: Config, comments: Mapping[str, str] | None = None) -> str:

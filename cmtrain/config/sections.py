@@ -74,6 +74,11 @@ class Run(Section):
         pattern="^[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}$",
     )
     dir: AnyPath = _key("runs", "folder that holds the run folders; on several nodes, one that all share")
+    imports: Texts = _key(
+        (),
+        "your modules that register models with timm: NAME for NAME.py in this folder or on Python's path; "
+        "a run adds @ and the hash of the source",
+    )
     seed: int = _key(42, "random seed of initial weights, sample order and every draw", ge=0, le=2**31 - 1)
 
 
@@ -105,11 +110,22 @@ class Model(Section):
         "fused: feed-forward networks, perception units and LayerNorm by Triton; "
         "eager: operation by operation; auto: fused where the GPU can",
     )
+    pretrained: bool | Annotated[str, Field(pattern="^(hf-hub:)?[A-Za-z0-9][A-Za-z0-9._/@-]*$")] = _key(
+        False,
+        "true: start from timm's weights; or a tag of them, as a1_in1k; or hf-hub:NAME; data.mean, std, "
+        "interpolation, eval_interpolation and eval_resize_px are theirs unless they are set",
+    )
     init_from: AnyPath | None = _key(
         None,
-        "run, checkpoint, export folder or .safetensors file to start from; image size and classes may "
-        "differ; null: random weights",
+        "run, checkpoint, export folder or any trainer's .safetensors, .pth, .pt or .bin to start from; "
+        "image size and classes may differ; null: random weights",
     )
+    freeze: Literal["backbone"] | Texts | None = _key(
+        None,
+        "what stays as it is: backbone, all but the classifier; or patterns of parameter names, such as "
+        "[stem.*]; a BatchNorm whose running_mean matches keeps its statistics; null: nothing",
+    )
+    unfreeze_epoch: Count | None = _key(None, "epochs after which all of it is trained; null: never")
 
 
 # The keys of Model that only CMT has.
@@ -200,6 +216,9 @@ class Optim(Section):
     nesterov: bool = _key(True, "Nesterov momentum of sgd")
     betas: Betas = _key((0.9, 0.999), "decay rates of adamw's averages")
     eps: Positive = _key(1e-08, "added to the denominator of adamw")
+    layer_decay: float = _key(
+        1.0, "factor on the learning rate from each layer to the one before; 1: none", gt=0, le=1
+    )
     clip_grad: Positive | None = _key(None, "L2 norm that gradients are clipped to; null: off")
 
 

@@ -4,6 +4,7 @@ The paper's release (huawei-noah/Efficient-AI-Backbones, cmt_pytorch) and the re
 (FlyEgle/CMT-pytorch) name the same layers differently and split the attention's projections differently.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,7 +37,7 @@ REIMPL_ENDS = {
     **{f"stem.norm{i}": f"stem.{name}.conv3x3_gelu_bn.2" for i, name in enumerate(REIMPL_STEM, 1)},
     "stages.0.absolute": "absolute_pos_embed", "fc": "fc", "head": "classifier",
 }  # fmt: skip
-WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
+WRAPPERS = ("state_dict_ema", "model_ema", "ema", "state_dict", "model")
 
 
 def resize_positions(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -80,8 +81,13 @@ def load_reference_checkpoint(model: CMT, state_dict: Mapping, *, skip_head: boo
     Position tables of another image size are resized. Anything else that does not fit - variant, options,
     missing and unexpected keys, shapes - is listed in one ValueError, and the model is not changed.
     """
-    given = _unwrap(state_dict)
-    if (variant := _variant_of(given)) != model.variant:
+    given = unwrap(state_dict)
+    if "stem.conv1.weight" in given:
+        raise ValueError("these are cmtrain's own weights: use model.load_state_dict(resize_positions(...))")
+    if not (variant := variant_of(given)):
+        what = f"the first keys are {', '.join(list(given)[:3])}"
+        raise ValueError(f"neither the paper's nor the re-implementation's weights; {what}")
+    if variant != model.variant:
         what = f"the model was built with {model.variant!r}"
         raise ValueError(f"the checkpoint is of variant={variant!r}, {what}")
     modules, own, expected = _reference_modules(model), model.state_dict(), to_reference_state_dict(model)
@@ -126,20 +132,22 @@ def _listed(what: str, items: list[str]) -> list[str]:
     return [f"{what}: {', '.join(items[:3])}{more}"] if items else []
 
 
-def _unwrap(state_dict: Mapping) -> dict[str, Tensor]:
+def unwrap(state_dict: Mapping[Any, Any]) -> dict[str, Tensor]:
+    """Return the tensors in a file of any trainer, averaged ones if there are some, by their plain names."""
     inner = [state_dict[name] for name in WRAPPERS if isinstance(state_dict.get(name), Mapping)]
-    return {key.removeprefix("module."): tensor for key, tensor in (inner or [state_dict])[0].items()}
+    tensors = {
+        re.sub(r"^(module\.|_orig_mod\.)+", "", str(key)): value
+        for key, value in (inner or [state_dict])[0].items()
+        if isinstance(value, Tensor)
+    }
+    return {key: tensor for key, tensor in tensors.items() if key != "n_averaged"}  # torch's AveragedModel
 
 
-def _variant_of(given: Mapping[str, Tensor]) -> str:
+def variant_of(given: Mapping[str, Tensor]) -> str:
+    """Return whose names these weights have: `paper`, `reimpl`, or "" for neither."""
     if "stem_conv1.weight" in given:
         return "paper"
-    if f"stem.{REIMPL_STEM[0]}.conv3x3_gelu_bn.0.weight" in given:
-        return "reimpl"
-    if "stem.conv1.weight" in given:
-        raise ValueError("these are cmtrain's own weights: use model.load_state_dict(resize_positions(...))")
-    first = ", ".join(list(given)[:3])
-    raise ValueError(f"neither the paper's nor the re-implementation's weights; the first keys are {first}")
+    return "reimpl" if f"stem.{REIMPL_STEM[0]}.conv3x3_gelu_bn.0.weight" in given else ""
 
 
 def _option_problems(model: CMT, given: Mapping[str, Tensor]) -> list[str]:

@@ -74,7 +74,7 @@ def evaluate(
     `num_images`: of all ranks together. `num_classes`: number of `model`'s outputs. `keeps_ranked`: fill
     Evaluation.ranked and confidence, which costs 44 bytes per image on the device.
     """
-    was_training, device = model.training, accelerator.device
+    modes, device = [(module, module.training) for module in model.modules()], accelerator.device
     model.eval()
     totals = torch.zeros(2, dtype=torch.float64, device=device)  # correct at 5, summed loss
     outcomes = _Outcomes(num_classes, device)
@@ -91,7 +91,8 @@ def evaluate(
             if ranked is not None and confidence is not None:
                 ranked[indices] = torch.where(labels[:, None] == UNREADABLE, -1, best)
                 confidence[indices] = logits.softmax(1).amax(1)
-    model.train(was_training)
+    for module, mode in modes:  # a frozen BatchNorm's is another
+        module.training = mode
     all_reduce_sum(totals)
     hits_at_5, summed_loss = totals.tolist()
     images_of, correct, predicted, confusion = outcomes.sum_up()

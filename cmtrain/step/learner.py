@@ -9,9 +9,10 @@ not used: it is always False for fused optimizers (accelerate issue 4242).
 """
 
 import copy
+import gc
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -25,7 +26,7 @@ from cmtrain.step.evaluate import average_running_statistics
 from cmtrain.step.guard import Guard
 from cmtrain.step.measure import Phases, StepBuffer, StepReport, extremes
 from cmtrain.step.mixing import MixSpec, mix
-from cmtrain.step.optimizer import Ema, add_gradients
+from cmtrain.step.optimizer import Ema, add_gradients, hold
 from cmtrain.step.spikes import Spike, SpikeDetector
 from pipelines.spec import Batch
 
@@ -39,22 +40,21 @@ class Learner:
     whether the guard refuses bad steps, or only counts them. `accumulation`: micro-batches per step on this
     rank. `clip_grad`: largest L2 norm of the gradient; None: no clipping. `spike_sigma`: see SpikeDetector.
     `class_weights` (num_classes,): of each class in the loss.
+    `frozen`: what optimizer.hold holds in `model`, until `unfreeze_step`.
     """
 
     def __init__(
         self, model: nn.Module, optimizer: Optimizer, accelerator: Accelerator, *,
         ema_decay: float | None, protect: bool, spike_sigma: float,
         mixing: MixSpec, accumulation: int, clip_grad: float | None, seed: int,
-        class_weights: Tensor | None = None,
+        class_weights: Tensor | None = None, frozen: Collection[str] = (), unfreeze_step: float = math.inf,
     ) -> None:  # fmt: skip
         self.model, self.optimizer, self.accelerator = model, optimizer, accelerator
         self.guard = Guard(model, protect=protect)
         # Copied before accelerate wraps the forward, or the copy would run the original's.
         self.ema = Ema(model, ema_decay) if ema_decay else None
-        with warnings.catch_warnings():
-            # torch 2.15 renames an argument of build.make_accelerator; older ones lack the new name.
-            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-            self.wrapped = accelerator.prepare_model(model, device_placement=False)  # it is there
+        self.wrapped = self._wrap()
+        self.frozen, self.unfreeze_step = frozen, unfreeze_step
         self.mixing, self.accumulation, self.clip_grad, self.seed = mixing, accumulation, clip_grad, seed
         self.class_weights = class_weights
         self.parameters = [p for p in model.parameters() if p.requires_grad]
@@ -67,10 +67,36 @@ class Learner:
         self.phases = Phases(accelerator.device)
         self.last_forward: tuple[int, Tensor] | None = None  # torch's seed and the images
 
+    def _wrap(self) -> Any:
+        with warnings.catch_warnings():
+            # torch 2.15 renames an argument of build.make_accelerator; older ones lack the new name.
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            return self.accelerator.prepare_model(self.model, device_placement=False)  # it is there
+
+    def _unfreeze(self) -> None:
+        """Train everything from now on. For all ranks together."""
+        self.average_over_ranks()  # DDP would give all ranks the first one's statistics
+        for module in self.weights.values():
+            hold(module, self.frozen, still=False)
+        if self.ema:
+            self.ema.module.eval().requires_grad_(False)
+        self.frozen, counters = (), self.guard.state_dict()
+        self.guard = Guard(self.model, protect=self.guard.protect)
+        self.guard.load_state_dict(counters)
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        if self.accelerator.num_processes > 1:  # DDP reduces only what had gradients when it was made
+            self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
+            self.wrapped = None
+            self.accelerator.free_memory()
+            gc.collect()  # now, or its hooks would act on the next gradients
+            self.wrapped = self._wrap()
+
     def step(self, batches: Iterator[Batch], step: int, lr: float) -> int:
         """Do step number `step` (from 0) on the next micro-batches; return how many images this rank had."""
+        if self.frozen and step >= self.unfreeze_step:
+            self._unfreeze()
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1.0)
         self.optimizer.zero_grad(set_to_none=True)
         loss_of_step = torch.zeros((), device=self.accelerator.device)
         self.last_indices = []

@@ -1,20 +1,23 @@
-"""Build SGD and AdamW so that the device can skip a step, and average the weights (EMA)."""
+"""Build SGD and AdamW so that the device can skip a step, freeze parameters, average the weights (EMA)."""
 
 import copy
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatch
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import SGD, AdamW, Optimizer
+
+from cmtrain.errors import ConfigError
 
 # ---- optimizers
 
 
 def make_optimizer(
     model: nn.Module, *, opt: str, lr: float, weight_decay: float,
-    momentum: float, nesterov: bool, betas: tuple[float, float], eps: float,
+    momentum: float, nesterov: bool, betas: tuple[float, float], eps: float, layer_decay: float = 1,
 ) -> Optimizer:  # fmt: skip
     """Build the optimizer of `model`'s parameters.
 
@@ -22,7 +25,8 @@ def make_optimizer(
     Only fused optimizers read `found_inf` on the device and so skip a bad step without synchronising.
     """
     keep: set[str] = getattr(model, "no_weight_decay", set)()
-    groups = param_groups(model, weight_decay, keep)
+    scales = lr_scales(model, layer_decay) if layer_decay < 1 else {}
+    groups = param_groups(model, weight_decay, keep, scales)
     if opt == "adamw":
         return AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
     optimizer = SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov, fused=True)
@@ -35,17 +39,69 @@ def make_optimizer(
     return optimizer
 
 
-def param_groups(model: nn.Module, weight_decay: float, keep: Collection[str]) -> list[dict[str, Any]]:
+def param_groups(
+    model: nn.Module, weight_decay: float, keep: Collection[str], scales: Mapping[str, float]
+) -> list[dict[str, Any]]:
     """Return the optimizer's groups: what is not decayed (also the names or patterns in `keep`), the rest.
 
-    As timm.optim.param_groups_weight_decay; to import timm.optim takes longer than to import torch.
+    Each has its factor on the learning rate, 1 for names that are not in `scales`. As timm.optim's
+    param_groups_weight_decay and _layer_decay; to import timm.optim takes longer than to import torch.
     """
-    groups: dict[float, list[nn.Parameter]] = {0.0: [], weight_decay: []}
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {(0.0, 1.0): [], (weight_decay, 1.0): []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             is_kept = parameter.ndim <= 1 or name.endswith(".bias") or any(fnmatch(name, k) for k in keep)
-            groups[0.0 if is_kept else weight_decay].append(parameter)
-    return [{"params": group, "weight_decay": decay} for decay, group in groups.items() if group]
+            kind = 0.0 if is_kept else weight_decay, scales.get(name, 1.0)
+            groups.setdefault(kind, []).append(parameter)
+    return [{"params": p, "weight_decay": w, "lr_scale": s} for (w, s), p in groups.items() if p]
+
+
+def lr_scales(model: nn.Module, layer_decay: float) -> dict[str, float]:
+    """Return the factor on the learning rate of each parameter: `layer_decay` to its distance from the head.
+
+    The layers are those of the model's `group_matcher`, as in timm.optim.param_groups_layer_decay.
+    Raises ConfigError: the model has none.
+    """
+    from timm.models import group_parameters
+
+    matcher: Any = getattr(model, "group_matcher", None)
+    if matcher is None:
+        what = f"{type(model).__name__} has no group_matcher(), which says what a layer is"
+        raise ConfigError(f"optim.layer_decay: {what}; leave it out")
+    layers = group_parameters(model, matcher(coarse=False), reverse=True)
+    last = max(layers.values())
+    return {name: layer_decay ** (last - layers.get(name, last)) for name, _ in model.named_parameters()}
+
+
+def frozen_names(model: nn.Module, freeze: str | Collection[str]) -> frozenset[str]:
+    """Return the parameters and buffers of `freeze`: `backbone` (all but the classifier) or patterns.
+    Raises ConfigError: a pattern that matches none, or one that leaves nothing to train.
+    """
+    fixed = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    names = [name for name in model.state_dict() if name not in fixed]
+    if freeze == "backbone":
+        head = getattr(model, "pretrained_cfg", {}).get("classifier") or "head"
+        heads = tuple(f"{name}." for name in ([head] if isinstance(head, str) else head))
+        frozen = frozenset(name for name in names if not name.startswith(heads))
+    else:
+        for pattern in freeze:
+            if not any(fnmatch(name, pattern) for name in names):
+                raise ConfigError(f"model.freeze: {pattern} matches no parameter; one is {names[0]}")
+        frozen = frozenset(name for name in names if any(fnmatch(name, pattern) for pattern in freeze))
+    if all(name in frozen or name in fixed for name, _ in model.named_parameters()):
+        raise ConfigError("model.freeze: nothing is left to train; freeze less")
+    return frozen
+
+
+def hold(model: nn.Module, frozen: Collection[str], *, still: bool = True) -> None:
+    """Give `frozen` parameters no gradient, and keep BatchNorm's statistics; not `still`: undo it."""
+    for name, parameter in model.named_parameters():
+        if name in frozen:
+            parameter.requires_grad_(not still)
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and f"{name}.running_mean" in frozen:
+            module.is_frozen = still  # type: ignore[assignment]  # torch does not know it
+            module.training = not still
 
 
 @torch.no_grad()

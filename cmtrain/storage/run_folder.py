@@ -6,6 +6,7 @@ log.jsonl      one record per log point; after a resume it continues as if the r
 summary.csv    one row per evaluation, with timm's column names
 events.jsonl   started, resumed, environment, evaluations, checkpoints, guard, signals
 classes.json   the last evaluation by class: images, correct ones, confusion matrix
+NAME.py        the modules of run.imports
 augmented.png  the first augmented batch
 report.html    all of it for people, see monitoring/report/page.py
 checkpoints/   see checkpoint.py
@@ -32,6 +33,7 @@ SUMMARY_COLUMNS = ("epoch", "step", "train_loss", "eval_loss", "eval_top1", "eva
                    "eval_ema_top1", "eval_ema_top5", "lr")  # fmt: skip
 RUNS = Path("runs")
 SUMMARY_HEADER = ",".join(SUMMARY_COLUMNS)
+WEIGHTS_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
 CLASSES_NAME, SAMPLE_NAME, REPORT_NAME = "classes.json", "augmented.png", "report.html"
 RECORDS = (
     "config.yaml", "status.json", "log.jsonl", "summary.csv", "events.jsonl", CLASSES_NAME, REPORT_NAME,
@@ -294,7 +296,8 @@ def find_export(place: str) -> Path | None:
 
 def why_no_weights(path: Path) -> str:
     """Return why `path` cannot hold weights for model.init_from, as far as its name and kind show, or ""."""
-    if path.is_dir() or (path.exists() and path.resolve().suffix == ".safetensors"):
+    if path.is_dir() or (path.exists() and path.resolve().suffix in WEIGHTS_SUFFIXES):
         return ""
-    what = "neither a folder nor a .safetensors file" if path.exists() else "no such file or folder"
-    return f"{what}; weights are a run, a checkpoint, an export or a .safetensors file"
+    endings = ", ".join(WEIGHTS_SUFFIXES)
+    what = "neither a folder nor a weights file" if path.exists() else "no such file or folder"
+    return f"{what}; weights are a run, a checkpoint, an export or a file that ends in {endings}"

@@ -1,23 +1,26 @@
 """Read trained weights from any place, and load them into a model of another resolution or class count."""
 
+import argparse
 import contextlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import timm
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from cmtrain.errors import ConfigError
-from cmtrain.models.checkpoints import resize_positions
+from cmtrain.models import checkpoints
+from cmtrain.models.cmt import CMT
 from cmtrain.storage.checkpoint import find_checkpoint
 from cmtrain.storage.finite import all_finite, floating_tensors, named
 from cmtrain.storage.records import read_bytes, retried
-from cmtrain.storage.run_folder import why_no_weights
+from cmtrain.storage.run_folder import WEIGHTS_SUFFIXES, why_no_weights
 from cmtrain.storage.state_file import CheckpointError, open_regular
 from pipelines.spec import DataError
 
@@ -38,16 +41,16 @@ class Weights:
 
 
 def read_weights(path: str) -> Weights:
-    """Read an export folder, a .safetensors file, a checkpoint, or the newest checkpoint of a run folder.
+    """Read an export folder, a weights file, a checkpoint, or the newest checkpoint of a run folder.
 
-    Of a checkpoint the EMA is taken, if it has one. No file can run code, or ask for more memory than its
-    size. Raises DataError: there are no weights, or they are damaged or not finite.
+    Of a checkpoint the EMA is taken, if it has one, and of any trainer's file, too. No file can run code.
+    Raises DataError: there are no weights, or they are damaged or not finite.
     """
     given = Path(path).resolve()  # a model hub's cache is made of links
     try:
         file = given / WEIGHTS_NAME if given.is_dir() and (given / WEIGHTS_NAME).exists() else given
-        if file.suffix == ".safetensors":
-            weights = Weights(file, "model", _read_safetensors(file.resolve()))
+        if file.suffix in WEIGHTS_SUFFIXES:
+            weights = Weights(file, "model", checkpoints.unwrap(read_file(file)[0]))
         elif given.is_dir():
             loaded = find_checkpoint(given)
             kind = "ema" if "ema" in loaded.state else "model"
@@ -59,6 +62,35 @@ def read_weights(path: str) -> Weights:
         raise DataError(str(error)) from error
     check_finite(weights)
     return weights
+
+
+def read_file(path: Path) -> tuple[dict[Any, Any], dict[str, str] | None]:
+    """Read a file of any trainer, by torch.save or safetensors. Returns content and metadata.
+
+    Nothing in it runs. Raises DataError: it is damaged, or holds what could run code.
+    """
+    try:
+        content, metadata = retried(_load, path.resolve())
+        if not isinstance(content, dict):
+            raise ValueError(f"holds a {type(content).__name__}, not a state_dict")
+        return content, metadata
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}") from error
+    except Exception as error:  # torch raises almost anything on damaged files
+        why = f"cannot be read: {str(error).partition(chr(10))[0]}"
+        if found := re.search(r"GLOBAL (\S+)", str(error)):
+            why = f"holds a {found[1]}, which could run code; save the state_dict alone"
+        raise DataError(f"{path}: {why}") from error
+
+
+def _load(path: Path) -> tuple[Any, dict[str, str] | None]:
+    open_regular(path).close()  # no device, no pipe
+    if path.suffix == ".safetensors":
+        with safe_open(path, "pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+    # Many trainers store their arguments beside the weights; a Namespace of values is harmless.
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return torch.load(path, map_location="cpu", weights_only=True), None
 
 
 def state_of(state: Mapping[str, Any], kind: str, path: Path) -> dict[str, Tensor]:
@@ -86,7 +118,9 @@ def fit(model: nn.Module, tensors: Mapping[str, Tensor], *, keeps_head: bool) ->
     `keeps_head`: whether another number of classes is refused; else the model keeps its own new head.
     Returns a line for each change. Raises ConfigError: `tensors` do not fit; the model is as it was.
     """
-    own, given, notes = model.state_dict(), dict(tensors), []
+    own, notes = model.state_dict(), list[str]()
+    # Old files do not have the counters of BatchNorm.
+    given = {name: own[name] for name in own if name.endswith("num_batches_tracked")} | dict(tensors)
     # The classifier, as timm records it.
     head_name = (getattr(model, "pretrained_cfg", {}).get("classifier") or "head") + "."
     head = [name for name in own if name.startswith(head_name)]
@@ -96,7 +130,7 @@ def fit(model: nn.Module, tensors: Mapping[str, Tensor], *, keeps_head: bool) ->
         given = {name: tensor for name, tensor in given.items() if not name.startswith(head_name)}
         given |= {name: own[name] for name in head}
     try:
-        fitting = resize_positions(given, model)
+        fitting = checkpoints.resize_positions(given, model)
     except ValueError as error:
         raise ConfigError(f"position table {error}") from error
     if resized := [name for name in given if fitting[name] is not given[name]]:
@@ -124,7 +158,10 @@ def start_from(path: str, model: nn.Module, class_names: Sequence[str] = ()) -> 
     """
     try:
         weights = read_weights(path)
-        notes = fit(model, weights.tensors, keeps_head=False)
+        if isinstance(model, CMT) and checkpoints.variant_of(weights.tensors):
+            notes = _fit_reference(model, weights.tensors)
+        else:
+            notes = fit(model, weights.tensors, keeps_head=False)
         theirs = _classes_beside(weights.path)
         if len(theirs) == len(class_names) and theirs != list(class_names):
             pair = next(pair for pair in zip(theirs, class_names, strict=True) if pair[0] != pair[1])
@@ -136,6 +173,18 @@ def start_from(path: str, model: nn.Module, class_names: Sequence[str] = ()) -> 
     return [f"model.init_from: {line}" for line in lines]
 
 
+def _fit_reference(model: CMT, tensors: Mapping[str, Tensor]) -> list[str]:
+    """Do what `fit` does, for weights of a reference. Raises ConfigError: they do not fit."""
+    heads = {"paper": "head.weight", "reimpl": "classifier.weight"}
+    found = len(tensors.get(heads[checkpoints.variant_of(tensors)], ()))
+    is_new = found != model.num_classes
+    try:
+        checkpoints.load_reference_checkpoint(model, tensors, skip_head=is_new)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return [f"new classifier head: {model.num_classes} classes (the weights have {found})"] if is_new else []
+
+
 def _classes_beside(path: Path) -> list[str]:
     """Return the class names of the run or export that `path` is in; [] where it has none."""
     for file, key in (
@@ -145,14 +194,6 @@ def _classes_beside(path: Path) -> list[str]:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             return list(map(str, json.loads(read_bytes(file))[key]))
     return []
-
-
-def _read_safetensors(file: Path) -> dict[str, Tensor]:
-    retried(open_regular, file).close()  # no device, no pipe; no code in the format, all sizes are checked
-    try:
-        return retried(load_file, file)
-    except SafetensorError as error:
-        raise CheckpointError(f"{file}: not a safetensors file: {error}") from error
 
 
 def _misfit(own: Mapping[str, Tensor], given: Mapping[str, Tensor], names: list[str]) -> str | None:

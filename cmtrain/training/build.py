@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import datetime
+import functools
+import importlib
+import math
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +21,7 @@ from accelerate import Accelerator
 from accelerate import utils as accelerate_utils
 from torch import nn
 
-from cmtrain.config.schema import CMT_OPTIONS, Config
+from cmtrain.config.schema import CMT_OPTIONS, Config, as_begun
 from cmtrain.errors import ConfigError, did_you_mean
 from cmtrain.models.cost import training_flops_per_image
 from cmtrain.models.ffn_check import use_fused_where_it_agrees
@@ -28,10 +32,11 @@ from cmtrain.processes.gpus import why_unusable
 from cmtrain.processes.preflight import check_ranks
 from cmtrain.step.learner import Learner
 from cmtrain.step.mixing import MixSpec
-from cmtrain.step.optimizer import make_optimizer
+from cmtrain.step.optimizer import frozen_names, hold, make_optimizer
 from cmtrain.storage.run_folder import RunLock
 from cmtrain.storage.weights import start_from
 from cmtrain.training import loaders
+from cmtrain.training.pretrained import load_pretrained
 from cmtrain.training.recovery import Recovery
 from cmtrain.training.resume import Start, choose_start
 from cmtrain.training.schedule import Schedule, plan_steps, refuse_batch_of_one
@@ -48,6 +53,7 @@ TF32_CAPABILITY = (8, 0)  # A100
 class Parts:
     """Everything a run is made of, before its first step. `control`, `notes`: see join_ranks."""
 
+    config: Config
     accelerator: Accelerator
     control: Any
     data: loaders.Data
@@ -78,16 +84,22 @@ def assemble(config: Config, lock: RunLock, resume: str, data: loaders.Data | No
     fingerprints = data.train.fingerprint, data.val.fingerprint
     start = choose_start(lock, resume, config, *fingerprints, control)
     notes = [*warnings, *lines, *data.notes, *start.notes]
-    if config.model.init_from and not start.checkpoint:
+    if start.checkpoint:
+        config = as_begun(config, start.checkpoint.meta["config"])
+    elif config.model.init_from:
         notes += start_from(config.model.init_from, model, data.train.class_names)
+    elif config.model.pretrained:
+        make = functools.partial(make_model, config, num_classes, accelerator.device)
+        model, config, note = load_pretrained(config, num_classes, make)
+        notes.append(note)
     # The loaders are not prepared by accelerate: order, sharding and every random draw are the plan's.
     train_loader = loaders.make_train_loader(config, data.train, schedule, accelerator, place)
     eval_loader = loaders.make_eval_loader(config, data.val, schedule.micro_batch_size, accelerator, place)
     weights = loaders.class_weights(config, data.train, num_classes)
-    learner = make_learner(config, model, schedule, num_classes, accelerator, weights)
+    learner = make_learner(config, model, schedule, num_classes, accelerator, start.step, weights)
     recovery = make_recovery(config, schedule)
     return Parts(
-        accelerator, control, data, schedule, start, train_loader, eval_loader, learner, recovery,
+        config, accelerator, control, data, schedule, start, train_loader, eval_loader, learner, recovery,
         num_classes, flops_per_image, notes,
     )  # fmt: skip
 
@@ -167,12 +179,16 @@ def precision_of(accelerator: Accelerator) -> str:
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "fp32"
 
 
-def make_model(config: Config, num_classes: int, device: torch.device | str = "cpu") -> nn.Module:
+def make_model(
+    config: Config, num_classes: int, device: torch.device | str = "cpu", **pretrained: Any
+) -> nn.Module:
     """Make the model, CMT or any of timm's, with random weights from run.seed, equal on all ranks.
 
-    Weights of model.init_from are not loaded here, since a resumed run has its own: see weights.start_from.
-    Raises ConfigError: an unknown name, or options that the model refuses.
+    No other weights are loaded, since a resumed run has its own: see weights.start_from, load_pretrained,
+    which gives `pretrained`: more arguments of timm.create_model.
+    Raises ConfigError: an unknown name, options that the model refuses, or as import_modules.
     """
+    import_modules(config.run.imports)
     model = config.model
     if not timm.is_model(model.name):
         hint = did_you_mean(model.name, timm.list_models())
@@ -185,12 +201,26 @@ def make_model(config: Config, num_classes: int, device: torch.device | str = "c
         options["img_size"] = config.data.image_px
     torch.manual_seed(config.run.seed)
     try:
-        built = timm.create_model(model.name, num_classes=num_classes, **options)
+        built = timm.create_model(model.name, num_classes=num_classes, **options, **pretrained)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"model: {model.name}: {error}") from error
     built = built.to(device, memory_format=torch.channels_last)
     use_fused_where_it_agrees(built)
     return built
+
+
+def import_modules(entries: Sequence[str]) -> None:
+    """Import the modules of run.imports. Raises ConfigError: one fails; names the line at which it did."""
+    for entry in entries:
+        name = entry.partition("@")[0]
+        try:
+            importlib.import_module(name)
+        except Exception as error:
+            lines = [f"{f.filename}:{f.lineno}" for f in traceback.extract_tb(error.__traceback__)[1:]]
+            own = [line for line in lines if "importlib" not in line]
+            place = f"{error.filename}:{error.lineno}" if isinstance(error, SyntaxError) else own[0]
+            why = f"{type(error).__name__}: {error}".partition("\n")[0]
+            raise ConfigError(f"{place}: run.imports: {name}: {why}") from error
 
 
 def compile_model(config: Config, model: nn.Module) -> None:
@@ -212,12 +242,18 @@ def make_recovery(config: Config, schedule: Schedule) -> Recovery:
 
 def make_learner(
     config: Config, model: nn.Module, schedule: Schedule, num_classes: int, accelerator: Accelerator,
-    class_weights: Sequence[float] | None = None,
+    first_step: int = 0, class_weights: Sequence[float] | None = None,
 ) -> Learner:  # fmt: skip
-    """Make the learner of `model`. Raises ConfigError: a micro-batch of one image for BatchNorm."""
+    """Make the learner of `model`, at `first_step`.
+    Raises ConfigError: a micro-batch of one image for BatchNorm, or as frozen_names and lr_scales.
+    """
+    freeze, epoch = config.model.freeze, config.model.unfreeze_epoch
+    unfreeze_step = math.inf if epoch is None else epoch * schedule.steps_per_epoch
+    frozen = frozen_names(model, freeze) if freeze and first_step < unfreeze_step else ()
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
         refuse_batch_of_one(schedule.global_batch_size, schedule.max_batch_per_gpu, schedule.world_size)
     optimizer = make_optimizer(model, **config.optim.model_dump(exclude={"clip_grad"}))
+    hold(model, frozen)  # not before: the optimizer has all parameters from the beginning
     compile_model(config, model)
     weights = None if class_weights is None else torch.tensor(class_weights, device=accelerator.device)
     return Learner(
@@ -225,4 +261,5 @@ def make_learner(
         spike_sigma=config.guard.spike_sigma, accumulation=schedule.accumulation,
         mixing=MixSpec(num_classes=num_classes, **config.mixing.model_dump(exclude={"class_weights"})),
         clip_grad=config.optim.clip_grad, seed=config.run.seed, class_weights=weights,
+        frozen=frozen, unfreeze_step=unfreeze_step,
     )  # fmt: skip

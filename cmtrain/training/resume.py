@@ -7,7 +7,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from cmtrain.config.schema import Config, another_recipe
+from cmtrain.config.schema import Config, another_recipe, as_begun
 from cmtrain.config.schema import recipe_changes as changed_keys
 from cmtrain.errors import ConfigError
 from cmtrain.processes.collectives import gather
@@ -111,6 +111,7 @@ def recipe_changes(loaded: Loaded, config: Config, fingerprint: str) -> list[str
     """
     meta = loaded.meta
     try:
+        config = as_begun(config, meta["config"])
         changes = changed_keys(meta["config"], config.model_dump(mode="json"))
         same_data = meta["fingerprint"] == fingerprint
         StepReport(**meta["report"])

@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 
 from cmtrain import __version__
+from cmtrain.config.load import source_of
 from cmtrain.config.schema import Config, flat, to_yaml
 from cmtrain.errors import EXIT_DATA, EXIT_DIVERGED, EXIT_ERROR, EXIT_INTERRUPTED
 from cmtrain.monitoring.trackers import Trackers
@@ -25,6 +26,7 @@ from cmtrain.step.evaluate import Evaluation, evaluate
 from cmtrain.step.learner import Learner
 from cmtrain.step.measure import StepReport, Stopwatch
 from cmtrain.storage.finite import FiniteCheck, repair_or_reject
+from cmtrain.storage.records import replace_file
 from cmtrain.storage.run_folder import SAMPLE_NAME, RunLock
 from cmtrain.training import build
 from cmtrain.training.build import Parts
@@ -67,6 +69,7 @@ def run(
     """Do what `train` promises, in the run folder that `lock` guards."""
     # Set up, or resume. Whatever can be wrong is found before anything is written.
     parts = build.assemble(config, lock, resume, images)
+    config = parts.config
     data, schedule, learner, recovery = parts.data, parts.schedule, parts.learner, parts.recovery
     accelerator, loaders, start = parts.accelerator, [parts.train_loader, parts.eval_loader], parts.start
     rank, world_size = accelerator.process_index, accelerator.num_processes
@@ -120,6 +123,8 @@ def run(
             to_yaml(config), facts_of(config, accelerator), parts.notes,
             flops_per_image=parts.flops_per_image, device=accelerator.device, resumed=resumed,
         )  # fmt: skip
+        for file in map(source_of, config.run.imports if logger.folder else ()):
+            logger.losses.attempt(file.name, replace_file, lock.folder / file.name, file.read_bytes())
         logger.left_out(data.train.bad + data.val.bad, data.train.root)
         batches = clock.waiting(batches_from(first_step, parts.train_loader, schedule))
         batches = draw_first(batches, clock, logger, config, data.train.class_names)

@@ -29,7 +29,7 @@ def test_what_is_cheap_to_find_is_refused_before_torch_is_loaded(make_job, tmp_p
     job("--max-steps", "1")
     lock = RunLock(job.folder / "runs" / "held")
     lock.acquire()
-    (tmp_path / "x.pth").touch()
+    (tmp_path / "x.npz").touch()
     train, run = ["--config", str(job.config)], str(job.run)
     new = [*train, "--run.name", "new"]
     bench = ["bench", "--config", str(job.config)]
@@ -43,7 +43,7 @@ def test_what_is_cheap_to_find_is_refused_before_torch_is_loaded(make_job, tmp_p
         (2, "--resume never: runs/job already holds", [*train, "--resume", "never"]),
         (3, "--resume no: no such", [*new, "--resume", "no"]),
         (3, "no: no such file or folder", [*new, "--model.init_from", "no"]),
-        (3, "neither a folder nor a", [*new, "--model.init_from", str(tmp_path / "x.pth")]),
+        (3, "neither a folder nor a", [*new, "--model.init_from", str(tmp_path / "x.npz")]),
         (2, "16 = processes 1 x passes 16 x 1", [*new, "--train.max_batch_per_gpu", "1"]),
         (2, "1 = processes 1 x passes 1 x 1", [*new, "--train.global_batch_size", "1"]),
         (2, "2 = processes 2 x passes 1 x 1", [*new, "--train.global_batch_size", "2", "--nproc", "2"]),

@@ -42,9 +42,9 @@ def test_configuration_loads_builds_its_model_and_plans_its_steps(path):
     assert schedule.micro_batch_size * schedule.accumulation * 8 == config.train.global_batch_size
     assert schedule.lr_at(schedule.total_steps) == config.schedule.min_lr
 
-    options = config.model.model_dump(exclude={"name", "num_classes", "init_from"}) | {
-        "img_size": config.data.image_px
-    }
+    options = config.model.model_dump(
+        exclude={"name", "num_classes", "pretrained", "init_from", "freeze", "unfreeze_epoch"}
+    ) | {"img_size": config.data.image_px}
     with torch.device("meta"):
         model = timm.create_model(config.model.name, num_classes=1000, **options)
         logits = model.eval()(torch.zeros(2, 3, config.data.image_px, config.data.image_px))

@@ -1,6 +1,7 @@
 """Weights of another resolution and class count start a run; wrong and hostile files are refused before it
 starts."""
 
+import argparse
 import json
 import os
 import pickle
@@ -12,6 +13,7 @@ from helpers.runs import after_start, flip
 from safetensors.torch import save_file
 
 from cmtrain.errors import ConfigError
+from cmtrain.models import to_reference_state_dict
 from cmtrain.storage.checkpoint import load_newest, save_checkpoint
 from cmtrain.storage.weights import fit, read_weights, start_from
 from pipelines.spec import DataError
@@ -146,16 +148,96 @@ def test_other_models_and_damaged_files_are_refused_in_one_line(tmp_path):
     assert " is missing in the weights" in refusal(lambda f: save_file(other, f), ConfigError)
     reimpl = contiguous(micro(variant="reimpl"))
     assert "in the model" in refusal(lambda f: save_file(reimpl, f), ConfigError)
-    assert "not a safetensors file" in refusal(lambda f: f.write_bytes(pickle.dumps({"a": 1})))
+    assert ": cannot be read: " in refusal(lambda f: f.write_bytes(pickle.dumps({"a": 1})))
     huge = json.dumps({"a": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}).encode()
-    assert "not a safetensors file" in refusal(
-        lambda f: f.write_bytes(len(huge).to_bytes(8, "little") + huge)
-    )
+    assert ": cannot be read: " in refusal(lambda f: f.write_bytes(len(huge).to_bytes(8, "little") + huge))
     (tmp_path / "x.safetensors").unlink()
     assert "not a regular file" in refusal(os.mkfifo)
-    (tmp_path / "weights.pt").write_bytes(b"")
-    with pytest.raises(DataError, match=r"neither a folder nor a .safetensors file"):
-        read_weights(str(tmp_path / "weights.pt"))
+    (tmp_path / "weights.npz").write_bytes(b"")
+    with pytest.raises(DataError, match=r"neither a folder nor a weights file"):
+        read_weights(str(tmp_path / "weights.npz"))
+
+
+class Touch:
+    """Would write a file if its pickle ran."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_pickle_that_could_run_code_is_refused_in_one_line(tmp_path):
+    file = tmp_path / "x.pth"
+    for content in ({"state_dict": micro().state_dict(), "args": Touch(tmp_path / "ran")}, micro()):
+        torch.save(content, file)
+        with pytest.raises(DataError) as caught:
+            start_from(str(file), micro())
+        (line,) = str(caught.value).splitlines()
+        assert line.startswith(f"model.init_from: {file}: holds a ")
+        assert line.endswith(", which could run code; save the state_dict alone")
+    assert not (tmp_path / "ran").exists()
+    for content in (b"", b"no pickle", pickle.dumps([1])):
+        file.write_bytes(content)
+        with pytest.raises(DataError, match=r"model.init_from: .*x.pth: cannot be read: "):
+            start_from(str(file), micro())
+    torch.save({"epoch": 3}, file)
+    with pytest.raises(DataError, match="it holds no weights"):
+        start_from(str(file), micro())
+
+
+def trained(name, **options):
+    torch.manual_seed(7)
+    return timm.create_model(name, num_classes=3, **options)
+
+
+def averaged(state):
+    """The file of torchvision's trainer: its average is an AveragedModel of a DistributedDataParallel."""
+    ema = {"n_averaged": torch.tensor(5)} | {f"module.{name}": tensor for name, tensor in state.items()}
+    other = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
+    return {"model": other, "model_ema": ema, "epoch": 3, "args": argparse.Namespace(lr=0.1)}
+
+
+FORMS = {
+    "bare.pth": lambda state: state,
+    "timm.pth.tar.pth": lambda state: {"arch": "resnet18", "state_dict": state, "epoch": 3},
+    "ddp.pt": lambda state: {"model": {f"module.{name}": tensor for name, tensor in state.items()}},
+    "compiled.bin": lambda state: {"ema": {f"module._orig_mod.{name}": t for name, t in state.items()}},
+    "torchvision.pth": averaged,
+    "old.pth": lambda state: {n: t for n, t in state.items() if not n.endswith("num_batches_tracked")},
+}
+
+
+@pytest.mark.parametrize("file", FORMS)
+def test_files_of_other_trainers_start_a_run(tmp_path, file):
+    source, model = trained("resnet18"), timm.create_model("resnet18", num_classes=5)
+    fresh = model.fc.weight.clone()
+    torch.save(FORMS[file](source.state_dict()), tmp_path / file)
+    found, head = start_from(str(tmp_path / file), model)
+    assert found == f"model.init_from: model weights of {tmp_path / file}"
+    assert head == "model.init_from: new classifier head: 5 classes (the weights have 3)"
+    wanted, own = source.state_dict(), model.state_dict()
+    assert all(torch.equal(own[name], wanted[name]) for name in own if not name.startswith("fc."))
+    assert torch.equal(model.fc.weight, fresh)
+
+
+@pytest.mark.parametrize("num_classes", [3, 5])
+@pytest.mark.parametrize("variant", ["paper", "reimpl"])
+def test_both_references_files_start_a_run(tmp_path, variant, num_classes):
+    source = trained("cmt_micro", variant=variant, img_size=32)
+    model = micro(64, num_classes, seed=1, variant=variant)
+    torch.save({"model": to_reference_state_dict(source)}, tmp_path / "x.pth")
+    lines = start_from(str(tmp_path / "x.pth"), model)
+    assert lines[1:] == (num_classes == 5) * [
+        "model.init_from: new classifier head: 5 classes (the weights have 3)"
+    ]
+    names = ["stem.conv1.weight", "stages.3.blocks.0.attn.proj.weight", *["head.weight"][: num_classes == 3]]
+    own, wanted = model.state_dict(), source.state_dict()
+    assert all(torch.equal(own[name], wanted[name]) for name in names)
+    other = micro(variant="reimpl" if variant == "paper" else "paper")
+    with pytest.raises(ConfigError, match=rf"model.init_from: .*x.pth: .*is of variant='{variant}'"):
+        start_from(str(tmp_path / "x.pth"), other)
 
 
 def test_options_of_cmt_are_refused_for_other_models(make_job):

@@ -1,0 +1,128 @@
+"""The user's own modules are found beside the configuration; their source is a part of the recipe."""
+
+import json
+import os
+import re
+import sys
+
+import pytest
+import yaml
+from helpers.runs import Forked, after_start
+
+from cmtrain.config.load import load_config
+from cmtrain.errors import ConfigError
+from cmtrain.training.build import import_modules
+
+SOURCE = """
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from torch import nn
+
+class Tiny(nn.Module):
+    def __init__(self, num_classes=2, in_chans=3, drop_rate=0.0, drop_path_rate=0.0):
+        super().__init__()
+        self.num_classes = self.num_features = num_classes
+        self.net = nn.Sequential(nn.Conv2d(in_chans, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU())
+        self.last = nn.Linear(8, num_classes)
+    def forward(self, images):
+        return self.last(self.net(images).mean((2, 3)))
+
+default_cfgs = generate_default_cfgs({"my_tiny": {"classifier": "last", "first_conv": "net.0"}})
+
+@register_model
+def my_tiny(pretrained=False, **options):
+    return build_model_with_cfg(Tiny, "my_tiny", pretrained, **options)
+"""
+
+
+@pytest.fixture
+def path(monkeypatch):
+    """Python's path, which loading a configuration changes, and the modules that it makes importable."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    before = set(sys.modules)
+    yield
+    for name in set(sys.modules) - before:
+        del sys.modules[name]
+
+
+def own_job(make_job, source=SOURCE, name="a"):
+    model = {"name": "my_tiny", "drop_path_rate": 0, "drop_rate": 0}
+    job = make_job(name, run={"name": "job", "seed": 1, "imports": ["my_models"]}, model=model)
+    (job.folder / "my_models.py").write_text(source)
+    return job
+
+
+def test_a_model_of_ones_own_goes_all_the_way(make_job, tmp_path):
+    job = own_job(make_job)
+    result = job("--max-steps", "2", nproc=2)
+    (entry,) = yaml.safe_load((job.run / "config.yaml").read_text())["run"]["imports"]
+    assert re.fullmatch("my_models@[0-9a-f]{12}", entry)
+    job("--max-steps", "3")
+
+    (job.folder / "my_models.py").write_text(f"{SOURCE}# a change")
+    job("--max-steps", "4", code=2)
+    (line,) = after_start(job.stderr.read_text())
+    assert re.search(rf"another recipe: run.imports: .'{entry}'. -> .'my_models@[0-9a-f]+'.; ", line)
+
+    (job.folder / "my_models.py").unlink()  # the run has its own
+    process = Forked(["cmtrain", "eval", str(job.run), "--weights", "model"], tmp_path, {}, 1)
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    assert 0 <= json.loads(out)["results"][0]["top1"] <= 1
+    assert result["step"] == 2
+    out, err = Forked(["cmtrain", "export", str(job.run), "--out", "o"], tmp_path, {}, 1).communicate()
+    assert (tmp_path / "o" / "model.safetensors").exists(), err
+
+    (job.run / "my_models.py").write_text("import os")
+    process = Forked(["cmtrain", "eval", str(job.run)], tmp_path, {}, 1)
+    _, err = process.communicate()
+    assert process.returncode == 2
+    assert f"run.imports: {job.run}/my_models.py is not the source that {entry} was made with" in err
+
+
+FAILURES = {
+    "no_such": ("import no_such", 1, "ModuleNotFoundError: No module named 'no_such'"),
+    "syntax": ("import os\n\nx = (", 3, "SyntaxError: "),
+    "its own": ("def f():\n    return 1 / 0\nf()", 3, "ZeroDivisionError: division by zero"),
+}
+
+
+@pytest.mark.parametrize("kind", FAILURES)
+def test_a_module_that_fails_is_refused_with_its_line(make_job, kind):
+    source, number, why = FAILURES[kind]
+    job = own_job(make_job, source)
+    job(code=2)
+    (line,) = after_start(job.stderr.read_text())
+    assert line.startswith(f"{job.folder}/my_models.py:{number}: run.imports: my_models: {why}")
+    assert not (job.folder / "runs").exists()
+
+
+def test_a_module_that_is_nowhere_is_refused_with_the_line_of_the_configuration(make_job):
+    job = own_job(make_job)
+    (job.folder / "my_models.py").unlink()
+    number = next(n for n, line in enumerate(job.config.read_text().splitlines(), 1) if "imports:" in line)
+    with pytest.raises(ConfigError) as caught:
+        load_config(job.config)
+    where = f"{job.config}:{number}: run.imports: no my_models.py in {job.folder} or on Python's path"
+    assert str(caught.value) == where
+    (job.folder / "my_models").mkdir()
+    (job.folder / "my_models" / "__init__.py").write_text("")
+    with pytest.raises(ConfigError, match=r"run.imports: no my_models.py in"):
+        load_config(job.config)
+
+
+def test_a_module_may_be_elsewhere_on_pythons_path(make_job, path, monkeypatch, tmp_path):
+    job = make_job(run={"name": "job", "imports": ["my_other"]})
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "my_other.py").write_text("NUMBER = 1")
+    monkeypatch.syspath_prepend(elsewhere)
+    (first,) = load_config(job.config).config.run.imports
+    (elsewhere / "my_other.py").write_text("NUMBER = 2")
+    (second,) = load_config(job.config).config.run.imports
+    assert first.startswith("my_other@")
+    assert first != second
+    import_modules([second])
+    assert sys.modules["my_other"].NUMBER == 2
+    places = f"{elsewhere}:{os.environ.get('PYTHONPATH', '')}"
+    job("--max-steps", "1", PYTHONPATH=places, launcher=("-m",))
+    assert (job.run / "my_other.py").read_text() == "NUMBER = 2"
