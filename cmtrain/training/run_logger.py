@@ -264,7 +264,8 @@ class RunLogger:
             prefix = "eval" if weights == "model" else f"eval_{weights}"
             row |= {f"{prefix}_{key}": getattr(result, key) for key in ("loss", "top1", "top5")}
             line = f"epoch {epoch}/{self.epochs} {weights} top-1 {percent(result.top1)}"
-            if len(set(result.class_images) - {0}) > 1:
+            images = [count for count in result.class_images if count]
+            if max(images, default=0) >= 2 * min(images, default=1):  # top-1 says little of rare classes
                 line += f" balanced {percent(result.balanced)}"
             line += f" top-5 {percent(result.top5)} loss {result.loss:.4f} on {result.num_images:,} images"
             if result.num_unreadable:

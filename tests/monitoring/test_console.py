@@ -8,6 +8,8 @@ import pytest
 from rich.console import Console as RichConsole
 
 from cmtrain.monitoring.console import Console, print_result
+from cmtrain.step.evaluate import Evaluation
+from cmtrain.training.run_logger import RunLogger
 
 PLACE = "epoch 1/25 step 20/450"
 PARTS = "eta 43s", "loss 0.5182", "388 img/s", "data 14 %", "lr 1.86e-03", "grad 1.19"
@@ -118,3 +120,17 @@ def test_without_a_terminal_the_first_step_and_half_a_minute_without_a_log_point
         "epoch 1/2 step 20/110 loss 1.0",
         "step 23/110 eta 14m 30s",
     ]
+
+
+@pytest.mark.parametrize(("images", "shown"), [([30, 40, 0], ""), ([20, 40, 0], "balanced 75.0 % ")])
+def test_the_line_of_an_evaluation_has_the_balanced_accuracy_of_uneven_classes(
+    tmp_path, capsys, images, shown
+):
+    logger = RunLogger(
+        tmp_path / "run", rank=0, world_size=1, first_step=0, last_step=2, epochs=1, total_steps=2,
+        address=None, stall_seconds=600,
+    )  # fmt: skip
+    result = Evaluation(0.8, 1.0, 0.5, sum(images), 0, images, [images[0] // 2, images[1], 0], [0, 0, 0])
+    logger.evaluated({"model": result}, ["a", "b", "c"], epoch=1, step=2, lr=0.1, seconds=1.0, best=(0.8, 2))
+    line = f"epoch 1/1 model top-1 80.0 % {shown}top-5 100.0 % loss 0.5000 on {sum(images)} images"
+    assert capsys.readouterr().err.splitlines() == [line]
