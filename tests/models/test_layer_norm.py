@@ -294,7 +294,8 @@ CEILINGS = {"norm": 15, "norm_grad": 23, "batch_norm": 36}
 REGISTERS = 128  # so that four programs fit a multiprocessor
 
 
-@pytest.mark.parametrize("sm", [pytest.param("80", marks=pytest.mark.slow), "90"])
+@pytest.mark.slow
+@pytest.mark.parametrize("sm", ["80", "90"])
 def test_compiled_for_a_gpu_the_first_stage_takes_few_instructions_and_no_spill(sm):
     found = compiled_for_gpus(sm, "fp16", (46,), kernels=CEILINGS)
     assert len(found) == 1 + 2 + 4  # LayerNorm, its two gradients, four steps of the stem's BatchNorm

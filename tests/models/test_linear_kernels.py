@@ -155,7 +155,8 @@ CEILINGS = {"linear": 20, "weight_grad": 34}
 REGISTERS = 168  # of 128 threads: three programs fit a multiprocessor
 
 
-@pytest.mark.parametrize("sm", [pytest.param("80", marks=pytest.mark.slow), "90"])
+@pytest.mark.slow
+@pytest.mark.parametrize("sm", ["80", "90"])
 def test_compiled_for_a_gpu_the_first_stage_takes_few_instructions_and_no_spill(sm):
     found = compiled_for_gpus(sm, "fp16", (46,), kernels=CEILINGS)
     assert {kernel["kernel"] for kernel in found} == set(CEILINGS)

@@ -20,6 +20,8 @@ from cmtrain.training import build
 from pipelines.plan import Plan
 from pipelines.spec import Placement
 
+pytestmark = pytest.mark.slow  # it compiles three times in two processes
+
 # Two micro-batches per rank and step, the first without an all-reduce.
 SETTINGS = {
     "model.name": "cmt_micro", "model.drop_path_rate": "0.1", "model.drop_rate": "0.1",

@@ -183,6 +183,7 @@ def test_a_run_whose_last_checkpoint_failed_is_not_finished(make_job):
     assert [r["step"] for r in job.log()] == list(range(2, 19, 2))
 
 
+@pytest.mark.slow
 def test_a_slow_disk_does_not_slow_the_steps(make_job, figure):
     """Every fsync takes two seconds longer, and a checkpoint has four; no step waits for half of that."""
     job = make_job(train={"log_every_steps": 1}, evaluate={"every_epochs": 3})
