@@ -126,9 +126,9 @@ def add_json(parser: argparse.ArgumentParser, *, to_file: bool = False) -> None:
         parser.add_argument("--json", action="store_true", help="print the JSON line on a terminal, too")
 
 
-def positive(text: str, least: int = 1) -> int:
-    if not text.isdecimal() or len(text) > 9 or int(text) < least:
-        limit = " of at most 9 digits" if len(text) > 9 else ""
+def positive(text: str, least: int = 1, most: int = 999_999_999) -> int:
+    if not text.isdecimal() or len(text) > 9 or not least <= int(text) <= most:
+        limit = f" and <= {most}" if most < 999_999_999 or len(text) > 9 else ""
         raise argparse.ArgumentTypeError(f"must be a whole number >= {least}{limit}, got {text}")
     return int(text)
 

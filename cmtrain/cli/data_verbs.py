@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from cmtrain.cli import start
@@ -59,7 +60,13 @@ def _data_pack(arguments: list[str]) -> int:
     add("source", metavar="SRC", help="folder with train/ and val/")
     add("destination", metavar="DST", help="folder to write; the same command continues")
     add("--resize-shorter", type=positive, metavar="PX", help="shrink the shorter side to PX pixels")
-    add("--quality", type=positive, default=90, metavar="Q", help="of re-encoded JPEGs (default: 90)")
+    add(
+        "--quality",
+        type=partial(positive, most=100),
+        default=90,
+        metavar="Q",
+        help="of re-encoded JPEGs (default: 90)",
+    )
     add("--shard-size", type=positive, default=256, metavar="MIB", help="MiB per shard (default: 256)")
     add("--processes", type=positive, metavar="N", help="default: one per core")
     add("--max-bad-fraction", **SHARE, help="unreadable share to refuse (default: 0.1)")

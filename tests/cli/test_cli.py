@@ -331,3 +331,9 @@ def test_module_answers_without_loading_torch_or_dali(arguments, code):
 def test_version(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"cmtrain {__version__}\n"
+
+
+@pytest.mark.parametrize("quality", ["0", "101", "1000000000000"])
+def test_a_quality_of_jpegs_is_refused_where_no_encoder_has_it(quality, capsys):
+    assert main(["data", "pack", "a", "b", "--quality", quality]) == 2
+    assert f"--quality: must be a whole number >= 1 and <= 100, got {quality}" in capsys.readouterr().err
