@@ -1,4 +1,4 @@
-"""Time a model beside well-known ones, through the same step (`cmtrain bench --what model` and `latency`).
+"""Time a model beside well-known ones, through the same step (`cmtrain bench --what model`).
 
 Batches are synthetic and lie ready on the device.
 """
@@ -54,21 +54,20 @@ class Setup:
         return itertools.repeat(Batch(images, indices % self.num_classes, indices))
 
 
-def time_models(setup: Setup, beside: Sequence[str], *, one_image: bool = False) -> Rows:
+def time_models(setup: Setup, beside: Sequence[str]) -> Rows:
     """Time training and inference of the configuration's model and of the timm models `beside` it.
 
-    Yields rows "NAME train" and "NAME infer" as of Contender.figures and against_ceilings, and "machine";
-    for `one_image` such rows "NAME", of inference of a single image.
+    Yields rows "NAME train" and "NAME infer" as of Contender.figures and against_ceilings, and "machine".
     """
     config, accelerator = setup.config, setup.accelerator
     yield "setting up", {}
     names = dict.fromkeys([config.model.name, *beside])
     learners = {name: setup.make_learner(with_model(config, name)) for name in names}
     batches = setup.synthetic_batches()
-    images = next(batches).images[: 1 if one_image else None]
+    images = next(batches).images
     ceilings = measure_ceilings(setup.device, setup.dtype)
     step_images = setup.schedule.micro_batch_size * setup.schedule.accumulation
-    for mode in ("infer",) if one_image else ("train", "infer"):
+    for mode in ("train", "infer"):
         yield f"{mode}: {', '.join(names)}, {setup.rounds} rounds of {setup.steps} steps each", {}
         contenders = []
         for name, learner in learners.items():
@@ -81,9 +80,8 @@ def time_models(setup: Setup, beside: Sequence[str], *, one_image: bool = False)
         for contender in contenders:
             row = contender.figures(contenders[0])
             row |= against_ceilings(setup, contender.name, mode, row["images_per_second"], ceilings)
-            yield contender.name if one_image else f"{contender.name} {mode}", row
-    if not one_image:
-        yield "machine", ceilings
+            yield f"{contender.name} {mode}", row
+    yield "machine", ceilings
 
 
 def against_ceilings(setup: Setup, name: str, mode: str, images_per_second: float, ceilings: Row) -> Row:
