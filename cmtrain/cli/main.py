@@ -179,8 +179,7 @@ def _bench(arguments: list[str]) -> int:
     add = parser.add_argument
     add("--what", choices=BENCHMARKS, default="all", help="default: all")
     add("--steps", type=positive, default=20, metavar="N", help="steps to time of each (default: 20)")
-    rounds = "turns of each side (5; with model)"
-    add("--rounds", type=positive, default=5, metavar="N", help=rounds)
+    add("--rounds", type=positive, default=5, metavar="N", help="turns of each side (5; with model)")
     beside = "timm models to time, too (with model)"
     add("--beside", type=_names, default="resnet50,efficientnet_b0", metavar="NAMES", help=beside)
     predict = "predict the step of --what model on this GPU, kernel by kernel; needs no GPU and no data"

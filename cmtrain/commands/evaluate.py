@@ -59,41 +59,43 @@ def evaluate_trained(options: argparse.Namespace, overrides: Overrides) -> int:
     manifest = loaders.open_val(config, names, options.folder)
     print_lines(*split_doubts(manifest, "images"))
     batch_size, _ = split_batch(config.train.global_batch_size, config.train.max_batch_per_gpu, 1)
+    count, outputs = len(manifest), num_classes_in(weights[0], config.model.name)
+    labels = [*names, *map(str, range(len(names), outputs))]
     figures: list[dict[str, Any]] = []
-    evaluations, configs = list[Evaluation](), list[Config]()
+    by_class: list[list[Any]] = [[*SIZES, "class", "images", "correct", "accuracy"]]
+    found: list[tuple[Evaluation, Config]] = []
     for image_px, resize_px in sizes:
         data = config.data.model_copy(update={"image_px": image_px, "eval_resize_px": resize_px})
         sized = config.model_copy(update={"data": data})
         loader = loaders.make_eval_loader(sized, manifest, batch_size, accelerator, place)
         for each in weights:
             model = make_trained_model(sized, each).to(accelerator.device)
-            count, outputs = len(manifest), num_classes_in(each, config.model.name)
             what = f"evaluating {each.kind} at {image_px} px"
             images = tracked(loader.epoch(0), what, count, per_step=batch_size)
             ranks = options.save_wrong is not None
             evaluation = evaluate(model, images, accelerator, count, outputs, keeps_ranked=ranks)
-            row = dict(zip(SIZES, (each.kind, image_px, resize_px), strict=True))
-            figures.append(row | {key: getattr(evaluation, key) for key in MEASURED})
-            evaluations.append(evaluation)
-            configs.append(sized)
+            found.append((evaluation, sized))
+            how = each.kind, image_px, resize_px
+            row = {key: getattr(evaluation, key) for key in MEASURED}
+            figures.append(dict(zip(SIZES, how, strict=True)) | row)
+            counts = zip(labels, evaluation.class_images, evaluation.class_correct, strict=True)
+            by_class += [[*how, name, size, right, right / size] for name, size, right in counts if size]
         loader.close()
 
     # Write files, and report
-    best = max(evaluations, key=lambda evaluation: evaluation.top1)
-    labels = [*names, *map(str, range(len(names), len(best.class_images)))]
+    best, config = max(found, key=lambda result: result[0].top1)
     if options.confusion and best.confusion is None:
         raise ConfigError(f"--confusion: {len(labels)} classes are too many for a matrix; use --per-class")
     report: dict[str, Any] = {"checkpoint": str(trained.checkpoint.path), "step": trained.step}
     report |= {"rejected": list(trained.checkpoint.rejected), "results": figures}
     try:
         if options.per_class:
-            write_csv(Path(options.per_class), class_rows(figures, evaluations, labels))
+            write_csv(Path(options.per_class), by_class)
         if options.confusion and best.confusion is not None:
             matrix = [[name, *counts] for name, counts in zip(labels, best.confusion, strict=True)]
             write_csv(Path(options.confusion), [["true \\ predicted", *labels], *matrix])
         if options.save_wrong:
-            seen = configs[evaluations.index(best)], accelerator, place
-            save_mistakes(Path(options.save_wrong), best, manifest, labels, *seen)
+            save_mistakes(Path(options.save_wrong), best, manifest, labels, config, accelerator, place)
         if options.json:
             replace_file(Path(options.json), json.dumps(report, indent=1) + "\n")
     except OSError as error:
@@ -105,18 +107,6 @@ def evaluate_trained(options: argparse.Namespace, overrides: Overrides) -> int:
         Console(enabled=True).line(missed)
         return EXIT_EXPECTATION
     return EXIT_DONE
-
-
-def class_rows(
-    figures: Sequence[dict[str, Any]], evaluations: Sequence[Evaluation], class_names: Sequence[str]
-) -> list[list[Any]]:
-    """Return a table with its header: images, correct ones and accuracy of each class, by evaluation."""
-    table: list[list[Any]] = [[*SIZES, "class", "images", "correct", "accuracy"]]
-    for row, evaluation in zip(figures, evaluations, strict=True):
-        sizes = [row[key] for key in SIZES]
-        counts = zip(class_names, evaluation.class_images, evaluation.class_correct, strict=True)
-        table += [[*sizes, name, images, right, right / images] for name, images, right in counts if images]
-    return table
 
 
 def save_mistakes(

@@ -166,9 +166,8 @@ def _cells(row: SweepRow) -> list[str]:
     if state == "finished" and reached:
         measured = percent(max(reached), 2)
         difference = "" if expect.top1 is None else f"{100 * (max(reached) - expect.top1):+.2f} points"
-    name = str(row.config.run.name)
-    cells = [str(row.number), name, row.changes, published, measured, difference, state, expect.source or ""]
-    return list(map(visible, cells))
+    found = row.changes, published, measured, difference, state, expect.source or ""
+    return [visible(cell) for cell in (row.number, row.run_path.name, *found)]
 
 
 def _state(row: SweepRow, status: dict[str, Any]) -> str:

@@ -156,15 +156,11 @@ def verdict(figures: Figures) -> str:
 
 
 def _time_loader(loader: Loader, setup: Setup) -> dict[str, float]:
-    def read(steps: int) -> int:
-        count = steps * setup.schedule.accumulation
-        return sum(len(batch.labels) for batch in itertools.islice(batches, count))
-
-    batches = endless(loader)
-    read(WARMUP_STEPS)
+    sizes, per_step = (len(batch.labels) for batch in endless(loader)), setup.schedule.accumulation
+    sum(itertools.islice(sizes, WARMUP_STEPS * per_step))
     drain(setup.device)
     begin = time.perf_counter()
-    images = read(setup.steps)
+    images = sum(itertools.islice(sizes, setup.steps * per_step))
     drain(setup.device)
     return {"images_per_second": images / (time.perf_counter() - begin)}
 

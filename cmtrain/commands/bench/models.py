@@ -4,8 +4,9 @@ Batches are synthetic and lie ready on the device.
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from accelerate import Accelerator
@@ -71,10 +72,9 @@ def time_models(setup: Setup, beside: Sequence[str]) -> Rows:
         yield f"{mode}: {', '.join(names)}, {setup.rounds} rounds of {setup.steps} steps each", {}
         contenders = []
         for name, learner in learners.items():
-            if mode == "train":
-                work, size = _training(learner, batches, config.optim.lr), step_images
-            else:
-                work, size = inference(learner.model, images, accelerator), len(images)
+            work, size = partial(_train, learner, batches, itertools.count(), config.optim.lr), step_images
+            if mode == "infer":
+                work, size = partial(_infer, learner.model.eval(), images, accelerator), len(images)
             contenders.append(Contender(name, size, work))
         race(contenders, setup.device, steps=setup.steps, rounds=setup.rounds)
         for contender in contenders:
@@ -107,22 +107,11 @@ def with_model(config: Config, name: str) -> Config:
     return config if name == config.model.name else config.model_copy(update={"model": Model(name=name)})
 
 
-def inference(model: nn.Module, images: Tensor, accelerator: Accelerator) -> Callable[[], object]:
-    """Return a function that passes `images` through `model` once, in the precision of `accelerator`."""
-    model.eval()
-
-    def infer() -> None:
-        with torch.inference_mode(), accelerator.autocast():
-            model(images)
-
-    return infer
+def _infer(model: nn.Module, images: Tensor, accelerator: Accelerator) -> None:
+    with torch.inference_mode(), accelerator.autocast():
+        model(images)
 
 
-def _training(learner: Learner, batches: Iterator[Batch], lr: float) -> Callable[[], object]:
-    steps = itertools.count()
-
-    def step() -> None:
-        learner.step(batches, next(steps), lr)
-        learner.buffer.clear()  # nobody reads it here
-
-    return step
+def _train(learner: Learner, batches: Iterator[Batch], steps: Iterator[int], lr: float) -> None:
+    learner.step(batches, next(steps), lr)
+    learner.buffer.clear()  # nobody reads it here
