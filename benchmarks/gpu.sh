@@ -114,6 +114,7 @@ fi
 one_gpu=(--train.global_batch_size "$batch" --train.max_batch_per_gpu "$batch" --augment.repeats 1)
 alone=(--what model --rounds "$rounds" --beside "")
 few=(--train.global_batch_size "$few_images" --augment.repeats 1)
+two=(--train.global_batch_size 2 --train.max_batch_per_gpu 2 --augment.repeats 1)
 fp16=(--train.precision "$fp16") bf16=(--train.precision "$bf16")
 case $data in
   demo:*) folder=${XDG_CACHE_HOME:-$HOME/.cache}/cmtrain/demo-${data#demo:} ;;
@@ -150,7 +151,7 @@ plan() {
   bench 90 few_images_graphs "${alone[@]}" "${few[@]}" "${fp16[@]}" --train.compile "$compile" \
     --train.compile_mode "$graphs"
   bench 40 step_bf16         "${alone[@]}" "${one_gpu[@]}" "${bf16[@]}"
-  bench 40 latency           --what latency --rounds "$rounds" "${one_gpu[@]}" "${fp16[@]}"
+  bench 50 two_images        --what model --rounds "$rounds" "${two[@]}" "${fp16[@]}"
   line 90 loader_beside_timm "$python" benchmarks/loader_beside_timm.py --config configs/full_in1k.yaml \
     "${small[@]}" --data.root "$data" --data.decode "$decode" "${fp16[@]}" --rounds "$rounds" \
     --steps "$((steps / 6 + 1))" --json "$out/loader_beside_timm.json"

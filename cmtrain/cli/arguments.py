@@ -145,14 +145,11 @@ def out_file(text: str) -> str:
     return text
 
 
-def share(text: str, most: float = 1, what: str = "share") -> float:
+def share(text: str) -> float:
     try:
         value = float(text)
     except ValueError:
         value = -1.0
-    if not 0 <= value <= most:
-        raise argparse.ArgumentTypeError(f"must be a {what} 0..{most:g}, got {text}")
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must be a share 0..1, got {text}")
     return value
-
-
-factor = partial(share, most=1000, what="factor")

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -14,7 +15,6 @@ from cmtrain.cli import start
 from cmtrain.cli.arguments import (
     add_json,
     count,
-    factor,
     help_page,
     make_parser,
     out_file,
@@ -44,7 +44,7 @@ DEMO_PHOTOS = [
     ("data.root", "demo:photos"), ("data.image_px", "64"), ("data.eval_resize_px", "72"),
     ("augment.hflip", "0.5"), ("expect.top1", "0.85"),
 ]  # fmt: skip
-BENCHMARKS = ("loader", "model", "latency", "train", "all")
+BENCHMARKS = ("loader", "model", "train", "all")
 PREDICTED = ("h100", "h200", "a100", "l40s")
 
 
@@ -179,20 +179,15 @@ def _bench(arguments: list[str]) -> int:
     add = parser.add_argument
     add("--what", choices=BENCHMARKS, default="all", help="default: all")
     add("--steps", type=positive, default=20, metavar="N", help="steps to time of each (default: 20)")
-    rounds = "turns of each side (5; with model, latency)"
-    add("--rounds", type=positive, default=5, metavar="N", help=rounds)
-    beside = "timm models to time, too (model, latency)"
+    add("--rounds", type=positive, default=5, metavar="N", help="turns of each side (5; with model)")
+    beside = "timm models to time, too (with model)"
     add("--beside", type=_names, default="resnet50,efficientnet_b0", metavar="NAMES", help=beside)
     predict = "predict the step of --what model on this GPU, kernel by kernel; needs no GPU and no data"
     add("--predict", choices=PREDICTED, help=predict)
-    add("--compare", metavar="FILE", help="JSON of an earlier run to compare rates with")
-    add("--fail-below", type=factor, metavar="X", help="exit code 5 where a rate is below X times that")
     add_json(parser, to_file=True)
     options, resolved = parse_with_config(parser, arguments, DEMO)
-    if options.fail_below is not None and not options.compare:
-        raise ConfigError("--fail-below: needs --compare FILE, the earlier run")
-    if options.predict and (options.what != "model" or options.compare):
-        raise ConfigError("--predict: needs --what model, and does not go with --compare")
+    if options.predict and options.what != "model":
+        raise ConfigError("--predict: needs --what model")
     start.announce(f"bench of {options.config}: {options.what}")
     if not options.predict:
         start.check_places(resolved.config)
@@ -229,19 +224,17 @@ def _sweep(arguments: list[str]) -> int:
     add("--max-steps", type=positive, metavar="N", help="stop each row after N optimizer steps")
     add("--dry-run", action="store_true", help="print the commands and stop")
     add("--table", action="store_true", help="print the table and stop")
-    add("--csv", action="store_true", help="print the table as CSV (default: Markdown)")
     options, overrides = parse(parser, arguments)
     if not options.files:
         example = "cmtrain sweep configs/ablations --data.root /data/imagenet"
         raise ConfigError(f"cmtrain sweep: of which files? e.g. {example}")
     rows = sweep.read_rows(options.files, overrides, options.rows, options.scale, options.max_steps)
+    script = options.sbatch if options.jobs == "slurm" else None
     if options.dry_run:
-        sys.stdout.write(sweep.commands(rows, options.jobs, options.sbatch))
+        sys.stdout.writelines(f"{shlex.join(sweep.command_of(row, script))}\n" for row in rows)
         return EXIT_DONE
-    code = EXIT_DONE
-    if not options.table:
-        code = sweep.submit(rows, options.sbatch) if options.jobs == "slurm" else sweep.run_here(rows)
-    sweep.print_table(rows, as_csv=options.csv)
+    code = EXIT_DONE if options.table else sweep.train_rows(rows, script)
+    sweep.print_table(rows)
     return code
 
 

@@ -31,7 +31,6 @@ def evaluate_trained(arguments: list[str]) -> int:
         "classes in order, as ImageNet-V2's"
     )
     add("--folder", metavar="DIR", help=folder)
-    add("--real", action="store_true", help="also by ImageNet-ReaL's labels, for ImageNet's val images")
     add("--per-class", type=out_file, metavar="FILE", help="write images and accuracy of every class as CSV")
     add("--confusion", type=out_file, metavar="FILE", help="write the best result's confusion matrix as CSV")
     wrong = "write all mistakes as CSV, and a sheet of the most confident ones, to this new folder"

@@ -1,5 +1,6 @@
 """Check every image before a run has to (`cmtrain data check`)."""
 
+import contextlib
 import itertools
 import sys
 import time
@@ -63,18 +64,14 @@ def check(
     the machine cannot read (nothing is listed then), or a list that cannot be written.
     """
     folder = Path(root).absolute()
-    pool = DecodePool(processes, decode=full)
-    try:
+    with contextlib.closing(DecodePool(processes, decode=full)) as pool:
         splits = [_check_split(listing, pool) for listing in _list_splits(folder)]
-    finally:
-        pool.close()
     faults: dict[str, Fault] = {}
     for split in splits:
         start, paths = split.listing.root.relative_to(folder), split.listing.paths
         faults |= {str(start / paths[place]): fault for place, fault in split.faults.items()}
-    written = None
-    if out or full:  # before the manifests are made, which leave out what it names
-        written = write_list(folder, faults, Path(out) if out else None)
+    # Before the manifests are made, which leave out what it names.
+    written = write_list(folder, faults, Path(out) if out else None) if out or full else None
     for path, fault in itertools.islice(faults.items(), NUM_SHOWN):
         _print(f"  {path}: {fault.reason}")
     if len(faults) > NUM_SHOWN:
@@ -92,13 +89,9 @@ def check(
     if out and full:
         _print("training does not read it: check without --out to have them left out")
         return EXIT_DATA
-    crowded = []
-    for split in splits:
-        num_files = len(split.listing)
-        if len(split.faults) > min(max_bad_fraction * num_files, num_files - 1):
-            crowded.append(split.listing.root)
-    if crowded:
-        where = " and ".join(map(str, crowded))
+    sizes = [(str(split.listing.root), len(split.listing), len(split.faults)) for split in splits]
+    if crowded := [root for root, size, bad in sizes if bad > min(max_bad_fraction * size, size - 1)]:
+        where = " and ".join(crowded)
         _print(f"training will refuse {where}: more than {max_bad_fraction:g} of it is bad")
         return EXIT_DATA
     _print("training leaves them out")

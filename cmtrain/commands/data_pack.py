@@ -42,9 +42,8 @@ def pack(
         raise DataError(f"{root}: holds neither train/<class>/ nor val/<class>/, and no list is given")
     for split in [split for split in found if not listed[split]]:
         if Path(os.path.realpath(destination)).is_relative_to(os.path.realpath(root / split)):
-            raise DataError(
-                f"{destination}: lies in {root / split}, whose folders are classes; give another"
-            )
+            inside = f"lies in {root / split}, whose folders are classes"
+            raise DataError(f"{destination}: {inside}; give another")
     spec = PackSpec(shard_bytes=shard_mib * 2**20, **encoding)
     workers = processes or len(os.sched_getaffinity(0))
     report: dict[str, dict[str, int]] = {}
@@ -67,10 +66,9 @@ def pack(
         if damaged := damage(shards, done.paths):
             first = "; ".join(damaged[:3])
             raise DataError(f"{first} ({len(damaged)} such): remove {folder} and pack again")
-        images, size_bytes = len(done), int(shards.shard_bytes.sum())
-        counts = {"images": images, "left_out": len(done.bad), "shards": len(shards.shard_names)}
-        report[split] = counts | {"bytes": size_bytes}
-        written = f"{images:,} images in {counts['shards']} shards, {size_bytes:,} bytes"
+        counts = {"images": len(done), "left_out": len(done.bad), "shards": len(shards.shard_names)}
+        report[split] = counts | {"bytes": int(shards.shard_bytes.sum())}
+        written = "{images:,} images in {shards} shards, {bytes:,} bytes".format(**report[split])
         print_lines(f"{folder}: {written}, verified")
     print_result({"destination": destination, **report}, asked=as_json)
     return EXIT_DONE

@@ -72,10 +72,9 @@ def split(
     sides = divide(images.labels, groups, [1 - val - test, val, *([test] if test else [])], seed)
     names = SPLITS if test else SPLITS[:2]
     if empty := [name for side, name in enumerate(names) if side not in sides]:
-        what = (
-            f"its {len(images):,} images are {groups.max() + 1:,} groups, by near-duplicates or --group-by"
-        )
-        raise DataError(f"{folder}: no images for {empty[0]}: {what}; try --no-compare or other shares")
+        what = f"{empty[0]}: its {len(images):,} images are {groups.max() + 1:,} groups"
+        advice = "by near-duplicates or --group-by; try --no-compare or other shares"
+        raise DataError(f"{folder}: no images for {what}, {advice}")
     contents = {
         target / f"{name}.csv": _list_of(images, np.flatnonzero(sides == side))
         for side, name in enumerate(names)
@@ -164,18 +163,13 @@ def _same_text(images: Manifest, group_by: str) -> Ints:
 
 def _connected(num_images: int, links: Sequence[Ints]) -> Ints:
     """Return group numbers, (N,) from 0: each image is in one group with those that `links` name for it."""
-    parent = list(range(num_images))
-
-    def first_of(place: int) -> int:
-        while parent[place] != place:
-            parent[place] = place = parent[parent[place]]
-        return place
-
-    for link in links:
-        for place, other in enumerate(link.tolist()):
-            one, two = sorted((first_of(place), first_of(other)))
-            parent[two] = one
-    return np.unique([first_of(place) for place in range(num_images)], return_inverse=True)[1]
+    groups, before = np.arange(num_images), np.arange(0)
+    while not np.array_equal(groups, before):
+        before = groups.copy()
+        for link in links:
+            np.minimum.at(groups, link, before)
+            groups = np.minimum(groups, groups[link])
+    return np.unique(groups, return_inverse=True)[1]
 
 
 def _list_of(images: Manifest, places: Ints) -> bytes:

@@ -2,34 +2,67 @@
 
 Nothing is simulated: images go through the loaders of training, data is opened and the run folder locked by
 the code of a run, and ranks meet as in a run. Under a launcher every rank runs all checks, and the worst
-result of each check is shown.
+result of each check is shown. A check returns a CheckResult, or raises the error that a run would end with.
 """
 
 import json
 import os
+import platform
+import resource
+import shutil
+import socket
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
+from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from PIL import Image
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cmtrain.commands import doctor_checks as checks
-from cmtrain.commands.doctor_checks import CheckResult, Severity
 from cmtrain.config.schema import Config
 from cmtrain.errors import EXIT_DATA, EXIT_DONE, ConfigError
+from cmtrain.monitoring.http_server import Exporter
 from cmtrain.processes.collectives import control_group, gather, leave_together
-from cmtrain.processes.gpus import cuda_of_driver
+from cmtrain.processes.gpus import cuda_of_driver, newer_driver, packages_for, why_unusable
+from cmtrain.processes.preflight import check_ranks
+from cmtrain.storage.run_folder import RunLock
 from cmtrain.training import build, loaders
-from pipelines.spec import DataError, visible
+from pipelines.decoder_probe import choose_decode
+from pipelines.files.manifest import Manifest
+from pipelines.spec import UNREADABLE, DataError, Decode, EvalSpec, Placement, visible
 
+Severity = Literal["ok", "warn", "fail"]
 COLOURS: dict[Severity, str] = {"ok": "green", "warn": "yellow", "fail": "red"}  # the gravest last
 PLAIN_WIDTH = 160  # table width without a terminal
+
+GIB = 2**30
+MIN_SHARED_MEMORY_BYTES = GIB  # NCCL joins the GPUs of a host through it; Docker's default is 64 MiB
+MIN_OPEN_FILES = 1024
+DALI_ADVICE = "install DALI from the requirements*.lock that fits the driver"
+
+# A JPEG of one colour is within a level or two of it; swapped or missing channels are 50 off.
+COLOUR = (200, 100, 50)
+MAX_COLOUR_ERROR = 4
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """Result of one check. `advice`: what to do about it, unless `found` already contains it."""
+
+    verdict: Severity
+    found: str
+    advice: str = ""
 
 
 def doctor(config: Config, *, as_json: bool) -> int:
@@ -61,22 +94,26 @@ def run_checks(config: Config, accelerator: Accelerator, control: Any) -> dict[s
         nonlocal num_classes
         opened = loaders.open_data(config, accelerator)
         num_classes = loaders.num_classes_of(config, opened.train)
-        return checks.data(keys.root, opened)
+        train, val = opened.train, opened.val
+        found = f"{keys.root}: {len(train):,} training, {len(val):,} validation images"
+        found += f", {len(train.class_names):,} classes"
+        if bad := len(train.bad) + len(val.bad):
+            found += f"; {bad:,} more cannot be read"
+        return CheckResult("warn" if bad else "ok", found, "cmtrain data check lists them" if bad else "")
 
     run: dict[str, Callable[[], CheckResult]] = {
-        "packages": checks.packages,
-        "driver": lambda: checks.pairing(cuda_of_driver(), torch.version.cuda, checks.dali_flavours()),
-        "GPUs": lambda: checks.gpus(config.train.precision),
-        "decode on the CPU": checks.decode_on_cpu,
-        "decode on the GPU": lambda: checks.decode_on_gpu(device, keys.decode, keys.hw_decoder_load),
-        "ranks": lambda: checks.ranks(control, config, run_path),
-        "all-reduce": lambda: checks.all_reduce(accelerator),
-        "shared memory": lambda: checks.shared_memory(Path("/dev/shm")),  # noqa: S108 - only read
-        "open files": checks.open_files,
+        "packages": packages,
+        "driver": lambda: pairing(cuda_of_driver(), torch.version.cuda, dali_flavours()),
+        "GPUs": lambda: gpus(config.train.precision),
+        "decode on the CPU": decode_on_cpu,
+        "decode on the GPU": lambda: decode_on_gpu(device, keys.decode, keys.hw_decoder_load),
+        "ranks": lambda: ranks(control, config, run_path, device),
+        "shared memory": lambda: shared_memory(Path("/dev/shm")),  # noqa: S108 - only read
+        "open files": open_files,
         "data": data,
-        "run folder": lambda: checks.run_folder(run_path, is_main=accelerator.is_main_process),
-        "disk": lambda: checks.disk(config, run_path, num_classes),
-        "metrics port": lambda: checks.metrics_port(config, accelerator.local_process_index),
+        "run folder": lambda: run_folder(run_path, is_main=accelerator.is_main_process),
+        "disk": lambda: disk(config, run_path, num_classes),
+        "metrics port": lambda: metrics_port(config, accelerator.local_process_index),
     }
     return {check: _result(function) for check, function in run.items()}
 
@@ -118,3 +155,181 @@ def _meet(config: Config) -> tuple[Accelerator, Any]:
         return accelerator, control_group(accelerator.num_processes, timeout_seconds)
     except RuntimeError as error:
         raise DataError(f"the ranks cannot meet: {' '.join(str(error).split())}") from error
+
+
+def packages() -> CheckResult:
+    """Compare the installed packages with this program's own metadata."""
+    names = ["torch", "torchvision", "timm", "accelerate", *dali_flavours()]
+    found = ", ".join([f"Python {platform.python_version()}", *(f"{n} {_version(n)}" for n in names)])
+    found += "" if dali_flavours() else ", no DALI installed"
+    try:
+        program = metadata.metadata("cmtrain")
+    except metadata.PackageNotFoundError:
+        return CheckResult("warn", f"{found}; versions not checked", "pip install cmtrain")
+    wrong = []
+    if platform.python_version() not in SpecifierSet(str(program["Requires-Python"])):
+        wrong.append(f"Python{program['Requires-Python']}")
+    for requirement in map(Requirement, metadata.requires("cmtrain") or ()):
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+            version = _version(requirement.name)
+            if version == "missing" or not requirement.specifier.contains(version, prereleases=True):
+                wrong.append(f"{requirement.name}{requirement.specifier}, not {version}")
+    if wrong:
+        return CheckResult("fail", f"needs {'; '.join(wrong)}", "install from one of the requirements*.lock")
+    return CheckResult("ok", found)
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "missing"
+
+
+def dali_flavours() -> list[str]:
+    """Return the DALI packages that are installed: one, if all is well."""
+    names = {str(package.name) for package in metadata.distributions()}
+    return sorted(name for name in names if name.startswith("nvidia-dali-cuda"))
+
+
+def pairing(driver: int | None, torch_cuda: str | None, flavours: Sequence[str]) -> CheckResult:
+    """Check that driver, torch and DALI fit. A driver runs every CUDA of its major version and older ones.
+
+    `torch_cuda`: CUDA that torch was built with, such as 13.2; None for a build without.
+    """
+    if len(flavours) != 1:
+        found = f"{' and '.join(flavours) or 'no DALI'} installed"
+        return CheckResult("fail", found, "install exactly one of nvidia-dali-cuda130, -cuda120")
+    flavour = flavours[0].removeprefix("nvidia-dali-cuda")
+    built = f"torch for CUDA {torch_cuda or '(none)'}, DALI for CUDA {flavour[:-1]}"
+    if driver is None:
+        return CheckResult("warn", f"no NVIDIA driver; {built}", "training will run on the CPU")
+    found = f"driver for CUDA {driver // 1000}.{driver % 1000 // 10}, {built}"
+    if torch_cuda is None:
+        return CheckResult("fail", found, f"install {packages_for(driver)}")
+    wanted = max(int(torch_cuda.split(".")[0]), int(flavour[:2]))
+    if driver // 1000 < wanted:
+        return CheckResult("fail", found, f"install {newer_driver(driver, wanted)}")
+    return CheckResult("ok", found)
+
+
+def gpus(precision: str) -> CheckResult:
+    """List the GPUs. Raises ConfigError for a precision that they do not have."""
+    if why := why_unusable():
+        return CheckResult("fail", why)
+    build.check_precision(precision)
+    if not torch.cuda.is_available():
+        return CheckResult("warn", "none", "training will run on the CPU")
+    properties = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    names = {f"{gpu.name} ({gpu.total_memory / GIB:.0f} GiB)" for gpu in properties}
+    return CheckResult("ok", f"{len(properties)} x {', '.join(sorted(names))}")
+
+
+def decode_on_gpu(device: torch.device, decode: Decode = "auto", load: float | None = None) -> CheckResult:
+    """Decode a batch of JPEGs of all kinds in a process of its own, and compare it with the CPU's."""
+    if device.type != "cuda":
+        return CheckResult("warn", "no GPU", "images will be decoded on the CPU")
+    chosen, lines = choose_decode(Placement(device=device, decode=decode, threads=4, hw_decoder_load=load))
+    right = [f"data.decode: {chosen} gives the CPU's pixels"] if chosen != "cpu" else []
+    if lines:
+        return CheckResult("warn", "; ".join([*lines, *right]), DALI_ADVICE)
+    return CheckResult("ok", "".join(right) or "data.decode: cpu")
+
+
+def decode_on_cpu() -> CheckResult:
+    """Read a JPEG of a known colour through the loader of evaluation."""
+    from pipelines.loader import eval_loader
+
+    spec = EvalSpec(image_px=32, resize_px=32, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    place = Placement(device="cpu", decode="cpu", prefetch_batches=1)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "images" / "class" / "image.jpg"
+        path.parent.mkdir(parents=True)
+        Image.new("RGB", (64, 64), COLOUR).save(path)
+        manifest = Manifest.from_folder(path.parent.parent, cache_dir=folder)
+        with closing(eval_loader(manifest, spec, place, batch_size=1)) as loader:
+            batch = next(iter(loader.epoch(0)))
+            colour = batch.images.float().mean(dim=(0, 2, 3)).mul(255).tolist()
+            readable = int(batch.labels) != UNREADABLE
+    error = max(abs(got - made) for got, made in zip(colour, COLOUR, strict=True))
+    if not readable or error > MAX_COLOUR_ERROR:
+        found = f"a JPEG of the colour {COLOUR} came out as {[round(value) for value in colour]}"
+        return CheckResult("fail", found, DALI_ADVICE)
+    return CheckResult("ok", "a JPEG through DALI, pixels right")
+
+
+def ranks(control: Any, config: Config, run_path: Path, device: torch.device) -> CheckResult:
+    """Check that all ranks have the same code, configuration, time and run folder, and can add up."""
+    if control is None:
+        return CheckResult("ok", "one process; under the launcher of a run, all of its ranks are checked")
+    warnings = check_ranks(control, config, run_path)
+    dist.all_reduce(ones := torch.ones(1000, device=device))
+    met = f"{dist.get_world_size()} on {len(set(gather(socket.gethostname(), control)))} host(s)"
+    met += f": same code and configuration; {dist.get_backend()}'s sum of ones is {ones.max():g}"
+    found = "; ".join([met, *(warnings or ["same time"])])
+    if bool((ones != dist.get_world_size()).any()):
+        return CheckResult("fail", found)
+    return CheckResult("warn" if warnings else "ok", found)
+
+
+def shared_memory(path: Path) -> CheckResult:
+    size = shutil.disk_usage(path).total if path.is_dir() else 0
+    if size < MIN_SHARED_MEMORY_BYTES:
+        advice = "with several GPUs: docker run --shm-size 1g, or an emptyDir of medium Memory at /dev/shm"
+        return CheckResult("warn", f"{size / GIB:.2g} GiB", advice)
+    return CheckResult("ok", f"{size / GIB:.3g} GiB")
+
+
+def open_files() -> CheckResult:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= soft < MIN_OPEN_FILES:
+        return CheckResult("warn", f"at most {soft:,}", f"ulimit -n {4096 if hard < 0 else min(hard, 4096)}")
+    return CheckResult("ok", f"at most {soft:,}" if soft >= 0 else "no limit")
+
+
+def run_folder(run_path: Path, *, is_main: bool) -> CheckResult:
+    """Take the lock of the run folder, as a run does, and release it."""
+    if is_main:
+        with closing(RunLock(run_path)) as lock:
+            lock.acquire()
+    return CheckResult("ok", f"{run_path.absolute()} can be written, and is in use by nobody")
+
+
+def checkpoint_bytes(config: Config, num_classes: int) -> int:
+    """Return the size of a checkpoint: weights, their EMA, and the optimizer's moments of each parameter."""
+    with torch.device("meta"):  # shapes without memory
+        model = build.make_model(config, num_classes, "meta")
+    parameters = sum(parameter.nbytes for parameter in model.parameters())
+    weights = sum(tensor.nbytes for tensor in model.state_dict().values())
+    moments = {"adamw": 2, "sgd": 1 if config.optim.momentum else 0}[config.optim.opt]
+    return weights * (2 if config.ema.decay else 1) + moments * parameters
+
+
+def disk(config: Config, run_path: Path, num_classes: int) -> CheckResult:
+    size = checkpoint_bytes(config, num_classes)
+    checkpoint, total_epochs = config.checkpoint, config.schedule.epochs + config.schedule.cooldown_epochs
+    count = checkpoint.keep + 2  # the best one, and the one that is being written
+    if checkpoint.milestone_every_epochs:
+        count += total_epochs // checkpoint.milestone_every_epochs
+    place = run_path.absolute()
+    free = shutil.disk_usage(next(path for path in (place, *place.parents) if path.exists())).free
+    found = f"{free / GIB:,.1f} GiB free, {count} checkpoints of {size / GIB:.2g} GiB"
+    if free < count * size:
+        return CheckResult("fail", found, "make room, set run.dir, or lower checkpoint.keep")
+    return CheckResult("ok", found)
+
+
+def metrics_port(config: Config, local_rank: int) -> CheckResult:
+    host, port = config.metrics.host, config.metrics.port + local_rank
+    if not config.metrics.enabled:
+        return CheckResult("ok", "metrics.enabled is false")
+    try:
+        exporter = Exporter({}, host, port)
+    except OSError as error:
+        return CheckResult("warn", f"{host}: {error}", "a run will do without; set metrics.host and .port")
+    exporter.close()
+    if exporter.port != port:
+        targets = f"Prometheus finds it through {config.run.dir}/.targets/"
+        advice = f"{targets}; a scrape of fixed ports needs another metrics.port"
+        return CheckResult("warn", f"{port} is taken; {exporter.port} would be used", advice)
+    return CheckResult("ok", f"{exporter.url} is free")

@@ -1,4 +1,4 @@
-"""Measure the accuracy of a trained model: other weights, sizes, images and labels (`cmtrain eval`).
+"""Measure the accuracy of a trained model: other weights, sizes and images (`cmtrain eval`).
 
 The images go through the run's own evaluation loop and loader.
 """
@@ -8,14 +8,12 @@ import csv
 import io
 import json
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
-from timm.data import RealLabelsImagenet
 
 from cmtrain.commands.evaluation_sizes import sizes_of
 from cmtrain.commands.export import make_trained_model
@@ -32,13 +30,11 @@ from cmtrain.storage.weights import num_classes_in
 from cmtrain.training import build, loaders
 from cmtrain.training.schedule import split_batch
 from pipelines.files.doubts import split_doubts
-from pipelines.files.labels import some
 from pipelines.files.manifest import Manifest
 from pipelines.preview import MAX_IMAGES, contact_sheet
 from pipelines.progress import tracked
 from pipelines.spec import DataError, Placement, print_lines
 
-NUM_REAL_FILES, NUM_IMAGENET_CLASSES = 50_000, 1_000
 SIZES = ("weights", "image_px", "resize_px")
 MEASURED = ("top1", "top5", "balanced", "f1", "loss", "num_images", "num_unreadable")
 
@@ -62,46 +58,44 @@ def evaluate_trained(options: argparse.Namespace, overrides: Overrides) -> int:
     names = trained.class_names or loaders.open_data(config, accelerator).train.class_names
     manifest = loaders.open_val(config, names, options.folder)
     print_lines(*split_doubts(manifest, "images"))
-    real = real_labels(manifest) if options.real else None
-    numbers = imagenet_numbers(names) if options.real else []
     batch_size, _ = split_batch(config.train.global_batch_size, config.train.max_batch_per_gpu, 1)
+    count, outputs = len(manifest), num_classes_in(weights[0], config.model.name)
+    labels = [*names, *map(str, range(len(names), outputs))]
     figures: list[dict[str, Any]] = []
-    evaluations, configs = list[Evaluation](), list[Config]()
+    by_class: list[list[Any]] = [[*SIZES, "class", "images", "correct", "accuracy"]]
+    found: list[tuple[Evaluation, Config]] = []
     for image_px, resize_px in sizes:
         data = config.data.model_copy(update={"image_px": image_px, "eval_resize_px": resize_px})
         sized = config.model_copy(update={"data": data})
         loader = loaders.make_eval_loader(sized, manifest, batch_size, accelerator, place)
         for each in weights:
             model = make_trained_model(sized, each).to(accelerator.device)
-            count, outputs = len(manifest), num_classes_in(each, config.model.name)
             what = f"evaluating {each.kind} at {image_px} px"
             images = tracked(loader.epoch(0), what, count, per_step=batch_size)
-            ranks = options.real or options.save_wrong is not None
+            ranks = options.save_wrong is not None
             evaluation = evaluate(model, images, accelerator, count, outputs, keeps_ranked=ranks)
-            row = dict(zip(SIZES, (each.kind, image_px, resize_px), strict=True))
-            figures.append(row | {key: getattr(evaluation, key) for key in MEASURED})
-            if real is not None:
-                figures[-1]["real_top1"] = real_accuracy(real, evaluation, numbers)
-            evaluations.append(evaluation)
-            configs.append(sized)
+            found.append((evaluation, sized))
+            how = each.kind, image_px, resize_px
+            row = {key: getattr(evaluation, key) for key in MEASURED}
+            figures.append(dict(zip(SIZES, how, strict=True)) | row)
+            counts = zip(labels, evaluation.class_images, evaluation.class_correct, strict=True)
+            by_class += [[*how, name, size, right, right / size] for name, size, right in counts if size]
         loader.close()
 
     # Write files, and report
-    best = max(evaluations, key=lambda evaluation: evaluation.top1)
-    labels = [*names, *map(str, range(len(names), len(best.class_images)))]
+    best, config = max(found, key=lambda result: result[0].top1)
     if options.confusion and best.confusion is None:
         raise ConfigError(f"--confusion: {len(labels)} classes are too many for a matrix; use --per-class")
     report: dict[str, Any] = {"checkpoint": str(trained.checkpoint.path), "step": trained.step}
     report |= {"rejected": list(trained.checkpoint.rejected), "results": figures}
     try:
         if options.per_class:
-            write_csv(Path(options.per_class), class_rows(figures, evaluations, labels))
+            write_csv(Path(options.per_class), by_class)
         if options.confusion and best.confusion is not None:
             matrix = [[name, *counts] for name, counts in zip(labels, best.confusion, strict=True)]
             write_csv(Path(options.confusion), [["true \\ predicted", *labels], *matrix])
         if options.save_wrong:
-            seen = configs[evaluations.index(best)], accelerator, place
-            save_mistakes(Path(options.save_wrong), best, manifest, labels, *seen)
+            save_mistakes(Path(options.save_wrong), best, manifest, labels, config, accelerator, place)
         if options.json:
             replace_file(Path(options.json), json.dumps(report, indent=1) + "\n")
     except OSError as error:
@@ -113,56 +107,6 @@ def evaluate_trained(options: argparse.Namespace, overrides: Overrides) -> int:
         Console(enabled=True).line(missed)
         return EXIT_EXPECTATION
     return EXIT_DONE
-
-
-def real_labels(manifest: Manifest) -> RealLabelsImagenet:
-    """Return ImageNet-ReaL's labels (arXiv 2006.07159) of ImageNet's validation images. Raises DataError."""
-    files = [manifest.file(index) for index in range(len(manifest))]
-    if len(files) != NUM_REAL_FILES:
-        expected = f"has labels of ImageNet's {NUM_REAL_FILES} validation images"
-        raise DataError(f"--real: {expected}; here are {len(files)}")
-    real = RealLabelsImagenet(files)
-    for file in files:
-        if os.path.basename(file) not in real.real_labels:
-            example = "such as ILSVRC2012_val_00000001.JPEG"
-            raise DataError(f"--real: {file} is no validation image of ImageNet, {example}")
-    return real
-
-
-def imagenet_numbers(class_names: Sequence[str]) -> list[int]:
-    """Return ImageNet's number of each class. Raises DataError unless they are 0..999 or its synsets."""
-    if len(class_names) == NUM_IMAGENET_CLASSES:
-        if set(class_names) == set(map(str, range(NUM_IMAGENET_CLASSES))):
-            return list(map(int, class_names))  # in the order of text: 0, 1, 10, 100
-        if all(re.fullmatch("n[0-9]{8}", name) for name in class_names):
-            in_order = sorted(class_names)
-            return [in_order.index(name) for name in class_names]
-    what = f"the run's {len(class_names):,} classes ({some(class_names)}) are neither 0 to 999"
-    raise DataError(f"--real: its labels are numbers of ImageNet's classes; {what} nor such as n01440764")
-
-
-def real_accuracy(real: RealLabelsImagenet, evaluation: Evaluation, numbers: Sequence[int]) -> float:
-    """Return the share of the images with real labels whose likeliest class is among them.
-
-    `numbers`: ImageNet's number of each class of the model.
-    """
-    assert evaluation.ranked is not None
-    number_of = dict(enumerate(numbers))  # a model may have more outputs than classes
-    likeliest = [number_of.get(place) for place in evaluation.ranked[:, 0].tolist()]
-    labels = (real.real_labels[os.path.basename(file)] for file in real.filenames)
-    return float(np.mean([answer in true for answer, true in zip(likeliest, labels, strict=True) if true]))
-
-
-def class_rows(
-    figures: Sequence[dict[str, Any]], evaluations: Sequence[Evaluation], class_names: Sequence[str]
-) -> list[list[Any]]:
-    """Return a table with its header: images, correct ones and accuracy of each class, by evaluation."""
-    table: list[list[Any]] = [[*SIZES, "class", "images", "correct", "accuracy"]]
-    for row, evaluation in zip(figures, evaluations, strict=True):
-        sizes = [row[key] for key in SIZES]
-        counts = zip(class_names, evaluation.class_images, evaluation.class_correct, strict=True)
-        table += [[*sizes, name, images, right, right / images] for name, images, right in counts if images]
-    return table
 
 
 def save_mistakes(
@@ -203,12 +147,10 @@ def write_csv(path: Path, table: Sequence[Sequence[Any]]) -> None:
 
 def _show(figures: Sequence[dict[str, Any]]) -> None:
     console = Console(enabled=True)
-    header = "weights  image px  resize px     top-1     top-5  balanced    loss   images"
-    console.line(header + "   ReaL top-1" if "real_top1" in figures[0] else header)
+    console.line("weights  image px  resize px     top-1     top-5  balanced    loss   images")
     for row in figures:
         top1, top5 = percent(row["top1"], 2), percent(row["top5"], 2)
         line = f"{row['weights']:<7}  {row['image_px']:>8}  {row['resize_px']:>9}  {top1:>8}  {top5:>8}"
-        line += f"  {percent(row['balanced'], 2):>8}  {row['loss']:6.4f}  {row['num_images']:>7}"
-        console.line(line + (f"   {percent(row['real_top1'], 2):>10}" if "real_top1" in row else ""))
+        console.line(f"{line}  {percent(row['balanced'], 2):>8}  {row['loss']:6.4f}  {row['num_images']:>7}")
     if unreadable := figures[0]["num_unreadable"]:
         console.line(f"{unreadable} images could not be read and count as wrong")

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm
 import torch
 from safetensors import SafetensorError
@@ -139,43 +140,22 @@ def largest_difference(model: Logits, other: Logits, sample: Tensor) -> float:
     return worst.item()
 
 
-def model_args_of(config: Config) -> dict[str, Any]:
-    """Return the arguments of timm.create_model, beside name and number of classes; without dropout."""
-    options = {}
-    if config.model.name.startswith("cmt_"):
-        options = config.model.model_dump(include=set(CMT_OPTIONS) - {"attn_drop_rate", "proj_drop_rate"})
-    pretrained_cfg = timm.get_pretrained_cfg(config.model.name)
-    if pretrained_cfg is not None and pretrained_cfg.fixed_input_size:
-        options["img_size"] = config.data.image_px
-    return options
-
-
-def preprocessing_of(config: Config) -> dict[str, Any]:
-    """Return the entries of timm's pretrained_cfg."""
-    data = config.data
-    return {
-        "input_size": [3, data.image_px, data.image_px], "mean": list(data.mean), "std": list(data.std),
-        "crop_pct": crop_pct_of(data.image_px, data.eval_resize_px), "crop_mode": "center",
-        "interpolation": data.eval_interpolation,
-    }  # fmt: skip
-
-
 def _card(
     trained: Trained, weights: Weights, model: nn.Module, differences: dict[str, float], fold_bn: bool
 ) -> str:
     """Return the README.md of the export, from the run's own record."""
-    config = trained.config
-    evaluations = read_run(trained.run).evaluations
+    evaluations, metrics = read_run(trained.run).evaluations, dict[str, float]()
     prefix = "eval_ema" if weights.kind == "ema" else "eval"
-    place = {int(step): place for place, step in enumerate(evaluations["step"])}.get(trained.step)
-    names = {key: f"{prefix}_{key}" for key in ("top1", "top5", "loss") if place is not None}
-    metrics = {key: float(evaluations[name][place]) for key, name in names.items() if name in evaluations}
-    versions = {"cmtrain": __version__, "torch": torch.__version__, "timm": timm.__version__}
-    facts: dict[str, Any] = {"trained": trained, "config": config, "config_yaml": to_yaml(config)}
-    facts |= {"weights": weights.kind, "metrics": metrics, "differences": differences, "fold_bn": fold_bn}
-    facts |= {"num_parameters": sum(p.numel() for p in model.parameters()), "num_classes": model.num_classes}
-    facts["exported_by"] = versions | {"python": platform.python_version()}
-    return make_templates().get_template("model_card.md").render(facts)
+    for place in np.flatnonzero(evaluations["step"] == trained.step):
+        found = {key: evaluations.get(f"{prefix}_{key}") for key in ("top1", "top5", "loss")}
+        metrics = {key: float(column[place]) for key, column in found.items() if column is not None}
+    return make_templates().get_template("model_card.md").render(
+        trained=trained, config=trained.config, config_yaml=to_yaml(trained.config), metrics=metrics,
+        weights=weights.kind, differences=differences, fold_bn=fold_bn, num_classes=model.num_classes,
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        exported_by={"cmtrain": __version__, "torch": torch.__version__, "timm": timm.__version__,
+                     "python": platform.python_version()},
+    )  # fmt: skip
 
 
 # Each of the next functions writes one format and returns the model as it is read back, for comparison.
@@ -187,11 +167,18 @@ def to_timm(folder: Path, model: nn.Module, config: Config, class_names: Sequenc
 
     The parameters of `model` must be contiguous. `class_names` that are not one per output are left out.
     """
-    outputs = {"num_classes": model.num_classes}
-    described: dict[str, Any] = {"pretrained_cfg": preprocessing_of(config) | outputs}
+    data, name, args = config.data, config.model.name, dict[str, Any]()
+    described: dict[str, Any] = {"pretrained_cfg": {
+        "input_size": [3, data.image_px, data.image_px], "mean": list(data.mean), "std": list(data.std),
+        "crop_pct": crop_pct_of(data.image_px, data.eval_resize_px), "crop_mode": "center",
+        "interpolation": data.eval_interpolation, "num_classes": model.num_classes,
+    }}  # fmt: skip
     if class_names and len(class_names) == model.num_classes:
         described["label_names"] = list(class_names)
-    args = model_args_of(config)
+    if name.startswith("cmt_"):  # without dropout
+        args = config.model.model_dump(include=set(CMT_OPTIONS) - {"attn_drop_rate", "proj_drop_rate"})
+    if getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False):
+        args["img_size"] = data.image_px
     save_for_hf(model, str(folder), model_config=described, model_args=args, safe_serialization=True)
     return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
 

@@ -4,10 +4,9 @@ A row is a configuration file, and its run is the one of `cmtrain --config FILE`
 and started again, in part or whole: finished rows are not repeated, and interrupted ones are resumed.
 """
 
-import csv
-import io
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -88,46 +87,43 @@ def read_rows(
     return rows
 
 
-def run_here(rows: Sequence[SweepRow]) -> int:
-    """Train the rows one after another. Returns the exit code: 0, or that of the first row that failed.
+def train_rows(rows: Sequence[SweepRow], script: str | None) -> int:
+    """Train the rows one after another here, or, with the job `script`, submit a SLURM job for each.
 
-    Expected divergence (`expect.diverges`) is no failure. The sweep continues after a row that diverges,
-    misses its accuracy or crashes; missing data, a mistake and a stop request end it.
+    Returns the exit code: 0, or that of the first row that failed. Expected divergence (`expect.diverges`)
+    is no failure. The sweep continues after a row that diverges, misses its accuracy or crashes; missing
+    data, a mistake and a stop request end it. Raises DataError: no SLURM, no such script, or a refused job.
     """
+    if script and not (shutil.which("sbatch") and Path(script).is_file()):
+        missing = f"{script}: no such file" if shutil.which("sbatch") else "sbatch: not found"
+        raise DataError(f"{missing}; --jobs slurm needs it, and a job script such as the sources' {SBATCH}")
     failed = errors.EXIT_DONE
     for row in rows:
+        if script and (read_status(row.run_path) or {}).get("state") == "finished":
+            print_lines(f"row {row.number}: {row.run_path} is finished")
+            continue
         print_lines(f"row {row.number}: {row.run_path} ({row.changes})")
-        code, is_stopped = _call([sys.executable, "-m", "cmtrain", *row.command])
+        command = command_of(row, script)
+        code, is_stopped = _call(command if script else [sys.executable, "-m", *command])
         if is_stopped or code in END_CODES:
             return code
+        if code and script:
+            raise DataError(f"{shlex.join(command)}: exit code {code}")
         if code and not (code == errors.EXIT_DIVERGED and row.config.expect.diverges):
             print_lines(f"row {row.number}: exit code {code}")
             failed = failed or code
     return failed
 
 
-def submit(rows: Sequence[SweepRow], script: str) -> int:
-    """Submit one SLURM job for each row that is neither finished nor queued. Returns the exit code.
-    Raises DataError: there is no SLURM here, no such script, or SLURM refuses a job.
+def command_of(row: SweepRow, script: str | None) -> list[str]:
+    """Return the command that trains `row`, or submits the job `script` for it.
+
+    Such a job begins when earlier ones of the same row have ended, and finds what they did.
     """
-    if not Path(script).is_file():
-        advice = f"give a job script such as the sources' {SBATCH} with --sbatch FILE"
-        raise DataError(f"{script}: no such file; {advice}")
-    for row in rows:
-        name = f"cmtrain-{row.config.run.name}"
-        if (read_status(row.run_path) or {}).get("state") == "finished":
-            print_lines(f"row {row.number}: {row.run_path} is finished")
-        elif queued := _ask(["squeue", "--me", "--noheader", "--format=%i", f"--name={name}"]):
-            print_lines(f"row {row.number}: job {queued.split()[0]} is queued or runs")
-        else:
-            print_lines(f"row {row.number}: {_ask(_sbatch(row, script))}")
-    return errors.EXIT_DONE
-
-
-def commands(rows: Sequence[SweepRow], jobs: str, script: str) -> str:
-    """Return the commands of `run_here` or `submit`, one line per row."""
-    calls = [_sbatch(row, script) if jobs == "slurm" else ["cmtrain", *row.command] for row in rows]
-    return "".join(f"{shlex.join(call)}\n" for call in calls)
+    if script is None:
+        return ["cmtrain", *row.command]
+    name = f"--job-name=cmtrain-{row.config.run.name}"
+    return ["sbatch", name, "--dependency=singleton", script, *row.command]
 
 
 COLUMNS = ("row", "run", "differs in", "published", "measured", "difference", "state", "source")
@@ -135,24 +131,16 @@ NUMBERS = ("row", "published", "measured", "difference")
 LEAST_WIDTH = {"differs in": 110, "source": 180}  # of a terminal that shows these columns, too
 
 
-def table(rows: Sequence[SweepRow], *, as_csv: bool = False) -> str:
-    """Return published and measured top-1 of every row as Markdown: 50.99 %, and the difference in points.
-
-    As CSV they are numbers in percent, and nothing where nothing was measured.
-    """
-    lines = [_cells(row, as_csv=as_csv) for row in rows]
-    if as_csv:
-        text = io.StringIO(newline="")
-        csv.writer(text, lineterminator="\n").writerows([COLUMNS, *lines])
-        return text.getvalue()
+def table(rows: Sequence[SweepRow]) -> str:
+    """Return published and measured top-1 of every row as Markdown, the difference in points."""
     rule = ["---:" if name in NUMBERS else "---" for name in COLUMNS]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in [COLUMNS, rule, *lines])
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in [COLUMNS, rule, *map(_cells, rows)])
 
 
-def print_table(rows: Sequence[SweepRow], *, as_csv: bool) -> None:
+def print_table(rows: Sequence[SweepRow]) -> None:
     """Print the table: on a terminal as many columns as fit, elsewhere `table`."""
-    if as_csv or not sys.stdout.isatty():
-        sys.stdout.write(table(rows, as_csv=as_csv))
+    if not sys.stdout.isatty():
+        sys.stdout.write(table(rows))
         return
     from rich.console import Console
     from rich.table import Table
@@ -163,31 +151,23 @@ def print_table(rows: Sequence[SweepRow], *, as_csv: bool) -> None:
     for name in (COLUMNS[i] for i in shown):
         wraps = name in ("differs in", "state", "source")
         drawn.add_column(name, justify="right" if name in NUMBERS else "left", no_wrap=not wraps)
-    for cells in (_cells(row, as_csv=False) for row in rows):
+    for cells in map(_cells, rows):
         drawn.add_row(*(cells[i] for i in shown))
     console.print(drawn)
 
 
-def _cells(row: SweepRow, *, as_csv: bool) -> list[str]:
+def _cells(row: SweepRow) -> list[str]:
     expect, status = row.config.expect, read_status(row.run_path) or {}
     state, result = _state(row, status), status.get("result") or {}
     # As the run itself reports: of model and EMA the better one.
     reached = [top1 for key in ("top1", "ema_top1") if is_number(top1 := result.get(key))]
-
-    def share(value: float) -> str:
-        return f"{100 * value:.2f}" if as_csv else percent(value, 2)
-
-    published = "diverged" if expect.diverges else "" if expect.top1 is None else share(expect.top1)
-    measured = difference = ""
+    published = "diverged" if expect.diverges else "" if expect.top1 is None else percent(expect.top1, 2)
+    measured, difference = "not a whole run" if is_part(status) else "-", ""
     if state == "finished" and reached:
-        measured = share(max(reached))
-        points = "" if as_csv else " points"
-        difference = "" if expect.top1 is None else f"{100 * (max(reached) - expect.top1):+.2f}{points}"
-    elif not as_csv:
-        measured = "not a whole run" if is_part(status) else "-"
-    name = str(row.config.run.name)
-    cells = [str(row.number), name, row.changes, published, measured, difference, state, expect.source or ""]
-    return list(map(visible, cells))
+        measured = percent(max(reached), 2)
+        difference = "" if expect.top1 is None else f"{100 * (max(reached) - expect.top1):+.2f} points"
+    found = row.changes, published, measured, difference, state, expect.source or ""
+    return [visible(cell) for cell in (row.number, row.run_path.name, *found)]
 
 
 def _state(row: SweepRow, status: dict[str, Any]) -> str:
@@ -246,19 +226,3 @@ def _call(command: Sequence[str]) -> tuple[int, bool]:
         for number, handler in previous.items():
             signal.signal(number, handler)
     return 128 - code if code < 0 else code, bool(received)
-
-
-def _sbatch(row: SweepRow, script: str) -> list[str]:
-    return ["sbatch", "--parsable", f"--job-name=cmtrain-{row.config.run.name}", script, *row.command]
-
-
-def _ask(command: Sequence[str]) -> str:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603 - no shell
-    except FileNotFoundError as error:
-        advice = "--jobs slurm needs SLURM's commands on this machine"
-        raise DataError(f"{command[0]}: not found; {advice}") from error
-    except subprocess.CalledProcessError as error:
-        why = error.stderr.strip() or f"exit code {error.returncode}"
-        raise DataError(f"{shlex.join(command)}: {why}") from error
-    return done.stdout.strip()

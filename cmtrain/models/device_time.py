@@ -96,10 +96,8 @@ def _works(call: Call) -> Iterator[Work]:
 
 
 def _convolution(call: Call, is_backward: bool) -> Iterator[Work]:
-    (images, weight), result = (
-        call.inputs[is_backward:][:2],
-        [*call.outputs[:1], call.inputs[0]][is_backward],
-    )
+    images, weight = call.inputs[is_backward:][:2]
+    result = call.inputs[0] if is_backward else call.outputs[0]
     (out_channels, inner, *window), numbers = weight, math.prod(result)
     if inner == 1 < images[1]:
         asked = numbers * math.prod(window) * TAP_INSTRUCTIONS, 0.0

@@ -127,13 +127,12 @@ def test_demo_and_bench_pass_their_options_on(calls):
     assert config == load_config("configs/demo.yaml", [("data.threads", "2")]).config
     assert (options.what, options.steps, options.rounds, options.json) == ("loader", 7, 5, "f.json")
     assert options.beside == ["resnet50", "efficientnet_b0"]
-    assert options.compare is options.fail_below is None
 
 
-def test_bench_may_ask_for_more_than_before_and_run_beside_nothing(calls):
-    assert main(["bench", "--beside", "", "--compare", "f.json", "--fail-below", "1.1"]) == 4
+def test_bench_may_run_beside_nothing(calls):
+    assert main(["bench", "--beside", ""]) == 4
     ((_, (_, options), _),) = calls
-    assert (options.beside, options.fail_below) == ([], 1.1)
+    assert options.beside == []
 
 
 @pytest.mark.parametrize(
@@ -162,7 +161,6 @@ def test_bench_may_ask_for_more_than_before_and_run_beside_nothing(calls):
         (["eval", "x", "--json", "no/x.json"], "--json: no/x.json: must be a file, in a folder that exists"),
         (["data", "check", "x", "--out", "."], "--out: .: must be a file, in a folder that exists"),
         (["data", "check", "x", "--max-bad-fraction", "nan"], "--max-bad-fraction: must be a share 0..1, got nan"),
-        (["bench", "--compare", "x", "--fail-below", "nan"], "--fail-below: must be a factor 0..1000, got nan"),
         (["data", "preview", "--epoch", "-1"], "--epoch: must be a whole number >= 0, got -1"),
         (["predict", "small"], "cmtrain predict: the following arguments are required: IMAGES; see cmtrain predict --help"),
         (["predict", "x", "a.jpg", "--top", "0"], "--top: must be a whole number >= 1, got 0"),
@@ -217,8 +215,7 @@ def test_invalid_choice_is_one_line(capsys, option, choice):
 
 
 def test_a_prediction_is_of_the_model_alone(capsys):
-    line = "--predict: needs --what model, and does not go with --compare"
-    assert refusal(capsys, "bench", "--predict", "h200") == line
+    assert refusal(capsys, "bench", "--predict", "h200") == "--predict: needs --what model"
 
 
 @pytest.mark.parametrize(("error", "code"), [(ConfigError("a: b"), 2), (DataError("a: b"), 3)])

@@ -11,9 +11,8 @@ import pytest
 import torch
 from helpers.runs import Forked, Job
 
-from cmtrain.commands import doctor, doctor_checks
-from cmtrain.commands.doctor import worst
-from cmtrain.commands.doctor_checks import CheckResult, checkpoint_bytes, pairing
+from cmtrain.commands import doctor
+from cmtrain.commands.doctor import CheckResult, checkpoint_bytes, pairing, worst
 from cmtrain.config.load import load_config
 from cmtrain.processes import gpus
 from cmtrain.storage.run_folder import RunLock
@@ -54,8 +53,8 @@ def test_a_machine_that_can_train_passes_and_nothing_is_left_behind(make_job):
 
 def test_all_ranks_check_and_one_reports(make_job):
     found = examined(make_job(), code=0, nproc=2)
-    assert found["ranks"]["found"].startswith("2 on 1 host(s)")
-    assert found["all-reduce"]["found"] == "gloo over 2 rank(s): sum of ones is 2"
+    same = "2 on 1 host(s): same code and configuration; gloo's sum of ones is 2; same time"
+    assert found["ranks"]["found"] == same
 
 
 def test_everything_that_is_missing_is_reported_at_once(make_job, tmp_path):
@@ -118,17 +117,15 @@ def test_the_gravest_result_of_all_ranks_is_shown():
 def test_a_package_that_is_too_old_is_named(monkeypatch):
     installed = metadata.version
     monkeypatch.setattr(metadata, "version", lambda name: "0.9.1" if name == "timm" else installed(name))
-    result = doctor_checks.packages()
+    result = doctor.packages()
     assert result.verdict == "fail"
     assert result.found == "needs timm>=1.0.20, not 0.9.1"
 
 
 def test_wrong_pixels_are_noticed(monkeypatch):
-    made = doctor_checks.Image.new
-    monkeypatch.setattr(
-        doctor_checks.Image, "new", lambda mode, size, colour: made(mode, size, colour[::-1])
-    )
-    result = doctor_checks.decode_on_cpu()
+    made = doctor.Image.new
+    monkeypatch.setattr(doctor.Image, "new", lambda mode, size, colour: made(mode, size, colour[::-1]))
+    result = doctor.decode_on_cpu()
     assert result.verdict == "fail"
     assert "came out as" in result.found
 
@@ -157,15 +154,15 @@ def test_a_disk_too_small_for_the_checkpoints_fails(make_job, monkeypatch, tmp_p
     ):  # 3 newest, 3 milestones, the best, the next
         usage = shutil._ntuple_diskusage(10**12, 10**12 - free, free)
         monkeypatch.setattr(shutil, "disk_usage", lambda path, usage=usage: usage)
-        assert doctor_checks.disk(config, tmp_path / "runs" / "a", 3).verdict == verdict
+        assert doctor.disk(config, tmp_path / "runs" / "a", 3).verdict == verdict
 
 
 def test_fp16_needs_a_gpu(monkeypatch):
     monkeypatch.setattr(gpus, "visible_gpus", lambda: 0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert doctor_checks.gpus("auto").verdict == "warn"
+    assert doctor.gpus("auto").verdict == "warn"
     for precision in ("fp16", "tf32"):
-        result = doctor._result(lambda precision=precision: doctor_checks.gpus(precision))
+        result = doctor._result(lambda precision=precision: doctor.gpus(precision))
         assert result.verdict == "fail"
         assert f"{precision} needs a CUDA device" in result.found
 
@@ -175,7 +172,7 @@ def test_gpus_that_torch_cannot_use_are_a_failure_with_its_cause(monkeypatch):
     monkeypatch.setattr(gpus, "cuda_of_driver", lambda: 11040)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", "12.8")
-    result = doctor_checks.gpus("auto")
+    result = doctor.gpus("auto")
     assert result.verdict == "fail"
     assert "the driver is for 11.4" in result.found
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -183,10 +180,10 @@ def test_gpus_that_torch_cannot_use_are_a_failure_with_its_cause(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_80", "sm_90"])
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Tesla V100")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 0))
-    assert "has no code for Tesla V100 (sm_70)" in doctor_checks.gpus("auto").found
+    assert "has no code for Tesla V100 (sm_70)" in doctor.gpus("auto").found
 
 
 def test_a_machine_without_dali_is_named_as_such(monkeypatch):
-    monkeypatch.setattr(doctor_checks, "dali_flavours", list)
-    assert doctor_checks.packages().found.endswith(", no DALI installed")
+    monkeypatch.setattr(doctor, "dali_flavours", list)
+    assert doctor.packages().found.endswith(", no DALI installed")
     assert pairing(13000, "13.2", []).found == "no DALI installed"

@@ -1,4 +1,4 @@
-"""Evaluate a run as it did itself, and with other sizes, images and labels (`cmtrain eval`)."""
+"""Evaluate a run as it did itself, and with other sizes and images (`cmtrain eval`)."""
 
 import csv
 import json
@@ -16,15 +16,14 @@ from helpers.runs import Forked, flip
 from PIL import Image
 
 from cmtrain.cli.main import main
-from cmtrain.commands import evaluate as evaluate_command
-from cmtrain.commands.evaluate import imagenet_numbers, real_accuracy, real_labels, sizes_of
+from cmtrain.commands.evaluate import sizes_of
 from cmtrain.commands.trained_model import open_trained
 from cmtrain.config.load import load_config
 from cmtrain.errors import ConfigError
-from cmtrain.step.evaluate import Evaluation, evaluate
+from cmtrain.step.evaluate import evaluate
 from cmtrain.training.loaders import open_val
 from pipelines.preview import TILE_PX
-from pipelines.spec import UNREADABLE, Batch, DataError
+from pipelines.spec import UNREADABLE, Batch
 
 
 def run_eval(job, *arguments, code=0):
@@ -165,49 +164,6 @@ def test_names_are_taken_before_numbers(tmp_path):
     assert set(open_val(config, names, str(tmp_path / "packed" / "val")).labels.tolist()) == {2, 3}
 
 
-def test_imagenet_real(monkeypatch):
-    """Four of ImageNet's validation images, in another order; the second one has no real label."""
-    real = {1: [5], 2: [], 3: [7, 8], 4: [9]}
-    files = [f"/data/val/n01/ILSVRC2012_val_{number:08d}.JPEG" for number in (3, 2, 1, 4)]
-
-    class Labels:
-        def __init__(self, filenames):
-            self.filenames = filenames
-            self.real_labels = {f"ILSVRC2012_val_{i:08d}.JPEG": labels for i, labels in real.items()}
-
-    class Images(list):
-        file = list.__getitem__
-
-    monkeypatch.setattr(evaluate_command, "NUM_REAL_FILES", 4)
-    monkeypatch.setattr(evaluate_command, "RealLabelsImagenet", Labels)
-    ranked = torch.tensor([[8, 0], [1, 0], [5, 0], [0, 9]])
-    result = Evaluation(0.0, 0.0, 0.0, 4, ranked=ranked)
-    assert real_accuracy(real_labels(Images(files)), result, range(10)) == pytest.approx(2 / 3)
-    swapped = [5, 1, 2, 3, 4, 8, 6, 7, 9, 0]  # as where folders are named by numbers, in the order of text
-    assert real_accuracy(real_labels(Images(files)), result, swapped) == 0
-    with pytest.raises(DataError, match="no validation image of ImageNet"):
-        real_labels(Images([*files[:3], "/data/x.jpg"]))
-    with pytest.raises(DataError, match="here are 3"):
-        real_labels(Images(files[:3]))
-
-
-def test_real_labels_are_numbers_of_imagenets_classes():
-    numbers = tuple(sorted(map(str, range(1000))))  # in the order of text: 0, 1, 10, 100
-    assert imagenet_numbers(numbers)[2] == 10
-    synsets = [f"n{number:08d}" for number in range(1000)]
-    assert imagenet_numbers(synsets) == list(range(1000))
-    for names in (numbers[:-1], [*numbers[:-1], "1000"], [f"class {number}" for number in range(1000)]):
-        with pytest.raises(DataError, match=r"--real: .* are neither 0 to 999 nor such as n01440764"):
-            imagenet_numbers(names)
-
-
-def test_the_real_labels_that_timm_ships():
-    files = [f"ILSVRC2012_val_{number:08d}.JPEG" for number in range(1, 50_001)]
-    labels = evaluate_command.RealLabelsImagenet(files).real_labels
-    assert len(labels) == 50_000
-    assert sum(not each for each in labels.values()) == 3_163  # the paper's 46,837 images have one
-
-
 def test_ranked_classes_lie_at_their_images_place():
     logits = torch.randn(7, 6)
     batches = [
@@ -229,7 +185,6 @@ def test_what_cannot_be_evaluated_is_refused_in_one_line(trained):
     job("--run.name", "plain", "--ema.decay", "null", "--max-steps", "1")
     assert "it has no ema weights" in run_eval(job, "runs/plain", "--weights", "ema", code=3)
     assert len(run_eval(job, "runs/plain")["results"]) == 1
-    assert "--real: has labels of ImageNet's 50000" in run_eval(job, "runs/job", "--real", code=3)
     assert "of which run?" in run_eval(job, code=2)
     assert "must be a share 0..1" in run_eval(job, "runs/job", "--expect", "75", code=2)
     assert "--image-px: must be a whole number" in run_eval(job, "runs/job", "--image-px", "big", code=2)

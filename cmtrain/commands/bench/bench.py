@@ -2,16 +2,14 @@
 
 Machines are shared and noisy, so all rates are taken in one process, one after the other, and the verdict is
 their ratio. Steps are timed by a host clock, with the device drained before and after the whole region,
-never inside it. Compare with an earlier run (`--compare`) on the same quiet machine only.
+never inside it.
 """
 
 import argparse
 import itertools
-import json
 import statistics
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,27 +22,24 @@ from cmtrain.commands.bench.models import Setup, against_ceilings, time_models
 from cmtrain.commands.bench.predict import predict
 from cmtrain.commands.bench.timing import WARMUP_STEPS, Figures, Rows, drain, endless, write_report
 from cmtrain.config.schema import Config
-from cmtrain.errors import EXIT_DONE, EXIT_EXPECTATION
+from cmtrain.errors import EXIT_DONE
 from cmtrain.monitoring.console import announced_parts, print_result
 from cmtrain.monitoring.units import percent
 from cmtrain.step.learner import Learner
 from cmtrain.training import build, loaders
 from pipelines.files.manifest import Manifest
-from pipelines.spec import Batch, DataError, Loader, print_lines
+from pipelines.spec import Batch, Loader, print_lines
 
 # A loader this much faster than the step keeps it fed through jitter.
 COMFORTABLE_RATIO = 1.2
 # A host that is busy for this share of a step does not run ahead of the device.
 HOST_SHARE = 0.9
 LOST_PERCENT = 20.0  # of a step: a loader that costs more is slow beside the model, however fast alone
-# An earlier report must have these in common with a new one.
-SAME = ("what", "device", "precision", "compiled", "model", "image_px", "batch", "world_size")
 # key of a row -> header of its column and unit of its number
 COLUMNS = {
     "images_per_second": ("images/s", ""), "step_ms_mean": ("ms per step", ""), "ms_p50": ("median ms", ""),
-    "ms_p95": ("95 % within, ms", ""), "ms": ("ms", ""),
     "data_wait_percent": ("lost to loading", " %"), "first_is_times": ("first is", " x as fast"),
-    "uses": ("of the machine's best", ""), "times_earlier": ("earlier rate", " x"),
+    "uses": ("of the machine's best", ""), "ms": ("ms", ""),
     "launches": ("launches", ""), "mb": ("MB", ""), "bound": ("bound by", ""),
 }  # fmt: skip
 USES = {
@@ -53,42 +48,35 @@ USES = {
 }  # fmt: skip
 KEYS = {
     "model": ("images_per_second", "ms_p50", "first_is_times", "uses"),
-    "latency": ("images_per_second", "ms_p50", "ms_p95", "first_is_times"),
     "predict": ("launches", "mb", "ms", "bound"),
 }
 RUN_KEYS = ("images_per_second", "step_ms_mean", "data_wait_percent", "uses")
-NUM_PARTS = {"loader": 1, "model": 3, "latency": 2, "all": 4, "train": 1}
+NUM_PARTS = {"loader": 1, "model": 3, "all": 4, "train": 1}
 
 
 def bench(config: Config, options: argparse.Namespace) -> int:
     """Measure `options.what` with the recipe of `config`, by the `options` of `cmtrain bench`.
 
     Prints its parts and a table on stderr, one JSON line on stdout, and what is known so far into a file.
-    Returns the exit code: 0, or 5 if a rate is below `fail_below` times the one in the report `compare`.
-    Raises as training does, and DataError: an earlier run that cannot be compared.
+    Returns the exit code, 0. Raises as training does.
     """
     what = options.what
     if options.predict:
         return _finish(predict(config, options.predict), options.json)
-    earlier = _read_earlier(options.compare) if options.compare else None
     accelerator = build.make_accelerator(config.train.precision)
     threads = loaders.split_threads(config, accelerator.device)
     data = loaders.open_data(config, accelerator)
     schedule = build.plan_steps(config, len(data.train), accelerator.num_processes)
     num_classes = loaders.num_classes_of(config, data.train)
     setup = Setup(config, accelerator, schedule, num_classes, options.steps, options.rounds)
-    if what in ("model", "latency"):
-        rows = time_models(setup, options.beside, one_image=what == "latency")
-    else:
-        rows = _time_run(what, setup, data.train)
+    rows = time_models(setup, options.beside) if what == "model" else _time_run(what, setup, data.train)
     figures: Figures = {}
     report: dict[str, Any] = {
         "what": what,
         "device": torch.cuda.get_device_name() if accelerator.device.type == "cuda" else "cpu",
         "precision": build.precision_of(accelerator),
         "compiled": config.train.compile and config.train.compile_mode, "model": config.model.name,
-        "image_px": config.data.image_px,
-        "batch": 1 if what == "latency" else schedule.micro_batch_size * schedule.accumulation,
+        "image_px": config.data.image_px, "batch": schedule.micro_batch_size * schedule.accumulation,
         "world_size": accelerator.num_processes, "decode_threads": threads,
         "torch_threads": torch.get_num_threads(),
         "versions": {"cmtrain": __version__, "torch": torch.__version__}, "figures": figures,
@@ -102,11 +90,7 @@ def bench(config: Config, options: argparse.Namespace) -> int:
             figures[name] = row
             write_report(options.json if accelerator.is_main_process else None, report)
     report["verdict"] = verdict(figures)
-    below = _compare(report, earlier, options.fail_below) if earlier else []
-    if accelerator.is_main_process:
-        _finish(report, options.json)
-        print_lines(*below)
-    return EXIT_EXPECTATION if below else EXIT_DONE
+    return _finish(report, options.json) if accelerator.is_main_process else EXIT_DONE
 
 
 def _finish(report: dict[str, Any], path: str | None) -> int:
@@ -171,43 +155,12 @@ def verdict(figures: Figures) -> str:
     return f"limited by {limit}; {feeds}"
 
 
-def _read_earlier(path: str) -> dict[str, Any]:
-    try:
-        earlier = json.loads(Path(path).read_text())
-        if not isinstance(earlier, dict) or not isinstance(earlier.get("figures"), dict):
-            raise ValueError("no figures in it")
-    except (OSError, ValueError) as error:
-        raise DataError(f"--compare: {path}: no report of cmtrain bench: {error}") from error
-    return earlier
-
-
-def _compare(report: dict[str, Any], earlier: dict[str, Any], fail_below: float | None) -> list[str]:
-    """Add `times_earlier` to each row with a rate in both; return one line for each below `fail_below`.
-    Raises DataError: the two reports are about different work or different kinds of device.
-    """
-    pairs = ((key, earlier.get(key), report[key]) for key in SAME)
-    if others := [f"{key} {before} -> {now}" for key, before, now in pairs if before != now]:
-        raise DataError(f"--compare: of another benchmark: {', '.join(others)}")
-    below = []
-    for name, row in report["figures"].items():
-        before = earlier["figures"].get(name, {}).get("images_per_second")
-        if before and "images_per_second" in row:
-            times = row["times_earlier"] = row["images_per_second"] / before
-            if fail_below is not None and times < fail_below:
-                below.append(f"{name}: {times:.3f} times the earlier rate, less than {fail_below:g}")
-    return below
-
-
 def _time_loader(loader: Loader, setup: Setup) -> dict[str, float]:
-    def read(steps: int) -> int:
-        count = steps * setup.schedule.accumulation
-        return sum(len(batch.labels) for batch in itertools.islice(batches, count))
-
-    batches = endless(loader)
-    read(WARMUP_STEPS)
+    sizes, per_step = (len(batch.labels) for batch in endless(loader)), setup.schedule.accumulation
+    sum(itertools.islice(sizes, WARMUP_STEPS * per_step))
     drain(setup.device)
     begin = time.perf_counter()
-    images = read(setup.steps)
+    images = sum(itertools.islice(sizes, setup.steps * per_step))
     drain(setup.device)
     return {"images_per_second": images / (time.perf_counter() - begin)}
 
@@ -240,8 +193,7 @@ def _time_steps(learner: Learner, batches: Iterator[Batch], setup: Setup) -> dic
 def _show(report: dict[str, Any]) -> None:
     """Print five columns with their units; the JSON has all figures."""
     console, figures = Console(stderr=True, highlight=False), report["figures"]
-    compared = any("times_earlier" in row for row in figures.values())
-    keys = [*KEYS.get(report["what"], RUN_KEYS), *["times_earlier"] * compared]
+    keys = KEYS.get(report["what"], RUN_KEYS)
     title = "{model} at {image_px} px, {precision}, {device}, batch {batch}".format(**report)
     columns = (Column(COLUMNS[key][0], justify="right") for key in keys)
     first = "predicted" if report["what"] == "predict" else "measured"

@@ -1,11 +1,12 @@
-"""Time a model beside well-known ones, through the same step (`cmtrain bench --what model` and `latency`).
+"""Time a model beside well-known ones, through the same step (`cmtrain bench --what model`).
 
 Batches are synthetic and lie ready on the device.
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from accelerate import Accelerator
@@ -54,36 +55,33 @@ class Setup:
         return itertools.repeat(Batch(images, indices % self.num_classes, indices))
 
 
-def time_models(setup: Setup, beside: Sequence[str], *, one_image: bool = False) -> Rows:
+def time_models(setup: Setup, beside: Sequence[str]) -> Rows:
     """Time training and inference of the configuration's model and of the timm models `beside` it.
 
-    Yields rows "NAME train" and "NAME infer" as of Contender.figures and against_ceilings, and "machine";
-    for `one_image` such rows "NAME", of inference of a single image.
+    Yields rows "NAME train" and "NAME infer" as of Contender.figures and against_ceilings, and "machine".
     """
     config, accelerator = setup.config, setup.accelerator
     yield "setting up", {}
     names = dict.fromkeys([config.model.name, *beside])
     learners = {name: setup.make_learner(with_model(config, name)) for name in names}
     batches = setup.synthetic_batches()
-    images = next(batches).images[: 1 if one_image else None]
+    images = next(batches).images
     ceilings = measure_ceilings(setup.device, setup.dtype)
     step_images = setup.schedule.micro_batch_size * setup.schedule.accumulation
-    for mode in ("infer",) if one_image else ("train", "infer"):
+    for mode in ("train", "infer"):
         yield f"{mode}: {', '.join(names)}, {setup.rounds} rounds of {setup.steps} steps each", {}
         contenders = []
         for name, learner in learners.items():
-            if mode == "train":
-                work, size = _training(learner, batches, config.optim.lr), step_images
-            else:
-                work, size = inference(learner.model, images, accelerator), len(images)
+            work, size = partial(_train, learner, batches, itertools.count(), config.optim.lr), step_images
+            if mode == "infer":
+                work, size = partial(_infer, learner.model.eval(), images, accelerator), len(images)
             contenders.append(Contender(name, size, work))
         race(contenders, setup.device, steps=setup.steps, rounds=setup.rounds)
         for contender in contenders:
             row = contender.figures(contenders[0])
             row |= against_ceilings(setup, contender.name, mode, row["images_per_second"], ceilings)
-            yield contender.name if one_image else f"{contender.name} {mode}", row
-    if not one_image:
-        yield "machine", ceilings
+            yield f"{contender.name} {mode}", row
+    yield "machine", ceilings
 
 
 def against_ceilings(setup: Setup, name: str, mode: str, images_per_second: float, ceilings: Row) -> Row:
@@ -109,22 +107,11 @@ def with_model(config: Config, name: str) -> Config:
     return config if name == config.model.name else config.model_copy(update={"model": Model(name=name)})
 
 
-def inference(model: nn.Module, images: Tensor, accelerator: Accelerator) -> Callable[[], object]:
-    """Return a function that passes `images` through `model` once, in the precision of `accelerator`."""
-    model.eval()
-
-    def infer() -> None:
-        with torch.inference_mode(), accelerator.autocast():
-            model(images)
-
-    return infer
+def _infer(model: nn.Module, images: Tensor, accelerator: Accelerator) -> None:
+    with torch.inference_mode(), accelerator.autocast():
+        model(images)
 
 
-def _training(learner: Learner, batches: Iterator[Batch], lr: float) -> Callable[[], object]:
-    steps = itertools.count()
-
-    def step() -> None:
-        learner.step(batches, next(steps), lr)
-        learner.buffer.clear()  # nobody reads it here
-
-    return step
+def _train(learner: Learner, batches: Iterator[Batch], steps: Iterator[int], lr: float) -> None:
+    learner.step(batches, next(steps), lr)
+    learner.buffer.clear()  # nobody reads it here
