@@ -9,7 +9,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -35,19 +35,17 @@ MAX_MEAN_LEVELS = 2.5
 _UNTRIED = "untried"  # begins an answer
 
 
-def choose_decode(
-    place: Placement, probe: Callable[[Placement, Decode], str] | None = None
-) -> tuple[Decode, list[str]]:
+def choose_decode(place: Placement) -> tuple[Decode, list[str]]:
     """Return the fastest way to decode that works on `place.device`, and one line for each that does not.
 
-    Begins with the way that `place.decode` names; "auto" is the fastest one. `probe` is for tests.
+    Begins with the way that `place.decode` names; "auto" is the fastest one.
     """
     if not str(place.device).startswith("cuda"):
         return "cpu", []
     first = 0 if place.decode == "auto" else WAYS.index(place.decode)
     lines: list[str] = []
     for way, fallback in pairwise(WAYS[first:]):
-        fault = (probe or fault_of)(place, way)
+        fault = fault_of(place, way)
         if not fault:
             return way, lines
         if fault.startswith(_UNTRIED):

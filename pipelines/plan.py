@@ -141,7 +141,7 @@ class Plan:
         """Return independent uniforms in [0, 1) for every sample of the batch, (B, num_streams)."""
         # Keyed by sample and copy, never by position: a sample keeps its pixels wherever it lands.
         copies = batch.copies.astype(np.uint64)
-        states = _mix(_states(self.seed, _AUGMENT_DOMAIN, batch.epoch, batch.indices) ^ _mix(copies))
+        states = _mix(sample_keys(self.seed, _AUGMENT_DOMAIN, batch.indices, batch.epoch) ^ _mix(copies))
         counters = np.arange(1, num_streams + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
         words = _mix(states[:, None] + counters)  # (B,) -> (B, streams)
         return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
@@ -215,11 +215,6 @@ def jitter_params(u: Floats, strength: float) -> JitterParams:
     return JitterParams(_JITTER_BRANCHES[operations], np.stack(pairs, axis=2).astype(np.float32))
 
 
-def sample_keys(seed: int, domain: int, indices: Ints) -> Words:
-    """Return one 64-bit hash per index, for choices that belong to no epoch (a subset of the samples)."""
-    return _states(seed, domain, 0, indices)
-
-
 # Two entries: the epoch being trained and the one whose first batches are already in flight.
 @lru_cache(maxsize=2)
 def _order(
@@ -228,12 +223,12 @@ def _order(
     """Return the samples of an epoch in order, and which copy of its sample each is, (num_samples,) both."""
     # Sorting by our own hash, because numpy does not promise the same permutations in all versions.
     everyone = np.arange(num_samples)
-    shuffled = np.argsort(_states(seed, _ORDER_DOMAIN, epoch, everyone), kind="stable")
+    shuffled = np.argsort(sample_keys(seed, _ORDER_DOMAIN, everyone, epoch), kind="stable")
     if sampling is None:
         order = np.repeat(shuffled[: -(-num_samples // repeats)], repeats)[:num_samples]
         copies = everyone % repeats
     else:
-        keys = _states(seed, _DRAW_DOMAIN, epoch, everyone)
+        keys = sample_keys(seed, _DRAW_DOMAIN, everyone, epoch)
         offset = (keys[0] >> np.uint64(11)) * 2.0**-53
         drawn, again = _draw_classes(shuffled, sampling, offset)
         again_shuffled = np.argsort(keys, kind="stable")
@@ -261,7 +256,8 @@ def _draw_classes(shuffled: Ints, sampling: ClassSampling, offset: float) -> tup
     return by_class[(np.cumsum(counts) - counts)[classes] + place], copies
 
 
-def _states(seed: int, domain: int, epoch: int, indices: Ints) -> Words:
+def sample_keys(seed: int, domain: int, indices: Ints, epoch: int = 0) -> Words:
+    """Return one 64-bit hash per index; epoch 0 also where a choice belongs to none, as of a subset."""
     key = np.zeros(1, np.uint64)
     for part in (seed, domain, epoch):
         key = _mix(key ^ np.uint64(part))

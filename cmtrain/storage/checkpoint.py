@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cmtrain.storage.records import CORRUPT, delete, replace_file, retried
+from cmtrain.storage.records import CORRUPT, replace_file, retried
 from cmtrain.storage.state_file import CheckpointError, Digest, open_regular, read_state, verify, write_state
-from pipelines.atomic import new_folder
+from pipelines.atomic import delete, new_folder
 
 MAX_MANIFEST_BYTES = 2**20  # a full one has 4 kB
 TEMPORARY, DOOMED = ".tmp-", ".del-"

@@ -13,7 +13,6 @@ import json
 import math
 import os
 import re
-import shutil
 import stat
 import time
 from collections.abc import Callable, Mapping
@@ -22,7 +21,7 @@ from typing import Any, ParamSpec, TypeGuard, TypeVar
 
 from pydantic_core import from_json
 
-from pipelines.atomic import replacing
+from pipelines.atomic import delete, replacing
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -131,14 +130,6 @@ def remove_leftovers(folder: Path, *names: str) -> None:
             pid, age_seconds = int(found[2]), time.time() - path.lstat().st_mtime
             if pid == os.getpid() or not is_running(pid) or age_seconds > STALE_SECONDS:
                 delete(path)
-
-
-def delete(path: Path) -> None:
-    """Delete a file or folder, and never what a symbolic link in its place, or in it, leads to."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink()
 
 
 def is_running(pid: int) -> bool:

@@ -108,18 +108,6 @@ def _times(image: Node, factor: Node) -> Node:
 
 
 @do_not_convert
-def sharpen(image: Node, kernel: Node) -> Node:
-    """Blend with the smoothed image, as one filter. Unlike Pillow, it changes the outermost pixels, too."""
-    return _filter(image, beside(image, kernel))
-
-
-@do_not_convert
-def blur(image: Node, sigma_px: Node) -> Node:
-    """Blur with a Gaussian. Pillow's box filters come near; they repeat the border, this mirrors it."""
-    return fn.gaussian_blur(image, sigma=sigma_px)
-
-
-@do_not_convert
 def equalize(image: Node) -> Node:
     """Equalise the histogram as Pillow, with OpenCV's operator.
 
@@ -161,13 +149,13 @@ def rand_augment_layer(
     if branch == int(Branch.SATURATE):
         image = saturate(image, factors[0])
     if branch == int(Branch.SHARPEN):
-        image = sharpen(image, kernel)
+        image = _filter(image, beside(image, kernel))  # unlike Pillow, it changes the outermost pixels, too
     if branch == int(Branch.EQUALIZE):
         image = equalize(image)
     if branch == int(Branch.AUTO_CONTRAST):
         image = auto_contrast(image)
     if blurs and branch == int(Branch.BLUR):
-        image = blur(image, factors[0])
+        image = fn.gaussian_blur(image, sigma=factors[0])  # mirrors the border; Pillow's boxes repeat it
     return image
 
 

@@ -37,7 +37,10 @@ def resize_into(out: Pixels, image: Pixels, interpolation: Interpolation) -> Non
 
 
 class OneGraph:
-    """A graph from files to normalised images; at most `Execution.prefetch_batches` are in the making."""
+    """A graph from files to normalised images; at most `Execution.prefetch_batches` are in the making.
+
+    `source` as for `graphs.file_graph`.
+    """
 
     def __init__(self, source: Source, spec: AugmentSpec | EvalSpec, run: Execution) -> None:
         self._pipeline, self._device_id = graphs.file_graph(source, spec, run), run.device_id
@@ -113,14 +116,6 @@ class TwoGraphs:
 
         tuple(self._threads.map(resize_chunk, range(0, len(images), CHUNK)))
         return resized
-
-
-Stages = OneGraph | TwoGraphs
-
-
-def make_stages(source: Source, spec: AugmentSpec | EvalSpec, run: Execution) -> Stages:
-    """Return the stages of a loader; `source` as for `graphs.file_graph`."""
-    return TwoGraphs(source, spec, run) if run.device == "cpu" else OneGraph(source, spec, run)
 
 
 def _fetch_output(pipeline: Pipeline, device_id: int | None) -> torch.Tensor:
