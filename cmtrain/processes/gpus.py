@@ -101,10 +101,7 @@ def why_unusable() -> str:
 
 
 def why_unavailable(torch_cuda: str | None, driver: int | None) -> str:
-    """Return what torch lacks to use a GPU; "" if that is not known.
-
-    `torch_cuda`: as torch.version.cuda, such as 13.2. `driver`: as from cuda_of_driver.
-    """
+    """Return what torch, of torch.version.cuda, lacks to use a GPU of `driver`; "" if that is not known."""
     if torch_cuda is None:
         return f"is built without CUDA: install {packages_for(driver or 13000)}"
     if driver is None:
