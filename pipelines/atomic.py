@@ -43,10 +43,7 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
 
 @contextmanager
 def new_folder(final: Path, temporary: Path) -> Iterator[None]:
-    """Publish as `final`, by one rename, the folder `temporary`, made here and filled by the caller.
-
-    The caller syncs the files. An error in its block is raised again, and leaves no folder behind.
-    """
+    """Publish as `final`, by a rename, the folder `temporary`, made here; the caller fills and syncs it."""
     try:
         temporary.mkdir(parents=True)
         yield

@@ -57,10 +57,7 @@ def choose_decode(place: Placement) -> tuple[Decode, list[str]]:
 def fault_of(
     place: Placement, decode: Decode, *, max_seconds: float = MAX_SECONDS, program: Sequence[str] = ()
 ) -> str:
-    """Return what is wrong with a way to decode on `place.device`, "" if nothing is.
-
-    `program`: the command that decodes and compares; this file if empty.
-    """
+    """Return what is wrong with a way to decode on `place.device`, "" if nothing; `program` is for tests."""
     request = {"decode": decode, "device": str(place.device), "load": place.hw_decoder_load}
     request |= {"threads": min(place.threads, 4), "max_seconds": max_seconds}
     command = [*(program or (sys.executable, "-P", "-m", __name__)), json.dumps(request)]

@@ -80,10 +80,7 @@ def save_checkpoint(root: Path, step: int, state: dict[str, Any], meta: dict[str
 
 
 def load_checkpoint(path: Path) -> Loaded:
-    """Verify and load one checkpoint folder, onto the CPU; trouble of the machine is tried again.
-
-    Raises as read_state, or OldFormatError.
-    """
+    """Verify and load one checkpoint folder, onto the CPU. Raises as read_state, or OldFormatError."""
     digest, meta = retried(_read_manifest, path)
     return Loaded(path, retried(read_state, path / _STATE, digest), meta)
 

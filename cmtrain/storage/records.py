@@ -40,13 +40,10 @@ class DamagedRecordError(ValueError):
 
 
 class Losses:
-    """What this process could not write, of the records that a run can do without.
-
-    `counts`: a line for each kind of loss -> how often.
-    """
+    """What this process could not write, of the records that a run can do without."""
 
     def __init__(self) -> None:
-        self.counts: dict[str, int] = {}
+        self.counts: dict[str, int] = {}  # a line for each kind of loss -> how often
         self._news: list[str] = []
 
     def attempt(self, name: str, write: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
@@ -78,9 +75,7 @@ def reason_of(error: Exception) -> str:
 
 
 def retried(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Return the result of `work`, tried again after trouble of the machine, which may pass.
-    Raises OSError: the last attempt's.
-    """
+    """Return the result of `work`, tried again after trouble of the machine, which may pass."""
     for pause_seconds in PAUSES_SECONDS:
         try:
             return work(*args, **kwargs)
@@ -95,10 +90,7 @@ def retried(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
 
 
 def replace_file(path: Path, content: str | bytes, *, durable: bool = False) -> Path:
-    """Write `content` to `path`, in place of what it held, by one rename: a kill leaves the old or the new.
-
-    `durable` and errors: see `replacing`. Returns `path`.
-    """
+    """Write `content` to `path`, in place of what it held, by one rename, as `replacing`. Returns `path`."""
     with replacing(path, durable=durable) as file:
         file.write(content.encode() if isinstance(content, str) else content)
     return path
@@ -182,10 +174,7 @@ def load_json(path: Path) -> dict[str, Any]:
 
 
 def read_json(path: Path, damage: list[str] | None = None) -> dict[str, Any] | None:
-    """Return the JSON object in `path`; None if it is missing, damaged or unreadable.
-
-    `damage`: gets a line about a file that is there.
-    """
+    """Return the JSON object in `path`; None if missing, or, noted in `damage`, damaged or unreadable."""
     try:
         return load_json(path)
     except FileNotFoundError:

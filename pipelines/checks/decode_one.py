@@ -67,10 +67,7 @@ def is_trouble(error: BaseException) -> bool:
 
 
 def patiently(read: Callable[[], T], path: object = None) -> T:
-    """Return `read()`, tried again a few times within two seconds while the machine is in trouble.
-
-    An error that names no file, as of a read, gets `path`.
-    """
+    """Return `read()`, tried for two seconds while the machine is in trouble. Errors get `path`."""
     for seconds in (*WAIT_SECONDS, None):
         try:
             return read()

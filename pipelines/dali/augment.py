@@ -43,10 +43,7 @@ def resize(image: Node, size: Any, interpolation: Interpolation) -> Node:
 
 @do_not_convert
 def normalise(image: Node, mean: Channels, std: Channels, fp16: bool, flips: Node | int = 0) -> Node:
-    """Turn uint8 levels into (x / 255 - mean) / std, still HWC, which is torch's channels-last memory.
-
-    Where `flips` is 1 the image is mirrored left to right in the same pass.
-    """
+    """Return (x / 255 - mean) / std of uint8 levels, HWC as torch's channels-last; `flips` 1 mirrors."""
     levels: Any = {"mean": [255.0 * value for value in mean], "std": [255.0 * value for value in std]}
     dtype = types.FLOAT16 if fp16 else types.FLOAT
     return fn.crop_mirror_normalize(image, mirror=flips, dtype=dtype, output_layout="HWC", **levels)
@@ -54,10 +51,7 @@ def normalise(image: Node, mean: Channels, std: Channels, fp16: bool, flips: Nod
 
 @do_not_convert
 def warp(image: Node, matrix: Node, background: Pixels) -> Node:
-    """Warp as Pillow's affine transform, but bilinearly; `matrix` (2, 3) maps destination to source.
-
-    `background` (H, W, 3) shows where the source has no pixel.
-    """
+    """Warp as Pillow's affine transform, but bilinearly; `matrix` (2, 3) is from destination to source."""
     # DALI's own fill is one number for all channels and bleeds into the border pixels. So repeat the border
     # and fill what lies outside of a warped white image. Arithmetic that broadcasts takes four times as long
     # on a CPU, hence a whole background.
@@ -135,10 +129,7 @@ def auto_contrast(image: Node) -> Node:
 def rand_augment_layer(
     image: Node, branch: Node, numbers: Sequence[Node], background: Pixels, blurs: bool = False
 ) -> Node:
-    """Apply one layer: at most one branch per sample (see `rand_augment.LayerParams` for the numbers).
-
-    Without `blurs` the graph has no branch for it, and other policies pay nothing for it.
-    """
+    """Apply one layer of `LayerParams`: at most one branch per sample. `blurs`: whether one may blur."""
     matrix, bytes4, factors, kernel = numbers
     if branch == int(Branch.WARP):
         image = warp(image, matrix, background)
