@@ -36,10 +36,7 @@ _UNTRIED = "untried"  # begins an answer
 
 
 def choose_decode(place: Placement) -> tuple[Decode, list[str]]:
-    """Return the fastest way to decode that works on `place.device`, and one line for each that does not.
-
-    Begins with the way that `place.decode` names; "auto" is the fastest one.
-    """
+    """Return the fastest way to decode that works on `place.device`, and one line for each that does not."""
     if not str(place.device).startswith("cuda"):
         return "cpu", []
     first = 0 if place.decode == "auto" else WAYS.index(place.decode)

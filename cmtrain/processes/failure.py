@@ -133,10 +133,7 @@ def record_cause(run_path: Path, *, since: float = 0, has_ended: bool = False) -
 
 @contextmanager
 def _one_at_a_time(run_path: Path) -> Iterator[None]:
-    """Keep out other processes: ranks that lose contact together come together, and would all record it.
-
-    Goes on without a lock where there is none to have, or where another process holds it for too long.
-    """
+    """Keep out other ranks, which lose contact and record it at the same time; for some seconds at most."""
     with ExitStack() as stack:
         with suppress(OSError):
             # A file that is never replaced; open for writing, because NFS locks no other.

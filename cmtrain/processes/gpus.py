@@ -16,10 +16,7 @@ OLDEST_OF_CUDA13 = (7, 5)  # compute capability of the oldest GPUs for which it 
 
 
 def visible_gpus() -> int:
-    """Return how many GPUs training would see, without CUDA, which would put a context into this process.
-
-    The driver's management library counts this container's GPUs; CUDA_VISIBLE_DEVICES leaves some out.
-    """
+    """Return how many GPUs training would see, by NVML: CUDA would put a context into this process."""
     try:
         library = ctypes.CDLL("libnvidia-ml.so.1")
     except OSError:

@@ -214,10 +214,7 @@ def _check_columns(shards: Manifest, slices: Slices) -> None:
 
 
 def _identities(first: NDArray[Any], *others: NDArray[np.int64]) -> NDArray[np.uint64]:
-    """Return (N,) hashes of the columns; 0 where the first is 0.
-
-    Of files: inode, size and time. The device is not among them: its number may change with a mount.
-    """
+    """Return (N,) hashes of the columns; 0 where the first is 0."""
     mixed = np.zeros(len(first), np.uint64)
     for column in (first, *others):
         mixed = (mixed ^ column.astype(np.uint64)) * np.uint64(0x9E3779B97F4A7C15)
@@ -249,6 +246,7 @@ def _listed_faults(
 
 def _manifest(found: Scan, listing: Listing, max_bad_fraction: float | None, *, listed: bool) -> Manifest:
     sizes, faults, paths = found.sizes, found.faults, listing.paths
+    # The device is not among them: its number may change with a mount.
     identities = _identities(listing.inodes, listing.size_bytes, listing.mtime_ns)
     inner = _holders(listing) if listed else []
     # By `cmtrain data check`; read every time, never cached.
