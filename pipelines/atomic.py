@@ -43,10 +43,7 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
 
 @contextmanager
 def new_folder(final: Path, temporary: Path) -> Iterator[None]:
-    """Publish as `final`, by one rename, the folder `temporary`, made here and filled by the caller.
-
-    The caller syncs the files. An error in its block is raised again, and leaves no folder behind.
-    """
+    """Publish as `final`, by a rename, the folder `temporary`, made here; the caller fills and syncs it."""
     try:
         temporary.mkdir(parents=True)
         yield
@@ -87,8 +84,7 @@ def locked(path: Path, what: str) -> Iterator[None]:
             try:
                 lock.acquire(timeout=WAIT_LINE_SECONDS)
             except Timeout:
-                holder = f"the process that {what} (it holds {lock.lock_file})"
-                print_lines(f"waiting for {holder}")
+                print_lines(f"waiting for the process that {what} (it holds {lock.lock_file})")
     try:
         yield
     finally:
@@ -106,7 +102,12 @@ def remove_leftovers(path: Path) -> None:
             return
         with FileLock(path.with_suffix(".lock"), timeout=0, fallback_to_soft=False):
             for leftover in leftovers:
-                if leftover.is_dir():
-                    shutil.rmtree(leftover)
-                else:
-                    leftover.unlink(missing_ok=True)
+                delete(leftover)
+
+
+def delete(path: Path) -> None:
+    """Delete a file or folder, and never what a symbolic link in its place, or in it, leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink()

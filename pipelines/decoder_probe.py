@@ -9,7 +9,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -35,19 +35,14 @@ MAX_MEAN_LEVELS = 2.5
 _UNTRIED = "untried"  # begins an answer
 
 
-def choose_decode(
-    place: Placement, probe: Callable[[Placement, Decode], str] | None = None
-) -> tuple[Decode, list[str]]:
-    """Return the fastest way to decode that works on `place.device`, and one line for each that does not.
-
-    Begins with the way that `place.decode` names; "auto" is the fastest one. `probe` is for tests.
-    """
+def choose_decode(place: Placement) -> tuple[Decode, list[str]]:
+    """Return the fastest way to decode that works on `place.device`, and one line for each that does not."""
     if not str(place.device).startswith("cuda"):
         return "cpu", []
     first = 0 if place.decode == "auto" else WAYS.index(place.decode)
     lines: list[str] = []
     for way, fallback in pairwise(WAYS[first:]):
-        fault = (probe or fault_of)(place, way)
+        fault = fault_of(place, way)
         if not fault:
             return way, lines
         if fault.startswith(_UNTRIED):
@@ -59,10 +54,7 @@ def choose_decode(
 def fault_of(
     place: Placement, decode: Decode, *, max_seconds: float = MAX_SECONDS, program: Sequence[str] = ()
 ) -> str:
-    """Return what is wrong with a way to decode on `place.device`, "" if nothing is.
-
-    `program`: the command that decodes and compares; this file if empty.
-    """
+    """Return what is wrong with a way to decode on `place.device`, "" if nothing; `program` is for tests."""
     request = {"decode": decode, "device": str(place.device), "load": place.hw_decoder_load}
     request |= {"threads": min(place.threads, 4), "max_seconds": max_seconds}
     command = [*(program or (sys.executable, "-P", "-m", __name__)), json.dumps(request)]

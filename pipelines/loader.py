@@ -9,7 +9,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from pipelines.checks.bad_list import BadFile
 from pipelines.checks.decode_one import is_trouble, patiently
 from pipelines.dali import graphs
-from pipelines.dali.stages import Stages, make_stages
+from pipelines.dali.stages import OneGraph, TwoGraphs
 from pipelines.files.manifest import Manifest
 from pipelines.files.shards import SliceReader
 from pipelines.plan import MicroBatch, Plan, augment_params
@@ -36,16 +36,12 @@ def train_loader(
 ) -> DaliLoader:
     """Return a loader of this rank's augmented micro-batches, in the plan's order.
 
-    Another sample, with its own label and draws, replaces one that cannot be decoded. Instead of `place`,
-    fields of Placement may be given as keywords, such as `device="cuda:0"`.
-
-    Raises:
-        TypeError: a keyword that Placement does not have, or both a Placement and keywords.
-        DataError: "mixed" without a CUDA device; from `epoch`, too many bad files.
-        ValueError: from `epoch`, a world that does not divide the plan; a RandAugment string that is not
-            understood.
+    Another sample, with its own label and draws, replaces one that cannot be decoded. `placement`: fields of
+    Placement, such as `device="cuda:0"`, in place of those of `place`. Raises TypeError for another keyword.
+    DataError: "mixed" without a CUDA device; from `epoch`, too many bad files. ValueError: from `epoch`, a
+    world that does not divide the plan, or a RandAugment string that is not understood.
     """
-    place = _placement(place, placement)
+    place = replace(place or Placement(), **placement)
     read = file_reader(manifest, place.threads)
 
     def inputs(batch: MicroBatch) -> Sequence[Any]:
@@ -68,7 +64,7 @@ def eval_loader(
     """
     if spec.resize_px < spec.image_px:
         raise ValueError(f"resize_px {spec.resize_px} is below image_px {spec.image_px}")
-    place = _placement(place, placement)
+    place = replace(place or Placement(), **placement)
     read = file_reader(manifest, place.threads)
 
     def micro_batches(epoch: int, start: int) -> Iterator[MicroBatch]:
@@ -86,15 +82,6 @@ def eval_loader(
         return [read(batch.indices), sizes.astype(np.float32), offsets]
 
     return DaliLoader(manifest, spec, place, batch_size, micro_batches, inputs)
-
-
-def _placement(place: Placement | None, options: dict[str, Any]) -> Placement:
-    known = [field.name for field in fields(Placement)]
-    if unknown := [name for name in options if name not in known]:
-        raise TypeError(f"{unknown[0]} is no option of a loader; these are {', '.join(known)}")
-    if place is not None and options:
-        raise TypeError(f"give either a Placement or {', '.join(options)}, not both")
-    return place or Placement(**options)
 
 
 def eval_windows(
@@ -128,11 +115,12 @@ class DaliLoader:
         self._run = graphs.execution(place, batch_size, reads_files=manifest.packed is None)
         self._stand_ins = StandIns(manifest, place.max_bad_fraction, place.threads)
         self._manifest, self._micro_batches, self._inputs = manifest, micro_batches, inputs
-        self._build = functools.partial(make_stages, spec=spec, run=self._run)
+        stages = TwoGraphs if self._run.device == "cpu" else OneGraph
+        self._build = functools.partial(stages, spec=spec, run=self._run)
         self._trains = isinstance(spec, AugmentSpec)
         device_id = self._run.device_id
         self._device = torch.device("cpu" if device_id is None else f"cuda:{device_id}")
-        self._stages: Stages | None = None
+        self._stages: OneGraph | TwoGraphs | None = None
         self._upcoming: Iterator[MicroBatch] = iter(())
         self._undelivered: deque[MicroBatch] = deque()  # taken from `_upcoming`, as planned
         self._in_flight: deque[MicroBatch] = deque()  # the first of these as DALI was given them

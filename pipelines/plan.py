@@ -14,11 +14,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.rand_augment import NUM_LAYER_DRAWS, Branch, LayerParams, layer_params, parse
+from pipelines.rand_augment import NUM_LAYER_DRAWS, Branch, Floats, Ints, LayerParams, layer_params, parse
 from pipelines.spec import AugmentSpec
 
-Ints = NDArray[np.int64]
-Floats = NDArray[np.float64]
 Words = NDArray[np.uint64]
 Sizes = NDArray[np.int32]
 
@@ -60,12 +58,9 @@ class MicroBatch(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class ClassSampling:
-    """How often an epoch draws each class: in proportion to (its images) ** `power`, 0 for all alike.
+    """How often an epoch draws each class: in proportion to (its images) ** `power`, 0 for all alike."""
 
-    `labels` (num_samples,): the class of each sample.
-    """
-
-    labels: Ints
+    labels: Ints  # (num_samples,) the class of each sample
     power: float
 
 
@@ -111,10 +106,7 @@ class Plan:
 
     def order(self, epoch: int) -> Ints:
         """Return the sample indices of one epoch, (num_samples,), read-only."""
-        return self._draws(epoch)[0]
-
-    def _draws(self, epoch: int) -> tuple[Ints, Ints]:
-        return _order(self.seed, epoch, self.num_samples, self.repeats, self.sampling)
+        return _order(self, epoch)[0]
 
     def micro_batches(self, epoch: int, start: int, rank: int, world: int) -> Iterator[MicroBatch]:
         """Yield this rank's micro-batches of one epoch after `start` samples, whole global batches.
@@ -131,7 +123,7 @@ class Plan:
 
     def _micro_batches(self, epoch: int, first_step: int, rank: int, world: int) -> Iterator[MicroBatch]:
         size, count = self.global_batch_size, self.num_micro_batches
-        order, copies = self._draws(epoch)
+        order, copies = _order(self, epoch)
         for step in range(first_step, self.steps_per_epoch):
             for slot in range(rank, count, world):
                 positions = np.arange(step * size + slot, (step + 1) * size, count)
@@ -141,7 +133,7 @@ class Plan:
         """Return independent uniforms in [0, 1) for every sample of the batch, (B, num_streams)."""
         # Keyed by sample and copy, never by position: a sample keeps its pixels wherever it lands.
         copies = batch.copies.astype(np.uint64)
-        states = _mix(_states(self.seed, _AUGMENT_DOMAIN, batch.epoch, batch.indices) ^ _mix(copies))
+        states = _mix(sample_keys(self.seed, _AUGMENT_DOMAIN, batch.indices, batch.epoch) ^ _mix(copies))
         counters = np.arange(1, num_streams + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
         words = _mix(states[:, None] + counters)  # (B,) -> (B, streams)
         return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
@@ -166,9 +158,7 @@ class AugmentParams(NamedTuple):
 def augment_params(
     plan: Plan, batch: MicroBatch, heights: Sizes, widths: Sizes, spec: AugmentSpec
 ) -> AugmentParams:
-    """Draw the augmentation of a batch; `heights` and `widths` are (B,) pixels as stored in the file.
-    Raises ValueError for a `rand_augment` string that `rand_augment.parse` refuses.
-    """
+    """Draw the augmentation of a batch; `heights` and `widths` are (B,) pixels as stored in the file."""
     policy = None if spec.rand_augment is None else parse(spec.rand_augment)
     num_layers = policy.num_layers if policy else 0
     u = plan.uniforms(batch, _LAYERS + NUM_LAYER_DRAWS * num_layers)  # (B, streams)
@@ -215,27 +205,20 @@ def jitter_params(u: Floats, strength: float) -> JitterParams:
     return JitterParams(_JITTER_BRANCHES[operations], np.stack(pairs, axis=2).astype(np.float32))
 
 
-def sample_keys(seed: int, domain: int, indices: Ints) -> Words:
-    """Return one 64-bit hash per index, for choices that belong to no epoch (a subset of the samples)."""
-    return _states(seed, domain, 0, indices)
-
-
 # Two entries: the epoch being trained and the one whose first batches are already in flight.
 @lru_cache(maxsize=2)
-def _order(
-    seed: int, epoch: int, num_samples: int, repeats: int, sampling: ClassSampling | None
-) -> tuple[Ints, Ints]:
+def _order(plan: Plan, epoch: int) -> tuple[Ints, Ints]:
     """Return the samples of an epoch in order, and which copy of its sample each is, (num_samples,) both."""
     # Sorting by our own hash, because numpy does not promise the same permutations in all versions.
-    everyone = np.arange(num_samples)
-    shuffled = np.argsort(_states(seed, _ORDER_DOMAIN, epoch, everyone), kind="stable")
-    if sampling is None:
-        order = np.repeat(shuffled[: -(-num_samples // repeats)], repeats)[:num_samples]
-        copies = everyone % repeats
+    everyone = np.arange(plan.num_samples)
+    shuffled = np.argsort(sample_keys(plan.seed, _ORDER_DOMAIN, everyone, epoch), kind="stable")
+    if plan.sampling is None:
+        order = np.repeat(shuffled, plan.repeats)[: plan.num_samples]
+        copies = everyone % plan.repeats
     else:
-        keys = _states(seed, _DRAW_DOMAIN, epoch, everyone)
+        keys = sample_keys(plan.seed, _DRAW_DOMAIN, everyone, epoch)
         offset = (keys[0] >> np.uint64(11)) * 2.0**-53
-        drawn, again = _draw_classes(shuffled, sampling, offset)
+        drawn, again = _draw_classes(shuffled, plan.sampling, offset)
         again_shuffled = np.argsort(keys, kind="stable")
         order, copies = drawn[again_shuffled], again[again_shuffled]
     order.setflags(write=False)
@@ -261,7 +244,8 @@ def _draw_classes(shuffled: Ints, sampling: ClassSampling, offset: float) -> tup
     return by_class[(np.cumsum(counts) - counts)[classes] + place], copies
 
 
-def _states(seed: int, domain: int, epoch: int, indices: Ints) -> Words:
+def sample_keys(seed: int, domain: int, indices: Ints, epoch: int = 0) -> Words:
+    """Return one 64-bit hash per index; epoch 0 also where a choice belongs to none, as of a subset."""
     key = np.zeros(1, np.uint64)
     for part in (seed, domain, epoch):
         key = _mix(key ^ np.uint64(part))

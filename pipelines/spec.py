@@ -52,14 +52,11 @@ class DataError(Exception):
 
 @contextmanager
 def os_errors_in_one_line(path: object = None) -> Iterator[None]:
-    """Raise DataError for an OSError of the block that names a file, or for any if `path` is given.
-
-    Others may be of standard output.
-    """
+    """Raise DataError for an OSError of the block that names a file, or for any if `path` is given."""
     try:
         yield
     except OSError as error:
-        if error.filename is None and path is None:
+        if error.filename is None and path is None:  # it may be of standard output
             raise
         raise DataError.of(error, path) from error
 
@@ -71,10 +68,7 @@ def is_device(path: str | os.PathLike[str]) -> bool:
 
 
 def visible(text: object) -> str:
-    r"""Return text for a screen or a log: what is not printable is an escape such as \n, \x1b or \u202e.
-
-    Names of files and classes come from outside, and could move the cursor or forge a line.
-    """
+    r"""Return text for people; what is not printable, as it could forge a line, is an escape (\n, \x1b)."""
     shown = str(text)
     if shown.isprintable():
         return shown
@@ -100,19 +94,15 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class AugmentSpec:
-    """Training transform: random resized crop, flip, RandAugment, colour jitter, normalise, in that order.
-
-    `color_jitter` is the strength of brightness, contrast and saturation (torchvision's ColorJitter).
-    `rand_augment` is "rand-m9-mstd0.5-inc1" (timm), "3a", "reimpl" or "dali-n2-m9" (`rand_augment.parse`).
-    """
+    """Training: random resized crop, flip, RandAugment, colour jitter, normalise, in that order."""
 
     image_px: int
     interpolation: Interpolation = "bicubic"
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     hflip: float = 0.5
-    color_jitter: float | None = None
-    rand_augment: str | None = None
+    color_jitter: float | None = None  # strength of brightness, contrast and saturation, as torchvision's
+    rand_augment: str | None = None  # "rand-m9-mstd0.5-inc1" (timm) or another text of `rand_augment.parse`
     mean: Channels = IMAGENET_MEAN
     std: Channels = IMAGENET_STD
     fp16: bool = False

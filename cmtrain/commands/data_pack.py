@@ -51,7 +51,8 @@ def pack(
     class_names: tuple[str, ...] | None = None
     for split in found:
         if list_name := listed[split]:
-            manifest = Manifest.from_list(root / list_name, root, class_names=class_names, **limits)
+            image_list = root / list_name
+            manifest = Manifest.from_folder(root, image_list=image_list, class_names=class_names, **limits)
         elif is_packed(root / split):
             raise DataError(f"{root / split}: is packed already; give the folder that holds the image files")
         else:

@@ -40,15 +40,12 @@ ADVICE = "unset them, or use a launcher, which sets all: cmtrain --nproc, torchr
 
 
 def ignore_variables() -> None:
-    """Remove the variables that would change what a run computes; print one line on those that ask for it.
-
-    Turns ACCELERATE_USE_CPU=1 into CUDA_VISIBLE_DEVICES="", which torch, DALI and child processes obey.
-    """
+    """Remove the variables that would change what a run computes, with one line on those that ask for it."""
     ignored = []
     for name, value in sorted(os.environ.items()):
         low = value.strip().lower()
         if name == "ACCELERATE_USE_CPU" and low in TRUE:
-            os.environ["CUDA_VISIBLE_DEVICES"] = ""
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""  # which torch, DALI and child processes obey
         elif name == "OMP_NUM_THREADS":  # OpenMP also takes a list, which accelerate cannot read
             if _number(value):
                 continue

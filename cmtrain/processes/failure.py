@@ -11,7 +11,7 @@ import signal
 import socket
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -29,26 +29,21 @@ CRASH_LOOP = 3  # a step that fails this many times in a row will fail again: re
 
 @dataclass(frozen=True)
 class Failure:
-    """Why one process ended.
-
-    `step`: optimizer steps done by then, None if unknown. `lost_contact`: it only noticed that another rank
-    was gone. `host`: "" if unknown. `time`: Unix time (seconds).
-    """
+    """Why one process ended."""
 
     rank: int
     world_size: int
     reason: str
     exit_code: int = EXIT_ERROR
-    step: int | None = None
-    lost_contact: bool = False
-    host: str = field(default_factory=socket.gethostname)
-    time: float = field(default_factory=time.time)
+    step: int | None = None  # optimizer steps done by then, None if unknown
+    lost_contact: bool = False  # it only noticed that another rank was gone
+    host: str = field(default_factory=socket.gethostname)  # "" if unknown
+    time: float = field(default_factory=time.time)  # Unix time (seconds)
 
     def describe(self) -> str:
         """Return the reason, with rank and host if there are several ranks."""
-        if self.world_size == 1:
-            return self.reason
-        return f"rank {self.rank}{f' on {self.host}' if self.host else ''}: {self.reason}"
+        who = f"rank {self.rank}{f' on {self.host}' if self.host else ''}: "
+        return self.reason if self.world_size == 1 else f"{who}{self.reason}"
 
 
 def stop_signals() -> list[signal.Signals]:
@@ -81,10 +76,7 @@ def write_failure(run_path: Path, failure: Failure) -> None:
 
 
 def read_failures(run_path: Path, since: float = 0) -> list[Failure]:
-    """Return what ranks wrote after Unix time `since`: failures, and hangs that left only their stacks.
-
-    Damaged files count for nothing.
-    """
+    """Return what ranks wrote after Unix time `since`: failures, and hangs that left only their stacks."""
     from pydantic import TypeAdapter  # not above: benchmarks of the model alone need none
 
     found, adapter = [], TypeAdapter(Failure)
@@ -141,26 +133,18 @@ def record_cause(run_path: Path, *, since: float = 0, has_ended: bool = False) -
 
 @contextmanager
 def _one_at_a_time(run_path: Path) -> Iterator[None]:
-    """Keep out other processes: ranks that lose contact together come together, and would all record it.
-
-    Goes on without a lock where there is none to have, or where another process holds it for too long.
-    """
-    try:
-        # A file that is never replaced; open for writing, because NFS locks no other.
-        file = open(run_path / "events.jsonl", "r+b")  # noqa: SIM115
-    except OSError:
-        yield
-        return
-    with file:
-        deadline = time.monotonic() + RECORD_WAIT_SECONDS
-        while time.monotonic() < deadline:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                time.sleep(0.02)
-            except OSError:
-                break
+    """Keep out other ranks, which lose contact and record it at the same time; for some seconds at most."""
+    with ExitStack() as stack:
+        with suppress(OSError):
+            # A file that is never replaced; open for writing, because NFS locks no other.
+            file = stack.enter_context(open(run_path / "events.jsonl", "r+b"))
+            deadline = time.monotonic() + RECORD_WAIT_SECONDS
+            while time.monotonic() < deadline:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    time.sleep(0.02)
         yield
 
 

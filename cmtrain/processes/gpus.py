@@ -16,10 +16,7 @@ OLDEST_OF_CUDA13 = (7, 5)  # compute capability of the oldest GPUs for which it 
 
 
 def visible_gpus() -> int:
-    """Return how many GPUs training would see, without CUDA, which would put a context into this process.
-
-    The driver's management library counts this container's GPUs; CUDA_VISIBLE_DEVICES leaves some out.
-    """
+    """Return how many GPUs training would see, by NVML: CUDA would put a context into this process."""
     try:
         library = ctypes.CDLL("libnvidia-ml.so.1")
     except OSError:
@@ -101,10 +98,7 @@ def why_unusable() -> str:
 
 
 def why_unavailable(torch_cuda: str | None, driver: int | None) -> str:
-    """Return what torch lacks to use a GPU; "" if that is not known.
-
-    `torch_cuda`: as torch.version.cuda, such as 13.2. `driver`: as from cuda_of_driver.
-    """
+    """Return what torch, of torch.version.cuda, lacks to use a GPU of `driver`; "" if that is not known."""
     if torch_cuda is None:
         return f"is built without CUDA: install {packages_for(driver or 13000)}"
     if driver is None:

@@ -13,7 +13,6 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,8 +31,6 @@ POLL_SECONDS = 0.5
 # Exit codes on which all ranks agree, and those against which starting again does not help.
 AGREED = (errors.EXIT_DIVERGED, errors.EXIT_EXPECTATION, errors.EXIT_INTERRUPTED, errors.EXIT_PREEMPTED)
 FINAL = (errors.EXIT_DONE, errors.EXIT_CONFIG, errors.EXIT_DATA, *AGREED)
-
-Start = Callable[[list[str], dict[str, str]], int]
 
 
 @dataclass
@@ -55,22 +52,17 @@ class Attempt:
 
 
 def start(command: list[str], environment: dict[str, str]) -> int:
-    """Start `command` in a session of its own, so that a terminal's Ctrl-C reaches it once, through us."""
+    """Start `command` in a session of its own, so that a Ctrl-C reaches it once. Return its id."""
     return os.posix_spawn(sys.executable, command, os.environ | environment, setsid=True, setsigmask=())
 
 
-def run_ranks(
-    command: list[str], nproc: int, *, max_restarts: int, run_path: Path, start: Start = start
-) -> int:
-    """Run `command` as ranks 0..nproc-1, up to `max_restarts` times more if it fails; return the exit code.
-
-    `start`: starts a process with additional environment variables and returns its id.
-    """
+def run_ranks(command: list[str], nproc: int, *, max_restarts: int, run_path: Path) -> int:
+    """Run `command` as ranks 0..nproc-1, up to `max_restarts` times more if it fails. Return its code."""
     taken = {signal.SIGCHLD} | {n for n in failure.STOP_SIGNALS if signal.getsignal(n) != signal.SIG_IGN}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, taken)
     try:
         for restarts in range(max_restarts + 1):
-            attempt = _start_ranks(command, nproc, restarts, start)
+            attempt = _start_ranks(command, nproc, restarts)
             is_stopped = _watch(attempt, taken, run_path)
             code = _outcome(attempt, run_path)
             if code in FINAL or is_stopped:
@@ -85,7 +77,7 @@ def run_ranks(
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _start_ranks(command: list[str], nproc: int, restarts: int, start: Start) -> Attempt:
+def _start_ranks(command: list[str], nproc: int, restarts: int) -> Attempt:
     common = {PARENT: str(os.getpid()), RESTARTS: str(restarts)}
     if nproc == 1:
         return Attempt({start(command, common): 0})

@@ -36,18 +36,14 @@ PER_HOST_KEYS = ("data.root", "data.cache_dir", "data.threads", "metrics.host", 
 
 @dataclass(frozen=True)
 class Facts:
-    """Facts about one rank, for comparison.
-
-    `run_dir`: absolute. `sees_run_dir`: whether it sees what rank 0 writes to its own.
-    `clock_offset_seconds`: its Unix time less rank 0's, at the same moment.
-    """
+    """Facts about one rank, for comparison."""
 
     host: str
     code: str
     config: dict[str, Any]
-    run_dir: str = ""
-    sees_run_dir: bool = True
-    clock_offset_seconds: float = 0.0
+    run_dir: str = ""  # absolute
+    sees_run_dir: bool = True  # whether it sees what rank 0 writes to its own
+    clock_offset_seconds: float = 0.0  # its Unix time less rank 0's, at the same moment
 
 
 def check_ranks(group: Any, config: Config, run_path: Path) -> list[str]:

@@ -157,9 +157,7 @@ def report_failure(error: BaseException, run_path: Path, rank: int, world_size: 
 
 
 def _exit_code_of(error: BaseException) -> int:
-    codes = {
-        KeyboardInterrupt: errors.EXIT_INTERRUPTED,
-        DataError: errors.EXIT_DATA,
-        ConfigError: errors.EXIT_CONFIG,
-    }
+    if isinstance(error, KeyboardInterrupt):
+        return errors.EXIT_INTERRUPTED
+    codes: dict[type, int] = {DataError: errors.EXIT_DATA, ConfigError: errors.EXIT_CONFIG}
     return codes.get(type(error), errors.EXIT_ERROR)

@@ -96,12 +96,7 @@ class Watchdog:
         failure = Failure(self.rank, self.world_size, reason, step=self.step)
         write_failure(self.run_path, failure)  # before the stacks, which alone mean a hang without a report
         for file in (self.file, sys.stderr):
-            self.losses.attempt(self.path.name, _write_stacks, file, failure.describe())
+            self.losses.attempt(self.path.name, print, failure.describe(), file=file, flush=True)
+            self.losses.attempt(self.path.name, faulthandler.dump_traceback, file)
         self.losses.attempt("status.json", record_cause, self.run_path)
         os._exit(EXIT_ERROR)
-
-
-def _write_stacks(file: IO[Any], line: str) -> None:
-    file.write(f"{line}\n")
-    file.flush()
-    faulthandler.dump_traceback(file)

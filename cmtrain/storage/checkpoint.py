@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cmtrain.storage.records import CORRUPT, delete, replace_file, retried
+from cmtrain.storage.records import CORRUPT, replace_file, retried
 from cmtrain.storage.state_file import CheckpointError, Digest, open_regular, read_state, verify, write_state
-from pipelines.atomic import new_folder
+from pipelines.atomic import delete, new_folder
 
 MAX_MANIFEST_BYTES = 2**20  # a full one has 4 kB
 TEMPORARY, DOOMED = ".tmp-", ".del-"
@@ -80,10 +80,7 @@ def save_checkpoint(root: Path, step: int, state: dict[str, Any], meta: dict[str
 
 
 def load_checkpoint(path: Path) -> Loaded:
-    """Verify and load one checkpoint folder, onto the CPU; trouble of the machine is tried again.
-
-    Raises as read_state, or OldFormatError.
-    """
+    """Verify and load one checkpoint folder, onto the CPU. Raises as read_state, or OldFormatError."""
     digest, meta = retried(_read_manifest, path)
     return Loaded(path, retried(read_state, path / _STATE, digest), meta)
 

@@ -28,17 +28,13 @@ Copied = tuple[dict[str, Any], torch.cuda.Event | None]  # a state, complete aft
 
 @dataclass(frozen=True)
 class Outcome:
-    """How the save of `step` ended, after `seconds`. `path` is None if it failed.
-
-    `error`: why there is no checkpoint; or, if there is one, why no old one was deleted. `num_bytes`: its
-    size; a later save may drop the checkpoint before this is reported.
-    """
+    """How the save of `step` ended, after `seconds`. `path` is None if it failed."""
 
     step: int
     path: Path | None
     seconds: float
-    error: str = ""
-    num_bytes: int = 0
+    error: str = ""  # why there is no checkpoint; or, if there is one, why no old one was deleted
+    num_bytes: int = 0  # a later save may drop the checkpoint before this is reported
 
 
 class CheckpointWriter:

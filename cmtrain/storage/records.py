@@ -13,7 +13,6 @@ import json
 import math
 import os
 import re
-import shutil
 import stat
 import time
 from collections.abc import Callable, Mapping
@@ -22,7 +21,7 @@ from typing import Any, ParamSpec, TypeGuard, TypeVar
 
 from pydantic_core import from_json
 
-from pipelines.atomic import replacing
+from pipelines.atomic import delete, replacing
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -41,13 +40,10 @@ class DamagedRecordError(ValueError):
 
 
 class Losses:
-    """What this process could not write, of the records that a run can do without.
-
-    `counts`: a line for each kind of loss -> how often.
-    """
+    """What this process could not write, of the records that a run can do without."""
 
     def __init__(self) -> None:
-        self.counts: dict[str, int] = {}
+        self.counts: dict[str, int] = {}  # a line for each kind of loss -> how often
         self._news: list[str] = []
 
     def attempt(self, name: str, write: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
@@ -79,9 +75,7 @@ def reason_of(error: Exception) -> str:
 
 
 def retried(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Return the result of `work`, tried again after trouble of the machine, which may pass.
-    Raises OSError: the last attempt's.
-    """
+    """Return the result of `work`, tried again after trouble of the machine, which may pass."""
     for pause_seconds in PAUSES_SECONDS:
         try:
             return work(*args, **kwargs)
@@ -96,10 +90,7 @@ def retried(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
 
 
 def replace_file(path: Path, content: str | bytes, *, durable: bool = False) -> Path:
-    """Write `content` to `path`, in place of what it held, by one rename: a kill leaves the old or the new.
-
-    `durable` and errors: see `replacing`. Returns `path`.
-    """
+    """Write `content` to `path`, in place of what it held, by one rename, as `replacing`. Returns `path`."""
     with replacing(path, durable=durable) as file:
         file.write(content.encode() if isinstance(content, str) else content)
     return path
@@ -131,14 +122,6 @@ def remove_leftovers(folder: Path, *names: str) -> None:
             pid, age_seconds = int(found[2]), time.time() - path.lstat().st_mtime
             if pid == os.getpid() or not is_running(pid) or age_seconds > STALE_SECONDS:
                 delete(path)
-
-
-def delete(path: Path) -> None:
-    """Delete a file or folder, and never what a symbolic link in its place, or in it, leads to."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink()
 
 
 def is_running(pid: int) -> bool:
@@ -191,10 +174,7 @@ def load_json(path: Path) -> dict[str, Any]:
 
 
 def read_json(path: Path, damage: list[str] | None = None) -> dict[str, Any] | None:
-    """Return the JSON object in `path`; None if it is missing, damaged or unreadable.
-
-    `damage`: gets a line about a file that is there.
-    """
+    """Return the JSON object in `path`; None if missing, or, noted in `damage`, damaged or unreadable."""
     try:
         return load_json(path)
     except FileNotFoundError:

@@ -52,10 +52,7 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 class RunFolder:
-    """Writes one run's files, on rank 0 only.
-
-    A write that fails later than the making of `path` (a full disk) does not end the run: `losses` notes it.
-    """
+    """Writes one run's files, on rank 0 only. What fails, as on a full disk, `losses` notes: no run ends."""
 
     def __init__(self, path: Path, losses: Losses | None = None) -> None:
         self.path, self.losses = path, losses or Losses()
@@ -104,11 +101,11 @@ class RunFolder:
         Raises OSError: a table cannot be read or changed, and would hold those steps twice.
         """
 
-        def is_until(found: float | None) -> bool | None:
-            return None if found is None else found <= step
+        def is_until(found: Any) -> bool | None:
+            return found <= step if is_number(found) else None
 
         log, summary, header = self.path / "log.jsonl", self.path / "summary.csv", SUMMARY_HEADER.encode()
-        found = [keep_lines(log, lambda line: is_until(_step_of_record(line)))]
+        found = [keep_lines(log, lambda line: is_until((records.parse_record(line) or {}).get("step")))]
         found += [keep_lines(summary, lambda line: is_until(_step_of_row(line)), header)]
         return list(filter(None, found))
 
@@ -150,9 +147,8 @@ class RunLock:
             self.path.write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
         except OSError as error:
             self.close()
-            raise DataError(
-                f"{error.filename or self.folder}: cannot be written: {error.strerror}"
-            ) from error
+            place = error.filename or self.folder
+            raise DataError(f"{place}: cannot be written: {error.strerror}") from error
 
     def _in_use(self) -> DataError:
         holder = records.read_json(self.path)
@@ -173,10 +169,7 @@ class RunLock:
 
 
 def read_status(path: Path, damage: list[str] | None = None) -> dict[str, Any] | None:
-    """Return status.json of the run folder `path`; None if missing, damaged or unreadable.
-
-    Fields of another type than this version writes are left out. `damage`: see records.read_json.
-    """
+    """Return status.json of a run folder, as records.read_json does, without fields of a wrong type."""
     status = records.read_json(path / "status.json", damage)
     return None if status is None else {key: v for key, v in status.items() if _is_status_field(key, v)}
 
@@ -259,11 +252,6 @@ def is_alive(process: dict[str, Any]) -> bool | None:
 def finite(value: Any) -> Any:
     """Return None for NaN and infinity, which JSON lacks: a window without a good step has no loss."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _step_of_record(line: bytes) -> float | None:
-    found = (records.parse_record(line) or {}).get("step")
-    return found if is_number(found) else None
 
 
 def _step_of_row(line: bytes) -> float | None:

@@ -15,16 +15,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from cmtrain.config.strict_yaml import Node, parse
-from cmtrain.storage.records import (
-    DamagedRecordError,
-    is_event,
-    is_number,
-    load_json,
-    open_regular,
-    parse_record,
-    read_bytes,
-    reason_of,
-)  # fmt: skip
+from cmtrain.storage import records
+from cmtrain.storage.records import DamagedRecordError, is_event, is_number, open_regular, parse_record
 from cmtrain.storage.run_folder import CLASSES_NAME, SAMPLE_NAME, read_status
 from pipelines.spec import DataError
 
@@ -41,35 +33,28 @@ Columns = Mapping[str, np.ndarray]  # name -> (N,) float64, NaN where a row has 
 
 @dataclass(frozen=True)
 class ClassCounts:
-    """Validation results by class, for one set of weights.
+    """Validation results by class, for one set of weights."""
 
-    `images`, `correct`: (K,) counts. `confusion`: (K, K), true by predicted class; None if K is too large.
-    """
-
-    images: np.ndarray
-    correct: np.ndarray
-    confusion: np.ndarray | None
+    images: np.ndarray  # (K,) counts
+    correct: np.ndarray  # (K,)
+    confusion: np.ndarray | None  # (K, K), true by predicted class; None if K is too large
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """The content of a run folder.
-
-    `config`: by dotted key. `log`, `evaluations`: ascending by "step", which they always have. `classes`: by
-    name of the weights, `model` or `ema`. `damage`: one line for each thing that could not be read.
-    """
+    """The content of a run folder."""
 
     path: Path
     status: dict[str, Any]
-    log: Columns
-    evaluations: Columns
+    log: Columns  # ascending by "step", which it always has
+    evaluations: Columns  # as `log`
     events: list[dict[str, Any]]
     config_text: str = ""
-    config: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)  # by dotted key
     class_names: list[str] = field(default_factory=list)
-    classes: dict[str, ClassCounts] = field(default_factory=dict)
+    classes: dict[str, ClassCounts] = field(default_factory=dict)  # by weights, `model` or `ema`
     sample: Path | None = None
-    damage: list[str] = field(default_factory=list)
+    damage: list[str] = field(default_factory=list)  # one line for each thing that could not be read
 
     @property
     def name(self) -> str:
@@ -94,10 +79,7 @@ def read_run(path: Path) -> RunRecord:
 
 
 def read_sample(path: Path, status: dict[str, Any]) -> RunRecord:
-    """Read a bounded sample of a run folder: of its log and evaluations, and the newest events.
-
-    `status`: the content of status.json. So a page costs the same after a million steps.
-    """
+    """Read a sample of log and evaluations, and the newest events: as much after a million steps."""
     log = filter(None, map(parse_record, sample_lines(path / "log.jsonl")))
     rows = (line.decode(errors="replace") for line in sample_lines(path / "summary.csv"))
     events = filter(None, map(parse_record, last_lines(path / "events.jsonl", LAST_BYTES)))
@@ -131,7 +113,7 @@ def _left_out(path: Path, what: str, count: int) -> list[str]:
 
 
 def _unreadable(path: Path, error: Exception) -> str:
-    return f"{path.name}: {'missing' if isinstance(error, FileNotFoundError) else reason_of(error)}"
+    return f"{path.name}: {'missing' if isinstance(error, FileNotFoundError) else records.reason_of(error)}"
 
 
 def _rows(lines: Iterable[str]) -> Iterator[dict[str, float | None]]:
@@ -156,9 +138,9 @@ def _summary(path: Path, damage: list[str]) -> list[dict[str, float | None]]:
     return rows
 
 
-def to_columns(records: Iterable[Mapping[str, Any]]) -> Columns:
-    """Return records as columns, ascending by step; records without a step are left out."""
-    rows = (record for record in records if is_number(record.get("step")))
+def to_columns(entries: Iterable[Mapping[str, Any]]) -> Columns:
+    """Return entries as columns, ascending by step; those without a step are left out."""
+    rows = (entry for entry in entries if is_number(entry.get("step")))
     parts: list[dict[str, np.ndarray]] = []
     while batch := list(itertools.islice(rows, ROWS_AT_A_TIME)):
         names = dict.fromkeys(itertools.chain(*batch))
@@ -181,7 +163,7 @@ def _as_floats(values: Sequence[Any]) -> np.ndarray:
 
 def _config(path: Path, damage: list[str]) -> tuple[str, dict[str, Any]]:
     try:
-        text = read_bytes(path).decode(errors="replace")
+        text = records.read_bytes(path).decode(errors="replace")
     except (OSError, DamagedRecordError) as error:
         damage.append(_unreadable(path, error))
         return "", {}
@@ -195,7 +177,7 @@ def _config(path: Path, damage: list[str]) -> tuple[str, dict[str, Any]]:
 
 def _classes(path: Path, damage: list[str]) -> tuple[list[str], dict[str, ClassCounts]]:
     try:
-        content = load_json(path)
+        content = records.load_json(path)
         names = [str(name) for name in content["classes"]]
         counts = {weights: _class_counts(entry, len(names)) for weights, entry in content["weights"].items()}
     except FileNotFoundError:

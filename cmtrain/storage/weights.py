@@ -29,15 +29,12 @@ WEIGHTS_NAME = "model.safetensors"
 
 @dataclass(frozen=True)
 class Weights:
-    """The state_dict of one model, on the CPU. `kind`: `model` or `ema`. `path`: its file or checkpoint.
-
-    `warnings`: see checkpoint.Loaded.
-    """
+    """The state_dict of one model, on the CPU. `kind`: `model` or `ema`. `path`: its file or checkpoint."""
 
     path: Path
     kind: str
     tensors: dict[str, Tensor]
-    warnings: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()  # see checkpoint.Loaded
 
 
 def read_weights(path: str) -> Weights:
@@ -65,10 +62,7 @@ def read_weights(path: str) -> Weights:
 
 
 def read_file(path: Path) -> tuple[dict[Any, Any], dict[str, str] | None]:
-    """Read a file of any trainer, by torch.save or safetensors. Returns content and metadata.
-
-    Nothing in it runs. Raises DataError: it is damaged, or holds what could run code.
-    """
+    """Return content and metadata of any trainer's file. Raises DataError: damaged, or it could run code."""
     try:
         content, metadata = retried(_load, path.resolve())
         if not isinstance(content, dict):
@@ -187,10 +181,8 @@ def _fit_reference(model: CMT, tensors: Mapping[str, Tensor]) -> list[str]:
 
 def _classes_beside(path: Path) -> list[str]:
     """Return the class names of the run or export that `path` is in; [] where it has none."""
-    for file, key in (
-        (path.parent.parent / "classes.json", "classes"),
-        (path.parent / "config.json", "label_names"),
-    ):
+    run, export = path.parent.parent / "classes.json", path.parent / "config.json"
+    for file, key in ((run, "classes"), (export, "label_names")):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             return list(map(str, json.loads(read_bytes(file))[key]))
     return []

@@ -34,10 +34,7 @@ class BadFile(NamedTuple):
 
 
 def read_lists(root: Path, inner: Iterable[str] = ()) -> dict[str, Fault]:
-    """Return faults by path relative to `root`, by its list, that of the folder above, and those of `inner`.
-
-    `inner` are folders below `root`.
-    """
+    """Return faults by path relative to `root`, of the lists in it, in the folder above and in `inner`."""
     faults: dict[str, Fault] = {}
     real = Path(os.path.realpath(root))
     above = {(holder.parent, f"{holder.name}/", "") for holder in (root, real)}

@@ -16,7 +16,7 @@ import stat
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Literal, NamedTuple, TypeVar, get_args
 
 from PIL import Image, UnidentifiedImageError
@@ -67,10 +67,7 @@ def is_trouble(error: BaseException) -> bool:
 
 
 def patiently(read: Callable[[], T], path: object = None) -> T:
-    """Return `read()`, tried again a few times within two seconds while the machine is in trouble.
-
-    An error that names no file, as of a read, gets `path`.
-    """
+    """Return `read()`, tried for two seconds while the machine is in trouble. Errors get `path`."""
     for seconds in (*WAIT_SECONDS, None):
         try:
             return read()
@@ -139,25 +136,15 @@ def _check(path: str, decode: bool, limit_seconds: int) -> CheckResult:
     with open(path, "rb") as file:
         # All of it is read before it is decoded: the limit is the decoder's, not the file server's.
         source = io.BytesIO(file.read()) if decode else file
-        with _limited(limit_seconds), Image.open(source, formats=FORMATS) as image:
+        if limit_seconds:  # else the process may have an alarm of its own
+            signal.alarm(limit_seconds)  # its default action ends the process, even inside a decoder
+        with Image.open(source, formats=FORMATS) as image:
             width, height = image.size
             if height * width > MAX_PIXELS:
                 return CheckResult(0, 0, Fault("too_large", f"{height}x{width} pixels, {_TOO_MANY_PIXELS}"))
             if decode:
                 image.load()
             return CheckResult(height, width, None, decode and may_rotate(image))
-
-
-@contextlib.contextmanager
-def _limited(seconds: int) -> Iterator[None]:
-    if not seconds:  # the process may have an alarm of its own
-        yield
-        return
-    signal.alarm(seconds)  # its default action ends the process, even inside a decoder
-    try:
-        yield
-    finally:
-        signal.alarm(0)
 
 
 def _answer_requests(decode: bool) -> None:
@@ -172,6 +159,7 @@ def _answer_requests(decode: bool) -> None:
             answer: tuple[object, ...] = check_file(json.loads(line), decode, MAX_SECONDS)
         except OSError as error:
             answer = error.errno, error.strerror
+        signal.alarm(0)
         print(json.dumps(answer), flush=True)  # noqa: T201
 
 

@@ -21,10 +21,7 @@ _BLOCK = 4096  # files handed to the threads at a time: a future takes more memo
 
 
 class DecodePool:
-    """At most `processes` (None: one per core) that run decode_one.py, each started when it is first needed.
-
-    They `decode` whole images, or read the headers only.
-    """
+    """At most `processes` (None: one per core) that `decode` images or read headers, started when needed."""
 
     def __init__(self, processes: int | None, *, decode: bool) -> None:
         self.processes = processes or len(os.sched_getaffinity(0))

@@ -43,10 +43,7 @@ def resize(image: Node, size: Any, interpolation: Interpolation) -> Node:
 
 @do_not_convert
 def normalise(image: Node, mean: Channels, std: Channels, fp16: bool, flips: Node | int = 0) -> Node:
-    """Turn uint8 levels into (x / 255 - mean) / std, still HWC, which is torch's channels-last memory.
-
-    Where `flips` is 1 the image is mirrored left to right in the same pass.
-    """
+    """Return (x / 255 - mean) / std of uint8 levels, HWC as torch's channels-last; `flips` 1 mirrors."""
     levels: Any = {"mean": [255.0 * value for value in mean], "std": [255.0 * value for value in std]}
     dtype = types.FLOAT16 if fp16 else types.FLOAT
     return fn.crop_mirror_normalize(image, mirror=flips, dtype=dtype, output_layout="HWC", **levels)
@@ -54,10 +51,7 @@ def normalise(image: Node, mean: Channels, std: Channels, fp16: bool, flips: Nod
 
 @do_not_convert
 def warp(image: Node, matrix: Node, background: Pixels) -> Node:
-    """Warp as Pillow's affine transform, but bilinearly; `matrix` (2, 3) maps destination to source.
-
-    `background` (H, W, 3) shows where the source has no pixel.
-    """
+    """Warp as Pillow's affine transform, but bilinearly; `matrix` (2, 3) is from destination to source."""
     # DALI's own fill is one number for all channels and bleeds into the border pixels. So repeat the border
     # and fill what lies outside of a warped white image. Arithmetic that broadcasts takes four times as long
     # on a CPU, hence a whole background.
@@ -108,18 +102,6 @@ def _times(image: Node, factor: Node) -> Node:
 
 
 @do_not_convert
-def sharpen(image: Node, kernel: Node) -> Node:
-    """Blend with the smoothed image, as one filter. Unlike Pillow, it changes the outermost pixels, too."""
-    return _filter(image, beside(image, kernel))
-
-
-@do_not_convert
-def blur(image: Node, sigma_px: Node) -> Node:
-    """Blur with a Gaussian. Pillow's box filters come near; they repeat the border, this mirrors it."""
-    return fn.gaussian_blur(image, sigma=sigma_px)
-
-
-@do_not_convert
 def equalize(image: Node) -> Node:
     """Equalise the histogram as Pillow, with OpenCV's operator.
 
@@ -147,10 +129,7 @@ def auto_contrast(image: Node) -> Node:
 def rand_augment_layer(
     image: Node, branch: Node, numbers: Sequence[Node], background: Pixels, blurs: bool = False
 ) -> Node:
-    """Apply one layer: at most one branch per sample (see `rand_augment.LayerParams` for the numbers).
-
-    Without `blurs` the graph has no branch for it, and other policies pay nothing for it.
-    """
+    """Apply one layer of `LayerParams`: at most one branch per sample. `blurs`: whether one may blur."""
     matrix, bytes4, factors, kernel = numbers
     if branch == int(Branch.WARP):
         image = warp(image, matrix, background)
@@ -161,13 +140,13 @@ def rand_augment_layer(
     if branch == int(Branch.SATURATE):
         image = saturate(image, factors[0])
     if branch == int(Branch.SHARPEN):
-        image = sharpen(image, kernel)
+        image = _filter(image, beside(image, kernel))  # unlike Pillow, it changes the outermost pixels, too
     if branch == int(Branch.EQUALIZE):
         image = equalize(image)
     if branch == int(Branch.AUTO_CONTRAST):
         image = auto_contrast(image)
     if blurs and branch == int(Branch.BLUR):
-        image = blur(image, factors[0])
+        image = fn.gaussian_blur(image, sigma=factors[0])  # mirrors the border; Pillow's boxes repeat it
     return image
 
 

@@ -37,7 +37,7 @@ def resize_into(out: Pixels, image: Pixels, interpolation: Interpolation) -> Non
 
 
 class OneGraph:
-    """A graph from files to normalised images; at most `Execution.prefetch_batches` are in the making."""
+    """A `graphs.file_graph`, from files to normalised images; prefetch_batches at most are in the making."""
 
     def __init__(self, source: Source, spec: AugmentSpec | EvalSpec, run: Execution) -> None:
         self._pipeline, self._device_id = graphs.file_graph(source, spec, run), run.device_id
@@ -47,9 +47,7 @@ class OneGraph:
         self._pipeline.schedule_run()
 
     def fetch(self) -> torch.Tensor:
-        """Return the oldest batch in the making, (B, H, W, 3), in memory of its own.
-        Raises RuntimeError or OSError for a file that DALI cannot read.
-        """
+        """Return the oldest batch, (B, H, W, 3), in its own memory. Raises RuntimeError or OSError."""
         return _fetch_output(self._pipeline, self._device_id)
 
     def skip(self) -> None:
@@ -113,14 +111,6 @@ class TwoGraphs:
 
         tuple(self._threads.map(resize_chunk, range(0, len(images), CHUNK)))
         return resized
-
-
-Stages = OneGraph | TwoGraphs
-
-
-def make_stages(source: Source, spec: AugmentSpec | EvalSpec, run: Execution) -> Stages:
-    """Return the stages of a loader; `source` as for `graphs.file_graph`."""
-    return TwoGraphs(source, spec, run) if run.device == "cpu" else OneGraph(source, spec, run)
 
 
 def _fetch_output(pipeline: Pipeline, device_id: int | None) -> torch.Tensor:

@@ -6,7 +6,6 @@
 `demo:jpegs`   2,000 JPEGs of noise, in ImageNet's sizes and kinds, to measure decoding; 200 are held out.
 """
 
-import io
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from pipelines.atomic import locked, new_folder, partial_path, remove_leftovers
-from pipelines.files.mixed_jpegs import mixed_jpegs
+from pipelines.files.mixed_jpegs import mixed_jpegs, to_jpeg
 from pipelines.spec import DataError
 
 PHOTOS = (
@@ -63,12 +62,6 @@ def _write_folder(folder: Path, writer: Callable[[], Iterator[tuple[str, bytes]]
             raise DataError(f"{cache}: cannot be written: {error.strerror}; {advice}") from error
 
 
-def _jpeg(image: Image.Image) -> bytes:
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=90)
-    return file.getvalue()
-
-
 def _digits() -> Iterator[tuple[str, bytes]]:
     from sklearn.datasets import load_digits
 
@@ -78,7 +71,7 @@ def _digits() -> Iterator[tuple[str, bytes]]:
         split = "train" if position < NUM_TRAIN_DIGITS else "val"
         pixels = (digits.images[index] * 255 / 16).astype(np.uint8)  # (8, 8), 0..16 in the source
         image = Image.fromarray(pixels).resize((64, 64), Image.Resampling.BICUBIC).convert("RGB")
-        yield f"{split}/{digits.target[index]}/{index:04d}.jpg", _jpeg(image)
+        yield f"{split}/{digits.target[index]}/{index:04d}.jpg", to_jpeg(image, quality=90)
 
 
 def _photos() -> Iterator[tuple[str, bytes]]:
@@ -98,7 +91,7 @@ def _photos() -> Iterator[tuple[str, bytes]]:
                 x = int(rng.integers(left, right - side + 1))
                 y = int(rng.integers(0, height - side + 1))
                 crop = Image.fromarray(pixels[y : y + side, x : x + side])
-                yield f"{split}/{name}/{index:03d}.jpg", _jpeg(crop)
+                yield f"{split}/{name}/{index:03d}.jpg", to_jpeg(crop, quality=90)
 
 
 def _jpegs() -> Iterator[tuple[str, bytes]]:

@@ -13,10 +13,7 @@ _COMPARED_IMAGES = 8  # validation images that are compared with training's by t
 
 
 def split_doubts(manifest: Manifest, split: str) -> list[str]:
-    """Return one line per doubt about one split: its labels, classes without images, files named twice.
-
-    `split`: its name in the lines, such as "training".
-    """
+    """Return a line per doubt about a `split` ("training"): labels, empty classes, files named twice."""
     doubts, names = list(manifest.notes), manifest.class_names
     counts = np.bincount(manifest.labels, minlength=len(names))
     if len(empty := np.flatnonzero(counts == 0)):

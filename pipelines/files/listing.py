@@ -141,10 +141,7 @@ def folder_state(path: bytes) -> FolderState:
 
 
 def file_state(path: bytes) -> FileState:
-    """Return size in bytes, time of modification, inode, and the fault that shows without opening the file.
-
-    The inode is the same under many names, by links or by spelling. Raises OSError as `folder_state`.
-    """
+    """Return size in bytes, mtime, inode, and a fault that stat shows. Raises OSError as `folder_state`."""
     info = _stat(path)
     if isinstance(info, OSError):
         return 0, 0, 0, fault_of(info)

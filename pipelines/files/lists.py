@@ -13,15 +13,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from pipelines.files.listing import (
-    EXTENSIONS,
-    FolderState,
-    Listing,
-    describe_skipped,
-    folder_state,
-    look_at,
-    walk,
-)
+from pipelines.files import listing
+from pipelines.files.listing import EXTENSIONS, Listing, look_at, walk
 from pipelines.spec import DataError, os_errors_in_one_line, print_lines
 
 LIST_EXTENSIONS = (".csv", ".tsv", ".txt", ".lst")
@@ -40,12 +33,12 @@ def list_file(path: Path, root: Path) -> Listing:
     place: dict[str, int] = {}
     skipped = Counter[str]()
 
-    def entries(start: bytes, folders: dict[bytes, FolderState]) -> Iterator[tuple[bytes, int]]:
+    def entries(start: bytes, folders: dict[bytes, listing.FolderState]) -> Iterator[tuple[bytes, int]]:
         for _, name, label in read_list(path, root, skipped):
             encoded = os.fsencode(name)
             folder = os.path.dirname(encoded)
             if folder not in folders:
-                folders[folder] = folder_state(start + folder)
+                folders[folder] = listing.folder_state(start + folder)
             yield encoded, place.setdefault(label, len(place))
         if not place:
             raise DataError(f"{path}: names no images")
@@ -109,7 +102,7 @@ def find_images(places: Sequence[str]) -> list[str]:
         files = dict.fromkeys(_files_at(place, skipped))  # a/**: what is in a folder, and the folder
         if not files:
             is_known = os.path.lexists(place) or glob.has_magic(place)
-            besides = describe_skipped(skipped)
+            besides = listing.describe_skipped(skipped)
             what = "no images" if is_known else "no such file or folder"
             raise DataError(f"{place}: {what}{besides and f'; {besides}'}")
         num_named += len(files)

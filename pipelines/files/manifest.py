@@ -40,10 +40,7 @@ _SUBSET_DOMAIN = 3  # keeps the choice of a subset apart from the plan's uses of
 
 @dataclass(frozen=True, eq=False)
 class Manifest:
-    """The usable images of one split, by class, then by path; a list file keeps its own order.
-
-    `identities`: (N,) equal for one file under several names, 0 where unknown; of packed images by content.
-    """
+    """The usable images of one split, by class, then by path; a list file keeps its own order."""
 
     root: Path
     paths: Paths  # relative to root
@@ -54,6 +51,7 @@ class Manifest:
     class_names: tuple[str, ...]
     bad: tuple[BadFile, ...] = ()
     packed: Slices | None = None  # where the images are, when they are not files of their own
+    # (N,) equal for one file under several names, 0 where unknown; of packed images by content
     identities: NDArray[np.uint64] = field(default_factory=lambda: np.zeros(0, np.uint64))
     notes: tuple[str, ...] = ()  # how labels became classes and what was not used, for the user
     skipped: Mapping[str, int] = field(default_factory=dict)  # what is no image, by kind
@@ -145,11 +143,6 @@ class Manifest:
         return _manifest(found, listing, max_bad_fraction, listed=image_list is not None)
 
     @staticmethod
-    def from_list(list_path: Path | str, root: Path | str, **options: Any) -> Manifest:
-        """Read the images below `root` that a text file names; options and errors as for `from_folder`."""
-        return Manifest.from_folder(root, image_list=list_path, **options)
-
-    @staticmethod
     @os_errors_in_one_line()
     def from_files(files: Sequence[str]) -> Manifest:
         """Read `files` of any folders, in their order, with the label 0; any number of them may be `bad`."""
@@ -159,9 +152,7 @@ class Manifest:
 
     @staticmethod
     def from_shards(folder: Path | str, *, class_names: Sequence[str] | None = None) -> Manifest:
-        """Read a packed split; its images are in the order of the manifest that it was packed from.
-        Raises DataError as `read_index`, and for a class that training does not know.
-        """
+        """Read a packed split, in its source's order. Raises DataError as `read_index` and `relabelled`."""
         _, shards = read_index(Path(folder).absolute())
         if class_names is None:
             return shards
@@ -223,10 +214,7 @@ def _check_columns(shards: Manifest, slices: Slices) -> None:
 
 
 def _identities(first: NDArray[Any], *others: NDArray[np.int64]) -> NDArray[np.uint64]:
-    """Return (N,) hashes of the columns; 0 where the first is 0.
-
-    Of files: inode, size and time. The device is not among them: its number may change with a mount.
-    """
+    """Return (N,) hashes of the columns; 0 where the first is 0."""
     mixed = np.zeros(len(first), np.uint64)
     for column in (first, *others):
         mixed = (mixed ^ column.astype(np.uint64)) * np.uint64(0x9E3779B97F4A7C15)
@@ -258,6 +246,7 @@ def _listed_faults(
 
 def _manifest(found: Scan, listing: Listing, max_bad_fraction: float | None, *, listed: bool) -> Manifest:
     sizes, faults, paths = found.sizes, found.faults, listing.paths
+    # The device is not among them: its number may change with a mount.
     identities = _identities(listing.inodes, listing.size_bytes, listing.mtime_ns)
     inner = _holders(listing) if listed else []
     # By `cmtrain data check`; read every time, never cached.

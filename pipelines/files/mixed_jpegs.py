@@ -38,9 +38,14 @@ def mixed_jpegs(count: int, seed: int = 0) -> Iterator[bytes]:
         _, mode, options = list(KINDS.values())[number]
         top, left = rng.integers(_TEXTURE_PX - HEIGHT), rng.integers(_TEXTURE_PX - WIDTH)
         image = Image.fromarray(_texture()[top : top + HEIGHT, left : left + WIDTH]).convert(mode)
-        file = io.BytesIO()
-        image.save(file, "JPEG", **options)
-        yield file.getvalue()
+        yield to_jpeg(image, **options)
+
+
+def to_jpeg(image: Image.Image, **options: Any) -> bytes:
+    """Return the image as a JPEG, with Pillow's `options`."""
+    file = io.BytesIO()
+    image.save(file, "JPEG", **options)
+    return file.getvalue()
 
 
 @functools.cache

@@ -128,9 +128,7 @@ def is_packed(folder: Path) -> bool:
 
 
 def damage(slices: Slices, paths: Paths) -> list[str]:
-    """Compare SHA-256 of every shard and CRC-32 of every image; return one line for each difference.
-    Raises OSError when a shard cannot be read.
-    """
+    """Return a line for each shard (by SHA-256) and image (by CRC-32) that has changed. Raises OSError."""
     found: list[str] = []
     num_shards = len(slices.shard_names)
     for shard in tracked(range(num_shards), f"{slices.folder}: verifying shards", num_shards):

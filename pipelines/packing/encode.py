@@ -15,6 +15,7 @@ from PIL import Image
 
 from pipelines.checks.decode_one import FORMATS, Fault, fault_of, is_trouble, may_rotate, patiently
 from pipelines.checks.pixels import grey_or_rgb
+from pipelines.files.mixed_jpegs import to_jpeg
 from pipelines.spec import DataError
 
 _BLOCK = 16  # files that a worker takes at a time
@@ -69,15 +70,14 @@ def encode(path: str, resize_shorter: int | None, quality: int) -> Encoded:
         if max(pixels.size) > MAX_JPEG_PX:
             reason = f"{pixels.height}x{pixels.width} pixels; a JPEG has at most {MAX_JPEG_PX:,} a side"
             return Encoded(b"", 0, 0, Fault("too_large", reason))
-        jpeg = io.BytesIO()
-        pixels.save(jpeg, "JPEG", quality=quality, subsampling="4:4:4")
+        jpeg = to_jpeg(pixels, quality=quality, subsampling="4:4:4")
     except MemoryError as error:
         raise DataError(f"{path}: not enough memory to encode it; try fewer --processes") from error
     except Exception as error:  # Pillow's decoders raise almost anything on hostile bytes
         if is_trouble(error):
             raise DataError.of(cast(OSError, error), path) from error
         return Encoded(b"", 0, 0, fault_of(error))
-    return Encoded(jpeg.getvalue(), pixels.height, pixels.width, None)
+    return Encoded(jpeg, pixels.height, pixels.width, None)
 
 
 def encode_all(

@@ -6,7 +6,8 @@ from dataclasses import replace
 import cmtrain.training.loaders
 from cmtrain.cli.main import main
 from helpers.decoder_probes import program
-from pipelines.decoder_probe import choose_decode, fault_of
+from pipelines import decoder_probe
+from pipelines.decoder_probe import fault_of
 from pipelines.spec import Placement
 
 
@@ -17,9 +18,10 @@ def probe(place, decode):
 
 def place_loaders(config, accelerator, control=None):
     place, _ = original(config, accelerator, control)
-    decode, lines = choose_decode(Placement(device="cuda:0"), probe)
+    decode, lines = decoder_probe.choose_decode(Placement(device="cuda:0"))
     return replace(place, decode=decode), lines
 
 
+decoder_probe.fault_of = probe
 original, cmtrain.training.loaders.place_loaders = cmtrain.training.loaders.place_loaders, place_loaders
 sys.exit(main())

@@ -165,5 +165,5 @@ if "WEIGHTS" in os.environ:
 if "WARM" not in os.environ:
     be_odd()
 else:
-    cmtrain.cli.main.run_ranks = functools.partial(cmtrain.processes.launcher.run_ranks, start=fork)
+    cmtrain.processes.launcher.start = fork
 sys.exit(cmtrain.cli.main.main())

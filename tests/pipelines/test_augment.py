@@ -153,7 +153,7 @@ def test_every_operation_of_three_augment_equals_timms(monkeypatch):
 
 def test_only_three_augment_has_a_blur_in_its_graph(monkeypatch):
     built = []
-    monkeypatch.setattr(augment, "blur", lambda image, sigma_px: built.append(sigma_px) or image)
+    monkeypatch.setattr(augment.fn, "gaussian_blur", lambda image, sigma: built.append(sigma) or image)
     run = graphs.Execution("cpu", "cpu", device_id=None, batch_size=4, threads=1, prefetch_batches=1)
     for policy, blurs in (("rand-m9-mstd0.5-inc1", 0), ("reimpl", 0), ("dali-n2-m9", 0), ("3a", 1)):
         built.clear()

@@ -24,27 +24,30 @@ INSTEAD = "decoding whole images on the GPU and cutting them there instead"
         ("error", "fails (exit code 1: INTERNAL_ERROR (8))"),
     ],
 )
-def test_a_faulty_decoder_falls_back_to_the_next_with_one_line(fault, text):
+def test_a_faulty_decoder_falls_back_to_the_next_with_one_line(monkeypatch, fault, text):
     def probe(place, decode):
         if decode == "mixed_whole":
             return ""
         return fault_of(place, decode, max_seconds=1.5 if fault == "hang" else 60, program=program(fault))
 
-    assert choose_decode(GPU, probe) == ("mixed_whole", [f"data.decode: mixed {text}; {INSTEAD}"])
+    monkeypatch.setattr(decoder_probe, "fault_of", probe)
+    assert choose_decode(GPU) == ("mixed_whole", [f"data.decode: mixed {text}; {INSTEAD}"])
 
 
-def test_where_both_ways_fail_the_cpu_decodes():
+def test_where_both_ways_fail_the_cpu_decodes(monkeypatch):
     def probe(place, decode):
         return fault_of(place, decode, program=program("crash"))
 
-    decode, lines = choose_decode(GPU, probe)
+    monkeypatch.setattr(decoder_probe, "fault_of", probe)
+    decode, lines = choose_decode(GPU)
     assert decode == "cpu"
     assert lines[1] == "data.decode: mixed_whole crashes (SIGSEGV); decoding on the CPU instead"
     assert len(lines) == 2
 
 
-def test_a_sound_decoder_is_used_without_a_word():
-    assert choose_decode(GPU, lambda *_: "") == ("mixed", [])
+def test_a_sound_decoder_is_used_without_a_word(monkeypatch):
+    monkeypatch.setattr(decoder_probe, "fault_of", lambda *_: "")
+    assert choose_decode(GPU) == ("mixed", [])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
@@ -60,9 +63,10 @@ def test_a_gpu_that_no_other_process_can_use_is_no_fault_of_the_decoder():
     ("asked", "tried"), [("auto", ["mixed", "mixed_whole"]), ("mixed", ["mixed", "mixed_whole"]),
                          ("mixed_whole", ["mixed_whole"]), ("cpu", [])],
 )  # fmt: skip
-def test_what_the_user_asks_for_is_tried_first(asked, tried):
+def test_what_the_user_asks_for_is_tried_first(monkeypatch, asked, tried):
     seen = []
-    decode, _ = choose_decode(replace(GPU, decode=asked), lambda place, way: seen.append(way) or "fails")
+    monkeypatch.setattr(decoder_probe, "fault_of", lambda place, way: seen.append(way) or "fails")
+    decode, _ = choose_decode(replace(GPU, decode=asked))
     assert (decode, seen) == ("cpu", tried)
 
 
