@@ -133,11 +133,12 @@ def may_rotate(image: Image.Image) -> bool:
 def _check(path: str, decode: bool, limit_seconds: int) -> CheckResult:
     if fault := fault_in_stat(os.stat(path)):  # opening a pipe would wait for its writer
         return CheckResult(0, 0, fault)
-    with open(path, "rb") as file:
+    with open(path, "rb") as file, contextlib.ExitStack() as stack:
         # All of it is read before it is decoded: the limit is the decoder's, not the file server's.
         source = io.BytesIO(file.read()) if decode else file
         if limit_seconds:  # else the process may have an alarm of its own
             signal.alarm(limit_seconds)  # its default action ends the process, even inside a decoder
+            stack.callback(signal.alarm, 0)
         with Image.open(source, formats=FORMATS) as image:
             width, height = image.size
             if height * width > MAX_PIXELS:
@@ -159,7 +160,6 @@ def _answer_requests(decode: bool) -> None:
             answer: tuple[object, ...] = check_file(json.loads(line), decode, MAX_SECONDS)
         except OSError as error:
             answer = error.errno, error.strerror
-        signal.alarm(0)
         print(json.dumps(answer), flush=True)  # noqa: T201
 
 
