@@ -8,6 +8,7 @@
 """
 
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -69,13 +70,14 @@ def cached(make: Callable[[Any], Page], kind_of: Callable[[str], Any]) -> Route:
 
     `kind_of`: of an Accept header, at this moment: the end of a run is shown at once. `make` gets it.
     """
-    made: dict[Any, tuple[float, Page]] = {}
+    made, making = dict[Any, tuple[float, Page]](), threading.Lock()
 
     def route(accept: str) -> Page:
         kind = kind_of(accept)
-        if kind not in made or time.monotonic() - made[kind][0] >= MAX_AGE_SECONDS:
-            made[kind] = time.monotonic(), make(kind)
-        return made[kind][1]
+        with making:
+            if kind not in made or time.monotonic() - made[kind][0] >= MAX_AGE_SECONDS:
+                made[kind] = time.monotonic(), make(kind)
+            return made[kind][1]
 
     return route
 
