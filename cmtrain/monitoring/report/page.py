@@ -29,7 +29,6 @@ from cmtrain.storage.run_record import Columns, RunRecord, read_run
 from pipelines.spec import DataError
 
 NUM_COLORS = 8  # of lines that colour can distinguish; further runs differ by their letters
-MAX_SAMPLE_BYTES = 200_000  # a larger contact sheet becomes a smaller JPEG
 SAMPLE_PX = 1024
 NUM_TABLE_ROWS = 25
 
@@ -78,18 +77,15 @@ def render(records: Sequence[RunRecord]) -> str:
 def _run_page(run: PlottedRun) -> dict[str, Any]:
     """Return what the template needs of one run."""
     record, status, times = run.record, run.record.status, measure_times(run.record)
-    state, exit_code = str(status.get("state", "unknown")), status.get("exit_code")
-    reason = status.get("reason")
-    silent_seconds = time.time() - times.end
-    patience_seconds = number(record.config.get("metrics.stall_seconds")) or SILENT_SECONDS
-    if state == "running" and silent_seconds > patience_seconds:
-        state = "running?"
+    name, reason = state_name(status), status.get("reason")
+    silent_seconds, patience = time.time() - times.end, number(record.config.get("metrics.stall_seconds"))
+    if status.get("state") == "running" and silent_seconds > (patience or SILENT_SECONDS):
         reason = f"nothing was written for {duration(silent_seconds)}; the run may have been killed"
-    tone = "warn" if exit_code == 5 else TONES.get(state, "warn")
-    page = {"plot": run, "record": record}
-    name = state if state == "running?" else state_name(status)
-    page |= {"state": name, "tone": tone, "exit_code": exit_code, "reason": reason}
-    return page | {
+        name = "running?"
+    exit_code, usual = status.get("exit_code"), TONES.get(str(status.get("state")), "warn")
+    tone = "warn" if exit_code == 5 or name == "running?" else usual
+    return {
+        "plot": run, "record": record, "state": name, "tone": tone, "exit_code": exit_code, "reason": reason,
         "summary": summary(record), "began": utc(times.begin) if times.begin else "",
         "headline": headline(record, times, run.last_step), "times": times, "events": event_rows(record),
         "lanes": event_lanes(record, x_high([run])), "steps_per_epoch": _steps_per_epoch(record),
@@ -124,21 +120,16 @@ def _show(name: str, value: float) -> str:
 
 
 def sample_uri(path: Path) -> str | None:
-    """Return the contact sheet as a data URI; None if it is not an image."""
+    """Return the contact sheet as the data URI of a small JPEG; None if it is not an image."""
+    file = io.BytesIO()
     try:
-        content, kind = path.read_bytes(), "png"
-        with Image.open(io.BytesIO(content)) as sheet:
-            if len(content) > MAX_SAMPLE_BYTES:
-                smaller, kind = sheet.convert("RGB"), "jpeg"
-                smaller.thumbnail((SAMPLE_PX, SAMPLE_PX))
-                file = io.BytesIO()
-                smaller.save(file, "JPEG", quality=82)
-                content = file.getvalue()
-            else:
-                sheet.verify()
+        with Image.open(path) as sheet:
+            smaller = sheet.convert("RGB")
+        smaller.thumbnail((SAMPLE_PX, SAMPLE_PX))
+        smaller.save(file, "JPEG", quality=85)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return None
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def _config_lines(record: RunRecord) -> list[tuple[str, bool]]:
