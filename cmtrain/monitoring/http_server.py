@@ -36,8 +36,7 @@ class Page(NamedTuple):
     status: int = 200
 
 
-# Makes a page for a request's Accept header. Runs on a thread of the server.
-Route = Callable[[str], Page]
+Route = Callable[[], Page]  # makes a page, on a thread of the server
 Routes = Mapping[str, Route]
 
 
@@ -171,7 +170,7 @@ class _Handler(BaseHTTPRequestHandler):
         if path not in self.server.routes:
             return Page(TEXT, b"404 no such page\n", 404)
         try:
-            return self.server.routes[path](self.headers.get("Accept", ""))
+            return self.server.routes[path]()
         except Exception as error:  # a page that cannot be made must not end the connection
             return Page(TEXT, f"500 {type(error).__name__}\n".encode(), 500)
 
