@@ -274,8 +274,7 @@ class RunLogger:
         if self.folder:
             self.folder.summary(row)
             self._track(row, step)
-            classes = by_class(dict(results), class_names, step)
-            self.folder.write(CLASSES_NAME, json.dumps(classes) + "\n")
+            self.folder.write(CLASSES_NAME, json.dumps(by_class(dict(results), class_names, step)) + "\n")
             top1 = max(result.top1 for result in results.values())
             self._event("evaluated", step=step, top1=top1, seconds=round(seconds, 3))
             self.folder.status(step=step, best_top1=best[0], best_step=best[1])

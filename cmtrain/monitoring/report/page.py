@@ -18,8 +18,8 @@ from PIL import Image
 from cmtrain.config.schema import defaults
 from cmtrain.config.strict_yaml import emit
 from cmtrain.monitoring.report.classes import class_section
-from cmtrain.monitoring.report.curves import PlottedRun, draw_charts, x_high
-from cmtrain.monitoring.report.events import event_lanes, event_rows
+from cmtrain.monitoring.report.curves import PlottedRun, draw_charts
+from cmtrain.monitoring.report.events import event_rows
 from cmtrain.monitoring.report.headline import environment_of, headline, measure_times, number, summary
 from cmtrain.monitoring.report.rendering import render_page
 from cmtrain.monitoring.units import duration, state_name, utc
@@ -87,8 +87,8 @@ def _run_page(run: PlottedRun) -> dict[str, Any]:
         "plot": run, "record": record, "state": name, "tone": tone, "exit_code": exit_code, "reason": reason,
         "summary": summary(record), "began": utc(times.begin) if times.begin else "",
         "headline": headline(record, times, run.last_step), "times": times, "events": event_rows(record),
-        "lanes": event_lanes(record, x_high([run])), "steps_per_epoch": _steps_per_epoch(record),
-        "classes": class_section(record), "sample": sample_uri(record.sample) if record.sample else None,
+        "steps_per_epoch": _steps_per_epoch(record), "classes": class_section(record),
+        "sample": sample_uri(record.sample) if record.sample else None,
         "config": _config_lines(record), "environment": environment_of(record),
     }  # fmt: skip
 
