@@ -10,7 +10,6 @@ from helpers.pages import DOUBLE_IDS, EVIL, OUTSIDE, OVERLAPS, UNNAMED, ParsedPa
 from helpers.report_runs import eventful, write_run
 from helpers.runs import HANG_SECONDS, free_port
 
-from cmtrain.monitoring.discovery import write_target
 from cmtrain.monitoring.http_server import Exporter
 from cmtrain.monitoring.metrics import TrainMetrics
 from cmtrain.monitoring.routes import make_pages
@@ -135,15 +134,12 @@ def test_a_folder_without_a_record_costs_no_page(tmp_path, content):
     assert "Nothing was logged yet" in words
 
 
-def test_another_rank_shows_itself_and_where_the_first_one_is(folder):
+def test_another_rank_shows_itself_and_names_the_first_one(folder):
     words = words_of(rank_at(10_000, rank=3), folder)
     assert "job rank 3 training" in words
     assert "12,810 3 % of the time waiting for data" in words
     assert "on the page of rank 0" in words
     assert "Curves" not in words
-    assert 'href="http' not in page_of(rank_at(10_000, rank=3), folder)().body.decode()
-    write_target(folder, 0, "127.0.0.1", 9410)
-    assert 'href="http://127.0.0.1:9410/"' in page_of(rank_at(10_000, rank=3), folder)().body.decode()
 
 
 # ---- safety

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from cmtrain.config.schema import defaults
@@ -87,17 +86,9 @@ def _run_page(run: PlottedRun) -> dict[str, Any]:
         "plot": run, "record": record, "state": name, "tone": tone, "exit_code": exit_code, "reason": reason,
         "summary": summary(record), "began": utc(times.begin) if times.begin else "",
         "headline": headline(record, times, run.last_step), "times": times, "events": event_rows(record),
-        "steps_per_epoch": _steps_per_epoch(record), "classes": class_section(record),
-        "sample": sample_uri(record.sample) if record.sample else None,
+        "classes": class_section(record), "sample": sample_uri(record.sample) if record.sample else None,
         "config": _config_lines(record), "environment": environment_of(record),
     }  # fmt: skip
-
-
-def _steps_per_epoch(record: RunRecord) -> float | None:
-    """Return the steps of an epoch, from the evaluations: these are at the ends of epochs."""
-    epochs, steps = record.evaluations.get("epoch", np.empty(0)), record.evaluations["step"]
-    known = epochs > 0
-    return float(steps[known][0] / epochs[known][0]) if known.any() else None
 
 
 def sample_uri(path: Path) -> str | None:
