@@ -21,10 +21,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from prometheus_client import generate_latest
 
 from cmtrain.commands.bench.timing import best_seconds
 from cmtrain.monitoring.metrics import TrainMetrics
-from cmtrain.monitoring.routes import make_metrics_page
 from cmtrain.step.measure import Phases
 
 ROUNDS = 7
@@ -61,7 +61,7 @@ def main() -> None:
             taken.append(
                 best_seconds(lambda side=side: work(steps, side, log_every), 1, time.thread_time) / steps
             )
-        scrape = partial(make_metrics_page, metrics.registry, False)
+        scrape = partial(generate_latest, metrics.registry)
         scrapes.append(best_seconds(scrape, 1, time.thread_time))
     step_seconds = statistics.median(on) - statistics.median(off)
     share, scrape_seconds = step_seconds / STEP_SECONDS, statistics.median(scrapes)

@@ -11,7 +11,7 @@ import re
 import socket
 from pathlib import Path
 
-from cmtrain.storage.records import read_bytes, replace_file
+from cmtrain.storage.records import replace_file
 
 
 def write_target(run_path: Path, rank: int, host: str, port: int) -> Path:
@@ -22,19 +22,10 @@ def write_target(run_path: Path, rank: int, host: str, port: int) -> Path:
     if host in ("0.0.0.0", "::"):  # noqa: S104 - compared, not listened at
         host = socket.gethostname()
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    path = _file(run_path, rank)
+    path = run_path.parent / ".targets" / f"{run_path.name}-{rank}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, json.dumps([{"targets": [address], "labels": {}}]) + "\n")
     return path
-
-
-def read_target(run_path: Path, rank: int) -> str | None:
-    """Return the `host:port` of `rank`, None if its file is missing or unreadable."""
-    try:
-        (group,) = json.loads(read_bytes(_file(run_path, rank)))
-        return str(group["targets"][0])
-    except (OSError, ValueError, LookupError, TypeError):
-        return None
 
 
 def forget_ranks(run_path: Path, world_size: int) -> None:
@@ -43,7 +34,3 @@ def forget_ranks(run_path: Path, world_size: int) -> None:
         match = re.fullmatch(rf"{re.escape(run_path.name)}-(\d+)\.json", path.name)
         if match and int(match[1]) >= world_size:
             path.unlink(missing_ok=True)
-
-
-def _file(run_path: Path, rank: int) -> Path:
-    return run_path.parent / ".targets" / f"{run_path.name}-{rank}.json"

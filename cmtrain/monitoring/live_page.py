@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from cmtrain.monitoring.discovery import read_target
 from cmtrain.monitoring.http_server import Page
 from cmtrain.monitoring.metrics import TrainMetrics
 from cmtrain.monitoring.report.curves import PlottedRun, draw_charts
@@ -28,7 +27,7 @@ STATES = {"setup": "setting up", "train": "training", "evaluate": "evaluating", 
 def make_live_page(
     metrics: TrainMetrics, status: dict[str, Any], now: dict[str, Any], run_path: Path, since: float
 ) -> Page:
-    """Return the page of one rank. Rank 0 shows the run; other ranks show themselves and link to rank 0.
+    """Return the page of one rank. Rank 0 shows the run; other ranks show themselves.
 
     `status`: what this rank knows of the run; `now`: what it is doing; see routes.make_pages. Only rank 0
     reads files in the run folder, `run_path`. `since`: when this process began (Unix time); an older status
@@ -40,8 +39,6 @@ def make_live_page(
         record = read_sample(run_path, status)
         page |= draw_charts([PlottedRun(record)])
         page |= {"sampled": is_sampled(run_path / "log.jsonl"), "events": newest_rows(record, at)}
-    elif first := read_target(run_path, 0):
-        page["first_rank"] = f"http://{first}/"
     state, tone = STATES[now["state"]], "info" if now["state"] == "setup" else "good"
     if now["stalled"]:
         state, tone = "stalled", "bad"

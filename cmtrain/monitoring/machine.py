@@ -1,5 +1,6 @@
 """Describe the machine that a run is on: versions and hardware, GPU identity, GPU memory."""
 
+import contextlib
 import os
 import platform
 import socket
@@ -26,10 +27,8 @@ def environment() -> dict[str, str]:
     found |= {"Python": platform.python_version()}
     found |= {name: version(name) for name in PACKAGES}
     for flavour in DALI_FLAVOURS:
-        try:
+        with contextlib.suppress(PackageNotFoundError):
             found["DALI"] = f"{version(f'nvidia-dali-{flavour}')} ({flavour})"
-        except PackageNotFoundError:
-            continue
     return found
 
 

@@ -71,15 +71,13 @@ class RunLogger:
         self.exporter: Exporter | None = None
         self.target: Path | None = None
         if self.address:
-            self._serve(self.address)
+            self._serve(*self.address)
 
-    def _serve(self, address: tuple[str, int]) -> None:
+    def _serve(self, host: str, port: int) -> None:
         """Serve metrics; if that fails, log why and go on without them."""
+        pages = make_pages(self.metrics, self._status, self.stall_seconds, self.path)
         try:
-            folder = self.folder
-            status = (lambda: folder.snapshot() | self.failure) if folder else lambda: self.speed
-            pages = make_pages(self.metrics, status, self.stall_seconds, self.path)
-            self.exporter = Exporter(pages, *address, self.allowed_hosts)
+            self.exporter = Exporter(pages, host, port, self.allowed_hosts)
         except (OSError, UnicodeError) as error:
             self.console.line(f"no metrics: {error}")
             return
@@ -87,6 +85,9 @@ class RunLogger:
         self.target = self.losses.attempt("discovery of metrics", write_target, *place)
         if self.rank == 0:
             self.losses.attempt("discovery of metrics", forget_ranks, self.path, self.world_size)
+
+    def _status(self) -> dict[str, Any]:
+        return self.folder.snapshot() | self.failure if self.folder else self.speed
 
     @property
     def metrics_url(self) -> str | None:
@@ -119,8 +120,7 @@ class RunLogger:
             except OSError as error:
                 raise DataError(f"{error.filename or self.path}: {error.strerror or error}") from error
         for note in notes:
-            self.console.line(note)
-            self._event("note", text=note)
+            self._report("note", note, text=note)
         state = "resumed" if resumed else "started"
         self._event(state, step=self.first_step, restarts=num_restarts(), **facts)
         self._event("environment", **environment())
@@ -135,6 +135,11 @@ class RunLogger:
         if self.folder:
             self.folder.event(kind, **fields)
 
+    def _report(self, kind: str, line: str, /, **fields: Any) -> None:
+        """Log an event in the run folder, and a line about it on the console."""
+        self._event(kind, **fields)
+        self.console.line(line)
+
     # Steps and log points
 
     def count_step(
@@ -142,8 +147,8 @@ class RunLogger:
     ) -> None:
         """Count a finished step; all numbers are of this rank. `measured`: see TrainMetrics.count_step."""
         self.step = step
-        measured |= {"num_images": num_images, "seconds": seconds, "wait_seconds": wait_seconds}
-        self.metrics.count_step(step, **measured)
+        measured |= {"seconds": seconds, "wait_seconds": wait_seconds}
+        self.metrics.count_step(step, num_images, **measured)
         self.pace.step(num_images * self.world_size, seconds, wait_seconds)
         self.console.advance(step, seconds)
         self.report_losses()
@@ -160,9 +165,8 @@ class RunLogger:
 
     def log(self, report: StepReport) -> None:
         """Log a log point."""
-        before = self.metrics.reported
+        before, self.train_loss = self.metrics.reported, report.loss
         self.metrics.report(report)
-        self.train_loss = report.loss
         images_per_second, wait_share, step_seconds = self.pace.pop_averages()
         eta_seconds = step_seconds * (self.last_step - report.step)
         self.metrics.eta_timestamp.set(time.time() + eta_seconds)
@@ -172,13 +176,12 @@ class RunLogger:
             record = {key: finite(value) for key, value in asdict(report).items()} | self.speed
             self.folder.log(record | {"time": time.time()})
             self._track(record, report.step)
-            self.folder.status(
-                step=report.step, loss=record["loss"], eta_seconds=round(eta_seconds), **self.speed
-            )
+            news = {"loss": record["loss"], "eta_seconds": round(eta_seconds)}
+            self.folder.status(step=report.step, **news, **self.speed)
         since = {"bad": report.bad_steps - before.bad_steps, "restores": report.restores - before.restores}
         if any(since.values()):
-            scale = report.loss_scale
-            self._event("bad_steps", step=report.step, since=before.step, **since, loss_scale=scale)
+            since |= {"step": report.step, "since": before.step}
+            self._event("bad_steps", **since, loss_scale=report.loss_scale)
         parts = [f"eta {duration(eta_seconds)}", f"loss {report.loss:.4f}"]
         parts += [f"{images_per_second:,.0f} img/s", f"data {percent(wait_share, 0)}"]
         if report.loss_scale != 1:
@@ -202,9 +205,9 @@ class RunLogger:
         """
         self.bad_files([files], quiet=True)
         if files:
-            others = f", and {len(files) - 1:,} more in events.jsonl" if len(files) > 1 else ""
-            example = f": {files[0].path}: {files[0].reason}{others}"
-            where = f", see {path}" if (path := find_list(root, files)) else example
+            where = f": {files[0].path}: {files[0].reason}"
+            where += f", and {len(files) - 1:,} more in events.jsonl" if len(files) > 1 else ""
+            where = f", see {path}" if (path := find_list(root, files)) else where
             self.console.line(f"{len(files):,} bad files are left out{where}")
 
     def bad_files(self, by_rank: Sequence[Sequence[BadFile]], *, quiet: bool = False) -> None:
@@ -224,28 +227,25 @@ class RunLogger:
         """Log loss spikes. `batch`: the samples of the highest one, `files`: some of them."""
         worst = max(spikes, key=lambda spike: spike.z)
         first, last = spikes[0].step, spikes[-1].step
-        self._event(
-            "loss_spikes", first_step=first, last_step=last, count=len(spikes), worst=asdict(worst),
-            samples=list(batch), files=list(files),
-        )  # fmt: skip
-        self.console.line(
+        self._report(
+            "loss_spikes",
             f"loss spikes: {len(spikes)} in steps {first}..{last}, the highest at step {worst.step}: "
             f"loss {worst.loss:.4f} ({worst.loss_z:.1f} sigma), gradient norm {worst.grad_norm:.2f} "
-            f"({worst.grad_norm_z:.1f} sigma)"
-        )
+            f"({worst.grad_norm_z:.1f} sigma)",
+            first_step=first, last_step=last, count=len(spikes), worst=asdict(worst),
+            samples=list(batch), files=list(files),
+        )  # fmt: skip
 
     def bad_batch(self, step: int, found: BadStep, files: Sequence[str]) -> None:
         """Log the cause of too many bad steps in a row. `files`: some samples of the last one."""
-        self._event("bad_batch", step=step, **asdict(found), files=list(files))
-        self.console.line(f"step {step}: too many bad steps; {found.cause}; of {'; '.join(files)}, ...")
+        line = f"step {step}: too many bad steps; {found.cause}; of {'; '.join(files)}, ..."
+        self._report("bad_batch", line, step=step, **asdict(found), files=list(files))
 
     def rolled_back(self, step: int, good_step: int, cause: str, lr_factor: float) -> None:
         """Log a rollback from `step` to the state of `good_step`."""
         self.metrics.rollbacks.inc()
-        self._event("rollback", step=step, good_step=good_step, cause=cause, lr_factor=lr_factor)
-        self.console.line(
-            f"step {step}: back to the state of step {good_step}, learning rate x {lr_factor:g}"
-        )
+        line = f"step {step}: back to the state of step {good_step}, learning rate x {lr_factor:g}"
+        self._report("rollback", line, step=step, good_step=good_step, cause=cause, lr_factor=lr_factor)
 
     # Evaluations and checkpoints
 
@@ -275,8 +275,7 @@ class RunLogger:
         if self.folder:
             self.folder.summary(row)
             self._track(row, step)
-            classes = by_class(dict(results), class_names, step)
-            self.folder.write(CLASSES_NAME, json.dumps(classes) + "\n")
+            self.folder.write(CLASSES_NAME, json.dumps(by_class(dict(results), class_names, step)) + "\n")
             top1 = max(result.top1 for result in results.values())
             self._event("evaluated", step=step, top1=top1, seconds=round(seconds, 3))
             self.folder.status(step=step, best_top1=best[0], best_step=best[1])
@@ -285,24 +284,24 @@ class RunLogger:
     def ema_healed(self, step: int, tensors: Sequence[str]) -> None:
         """Log that tensors of the EMA were not finite and were copied from the model again."""
         self.metrics.nonfinite("ema", "heal").inc()
-        self._event("ema_healed", step=step, tensors=list(tensors))
-        self.console.line(f"step {step}: EMA not finite, copied from the model again: {named(tensors)}")
+        line = f"step {step}: EMA not finite, copied from the model again: {named(tensors)}"
+        self._report("ema_healed", line, step=step, tensors=list(tensors))
 
     def saved(self, outcome: Outcome) -> None:
         """Log how the save of a checkpoint ended."""
-        step = outcome.step
+        step, error = outcome.step, outcome.error
         if outcome.path is None:
             self.metrics.checkpoint_failures.inc()
-            self._event("checkpoint_failed", step=step, error=outcome.error)
-            self.console.line(f"checkpoint at step {step} failed, older ones are untouched: {outcome.error}")
+            line = f"checkpoint at step {step} failed, older ones are untouched: {error}"
+            self._report("checkpoint_failed", line, step=step, error=error)
             return
         self.metrics.saved(outcome.seconds, outcome.num_bytes)
         self._event("checkpoint", step=step, path=str(outcome.path), seconds=round(outcome.seconds, 3))
         if self.folder:
             self.folder.status(resume_from=str(outcome.path))
-        if outcome.error:
-            self._event("checkpoints_not_dropped", error=outcome.error)
-            self.console.line(f"checkpoints that are no longer needed could not be deleted: {outcome.error}")
+        if error:
+            line = f"checkpoints that are no longer needed could not be deleted: {error}"
+            self._report("checkpoints_not_dropped", line, error=error)
 
     # The end
 
@@ -333,9 +332,8 @@ class RunLogger:
             if result:
                 print_result(result, asked=as_json)
             if not is_written:
-                exit_code = EXIT_DATA
-                what = "status.json does not say how the run ended; run the same command again"
-                self.console.line(f"{self.path}: {what}")
+                exit_code, what = EXIT_DATA, "status.json does not say how the run ended"
+                self.console.line(f"{self.path}: {what}; run the same command again")
         self._close(waits=state != "preempted")
         return exit_code
 

@@ -139,7 +139,7 @@ def metrics_server():
             "stalled": stalled,
         }
         page = Page("application/json", json.dumps(facts | {"now": now}).encode())
-        servers.append(Exporter({"/status.json": lambda accept: page}, "127.0.0.1", free_port()))
+        servers.append(Exporter({"/status.json": lambda: page}, "127.0.0.1", free_port()))
         return f"{servers[-1].url}/metrics"
 
     yield start

@@ -194,7 +194,7 @@ def test_metrics_are_served_while_the_run_runs(make_job):
     assert [status["now"]["rank"] for status in statuses] == [0, 1]
     assert all("cmt_micro \u00b7 fp32 \u00b7 2 processes on the CPU" in front for front in fronts)
     assert ["<h2>Curves" in front for front in fronts] == [True, False]
-    assert f'href="http://127.0.0.1:{port}/"' in fronts[1]
+    assert "on the page of rank 0" in fronts[1]
     for rank, page in enumerate(pages):
         samples = dict(line.rsplit(" ", 1) for line in page.splitlines() if not line.startswith("#"))
 

@@ -1,28 +1,47 @@
-"""Draw line charts, event lanes and heat maps as inline SVG, of 10 to 100 kB (plotly's script has 4.6 MB).
+"""Draw line charts as inline SVG, of 10 to 100 kB (plotly's script has 4.6 MB).
 
 A chart has no width of its own. Its lines are in a nested <svg> that is stretched to the room there is,
 while strokes keep their width. Text and marks are placed in per cent. Colours are CSS classes, which the
 page defines for light and dark. The markup is in templates/*.svg.
 """
 
-import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from cmtrain.monitoring import units
-from cmtrain.monitoring.report.axes import Axis, Scale, linear_axis, make_axis
 from cmtrain.monitoring.report.rendering import make_templates
 
 PLOT_UNITS = 1000  # width of the nested <svg>, in its own units
 MAX_COLUMNS = 600  # of a thinned line: about half the pixels of a page's width
 MEDIAN_COLUMNS = 200
 LABEL_PITCH_PX = 12
-HEAT_LEVELS, HEAT_NAME, HEAT_CELL_PX = 8, 24, 28  # shades, letters of a class name, a cell at most
-MAX_LANE_COLUMNS = 150
+
+
+_SUPERSCRIPT = str.maketrans("-0123456789", "\u207b\u2070\xb9\xb2\xb3\u2074\u2075\u2076\u2077\u2078\u2079")
+
+Scale = Literal["linear", "zero", "log", "log2", "auto"]  # zero: linear, from 0
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A mapping of low..high to 0..1. `ticks`: (value, label)."""
+
+    low: float
+    high: float
+    log: bool
+    ticks: list[tuple[float, str]]
+
+    def place(self, values: Any) -> np.ndarray:
+        """Map `values`, a number or an array."""
+        values, low, high = np.asarray(values, dtype=float), self.low, self.high
+        if self.log:
+            with np.errstate(invalid="ignore", divide="ignore"):
+                values, low, high = np.log(values), math.log(low), math.log(high)
+        return (values - low) / (high - low)
 
 
 @dataclass(frozen=True)
@@ -49,7 +68,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Mark:
-    """An event at `x`. `kind`: its glyph and colour. `text`: shown under the pointer."""
+    """An event at `x`. `kind`: its colour. `text`: shown under the pointer."""
 
     x: float
     kind: str
@@ -114,43 +133,6 @@ def line_chart(
     shown = [show(float(y[0])) if y.size else "-" for y in last]
     legend = [(line.name, line.css, value) for line, value in zip(series, shown, strict=True)]
     return Chart(key, title, svg, legend)
-
-
-def lane(marks: Sequence[Mark], x_high: float) -> str:
-    """Draw marks as glyphs along 0..x_high; marks that would overlap become one, with their number."""
-
-    def column(mark: Mark) -> tuple[int, str]:
-        return round(mark.x / x_high * MAX_LANE_COLUMNS), mark.kind
-
-    glyphs = []
-    for _, group in itertools.groupby(sorted(marks, key=column), key=column):
-        first, *others = group
-        text = first.text + (f" (and {len(others):,} more)" if others else "")
-        glyphs.append((_percent(first.x / x_high), first.kind, text))
-    return make_templates().get_template("lane.svg").render(glyphs=glyphs)
-
-
-def heat_map(matrix: np.ndarray, names: Sequence[str], *, key: str) -> str:
-    """Draw a confusion matrix with class names; shades show shares of a row. A shade is one path: small."""
-    size, images = len(matrix), int(matrix.sum())
-    wrong = images - int(np.trace(matrix))
-    description = f"{size} classes, {images:,} images, {wrong:,} of them not on the diagonal."
-    short = [name if len(name) <= HEAT_NAME else f"{name[: HEAT_NAME - 1]}\u2026" for name in names]
-    margin = max(map(len, short)) / 2 + 1  # in cells, which are as high as a letter and twice as wide
-    box = f"{-margin:g} {-margin:g} {size + margin:g} {size + margin:g}"
-    shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-    # The root makes a few errors in a hundred visible.
-    level = np.ceil(np.sqrt(shares) * HEAT_LEVELS).astype(int)
-    diagonal, shades = np.eye(size, dtype=bool), []
-    for right, value in itertools.product((True, False), range(1, HEAT_LEVELS + 1)):
-        cells = np.argwhere((level == value) & (diagonal == right)).tolist()
-        if cells:
-            path = "".join(f"M{x} {y}h1v1h-1z" for y, x in cells)
-            shades.append((path, "right" if right else "wrong", value / HEAT_LEVELS))
-    return make_templates().get_template("heat_map.svg").render(
-        key=key, description=description, box=box, width_px=round(HEAT_CELL_PX * (size + margin)),
-        names=list(zip(names, short, strict=True)), shades=shades,
-    )  # fmt: skip
 
 
 def thin(x: np.ndarray, y: np.ndarray, columns: int) -> np.ndarray:
@@ -246,3 +228,68 @@ def _px(value: float) -> str:
 
 def _percent(share: float) -> str:
     return f"{round(100 * share, 2):g}%"
+
+
+# Axes, and the round numbers written beside them
+
+
+def make_axis(values: np.ndarray, scale: Scale, *, percent: bool = False) -> Axis:
+    """Return the axis of all finite (if log, positive) `values`; auto is log if the largest is far above."""
+    values = values[np.isfinite(values)]
+    positive = values[values > 0]
+    if scale == "auto":
+        wide = positive.size == values.size > 0 and values.max() > 20 * np.median(values)
+        scale = "log" if wide else "linear"
+    if scale in ("log", "log2") and positive.size:
+        return log_axis(float(positive.min()), float(positive.max()), base=2 if scale == "log2" else 10)
+    low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 1.0)
+    return linear_axis(0.0 if scale == "zero" else low, high, 4, percent=percent)
+
+
+def linear_axis(low: float, high: float, count: int, *, percent: bool = False, exact: bool = False) -> Axis:
+    """Return an axis with about `count` ticks, one below `low` and one above `high` unless `exact`."""
+    if high <= low:
+        room = abs(low) * 0.1 or 1.0
+        high = low + room
+        low = low - room if low else low
+    rough = (high - low) / count
+    unit = 10.0 ** math.floor(math.log10(rough))
+    step = unit * next(factor for factor in (1, 2, 2.5, 5, 10) if factor * unit >= rough * 0.999)
+    slack = step * 1e-6
+    ticks = [i * step for i in range(math.floor((low + slack) / step), math.ceil((high - slack) / step) + 1)]
+    if exact:
+        ticks = [tick for tick in ticks if low - slack <= tick <= high + slack]
+    else:
+        low, high = ticks[0], ticks[-1]
+    tiny = max(abs(tick) for tick in ticks) < 1e-3
+    return Axis(low, high, log=False, ticks=[(tick, _tick_label(tick, percent, tiny)) for tick in ticks])
+
+
+def log_axis(low: float, high: float, *, base: int) -> Axis:
+    """Return an axis a little beyond low..high, with ticks at powers of `base` and, if few, between."""
+    room = max((high / low) ** 0.04, 1.05)
+    low, high = low / room, high * room
+    first, final = math.ceil(math.log(low, base)), math.floor(math.log(high, base))
+    stride = max(1, math.ceil((final - first + 1) / 6))
+    powers = [exponent for exponent in range(first, final + 1) if exponent % stride == 0]
+    if base == 2:
+        labels = [(2.0**e, f"2{str(e).translate(_SUPERSCRIPT)}") for e in powers]
+        return Axis(low, high, log=True, ticks=labels)
+    ticks = [10.0**e for e in powers]
+    for factors in ((1, 3), (1, 2, 5), (1, 2, 3, 4, 6, 8)):
+        denser = [factor * 10.0**e for e in range(first - 1, final + 1) for factor in factors]
+        denser = [tick for tick in denser if low <= tick <= high]
+        if len(ticks) < 3 and len(denser) <= 6:
+            ticks = denser
+    return Axis(low, high, log=True, ticks=[(tick, _tick_label(tick, tiny=tick < 1e-3)) for tick in ticks])
+
+
+def _tick_label(value: float, percent: bool = False, tiny: bool = False) -> str:
+    """Write a round number in few characters; a `tiny` one with an exponent."""
+    if percent:
+        return f"{round(value * 100, 6):g} %"
+    size = abs(value)
+    for unit, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if unit <= size < 1e12:
+            return f"{round(value / unit, 6):g}{letter}"
+    return units.with_exponent(value, 5) if size and (tiny or size >= 1e12) else f"{round(value, 9):g}"

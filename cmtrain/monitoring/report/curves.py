@@ -6,8 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from cmtrain.monitoring.report.axes import Scale
-from cmtrain.monitoring.report.charts import Chart, Series, line_chart
+from cmtrain.monitoring.report.charts import Chart, Scale, Series, line_chart
 from cmtrain.monitoring.report.events import hairlines
 from cmtrain.monitoring.report.headline import number
 from cmtrain.monitoring.units import percent
@@ -44,7 +43,7 @@ def draw_charts(runs: Sequence[PlottedRun]) -> dict[str, list[Chart]]:
     """
     expected = number(runs[0].record.config.get("expect.top1")) if len(runs) == 1 else None
     level = None if expected is None else (expected, f"expected {percent(expected)}")
-    options: dict[str, Any] = {"x_high": x_high(runs)}
+    options: dict[str, Any] = {"x_high": max(1.0, *(run.last_step for run in runs))}
     options["marks"] = hairlines(runs[0].record) if len(runs) == 1 else []
     (losses, accuracies), large, small = _lines(runs), [], []
     if losses:
@@ -58,11 +57,6 @@ def draw_charts(runs: Sequence[PlottedRun]) -> dict[str, list[Chart]]:
             share = key.endswith("_ratio")
             small.append(line_chart(title, series, key=key, scale=scale, percent=share, **options))
     return {"large_charts": large, "small_charts": small}
-
-
-def x_high(runs: Sequence[PlottedRun]) -> float:
-    """Return the step at the right end of the curves."""
-    return max(1.0, *(run.last_step for run in runs))
 
 
 def _lines(runs: Sequence[PlottedRun]) -> tuple[list[Series], list[Series]]:

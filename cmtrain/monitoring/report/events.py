@@ -1,4 +1,4 @@
-"""Turn the events of a run into table rows and marks over the steps."""
+"""Turn the events of a run into table rows and marks on the curves."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from cmtrain.monitoring.report.charts import Mark, lane
+from cmtrain.monitoring.report.charts import Mark
 from cmtrain.monitoring.units import percent, short, utc, workers
 from cmtrain.storage.run_record import RunRecord
 from pipelines.spec import visible
@@ -18,16 +18,13 @@ Row = dict[str, Any]
 HIDDEN = ("time", "event", "step", "device", "world_size")  # have a column, or are named below
 ROUTINE = ("checkpoint", "evaluated", "environment")  # go as planned: the report leaves them out
 
-# glyph -> (name of its lane, events). Events without a glyph here are notes.
-LANES = {
-    "start": ("starts", ["started", "resumed"]), "bad": ("bad steps", ["bad_steps", "bad_batch"]),
-    "spike": ("loss spikes", ["loss_spikes"]), "rollback": ("rollbacks", ["rollback", "ema_healed"]),
-    "failure": ("failures", ["checkpoint_failed", "diverged", "failed"]),
-    "file": ("bad files", ["bad_file"]),
+# The glyph of an event; those without one here are notes.
+GLYPHS = {
+    "started": "start", "resumed": "start", "bad_steps": "bad", "bad_batch": "bad", "loss_spikes": "spike",
+    "rollback": "rollback", "ema_healed": "rollback", "checkpoint_failed": "failure", "diverged": "failure",
+    "failed": "failure", "bad_file": "file", "finished": "end", "preempted": "end",
 }  # fmt: skip
-GLYPHS = {event: glyph for glyph, (_, events) in LANES.items() for event in events}
-GLYPHS |= {"finished": "end", "preempted": "end"}
-HAIRLINES = ("start", "rollback")
+HAIRLINES = ("start", "rollback", "failure")
 MAX_HAIRLINES = 40
 MAX_ROWS_OF_A_KIND = 15
 MAX_NEWEST = 10
@@ -37,7 +34,8 @@ MAX_ITEMS = 3  # of a list in an event
 
 def event_rows(record: RunRecord) -> list[Row]:
     """Return a row for every event that is not routine, but only the first few of each kind."""
-    events = sorted(_noteworthy(record), key=itemgetter("time"))
+    events = [event for event in _without_repeats(record) if event["event"] not in ROUTINE]
+    events.sort(key=itemgetter("time"))
     return _rows(record, events, MAX_ROWS_OF_A_KIND, lambda time: time - events[0]["time"])
 
 
@@ -65,29 +63,19 @@ def _rows(record: RunRecord, events: list[Event], most: int, seconds: Callable[[
     return rows
 
 
-def event_lanes(record: RunRecord, x_high: float) -> list[tuple[str, str, int, str]]:
-    """Return (name, glyph, number of events, SVG) of each kind that occurred; a single start has no lane."""
-    marks = _marks(record)
-    lanes = []
-    for glyph, (name, _) in LANES.items():
-        mine = [mark for mark in marks if mark.kind == glyph]
-        if len(mine) > 1 or (mine and glyph != "start"):
-            lanes.append((name, glyph, len(mine), lane(mine, x_high)))
-    return lanes
-
-
 def hairlines(record: RunRecord) -> list[Mark]:
     """Return the events that explain a kink in a curve, without the start at step 0."""
-    found = [mark for mark in _marks(record) if mark.kind in HAIRLINES and mark.x > 0]
+    found = []
+    for event in record.events:
+        glyph = GLYPHS.get(event["event"])
+        if glyph in HAIRLINES and (step := _step_of(record, event)) > 0:
+            details = ", ".join(f"{key}: {value}" for key, value in _details(event))
+            found.append(Mark(step, glyph, f"{_name(event)}, step {step:,.0f}. {details}"[:300]))
     return found[:: max(1, -(-len(found) // MAX_HAIRLINES))]
 
 
 def _name(event: Event) -> str:
     return event["event"].replace("_", " ").replace("ema", "EMA")
-
-
-def _noteworthy(record: RunRecord) -> list[Event]:
-    return [event for event in _without_repeats(record) if event["event"] not in ROUTINE]
 
 
 def _without_repeats(record: RunRecord) -> list[Event]:
@@ -96,16 +84,6 @@ def _without_repeats(record: RunRecord) -> list[Event]:
     for number, event in enumerate(record.events):
         first.setdefault(str(event.get("path")) if event["event"] == "bad_file" else number, event)
     return list(first.values())
-
-
-def _marks(record: RunRecord) -> list[Mark]:
-    marks = []
-    for event in _noteworthy(record):
-        glyph, step = GLYPHS.get(event["event"]), _step_of(record, event)
-        if glyph in LANES:
-            details = ", ".join(f"{key}: {value}" for key, value in _details(event))
-            marks.append(Mark(step, glyph, f"{_name(event)}, step {step:,.0f}. {details}"[:300]))
-    return marks
 
 
 def _step_of(record: RunRecord, event: Event) -> float:

@@ -174,12 +174,10 @@ def _expectation(record: RunRecord, top1: float) -> str:
 
 def environment_of(record: RunRecord) -> dict[str, str]:
     """Return model, hardware and versions of the newest process of the run, by name."""
-    found: dict[str, str] = {}
+    found, hidden = dict[str, str](), ("time", "event", "step", "restarts")
     for event in record.events:
         if event["event"] in ("started", "resumed", "environment"):
-            found |= {
-                str(k): str(v) for k, v in event.items() if k not in ("time", "event", "step", "restarts")
-            }
+            found |= {key: str(value) for key, value in event.items() if key not in hidden}
     if "world_size" in found:
         found["trained on"] = workers(found)
     return {key: value for key, value in found.items() if key not in ("device", "world_size")}

@@ -12,26 +12,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from cmtrain.config.schema import defaults
 from cmtrain.config.strict_yaml import emit
 from cmtrain.monitoring.report.classes import class_section
-from cmtrain.monitoring.report.curves import PlottedRun, draw_charts, x_high
-from cmtrain.monitoring.report.events import event_lanes, event_rows
+from cmtrain.monitoring.report.curves import PlottedRun, draw_charts
+from cmtrain.monitoring.report.events import event_rows
 from cmtrain.monitoring.report.headline import environment_of, headline, measure_times, number, summary
 from cmtrain.monitoring.report.rendering import render_page
-from cmtrain.monitoring.units import duration, percent, short, state_name, utc
+from cmtrain.monitoring.units import duration, state_name, utc
 from cmtrain.storage.records import remove_leftovers, replace_file
 from cmtrain.storage.run_folder import REPORT_NAME, SILENT_SECONDS
-from cmtrain.storage.run_record import Columns, RunRecord, read_run
+from cmtrain.storage.run_record import RunRecord, read_run
 from pipelines.spec import DataError
 
 NUM_COLORS = 8  # of lines that colour can distinguish; further runs differ by their letters
-MAX_SAMPLE_BYTES = 200_000  # a larger contact sheet becomes a smaller JPEG
 SAMPLE_PX = 1024
-NUM_TABLE_ROWS = 25
 
 TONES = {"finished": "good", "running": "info", "preempted": "warn", "diverged": "bad", "failed": "bad"}
 
@@ -78,67 +75,33 @@ def render(records: Sequence[RunRecord]) -> str:
 def _run_page(run: PlottedRun) -> dict[str, Any]:
     """Return what the template needs of one run."""
     record, status, times = run.record, run.record.status, measure_times(run.record)
-    state, exit_code = str(status.get("state", "unknown")), status.get("exit_code")
-    reason = status.get("reason")
-    silent_seconds = time.time() - times.end
-    patience_seconds = number(record.config.get("metrics.stall_seconds")) or SILENT_SECONDS
-    if state == "running" and silent_seconds > patience_seconds:
-        state = "running?"
+    name, reason = state_name(status), status.get("reason")
+    silent_seconds, patience = time.time() - times.end, number(record.config.get("metrics.stall_seconds"))
+    if status.get("state") == "running" and silent_seconds > (patience or SILENT_SECONDS):
         reason = f"nothing was written for {duration(silent_seconds)}; the run may have been killed"
-    tone = "warn" if exit_code == 5 else TONES.get(state, "warn")
-    page = {"plot": run, "record": record}
-    name = state if state == "running?" else state_name(status)
-    page |= {"state": name, "tone": tone, "exit_code": exit_code, "reason": reason}
-    return page | {
+        name = "running?"
+    exit_code, usual = status.get("exit_code"), TONES.get(str(status.get("state")), "warn")
+    tone = "warn" if exit_code == 5 or name == "running?" else usual
+    return {
+        "plot": run, "record": record, "state": name, "tone": tone, "exit_code": exit_code, "reason": reason,
         "summary": summary(record), "began": utc(times.begin) if times.begin else "",
         "headline": headline(record, times, run.last_step), "times": times, "events": event_rows(record),
-        "lanes": event_lanes(record, x_high([run])), "steps_per_epoch": _steps_per_epoch(record),
-        "evaluations": _table(record.evaluations), "log": _table(record.log, leave_out=("time",)),
         "classes": class_section(record), "sample": sample_uri(record.sample) if record.sample else None,
         "config": _config_lines(record), "environment": environment_of(record),
     }  # fmt: skip
 
 
-def _steps_per_epoch(record: RunRecord) -> float | None:
-    """Return the steps of an epoch, from the evaluations: these are at the ends of epochs."""
-    epochs, steps = record.evaluations.get("epoch", np.empty(0)), record.evaluations["step"]
-    known = epochs > 0
-    return float(steps[known][0] / epochs[known][0]) if known.any() else None
-
-
-def _table(columns: Columns, leave_out: Sequence[str] = ()) -> dict[str, Any]:
-    """Return at most NUM_TABLE_ROWS rows, evenly spaced, with the newest one."""
-    names = [name for name, values in columns.items() if name not in leave_out and np.isfinite(values).any()]
-    count = len(columns["step"])
-    taken = np.unique(np.linspace(0, max(count - 1, 0), min(count, NUM_TABLE_ROWS)).round().astype(int))
-    rows = [[_show(name, float(columns[name][index])) for name in names] for index in taken.tolist()]
-    return {"names": [name.replace("_", " ") for name in names], "rows": rows, "count": count}
-
-
-def _show(name: str, value: float) -> str:
-    if not np.isfinite(value):
-        return ""
-    if name in ("step", "epoch"):
-        return f"{value:,.0f}"
-    return percent(value) if name.endswith(("top1", "top5", "_ratio")) else short(value)
-
-
 def sample_uri(path: Path) -> str | None:
-    """Return the contact sheet as a data URI; None if it is not an image."""
+    """Return the contact sheet as the data URI of a small JPEG; None if it is not an image."""
+    file = io.BytesIO()
     try:
-        content, kind = path.read_bytes(), "png"
-        with Image.open(io.BytesIO(content)) as sheet:
-            if len(content) > MAX_SAMPLE_BYTES:
-                smaller, kind = sheet.convert("RGB"), "jpeg"
-                smaller.thumbnail((SAMPLE_PX, SAMPLE_PX))
-                file = io.BytesIO()
-                smaller.save(file, "JPEG", quality=82)
-                content = file.getvalue()
-            else:
-                sheet.verify()
+        with Image.open(path) as sheet:
+            smaller = sheet.convert("RGB")
+        smaller.thumbnail((SAMPLE_PX, SAMPLE_PX))
+        smaller.save(file, "JPEG", quality=85)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return None
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def _config_lines(record: RunRecord) -> list[tuple[str, bool]]:
