@@ -9,6 +9,7 @@ import pytest
 from cmtrain.monitoring.report.charts import (
     Mark,
     Series,
+    heat_map,
     line_chart,
     linear_axis,
     log_axis,
@@ -131,6 +132,17 @@ def test_labels_at_the_ends_of_lines_do_not_cover_each_other():
     assert ("50", "150") in texts
 
 
+def test_a_heat_map_of_a_hundred_classes_is_small_and_complete():
+    rng = np.random.default_rng(0)
+    matrix = rng.integers(0, 9, (100, 100))
+    names = [f"class {index} with a long name, which its title has in full" for index in range(100)]
+    svg = heat_map(matrix, names, key="k")
+    assert svg.count("class 99 with a long na\u2026") == svg.count(f"<title>{names[99]}</title>") == 2
+    assert svg.count("M") == np.count_nonzero(matrix)
+    assert svg.count("<path") <= 16
+    assert len(svg) < 200_000
+
+
 def test_names_are_escaped():
     evil = '"><script>alert(1)</script>'
     chart = line_chart(
@@ -141,5 +153,7 @@ def test_names_are_escaped():
         level=(1.0, evil),
         marks=[Mark(0, "start", evil)],
     )
-    assert "<script" not in chart.svg
-    ElementTree.fromstring(chart.svg)
+    drawn = heat_map(np.ones((2, 2), int), [evil, evil], key="k")
+    for svg in (chart.svg, drawn):
+        assert "<script" not in svg
+        ElementTree.fromstring(svg)

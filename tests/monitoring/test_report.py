@@ -44,7 +44,7 @@ def test_a_run_ends_with_its_report(make_job):
     assert "global_batch_size: 16" in page.words
     assert f"torch {torch.__version__.split('+')[0]}" in page.words
     assert any(
-        tag == "img" and attributes["src"].startswith("data:image/jpeg") for tag, attributes in page.tags
+        tag == "img" and attributes["src"].startswith("data:image/png") for tag, attributes in page.tags
     )
     # Every image counts once, over both ranks: the counts of the classes give the accuracy of the run.
     classes = json.loads((job.run / "classes.json").read_text())
@@ -520,7 +520,7 @@ def test_it_looks_right_in_a_browser(browser, tmp_path, width_px):
             browser.open(tmp_path / "page.html", width_px=width_px, dark=dark)
             browser.evaluate("document.querySelectorAll('details').forEach(node => node.open = true)")
             assert browser.evaluate("document.documentElement.scrollWidth") <= width_px
-            matrix = "document.querySelector('.confusion')"
+            matrix = "document.querySelector('.confusion, .heat')"
             if width_px == 1280 and browser.evaluate(f"!!{matrix}"):  # all of it, as wide as the page
                 filled = f"{matrix}.getBoundingClientRect().width / {matrix}.parentNode.clientWidth"
                 assert 0.99 < browser.evaluate(filled) < 1.01

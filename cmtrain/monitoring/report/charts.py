@@ -1,10 +1,11 @@
-"""Draw line charts as inline SVG, of 10 to 100 kB (plotly's script has 4.6 MB).
+"""Draw line charts and heat maps as inline SVG, of 10 to 100 kB (plotly's script has 4.6 MB).
 
 A chart has no width of its own. Its lines are in a nested <svg> that is stretched to the room there is,
 while strokes keep their width. Text and marks are placed in per cent. Colours are CSS classes, which the
 page defines for light and dark. The markup is in templates/*.svg.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ PLOT_UNITS = 1000  # width of the nested <svg>, in its own units
 MAX_COLUMNS = 600  # of a thinned line: about half the pixels of a page's width
 MEDIAN_COLUMNS = 200
 LABEL_PITCH_PX = 12
+HEAT_LEVELS, HEAT_NAME, HEAT_CELL_PX = 8, 24, 28  # shades, letters of a class name, a cell at most
 
 
 _SUPERSCRIPT = str.maketrans("-0123456789", "\u207b\u2070\xb9\xb2\xb3\u2074\u2075\u2076\u2077\u2078\u2079")
@@ -133,6 +135,29 @@ def line_chart(
     shown = [show(float(y[0])) if y.size else "-" for y in last]
     legend = [(line.name, line.css, value) for line, value in zip(series, shown, strict=True)]
     return Chart(key, title, svg, legend)
+
+
+def heat_map(matrix: np.ndarray, names: Sequence[str], *, key: str) -> str:
+    """Draw a confusion matrix with class names; shades show shares of a row. A shade is one path: small."""
+    size, images = len(matrix), int(matrix.sum())
+    wrong = images - int(np.trace(matrix))
+    description = f"{size} classes, {images:,} images, {wrong:,} of them not on the diagonal."
+    short = [name if len(name) <= HEAT_NAME else f"{name[: HEAT_NAME - 1]}\u2026" for name in names]
+    margin = max(map(len, short)) / 2 + 1  # in cells, which are as high as a letter and twice as wide
+    box = f"{-margin:g} {-margin:g} {size + margin:g} {size + margin:g}"
+    shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    # The root makes a few errors in a hundred visible.
+    level = np.ceil(np.sqrt(shares) * HEAT_LEVELS).astype(int)
+    diagonal, shades = np.eye(size, dtype=bool), []
+    for right, value in itertools.product((True, False), range(1, HEAT_LEVELS + 1)):
+        cells = np.argwhere((level == value) & (diagonal == right)).tolist()
+        if cells:
+            path = "".join(f"M{x} {y}h1v1h-1z" for y, x in cells)
+            shades.append((path, "right" if right else "wrong", value / HEAT_LEVELS))
+    return make_templates().get_template("heat_map.svg").render(
+        key=key, description=description, box=box, width_px=round(HEAT_CELL_PX * (size + margin)),
+        names=list(zip(names, short, strict=True)), shades=shades,
+    )  # fmt: skip
 
 
 def thin(x: np.ndarray, y: np.ndarray, columns: int) -> np.ndarray:

@@ -4,9 +4,10 @@ from typing import Any
 
 import numpy as np
 
+from cmtrain.monitoring.report.charts import heat_map
 from cmtrain.storage.run_record import ClassCounts, RunRecord
 
-MAX_MATRIX_CLASSES = 25  # up to here the confusion matrix is shown
+MAX_TABLE_CLASSES = 25  # up to here the confusion matrix is a table with numbers
 MAX_ROWS = 100
 NUM_OPEN_ROWS = 12  # of the table of classes; the others unfold
 MAX_PAIRS = 12
@@ -17,7 +18,8 @@ def class_section(record: RunRecord) -> dict[str, Any] | None:
 
     `rows`, `more_rows`: classes, the worst first; each was mistaken most often for the class `taken_for`,
     `mistakes` times. `pairs`: (true, predicted, count, share of the true class's images). `counts`,
-    `shades`: a small confusion matrix, and how dark each cell is, 0 to 1.
+    `shades`: the confusion matrix as a table, and how dark each cell is, 0 to 1. `heat`: the matrix as SVG,
+    if it is too large for a table.
     """
     if not record.classes:
         return None
@@ -29,12 +31,14 @@ def class_section(record: RunRecord) -> dict[str, Any] | None:
     accuracy = result.correct / np.maximum(result.images, 1)
     worst = seen[np.lexsort((-result.images[seen], accuracy[seen]))][:MAX_ROWS]
     errors = np.zeros((len(names), 1), int)
-    counts, shades = np.empty((0, 0), int), np.empty((0, 0))
+    counts, shades, heat = np.empty((0, 0), int), np.empty((0, 0)), ""
     if matrix is not None:
         errors = matrix - np.diag(np.diagonal(matrix))
-        if len(names) <= MAX_MATRIX_CLASSES:
+        if len(names) <= MAX_TABLE_CLASSES:
             # The root makes a few errors in a hundred visible.
             counts, shades = matrix, np.sqrt(matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1))
+        else:
+            heat = heat_map(matrix, names, key="confusion")
     rows = [
         {
             "name": names[index], "images": int(result.images[index]), "accuracy": float(accuracy[index]),
@@ -45,7 +49,7 @@ def class_section(record: RunRecord) -> dict[str, Any] | None:
     section = {"weights": weights, "names": names, "median_accuracy": float(np.median(accuracy[seen]))}
     section["mean_accuracy"] = float(accuracy[seen].mean())
     section |= {"rows": rows[:NUM_OPEN_ROWS], "more_rows": rows[NUM_OPEN_ROWS:]}
-    section |= {"counts": counts.tolist(), "shades": shades.round(2).tolist()}
+    section |= {"counts": counts.tolist(), "shades": shades.round(2).tolist(), "heat": heat}
     return section | {"pairs": _pairs(names, result, errors)}
 
 

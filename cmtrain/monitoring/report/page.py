@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from cmtrain.config.schema import defaults
@@ -21,14 +22,15 @@ from cmtrain.monitoring.report.curves import PlottedRun, draw_charts
 from cmtrain.monitoring.report.events import event_rows
 from cmtrain.monitoring.report.headline import environment_of, headline, measure_times, number, summary
 from cmtrain.monitoring.report.rendering import render_page
-from cmtrain.monitoring.units import duration, state_name, utc
+from cmtrain.monitoring.units import duration, percent, short, state_name, utc
 from cmtrain.storage.records import remove_leftovers, replace_file
 from cmtrain.storage.run_folder import REPORT_NAME, SILENT_SECONDS
-from cmtrain.storage.run_record import RunRecord, read_run
+from cmtrain.storage.run_record import Columns, RunRecord, read_run
 from pipelines.spec import DataError
 
 NUM_COLORS = 8  # of lines that colour can distinguish; further runs differ by their letters
 SAMPLE_PX = 1024
+NUM_TABLE_ROWS = 25
 
 TONES = {"finished": "good", "running": "info", "preempted": "warn", "diverged": "bad", "failed": "bad"}
 
@@ -86,9 +88,27 @@ def _run_page(run: PlottedRun) -> dict[str, Any]:
         "plot": run, "record": record, "state": name, "tone": tone, "exit_code": exit_code, "reason": reason,
         "summary": summary(record), "began": utc(times.begin) if times.begin else "",
         "headline": headline(record, times, run.last_step), "times": times, "events": event_rows(record),
+        "evaluations": _table(record.evaluations), "log": _table(record.log, leave_out=("time",)),
         "classes": class_section(record), "sample": sample_uri(record.sample) if record.sample else None,
         "config": _config_lines(record), "environment": environment_of(record),
     }  # fmt: skip
+
+
+def _table(columns: Columns, leave_out: Sequence[str] = ()) -> dict[str, Any]:
+    """Return at most NUM_TABLE_ROWS rows, evenly spaced, with the newest one."""
+    names = [name for name, values in columns.items() if name not in leave_out and np.isfinite(values).any()]
+    count = len(columns["step"])
+    taken = np.unique(np.linspace(0, max(count - 1, 0), min(count, NUM_TABLE_ROWS)).round().astype(int))
+    rows = [[_show(name, float(columns[name][index])) for name in names] for index in taken.tolist()]
+    return {"names": [name.replace("_", " ") for name in names], "rows": rows, "count": count}
+
+
+def _show(name: str, value: float) -> str:
+    if not np.isfinite(value):
+        return ""
+    if name in ("step", "epoch"):
+        return f"{value:,.0f}"
+    return percent(value) if name.endswith(("top1", "top5", "_ratio")) else short(value)
 
 
 def sample_uri(path: Path) -> str | None:
