@@ -177,6 +177,8 @@ LEARNING = PanelRow("Learning", (
     }),
     Panel("Accuracy", "percentunit", "On the whole validation set.", {
         "{{run}} top-{{k}} {{weights}}": f"max by (run, k, weights) (cmtrain_eval_accuracy_ratio{{{RUN}}})",
+        "{{run}} balanced {{weights}}":
+            f"max by (run, weights) (cmtrain_eval_balanced_accuracy_ratio{{{RUN}}})",
     }),
     Panel("Learning rate", "sci", "Warm-up, schedule, and the factor that a rollback leaves for a while.", {
         "{{run}}": f"max by (run) (cmtrain_learning_rate{{{RUN}}})",
