@@ -93,6 +93,9 @@ def predict_images(arguments: list[str]) -> int:
     add("--embeddings", type=out_file, metavar="FILE", help=pooled)
     add_json(parser)
     options, overrides = parse(parser, arguments)
+    named = [os.path.realpath(file) for file in (options.csv, options.jsonl, options.embeddings) if file]
+    if len({*named}) < len(named):
+        raise ConfigError("--csv, --jsonl and --embeddings: two of them name one file")
     start.announce(f"predict by {options.run}")
     if not find_export(options.run):
         start.check_trained(options.run, overrides)

@@ -167,6 +167,9 @@ def to_timm(folder: Path, model: nn.Module, config: Config, class_names: Sequenc
 
     The parameters of `model` must be contiguous. `class_names` that are not one per output are left out.
     """
+    if not hasattr(model, "pretrained_cfg"):
+        what = f"{type(model).__name__} has no pretrained_cfg, which an export needs"
+        raise ConfigError(f"{config.model.name}: {what}; build it with timm's build_model_with_cfg")
     data, name, args = config.data, config.model.name, dict[str, Any]()
     described: dict[str, Any] = {"pretrained_cfg": {
         "input_size": [3, data.image_px, data.image_px], "mean": list(data.mean), "std": list(data.std),
@@ -189,16 +192,21 @@ def to_onnx(folder: Path, model: nn.Module, example: Tensor) -> Logits:
         names: dict[str, Any] = {"input_names": ["images"], "output_names": ["logits"]}
         how = names | {"dynamic_shapes": ANY_BATCH, "external_data": False, "verbose": False}
         torch.onnx.export(model, (example,), folder / ONNX_NAME, dynamo=True, **how)
-    return read_onnx(folder / ONNX_NAME)
+    return read_onnx(folder / ONNX_NAME, example.shape[-1])
 
 
-def read_onnx(path: Path) -> Logits:
-    """Return the model in `path`, on the CPU. Raises DataError: it or onnxruntime cannot be loaded."""
+def read_onnx(path: Path, image_px: int) -> Logits:
+    """Return the model in `path`, on the CPU. Raises DataError: it or onnxruntime cannot be loaded, or the
+    model takes other images than of (3, image_px, image_px).
+    """
     try:
         onnxruntime = importlib.import_module("onnxruntime")  # an extra, not always there
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime has a class of its own for every fault
         raise DataError(f"{path}: {error}; ONNX needs pip install 'cmtrain[export]'") from error
+    given, wanted = session.get_inputs()[0], [3, image_px, image_px]
+    if given.shape[1:] != wanted:
+        raise DataError(f"{path}: takes {given.name} of {given.shape[1:]}, and config.json says {wanted}")
     return lambda images: torch.from_numpy(session.run(None, {"images": images.float().cpu().numpy()})[0])
 
 

@@ -43,7 +43,7 @@ def predict(files: Sequence[str], options: argparse.Namespace, overrides: Overri
     # Open the model and the images
     config, class_names, model = open_model(options.run, overrides)
     if options.embeddings and not hasattr(model, "forward_head"):
-        raise ConfigError("--embeddings: this model has logits alone; take the run, or its export for timm")
+        raise ConfigError("--embeddings: this model has logits alone, as ONNX and simple modules have")
     accelerator = build.make_accelerator(config.train.precision)
     if isinstance(model, nn.Module):
         model.to(accelerator.device)
@@ -103,7 +103,7 @@ def open_model(place: str, overrides: Overrides) -> tuple[Config, Sequence[str],
     if path.suffix == ".onnx":
         if "data.image_px" in dict(overrides):
             raise ConfigError("--data.image_px: an ONNX file has one image size; take the run")
-        return config, labels, read_onnx(path)
+        return config, labels, read_onnx(path, config.data.image_px)
     return config, labels, make_trained_model(config, read_weights(str(path)))
 
 

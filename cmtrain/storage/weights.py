@@ -19,7 +19,7 @@ from cmtrain.models import checkpoints
 from cmtrain.models.cmt import CMT
 from cmtrain.storage.checkpoint import find_checkpoint
 from cmtrain.storage.finite import all_finite, floating_tensors, named
-from cmtrain.storage.records import read_bytes, retried
+from cmtrain.storage.records import read_bytes, reason_of, retried
 from cmtrain.storage.run_folder import WEIGHTS_SUFFIXES, why_no_weights
 from cmtrain.storage.state_file import CheckpointError, open_regular
 from pipelines.spec import DataError
@@ -71,7 +71,7 @@ def read_file(path: Path) -> tuple[dict[Any, Any], dict[str, str] | None]:
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}") from error
     except Exception as error:  # torch raises almost anything on damaged files
-        why = f"cannot be read: {str(error).partition(chr(10))[0]}"
+        why = f"cannot be read: {reason_of(error)}"
         if found := re.search(r"GLOBAL (\S+)", str(error)):
             why = f"holds a {found[1]}, which could run code; save the state_dict alone"
         raise DataError(f"{path}: {why}") from error
@@ -115,13 +115,12 @@ def fit(model: nn.Module, tensors: Mapping[str, Tensor], *, keeps_head: bool) ->
     own, notes = model.state_dict(), list[str]()
     # Old files do not have the counters of BatchNorm.
     given = {name: own[name] for name in own if name.endswith("num_batches_tracked")} | dict(tensors)
-    # The classifier, as timm records it.
-    head_name = (getattr(model, "pretrained_cfg", {}).get("classifier") or "head") + "."
-    head = [name for name in own if name.startswith(head_name)]
+    heads = _heads_of(getattr(model, "pretrained_cfg", {}).get("classifier"))
+    head = [name for name in own if name.startswith(heads)]
     if not keeps_head and head and (name := _misfit(own, given, head)):
         found = f"the weights have {len(given[name])}" if name in given else "the weights have no head"
         notes.append(f"new classifier head: {len(own[name])} classes ({found})")
-        given = {name: tensor for name, tensor in given.items() if not name.startswith(head_name)}
+        given = {name: tensor for name, tensor in given.items() if not name.startswith(heads)}
         given |= {name: own[name] for name in head}
     try:
         fitting = checkpoints.resize_positions(given, model)
@@ -136,12 +135,22 @@ def fit(model: nn.Module, tensors: Mapping[str, Tensor], *, keeps_head: bool) ->
     return notes
 
 
+def _heads_of(classifier: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Return how the parameters of the classifiers begin; `classifier`: as timm's pretrained_cfg has it."""
+    names = classifier or "head"
+    return tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
+
+
 def num_classes_in(weights: Weights, name: str) -> int:
-    """Return how many classes these weights of the timm model `name` have. Raises DataError: no head."""
-    head = getattr(timm.get_pretrained_cfg(name), "classifier", None) or "head"
-    if f"{head}.weight" not in weights.tensors:
-        raise DataError(f"{weights.path}: it has no {head}.weight, the classifier of {name}")
-    return len(weights.tensors[f"{head}.weight"])
+    """Return how many classes these weights of the timm model `name` have. Raises DataError: no head.
+
+    Where timm does not know its classifier, it is the last layer: a module of one's own may not name it.
+    """
+    head = _heads_of(getattr(timm.get_pretrained_cfg(name), "classifier", None))[0] + "weight"
+    layers = [tensor for tensor in weights.tensors.values() if tensor.ndim > 1]
+    if head not in weights.tensors and (timm.get_pretrained_cfg(name) or not layers):
+        raise DataError(f"{weights.path}: it has no {head}, the classifier of {name}")
+    return len(weights.tensors.get(head, layers[-1]))
 
 
 def start_from(path: str, model: nn.Module, class_names: Sequence[str] = ()) -> list[str]:

@@ -21,6 +21,7 @@ from accelerate import Accelerator
 from accelerate import utils as accelerate_utils
 from torch import nn
 
+from cmtrain.config.load import source_of
 from cmtrain.config.schema import CMT_OPTIONS, Config, as_begun
 from cmtrain.errors import ConfigError, did_you_mean
 from cmtrain.models.cost import training_flops_per_image
@@ -214,13 +215,16 @@ def import_modules(entries: Sequence[str]) -> None:
     for entry in entries:
         name = entry.partition("@")[0]
         try:
-            importlib.import_module(name)
-        except Exception as error:
+            module = importlib.import_module(name)
+        except (Exception, SystemExit) as error:
             lines = [f"{f.filename}:{f.lineno}" for f in traceback.extract_tb(error.__traceback__)[1:]]
-            own = [line for line in lines if "importlib" not in line]
-            place = f"{error.filename}:{error.lineno}" if isinstance(error, SyntaxError) else own[0]
+            own = [*(line for line in lines if "importlib" not in line), f"{name}.py"]
+            if isinstance(error, SyntaxError) and error.filename:
+                own = [f"{error.filename}:{error.lineno}"]
             why = f"{type(error).__name__}: {error}".partition("\n")[0]
-            raise ConfigError(f"{place}: run.imports: {name}: {why}") from error
+            raise ConfigError(f"{own[0]}: run.imports: {name}: {why}") from error
+        if getattr(module, "__file__", None) != str(file := source_of(entry)):
+            raise ConfigError(f"run.imports: {name}: a library has this name; rename {file}")
 
 
 def compile_model(config: Config, model: nn.Module) -> None:

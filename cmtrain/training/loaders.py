@@ -215,14 +215,17 @@ def class_weights(config: Config, manifest: Manifest, num_classes: int) -> list[
         with open(given, newline="", encoding="utf-8-sig") as file:
             for row in filter(None, reader := csv.reader(file)):
                 name, number = ",".join(row[:-1]), row[-1].strip()
-                weight = float(number) if re.fullmatch(r"[0-9]*[.]?[0-9]+(e-?[0-9]{1,2})?", number) else 0.0
-                if name not in missing or not weight > 0:
-                    wanted = "a class that has no weight yet, a comma and a number above 0"
+                weight = (
+                    float(number) if re.fullmatch(r"[0-9]*[.]?[0-9]+(e[-+]?[0-9]{1,2})?", number) else 0.0
+                )
+                if name not in missing or not 1e-9 <= weight <= 1e9:  # the loss has 32 bits
+                    wanted = "a class that has no weight yet, a comma and a number from 1e-9 to 1e9"
                     raise DataError(f"mixing.class_weights: {given}:{reader.line_num}: not {wanted}")
                 del missing[name]
                 weights[names.index(name)] = weight
     except (OSError, UnicodeError, csv.Error) as error:
-        raise DataError(f"mixing.class_weights: {given}: {error}") from error
+        why = getattr(error, "strerror", None) or error
+        raise DataError(f"mixing.class_weights: {given}: {why}") from error
     if missing:
         raise DataError(f"mixing.class_weights: {given}: no weight for class {next(iter(missing))!r}")
     return weights

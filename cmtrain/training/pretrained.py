@@ -6,6 +6,7 @@ from typing import Any, get_args
 
 import timm
 from huggingface_hub import hf_hub_url
+from huggingface_hub.utils import HFValidationError
 from huggingface_hub.utils import logging as hub_logging
 from timm.models import PretrainedCfg, load_model_config_from_hf
 from torch import nn
@@ -48,6 +49,8 @@ def find_pretrained(model: Model) -> tuple[PretrainedCfg, str]:
         repository = given.removeprefix("hf-hub:")
         try:
             found, name, arguments = load_model_config_from_hf(repository)
+        except HFValidationError as error:
+            raise ConfigError(f"model.pretrained: {given}: {error}".partition("\n")[0]) from error
         except Exception as error:
             raise _unreachable(given, PretrainedCfg(hf_hub_id=repository), error) from error
         own = model.model_dump(include={*CMT_OPTIONS} - {"ffn_kernel"}) | {"name": architecture}

@@ -105,6 +105,8 @@ def find_images(places: Sequence[str]) -> list[str]:
             besides = listing.describe_skipped(skipped)
             what = "no images" if is_known else "no such file or folder"
             raise DataError(f"{place}: {what}{besides and f'; {besides}'}")
+        if skipped:
+            print_lines(f"{place}: {listing.describe_skipped(skipped)}")
         num_named += len(files)
         for file in files:
             found.setdefault(os.path.abspath(file), file)

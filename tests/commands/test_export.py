@@ -13,9 +13,16 @@ from helpers.tools import needs
 from safetensors import SafetensorError
 
 import cmtrain.commands.export
-from cmtrain.commands.export import crop_pct_of, largest_difference, make_trained_model, missing_packages
+from cmtrain.commands.export import (
+    crop_pct_of,
+    largest_difference,
+    make_trained_model,
+    missing_packages,
+    to_timm,
+)
 from cmtrain.commands.trained_model import open_trained
 from cmtrain.config.load import load_config
+from cmtrain.errors import ConfigError
 from cmtrain.storage.checkpoint import load_newest, save_checkpoint
 from pipelines.spec import DataError
 
@@ -192,3 +199,9 @@ def test_the_json_line_names_what_was_rejected(job, capsys):
     printed = json.loads(capsys.readouterr().out)
     assert printed["checkpoint"] == str(loaded.path)
     assert printed["rejected"] == [f"{newest}/state.safetensors: sha256 differs from the manifest's"]
+
+
+def test_a_model_that_timm_cannot_describe_is_refused_in_one_line(tmp_path):
+    config = load_config("configs/demo.yaml").config
+    with pytest.raises(ConfigError, match=r"Linear has no pretrained_cfg, which an export needs; build it"):
+        to_timm(tmp_path, torch.nn.Linear(2, 2), config, ())

@@ -101,10 +101,16 @@ def test_an_onnx_file_predicts_the_same(job, images):
     assert line.startswith("--embeddings: this model has logits alone")
     _, (line,) = predict(job, "exported", images / "val", *SIZE, code=2)
     assert line == "--data.image_px: an ONNX file has one image size; take the run"
+    config = job.folder / "exported" / "config.json"
+    before = config.read_text()
+    config.write_text(before.replace("32", "64"))
+    _, (line,) = predict(job, "exported", images / "val", code=3)
+    assert line == "exported/model.onnx: takes images of [3, 32, 32], and config.json says [3, 64, 64]"
+    config.write_text(before)
     (job.folder / "exported" / "model.onnx").write_bytes(b"no model")
     _, (line,) = predict(job, "exported", images / "val", code=3)
     assert line.startswith("exported/model.onnx: ")
-    (job.folder / "exported" / "config.json").write_text("{}")
+    config.write_text("{}")
     _, (line,) = predict(job, "exported", images / "val", code=3)
     assert line == "exported/config.json: not as `cmtrain export` writes it: KeyError: 'pretrained_cfg'"
 
@@ -119,17 +125,18 @@ def test_what_cannot_be_read_is_named_and_the_rest_is_predicted(job, images):
     (folder / "cut.jpg").write_bytes(good[0].read_bytes()[:-200])
     (folder / "notes.heic").write_bytes(b"ignored")
     arguments = ("job", folder, "gone.jpg", "--top", "2")
-    _, (line,) = predict(job, *arguments, code=3)
-    assert line == "gone.jpg: no such file or folder"
+    _, lines = predict(job, *arguments, code=3)
+    assert lines == [f"{folder}: ignored: 1 .heic", "gone.jpg: no such file or folder"]
     (job.folder / "gone.jpg").symlink_to("nowhere")
     rows, lines = predict(job, *arguments, "--csv", "out.csv", code=3)
     assert rows == []
-    lines = [line for line in lines if "libjpeg" not in line]
-    assert [line.partition(": ")[0] for line in lines[:-1]] == [
+    lines = [line for line in lines if "libjpeg" not in line and not line.startswith("loading ")]
+    assert [line.partition(": ")[0] for line in lines[1:-1]] == [
         f"{folder}/é1.JPG",
         "gone.jpg",
         f"{folder}/cut.jpg",
     ]
+    assert lines[0] == f"{folder}: ignored: 1 .heic"
     assert lines[-1] == "3 of 5 images cannot be read"
     header, *table = csv.reader((job.folder / "out.csv").read_text().splitlines())
     assert header == ["path", "class_1", "probability_1", "class_2", "probability_2"]
@@ -139,6 +146,8 @@ def test_what_cannot_be_read_is_named_and_the_rest_is_predicted(job, images):
     assert len(rows[0]["classes"]) == 3
     _, (line,) = predict(job, "job", folder, "--jsonl", "out.jsonl", code=2)
     assert line == "--jsonl: out.jsonl: exists, and is no result to replace; give another name"
+    _, (line,) = predict(job, "job", folder, "--csv", "both", "--embeddings", "./both", code=2)
+    assert line == "--csv, --jsonl and --embeddings: two of them name one file"
     # Nothing is written of nothing
     rows, lines = predict(job, "job", folder / "cut.jpg", "--csv", "none.csv", code=3)
     assert rows == []

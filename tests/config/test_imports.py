@@ -82,6 +82,7 @@ def test_a_model_of_ones_own_goes_all_the_way(make_job, tmp_path):
 FAILURES = {
     "no_such": ("import no_such", 1, "ModuleNotFoundError: No module named 'no_such'"),
     "syntax": ("import os\n\nx = (", 3, "SyntaxError: "),
+    "exit": ("import sys\nsys.exit(5)", 2, "SystemExit: 5"),
     "its own": ("def f():\n    return 1 / 0\nf()", 3, "ZeroDivisionError: division by zero"),
 }
 
@@ -94,6 +95,19 @@ def test_a_module_that_fails_is_refused_with_its_line(make_job, kind):
     (line,) = after_start(job.stderr.read_text())
     assert line.startswith(f"{job.folder}/my_models.py:{number}: run.imports: my_models: {why}")
     assert not (job.folder / "runs").exists()
+
+
+def test_what_has_no_line_and_what_has_a_librarys_name_is_refused(path, tmp_path):
+    (tmp_path / "nul.py").write_text("x = 1\0")
+    (tmp_path / "json.py").write_text("x = 1")
+    config = tmp_path / "a.yaml"
+    config.write_text("extends: configs/demo.yaml\nrun:\n  imports: [nul]")
+    with pytest.raises(ConfigError, match=r"^nul.py: run.imports: nul: SyntaxError: "):
+        import_modules(load_config(config).config.run.imports)
+    entries = load_config(config, [("run.imports", "[json]")]).config.run.imports
+    with pytest.raises(ConfigError) as caught:
+        import_modules(entries)
+    assert str(caught.value) == f"run.imports: json: a library has this name; rename {tmp_path}/json.py"
 
 
 def test_a_module_that_is_nowhere_is_refused_with_the_line_of_the_configuration(make_job):

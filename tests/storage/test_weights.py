@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from cmtrain.errors import ConfigError
 from cmtrain.models import to_reference_state_dict
 from cmtrain.storage.checkpoint import load_newest, save_checkpoint
-from cmtrain.storage.weights import fit, read_weights, start_from
+from cmtrain.storage.weights import Weights, fit, num_classes_in, read_weights, start_from
 from pipelines.spec import DataError
 
 QUIET = {
@@ -180,7 +180,7 @@ def test_a_pickle_that_could_run_code_is_refused_in_one_line(tmp_path):
     assert not (tmp_path / "ran").exists()
     for content in (b"", b"no pickle", pickle.dumps([1])):
         file.write_bytes(content)
-        with pytest.raises(DataError, match=r"model.init_from: .*x.pth: cannot be read: "):
+        with pytest.raises(DataError, match=r"model.init_from: .*x.pth: cannot be read: [A-Z][A-Za-z]+: ?"):
             start_from(str(file), micro())
     torch.save({"epoch": 3}, file)
     with pytest.raises(DataError, match="it holds no weights"):
@@ -220,6 +220,31 @@ def test_files_of_other_trainers_start_a_run(tmp_path, file):
     wanted, own = source.state_dict(), model.state_dict()
     assert all(torch.equal(own[name], wanted[name]) for name in own if not name.startswith("fc."))
     assert torch.equal(model.fc.weight, fresh)
+
+
+def test_all_classifiers_of_a_model_are_new_or_kept(tmp_path):
+    source = trained("deit_tiny_distilled_patch16_224", img_size=32)
+    torch.save(source.state_dict(), tmp_path / "x.pth")
+    model = timm.create_model("deit_tiny_distilled_patch16_224", num_classes=5, img_size=32)
+    fresh = model.head_dist.weight.clone()
+    assert start_from(str(tmp_path / "x.pth"), model)[1].endswith("head: 5 classes (the weights have 3)")
+    assert torch.equal(model.head_dist.weight, fresh)
+    weights = read_weights(str(tmp_path / "x.pth"))
+    assert fit(source, weights.tensors, keeps_head=True) == []
+    assert num_classes_in(weights, "deit_tiny_distilled_patch16_224") == 3
+
+
+def test_the_classes_of_a_model_that_timm_does_not_know_are_those_of_its_last_layer(tmp_path):
+    tensors = {
+        "a.weight": torch.ones(8, 3, 1, 1),
+        "last.weight": torch.ones(7, 8),
+        "last.bias": torch.ones(7),
+    }
+    assert num_classes_in(Weights(tmp_path, "model", tensors), "my_tiny") == 7
+    with pytest.raises(DataError, match=r"it has no fc.weight, the classifier of resnet18"):
+        num_classes_in(Weights(tmp_path, "model", tensors), "resnet18")
+    with pytest.raises(DataError, match=r"it has no head.weight, the classifier of my_tiny"):
+        num_classes_in(Weights(tmp_path, "model", {"bias": torch.ones(7)}), "my_tiny")
 
 
 @pytest.mark.parametrize("num_classes", [3, 5])

@@ -135,6 +135,11 @@ def test_unknown_weights_are_refused_with_those_that_there_are():
         find_pretrained(model(without, "true"))
 
 
+def test_a_name_that_no_hub_can_have_is_refused():
+    with pytest.raises(ConfigError, match=r"^model.pretrained: hf-hub:a/b/c: Repo id must be in the form "):
+        find_pretrained(model("resnet18", "hf-hub:a/b/c"))
+
+
 def test_a_hub_says_which_model_its_weights_are_of(monkeypatch):
     found = {"hf_hub_id": "me/mine", "source": "hf-hub", "mean": (0.1, 0.1, 0.1), "num_classes": 7}
 
