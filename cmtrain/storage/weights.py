@@ -19,7 +19,7 @@ from cmtrain.models import checkpoints
 from cmtrain.models.cmt import CMT
 from cmtrain.storage.checkpoint import find_checkpoint
 from cmtrain.storage.finite import all_finite, floating_tensors, named
-from cmtrain.storage.records import read_bytes, reason_of, retried
+from cmtrain.storage.records import DamagedRecordError, read_bytes, reason_of, retried
 from cmtrain.storage.run_folder import WEIGHTS_SUFFIXES, why_no_weights
 from cmtrain.storage.state_file import CheckpointError, open_regular
 from pipelines.spec import DataError
@@ -66,7 +66,7 @@ def read_file(path: Path) -> tuple[dict[Any, Any], dict[str, str] | None]:
     try:
         content, metadata = retried(_load, path.resolve())
         if not isinstance(content, dict):
-            raise ValueError(f"holds a {type(content).__name__}, not a state_dict")
+            raise DamagedRecordError(f"holds a {type(content).__name__}, not a state_dict")
         return content, metadata
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}") from error

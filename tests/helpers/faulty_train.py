@@ -157,7 +157,8 @@ if "SLOW_START" in os.environ:
 if "SLOW_CHECKPOINT" in os.environ:
     cmtrain.storage.checkpoint.verify = functools.partial(slowly, cmtrain.storage.checkpoint.verify, "slow")
 if "SLOW_EVALUATION" in os.environ:
-    cmtrain.step.evaluate._count = functools.partial(slowly, cmtrain.step.evaluate._count, "slow")
+    add = cmtrain.step.evaluate._Outcomes.add
+    cmtrain.step.evaluate._Outcomes.add = lambda *arguments: slowly(add, "slow", *arguments)
 if "WEIGHTS" in os.environ:
     cmtrain.training.train.evaluate_weights = functools.partial(
         weighed, cmtrain.training.train.evaluate_weights

@@ -36,7 +36,10 @@ def test_a_file_that_is_named_twice_is_used_once(tree, capsys):
     found = find_images(places)
     assert len(found) == 6
     assert found[0] == places[0]
-    assert capsys.readouterr().err == "2 of 8 files were named twice; used once\n"
+    assert capsys.readouterr().err.splitlines() == [
+        f"{tree}: ignored: 1 .heic, 1 hidden",
+        "2 of 8 files were named twice; used once",
+    ]
 
 
 def test_a_list_names_images_relative_to_its_folder(tree, tmp_path):
