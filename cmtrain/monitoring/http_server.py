@@ -27,8 +27,8 @@ WATCHED_SECONDS = 5.0  # a page that somebody looks at was asked for this recent
 LINGER_SECONDS = 2.2  # the live page asks again after 2
 
 # A turn is one request, with its connection if that is new. A scraper needs one turn per scrape.
-TURNS_PER_SECOND = 200
-TURNS_AT_ONCE = 50
+TURNS_PER_SECOND = 100
+TURNS_AT_ONCE = 25
 
 TEXT, JSON = "text/plain; charset=utf-8", "application/json"
 
