@@ -210,17 +210,17 @@ def jitter_params(u: Floats, strength: float) -> JitterParams:
 def _order(plan: Plan, epoch: int) -> tuple[Ints, Ints]:
     """Return the samples of an epoch in order, and which copy of its sample each is, (num_samples,) both."""
     # Sorting by our own hash, because numpy does not promise the same permutations in all versions.
-    everyone = np.arange(plan.num_samples)
-    shuffled = np.argsort(sample_keys(plan.seed, _ORDER_DOMAIN, everyone, epoch), kind="stable")
+    samples = np.arange(plan.num_samples)
+    shuffled = np.argsort(sample_keys(plan.seed, _ORDER_DOMAIN, samples, epoch), kind="stable")
     if plan.sampling is None:
         order = np.repeat(shuffled, plan.repeats)[: plan.num_samples]
-        copies = everyone % plan.repeats
+        copies = samples % plan.repeats
     else:
-        keys = sample_keys(plan.seed, _DRAW_DOMAIN, everyone, epoch)
+        keys = sample_keys(plan.seed, _DRAW_DOMAIN, samples, epoch)
         offset = (keys[0] >> np.uint64(11)) * 2.0**-53
-        drawn, again = _draw_classes(shuffled, plan.sampling, offset)
-        again_shuffled = np.argsort(keys, kind="stable")
-        order, copies = drawn[again_shuffled], again[again_shuffled]
+        drawn, drawn_copies = _draw_classes(shuffled, plan.sampling, offset)
+        places = np.argsort(keys, kind="stable")
+        order, copies = drawn[places], drawn_copies[places]
     order.setflags(write=False)
     copies.setflags(write=False)
     return order, copies

@@ -24,7 +24,7 @@ COUNTERS = ("bad_steps", "bad_steps_in_a_row", "restores")
 def tracked_batchnorms(model: nn.Module) -> list[_BatchNorm]:
     """Return the BatchNorm layers of `model` with running statistics that move, in module order."""
     batchnorms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
-    return [m for m in batchnorms if not getattr(m, "is_frozen", False)]  # see optimizer.hold
+    return [m for m in batchnorms if not getattr(m, "is_frozen", False)]  # see optimizer.set_frozen
 
 
 def running_statistics(model: nn.Module) -> list[Tensor]:

@@ -26,7 +26,7 @@ from cmtrain.step.evaluate import average_running_statistics
 from cmtrain.step.guard import Guard
 from cmtrain.step.measure import Phases, StepBuffer, StepReport, extremes
 from cmtrain.step.mixing import MixSpec, mix
-from cmtrain.step.optimizer import Ema, add_gradients, hold
+from cmtrain.step.optimizer import Ema, add_gradients, set_frozen
 from cmtrain.step.spikes import Spike, SpikeDetector
 from pipelines.spec import Batch
 
@@ -40,7 +40,7 @@ class Learner:
     whether the guard refuses bad steps, or only counts them. `accumulation`: micro-batches per step on this
     rank. `clip_grad`: largest L2 norm of the gradient; None: no clipping. `spike_sigma`: see SpikeDetector.
     `class_weights` (num_classes,): of each class in the loss.
-    `frozen`: what optimizer.hold holds in `model`, until `unfreeze_step`.
+    `frozen`: what is frozen in `model` (optimizer.set_frozen), until `unfreeze_step`.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Learner:
         """Train everything from now on. For all ranks together."""
         self.average_over_ranks()  # DDP would give all ranks the first one's statistics
         for module in self.weights.values():
-            hold(module, self.frozen, still=False)
+            set_frozen(module, self.frozen, frozen=False)
         if self.ema:
             self.ema.module.eval().requires_grad_(False)
         self.frozen, counters = (), self.guard.state_dict()

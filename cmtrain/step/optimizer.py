@@ -93,15 +93,15 @@ def frozen_names(model: nn.Module, freeze: str | Collection[str]) -> frozenset[s
     return frozen
 
 
-def hold(model: nn.Module, frozen: Collection[str], *, still: bool = True) -> None:
-    """Give `frozen` parameters no gradient, and keep BatchNorm's statistics; not `still`: undo it."""
+def set_frozen(model: nn.Module, names: Collection[str], *, frozen: bool = True) -> None:
+    """Freeze the parameters and BatchNorm statistics of these `names`, or train them, if not `frozen`."""
     for name, parameter in model.named_parameters():
-        if name in frozen:
-            parameter.requires_grad_(not still)
+        if name in names:
+            parameter.requires_grad_(not frozen)
     for name, module in model.named_modules():
-        if isinstance(module, _BatchNorm) and f"{name}.running_mean" in frozen:
-            module.is_frozen = still  # type: ignore[assignment]  # torch does not know it
-            module.training = not still
+        if isinstance(module, _BatchNorm) and f"{name}.running_mean" in names:
+            module.is_frozen = frozen  # type: ignore[assignment]  # torch does not know it
+            module.training = not frozen
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import functools
+import hashlib
 import importlib
 import math
 import os
@@ -33,7 +34,7 @@ from cmtrain.processes.gpus import why_unusable
 from cmtrain.processes.preflight import check_ranks
 from cmtrain.step.learner import Learner
 from cmtrain.step.mixing import MixSpec
-from cmtrain.step.optimizer import frozen_names, hold, make_optimizer
+from cmtrain.step.optimizer import frozen_names, make_optimizer, set_frozen
 from cmtrain.storage.run_folder import RunLock
 from cmtrain.storage.weights import start_from
 from cmtrain.training import loaders
@@ -67,6 +68,7 @@ class Parts:
     num_classes: int
     flops_per_image: int
     notes: list[str]
+    fingerprint: str  # of the training images and class weights
 
 
 def assemble(config: Config, lock: RunLock, resume: str, data: loaders.Data | None = None) -> Parts:
@@ -82,8 +84,11 @@ def assemble(config: Config, lock: RunLock, resume: str, data: loaders.Data | No
     num_classes = loaders.num_classes_of(config, data.train)
     model = make_model(config, num_classes, accelerator.device)
     flops_per_image = training_flops_per_image(model, config.data.image_px)
-    fingerprints = data.train.fingerprint, data.val.fingerprint
-    start = choose_start(lock, resume, config, *fingerprints, control)
+    weights = loaders.class_weights(config, data.train, num_classes)
+    fingerprint = data.train.fingerprint
+    if weights:  # a file of them may have changed, too
+        fingerprint = hashlib.sha256(f"{fingerprint} {weights}".encode()).hexdigest()
+    start = choose_start(lock, resume, config, fingerprint, data.val.fingerprint, control)
     notes = [*warnings, *lines, *data.notes, *start.notes]
     if start.checkpoint:
         config = as_begun(config, start.checkpoint.meta["config"])
@@ -96,12 +101,11 @@ def assemble(config: Config, lock: RunLock, resume: str, data: loaders.Data | No
     # The loaders are not prepared by accelerate: order, sharding and every random draw are the plan's.
     train_loader = loaders.make_train_loader(config, data.train, schedule, accelerator, place)
     eval_loader = loaders.make_eval_loader(config, data.val, schedule.micro_batch_size, accelerator, place)
-    weights = loaders.class_weights(config, data.train, num_classes)
     learner = make_learner(config, model, schedule, num_classes, accelerator, start.step, weights)
     recovery = make_recovery(config, schedule)
     return Parts(
         config, accelerator, control, data, schedule, start, train_loader, eval_loader, learner, recovery,
-        num_classes, flops_per_image, notes,
+        num_classes, flops_per_image, notes, fingerprint,
     )  # fmt: skip
 
 
@@ -257,7 +261,7 @@ def make_learner(
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
         refuse_batch_of_one(schedule.global_batch_size, schedule.max_batch_per_gpu, schedule.world_size)
     optimizer = make_optimizer(model, **config.optim.model_dump(exclude={"clip_grad"}))
-    hold(model, frozen)  # not before: the optimizer has all parameters from the beginning
+    set_frozen(model, frozen)  # not before: the optimizer has all parameters from the beginning
     compile_model(config, model)
     weights = None if class_weights is None else torch.tensor(class_weights, device=accelerator.device)
     return Learner(

@@ -119,7 +119,7 @@ def recipe_changes(loaded: Loaded, config: Config, fingerprint: str) -> list[str
             raise ValueError("best_top1, best_step or the step is missing")
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise DataError(f"{loaded.path}: no checkpoint of a run: {type(error).__name__}: {error}") from error
-    return changes if same_data else [*changes, "the training images (fingerprint) changed"]
+    return changes if same_data else [*changes, "the training images or class weights (fingerprint) changed"]
 
 
 def restore(learner: Learner, checkpoint: Loaded) -> None:

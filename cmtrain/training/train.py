@@ -98,7 +98,7 @@ def run(
         return stop.interrupting(batches, len(data.val) // (world_size * schedule.micro_batch_size))
 
     def evaluate_after(step: int, *, log: bool = True) -> tuple[dict[str, Evaluation], bool]:
-        """Return the results, {} if a stop signal came, and whether top-1 is the run's best."""
+        """Return the results, {} if a stop signal came, and whether they are the run's best."""
         logger.metrics.enter("evaluate")
         clock.lap()
         results = evaluate_weights(
@@ -323,7 +323,7 @@ def meta_of(config: Config, parts: Parts, *, milestone: bool) -> dict[str, Any]:
     """Return the origin of a checkpoint, for its manifest."""
     versions = {"cmtrain": __version__, "torch": torch.__version__, "python": platform.python_version()}
     return {
-        "config": config.model_dump(mode="json"), "fingerprint": parts.data.train.fingerprint,
+        "config": config.model_dump(mode="json"), "fingerprint": parts.fingerprint,
         "val_fingerprint": parts.data.val.fingerprint, "micro_batch_size": parts.schedule.micro_batch_size,
         "world_size": parts.accelerator.num_processes, "versions": versions, "milestone": milestone,
     }  # fmt: skip

@@ -19,7 +19,7 @@ import cmtrain.models  # noqa: F401
 from cmtrain.errors import ConfigError
 from cmtrain.step.learner import Learner
 from cmtrain.step.mixing import MixSpec
-from cmtrain.step.optimizer import frozen_names, hold, lr_scales, make_optimizer
+from cmtrain.step.optimizer import frozen_names, lr_scales, make_optimizer, set_frozen
 
 ADAMW = {"opt": "adamw", "lr": 0.1, "weight_decay": 0.05, "betas": (0.9, 0.999), "eps": 1e-8}
 HOW = ADAMW | {"momentum": 0.9, "nesterov": True}
@@ -27,7 +27,7 @@ HOW = ADAMW | {"momentum": 0.9, "nesterov": True}
 
 def learner_of(model, *, accelerator=None, accumulation=1, opt="adamw", layer_decay=1, **options):
     optimizer = make_optimizer(model, **HOW | {"opt": opt}, layer_decay=layer_decay)
-    hold(model, options.get("frozen", ()))
+    set_frozen(model, options.get("frozen", ()))
     return Learner(
         model, optimizer, accelerator or HalfAccelerator(1.0, "bf16"), ema_decay=0.9, protect=True,
         spike_sigma=6.0, mixing=MixSpec(4), accumulation=accumulation, clip_grad=1.0, seed=0, **options,

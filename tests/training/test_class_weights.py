@@ -65,3 +65,14 @@ def test_no_file_and_no_text(tmp_path):
     (tmp_path / "bytes").write_bytes(b"\xff\xfe\0")
     with pytest.raises(DataError, match=r"class_weights: .*bytes"):
         weights_of(tmp_path / "bytes")
+
+
+def test_a_run_is_not_resumed_with_other_weights(make_job, tmp_path):
+    job, file = make_job(), tmp_path / "weights.csv"
+    arguments = "--mixing.class_weights", str(file)
+    file.write_text("class0,1\nclass1,2\nclass2,3\n")
+    job(*arguments, "--max-steps", "1")
+    job(*arguments, "--max-steps", "2")
+    file.write_text("class0,1\nclass1,2\nclass2,4\n")
+    job(*arguments, "--max-steps", "3", code=2)
+    assert "the training images or class weights (fingerprint) changed" in job.stderr.read_text()

@@ -107,7 +107,7 @@ def test_another_recipe_or_other_data(tmp_path):
     line = refusal(tmp_path, config=other, error=ConfigError)
     assert "optim.lr: " in line
     assert "keep" not in line
-    assert "the training images (fingerprint) changed" in refusal(
+    assert "the training images or class weights (fingerprint) changed" in refusal(
         tmp_path, fingerprint="g", error=ConfigError
     )
     assert start(tmp_path, "force", config=other).step == 3
