@@ -175,3 +175,15 @@ def test_reading_the_device_fails_the_test_above(monkeypatch):
             scaler.scale(sum(p.sum() for p in optimizer.param_groups[0]["params"])).backward()
             with nullcontext() if fused else pytest.raises(DataDependentOutputException):
                 scaler.step(optimizer)
+
+
+def test_the_loss_of_an_image_has_the_weight_of_its_class():
+    learner, (images, labels, _) = make_learner(class_weights=torch.tensor([0.0, 0.0, 3.0, 0.0])), batch(0)
+    learner.model.drop.p = 0.0
+    with torch.no_grad(), learner.accelerator.autocast():
+        logits = copy.deepcopy(learner.model)(images).float()
+    each = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    step(learner, 0)
+    expected = 3 * each[labels == 2].sum().item() / len(labels)
+    assert expected > 0
+    assert learner.report(1, 0, 0.05, reset=True).loss == pytest.approx(expected, rel=1e-2)
