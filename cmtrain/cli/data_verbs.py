@@ -72,6 +72,7 @@ def _data_pack(arguments: list[str]) -> int:
     add("--max-bad-fraction", **SHARE, help="unreadable share to refuse (default: 0.1)")
     add("--train-list", metavar="FILE", help="list of training images below SRC, instead of train/")
     add("--val-list", metavar="FILE", help="the same for validation")
+    add("--multi-label", action="store_true", help="labels name several classes, as cat;dog does")
     add_json(parser)
     options = vars(parse_alone(parser, arguments))
     source, destination = options.pop("source"), options.pop("destination")

@@ -19,7 +19,7 @@ from pipelines.spec import MAX_BAD_FRACTION, DataError, os_errors_in_one_line, p
 def pack(
     source: str, destination: str, *, shard_mib: int, processes: int | None, train_list: str | None = None,
     val_list: str | None = None, max_bad_fraction: float = MAX_BAD_FRACTION, cache_dir: str | None = None,
-    as_json: bool = False, **encoding: Any,
+    multi_label: bool = False, as_json: bool = False, **encoding: Any,
 ) -> int:  # fmt: skip
     """Pack the training and the validation images of `source`; `destination` is then a data.root.
 
@@ -31,6 +31,7 @@ def pack(
         shard_mib: size at which a shard is closed.
         train_list, val_list: list files, relative to `source`, used instead of the folders.
         max_bad_fraction: share of unusable files above which a split is refused.
+        multi_label: whether labels such as cat;dog are sets of classes, and each split has others.
         encoding: `resize_shorter` and `quality`, see pipelines.packing.encode.
 
     Raises DataError: nothing to pack, too many bad images, no space, a destination in use, a damaged shard.
@@ -57,7 +58,7 @@ def pack(
             raise DataError(f"{root / split}: is packed already; give the folder that holds the image files")
         else:
             manifest = Manifest.from_folder(root / split, class_names=class_names, **limits)
-        class_names = manifest.class_names
+        class_names = None if multi_label else manifest.class_names
         print_lines(*split_doubts(manifest, split))
         folder = Path(destination).absolute() / split
         done = pack_split(manifest, folder, spec, processes=workers, max_bad_fraction=max_bad_fraction)

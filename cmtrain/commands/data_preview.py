@@ -17,7 +17,7 @@ from rich.table import Table
 from cmtrain.config.schema import Config
 from cmtrain.errors import EXIT_DONE
 from cmtrain.monitoring.console import print_result
-from cmtrain.step.mixing import MixSpec, mix
+from cmtrain.step.mixing import mix
 from cmtrain.training import build, loaders
 from pipelines.checks.decode_one import FORMATS, fault_of, is_trouble, patiently
 from pipelines.checks.pixels import grey_or_rgb
@@ -47,8 +47,8 @@ def preview(config: Config, *, out: str, rows: int = 8, columns: int = 8, epoch:
     once = config.model_copy(update={"augment": config.augment.model_copy(update={"repeats": 1})})
     place, _ = loaders.place_loaders(config, accelerator)
     loader = loaders.make_train_loader(once, shown, schedule, accelerator, place)
-    mixing = config.mixing.model_dump(exclude={"class_weights"})
-    spec = MixSpec(num_classes=len(data.train.class_names), **mixing)
+    num_classes = len(data.train.class_names)
+    spec = build.mix_spec(config, num_classes, loaders.label_sets(data.train, num_classes))
 
     plain, mixed = [], []
     for number in range(epoch, epoch + columns):
@@ -58,7 +58,7 @@ def preview(config: Config, *, out: str, rows: int = 8, columns: int = 8, epoch:
         mixed.append(mix(batch.images, batch.labels, spec, (config.run.seed, number))[0][by_row])
     loader.close()
 
-    path, names = Path(out), [data.train.class_names[label] for label in shown.labels]
+    path, names = Path(out), [data.train.label_name(label) for label in shown.labels]
     _write_grid(plain, names, config, path)
     if config.mixing.mixup or config.mixing.cutmix or config.mixing.reprob:
         _write_grid(mixed, names, config, path.with_name(f"{path.stem}-mixed.png"))
@@ -83,7 +83,7 @@ def stats(config: Config, *, as_json: bool = False) -> int:
 
 
 def _split_stats(manifest: Manifest, config: Config) -> dict[str, Any]:
-    per_class = np.bincount(manifest.labels, minlength=len(manifest.class_names))
+    per_class = manifest.class_counts()
     shorter = np.minimum(manifest.heights, manifest.widths)
     return {
         "images": len(manifest), "left_out": len(manifest.bad), "not_used": dict(manifest.skipped),

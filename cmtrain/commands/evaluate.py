@@ -36,7 +36,7 @@ from pipelines.progress import tracked
 from pipelines.spec import DataError, Placement, print_lines
 
 SIZES = ("weights", "image_px", "resize_px")
-MEASURED = ("top1", "top5", "balanced", "f1", "loss", "num_images", "num_unreadable")
+MEASURED = ("top1", "top5", "map", "balanced", "f1", "loss", "num_images", "num_unreadable")
 
 
 def evaluate_trained(options: argparse.Namespace, overrides: Overrides) -> int:
@@ -53,6 +53,7 @@ def evaluate_trained(options: argparse.Namespace, overrides: Overrides) -> int:
     kinds = trained.kinds if options.weights == "both" else [options.weights]
     weights = [trained.weights(kind) for kind in kinds]
     accelerator = build.make_accelerator(config.train.precision)
+    device = accelerator.device
     place, lines = loaders.place_loaders(config, accelerator)
     print_lines(*lines)
     names = trained.class_names or loaders.open_data(config, accelerator).train.class_names
@@ -69,23 +70,27 @@ def evaluate_trained(options: argparse.Namespace, overrides: Overrides) -> int:
         sized = config.model_copy(update={"data": data})
         loader = loaders.make_eval_loader(sized, manifest, batch_size, accelerator, place)
         for each in weights:
-            model = make_trained_model(sized, each).to(accelerator.device)
+            model = make_trained_model(sized, each).to(device)
             what = f"evaluating {each.kind} at {image_px} px"
             images = tracked(loader.epoch(0), what, count, per_step=batch_size)
-            ranks = options.save_wrong is not None
-            evaluation = evaluate(model, images, accelerator, count, outputs, keeps_ranked=ranks)
+            ranks, sets = options.save_wrong is not None, loaders.label_sets(manifest, outputs, device)
+            evaluation = evaluate(model, images, accelerator, count, outputs, ranks, sets)
             found.append((evaluation, sized))
             how = each.kind, image_px, resize_px
-            row = {key: getattr(evaluation, key) for key in MEASURED}
+            row = {key: value for key in MEASURED if (value := getattr(evaluation, key)) is not None}
             figures.append(dict(zip(SIZES, how, strict=True)) | row)
             counts = zip(labels, evaluation.class_images, evaluation.class_correct, strict=True)
             by_class += [[*how, name, size, right, right / size] for name, size, right in counts if size]
         loader.close()
 
     # Write files, and report
-    best, config = max(found, key=lambda result: result[0].top1)
+    measure = "map" if config.data.multi_label else "top1"
+    best, config = max(found, key=lambda result: result[0].score(measure))
     if options.confusion and best.confusion is None:
-        raise ConfigError(f"--confusion: {len(labels)} classes are too many for a matrix; use --per-class")
+        why = (
+            "images have several classes" if best.map is not None else f"{len(labels)} classes are too many"
+        )
+        raise ConfigError(f"--confusion: {why} for a matrix; use --per-class")
     report: dict[str, Any] = {"checkpoint": str(trained.checkpoint.path), "step": trained.step}
     report |= {"rejected": list(trained.checkpoint.rejected), "results": figures}
     try:
@@ -120,12 +125,12 @@ def save_mistakes(
     assert evaluation.ranked is not None
     assert evaluation.confidence is not None
     predicted, confidence = evaluation.ranked[:, 0].numpy(), evaluation.confidence.numpy()
-    wrong = np.flatnonzero((predicted != manifest.labels) & (predicted >= 0))
+    wrong = np.flatnonzero(~manifest.are_of(predicted) & (predicted >= 0))
     wrong = wrong[np.argsort(-confidence[wrong], kind="stable")]
     shown = manifest.select(wrong[:MAX_IMAGES])
     rows = [
-        [manifest.file(index), labels[manifest.labels[index]], labels[predicted[index]], confidence[index]]
-        for index in wrong.tolist()
+        [manifest.file(index), manifest.label_name(true), labels[predicted[index]], confidence[index]]
+        for index, true in zip(wrong.tolist(), manifest.labels[wrong], strict=True)
     ]
     temporary = folder.absolute().parent / f".{folder.name}.{os.getpid()}"
     with new_folder(folder, temporary):
@@ -147,10 +152,13 @@ def write_csv(path: Path, table: Sequence[Sequence[Any]]) -> None:
 
 def _show(figures: Sequence[dict[str, Any]]) -> None:
     console = Console(enabled=True)
-    console.line("weights  image px  resize px     top-1     top-5  balanced    loss   images")
+    shown = {"map": "mAP", "top1": "top-1", "top5": "top-5", "balanced": "balanced"}
+    shown = {key: name for key, name in shown.items() if key in figures[0]}
+    names = "".join(f"  {name:>8}" for name in shown.values())
+    console.line(f"weights  image px  resize px{names}    loss   images")
     for row in figures:
-        top1, top5 = percent(row["top1"], 2), percent(row["top5"], 2)
-        line = f"{row['weights']:<7}  {row['image_px']:>8}  {row['resize_px']:>9}  {top1:>8}  {top5:>8}"
-        console.line(f"{line}  {percent(row['balanced'], 2):>8}  {row['loss']:6.4f}  {row['num_images']:>7}")
+        line = f"{row['weights']:<7}  {row['image_px']:>8}  {row['resize_px']:>9}"
+        line += "".join(f"  {percent(row[key], 2):>8}" for key in shown)
+        console.line(f"{line}  {row['loss']:6.4f}  {row['num_images']:>7}")
     if unreadable := figures[0]["num_unreadable"]:
         console.line(f"{unreadable} images could not be read and count as wrong")

@@ -25,6 +25,7 @@ from cmtrain.models.cmt import CMT
 from cmtrain.models.fold import folded
 from cmtrain.monitoring.console import Console, print_result
 from cmtrain.monitoring.report.rendering import make_templates
+from cmtrain.step.multi_label import THRESHOLD
 from cmtrain.storage.records import remove_leftovers
 from cmtrain.storage.run_record import read_run
 from cmtrain.storage.weights import WEIGHTS_NAME, Weights, fit, num_classes_in
@@ -70,9 +71,10 @@ def export(
     remove_leftovers(temporary.parent, final.name)
     try:
         with new_folder(final, temporary):
-            differences = _write(temporary, model, formats, trained, fold_bn)
+            thresholds = trained.thresholds.get(weights.kind, [])
+            differences = _write(temporary, model, formats, trained, fold_bn, thresholds)
             card = temporary / "README.md"
-            card.write_text(_card(trained, weights, model, differences, fold_bn))
+            card.write_text(_card(trained, weights, model, differences, fold_bn, thresholds))
             for path in temporary.iterdir():  # safetensors writes for its owner alone
                 path.chmod(card.stat().st_mode)
                 sync(path)
@@ -104,7 +106,12 @@ def make_trained_model(config: Config, weights: Weights) -> nn.Module:
 
 
 def _write(
-    folder: Path, model: nn.Module, formats: Sequence[str], trained: Trained, fold_bn: bool
+    folder: Path,
+    model: nn.Module,
+    formats: Sequence[str],
+    trained: Trained,
+    fold_bn: bool,
+    thresholds: Sequence[float],
 ) -> dict[str, float]:
     """Write each format and compare it with `model`. Returns its largest difference."""
     config, side = trained.config, trained.config.data.image_px
@@ -112,7 +119,7 @@ def _write(
     sample = torch.randn(max(CHECKED_BATCHES), 3, side, side, generator=generator)
     for_inference = folded(model) if fold_bn and isinstance(model, CMT) else model
     writers: dict[str, Callable[[], Logits]] = {
-        "timm": lambda: to_timm(folder, model, config, trained.class_names),
+        "timm": lambda: to_timm(folder, model, config, trained.class_names, thresholds),
         "onnx": lambda: to_onnx(folder, for_inference, sample[:2]),
         "torch-export": lambda: to_program(folder, for_inference, sample[:2]),
     }
@@ -141,17 +148,23 @@ def largest_difference(model: Logits, other: Logits, sample: Tensor) -> float:
 
 
 def _card(
-    trained: Trained, weights: Weights, model: nn.Module, differences: dict[str, float], fold_bn: bool
+    trained: Trained,
+    weights: Weights,
+    model: nn.Module,
+    differences: dict[str, float],
+    fold_bn: bool,
+    thresholds: Sequence[float],
 ) -> str:
     """Return the README.md of the export, from the run's own record."""
     evaluations, metrics = read_run(trained.run).evaluations, dict[str, float]()
     prefix = "eval_ema" if weights.kind == "ema" else "eval"
     for place in np.flatnonzero(evaluations["step"] == trained.step):
-        found = {key: evaluations.get(f"{prefix}_{key}") for key in ("top1", "top5", "loss")}
+        found = {key: evaluations.get(f"{prefix}_{key}") for key in ("map", "top1", "top5", "loss")}
         metrics = {key: float(column[place]) for key, column in found.items() if column is not None}
     return make_templates().get_template("model_card.md").render(
         trained=trained, config=trained.config, config_yaml=to_yaml(trained.config), metrics=metrics,
         weights=weights.kind, differences=differences, fold_bn=fold_bn, num_classes=model.num_classes,
+        thresholds=list(zip(trained.class_names, thresholds, strict=False)),
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         exported_by={"cmtrain": __version__, "torch": torch.__version__, "timm": timm.__version__,
                      "python": platform.python_version()},
@@ -162,10 +175,14 @@ def _card(
 # All take a batch of any size at the model's one image size.
 
 
-def to_timm(folder: Path, model: nn.Module, config: Config, class_names: Sequence[str]) -> Logits:
+def to_timm(
+    folder: Path, model: nn.Module, config: Config, class_names: Sequence[str],
+    thresholds: Sequence[float] = (),
+) -> Logits:  # fmt: skip
     """Write model.safetensors and config.json, for `timm.create_model("local-dir:FOLDER", pretrained=True)`.
 
     The parameters of `model` must be contiguous. `class_names` that are not one per output are left out.
+    `thresholds`: by output, of a model for several labels.
     """
     if not hasattr(model, "pretrained_cfg"):
         what = f"{type(model).__name__} has no pretrained_cfg, which an export needs"
@@ -178,6 +195,8 @@ def to_timm(folder: Path, model: nn.Module, config: Config, class_names: Sequenc
     }}  # fmt: skip
     if class_names and len(class_names) == model.num_classes:
         described["label_names"] = list(class_names)
+    if config.data.multi_label:
+        described["thresholds"] = list(thresholds) or [THRESHOLD] * int(model.num_classes)  # type: ignore
     if name.startswith("cmt_"):  # without dropout
         args = config.model.model_dump(include=set(CMT_OPTIONS) - {"attn_drop_rate", "proj_drop_rate"})
     if getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False):

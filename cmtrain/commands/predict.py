@@ -22,12 +22,14 @@ from cmtrain.config.schema import Config
 from cmtrain.errors import EXIT_DATA, EXIT_DONE, ConfigError
 from cmtrain.monitoring.console import Console
 from cmtrain.monitoring.units import percent
+from cmtrain.step.multi_label import THRESHOLD
 from cmtrain.storage.records import replace_file
 from cmtrain.storage.run_folder import find_export
 from cmtrain.storage.weights import read_weights
 from cmtrain.training import build, loaders
 from cmtrain.training.schedule import split_batch
 from pipelines.atomic import replacing
+from pipelines.files.labels import NO_CLASS, SEPARATOR
 from pipelines.files.manifest import Manifest
 from pipelines.progress import tracked
 from pipelines.spec import UNREADABLE, DataError, print_lines, visible
@@ -41,7 +43,7 @@ def predict(files: Sequence[str], options: argparse.Namespace, overrides: Overri
     image that can be decoded, or a file that cannot be written.
     """
     # Open the model and the images
-    config, class_names, model = open_model(options.run, overrides)
+    config, class_names, model, thresholds = open_model(options.run, overrides)
     if options.embeddings and not hasattr(model, "forward_head"):
         raise ConfigError("--embeddings: this model has logits alone, as ONNX and simple modules have")
     accelerator = build.make_accelerator(config.train.precision)
@@ -73,10 +75,15 @@ def predict(files: Sequence[str], options: argparse.Namespace, overrides: Overri
             logits = outputs[0].float().cpu()[good.cpu()]
             names = [*class_names, *map(str, range(len(class_names), logits.shape[1]))]
             best = logits.topk(min(options.top, logits.shape[1])).indices
-            shares = logits.softmax(1).gather(1, best)
-            for index, classes, likely in zip(indices[good].tolist(), best, shares, strict=True):
-                answer = {"classes": [names[number] for number in classes], "probabilities": likely.tolist()}
-                rows.append({"path": given[manifest.file(index)]} | answer)
+            several = config.data.multi_label
+            all_shares = logits.sigmoid() if several else logits.softmax(1)
+            limits = torch.tensor(thresholds if len(thresholds) == len(names) else [THRESHOLD] * len(names))
+            for index, classes, shares in zip(indices[good].tolist(), best, all_shares, strict=True):
+                row: dict[str, Any] = {"path": given[manifest.file(index)]}
+                if several:
+                    row["labels"] = [names[number] for number in (shares >= limits).nonzero()]
+                row["classes"] = [names[number] for number in classes]
+                rows.append(row | {"probabilities": shares[classes].tolist()})
     finally:
         bad += loader.take_bad_files()
         loader.close()
@@ -88,8 +95,8 @@ def predict(files: Sequence[str], options: argparse.Namespace, overrides: Overri
     return EXIT_DATA if bad else EXIT_DONE
 
 
-def open_model(place: str, overrides: Overrides) -> tuple[Config, Sequence[str], Any]:
-    """Return configuration, class names and model, on the CPU, of a run or an export.
+def open_model(place: str, overrides: Overrides) -> tuple[Config, Sequence[str], Any, Sequence[float]]:
+    """Return configuration, class names, model, on the CPU, and thresholds of a run or an export.
 
     The model is a module, a run's EMA if it has one, or a function. Raises ConfigError, DataError: as
     open_trained and read_export, or weights that cannot be used.
@@ -97,14 +104,18 @@ def open_model(place: str, overrides: Overrides) -> tuple[Config, Sequence[str],
     path = find_export(place)
     if path is None:
         trained = open_trained(place, overrides)
-        names = trained.class_names or loaders.open_data(trained.config).train.class_names
-        return trained.config, names, make_trained_model(trained.config, trained.weights(trained.kinds[-1]))
-    config, labels = read_export(path.with_name("config.json"), overrides)
+        names, kind = (
+            trained.class_names or loaders.open_data(trained.config).train.class_names,
+            trained.kinds[-1],
+        )
+        model = make_trained_model(trained.config, trained.weights(kind))
+        return trained.config, names, model, trained.thresholds.get(kind, [])
+    config, labels, thresholds = read_export(path.with_name("config.json"), overrides)
     if path.suffix == ".onnx":
         if "data.image_px" in dict(overrides):
             raise ConfigError("--data.image_px: an ONNX file has one image size; take the run")
-        return config, labels, read_onnx(path, config.data.image_px)
-    return config, labels, make_trained_model(config, read_weights(str(path)))
+        return config, labels, read_onnx(path, config.data.image_px), thresholds
+    return config, labels, make_trained_model(config, read_weights(str(path))), thresholds
 
 
 def _write(rows: Sequence[dict[str, Any]], kept: Sequence[Any], options: argparse.Namespace) -> None:
@@ -114,11 +125,15 @@ def _write(rows: Sequence[dict[str, Any]], kept: Sequence[Any], options: argpars
     lines = [json.dumps(row) + "\n" for row in rows]
     answers = [list(zip(row["classes"], row["probabilities"], strict=True)) for row in rows]
     paths = [row["path"] for row in rows]
+    labels = [[SEPARATOR.join(row["labels"]) or NO_CLASS for row in rows]] if "labels" in rows[0] else []
     try:
         if options.csv:
-            columns = [(f"class_{rank}", f"probability_{rank}") for rank in range(1, len(answers[0]) + 1)]
-            cells = zip(["path", *paths], [columns, *answers], strict=True)
-            write_csv(Path(options.csv), [[path, *chain(*pairs)] for path, pairs in cells])
+            ranks = range(1, len(answers[0]) + 1)
+            begins: list[Sequence[str]] = [["path", "labels"] if labels else ["path"]]
+            begins += zip(paths, *labels, strict=True)
+            ends = [[(f"class_{rank}", f"probability_{rank}") for rank in ranks], *answers]
+            table = [[*begin, *chain(*end)] for begin, end in zip(begins, ends, strict=True)]
+            write_csv(Path(options.csv), table)
         if options.jsonl:
             replace_file(Path(options.jsonl), "".join(lines))
         if options.embeddings:
@@ -129,7 +144,9 @@ def _write(rows: Sequence[dict[str, Any]], kept: Sequence[Any], options: argpars
     if options.json or not (sys.stdout.isatty() or options.csv or options.jsonl):
         sys.stdout.writelines(lines)
     elif not (options.csv or options.jsonl):
-        width = max(map(len, map(visible, paths)))
-        for path, pairs in zip(paths, answers, strict=True):
-            shown = ", ".join(f"{name} {percent(probability)}" for name, probability in pairs)
-            Console(enabled=True).line(f"{visible(path):<{width}}  {shown}")
+        columns = [list(map(visible, column)) for column in (paths, *labels)]
+        widths = [max(map(len, column)) for column in columns]
+        for cells, answer in zip(zip(*columns, strict=True), answers, strict=True):
+            begin = "  ".join(f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=True))
+            shown = ", ".join(f"{name} {percent(probability)}" for name, probability in answer)
+            Console(enabled=True).line(f"{begin}  {shown}")

@@ -118,12 +118,15 @@ def repair_bn(
 
     def accuracy(entry: Entry) -> Evaluation:
         images = tracked(eval_loader.epoch(0), f"evaluating {entry.label}", num_images, per_step=size)
-        return evaluate(entry.model, images, accelerator, num_images, entry.num_classes)
+        sets = loaders.label_sets(data.val, entry.num_classes, accelerator.device)
+        return evaluate(entry.model, images, accelerator, num_images, entry.num_classes, label_sets=sets)
 
     before = [accuracy(entry) for entry in entries]
     torch.manual_seed(config.run.seed)  # for stochastic depth and dropout
     for entry in entries:
-        images = _images(train_loader, config, entry.num_classes, batches)
+        sets = loaders.label_sets(data.train, entry.num_classes, accelerator.device)
+        spec = build.mix_spec(config, entry.num_classes, sets)
+        images = _images(train_loader, spec, config.run.seed, batches)
         update_bn(tracked(images, f"averaging batches for {entry.label}", batches), entry.model)
         entry.take_statistics()
         if still := entry.nonfinite():
@@ -264,8 +267,7 @@ def _refuse(path: Path, nonfinite: list[str]) -> None:
         raise DataError(f"{path}: {why}")
 
 
-def _images(loader: Loader, config: Config, num_classes: int, batches: int) -> Iterator[Tensor]:
+def _images(loader: Loader, spec: MixSpec, seed: int, batches: int) -> Iterator[Tensor]:
     """Yield the images of `batches` training micro-batches, mixed, in fp32."""
-    spec = MixSpec(num_classes=num_classes, **config.mixing.model_dump(exclude={"class_weights"}))
     for number, (images, labels, _) in enumerate(itertools.islice(endless(loader), batches)):
-        yield mix(images.float(), labels, spec, (config.run.seed, number, 0))[0]
+        yield mix(images.float(), labels, spec, (seed, number, 0))[0]

@@ -10,7 +10,7 @@ from cmtrain.config.load import Overrides, load_config
 from cmtrain.config.schema import CMT_OPTIONS, Config, to_yaml
 from cmtrain.errors import ConfigError
 from cmtrain.storage.checkpoint import Loaded, find_checkpoint
-from cmtrain.storage.records import DamagedRecordError, load_json, read_json, reason_of
+from cmtrain.storage.records import load_json, read_json, reason_of
 from cmtrain.storage.run_folder import CLASSES_NAME, find_run
 from cmtrain.storage.state_file import CheckpointError
 from cmtrain.storage.weights import Weights, check_finite, state_of
@@ -22,13 +22,15 @@ from pipelines.spec import DataError, print_lines
 class Trained:
     """A run folder `run` and what it learned. `config`: as trained, with overrides.
 
-    `class_names`: one for each output; () if the run folder has none.
+    `class_names`: one for each output; () if the run folder has none. `thresholds`: by kind of weights, see
+    Evaluation; {} where an image has one class.
     """
 
     run: Path
     config: Config
     checkpoint: Loaded
     class_names: tuple[str, ...]
+    thresholds: dict[str, list[float]]
 
     @property
     def step(self) -> int:
@@ -57,7 +59,7 @@ def open_trained(place: str, overrides: Overrides) -> Trained:
     loaded = read_checkpoint(path)
     config = _config_of(run / "config.yaml", loaded, overrides)
     build.import_modules(config.run.imports)
-    return Trained(run, config, loaded, _class_names(run))
+    return Trained(run, config, loaded, *_classes(run))
 
 
 def read_checkpoint(path: Path) -> Loaded:
@@ -89,8 +91,8 @@ def _config_of(path: Path, loaded: Loaded, overrides: Overrides) -> Config:
     return load_config(path, overrides).config
 
 
-def read_export(path: Path, overrides: Overrides) -> tuple[Config, list[str]]:
-    """Return the configuration, with `overrides`, and class names ([]: unknown) in an export's config.json.
+def read_export(path: Path, overrides: Overrides) -> tuple[Config, list[str], list[float]]:
+    """Return configuration, with `overrides`, class names ([]: unknown) and thresholds in a config.json.
     Raises ConfigError: wrong overrides. DataError: `path` cannot be read, or is not by `cmtrain export`.
     """
     try:
@@ -102,19 +104,24 @@ def read_export(path: Path, overrides: Overrides) -> tuple[Config, list[str]]:
         settings |= {"data.eval_resize_px": math.floor(side / prepared["crop_pct"])}
         settings |= {"data.eval_interpolation": prepared["interpolation"]}
         settings |= {f"data.{key}": prepared[key] for key in ("mean", "std")}
+        thresholds = content.get("thresholds", [])
+        settings["data.multi_label"] = bool(thresholds)
         stated = [(key, json.dumps(value)) for key, value in settings.items()]
-        return load_config("configs/small.yaml", [*stated, *overrides]).config, content.get(
-            "label_names", []
-        )
-    except (OSError, DamagedRecordError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        config = load_config("configs/small.yaml", [*stated, *overrides]).config
+        return config, content.get("label_names", []), list(map(float, thresholds))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         raise DataError(f"{path}: not as `cmtrain export` writes it: {reason_of(error)}") from error
 
 
-def _class_names(run: Path) -> tuple[str, ...]:
-    """Return the class names of a run; () if it was not evaluated yet, or, with a line, if damaged."""
+def _classes(run: Path) -> tuple[tuple[str, ...], dict[str, list[float]]]:
+    """Return class names and thresholds of a run; none before an evaluation, or, with a line, if damaged."""
     damage: list[str] = []
-    names = (read_json(run / CLASSES_NAME, damage) or {}).get("classes", [])
-    if not isinstance(names, list):
+    found = read_json(run / CLASSES_NAME, damage) or {}
+    try:
+        names = tuple(map(str, found.get("classes", [])))
+        given = {kind: entry.get("thresholds") for kind, entry in found.get("weights", {}).items()}
+        thresholds = {kind: list(map(float, values)) for kind, values in given.items() if values}
+    except (TypeError, ValueError, AttributeError):
         damage.append(f"{CLASSES_NAME}: names no classes")
     print_lines(*(f"{run}: {line}; going on without class names" for line in damage))
-    return () if damage else tuple(map(str, names))
+    return ((), {}) if damage else (names, thresholds)

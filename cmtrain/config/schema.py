@@ -100,6 +100,7 @@ _RULES = (
         lambda sampling, repeats: sampling is None or repeats == 1,
         "{} does not go with {}",
     ),
+    _Rule("evaluate.best data.multi_label", lambda best, on: on or best != "map", "{} needs {} to be true"),
     _Rule("expect.enforce expect.top1", lambda on, top: not on or top is not None, "{} needs {} to be set"),
     _Rule("expect.diverges expect.top1", lambda on, top: not on or top is None, "{} contradicts {}"),
     _Rule("model.unfreeze_epoch model.freeze", lambda a, b: a is None or b, "{} needs {} to be set"),

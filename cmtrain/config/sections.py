@@ -145,6 +145,11 @@ class Data(Section):
         "null: <train_dir>.csv, as `cmtrain data split` writes it, if there is no train_dir",
     )
     val_list: AnyPath | None = _key(None, "the same for validation; replaces val_dir")
+    multi_label: bool = _key(
+        False,
+        "an image has any number of classes: labels such as cat;dog, or - for none; the loss is binary "
+        "cross entropy",
+    )
     sampling: str | None = _key(
         None,
         "balanced: an epoch draws all classes equally often; power:0.5: in proportion to the root of their "
@@ -284,10 +289,10 @@ class Checkpoint(Section):
 
 class Evaluate(Section):
     every_epochs: Count = _key(1, "epochs between two evaluations; the last step is always evaluated")
-    best: Literal["top1", "balanced", "f1", "loss"] = _key(
-        "top1",
+    best: Literal["top1", "balanced", "f1", "loss", "map"] | None = _key(
+        None,
         "what makes a checkpoint the best; balanced: mean accuracy of the classes (macro recall); f1: macro "
-        "F1; loss: the lowest",
+        "F1; loss: the lowest; map: mean average precision; null: top1, with data.multi_label map",
     )
 
 

@@ -78,6 +78,7 @@ class TrainMetrics:
         }
         self.eval_accuracy = gauge("eval_accuracy_ratio", "Accuracy on validation data.", k=(), weights=())
         self.eval_balanced = gauge("eval_balanced_accuracy_ratio", "Mean accuracy of classes.", weights=())
+        self.eval_map = gauge("eval_mean_average_precision_ratio", "Of several labels.", weights=())
         self.eval_loss = gauge("eval_loss", "Cross entropy on the validation set (nats).", weights=())
         self.eval_seconds = histogram("eval_duration_seconds", "Time of an evaluation.", EVAL_BUCKETS)
         self.best_accuracy = gauge("eval_best_accuracy_ratio", "Best top-1 of the run so far.")
@@ -187,6 +188,8 @@ class TrainMetrics:
         self.eval_accuracy("5", weights).set(result.top5)
         self.eval_balanced(weights).set(result.balanced)
         self.eval_loss(weights).set(result.loss)
+        if result.map is not None:
+            self.eval_map(weights).set(result.map)
         self.images("eval").inc(num_images)
 
     def saved(self, seconds: float, num_bytes: int) -> None:

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from cmtrain.step.guard import running_statistics
+from cmtrain.step.multi_label import MultiLabelOutcomes
 from pipelines.spec import UNREADABLE, Batch
 
 MAX_CONFUSION_CLASSES = 100  # beyond it the matrix is unreadable, and larger than the model's own outputs
@@ -22,9 +23,11 @@ class Evaluation:
     """The result of evaluating one set of weights.
 
     `top1`, `top5`: shares 0..1 of all images; `num_unreadable` count as wrong. Below 5 classes top5 is 1.
-    `loss`: mean cross entropy (nats) of the images that were read.
+    Where images have several classes, one of them is enough, and images of no class are left out.
+    `loss`: mean cross entropy (nats) of the images that were read; of yes and no, by class, if several.
     `class_images`, `class_correct`: images read of each class, and how many of them were recognised.
-    `class_predicted`: images read that were taken for each class.
+    `class_predicted`: images read that were taken for each class; if several, by a probability of 0.5.
+    `map`, `thresholds`: see multi_label; None and [] where an image has one class.
     `confusion`: [true class][predicted class] counts; None beyond MAX_CONFUSION_CLASSES classes.
     `ranked`: (N, 5), or (N, K) with fewer classes, int64 on the CPU: the likeliest classes of each image, -1
         for unreadable images and those of other ranks; None without `keeps_ranked`.
@@ -40,8 +43,16 @@ class Evaluation:
     class_correct: list[int] = field(default_factory=list)
     class_predicted: list[int] = field(default_factory=list)
     confusion: list[list[int]] | None = None
+    map: float | None = None
+    thresholds: list[float] = field(default_factory=list)
     ranked: Tensor | None = field(default=None, compare=False, repr=False)
     confidence: Tensor | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """Return what a run records of each evaluation: top1, top5, loss, and map where there is one."""
+        found = {"top1": self.top1, "top5": self.top5, "loss": self.loss}
+        return found if self.map is None else found | {"map": self.map}
 
     @property
     def balanced(self) -> float:
@@ -58,7 +69,7 @@ class Evaluation:
         return sum(scores) / max(len(scores), 1)
 
     def score(self, measure: str) -> float:
-        """Return what evaluate.best names: top1, balanced, f1, or the negative loss. More is better."""
+        """Return what evaluate.best names: top1, balanced, f1, map, or the negative loss. More is better."""
         if measure == "loss":
             return -self.loss if math.isfinite(self.loss) else -math.inf
         return float(getattr(self, measure))
@@ -66,47 +77,43 @@ class Evaluation:
 
 def evaluate(
     model: nn.Module, batches: Iterable[Batch], accelerator: Accelerator, num_images: int, num_classes: int,
-    keeps_ranked: bool = False,
+    keeps_ranked: bool = False, label_sets: Tensor | None = None,
 ) -> Evaluation:  # fmt: skip
     """Evaluate `model` on this rank's share of the images and add up over ranks.
 
     `model`: unwrapped; its mode is restored. `batches`: this rank's share, each image once; may be empty.
     `num_images`: of all ranks together. `num_classes`: number of `model`'s outputs. `keeps_ranked`: fill
-    Evaluation.ranked and confidence, which costs 44 bytes per image on the device.
+    Evaluation.ranked and confidence, which costs 44 bytes per image on the device. `label_sets`: as in
+    MixSpec.
     """
     modes, device = [(module, module.training) for module in model.modules()], accelerator.device
     model.eval()
-    totals = torch.zeros(2, dtype=torch.float64, device=device)  # correct at 5, summed loss
-    outcomes = _Outcomes(num_classes, device)
+    outcomes: _Outcomes | MultiLabelOutcomes = _Outcomes(num_classes, device)
+    if label_sets is not None:
+        outcomes = MultiLabelOutcomes(label_sets, num_images)
     ranked = torch.full((num_images, min(5, num_classes)), -1, device=device) if keeps_ranked else None
     confidence = torch.zeros(num_images, device=device) if keeps_ranked else None
     with torch.no_grad(), accelerator.autocast():
         for images, labels, indices in batches:
             logits = model(images).float()
             best = logits.topk(min(5, num_classes), dim=1).indices  # one answer for all, also of tied logits
-            hits = (best == labels[:, None]).sum()
-            loss = F.cross_entropy(logits, labels, reduction="sum", ignore_index=UNREADABLE)
-            totals += torch.stack([hits, loss]).double()
-            outcomes.add(best[:, 0], labels)
+            outcomes.add(logits, best, labels, indices)
             if ranked is not None and confidence is not None:
                 ranked[indices] = torch.where(labels[:, None] == UNREADABLE, -1, best)
-                confidence[indices] = logits.softmax(1).amax(1)
+                confidence[indices] = (logits.softmax(1) if label_sets is None else logits.sigmoid()).amax(1)
     for module, mode in modes:  # a frozen BatchNorm's is another
         module.training = mode
-    all_reduce_sum(totals)
-    hits_at_5, summed_loss = totals.tolist()
-    images_of, correct, predicted, confusion = outcomes.sum_up()
-    seen, num_read = int(outcomes.counts.sum()) // 2, sum(images_of)
+    for values in outcomes.tensors:
+        all_reduce_sum(values)
+    seen, measured = outcomes.sum_up()
     assert seen == num_images, f"evaluated {seen} images of {num_images}"
-    return Evaluation(
-        sum(correct) / seen, hits_at_5 / seen, summed_loss / max(num_read, 1), num_images, seen - num_read,
-        images_of, correct, predicted, confusion,
-        *(kept if kept is None else kept.cpu() for kept in (ranked, confidence)),
-    )  # fmt: skip
+    if ranked is not None and confidence is not None:
+        measured |= {"ranked": ranked.cpu(), "confidence": confidence.cpu()}
+    return Evaluation(num_images=num_images, **measured)
 
 
 class _Outcomes:
-    """Counts right and wrong answers by class, on the device.
+    """Counts right and wrong answers by class, on the device. `tensors`: to be added up over ranks.
 
     `counts`: flat (K, K) true by predicted class, or (K, 2) wrong, right beyond MAX_CONFUSION_CLASSES; then
     (K,) predicted, and one more cell for the unreadable images. So every image counts twice.
@@ -116,23 +123,35 @@ class _Outcomes:
         self.num_classes = num_classes
         self.width = num_classes if num_classes <= MAX_CONFUSION_CLASSES else 2
         self.counts = torch.zeros(num_classes * (self.width + 1) + 1, dtype=torch.int64, device=device)
+        self.totals = torch.zeros(2, dtype=torch.float64, device=device)  # correct at 5, summed loss
+        self.tensors = [self.counts, self.totals]
 
-    def add(self, predicted: Tensor, labels: Tensor) -> None:
-        """Count a batch: (B,), (B,). torch.bincount would make the host wait for the largest value."""
+    def add(self, logits: Tensor, best: Tensor, labels: Tensor, indices: Tensor) -> None:
+        """Count a batch: (B, K), its likeliest classes (B, 5), (B,), (B,). It never waits for the device."""
+        loss = F.cross_entropy(logits, labels, reduction="sum", ignore_index=UNREADABLE)
+        self.totals += torch.stack([(best == labels[:, None]).sum(), loss]).double()
+        predicted = best[:, 0]
         column = predicted if self.width == self.num_classes else (predicted == labels).long()
         cells = torch.stack([labels * self.width + column, self.num_classes * self.width + predicted])
         cell = torch.where(labels == UNREADABLE, len(self.counts) - 1, cells).flatten()
+        # torch.bincount would make the host wait for the largest value.
         self.counts.index_add_(0, cell, torch.ones_like(cell))
 
-    def sum_up(self) -> tuple[list[int], list[int], list[int], list[list[int]] | None]:
-        """Return Evaluation's images, correct ones, predicted ones and confusion; all ranks must call it."""
-        all_reduce_sum(self.counts)
+    def sum_up(self) -> tuple[int, dict[str, Any]]:
+        """Return how many images were counted, and fields of Evaluation by name."""
+        hits_at_5, loss = self.totals.tolist()
         cells, predicted = self.counts[:-1].cpu().split([self.num_classes * self.width, self.num_classes])
         table = cells.view(self.num_classes, self.width)
         whole = self.width == self.num_classes
         correct = table.diagonal() if whole else table[:, 1]
-        images = table.sum(dim=1).tolist()
-        return images, correct.tolist(), predicted.tolist(), table.tolist() if whole else None
+        seen, num_read = int(self.counts.sum()) // 2, int(table.sum())
+        share = max(seen, 1)
+        return seen, {
+            "top1": int(correct.sum()) / share, "top5": hits_at_5 / share, "loss": loss / max(num_read, 1),
+            "num_unreadable": seen - num_read, "class_images": table.sum(dim=1).tolist(),
+            "class_correct": correct.tolist(), "class_predicted": predicted.tolist(),
+            "confusion": table.tolist() if whole else None,
+        }  # fmt: skip
 
 
 def all_reduce_sum(values: Tensor) -> None:
@@ -159,6 +178,7 @@ def by_class(results: dict[str, Evaluation], class_names: Sequence[str], step: i
     num_classes = len(results["model"].class_images)
     weights = {
         name: {"images": result.class_images, "correct": result.class_correct, "confusion": result.confusion}
+        | ({"thresholds": result.thresholds} if result.thresholds else {})
         for name, result in results.items()
     }
     names = [*class_names, *map(str, range(len(class_names), num_classes))]

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits as bce_with_logits
 from torch.optim import Optimizer
 
 from cmtrain.step.evaluate import average_running_statistics
@@ -115,7 +116,8 @@ class Learner:
             with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
                 with self.guard.uncounted():
                     logits = self.wrapped(images).float()
-                loss = F.cross_entropy(logits, targets, self.class_weights)
+                loss_of = F.cross_entropy if self.mixing.label_sets is None else bce_with_logits
+                loss = loss_of(logits, targets, self.class_weights)
                 self.phases.begin("backward")
                 self._backward(loss / self.accumulation, last)
             self.guard.propose()

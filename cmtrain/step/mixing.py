@@ -19,7 +19,10 @@ ERASE_ATTEMPTS = 10
 
 @dataclass(frozen=True)
 class MixSpec:
-    """timm's options. `mixup`, `cutmix`: Beta alphas, 0 is off. `reprob`, `recount`: random erasing."""
+    """timm's options. `mixup`, `cutmix`: Beta alphas, 0 is off. `reprob`, `recount`: random erasing.
+
+    `label_sets`: (S, num_classes) 0 or 1, float32: the classes of each label; None: a label is a class.
+    """
 
     num_classes: int
     mixup: float = 0.0
@@ -29,6 +32,7 @@ class MixSpec:
     smoothing: float = 0.0
     reprob: float = 0.0
     recount: int = 1
+    label_sets: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ def mix(images: Tensor, labels: Tensor, spec: MixSpec, key: tuple[int, ...]) -> 
     """Erase, mix and soften one batch: normalised images (B, C, H, W), not modified, and labels (B,) int64.
 
     `key`: numbers that determine every draw but the noise of erasing: (seed, step, micro-batch). Returns
-    images (B, C, H, W) and targets (B, num_classes) float32, whose rows sum to 1.
+    images (B, C, H, W) and targets (B, num_classes) float32; without label_sets its rows sum to 1.
     """
     rng = np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
     if spec.reprob:
@@ -77,10 +81,16 @@ def draw_mix(spec: MixSpec, height: int, width: int, rng: np.random.Generator) -
 
 
 def soft_targets(labels: Tensor, spec: MixSpec, lam: float) -> Tensor:
-    """Smooth one-hot rows and mix them with the flipped batch's: (B,) int64 -> (B, num_classes) float32."""
-    off = spec.smoothing / spec.num_classes
-    targets = torch.full((len(labels), spec.num_classes), off, device=labels.device)
-    targets.scatter_(1, labels[:, None], 1 - spec.smoothing + off)
+    """Smooth labels and mix them with the flipped batch's: (B,) int64 -> (B, num_classes) float32.
+
+    One class is smoothed towards all of them; where there may be several, each towards yes and no.
+    """
+    if spec.label_sets is None:
+        off = spec.smoothing / spec.num_classes
+        targets = torch.full((len(labels), spec.num_classes), off, device=labels.device)
+        targets.scatter_(1, labels[:, None], 1 - spec.smoothing + off)
+    else:
+        targets = spec.label_sets[labels] * (1 - spec.smoothing) + spec.smoothing / 2
     return targets if lam == 1 else torch.lerp(targets.flip(0), targets, lam)
 
 

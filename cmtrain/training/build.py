@@ -20,7 +20,7 @@ import timm
 import torch
 from accelerate import Accelerator
 from accelerate import utils as accelerate_utils
-from torch import nn
+from torch import Tensor, nn
 
 from cmtrain.config.load import source_of
 from cmtrain.config.schema import CMT_OPTIONS, Config, as_begun
@@ -101,7 +101,8 @@ def assemble(config: Config, lock: RunLock, resume: str, data: loaders.Data | No
     # The loaders are not prepared by accelerate: order, sharding and every random draw are the plan's.
     train_loader = loaders.make_train_loader(config, data.train, schedule, accelerator, place)
     eval_loader = loaders.make_eval_loader(config, data.val, schedule.micro_batch_size, accelerator, place)
-    learner = make_learner(config, model, schedule, num_classes, accelerator, start.step, weights)
+    sets = loaders.label_sets(data.train, num_classes, accelerator.device)
+    learner = make_learner(config, model, schedule, num_classes, accelerator, start.step, weights, sets)
     recovery = make_recovery(config, schedule)
     return Parts(
         config, accelerator, control, data, schedule, start, train_loader, eval_loader, learner, recovery,
@@ -248,9 +249,13 @@ def make_recovery(config: Config, schedule: Schedule) -> Recovery:
     )
 
 
+def mix_spec(config: Config, num_classes: int, label_sets: Tensor | None = None) -> MixSpec:
+    return MixSpec(num_classes, label_sets=label_sets, **config.mixing.model_dump(exclude={"class_weights"}))
+
+
 def make_learner(
     config: Config, model: nn.Module, schedule: Schedule, num_classes: int, accelerator: Accelerator,
-    first_step: int = 0, class_weights: Sequence[float] | None = None,
+    first_step: int = 0, class_weights: Sequence[float] | None = None, label_sets: Tensor | None = None,
 ) -> Learner:  # fmt: skip
     """Make the learner of `model`, at `first_step`.
     Raises ConfigError: a micro-batch of one image for BatchNorm, or as frozen_names and lr_scales.
@@ -267,7 +272,6 @@ def make_learner(
     return Learner(
         model, optimizer, accelerator, ema_decay=config.ema.decay, protect=config.guard.enabled,
         spike_sigma=config.guard.spike_sigma, accumulation=schedule.accumulation,
-        mixing=MixSpec(num_classes=num_classes, **config.mixing.model_dump(exclude={"class_weights"})),
-        clip_grad=config.optim.clip_grad, seed=config.run.seed, class_weights=weights,
-        frozen=frozen, unfreeze_step=unfreeze_step,
+        mixing=mix_spec(config, num_classes, label_sets), clip_grad=config.optim.clip_grad,
+        seed=config.run.seed, class_weights=weights, frozen=frozen, unfreeze_step=unfreeze_step,
     )  # fmt: skip

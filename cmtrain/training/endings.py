@@ -27,10 +27,12 @@ def stopped_by(number: int, step: int, unsaved: str) -> str:
 def check_expectation(config: Config, results: dict[str, Evaluation], *, whole: bool) -> tuple[int, str]:
     """Return exit code and reason: did a `whole` run reach the accuracy that its configuration expects?"""
     top1 = max(result.top1 for result in results.values())
+    precisions = [result.map for result in results.values() if result.map is not None]
+    found = f"mAP {percent(max(precisions))}, " if precisions else ""
     expect = config.expect
     if expect.top1 is None or not whole:
-        return EXIT_DONE, f"top-1 {percent(top1)}"
+        return EXIT_DONE, f"{found}top-1 {percent(top1)}"
     reached = top1 >= expect.top1 - expect.tolerance
     wanted = f"{percent(expect.top1)} expected" + (f" by {expect.source}" if expect.source else "")
-    reason = f"top-1 {percent(top1)}, {wanted}: {'reached' if reached else 'missed'}"
+    reason = f"{found}top-1 {percent(top1)}, {wanted}: {'reached' if reached else 'missed'}"
     return EXIT_EXPECTATION if expect.enforce and not reached else EXIT_DONE, reason

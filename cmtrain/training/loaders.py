@@ -155,10 +155,11 @@ def open_folder(config: Config, folder: Path, class_names: Sequence[str] | None,
     """Index the images of `folder`, packed or not. `options`: more ones of Manifest.from_folder.
     Raises DataError: a class that is not among `class_names`, or nothing to read.
     """
+    classes: dict[str, Any] = {"class_names": class_names, "multi_label": config.data.multi_label}
     if "image_list" not in options and is_packed(folder):
-        return Manifest.from_shards(folder, class_names=class_names)
+        return Manifest.from_shards(folder, **classes)
     options |= {"cache_dir": cache_folder(config), "max_bad_fraction": config.data.max_bad_fraction}
-    return Manifest.from_folder(folder, class_names=class_names, **options)
+    return Manifest.from_folder(folder, **classes, **options)
 
 
 def _list_for(root: Path, folder: str, list_file: str | None) -> str | None:
@@ -206,8 +207,8 @@ def class_weights(config: Config, manifest: Manifest, num_classes: int) -> list[
         return None
     weights = [1.0] * num_classes
     if given == "auto":
-        counts = np.bincount(manifest.labels).tolist()
-        mean = len(manifest) / sum(count > 0 for count in counts)
+        counts = manifest.class_counts().tolist()
+        mean = sum(counts) / sum(count > 0 for count in counts)
         weights[: len(counts)] = [mean / count if count else 1.0 for count in counts]
         return weights
     missing = dict.fromkeys(names)
@@ -229,6 +230,18 @@ def class_weights(config: Config, manifest: Manifest, num_classes: int) -> list[
     if missing:
         raise DataError(f"mixing.class_weights: {given}: no weight for class {next(iter(missing))!r}")
     return weights
+
+
+def label_sets(
+    manifest: Manifest, num_classes: int, device: torch.device | str = "cpu"
+) -> torch.Tensor | None:
+    """Return MixSpec's label_sets for a model of `num_classes` outputs; None where an image has a class."""
+    import torch
+
+    if manifest.label_sets is None:
+        return None
+    more = num_classes - len(manifest.class_names)
+    return torch.from_numpy(np.pad(manifest.label_sets, ((0, 0), (0, more)))).float().to(device)
 
 
 def make_eval_loader(

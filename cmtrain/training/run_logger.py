@@ -29,7 +29,14 @@ from cmtrain.step.spikes import Spike
 from cmtrain.storage.checkpoint_writer import Outcome
 from cmtrain.storage.finite import named
 from cmtrain.storage.records import Losses
-from cmtrain.storage.run_folder import CLASSES_NAME, REPORT_NAME, SAMPLE_NAME, RunFolder, finite
+from cmtrain.storage.run_folder import (
+    CLASSES_NAME,
+    REPORT_NAME,
+    SAMPLE_NAME,
+    SUMMARY_COLUMNS,
+    RunFolder,
+    finite,
+)
 from cmtrain.training.recovery import BadStep
 from pipelines.checks.bad_list import BadFile, find_list
 from pipelines.spec import DataError, print_lines
@@ -42,6 +49,7 @@ class RunLogger:
     `path`: the run folder; made here, on rank 0. `first_step`, `last_step`: of this process's part of the
     run. `epochs`, `total_steps`: of the whole run. `address`: (host, port) to serve metrics at, None for no
     metrics. `stall_seconds`: see routes.make_pages. `allowed_hosts`: see http_server.is_own_host.
+    `summary_columns`: as of RunFolder.
     """
 
     path: Path
@@ -56,13 +64,15 @@ class RunLogger:
     stall_seconds: float
     trackers: Trackers | None = None
     allowed_hosts: Sequence[str] = ()
+    summary_columns: Sequence[str] = SUMMARY_COLUMNS
 
     def __post_init__(self) -> None:
         self.step = self.first_step
         self.console = Console(enabled=self.rank == 0)
         self.metrics = TrainMetrics(self.path.name, self.rank)
         self.losses = Losses()
-        self.folder = RunFolder(self.path, self.losses) if self.rank == 0 else None
+        folder = self.path, self.losses, self.summary_columns
+        self.folder = RunFolder(*folder) if self.rank == 0 else None
         self.speed: dict[str, Any] = {}  # at the last log point; the share of waiting is this rank's own
         self.train_loss = math.nan
         self.bad_paths: set[str] = set()
@@ -262,8 +272,9 @@ class RunLogger:
             my_share = range(self.rank, result.num_images, self.world_size)
             self.metrics.evaluated(weights, result, len(my_share))
             prefix = "eval" if weights == "model" else f"eval_{weights}"
-            row |= {f"{prefix}_{key}": getattr(result, key) for key in ("loss", "top1", "top5")}
-            line = f"epoch {epoch}/{self.epochs} {weights} top-1 {percent(result.top1)}"
+            row |= {f"{prefix}_{key}": value for key, value in result.figures.items()}
+            mean_precision = "" if result.map is None else f"mAP {percent(result.map)} "
+            line = f"epoch {epoch}/{self.epochs} {weights} {mean_precision}top-1 {percent(result.top1)}"
             images = [count for count in result.class_images if count]
             if max(images, default=0) >= 2 * min(images, default=1):  # top-1 says little of rare classes
                 line += f" balanced {percent(result.balanced)}"
@@ -276,8 +287,10 @@ class RunLogger:
             self.folder.summary(row)
             self._track(row, step)
             self.folder.write(CLASSES_NAME, json.dumps(by_class(dict(results), class_names, step)) + "\n")
-            top1 = max(result.top1 for result in results.values())
-            self._event("evaluated", step=step, top1=top1, seconds=round(seconds, 3))
+            best_of = {"top1": max(result.top1 for result in results.values())}
+            if precisions := [result.map for result in results.values() if result.map is not None]:
+                best_of["map"] = max(precisions)
+            self._event("evaluated", step=step, **best_of, seconds=round(seconds, 3))
             self.folder.status(step=step, best_top1=best[0], best_step=best[1])
         self.metrics.enter("train")
 
@@ -356,9 +369,9 @@ class RunLogger:
 
     def _result(self, state: str, results: Mapping[str, Evaluation]) -> dict[str, Any]:
         measured = {
-            f"{'' if weights == 'model' else weights + '_'}{key}": finite(getattr(evaluation, key))
+            f"{'' if weights == 'model' else weights + '_'}{key}": finite(value)
             for weights, evaluation in results.items()
-            for key in ("top1", "top5", "loss")
+            for key, value in evaluation.figures.items()
         }
         return {
             "state": state, **measured, "num_images": results["model"].num_images,

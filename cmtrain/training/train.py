@@ -27,11 +27,11 @@ from cmtrain.step.learner import Learner
 from cmtrain.step.measure import StepReport, Stopwatch
 from cmtrain.storage.finite import FiniteCheck, repair_or_reject
 from cmtrain.storage.records import replace_file
-from cmtrain.storage.run_folder import SAMPLE_NAME, RunLock
+from cmtrain.storage.run_folder import MULTI_LABEL_COLUMNS, SAMPLE_NAME, SUMMARY_COLUMNS, RunLock
 from cmtrain.training import build
 from cmtrain.training.build import Parts
 from cmtrain.training.endings import check_expectation, stopped_at_once, stopped_by
-from cmtrain.training.loaders import Data
+from cmtrain.training.loaders import Data, label_sets
 from cmtrain.training.recovery import Recovery, find_overflow, merge_ranks
 from cmtrain.training.resume import restore
 from cmtrain.training.run_logger import RunLogger
@@ -84,7 +84,9 @@ def run(
     # Start: from here on the run folder is written, and signals and hangs are handled.
     stop, clock = StopRequest(parts.control), Stopwatch()
     logger = open_logger(config, lock.folder, parts, last_step)
-    saver = Saver(lock.folder, logger, keep=config.checkpoint.keep, measure=config.evaluate.best)
+    default = "map" if config.data.multi_label else "top1"
+    measure = config.evaluate.best or default
+    saver = Saver(lock.folder, logger, keep=config.checkpoint.keep, measure=measure)
     watchdog = Watchdog(
         lock.folder, rank, world_size, timeout_seconds=config.train.step_timeout_seconds,
         losses=logger.losses,
@@ -102,7 +104,7 @@ def run(
         logger.metrics.enter("evaluate")
         clock.lap()
         results = evaluate_weights(
-            learner, parts.eval_loader, val_batches, len(data.val), parts.num_classes, accelerator
+            learner, parts.eval_loader, val_batches, data.val, parts.num_classes, accelerator
         )
         improved = bool(results) and log and saver.is_best(results, step)
         if results and log:
@@ -127,7 +129,7 @@ def run(
             logger.losses.attempt(file.name, replace_file, lock.folder / file.name, file.read_bytes())
         logger.left_out(data.train.bad + data.val.bad, data.train.root)
         batches = clock.waiting(batches_from(first_step, parts.train_loader, schedule))
-        batches = draw_first(batches, clock, logger, config, data.train.class_names)
+        batches = draw_first(batches, clock, logger, config, data.train)
         if start.evaluation_due or first_step >= last_step:
             # Resumed after the last step of an epoch or of the run: its evaluation or its report is missing.
             results, _ = evaluate_after(first_step, log=start.evaluation_due)
@@ -226,13 +228,13 @@ def batches_from(step: int, loader: Loader, schedule: Schedule) -> Iterator[Batc
 
 
 def draw_first(
-    batches: Iterator[Batch], clock: Stopwatch, logger: RunLogger, config: Config, class_names: Sequence[str]
+    batches: Iterator[Batch], clock: Stopwatch, logger: RunLogger, config: Config, manifest: Manifest
 ) -> Iterator[Batch]:
     """Pass `batches` on, and draw the first one into the run folder for people to look at."""
     first = next(batches)
     if logger.folder:
         how = first.images, config.data.mean, config.data.std, logger.path / SAMPLE_NAME
-        captions = [[class_names[label]] for label in first.labels.tolist()]
+        captions = [[manifest.label_name(label)] for label in first.labels.tolist()]
         logger.losses.attempt(SAMPLE_NAME, contact_sheet, *how, captions=captions)
     clock.lap()  # building the pipeline is no part of a step's time
     yield first
@@ -284,14 +286,15 @@ def log_bad_files(logger: RunLogger, loaders: Sequence[DaliLoader], stop: StopRe
 
 
 def evaluate_weights(
-    learner: Learner, loader: DaliLoader, batches: Callable[[], Iterator[Batch]], num_images: int,
+    learner: Learner, loader: DaliLoader, batches: Callable[[], Iterator[Batch]], val: Manifest,
     num_classes: int, accelerator: Accelerator,
 ) -> dict[str, Evaluation]:  # fmt: skip
     """Evaluate the model and its EMA, if any, on `batches()` each. Returns {} if a stop signal came."""
     learner.average_over_ranks()
+    sets = label_sets(val, num_classes, accelerator.device)
     try:
         results = {
-            name: evaluate(module, batches(), accelerator, num_images, num_classes)
+            name: evaluate(module, batches(), accelerator, len(val), num_classes, label_sets=sets)
             for name, module in learner.weights.items()
         }
     except Stopped:
@@ -346,4 +349,5 @@ def open_logger(config: Config, path: Path, parts: Parts, last_step: int) -> Run
         address=(metrics.host, metrics.port + accelerator.local_process_index) if metrics.enabled else None,
         stall_seconds=metrics.stall_seconds, allowed_hosts=metrics.allowed_hosts,
         trackers=Trackers(accelerator, path.name, flat(config)),
+        summary_columns=MULTI_LABEL_COLUMNS if config.data.multi_label else SUMMARY_COLUMNS,
     )  # fmt: skip

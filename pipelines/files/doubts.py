@@ -15,11 +15,11 @@ _COMPARED_IMAGES = 8  # validation images that are compared with training's by t
 def split_doubts(manifest: Manifest, split: str) -> list[str]:
     """Return a line per doubt about a `split` ("training"): labels, empty classes, files named twice."""
     doubts, names = list(manifest.notes), manifest.class_names
-    counts = np.bincount(manifest.labels, minlength=len(names))
+    counts = manifest.class_counts()
     if len(empty := np.flatnonzero(counts == 0)):
         what = f"{len(empty):,} of {len(names):,} classes have no usable image"
         doubts.append(f"{split}: {what}: {some([names[index] for index in empty.tolist()])}")
-    if len(names) == 1:
+    if len(names) == 1 and manifest.label_sets is None:
         doubts.append(f"{split}: only one class, {names[0]}: there is nothing to learn; a folder too deep?")
     for one, other in look_alikes(names)[:3]:
         what = "differ only in case, blanks or Unicode form (NFC, NFD)"
@@ -34,6 +34,8 @@ def split_doubts(manifest: Manifest, split: str) -> list[str]:
         first, second = (manifest.paths[index] for index in order[place : place + 2].tolist())
         example = first if first == second else f"{first} and {second} are one file"
         under = f", {conflicts:,} of them under two labels" if conflicts else ""
+        if conflicts and manifest.label_sets is not None:
+            under += "; all labels of an image go into one line, as cat;dog"
         doubts.append(f"{split}: {num_same:,} images are there twice{under}: {example}")
     return doubts
 

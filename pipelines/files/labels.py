@@ -1,7 +1,8 @@
 """Turn the labels of a list, or the names of class folders, into classes.
 
 All of them are names of classes, or numbers in another spelling of such names, or positions among the
-classes. One label that does not fit is an error.
+classes; or, where images have several classes, names with SEPARATOR between them. One label that does not
+fit is an error.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +23,7 @@ from pipelines.files.lists import read_list
 from pipelines.spec import DataError
 
 Files = TypeVar("Files", bound=Any)  # a Listing or a Manifest
+SEPARATOR, NO_CLASS = ";", "-"  # of a label such as cat;dog; the label of an image of no class
 
 
 def relabel_folder(
@@ -47,6 +50,12 @@ def relabel_folder(
     return listing
 
 
+def line_of(path: Path, root: Path, label: str) -> str:
+    """Return the beginning of a sentence about `label`: the line of the list `path` that has it first."""
+    number = next(number for number, _, text in read_list(path, root) if text == label)
+    return f"{path}:{number}: label {label!r} is"
+
+
 def relabel_list(listing: Listing, path: Path, class_names: Sequence[str] | None) -> Listing:
     """Return the same files with places in `class_names` as labels; None takes the labels found, in order.
 
@@ -55,8 +64,7 @@ def relabel_list(listing: Listing, path: Path, class_names: Sequence[str] | None
     """
 
     def subject(label: str) -> str:
-        lines = read_list(path, listing.root)
-        return f"{path}:{next(number for number, _, text in lines if text == label)}: label {label!r} is"
+        return line_of(path, listing.root, label)
 
     if class_names is not None:
         return relabelled(listing, class_names, subject, "label", True)
@@ -131,6 +139,27 @@ def _match(
     shown = f"{len(matched)} of {len(found)} {what}s are ({some(matched)})" if matched else f"no {what} is"
     listed = f"{shown}, {len(others)} such: {some(others)}; classes: {some(names)}"
     raise DataError(f"{subject(others[0])} not one of the {len(names)} training classes; {listed}{hint}")
+
+
+def relabel_sets(files: Files, class_names: Sequence[str] | None, path: Path | None = None) -> Files:
+    """Return the same files with the sets of classes that their labels, such as cat;dog, name.
+
+    `class_names`: the classes; None takes those found, numbers by size, others by name. `path`: the list
+    that the labels are from. Raises DataError: a class that is not there, or an empty name.
+    """
+    labels = files.class_names
+    parts = [() if label == NO_CLASS else tuple(map(str.strip, label.split(SEPARATOR))) for label in labels]
+    found = sorted(set(chain(*parts)))
+    names = class_names or sorted(found, key=int if all(map(str.isdecimal, found)) else None)
+    place = {name: index for index, name in enumerate(names)}
+    table = np.zeros((len(labels), len(place)), np.bool_)
+    for row, (label, part) in enumerate(zip(labels, parts, strict=True)):
+        if wrong := [name for name in part if not name or name not in place]:
+            where = line_of(path, files.root, label) if path else f"{files.root}: label {label!r} is"
+            what = f"{wrong[0]!r}, which is not one of the {len(place)} training classes: {some(names)}"
+            raise DataError(f"{where} no list of classes: it names {what if wrong[0] else 'an empty one'}")
+        table[row, [place[name] for name in part]] = True
+    return replace(files, class_names=tuple(names), label_sets=table)
 
 
 def look_alikes(names: Sequence[str]) -> list[tuple[str, str]]:

@@ -99,6 +99,7 @@ class Listing:
     began_ns: int  # this host's clock before the first folder was read
     skipped: dict[str, int]  # what was not taken: number by kind, see `describe_skipped`
     notes: tuple[str, ...] = ()  # how labels became classes, for the user
+    label_sets: NDArray[np.bool_] | None = None  # (labels, classes) where a label names several
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -27,7 +27,14 @@ from pipelines.atomic import replacing
 from pipelines.checks.bad_list import BadFile, read_lists, user_cache
 from pipelines.checks.decode_one import Fault
 from pipelines.files.headers import Scan, scan
-from pipelines.files.labels import relabel_folder, relabel_list, relabelled
+from pipelines.files.labels import (
+    NO_CLASS,
+    SEPARATOR,
+    relabel_folder,
+    relabel_list,
+    relabel_sets,
+    relabelled,
+)
 from pipelines.files.listing import Listing, Paths, describe_skipped, file_state, list_folder, look_at
 from pipelines.files.lists import list_file
 from pipelines.files.scan_cache import cached_scan, list_digest
@@ -55,6 +62,8 @@ class Manifest:
     identities: NDArray[np.uint64] = field(default_factory=lambda: np.zeros(0, np.uint64))
     notes: tuple[str, ...] = ()  # how labels became classes and what was not used, for the user
     skipped: Mapping[str, int] = field(default_factory=dict)  # what is no image, by kind
+    # (S, K) the classes of each label, where an image has any number of them; None where it has one
+    label_sets: NDArray[np.bool_] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -67,7 +76,29 @@ class Manifest:
             digest.update(array.data)
         if self.packed is not None:
             digest.update(self.packed.digest.encode())
+        if self.label_sets is not None:
+            digest.update(np.packbits(self.label_sets).data)
         return digest.hexdigest()
+
+    def label_name(self, label: int) -> str:
+        """Return the class of a label; its classes, as in a list file, where there may be several."""
+        if self.label_sets is None:
+            return self.class_names[label]
+        names = [self.class_names[place] for place in np.flatnonzero(self.label_sets[label])]
+        return SEPARATOR.join(names) or NO_CLASS
+
+    def class_counts(self) -> NDArray[np.int64]:
+        """Return the number of images of each class, (K,)."""
+        if self.label_sets is None:
+            return np.bincount(self.labels, minlength=len(self.class_names))
+        return np.bincount(self.labels, minlength=len(self.label_sets)) @ self.label_sets
+
+    def are_of(self, classes: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Return whether each image is of the class at its place in `classes`: (N,) -> (N,)."""
+        if self.label_sets is None:
+            return self.labels == classes
+        known = classes < len(self.class_names)  # a model may have more outputs
+        return known & self.label_sets[self.labels, np.where(known, classes, 0)]
 
     def file(self, index: int) -> str:
         """Return the path of one image; in packed shards `<shard>:<path in the source>`, for people."""
@@ -110,6 +141,7 @@ class Manifest:
         root: Path | str, *, image_list: Path | str | None = None,
         class_names: Sequence[str] | None = None, cache_dir: Path | str | None = None,
         max_bad_fraction: float = MAX_BAD_FRACTION, refresh: bool = False, positions: bool = False,
+        multi_label: bool = False,
     ) -> Manifest:  # fmt: skip
         """Read the images below `root/<class>/`, at any depth, without hidden ones; links are followed once.
         Raises DataError without a folder, classes or images, for a list that cannot be read, a class that
@@ -123,6 +155,7 @@ class Manifest:
             max_bad_fraction: largest share of unusable files; they are left out (`bad`).
             refresh: whether to look at every file, whatever is cached (see `scan_cache`).
             positions: whether class folders may be named by positions in `class_names`; labels of lists may.
+            multi_label: whether a label names several classes, as cat;dog does (see `relabel_sets`).
         """
         folder, cache = Path(root).absolute(), Path(cache_dir or user_cache())
         if image_list is None:
@@ -132,6 +165,10 @@ class Manifest:
             file = Path(image_list).absolute()
             name, content, find = f"{folder}\0{file}", list_digest(file), partial(list_file, file, folder)
             relabel = partial(relabel_list, path=file, class_names=class_names)
+        if multi_label:
+            relabel = partial(
+                relabel_sets, class_names=class_names, path=Path(image_list) if image_list else None
+            )
 
         def checked() -> Listing:
             listing = find()
@@ -151,9 +188,13 @@ class Manifest:
         return _manifest(scan(listing, None), listing, None, listed=False)
 
     @staticmethod
-    def from_shards(folder: Path | str, *, class_names: Sequence[str] | None = None) -> Manifest:
+    def from_shards(
+        folder: Path | str, *, class_names: Sequence[str] | None = None, multi_label: bool = False
+    ) -> Manifest:
         """Read a packed split, in its source's order. Raises DataError as `read_index` and `relabelled`."""
         _, shards = read_index(Path(folder).absolute())
+        if multi_label:
+            return relabel_sets(shards, class_names)
         if class_names is None:
             return shards
         return relabelled(shards, class_names, lambda name: f"{shards.root}: {name} is", "class", False)
@@ -263,6 +304,7 @@ def _manifest(found: Scan, listing: Listing, max_bad_fraction: float | None, *, 
     unused = describe_skipped(listing.skipped)
     notes = (*listing.notes, f"{listing.root}: {unused}") if unused else listing.notes
     facts: dict[str, Any] = {"identities": identities, "notes": notes, "skipped": listing.skipped}
+    facts["label_sets"] = listing.label_sets
     everything = Manifest(listing.root, *image, listing.class_names, bad, **facts)
     return everything.select(np.flatnonzero(heights)) if bad else everything
 

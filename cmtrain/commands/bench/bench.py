@@ -68,7 +68,8 @@ def bench(config: Config, options: argparse.Namespace) -> int:
     data = loaders.open_data(config, accelerator)
     schedule = build.plan_steps(config, len(data.train), accelerator.num_processes)
     num_classes = loaders.num_classes_of(config, data.train)
-    setup = Setup(config, accelerator, schedule, num_classes, options.steps, options.rounds)
+    sets = loaders.label_sets(data.train, num_classes, accelerator.device)
+    setup = Setup(config, accelerator, schedule, num_classes, options.steps, options.rounds, sets)
     rows = time_models(setup, options.beside) if what == "model" else _time_run(what, setup, data.train)
     figures: Figures = {}
     report: dict[str, Any] = {

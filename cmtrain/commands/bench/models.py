@@ -31,6 +31,7 @@ class Setup:
     num_classes: int
     steps: int
     rounds: int
+    label_sets: torch.Tensor | None = None
 
     @property
     def device(self) -> torch.device:
@@ -43,7 +44,8 @@ class Setup:
     def make_learner(self, config: Config) -> Learner:
         """Make a new model and what trains it; `config` may name another model than the setup's."""
         model = build.make_model(config, self.num_classes, self.device)
-        return build.make_learner(config, model, self.schedule, self.num_classes, self.accelerator)
+        parts = model, self.schedule, self.num_classes, self.accelerator
+        return build.make_learner(config, *parts, label_sets=self.label_sets)
 
     def synthetic_batches(self) -> Iterator[Batch]:
         """Yield one micro-batch of noise, which lies ready on the device, without end."""
@@ -52,7 +54,8 @@ class Setup:
         images = torch.randn(size, 3, side, side, device=self.device, dtype=dtype)
         indices = torch.arange(size, device=self.device)
         images = images.contiguous(memory_format=torch.channels_last)
-        return itertools.repeat(Batch(images, indices % self.num_classes, indices))
+        num_labels = self.num_classes if self.label_sets is None else len(self.label_sets)
+        return itertools.repeat(Batch(images, indices % num_labels, indices))
 
 
 def time_models(setup: Setup, beside: Sequence[str]) -> Rows:

@@ -50,7 +50,8 @@ def draw_charts(runs: Sequence[PlottedRun]) -> dict[str, list[Chart]]:
         large.append(line_chart("Loss", losses, key="loss", scale="auto", height_px=200, **options))
     if accuracies:
         how = options | {"height_px": 200, "percent": True, "level": level}
-        large.append(line_chart("Top-1 accuracy", accuracies, key="accuracy", **how))
+        title = "Mean average precision" if _measure(runs) == "map" else "Top-1 accuracy"
+        large.append(line_chart(title, accuracies, key="accuracy", **how))
     for key, title, scale in LOG_CHARTS:
         series = _known([_series(run, run.record.log, key, run.letter) for run in runs])
         if any((line.y[np.isfinite(line.y)] != 1).any() for line in series):
@@ -59,22 +60,28 @@ def draw_charts(runs: Sequence[PlottedRun]) -> dict[str, list[Chart]]:
     return {"large_charts": large, "small_charts": small}
 
 
+def _measure(runs: Sequence[PlottedRun]) -> str:
+    """Return what the runs were evaluated by: map if all of them are of several labels, else top1."""
+    return "map" if all(last(run.record.evaluations, "eval_map") is not None for run in runs) else "top1"
+
+
 def _lines(runs: Sequence[PlottedRun]) -> tuple[list[Series], list[Series]]:
     """Return the lines of losses and of accuracies, as far as they have points."""
+    measure = _measure(runs)
     if len(runs) == 1:
         run, known = runs[0], runs[0].record.evaluations
         losses = [_series(run, run.record.log, "loss", "training")]
         losses += [_series(run, known, "eval_loss", "validation", color=1, dots=True)]
         losses += [_series(run, known, "eval_ema_loss", "validation, EMA", color=2, dots=True)]
-        accuracies = [_series(run, known, "eval_top1", "model", color=1, dots=True)]
-        accuracies += [_series(run, known, "eval_ema_top1", "EMA", color=2, dots=True)]
+        accuracies = [_series(run, known, f"eval_{measure}", "model", color=1, dots=True)]
+        accuracies += [_series(run, known, f"eval_ema_{measure}", "EMA", color=2, dots=True)]
         return _known(losses), _known(accuracies)
     losses, accuracies = [], []
     for run in runs:
         known = run.record.evaluations
         losses.append(_series(run, run.record.log, "loss", run.letter))
-        accuracies.append(_series(run, known, "eval_top1", run.letter, dots=True))
-        accuracies.append(_series(run, known, "eval_ema_top1", f"{run.letter} EMA", dashed=True))
+        accuracies.append(_series(run, known, f"eval_{measure}", run.letter, dots=True))
+        accuracies.append(_series(run, known, f"eval_ema_{measure}", f"{run.letter} EMA", dashed=True))
     return _known(losses), _known(accuracies)
 
 

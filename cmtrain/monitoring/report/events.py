@@ -115,4 +115,4 @@ def _text(key: str, value: Any) -> str:
         return "; ".join(_text(key, item) for item in value[:MAX_ITEMS]) + more
     if not isinstance(value, float):
         return visible(value)
-    return percent(value) if key.endswith(("top1", "top5", "_ratio")) else short(value)
+    return percent(value) if key.endswith(("top1", "top5", "map", "_ratio")) else short(value)

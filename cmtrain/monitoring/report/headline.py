@@ -117,6 +117,9 @@ def headline(record: RunRecord, times: Times, last_step: float) -> Headline:
     status = record.status
     found: Headline = []
     # Accuracy.
+    for key, name in (("map", "mAP"), ("ema_map", "mAP, EMA")):
+        if (precision := _accuracy(record, key)) is not None:
+            found.append((name, percent(precision), ""))
     top1, ema_top1 = _accuracy(record, "top1"), _accuracy(record, "ema_top1")
     if top1 is not None:
         found.append(("Top-1", percent(top1), _expectation(record, max(top1, ema_top1 or 0.0))))

@@ -108,7 +108,7 @@ def _show(name: str, value: float) -> str:
         return ""
     if name in ("step", "epoch"):
         return f"{value:,.0f}"
-    return percent(value) if name.endswith(("top1", "top5", "_ratio")) else short(value)
+    return percent(value) if name.endswith(("top1", "top5", "map", "_ratio")) else short(value)
 
 
 def sample_uri(path: Path) -> str | None:

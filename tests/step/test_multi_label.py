@@ -1,0 +1,119 @@
+"""Images of several classes: targets, loss, mean average precision and thresholds."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from helpers.mini import batch, make_learner, step
+from sklearn.metrics import average_precision_score, f1_score, recall_score
+from torch import nn
+
+from cmtrain.step.evaluate import evaluate
+from cmtrain.step.mixing import MixSpec, soft_targets
+from cmtrain.step.multi_label import MultiLabelOutcomes, rank
+from pipelines.spec import UNREADABLE
+
+SETS = torch.tensor([[1.0, 0, 0, 0], [0, 1, 0, 1], [0, 0, 0, 0], [0, 1, 1, 0], [1, 1, 0, 0]])
+NUM_IMAGES = 60
+
+
+class Fixed(nn.Module):
+    """The logits of each image by its number, few enough to be tied."""
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.logits = torch.randint(-3, 4, (NUM_IMAGES, 4), generator=generator) / 2
+
+    def forward(self, images):
+        return self.logits[images[:, 0].long()]
+
+
+def batches(labels, part=slice(None)):
+    numbers = torch.arange(NUM_IMAGES)[part]
+    return [(some[:, None].float(), labels[some], some) for some in numbers.split(16)]
+
+
+def drawn_labels():
+    return torch.randint(0, len(SETS), (NUM_IMAGES,), generator=torch.Generator().manual_seed(1))
+
+
+def test_the_figures_are_those_of_scikit_learn():
+    labels, model = drawn_labels(), Fixed()
+    result = evaluate(model, batches(labels), Accelerator(cpu=True), NUM_IMAGES, 4, label_sets=SETS)
+    classes, probabilities = SETS[labels].numpy().astype(bool), model.logits.sigmoid().numpy()
+    assert result.map == pytest.approx(average_precision_score(classes, probabilities), abs=1e-9)
+    predicted = probabilities >= 0.5
+    assert result.balanced == pytest.approx(recall_score(classes, predicted, average="macro"))
+    assert result.f1 == pytest.approx(f1_score(classes, predicted, average="macro"))
+    best = model.logits.topk(4).indices[:, 0].numpy()
+    labelled = classes.any(1)
+    right = classes[np.arange(NUM_IMAGES), best]
+    assert result.top1 == pytest.approx(right[labelled].mean())
+    assert result.top5 == 1
+    loss = nn.functional.binary_cross_entropy_with_logits(model.logits, SETS[labels])
+    assert result.loss == pytest.approx(loss.item())
+    assert result.score("map") == result.map
+    for place, threshold in enumerate(result.thresholds):
+        f1 = [
+            f1_score(classes[:, place], probabilities[:, place] >= other)
+            for other in probabilities[:, place]
+        ]
+        assert f1_score(classes[:, place], probabilities[:, place] >= threshold) == pytest.approx(max(f1))
+
+
+def test_shares_of_ranks_add_up_to_the_whole():
+    labels, model = drawn_labels(), Fixed()
+    labels[7] = UNREADABLE
+    whole = evaluate(model, batches(labels), Accelerator(cpu=True), NUM_IMAGES, 4, label_sets=SETS)
+    shares = []
+    for place in range(3):
+        outcomes = MultiLabelOutcomes(SETS, NUM_IMAGES)
+        for images, some, indices in batches(labels, slice(place, None, 3)):
+            logits = model(images)
+            outcomes.add(logits, logits.topk(4).indices, some, indices)
+        shares.append(outcomes)
+    for tensors in zip(*(share.tensors for share in shares), strict=True):
+        tensors[0].copy_(sum(tensors))
+    seen, fields = shares[0].sum_up()
+    assert seen == NUM_IMAGES
+    assert fields["num_unreadable"] == 1
+    for name, value in fields.items():
+        assert value == pytest.approx(getattr(whole, name)), name
+    labelled = SETS[labels].bool().any(1).sum() - 1 * bool(SETS[-1].any())
+    assert whole.top1 * (labelled + 1) == pytest.approx(round(whole.top1 * (labelled + 1).item()))
+
+
+def test_a_class_without_images_has_no_part_in_the_mean():
+    probabilities = np.array([0.9, 0.8, 0.1])
+    assert rank(np.zeros(3, bool), probabilities) == (None, 0.5)
+    assert rank(np.array([False, True, False]), probabilities) == (0.5, pytest.approx(0.45))
+    assert rank(np.array([False, False, True]), np.array([0.5, 0.5, 0.5]))[0] == pytest.approx(1 / 3)
+
+
+def test_targets_are_smoothed_towards_yes_and_no_and_mixed_with_the_flipped_batch():
+    spec = MixSpec(4, smoothing=0.2, label_sets=SETS)
+    plain = soft_targets(torch.tensor([1, 2, 4]), spec, 1.0)
+    assert plain.tolist() == pytest.approx(
+        [pytest.approx(row) for row in ([0.1, 0.9, 0.1, 0.9], [0.1] * 4, [0.9, 0.9, 0.1, 0.1])]
+    )
+    mixed = soft_targets(torch.tensor([1, 2, 4]), spec, 0.75)
+    torch.testing.assert_close(mixed, 0.75 * plain + 0.25 * plain.flip(0))
+
+
+@pytest.mark.parametrize("weights", [None, [1.0, 2.0, 0.5, 0.0]])
+def test_the_loss_of_a_step_is_binary_cross_entropy(weights):
+    given = None if weights is None else torch.tensor(weights)
+    learner = make_learner(mixing=MixSpec(4, label_sets=SETS), class_weights=given)
+    learner.model.drop.p = 0.0
+    images, labels, _ = batch(0)
+    with torch.no_grad(), learner.accelerator.autocast():
+        logits = copy.deepcopy(learner.model)(images).float()
+    step(learner, 0)
+    targets, share = SETS[labels], torch.sigmoid(logits)
+    each = -(targets * share.log() + (1 - targets) * (1 - share).log())
+    expected = (each * (1 if given is None else given)).mean().item()
+    assert math.isclose(learner.report(1, 0, 0.05, reset=True).loss, expected, rel_tol=1e-2)
