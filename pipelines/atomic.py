@@ -5,7 +5,6 @@ import glob
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -14,7 +13,7 @@ from pipelines.spec import is_device, print_lines
 WAIT_LINE_SECONDS = 10.0
 
 
-@contextmanager
+@contextlib.contextmanager
 def replacing(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
     """Open a temporary file that takes the place of `path` when the block ends without an error.
 
@@ -41,7 +40,7 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
         raise
 
 
-@contextmanager
+@contextlib.contextmanager
 def new_folder(final: Path, temporary: Path) -> Iterator[None]:
     """Publish as `final`, by a rename, the folder `temporary`, made here; the caller fills and syncs it."""
     try:
@@ -69,7 +68,7 @@ def partial_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
-@contextmanager
+@contextlib.contextmanager
 def locked(path: Path, what: str) -> Iterator[None]:
     """Hold the lock of `path`, once no process of this host, or of any host if the file system can, has it.
 

@@ -20,11 +20,7 @@ from pipelines.spec import Decode, Placement
 
 # The ways to decode for a GPU, the fastest first; each is the fallback of those before it.
 WAYS: tuple[Decode, ...] = ("mixed", "mixed_whole", "cpu")
-_HOW = {
-    "mixed": "on the GPU",
-    "mixed_whole": "whole images on the GPU and cutting them there",
-    "cpu": "on the CPU",
-}
+_FALLBACKS = {"mixed_whole": "whole images on the GPU and cutting them there", "cpu": "on the CPU"}
 
 BATCH_SIZE = 32  # at least 13 of them go to the JPEG engine, which then decodes mixed kinds at once
 MAX_SECONDS = 120  # to import DALI from a slow disk and to create CUDA's context
@@ -47,7 +43,7 @@ def choose_decode(place: Placement) -> tuple[Decode, list[str]]:
             return way, lines
         if fault.startswith(_UNTRIED):
             return way, [*lines, f"data.decode: {way} is {fault}"]
-        lines.append(f"data.decode: {way} {fault}; decoding {_HOW[fallback]} instead")
+        lines.append(f"data.decode: {way} {fault}; decoding {_FALLBACKS[fallback]} instead")
     return "cpu", lines
 
 
@@ -97,23 +93,23 @@ def _compare(decode: Decode, device: str, load: float | None, threads: int) -> s
     return ""
 
 
-def decoded(place: Placement, windows: bool, batch_size: int = BATCH_SIZE) -> list[Any]:
+def decoded(place: Placement, windows: bool) -> list[Any]:
     """Return a batch of `mixed_jpegs`, (h, w, 3) uint8 each: crop windows of them, or whole images."""
     from pipelines.dali import graphs
 
     rng = np.random.default_rng(0)
-    files = [np.frombuffer(encoded, np.uint8) for encoded in mixed_jpegs(batch_size)]
-    heights, widths = rng.integers(32, HEIGHT, batch_size), rng.integers(32, WIDTH, batch_size)
+    files = [np.frombuffer(encoded, np.uint8) for encoded in mixed_jpegs(BATCH_SIZE)]
+    heights, widths = rng.integers(32, HEIGHT, BATCH_SIZE), rng.integers(32, WIDTH, BATCH_SIZE)
     tops, lefts = rng.integers(0, HEIGHT - heights + 1), rng.integers(0, WIDTH - widths + 1)
     inputs: list[Any] = [files]
     if windows:
         inputs.append(np.stack([tops, lefts, heights, widths], axis=1).astype(np.int32))
-    run = graphs.execution(place, batch_size, reads_files=False)
+    run = graphs.execution(place, BATCH_SIZE, reads_files=False)
     pipeline = graphs.decode_graph(lambda: inputs, run, windows=windows)
     for _ in range(3):  # the first batch finds the decoder's buffers empty, the later ones do not
         (images,) = pipeline.run()
     images = images.as_cpu() if run.device == "gpu" else images
-    return [np.array(images[index]) for index in range(batch_size)]
+    return [np.array(images[index]) for index in range(BATCH_SIZE)]
 
 
 def main() -> None:

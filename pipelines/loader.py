@@ -1,7 +1,5 @@
 """Make batches with DALI in the order of a plan, replacing what cannot be decoded."""
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import itertools
@@ -33,7 +31,7 @@ _FIRST_PIXEL = np.array([[0, 0, 1, 1]], np.int32)  # top, left, height, width
 
 def train_loader(
     manifest: Manifest, plan: Plan, spec: AugmentSpec, place: Placement | None = None, **placement: Any
-) -> DaliLoader:
+) -> "DaliLoader":
     """Return a loader of this rank's augmented micro-batches, in the plan's order.
 
     Another sample, with its own label and draws, replaces one that cannot be decoded. `placement`: fields of
@@ -55,7 +53,7 @@ def train_loader(
 
 def eval_loader(
     manifest: Manifest, spec: EvalSpec, place: Placement | None = None, *, batch_size: int, **placement: Any
-) -> DaliLoader:
+) -> "DaliLoader":
     """Return a loader of every image once over all ranks: this rank's are `[rank::world]`.
 
     Its last batch may be smaller. An image that cannot be decoded keeps its place, with another one's pixels

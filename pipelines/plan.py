@@ -4,12 +4,10 @@ Nothing here depends on the number of ranks or on what ran before. So a run that
 resumes on any number of GPUs with the same samples and the same augmented pixels.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,7 +49,7 @@ class MicroBatch(NamedTuple):
     def identity(self) -> tuple[int, int, int]:
         return self.epoch, self.step, self.slot
 
-    def part(self, places: slice) -> MicroBatch:
+    def part(self, places: slice) -> Self:
         """Return these samples only."""
         return self._replace(indices=self.indices[places], copies=self.copies[places])
 

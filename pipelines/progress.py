@@ -1,7 +1,5 @@
 """Draw a progress bar for long scans; silent for the first two seconds."""
 
-from __future__ import annotations
-
 import sys
 import time
 from collections.abc import Generator, Iterable
@@ -44,7 +42,7 @@ def tracked(
                 next_report = now + LINE_SECONDS
 
 
-def _bar(what: str, total: int) -> Progress:
+def _bar(what: str, total: int) -> "Progress":
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 

@@ -32,15 +32,7 @@ _IDENTITY = np.array([[0, 0, 0], [0, 1, 0], [0, 0, 0]])
 class Branch(IntEnum):
     """The kinds of pixel work in the graph."""
 
-    NONE = 0
-    WARP = 1
-    BITS = 2
-    SCALE = 3
-    SATURATE = 4
-    SHARPEN = 5
-    EQUALIZE = 6
-    AUTO_CONTRAST = 7
-    BLUR = 8
+    NONE, WARP, BITS, SCALE, SATURATE, SHARPEN, EQUALIZE, AUTO_CONTRAST, BLUR = range(9)
 
 
 BRANCH_OF = {

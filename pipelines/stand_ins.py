@@ -1,7 +1,5 @@
 """Replace samples whose files turn out to be bad during a run."""
 
-from __future__ import annotations
-
 import contextlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence

@@ -60,14 +60,10 @@ def _data_pack(arguments: list[str]) -> int:
     add("source", metavar="SRC", help="folder with train/ and val/")
     add("destination", metavar="DST", help="folder to write; the same command continues")
     add("--resize-shorter", type=positive, metavar="PX", help="shrink the shorter side to PX pixels")
-    add(
-        "--quality",
-        type=partial(positive, most=100),
-        default=90,
-        metavar="Q",
-        help="of re-encoded JPEGs (default: 90)",
-    )
-    add("--shard-size", type=positive, default=256, metavar="MIB", help="MiB per shard (default: 256)")
+    quality = "of re-encoded JPEGs (default: 90)"
+    add("--quality", type=partial(positive, most=100), default=90, metavar="Q", help=quality)
+    mib = "MiB per shard (default: 256)"
+    add("--shard-size", dest="shard_mib", type=positive, default=256, metavar="MIB", help=mib)
     add("--processes", type=positive, metavar="N", help="default: one per core")
     add("--max-bad-fraction", **SHARE, help="unreadable share to refuse (default: 0.1)")
     add("--train-list", metavar="FILE", help="list of training images below SRC, instead of train/")
@@ -75,11 +71,9 @@ def _data_pack(arguments: list[str]) -> int:
     add("--multi-label", action="store_true", help="labels name several classes, as cat;dog does")
     add_json(parser)
     options = vars(parse_alone(parser, arguments))
-    source, destination = options.pop("source"), options.pop("destination")
     from cmtrain.commands.data_pack import pack
 
-    shard_mib, as_json = options.pop("shard_size"), options.pop("json")
-    return pack(source, destination, shard_mib=shard_mib, as_json=as_json, **options)
+    return pack(options.pop("source"), options.pop("destination"), as_json=options.pop("json"), **options)
 
 
 def _data_preview(arguments: list[str]) -> int:

@@ -44,7 +44,6 @@ DEMO_PHOTOS = [
     ("data.root", "demo:photos"), ("data.image_px", "64"), ("data.eval_resize_px", "72"),
     ("augment.hflip", "0.5"), ("expect.top1", "0.85"),
 ]  # fmt: skip
-BENCHMARKS = ("loader", "model", "train", "all")
 PREDICTED = ("h100", "h200", "a100", "l40s")
 
 
@@ -177,7 +176,7 @@ def _demo(arguments: list[str]) -> int:
 def _bench(arguments: list[str]) -> int:
     parser = make_parser("bench", "Time the loader, the model and training, and name the bottleneck.")
     add = parser.add_argument
-    add("--what", choices=BENCHMARKS, default="all", help="default: all")
+    add("--what", choices=("loader", "model", "train", "all"), default="all", help="default: all")
     add("--steps", type=positive, default=20, metavar="N", help="steps to time of each (default: 20)")
     add("--rounds", type=positive, default=5, metavar="N", help="turns of each side (5; with model)")
     beside = "timm models to time, too (with model)"

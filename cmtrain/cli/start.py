@@ -1,7 +1,5 @@
 """Say at once what starts, and refuse what can be found without torch, which takes seconds to load."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 from contextlib import closing
@@ -89,7 +87,7 @@ def check_places(config: Config, *, trains: bool = True) -> None:
     loaders.check_places(config, trains=trains)
 
 
-def open_data(config: Config, world_size: int) -> Data:
+def open_data(config: Config, world_size: int) -> "Data":
     """Open the images of a run. Raises ConfigError, DataError: unusable, or too few for the batch."""
     from cmtrain.training import loaders
 

@@ -60,10 +60,8 @@ def describe_values(schema: Mapping[str, Any]) -> str:
 def config_schema() -> dict[str, Any]:
     """Return the JSON schema of a configuration file, for editors."""
     schema = Config.model_json_schema()
-    schema["properties"]["extends"] = {
-        "type": "string",
-        "description": "file to start from: relative to this one, or one that ships with cmtrain",
-    }
+    what = "file to start from: relative to this one, or one that ships with cmtrain"
+    schema["properties"]["extends"] = {"type": "string", "description": what}
     return schema
 
 

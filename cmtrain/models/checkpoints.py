@@ -93,10 +93,9 @@ def load_reference_checkpoint(model: CMT, state_dict: Mapping, *, skip_head: boo
     modules, own, expected = _reference_modules(model), model.state_dict(), to_reference_state_dict(model)
     if skip_head:
         head = f"{modules['head'][0]}."
-        given, expected = (
-            {key: tensor for key, tensor in tensors.items() if not key.startswith(head)}
-            for tensors in (given, expected)
-        )
+        for tensors in given, expected:
+            for key in [key for key in tensors if key.startswith(head)]:
+                del tensors[key]
 
     # Convert every tensor that fits, and note the others.
     problems = _option_problems(model, given)

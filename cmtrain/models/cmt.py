@@ -133,9 +133,8 @@ class CMT(nn.Module):
         self.stem = Stem(in_chans, size.stem_channels, ffn_kernel)
         self.stages = nn.ModuleList()
         in_channels = size.stem_channels
-        for i, (dim, depth, heads, reduction) in enumerate(
-            zip(size.dims, size.depths, HEADS, REDUCTIONS, strict=True)
-        ):
+        stages = zip(size.dims, size.depths, HEADS, REDUCTIONS, strict=True)
+        for i, (dim, depth, heads, reduction) in enumerate(stages):
             side, hidden = self.img_size // 4 >> i, int(dim * ffn_ratio)
             make_bias = partial(make_attention_bias, bias_kind, variant, heads, side, reduction)
             blocks = []
@@ -236,13 +235,9 @@ class CMT(nn.Module):
 
 def _cfg(size: Size) -> dict[str, Any]:
     # The rest is timm's default: ImageNet's mean and std, bicubic, and the paper's crop_pct of 224 / 256.
-    return {
-        "input_size": (3, size.image_px, size.image_px),
-        "fixed_input_size": True,
-        "pool_size": (size.image_px // 32, size.image_px // 32),
-        "first_conv": "stem.conv1",
-        "classifier": "head",
-    }
+    px, pool = size.image_px, size.image_px // 32
+    of_size: dict[str, Any] = {"input_size": (3, px, px), "pool_size": (pool, pool)}
+    return of_size | {"fixed_input_size": True, "first_conv": "stem.conv1", "classifier": "head"}
 
 
 default_cfgs = generate_default_cfgs({name: _cfg(size) for name, size in SIZES.items()})

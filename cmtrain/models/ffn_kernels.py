@@ -258,20 +258,6 @@ def project_grad_kernel(
 
 
 @triton.jit
-def _tap(
-    dz, weight, at, inside, x, y, column, normal, total, tap,
-    TAP: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr,
-):  # fmt: skip
-    """Add to the gradients of input and tap what comes back through it from the row on its other side."""
-    dy: tl.constexpr = 1 - TAP // 3
-    dx: tl.constexpr = 1 - TAP % 3
-    on_map = _on_map(x + dx, y + dy, HEIGHT, WIDTH)
-    near = tl.load(dz + at + (dy * WIDTH + dx) * P, mask=inside & on_map, other=0.0).to(tl.float32)
-    w = tl.load(weight + TAP * P + column, mask=column < P, other=0.0)[None, :]
-    return total + near * w, tap + near * normal
-
-
-@triton.jit
 def depthwise_grad_kernel(
     dz, skip, z, scale, shift, weight, dn, sums, rows,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, H: tl.constexpr, P: tl.constexpr,
@@ -281,8 +267,7 @@ def depthwise_grad_kernel(
     part = tl.program_id(1)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     none = tl.zeros([ROWS, COLUMNS], tl.float32)
-    tap0, tap1, tap2, tap3, tap4 = none, none, none, none, none
-    tap5, tap6, tap7, tap8, d_bias, d_shift, d_scale = none, none, none, none, none, none, none
+    taps, d_bias, d_shift, d_scale = (none,) * 9, none, none, none
     for i in range(TILES):
         row = (part * TILES + i) * ROWS + tl.arange(0, ROWS)
         pixel = row % (HEIGHT * WIDTH)
@@ -300,15 +285,12 @@ def depthwise_grad_kernel(
         d_bias += total
         if SKIP:
             total = tl.load(skip + at, mask=inside, other=0.0).to(tl.float32)
-        total, tap0 = _tap(dz, weight, at, inside, x, y, column, normal, total, tap0, 0, HEIGHT, WIDTH, P)
-        total, tap1 = _tap(dz, weight, at, inside, x, y, column, normal, total, tap1, 1, HEIGHT, WIDTH, P)
-        total, tap2 = _tap(dz, weight, at, inside, x, y, column, normal, total, tap2, 2, HEIGHT, WIDTH, P)
-        total, tap3 = _tap(dz, weight, at, inside, x, y, column, normal, total, tap3, 3, HEIGHT, WIDTH, P)
-        total, tap4 = _tap(dz, weight, at, inside, x, y, column, normal, total, tap4, 4, HEIGHT, WIDTH, P)
-        total, tap5 = _tap(dz, weight, at, inside, x, y, column, normal, total, tap5, 5, HEIGHT, WIDTH, P)
-        total, tap6 = _tap(dz, weight, at, inside, x, y, column, normal, total, tap6, 6, HEIGHT, WIDTH, P)
-        total, tap7 = _tap(dz, weight, at, inside, x, y, column, normal, total, tap7, 7, HEIGHT, WIDTH, P)
-        total, tap8 = _tap(dz, weight, at, inside, x, y, column, normal, total, tap8, 8, HEIGHT, WIDTH, P)
+        for tap in tl.static_range(9):  # what comes back through it, from the row on its other side
+            dy, dx = 1 - tap // 3, 1 - tap % 3
+            on_map = _on_map(x + dx, y + dy, HEIGHT, WIDTH)
+            near = tl.load(dz + at + (dy * WIDTH + dx) * P, mask=inside & on_map, other=0.0).to(tl.float32)
+            total += near * tl.load(weight + tap * P + column, mask=column < P, other=0.0)[None, :]
+            taps = taps[:tap] + (taps[tap] + near * normal,) + taps[tap + 1 :]  # noqa: RUF005 - Triton has no star
         gradient = total.to(dn.dtype.element_ty)
         tl.store(dn + at, gradient, mask=inside)
         if not PLAIN:
@@ -317,15 +299,8 @@ def depthwise_grad_kernel(
             d_scale += total * active
     # As autograd wants them, without padding: taps (H, 9), bias (H,); then two of (P,), 0 where n is z.
     to, real = sums + part * (10 * H + 2 * P), column < H
-    tl.store(to + 9 * column + 0, tl.sum(tap0, 0), mask=real)
-    tl.store(to + 9 * column + 1, tl.sum(tap1, 0), mask=real)
-    tl.store(to + 9 * column + 2, tl.sum(tap2, 0), mask=real)
-    tl.store(to + 9 * column + 3, tl.sum(tap3, 0), mask=real)
-    tl.store(to + 9 * column + 4, tl.sum(tap4, 0), mask=real)
-    tl.store(to + 9 * column + 5, tl.sum(tap5, 0), mask=real)
-    tl.store(to + 9 * column + 6, tl.sum(tap6, 0), mask=real)
-    tl.store(to + 9 * column + 7, tl.sum(tap7, 0), mask=real)
-    tl.store(to + 9 * column + 8, tl.sum(tap8, 0), mask=real)
+    for tap in tl.static_range(9):
+        tl.store(to + 9 * column + tap, tl.sum(taps[tap], 0), mask=real)
     tl.store(to + 9 * H + column, tl.sum(d_bias, 0), mask=real)
     tl.store(to + 10 * H + column, tl.sum(d_shift, 0), mask=column < P)
     tl.store(to + 10 * H + P + column, tl.sum(d_scale, 0), mask=column < P)

@@ -112,11 +112,9 @@ def check_file(path: str, decode: bool, limit_seconds: int = 0) -> CheckResult:
     """
     try:
         return patiently(lambda: _check(path, decode, limit_seconds), path)
-    except MemoryError as error:
-        if not decode:  # a header needs none
-            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM), path) from error
-        return CheckResult(0, 0, fault_of(error))
     except Exception as error:  # Pillow's decoders raise almost anything on hostile bytes
+        if isinstance(error, MemoryError) and not decode:  # a header needs none
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM), path) from error
         if is_trouble(error):
             raise
         return CheckResult(0, 0, fault_of(error))

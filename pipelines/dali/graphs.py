@@ -110,9 +110,8 @@ def finish_graph(resized: Source, params: Source, spec: AugmentSpec | EvalSpec, 
 
     def graph() -> Any:
         (image,) = _external_source(resized, [_IMAGES], no_copy=True)
-        if isinstance(spec, EvalSpec):
-            return _finished(image, (), spec)
-        return _finished(image, _external_source(params, _augment_inputs(spec)), spec)
+        given = () if isinstance(spec, EvalSpec) else _external_source(params, _augment_inputs(spec))
+        return _finished(image, given, spec)
 
     return _pipeline(graph, replace(run, prefetch_batches=1), spec)
 

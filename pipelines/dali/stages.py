@@ -95,19 +95,16 @@ class TwoGraphs:
         px, interpolation = self._spec.image_px, self._spec.interpolation
         resized = np.empty((len(images), px, px, 3), np.uint8)
 
-        def resize(index: int) -> None:
-            image = np.asarray(images[index])
-            if isinstance(self._spec, AugmentSpec):
-                resize_into(resized[index], image, interpolation)
-                return
-            size, (top, left) = inputs[0][index].astype(int), inputs[1][index]
-            whole = np.empty((*size, 3), np.uint8)
-            resize_into(whole, image, interpolation)
-            resized[index] = whole[top : top + px, left : left + px]
-
         def resize_chunk(begin: int) -> None:  # a task costs the caller 20 us
             for index in range(begin, min(begin + CHUNK, len(images))):
-                resize(index)
+                image = np.asarray(images[index])
+                if isinstance(self._spec, AugmentSpec):
+                    resize_into(resized[index], image, interpolation)
+                    continue
+                size, (top, left) = inputs[0][index].astype(int), inputs[1][index]
+                whole = np.empty((*size, 3), np.uint8)
+                resize_into(whole, image, interpolation)
+                resized[index] = whole[top : top + px, left : left + px]
 
         tuple(self._threads.map(resize_chunk, range(0, len(images), CHUNK)))
         return resized

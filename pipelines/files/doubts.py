@@ -1,7 +1,5 @@
 """Find what is legal in a data set but likely a mistake: one line each, for the user of a run."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Read image sizes from file headers, in threads, for the files that an earlier scan does not know."""
 
-from __future__ import annotations
-
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence

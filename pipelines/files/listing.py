@@ -33,7 +33,6 @@ _INT64_MASK = 2**63 - 1  # some file systems use all 64 bits of an inode number
 
 Ints = NDArray[np.int64]
 FolderState = tuple[int, int, int, int]
-FileState = tuple[int, int, int, Fault | None]
 # Yields (path, label) of the files below a folder, and fills the states of the folders.
 Entries = Callable[[bytes, dict[bytes, FolderState]], Iterator[tuple[bytes, int]]]
 
@@ -141,7 +140,7 @@ def folder_state(path: bytes) -> FolderState:
     return info.st_ino & _INT64_MASK, info.st_size, info.st_mtime_ns, info.st_ctime_ns
 
 
-def file_state(path: bytes) -> FileState:
+def file_state(path: bytes) -> tuple[int, int, int, Fault | None]:
     """Return size in bytes, mtime, inode, and a fault that stat shows. Raises OSError as `folder_state`."""
     info = _stat(path)
     if isinstance(info, OSError):

@@ -203,13 +203,12 @@ class Manifest:
 def write_index(shards: Manifest, recipe: str) -> None:
     """Put the index of a packed split beside its shards; `recipe` is how and from what. Raises OSError."""
     assert shards.packed is not None
-    path_buffer, path_offsets = shards.paths.joined()
+    buffer, offsets = shards.paths.joined()
     image = {name: getattr(shards, name) for name in ("labels", "heights", "widths", "class_names")}
     bad = np.array(shards.bad, np.str_).reshape(-1, 3)
     places = {field.name: getattr(shards.packed, field.name) for field in fields(Slices)[1:]}  # but `folder`
-    columns: dict[str, Any] = {"path_buffer": path_buffer, "path_offsets": path_offsets, **image, "bad": bad}
     with replacing(shards.root / INDEX) as file:
-        np.savez(file, recipe=recipe, **columns, **places)
+        np.savez(file, recipe=recipe, path_buffer=buffer, path_offsets=offsets, **image, bad=bad, **places)
 
 
 def read_index(folder: Path) -> tuple[str, Manifest]:

@@ -15,7 +15,6 @@ from PIL import Image
 WIDTH, HEIGHT = 500, 375
 _TEXTURE_PX = 1024
 
-
 # Kind of JPEG -> how many of a hundred, Pillow's mode, and how it is saved, so that it takes about 110 KB.
 KINDS: dict[str, tuple[int, str, dict[str, Any]]] = {
     "4:2:0": (70, "RGB", {"quality": 94, "subsampling": "4:2:0"}),

@@ -5,8 +5,6 @@ are unchanged: the state of every folder, size and time of a sample of the files
 unusable file. docs/data.md describes which changes that cannot see.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable

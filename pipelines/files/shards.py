@@ -5,14 +5,13 @@ webdataset's layout (`00000042.jpg`, then `00000042.cls` with the label). The in
 holds, and where every image is. It is written last: a folder without it is not a data set.
 """
 
-from __future__ import annotations
-
 import hashlib
 import mmap
 import zlib
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,7 +56,7 @@ class Slices:
             digest.update(array.tobytes())
         return digest.hexdigest()
 
-    def select(self, indices: NDArray[np.int64]) -> Slices:
+    def select(self, indices: NDArray[np.int64]) -> Self:
         columns = ("shards", "offsets", "size_bytes", "checksums")
         return replace(self, **{name: getattr(self, name)[indices] for name in columns})
 
@@ -66,7 +65,6 @@ class Slices:
 
     def read(self, index: int) -> bytes:
         """Return the encoded bytes of one image. Raises DataError when its shard cannot be read."""
-
         path = self.shard_path(self.shards[index])
 
         def read() -> bytes:

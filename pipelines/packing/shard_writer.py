@@ -4,8 +4,6 @@ A shard has its name only when it is whole and a record of its contents is on th
 can keep it. All records together become the index, which is written last.
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json
@@ -34,7 +32,6 @@ from pipelines.spec import DataError
 
 _FORMAT = 1
 _SHARD_DOMAIN = 4  # keeps the order inside shards apart from the plan's uses of a seed
-
 
 Samples = Iterator[tuple[int, int, Encoded]]  # place in the source, label, image
 
