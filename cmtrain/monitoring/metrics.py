@@ -30,6 +30,7 @@ EVAL_BUCKETS = (1, 2, 5, 10, 20, 60, 120, 300, 600, 1800)
 
 STATES = ("setup", "train", "evaluate", "checkpoint")
 DATA_WAIT = "data_wait"
+MAP_TEXT = "mAP, of images of several classes."
 RUN_FACTS = ("model", "precision", "device", "world_size", "version")
 
 Timing = Sequence[Mapping[str, float]]  # seconds by phase, of each of some steps
@@ -78,7 +79,7 @@ class TrainMetrics:
         }
         self.eval_accuracy = gauge("eval_accuracy_ratio", "Accuracy on validation data.", k=(), weights=())
         self.eval_balanced = gauge("eval_balanced_accuracy_ratio", "Mean accuracy of classes.", weights=())
-        self.eval_map = gauge("eval_mean_average_precision_ratio", "Of several labels.", weights=())
+        self.eval_map = gauge("eval_mean_average_precision_ratio", MAP_TEXT, weights=())
         self.eval_loss = gauge("eval_loss", "Cross entropy on the validation set (nats).", weights=())
         self.eval_seconds = histogram("eval_duration_seconds", "Time of an evaluation.", EVAL_BUCKETS)
         self.best_accuracy = gauge("eval_best_accuracy_ratio", "Best top-1 of the run so far.")

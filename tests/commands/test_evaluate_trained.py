@@ -158,7 +158,8 @@ def test_names_are_taken_before_numbers(tmp_path):
     root = write_tree(tmp_path, 0, 4, num_classes=2) / "val"
     (root / "class0").rename(root / "10")
     (root / "class1").rename(root / "2")
-    config = SimpleNamespace(data=SimpleNamespace(cache_dir=str(tmp_path / "cache"), max_bad_fraction=0.1))
+    data = {"cache_dir": str(tmp_path / "cache"), "max_bad_fraction": 0.1, "multi_label": False}
+    config = SimpleNamespace(data=SimpleNamespace(**data))
     assert set(open_val(config, names, str(root)).labels.tolist()) == {2, 3}
     assert main(["data", "pack", str(root.parent), str(tmp_path / "packed")]) == 0
     assert set(open_val(config, names, str(tmp_path / "packed" / "val")).labels.tolist()) == {2, 3}
