@@ -100,6 +100,11 @@ _RULES = (
         lambda sampling, repeats: sampling is None or repeats == 1,
         "{} does not go with {}",
     ),
+    _Rule(
+        "augment.extra run.imports",
+        lambda extra, imports: not extra or extra.split(":")[0] in {name.split("@")[0] for name in imports},
+        "{} needs its module in {}",
+    ),
     _Rule("evaluate.best data.multi_label", lambda best, on: on or best != "map", "{} needs {} to be true"),
     _Rule("expect.enforce expect.top1", lambda on, top: not on or top is not None, "{} needs {} to be set"),
     _Rule("expect.diverges expect.top1", lambda on, top: not on or top is None, "{} contradicts {}"),

@@ -76,8 +76,8 @@ class Run(Section):
     dir: AnyPath = _key("runs", "folder that holds the run folders; on several nodes, one that all share")
     imports: Texts = _key(
         (),
-        "your modules that register models with timm: NAME for NAME.py in this folder or on Python's path; "
-        "a run adds @ and the hash of the source",
+        "your modules, with models that they register with timm or augment.extra: NAME for NAME.py in this "
+        "folder or on Python's path; a run adds @ and the hash of the source",
     )
     seed: int = _key(42, "random seed of initial weights, sample order and every draw", ge=0, le=2**31 - 1)
 
@@ -192,6 +192,13 @@ class Augment(Section):
         "reimpl: the re-implementation's; dali-n2-m9: DALI's own suite (2 operations, bin 9); null: off",
         pattern="^(reimpl|3a|dali(-[mn][0-9]+)*|rand(-([mn]|inc)[0-9]+|-(p|mstd)[0-9]+([.][0-9]+)?)*)$",
     )
+    extra: str | None = _key(
+        None,
+        "your function on a training batch, such as my_augment:blur, of a module in run.imports: it gets "
+        "normalised images (B, 3, H, W) and a seed, from which alone it draws, and returns as many images; "
+        "it comes before erasing, MixUp and CutMix",
+        pattern="^[A-Za-z_][A-Za-z0-9_]*:[A-Za-z_][A-Za-z0-9_]*$",
+    )
     repeats: Count = _key(1, "repeated augmentation: views of a sample per epoch (the paper: 3)")
 
 
@@ -223,6 +230,9 @@ class Optim(Section):
     eps: Positive = _key(1e-08, "added to the denominator of adamw")
     layer_decay: float = _key(
         1.0, "factor on the learning rate from each layer to the one before; 1: none", gt=0, le=1
+    )
+    lr_factors: Texts = _key(
+        (), 'more factors, by pattern of parameter names, such as ["head.*=10"]; all that match count'
     )
     clip_grad: Positive | None = _key(None, "L2 norm that gradients are clipped to; null: off")
 

@@ -6,11 +6,14 @@ resumed run mixes the same, and erasing works on the whole batch at once.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from cmtrain.errors import ConfigError
 
 ERASE_AREA = (0.02, 1 / 3)
 ERASE_ASPECT = (0.3, 1 / 0.3)
@@ -20,6 +23,8 @@ ERASE_ATTEMPTS = 10
 @dataclass(frozen=True)
 class MixSpec:
     """timm's options. `mixup`, `cutmix`: Beta alphas, 0 is off. `reprob`, `recount`: random erasing.
+
+    `custom`: a function of (images, seed) that augments the batch before all else.
 
     `label_sets`: (S, num_classes) 0 or 1, float32: the classes of each label; None: a label is a class.
     """
@@ -33,6 +38,7 @@ class MixSpec:
     reprob: float = 0.0
     recount: int = 1
     label_sets: Tensor | None = None
+    custom: Callable[[Tensor, int], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -47,9 +53,14 @@ def mix(images: Tensor, labels: Tensor, spec: MixSpec, key: tuple[int, ...]) -> 
     """Erase, mix and soften one batch: normalised images (B, C, H, W), not modified, and labels (B,) int64.
 
     `key`: numbers that determine every draw but the noise of erasing: (seed, step, micro-batch). Returns
-    images (B, C, H, W) and targets (B, num_classes) float32; without label_sets its rows sum to 1.
+    images (B, C, H, W) and targets (B, num_classes) float32; without label_sets its rows sum to 1. Raises
+    ConfigError: spec.custom gives images of another shape.
     """
     rng = np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
+    if spec.custom:
+        shape, images = images.shape, spec.custom(images, int(rng.integers(2**63)))
+        if images.shape != shape:
+            raise ConfigError(f"augment.extra: gave {tuple(images.shape)} for images of {tuple(shape)}")
     if spec.reprob:
         images = erase(images, spec, rng)
     draw = draw_mix(spec, images.shape[-2], images.shape[-1], rng)

@@ -1,6 +1,7 @@
 """Build SGD and AdamW so that the device can skip a step, freeze parameters, average the weights (EMA)."""
 
 import copy
+import math
 from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatch
 from typing import Any
@@ -18,14 +19,15 @@ from cmtrain.errors import ConfigError
 def make_optimizer(
     model: nn.Module, *, opt: str, lr: float, weight_decay: float,
     momentum: float, nesterov: bool, betas: tuple[float, float], eps: float, layer_decay: float = 1,
+    lr_factors: Sequence[str] = (),
 ) -> Optimizer:  # fmt: skip
-    """Build the optimizer of `model`'s parameters.
+    """Build the optimizer of `model`'s parameters. Raises ConfigError: as lr_scales.
 
     Vectors (biases, norms) and the names in `model.no_weight_decay()` (position tables) are not decayed.
     Only fused optimizers read `found_inf` on the device and so skip a bad step without synchronising.
     """
     keep: set[str] = getattr(model, "no_weight_decay", set)()
-    scales = lr_scales(model, layer_decay) if layer_decay < 1 else {}
+    scales = lr_scales(model, layer_decay, lr_factors)
     groups = param_groups(model, weight_decay, keep, scales)
     if opt == "adamw":
         return AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
@@ -56,12 +58,31 @@ def param_groups(
     return [{"params": p, "weight_decay": w, "lr_scale": s} for (w, s), p in groups.items() if p]
 
 
-def lr_scales(model: nn.Module, layer_decay: float) -> dict[str, float]:
-    """Return the factor on the learning rate of each parameter: `layer_decay` to its distance from the head.
+def lr_scales(model: nn.Module, layer_decay: float, factors: Sequence[str] = ()) -> dict[str, float]:
+    """Return the factor on the learning rate of each parameter: `layer_decay` to its distance from the head,
+    times those `factors`, such as "head.*=10", whose pattern its name matches.
 
     The layers are those of the model's `group_matcher`, as in timm.optim.param_groups_layer_decay.
-    Raises ConfigError: the model has none.
+    Raises ConfigError: the model has none, or a factor that is no number or matches no parameter.
     """
+    scales = dict.fromkeys((name for name, _ in model.named_parameters()), 1.0)
+    if layer_decay < 1:
+        scales = _layer_scales(model, layer_decay)
+    for factor in factors:
+        pattern, _, number = factor.rpartition("=")
+        names = [name for name in scales if fnmatch(name, pattern)]
+        try:
+            times = float(number)
+        except ValueError:
+            times = -1.0
+        if not (names and 0 <= times < math.inf):
+            wanted = "must be PATTERN=FACTOR, 0 or more, for parameters of the model, such as"
+            raise ConfigError(f"optim.lr_factors: {factor}: {wanted} {next(iter(scales))}=0.1")
+        scales |= {name: scales[name] * times for name in names}
+    return scales
+
+
+def _layer_scales(model: nn.Module, layer_decay: float) -> dict[str, float]:
     from timm.models import group_parameters
 
     matcher: Any = getattr(model, "group_matcher", None)

@@ -250,7 +250,16 @@ def make_recovery(config: Config, schedule: Schedule) -> Recovery:
 
 
 def mix_spec(config: Config, num_classes: int, label_sets: Tensor | None = None) -> MixSpec:
-    return MixSpec(num_classes, label_sets=label_sets, **config.mixing.model_dump(exclude={"class_weights"}))
+    """Return how a batch is mixed. Raises ConfigError: there is no such function as augment.extra."""
+    custom = None
+    if config.augment.extra:
+        import_modules(config.run.imports)
+        module, _, name = config.augment.extra.partition(":")
+        custom = getattr(sys.modules[module], name, None)
+        if not callable(custom):
+            raise ConfigError(f"augment.extra: {source_of(module)} has no function {name}")
+    mixing = config.mixing.model_dump(exclude={"class_weights"})
+    return MixSpec(num_classes, label_sets=label_sets, custom=custom, **mixing)
 
 
 def make_learner(

@@ -259,7 +259,7 @@ def make_eval_loader(
 
 def augment_spec(config: Config, accelerator: Accelerator) -> AugmentSpec:
     geometry = config.data.model_dump(include={"image_px", "interpolation", "mean", "std"})
-    draws = config.augment.model_dump(exclude={"repeats"})
+    draws = config.augment.model_dump(exclude={"repeats", "extra"})
     return AugmentSpec(**geometry, **draws, fp16=accelerator.mixed_precision == "fp16")
 
 

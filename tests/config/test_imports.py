@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import yaml
-from helpers.runs import Forked, after_start
+from helpers.runs import Forked, after_start, losses
 
 from cmtrain.config.load import load_config
 from cmtrain.errors import ConfigError
@@ -95,6 +95,46 @@ def test_a_module_that_fails_is_refused_with_its_line(make_job, kind):
     (line,) = after_start(job.stderr.read_text())
     assert line.startswith(f"{job.folder}/my_models.py:{number}: run.imports: my_models: {why}")
     assert not (job.folder / "runs").exists()
+
+
+AUGMENT = """
+import torch
+
+def darker(images, seed):
+    generator = torch.Generator(images.device).manual_seed(seed)
+    return images * torch.rand((), generator=generator)
+
+def smaller(images, seed):
+    return images[:, :, ::2, ::2]
+"""
+
+
+def test_a_batch_is_augmented_by_ones_own_function_the_same_on_two_ranks_and_after_a_resume(make_job):
+    def job_of(name, **augment):
+        job = make_job(
+            name, run={"seed": 1, "imports": ["my_augment"]}, augment=augment, ema={"decay": None}
+        )
+        (job.folder / "my_augment.py").write_text(AUGMENT)
+        return job
+
+    plain, whole, parts = (
+        job_of("plain"),
+        *(job_of(n, extra="my_augment:darker") for n in ("whole", "parts")),
+    )
+    plain("--max-steps", "4")
+    whole("--max-steps", "4")
+    parts("--max-steps", "2")
+    parts("--max-steps", "4")
+    assert losses(whole) == losses(parts) != losses(plain)
+
+    wrong = job_of("wrong", extra="my_augment:brighter")
+    wrong(code=2)
+    assert "augment.extra: " in wrong.stderr.read_text()
+    assert "my_augment.py has no function brighter" in wrong.stderr.read_text()
+    wrong("--augment.extra", "other:darker", code=2)
+    assert "augment.extra (other:darker) needs its module in run.imports" in wrong.stderr.read_text()
+    wrong("--augment.extra", "my_augment:smaller", code=2)
+    assert "augment.extra: gave (8, 3, 16, 16) for images of (8, 3, 32, 32)" in wrong.stderr.read_text()
 
 
 def test_what_has_no_line_and_what_has_a_librarys_name_is_refused(path, tmp_path):

@@ -63,6 +63,29 @@ def test_one_group_of_each_kind_without_it():
     assert set(lr_scales(model, 1.0).values()) == {1.0}
 
 
+def test_factors_multiply_those_of_the_layers():
+    model = timm.create_model("cmt_micro", num_classes=4, img_size=32)
+    scales = lr_scales(model, 0.5, ["head.*=10", "*.bias=0.5", "stem.conv1.weight=0"])
+    layers = lr_scales(model, 0.5)
+    for name, scale in scales.items():
+        factor = 10 if name.startswith("head.") else 1
+        factor *= 0.5 if name.endswith(".bias") else 1
+        assert scale == layers[name] * factor * (name != "stem.conv1.weight"), name
+    optimizer = make_optimizer(Mini(), **HOW, lr_factors=["head.*=10"])
+    groups = {(group["lr_scale"], group["weight_decay"]) for group in optimizer.param_groups}
+    assert groups == {(1.0, 0.0), (1.0, 0.05), (10.0, 0.0), (10.0, 0.05)}
+
+
+@pytest.mark.parametrize(
+    "factor", ["head.*", "head.*=fast", "heads.*=2", "head.*=-1", "head.*=inf", "head.*=nan"]
+)
+def test_a_factor_that_cannot_be_used_is_refused(factor):
+    with pytest.raises(
+        ConfigError, match=r"optim.lr_factors: .*: must be PATTERN=FACTOR, .*stem.weight=0.1"
+    ):
+        lr_scales(Mini(), 1.0, [factor])
+
+
 def test_a_model_without_layers_is_refused():
     with pytest.raises(ConfigError, match=r"optim.layer_decay: Mini has no group_matcher"):
         make_optimizer(Mini(), **HOW, layer_decay=0.7)
