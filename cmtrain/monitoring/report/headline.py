@@ -64,7 +64,8 @@ def measure_times(record: RunRecord) -> Times:
         shares.append(Share("start and the rest", "rest", active_seconds - total))
     begin, end, images, trained = map(float, (seen[0], seen[-1], num_images.sum(), seconds.sum()))
     speed = images / trained if trained else None
-    wait_ratio = _seconds_of(record, "data_wait_ratio", seconds) / trained if trained else None
+    waited = sum(share.seconds for share in shares if share.kind == "data_wait")
+    wait_ratio = waited / trained if trained else None
     return Times(begin, end, active_seconds, len(starts), images, speed, wait_ratio, shares)
 
 
@@ -87,7 +88,8 @@ def _shares(record: RunRecord, seconds: np.ndarray) -> list[Share]:
     shares = []
     for name in sorted(phases, key=lambda name: name != "data_wait_ratio"):
         phase = name.removesuffix("_ratio")
-        shares.append(Share(PHASE_NAMES.get(phase, phase), phase, _seconds_of(record, name, seconds)))
+        total = float(np.nansum(record.log[name] * seconds))
+        shares.append(Share(PHASE_NAMES.get(phase, phase), phase, total))
     step = max(0.0, float(seconds.sum()) - sum(share.seconds for share in shares))
     shares.append(Share("rest of the step" if len(phases) > 1 else "training step", "step", step))
     for kind, name in (("evaluated", "evaluation"), ("checkpoint", "checkpoints")):
@@ -95,11 +97,6 @@ def _shares(record: RunRecord, seconds: np.ndarray) -> list[Share]:
         if known := [float(value) for value in spent if is_number(value)]:
             shares.append(Share(name, kind, sum(known)))
     return shares
-
-
-def _seconds_of(record: RunRecord, column: str, seconds: np.ndarray) -> float:
-    ratio = record.log.get(column, np.zeros(len(seconds)))
-    return float(np.nansum(ratio * seconds))
 
 
 def summary(record: RunRecord) -> str:
