@@ -73,16 +73,12 @@ def guard_output(*, stdout_raises: bool) -> None:
         old = getattr(sys, name)
         if old is not getattr(sys, f"__{name}__"):
             continue
-        errors = "backslashreplace"  # a file name may hold any bytes
-        encoding, line_buffering, write_through = "utf-8", True, False
-        if old is not None:
-            old.flush()
-            encoding, line_buffering, write_through = old.encoding, old.line_buffering, old.write_through
-            errors = errors if old.errors == "strict" else old.errors
-        raw = _Stream(number, raises=stdout_raises and name == "stdout")
-        buffered = io.BufferedWriter(raw)
+        old = old or io.TextIOWrapper(io.BytesIO(), "utf-8", line_buffering=True)  # it was closed
+        old.flush()
+        errors = "backslashreplace" if old.errors == "strict" else old.errors  # for names of any bytes
+        file = io.BufferedWriter(_Stream(number, raises=stdout_raises and name == "stdout"))
         stream = io.TextIOWrapper(
-            buffered, encoding, errors, line_buffering=line_buffering, write_through=write_through
+            file, old.encoding, errors, line_buffering=old.line_buffering, write_through=old.write_through
         )
         setattr(sys, name, stream)
 
