@@ -91,8 +91,7 @@ def check_launcher() -> None:
         raise DataError(f"{PARENT}={parent!a}: that is not the process that started this one; unset it")
     numbers: dict[str, int] = {}
     for name in [name for name in (*RANKS, RESTARTS) if name in os.environ]:
-        number = _number(os.environ[name])
-        if number is None:
+        if (number := _number(os.environ[name])) is None:
             raise DataError(f"{name}={os.environ[name]!a}: must be a whole number; {ADVICE}")
         numbers[name] = number
     alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}
