@@ -8,7 +8,7 @@ import io
 import os
 import select
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from cmtrain.errors import EXIT_DATA, EXIT_PIPE
@@ -83,15 +83,13 @@ def guard_output(*, stdout_raises: bool) -> None:
         setattr(sys, name, stream)
 
 
-def lost_output() -> list[str]:
-    """Return a line for each stream that has begun to lose what is printed since the last call."""
-    lines = []
+def lost_output() -> Iterator[str]:
+    """Yield a line for each stream that has begun to lose what is printed since the last call."""
     for name in NUMBERS:
         stream = _raw(name)
         if stream and stream.is_news and stream.error:
             stream.is_news = False
-            lines.append(f"{name}: {stream.error.strerror}")
-    return lines
+            yield f"{name}: {stream.error.strerror}"
 
 
 def _raw(name: str) -> _Stream | None:
