@@ -149,10 +149,8 @@ def best_top1(status: dict[str, Any]) -> Headline:
 def _accuracy(record: RunRecord, key: str) -> float | None:
     """Return `key` of the newest evaluation: from summary.csv, else from the result of a finished run."""
     logged = last(record.evaluations, f"eval_{key}")
-    result = record.status.get("result")
-    if logged is None and isinstance(result, dict):
-        return number(result.get(key))
-    return logged
+    result = record.status.get("result") or {}
+    return number(result.get(key)) if logged is None else logged
 
 
 def _expectation(record: RunRecord, top1: float) -> str:
