@@ -121,8 +121,7 @@ def _check_ranks(numbers: dict[str, int]) -> None:
 def _refuse_tasks() -> None:
     """Raise DataError where srun or mpirun has started several processes that would not know one another."""
     for name in NUM_TASKS:
-        num_tasks = _number(os.environ.get(name)) or 1
-        if num_tasks > 1:
+        if (num_tasks := _number(os.environ.get(name)) or 1) > 1:
             what = f"{name}={num_tasks}: several processes, but RANK, LOCAL_RANK and WORLD_SIZE are not set"
             raise DataError(f"{what}; start one per host, or set them as docker/slurm/train.sbatch does")
 

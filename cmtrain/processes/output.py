@@ -86,8 +86,7 @@ def guard_output(*, stdout_raises: bool) -> None:
 def lost_output() -> Iterator[str]:
     """Yield a line for each stream that has begun to lose what is printed since the last call."""
     for name in NUMBERS:
-        stream = _raw(name)
-        if stream and stream.is_news and stream.error:
+        if (stream := _raw(name)) and stream.is_news and stream.error:
             stream.is_news = False
             yield f"{name}: {stream.error.strerror}"
 

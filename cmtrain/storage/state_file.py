@@ -117,11 +117,9 @@ def open_regular(path: Path) -> io.BufferedReader:
 
 def verify(file: io.BufferedReader, path: Path, expected: Digest) -> None:
     """Raises CheckpointError: `file`, at `path`, has another digest. OSError: the machine cannot read it."""
-    size = os.fstat(file.fileno()).st_size
-    if size != expected.num_bytes:
+    if (size := os.fstat(file.fileno()).st_size) != expected.num_bytes:
         raise CheckpointError(f"{path}: {size} bytes, the manifest has {expected.num_bytes}")
-    found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != expected.sha256:
+    if hashlib.file_digest(file, "sha256").hexdigest() != expected.sha256:
         raise CheckpointError(f"{path}: sha256 differs from the manifest's")
 
 

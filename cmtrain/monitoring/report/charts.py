@@ -149,8 +149,7 @@ def heat_map(matrix: np.ndarray, names: Sequence[str], *, key: str) -> str:
     level = np.ceil(np.sqrt(shares) * HEAT_LEVELS).astype(int)
     diagonal, shades = np.eye(size, dtype=bool), []
     for right, value in itertools.product((True, False), range(1, HEAT_LEVELS + 1)):
-        cells = np.argwhere((level == value) & (diagonal == right)).tolist()
-        if cells:
+        if cells := np.argwhere((level == value) & (diagonal == right)).tolist():
             path = "".join(f"M{x} {y}h1v1h-1z" for y, x in cells)
             shades.append((path, "right" if right else "wrong", value / HEAT_LEVELS))
     return make_templates().get_template("heat_map.svg").render(
