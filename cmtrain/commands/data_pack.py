@@ -48,17 +48,15 @@ def pack(
     spec = PackSpec(shard_bytes=shard_mib * 2**20, **encoding)
     workers = processes or len(os.sched_getaffinity(0))
     report: dict[str, dict[str, int]] = {}
-    limits: dict[str, Any] = {"cache_dir": cache_dir, "max_bad_fraction": max_bad_fraction}
-    class_names: tuple[str, ...] | None = None
+    options: dict[str, Any] = {"cache_dir": cache_dir, "max_bad_fraction": max_bad_fraction}
     for split in found:
         if list_name := listed[split]:
-            image_list = root / list_name
-            manifest = Manifest.from_folder(root, image_list=image_list, class_names=class_names, **limits)
+            manifest = Manifest.from_folder(root, image_list=root / list_name, **options)
         elif is_packed(root / split):
             raise DataError(f"{root / split}: is packed already; give the folder that holds the image files")
         else:
-            manifest = Manifest.from_folder(root / split, class_names=class_names, **limits)
-        class_names = None if multi_label else manifest.class_names
+            manifest = Manifest.from_folder(root / split, **options)
+        options["class_names"] = None if multi_label else manifest.class_names
         print_lines(*split_doubts(manifest, split))
         folder = Path(destination).absolute() / split
         done = pack_split(manifest, folder, spec, processes=workers, max_bad_fraction=max_bad_fraction)

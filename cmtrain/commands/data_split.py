@@ -62,9 +62,8 @@ def split(
     if found := next((folder / name for name in SPLITS[:2] if (folder / name).is_dir()), None):
         raise DataError(f"{found}: is a split already; give a folder with one folder per class")
     images = Manifest.from_folder(folder)
-    lines = split_doubts(images, folder.name)
-    lines += [f"left out: {file.path}: {file.reason}" for file in images.bad]
-    print_lines(*lines)
+    print_lines(*split_doubts(images, folder.name))
+    print_lines(*(f"left out: {file.path}: {file.reason}" for file in images.bad))
     links = [_same_text(images, group_by)] if group_by else []
     if compare:
         links.append(near_duplicates(images))

@@ -23,7 +23,7 @@ from cmtrain.commands.trained_model import open_trained, read_checkpoint
 from cmtrain.config.load import Overrides
 from cmtrain.config.schema import Config
 from cmtrain.errors import EXIT_DONE, ConfigError
-from cmtrain.monitoring.console import Console, print_result
+from cmtrain.monitoring.console import print_result
 from cmtrain.monitoring.units import percent
 from cmtrain.step.evaluate import Evaluation, evaluate
 from cmtrain.step.mixing import MixSpec, mix
@@ -137,18 +137,17 @@ def repair_bn(
 
     # Write and report.
     written = source.write({"from": str(source.path), "statistics": nonfinite, "batches": batches})
-    console = Console(enabled=True)
     found = "all BatchNorm statistics were finite"
     if nonfinite:
         found = f"{len(nonfinite)} BatchNorm statistics were not finite, {nonfinite[0]} first"
-    console.line(f"{source.path}: {found}; averaged over {batches} batches")
+    print_lines(f"{source.path}: {found}; averaged over {batches} batches")
     result: dict[str, Any] = {"out": str(written), "nonfinite_statistics": nonfinite, "batches": batches}
     result["top1"] = {}
     for entry, was, now in zip(entries, before, after, strict=True):
         nan = "" if math.isfinite(was.loss) else " (its outputs were NaN)"
-        console.line(f"{entry.label}: top-1 {percent(was.top1)} before{nan}, {percent(now.top1)} after")
+        print_lines(f"{entry.label}: top-1 {percent(was.top1)} before{nan}, {percent(now.top1)} after")
         result["top1"][entry.label] = [was.top1, now.top1]
-    console.line(f"written to {written}{source.next_step}")
+    print_lines(f"written to {written}{source.next_step}")
     print_result(result | {"rejected": list(source.rejected)}, asked=as_json)
     return EXIT_DONE
 

@@ -103,8 +103,7 @@ class Console:
         place = TextColumn(f"step {{task.completed:>{digits}}}/{{task.total}}")
         elapsed, parts = ElapsedColumn(Column(no_wrap=True)), TextColumn(" {task.description}")
         self.bar = Progress(place, BarColumn(None), elapsed, parts, console=self.rich, transient=True)
-        fixed = f"step {total_steps}/{total_steps} {' ' * MIN_BAR_WIDTH} 59m 59s elapsed  "
-        self.fixed_width = len(fixed)
+        self.fixed_width = len(f"step {total_steps}/{total_steps} {' ' * MIN_BAR_WIDTH} 59m 59s elapsed  ")
         self.task = self.bar.add_task("", total=total_steps, completed=step)
         self.bar.start()
 
@@ -118,9 +117,7 @@ class Console:
         done = step - self.first_step
         eta = f"eta {duration(self.step_seconds / max(done, 1) * (self.total_steps - step))}"
         if self.bar:
-            self.bar.update(self.task, completed=step)
-            if not self.parts:
-                self.bar.update(self.task, description=eta)
+            self.bar.update(self.task, completed=step, description=None if self.parts else eta)
         elif done == 1 or time.monotonic() - self.printed_at >= LINE_SECONDS:
             self.line(f"step {step}/{self.total_steps} {eta}{' (by one step)' if done == 1 else ''}")
 

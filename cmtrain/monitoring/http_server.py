@@ -40,7 +40,6 @@ class Page(NamedTuple):
 
 
 Route = Callable[[], Page]  # makes a page, on a thread of the server
-Routes = Mapping[str, Route]
 
 
 class Exporter(socketserver.ThreadingTCPServer):
@@ -54,7 +53,9 @@ class Exporter(socketserver.ThreadingTCPServer):
 
     allow_reuse_address, daemon_threads, request_queue_size = True, True, 512
 
-    def __init__(self, routes: Routes, host: str, port: int, allowed_hosts: Sequence[str] = ()) -> None:
+    def __init__(
+        self, routes: Mapping[str, Route], host: str, port: int, allowed_hosts: Sequence[str] = ()
+    ) -> None:
         self.routes, self.allowed_hosts = routes, frozenset(name.lower() for name in (host, *allowed_hosts))
         self.connections: dict[socket.socket, float] = {}  # when each one last began or asked for a page
         self.turns_taken_until = 0.0

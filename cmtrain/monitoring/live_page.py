@@ -56,23 +56,21 @@ def make_live_page(
 
 
 def headline_now(metrics: TrainMetrics, status: dict[str, Any], at: float) -> Headline:
-    """Return the numbers of the newest log point, evaluation and checkpoint at the Unix time `at`."""
+    """Yield the numbers of the newest log point, evaluation and checkpoint at the Unix time `at`."""
     report = metrics.reported
-    found: Headline = []
     if (speed := number(status.get("images_per_second"))) is not None:
         waited = number(status.get("data_wait_ratio"))
         remark = "" if waited is None else f"{percent(waited, 0)} of the time waiting for data"
-        found.append(("Images per second", f"{speed:,.0f}", remark))
+        yield "Images per second", f"{speed:,.0f}", remark
     if report.step:
-        found.append(("Loss", short(report.loss), f"at step {report.step:,}"))
-        found.append(("Learning rate", short(report.lr), ""))
-        found.append(("Gradient norm", short(report.grad_norm), ""))
+        yield "Loss", short(report.loss), f"at step {report.step:,}"
+        yield "Learning rate", short(report.lr), ""
+        yield "Gradient norm", short(report.grad_norm), ""
         rollbacks = round(_value(metrics.rollbacks))
-        found.append(("Bad steps", f"{report.bad_steps:,}", f"{rollbacks} rollbacks" if rollbacks else ""))
-    found += best_top1(status)
+        yield "Bad steps", f"{report.bad_steps:,}", f"{rollbacks} rollbacks" if rollbacks else ""
+    yield from best_top1(status)
     if saved := _value(metrics.saved_at):
-        found.append(("Last checkpoint", duration(max(0.0, at - saved)), "ago"))
-    return found
+        yield "Last checkpoint", duration(max(0.0, at - saved)), "ago"
 
 
 def _value(series: Any) -> float:

@@ -69,8 +69,7 @@ def tracker_options(names: Sequence[str], run_folder: Path) -> dict[str, Any]:
     """Return the options that an Accelerator with the trackers `names` needs.
     Raises ConfigError: a package is missing; accelerate itself would silently leave the tracker out.
     """
-    missing = [name for name in names if importlib.util.find_spec(name) is None]
-    if missing:
+    if missing := [name for name in names if importlib.util.find_spec(name) is None]:
         remedy = f"pip install -e '.[{','.join(missing)}]', or leave it out"
         raise ConfigError(f"metrics.trackers: not installed: {', '.join(missing)}; {remedy}")
     return {"log_with": list(names), "project_dir": run_folder / FOLDER_NAME} if names else {}

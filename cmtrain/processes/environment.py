@@ -91,8 +91,7 @@ def check_launcher() -> None:
         raise DataError(f"{PARENT}={parent!a}: that is not the process that started this one; unset it")
     numbers: dict[str, int] = {}
     for name in [name for name in (*RANKS, RESTARTS) if name in os.environ]:
-        number = _number(os.environ[name])
-        if number is None:
+        if (number := _number(os.environ[name])) is None:
             raise DataError(f"{name}={os.environ[name]!a}: must be a whole number; {ADVICE}")
         numbers[name] = number
     alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}
@@ -122,8 +121,7 @@ def _check_ranks(numbers: dict[str, int]) -> None:
 def _refuse_tasks() -> None:
     """Raise DataError where srun or mpirun has started several processes that would not know one another."""
     for name in NUM_TASKS:
-        num_tasks = _number(os.environ.get(name)) or 1
-        if num_tasks > 1:
+        if (num_tasks := _number(os.environ.get(name)) or 1) > 1:
             what = f"{name}={num_tasks}: several processes, but RANK, LOCAL_RANK and WORLD_SIZE are not set"
             raise DataError(f"{what}; start one per host, or set them as docker/slurm/train.sbatch does")
 

@@ -8,7 +8,7 @@ import io
 import os
 import select
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from cmtrain.errors import EXIT_DATA, EXIT_PIPE
@@ -73,29 +73,22 @@ def guard_output(*, stdout_raises: bool) -> None:
         old = getattr(sys, name)
         if old is not getattr(sys, f"__{name}__"):
             continue
-        errors = "backslashreplace"  # a file name may hold any bytes
-        encoding, line_buffering, write_through = "utf-8", True, False
-        if old is not None:
-            old.flush()
-            encoding, line_buffering, write_through = old.encoding, old.line_buffering, old.write_through
-            errors = errors if old.errors == "strict" else old.errors
-        raw = _Stream(number, raises=stdout_raises and name == "stdout")
-        buffered = io.BufferedWriter(raw)
+        old = old or io.TextIOWrapper(io.BytesIO(), "utf-8", line_buffering=True)  # it was closed
+        old.flush()
+        errors = "backslashreplace" if old.errors == "strict" else old.errors  # for names of any bytes
+        file = io.BufferedWriter(_Stream(number, raises=stdout_raises and name == "stdout"))
         stream = io.TextIOWrapper(
-            buffered, encoding, errors, line_buffering=line_buffering, write_through=write_through
+            file, old.encoding, errors, line_buffering=old.line_buffering, write_through=old.write_through
         )
         setattr(sys, name, stream)
 
 
-def lost_output() -> list[str]:
-    """Return a line for each stream that has begun to lose what is printed since the last call."""
-    lines = []
+def lost_output() -> Iterator[str]:
+    """Yield a line for each stream that has begun to lose what is printed since the last call."""
     for name in NUMBERS:
-        stream = _raw(name)
-        if stream and stream.is_news and stream.error:
+        if (stream := _raw(name)) and stream.is_news and stream.error:
             stream.is_news = False
-            lines.append(f"{name}: {stream.error.strerror}")
-    return lines
+            yield f"{name}: {stream.error.strerror}"
 
 
 def _raw(name: str) -> _Stream | None:

@@ -117,8 +117,7 @@ def find_checkpoint(path: Path) -> Loaded:
     """Load the checkpoint folder `path`, or the newest usable one of the run folder `path`; change neither.
     Raises CheckpointError: there is none. OSError: the machine cannot read it.
     """
-    is_run = retried((path / "checkpoints").is_dir)
-    if is_run:
+    if retried((path / "checkpoints").is_dir):
         loaded = load_newest(path / "checkpoints", set_aside=False)
     else:
         loaded = load_checkpoint(path) if (path / _MANIFEST).exists() else None

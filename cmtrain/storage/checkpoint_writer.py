@@ -69,10 +69,7 @@ class CheckpointWriter:
         """Wait for the write under way, at most `seconds` (None: no limit). Return whether it has ended."""
         if self._thread:
             self._thread.join(seconds)
-            if self._thread.is_alive():
-                return False
-            self._thread = None
-        return True
+        return not (self._thread and self._thread.is_alive())
 
     def take_outcomes(self) -> list[Outcome]:
         """Return the outcomes of the saves that have ended since the last call."""

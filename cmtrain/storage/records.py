@@ -30,8 +30,9 @@ CORRUPT = ".corrupt-"  # begins the name of a file or checkpoint that was set as
 PAUSES_SECONDS = (0.1, 0.5)
 MAX_BYTES = 2**28  # of what is no table; the largest, confusion matrices of 1,000 classes, have some 10 MB
 STALE_SECONDS = 3600.0  # then a temporary file is nobody's, although its process number is in use
-# Errors that the next attempt would meet again: a file is missing or of another kind.
-_LASTING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO, errno.EEXIST)
+# Errors that are the file's fault, and that the next attempt would meet again: it is missing or of another
+# kind. Others (EIO, ESTALE, EACCES, EMFILE) are the machine's.
+LASTING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO, errno.EEXIST)
 _LEFTOVER = re.compile(r"\.(.+)[.-](\d+)(\.tmp)?")  # the name it was for, and the number of its process
 
 
@@ -80,7 +81,7 @@ def retried(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         try:
             return work(*args, **kwargs)
         except OSError as error:
-            if error.errno in _LASTING:
+            if error.errno in LASTING:
                 raise
         time.sleep(pause_seconds)
     return work(*args, **kwargs)

@@ -29,8 +29,6 @@ DTYPES = {
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
     torch.bool: "BOOL",
 }  # fmt: skip
-# Errors of opening that are the file's fault. Others (EIO, ESTALE, EACCES, EMFILE) are the machine's.
-_DAMAGE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO)
 
 
 class CheckpointError(Exception):
@@ -111,7 +109,7 @@ def open_regular(path: Path) -> io.BufferedReader:
     except records.DamagedRecordError as error:
         raise CheckpointError(f"{path}: {error}") from error
     except OSError as error:
-        if error.errno not in _DAMAGE:
+        if error.errno not in records.LASTING:
             raise
         what = "is a symbolic link" if error.errno == errno.ELOOP else error.strerror
         raise CheckpointError(f"{path}: {what}") from error
@@ -119,11 +117,9 @@ def open_regular(path: Path) -> io.BufferedReader:
 
 def verify(file: io.BufferedReader, path: Path, expected: Digest) -> None:
     """Raises CheckpointError: `file`, at `path`, has another digest. OSError: the machine cannot read it."""
-    size = os.fstat(file.fileno()).st_size
-    if size != expected.num_bytes:
+    if (size := os.fstat(file.fileno()).st_size) != expected.num_bytes:
         raise CheckpointError(f"{path}: {size} bytes, the manifest has {expected.num_bytes}")
-    found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != expected.sha256:
+    if hashlib.file_digest(file, "sha256").hexdigest() != expected.sha256:
         raise CheckpointError(f"{path}: sha256 differs from the manifest's")
 
 

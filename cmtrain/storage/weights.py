@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from cmtrain.models import checkpoints
 from cmtrain.models.cmt import CMT
 from cmtrain.storage.checkpoint import find_checkpoint
 from cmtrain.storage.finite import all_finite, floating_tensors, named
-from cmtrain.storage.records import DamagedRecordError, read_bytes, reason_of, retried
+from cmtrain.storage.records import DamagedRecordError, load_json, reason_of, retried
 from cmtrain.storage.run_folder import WEIGHTS_SUFFIXES, why_no_weights
 from cmtrain.storage.state_file import CheckpointError, open_regular
 from pipelines.spec import DataError
@@ -193,7 +192,7 @@ def _classes_beside(path: Path) -> list[str]:
     run, export = path.parent.parent / "classes.json", path.parent / "config.json"
     for file, key in ((run, "classes"), (export, "label_names")):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            return list(map(str, json.loads(read_bytes(file))[key]))
+            return list(map(str, load_json(file)[key]))
     return []
 
 

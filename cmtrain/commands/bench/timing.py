@@ -20,9 +20,7 @@ from cmtrain.storage.records import replace_file
 from pipelines.spec import Batch, Loader
 
 WARMUP_STEPS = 3
-DTYPES = {
-    "fp16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32, "fp32": torch.float32,
-}  # fmt: skip
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32, "fp32": torch.float32}
 COPY_BYTES = {"cuda": 2**31, "cpu": 2**28}  # far beyond any cache
 MATRIX_SIDE = {"cuda": 8192, "cpu": 1024}
 CEILING_REPEATS = 6

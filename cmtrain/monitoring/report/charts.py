@@ -22,7 +22,6 @@ MEDIAN_COLUMNS = 200
 LABEL_PITCH_PX = 12
 HEAT_LEVELS, HEAT_NAME, HEAT_CELL_PX = 8, 24, 28  # shades, letters of a class name, a cell at most
 
-
 _SUPERSCRIPT = str.maketrans("-0123456789", "\u207b\u2070\xb9\xb2\xb3\u2074\u2075\u2076\u2077\u2078\u2079")
 
 Scale = Literal["linear", "zero", "log", "log2", "auto"]  # zero: linear, from 0
@@ -96,7 +95,7 @@ class _Plot:
     height_px: int
 
     def x(self, value: float) -> str:
-        return _percent(float(self.x_axis.place(value)))
+        return f"{round(100 * float(self.x_axis.place(value)), 2):g}%"
 
     def y_px(self, values: Any) -> Any:
         return self.height_px * (1 - self.y_axis.place(values))
@@ -150,8 +149,7 @@ def heat_map(matrix: np.ndarray, names: Sequence[str], *, key: str) -> str:
     level = np.ceil(np.sqrt(shares) * HEAT_LEVELS).astype(int)
     diagonal, shades = np.eye(size, dtype=bool), []
     for right, value in itertools.product((True, False), range(1, HEAT_LEVELS + 1)):
-        cells = np.argwhere((level == value) & (diagonal == right)).tolist()
-        if cells:
+        if cells := np.argwhere((level == value) & (diagonal == right)).tolist():
             path = "".join(f"M{x} {y}h1v1h-1z" for y, x in cells)
             shades.append((path, "right" if right else "wrong", value / HEAT_LEVELS))
     return make_templates().get_template("heat_map.svg").render(
@@ -227,14 +225,10 @@ def _end_labels(series: Sequence[Series], plot: _Plot) -> Iterator[tuple[str, st
             yield plot.x(x), _px(y), line
 
 
-def _apart(places: Sequence[float], highest: float) -> list[float]:
+def _apart(places: Sequence[float], highest: float) -> np.ndarray:
     """Move ascending `places` until they are LABEL_PITCH_PX apart and none is above `highest`."""
-    moved = list(places)
-    for index in range(1, len(moved)):
-        moved[index] = max(moved[index], moved[index - 1] + LABEL_PITCH_PX)
-    for index in reversed(range(len(moved))):
-        moved[index] = min(moved[index], highest - LABEL_PITCH_PX * (len(moved) - 1 - index))
-    return moved
+    before = LABEL_PITCH_PX * np.arange(len(places))  # room that those before need
+    return np.minimum(np.maximum.accumulate(places - before) + before, highest - before[::-1])
 
 
 def _path(x: np.ndarray, y: np.ndarray) -> str:
@@ -249,10 +243,6 @@ def _path(x: np.ndarray, y: np.ndarray) -> str:
 
 def _px(value: float) -> str:
     return f"{round(float(value), 1):g}"
-
-
-def _percent(share: float) -> str:
-    return f"{round(100 * share, 2):g}%"
 
 
 # Axes, and the round numbers written beside them

@@ -53,7 +53,7 @@ def draw_charts(runs: Sequence[PlottedRun]) -> dict[str, list[Chart]]:
         title = "Mean average precision" if _measure(runs) == "map" else "Top-1 accuracy"
         large.append(line_chart(title, accuracies, key="accuracy", **how))
     for key, title, scale in LOG_CHARTS:
-        series = _known([_series(run, run.record.log, key, run.letter) for run in runs])
+        series = [line for run in runs for line in _series(run, run.record.log, key, run.letter)]
         if any((line.y[np.isfinite(line.y)] != 1).any() for line in series):
             share = key.endswith("_ratio")
             small.append(line_chart(title, series, key=key, scale=scale, percent=share, **options))
@@ -66,30 +66,26 @@ def _measure(runs: Sequence[PlottedRun]) -> str:
 
 
 def _lines(runs: Sequence[PlottedRun]) -> tuple[list[Series], list[Series]]:
-    """Return the lines of losses and of accuracies, as far as they have points."""
+    """Return the lines of losses and of accuracies."""
     measure = _measure(runs)
-    if len(runs) == 1:
-        run, known = runs[0], runs[0].record.evaluations
-        losses = [_series(run, run.record.log, "loss", "training")]
-        losses += [_series(run, known, "eval_loss", "validation", color=1, dots=True)]
-        losses += [_series(run, known, "eval_ema_loss", "validation, EMA", color=2, dots=True)]
-        accuracies = [_series(run, known, f"eval_{measure}", "model", color=1, dots=True)]
-        accuracies += [_series(run, known, f"eval_ema_{measure}", "EMA", color=2, dots=True)]
-        return _known(losses), _known(accuracies)
-    losses, accuracies = [], []
+    losses, accuracies = list[Series](), list[Series]()
     for run in runs:
-        known = run.record.evaluations
-        losses.append(_series(run, run.record.log, "loss", run.letter))
-        accuracies.append(_series(run, known, f"eval_{measure}", run.letter, dots=True))
-        accuracies.append(_series(run, known, f"eval_ema_{measure}", f"{run.letter} EMA", dashed=True))
-    return _known(losses), _known(accuracies)
+        log, known = run.record.log, run.record.evaluations
+        if len(runs) > 1:
+            losses += _series(run, log, "loss", run.letter)
+            accuracies += _series(run, known, f"eval_{measure}", run.letter, dots=True)
+            accuracies += _series(run, known, f"eval_ema_{measure}", f"{run.letter} EMA", dashed=True)
+        else:
+            losses += _series(run, log, "loss", "training")
+            losses += _series(run, known, "eval_loss", "validation", color=1, dots=True)
+            losses += _series(run, known, "eval_ema_loss", "validation, EMA", color=2, dots=True)
+            accuracies += _series(run, known, f"eval_{measure}", "model", color=1, dots=True)
+            accuracies += _series(run, known, f"eval_ema_{measure}", "EMA", color=2, dots=True)
+    return losses, accuracies
 
 
-def _known(lines: Sequence[Series]) -> list[Series]:
-    return [line for line in lines if np.isfinite(line.y).any()]
-
-
-def _series(run: PlottedRun, columns: Columns, column: str, name: str, **style: Any) -> Series:
-    y = columns.get(column, np.full(len(columns["step"]), np.nan))
+def _series(run: PlottedRun, columns: Columns, column: str, name: str, **style: Any) -> list[Series]:
+    """Return the line of a column, none without a number."""
+    y = columns.get(column, np.empty(0))
     own: dict[str, Any] = {"color": run.color, "label": "" if style.get("dashed") else run.letter}
-    return Series(name, columns["step"], y, **own | style)
+    return [Series(name, columns["step"], y, **own | style)] if np.isfinite(y).any() else []

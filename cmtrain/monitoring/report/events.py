@@ -1,7 +1,7 @@
 """Turn the events of a run into table rows and marks on the curves."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from operator import itemgetter
 from typing import Any
 
@@ -58,7 +58,7 @@ def _rows(record: RunRecord, events: list[Event], most: int, seconds: Callable[[
         seen[kind] += 1
         if seen[kind] <= most:
             row: Row = {"time": utc(time), "seconds": seconds(time), "step": round(_step_of(record, event))}
-            row |= {"kind": _name(event), "glyph": GLYPHS.get(kind, "note"), "details": _details(event)}
+            row |= {"kind": _name(event), "glyph": GLYPHS.get(kind, "note"), "details": [*_details(event)]}
             rows.append(row | {"more": total[kind] - most if seen[kind] == most else 0})
     return rows
 
@@ -96,15 +96,12 @@ def _step_of(record: RunRecord, event: Event) -> float:
     return float(before.max(initial=0))
 
 
-def _details(event: Event) -> list[tuple[str, str]]:
-    found = [
-        (key.replace("_", " "), _text(key, value))
-        for key, value in event.items()
-        if key not in HIDDEN and value not in (None, "", [], {}) and (key, value) != ("restarts", 0)
-    ]
+def _details(event: Event) -> Iterator[tuple[str, str]]:
+    for key, value in event.items():
+        if key not in HIDDEN and value not in (None, "", [], {}) and (key, value) != ("restarts", 0):
+            yield key.replace("_", " "), _text(key, value)
     if "world_size" in event:
-        found.append(("on", workers(event)))
-    return found
+        yield "on", workers(event)
 
 
 def _text(key: str, value: Any) -> str:

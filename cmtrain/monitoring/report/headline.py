@@ -3,6 +3,7 @@
 Times cover all processes of the run, kills and resumes included, as far as its folder has a record.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +13,7 @@ from cmtrain.config.strict_yaml import emit
 from cmtrain.monitoring.units import duration, percent, short, workers
 from cmtrain.storage.run_record import RunRecord, is_number, last
 
-PHASE_NAMES = {"data_wait": "waiting for data"}
-
-Headline = list[tuple[str, str, str]]  # name, value, remark
+Headline = Iterable[tuple[str, str, str]]  # name, value, remark
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,8 @@ def measure_times(record: RunRecord) -> Times:
         shares.append(Share("start and the rest", "rest", active_seconds - total))
     begin, end, images, trained = map(float, (seen[0], seen[-1], num_images.sum(), seconds.sum()))
     speed = images / trained if trained else None
-    wait_ratio = _seconds_of(record, "data_wait_ratio", seconds) / trained if trained else None
+    waited = sum(share.seconds for share in shares if share.kind == "data_wait")
+    wait_ratio = waited / trained if trained else None
     return Times(begin, end, active_seconds, len(starts), images, speed, wait_ratio, shares)
 
 
@@ -87,7 +87,8 @@ def _shares(record: RunRecord, seconds: np.ndarray) -> list[Share]:
     shares = []
     for name in sorted(phases, key=lambda name: name != "data_wait_ratio"):
         phase = name.removesuffix("_ratio")
-        shares.append(Share(PHASE_NAMES.get(phase, phase), phase, _seconds_of(record, name, seconds)))
+        total = float(np.nansum(record.log[name] * seconds))
+        shares.append(Share("waiting for data" if phase == "data_wait" else phase, phase, total))
     step = max(0.0, float(seconds.sum()) - sum(share.seconds for share in shares))
     shares.append(Share("rest of the step" if len(phases) > 1 else "training step", "step", step))
     for kind, name in (("evaluated", "evaluation"), ("checkpoint", "checkpoints")):
@@ -95,11 +96,6 @@ def _shares(record: RunRecord, seconds: np.ndarray) -> list[Share]:
         if known := [float(value) for value in spent if is_number(value)]:
             shares.append(Share(name, kind, sum(known)))
     return shares
-
-
-def _seconds_of(record: RunRecord, column: str, seconds: np.ndarray) -> float:
-    ratio = record.log.get(column, np.zeros(len(seconds)))
-    return float(np.nansum(ratio * seconds))
 
 
 def summary(record: RunRecord) -> str:
@@ -113,42 +109,39 @@ def summary(record: RunRecord) -> str:
 
 
 def headline(record: RunRecord, times: Times, last_step: float) -> Headline:
-    """Return the numbers at the top of the report, without those that are not known."""
+    """Yield the numbers at the top of the report, without those that are not known."""
     status = record.status
-    found: Headline = []
     # Accuracy.
     for key, name in (("map", "mAP"), ("ema_map", "mAP, EMA")):
         if (precision := _accuracy(record, key)) is not None:
-            found.append((name, percent(precision), ""))
+            yield name, percent(precision), ""
     top1, ema_top1 = _accuracy(record, "top1"), _accuracy(record, "ema_top1")
     if top1 is not None:
-        found.append(("Top-1", percent(top1), _expectation(record, max(top1, ema_top1 or 0.0))))
+        yield "Top-1", percent(top1), _expectation(record, max(top1, ema_top1 or 0.0))
     if ema_top1 is not None:
-        found.append(("Top-1, EMA", percent(ema_top1), ""))
+        yield "Top-1, EMA", percent(ema_top1), ""
     top5, ema_top5 = _accuracy(record, "top5"), _accuracy(record, "ema_top5")
     if top5 is not None:
-        found.append(("Top-5", percent(top5), f"EMA {percent(ema_top5)}" if ema_top5 is not None else ""))
-    found += best_top1(status)
+        yield "Top-5", percent(top5), f"EMA {percent(ema_top5)}" if ema_top5 is not None else ""
+    yield from best_top1(status)
     # Steps and time.
     target = number(status.get("last_step"))
     remark = f"{short(times.images)} images" if times.images else ""
     if target and target > last_step:
         remark = f"of {target:,.0f}"
-    found.append(("Steps", f"{last_step:,.0f}", remark))
+    yield "Steps", f"{last_step:,.0f}", remark
     starts = f"{times.num_starts} starts, {duration(times.end - times.begin)} from first to last"
-    found.append(("Duration", duration(times.active_seconds), starts if times.num_starts > 1 else ""))
+    yield "Duration", duration(times.active_seconds), starts if times.num_starts > 1 else ""
     if times.images_per_second:
-        waited = times.data_wait_ratio
-        remark = "" if waited is None else f"{percent(waited, 0)} waiting for data"
-        found.append(("Images per second", f"{times.images_per_second:,.0f}", remark))
+        remark = f"{percent(times.data_wait_ratio or 0.0, 0)} waiting for data"
+        yield "Images per second", f"{times.images_per_second:,.0f}", remark
     # Trouble.
     rollbacks = sum(event["event"] == "rollback" for event in record.events)
     if (bad_steps := last(record.log, "bad_steps")) is not None:
         remark = "undone" if record.config.get("guard.enabled", True) else "not undone"
         if rollbacks:
             remark = "1 rollback" if rollbacks == 1 else f"{rollbacks} rollbacks"
-        found.append(("Bad steps", f"{bad_steps:,.0f}", remark if bad_steps else ""))
-    return found
+        yield "Bad steps", f"{bad_steps:,.0f}", remark if bad_steps else ""
 
 
 def best_top1(status: dict[str, Any]) -> Headline:
@@ -159,10 +152,8 @@ def best_top1(status: dict[str, Any]) -> Headline:
 def _accuracy(record: RunRecord, key: str) -> float | None:
     """Return `key` of the newest evaluation: from summary.csv, else from the result of a finished run."""
     logged = last(record.evaluations, f"eval_{key}")
-    result = record.status.get("result")
-    if logged is None and isinstance(result, dict):
-        return number(result.get(key))
-    return logged
+    result = record.status.get("result") or {}
+    return number(result.get(key)) if logged is None else logged
 
 
 def _expectation(record: RunRecord, top1: float) -> str:

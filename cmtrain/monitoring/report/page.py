@@ -8,7 +8,7 @@ import base64
 import io
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,11 +86,11 @@ def _run_page(run: PlottedRun) -> dict[str, Any]:
     tone = "warn" if exit_code == 5 or name == "running?" else usual
     return {
         "plot": run, "record": record, "state": name, "tone": tone, "exit_code": exit_code, "reason": reason,
-        "summary": summary(record), "began": utc(times.begin) if times.begin else "",
-        "headline": headline(record, times, run.last_step), "times": times, "events": event_rows(record),
+        "summary": summary(record), "began": utc(times.begin) if times.begin else "", "times": times,
+        "headline": list(headline(record, times, run.last_step)), "events": event_rows(record),
         "evaluations": _table(record.evaluations), "log": _table(record.log, leave_out=("time",)),
         "classes": class_section(record), "sample": sample_uri(record.sample) if record.sample else None,
-        "config": _config_lines(record), "environment": environment_of(record),
+        "config": list(_config_lines(record)), "environment": environment_of(record),
     }  # fmt: skip
 
 
@@ -124,16 +124,14 @@ def sample_uri(path: Path) -> str | None:
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def _config_lines(record: RunRecord) -> list[tuple[str, bool]]:
-    """Return the lines of the configuration, each with whether it differs from the default."""
+def _config_lines(record: RunRecord) -> Iterator[tuple[str, bool]]:
+    """Yield the lines of the configuration, each with whether it differs from the default."""
     known = defaults()
-    lines: list[tuple[str, bool]] = []
     for section, items in itertools.groupby(record.config.items(), key=lambda item: item[0].split(".")[0]):
-        lines.append((f"{section}:", False))
+        yield f"{section}:", False
         for name, value in items:
             changed = name not in known or emit(value) != emit(known[name])
-            lines.append((f"  {name.removeprefix(section + '.')}: {emit(value)}", changed))
-    return lines
+            yield f"  {name.removeprefix(section + '.')}: {emit(value)}", changed
 
 
 def _differences(tables: Sequence[dict[str, str]]) -> list[tuple[str, list[str]]]:
