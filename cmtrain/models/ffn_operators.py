@@ -155,12 +155,13 @@ def project(
     (rows, pitch), channels = z.shape, len(weight)
     parts, columns = count_parts(rows, channels), channel_columns(channels, z.dtype)
     out, moments = empty(z, rows, channels, dtype=z.dtype), empty(z, parts if training else 0, 2, channels)
+    # With 128 columns a limit would spill 500 bytes a thread; two programs without one read fast enough.
+    how = PRODUCT_LAUNCH if columns > GEMM_COLUMNS else _limited(PRODUCT_LAUNCH, z)
     launch(
         kernels.project_kernel, (cdiv(channels, columns), parts), z, scale, weight, bias,
         z if skip is None else skip, scale if skip_scale is None else skip_scale, out, moments, rows,
         C=channels, P=pitch, SKIP=skip is not None, TRAINING=training, PRECISION=precision(z),
-        ROWS=ROWS, COLUMNS=columns, INNER=GEMM_INNER, TILES=count_tiles(rows, channels),
-        **_limited(PRODUCT_LAUNCH, z),
+        ROWS=ROWS, COLUMNS=columns, INNER=GEMM_INNER, TILES=count_tiles(rows, channels), **how,
     )  # fmt: skip
     return out, moments
 

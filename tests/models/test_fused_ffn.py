@@ -413,6 +413,8 @@ KERNELS = {"expand", "depthwise", "project", "project_grad", "depthwise_grad", "
 INSTRUCTIONS = {
     "expand": 46, "depthwise": 86, "project": 32, "weight_grad": 34, "depthwise_grad": 86, "expand_grad": 66,
 }  # fmt: skip
+# sm_80 has no products of a whole tile from shared memory: two warps make the left side of each row.
+INSTRUCTIONS_SM80 = INSTRUCTIONS | {"project": 50, "weight_grad": 52, "expand_grad": 96}
 
 
 @pytest.mark.parametrize("sm", [pytest.param("80", marks=pytest.mark.slow), "90"])
@@ -429,7 +431,8 @@ def test_compiled_for_a_gpu_without_spills_that_matter_and_without_scalar_access
     costs = [
         (kernel["kernel"], kernel["instructions"]) for kernel in found if kernel["kernel"] in INSTRUCTIONS
     ]
-    assert all(cost <= INSTRUCTIONS[name] for name, cost in costs), costs
+    ceilings = INSTRUCTIONS if sm == "90" else INSTRUCTIONS_SM80
+    assert all(cost <= ceilings[name] for name, cost in costs), costs
     # The plain form reads 46 channels 4 bytes at a time, and project makes asynchronous copies.
     found = [kernel for kernel in found if "plain" not in kernel["forms"]]
     wide = {"expand", "depthwise", "project_grad", "depthwise_grad", "expand_grad"}

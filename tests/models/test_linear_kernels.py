@@ -152,7 +152,7 @@ def test_the_operators_are_what_torch_wants_of_operators():
 
 # Of a number of the product's left side, in fp16. An H100 issues some 10 while it reads one of its bytes.
 CEILINGS = {"linear": 20, "weight_grad": 34}
-REGISTERS = 168  # of 128 threads: three programs fit a multiprocessor
+REGISTERS = {"90": 168, "80": 224}  # of 128 threads: three programs fit a multiprocessor, two of sm_80
 
 
 @pytest.mark.slow
@@ -162,5 +162,5 @@ def test_compiled_for_a_gpu_the_first_stage_takes_few_instructions_and_no_spill(
     assert {kernel["kernel"] for kernel in found} == set(CEILINGS)
     assert {"depthwise", "backward", "skip", "pixels"} <= {form for each in found for form in each["forms"]}
     costs = [(kernel["kernel"], kernel["instructions"], kernel["registers"]) for kernel in found]
-    assert all(cost <= CEILINGS[name] and registers <= REGISTERS for name, cost, registers in costs), costs
+    assert all(cost <= CEILINGS[name] and registers <= REGISTERS[sm] for name, cost, registers in costs), costs
     assert max(kernel["spilled_bytes"] for kernel in found) == 0
