@@ -11,7 +11,6 @@ EXIT_INTERRUPTED, EXIT_PIPE, EXIT_PREEMPTED = 130, 141, 143
 
 class ConfigError(Exception):
     """A mistake in a configuration or on the command line: one line, with its place and what to do instead.
-
     The program ends with exit code 2. Missing or broken data is pipelines.spec.DataError, exit code 3.
     """
 

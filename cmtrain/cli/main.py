@@ -49,8 +49,7 @@ PREDICTED = ("h100", "h200", "a100", "l40s")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; `argv` without its name. Returns the exit code.
-
-    What a run prints is no part of its fate. Of the other verbs stdout is the result.
+    Only where stdout is the result, of the verbs beside a run, does a stdout that fails end the program.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     verb = (arguments or [""])[0]

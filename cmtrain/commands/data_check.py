@@ -52,11 +52,9 @@ def check(
     without an error. A check of headers alone writes no list, because training reads all headers itself.
     Either way every header is read again, and the cache of the runs is brought up to date.
 
-    Args:
-        root: a folder with train/ and val/, each a tree of class folders, or one such tree.
-        full: decode every image, not only its header.
-        out: file for the list instead, for people: training does not read it.
-        cache_dir, max_bad_fraction: as in the section data of the runs' configuration.
+    `root`: a folder with train/ and val/, each a tree of class folders, or one such tree. `full`: decode
+    every image, not only its header. `out`: file for the list instead, for people: training does not read
+    it. `cache_dir`, `max_bad_fraction`: as in the section data of the runs' configuration.
 
     Returns the exit code: 0 when training will leave out every bad file that was found; 3 when a split has
     more of them than `max_bad_fraction`, or when `out` is given and training would meet them.

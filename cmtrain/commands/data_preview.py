@@ -31,11 +31,9 @@ _SAMPLED_IMAGES = 1000  # decoded for mean and std, evenly spread over the split
 
 
 def preview(config: Config, *, out: str, rows: int = 8, columns: int = 8, epoch: int = 0) -> int:
-    """Write a PNG of augmented training images: one row per image, one column per epoch.
-
-    The images are spread evenly over the training split. They are augmented as in training, with other
-    random draws, from `epoch` on. If the recipe mixes or erases, `<out>-mixed.png` shows the same images
-    after that. Raises as training does, and DataError if `out` cannot be written.
+    """Write a PNG of augmented training images: one row per image, one column per epoch from `epoch` on.
+    The images are spread evenly over the training split, and augmented as in training, with other draws. If
+    the recipe mixes or erases, `<out>-mixed.png` shows that. Raises as training does; DataError: no file.
     """
     accelerator = build.make_accelerator("auto")
     data = loaders.open_data(config, accelerator)
@@ -67,7 +65,6 @@ def preview(config: Config, *, out: str, rows: int = 8, columns: int = 8, epoch:
 
 def stats(config: Config, *, as_json: bool = False) -> int:
     """Count and measure both splits: a table on stderr, one JSON line on stdout (see print_result).
-
     `mean` and `std` are the values for data.mean and data.std: over all pixels, with equal weight for every
     image. They and `undecodable` come from at most 1,000 images. Raises as training does.
     """

@@ -47,14 +47,11 @@ def split(
     """Write train.csv, val.csv and, for `test` > 0, test.csv, each with its share of every class.
 
     Images of one group are on one side: those in whose path below `root` the pattern `group_by` finds the
-    same text (its first group, else the whole match), and near-duplicates. The same images, shares and seed
-    give the same lists.
-
-    `root` has one folder per class; `val` and `test` are shares of each class. `out`: folder for the lists;
-    None for `root`, where a run finds them. `compare`: whether to look for near-duplicates.
-    Returns the exit code, 0. Raises ConfigError: shares or a pattern that cannot be used. DataError: no
-    images, a folder that is split already, a list that is there with other content, or a name that no list
-    can hold.
+    same text (its first group, else the whole match), and, to `compare`, near-duplicates. The same images,
+    shares and seed give the same lists. `root` has one folder per class; `val` and `test` are shares of each
+    class. `out`: folder for the lists; None for `root`, where a run finds them. Returns the exit code, 0.
+    Raises ConfigError: shares or a pattern that cannot be used. DataError: no images, a folder that is split
+    already, a list that is there with other content, or a name that no list can hold.
     """
     if val <= 0 or val + test >= 1:
         raise ConfigError(f"--val {val:g}, --test {test:g}: val must be above 0, and both together below 1")
@@ -90,7 +87,6 @@ def split(
 
 def divide(labels: Ints, groups: Ints, shares: Sequence[float], seed: int) -> Ints:
     """Return the side of each image, (N,) places in `shares`, so that no group is on two sides.
-
     Large groups come first, equal ones in an order drawn from `seed`. Each goes to the side where it brings
     the numbers of images per class closest to their shares, by the sum of squares over expected numbers.
     """

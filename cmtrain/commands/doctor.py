@@ -66,10 +66,8 @@ class CheckResult:
 
 
 def doctor(config: Config, *, as_json: bool) -> int:
-    """Check this machine for a run of `config`, and print a table or a JSON object.
-
-    Returns the exit code: 0, or 3 when a check fails; no GPU is a warning. Raises DataError: the ranks that
-    a launcher started cannot meet.
+    """Check this machine for a run of `config`, and print a table or a JSON object. Returns the exit code:
+    0, or 3 when a check fails; no GPU is a warning. Raises DataError: ranks cannot meet.
     """
     accelerator, control = _meet(config)
     by_rank = gather(run_checks(config, accelerator, control), control)
@@ -194,7 +192,6 @@ def dali_flavours() -> list[str]:
 
 def pairing(driver: int | None, torch_cuda: str | None, flavours: Sequence[str]) -> CheckResult:
     """Check that driver, torch and DALI fit. A driver runs every CUDA of its major version and older ones.
-
     `torch_cuda`: CUDA that torch was built with, such as 13.2; None for a build without.
     """
     if len(flavours) != 1:

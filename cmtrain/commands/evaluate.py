@@ -1,7 +1,4 @@
-"""Measure the accuracy of a trained model: other weights, sizes and images (`cmtrain eval`).
-
-The images go through the run's own evaluation loop and loader.
-"""
+"""Evaluate a trained model at other sizes or on other images, by its run's own loop (`cmtrain eval`)."""
 
 import argparse
 import csv
@@ -41,10 +38,8 @@ MEASURED = ("top1", "top5", "map", "balanced", "f1", "loss", "num_images", "num_
 
 def evaluate_trained(options: argparse.Namespace, overrides: Overrides) -> int:
     """Evaluate a trained model as the `options` of `cmtrain eval` ask: a table on stderr, JSON on stdout.
-
-    Returns the exit code: 0, or 5 if the best top-1 is below `options.expect`. Raises ConfigError: sizes or
-    options that do not fit together. DataError: images, classes or weights that are missing or unusable, or
-    a file that cannot be written.
+    Returns the exit code: 0, or 5 if the best top-1 is below `options.expect`. Raises ConfigError: options
+    that do not fit together. DataError: images, classes, weights or output files that cannot be used.
     """
     # What to evaluate, on which images
     trained = open_trained(options.run, overrides)
@@ -119,7 +114,6 @@ def save_mistakes(
     accelerator: Accelerator, place: Placement,
 ) -> None:  # fmt: skip
     """Write the mistakes of `evaluation`, the most confident first, into the new `folder`.
-
     mistakes.csv has all of them, mistakes.png the first MAX_IMAGES, as the model sees them. Raises OSError.
     """
     assert evaluation.ranked is not None

@@ -8,7 +8,6 @@ from cmtrain.errors import ConfigError
 
 def sizes_of(config: Config, image_px: Sequence[int], resize_px: Sequence[int]) -> list[tuple[int, int]]:
     """Return pairs of image side and shorter side before the crop, in the order given.
-
     Two lists are paired; one size goes with each of the other list. Without `resize_px` the run's own is
     scaled with the image side. Raises ConfigError: sizes that fit neither one another nor the model.
     """

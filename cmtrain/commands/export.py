@@ -49,14 +49,10 @@ def export(
     """Write `trained` to the new folder `out` in each of `formats` (keys of _write), with a model card.
 
     Every format is read back and must give the model's logits before the folder appears, by one rename.
-    Prints what was written on stderr, and one JSON line on stdout.
-
-    Args:
-        kind: `model` or `ema`; None: the EMA if there is one.
-        fold_bn: absorb BatchNorm where that is exact; not in timm's layout, which has a place for each norm.
-
-    Raises ConfigError: these options do not fit together. DataError: no such weights, they are not finite, a
-    package is missing, a format computes something else, or the files cannot be written. Nothing is left.
+    Prints what was written on stderr, and one JSON line on stdout. `kind`: `model` or `ema`; None: the EMA
+    if there is one. `fold_bn`: absorb BatchNorm where that is exact; not in timm's layout, which has a place
+    for each norm. Raises ConfigError: these options do not fit together. DataError: no such weights, they
+    are not finite, a package is missing, a format computes something else, or the files cannot be written.
     """
     config, final = trained.config, Path(out)
     is_cmt = config.model.name.startswith("cmt_")
@@ -180,7 +176,6 @@ def to_timm(
     thresholds: Sequence[float] = (),
 ) -> Logits:  # fmt: skip
     """Write model.safetensors and config.json, for `timm.create_model("local-dir:FOLDER", pretrained=True)`.
-
     The parameters of `model` must be contiguous. `class_names` that are not one per output are left out.
     `thresholds`: by output, of a model for several labels.
     """

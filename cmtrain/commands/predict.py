@@ -37,10 +37,8 @@ from pipelines.spec import UNREADABLE, DataError, print_lines, visible
 
 def predict(files: Sequence[str], options: argparse.Namespace, overrides: Overrides) -> int:
     """Classify `files` as the `options` of `cmtrain predict` ask.
-
-    A file that cannot be read is named on stderr and left out. Returns the exit code: 0, or 3 if there is
-    one. Raises ConfigError: options that do not fit the model. DataError: a model that cannot be used, no
-    image that can be decoded, or a file that cannot be written.
+    Files that cannot be read are named on stderr and left out: the exit code is 3 then, else 0. Raises
+    ConfigError: options that do not fit the model. DataError: no usable model or image, or no file written.
     """
     # Open the model and the images
     config, class_names, model, thresholds = open_model(options.run, overrides)
@@ -97,9 +95,7 @@ def predict(files: Sequence[str], options: argparse.Namespace, overrides: Overri
 
 def open_model(place: str, overrides: Overrides) -> tuple[Config, Sequence[str], Any, Sequence[float]]:
     """Return configuration, class names, model, on the CPU, and thresholds of a run or an export.
-
-    The model is a module, a run's EMA if it has one, or a function. Raises ConfigError, DataError: as
-    open_trained and read_export, or weights that cannot be used.
+    The model is a module (a run's EMA if it has one) or a function. Raises as open_trained and read_export.
     """
     path = find_export(place)
     if path is None:

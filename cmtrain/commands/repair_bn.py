@@ -81,14 +81,11 @@ def repair_bn(
     They are averaged over `batches` micro-batches of training, augmented and mixed, in fp32, which does not
     overflow where fp16 did. Prints accuracy before and after on stderr, and one JSON line on stdout.
 
-    Args:
-        place: a run or a checkpoint folder, or a weights file by torch.save or safetensors: a state_dict, or
-            a dictionary that holds some.
-        config: model and data; None takes a run's own configuration, with `overrides`.
-        out: the file to write, or for a run the folder of the new checkpoint; None: see the command's help.
-
-    Raises ConfigError: no configuration, or one of another model. DataError: nothing
-    usable at `place`, weights that are not finite themselves, or a write that failed.
+    `place`: a run or checkpoint folder, or a weights file by torch.save or safetensors: a state_dict, or a
+    dictionary that holds some. `config`: model and data; None takes a run's own, with `overrides`. `out`:
+    the file to write, or for a run the folder of the new checkpoint; None: see the command's help. Raises
+    ConfigError: no configuration, or one of another model. DataError: nothing usable at `place`, weights
+    that are not finite themselves, or a write that failed.
     """
     if Path(place).is_file() or place.endswith(WEIGHTS_SUFFIXES):
         source = _open_file(Path(place), Path(out) if out else None)

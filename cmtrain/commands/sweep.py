@@ -57,7 +57,6 @@ def read_rows(
     files: Sequence[str], overrides: Overrides, select: str | None, scale: str | None, max_steps: int | None
 ) -> list[SweepRow]:
     """Read configuration files and folders of them as rows, numbered from 1 in the order given.
-
     `select`: row numbers to keep, such as "1,3-5"; None keeps all. `scale`: "demo" for DEMO_SCALE. Raises
     ConfigError: all mistakes of all rows, or two rows with one run folder.
     """
@@ -117,7 +116,6 @@ def train_rows(rows: Sequence[SweepRow], script: str | None) -> int:
 
 def command_of(row: SweepRow, script: str | None) -> list[str]:
     """Return the command that trains `row`, or submits the job `script` for it.
-
     Such a job begins when earlier ones of the same row have ended, and finds what they did.
     """
     if script is None:

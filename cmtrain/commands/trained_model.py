@@ -21,7 +21,6 @@ from pipelines.spec import DataError, print_lines
 @dataclass(frozen=True)
 class Trained:
     """A run folder `run` and what it learned. `config`: as trained, with overrides.
-
     `class_names`: one for each output; () if the run folder has none. `thresholds`: by kind of weights, see
     Evaluation; {} where an image has one class.
     """
@@ -51,7 +50,6 @@ class Trained:
 
 def open_trained(place: str, overrides: Overrides) -> Trained:
     """Open `place`: a run folder, the name of one below runs/, or a checkpoint folder in a run folder.
-
     Newer checkpoints that are damaged are named on stderr. Raises ConfigError: wrong overrides; DataError:
     no run or no usable checkpoint there.
     """

@@ -48,7 +48,6 @@ def print_result(result: dict[str, Any], *, asked: bool) -> None:
 @contextlib.contextmanager
 def announced_parts(total: int, *, enabled: bool = True) -> Iterator[Callable[[str], None]]:
     """Yield a function that prints `[3 of 7] resnet50 ...` at the begin of each part of a long work.
-
     While a part goes on, its line comes once more every SILENT_SECONDS, with the time since its begin.
     """
     begun, ended = list[tuple[float, str]](), threading.Event()
@@ -110,7 +109,6 @@ class Console:
     @_safe
     def advance(self, step: int, seconds: float) -> None:
         """Show that `step` is done: in the bar, else by a line after the first one and every LINE_SECONDS.
-
         `seconds`: that it took. The first log point may be hours away, and the run take weeks.
         """
         self.step_seconds += seconds
@@ -123,10 +121,7 @@ class Console:
 
     @_safe
     def progress(self, place: str, *parts: str) -> None:
-        """Show one log point: a line of `place` (epoch and step) and all `parts`, the most important first.
-
-        The bar shows the step itself, and as many parts as fit.
-        """
+        """Show one log point: a line of `place` (epoch and step) and `parts`; in the bar, those that fit."""
         if not self.bar:
             self.line(" ".join([place, *parts]))
             return

@@ -16,7 +16,6 @@ from cmtrain.storage.records import replace_file
 
 def write_target(run_path: Path, rank: int, host: str, port: int) -> Path:
     """Announce the address of `rank`, and return the file, which the caller deletes at the end.
-
     A `host` that means "all" becomes this machine's name. Raises OSError if the file cannot be written.
     """
     if host in ("0.0.0.0", "::"):  # noqa: S104 - compared, not listened at

@@ -45,10 +45,9 @@ Route = Callable[[], Page]  # makes a page, on a thread of the server
 class Exporter(socketserver.ThreadingTCPServer):
     """Serves `routes` (pages by path) at `host` (a name, IPv4 or IPv6) from daemon threads until `close`.
 
-    `port`: the first of PORT_ATTEMPTS ports to try. `allowed_hosts`: see is_own_host. Of MAX_CONNECTIONS
-    (HTTP/1.1), a new one replaces the one that has been silent for longest: connections that never send a
-    request cannot keep a scraper out.
-    Raises OSError: none of the ports is free, or `host` is no address of this machine.
+    `port`: the first of PORT_ATTEMPTS to try. `allowed_hosts`: see is_own_host. Beyond MAX_CONNECTIONS
+    (HTTP/1.1), a new one replaces the one that has been silent for longest: no client can keep a scraper
+    out. Raises OSError: none of the ports is free, or `host` is no address of this machine.
     """
 
     allow_reuse_address, daemon_threads, request_queue_size = True, True, 512
@@ -206,7 +205,6 @@ class _Handler(BaseHTTPRequestHandler):
 
 def is_own_host(host: str, allowed_hosts: Collection[str] = ()) -> bool:
     """Return whether a Host header names this machine: by an address, one of its names, or an allowed one.
-
     A page on the web can point its own name at 127.0.0.1 and have a browser read what is served here (DNS
     rebinding), but only under that name, which has a dot. "*" allows every name.
     """

@@ -28,10 +28,8 @@ def make_live_page(
     metrics: TrainMetrics, status: dict[str, Any], now: dict[str, Any], run_path: Path, since: float
 ) -> Page:
     """Return the page of one rank. Rank 0 shows the run; other ranks show themselves.
-
-    `status`: what this rank knows of the run; `now`: what it is doing; see routes.make_pages. Only rank 0
-    reads files in the run folder, `run_path`. `since`: when this process began (Unix time); an older status
-    is that of an earlier one.
+    `status`, `now`: what this rank knows of the run, and is doing; see routes.make_pages. Only rank 0 reads
+    files in `run_path`. `since`: this process's begin (Unix time); an older status is of an earlier one.
     """
     at, target, end = time.time(), _value(metrics.steps_target), _value(metrics.eta_timestamp)
     page: dict[str, Any] = {"metrics": metrics, "now": now, "report": run_path / REPORT_NAME}

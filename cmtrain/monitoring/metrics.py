@@ -108,7 +108,6 @@ class TrainMetrics:
 
     def _make(self, kind: Any, name: str, text: str, buckets: Any = (), /, **labels: Sequence[str]) -> Any:
         """Declare a metric, and return the series of this run and rank, which starts at 0.
-
         With `labels`, the known values of each, return a function from their values to the series.
         """
         options = {"buckets": buckets} if buckets else {}
@@ -150,9 +149,7 @@ class TrainMetrics:
         self, step: int, num_images: int, num_bytes: int, seconds: float, wait_seconds: float, phases: Timing
     ) -> None:
         """Count `step`, which has just ended, on the host only: this never waits for the device.
-
-        `num_images` of `num_bytes` are this rank's. `seconds` include `wait_seconds` for data. `phases`: of
-        the steps that the device has finished since the last call.
+        All is of this rank. `seconds` include `wait_seconds` for data. `phases`: of newly finished steps.
         """
         if self.state == "setup":
             self.enter("train")

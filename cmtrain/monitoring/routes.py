@@ -27,10 +27,8 @@ MAX_AGE_SECONDS = 1.0
 def make_pages(
     metrics: TrainMetrics, status: Callable[[], dict[str, Any]], stall_seconds: float, run_path: Path
 ) -> dict[str, Route]:
-    """Return the pages by path.
-
-    `status`: returns what this rank knows of the run, as JSON values. After `stall_seconds` without a
-    finished step the run counts as stalled.
+    """Return the pages by path. `status`: returns what this rank knows of the run, as JSON values.
+    After `stall_seconds` without a finished step the run counts as stalled.
     """
 
     def now() -> dict[str, Any]:
@@ -64,7 +62,6 @@ def make_pages(
 
 def cached(make: Route, kind: Callable[[], Any] = lambda: None) -> Route:
     """Return a route that makes each `kind` of a page at most once a second for all clients.
-
     The state of a run is a kind, so its end is shown at once.
     """
     made, making = dict[Any, tuple[float, Page]](), threading.Lock()

@@ -21,7 +21,6 @@ FOLDER_NAME = "trackers"  # in the run folder, for trackers that write files
 
 class Trackers:
     """The trackers of a run on rank 0; they do nothing on other ranks.
-
     `accelerator`: made with tracker_options. `config`: by dotted key, for tables of hyperparameters. Raises
     DataError: a tracker cannot start, because a login or a server is missing.
     """

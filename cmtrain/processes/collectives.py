@@ -21,7 +21,6 @@ LINE_SECONDS, POLL_SECONDS = 8.0, 0.1
 
 def set_torch_defaults(run_path: Path) -> None:
     """Set what torch does when ranks hang or die, unless the user has set it; before the group is joined.
-
     A collective that times out ends the process. Its flight recorder (the last 20,000 collectives) goes to
     `nccl-rank<r>` in the run folder. Each variable has today's name first, and an older one.
     """
@@ -38,7 +37,6 @@ def set_torch_defaults(run_path: Path) -> None:
 
 def set_cuda_math(precision: str) -> None:
     """Set how this process computes on CUDA: fp32 exactly, or in TF32 for "tf32"; convolutions by trial.
-
     torch's default lets cuDNN's convolutions in fp32 use TF32, also under autocast.
     """
     # cuDNN times its algorithms at the first pass of each shape, once in a process: training has one shape,

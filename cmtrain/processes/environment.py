@@ -80,7 +80,6 @@ def check_imports() -> None:
 
 def check_launcher() -> None:
     """Raise DataError unless a launcher's variables are all set and agree, or none of them is set.
-
     An empty one counts as not set. Without them srun and mpirun must have started one process only.
     """
     for name in (*RANKS, *MEETING, PARENT, RESTARTS):

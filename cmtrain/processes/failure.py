@@ -104,9 +104,7 @@ def cause_of(failures: Iterable[Failure]) -> Failure | None:
 
 def record_cause(run_path: Path, *, since: float = 0, has_ended: bool = False) -> Failure | None:
     """Write the cause of a failure to status.json and events.jsonl, unless they have it, and return it.
-
-    Failures before the Unix time `since` belong to an earlier attempt. `has_ended`: whether the run is known
-    to have ended, so that "running" is wrong.
+    `since`: Unix time; earlier failures belong to another attempt. `has_ended`: the run cannot be "running".
     """
     with _one_at_a_time(run_path):
         status = read_status(run_path) or {}
@@ -150,9 +148,7 @@ def _one_at_a_time(run_path: Path) -> Iterator[None]:
 
 def archive_previous_attempt(run_path: Path) -> tuple[str, ...]:
     """Record how the attempt before ended, and put its files away. For one process, before all others.
-
-    Returns lines for the user: damaged records, and the end of an attempt that did not record why. Raises
-    OSError: the folder cannot be changed.
+    Returns lines for the user: on damaged records, and on an end without a record. Raises OSError.
     """
     damaged = set_damaged_aside(run_path)
     was_running = (read_status(run_path) or {}).get("state") == "running"

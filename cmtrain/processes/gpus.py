@@ -65,7 +65,6 @@ def packages_for(driver: int) -> str:
 
 def has_code_for(capability: tuple[int, int], architectures: Iterable[str]) -> bool:
     """Return whether code for these `architectures`, as of torch.cuda.get_arch_list(), runs on a GPU.
-
     sm_86 is for 8.6 and later 8.x, compute_86 for 8.6 and all later GPUs, sm_90a for exactly 9.0.
     """
     for architecture in architectures:

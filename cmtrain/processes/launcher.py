@@ -3,7 +3,6 @@
 torch's elastic agent (torchrun, accelerate) is not used on one host. It restarts after any exit code, also
 that of a preempted rank, ends with 1 whatever the ranks ended with, and waits a fixed 30 s for a frozen
 rank. Its torch takes 2.9 s of CPU time and 533 MiB (torch 2.15); this process takes 0.4 s and 35 MiB.
-
 Signals are blocked and taken by `sigtimedwait`, which also works as process 1 of a container. All children
 are reaped, adopted ones included.
 """

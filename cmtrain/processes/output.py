@@ -39,7 +39,6 @@ class _Stream(io.FileIO):
 
 def with_guarded_output(work: Callable[[], int], *, stdout_raises: bool) -> int:
     """Return the exit code of `work`, in which no print raises.
-
     If `stdout_raises`, it ends quietly when the reader has gone (141), and with a line on a full disk (3).
     """
     guard_output(stdout_raises=stdout_raises)
@@ -60,7 +59,6 @@ def with_guarded_output(work: Callable[[], int], *, stdout_raises: bool) -> int:
 
 def guard_output(*, stdout_raises: bool) -> None:
     """Make stderr, and stdout unless `stdout_raises`, lose what cannot be printed instead of raising.
-
     Also opens what was closed (`>&-`): else the next file to be opened gets its number, and its lines.
     Streams that something else has replaced are left alone.
     """

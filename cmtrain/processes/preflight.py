@@ -109,9 +109,7 @@ def clock_offset_seconds(group: Any) -> float:
 
 
 def sees_run_dir(group: Any, folder: Path) -> bool:
-    """Return whether this rank sees a file that rank 0 writes to `folder`; nothing is left behind.
-    Raises DataError: rank 0 cannot write there.
-    """
+    """Return whether this rank sees a file that rank 0 writes to `folder`. Raises DataError: it cannot."""
     path = folder / f".token-{gather(secrets.token_hex(8), group)[0]}"
     is_first, made, failure = torch.distributed.get_rank(group) == 0, list[Path](), ""
     if is_first:

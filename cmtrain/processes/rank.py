@@ -63,7 +63,6 @@ def answer_to_ctrl_c(saved_step: int) -> str:
 
 def follow_launcher() -> None:
     """Have the kernel signal this process when its launcher dies, so that no rank outlives it as an orphan.
-
     `accelerate launch` with one process does not pass SIGTERM on. Before training the answer is an exit,
     from StopRequest on a checkpoint. A run that a shell started is not affected: nohup and & work as usual.
     """
@@ -82,7 +81,6 @@ def follow_launcher() -> None:
 
 def run_as_rank(work: Callable[[], int], run_path: Path) -> int:
     """Run `work` in the place that a launcher gave this process, and return the exit code.
-
     An error that all ranks have is printed by the first rank of each host. A run that failed at the same
     step again and again is not started once more; the exit code is then that of the failure.
     """
@@ -134,7 +132,6 @@ def hold_back() -> None:
 
 def report_failure(error: BaseException, run_path: Path, rank: int, world_size: int, step: int) -> Failure:
     """Write why this rank ended after `step` steps; record and return why the run ended.
-
     The cause is another rank's failure if this rank only lost contact. The rank that caused it prints it.
     """
     lost = is_lost_contact(error)

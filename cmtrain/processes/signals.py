@@ -25,14 +25,12 @@ class Stopped(Exception):  # noqa: N818
 
 
 class StopRequest:
-    """Turns a stop signal into a decision that every rank takes at the same step boundary.
+    """The stop signal of a run. A second SIGINT stops at once. The end of the launcher counts as SIGTERM.
 
-    A second SIGINT stops at once. Repeated SIGTERM or SIGUSR2 change nothing, because launchers deliver them
-    twice. The end of the launcher counts as SIGTERM.
-
-    Ranks combine their flags over the host's `group`, and wait for the reduction of a step at the next one.
-    `decision`: the signal agreed on so far, 0 for none; once set, it does not change. `saved_step`: the
-    newest checkpoint's; the trainer sets it.
+    Repeated SIGTERM or SIGUSR2 change nothing, because launchers deliver them twice. Ranks combine their
+    flags over the host's `group`, and wait for the reduction of a step at the next one. `decision`: the
+    signal agreed on, 0 for none yet; once set, it stays. `saved_step`: of the newest checkpoint; the trainer
+    sets it.
     """
 
     def __init__(self, group: Any) -> None:

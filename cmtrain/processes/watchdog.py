@@ -27,9 +27,7 @@ POLL_SECONDS = 0.5
 
 class Watchdog:
     """Allows `timeout_seconds` (None: any time) between calls of `begin`, three times that the first time.
-
-    In the run folder `run_path`, `hang-rank<rank>.txt` is empty or absent unless there was a hang. Where it
-    cannot be written, which `losses` notes, the stacks go to stderr alone.
+    `run_path`/hang-rank<rank>.txt is empty or absent without a hang. Stacks also go to stderr.
     """
 
     def __init__(

@@ -82,9 +82,8 @@ def evaluate(
     """Evaluate `model` on this rank's share of the images and add up over ranks.
 
     `model`: unwrapped; its mode is restored. `batches`: this rank's share, each image once; may be empty.
-    `num_images`: of all ranks together. `num_classes`: number of `model`'s outputs. `keeps_ranked`: fill
-    Evaluation.ranked and confidence, which costs 44 bytes per image on the device. `label_sets`: as in
-    MixSpec.
+    `num_images`: of all ranks. `num_classes`: outputs of `model`. `keeps_ranked`: fill Evaluation.ranked and
+    confidence, 44 bytes per image on the device. `label_sets`: as in MixSpec.
     """
     modes, device = [(module, module.training) for module in model.modules()], accelerator.device
     model.eval()
@@ -114,7 +113,6 @@ def evaluate(
 
 class _Outcomes:
     """Counts right and wrong answers by class, on the device. `tensors`: to be added up over ranks.
-
     `counts`: flat (K, K) true by predicted class, or (K, 2) wrong, right beyond MAX_CONFUSION_CLASSES; then
     (K,) predicted, and one more cell for the unreadable images. So every image counts twice.
     """

@@ -39,15 +39,12 @@ def _statistics(batchnorms: Iterable[_BatchNorm]) -> list[Tensor]:
 class Guard:
     """Commits or restores BatchNorm's statistics at the end of a step, and counts bad steps on the device.
 
-    Args:
-        model: the unwrapped model (not DDP's wrapper), already on its device.
-        protect: False only counts bad steps and commits every statistic. For comparisons and tests.
-
+    `model`: unwrapped, on its device. `protect`: False only counts bad steps, for comparisons and tests.
     Each micro-batch of a step starts from the statistics that the last step committed, and the step commits
     the mean of their proposals. So they move once per step with BatchNorm's own momentum. The update is
     linear, so the mean over ranks is the same on 1 process x 8 micro-batches as on 8 x 1.
 
-    num_batches_tracked is counted here, too, once per step: a layer would launch a kernel for it in every
+    num_batches_tracked is updated here, too, once per step: a layer would launch a kernel for it in every
     forward pass. SyncBatchNorm and those with momentum=None need it, and count refused steps, too.
     """
 
@@ -79,7 +76,6 @@ class Guard:
     @torch.no_grad()
     def propose(self) -> None:
         """Collect the proposal of one micro-batch and restore the committed statistics for the next one.
-
         Call after the backward pass, which needs the buffers as they were: a write before it is an error.
         """
         if self.batchnorms:
@@ -91,10 +87,8 @@ class Guard:
     @torch.no_grad()
     def commit_or_restore(self, ok: Tensor) -> Tensor:
         """End the step: commit the mean proposal if it is finite and `ok`, else restore the last commit.
-
-        `ok`: bool scalar on the device, equal on all ranks: the global gradient norm is finite. Returns such
-        a scalar: whether optimizer and EMA may take this step. It is `ok` (True without `protect`), whatever
-        this rank's statistics are, so that all ranks do the same.
+        `ok`: bool scalar on the device, equal on all ranks: the global gradient norm is finite. Returns
+        whether optimizer and EMA take this step: `ok` (True without `protect`), so all ranks do the same.
         """
         bad = ~ok
         self.bad_steps += bad

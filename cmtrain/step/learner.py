@@ -40,8 +40,7 @@ class Learner:
     `model` is on `accelerator.device`, not yet wrapped. `ema_decay`: per step; None: no EMA. `protect`:
     whether the guard refuses bad steps, or only counts them. `accumulation`: micro-batches per step on this
     rank. `clip_grad`: largest L2 norm of the gradient; None: no clipping. `spike_sigma`: see SpikeDetector.
-    `class_weights` (num_classes,): of each class in the loss.
-    `frozen`: what is frozen in `model` (optimizer.set_frozen), until `unfreeze_step`.
+    `class_weights`: (num_classes,), in the loss. `frozen`: names, see set_frozen, until `unfreeze_step`.
     """
 
     def __init__(
@@ -130,9 +129,7 @@ class Learner:
 
     def _backward(self, loss: Tensor, last: bool) -> None:
         """Add the gradients of a micro-batch to every .grad; DDP reduces them with those of the last one.
-
-        autograd would make the first micro-batch's gradients .grad itself. But with CUDA graphs their memory
-        is the graph's, and its next replay writes there.
+        autograd would make the first gradients .grad itself, where a CUDA graph's next replay would write.
         """
         if last and (self.accumulation == 1 or self.accelerator.num_processes > 1):
             self.accelerator.backward(loss)
@@ -166,7 +163,6 @@ class Learner:
 
     def report(self, step: int, epoch: int, lr: float, *, reset: bool) -> StepReport:
         """Report on the steps since the last log point, up to `step`, and find the spikes among them.
-
         `reset`: the next report begins after this one. Synchronises; all ranks must call it.
         """
         measured = self.buffer.read()
@@ -240,7 +236,6 @@ class Learner:
 
 def _torch_seed(seed: int, step: int, micro: int) -> int:
     """Return torch's seed for a micro-batch: (seed, step, micro) spread over 63 bits.
-
     Dropout, drop path and the noise of random erasing draw from it, and mixing from numpy's generator for
     the same key: a resumed run, or one on another number of ranks, draws the same.
     """

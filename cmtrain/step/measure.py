@@ -97,10 +97,8 @@ class StepReport:
 
 @torch.no_grad()
 def extremes(model: nn.Module) -> dict[str, Tensor]:
-    """Return `bn_mean_abs_max`, `bn_var_max` and `weight_norm` of a StepReport, on the model's device.
-
-    The largest |running_mean| and running_var of all BatchNorms (0 without any), and the L2 norm of all
-    trainable parameters together.
+    """Return the last three fields of a StepReport, on the model's device: the largest |running_mean| and
+    running_var of all BatchNorms (0 without any), and the L2 norm of all trainable parameters together.
     """
     parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
     norm = torch.stack(torch._foreach_norm(parameters)).norm()

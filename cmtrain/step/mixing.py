@@ -23,10 +23,8 @@ ERASE_ATTEMPTS = 10
 @dataclass(frozen=True)
 class MixSpec:
     """timm's options. `mixup`, `cutmix`: Beta alphas, 0 is off. `reprob`, `recount`: random erasing.
-
-    `custom`: a function of (images, seed) that augments the batch before all else.
-
-    `label_sets`: (S, num_classes) 0 or 1, float32: the classes of each label; None: a label is a class.
+    `custom`: a function of (images, seed) that augments the batch before all else. `label_sets`: (S,
+    num_classes) float32, 0 or 1: the classes of each label; None: a label is a class.
     """
 
     num_classes: int
@@ -51,10 +49,8 @@ class MixDraw:
 
 def mix(images: Tensor, labels: Tensor, spec: MixSpec, key: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Erase, mix and soften one batch: normalised images (B, C, H, W), not modified, and labels (B,) int64.
-
-    `key`: numbers that determine every draw but the noise of erasing: (seed, step, micro-batch). Returns
-    images (B, C, H, W) and targets (B, num_classes) float32; without label_sets its rows sum to 1. Raises
-    ConfigError: spec.custom gives images of another shape.
+    `key`: (seed, step, micro-batch), from which all but the noise of erasing is drawn. Returns images and
+    targets (B, num_classes) float32; rows sum to 1 without label_sets. Raises ConfigError: see `custom`.
     """
     rng = np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
     if spec.custom:
@@ -93,7 +89,6 @@ def draw_mix(spec: MixSpec, height: int, width: int, rng: np.random.Generator) -
 
 def soft_targets(labels: Tensor, spec: MixSpec, lam: float) -> Tensor:
     """Smooth labels and mix them with the flipped batch's: (B,) int64 -> (B, num_classes) float32.
-
     One class is smoothed towards all of them; where there may be several, each towards yes and no.
     """
     if spec.label_sets is None:

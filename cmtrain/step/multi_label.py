@@ -13,8 +13,7 @@ THRESHOLD = 0.5  # probability from which a class counts as predicted, until bet
 
 
 class MultiLabelOutcomes:
-    """Keeps every image's probabilities on the device: 4 bytes a class. `tensors`: to be summed over ranks.
-
+    """Keeps (N, K) float32 probabilities on the device. `tensors`: to be summed over ranks.
     `label_sets`: (S, K) float32, 0 or 1: the classes of each label.
     """
 
@@ -39,7 +38,6 @@ class MultiLabelOutcomes:
 
     def sum_up(self) -> tuple[int, dict[str, Any]]:
         """Return how many images were counted, and fields of Evaluation by name.
-
         `map`: mean over classes of the average precision, as scikit-learn's. `thresholds`: by class, the
         probability from which to predict it for the best F1; THRESHOLD for a class without images.
         """
@@ -64,7 +62,6 @@ class MultiLabelOutcomes:
 
 def rank(is_of_class: np.ndarray, probabilities: np.ndarray) -> tuple[float | None, float]:
     """Return average precision (None without images) and threshold of one class: (N,) bool, (N,).
-
     Precision after each distinct probability, weighted by the recall that it adds. The threshold lies
     between two images, so that rounding does not matter.
     """

@@ -22,7 +22,6 @@ def make_optimizer(
     lr_factors: Sequence[str] = (),
 ) -> Optimizer:  # fmt: skip
     """Build the optimizer of `model`'s parameters. Raises ConfigError: as lr_scales.
-
     Vectors (biases, norms) and the names in `model.no_weight_decay()` (position tables) are not decayed.
     Only fused optimizers read `found_inf` on the device and so skip a bad step without synchronising.
     """
@@ -45,7 +44,6 @@ def param_groups(
     model: nn.Module, weight_decay: float, keep: Collection[str], scales: Mapping[str, float]
 ) -> list[dict[str, Any]]:
     """Return the optimizer's groups: what is not decayed (also the names or patterns in `keep`), the rest.
-
     Each has its factor on the learning rate, 1 for names that are not in `scales`. As timm.optim's
     param_groups_weight_decay and _layer_decay; to import timm.optim takes longer than to import torch.
     """
@@ -181,6 +179,5 @@ def _places(model: nn.Module) -> list[tuple[dict[str, Any], str]]:
 
 
 def _split(places: list[tuple[dict[str, Any], str]]) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the floating-point tensors at `places`, and the others."""
     tensors = [holder[name] for holder, name in places]
     return [t for t in tensors if t.is_floating_point()], [t for t in tensors if not t.is_floating_point()]

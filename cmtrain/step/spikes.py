@@ -48,7 +48,6 @@ class Trend:
 
     def with_value(self, value: float, max_z: float) -> "Trend":
         """Return the trend after one more step, whose value counts as `max_z` deviations away at most.
-
         So one spike moves the trend little, and a new level that stays is learned in some tens of steps.
         """
         difference = math.log(max(value, MIN_VALUE)) - self.mean
@@ -69,7 +68,6 @@ class SpikeDetector:
 
     def find_spikes(self, steps_before: int, measured: Sequence[tuple[float, float]]) -> list[Spike]:
         """Return the spikes among the steps after `steps_before`, given (loss, gradient norm) of each.
-
         A step that is not finite is left to the guard: it is no spike and does not change the trends.
         """
         spikes = []

@@ -1,9 +1,8 @@
 """Save, load, find and delete checkpoints, each of which exists whole or not at all.
 
 A checkpoint is a folder `step-000001234/` with `state.safetensors` (see state_file.py) and `manifest.json`
-(its size and sha256, versions, configuration). It is written under a temporary name, synced, read back, and
-published by one rename. accelerate's save_state is not atomic, deletes the old checkpoint before the new one
-is written, and cannot be verified.
+(size, sha256, versions, configuration). It is written under a temporary name, synced, read back and renamed.
+accelerate's save_state is not atomic, cannot be verified, and deletes the old checkpoint first.
 """
 
 import contextlib
@@ -44,9 +43,7 @@ class Loaded:
 
 
 def checkpoint_steps(root: Path) -> list[int]:
-    """Return the steps of the published checkpoints under `root`, ascending. Symbolic links do not count.
-    Raises OSError: the machine cannot list them, which is not the same as none.
-    """
+    """Return the steps of the checkpoints under `root`, ascending, without links. Raises OSError."""
     try:
         with os.scandir(root) as entries:
             found = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
@@ -61,10 +58,8 @@ def checkpoint_path(root: Path, step: int) -> Path:
 
 def save_checkpoint(root: Path, step: int, state: dict[str, Any], meta: dict[str, Any]) -> Path:
     """Publish `state`, as state_file takes it, as the checkpoint of `step` in the folder `root`.
-
-    `meta`: JSON values. drop_old reads two of them, `best_step` and `milestone`. Raises OSError or
-    CheckpointError: the write failed, `state` cannot be saved, or the disk returns other bytes than were
-    written. No half-written checkpoint is left, and no older one was touched.
+    `meta`: JSON; drop_old reads `best_step` and `milestone`. Raises OSError, CheckpointError: `state` cannot
+    be saved, the write failed, or the disk returns other bytes. No half-written checkpoint is left.
     """
     root.mkdir(parents=True, exist_ok=True)
     final = checkpoint_path(root, step)
@@ -88,10 +83,9 @@ def load_checkpoint(path: Path) -> Loaded:
 def load_newest(root: Path, *, set_aside: bool = True) -> Loaded | None:
     """Load the newest checkpoint under `root` that verifies; return None if there has never been one.
 
-    A damaged one is renamed to `.corrupt-...`, so that it is neither counted nor lost, and the one before it
-    is tried. With `set_aside` false, for the folder of another run, nothing is renamed.
-    Raises CheckpointError: there were checkpoints, and none is usable: starting from scratch would silently
-    throw a run away. OSError: the machine cannot read one of them.
+    A damaged one is renamed to `.corrupt-...`, neither counted nor lost, and the one before it is tried.
+    `set_aside` false, for the folder of another run: nothing is renamed. Raises CheckpointError: none is
+    usable; to start from scratch would silently throw a run away. OSError: the machine cannot read one.
     """
     rejected: list[str] = []
     for step in reversed(retried(checkpoint_steps, root)):
@@ -129,10 +123,8 @@ def find_checkpoint(path: Path) -> Loaded:
 
 def drop_old(root: Path, keep: int) -> None:
     """Delete all checkpoints under `root` but the newest `keep`, the best and the milestones.
-
-    The best is the newest one whose meta has its own step as `best_step`: it was the best when it was saved.
-    A milestone's meta has `milestone`. One with an unreadable manifest is kept, since it may be either.
-    Raises OSError: a checkpoint could not be renamed; all others are as they were.
+    The best is the newest whose meta has its own step as `best_step`. A milestone's has `milestone`. One
+    with an unreadable manifest may be either, and is kept. Raises OSError: one cannot be renamed.
     """
     found_best = False
     for num_newer, step in enumerate(reversed(checkpoint_steps(root))):

@@ -1,11 +1,9 @@
 """Write checkpoints in a background thread, while training goes on.
 
 At a save the training thread only copies the state into host memory, on a GPU without waiting for the copy.
-A second thread serialises, syncs, verifies and publishes it, and drops old checkpoints.
-
-A save that comes while another is being written waits for it. If storage hangs for more than
-PATIENCE_SECONDS, training goes on without that checkpoint, before the other ranks, which wait in their next
-all-reduce, give the run up. The last save of a process waits as long as it must.
+A second thread serialises, syncs, verifies and publishes it, and drops old checkpoints. A save waits for the
+one before it. If storage hangs for more than PATIENCE_SECONDS, training goes on without that checkpoint, or
+the other ranks, which wait in their next all-reduce, would give up. The last save has no such limit.
 """
 
 import itertools
@@ -46,10 +44,8 @@ class CheckpointWriter:
         self._outcomes: list[Outcome] = []
 
     def save(self, step: int, state: dict[str, Any], meta: dict[str, Any], *, keep: int, last: bool) -> None:
-        """Copy `state` and begin to write it. The `last` save returns when it is published or has failed.
-
-        A write that fails (a full disk) raises nothing: see `take_outcomes`. The tensors of `state` may
-        change as soon as this returns. See save_checkpoint for `state` and `meta`, drop_old for `keep`.
+        """Copy `state`, which may change afterwards, and begin to write it. The `last` save waits for its
+        end. A failed write (a full disk) raises nothing: see `take_outcomes`. `keep`: see drop_old.
         """
         if not self.wait(None if last else PATIENCE_SECONDS):
             error = f"the one before is still being written after {PATIENCE_SECONDS:g} s of waiting"

@@ -23,9 +23,7 @@ class FiniteCheck:
 @torch.no_grad()
 def repair_or_reject(model: nn.Module, ema: nn.Module | None = None) -> FiniteCheck:
     """Check every parameter and buffer of `model` and `ema`, by one reduction on the device; synchronises.
-
-    If the whole model is finite, the non-finite tensors of the EMA become copies of the model's, in place.
-    All ranks hold the same values here and do the same.
+    If the model is finite, non-finite tensors of the EMA become copies of its own. All ranks do the same.
     """
     weights = floating_tensors(model.state_dict())
     averages = floating_tensors(ema.state_dict()) if ema is not None else {}

@@ -1,8 +1,7 @@
 """Write and read the small files of a run folder: a lost or damaged one costs that record, never the run.
 
-The content of a damaged file is wrong: cut by a kill, saved by a spreadsheet. The next start sets it aside
-under another name. A file that the machine cannot read (an I/O error, permissions) is not damaged: it is
-read again. Needs no torch and no numpy, because the launcher loads it.
+A damaged file has wrong content (cut by a kill, saved by a spreadsheet): the next start sets it aside. One
+that the machine cannot read (I/O error, permissions) is read again. No torch, no numpy: for the launcher.
 """
 
 import contextlib
@@ -111,10 +110,7 @@ def append(path: Path, text: str, header: str = "") -> None:
 
 
 def remove_leftovers(folder: Path, *names: str) -> None:
-    """Delete the temporary files and folders in `folder` whose writer was killed: `.status.json.4711`.
-
-    `names`: patterns of what they were for, such as `failed-rank*.json`.
-    """
+    """Delete what killed writers of `names` (patterns) left in `folder`, such as `.status.json.4711`."""
     with contextlib.suppress(OSError):
         for path in sorted(folder.iterdir()):
             found = _LEFTOVER.fullmatch(path.name)
@@ -140,9 +136,7 @@ def is_running(pid: int) -> bool:
 
 
 def open_regular(path: Path, flags: int = 0, buffering: int = io.DEFAULT_BUFFER_SIZE) -> io.BufferedReader:
-    """Open a regular file for reading, never waiting for a pipe. `flags`: more ones of os.open.
-    Raises OSError, or DamagedRecordError: something else has its place.
-    """
+    """Open a regular file; never wait for a pipe. Raises OSError, DamagedRecordError: it is no such file."""
     if path.is_symlink() and not path.exists():
         raise DamagedRecordError("a link that leads nowhere")
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | flags)
@@ -161,9 +155,7 @@ def read_bytes(path: Path, limit: float = MAX_BYTES) -> bytes:
 
 
 def load_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in `path`.
-    Raises DamagedRecordError: it holds none. OSError: it is missing, or the machine cannot read it.
-    """
+    """Return the JSON object in `path`. Raises DamagedRecordError: it holds none. OSError: not readable."""
     content = retried(read_bytes, path)
     try:
         record = json.loads(content)
@@ -220,9 +212,9 @@ def set_aside(path: Path) -> Path:
 def keep_lines(path: Path, is_kept: Callable[[bytes], bool | None], header: bytes = b"") -> str:
     """Remove from a table, one record per line, those lines for which `is_kept` is false.
 
-    None from `is_kept` is a damaged line. A table with one, or with another first line than `header`, is set
-    aside as it is, and its other lines are kept. A last line that a kill cut short is no damage.
-    Returns a line for the user about damage, else "". Raises OSError: the table is as it was.
+    None marks a damaged line: the table is then set aside as it was, and its good lines are kept. With
+    another first line than `header` it is set aside, and a new one begun. A last line cut by a kill is no
+    damage. Returns a line for the user about damage, else "". Raises OSError.
     """
     if not os.path.lexists(path):
         return ""

@@ -54,10 +54,7 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 class RunFolder:
-    """Writes one run's files, on rank 0 only. What fails, as on a full disk, `losses` notes: no run ends.
-
-    `columns`: of summary.csv.
-    """
+    """Writes a run's files, on rank 0. `losses` notes what fails: no run ends. `columns`: of summary.csv."""
 
     def __init__(
         self, path: Path, losses: Losses | None = None, columns: Sequence[str] = SUMMARY_COLUMNS
@@ -71,7 +68,6 @@ class RunFolder:
 
     def status(self, *, retries: bool = False, **fields: Any) -> bool:
         """Merge `fields` into status.json, atomically. Return whether that was written.
-
         `retries`: try again for a moment, and sync it: for what must not be lost, as how the run ended.
         """
         lost = dict(self.losses.counts)
@@ -103,9 +99,7 @@ class RunFolder:
 
     def rewind(self, step: int) -> list[str]:
         """Remove log records and summary rows after `step`: a resumed run will do those steps again.
-
-        Damaged tables are set aside, and their good records kept. Returns a line for the user about each.
-        Raises OSError: a table cannot be read or changed, and would hold those steps twice.
+        Returns lines for the user on damaged tables. Raises OSError: a table would hold those steps twice.
         """
 
         def is_until(found: Any) -> bool | None:
@@ -119,11 +113,9 @@ class RunFolder:
 
 
 class RunLock:
-    """The right to write to the run folder `folder`, from `acquire` to `close`.
-
-    Rank 0 holds a lock on the file `.lock`, which names its process and host. The kernel frees the lock when
-    that process ends, even by kill -9. Where a file system has no locks, the process named in the file is
-    looked for, which works on its own host only. On shared file systems see docs/checkpoints.md.
+    """The right to write to `folder`, from `acquire` to `close` (shared file systems: docs/checkpoints.md).
+    Rank 0 locks the file `.lock`, which names its process and host. The kernel frees it when that process
+    ends, even by kill -9. Where a file system has no locks, the process is looked for, on its own host only.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -132,9 +124,7 @@ class RunLock:
         self._made: list[Path] = []
 
     def acquire(self) -> None:
-        """Take the lock, and make the folder if it is missing.
-        Raises DataError: another trainer holds it, or the folder cannot be written.
-        """
+        """Take the lock; make the folder if missing. Raises DataError: in use, or it cannot be written."""
         from filelock import FileLock, Timeout  # late: the launcher loads this module, and is to stay small
 
         self._made = [folder for folder in (self.folder, *self.folder.parents) if not folder.exists()]
@@ -219,7 +209,6 @@ def read_events(path: Path) -> list[dict[str, Any]]:
 
 def set_damaged_aside(path: Path) -> list[str]:
     """Rename the damaged records of the run folder `path`, and delete what killed writers left.
-
     Only for the process that holds the run's lock. Log and summary: see RunFolder.rewind. Returns a line for
     the user about each damaged record. Raises OSError: one cannot be renamed.
     """
@@ -272,9 +261,7 @@ def _step_of_row(line: bytes, columns: Sequence[str]) -> float | None:
 
 
 def find_run(place: str) -> tuple[Path, Path]:
-    """Return the run folder of `place`, and `place` as a path: itself, or a run of that name below runs/.
-    Raises DataError: neither a run folder nor a checkpoint in one.
-    """
+    """Return the run folder of `place`, and its path: as given, or below runs/. Raises DataError: no run."""
     for path in (Path(place), RUNS / place):
         # RUN for RUN/checkpoints/step-* and RUN/repaired/step-*
         for run in (path, path.absolute().parent.parent) if path.name.startswith("step-") else (path,):

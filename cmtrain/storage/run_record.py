@@ -206,7 +206,6 @@ def _number(text: str | None) -> float | None:
 
 def sample_lines(path: Path) -> Iterator[bytes]:
     """Yield all lines of a short file; of a long one some 256 to 512, evenly, with the first and last.
-
     They are taken at multiples of a power of two: a file that grows keeps its sample until it has doubled.
     """
     try:

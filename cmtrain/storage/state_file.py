@@ -45,9 +45,7 @@ class Digest:
 
 def write_state(path: Path, state: dict[str, Any]) -> Digest:
     """Write `state` (nested dicts, lists and tuples of tensors, numbers, strings), synced to the disk.
-
-    Returns the digest of what was meant to be written, which finds what the disk changed. Raises
-    CheckpointError: `state` holds something else. OSError: the write failed.
+    Returns the digest of what was meant to be written. Raises OSError, CheckpointError: other values in it.
     """
     tensors: dict[str, Tensor] = {}
     header: dict[str, Any] = {"__metadata__": {"state": json.dumps(_to_json(state, (), tensors))}}
@@ -77,9 +75,8 @@ def write_state(path: Path, state: dict[str, Any]) -> Digest:
 
 
 def read_state(path: Path, expected: Digest) -> dict[str, Any]:
-    """Verify `path` and load it, onto the CPU.
-    Raises CheckpointError: the file is damaged, or is not what write_state writes. OSError: the machine
-    cannot read it (permissions, too many open files); the file may be good.
+    """Verify `path` and load it, onto the CPU. Raises CheckpointError: damaged, or not by write_state.
+    OSError: the machine cannot read it (permissions, too many open files); the file may be good.
     """
     with open_regular(path) as file:
         verify(file, path, expected)
@@ -101,9 +98,7 @@ def read_state(path: Path, expected: Digest) -> dict[str, Any]:
 
 
 def open_regular(path: Path) -> io.BufferedReader:
-    """Open a regular file for reading: no symbolic link, no device, no pipe.
-    Raises CheckpointError: there is none. OSError: the machine cannot open it.
-    """
+    """Open a regular file, no link to one. Raises CheckpointError: there is none. OSError: not readable."""
     try:
         return records.open_regular(path, os.O_NOFOLLOW)
     except records.DamagedRecordError as error:

@@ -38,9 +38,7 @@ class Weights:
 
 def read_weights(path: str) -> Weights:
     """Read an export folder, a weights file, a checkpoint, or the newest checkpoint of a run folder.
-
-    Of a checkpoint the EMA is taken, if it has one, and of any trainer's file, too. No file can run code.
-    Raises DataError: there are no weights, or they are damaged or not finite.
+    Takes the EMA, if any. No file can run code. Raises DataError: no weights, or damaged or not finite ones.
     """
     given = Path(path).resolve()  # a model hub's cache is made of links
     try:
@@ -107,7 +105,6 @@ def check_finite(weights: Weights) -> None:
 
 def fit(model: nn.Module, tensors: Mapping[str, Tensor], *, keeps_head: bool) -> list[str]:
     """Load `tensors` into `model`, which may be of another image size; position tables are resized to it.
-
     `keeps_head`: whether another number of classes is refused; else the model keeps its own new head.
     Returns a line for each change. Raises ConfigError: `tensors` do not fit; the model is as it was.
     """
@@ -142,7 +139,6 @@ def _heads_of(classifier: str | Sequence[str] | None) -> tuple[str, ...]:
 
 def num_classes_in(weights: Weights, name: str) -> int:
     """Return how many classes these weights of the timm model `name` have. Raises DataError: no head.
-
     Where timm does not know its classifier, it is the last layer: a module of one's own may not name it.
     """
     head = _heads_of(getattr(timm.get_pretrained_cfg(name), "classifier", None))[0] + "weight"
@@ -154,9 +150,7 @@ def num_classes_in(weights: Weights, name: str) -> int:
 
 def start_from(path: str, model: nn.Module, class_names: Sequence[str] = ()) -> list[str]:
     """Give a new `model` the weights at `path`, for model.init_from. Return lines for the user.
-
-    One of them reports a classifier head that is kept but was trained on other classes than `class_names`.
-    Raises ConfigError: they are of another model. DataError: as read_weights.
+    One reports a kept head of other classes than `class_names`. Raises ConfigError: other model; DataError.
     """
     try:
         weights = read_weights(path)

@@ -73,9 +73,7 @@ class Parts:
 
 def assemble(config: Config, lock: RunLock, resume: str, data: loaders.Data | None = None) -> Parts:
     """Join the other ranks and build everything that a run needs. Writes nothing; rank 0 takes the `lock`.
-
-    `resume`: see choose_start. `data`: the images, if they are open already. Raises ConfigError, DataError:
-    a mistake in the configuration, the ranks, the data or the checkpoint.
+    `resume`: see choose_start. `data`: images that are open. Raises ConfigError, DataError: any mistake.
     """
     accelerator, control, warnings = join_ranks(config, lock.folder)
     place, lines = loaders.place_loaders(config, accelerator, control)
@@ -112,10 +110,8 @@ def assemble(config: Config, lock: RunLock, resume: str, data: loaders.Data | No
 
 def join_ranks(config: Config, run_path: Path) -> tuple[Accelerator, Any, list[str]]:
     """Join the other ranks, if a launcher started several, and check that they fit together.
-
     Returns the accelerator, a group of all ranks for what hosts exchange (None for one process), and lines
-    for the user. Raises ConfigError: an experiment tracker is not installed; and as make_accelerator and
-    check_ranks.
+    for the user. Raises as tracker_options, make_accelerator and check_ranks.
     """
     timeout_seconds = config.train.collective_timeout_seconds
     set_torch_defaults(run_path)
@@ -128,10 +124,8 @@ def join_ranks(config: Config, run_path: Path) -> tuple[Accelerator, Any, list[s
 def make_accelerator(
     precision: str, collective_timeout_seconds: float = 600.0, *, checks_gpus: bool = True, **options: Any
 ) -> Accelerator:
-    """Join the process group, if a launcher made one, and pick the device.
-
-    `checks_gpus`: refuse GPUs that torch cannot use, rather than take the CPU. `options`: more arguments of
-    Accelerator. Raises ConfigError: as check_precision. DataError: GPUs that torch cannot use.
+    """Join the process group, if a launcher made one, and pick the device. `options`: more of Accelerator.
+    Raises ConfigError: as check_precision. DataError: if it `checks_gpus`, where torch cannot use them.
     """
     if checks_gpus and (why := why_unusable()):
         raise DataError(why)
@@ -189,10 +183,8 @@ def make_model(
     config: Config, num_classes: int, device: torch.device | str = "cpu", **pretrained: Any
 ) -> nn.Module:
     """Make the model, CMT or any of timm's, with random weights from run.seed, equal on all ranks.
-
-    No other weights are loaded, since a resumed run has its own: see weights.start_from, load_pretrained,
-    which gives `pretrained`: more arguments of timm.create_model.
-    Raises ConfigError: an unknown name, options that the model refuses, or as import_modules.
+    Other weights come later, since a resumed run has its own: see weights.start_from. `pretrained`: see
+    load_pretrained. Raises ConfigError: an unknown name, options that the model refuses, a failed import.
     """
     import_modules(config.run.imports)
     model = config.model
@@ -266,9 +258,7 @@ def make_learner(
     config: Config, model: nn.Module, schedule: Schedule, num_classes: int, accelerator: Accelerator,
     first_step: int = 0, class_weights: Sequence[float] | None = None, label_sets: Tensor | None = None,
 ) -> Learner:  # fmt: skip
-    """Make the learner of `model`, at `first_step`.
-    Raises ConfigError: a micro-batch of one image for BatchNorm, or as frozen_names and lr_scales.
-    """
+    """Make the learner. Raises ConfigError: as refuse_batch_of_one, frozen_names, lr_scales and mix_spec."""
     freeze, epoch = config.model.freeze, config.model.unfreeze_epoch
     unfreeze_step = math.inf if epoch is None else epoch * schedule.steps_per_epoch
     frozen = frozen_names(model, freeze) if freeze and first_step < unfreeze_step else ()

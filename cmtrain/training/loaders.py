@@ -1,7 +1,4 @@
-"""Open the images of a run and make the loaders of its batches, from its configuration.
-
-Importing this loads no torch, so that images are opened, and refused, before it.
-"""
+"""Open the images of a run and make its loaders. Loads no torch, so that mistakes are found before it."""
 
 from __future__ import annotations
 
@@ -56,10 +53,8 @@ def cache_folder(config: Config) -> Path:
 def place_loaders(
     config: Config, accelerator: Accelerator, control: Any = None
 ) -> tuple[Placement, list[str]]:
-    """Decide where and with how many threads this process decodes: all ranks in the same way.
-
-    `control`: a group of all ranks, or None. Returns the placement of the loaders, and a line for each way
-    to decode that failed a test here. Raises DataError: DALI is not installed, or cannot be loaded.
+    """Decide where and with how many threads this process decodes: all ranks (of `control`) in the same way.
+    Returns also a line for each way to decode that failed a test here. Raises DataError: no usable DALI.
     """
     import pipelines.loader  # noqa: F401 - without DALI a run ends here
     from cmtrain.processes.collectives import gather
@@ -80,7 +75,6 @@ def place_loaders(
 
 def split_threads(config: Config, device: torch.device) -> int:
     """Share this process's cores between decoding and, on a CPU, the model. Returns the decode threads.
-
     Two pools that together have more threads than there are cores spin at each other's barriers.
     """
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -96,8 +90,7 @@ def split_threads(config: Config, device: torch.device) -> int:
 
 
 def check_places(config: Config, *, trains: bool = True) -> None:
-    """Raise DataError, as open_data would, where a folder or a list of images is not there.
-
+    """Raise DataError, as open_data would, where a folder or a list of images is missing.
     `trains`: whether training images are needed as well.
     """
     data, root = config.data, _root_of(config)
@@ -109,9 +102,7 @@ def check_places(config: Config, *, trains: bool = True) -> None:
 
 def open_data(config: Config, accelerator: Accelerator | None = None) -> Data:
     """Index both splits; of the processes that share a cache, one scans the files for all.
-
-    Without an `accelerator`, before ranks have met, each of them may write the demo images. Raises
-    DataError: files that are missing or unusable.
+    Without an `accelerator`, each rank may write the demo images. Raises DataError: missing, unusable files.
     """
     data = config.data
     with accelerator.local_main_process_first() if accelerator else nullcontext():
@@ -171,7 +162,6 @@ def _list_for(root: Path, folder: str, list_file: str | None) -> str | None:
 
 def open_val(config: Config, class_names: Sequence[str], folder: str | None = None) -> Manifest:
     """Index the validation split alone, or another `folder`, by the `class_names` of training.
-
     Class folders of another folder may be named by their positions. Raises DataError as open_folder.
     """
     if folder:
@@ -199,9 +189,7 @@ def _sampling(sampling: str | None, manifest: Manifest) -> ClassSampling | None:
 
 
 def class_weights(config: Config, manifest: Manifest, num_classes: int) -> list[float] | None:
-    """Return mixing.class_weights, one for each of the model's outputs; those without images have 1.
-    Raises DataError: a file that cannot be read, or has a mistake, by its line.
-    """
+    """Return mixing.class_weights, by output: 1 without images. Raises DataError: a mistake in the file."""
     given, names = config.mixing.class_weights, manifest.class_names
     if given is None:
         return None

@@ -21,7 +21,6 @@ def load_pretrained(
     config: Config, num_classes: int, make: Callable[..., nn.Module]
 ) -> tuple[nn.Module, Config, str]:
     """Return the model with its pretrained weights, `config` with their data.*, and a line for the user.
-
     `make`: makes the model with more arguments of timm.create_model, and has made it without them. Raises
     ConfigError: there are no such weights. DataError: they cannot be fetched.
     """

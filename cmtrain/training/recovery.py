@@ -56,19 +56,15 @@ class Recovery:
         return len(self.rollback_steps) >= self.max_rollbacks
 
     def keep(self, step: int, learner: Learner) -> None:
-        """Take a snapshot after `step`, unless the newest is recent. For all ranks together.
-
-        Call it only after `after_bad_steps` good steps.
-        """
+        """Take a snapshot of a good state, unless the newest is recent. For all ranks together."""
         if self.snapshots and step - self.snapshots[-1][0] < self.after_bad_steps:
             return
         self.snapshots = [*self.snapshots[1 - MAX_SNAPSHOTS :], (step, _clone(learner.state_dict()))]
 
     def roll_back(self, step: int, learner: Learner, *, good_until: int) -> int | None:
         """Put the learner back to a good state. Returns the step of that state, None if no rollback remains.
-
         `good_until`: the last step before the trouble. Where no snapshot is trusted, the oldest is taken.
-        One is used once: the next rollback goes further back.
+        The snapshot is then dropped, unless it is the only one: the next rollback goes further back.
         """
         if self.exhausted or not self.snapshots:
             return None
@@ -96,7 +92,6 @@ def _clone(tree: Any) -> Any:
 @dataclass(frozen=True)
 class BadStep:
     """What is known of a bad step, by one rank or by all of them together.
-
     `cause`: one line. `suspects`: samples whose activations are not finite in the layer that `cause` names
     (where images are mixed, or those of their partners). `samples`: all samples of the step.
     """
@@ -108,9 +103,7 @@ class BadStep:
 
 def find_overflow(learner: Learner) -> BadStep:
     """Run the last micro-batch of this rank again, and find the first module whose output is not finite.
-
-    Synchronises. BatchNorm's statistics are restored. `cause` reads like `stem.conv2: not finite in 5 of 16
-    images, largest finite value 6.5e+04`; it is empty if all is finite.
+    Synchronises. `cause`: "stem.conv2: not finite in 5 of 16 images, largest finite value 6.5e+04", or "".
     """
     batch = samples_of(learner.last_indices[-1:])
     cause, suspects = "", list[int]()

@@ -43,10 +43,9 @@ def choose_start(
 
     `resume`: `auto` (newest checkpoint of the run folder, else from scratch), `never` (from scratch; refused
     if there are checkpoints), `force` (as auto, but configuration and data may have changed), or the path of
-    a checkpoint or run folder. `fingerprint`: of the training manifest; another `val_fingerprint` is a note.
-    `control`: a group of all ranks, None for a single process.
-    Raises ConfigError: the checkpoint belongs to another configuration or other data, or `never` would mix
-    two runs. DataError: no usable checkpoint where there should be one, or the run folder is in use.
+    a checkpoint or run to begin from if the run folder has none. Another `val_fingerprint` is only a note.
+    `control`: a group of all ranks. Raises ConfigError: another configuration, other data, or `never` would
+    mix two runs. DataError: no usable checkpoint where there should be one, or the run folder is in use.
     """
     start, error = Start(), None
     is_main = control is None or dist.get_rank(control) == 0
@@ -106,9 +105,7 @@ def _choose(run_path: Path, resume: str, config: Config, fingerprint: str, val_f
 
 
 def recipe_changes(loaded: Loaded, config: Config, fingerprint: str) -> list[str]:
-    """Return what differs from the recipe and data of a checkpoint, one `key: old -> new` each.
-    Raises DataError: a verified checkpoint that no run of ours wrote.
-    """
+    """Return what changed since a checkpoint, one `key: old -> new` each. Raises DataError: not of a run."""
     meta = loaded.meta
     try:
         config = as_begun(config, meta["config"])

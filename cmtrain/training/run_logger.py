@@ -46,10 +46,9 @@ from pipelines.spec import DataError, print_lines
 class RunLogger:
     """Logs on rank 0 to console, run folder and trackers; on every rank to metrics.
 
-    `path`: the run folder; made here, on rank 0. `first_step`, `last_step`: of this process's part of the
-    run. `epochs`, `total_steps`: of the whole run. `address`: (host, port) to serve metrics at, None for no
-    metrics. `stall_seconds`: see routes.make_pages. `allowed_hosts`: see http_server.is_own_host.
-    `summary_columns`: as of RunFolder.
+    `path`: the run folder, made on rank 0. `first_step`, `last_step`: of this process's part of the run.
+    `epochs`, `total_steps`: of the whole run. `address`: (host, port) to serve metrics at, None for none.
+    `stall_seconds`: see make_pages. `allowed_hosts`: see is_own_host. `summary_columns`: as of RunFolder.
     """
 
     path: Path
@@ -108,10 +107,8 @@ class RunLogger:
         device: torch.device, resumed: tuple[Path, StepReport] | None,
     ) -> None:  # fmt: skip
         """Log the start of a run, or of its next part.
-
-        `facts`: see metrics.RUN_FACTS. `notes`: lines for the user. `resumed`: the checkpoint that this part
-        continues from, and the report that is saved in it. Raises DataError: log or summary cannot be read,
-        and would hold steps twice.
+        `facts`: see metrics.RUN_FACTS. `resumed`: the checkpoint that this part continues, and the report in
+        it. Raises DataError: log or summary cannot be read, and would hold steps twice.
         """
         self.metrics.start(facts, last_step=self.last_step, flops_per_image=flops_per_image, device=device)
         if resumed:
@@ -210,7 +207,6 @@ class RunLogger:
 
     def left_out(self, files: Sequence[BadFile], root: Path) -> None:
         """Log the files that the run begins without. All ranks know the same ones; rank 0 counts them.
-
         `root`: the training split, to find the list of `cmtrain data check`.
         """
         self.bad_files([files], quiet=True)
@@ -264,7 +260,6 @@ class RunLogger:
         lr: float, seconds: float, best: tuple[float, int],
     ) -> None:  # fmt: skip
         """Log the evaluations of `model` and, if there is one, `ema`.
-
         `seconds`: that all of them took. `best`: the run's best top-1 so far, and its step.
         """
         row: dict[str, Any] = {"epoch": epoch, "step": step, "train_loss": finite(self.train_loss), "lr": lr}
@@ -323,7 +318,6 @@ class RunLogger:
         as_json: bool = False,
     ) -> int:  # fmt: skip
         """Write how the run ended: status.json, report.html, the console, a JSON line (see print_result).
-
         Returns the exit code: `exit_code`, or 3 where status.json could not be written.
         """
         self.console.stop()

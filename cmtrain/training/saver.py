@@ -46,7 +46,6 @@ class Saver:
         self, state: dict[str, Any], step: int, meta: Mapping[str, Any], checked: FiniteCheck, *, last: bool
     ) -> None:
         """Start to write a checkpoint, unless the model was `checked` to be not finite.
-
         The `last` one exists when this returns. A failure (a full disk) is logged; the run goes on.
         """
         begin, metrics = time.perf_counter(), self.logger.metrics

@@ -15,9 +15,7 @@ from pipelines.spec import DataError
 @dataclass(frozen=True)
 class Schedule:
     """A run of `epochs` + `cooldown_epochs` epochs over `num_samples` samples on `world_size` processes.
-
-    The incomplete last global batch of an epoch is dropped. Raises ConfigError: see split_batch. DataError:
-    the dataset is smaller than one global batch.
+    An epoch drops its incomplete last batch. Raises ConfigError: see split_batch. DataError: not one batch.
     """
 
     num_samples: int
@@ -89,8 +87,8 @@ class Schedule:
 
 
 def split_batch(global_batch_size: int, max_batch_per_gpu: int, world_size: int) -> tuple[int, int]:
-    """Return (micro-batch size, accumulation) with the fewest passes that `max_batch_per_gpu` allows.
-    Raises ConfigError: the global batch does not split evenly over the processes.
+    """Return (micro-batch size, accumulation) with the fewest passes that `max_batch_per_gpu` allows. Raises
+    ConfigError: the global batch does not split evenly over the processes, or only into single images.
     """
     share, rest = divmod(global_batch_size, world_size)
     if rest:

@@ -53,11 +53,10 @@ def train(
 ) -> int:  # fmt: skip
     """Train the configuration in this process, one of several if a launcher started it.
 
-    `resume`: see resume.choose_start. `max_steps`: optimizer steps after which the run ends; None: all of
-    them. `data`: the images, if they are open already. `as_json`: print the result on a terminal, too.
-    Returns the exit code: 0 done, 3 too many bad files, 4 diverged, 5 expected accuracy not met, 130 Ctrl-C,
-    143 another stop signal; with several ranks, of the rank whose failure was the cause.
-    Raises ConfigError, DataError: before anything was written.
+    `resume`: see resume.choose_start. `max_steps`: after this many steps the run ends; None: all. `data`:
+    the images, if they are open already. `as_json`: print the result on a terminal, too. Raises ConfigError,
+    DataError: before anything is written. Returns the exit code: 0 done, 3 bad data or no checkpoint, 4
+    diverged, 5 accuracy missed, 130 Ctrl-C, 143 another stop signal; of the rank that was the cause.
     """
     with closing(RunLock(Path(config.run.dir) / str(config.run.name))) as lock:
         return run(config, lock, resume, max_steps, data, as_json)
@@ -246,7 +245,6 @@ def keep_or_roll_back(
     stop: StopRequest,
 ) -> str:  # fmt: skip
     """At a log point, keep a good state; or, after bad steps in a row or a spike, go back to one.
-
     Returns why the run has diverged, or "" if it goes on; the same on all ranks.
     """
     if report.bad_steps_in_a_row >= recovery.after_bad_steps:

@@ -1,8 +1,7 @@
 """Time the loader alone, the step alone and both together; name what limits them (`cmtrain bench`).
 
 Machines are shared and noisy, so all rates are taken in one process, one after the other, and the verdict is
-their ratio. Steps are timed by a host clock, with the device drained before and after the whole region,
-never inside it.
+their ratio. A host clock times the steps, with the device drained before and after all, never in between.
 """
 
 import argparse
@@ -55,10 +54,8 @@ NUM_PARTS = {"loader": 1, "model": 3, "all": 4, "train": 1}
 
 
 def bench(config: Config, options: argparse.Namespace) -> int:
-    """Measure `options.what` with the recipe of `config`, by the `options` of `cmtrain bench`.
-
+    """Measure `options.what` with the recipe of `config`. Returns the exit code, 0; raises as training does.
     Prints its parts and a table on stderr, one JSON line on stdout, and what is known so far into a file.
-    Returns the exit code, 0. Raises as training does.
     """
     what = options.what
     if options.predict:

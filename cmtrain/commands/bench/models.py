@@ -1,7 +1,4 @@
-"""Time a model beside well-known ones, through the same step (`cmtrain bench --what model`).
-
-Batches are synthetic and lie ready on the device.
-"""
+"""Time a model beside well-known ones, in the same step, on noise (`cmtrain bench --what model`)."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -60,7 +57,6 @@ class Setup:
 
 def time_models(setup: Setup, beside: Sequence[str]) -> Rows:
     """Time training and inference of the configuration's model and of the timm models `beside` it.
-
     Yields rows "NAME train" and "NAME infer" as of Contender.figures and against_ceilings, and "machine".
     """
     config, accelerator = setup.config, setup.accelerator

@@ -1,7 +1,6 @@
 """Predict the training step on a GPU that need not be here (`cmtrain bench --what model --predict`).
 
-The step runs on fake tensors. Model, loss, guard, optimizer and EMA are those of training, so a change to
-them shows. Loading, and the kernels of DALI, are no part of it.
+The step of training runs on fake tensors, so a change to it shows. Loading and DALI are no part of it.
 """
 
 from types import SimpleNamespace
@@ -26,7 +25,6 @@ CAUTIOUS = 0.65  # share of its rates that a GPU reaches with such kernels, esti
 
 def predict(config: Config, gpu: str) -> dict[str, Any]:
     """Report on a step of one micro-batch, the largest of `config`, on one of DEVICES.
-
     `figures`: sums of the dearest kernels, by path; `rows`: all kernels, by their sizes. Raises ConfigError:
     a model that cannot be made, or a precision other than fp16 and bf16.
     """

@@ -110,9 +110,8 @@ def best_seconds(work: Work, repeats: int, clock: Clock = WALL, device: torch.de
 
 
 def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Row:
-    """Time the best of a few large copies, read and written, and square matrix products in `dtype`.
-
-    Returns `copy_gb_per_second` and `matrix_tflops`.
+    """Return `copy_gb_per_second`, of large copies, read and written, and `matrix_tflops`, of square
+    products in `dtype`: the best of a few sizes each.
     """
     source = torch.zeros(COPY_BYTES[device.type] // 4, device=device)
     target = torch.empty_like(source)

@@ -110,7 +110,6 @@ def line_chart(
     height_px: int = 150,
 ) -> Chart:  # fmt: skip
     """Draw lines over steps 0..x_high, and `marks` as hairlines over the height of the plot.
-
     `key`: an id on the page. `level`: a value to compare with, and its name. `percent`: of values 0..1.
     """
     x_axis = linear_axis(0, x_high, 6, exact=True)
@@ -160,7 +159,6 @@ def heat_map(matrix: np.ndarray, names: Sequence[str], *, key: str) -> str:
 
 def thin(x: np.ndarray, y: np.ndarray, columns: int) -> np.ndarray:
     """Return indices of the points to draw: the lowest and the highest point of each of `columns` stripes.
-
     So a spike of one step in half a million stays visible. `x` ascends, `y` may hold NaN; both are (N,).
     """
     if len(x) <= 2 * columns:

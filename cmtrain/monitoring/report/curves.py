@@ -38,7 +38,6 @@ class PlottedRun:
 
 def draw_charts(runs: Sequence[PlottedRun]) -> dict[str, list[Chart]]:
     """Draw the `large_charts`, loss and accuracy, and the `small_charts`: learning rate, norms and speed.
-
     A single run also shows its events and the expected accuracy.
     """
     expected = number(runs[0].record.config.get("expect.top1")) if len(runs) == 1 else None

@@ -48,7 +48,6 @@ def newest_rows(record: RunRecord, now: float) -> list[Row]:
 
 def _rows(record: RunRecord, events: list[Event], most: int, seconds: Callable[[float], float]) -> list[Row]:
     """Return rows of the table of events, at most `most` of each kind. `seconds`: of a Unix time.
-
     `details`: (name, value) pairs. `more`: number of further events of this kind, which have no row.
     """
     total, seen = Counter(event["event"] for event in events), Counter[str]()

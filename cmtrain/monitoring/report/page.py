@@ -37,9 +37,7 @@ TONES = {"finished": "good", "running": "info", "preempted": "warn", "diverged":
 
 def report(paths: Sequence[str], out: str | None) -> int:
     """Write the report of the run folders `paths`, and print its path. Returns the exit code, 0.
-
-    `out`: the file to write; None for report.html in the run folder, or here if there are several. Raises
-    DataError: one of `paths` is no run folder, or the file cannot be written.
+    `out`: None for report.html in the run folder, or here for several. Raises DataError: no run, or no file.
     """
     folders = [Path(path) for path in paths]
     target = Path(out or (folders[0] / REPORT_NAME if len(folders) == 1 else REPORT_NAME))

@@ -39,7 +39,6 @@ def _visible(value: Any) -> Any:
 
 def render_page(template: str, values: dict[str, Any], scripts: Sequence[str]) -> str:
     """Return a page with `scripts` in it.
-
     Its security policy names their hash: a browser runs no other, even if one got past the escaping.
     """
     templates = make_templates()
