@@ -49,7 +49,7 @@ PREDICTED = ("h100", "h200", "a100", "l40s")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; `argv` without its name. Returns the exit code.
-    Only where stdout is the result, of the verbs beside a run, does a stdout that fails end the program.
+    A stdout that fails ends the verbs whose result it is, and never a run.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     verb = (arguments or [""])[0]

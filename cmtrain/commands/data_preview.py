@@ -33,7 +33,7 @@ _SAMPLED_IMAGES = 1000  # decoded for mean and std, evenly spread over the split
 def preview(config: Config, *, out: str, rows: int = 8, columns: int = 8, epoch: int = 0) -> int:
     """Write a PNG of augmented training images: one row per image, one column per epoch from `epoch` on.
     The images are spread evenly over the training split, and augmented as in training, with other draws. If
-    the recipe mixes or erases, `<out>-mixed.png` shows that. Raises as training does; DataError: no file.
+    the recipe mixes or erases, `<out>-mixed.png` shows that. Raises as training, and DataError for `out`.
     """
     accelerator = build.make_accelerator("auto")
     data = loaders.open_data(config, accelerator)

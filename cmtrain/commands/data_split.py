@@ -47,7 +47,7 @@ def split(
     """Write train.csv, val.csv and, for `test` > 0, test.csv, each with its share of every class.
 
     Images of one group are on one side: those in whose path below `root` the pattern `group_by` finds the
-    same text (its first group, else the whole match), and, to `compare`, near-duplicates. The same images,
+    same text (its first group, else the whole match), and near-duplicates (if `compare`). The same images,
     shares and seed give the same lists. `root` has one folder per class; `val` and `test` are shares of each
     class. `out`: folder for the lists; None for `root`, where a run finds them. Returns the exit code, 0.
     Raises ConfigError: shares or a pattern that cannot be used. DataError: no images, a folder that is split

@@ -38,7 +38,7 @@ from pipelines.spec import UNREADABLE, DataError, print_lines, visible
 def predict(files: Sequence[str], options: argparse.Namespace, overrides: Overrides) -> int:
     """Classify `files` as the `options` of `cmtrain predict` ask.
     Files that cannot be read are named on stderr and left out: the exit code is 3 then, else 0. Raises
-    ConfigError: options that do not fit the model. DataError: no usable model or image, or no file written.
+    ConfigError: options that do not fit the model. DataError: the model, every image or an output file.
     """
     # Open the model and the images
     config, class_names, model, thresholds = open_model(options.run, overrides)

@@ -31,11 +31,9 @@ MAX_ANSWER_BYTES = 1_000_000
 
 @dataclass(frozen=True)
 class RunStatus:
-    """The content of status.json, checked against the live process.
-
-    `now`: the answer of the run itself ("now" of /status.json); None without one. `alive`: whether its
-    process exists; None if that cannot be known from here, or if the run has ended. `warning`: what
-    contradicts status.json, or "".
+    """The content of status.json, checked against the live process. `now`: the run's own answer ("now" of
+    /status.json), or None. `alive`: whether its process exists; None if that cannot be known from here, or
+    if the run has ended. `warning`: what contradicts status.json, or "".
     """
 
     path: Path

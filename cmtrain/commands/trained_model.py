@@ -50,8 +50,7 @@ class Trained:
 
 def open_trained(place: str, overrides: Overrides) -> Trained:
     """Open `place`: a run folder, the name of one below runs/, or a checkpoint folder in a run folder.
-    Newer checkpoints that are damaged are named on stderr. Raises ConfigError: wrong overrides; DataError:
-    no run or no usable checkpoint there.
+    Names damaged newer checkpoints on stderr. Raises ConfigError: wrong overrides. DataError: no checkpoint.
     """
     run, path = find_run(place)
     loaded = read_checkpoint(path)

@@ -1,9 +1,9 @@
 """Write one file per rank that lets Prometheus find it (file-based service discovery).
 
 Each rank writes `<run.dir>/.targets/<run>-<rank>.json` and deletes it when it ends (docs/metrics.md). All
-runs share one folder, since Prometheus allows a wildcard in the last part of a path only; it is hidden,
-because no run can have its name. The file of a killed rank stays: its target is then down, and an alert can
-fire. The files hold no labels: a `run` label here would rename the metrics' own to `exported_run`.
+runs share one folder, since Prometheus allows a wildcard only in the last part of a path. It is hidden, so
+that no run has its name. The file of a killed rank stays: its target is down, and an alert can fire. The
+files hold no labels: a `run` label here would rename the metrics' own to `exported_run`.
 """
 
 import json

@@ -149,7 +149,7 @@ class TrainMetrics:
         self, step: int, num_images: int, num_bytes: int, seconds: float, wait_seconds: float, phases: Timing
     ) -> None:
         """Count `step`, which has just ended, on the host only: this never waits for the device.
-        All is of this rank. `seconds` include `wait_seconds` for data. `phases`: of newly finished steps.
+        All numbers are this rank's. `seconds` include `wait_seconds` for data. `phases`: of finished steps.
         """
         if self.state == "setup":
             self.enter("train")

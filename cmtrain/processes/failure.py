@@ -1,8 +1,7 @@
 """Record how each process of a run failed, and find the failure that caused the others. Needs no torch.
 
-Each rank that fails writes `failed-rank<r>.json` in the run folder. Most of these failures are consequences:
-when one rank is gone, the others lose contact. A rank, the launcher or the next start picks the cause and
-writes it to status.json.
+Each rank that fails writes `failed-rank<r>.json`. Most failures are consequences: when one rank is gone, the
+others lose contact. A rank, the launcher or the next start picks the cause and writes it to status.json.
 """
 
 import fcntl

@@ -109,7 +109,7 @@ def clock_offset_seconds(group: Any) -> float:
 
 
 def sees_run_dir(group: Any, folder: Path) -> bool:
-    """Return whether this rank sees a file that rank 0 writes to `folder`. Raises DataError: it cannot."""
+    """Return whether this rank sees what rank 0 writes to `folder`. Raises DataError: it cannot write."""
     path = folder / f".token-{gather(secrets.token_hex(8), group)[0]}"
     is_first, made, failure = torch.distributed.get_rank(group) == 0, list[Path](), ""
     if is_first:

@@ -29,8 +29,7 @@ class StopRequest:
 
     Repeated SIGTERM or SIGUSR2 change nothing, because launchers deliver them twice. Ranks combine their
     flags over the host's `group`, and wait for the reduction of a step at the next one. `decision`: the
-    signal agreed on, 0 for none yet; once set, it stays. `saved_step`: of the newest checkpoint; the trainer
-    sets it.
+    signal agreed on, 0 for none yet; it then stays. `saved_step`: of the newest checkpoint, by the trainer.
     """
 
     def __init__(self, group: Any) -> None:

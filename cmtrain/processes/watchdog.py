@@ -1,8 +1,7 @@
 """End a process that hangs, and write down where it hung.
 
-There are two timers. A thread of ours reports and ends the process with its stacks in the run folder and on
-stderr, but never runs while something holds the interpreter's lock. faulthandler's timer, in C, always fires
-a little later, but can only write stacks and exit.
+Of two timers, a thread reports, writes stacks to the run folder and stderr, and ends the process, but cannot
+run while something holds the interpreter's lock. faulthandler's, in C, fires later, and only writes stacks.
 """
 
 import faulthandler
@@ -27,7 +26,7 @@ POLL_SECONDS = 0.5
 
 class Watchdog:
     """Allows `timeout_seconds` (None: any time) between calls of `begin`, three times that the first time.
-    `run_path`/hang-rank<rank>.txt is empty or absent without a hang. Stacks also go to stderr.
+    `run_path`/hang-rank<rank>.txt is empty or absent unless it hung. `losses` notes if it cannot be written.
     """
 
     def __init__(
@@ -69,7 +68,6 @@ class Watchdog:
             self.begin(phase, step)
 
     def close(self) -> None:
-        """Stop watching."""
         if self.timeout_seconds is None or self.closed.is_set():
             return
         self.closed.set()

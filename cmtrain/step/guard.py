@@ -39,7 +39,7 @@ def _statistics(batchnorms: Iterable[_BatchNorm]) -> list[Tensor]:
 class Guard:
     """Commits or restores BatchNorm's statistics at the end of a step, and counts bad steps on the device.
 
-    `model`: unwrapped, on its device. `protect`: False only counts bad steps, for comparisons and tests.
+    `model`: unwrapped, on its device. `protect`: False commits everything, and only counts bad steps.
     Each micro-batch of a step starts from the statistics that the last step committed, and the step commits
     the mean of their proposals. So they move once per step with BatchNorm's own momentum. The update is
     linear, so the mean over ranks is the same on 1 process x 8 micro-batches as on 8 x 1.

@@ -50,7 +50,7 @@ class MixDraw:
 def mix(images: Tensor, labels: Tensor, spec: MixSpec, key: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Erase, mix and soften one batch: normalised images (B, C, H, W), not modified, and labels (B,) int64.
     `key`: (seed, step, micro-batch), from which all but the noise of erasing is drawn. Returns images and
-    targets (B, num_classes) float32; rows sum to 1 without label_sets. Raises ConfigError: see `custom`.
+    float32 targets (B, num_classes); rows sum to 1 without label_sets. Raises ConfigError: another shape.
     """
     rng = np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
     if spec.custom:

@@ -2,7 +2,7 @@
 
 The rule is that of OLMo-core's and levanter's skip-step optimizers: more than 6 standard deviations above
 the mean of the last 128 steps. Two things differ. The values are logarithms, because the noise of both
-measurements grows with their size. Mean and variance are exponential, so the whole state is two numbers. All
+measurements grows with their size. Mean and variance are exponential, so the state is a few numbers. All
 ranks find the same spikes, however often the run was stopped: of the mean loss over ranks, in float64.
 """
 

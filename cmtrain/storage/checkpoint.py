@@ -43,7 +43,7 @@ class Loaded:
 
 
 def checkpoint_steps(root: Path) -> list[int]:
-    """Return the steps of the checkpoints under `root`, ascending, without links. Raises OSError."""
+    """Return the steps of checkpoints under `root`, ascending, without links. Raises OSError: unreadable."""
     try:
         with os.scandir(root) as entries:
             found = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]

@@ -136,7 +136,7 @@ def is_running(pid: int) -> bool:
 
 
 def open_regular(path: Path, flags: int = 0, buffering: int = io.DEFAULT_BUFFER_SIZE) -> io.BufferedReader:
-    """Open a regular file; never wait for a pipe. Raises OSError, DamagedRecordError: it is no such file."""
+    """Open a regular file; never wait for a pipe. Raises OSError, DamagedRecordError: something else."""
     if path.is_symlink() and not path.exists():
         raise DamagedRecordError("a link that leads nowhere")
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | flags)

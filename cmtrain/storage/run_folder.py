@@ -261,7 +261,7 @@ def _step_of_row(line: bytes, columns: Sequence[str]) -> float | None:
 
 
 def find_run(place: str) -> tuple[Path, Path]:
-    """Return the run folder of `place`, and its path: as given, or below runs/. Raises DataError: no run."""
+    """Return the run folder that `place` is or is in, and its path, maybe below runs/. Raises DataError."""
     for path in (Path(place), RUNS / place):
         # RUN for RUN/checkpoints/step-* and RUN/repaired/step-*
         for run in (path, path.absolute().parent.parent) if path.name.startswith("step-") else (path,):

@@ -45,7 +45,7 @@ class Digest:
 
 def write_state(path: Path, state: dict[str, Any]) -> Digest:
     """Write `state` (nested dicts, lists and tuples of tensors, numbers, strings), synced to the disk.
-    Returns the digest of what was meant to be written. Raises OSError, CheckpointError: other values in it.
+    Returns the digest of what was meant to be written. Raises OSError, CheckpointError: an unknown type.
     """
     tensors: dict[str, Tensor] = {}
     header: dict[str, Any] = {"__metadata__": {"state": json.dumps(_to_json(state, (), tensors))}}

@@ -150,7 +150,7 @@ def num_classes_in(weights: Weights, name: str) -> int:
 
 def start_from(path: str, model: nn.Module, class_names: Sequence[str] = ()) -> list[str]:
     """Give a new `model` the weights at `path`, for model.init_from. Return lines for the user.
-    One reports a kept head of other classes than `class_names`. Raises ConfigError: other model; DataError.
+    One reports a kept head of other classes than `class_names`. Raises ConfigError: no fit; as read_weights.
     """
     try:
         weights = read_weights(path)

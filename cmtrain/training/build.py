@@ -124,8 +124,8 @@ def join_ranks(config: Config, run_path: Path) -> tuple[Accelerator, Any, list[s
 def make_accelerator(
     precision: str, collective_timeout_seconds: float = 600.0, *, checks_gpus: bool = True, **options: Any
 ) -> Accelerator:
-    """Join the process group, if a launcher made one, and pick the device. `options`: more of Accelerator.
-    Raises ConfigError: as check_precision. DataError: if it `checks_gpus`, where torch cannot use them.
+    """Join the process group, if a launcher made one, and pick the device. `options`: for Accelerator.
+    Raises ConfigError: see check_precision. DataError, if it `checks_gpus`: GPUs that torch cannot use.
     """
     if checks_gpus and (why := why_unusable()):
         raise DataError(why)

@@ -102,7 +102,7 @@ def check_places(config: Config, *, trains: bool = True) -> None:
 
 def open_data(config: Config, accelerator: Accelerator | None = None) -> Data:
     """Index both splits; of the processes that share a cache, one scans the files for all.
-    Without an `accelerator`, each rank may write the demo images. Raises DataError: missing, unusable files.
+    Without `accelerator`, each rank may write the demo images. Raises DataError: missing or unusable files.
     """
     data = config.data
     with accelerator.local_main_process_first() if accelerator else nullcontext():

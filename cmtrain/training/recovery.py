@@ -27,10 +27,10 @@ MAX_SNAPSHOTS = 3
 class Recovery:
     """In-memory snapshots of good states, and how many rollbacks remain.
 
-    `after_bad_steps` in a row call for a rollback, as a loss spike does if `on_spikes`; one after
-    `max_rollbacks` means that the run has diverged. A snapshot is trusted only between `after_bad_steps`
-    good steps and as many later steps: a failing run is still finite for a while. `lr_backoff`: factor on
-    the learning rate after a rollback, which returns to 1 evenly over `backoff_steps` (None: it stays).
+    `after_bad_steps` in a row call for a rollback; after `max_rollbacks`, the run has diverged. A loss spike
+    calls for one while one remains, if `on_spikes`. A snapshot is trusted only between
+    `after_bad_steps` good steps and as many later steps: a failing run is still finite for a while.
+    `lr_backoff`: learning rate factor, which returns to 1 evenly over `backoff_steps` (None: it stays).
     """
 
     after_bad_steps: int
@@ -64,7 +64,7 @@ class Recovery:
     def roll_back(self, step: int, learner: Learner, *, good_until: int) -> int | None:
         """Put the learner back to a good state. Returns the step of that state, None if no rollback remains.
         `good_until`: the last step before the trouble. Where no snapshot is trusted, the oldest is taken.
-        The snapshot is then dropped, unless it is the only one: the next rollback goes further back.
+        It is dropped, with newer ones, unless it is the oldest: the next rollback goes further back.
         """
         if self.exhausted or not self.snapshots:
             return None

@@ -171,7 +171,6 @@ class RunLogger:
                 print_lines(f"rank {self.rank}: {text}")
 
     def log(self, report: StepReport) -> None:
-        """Log a log point."""
         before, self.train_loss = self.metrics.reported, report.loss
         self.metrics.report(report)
         images_per_second, wait_share, step_seconds = self.pace.pop_averages()

@@ -15,7 +15,6 @@ from cmtrain.training.run_logger import RunLogger
 
 class Saver:
     """Writes checkpoints on rank 0 and logs how each save ended. `keep`: see checkpoint.drop_old.
-
     `measure`: what makes a checkpoint the best, see Evaluation.score. `best`: the best one's top-1 and step,
     (0, -1) before the first evaluation. `unsaved`: why the newest state has no checkpoint, "" if it has one.
     `saved_step`: of the newest checkpoint, 0 for none.

@@ -15,7 +15,7 @@ from pipelines.spec import DataError
 @dataclass(frozen=True)
 class Schedule:
     """A run of `epochs` + `cooldown_epochs` epochs over `num_samples` samples on `world_size` processes.
-    An epoch drops its incomplete last batch. Raises ConfigError: see split_batch. DataError: not one batch.
+    An epoch drops its incomplete last batch. Raises ConfigError: see split_batch. DataError: no whole batch.
     """
 
     num_samples: int

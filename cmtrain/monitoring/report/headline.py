@@ -27,11 +27,9 @@ class Share:
 
 @dataclass(frozen=True)
 class Times:
-    """The times of a run.
-
-    `begin`, `end`: Unix times of the first and the last record. `active_seconds`: in which a process ran;
-    `shares` of it are in the order of a step. `images`: trained on, as far as the log goes. Both means are
-    over the logged steps, without evaluations and checkpoints; None without a log.
+    """The times of a run. `begin`, `end`: Unix times of the first and the last record. `active_seconds`: in
+    which a process ran; `shares` of it are in the order of a step. `images`: trained on, as far as the log
+    goes. Both means are over the logged steps, without evaluations and checkpoints; None without a log.
     """
 
     begin: float

@@ -37,7 +37,7 @@ TONES = {"finished": "good", "running": "info", "preempted": "warn", "diverged":
 
 def report(paths: Sequence[str], out: str | None) -> int:
     """Write the report of the run folders `paths`, and print its path. Returns the exit code, 0.
-    `out`: None for report.html in the run folder, or here for several. Raises DataError: no run, or no file.
+    `out`: None for report.html in the run folder, or here for several. Raises DataError: no run, unwritable.
     """
     folders = [Path(path) for path in paths]
     target = Path(out or (folders[0] / REPORT_NAME if len(folders) == 1 else REPORT_NAME))
@@ -73,7 +73,6 @@ def render(records: Sequence[RunRecord]) -> str:
 
 
 def _run_page(run: PlottedRun) -> dict[str, Any]:
-    """Return what the template needs of one run."""
     record, status, times = run.record, run.record.status, measure_times(run.record)
     name, reason = state_name(status), status.get("reason")
     silent_seconds, patience = time.time() - times.end, number(record.config.get("metrics.stall_seconds"))
