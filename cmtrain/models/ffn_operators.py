@@ -256,10 +256,11 @@ def expand_grad(
     (rows, pitch), (hidden, channels) = z.shape, weight.shape
     dz, dx = torch.empty_like(z), empty(z, rows, channels, dtype=z.dtype)
     columns = channel_columns(channels, z.dtype)
+    how = PRODUCT_LAUNCH if z.itemsize == 2 else LAUNCH  # in fp32 four warps have too few registers
     launch(
         kernels.expand_grad_kernel, (cdiv(rows, ROWS) * cdiv(channels, columns),),
         dn, z, scale, slope, offset, weight, dz, dx, rows,
         C=channels, H=hidden, P=pitch, PRECISION=precision(z),
-        ROWS=ROWS, COLUMNS=columns, INNER=GEMM_INNER, **PRODUCT_LAUNCH,
+        ROWS=ROWS, COLUMNS=columns, INNER=GEMM_INNER, **how,
     )  # fmt: skip
     return dz, dx

@@ -21,7 +21,6 @@ import math
 import os
 import socket
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +30,7 @@ from cmtrain.storage.records import DamagedRecordError, Losses, is_number, keep_
 from pipelines.spec import DataError
 
 SUMMARY_COLUMNS = ("epoch", "step", "train_loss", "eval_loss", "eval_top1", "eval_top5", "eval_ema_loss",
-                   "eval_ema_top1", "eval_ema_top5", "lr")  # fmt: skip
-MULTI_LABEL_COLUMNS = (*SUMMARY_COLUMNS, "eval_map", "eval_ema_map")
+                   "eval_ema_top1", "eval_ema_top5", "lr", "eval_map", "eval_ema_map")  # fmt: skip
 RUNS = Path("runs")
 SUMMARY_HEADER = ",".join(SUMMARY_COLUMNS)
 WEIGHTS_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
@@ -54,12 +52,10 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 class RunFolder:
-    """Writes a run's files, on rank 0. `losses` notes what fails: no run ends. `columns`: of summary.csv."""
+    """Writes one run's files, on rank 0 only. What fails, as on a full disk, `losses` notes: no run ends."""
 
-    def __init__(
-        self, path: Path, losses: Losses | None = None, columns: Sequence[str] = SUMMARY_COLUMNS
-    ) -> None:
-        self.path, self.losses, self.columns = path, losses or Losses(), columns
+    def __init__(self, path: Path, losses: Losses | None = None) -> None:
+        self.path, self.losses = path, losses or Losses()
         self._status: dict[str, Any] = read_status(path) or {}
         path.mkdir(parents=True, exist_ok=True)
 
@@ -93,9 +89,9 @@ class RunFolder:
 
     def summary(self, row: dict[str, Any]) -> None:
         text = io.StringIO(newline="")
-        csv.DictWriter(text, self.columns, restval="").writerow(row)
-        path, header = self.path / "summary.csv", f"{','.join(self.columns)}\r\n"
-        self.losses.attempt(path.name, records.append, path, text.getvalue(), header)
+        csv.DictWriter(text, SUMMARY_COLUMNS, restval="").writerow(row)
+        path = self.path / "summary.csv"
+        self.losses.attempt(path.name, records.append, path, text.getvalue(), f"{SUMMARY_HEADER}\r\n")
 
     def rewind(self, step: int) -> list[str]:
         """Remove log records and summary rows after `step`: a resumed run will do those steps again.
@@ -105,10 +101,9 @@ class RunFolder:
         def is_until(found: Any) -> bool | None:
             return found <= step if is_number(found) else None
 
-        log, summary, header = self.path / "log.jsonl", self.path / "summary.csv", ",".join(self.columns)
+        log, summary, header = self.path / "log.jsonl", self.path / "summary.csv", SUMMARY_HEADER.encode()
         found = [keep_lines(log, lambda line: is_until((records.parse_record(line) or {}).get("step")))]
-        rows = keep_lines(summary, lambda line: is_until(_step_of_row(line, self.columns)), header.encode())
-        found.append(rows)
+        found += [keep_lines(summary, lambda line: is_until(_step_of_row(line)), header)]
         return list(filter(None, found))
 
 
@@ -251,13 +246,13 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _step_of_row(line: bytes, columns: Sequence[str]) -> float | None:
+def _step_of_row(line: bytes) -> float | None:
     """Return the step of a row of summary.csv; None if it is not a row of numbers, one per column."""
     try:
         numbers = [float(cell) if cell else 0.0 for cell in line.strip().split(b",")]
     except ValueError:
         return None
-    return numbers[1] if len(numbers) == len(columns) else None
+    return numbers[1] if len(numbers) == len(SUMMARY_COLUMNS) else None
 
 
 def find_run(place: str) -> tuple[Path, Path]:

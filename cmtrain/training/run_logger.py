@@ -29,14 +29,7 @@ from cmtrain.step.spikes import Spike
 from cmtrain.storage.checkpoint_writer import Outcome
 from cmtrain.storage.finite import named
 from cmtrain.storage.records import Losses
-from cmtrain.storage.run_folder import (
-    CLASSES_NAME,
-    REPORT_NAME,
-    SAMPLE_NAME,
-    SUMMARY_COLUMNS,
-    RunFolder,
-    finite,
-)
+from cmtrain.storage.run_folder import CLASSES_NAME, REPORT_NAME, SAMPLE_NAME, RunFolder, finite
 from cmtrain.training.recovery import BadStep
 from pipelines.checks.bad_list import BadFile, find_list
 from pipelines.spec import DataError, print_lines
@@ -48,7 +41,7 @@ class RunLogger:
 
     `path`: the run folder, made on rank 0. `first_step`, `last_step`: of this process's part of the run.
     `epochs`, `total_steps`: of the whole run. `address`: (host, port) to serve metrics at, None for none.
-    `stall_seconds`: see make_pages. `allowed_hosts`: see is_own_host. `summary_columns`: as of RunFolder.
+    `stall_seconds`: see routes.make_pages. `allowed_hosts`: see http_server.is_own_host.
     """
 
     path: Path
@@ -63,15 +56,13 @@ class RunLogger:
     stall_seconds: float
     trackers: Trackers | None = None
     allowed_hosts: Sequence[str] = ()
-    summary_columns: Sequence[str] = SUMMARY_COLUMNS
 
     def __post_init__(self) -> None:
         self.step = self.first_step
         self.console = Console(enabled=self.rank == 0)
         self.metrics = TrainMetrics(self.path.name, self.rank)
         self.losses = Losses()
-        folder = self.path, self.losses, self.summary_columns
-        self.folder = RunFolder(*folder) if self.rank == 0 else None
+        self.folder = RunFolder(self.path, self.losses) if self.rank == 0 else None
         self.speed: dict[str, Any] = {}  # at the last log point; the share of waiting is this rank's own
         self.train_loss = math.nan
         self.bad_paths: set[str] = set()

@@ -27,7 +27,7 @@ from cmtrain.step.learner import Learner
 from cmtrain.step.measure import StepReport, Stopwatch
 from cmtrain.storage.finite import FiniteCheck, repair_or_reject
 from cmtrain.storage.records import replace_file
-from cmtrain.storage.run_folder import MULTI_LABEL_COLUMNS, SAMPLE_NAME, SUMMARY_COLUMNS, RunLock
+from cmtrain.storage.run_folder import SAMPLE_NAME, RunLock
 from cmtrain.training import build
 from cmtrain.training.build import Parts
 from cmtrain.training.endings import check_expectation, stopped_at_once, stopped_by
@@ -347,5 +347,4 @@ def open_logger(config: Config, path: Path, parts: Parts, last_step: int) -> Run
         address=(metrics.host, metrics.port + accelerator.local_process_index) if metrics.enabled else None,
         stall_seconds=metrics.stall_seconds, allowed_hosts=metrics.allowed_hosts,
         trackers=Trackers(accelerator, path.name, flat(config)),
-        summary_columns=MULTI_LABEL_COLUMNS if config.data.multi_label else SUMMARY_COLUMNS,
     )  # fmt: skip

@@ -406,7 +406,8 @@ def test_auto_is_fused_where_it_can_be(monkeypatch, capability, training, grad, 
 
 # ---- compiled
 
-MAX_SPILL = 64  # bytes: 16 registers, of 128
+MAX_SPILL = 96  # bytes: 24 registers, of 128, once a tile
+MAX_SPILL_FP32 = 320  # whose exact products take no matrix units
 # The paper's form, then the re-implementation's, the perception unit's, and those of evaluation.
 KERNELS = {"expand", "depthwise", "project", "project_grad", "depthwise_grad", "expand_grad", "weight_grad"}
 # Per hidden number. An H100 issues some 10 in the time in which it moves a byte of device memory.
@@ -448,7 +449,8 @@ def test_every_stage_compiles_without_spills_that_matter(name, dtype):
         "80,90", dtype, *((*STAGES[name, i], size.image_px // 4 >> i) for i in range(4))
     )
     assert {kernel["kernel"] for kernel in found} >= KERNELS
-    assert max(kernel["spilled_bytes"] for kernel in found) <= MAX_SPILL
+    most = MAX_SPILL_FP32 if dtype == "fp32" else MAX_SPILL
+    assert max(kernel["spilled_bytes"] for kernel in found) <= most
 
 
 # ---- the check before training
