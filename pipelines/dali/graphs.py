@@ -173,8 +173,7 @@ def _decode(files: Any, run: Execution, windows: Any = None) -> Any:
     region = {} if windows is None else {"start": windows[:2], "shape": windows[2:], "axes": [0, 1]}
     if not whole:
         options |= region
-    # Without fancy upsampling a GPU interpolates colour more coarsely than libjpeg, and so than Pillow.
-    # nvJPEG before CUDA 12.1 has none, and ignores the option.
+    # Without fancy upsampling a GPU's colour is coarser than Pillow's. nvJPEG before CUDA 12.1 ignores it.
     on_cpu = run.device == "cpu" or run.decode == "cpu"
     image = decoder(contents, device="cpu" if on_cpu else "mixed", jpeg_fancy_upsampling=True, **options)
     if whole and region:

@@ -65,7 +65,6 @@ class Paths:
         return map(os.fsdecode, self.encoded)
 
     def select(self, indices: Ints) -> Paths:
-        """Return the paths at `indices`, in their order."""
         return Paths(self.encoded[indices])
 
     def find(self, wanted: Paths) -> Ints:
