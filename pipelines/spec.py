@@ -123,7 +123,7 @@ class Placement:
     rank: int = 0
     world: int = 1
     device: torch.device | str = "cpu"
-    # "mixed": crop windows on the GPU; "mixed_whole": whole images, cut there; "auto": "mixed", else "cpu"
+    # "mixed": the GPU decodes crop windows; "mixed_whole": whole images; "auto": "mixed", without GPU "cpu"
     decode: Decode = "auto"
     threads: int = 1  # DALI's, in this process
     prefetch_batches: int = 2  # micro-batches in flight, those of the next epoch included

@@ -101,10 +101,9 @@ def _times(image: Node, factor: Node) -> Node:
 
 @do_not_convert
 def equalize(image: Node) -> Node:
-    """Equalise the histogram as Pillow, with OpenCV's operator.
+    """Equalise the histogram as Pillow up to rounding, with OpenCV's operator on the negative.
 
-    OpenCV counts the values up to and including a level, Pillow those below it, which are above it in the
-    negative. So the negative of the equalised negative is Pillow's result up to rounding.
+    OpenCV counts the values up to and including a level, Pillow those below it: in the negative, above it.
     """
     return _equalize(image ^ _level(255)) ^ _level(255)
 

@@ -57,7 +57,7 @@ def line_of(path: Path, root: Path, label: str) -> str:
 def relabel_list(listing: Listing, path: Path, class_names: Sequence[str] | None) -> Listing:
     """Return the same files with places in `class_names` as labels; None takes the labels found, in order.
 
-    Then numbers are positions if half of 0 to the largest or more occur, else names. DataError has the line.
+    Then numbers are positions if half or more up to the largest occur, else names. DataError names the line.
     """
 
     def subject(label: str) -> str:
