@@ -127,8 +127,7 @@ class Placement:
     decode: Decode = "auto"
     threads: int = 1  # DALI's, in this process
     prefetch_batches: int = 2  # micro-batches in flight, those of the next epoch included
-    # Largest share of files that may turn out to be bad during the run. One file always may, unless it is 0.
-    max_bad_fraction: float = MAX_BAD_FRACTION
+    max_bad_fraction: float = MAX_BAD_FRACTION  # of files, found bad in a run; one may be, unless this is 0
     hw_decoder_load: float | None = None  # see `graphs.Execution`
 
 

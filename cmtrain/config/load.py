@@ -126,8 +126,7 @@ def find_configs(path: str | Path) -> list[Path]:
 
 def _packaged() -> dict[str, Path]:
     """Return the configurations that ship with cmtrain: "configs/demo.yaml" -> its path."""
-    package = Path(__file__).resolve().parent.parent
-    # In a wheel they are inside the package, in a checkout beside it.
+    package = Path(__file__).resolve().parent.parent  # holds them in a wheel; a checkout has them beside
     folder = package / "_configs" if (package / "_configs").is_dir() else package.parent / "configs"
     return {f"configs/{file.relative_to(folder)}": file for file in sorted(folder.rglob("*.yaml"))}
 

@@ -61,8 +61,7 @@ def parse(text: str) -> tuple[Node | None, list[Problem]]:
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark else 1
         return None, [*problems, (line, f"not YAML: {error.problem or error.context}")]
-    except (ValueError, OverflowError) as error:
-        # From PyYAML's scanner: an escape beyond Unicode, a version of thousands of digits.
+    except (ValueError, OverflowError) as error:  # escapes beyond Unicode, versions of thousands of digits
         return None, [*problems, (1, f"not YAML: {error}")]
     return root, problems
 

@@ -304,8 +304,7 @@ class FeedForward(nn.Module):
 
     The paper adds the depth-wise branch before GELU and BatchNorm, the re-implementation after them.
     kernel: "eager" computes as written below, "fused" in Triton kernels (fused_ffn.py), without a backward
-    pass of evaluation. "auto" is fused where it can be, on a GPU that runs Triton (from compute capability
-    8.0).
+    pass of evaluation. "auto" is fused where it can be, on GPUs of compute capability 8.0 or more.
     """
 
     def __init__(self, dim: int, hidden: int, *, variant: Variant, drop: float, kernel: FfnKernel = "auto"):

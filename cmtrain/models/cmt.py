@@ -217,8 +217,7 @@ class CMT(nn.Module):
             x = stage(x)
         return x
 
-    # (B, C, H, W) -> (B, num_classes)
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:  # (B, C, H, W) -> (B, classes)
         if self.fc_norm is not None:  # paper: convolution, BatchNorm, Swish, then the average
             x = F.silu(self.fc_norm(self.fc(x)))
         x = x.permute(0, 2, 3, 1).mean((1, 2))[:, :, None, None] if self.global_pool else x  # keeps strides

@@ -25,8 +25,7 @@ MAP_COLUMNS = 32  # columns of every other tile: 64 bytes in half precision, two
 GRAD_ROWS = 32  # rows of a tile of depthwise_grad, which keeps twelve sums for each of its places
 # Consecutive tiles of rows per program: fewer partial sums to add, but programs enough for a large GPU.
 MAX_TILES, MIN_PROGRAMS = 64, 1024
-# So that two or more programs fit a multiprocessor of sm_80 or sm_90.
-LAUNCH = {"num_warps": 8, "enable_fp_fusion": True}
+LAUNCH = {"num_warps": 8, "enable_fp_fusion": True}  # two programs fit a multiprocessor of sm_80 or sm_90
 # A product whose left side is made in registers: with more warps, two of them would make each row's.
 PRODUCT_LAUNCH = LAUNCH | {"num_warps": 4}
 

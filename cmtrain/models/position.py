@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-# The authors' released network; the re-implementation's (FlyEgle/CMT-pytorch).
-Variant = Literal["paper", "reimpl"]
+Variant = Literal["paper", "reimpl"]  # the authors' released network, or FlyEgle/CMT-pytorch's
 AttentionBiasKind = Literal["none", "relative", "pairwise"]
 
 

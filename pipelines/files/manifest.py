@@ -285,8 +285,7 @@ def _manifest(found: Scan, listing: Listing, max_bad_fraction: float | None, *, 
     # The device is not among them: its number may change with a mount.
     identities = _identities(listing.inodes, listing.size_bytes, listing.mtime_ns)
     inner = _holders(listing) if listed else []
-    # By `cmtrain data check`; read every time, never cached.
-    if more := _listed_faults(listing, identities, inner):
+    if more := _listed_faults(listing, identities, inner):  # of `cmtrain data check`; never cached
         sizes = sizes.copy()
         sizes[list(more)] = 0
         faults = dict(sorted((more | faults).items()))

@@ -250,7 +250,8 @@ def test_the_stem_equals_autograd_and_moves_its_statistics(channels, large_tiles
 
 
 NEEDS_GPU = pytest.mark.skipif(
-    DEVICE == "cpu", reason="needs a CUDA device: Triton's interpreter cuts off where it converts to bfloat16"
+    DEVICE == "cpu",
+    reason="needs a CUDA device: Triton's interpreter cuts off where it converts to bfloat16",
 )
 
 

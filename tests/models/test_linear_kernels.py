@@ -162,5 +162,7 @@ def test_compiled_for_a_gpu_the_first_stage_takes_few_instructions_and_no_spill(
     assert {kernel["kernel"] for kernel in found} == set(CEILINGS)
     assert {"depthwise", "backward", "skip", "pixels"} <= {form for each in found for form in each["forms"]}
     costs = [(kernel["kernel"], kernel["instructions"], kernel["registers"]) for kernel in found]
-    assert all(cost <= CEILINGS[name] and registers <= REGISTERS[sm] for name, cost, registers in costs), costs
+    assert all(cost <= CEILINGS[name] and registers <= REGISTERS[sm] for name, cost, registers in costs), (
+        costs
+    )
     assert max(kernel["spilled_bytes"] for kernel in found) == 0
