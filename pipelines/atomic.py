@@ -71,7 +71,6 @@ def partial_path(path: Path) -> Path:
 @contextlib.contextmanager
 def locked(path: Path, what: str) -> Iterator[None]:
     """Hold the lock of `path`, once no process of this host, or of any host if the file system can, has it.
-
     Where nothing can be locked, every process works for itself. `what` the others do, for a message.
     """
     from filelock import FileLock, Timeout  # late: it takes long to load, and the launcher needs none of it

@@ -112,7 +112,6 @@ def find_config(path: str | Path) -> Path:
 
 def find_configs(path: str | Path) -> list[Path]:
     """Return the file `path`, or all files of the folder `path` by name; either may ship with cmtrain.
-
     `base.yaml` is left out of a folder, since the other files extend it. Raises ConfigError as find_config.
     """
     if os.path.isdir(path):

@@ -185,7 +185,6 @@ _FREE_KEYS = (
 
 def recipe(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Return what makes two runs the same run: the keys that decide what is learned, with their values.
-
     A key that `sections`, a Config dumped to JSON, does not have counts as its default.
     """
     values = to_jsonable_python(defaults()) | flatten(sections)

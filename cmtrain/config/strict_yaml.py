@@ -1,7 +1,7 @@
 """Parse YAML in which a value is what it looks like, and give every value its line.
 
 YAML 1.1 loaders read `6e-3` as text, `010` as 8 and `1:30` as 90, and let the last of two equal keys win.
-Here numbers are decimal, and other scalars but `true`, `false` and `null` text. Duplicate keys, anchors,
+Here numbers are decimal. Other scalars but `true`, `false` and `null` are text. Duplicate keys, anchors,
 aliases and tags are errors. Values are built from the parser's events: nothing is executed or expanded.
 """
 

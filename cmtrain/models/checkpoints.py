@@ -42,7 +42,6 @@ WRAPPERS = ("state_dict_ema", "model_ema", "ema", "state_dict", "model")
 
 def resize_positions(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Return one of our own state_dicts with every position table resampled to `model`'s image size.
-
     One that fits is passed on untouched. Raises ValueError for a table of another kind.
     """
     resized = dict(state_dict)

@@ -76,7 +76,6 @@ def _output(part: FusedPart, x: Tensor) -> Tensor:
 
 def _error(part: FusedPart, device: torch.device, dtype: torch.dtype, kernel: FfnKernel) -> float:
     """Return the largest difference in the output, a gradient or a statistic, relative to its norm.
-
     A gradient's norm counts as a tenth of the largest at least: rounding alone makes what should be 0, such
     as that of a bias in front of a BatchNorm.
     """

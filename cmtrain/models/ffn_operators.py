@@ -108,7 +108,6 @@ def expand(x: Tensor, weight: Tensor, bias: Tensor, training: bool) -> tuple[Ten
 @operator
 def normalise(moments: Tensor, gamma: Tensor, beta: Tensor, rows: int, eps: float) -> Tensor:
     """Merge the moments of parts -> (5, p): mean, unbiased variance, 1 / deviation, scale, shift.
-
     scale * a + shift is BatchNorm, which divides by the biased deviation; gamma and beta (h,) are its own.
     """
     parts, _, pitch = moments.shape

@@ -149,7 +149,6 @@ class _LayerNorm(torch.autograd.Function):
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Return x (..., C) and its LayerNorm over the last side, in its dtype.
-
     Other uses of x take the former: one pass adds both gradients, where torch would read them again.
     """
     x_again, out = _LayerNorm.apply(x.reshape(-1, x.shape[-1]), weight, bias, eps)

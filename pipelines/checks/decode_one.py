@@ -104,7 +104,6 @@ def fault_of(error: Exception) -> Fault:
 
 def check_file(path: str, decode: bool, limit_seconds: int = 0) -> CheckResult:
     """Read the header and, if `decode` and unless the header shows that it is too large, the whole image.
-
     SIGALRM ends the process after `limit_seconds`, unless 0. Raises OSError if the machine cannot read it.
     """
     try:

@@ -29,7 +29,6 @@ def relabel_folder(
     listing: Listing, class_names: Sequence[str] | None, *, positions: bool = False
 ) -> Listing:
     """Return the same files with places in `class_names` as labels; None takes the folders' names.
-
     `positions`: folders may be positions in it. Raises DataError: a folder is no class or, for None, empty.
     """
     found, root = listing.class_names, listing.root
@@ -56,7 +55,6 @@ def line_of(path: Path, root: Path, label: str) -> str:
 
 def relabel_list(listing: Listing, path: Path, class_names: Sequence[str] | None) -> Listing:
     """Return the same files with places in `class_names` as labels; None takes the labels found, in order.
-
     Then numbers are positions if half or more up to the largest occur, else names. DataError names the line.
     """
 

@@ -130,7 +130,6 @@ def list_folder(root: Path) -> Listing:
 
 def folder_state(path: bytes) -> FolderState:
     """Return what changes with a folder's entries: inode, size, mtime, ctime; all -1 for a missing folder.
-
     mtime alone is not enough: rsync and tar set it back. Raises OSError when the machine cannot look.
     """
     info = _stat(path)
