@@ -17,8 +17,8 @@ WAIT_LINE_SECONDS = 10.0
 def replacing(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
     """Open a temporary file that takes the place of `path` when the block ends without an error.
 
-    `durable`: wait until the disk holds it, so that a power failure leaves no empty file. After an error the
-    temporary file is deleted, and `path` is as it was. Raises OSError, which names `path`.
+    `durable`: wait until the disk holds it, so that a power failure leaves no empty file. After an error
+    `path` is as it was; only a device is written directly. Raises OSError, which names `path`.
     """
     partial = partial_path(path)
     try:
@@ -71,8 +71,7 @@ def partial_path(path: Path) -> Path:
 @contextlib.contextmanager
 def locked(path: Path, what: str) -> Iterator[None]:
     """Hold the lock of `path`, once no process of this host, or of any host if the file system can, has it.
-
-    Where nothing can be locked it is not held, and every process works for itself. `what` the others do.
+    Where nothing can be locked, every process works for itself. `what` the others do, for a message.
     """
     from filelock import FileLock, Timeout  # late: it takes long to load, and the launcher needs none of it
 

@@ -24,8 +24,7 @@ _FALLBACKS = {"mixed_whole": "whole images on the GPU and cutting them there", "
 
 BATCH_SIZE = 32  # at least 13 of them go to the JPEG engine, which then decodes mixed kinds at once
 MAX_SECONDS = 120  # to import DALI from a slow disk and to create CUDA's context
-# Decoders round differently and interpolate colour differently: less than one level of 255. A window that is
-# one pixel off is 8 levels away, another image's window more than 40.
+# Decoders differ by less than one level of 255, a window one pixel off by 8, another image's by over 40.
 MAX_MEAN_LEVELS = 2.5
 
 _UNTRIED = "untried"  # begins an answer

@@ -34,10 +34,9 @@ def train_loader(
 ) -> "DaliLoader":
     """Return a loader of this rank's augmented micro-batches, in the plan's order.
 
-    Another sample, with its own label and draws, replaces one that cannot be decoded. `placement`: fields of
-    Placement, such as `device="cuda:0"`, in place of those of `place`. Raises TypeError for another keyword.
-    DataError: "mixed" without a CUDA device; from `epoch`, too many bad files. ValueError: from `epoch`, a
-    world that does not divide the plan, or a RandAugment string that is not understood.
+    Another sample, with its own label and draws, replaces an undecodable one. `placement` overrides fields
+    of `place`. Raises DataError for "mixed" without a CUDA device. `epoch` raises DataError for too many bad
+    files, ValueError for a world that does not divide the plan or a wrong RandAugment string.
     """
     place = replace(place or Placement(), **placement)
     read = file_reader(manifest, place.threads)
@@ -87,8 +86,8 @@ def eval_windows(
 ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     """Return sizes (B, 2) of torchvision's Resize(resize_px) and offsets (B, 2) of its CenterCrop(image_px).
 
-    The longer side is truncated, not rounded; halves of an offset round to even, as Python's `round`. It is
-    at most `MAX_RATIO` times the shorter: 1 x 60,000 pixels would be 184 x 11 million, 6 GB, for a crop.
+    The longer side is truncated, and at most `MAX_RATIO` times the shorter: 1 x 60,000 pixels would become
+    184 x 11 million, 6 GB. Halves of an offset round to even, as in Python's `round`.
     """
     stored = np.stack([heights, widths], axis=1).astype(np.int64)  # (B, 2)
     sizes = np.minimum(resize_px * stored // stored.min(axis=1, keepdims=True), MAX_RATIO * resize_px)
@@ -98,10 +97,9 @@ def eval_windows(
 class DaliLoader:
     """A DALI pipeline fed from a plan, built at the first batch. `train_loader` and `eval_loader` make one.
 
-    An undecodable file ends DALI's pipeline. Then the files of all batches in flight are checked, and the
-    pipeline is built again at the first batch that was not delivered. Whether a sample is replaced depends
-    on its file and its draws alone: a file cut in the middle still gives the crops above the cut.
-
+    An undecodable file ends the pipeline. Then the files of all batches in flight are checked, and a new
+    pipeline starts at the first undelivered batch. Whether a sample is replaced depends on its file and
+    draws alone: a file cut in the middle still gives the crops above the cut.
     `micro_batches` yields those of (epoch, start); `inputs` returns the graphs' inputs for a micro-batch.
     """
 
@@ -133,8 +131,8 @@ class DaliLoader:
         """Yield this rank's batches after `start` consumed samples. A batch owns its memory.
 
         With an epoch's last batches the first of the next one are made; another request throws those away.
-        Raises DataError: too many bad files, or a batch fails twice although Pillow can read its files;
-        it can go on. RuntimeError: this epoch was left for another one and then continued.
+        Raises DataError, and can then be called again: too many bad files, or a batch failed twice although
+        Pillow can read its files. RuntimeError: this epoch was left for another one and then continued.
         """
         for position, planned in enumerate(self._micro_batches(epoch, start)):
             if not self._undelivered or self._undelivered[0].identity != planned.identity:

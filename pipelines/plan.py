@@ -1,7 +1,6 @@
 """Plan the order and the random numbers of all samples, as pure functions of (seed, epoch, sample).
 
-Nothing here depends on the number of ranks or on what ran before. So a run that is killed at any step
-resumes on any number of GPUs with the same samples and the same augmented pixels.
+So a killed run resumes on any number of GPUs with the same samples and the same augmented pixels.
 """
 
 from collections.abc import Iterator
@@ -27,8 +26,7 @@ _JITTER = _FLIP + 1
 _JITTER_DRAWS = 4
 _LAYERS = _JITTER + _JITTER_DRAWS
 
-# Domains keep the keys of unrelated uses of one seed apart.
-_ORDER_DOMAIN, _AUGMENT_DOMAIN, _DRAW_DOMAIN = 1, 2, 5
+_ORDER_DOMAIN, _AUGMENT_DOMAIN, _DRAW_DOMAIN = 1, 2, 5  # keep unrelated uses of one seed apart
 
 # Brightness, contrast, saturation and their six orders.
 _JITTER_BRANCHES = np.array([Branch.SCALE, Branch.SCALE, Branch.SATURATE], np.int32)
@@ -64,15 +62,14 @@ class ClassSampling:
 
 @dataclass(frozen=True)
 class Plan:
-    """The order of samples.
+    """The order of samples. Raises ValueError for numbers that do not fit each other.
 
     Global batch k of epoch e is `order(e)[k * G : (k + 1) * G]`, its micro-batch j is that slice's `[j::M]`,
-    where M = G / micro_batch_size; rank r of W handles j = r, r + W, ... The incomplete last global batch is
+    where M = G / micro_batch_size; rank r of W handles j = r, r + W, ... An incomplete last batch is
     dropped. `repeats` > 1 is repeated augmentation (DeiT's sampler, arXiv 1902.05509): an epoch keeps
-    `num_samples` samples, holds num_samples / repeats distinct images, and the copies of an image land in
-    different micro-batches. With `sampling`, a rare class gives its images several times, each time with
-    other augmentation, and a frequent one gives a part of its images, others in each epoch.
-    Raises ValueError when the batch sizes do not fit each other or the number of samples.
+    `num_samples` samples, of num_samples / repeats images; up to M copies of one are in different
+    micro-batches. With `sampling`, a rare class gives its images several times, each with other
+    augmentation, and a frequent one gives a part of its images, others in each epoch.
     """
 
     seed: int
@@ -107,9 +104,8 @@ class Plan:
         return _order(self, epoch)[0]
 
     def micro_batches(self, epoch: int, start: int, rank: int, world: int) -> Iterator[MicroBatch]:
-        """Yield this rank's micro-batches of one epoch after `start` samples, whole global batches.
-        Raises ValueError, at the call, when `world` does not divide the micro-batches of a global batch or
-        `start` is no multiple of global_batch_size in the epoch.
+        """Yield this rank's micro-batches of one epoch after its first `start` samples.
+        Raises ValueError at the call: `world` must divide num_micro_batches, and global_batch_size `start`.
         """
         size, count = self.global_batch_size, self.num_micro_batches
         if count % world:
@@ -174,8 +170,7 @@ def crop_windows(
 ) -> Sizes:
     """Return crops as torchvision's RandomResizedCrop: (B, 22) uniforms -> (B, 4) top, left, height, width.
 
-    All ten attempts are made at once and the first that fits is used; when none fits, the largest centre
-    crop whose aspect ratio is within `ratio`.
+    The first of ten attempts that fits is used, else the largest centre crop of an aspect in `ratio`.
     """
     h, w = heights.astype(np.float64), widths.astype(np.float64)
     area = (h * w)[:, None] * (scale[0] + (scale[1] - scale[0]) * u[:, :CROP_ATTEMPTS])  # (B, 10)
@@ -203,8 +198,7 @@ def jitter_params(u: Floats, strength: float) -> JitterParams:
     return JitterParams(_JITTER_BRANCHES[operations], np.stack(pairs, axis=2).astype(np.float32))
 
 
-# Two entries: the epoch being trained and the one whose first batches are already in flight.
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=2)  # the epoch being trained and the one whose first batches are already in flight
 def _order(plan: Plan, epoch: int) -> tuple[Ints, Ints]:
     """Return the samples of an epoch in order, and which copy of its sample each is, (num_samples,) both."""
     # Sorting by our own hash, because numpy does not promise the same permutations in all versions.
@@ -226,8 +220,7 @@ def _order(plan: Plan, epoch: int) -> tuple[Ints, Ints]:
 
 def _draw_classes(shuffled: Ints, sampling: ClassSampling, offset: float) -> tuple[Ints, Ints]:
     """Return as many samples as there are, class by class, and which copy each is.
-
-    `offset`: 0..1, decides for all classes whether their share is rounded up or down.
+    `offset`, 0..1, decides for all classes whether their share is rounded up or down.
     """
     counts, total = np.bincount(sampling.labels), len(shuffled)
     shares = np.where(counts > 0, np.maximum(counts, 1.0) ** sampling.power, 0.0)

@@ -21,7 +21,7 @@ def contact_sheet(
     """Write the first of `images`, (B, 3, H, W) of any device and float type, as a PNG grid.
 
     mean, std: what the images were normalised with, which is undone. columns: 0 makes a square grid.
-    captions: lines to write below each image, as many for each, and with small images enlarged.
+    captions: lines to write below each image, the same number for each; small images are then enlarged.
     """
     from torchvision.transforms.functional import to_pil_image
     from torchvision.utils import make_grid

@@ -24,8 +24,7 @@ Severity = Literal["timm", "timm_increasing", "dali", "3a"]
 NUM_LAYER_DRAWS = 5
 _OP, _GATE, _SIGN, _NOISE_RADIUS, _NOISE_ANGLE = range(NUM_LAYER_DRAWS)
 
-# Pillow's ImageFilter.SMOOTH, the base of its sharpness enhancement.
-_SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]]) / 13
+_SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]]) / 13  # of Pillow, the base of its sharpness
 _IDENTITY = np.array([[0, 0, 0], [0, 1, 0], [0, 0, 0]])
 
 
@@ -84,9 +83,8 @@ class LayerParams(NamedTuple):
 def parse(text: str) -> Policy:
     """Read "rand-m9-n2-p0.5-mstd0.5-inc1" or "3a" (as timm does), "reimpl" or "dali-n2-m9".
 
-    "3a" is grey, solarise (from 128 on) or blur (sigma of 0.1 to 2 pixels) for every image. "reimpl" is what
-    the re-implementation trained with: magnitude 10, two layers, probability 0.5, no noise, not increasing.
-    Raises ValueError naming the part that is not understood.
+    "3a" is grey, solarise (from 128) or blur (sigma 0.1 to 2 pixels). "reimpl" is the re-implementation's:
+    magnitude 10, two layers, probability 0.5, no noise, not increasing. ValueError names the wrong part.
     """
     if text == "reimpl":
         return parse("rand-m10-n2-p0.5")

@@ -20,12 +20,8 @@ Channels = tuple[float, float, float]
 IMAGENET_MEAN: Channels = (0.485, 0.456, 0.406)
 IMAGENET_STD: Channels = (0.229, 0.224, 0.225)
 
-# Label of a validation image that cannot be read: it counts as wrong whatever the model answers.
-UNREADABLE = -1
-
-# Default share of a split's files that may be unreadable; more of them point to another problem.
-MAX_BAD_FRACTION = 0.1
-
+UNREADABLE = -1  # label of a validation image that cannot be read; wrong, whatever the model answers
+MAX_BAD_FRACTION = 0.1  # default share of a split's files that may be unreadable; more: another problem
 
 _ADVICE = {
     errno.EISDIR: "a folder has the place of a file; move it away",
@@ -127,13 +123,11 @@ class Placement:
     rank: int = 0
     world: int = 1
     device: torch.device | str = "cpu"
-    # "mixed": on the GPU, crop windows only; "mixed_whole": whole images, cut on the GPU; "auto": as "mixed"
-    # where there is a GPU, else "cpu"
+    # "mixed": the GPU decodes crop windows; "mixed_whole": whole images; "auto": "mixed", without GPU "cpu"
     decode: Decode = "auto"
     threads: int = 1  # DALI's, in this process
     prefetch_batches: int = 2  # micro-batches in flight, those of the next epoch included
-    # Largest share of files that may turn out to be bad during the run. One file always may, unless it is 0.
-    max_bad_fraction: float = MAX_BAD_FRACTION
+    max_bad_fraction: float = MAX_BAD_FRACTION  # of files, found bad in a run; one may be, unless this is 0
     hw_decoder_load: float | None = None  # see `graphs.Execution`
 
 

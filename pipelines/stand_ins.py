@@ -27,11 +27,9 @@ TestDecode = Callable[[MicroBatch], None]
 class StandIns:
     """Files of `manifest` that turned out to be bad after it was made, and the samples used instead of them.
 
-    The stand-in of a sample is the next one in the manifest's order that Pillow can read, cyclically. That
-    depends on the files alone, so all ranks find the same one without asking each other.
-
-    More bad files than `max_bad_fraction` of the manifest end the run, but a single file never does unless
-    the share is 0. `processes` test-decode suspects.
+    A stand-in is the next sample in the manifest's order, cyclically, that Pillow can read. That depends on
+    the files alone, so all ranks find the same one without asking each other. More bad files than the share
+    `max_bad_fraction` end the run; a single file does only if that is 0. `processes` test-decode.
     """
 
     def __init__(self, manifest: Manifest, max_bad_fraction: float, processes: int) -> None:
@@ -65,10 +63,9 @@ class StandIns:
     def find_undecodable(self, batches: Sequence[MicroBatch], decode: TestDecode, error: Exception) -> None:
         """Find the files that DALI cannot decode although Pillow can, when `check` explains no failure.
 
-        DALI 2.4 does not decode a BMP of 16 bits a pixel, for one, and 1.34 no animated WebP.
-
-        `batches` in flight, one of which failed with `error`; none if DALI failed before any.
-        Raises DataError when none fails alone, other images fail, too, or more files are bad than allowed.
+        Such are BMPs of 16 bits a pixel (DALI 2.4) and animated WebP (1.34). One of `batches` failed with
+        `error`; none if DALI failed before any. Raises DataError: none fails alone, other images fail, too,
+        or more files are bad than allowed.
         """
         num_suspects = len({index for batch in batches for index in batch.indices.tolist()})
         what = f"a batch failed twice, but Pillow can read all of the {num_suspects} images in flight"

@@ -51,9 +51,8 @@ class Resolved:
 
 
 def load_config(path: str | Path, overrides: Overrides = ()) -> Resolved:
-    """Read the configuration file `path`, or the packaged one of that name, and apply `overrides`.
-
-    The last of two equal overrides wins. Raises ConfigError: str() is all mistakes, one line each.
+    """Read the configuration file `path`, or the packaged one of that name, and apply `overrides` in order.
+    Raises ConfigError: str() is all mistakes, one line each.
     """
     path = find_config(path)
     draft = _Draft()
@@ -102,9 +101,7 @@ def _pinned(entries: Sequence[str], folder: Path) -> tuple[str, ...]:
 
 
 def find_config(path: str | Path) -> Path:
-    """Return `path` if it exists, else the file of that name that ships with cmtrain.
-    Raises ConfigError: there is neither.
-    """
+    """Return `path` or else the packaged file of that name. Raises ConfigError if there is neither."""
     if os.path.exists(path):
         return Path(path)
     packaged = _packaged()
@@ -115,7 +112,6 @@ def find_config(path: str | Path) -> Path:
 
 def find_configs(path: str | Path) -> list[Path]:
     """Return the file `path`, or all files of the folder `path` by name; either may ship with cmtrain.
-
     `base.yaml` is left out of a folder, since the other files extend it. Raises ConfigError as find_config.
     """
     if os.path.isdir(path):
@@ -129,8 +125,7 @@ def find_configs(path: str | Path) -> list[Path]:
 
 def _packaged() -> dict[str, Path]:
     """Return the configurations that ship with cmtrain: "configs/demo.yaml" -> its path."""
-    package = Path(__file__).resolve().parent.parent
-    # In a wheel they are inside the package, in a checkout beside it.
+    package = Path(__file__).resolve().parent.parent  # holds them in a wheel; a checkout has them beside
     folder = package / "_configs" if (package / "_configs").is_dir() else package.parent / "configs"
     return {f"configs/{file.relative_to(folder)}": file for file in sorted(folder.rglob("*.yaml"))}
 
@@ -151,17 +146,14 @@ _COMMAND_LINE = MAX_FILES
 
 
 class _Draft:
-    """A configuration while it is read: what has been set, where, and every mistake in it.
-
-    `incomplete`: part of a file could not be read, so what seems to be missing may be in there.
-    """
+    """A configuration while it is read: what has been set, where, and every mistake in it."""
 
     def __init__(self) -> None:
         self.file_names: list[str] = []
         self.settings: dict[str, _Setting] = {}
         self.sections: dict[str, _Place] = {}
         self.mistakes: list[tuple[_Place, str]] = []
-        self.incomplete = False
+        self.incomplete = False  # True: a part could not be read; what seems to be missing may be in there
 
     def origin(self, place: _Place) -> str:
         if place.source == _COMMAND_LINE:

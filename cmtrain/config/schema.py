@@ -134,7 +134,6 @@ def _fits_cmt_only(key: str) -> _Rule:
 
 def contradictions(values: Mapping[str, Any], stated: Collection[str] = ()) -> list[tuple[list[str], str]]:
     """Return (keys, message) of each rule that `values` (by dotted key) break; it needs all of its keys.
-
     `stated`: keys that are not defaults; pretrained weights decide others.
     """
     if values.get("model.pretrained"):
@@ -172,10 +171,9 @@ def to_yaml(config: Config, comments: Mapping[str, str] | None = None) -> str:
     return "".join(f"{line}\n" for line in lines.values())
 
 
-# What may differ between the run that wrote a checkpoint and the run that continues it, without changing
-# what is learned. train.max_batch_per_gpu is among them because another number of GPUs may need another
-# accumulation; model.ffn_kernel and train.compile because they are other ways to the same numbers, on other
-# hardware.
+# What may differ between the run that wrote a checkpoint and the run that continues it: it does not change
+# what is learned. Another number of GPUs may need another train.max_batch_per_gpu; model.ffn_kernel and
+# train.compile are other ways to the same numbers, on other hardware.
 _FREE_SECTIONS = ("guard", "checkpoint", "evaluate", "metrics", "expect")
 _FREE_KEYS = (
     "run.name", "run.dir", "data.root", "data.decode", "data.hw_decoder_load", "data.threads",
@@ -187,7 +185,6 @@ _FREE_KEYS = (
 
 def recipe(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Return what makes two runs the same run: the keys that decide what is learned, with their values.
-
     A key that `sections`, a Config dumped to JSON, does not have counts as its default.
     """
     values = to_jsonable_python(defaults()) | flatten(sections)

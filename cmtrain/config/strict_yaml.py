@@ -1,9 +1,8 @@
 """Parse YAML in which a value is what it looks like, and give every value its line.
 
 YAML 1.1 loaders read `6e-3` as text, `010` as 8 and `1:30` as 90, and let the last of two equal keys win.
-Here numbers are decimal. Everything else is text, but for `true`, `false` and `null`. Duplicate keys,
-anchors, aliases and tags are errors. Values are built from the parser's events: nothing is executed or
-expanded, so a tag or an alias bomb has nothing to act on.
+Here numbers are decimal. Other scalars but `true`, `false` and `null` are text. Duplicate keys, anchors,
+aliases and tags are errors. Values are built from the parser's events: nothing is executed or expanded.
 """
 
 import itertools
@@ -17,9 +16,7 @@ from typing import Any, cast
 import yaml
 
 MAX_DEPTH = 20
-
-# The value of what was refused; the reason is among the problems.
-REFUSED = object()
+REFUSED = object()  # the value of what was refused; the reason is among the problems
 
 _INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]{0,17})")
 _FLOAT = re.compile(r"[-+]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?")
@@ -37,23 +34,17 @@ _NEEDS_NO_QUOTES = re.compile(r"[A-Za-z_/.][A-Za-z0-9_/.:+@-]*(?<!:)")
 
 @dataclass(frozen=True)
 class Node:
-    """A value and the line of it or of its key (1 is the first).
-
-    `value`: None, bool, int, float, str, a tuple of such values, a dict of Nodes, or REFUSED.
-    """
+    """A value and the line of it or of its key (1 is the first)."""
 
     line: int
-    value: Any
+    value: Any  # None, bool, int, float, str, a tuple of such values, a dict of Nodes, or REFUSED
 
 
 Problem = tuple[int, str]  # line, message
 
 
 def parse(text: str) -> tuple[Node | None, list[Problem]]:
-    """Parse the one document in `text`. Returns its root, and every problem.
-
-    The root is None where the text cannot be read to the end or holds no document.
-    """
+    """Return the root of the document in `text`, None if none can be read to the end, and every problem."""
     root, problems = None, list[Problem]()
     try:
         events = yaml.parse(text, Loader=yaml.SafeLoader)
@@ -70,17 +61,13 @@ def parse(text: str) -> tuple[Node | None, list[Problem]]:
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark else 1
         return None, [*problems, (line, f"not YAML: {error.problem or error.context}")]
-    except (ValueError, OverflowError) as error:
-        # From PyYAML's scanner: an escape beyond Unicode, a version of thousands of digits.
+    except (ValueError, OverflowError) as error:  # escapes beyond Unicode, versions of thousands of digits
         return None, [*problems, (1, f"not YAML: {error}")]
     return root, problems
 
 
 def parse_argument(text: str) -> tuple[Any, str | None]:
-    """Parse the value of an option: as YAML where it opens a list, a mapping or quotes, else as a scalar.
-
-    Returns the value (REFUSED if there is none), and the problem or None.
-    """
+    """Return an option's value (or REFUSED) and problem: YAML if it opens a list, a mapping or quotes."""
     if text[:1] not in ("[", "{", '"', "'"):
         return scalar(text), None
     root, problems = parse(text)

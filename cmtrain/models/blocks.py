@@ -222,10 +222,8 @@ class Attention(nn.Module):
 
     The paper reduces by a depth-wise convolution and BatchNorm, the re-implementation by a full convolution
     and LayerNorm. Projections of the same tokens are one matrix, rows ordered q, k, v, then head, channel.
-
     Fused attention on CUDA refuses heads whose channels are no multiple of 8. So every forward pass pads
-    them there (46 to 48 in CMT-Ti): zero rows in the matrices that make q, k and v, zero columns in the one
-    that reads the result.
+    them there (46 to 48 in CMT-Ti) with zeros: rows of the matrices of q, k and v, columns of the result's.
     """
 
     def __init__(self, dim: int, heads: int, reduction: int, options: BlockOptions):
@@ -287,7 +285,7 @@ class Attention(nn.Module):
         )[0]
 
     def _padded(self, linear: nn.Linear, x: Tensor, padding: int, *, into_heads: bool) -> Tensor:
-        """Apply a layer into or out of heads, each with so much padding."""
+        """Apply a layer into or out of heads, each with this much padding."""
         if not padding:
             return linear(x)
         weight: Tensor = linear.weight
@@ -305,9 +303,8 @@ class FeedForward(nn.Module):
     """Inverted residual feed-forward network (section 3.2): widen, mix 3x3 per channel, narrow.
 
     The paper adds the depth-wise branch before GELU and BatchNorm, the re-implementation after them.
-
     kernel: "eager" computes as written below, "fused" in Triton kernels (fused_ffn.py), without a backward
-        pass of evaluation. "auto" is fused on a GPU that runs Triton (compute capability 8.0), where it can.
+    pass of evaluation. "auto" is fused where it can be, on GPUs of compute capability 8.0 or more.
     """
 
     def __init__(self, dim: int, hidden: int, *, variant: Variant, drop: float, kernel: FfnKernel = "auto"):

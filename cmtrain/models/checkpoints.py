@@ -42,7 +42,6 @@ WRAPPERS = ("state_dict_ema", "model_ema", "ema", "state_dict", "model")
 
 def resize_positions(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Return one of our own state_dicts with every position table resampled to `model`'s image size.
-
     One that fits is passed on untouched. Raises ValueError for a table of another kind.
     """
     resized = dict(state_dict)
@@ -75,11 +74,9 @@ def load_reference_checkpoint(model: CMT, state_dict: Mapping, *, skip_head: boo
     """Load weights of the paper's authors or the re-implementation into a model of that variant, in place.
 
     state_dict: the reference's own keys, also inside one of WRAPPERS (averaged weights are preferred) and
-        behind "module." prefixes.
-    skip_head: keep the model's own classifier, for another number of classes.
-
-    Position tables of another image size are resized. Anything else that does not fit - variant, options,
-    missing and unexpected keys, shapes - is listed in one ValueError, and the model is not changed.
+    behind "module." prefixes. skip_head: keep the model's own classifier, for another number of classes.
+    Position tables of another image size are resized. Raises ValueError for another variant or with all
+    options, keys and shapes that do not fit; the model is then not changed.
     """
     given = unwrap(state_dict)
     if "stem.conv1.weight" in given:

@@ -43,8 +43,7 @@ class Size:
     head_width: int = 1280
 
 
-# Behind a size: parameters and multiply-adds of the paper's variant with 1000 classes. cmt_micro is our own,
-# small enough to train on a CPU.
+# Behind a size: parameters and multiply-adds (paper's variant, 1000 classes). cmt_micro is ours, for CPUs.
 SIZES = {
     "cmt_micro": Size(32, 16, (16, 32, 64, 128), (1, 1, 2, 1), 2.0, 2.0, head_width=256),
     "cmt_ti": Size(160, 16, (46, 92, 184, 368), (2, 2, 10, 2), 3.6, 3.6),  # 9.49 M, 0.64 G
@@ -86,17 +85,16 @@ class CMT(nn.Module):
     """CMT classifier: (B, in_chans, img_size, img_size) -> (B, num_classes).
 
     variant: "paper" is the authors' released network, "reimpl" that of FlyEgle/CMT-pytorch.
-    img_size: pixels per side, a multiple of 32 (four halvings, and 8-fold reduced keys in the first stage).
-    attention_bias, attention_bias_scope: kind of the table that is added to the scores, and whether a
-        stage's blocks share it; None is the variant's own (pairwise per stage; reimpl: relative per block).
+    img_size: pixels per side, a multiple of 32 (five halvings; the first stage's keys are reduced 8-fold).
+    attention_bias, attention_bias_scope: the kind of table added to the scores, and whether a stage's blocks
+    share it; None is the variant's own (pairwise per stage; reimpl: relative per block).
     absolute_position: adds a learned vector per pixel before the first blocks (the re-implementation's ape).
     absolute_position_px: image side of its table, a multiple of 4; resampled to img_size, the default.
-    drop_rate: dropout before the classifier. attn_drop_rate: dropout of attention weights. proj_drop_rate:
-        dropout after the attention's projection and, in the paper's variant only, twice in the FFN.
+    drop_rate, attn_drop_rate: dropout before the classifier, of attention weights. proj_drop_rate: after the
+    attention's projection and, in the paper's variant only, twice in the FFN.
     drop_path_rate: rate of the last block, growing linearly from 0; reimpl: on the FFN's branch only.
-    ffn_kernel: "fused" computes feed-forward networks, local perception units and LayerNorm in Triton
-        kernels, "eager" operation by operation, "auto" is fused on a GPU that can and eager elsewhere. All
-        compute the same.
+    ffn_kernel: "fused" computes most layers in Triton kernels, "eager" operation by operation, "auto" is
+    fused on a GPU that can and eager elsewhere. All compute the same.
     global_pool: "avg", or "" for the unpooled map, which needs num_classes=0.
     Raises ValueError for an illegal option, an illegal size, and an input of another size than img_size.
     """
@@ -219,8 +217,7 @@ class CMT(nn.Module):
             x = stage(x)
         return x
 
-    # (B, C, H, W) -> (B, num_classes)
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:  # (B, C, H, W) -> (B, classes)
         if self.fc_norm is not None:  # paper: convolution, BatchNorm, Swish, then the average
             x = F.silu(self.fc_norm(self.fc(x)))
         x = x.permute(0, 2, 3, 1).mean((1, 2))[:, :, None, None] if self.global_pool else x  # keeps strides

@@ -61,9 +61,8 @@ def count(
 ) -> Traffic:
     """Count the traffic of `model` on CUDA under autocast to `dtype` (none for float32).
 
-    Counts forward and backward pass of a model in train(), the forward pass of one in eval(); no loss, no
-    optimizer, no cache. The model is not changed and may be on any device, also "meta". Where a CMT's
-    `ffn_kernel` is "auto", the GPU decides.
+    Counts forward and backward pass in train(), the forward pass in eval(); no loss, optimizer or cache. The
+    model is not changed and may be on any device, also "meta". The GPU decides for an "auto" `ffn_kernel`.
     """
     counter = Counter()
     with FakeTensorMode():
@@ -134,7 +133,6 @@ class Counter(TorchDispatchMode):
 
 class AsOnCuda(TorchFunctionMode):
     """Makes fake tensors of the CPU behave like those of CUDA, whose fake backward needs a real device.
-
     The two autocasts differ in rules; those for normalisation, softmax and attention concern a CMT.
     """
 
@@ -167,9 +165,8 @@ def _efficient_attention(
 def training_flops_per_image(model: nn.Module, image_px: int) -> int:
     """Count the floating-point operations of forward and backward pass for one image; a multiply-add is two.
 
-    The backward pass counts as two forward passes: torch's counter takes that of a grouped convolution for
-    that of a dense one. Runs one forward pass of a copy in evaluation mode: 0.3 s for cmt_ti at 160 px on
-    one CPU core.
+    The backward pass counts as two forward passes: torch's counter takes a grouped convolution's for a dense
+    one's. Runs a copy forward, in evaluation: 0.3 s for cmt_ti at 160 px on one CPU core.
     """
     # The counter would follow gradients, which a view of a parameter cannot offer here.
     copied = copy.deepcopy(model).eval().requires_grad_(False)

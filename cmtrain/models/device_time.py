@@ -32,8 +32,7 @@ INSTRUCTIONS = {
 # Instructions of torch's LayerNorm for a row: not vectorised, vectorised
 NORM_INSTRUCTIONS = {"native_layer_norm": (2880, 1040), "native_layer_norm_backward": (800, 700)}
 TAP_INSTRUCTIONS = 10 / 32  # of a library's depth-wise convolution, for each tap of a number
-# Share of the rates that a product reaches if its rows begin at multiples of 16, 8, 4 or 2 bytes
-PRODUCT_SHARES = {16: 1.0, 8: 0.9, 4: 0.7, 2: 0.4}
+PRODUCT_SHARES = {16: 1.0, 8: 0.9, 4: 0.7, 2: 0.4}  # of the rates, by bytes at whose multiples rows begin
 FEW_CHANNELS_SHARE = 1 / 3  # that a convolution reaches whose channels are no multiple of 8
 SLOW = "known slow: "
 

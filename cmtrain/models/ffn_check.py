@@ -11,8 +11,7 @@ from cmtrain.models import blocks
 from cmtrain.models.blocks import FeedForward, FfnKernel, FusedPart
 from cmtrain.models.position import Variant
 
-# Small, with a hidden width that is no multiple of anything and a map that is no multiple of a tile.
-DIM, HIDDEN, SIDE, BATCH = 24, 37, 6, 3
+DIM, HIDDEN, SIDE, BATCH = 24, 37, 6, 3  # small; hidden width and map are no multiples of a tile's sides
 # TF32 has ten bits, as fp16 has; bf16 has seven.
 TOLERANCES = {torch.float32: 2e-2, torch.float16: 5e-2, torch.bfloat16: 2e-1}
 BF16_CAPABILITY = (8, 0)  # of a GPU; older ones emulate it, if at all
@@ -77,7 +76,6 @@ def _output(part: FusedPart, x: Tensor) -> Tensor:
 
 def _error(part: FusedPart, device: torch.device, dtype: torch.dtype, kernel: FfnKernel) -> float:
     """Return the largest difference in the output, a gradient or a statistic, relative to its norm.
-
     A gradient's norm counts as a tenth of the largest at least: rounding alone makes what should be 0, such
     as that of a bias in front of a BatchNorm.
     """

@@ -46,7 +46,6 @@ def gelu_and_slope(z):
 @triton.jit
 def welford(tile, inside, i, mean, m2):
     """Add the i-th tile to mean and squared deviations at each of its places, without cancellation.
-
     Places outside keep theirs. Only the last tiles have such places: every other place has counted i tiles.
     """
     away = tl.where(inside, tile - mean, 0.0)

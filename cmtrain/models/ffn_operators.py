@@ -25,8 +25,7 @@ MAP_COLUMNS = 32  # columns of every other tile: 64 bytes in half precision, two
 GRAD_ROWS = 32  # rows of a tile of depthwise_grad, which keeps twelve sums for each of its places
 # Consecutive tiles of rows per program: fewer partial sums to add, but programs enough for a large GPU.
 MAX_TILES, MIN_PROGRAMS = 64, 1024
-# So that two or more programs fit a multiprocessor of sm_80 or sm_90.
-LAUNCH = {"num_warps": 8, "enable_fp_fusion": True}
+LAUNCH = {"num_warps": 8, "enable_fp_fusion": True}  # two programs fit a multiprocessor of sm_80 or sm_90
 # A product whose left side is made in registers: with more warps, two of them would make each row's.
 PRODUCT_LAUNCH = LAUNCH | {"num_warps": 4}
 
@@ -109,7 +108,6 @@ def expand(x: Tensor, weight: Tensor, bias: Tensor, training: bool) -> tuple[Ten
 @operator
 def normalise(moments: Tensor, gamma: Tensor, beta: Tensor, rows: int, eps: float) -> Tensor:
     """Merge the moments of parts -> (5, p): mean, unbiased variance, 1 / deviation, scale, shift.
-
     scale * a + shift is BatchNorm, which divides by the biased deviation; gamma and beta (h,) are its own.
     """
     parts, _, pitch = moments.shape
@@ -128,7 +126,6 @@ def depthwise(
     height: int, width: int, residual: bool, training: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """conv3x3(n), plus n with `residual`, of n = scale * a + shift: (M, p), (p,), (p,), (10, p) -> (M, p).
-
     weight: nine taps and the bias. Without scale and shift n is a. Also returns moments, like expand.
     """
     rows, pitch = a.shape
@@ -149,7 +146,6 @@ def project(
     training: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(scale * gelu(z) + skip_scale * skip) @ weight.T + bias -> (M, C), and moments, like expand.
-
     z, skip (M, p), scale, skip_scale (p,), weight (C, p), bias (C,).
     """
     (rows, pitch), channels = z.shape, len(weight)
@@ -194,7 +190,6 @@ def project_weight_grad(
     g: Tensor, weight: Tensor, db: Tensor, scale: Tensor, shift: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return g * scale + db * shift', (C, h), and sums over rows, (2, h): of weight * g and of weight * db.
-
     g, weight (C, h), db (C,); scale, shift (p,): of the BatchNorm in front of the product.
     """
     (channels, hidden), dw, sums = weight.shape, torch.empty_like(g), empty(g, 2, weight.shape[1])
@@ -210,12 +205,11 @@ def depthwise_grad(
     dz: Tensor, skip: Tensor | None, z: Tensor, scale: Tensor | None, shift: Tensor | None, weight: Tensor,
     hidden: int, height: int, width: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Return the gradient of `depthwise`'s n (M, p), a being gelu(z), and sums (parts, 10 h + 2 p).
+    """Return dn (M, p), the gradient of `depthwise`'s n, a being gelu(z), and sums (parts, 10 h + 2 p).
 
     dz, z (M, p). skip (M, p): the gradient that reached n past the convolution; None where `depthwise` added
-    n, whose gradient is dz itself. Without scale and shift, n is z. The sums are, one behind the other, the
-    gradients of the taps (h, 9) and of the bias (h,), and (p,) each, zero where n is z, those of n and of
-    its product with a.
+    n, whose gradient is dz itself. Without scale and shift, n is z. The sums, one behind the other:
+    gradients of the taps (h, 9) and bias (h,); sums of dn and of dn * a, (p,) each, zero where n is z.
     """
     rows, pitch = z.shape
     tiles = count_tiles(rows, pitch) * (ROWS // GRAD_ROWS)
@@ -231,10 +225,8 @@ def depthwise_grad(
 
 @operator
 def normalise_grad(d: Tensor, e: Tensor, statistics: Tensor, rows: int) -> Tensor:
-    """Return a BatchNorm's d gamma, slope and offset (3, p).
-
-    a's gradient is scale * dn + slope * a + offset. d and e: the sums over rows of dn * a and of dn, (p,) or
-    without padding. statistics: of `normalise`, (5, p).
+    """Return d gamma, slope and offset (3, p) of a BatchNorm: da = scale * dn + slope * a + offset.
+    d, e: sums over rows of dn * a and of dn, (p,) or without padding. statistics: of `normalise`, (5, p).
     """
     pitch = statistics.shape[1]
     out = empty(d, 3, pitch)
@@ -250,7 +242,6 @@ def expand_grad(
     dn: Tensor, z: Tensor, scale: Tensor, slope: Tensor, offset: Tensor, weight: Tensor
 ) -> tuple[Tensor, Tensor]:
     """dz = (scale * dn + slope * gelu(z) + offset) * gelu'(z) -> (M, p), and dz @ weight (M, C).
-
     dn, z (M, p), weight (h, C), the others (p,).
     """
     (rows, pitch), (hidden, channels) = z.shape, weight.shape

@@ -8,7 +8,6 @@ The statistics of a give s = gamma / deviation and t = beta - mean * s. The re-i
 z2 = depthwise(n1), y = (n1 + n2) W2' + b2.
 
 z1 to n2 are h = 3.6 times as wide as x, and moving them is most of a GPU's time. So n is never written:
-
 - the depthwise convolution normalises its input as it reads it,
 - so does the product behind it, but for the shift: y = (s2 a2) W2' + (b2 + W2 t2), exactly; in the
   re-implementation's form, y = (s1 a1 + s2 a2) W2' + (b2 + W2 (t1 + t2)),
@@ -43,8 +42,7 @@ from cmtrain.models.norm_kernels import batch_norm, batch_norm_grad, evaluation,
 class _FeedForward(torch.autograd.Function):
     """Rows (M, C) -> (M, C), and the statistics of the three norms (5, p), without gradients.
 
-    The last norm, with the addition behind it, is left out where gamma3 is None. adds_late: the
-    re-implementation's form, which adds n1 to n2, not to the convolution's result.
+    gamma3 None: without the last norm and the addition. adds_late: n1 is added to n2 (re-implementation).
     """
 
     @staticmethod
@@ -139,11 +137,10 @@ def _project(
 
 
 def feed_forward(x: Tensor, layers: Any, residual: Tensor | None, kept: Tensor | None) -> Tensor:
-    """Compute a FeedForward (`layers`), and add it to a residual: maps (B, C, H, W), channels-last.
+    """Return residual + kept * network(x) of a FeedForward (`layers`): maps (B, C, H, W), channels-last.
 
-    Returns residual + kept * network(x); kept (B, 1, 1, 1), or None for ones. In training the norms' running
-    statistics move as torch moves them. Evaluation has no backward here; where folding left an Identity it
-    does not normalise.
+    kept (B, 1, 1, 1), or None for ones. In training the norms' running statistics move as torch moves them.
+    Evaluation has no backward here; where folding left an Identity it does not normalise.
     """
     expand, project, adds_late = layers.expand, layers.project, layers.variant == "reimpl"
     norms = norm1, norm2, norm3 = layers.expand_norm, layers.depthwise_norm, layers.project_norm

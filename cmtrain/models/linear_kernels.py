@@ -1,7 +1,7 @@
 """Multiply the rows of maps by matrices: linear layers, and convolutions whose stride is their kernel.
 
 cuBLAS and cuDNN are fast where a row is a multiple of 16 bytes; the 46 and 92 channels of CMT-Ti's first
-stages are not. These kernels also do what would be passes of its own: casts of weights, padding of heads,
+stages are not. These kernels also do what would be passes of their own: casts of weights, padding of heads,
 the gradient of a bias, dropout, and the addition behind a product or to its gradient.
 
 Letters: M rows, N outputs and K inputs of a product, C channels of a map. A patch of r x r pixels is a row
@@ -202,7 +202,6 @@ def unpacked(parts: Tensor, outputs: int) -> tuple[Tensor, Tensor]:
 
 class _Linear(torch.autograd.Function):
     """Rows of a map, a matrix, a bias, rows to add, and what is kept -> rows (M, N), and the map itself.
-
     The gradient of the latter is added to the product's in the pass that writes it.
     """
 

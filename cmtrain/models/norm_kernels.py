@@ -90,7 +90,6 @@ def norm_grad_kernel(
 
 def _tile(x: Tensor) -> dict[str, int]:
     """Return the sides of a tile. A thread reads a vector of each of a row's chunks.
-
     So a row has few threads, which exchange its sums five times if they are 32, and three if they are 8.
     """
     channels = x.shape[1]
@@ -116,7 +115,6 @@ def norm_grad(
     dy: Tensor, skip: Tensor | None, x: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Return the gradient of `norm`'s x (M, C), and sums (parts, 2, C) fp32: gradients of weight and bias.
-
     skip (M, C): the gradient that reached x past the norm.
     """
     rows, channels = x.shape
@@ -151,9 +149,7 @@ class _LayerNorm(torch.autograd.Function):
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Return x (..., C) and its LayerNorm over the last side, in its dtype.
-
-    Other uses of x take the former: its gradient and the norm's become one in the backward pass, for which
-    torch would read both again.
+    Other uses of x take the former: one pass adds both gradients, where torch would read them again.
     """
     x_again, out = _LayerNorm.apply(x.reshape(-1, x.shape[-1]), weight, bias, eps)
     return x_again.view(x.shape), out.view(x.shape)

@@ -3,9 +3,8 @@
 Letters: h heads, n queries per side of the map, N = n * n queries, r reduction, k = n / r keys per side,
 K = k * k keys (m, M, L: the same of a table from another image size).
 
-Every class holds one parameter, `table`. `forward` returns the bias of the attention scores (or the map with
-the embedding added). `resized` returns a table that was learned at another image size at this one's, and
-raises ValueError for a table of another kind.
+Every class has one parameter, `table`. `forward` returns the bias of the scores (or the map with the
+embedding added). `resized` returns another image size's table at this one's; ValueError: another kind's.
 """
 
 import math
@@ -16,8 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-# The authors' released network; the re-implementation's (FlyEgle/CMT-pytorch).
-Variant = Literal["paper", "reimpl"]
+Variant = Literal["paper", "reimpl"]  # the authors' released network, or FlyEgle/CMT-pytorch's
 AttentionBiasKind = Literal["none", "relative", "pairwise"]
 
 
@@ -37,9 +35,8 @@ def resize_grid(grid: Tensor, side: int) -> Tensor:
 def relative_windows(table: Tensor, queries_per_side: int, step: int) -> Tensor:
     """Read a table of 2-D offsets as a bias: (..., a, b) -> (..., n, n, i, j), with i = (a - n) / step + 1.
 
-    Entry [y, x, i, j] is table[i * step - y + n - 1, j * step - x + n - 1]: the offset from query (y, x) to
-    the key at pixel (i * step, j * step). Strided views and one flip replace an index table: no buffer, and
-    no atomic additions of index_put's backward.
+    Entry [y, x, i, j] is table[i * step - y + n - 1, j * step - x + n - 1], of query (y, x) and the key at
+    pixel (i * step, j * step). Views and a flip: no index buffer, no atomics of index_put's backward.
     """
     n = queries_per_side
     windows = table.unfold(-2, n, step).unfold(-2, n, step)  # (..., i, j, n, n), query coordinates reversed
@@ -86,9 +83,8 @@ class PairwiseBias(nn.Module):
 class RelativeBias(nn.Module):
     """One learned number per (head, 2-D offset from a query to the origin of a reduced key's cell).
 
-    The literal reading of the paper's section 3.3, which released a pairwise table. Offsets are counted in
-    query pixels, 2n - r of them per axis. Drawn like the re-implementation's table, which has published
-    accuracies (standard deviation 0.2).
+    The paper's section 3.3 read literally; its release has a pairwise table. 2n - r offsets per axis, in
+    query pixels. Drawn (deviation 0.2) like the re-implementation's table, which has published accuracies.
     """
 
     def __init__(self, heads: int, queries_per_side: int, reduction: int):
@@ -111,8 +107,7 @@ class RelativeBias(nn.Module):
 class ReimplPairwiseBias(nn.Module):
     """The re-implementation's "no distance" table: (N, N) for all heads; it reads the first K columns.
 
-    Key j of the reduced map reads column j. The other columns have no effect and a gradient of exactly zero;
-    they are kept because its checkpoints hold them.
+    Key j reads column j. Its checkpoints hold the others, of no effect and with a gradient of exactly 0.
     """
 
     def __init__(self, queries_per_side: int, reduction: int):
@@ -160,7 +155,6 @@ class ReimplRelativeBias(nn.Module):
 
 class AbsolutePosition(nn.Module):
     """One learned vector per pixel, added to the map; drawn like the re-implementation's embedding.
-
     A table of another side than the map's is resampled to it in every forward pass.
     """
 
@@ -206,9 +200,8 @@ def is_eager_on_cpu(x: Tensor) -> bool:
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: float, scale: float) -> Tensor:
     """Attend with a bias: q (B, h, N, d), k and v (B, h, K, d), bias (h or 1, N, K) -> (B, h, N, d).
 
-    On CUDA a bias goes to the memory-efficient backend, the only fused one that returns its gradient. It
-    wants d to be a multiple of 8. float64 gets the plain formula, as a CPU, where K is so small that the
-    plain formula is the fastest.
+    On CUDA a bias goes to the memory-efficient backend, the only fused one that returns its gradient; d must
+    be a multiple of 8. float64 gets the plain formula, and so does a CPU, where it is fastest as K is small.
     """
     if is_eager_on_cpu(q):
         scores = q @ (k * scale).transpose(-1, -2)

@@ -57,11 +57,11 @@ def find_list(root: Path, files: Iterable[BadFile]) -> Path | None:
 
 
 def write_list(folder: Path, faults: Mapping[str, Fault], path: Path | None = None) -> Path | None:
-    """Replace the list of `folder`; without faults, delete it. There is always the old one or the new.
+    """Replace the list of `folder`; without faults, delete it. After an error the old one is as it was.
 
     A split has no list of its own: its part of the list of the folder above is replaced. `faults`: by path
-    relative to `folder`. `path`: the only file to write instead. Returns where the list is, None when it is
-    empty. Raises DataError where it can be written nowhere; the one before is as it was.
+    relative to `folder`. `path`: write this file only. Returns where the list is, None if it was deleted.
+    Raises DataError where it can be written nowhere.
     """
     if path is not None:
         with os_errors_in_one_line(path):
@@ -132,7 +132,6 @@ def _write(path: Path, faults: Mapping[str, Fault]) -> None:
 
 
 def _write_first(places: Iterable[Path], faults: Mapping[str, Fault]) -> Path:
-    """Write the list to the first place that can be written."""
     errors = []
     for place in places:
         try:

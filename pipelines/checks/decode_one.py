@@ -25,11 +25,9 @@ Kind = Literal["truncated", "not_an_image", "too_large", "missing", "other"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP")  # Pillow and every DALI decode these alike
-# A header can promise gigabytes; ImageNet's largest image has 38 megapixels.
-MAX_PIXELS = 64_000_000
+MAX_PIXELS = 64_000_000  # a header can promise gigabytes; ImageNet's largest image has 38 megapixels
 _TOO_MANY_PIXELS = f"more than {MAX_PIXELS // 1_000_000} million pixels"
-# 64 megapixels take 256 MB as RGBA; a progressive JPEG's coefficients take another 384 MB.
-MAX_MEMORY_BYTES = 1_000_000_000
+MAX_MEMORY_BYTES = 1_000_000_000  # 64 megapixels: 256 MB as RGBA, a progressive JPEG's coefficients 384 MB
 MAX_SECONDS = 60
 READY = "ready"
 
@@ -106,9 +104,7 @@ def fault_of(error: Exception) -> Fault:
 
 def check_file(path: str, decode: bool, limit_seconds: int = 0) -> CheckResult:
     """Read the header and, if `decode` and unless the header shows that it is too large, the whole image.
-
-    The process ends by SIGALRM when decoding takes longer than `limit_seconds`, unless that is 0. Raises
-    OSError: the machine cannot read the file, which may be good.
+    SIGALRM ends the process after `limit_seconds`, unless 0. Raises OSError if the machine cannot read it.
     """
     try:
         return patiently(lambda: _check(path, decode, limit_seconds), path)

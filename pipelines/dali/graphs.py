@@ -37,11 +37,10 @@ _EVAL_WINDOWS = [(types.FLOAT, 1), (types.INT32, 1)]
 
 @dataclass(frozen=True)
 class Execution:
-    """Device and resources of a graph. `decode` "mixed" decodes JPEG on the GPU and needs `device` "gpu".
+    """Device and resources of a graph. `decode` "mixed" decodes crop windows of JPEGs on `device` "gpu".
 
-    It decodes crop windows only; "mixed_whole" decodes whole images and cuts them, for more memory.
-    `hw_decoder_load` is the share of a batch that goes to the GPU's JPEG engine, where it has one (A100 and
-    later), not to its general cores. None is DALI's default, 0.65 in 1.34 and 2.4.
+    "mixed_whole" decodes whole images and cuts them, for more memory. `hw_decoder_load`: share of a batch
+    for the GPU's JPEG engine (A100 and later), not its cores; None is DALI's default, 0.65 in 1.34 and 2.4.
     """
 
     device: Literal["gpu", "cpu"]
@@ -173,8 +172,7 @@ def _decode(files: Any, run: Execution, windows: Any = None) -> Any:
     region = {} if windows is None else {"start": windows[:2], "shape": windows[2:], "axes": [0, 1]}
     if not whole:
         options |= region
-    # Without fancy upsampling a GPU interpolates colour more coarsely than libjpeg, and so than Pillow.
-    # nvJPEG before CUDA 12.1 has none, and ignores the option.
+    # Without fancy upsampling a GPU's colour is coarser than Pillow's. nvJPEG before CUDA 12.1 ignores it.
     on_cpu = run.device == "cpu" or run.decode == "cpu"
     image = decoder(contents, device="cpu" if on_cpu else "mixed", jpeg_fancy_upsampling=True, **options)
     if whole and region:

@@ -28,9 +28,8 @@ NUM_JPEG_CLASSES = 10
 def demo_folder(name: str, cache: Path) -> Path:
     """Return the image folder of `demo:<name>` under `cache`, written first if it is not there.
 
-    Of several processes one writes and the others wait. Where nothing can be locked, each writes a folder of
-    its own, and the first rename wins. Raises DataError: no such demo data, its packages are not installed,
-    or `cache` cannot be written.
+    One process writes, and others wait; without locks each writes its own, and the first rename wins. Raises
+    DataError: no such demo data, its packages are not installed, or `cache` cannot be written.
     """
     writers = {"digits": _digits, "photos": _photos, "jpegs": _jpegs}
     if name not in writers:

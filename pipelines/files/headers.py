@@ -18,7 +18,7 @@ from pipelines.progress import tracked
 # Two changes within one tick of a file system's clock look like one (git's "racily clean" files). The
 # coarsest tick is FAT's two seconds; another one for clocks that differ.
 TICK_NS = 3_000_000_000
-_DAY_NS = 86_400_000_000_000
+_DAY_NS = 86_400_000_000_000  # a time further ahead is no clock's: a change would set it back
 _BLOCK = 64  # files that a thread takes at a time
 
 T = TypeVar("T")
@@ -80,8 +80,5 @@ def in_threads(function: Callable[[Any], T], items: Sequence[Any]) -> Iterator[T
 
 
 def is_racy(times_ns: NDArray[np.int64], began_ns: int) -> NDArray[np.bool_]:
-    """Return whether a file or folder may have changed after `began_ns` and yet have these times.
-
-    A time more than a day ahead is no clock's, so a change would set it back.
-    """
+    """Return whether a file or folder may have changed after `began_ns` and yet have these times."""
     return (times_ns > began_ns - TICK_NS) & (times_ns < began_ns + _DAY_NS)

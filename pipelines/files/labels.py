@@ -1,8 +1,7 @@
 """Turn the labels of a list, or the names of class folders, into classes.
 
-All of them are names of classes, or numbers in another spelling of such names, or positions among the
-classes; or, where images have several classes, names with SEPARATOR between them. One label that does not
-fit is an error.
+All are names of classes, other spellings of names that are numbers, or positions among the classes; or, if
+images have several classes, names with SEPARATOR between them. One label that does not fit is an error.
 """
 
 from __future__ import annotations
@@ -30,9 +29,7 @@ def relabel_folder(
     listing: Listing, class_names: Sequence[str] | None, *, positions: bool = False
 ) -> Listing:
     """Return the same files with places in `class_names` as labels; None takes the folders' names.
-
-    `positions`: folders may also be positions in `class_names`. Raises DataError for a folder that is no
-    class of `class_names`, or, without these, for an empty one.
+    `positions`: folders may be positions in it. Raises DataError: a folder is no class or, for None, empty.
     """
     found, root = listing.class_names, listing.root
     if class_names is not None:
@@ -58,9 +55,7 @@ def line_of(path: Path, root: Path, label: str) -> str:
 
 def relabel_list(listing: Listing, path: Path, class_names: Sequence[str] | None) -> Listing:
     """Return the same files with places in `class_names` as labels; None takes the labels found, in order.
-
-    Then numbers are positions if at least half of those up to the largest are found, else names. Raises
-    DataError for a label that is no class, with its line.
+    Then numbers are positions if half or more up to the largest occur, else names. DataError names the line.
     """
 
     def subject(label: str) -> str:
@@ -98,9 +93,8 @@ def relabelled(
     files: Files, names: Sequence[str], subject: Callable[[str], str], what: str, positions: bool
 ) -> Files:
     """Return the same files with places in `names` as labels, and a note if not all were matched by name.
-    Raises DataError that shows what matched and what did not: a sentence that `subject` begins, about a
-    `what` ("label", "folder" or "class"). `positions`: whether numbers may be positions. Where a class has a
-    number for a name they never are.
+    `positions`: whether numbers may be positions; never where a class has a number for a name. Raises
+    DataError, a sentence that `subject` begins: which `what` ("label", "folder", "class") matched.
     """
     classes, how = _match(files.class_names, names, subject, what, positions)
     labels, notes = np.array(classes, np.int64)[files.labels], (f"{files.root}: {how}",) if how else ()

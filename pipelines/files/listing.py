@@ -65,7 +65,6 @@ class Paths:
         return map(os.fsdecode, self.encoded)
 
     def select(self, indices: Ints) -> Paths:
-        """Return the paths at `indices`, in their order."""
         return Paths(self.encoded[indices])
 
     def find(self, wanted: Paths) -> Ints:
@@ -131,7 +130,6 @@ def list_folder(root: Path) -> Listing:
 
 def folder_state(path: bytes) -> FolderState:
     """Return what changes with a folder's entries: inode, size, mtime, ctime; all -1 for a missing folder.
-
     mtime alone is not enough: rsync and tar set it back. Raises OSError when the machine cannot look.
     """
     info = _stat(path)

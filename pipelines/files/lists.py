@@ -51,9 +51,8 @@ def read_list(
 ) -> Iterator[tuple[int, str, str]]:
     """Yield line number, path relative to `root` and label of every image, without ./ and //.
 
-    Lines that begin with # are counted in `skipped`. Unless `labelled`, a line may have no label, and its
-    path may be absolute or contain `..`.
-    Raises DataError for a file that is no UTF-8 text, and for the first line that is not understood.
+    `skipped` counts lines that begin with #. Unless `labelled`, a label may be missing, and a path absolute
+    or with `..`. Raises DataError: a file that is no UTF-8 text, or the first line that is not understood.
     """
     roots = {os.path.join(root, ""), os.path.join(os.path.realpath(root), "")}
     first = True

@@ -1,7 +1,6 @@
 """List the usable images of a split, with class and size.
 
-DALI answers a broken file by ending the run. So every header is read beforehand, and a file that cannot be
-used is left out and named.
+A broken file would end DALI's pipeline. So headers are read first, and unusable files left out and named.
 """
 
 from __future__ import annotations
@@ -144,18 +143,15 @@ class Manifest:
         multi_label: bool = False,
     ) -> Manifest:  # fmt: skip
         """Read the images below `root/<class>/`, at any depth, without hidden ones; links are followed once.
-        Raises DataError without a folder, classes or images, for a list that cannot be read, a class that
-        training does not know, and too many bad files.
 
-        Args:
-            root: folder of one split.
-            image_list: text file that names the images below `root` instead; see `lists`.
-            class_names: classes of the training split, for a validation split; None takes those found.
-            cache_dir: folder for the cached list of images and sizes; None is `$XDG_CACHE_HOME/cmtrain`.
-            max_bad_fraction: largest share of unusable files; they are left out (`bad`).
-            refresh: whether to look at every file, whatever is cached (see `scan_cache`).
-            positions: whether class folders may be named by positions in `class_names`; labels of lists may.
-            multi_label: whether a label names several classes, as cat;dog does (see `relabel_sets`).
+        image_list: text file that names the images below `root` instead; see `lists`.
+        class_names: classes of the training split, for a validation split; None takes those found.
+        cache_dir: folder for the cached list of images and sizes; None is `$XDG_CACHE_HOME/cmtrain`.
+        max_bad_fraction: largest share of unusable files; they are left out (`bad`).
+        refresh: whether to look at every file, whatever is cached (see `scan_cache`).
+        positions: whether class folders may be named by positions in `class_names`; labels of lists may.
+        multi_label: whether a label names several classes, as cat;dog does (see `relabel_sets`).
+        Raises DataError: no folder, class or image, an unreadable list, unknown class, too many bad files.
         """
         folder, cache = Path(root).absolute(), Path(cache_dir or user_cache())
         if image_list is None:
@@ -289,8 +285,7 @@ def _manifest(found: Scan, listing: Listing, max_bad_fraction: float | None, *, 
     # The device is not among them: its number may change with a mount.
     identities = _identities(listing.inodes, listing.size_bytes, listing.mtime_ns)
     inner = _holders(listing) if listed else []
-    # By `cmtrain data check`; read every time, never cached.
-    if more := _listed_faults(listing, identities, inner):
+    if more := _listed_faults(listing, identities, inner):  # of `cmtrain data check`; never cached
         sizes = sizes.copy()
         sizes[list(more)] = 0
         faults = dict(sorted((more | faults).items()))
@@ -318,7 +313,6 @@ def _holders(listing: Listing) -> list[str]:
 
 
 def _why_missing(listing: Listing, missing: Sequence[int]) -> str:
-    """Return why files of a list may be missing, for a message."""
     for name in (listing.paths[place] for place in missing[:3]):
         for form in ("NFC", "NFD"):
             if (other := unicodedata.normalize(form, name)) != name and (listing.root / other).exists():

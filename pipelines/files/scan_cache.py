@@ -29,10 +29,9 @@ _PATHS = ("paths", "folders")
 def cached_scan(lister: Callable[[], Listing], name: str, content: str, cache: Path, refresh: bool) -> Scan:
     """Return the cached scan if it is still valid, else scan and cache, in one process at a time.
 
-    `name`: of the split; scans of different names are kept apart. `content`: digest of the list file, if
-    there is one; a scan is valid for it only. `cache`: folder of the scans; a line is printed when
-    none can be written there. `refresh`: whether to look at everything again.
-    Raises OSError when the machine cannot read a folder or file; then nothing is cached.
+    `name`: of the split; each has its own scan. `content`: digest of the list file, if any; a scan is valid
+    for it only. `cache`: folder of the scans; if it cannot be written, a line is printed. `refresh`: look at
+    everything again. Raises OSError when the machine cannot read a folder or file; then nothing is cached.
     """
     digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:32]
     path = cache / f"files-{digest}.npz"

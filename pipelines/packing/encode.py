@@ -43,11 +43,10 @@ class Encoded(NamedTuple):
 def encode(path: str, resize_shorter: int | None, quality: int) -> Encoded:
     """Return one image as a JPEG whose shorter side is at most `resize_shorter`.
 
-    Every image is decoded, so a file that is cut short is found here. A JPEG that is small enough keeps its
-    bytes. Everything else becomes a baseline JPEG of `quality`, grey or RGB, with full-resolution colour
-    (4:4:4; docs/data.md has the measurements). An EXIF orientation is not applied, as elsewhere here and in
-    timm, but removed, so that no other reader turns some images and not others.
-    Raises DataError when the machine cannot read the file or has no memory for it, which is no verdict.
+    Every image is decoded, which finds files that are cut short. A JPEG that is small enough keeps its
+    bytes. Everything else becomes a baseline JPEG of `quality`, grey or RGB, 4:4:4 (docs/data.md has the
+    measurements). EXIF orientation is not applied, as elsewhere here and in timm, but removed, so that no
+    reader applies it. Raises DataError when the machine cannot read the file or has no memory for it.
     """
     try:
         data = patiently(Path(path).read_bytes)

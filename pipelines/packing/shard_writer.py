@@ -53,9 +53,8 @@ def pack_split(
     """Write the images of `manifest` as shards and an index into `folder`, or resume an earlier run.
 
     Samples lie in the shards in a fixed random order, so that a sequential reader sees mixed classes, too;
-    the index keeps the manifest's order. Returns the packed manifest, an earlier run's if that had finished.
-
-    `processes` read and encode; this one writes. Raises DataError for more unusable files than the share
+    the index keeps the manifest's order. `processes` read and encode; this one writes. Returns the packed
+    manifest, an earlier run's if that had finished. Raises DataError: more unusable files than the share
     `max_bad_fraction`, no space, anything else in `folder`, another run at work there.
     """
     recipe = json.dumps({"format": _FORMAT, "source": manifest.fingerprint, **spec._asdict()})
