@@ -9,9 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from accelerate import Accelerator
-
 from cmtrain.commands.evaluation_sizes import sizes_of
 from cmtrain.commands.export import make_trained_model
 from cmtrain.commands.trained_model import open_trained
@@ -23,14 +20,14 @@ from cmtrain.monitoring.units import percent
 from cmtrain.step.evaluate import Evaluation, evaluate
 from cmtrain.storage.checkpoint import new_folder
 from cmtrain.storage.records import replace_file
+from cmtrain.storage.run_folder import MISTAKES_NAME
 from cmtrain.storage.weights import num_classes_in
 from cmtrain.training import build, loaders
+from cmtrain.training.mistakes import draw_mistakes
 from cmtrain.training.schedule import split_batch
 from pipelines.files.doubts import split_doubts
-from pipelines.files.manifest import Manifest
-from pipelines.preview import MAX_IMAGES, contact_sheet
 from pipelines.progress import tracked
-from pipelines.spec import DataError, Placement, print_lines
+from pipelines.spec import DataError, print_lines
 
 SIZES = ("weights", "image_px", "resize_px")
 MEASURED = ("top1", "top5", "map", "balanced", "f1", "loss", "num_images", "num_unreadable")
@@ -95,7 +92,13 @@ def evaluate_trained(options: argparse.Namespace, overrides: Overrides) -> int:
             matrix = [[name, *counts] for name, counts in zip(labels, best.confusion, strict=True)]
             write_csv(Path(options.confusion), [["true \\ predicted", *labels], *matrix])
         if options.save_wrong:
-            save_mistakes(Path(options.save_wrong), best, manifest, labels, config, accelerator, place)
+            folder = Path(options.save_wrong)
+            temporary = folder.absolute().parent / f".{folder.name}.{os.getpid()}"
+            with new_folder(folder, temporary):
+                parts = best, manifest, labels, config, accelerator, place
+                rows = draw_mistakes(temporary / MISTAKES_NAME, *parts)
+                heads = ["path", "true", "predicted", "probability"]
+                write_csv(temporary / "mistakes.csv", [heads, *rows])
         if options.json:
             replace_file(Path(options.json), json.dumps(report, indent=1) + "\n")
     except OSError as error:
@@ -107,35 +110,6 @@ def evaluate_trained(options: argparse.Namespace, overrides: Overrides) -> int:
         Console(enabled=True).line(missed)
         return EXIT_EXPECTATION
     return EXIT_DONE
-
-
-def save_mistakes(
-    folder: Path, evaluation: Evaluation, manifest: Manifest, labels: Sequence[str], config: Config,
-    accelerator: Accelerator, place: Placement,
-) -> None:  # fmt: skip
-    """Write the mistakes of `evaluation`, the most confident first, into the new `folder`.
-    mistakes.csv has all of them, mistakes.png the first MAX_IMAGES, as the model sees them. Raises OSError.
-    """
-    assert evaluation.ranked is not None
-    assert evaluation.confidence is not None
-    predicted, confidence = evaluation.ranked[:, 0].numpy(), evaluation.confidence.numpy()
-    wrong = np.flatnonzero(~manifest.are_of(predicted) & (predicted >= 0))
-    wrong = wrong[np.argsort(-confidence[wrong], kind="stable")]
-    shown = manifest.select(wrong[:MAX_IMAGES])
-    rows = [
-        [manifest.file(index), manifest.label_name(true), labels[predicted[index]], confidence[index]]
-        for index, true in zip(wrong.tolist(), manifest.labels[wrong], strict=True)
-    ]
-    temporary = folder.absolute().parent / f".{folder.name}.{os.getpid()}"
-    with new_folder(folder, temporary):
-        write_csv(temporary / "mistakes.csv", [["path", "true", "predicted", "probability"], *rows])
-        if rows:
-            loader = loaders.make_eval_loader(config, shown, len(shown), accelerator, place)
-            (batch,) = loader.epoch(0)
-            captions = [[f"true: {true}", f"{percent(share)} {name}"] for _, true, name, share in rows]
-            how = config.data.mean, config.data.std, temporary / "mistakes.png"
-            contact_sheet(batch.images, *how, captions=captions)
-            loader.close()
 
 
 def write_csv(path: Path, table: Sequence[Sequence[Any]]) -> None:

@@ -8,6 +8,7 @@ events.jsonl   started, resumed, environment, evaluations, checkpoints, guard, s
 classes.json   the last evaluation by class: images, correct ones, confusion matrix
 NAME.py        the modules of run.imports
 augmented.png  the first augmented batch
+mistakes.png   validation images of the last evaluation that were taken for another class
 report.html    all of it for people, see monitoring/report/page.py
 checkpoints/   see checkpoint.py
 """
@@ -34,7 +35,8 @@ SUMMARY_COLUMNS = ("epoch", "step", "train_loss", "eval_loss", "eval_top1", "eva
 RUNS = Path("runs")
 SUMMARY_HEADER = ",".join(SUMMARY_COLUMNS)
 WEIGHTS_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
-CLASSES_NAME, SAMPLE_NAME, REPORT_NAME = "classes.json", "augmented.png", "report.html"
+CLASSES_NAME, REPORT_NAME = "classes.json", "report.html"
+SAMPLE_NAME, MISTAKES_NAME = "augmented.png", "mistakes.png"
 RECORDS = (
     "config.yaml", "status.json", "log.jsonl", "summary.csv", "events.jsonl", CLASSES_NAME, REPORT_NAME,
 )  # fmt: skip
@@ -219,7 +221,7 @@ def set_damaged_aside(path: Path) -> list[str]:
             lines.append(f"{record.name}: {error}; it is kept as {records.set_aside(record).name}")
         except OSError:
             continue  # missing; or the machine cannot read it, which is no damage
-    records.remove_leftovers(path, *RECORDS, SAMPLE_NAME, "failed-rank*.json")
+    records.remove_leftovers(path, *RECORDS, SAMPLE_NAME, MISTAKES_NAME, "failed-rank*.json")
     records.remove_leftovers(path.parent / ".targets", f"{path.name}-[0-9]*.json")
     return lines
 

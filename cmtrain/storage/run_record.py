@@ -17,7 +17,7 @@ import numpy as np
 from cmtrain.config.strict_yaml import Node, parse
 from cmtrain.storage import records
 from cmtrain.storage.records import DamagedRecordError, is_event, is_number, open_regular, parse_record
-from cmtrain.storage.run_folder import CLASSES_NAME, SAMPLE_NAME, read_status
+from cmtrain.storage.run_folder import CLASSES_NAME, MISTAKES_NAME, SAMPLE_NAME, read_status
 from pipelines.spec import DataError
 
 RUN_FILES = ("status.json", "log.jsonl", "events.jsonl", "config.yaml")
@@ -53,7 +53,7 @@ class RunRecord:
     config: dict[str, Any] = field(default_factory=dict)  # by dotted key
     class_names: list[str] = field(default_factory=list)
     classes: dict[str, ClassCounts] = field(default_factory=dict)  # by weights, `model` or `ema`
-    sample: Path | None = None
+    sheets: dict[str, Path] = field(default_factory=dict)  # of images, by name
     damage: list[str] = field(default_factory=list)  # one line for each thing that could not be read
 
     @property
@@ -74,8 +74,8 @@ def read_run(path: Path) -> RunRecord:
     if not (path / "status.json").exists():
         damage.append("status.json: missing")
     evaluations = to_columns(_summary(path / "summary.csv", damage))
-    sample = path / SAMPLE_NAME if (path / SAMPLE_NAME).is_file() else None
-    return RunRecord(path, status or {}, log, evaluations, events, *config, *classes, sample, damage)
+    sheets = {name: path / name for name in (SAMPLE_NAME, MISTAKES_NAME) if (path / name).is_file()}
+    return RunRecord(path, status or {}, log, evaluations, events, *config, *classes, sheets, damage)
 
 
 def read_sample(path: Path, status: dict[str, Any]) -> RunRecord:

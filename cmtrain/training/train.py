@@ -27,11 +27,12 @@ from cmtrain.step.learner import Learner
 from cmtrain.step.measure import StepReport, Stopwatch
 from cmtrain.storage.finite import FiniteCheck, repair_or_reject
 from cmtrain.storage.records import replace_file
-from cmtrain.storage.run_folder import SAMPLE_NAME, RunLock
+from cmtrain.storage.run_folder import MISTAKES_NAME, SAMPLE_NAME, RunLock
 from cmtrain.training import build
 from cmtrain.training.build import Parts
 from cmtrain.training.endings import check_expectation, stopped_at_once, stopped_by
 from cmtrain.training.loaders import Data, label_sets
+from cmtrain.training.mistakes import draw_mistakes
 from cmtrain.training.recovery import Recovery, find_overflow, merge_ranks
 from cmtrain.training.resume import restore
 from cmtrain.training.run_logger import RunLogger
@@ -201,6 +202,8 @@ def run(
             if saver.unsaved:
                 state, code = "failed", EXIT_DATA
                 reason = f"{reason}, but its checkpoint is missing: {saver.unsaved}"
+        if results and logger.folder:
+            log_mistakes(logger, results, measure, config, parts)
         code = logger.finish(state, exit_code=code, reason=reason, results=results, as_json=as_json)
     except KeyboardInterrupt:
         reason = stopped_at_once(logger.step, saver.saved_step)
@@ -292,7 +295,7 @@ def evaluate_weights(
     sets = label_sets(val, num_classes, accelerator.device)
     try:
         results = {
-            name: evaluate(module, batches(), accelerator, len(val), num_classes, label_sets=sets)
+            name: evaluate(module, batches(), accelerator, len(val), num_classes, True, sets)
             for name, module in learner.weights.items()
         }
     except Stopped:
@@ -300,6 +303,19 @@ def evaluate_weights(
     if accelerator.device.type == "cuda":
         loader.close()  # the training step needs its memory until the next evaluation
     return results
+
+
+def log_mistakes(
+    logger: RunLogger, results: dict[str, Evaluation], measure: str, config: Config, parts: Parts
+) -> None:
+    """Draw the most confident mistakes of the better weights into the run folder."""
+    best, names = (
+        max(results.values(), key=lambda result: result.score(measure)),
+        parts.data.train.class_names,
+    )
+    labels = [*names, *map(str, range(len(names), parts.num_classes))]
+    how = best, parts.data.val, labels, config, parts.accelerator
+    logger.losses.attempt(MISTAKES_NAME, draw_mistakes, logger.path / MISTAKES_NAME, *how)
 
 
 def saves_at(done: int, config: Config, schedule: Schedule) -> bool:

@@ -87,7 +87,8 @@ def write_run(
     status |= {"updated": BEGIN + 2 * num_logs, "best_top1": 0.8, "best_step": last_step}
     (path / "status.json").write_text(json.dumps(status))
     (path / "classes.json").write_text(json.dumps(class_outcomes(num_classes, class_names, rng)))
-    Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(path / "augmented.png")
+    for name in ("augmented.png", "mistakes.png"):
+        Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(path / name)
     return path
 
 

@@ -21,8 +21,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from cmtrain.cli.main import main
 from cmtrain.monitoring.report.events import newest_rows
 from cmtrain.monitoring.report.headline import measure_times
-from cmtrain.monitoring.report.page import render, report, sample_uri, write_report
+from cmtrain.monitoring.report.page import render, report, sheet_uri, write_report
 from cmtrain.step.evaluate import Evaluation, _Outcomes, evaluate
+from cmtrain.step.multi_label import MultiLabelOutcomes
 from cmtrain.storage.run_record import RUN_FILES, read_run
 from pipelines.spec import UNREADABLE, Batch, DataError
 
@@ -96,8 +97,10 @@ def test_classes_are_counted_exactly(num_classes):
 def test_counting_never_makes_the_host_wait(num_classes):
     """Under FakeTensorMode every .item() and bool() raises."""
     with FakeTensorMode():
-        outcomes = _Outcomes(num_classes, torch.device("cpu"))
-        outcomes.add(torch.zeros(8, dtype=torch.int64), torch.zeros(8, dtype=torch.int64))
+        logits, numbers = torch.zeros(8, num_classes), torch.zeros(8, dtype=torch.int64)
+        several = MultiLabelOutcomes(torch.zeros(3, num_classes), 8)
+        for outcomes in (_Outcomes(num_classes, torch.device("cpu")), several):
+            outcomes.add(logits, logits.topk(5).indices, numbers, numbers)
 
 
 # ---- the verb
@@ -369,7 +372,9 @@ def test_damaged_rows_of_the_summary_are_reported(tmp_path):
     assert read_run(run).damage == ["summary.csv: 10 damaged rows left out"]
 
 
-@pytest.mark.parametrize("missing", [*RUN_FILES, "summary.csv", "classes.json", "augmented.png"])
+@pytest.mark.parametrize(
+    "missing", [*RUN_FILES, "summary.csv", "classes.json", "augmented.png", "mistakes.png"]
+)
 @pytest.mark.parametrize("how", ["missing", "empty", "garbage", "wrong", "pipe"])
 def test_a_file_that_is_missing_or_damaged_costs_only_itself(tmp_path, missing, how):
     run = write_run(tmp_path / "a", num_logs=20, events=eventful())
@@ -460,12 +465,12 @@ def test_numbers_that_no_run_writes(tmp_path):
 def test_a_picture_that_is_none_and_one_that_is_large(tmp_path):
     path = tmp_path / "x.png"
     path.write_bytes(b"\x89PNG\r\n\x1a\n broken")
-    assert sample_uri(path) is None
+    assert sheet_uri(path) is None
     from PIL import Image
 
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (1280, 1280, 3), np.uint8)).save(path)
     assert path.stat().st_size > 4_000_000
-    assert len(sample_uri(path)) < 1_000_000
+    assert len(sheet_uri(path)) < 1_000_000
 
 
 def test_the_old_report_stays_when_the_new_one_fails(tmp_path, monkeypatch):

@@ -43,7 +43,9 @@ def test_a_run_leaves_what_it_promises(make_job):
     assert kinds[-1] == "finished"
     assert kinds.count("checkpoint") >= 6
     assert checkpoint_steps(job.run / "checkpoints")[-3:] == [24, 30, 36]
-    assert (job.run / "augmented.png").read_bytes()[:4] == b"\x89PNG"
+    for name in ("augmented.png", "mistakes.png"):
+        assert (job.run / name).read_bytes()[:4] == b"\x89PNG"
+    assert "A grid of validation images with their true" in (job.run / "report.html").read_text()
     assert "top-1" in job.stderr.read_text()
     # The same command again has nothing to do, and reports the same.
     again = job()

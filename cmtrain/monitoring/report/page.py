@@ -86,7 +86,8 @@ def _run_page(run: PlottedRun) -> dict[str, Any]:
         "summary": summary(record), "began": utc(times.begin) if times.begin else "", "times": times,
         "headline": list(headline(record, times, run.last_step)), "events": event_rows(record),
         "evaluations": _table(record.evaluations), "log": _table(record.log, leave_out=("time",)),
-        "classes": class_section(record), "sample": sample_uri(record.sample) if record.sample else None,
+        "classes": class_section(record),
+        "sheets": {name.partition(".")[0]: sheet_uri(path) for name, path in record.sheets.items()},
         "config": list(_config_lines(record)), "environment": environment_of(record),
     }  # fmt: skip
 
@@ -108,7 +109,7 @@ def _show(name: str, value: float) -> str:
     return percent(value) if name.endswith(("top1", "top5", "map", "_ratio")) else short(value)
 
 
-def sample_uri(path: Path) -> str | None:
+def sheet_uri(path: Path) -> str | None:
     """Return the contact sheet as the data URI of a small JPEG; None if it is not an image."""
     file = io.BytesIO()
     try:

@@ -1,0 +1,56 @@
+"""Find and draw the images whose class a model missed, the most confident answers first."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import Accelerator
+
+from cmtrain.config.schema import Config
+from cmtrain.monitoring.units import percent
+from cmtrain.step.evaluate import Evaluation
+from cmtrain.training import loaders
+from pipelines.files.manifest import Manifest
+from pipelines.preview import MAX_IMAGES, contact_sheet
+from pipelines.spec import Placement
+
+
+def find_mistakes(
+    evaluation: Evaluation, manifest: Manifest, labels: Sequence[str]
+) -> tuple[Manifest, list[list[Any]]]:
+    """Return the first MAX_IMAGES mistakes among this rank's images, and a row for each mistake.
+
+    `evaluation` has ranked classes; `labels`: a name for each output. A row: path, true and predicted class,
+    probability.
+    """
+    assert evaluation.ranked is not None
+    assert evaluation.confidence is not None
+    predicted, confidence = evaluation.ranked[:, 0].numpy(), evaluation.confidence.numpy()
+    wrong = np.flatnonzero(~manifest.are_of(predicted) & (predicted >= 0))
+    wrong = wrong[np.argsort(-confidence[wrong], kind="stable")]
+    rows = [
+        [manifest.file(index), manifest.label_name(true), labels[predicted[index]], confidence[index]]
+        for index, true in zip(wrong.tolist(), manifest.labels[wrong], strict=True)
+    ]
+    return manifest.select(wrong[:MAX_IMAGES]), rows
+
+
+def draw_mistakes(
+    path: Path, evaluation: Evaluation, manifest: Manifest, labels: Sequence[str], config: Config,
+    accelerator: Accelerator, place: Placement | None = None,
+) -> list[list[Any]]:  # fmt: skip
+    """Draw the first mistakes as the model sees them, with both classes, and return all rows.
+
+    Without a mistake there is no picture. Raises OSError: `path` cannot be written.
+    """
+    shown, rows = find_mistakes(evaluation, manifest, labels)
+    path.unlink(missing_ok=True)
+    if rows:
+        place = place or Placement(prefetch_batches=1)  # on the CPU
+        loader = loaders.make_eval_loader(config, shown, len(shown), accelerator, place)
+        (batch,) = loader.epoch(0)
+        captions = [[f"true: {true}", f"{percent(share)} {name}"] for _, true, name, share in rows]
+        contact_sheet(batch.images, config.data.mean, config.data.std, path, captions=captions)
+        loader.close()
+    return rows
