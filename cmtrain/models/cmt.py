@@ -166,6 +166,24 @@ class CMT(nn.Module):
             self.head = nn.Linear(self.head_hidden_size, num_classes, device=like.device, dtype=like.dtype)
             init_weights(self.head)
 
+    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+        """Take images of another side from now on; attention biases are resampled to it.
+        Raises ValueError: an illegal side.
+        """
+        self.img_size = _square_px(img_size)
+        stages: Any = self.stages
+        for i, stage in enumerate(stages):
+            side = self.img_size // 4 >> i
+            if stage.absolute is not None:
+                stage.absolute.side = side  # its table is resampled in every forward pass
+            for holder in (stage, *stage.blocks):
+                if holder.bias is not None:
+                    old = holder.bias.table
+                    size = HEADS[i], side, REDUCTIONS[i]
+                    holder.bias = make_attention_bias(self.attention_bias, self.variant, *size)
+                    table = holder.bias.resized(old.detach())
+                    holder.bias.table = nn.Parameter(table, requires_grad=old.requires_grad)
+
     def get_classifier(self) -> nn.Module:
         return self.head
 

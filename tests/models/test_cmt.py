@@ -423,6 +423,30 @@ def test_reference_weights_load_at_another_image_size(options):
     assert model.eval()(images(96, 2)).isfinite().all()
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {}, {"attention_bias": "relative", "attention_bias_scope": "block"}, {"attention_bias": "none"},
+        {"variant": "reimpl", "absolute_position": True},
+        {"variant": "reimpl", "attention_bias": "pairwise"},
+    ],
+)  # fmt: skip
+def test_the_input_size_of_a_model_can_be_changed(options):
+    """It is then the model that is built at that size and gets the same weights, resampled."""
+    model = micro(img_size=64, **options).eval()
+    larger = micro(img_size=96, **options).eval()
+    larger.load_state_dict(resize_positions(model.state_dict(), larger))
+    images = torch.randn(2, 3, 96, 96)
+    with pytest.raises(ValueError, match="built for img_size=64"):
+        model(images)
+    model.set_input_size(96)
+    assert torch.allclose(model(images), larger(images), atol=1e-5)
+    model.train()(images).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    with pytest.raises(ValueError, match="multiple of 32"):
+        model.set_input_size(100)
+
+
 def test_our_own_weights_move_between_image_sizes():
     model = micro(img_size=64, attention_bias="relative", absolute_position=True)
     state = model.state_dict()
