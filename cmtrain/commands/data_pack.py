@@ -29,7 +29,7 @@ def pack(
     `source` holds train/<class>/* and val/<class>/*, or the files on the lists; one split may be missing.
     `shard_mib`: size at which a shard is closed. `train_list`, `val_list`: list files, relative to `source`,
     instead of the folders. `max_bad_fraction`: share of unusable files above which a split is refused.
-    `multi_label`: whether labels such as cat;dog are sets of classes, and each split has others. `encoding`:
+    `multi_label`: whether labels such as cat;dog are sets of classes. `encoding`:
     `resize_shorter` and `quality`, see pipelines.packing.encode. Raises DataError: nothing to pack, too many
     bad images, no space, a destination in use, a damaged shard.
     """
@@ -46,6 +46,7 @@ def pack(
     workers = processes or len(os.sched_getaffinity(0))
     report: dict[str, dict[str, int]] = {}
     options: dict[str, Any] = {"cache_dir": cache_dir, "max_bad_fraction": max_bad_fraction}
+    options["multi_label"] = multi_label
     for split in found:
         if list_name := listed[split]:
             manifest = Manifest.from_folder(root, image_list=root / list_name, **options)
@@ -53,8 +54,9 @@ def pack(
             raise DataError(f"{root / split}: is packed already; give the folder that holds the image files")
         else:
             manifest = Manifest.from_folder(root / split, **options)
-        options["class_names"] = None if multi_label else manifest.class_names
+        options["class_names"] = manifest.class_names
         print_lines(*split_doubts(manifest, split))
+        manifest = manifest.with_sets_as_classes() if multi_label else manifest
         folder = Path(destination).absolute() / split
         done = pack_split(manifest, folder, spec, processes=workers, max_bad_fraction=max_bad_fraction)
         print_lines(*(f"left out: {path}: {reason}" for path, _, reason in done.bad))

@@ -46,7 +46,8 @@ def preview(config: Config, *, out: str, rows: int = 8, columns: int = 8, epoch:
     place, _ = loaders.place_loaders(config, accelerator)
     loader = loaders.make_train_loader(once, shown, schedule, accelerator, place)
     num_classes = len(data.train.class_names)
-    spec = build.mix_spec(config, num_classes, loaders.label_sets(data.train, num_classes))
+    sets = loaders.label_sets(data.train, num_classes, accelerator.device)
+    spec = build.mix_spec(config, num_classes, sets)
 
     plain, mixed = [], []
     for number in range(epoch, epoch + columns):
@@ -58,7 +59,7 @@ def preview(config: Config, *, out: str, rows: int = 8, columns: int = 8, epoch:
 
     path, names = Path(out), [data.train.label_name(label) for label in shown.labels]
     _write_grid(plain, names, config, path)
-    if config.mixing.mixup or config.mixing.cutmix or config.mixing.reprob:
+    if config.mixing.mixup or config.mixing.cutmix or config.mixing.reprob or config.augment.extra:
         _write_grid(mixed, names, config, path.with_name(f"{path.stem}-mixed.png"))
     return EXIT_DONE
 

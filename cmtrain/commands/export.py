@@ -191,6 +191,7 @@ def to_timm(
     if class_names and len(class_names) == model.num_classes:
         described["label_names"] = list(class_names)
     if config.data.multi_label:
+        described["multi_label"] = True
         described["thresholds"] = list(thresholds) or [THRESHOLD] * int(model.num_classes)  # type: ignore
     if name.startswith("cmt_"):  # without dropout
         args = config.model.model_dump(include=set(CMT_OPTIONS) - {"attn_drop_rate", "proj_drop_rate"})

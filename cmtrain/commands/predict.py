@@ -75,7 +75,8 @@ def predict(files: Sequence[str], options: argparse.Namespace, overrides: Overri
             best = logits.topk(min(options.top, logits.shape[1])).indices
             several = config.data.multi_label
             all_shares = logits.sigmoid() if several else logits.softmax(1)
-            limits = torch.tensor(thresholds if len(thresholds) == len(names) else [THRESHOLD] * len(names))
+            fits = len(thresholds) == logits.shape[1]
+            limits = torch.tensor(thresholds if fits else [THRESHOLD], dtype=torch.float64)
             for index, classes, shares in zip(indices[good].tolist(), best, all_shares, strict=True):
                 row: dict[str, Any] = {"path": given[manifest.file(index)]}
                 if several:

@@ -9,6 +9,7 @@ from pathlib import Path
 from cmtrain.config.load import Overrides, load_config
 from cmtrain.config.schema import CMT_OPTIONS, Config, to_yaml
 from cmtrain.errors import ConfigError
+from cmtrain.step.multi_label import THRESHOLD
 from cmtrain.storage.checkpoint import Loaded, find_checkpoint
 from cmtrain.storage.records import load_json, read_json, reason_of
 from cmtrain.storage.run_folder import CLASSES_NAME, find_run
@@ -56,7 +57,7 @@ def open_trained(place: str, overrides: Overrides) -> Trained:
     loaded = read_checkpoint(path)
     config = _config_of(run / "config.yaml", loaded, overrides)
     build.import_modules(config.run.imports)
-    return Trained(run, config, loaded, *_classes(run))
+    return Trained(run, config, loaded, *_classes(run, int(loaded.state["progress"]["step"])))
 
 
 def read_checkpoint(path: Path) -> Loaded:
@@ -102,7 +103,7 @@ def read_export(path: Path, overrides: Overrides) -> tuple[Config, list[str], li
         settings |= {"data.eval_interpolation": prepared["interpolation"]}
         settings |= {f"data.{key}": prepared[key] for key in ("mean", "std")}
         thresholds = content.get("thresholds", [])
-        settings["data.multi_label"] = bool(thresholds)
+        settings["data.multi_label"] = content.get("multi_label", False)
         stated = [(key, json.dumps(value)) for key, value in settings.items()]
         config = load_config("configs/small.yaml", [*stated, *overrides]).config
         return config, content.get("label_names", []), list(map(float, thresholds))
@@ -110,15 +111,22 @@ def read_export(path: Path, overrides: Overrides) -> tuple[Config, list[str], li
         raise DataError(f"{path}: not as `cmtrain export` writes it: {reason_of(error)}") from error
 
 
-def _classes(run: Path) -> tuple[tuple[str, ...], dict[str, list[float]]]:
-    """Return class names and thresholds of a run; none before an evaluation, or, with a line, if damaged."""
+def _classes(run: Path, step: int) -> tuple[tuple[str, ...], dict[str, list[float]]]:
+    """Return class names and thresholds of a run; none before an evaluation, or, with a line, if damaged.
+    Thresholds are those of an evaluation at `step`; of another step's weights there are none.
+    """
     damage: list[str] = []
     found = read_json(run / CLASSES_NAME, damage) or {}
     try:
-        names = tuple(map(str, found.get("classes", [])))
+        names = tuple(map(str, list[str]() + found.get("classes", [])))
         given = {kind: entry.get("thresholds") for kind, entry in found.get("weights", {}).items()}
         thresholds = {kind: list(map(float, values)) for kind, values in given.items() if values}
     except (TypeError, ValueError, AttributeError):
         damage.append(f"{CLASSES_NAME}: names no classes")
     print_lines(*(f"{run}: {line}; going on without class names" for line in damage))
-    return ((), {}) if damage else (names, thresholds)
+    if damage or any(len(values) != len(names) for values in thresholds.values()):
+        return (() if damage else names), {}
+    if thresholds and found.get("step") != step:
+        print_lines(f"{run}: its thresholds are of step {found.get('step')}, not {step}; taking {THRESHOLD}")
+        thresholds = {}
+    return names, thresholds

@@ -195,8 +195,8 @@ class Augment(Section):
     extra: str | None = _key(
         None,
         "your function on a training batch, such as my_augment:blur, of a module in run.imports: it gets "
-        "normalised images (B, 3, H, W) and a seed, from which alone it draws, and returns as many images; "
-        "it comes before erasing, MixUp and CutMix",
+        "normalised images (B, 3, H, W) and a seed, from which alone it draws, and returns such images; it "
+        "comes before erasing, MixUp and CutMix",
         pattern="^[A-Za-z_][A-Za-z0-9_]*:[A-Za-z_][A-Za-z0-9_]*$",
     )
     repeats: Count = _key(1, "repeated augmentation: views of a sample per epoch (the paper: 3)")

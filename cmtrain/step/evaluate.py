@@ -30,7 +30,7 @@ class Evaluation:
     `map`, `thresholds`: see multi_label; None and [] where an image has one class.
     `confusion`: [true class][predicted class] counts; None beyond MAX_CONFUSION_CLASSES classes.
     `ranked`: (N, 5), or (N, K) with fewer classes, int64 on the CPU: the likeliest classes of each image, -1
-        for unreadable images and those of other ranks; None without `keeps_ranked`.
+        for unreadable images; None without `keeps_ranked`.
     `confidence`: (N,) the likeliest class's probability where there is one.
     """
 
@@ -70,9 +70,9 @@ class Evaluation:
 
     def score(self, measure: str) -> float:
         """Return what evaluate.best names: top1, balanced, f1, map, or the negative loss. More is better."""
-        if measure == "loss":
-            return -self.loss if math.isfinite(self.loss) else -math.inf
-        return float(getattr(self, measure))
+        if not math.isfinite(self.loss) and measure in ("loss", "map"):
+            return -math.inf
+        return -self.loss if measure == "loss" else float(getattr(self, measure))
 
 
 def evaluate(
@@ -107,6 +107,10 @@ def evaluate(
     seen, measured = outcomes.sum_up()
     assert seen == num_images, f"evaluated {seen} images of {num_images}"
     if ranked is not None and confidence is not None:
+        ranked += 1  # 0 for images of other ranks
+        all_reduce_sum(ranked)
+        ranked -= 1
+        all_reduce_sum(confidence)
         measured |= {"ranked": ranked.cpu(), "confidence": confidence.cpu()}
     return Evaluation(num_images=num_images, **measured)
 

@@ -54,9 +54,11 @@ def mix(images: Tensor, labels: Tensor, spec: MixSpec, key: tuple[int, ...]) -> 
     """
     rng = np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
     if spec.custom:
-        shape, images = images.shape, spec.custom(images, int(rng.integers(2**63)))
-        if images.shape != shape:
-            raise ConfigError(f"augment.extra: gave {tuple(images.shape)} for images of {tuple(shape)}")
+        given, images = images, spec.custom(images, int(rng.integers(2**63)))
+        wanted = given.shape, given.dtype, given.device
+        if not isinstance(images, Tensor) or (images.shape, images.dtype, images.device) != wanted:
+            what = f"{images.dtype} {tuple(images.shape)}" if isinstance(images, Tensor) else repr(images)
+            raise ConfigError(f"augment.extra: gave {what} for {given.dtype} {tuple(given.shape)}")
     if spec.reprob:
         images = erase(images, spec, rng)
     draw = draw_mix(spec, images.shape[-2], images.shape[-1], rng)

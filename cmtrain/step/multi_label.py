@@ -67,6 +67,8 @@ def rank(is_of_class: np.ndarray, probabilities: np.ndarray) -> tuple[float | No
     """
     if not is_of_class.any():
         return None, THRESHOLD
+    if np.isnan(probabilities).any():  # each would be a rank of its own
+        return 0.0, THRESHOLD
     order = np.argsort(-probabilities, kind="stable")
     values = probabilities[order].astype(np.float64)
     ends = np.flatnonzero(np.append(values[1:] != values[:-1], True))  # equal ones count together

@@ -228,7 +228,9 @@ def label_sets(
 
     if manifest.label_sets is None:
         return None
-    more = num_classes - len(manifest.class_names)
+    if (more := num_classes - len(manifest.class_names)) < 0:
+        what = f"has {len(manifest.class_names)} classes, more than the model's {num_classes} outputs"
+        raise DataError(f"{manifest.root}: {what}")
     return torch.from_numpy(np.pad(manifest.label_sets, ((0, 0), (0, more)))).float().to(device)
 
 

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from cmtrain.config.schema import Config
 from cmtrain.monitoring.units import percent
 from cmtrain.step.evaluate import Evaluation
+from cmtrain.step.multi_label import THRESHOLD
 from cmtrain.training import loaders
 from pipelines.files.manifest import Manifest
 from pipelines.preview import MAX_IMAGES, contact_sheet
@@ -19,7 +20,7 @@ from pipelines.spec import Placement
 def find_mistakes(
     evaluation: Evaluation, manifest: Manifest, labels: Sequence[str]
 ) -> tuple[Manifest, list[list[Any]]]:
-    """Return the first MAX_IMAGES mistakes among this rank's images, and a row for each mistake.
+    """Return the first MAX_IMAGES mistakes, and a row for each mistake.
 
     `evaluation` has ranked classes; `labels`: a name for each output. A row: path, true and predicted class,
     probability.
@@ -27,7 +28,10 @@ def find_mistakes(
     assert evaluation.ranked is not None
     assert evaluation.confidence is not None
     predicted, confidence = evaluation.ranked[:, 0].numpy(), evaluation.confidence.numpy()
-    wrong = np.flatnonzero(~manifest.are_of(predicted) & (predicted >= 0))
+    missed = ~manifest.are_of(predicted) & (predicted >= 0)
+    if manifest.label_sets is not None:  # of no class is right, unless a class is likely
+        missed &= manifest.label_sets[manifest.labels].any(1) | (confidence >= THRESHOLD)
+    wrong = np.flatnonzero(missed)
     wrong = wrong[np.argsort(-confidence[wrong], kind="stable")]
     rows = [
         [manifest.file(index), manifest.label_name(true), labels[predicted[index]], confidence[index]]

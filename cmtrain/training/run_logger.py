@@ -29,7 +29,14 @@ from cmtrain.step.spikes import Spike
 from cmtrain.storage.checkpoint_writer import Outcome
 from cmtrain.storage.finite import named
 from cmtrain.storage.records import Losses
-from cmtrain.storage.run_folder import CLASSES_NAME, REPORT_NAME, SAMPLE_NAME, RunFolder, finite
+from cmtrain.storage.run_folder import (
+    CLASSES_NAME,
+    MISTAKES_NAME,
+    REPORT_NAME,
+    SAMPLE_NAME,
+    RunFolder,
+    finite,
+)
 from cmtrain.training.recovery import BadStep
 from pipelines.checks.bad_list import BadFile, find_list
 from pipelines.spec import DataError, print_lines
@@ -107,6 +114,7 @@ class RunLogger:
             self.train_loss = resumed[1].loss
         if self.folder:
             self.folder.write("config.yaml", config_yaml)
+            self.losses.attempt(MISTAKES_NAME, (self.path / MISTAKES_NAME).unlink, missing_ok=True)
             self.folder.status(
                 state="running", step=self.first_step, last_step=self.last_step,
                 total_steps=self.total_steps,

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipelines.files.labels import look_alikes, some
+from pipelines.files.labels import NO_CLASS, SEPARATOR, look_alikes, some
 from pipelines.files.manifest import Manifest
 
 _COMPARED_IMAGES = 8  # validation images that are compared with training's by their bytes
@@ -22,6 +22,9 @@ def split_doubts(manifest: Manifest, split: str) -> list[str]:
     for one, other in look_alikes(names)[:3]:
         what = "differ only in case, blanks or Unicode form (NFC, NFD)"
         doubts.append(f"{split}: classes {one!r} and {other!r} {what}: one class?")
+    sets = [name.split(SEPARATOR) for name in names if SEPARATOR in name]
+    if sets and manifest.label_sets is None and all({*parts} <= {*names, NO_CLASS} for parts in sets):
+        doubts.append(f"{split}: {SEPARATOR.join(sets[0])!r} is a class of its own without data.multi_label")
     ids = np.sort(manifest.identities)
     same = (ids[1:] == ids[:-1]) & (ids[1:] != 0)
     if num_same := int(same.sum()):

@@ -11,7 +11,6 @@ import re
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -139,20 +138,27 @@ def relabel_sets(files: Files, class_names: Sequence[str] | None, path: Path | N
     """Return the same files with the sets of classes that their labels, such as cat;dog, name.
 
     `class_names`: the classes; None takes those found, numbers by size, others by name. `path`: the list
-    that the labels are from. Raises DataError: a class that is not there, or an empty name.
+    that the labels are from. Raises DataError: a class that is not there, an empty name, or no class at all.
     """
-    labels = files.class_names
+    labels, used = files.class_names, np.unique(files.labels).tolist()
     parts = [() if label == NO_CLASS else tuple(map(str.strip, label.split(SEPARATOR))) for label in labels]
-    found = sorted(set(chain(*parts)))
-    names = class_names or sorted(found, key=int if all(map(str.isdecimal, found)) else None)
-    place = {name: index for index, name in enumerate(names)}
-    table = np.zeros((len(labels), len(place)), np.bool_)
-    for row, (label, part) in enumerate(zip(labels, parts, strict=True)):
-        if wrong := [name for name in part if not name or name not in place]:
-            where = line_of(path, files.root, label) if path else f"{files.root}: label {label!r} is"
+    names = class_names
+    if names is None:
+        found = sorted({name for row in used for name in parts[row]})
+        is_number = all(map(str.isdecimal, found))
+        names = sorted(found, key=lambda name: (len(name), name)) if is_number else found
+    place = {name: index for index, name in enumerate(names) if name not in ("", NO_CLASS)}
+    table = np.zeros((len(labels), len(names)), np.bool_)
+    for row in used:
+        if wrong := [name for name in parts[row] if name not in place]:
+            where = f"{files.root}: label {labels[row]!r} is"
+            where = line_of(path, files.root, labels[row]) if path else where
             what = f"{wrong[0]!r}, which is not one of the {len(place)} training classes: {some(names)}"
-            raise DataError(f"{where} no list of classes: it names {what if wrong[0] else 'an empty one'}")
-        table[row, [place[name] for name in part]] = True
+            what = "an empty one" if not wrong[0] else what
+            raise DataError(f"{where} no list of classes: it names {what}")
+        table[row, [place[name] for name in parts[row]]] = True
+    if not place:
+        raise DataError(f"{path or files.root}: no label names a class")
     return replace(files, class_names=tuple(names), label_sets=table)
 
 

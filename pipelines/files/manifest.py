@@ -86,6 +86,12 @@ class Manifest:
         names = [self.class_names[place] for place in np.flatnonzero(self.label_sets[label])]
         return SEPARATOR.join(names) or NO_CLASS
 
+    def with_sets_as_classes(self) -> Manifest:
+        """Return the same images with one class for each label, named as in a list file."""
+        assert self.label_sets is not None
+        names = tuple(map(self.label_name, range(len(self.label_sets))))
+        return replace(self, class_names=names, label_sets=None)
+
     def class_counts(self) -> NDArray[np.int64]:
         """Return the number of images of each class, (K,)."""
         if self.label_sets is None:
@@ -117,14 +123,17 @@ class Manifest:
             yield [os.path.join(folder, str(index)) for index in indices]
 
     def fraction(self, fraction: float, seed: int) -> Manifest:
-        """Return `fraction` of every class, at least one image, chosen by a hash of (seed, index)."""
+        """Return `fraction` of every class, at least one image, chosen by a hash of (seed, index).
+        Where an image may have several classes, the share is of all images, whatever their sets.
+        """
         if not 0 < fraction <= 1:
             raise ValueError(f"fraction {fraction} is not in (0, 1]")
         keys = sample_keys(seed, _SUBSET_DOMAIN, np.arange(len(self)))
-        by_class = np.lexsort((keys, self.labels))
-        counts = np.bincount(self.labels, minlength=len(self.class_names))
+        labels = self.labels if self.label_sets is None else np.zeros_like(self.labels)
+        by_class = np.lexsort((keys, labels))
+        counts = np.bincount(labels, minlength=len(self.class_names))
         place = np.arange(len(self)) - np.repeat(np.cumsum(counts) - counts, counts)  # within its class
-        wanted = np.maximum(np.rint(counts * fraction), 1)[self.labels[by_class]]
+        wanted = np.maximum(np.rint(counts * fraction), 1)[labels[by_class]]
         return self.select(np.sort(by_class[place < wanted]))
 
     def select(self, indices: NDArray[np.int64]) -> Manifest:

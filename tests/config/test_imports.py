@@ -106,6 +106,9 @@ def darker(images, seed):
 
 def smaller(images, seed):
     return images[:, :, ::2, ::2]
+
+def forgotten(images, seed):
+    images * 2
 """
 
 
@@ -134,7 +137,10 @@ def test_a_batch_is_augmented_by_ones_own_function_the_same_on_two_ranks_and_aft
     wrong("--augment.extra", "other:darker", code=2)
     assert "augment.extra (other:darker) needs its module in run.imports" in wrong.stderr.read_text()
     wrong("--augment.extra", "my_augment:smaller", code=2)
-    assert "augment.extra: gave (8, 3, 16, 16) for images of (8, 3, 32, 32)" in wrong.stderr.read_text()
+    what = "augment.extra: gave torch.float32 (8, 3, 16, 16) for torch.float32 (8, 3, 32, 32)"
+    assert what in wrong.stderr.read_text()
+    wrong("--augment.extra", "my_augment:forgotten", code=2)
+    assert "augment.extra: gave None for torch.float32 (8, 3, 32, 32)" in wrong.stderr.read_text()
 
 
 def test_what_has_no_line_and_what_has_a_librarys_name_is_refused(path, tmp_path):

@@ -1,8 +1,11 @@
 """Labels such as cat;dog are sets of classes, the same ones in training and validation."""
 
+import shutil
+
 import pytest
 from helpers.images import write_tree
 
+from cmtrain.commands.data_pack import pack
 from cmtrain.training.loaders import label_sets
 from pipelines.files.doubts import split_doubts
 from pipelines.files.manifest import Manifest
@@ -58,11 +61,30 @@ def test_numbers_are_names_in_the_order_of_their_size(opened):
         ("cat;wolf", ("cat", "dog"), "list.csv:2: label 'cat;wolf' is no list of classes: it names 'wolf'"),
         ("cat;;dog", None, "list.csv:2: label 'cat;;dog' is no list of classes: it names an empty one"),
         ("cat;", None, "list.csv:2: label 'cat;' is no list of classes: it names an empty one"),
+        ("cat;-", None, "list.csv:2: label 'cat;-' is no list of classes: it names '-'"),
     ],
 )
 def test_a_mistake_is_named_with_its_line(opened, label, classes, says):
     with pytest.raises(DataError, match=says):
         opened(["dog", label], classes)
+
+
+def test_a_list_without_any_class_is_refused(opened):
+    with pytest.raises(DataError, match=r"list\.csv: no label names a class"):
+        opened(["-", "-"])
+
+
+def test_a_share_is_of_the_images_and_not_of_each_set(opened):
+    train = opened(["a;b", "a;c", "b;c", "a", "b", "c", "-", "a;b;c"])
+    assert len(train.fraction(0.5, 0)) == 4
+
+
+def test_a_forgotten_key_is_a_likely_mistake(opened, tmp_path):
+    opened(["cat;dog", "dog", "cat"])
+    path, root = tmp_path / "list.csv", tmp_path / "data"
+    manifest = Manifest.from_folder(root, image_list=path, cache_dir=tmp_path / "cache")
+    (line,) = split_doubts(manifest, "training")
+    assert line == "training: 'cat;dog' is a class of its own without data.multi_label"
 
 
 def test_the_same_sets_are_the_same_data_and_others_are_not(opened):
@@ -78,6 +100,17 @@ def test_a_file_on_two_lines_is_a_likely_mistake(opened, tmp_path):
     root, options = tmp_path / "data", {"cache_dir": tmp_path / "cache", "multi_label": True}
     (line,) = split_doubts(Manifest.from_folder(root, image_list=path, **options), "training")
     assert "all labels of an image go into one line, as cat;dog" in line
+
+
+def test_packed_sets_are_those_of_the_lists(opened, tmp_path):
+    """Also numbers, of which some have no image: they are names, not positions."""
+    train = opened(["0;3", "3", "07", "-", "0"])
+    shutil.rmtree(tmp_path / "data" / "val")
+    how = {"train_list": "../list.csv", "multi_label": True, "resize_shorter": None, "quality": 90}
+    assert pack(str(tmp_path / "data"), str(tmp_path / "packed"), shard_mib=1, processes=1, **how) == 0
+    packed = Manifest.from_shards(tmp_path / "packed" / "train", multi_label=True)
+    assert (packed.class_names, sets_of(packed)) == (train.class_names, sets_of(train))
+    assert packed.class_names == ("0", "3", "07")
 
 
 def test_class_folders_may_be_sets_and_images_are_found_by_class(tmp_path):
