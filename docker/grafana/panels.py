@@ -179,6 +179,8 @@ LEARNING = PanelRow("Learning", (
         "{{run}} top-{{k}} {{weights}}": f"max by (run, k, weights) (cmtrain_eval_accuracy_ratio{{{RUN}}})",
         "{{run}} balanced {{weights}}":
             f"max by (run, weights) (cmtrain_eval_balanced_accuracy_ratio{{{RUN}}})",
+        "{{run}} mAP {{weights}}":
+            f"max by (run, weights) (cmtrain_eval_mean_average_precision_ratio{{{RUN}}})",
     }),
     Panel("Learning rate", "sci", "Warm-up, schedule, and the factor that a rollback leaves for a while.", {
         "{{run}}": f"max by (run) (cmtrain_learning_rate{{{RUN}}})",

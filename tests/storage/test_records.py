@@ -72,7 +72,7 @@ ODD_SUMMARIES = {
     "other columns": (lambda text: text.replace(b"train_loss", b"loss"), None),
     "no header": (lambda text: text.split(b"\n", 1)[1], None),
     "not text": (lambda text: text.replace(b",0.5,", b",\xff,", 1), ["20"]),
-    "cut row": (lambda text: text.replace(b",0.5,,,,,\r\n", b"\r\n", 1), ["20"]),
+    "cut row": (lambda text: text.replace(b",0.5,,,,,,,\r\n", b"\r\n", 1), ["20"]),
     "words": (lambda text: text.replace(b"1,10,", b"one,10,", 1), ["20"]),
 }
 

@@ -14,6 +14,9 @@ class Images(SimpleNamespace):
     def __len__(self):
         return len(self.labels)
 
+    def class_counts(self):
+        return np.bincount(self.labels, minlength=len(self.class_names))
+
 
 IMAGES = Images(labels=np.array([0] * 6 + [1] * 2 + [3] * 4), class_names=["a", "b, c", "none", "d"])
 
