@@ -229,7 +229,8 @@ def watched(tmp_path_factory, images):
 
 def is_rare(expr: str) -> bool:
     """Return whether a query has no value while all is well."""
-    return "ALERTS" in expr or ("> 0" in expr and "changes(" in expr)
+    is_of_several_classes = "mean_average_precision" in expr  # an image, which these runs do not have
+    return is_of_several_classes or "ALERTS" in expr or ("> 0" in expr and "changes(" in expr)
 
 
 @needs_prometheus
