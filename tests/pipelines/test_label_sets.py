@@ -56,7 +56,7 @@ def test_numbers_are_names_in_the_order_of_their_size(opened):
 
 
 @pytest.mark.parametrize(
-    ("label", "classes", "says"),
+    ("label", "classes", "message"),
     [
         ("cat;wolf", ("cat", "dog"), "list.csv:2: label 'cat;wolf' is no list of classes: it names 'wolf'"),
         ("cat;;dog", None, "list.csv:2: label 'cat;;dog' is no list of classes: it names an empty one"),
@@ -64,8 +64,8 @@ def test_numbers_are_names_in_the_order_of_their_size(opened):
         ("cat;-", None, "list.csv:2: label 'cat;-' is no list of classes: it names '-'"),
     ],
 )
-def test_a_mistake_is_named_with_its_line(opened, label, classes, says):
-    with pytest.raises(DataError, match=says):
+def test_a_mistake_is_named_with_its_line(opened, label, classes, message):
+    with pytest.raises(DataError, match=message):
         opened(["dog", label], classes)
 
 
