@@ -6,6 +6,8 @@ FAULT, FAULT_RANK, FAULT_STEP, FAULT_TIMES
     a function below, its rank, the steps done before it, how many attempts have it (default 1)
 SLOW_START, SLOW_CHECKPOINT, SLOW_EVALUATION
     opening the data, each write, each batch of an evaluation writes the file `slow` and takes 2 s more
+SAVE_AT_ONCE
+    every save waits for its end, as the last one does, so that the next step finds it logged
 ODD_CLOCK, ODD_FOLDER, ODD_OPTION
     rank 1 is on another host with a clock this many seconds ahead, in another folder, with one more option
 WEIGHTS
@@ -32,6 +34,7 @@ import cmtrain.processes.preflight
 import cmtrain.step.evaluate
 import cmtrain.step.learner
 import cmtrain.storage.checkpoint
+import cmtrain.storage.checkpoint_writer
 import cmtrain.training.loaders
 import cmtrain.training.train
 import pipelines.loader  # noqa: F401 - DALI, for the ranks that are forked
@@ -156,6 +159,11 @@ if "SLOW_START" in os.environ:
     )
 if "SLOW_CHECKPOINT" in os.environ:
     cmtrain.storage.checkpoint.verify = functools.partial(slowly, cmtrain.storage.checkpoint.verify, "slow")
+if "SAVE_AT_ONCE" in os.environ:
+    save = cmtrain.storage.checkpoint_writer.CheckpointWriter.save
+    cmtrain.storage.checkpoint_writer.CheckpointWriter.save = lambda *arguments, **keywords: save(
+        *arguments, **(keywords | {"last": True})
+    )
 if "SLOW_EVALUATION" in os.environ:
     add = cmtrain.step.evaluate._Outcomes.add
     cmtrain.step.evaluate._Outcomes.add = lambda *arguments: slowly(add, "slow", *arguments)

@@ -156,7 +156,7 @@ def test_ctrl_c_answers_at_once_and_a_second_one_stops_now(make_job, arguments):
     """Step 10 takes 1000 s: the first Ctrl-C must not wait for it to answer, the second one not at all."""
     job = make_job(checkpoint={"every_steps": 4})
     fault = faults("sleep", rank=0, step=9)
-    process = job.start(*arguments, module=FAULTY, WARM="1", **fault)
+    process = job.start(*arguments, module=FAULTY, WARM="1", SAVE_AT_ONCE="1", **fault)
     wait_for(lambda: logged(job, 8) and job.status().get("resume_from", "").endswith("8"), process)
     time.sleep(1)
     os.kill(process.processes[0].pid, signal.SIGINT)
