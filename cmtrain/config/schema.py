@@ -95,6 +95,7 @@ _RULES = (
         lambda mode, on: on or mode == "default",
         "{} needs {} to be true",
     ),
+    _Rule("train.grad_checkpointing train.compile", lambda a, b: not (a and b), "{} does not go with {}"),
     _Rule(
         "data.sampling augment.repeats",
         lambda sampling, repeats: sampling is None or repeats == 1,
@@ -172,14 +173,14 @@ def to_yaml(config: Config, comments: Mapping[str, str] | None = None) -> str:
 
 
 # What may differ between the run that wrote a checkpoint and the run that continues it: it does not change
-# what is learned. Another number of GPUs may need another train.max_batch_per_gpu; model.ffn_kernel and
-# train.compile are other ways to the same numbers, on other hardware.
+# what is learned. Another number of GPUs may need another train.max_batch_per_gpu; model.ffn_kernel,
+# train.compile and train.grad_checkpointing are other ways to the same numbers, on other hardware.
 _FREE_SECTIONS = ("guard", "checkpoint", "evaluate", "metrics", "expect")
 _FREE_KEYS = (
     "run.name", "run.dir", "data.root", "data.decode", "data.hw_decoder_load", "data.threads",
     "data.prefetch_batches", "data.cache_dir", "data.max_bad_fraction", "model.ffn_kernel", "train.compile",
-    "train.compile_mode", "train.max_batch_per_gpu", "train.log_every_steps", "train.step_timeout_seconds",
-    "train.collective_timeout_seconds",
+    "train.compile_mode", "train.grad_checkpointing", "train.max_batch_per_gpu", "train.log_every_steps",
+    "train.step_timeout_seconds", "train.collective_timeout_seconds",
 )  # fmt: skip
 
 

@@ -259,6 +259,11 @@ class Train(Section):
         "default",
         "mode of torch.compile; the other two replay CUDA graphs, which pays below some 256 images per GPU",
     )
+    grad_checkpointing: bool = _key(
+        False,
+        "keep only the input of each block for the backward pass and compute the rest again: less memory, "
+        "about a third more arithmetic, the same numbers",
+    )
     log_every_steps: Count = _key(50, "optimizer steps between two log points")
     step_timeout_seconds: Positive | None = _key(
         900.0,

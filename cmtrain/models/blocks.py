@@ -4,7 +4,7 @@ Letters: B batch, C channels, H x W map, N = H * W queries, K reduced keys, h he
 Maps (B, C, H, W) are in channels-last memory throughout, so that tokens (B, H, W, C) are views of them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -378,6 +378,7 @@ class Stage(nn.Module):
         self.absolute = absolute
         self.bias = bias
         self.blocks = nn.ModuleList(blocks)
+        self.call_block: Callable[..., Tensor] = Block.__call__  # see CMT.set_grad_checkpointing
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C_in, 2H, 2W) -> (B, C, H, W)
         x = self.embed(x)
@@ -387,7 +388,7 @@ class Stage(nn.Module):
             x = self.absolute(x)
         bias = None if self.bias is None else self.bias()
         for block in self.blocks:
-            x = block(x, bias)
+            x = self.call_block(block, x, bias)
         return x
 
 

@@ -3,7 +3,8 @@
 Letters: B batch, C channels, H x W map, px image side in pixels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -14,6 +15,8 @@ import torch.nn.functional as F
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
 
 from cmtrain.models.blocks import Block, BlockOptions, FfnKernel, PointwiseConv, Stage, Stem
 from cmtrain.models.position import (
@@ -79,6 +82,28 @@ def init_weights(module: nn.Module) -> None:
         nn.init.kaiming_normal_(module.weight, mode="fan_out")
     if isinstance(module, nn.Linear | nn.Conv2d) and module.bias is not None:
         nn.init.zeros_(module.bias)
+
+
+@contextmanager
+def _spare_statistics(block: Block) -> Iterator[None]:
+    """Let the BatchNorms of `block` move copies of their statistics, which a second forward pass would move
+    a second time.
+    """
+    norms = [(part._buffers, {**part._buffers}) for part in block.modules() if isinstance(part, _BatchNorm)]
+    for buffers, kept in norms:
+        buffers.update({name: None if value is None else value.clone() for name, value in kept.items()})
+    try:
+        yield
+    finally:
+        for buffers, kept in norms:
+            buffers.update(kept)
+
+
+def _recomputed(block: Block, x: Tensor, bias: Tensor | None) -> Tensor:
+    if not torch.is_grad_enabled():
+        return block(x, bias)
+    contexts = nullcontext(), _spare_statistics(block)
+    return checkpoint(block, x, bias, use_reentrant=False, context_fn=lambda: contexts)
 
 
 class CMT(nn.Module):
@@ -183,6 +208,14 @@ class CMT(nn.Module):
                     holder.bias = make_attention_bias(self.attention_bias, self.variant, *size)
                     table = holder.bias.resized(old.detach())
                     holder.bias.table = nn.Parameter(table, requires_grad=old.requires_grad)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep only the input of each block for the backward pass, which runs the block again: less memory,
+        about a third more arithmetic, the same numbers.
+        """
+        stages: Any = self.stages
+        for stage in stages:
+            stage.call_block = _recomputed if enable else Block.__call__
 
     def get_classifier(self) -> nn.Module:
         return self.head

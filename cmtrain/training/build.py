@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from cmtrain.config.load import source_of
 from cmtrain.config.schema import CMT_OPTIONS, Config, as_begun
 from cmtrain.errors import ConfigError, did_you_mean
+from cmtrain.models.cmt import CMT
 from cmtrain.models.cost import training_flops_per_image
 from cmtrain.models.ffn_check import use_fused_where_it_agrees
 from cmtrain.monitoring.trackers import tracker_options
@@ -258,13 +259,24 @@ def make_learner(
     config: Config, model: nn.Module, schedule: Schedule, num_classes: int, accelerator: Accelerator,
     first_step: int = 0, class_weights: Sequence[float] | None = None, label_sets: Tensor | None = None,
 ) -> Learner:  # fmt: skip
-    """Make the learner. Raises ConfigError: as refuse_batch_of_one, frozen_names, lr_scales and mix_spec."""
+    """Make the learner. Raises ConfigError: train.grad_checkpointing is not supported; as
+    refuse_batch_of_one, frozen_names, lr_scales and mix_spec.
+    """
     freeze, epoch = config.model.freeze, config.model.unfreeze_epoch
     unfreeze_step = math.inf if epoch is None else epoch * schedule.steps_per_epoch
     frozen = frozen_names(model, freeze) if freeze and first_step < unfreeze_step else ()
-    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+    has_batchnorm = any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in model.modules())
+    if has_batchnorm:
         refuse_batch_of_one(schedule.global_batch_size, schedule.max_batch_per_gpu, schedule.world_size)
     optimizer = make_optimizer(model, **config.optim.model_dump(exclude={"clip_grad"}))
+    if config.train.grad_checkpointing:
+        what = f"train.grad_checkpointing: {config.model.name}"
+        if has_batchnorm and not isinstance(model, CMT):
+            raise ConfigError(f"{what} would move the statistics of its BatchNorms twice a step")
+        try:
+            model.set_grad_checkpointing()  # type: ignore[operator]
+        except (AttributeError, AssertionError) as error:
+            raise ConfigError(f"{what} does not support it") from error
     set_frozen(model, frozen)  # not before: the optimizer has all parameters from the beginning
     compile_model(config, model)
     weights = None if class_weights is None else torch.tensor(class_weights, device=accelerator.device)

@@ -447,6 +447,44 @@ def test_the_input_size_of_a_model_can_be_changed(options):
         model.set_input_size(100)
 
 
+def saved_bytes(model, x):
+    """Return the bytes that a forward pass keeps for the backward pass, and do both."""
+    sizes = {}
+
+    def pack(tensor):
+        sizes[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(x).square().sum()
+    loss.backward()
+    return sum(sizes.values())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"variant": "reimpl"}, {"proj_drop_rate": 0.1, "attn_drop_rate": 0.1, "drop_path_rate": 0.3}],
+)
+def test_blocks_that_are_computed_twice_change_no_number(options):
+    """Neither gradients, nor random draws, nor the statistics of BatchNorm, which move once."""
+    model = micro(img_size=64, **options)
+    twice = copy.deepcopy(model)
+    twice.set_grad_checkpointing()
+    twice, x, sizes = copy.deepcopy(twice), images(64, batch=8), []
+    for each in (model, twice):
+        torch.manual_seed(1)
+        sizes.append(saved_bytes(each, x))
+    assert sizes[1] < 0.5 * sizes[0]
+    for mine, other in zip(model.parameters(), twice.parameters(), strict=True):
+        assert torch.equal(mine.grad, other.grad)
+    assert all(
+        torch.equal(mine, other) for mine, other in zip(model.buffers(), twice.buffers(), strict=True)
+    )
+    assert all(norm.num_batches_tracked == 1 for norm in twice.modules() if isinstance(norm, nn.BatchNorm2d))
+    twice.set_grad_checkpointing(False)
+    assert saved_bytes(twice, x) == sizes[0]
+
+
 def test_our_own_weights_move_between_image_sizes():
     model = micro(img_size=64, attention_bias="relative", absolute_position=True)
     state = model.state_dict()

@@ -318,6 +318,16 @@ def test_a_model_trains_the_same_with_either_kernel(variant):
 
 
 @VARIANTS
+def test_blocks_that_are_computed_twice_change_no_number(variant):
+    model, _ = models(variant=variant)
+    twice = copy.deepcopy(model)
+    twice.set_grad_checkpointing()
+    (logits, left), (logits_twice, left_twice) = map(train_once, (model, twice))
+    assert torch.equal(logits, logits_twice)
+    assert [key for key in left if not torch.equal(left[key], left_twice[key])] == []
+
+
+@VARIANTS
 def test_compiled_it_is_one_graph_and_the_same(variant):
     fused, eager = networks(6, 37, variant=variant)
     compiled = torch.compile(fused, backend="aot_eager", fullgraph=True)
