@@ -106,6 +106,9 @@ def test_every_verb_has_the_same_answers(job, pairs):
     assert {row["path"] for row in wrong} == {path for path in missed if truth[path] or path in sure}
     assert all(set(row["true"].split(";")) - {"-"} == truth[row["path"]] for row in wrong)
 
+    likeliest = {row["path"]: row["probabilities"][0] for row in answers}
+    assert all(float(row["probability"]) == pytest.approx(likeliest[row["path"]], abs=1e-5) for row in wrong)
+
     # The records of the run.
     rows = list(csv.DictReader(lines(job.run / "summary.csv")))
     assert float(rows[-1]["eval_map"]) == pytest.approx(result["map"])

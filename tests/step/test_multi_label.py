@@ -1,7 +1,10 @@
 """Images of several classes: targets, loss, mean average precision and thresholds."""
 
 import copy
+import dataclasses
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -11,9 +14,10 @@ from helpers.mini import batch, make_learner, step
 from sklearn.metrics import average_precision_score, f1_score, recall_score
 from torch import nn
 
+from cmtrain.step import evaluate as module
 from cmtrain.step.evaluate import evaluate
 from cmtrain.step.mixing import MixSpec, soft_targets
-from cmtrain.step.multi_label import MultiLabelOutcomes, rank
+from cmtrain.step.multi_label import rank
 from pipelines.spec import UNREADABLE
 
 SETS = torch.tensor([[1.0, 0, 0, 0], [0, 1, 0, 1], [0, 0, 0, 0], [0, 1, 1, 0], [1, 1, 0, 0]])
@@ -65,28 +69,51 @@ def test_the_figures_are_those_of_scikit_learn():
         assert f1_score(classes[:, place], probabilities[:, place] >= threshold) == pytest.approx(max(f1))
 
 
-def test_shares_of_ranks_add_up_to_the_whole():
+def evaluated_by_ranks(monkeypatch, labels, num_ranks, sets):
+    """Return what each of `num_ranks` threads, which add up as ranks do, has of the evaluation."""
+    barrier, given = threading.Barrier(num_ranks, timeout=60), []
+
+    def all_reduce_sum(values):
+        given.append(values.clone())
+        barrier.wait()
+        total = sum(given)
+        if barrier.wait() == 0:
+            given.clear()
+        barrier.wait()
+        values.copy_(total)
+
+    def evaluate_share(rank):
+        share = batches(labels, slice(rank, None, num_ranks))
+        return evaluate(Fixed(), share, Accelerator(cpu=True), NUM_IMAGES, 4, True, sets)
+
+    monkeypatch.setattr(module, "all_reduce_sum", all_reduce_sum)
+    with ThreadPoolExecutor(num_ranks) as pool:
+        return list(pool.map(evaluate_share, range(num_ranks)))
+
+
+@pytest.mark.parametrize("sets", [SETS, None])
+def test_shares_of_ranks_add_up_to_the_whole(monkeypatch, sets):
     labels, model = drawn_labels(), Fixed()
+    if sets is None:
+        labels %= 4
     labels[7] = UNREADABLE
-    whole = evaluate(model, batches(labels), Accelerator(cpu=True), NUM_IMAGES, 4, label_sets=SETS)
-    shares = []
-    for place in range(3):
-        outcomes = MultiLabelOutcomes(SETS, NUM_IMAGES)
-        for images, some, indices in batches(labels, slice(place, None, 3)):
-            logits = model(images)
-            outcomes.add(logits, logits.topk(4).indices, some, indices)
-        shares.append(outcomes)
-    for tensors in zip(*(share.tensors for share in shares), strict=True):
-        tensors[0].copy_(sum(tensors))
-    seen, fields = shares[0].sum_up()
-    assert seen == NUM_IMAGES
-    assert fields["num_unreadable"] == 1
-    for name, value in fields.items():
-        assert value == pytest.approx(getattr(whole, name)), name
-    read = labels != UNREADABLE
-    classes, best = SETS[labels[read]], model.logits[read].topk(4).indices[:, 0]
-    right = classes[torch.arange(len(best)), best].sum().item()
-    assert whole.top1 == pytest.approx(right / (classes.any(1).sum().item() + 1))  # and the unreadable one
+    whole = evaluate(model, batches(labels), Accelerator(cpu=True), NUM_IMAGES, 4, True, sets)
+    assert whole.num_unreadable == 1
+    for result in evaluated_by_ranks(monkeypatch, labels, 3, sets):
+        for field in dataclasses.fields(whole):
+            mine, other = getattr(whole, field.name), getattr(result, field.name)
+            assert (mine is None) == (other is None), field.name
+            if mine is not None:
+                torch.testing.assert_close(torch.as_tensor(other), torch.as_tensor(mine), msg=field.name)
+    of_model = model.logits.softmax(1) if sets is None else model.logits.sigmoid()
+    assert torch.equal(whole.confidence, of_model.amax(1))
+    if sets is not None:
+        read = labels != UNREADABLE
+        classes, best = sets[labels[read]], model.logits[read].topk(4).indices[:, 0]
+        right = classes[torch.arange(len(best)), best].sum().item()
+        assert whole.top1 == pytest.approx(
+            right / (classes.any(1).sum().item() + 1)
+        )  # and the unreadable one
 
 
 def test_outputs_that_are_not_finite_are_never_the_best():
