@@ -25,7 +25,7 @@ class Saver:
         self.logger, self.keep, self.measure = logger, keep, measure
         self.best: tuple[float, int] = (0.0, -1)
         self.score = -math.inf
-        self.unsaved, self.saved_step = "", 0
+        self.unsaved, self.saved_step, self.last_step = "", 0, -1
 
     def resume(self, meta: Mapping[str, Any], val_fingerprint: str) -> None:
         """Continue from a checkpoint with this `meta`; its best counts by the same measure and images."""
@@ -47,7 +47,7 @@ class Saver:
         """Start to write a checkpoint, unless the model was `checked` to be not finite.
         The `last` one exists when this returns. A failure (a full disk) is logged; the run goes on.
         """
-        begin, metrics = time.perf_counter(), self.logger.metrics
+        begin, metrics, self.last_step = time.perf_counter(), self.logger.metrics, step
         metrics.enter("checkpoint")
         if checked.repaired:
             self.logger.ema_healed(step, checked.repaired)
@@ -70,7 +70,8 @@ class Saver:
             self._log(outcome)
 
     def _log(self, outcome: Outcome) -> None:
-        self.unsaved = "" if outcome.path else outcome.error
+        if outcome.step == self.last_step:  # a save before it may end after it was refused
+            self.unsaved = "" if outcome.path else outcome.error
         self.saved_step = outcome.step if outcome.path else self.saved_step
         self.logger.saved(outcome)
 

@@ -75,13 +75,28 @@ def test_saves_in_quick_succession_are_all_there(tmp_path):
     assert load_newest(tmp_path).state["model"]["weight"].tolist() == state_of(8)["model"]["weight"].tolist()
 
 
-def test_a_checkpoint_that_the_next_one_drops_is_still_reported(tmp_path):
+def make_saver(path):
     logger = RunLogger(
-        tmp_path / "run", rank=0, world_size=1, first_step=0, last_step=2, epochs=1, total_steps=2,
+        path, rank=0, world_size=1, first_step=0, last_step=2, epochs=1, total_steps=2,
         address=None, stall_seconds=600,
     )  # fmt: skip
-    saver = Saver(tmp_path / "run", logger, keep=1)
     logger.metrics.report(StepReport(2, 0, 1.0, 0.1, 1.0, 1.0, 0, 0, 0, 0, 0))
+    return Saver(path, logger, keep=1), logger
+
+
+def test_a_save_that_ends_late_does_not_hide_that_the_one_after_it_failed(tmp_path, gate):
+    saver, logger = make_saver(tmp_path / "run")
+    saver.save(state_of(1), 1, {}, FiniteCheck(), last=False)
+    saver.save(state_of(2), 2, {}, FiniteCheck(nonfinite=("model.weight",)), last=False)
+    gate.set()
+    saver.close()
+    logger.finish("failed", exit_code=3, reason="")
+    assert saver.unsaved == "the model is not finite: model.weight"
+    assert saver.saved_step == 1
+
+
+def test_a_checkpoint_that_the_next_one_drops_is_still_reported(tmp_path):
+    saver, logger = make_saver(tmp_path / "run")
     for step in (1, 2):
         saver.save(state_of(step), step, {}, FiniteCheck(), last=step == 2)
     saver.close()
