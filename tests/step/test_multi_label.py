@@ -128,6 +128,11 @@ def test_a_class_without_images_has_no_part_in_the_mean():
     assert rank(np.zeros(3, bool), probabilities) == (None, 0.5)
     assert rank(np.array([False, True, False]), probabilities) == (0.5, pytest.approx(0.45))
     assert rank(np.array([False, False, True]), np.array([0.5, 0.5, 0.5]))[0] == pytest.approx(1 / 3)
+    labels, model = torch.zeros(NUM_IMAGES, dtype=torch.int64), Fixed()  # all of class 0
+    labels[::3] = 2  # and of none
+    result = evaluate(model, batches(labels), Accelerator(cpu=True), NUM_IMAGES, 4, label_sets=SETS)
+    assert result.map == pytest.approx(average_precision_score(labels == 0, model.logits[:, 0].sigmoid()))
+    assert result.thresholds[1:] == [0.5] * 3
 
 
 def test_targets_are_smoothed_towards_yes_and_no_and_mixed_with_the_flipped_batch():
