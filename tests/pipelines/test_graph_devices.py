@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import typing
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -76,6 +77,16 @@ def test_every_recipe_keeps_the_rules_on_devices(decode, reads_files, figure):
     figure(
         f"{decode}, {'files' if reads_files else 'bytes'}: {len(TRANSFORMS)} transforms, {checked} operators"
     )
+
+
+@pytest.mark.parametrize(("recipe", "most"), [("full_in1k", 116), ("paper/cmt_ti", 89)])
+def test_operators_on_a_gpu_are_few(recipe, most):
+    """Each is a launch or more. What splits and joins a batch for a branch copies no image."""
+    config = load_config(ROOT / "configs" / f"{recipe}.yaml").config
+    spec = loaders.augment_spec(config, SimpleNamespace(mixed_precision="fp16"))
+    operators = define(graphs.file_graph, nothing, spec, execution("mixed", graphs.READS_FILES)).operators
+    names = [name for name, device in operators if device == "gpu" and "conditional" not in name]
+    assert len(names) <= most, Counter(names)
 
 
 @pytest.mark.parametrize("windows", [True, False])
