@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.atomic import locked, remove_leftovers, replacing
+from pipelines.atomic import locked, replacing
 from pipelines.checks.decode_one import Fault
 from pipelines.files.headers import Scan, in_threads, is_racy, read_headers, scan
 from pipelines.files.listing import Listing, Paths, file_state, folder_state
@@ -35,7 +35,6 @@ def cached_scan(lister: Callable[[], Listing], name: str, content: str, cache: P
     """
     digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:32]
     path = cache / f"files-{digest}.npz"
-    remove_leftovers(path)
     kept = None if refresh else _load(path)
     if kept and _is_valid(*kept, content):
         return kept[1]
