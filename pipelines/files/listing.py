@@ -64,9 +64,6 @@ class Paths:
     def __iter__(self) -> Iterator[str]:
         return map(os.fsdecode, self.encoded)
 
-    def select(self, indices: Ints) -> Paths:
-        return Paths(self.encoded[indices])
-
     def find(self, wanted: Paths) -> Ints:
         """Return where each of `wanted` is in here, (len(wanted),); -1 where it is not."""
         order = np.argsort(self.encoded, kind="stable")

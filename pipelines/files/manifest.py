@@ -141,7 +141,7 @@ class Manifest:
         columns = ("labels", "heights", "widths", "size_bytes", "identities")
         arrays = {name: getattr(self, name)[indices] for name in columns if len(getattr(self, name))}
         packed = self.packed and self.packed.select(indices)
-        return replace(self, paths=self.paths.select(indices), packed=packed, **arrays)
+        return replace(self, paths=Paths(self.paths.encoded[indices]), packed=packed, **arrays)
 
     @staticmethod
     @os_errors_in_one_line()
@@ -163,17 +163,15 @@ class Manifest:
         Raises DataError: no folder, class or image, an unreadable list, unknown class, too many bad files.
         """
         folder, cache = Path(root).absolute(), Path(cache_dir or user_cache())
-        if image_list is None:
+        file = Path(image_list).absolute() if image_list else None
+        if file is None:
             name, content, find = f"{folder}", "", partial(list_folder, folder)
             relabel = partial(relabel_folder, class_names=class_names, positions=positions)
         else:
-            file = Path(image_list).absolute()
             name, content, find = f"{folder}\0{file}", list_digest(file), partial(list_file, file, folder)
             relabel = partial(relabel_list, path=file, class_names=class_names)
         if multi_label:
-            relabel = partial(
-                relabel_sets, class_names=class_names, path=Path(image_list) if image_list else None
-            )
+            relabel = partial(relabel_sets, class_names=class_names, path=file)
 
         def checked() -> Listing:
             listing = find()
@@ -181,7 +179,7 @@ class Manifest:
             return listing
 
         listing = relabel(cached_scan(checked, name, content, cache, refresh))
-        return _manifest(listing, max_bad_fraction, listed=image_list is not None)
+        return _manifest(listing, max_bad_fraction, listed=file is not None)
 
     @staticmethod
     @os_errors_in_one_line()
