@@ -71,7 +71,8 @@ def partial_path(path: Path) -> Path:
 @contextlib.contextmanager
 def locked(path: Path, what: str) -> Iterator[None]:
     """Hold the lock of `path`, once no process of this host, or of any host if the file system can, has it.
-    Where nothing can be locked, every process works for itself. `what` the others do, for a message.
+    What killed writers left of `path` is then removed. Where nothing can be locked, every process works for
+    itself. `what` the others do, for a message.
     """
     from filelock import FileLock, Timeout  # late: it takes long to load, and the launcher needs none of it
 
@@ -83,24 +84,13 @@ def locked(path: Path, what: str) -> Iterator[None]:
                 lock.acquire(timeout=WAIT_LINE_SECONDS)
             except Timeout:
                 print_lines(f"waiting for the process that {what} (it holds {lock.lock_file})")
+        for leftover in path.parent.glob(f".{glob.escape(path.name)}.*"):
+            delete(leftover)
     try:
         yield
     finally:
         with contextlib.suppress(OSError):
             lock.release()
-
-
-def remove_leftovers(path: Path) -> None:
-    """Remove the partial files or folders for `path` whose writers are dead: nobody holds its lock."""
-    from filelock import FileLock, Timeout  # as above
-
-    with contextlib.suppress(OSError, NotImplementedError, Timeout):
-        leftovers = list(path.parent.glob(f".{glob.escape(path.name)}.*"))
-        if not leftovers:
-            return
-        with FileLock(path.with_suffix(".lock"), timeout=0, fallback_to_soft=False):
-            for leftover in leftovers:
-                delete(leftover)
 
 
 def delete(path: Path) -> None:

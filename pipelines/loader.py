@@ -138,7 +138,9 @@ class DaliLoader:
             if not self._undelivered or self._undelivered[0].identity != planned.identity:
                 if position:
                     raise RuntimeError(f"epoch {epoch} cannot go on: another epoch was begun on this loader")
-                self._redirect(epoch, start)
+                self._upcoming = self._endless(epoch, start)
+                self._rewind()
+                self._undelivered.clear()
             try:
                 images, given = self._receive()
             except DataError:
@@ -169,17 +171,6 @@ class DaliLoader:
             graphs.release_memory()
         self._undelivered.clear()
         self._stand_ins.close()
-
-    def _redirect(self, epoch: int, start: int) -> None:
-        self._upcoming = self._endless(epoch, start)
-        try:
-            for _ in range(len(self._in_flight)):
-                assert self._stages is not None
-                self._stages.skip()
-                self._in_flight.popleft()
-        except (RuntimeError, OSError):  # a bad file in a batch that is no longer wanted
-            self._rewind()
-        self._undelivered.clear()
 
     def _endless(self, epoch: int, start: int) -> Iterator[MicroBatch]:
         yield from self._micro_batches(epoch, start)

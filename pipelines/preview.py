@@ -6,7 +6,6 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from torch.nn.functional import pad
 
 from pipelines.spec import Channels, visible
 
@@ -23,22 +22,18 @@ def contact_sheet(
     mean, std: what the images were normalised with, which is undone. columns: 0 makes a square grid.
     captions: lines to write below each image, the same number for each; small images are then enlarged.
     """
-    from torchvision.transforms.functional import to_pil_image
-    from torchvision.utils import make_grid
-
     pixels = images[:max_images].float().cpu()
     pixels = pixels * pixels.new_tensor(std)[:, None, None] + pixels.new_tensor(mean)[:, None, None]
-    columns = min(columns or math.ceil(math.sqrt(len(pixels))), len(pixels))
-    strip_px = LINE_PX * len(captions[0]) + 3 if captions else 0
-    if captions:
-        scale = math.ceil(TILE_PX / pixels.shape[-1])
-        pixels = pixels.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
-        pixels = pad(pixels, (0, 0, 0, strip_px), value=1.0)
-    sheet = to_pil_image(make_grid(pixels, columns, padding=0).mul(255).add(0.5).clamp(0, 255).byte())
-    height, width = pixels.shape[2:]
-    for place, lines in enumerate(captions[:max_images]):
-        strip = Image.new("RGB", (width, strip_px), "white")  # cuts off what is too long
-        text = "\n".join(map(visible, lines))
-        ImageDraw.Draw(strip).text((2, 0), text, "black", ImageFont.load_default(LINE_PX - 2), spacing=1)
-        sheet.paste(strip, (place % columns * width, (place // columns + 1) * height - strip_px))
+    levels = pixels.mul(255).add(0.5).clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()  # (B, H, W, 3)
+    columns = min(columns or math.ceil(math.sqrt(len(levels))), len(levels))
+    scale = math.ceil(TILE_PX / levels.shape[2]) if captions else 1
+    height, width = levels.shape[1] * scale, levels.shape[2] * scale
+    tile_height = height + (LINE_PX * len(captions[0]) + 3 if captions else 0)
+    sheet = Image.new("RGB", (columns * width, math.ceil(len(levels) / columns) * tile_height))
+    for place, image in enumerate(levels):
+        tile = Image.new("RGB", (width, tile_height), "white")  # cuts off what is too long
+        tile.paste(Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST))
+        text = "\n".join(map(visible, captions[place])) if captions else ""
+        ImageDraw.Draw(tile).text((2, height), text, "black", ImageFont.load_default(LINE_PX - 2), spacing=1)
+        sheet.paste(tile, (place % columns * width, place // columns * tile_height))
     sheet.save(path, "PNG")

@@ -50,11 +50,6 @@ class OneGraph:
         """Return the oldest batch, (B, H, W, 3), in its own memory. Raises RuntimeError or OSError."""
         return _fetch_output(self._pipeline, self._device_id)
 
-    def skip(self) -> None:
-        """Wait for the oldest batch as `fetch`, and drop its images."""
-        self._pipeline.share_outputs()
-        self._pipeline.release_outputs()
-
 
 class TwoGraphs:
     """As `OneGraph`, but the graph decodes only; torch resizes what is fetched, a second one finishes it."""
@@ -78,11 +73,6 @@ class TwoGraphs:
         self._decoder.release_outputs()
         self._finisher.schedule_run()
         return _fetch_output(self._finisher, None)
-
-    def skip(self) -> None:
-        self._decoder.share_outputs()
-        self._decoder.release_outputs()
-        self._later_inputs.popleft()
 
     def _pull(self) -> Sequence[Any]:
         inputs = self._source()

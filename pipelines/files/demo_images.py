@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pipelines.atomic import locked, new_folder, partial_path, remove_leftovers
+from pipelines.atomic import locked, new_folder, partial_path
 from pipelines.files.mixed_jpegs import mixed_jpegs, to_jpeg
 from pipelines.spec import DataError
 
@@ -36,7 +36,6 @@ def demo_folder(name: str, cache: Path) -> Path:
         known = ", ".join(f"demo:{writer}" for writer in writers)
         raise DataError(f"demo:{name}: no such demo data; there are {known}")
     folder = cache / f"demo-{name}"
-    remove_leftovers(folder)
     if not os.path.exists(folder):  # not Path.exists, which raises where the cache cannot be entered
         with locked(folder, "writes the demo images"):
             if not os.path.exists(folder):

@@ -3,15 +3,15 @@
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import replace
+from multiprocessing.pool import ThreadPool
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipelines.checks.decode_one import CheckResult, Fault, check_file
+from pipelines.checks.decode_one import CheckResult, check_file
 from pipelines.files.listing import Listing
 from pipelines.progress import tracked
 
@@ -24,26 +24,17 @@ _BLOCK = 64  # files that a thread takes at a time
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, eq=False)
-class Scan:
-    """All that is known of the files of a split."""
-
-    listing: Listing
-    sizes: NDArray[np.int32]  # (N, 2) height and width as stored, (0, 0) where a file is unusable
-    faults: dict[int, Fault]  # of the unusable files, by place
-
-
-def scan(listing: Listing, known: Scan | None) -> Scan:
-    """Read the headers that `known`, an earlier scan, lacks, has with another size or time, or as unusable.
-    Raises OSError: the machine cannot read a file, which may be good.
+def scan(listing: Listing, known: Listing | None) -> Listing:
+    """Return the same files with their sizes and all faults. Reads those headers that `known`, an earlier
+    scan, lacks, has with another size or time, or as unusable. Raises OSError: the machine cannot read a
+    file, which may be good.
     """
     sizes = np.zeros((len(listing), 2), np.int32)
     if known is not None:
-        then = known.listing
-        places = then.paths.find(listing.paths)  # (N,)
-        same = (places >= 0) & ~is_racy(listing.mtime_ns, then.began_ns)
-        same &= listing.size_bytes == then.size_bytes[places]
-        same &= listing.mtime_ns == then.mtime_ns[places]
+        places = known.paths.find(listing.paths)  # (N,)
+        same = (places >= 0) & ~is_racy(listing.mtime_ns, known.began_ns)
+        same &= listing.size_bytes == known.size_bytes[places]
+        same &= listing.mtime_ns == known.mtime_ns[places]
         sizes[same] = known.sizes[places[same]]
     faults = dict(listing.faults)
     unread = np.setdiff1d(np.flatnonzero(sizes[:, 0] == 0), list(faults), assume_unique=True).tolist()
@@ -53,7 +44,7 @@ def scan(listing: Listing, known: Scan | None) -> Scan:
         sizes[place] = result.height, result.width
         if result.fault:
             faults[place] = result.fault
-    return Scan(listing, sizes, dict(sorted(faults.items())))
+    return replace(listing, sizes=sizes, faults=dict(sorted(faults.items())))
 
 
 def read_headers(listing: Listing, places: list[int]) -> Iterator[CheckResult]:
@@ -70,13 +61,8 @@ def read_headers(listing: Listing, places: list[int]) -> Iterator[CheckResult]:
 
 def in_threads(function: Callable[[Any], T], items: Sequence[Any]) -> Iterator[T]:
     """Yield `function` of every item, in order, in four threads per core: they wait for a disk."""
-
-    def of_block(begin: int) -> list[T]:
-        return [function(item) for item in items[begin : begin + _BLOCK]]
-
-    with ThreadPoolExecutor(4 * (os.cpu_count() or 1)) as pool:
-        for results in pool.map(of_block, range(0, len(items), _BLOCK)):
-            yield from results
+    with ThreadPool(4 * (os.cpu_count() or 1)) as pool:
+        yield from pool.imap(function, items, _BLOCK)
 
 
 def is_racy(times_ns: NDArray[np.int64], began_ns: int) -> NDArray[np.bool_]:

@@ -9,7 +9,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -64,9 +64,6 @@ class Paths:
     def __iter__(self) -> Iterator[str]:
         return map(os.fsdecode, self.encoded)
 
-    def select(self, indices: Ints) -> Paths:
-        return Paths(self.encoded[indices])
-
     def find(self, wanted: Paths) -> Ints:
         """Return where each of `wanted` is in here, (len(wanted),); -1 where it is not."""
         order = np.argsort(self.encoded, kind="stable")
@@ -91,13 +88,15 @@ class Listing:
     mtime_ns: Ints  # (N,)
     inodes: Ints  # (N,)
     class_names: tuple[str, ...]
-    faults: dict[int, Fault]  # by place, of files that are known to be unusable without opening them
+    faults: dict[int, Fault]  # by place, of unusable files; before a scan those found without opening them
     folders: Paths  # of the files, relative to root
     folder_states: Ints  # (F, 4) of `folder_state`, from before their entries were read
     began_ns: int  # this host's clock before the first folder was read
     skipped: dict[str, int]  # what was not taken: number by kind, see `describe_skipped`
     notes: tuple[str, ...] = ()  # how labels became classes, for the user
     label_sets: NDArray[np.bool_] | None = None  # (labels, classes) where a label names several
+    # (N, 2) height and width as stored, (0, 0) where a file is unusable; see `headers.scan`
+    sizes: NDArray[np.int32] = field(default_factory=lambda: np.zeros((0, 2), np.int32))
 
     def __len__(self) -> int:
         return len(self.labels)

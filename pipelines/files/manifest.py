@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from pipelines.atomic import replacing
 from pipelines.checks.bad_list import BadFile, read_lists, user_cache
 from pipelines.checks.decode_one import Fault
-from pipelines.files.headers import Scan, scan
+from pipelines.files.headers import scan
 from pipelines.files.labels import (
     NO_CLASS,
     SEPARATOR,
@@ -141,7 +141,7 @@ class Manifest:
         columns = ("labels", "heights", "widths", "size_bytes", "identities")
         arrays = {name: getattr(self, name)[indices] for name in columns if len(getattr(self, name))}
         packed = self.packed and self.packed.select(indices)
-        return replace(self, paths=self.paths.select(indices), packed=packed, **arrays)
+        return replace(self, paths=Paths(self.paths.encoded[indices]), packed=packed, **arrays)
 
     @staticmethod
     @os_errors_in_one_line()
@@ -163,26 +163,23 @@ class Manifest:
         Raises DataError: no folder, class or image, an unreadable list, unknown class, too many bad files.
         """
         folder, cache = Path(root).absolute(), Path(cache_dir or user_cache())
-        if image_list is None:
+        file = Path(image_list).absolute() if image_list else None
+        if file is None:
             name, content, find = f"{folder}", "", partial(list_folder, folder)
             relabel = partial(relabel_folder, class_names=class_names, positions=positions)
         else:
-            file = Path(image_list).absolute()
             name, content, find = f"{folder}\0{file}", list_digest(file), partial(list_file, file, folder)
             relabel = partial(relabel_list, path=file, class_names=class_names)
         if multi_label:
-            relabel = partial(
-                relabel_sets, class_names=class_names, path=Path(image_list) if image_list else None
-            )
+            relabel = partial(relabel_sets, class_names=class_names, path=file)
 
         def checked() -> Listing:
             listing = find()
             relabel(listing)  # reports a wrong class before all headers are read
             return listing
 
-        found = cached_scan(checked, name, content, cache, refresh)
-        listing = relabel(found.listing)
-        return _manifest(found, listing, max_bad_fraction, listed=image_list is not None)
+        listing = relabel(cached_scan(checked, name, content, cache, refresh))
+        return _manifest(listing, max_bad_fraction, listed=file is not None)
 
     @staticmethod
     @os_errors_in_one_line()
@@ -190,7 +187,7 @@ class Manifest:
         """Read `files` of any folders, in their order, with the label 0; any number of them may be `bad`."""
         paths = [os.fsencode(os.path.abspath(file))[1:] for file in files]
         listing = look_at(Path("/"), lambda start, folders: ((path, 0) for path in paths), (), Counter())
-        return _manifest(scan(listing, None), listing, None, listed=False)
+        return _manifest(scan(listing, None), None, listed=False)
 
     @staticmethod
     def from_shards(
@@ -289,8 +286,8 @@ def _listed_faults(
     return found
 
 
-def _manifest(found: Scan, listing: Listing, max_bad_fraction: float | None, *, listed: bool) -> Manifest:
-    sizes, faults, paths = found.sizes, found.faults, listing.paths
+def _manifest(listing: Listing, max_bad_fraction: float | None, *, listed: bool) -> Manifest:
+    sizes, faults, paths = listing.sizes, listing.faults, listing.paths
     # The device is not among them: its number may change with a mount.
     identities = _identities(listing.inodes, listing.size_bytes, listing.mtime_ns)
     inner = _holders(listing) if listed else []

@@ -13,20 +13,22 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.atomic import locked, remove_leftovers, replacing
+from pipelines.atomic import locked, replacing
 from pipelines.checks.decode_one import Fault
-from pipelines.files.headers import Scan, in_threads, is_racy, read_headers, scan
+from pipelines.files.headers import in_threads, is_racy, read_headers, scan
 from pipelines.files.listing import Listing, Paths, file_state, folder_state
 from pipelines.spec import DataError, print_lines
 
 NUM_SAMPLED = 1024  # 1 % of files overwritten in place escape it with a probability of 0.00003
 
 _FORMAT = 5
-_ARRAYS = ("labels", "size_bytes", "mtime_ns", "inodes", "folder_states")  # columns of a listing
+_ARRAYS = ("labels", "size_bytes", "mtime_ns", "inodes", "folder_states", "sizes")  # of a listing
 _PATHS = ("paths", "folders")
 
 
-def cached_scan(lister: Callable[[], Listing], name: str, content: str, cache: Path, refresh: bool) -> Scan:
+def cached_scan(
+    lister: Callable[[], Listing], name: str, content: str, cache: Path, refresh: bool
+) -> Listing:
     """Return the cached scan if it is still valid, else scan and cache, in one process at a time.
 
     `name`: of the split; each has its own scan. `content`: digest of the list file, if any; a scan is valid
@@ -35,7 +37,6 @@ def cached_scan(lister: Callable[[], Listing], name: str, content: str, cache: P
     """
     digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:32]
     path = cache / f"files-{digest}.npz"
-    remove_leftovers(path)
     kept = None if refresh else _load(path)
     if kept and _is_valid(*kept, content):
         return kept[1]
@@ -60,8 +61,7 @@ def list_digest(path: Path) -> str:
         raise DataError(f"{path}: cannot read the list of images: {error}") from error
 
 
-def _is_valid(then: str, kept: Scan, content: str) -> bool:
-    listing = kept.listing
+def _is_valid(then: str, listing: Listing, content: str) -> bool:
     folder_times_ns = listing.folder_states[:, 2:]  # (F, 2) mtime, ctime
     if (folder_times_ns == 0).any():  # a file system that gives folders no time (s3fs issue 2048)
         return False
@@ -77,11 +77,11 @@ def _is_valid(then: str, kept: Scan, content: str) -> bool:
     if not np.array_equal([state[:2] for state in in_threads(file_state, files)], known):
         return False
     # An unusable file may have been repaired by a change that no time shows, as of its permissions.
-    results = read_headers(listing, list(kept.faults))
-    return [result.fault for result in results] == list(kept.faults.values())
+    results = read_headers(listing, list(listing.faults))
+    return [result.fault for result in results] == list(listing.faults.values())
 
 
-def _load(path: Path) -> tuple[str, Scan] | None:
+def _load(path: Path) -> tuple[str, Listing] | None:
     """Return content and scan; None when there is none, or one that is damaged or of another version."""
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as data:
@@ -90,26 +90,24 @@ def _load(path: Path) -> tuple[str, Scan] | None:
         if facts["format"] != _FORMAT:
             return None
         arrays = {name: columns[name] for name in _ARRAYS} | {name: Paths(columns[name]) for name in _PATHS}
-        arrays |= {"class_names": tuple(facts["class_names"]), "faults": {}}  # those are in the scan's
-        root, began_ns, skipped = Path(facts["root"]), facts["began_ns"], facts["skipped"]
-        listing = Listing(root=root, began_ns=began_ns, skipped=skipped, **arrays)
-        faults = {place: Fault(kind, reason) for place, kind, reason in facts["faults"]}
-        return facts["content"], Scan(listing, columns["sizes"], faults)
+        arrays |= {name: facts[name] for name in ("began_ns", "skipped")}
+        arrays["faults"] = {place: Fault(kind, reason) for place, kind, reason in facts["faults"]}
+        names = tuple(facts["class_names"])
+        return facts["content"], Listing(root=Path(facts["root"]), class_names=names, **arrays)
     except Exception:  # zipfile and numpy raise almost anything on damaged bytes
         return None
 
 
-def _store(path: Path, content: str, found: Scan) -> None:
-    listing = found.listing
+def _store(path: Path, content: str, listing: Listing) -> None:
     columns = {name: getattr(listing, name) for name in _ARRAYS}
     columns |= {name: getattr(listing, name).encoded for name in _PATHS}
     facts = {name: getattr(listing, name) for name in ("class_names", "began_ns", "skipped")}
     facts |= {"format": _FORMAT, "content": content, "root": str(listing.root)}
-    facts["faults"] = [(place, *fault) for place, fault in found.faults.items()]
+    facts["faults"] = [(place, *fault) for place, fault in listing.faults.items()]
     try:
         with replacing(path) as file:
             encoded = np.frombuffer(json.dumps(facts).encode(), np.uint8)
-            np.savez(file, facts=encoded, sizes=found.sizes, **columns)
+            np.savez(file, facts=encoded, **columns)
     except OSError as error:
         advice = "set data.cache_dir to a writable folder"
         print_lines(f"the list of images is not cached: {error}; {advice}")

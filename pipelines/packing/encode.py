@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator
 from concurrent.futures import Future, ProcessPoolExecutor
 from multiprocessing import get_context, parent_process
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 from PIL import Image
 
@@ -57,7 +57,8 @@ def encode(path: str, resize_shorter: int | None, quality: int) -> Encoded:
             shrink = wanted < shorter
             if not shrink and image.format in ("JPEG", "MPO"):
                 image.load()
-                return Encoded(_without_exif(data) if may_rotate(image) else data, height, width, None)
+                stored = _without_exif(data, image) if may_rotate(image) else data
+                return Encoded(stored, height, width, None)
             # The longer side is truncated, as torchvision's Resize does.
             size = wanted * width // shorter, wanted * height // shorter
             if shrink:
@@ -114,15 +115,10 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _without_exif(jpeg: bytes) -> bytes:
-    """Return the JPEG without its EXIF segments (ITU-T T.81, B.1.1.4); the coded pixels stay as they are."""
-    kept, at = [jpeg[:2]], 2
-    while jpeg[at] == 0xFF and jpeg[at + 1] != 0xDA:  # up to the start of the scan
-        if jpeg[at + 1] == 0xFF:  # padding
-            at += 1
-            continue
-        end = at + 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big")
-        if not (jpeg[at + 1] == 0xE1 and jpeg[at + 4 : at + 10] == b"Exif\0\0"):
-            kept.append(jpeg[at:end])
-        at = end
-    return b"".join([*kept, jpeg[at:]])
+def _without_exif(jpeg: bytes, image: Any) -> bytes:
+    """Return the JPEG of an opened image without its EXIF segments; the coded pixels stay as they are."""
+    for marker, content in image.applist:
+        if marker == "APP1" and content.startswith(b"Exif\0\0"):
+            length = len(content) + 2  # with the two bytes that hold it
+            jpeg = jpeg.replace(b"\xff\xe1" + length.to_bytes(2, "big") + content, b"", 1)
+    return jpeg

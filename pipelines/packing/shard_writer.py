@@ -93,30 +93,28 @@ def _write_shard(
     """Write one shard and its record, from as many `samples` as it takes; `begin` samples come before it."""
     rows: list[tuple[int, ...]] = []
     faults: list[tuple[int, Kind, str]] = []
-    digest, size = hashlib.sha256(), 0
+    digest = hashlib.sha256()
     with replacing(folder / name) as file:
 
         def put(data: bytes) -> None:
-            nonlocal size
             file.write(data)
             digest.update(data)
-            size += len(data)
 
         for place, label, image in samples:
             if image.fault:
                 faults.append((place, *image.fault))
                 continue
-            offset, checksum = size + tarfile.BLOCKSIZE, zlib.crc32(image.data)
+            offset, checksum = file.tell() + tarfile.BLOCKSIZE, zlib.crc32(image.data)
             rows.append((place, offset, len(image.data), image.height, image.width, checksum))
             put(_member(f"{place:08d}.jpg", image.data))
             put(_member(f"{place:08d}.cls", str(label).encode()))
-            if size >= shard_bytes:
+            if file.tell() >= shard_bytes:
                 break
         put(bytes(2 * tarfile.BLOCKSIZE))
-        put(bytes(-size % tarfile.RECORDSIZE))
+        put(bytes(-file.tell() % tarfile.RECORDSIZE))
         columns = np.array(rows, np.int64).reshape(-1, 6)
         end = begin + len(rows) + len(faults)
-        record = _Record(name, size, digest.hexdigest(), end, columns, faults)
+        record = _Record(name, file.tell(), digest.hexdigest(), end, columns, faults)
         with replacing(_record_file(folder, name)) as record_file:  # before the shard gets its name
             record_file.write(json.dumps([recipe, *record._replace(rows=record.rows.tolist())]).encode())
     return record

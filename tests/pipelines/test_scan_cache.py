@@ -399,4 +399,4 @@ def test_paths_find_paths():
     wanted = [texts[99], "nowhere.jpg", texts[0], texts[0][:-1], texts[0] + "g", "", texts[50]]
     assert paths.find(Paths.of(wanted)).tolist() == [99, -1, 0, -1, -1, -1, 50]
     assert Paths.of(["", "a"]).find(Paths.of(["a", ""])).tolist() == [1, 0]
-    assert paths.find(paths.select(np.arange(100)[::-1])).tolist() == list(range(100))[::-1]
+    assert paths.find(Paths(paths.encoded[::-1])).tolist() == list(range(100))[::-1]
