@@ -15,7 +15,7 @@ from cmtrain.commands.trained_model import open_trained
 from cmtrain.config.load import Overrides
 from cmtrain.config.schema import Config
 from cmtrain.errors import EXIT_DONE, EXIT_EXPECTATION, ConfigError
-from cmtrain.monitoring.console import Console, print_result
+from cmtrain.monitoring.console import print_result
 from cmtrain.monitoring.units import percent
 from cmtrain.step.evaluate import Evaluation, evaluate
 from cmtrain.storage.checkpoint import new_folder
@@ -107,8 +107,7 @@ def evaluate_trained(options: argparse.Namespace, overrides: Overrides) -> int:
     print_result(report, asked=options.json == "")
     top1 = max(evaluation.top1 for evaluation, _ in found)
     if options.expect is not None and top1 < options.expect:
-        missed = f"top-1 {percent(top1, 2)}, expected {percent(options.expect, 2)}: missed"
-        Console(enabled=True).line(missed)
+        print_lines(f"top-1 {percent(top1, 2)}, expected {percent(options.expect, 2)}: missed")
         return EXIT_EXPECTATION
     return EXIT_DONE
 
@@ -120,14 +119,13 @@ def write_csv(path: Path, table: Sequence[Sequence[Any]]) -> None:
 
 
 def _show(figures: Sequence[dict[str, Any]]) -> None:
-    console = Console(enabled=True)
     shown = {"map": "mAP", "top1": "top-1", "top5": "top-5", "balanced": "balanced"}
     shown = {key: name for key, name in shown.items() if key in figures[0]}
     names = "".join(f"  {name:>8}" for name in shown.values())
-    console.line(f"weights  image px  resize px{names}    loss   images")
+    print_lines(f"weights  image px  resize px{names}    loss   images")
     for row in figures:
         line = f"{row['weights']:<7}  {row['image_px']:>8}  {row['resize_px']:>9}"
         line += "".join(f"  {percent(row[key], 2):>8}" for key in shown)
-        console.line(f"{line}  {row['loss']:6.4f}  {row['num_images']:>7}")
+        print_lines(f"{line}  {row['loss']:6.4f}  {row['num_images']:>7}")
     if unreadable := figures[0]["num_unreadable"]:
-        console.line(f"{unreadable} images could not be read and count as wrong")
+        print_lines(f"{unreadable} images could not be read and count as wrong")

@@ -23,7 +23,7 @@ from cmtrain.config.schema import CMT_OPTIONS, Config, to_yaml
 from cmtrain.errors import EXIT_DONE, ConfigError
 from cmtrain.models.cmt import CMT
 from cmtrain.models.fold import folded
-from cmtrain.monitoring.console import Console, print_result
+from cmtrain.monitoring.console import print_result
 from cmtrain.monitoring.report.rendering import make_templates
 from cmtrain.step.multi_label import THRESHOLD
 from cmtrain.storage.records import remove_leftovers
@@ -31,7 +31,7 @@ from cmtrain.storage.run_record import read_run
 from cmtrain.storage.weights import WEIGHTS_NAME, Weights, fit, num_classes_in
 from cmtrain.training import build
 from pipelines.atomic import new_folder, sync
-from pipelines.spec import DataError
+from pipelines.spec import DataError, print_lines
 
 TOLERANCE = 1e-5  # of logits, against the largest of them or 1
 FOLDED_TOLERANCE = 1e-4
@@ -78,10 +78,9 @@ def export(
     except (OSError, SafetensorError, RuntimeError) as error:
         why = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}".partition("\n")[0]
         raise DataError(f"--out {out}: cannot be written: {why}") from error
-    console = Console(enabled=True)
     for name, difference in differences.items():
-        console.line(f"{name}: logits differ from the {weights.kind}'s by at most {difference:.1e}")
-    console.line(f"written to {final}")
+        print_lines(f"{name}: logits differ from the {weights.kind}'s by at most {difference:.1e}")
+    print_lines(f"written to {final}")
     files = sorted(path.name for path in final.iterdir())
     result = {"out": str(final), "checkpoint": str(weights.path), "weights": weights.kind, "files": files}
     found = {"rejected": list(trained.checkpoint.rejected), "max_difference": differences}

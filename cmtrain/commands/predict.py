@@ -20,7 +20,6 @@ from cmtrain.commands.trained_model import open_trained, read_export
 from cmtrain.config.load import Overrides
 from cmtrain.config.schema import Config
 from cmtrain.errors import EXIT_DATA, EXIT_DONE, ConfigError
-from cmtrain.monitoring.console import Console
 from cmtrain.monitoring.units import percent
 from cmtrain.step.multi_label import THRESHOLD
 from cmtrain.storage.records import replace_file
@@ -146,4 +145,4 @@ def _write(rows: Sequence[dict[str, Any]], kept: Sequence[Any], options: argpars
         for cells, answer in zip(zip(*columns, strict=True), answers, strict=True):
             begin = "  ".join(f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=True))
             shown = ", ".join(f"{name} {percent(probability)}" for name, probability in answer)
-            Console(enabled=True).line(f"{begin}  {shown}")
+            print_lines(f"{begin}  {shown}")
