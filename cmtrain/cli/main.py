@@ -214,7 +214,7 @@ def _doctor(arguments: list[str]) -> int:
 def _sweep(arguments: list[str]) -> int:
     parser = make_parser("sweep", "Train many configurations; compare with what was published.")
     add = parser.add_argument
-    add("files", nargs="*", metavar="FILE", help="configuration files, or folders such as configs/ablations")
+    add("files", nargs="+", metavar="FILE", help="configuration files, or folders such as configs/ablations")
     add("--rows", metavar="LIST", help="only these, counted from 1, such as 1,3-5")
     add("--jobs", choices=("local", "slurm"), default="local", help="one after another here (default)")
     add("--sbatch", default=sweep.SBATCH, metavar="FILE", help=f"job script (default: {sweep.SBATCH})")
@@ -223,9 +223,6 @@ def _sweep(arguments: list[str]) -> int:
     add("--dry-run", action="store_true", help="print the commands and stop")
     add("--table", action="store_true", help="print the table and stop")
     options, overrides = parse(parser, arguments)
-    if not options.files:
-        example = "cmtrain sweep configs/ablations --data.root /data/imagenet"
-        raise ConfigError(f"cmtrain sweep: of which files? e.g. {example}")
     rows = sweep.read_rows(options.files, overrides, options.rows, options.scale, options.max_steps)
     script = options.sbatch if options.jobs == "slurm" else None
     if options.dry_run:
@@ -265,14 +262,12 @@ def _repair_bn(arguments: list[str]) -> int:
         "`cmtrain repair-bn runs/shoes`. Of a file by any trainer (.pth, .pt, .bin, .safetensors): "
         "`cmtrain repair-bn x.pth --config configs/demo.yaml --model.name resnet18 --data.root photos`.",
     )
-    parser.add_argument("place", nargs="?", metavar="RUN|FILE", help="run, checkpoint folder, weights file")
+    parser.add_argument("place", metavar="RUN|FILE", help="run, checkpoint folder, weights file")
     parser.add_argument("--config", metavar="FILE", help="model and data; a run has its own")
     parser.add_argument("--out", metavar="PATH", help="default: x-repaired.pth for x.pth, RUN/repaired")
     parser.add_argument("--batches", type=positive, default=200, metavar="N", help="to average over (200)")
     add_json(parser)
     options, overrides = parse(parser, arguments)
-    if options.place is None:
-        raise ConfigError("cmtrain repair-bn: which run or file? e.g. cmtrain repair-bn runs/full_in1k")
     config = load_config(options.config, overrides).config if options.config else None
     start.announce(f"repair-bn of {options.place}")
     start.check_repair(options.place, config, overrides)
@@ -284,12 +279,10 @@ def _repair_bn(arguments: list[str]) -> int:
 
 def _report(arguments: list[str]) -> int:
     parser = make_parser("report", "Draw a run folder as one HTML file; several runs are compared.")
-    parser.add_argument("runs", nargs="*", metavar="RUN", help="run folder, such as runs/demo")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder, such as runs/demo")
     what = "default: RUN/report.html, or report.html for several runs"
     parser.add_argument("--out", type=out_file, metavar="FILE", help=what)
     options = parse_alone(parser, arguments)
-    if not options.runs:
-        raise ConfigError("cmtrain report: of which run? e.g. cmtrain report runs/demo")
     from cmtrain.monitoring.report.page import report
 
     runs = [run if os.path.exists(run) else str(RUNS / run) for run in options.runs]

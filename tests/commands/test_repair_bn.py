@@ -113,7 +113,7 @@ def test_what_cannot_be_healed_is_refused(make_job):
     assert "nowhere: no run and no checkpoint" in repair(job, "nowhere", code=3)
     assert "nowhere" in repair(job, "nowhere", *config, code=3)
     assert "does not fit model.name" in repair(job, "runs/job", "--model.variant", "reimpl", code=2)
-    assert "which run or file?" in repair(job, code=2)
+    assert "the following arguments are required: RUN|FILE" in repair(job, code=2)
     ranks = {
         "RANK": "0",
         "LOCAL_RANK": "0",
