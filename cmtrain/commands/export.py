@@ -67,10 +67,9 @@ def export(
     remove_leftovers(temporary.parent, final.name)
     try:
         with new_folder(final, temporary):
-            thresholds = trained.thresholds.get(weights.kind, [])
-            differences = _write(temporary, model, formats, trained, fold_bn, thresholds)
+            differences = _write(temporary, model, formats, trained, weights.kind, fold_bn)
             card = temporary / "README.md"
-            card.write_text(_card(trained, weights, model, differences, fold_bn, thresholds))
+            card.write_text(_card(trained, weights, model, differences, fold_bn))
             for path in temporary.iterdir():  # safetensors writes for its owner alone
                 path.chmod(card.stat().st_mode)
                 sync(path)
@@ -101,18 +100,14 @@ def make_trained_model(config: Config, weights: Weights) -> nn.Module:
 
 
 def _write(
-    folder: Path,
-    model: nn.Module,
-    formats: Sequence[str],
-    trained: Trained,
-    fold_bn: bool,
-    thresholds: Sequence[float],
+    folder: Path, model: nn.Module, formats: Sequence[str], trained: Trained, kind: str, fold_bn: bool
 ) -> dict[str, float]:
     """Write each format and compare it with `model`. Returns its largest difference."""
     config, side = trained.config, trained.config.data.image_px
     generator = torch.Generator().manual_seed(0)
     sample = torch.randn(max(CHECKED_BATCHES), 3, side, side, generator=generator)
     for_inference = folded(model) if fold_bn and isinstance(model, CMT) else model
+    thresholds = trained.thresholds.get(kind, [])
     writers: dict[str, Callable[[], Logits]] = {
         "timm": lambda: to_timm(folder, model, config, trained.class_names, thresholds),
         "onnx": lambda: to_onnx(folder, for_inference, sample[:2]),
@@ -143,12 +138,7 @@ def largest_difference(model: Logits, other: Logits, sample: Tensor) -> float:
 
 
 def _card(
-    trained: Trained,
-    weights: Weights,
-    model: nn.Module,
-    differences: dict[str, float],
-    fold_bn: bool,
-    thresholds: Sequence[float],
+    trained: Trained, weights: Weights, model: nn.Module, differences: dict[str, float], fold_bn: bool
 ) -> str:
     """Return the README.md of the export, from the run's own record."""
     evaluations, metrics = read_run(trained.run).evaluations, dict[str, float]()
@@ -159,7 +149,7 @@ def _card(
     return make_templates().get_template("model_card.md").render(
         trained=trained, config=trained.config, config_yaml=to_yaml(trained.config), metrics=metrics,
         weights=weights.kind, differences=differences, fold_bn=fold_bn, num_classes=model.num_classes,
-        thresholds=list(zip(trained.class_names, thresholds, strict=False)),
+        thresholds=list(zip(trained.class_names, trained.thresholds.get(weights.kind, []), strict=False)),
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         exported_by={"cmtrain": __version__, "torch": torch.__version__, "timm": timm.__version__,
                      "python": platform.python_version()},
