@@ -100,10 +100,8 @@ def open_model(place: str, overrides: Overrides) -> tuple[Config, Sequence[str],
     path = find_export(place)
     if path is None:
         trained = open_trained(place, overrides)
-        names, kind = (
-            trained.class_names or loaders.open_data(trained.config).train.class_names,
-            trained.kinds[-1],
-        )
+        names = trained.class_names or loaders.open_data(trained.config).train.class_names
+        kind = trained.kinds[-1]
         model = make_trained_model(trained.config, trained.weights(kind))
         return trained.config, names, model, trained.thresholds.get(kind, [])
     config, labels, thresholds = read_export(path.with_name("config.json"), overrides)
