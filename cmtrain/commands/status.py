@@ -17,11 +17,11 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from cmtrain.config.strict_yaml import parse
 from cmtrain.errors import EXIT_DONE, did_you_mean
 from cmtrain.monitoring.units import duration, percent, state_name, step_place
-from cmtrain.storage.records import is_number, read_bytes
+from cmtrain.storage.records import is_number
 from cmtrain.storage.run_folder import RUNS, SILENT_SECONDS, is_alive, read_status
+from cmtrain.storage.run_record import read_config
 from pipelines.spec import DataError, visible
 
 ANSWER_SECONDS = 2.0
@@ -159,11 +159,7 @@ def _speed(status: dict[str, Any]) -> str:
 
 def _silent_seconds(path: Path) -> float:
     """Return how long the run in `path` may write nothing: its metrics.stall_seconds."""
-    try:
-        root: Any = parse(read_bytes(path / "config.yaml").decode())[0]
-        value = root.value["metrics"].value["stall_seconds"].value
-    except (OSError, ValueError, AttributeError, KeyError, TypeError):
-        return SILENT_SECONDS
+    value = read_config(path / "config.yaml", damage=[]).get("metrics.stall_seconds")
     return float(value) if is_number(value) and value > 0 else SILENT_SECONDS
 
 
