@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from cmtrain.config.load import Overrides, Resolved, load_config
-from cmtrain.errors import EXIT_DONE, ConfigError, did_you_mean
+from cmtrain.errors import ConfigError, did_you_mean
+
+Verb = Callable[[list[str]], int | None]  # runs the arguments of a verb; returns the exit code, None for 0
 
 EMPTY = "is empty: a variable of the shell that is not set?"
 # Records of runs, configurations, weights, data
@@ -100,12 +102,12 @@ def parse_alone(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> ar
     return options
 
 
-def run_group(group: str, verbs: Mapping[str, Callable[[list[str]], int]], arguments: list[str]) -> int:
+def run_group(group: str, verbs: Mapping[str, Verb], arguments: list[str]) -> int | None:
     """Run that verb of a `group`, such as data, that `arguments` begin with. Returns the exit code."""
     what = arguments.pop(0) if arguments else ""
     if what in ("-h", "--help"):
         sys.stdout.write(help_page(group))
-        return EXIT_DONE
+        return None
     if what not in verbs:
         hint = did_you_mean(what, verbs) or f"; there are {', '.join(verbs)}"
         raise ConfigError(f"{' '.join(filter(None, ('cmtrain', group, what)))}: unknown verb{hint}")

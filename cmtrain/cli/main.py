@@ -5,7 +5,7 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 from cmtrain import __version__, errors
 from cmtrain.cli import start
 from cmtrain.cli.arguments import (
+    Verb,
     add_json,
     count,
     help_page,
@@ -78,7 +79,7 @@ def _main(arguments: list[str]) -> int:
             check_launcher()
         if verb in _ALONE and _world_size() > 1:
             raise ConfigError(f"cmtrain {verb}: runs in one process, without a launcher")
-        return _VERBS[verb](arguments)
+        return _VERBS[verb](arguments) or EXIT_DONE
     except ConfigError as error:
         hold_back()
         sys.stderr.write(f"{message_of(error)}\n")
@@ -172,7 +173,7 @@ def _demo(arguments: list[str]) -> int:
     return _open_and_train(config, {"as_json": options.json})
 
 
-def _bench(arguments: list[str]) -> int:
+def _bench(arguments: list[str]) -> None:
     parser = make_parser("bench", "Time the loader, the model and training, and name the bottleneck.")
     add = parser.add_argument
     add("--what", choices=("loader", "model", "train", "all"), default="all", help="default: all")
@@ -192,7 +193,7 @@ def _bench(arguments: list[str]) -> int:
     start.loading()
     from cmtrain.commands.bench.bench import bench
 
-    return bench(resolved.config, options)
+    bench(resolved.config, options)
 
 
 def _names(text: str) -> list[str]:
@@ -236,26 +237,26 @@ def _sweep(arguments: list[str]) -> int:
 RUN_HELP = "run folder, such as runs/demo, or the name of one below runs"
 
 
-def _status(arguments: list[str]) -> int:
+def _status(arguments: list[str]) -> None:
     parser = make_parser("status", "Print the state of a run.")
     parser.add_argument("run", metavar="RUN", help=RUN_HELP)
     parser.add_argument("--json", action="store_true", help="as one JSON object")
     options = parse_alone(parser, arguments)
     from cmtrain.commands.status import print_status
 
-    return print_status(options.run, as_json=options.json)
+    print_status(options.run, as_json=options.json)
 
 
-def _watch(arguments: list[str]) -> int:
+def _watch(arguments: list[str]) -> None:
     parser = make_parser("watch", "Show the state of a run until it ends.")
     parser.add_argument("run", metavar="RUN", help=RUN_HELP)
     options = parse_alone(parser, arguments)
     from cmtrain.commands.status import watch
 
-    return watch(options.run)
+    watch(options.run)
 
 
-def _repair_bn(arguments: list[str]) -> int:
+def _repair_bn(arguments: list[str]) -> None:
     parser = make_parser(
         "repair-bn",
         "Recompute BatchNorm statistics, such as those that are NaN, and write a repaired copy. Of a run: "
@@ -274,10 +275,10 @@ def _repair_bn(arguments: list[str]) -> int:
     start.loading()
     from cmtrain.commands.repair_bn import repair_bn
 
-    return repair_bn(options.place, config, overrides, options.out, options.batches, as_json=options.json)
+    repair_bn(options.place, config, overrides, options.out, options.batches, as_json=options.json)
 
 
-def _report(arguments: list[str]) -> int:
+def _report(arguments: list[str]) -> None:
     parser = make_parser("report", "Draw a run folder as one HTML file; several runs are compared.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder, such as runs/demo")
     what = "default: RUN/report.html, or report.html for several runs"
@@ -286,30 +287,27 @@ def _report(arguments: list[str]) -> int:
     from cmtrain.monitoring.report.page import report
 
     runs = [run if os.path.exists(run) else str(RUNS / run) for run in options.runs]
-    return report(runs, options.out)
+    report(runs, options.out)
 
 
-def _config_show(arguments: list[str]) -> int:
+def _config_show(arguments: list[str]) -> None:
     parser = make_parser("config show", "Print the configuration and where each value comes from.")
     _, resolved = parse_with_config(parser, arguments)
     sys.stdout.write(to_yaml(resolved.config, resolved.origins))
-    return EXIT_DONE
 
 
-def _config_schema(arguments: list[str]) -> int:
+def _config_schema(arguments: list[str]) -> None:
     parse_alone(make_parser("config schema", "Print the JSON schema of configuration files."), arguments)
     sys.stdout.write(json.dumps(config_schema(), indent=2) + "\n")
-    return EXIT_DONE
 
 
-def _config_reference(arguments: list[str]) -> int:
+def _config_reference(arguments: list[str]) -> None:
     parse_alone(make_parser("config reference", "Print every key, its range and default."), arguments)
     sys.stdout.write(config_reference())
-    return EXIT_DONE
 
 
 _CONFIG_VERBS = {"show": _config_show, "schema": _config_schema, "reference": _config_reference}
-_VERBS: dict[str, Callable[[list[str]], int]] = {
+_VERBS: dict[str, Verb] = {
     "train": _train, "doctor": _doctor, "demo": _demo, "sweep": _sweep, "eval": evaluate_trained,
     "predict": predict_images, "export": export_trained, "status": _status, "watch": _watch,
     "report": _report, "bench": _bench, "repair-bn": _repair_bn,

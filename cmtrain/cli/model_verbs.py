@@ -53,8 +53,8 @@ def evaluate_trained(arguments: list[str]) -> int:
     return evaluate_trained(options, overrides)
 
 
-def export_trained(arguments: list[str]) -> int:
-    """Run `cmtrain export ...`. Returns the exit code."""
+def export_trained(arguments: list[str]) -> None:
+    """Run `cmtrain export ...`."""
     parser = make_parser("export", "Write a trained model as files for others, compared with it.")
     add = parser.add_argument
     add("run", metavar="RUN", help=RUN_HELP)
@@ -74,7 +74,7 @@ def export_trained(arguments: list[str]) -> int:
 
     formats = FORMATS if options.format == "all" else (options.format,)
     how = {"kind": options.weights, "fold_bn": options.fold_bn, "as_json": options.json}
-    return export(open_trained(options.run, overrides), formats=formats, out=options.out, **how)
+    export(open_trained(options.run, overrides), formats=formats, out=options.out, **how)
 
 
 def predict_images(arguments: list[str]) -> int:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from cmtrain import __version__
 from cmtrain.commands.trained_model import Trained
 from cmtrain.config.schema import CMT_OPTIONS, Config, to_yaml
-from cmtrain.errors import EXIT_DONE, ConfigError
+from cmtrain.errors import ConfigError
 from cmtrain.models.cmt import CMT
 from cmtrain.models.fold import folded
 from cmtrain.monitoring.console import print_result
@@ -45,7 +45,7 @@ CHECKED_BATCHES = (1, 3)  # images; neither is the size that the exporters trace
 def export(
     trained: Trained, *, formats: Sequence[str], out: str, kind: str | None, fold_bn: bool,
     as_json: bool = False,
-) -> int:  # fmt: skip
+) -> None:  # fmt: skip
     """Write `trained` to the new folder `out` in each of `formats` (keys of _write), with a model card.
 
     Every format is read back and must give the model's logits before the folder appears, by one rename.
@@ -84,7 +84,6 @@ def export(
     result = {"out": str(final), "checkpoint": str(weights.path), "weights": weights.kind, "files": files}
     found = {"rejected": list(trained.checkpoint.rejected), "max_difference": differences}
     print_result(result | found, asked=as_json)
-    return EXIT_DONE
 
 
 def make_trained_model(config: Config, weights: Weights) -> nn.Module:

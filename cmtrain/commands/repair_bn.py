@@ -22,7 +22,7 @@ from cmtrain.commands.bench.timing import endless
 from cmtrain.commands.trained_model import open_trained, read_checkpoint
 from cmtrain.config.load import Overrides
 from cmtrain.config.schema import Config
-from cmtrain.errors import EXIT_DONE, ConfigError
+from cmtrain.errors import ConfigError
 from cmtrain.monitoring.console import print_result
 from cmtrain.monitoring.units import percent
 from cmtrain.step.evaluate import Evaluation, evaluate
@@ -74,7 +74,7 @@ class Entry:
 
 def repair_bn(
     place: str, config: Config | None, overrides: Overrides, out: str | None, batches: int, *, as_json: bool
-) -> int:
+) -> None:
     """Recompute the BatchNorm statistics of all weights (model and EMA) at `place`; write a repaired copy.
 
     They are averaged over `batches` micro-batches of training, augmented and mixed, in fp32, which does not
@@ -145,7 +145,6 @@ def repair_bn(
         result["top1"][entry.label] = [was.top1, now.top1]
     print_lines(f"written to {written}{source.next_step}")
     print_result(result | {"rejected": list(source.rejected)}, asked=as_json)
-    return EXIT_DONE
 
 
 def _open_run(
