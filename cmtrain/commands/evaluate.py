@@ -3,12 +3,11 @@
 import argparse
 import csv
 import io
-import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from cmtrain.commands.bench.timing import write_report
 from cmtrain.commands.evaluation_sizes import sizes_of
 from cmtrain.commands.export import make_trained_model
 from cmtrain.commands.trained_model import open_trained
@@ -18,13 +17,13 @@ from cmtrain.errors import EXIT_DONE, EXIT_EXPECTATION, ConfigError
 from cmtrain.monitoring.console import print_result
 from cmtrain.monitoring.units import percent
 from cmtrain.step.evaluate import Evaluation, evaluate
-from cmtrain.storage.checkpoint import new_folder
 from cmtrain.storage.records import replace_file
 from cmtrain.storage.run_folder import MISTAKES_NAME
 from cmtrain.storage.weights import num_classes_in
 from cmtrain.training import build, loaders
 from cmtrain.training.mistakes import draw_mistakes
 from cmtrain.training.schedule import split_batch
+from pipelines.atomic import new_folder
 from pipelines.files.doubts import split_doubts
 from pipelines.progress import tracked
 from pipelines.spec import DataError, print_lines
@@ -92,15 +91,12 @@ def evaluate_trained(options: argparse.Namespace, overrides: Overrides) -> int:
             matrix = [[name, *counts] for name, counts in zip(labels, best.confusion, strict=True)]
             write_csv(Path(options.confusion), [["true \\ predicted", *labels], *matrix])
         if options.save_wrong:
-            folder = Path(options.save_wrong)
-            temporary = folder.absolute().parent / f".{folder.name}.{os.getpid()}"
-            with new_folder(folder, temporary):
+            with new_folder(Path(options.save_wrong)) as temporary:
                 parts = best, manifest, labels, config, accelerator, place
                 rows = draw_mistakes(temporary / MISTAKES_NAME, *parts)
                 heads = ["path", "true", "predicted", "probability"]
                 write_csv(temporary / "mistakes.csv", [heads, *rows])
-        if options.json:
-            replace_file(Path(options.json), json.dumps(report, indent=1) + "\n")
+        write_report(options.json, report)
     except OSError as error:
         raise DataError(f"{error.filename or 'a file'}: cannot be written: {error.strerror}") from error
     _show(figures)

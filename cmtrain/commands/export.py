@@ -3,7 +3,6 @@
 import importlib
 import importlib.util
 import math
-import os
 import platform
 import warnings
 from collections.abc import Callable, Sequence
@@ -63,10 +62,9 @@ def export(
         raise DataError(f"--format onnx: needs {', '.join(missing)}; pip install 'cmtrain[export]'")
     weights = trained.weights(kind or trained.kinds[-1])
     model = make_trained_model(config, weights)
-    temporary = final.absolute().parent / f".{final.name}.{os.getpid()}"
-    remove_leftovers(temporary.parent, final.name)
+    remove_leftovers(final.parent, final.name)
     try:
-        with new_folder(final, temporary):
+        with new_folder(final) as temporary:
             differences = _write(temporary, model, formats, trained, weights.kind, fold_bn)
             card = temporary / "README.md"
             card.write_text(_card(trained, weights, model, differences, fold_bn))
