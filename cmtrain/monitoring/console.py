@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from rich.console import Console as RichConsole
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
 from rich.table import Column
 from rich.text import Text
 
@@ -87,10 +87,9 @@ class Console:
         self.first_step, self.total_steps = step, total_steps
         if not (self.enabled and self.rich.is_interactive):
             return
-        digits = len(str(total_steps))
-        place = TextColumn(f"step {{task.completed:>{digits}}}/{{task.total}}")
-        elapsed, parts = ElapsedColumn(Column(no_wrap=True)), TextColumn(" {task.description}")
-        self.bar = Progress(place, BarColumn(None), elapsed, parts, console=self.rich, transient=True)
+        place, elapsed = (TextColumn("step"), MofNCompleteColumn()), ElapsedColumn(Column(no_wrap=True))
+        columns = *place, BarColumn(None), elapsed, TextColumn(" {task.description}")
+        self.bar = Progress(*columns, console=self.rich, transient=True)
         self.fixed_width = len(f"step {total_steps}/{total_steps} {' ' * MIN_BAR_WIDTH} 59m 59s elapsed  ")
         self.task = self.bar.add_task("", total=total_steps, completed=step)
         self.bar.start()
