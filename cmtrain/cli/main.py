@@ -32,6 +32,7 @@ from cmtrain.config.describe import config_reference, config_schema
 from cmtrain.config.load import load_config
 from cmtrain.config.schema import Config, to_yaml
 from cmtrain.errors import EXIT_DONE, ConfigError, did_you_mean, message_of
+from cmtrain.monitoring.units import workers
 from cmtrain.processes.environment import check_launcher, ignore_variables
 from cmtrain.processes.gpus import visible_gpus
 from cmtrain.processes.launcher import run_ranks
@@ -123,7 +124,8 @@ def _train(arguments: list[str]) -> int:
     if not is_started_by_launcher():
         gpus = visible_gpus()
         nproc = options.nproc or max(1, gpus)
-        start.announce(f"{what}, {start.where(nproc, gpus)}")
+        place = workers({"world_size": nproc, "device": "cuda" if gpus else "cpu"})
+        start.announce(f"{what}, {place}")
         start.check_run(config, options.resume, nproc)
         if nproc > 1 or options.max_restarts:
             start.loading()  # in the ranks

@@ -226,7 +226,7 @@ def test_errors_of_a_run_are_one_line_and_an_exit_code(capsys, calls, monkeypatc
     monkeypatch.setattr(sys.modules["cmtrain.training.train"], "train", fail)
     assert main(["--config", "configs/demo.yaml"]) == code
     first, loading, *rest = capsys.readouterr().err.splitlines()
-    assert first == f"cmtrain {__version__}: configs/demo.yaml, run folder runs/demo, on the CPU"
+    assert first == f"cmtrain {__version__}: configs/demo.yaml, run folder runs/demo, 1 process on the CPU"
     assert (loading, rest) == ("loading torch and DALI ...", ["a: b"])
 
 
