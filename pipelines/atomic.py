@@ -41,11 +41,14 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
 
 
 @contextlib.contextmanager
-def new_folder(final: Path, temporary: Path) -> Iterator[None]:
-    """Publish as `final`, by a rename, the folder `temporary`, made here; the caller fills and syncs it."""
+def new_folder(final: Path, temporary: Path | None = None) -> Iterator[Path]:
+    """Publish as `final`, by a rename, a folder made here and yielded; the caller fills and syncs it.
+    `temporary`: its path until then; None for partial_path.
+    """
+    temporary = temporary or partial_path(final)
     try:
         temporary.mkdir(parents=True)
-        yield
+        yield temporary
         sync(temporary)
         temporary.rename(final)
         sync(final.parent)

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from cmtrain.config.load import Overrides, Resolved, load_config
-from cmtrain.errors import EXIT_DONE, ConfigError, did_you_mean
+from cmtrain.errors import ConfigError, did_you_mean
+
+Verb = Callable[[list[str]], int | None]  # runs the arguments of a verb; returns the exit code, None for 0
 
 EMPTY = "is empty: a variable of the shell that is not set?"
 # Records of runs, configurations, weights, data
@@ -37,6 +39,7 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[ar
     """
     overrides: list[tuple[str, str]] = []
     own, rest = list[str](), list(arguments)
+    known = ["", "help", *re.findall(r"--([\w-]+)", parser.format_usage())]  # "": of -- alone
     while rest:  # overrides first, or argparse takes their values for positional arguments
         argument = rest.pop(0)
         is_value = own and re.fullmatch(r"--[^=]+", own[-1])
@@ -46,22 +49,19 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[ar
         if re.match(r"~[\w.-]*/", value):
             advice = "write the whole path; after a blank, and not after =, a shell expands it"
             raise ConfigError(f"{argument}: no shell expanded the ~: {advice}")
-        if re.match(r"--[^=]*[.]", argument):
-            overrides.append(_override(argument, rest))
-        else:
+        name = argument.partition("=")[0].removeprefix("--")
+        if not argument.startswith("--") or name in known:
             own.append(argument)
+        elif "." not in name and (close := did_you_mean(name, known, "--")):
+            raise ConfigError(f"--{name}: unknown option{close}")
+        else:
+            overrides.append(_override(argument, rest))
     try:
         options, rest = parser.parse_known_intermixed_args(own)
     except argparse.ArgumentError as error:
         raise ConfigError(str(error).removeprefix("argument ")) from error
-    while rest:
-        argument = rest.pop(0)
-        name = argument.partition("=")[0]
-        if not name.startswith("--"):
-            raise ConfigError(f"{parser.prog}: unexpected argument {name}")
-        if close := did_you_mean(name.strip("-"), re.findall(r"--([\w-]+)", parser.format_usage()), "--"):
-            raise ConfigError(f"{name}: unknown option{close}")
-        overrides.append(_override(argument, rest))
+    if rest:
+        raise ConfigError(f"{parser.prog}: unexpected argument {rest[0]}")
     own_values = [(name.replace("_", "-"), value) for name, value in vars(options).items() if name != "json"]
     for name, value in [*own_values, *overrides]:  # --json without FILE is ""
         if isinstance(value, str) and not value.strip():
@@ -100,12 +100,12 @@ def parse_alone(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> ar
     return options
 
 
-def run_group(group: str, verbs: Mapping[str, Callable[[list[str]], int]], arguments: list[str]) -> int:
+def run_group(group: str, verbs: Mapping[str, Verb], arguments: list[str]) -> int | None:
     """Run that verb of a `group`, such as data, that `arguments` begin with. Returns the exit code."""
     what = arguments.pop(0) if arguments else ""
     if what in ("-h", "--help"):
         sys.stdout.write(help_page(group))
-        return EXIT_DONE
+        return None
     if what not in verbs:
         hint = did_you_mean(what, verbs) or f"; there are {', '.join(verbs)}"
         raise ConfigError(f"{' '.join(filter(None, ('cmtrain', group, what)))}: unknown verb{hint}")

@@ -1,12 +1,12 @@
 """Parse `cmtrain data ...`: split, check, pack, preview, stats."""
 
 import argparse
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from cmtrain.cli import start
 from cmtrain.cli.arguments import (
+    Verb,
     add_json,
     count,
     make_parser,
@@ -21,7 +21,7 @@ from cmtrain.config.schema import Config
 SHARE: dict[str, Any] = {"type": share, "default": argparse.SUPPRESS, "metavar": "X"}
 
 
-def _data_split(arguments: list[str]) -> int:
+def _data_split(arguments: list[str]) -> None:
     parser = make_parser("data split", "Divide a folder of classes into lists for training and validation.")
     add = parser.add_argument
     add("root", metavar="DIR", help="folder with one folder of images per class; no image is moved")
@@ -36,7 +36,7 @@ def _data_split(arguments: list[str]) -> int:
     start.announce(f"data split of {options['root']}")
     from cmtrain.commands.data_split import split
 
-    return split(options.pop("root"), **options)
+    split(options.pop("root"), **options)
 
 
 def _data_check(arguments: list[str]) -> int:
@@ -54,7 +54,7 @@ def _data_check(arguments: list[str]) -> int:
     return check(options.pop("root"), full=not options.pop("headers_only"), **options)
 
 
-def _data_pack(arguments: list[str]) -> int:
+def _data_pack(arguments: list[str]) -> None:
     parser = make_parser("data pack", "Write an image folder as tar shards with an index.")
     add = parser.add_argument
     add("source", metavar="SRC", help="folder with train/ and val/")
@@ -73,10 +73,10 @@ def _data_pack(arguments: list[str]) -> int:
     options = vars(parse_alone(parser, arguments))
     from cmtrain.commands.data_pack import pack
 
-    return pack(options.pop("source"), options.pop("destination"), as_json=options.pop("json"), **options)
+    pack(options.pop("source"), options.pop("destination"), as_json=options.pop("json"), **options)
 
 
-def _data_preview(arguments: list[str]) -> int:
+def _data_preview(arguments: list[str]) -> None:
     parser = make_parser("data preview", "Draw augmented images: a row per image, a column per epoch.")
     add = parser.add_argument
     what = "PNG to write (default: preview.png)"
@@ -87,16 +87,16 @@ def _data_preview(arguments: list[str]) -> int:
     config, options = _parse_and_start(parser, arguments)
     from cmtrain.commands.data_preview import preview
 
-    return preview(config, **options)
+    preview(config, **options)
 
 
-def _data_stats(arguments: list[str]) -> int:
+def _data_stats(arguments: list[str]) -> None:
     parser = make_parser("data stats", "Count and measure the images of a configuration.")
     add_json(parser)
     config, options = _parse_and_start(parser, arguments)
     from cmtrain.commands.data_preview import stats
 
-    return stats(config, as_json=options["json"])
+    stats(config, as_json=options["json"])
 
 
 def _parse_and_start(parser: argparse.ArgumentParser, arguments: list[str]) -> tuple[Config, dict[str, Any]]:
@@ -109,7 +109,7 @@ def _parse_and_start(parser: argparse.ArgumentParser, arguments: list[str]) -> t
     return resolved.config, vars(options)
 
 
-DATA_VERBS: dict[str, Callable[[list[str]], int]] = {
+DATA_VERBS: dict[str, Verb] = {
     "split": _data_split, "check": _data_check, "pack": _data_pack, "preview": _data_preview,
     "stats": _data_stats,
 }  # fmt: skip

@@ -5,7 +5,7 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 from cmtrain import __version__, errors
 from cmtrain.cli import start
 from cmtrain.cli.arguments import (
+    Verb,
     add_json,
     count,
     help_page,
@@ -31,6 +32,7 @@ from cmtrain.config.describe import config_reference, config_schema
 from cmtrain.config.load import load_config
 from cmtrain.config.schema import Config, to_yaml
 from cmtrain.errors import EXIT_DONE, ConfigError, did_you_mean, message_of
+from cmtrain.monitoring.units import workers
 from cmtrain.processes.environment import check_launcher, ignore_variables
 from cmtrain.processes.gpus import visible_gpus
 from cmtrain.processes.launcher import run_ranks
@@ -78,7 +80,7 @@ def _main(arguments: list[str]) -> int:
             check_launcher()
         if verb in _ALONE and _world_size() > 1:
             raise ConfigError(f"cmtrain {verb}: runs in one process, without a launcher")
-        return _VERBS[verb](arguments)
+        return _VERBS[verb](arguments) or EXIT_DONE
     except ConfigError as error:
         hold_back()
         sys.stderr.write(f"{message_of(error)}\n")
@@ -122,7 +124,8 @@ def _train(arguments: list[str]) -> int:
     if not is_started_by_launcher():
         gpus = visible_gpus()
         nproc = options.nproc or max(1, gpus)
-        start.announce(f"{what}, {start.where(nproc, gpus)}")
+        place = workers({"world_size": nproc, "device": "cuda" if gpus else "cpu"})
+        start.announce(f"{what}, {place}")
         start.check_run(config, options.resume, nproc)
         if nproc > 1 or options.max_restarts:
             start.loading()  # in the ranks
@@ -172,7 +175,7 @@ def _demo(arguments: list[str]) -> int:
     return _open_and_train(config, {"as_json": options.json})
 
 
-def _bench(arguments: list[str]) -> int:
+def _bench(arguments: list[str]) -> None:
     parser = make_parser("bench", "Time the loader, the model and training, and name the bottleneck.")
     add = parser.add_argument
     add("--what", choices=("loader", "model", "train", "all"), default="all", help="default: all")
@@ -192,7 +195,7 @@ def _bench(arguments: list[str]) -> int:
     start.loading()
     from cmtrain.commands.bench.bench import bench
 
-    return bench(resolved.config, options)
+    bench(resolved.config, options)
 
 
 def _names(text: str) -> list[str]:
@@ -214,7 +217,7 @@ def _doctor(arguments: list[str]) -> int:
 def _sweep(arguments: list[str]) -> int:
     parser = make_parser("sweep", "Train many configurations; compare with what was published.")
     add = parser.add_argument
-    add("files", nargs="*", metavar="FILE", help="configuration files, or folders such as configs/ablations")
+    add("files", nargs="+", metavar="FILE", help="configuration files, or folders such as configs/ablations")
     add("--rows", metavar="LIST", help="only these, counted from 1, such as 1,3-5")
     add("--jobs", choices=("local", "slurm"), default="local", help="one after another here (default)")
     add("--sbatch", default=sweep.SBATCH, metavar="FILE", help=f"job script (default: {sweep.SBATCH})")
@@ -223,9 +226,6 @@ def _sweep(arguments: list[str]) -> int:
     add("--dry-run", action="store_true", help="print the commands and stop")
     add("--table", action="store_true", help="print the table and stop")
     options, overrides = parse(parser, arguments)
-    if not options.files:
-        example = "cmtrain sweep configs/ablations --data.root /data/imagenet"
-        raise ConfigError(f"cmtrain sweep: of which files? e.g. {example}")
     rows = sweep.read_rows(options.files, overrides, options.rows, options.scale, options.max_steps)
     script = options.sbatch if options.jobs == "slurm" else None
     if options.dry_run:
@@ -239,84 +239,77 @@ def _sweep(arguments: list[str]) -> int:
 RUN_HELP = "run folder, such as runs/demo, or the name of one below runs"
 
 
-def _status(arguments: list[str]) -> int:
+def _status(arguments: list[str]) -> None:
     parser = make_parser("status", "Print the state of a run.")
     parser.add_argument("run", metavar="RUN", help=RUN_HELP)
     parser.add_argument("--json", action="store_true", help="as one JSON object")
     options = parse_alone(parser, arguments)
     from cmtrain.commands.status import print_status
 
-    return print_status(options.run, as_json=options.json)
+    print_status(options.run, as_json=options.json)
 
 
-def _watch(arguments: list[str]) -> int:
+def _watch(arguments: list[str]) -> None:
     parser = make_parser("watch", "Show the state of a run until it ends.")
     parser.add_argument("run", metavar="RUN", help=RUN_HELP)
     options = parse_alone(parser, arguments)
     from cmtrain.commands.status import watch
 
-    return watch(options.run)
+    watch(options.run)
 
 
-def _repair_bn(arguments: list[str]) -> int:
+def _repair_bn(arguments: list[str]) -> None:
     parser = make_parser(
         "repair-bn",
         "Recompute BatchNorm statistics, such as those that are NaN, and write a repaired copy. Of a run: "
         "`cmtrain repair-bn runs/shoes`. Of a file by any trainer (.pth, .pt, .bin, .safetensors): "
         "`cmtrain repair-bn x.pth --config configs/demo.yaml --model.name resnet18 --data.root photos`.",
     )
-    parser.add_argument("place", nargs="?", metavar="RUN|FILE", help="run, checkpoint folder, weights file")
+    parser.add_argument("place", metavar="RUN|FILE", help="run, checkpoint folder, weights file")
     parser.add_argument("--config", metavar="FILE", help="model and data; a run has its own")
     parser.add_argument("--out", metavar="PATH", help="default: x-repaired.pth for x.pth, RUN/repaired")
     parser.add_argument("--batches", type=positive, default=200, metavar="N", help="to average over (200)")
     add_json(parser)
     options, overrides = parse(parser, arguments)
-    if options.place is None:
-        raise ConfigError("cmtrain repair-bn: which run or file? e.g. cmtrain repair-bn runs/full_in1k")
     config = load_config(options.config, overrides).config if options.config else None
     start.announce(f"repair-bn of {options.place}")
     start.check_repair(options.place, config, overrides)
     start.loading()
     from cmtrain.commands.repair_bn import repair_bn
 
-    return repair_bn(options.place, config, overrides, options.out, options.batches, as_json=options.json)
+    repair_bn(options.place, config, overrides, options.out, options.batches, as_json=options.json)
 
 
-def _report(arguments: list[str]) -> int:
+def _report(arguments: list[str]) -> None:
     parser = make_parser("report", "Draw a run folder as one HTML file; several runs are compared.")
-    parser.add_argument("runs", nargs="*", metavar="RUN", help="run folder, such as runs/demo")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder, such as runs/demo")
     what = "default: RUN/report.html, or report.html for several runs"
     parser.add_argument("--out", type=out_file, metavar="FILE", help=what)
     options = parse_alone(parser, arguments)
-    if not options.runs:
-        raise ConfigError("cmtrain report: of which run? e.g. cmtrain report runs/demo")
     from cmtrain.monitoring.report.page import report
 
     runs = [run if os.path.exists(run) else str(RUNS / run) for run in options.runs]
-    return report(runs, options.out)
+    report(runs, options.out)
 
 
-def _config_show(arguments: list[str]) -> int:
+def _config_show(arguments: list[str]) -> None:
     parser = make_parser("config show", "Print the configuration and where each value comes from.")
     _, resolved = parse_with_config(parser, arguments)
     sys.stdout.write(to_yaml(resolved.config, resolved.origins))
-    return EXIT_DONE
 
 
-def _config_schema(arguments: list[str]) -> int:
+def _config_schema(arguments: list[str]) -> None:
     parse_alone(make_parser("config schema", "Print the JSON schema of configuration files."), arguments)
     sys.stdout.write(json.dumps(config_schema(), indent=2) + "\n")
-    return EXIT_DONE
 
 
-def _config_reference(arguments: list[str]) -> int:
+def _config_reference(arguments: list[str]) -> None:
     parse_alone(make_parser("config reference", "Print every key, its range and default."), arguments)
     sys.stdout.write(config_reference())
-    return EXIT_DONE
 
 
 _CONFIG_VERBS = {"show": _config_show, "schema": _config_schema, "reference": _config_reference}
-_VERBS: dict[str, Callable[[list[str]], int]] = {
+_VERBS: dict[str, Verb] = {
     "train": _train, "doctor": _doctor, "demo": _demo, "sweep": _sweep, "eval": evaluate_trained,
     "predict": predict_images, "export": export_trained, "status": _status, "watch": _watch,
     "report": _report, "bench": _bench, "repair-bn": _repair_bn,

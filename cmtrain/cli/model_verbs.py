@@ -1,12 +1,10 @@
 """Parse the verbs for a trained model: eval, export and predict."""
 
-import argparse
 import os
 
 from cmtrain.cli import start
 from cmtrain.cli.arguments import add_json, make_parser, out_file, parse, positive, share
 from cmtrain.commands.evaluation_sizes import sizes_of
-from cmtrain.config.load import Overrides
 from cmtrain.errors import ConfigError
 from cmtrain.storage.run_folder import find_export
 from pipelines.spec import DataError
@@ -19,6 +17,7 @@ def evaluate_trained(arguments: list[str]) -> int:
     """Run `cmtrain eval ...`. Returns the exit code."""
     parser = make_parser("eval", "Evaluate a trained model and its EMA, as its run did or otherwise.")
     add = parser.add_argument
+    add("run", metavar="RUN", help=RUN_HELP)
     add("--weights", choices=("model", "ema", "both"), default="both", help="default: both, if both exist")
     add("--image-px", type=_sizes, default=[], metavar="LIST", help="image sides, such as 160,192")
     resize = (
@@ -37,7 +36,7 @@ def evaluate_trained(arguments: list[str]) -> int:
     add("--save-wrong", metavar="DIR", help=wrong)
     add("--expect", type=share, metavar="TOP1", help="exit code 5 where the best top-1 is below it")
     add_json(parser, to_file=True)
-    options, overrides = _parse_with_run(parser, arguments)
+    options, overrides = parse(parser, arguments)
     start.announce(f"eval of {options.run}")
     config = start.check_trained(options.run, overrides)
     if config:
@@ -54,18 +53,17 @@ def evaluate_trained(arguments: list[str]) -> int:
     return evaluate_trained(options, overrides)
 
 
-def export_trained(arguments: list[str]) -> int:
-    """Run `cmtrain export ...`. Returns the exit code."""
+def export_trained(arguments: list[str]) -> None:
+    """Run `cmtrain export ...`."""
     parser = make_parser("export", "Write a trained model as files for others, compared with it.")
     add = parser.add_argument
+    add("run", metavar="RUN", help=RUN_HELP)
     add("--format", choices=(*FORMATS, "all"), default="timm", help="default: timm")
-    add("--out", metavar="DIR", help="folder to write; must not exist")
+    add("--out", required=True, metavar="DIR", help="folder to write; must not exist")
     add("--weights", choices=("model", "ema"), help="default: ema, if there is one")
     add("--fold-bn", action="store_true", help="absorb BatchNorm where that is exact; not with timm")
     add_json(parser)
-    options, overrides = _parse_with_run(parser, arguments)
-    if options.out is None:
-        raise ConfigError("cmtrain export: --out is missing, e.g. --out exported")
+    options, overrides = parse(parser, arguments)
     start.announce(f"export of {options.run}")
     start.check_trained(options.run, overrides)
     if os.path.lexists(options.out):
@@ -76,7 +74,7 @@ def export_trained(arguments: list[str]) -> int:
 
     formats = FORMATS if options.format == "all" else (options.format,)
     how = {"kind": options.weights, "fold_bn": options.fold_bn, "as_json": options.json}
-    return export(open_trained(options.run, overrides), formats=formats, out=options.out, **how)
+    export(open_trained(options.run, overrides), formats=formats, out=options.out, **how)
 
 
 def predict_images(arguments: list[str]) -> int:
@@ -106,17 +104,6 @@ def predict_images(arguments: list[str]) -> int:
     from cmtrain.commands.predict import predict
 
     return predict(files, options, overrides)
-
-
-def _parse_with_run(
-    parser: argparse.ArgumentParser, arguments: list[str]
-) -> tuple[argparse.Namespace, Overrides]:
-    """Return the options, among them the positional RUN, and the overrides."""
-    parser.add_argument("run", nargs="?", metavar="RUN", help=RUN_HELP)
-    options, overrides = parse(parser, arguments)
-    if options.run is None:
-        raise ConfigError(f"{parser.prog}: of which run? e.g. {parser.prog} runs/demo")
-    return options, overrides
 
 
 def _sizes(text: str) -> list[int]:

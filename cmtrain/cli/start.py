@@ -35,14 +35,6 @@ def loading() -> None:
     announce("loading torch and DALI ...", start="")
 
 
-def where(nproc: int, num_gpus: int) -> str:
-    """Return for people on what a run of `nproc` processes works."""
-    if not num_gpus:
-        return "on the CPU" if nproc == 1 else f"{nproc} processes on the CPU"
-    gpus = f"{num_gpus} GPU{'s' if num_gpus > 1 else ''}"
-    return f"{nproc} process{'es' if nproc > 1 else ''} for {gpus}"
-
-
 def check_run(config: Config, resume: str, world_size: int) -> None:
     """Refuse a run whose batch, data, folder or checkpoint cannot be used, as its start would do later.
 

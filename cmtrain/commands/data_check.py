@@ -74,9 +74,8 @@ def check(
         _print(f"  {path}: {fault.reason}")
     if len(faults) > NUM_SHOWN:
         _print(f"  and {len(faults) - NUM_SHOWN:,} more")
-    class_names = splits[0].listing.class_names
     for split in splits:
-        _describe(split, class_names, cache_dir)
+        _describe(split, cache_dir)
     if len(splits) == 1 and splits[0].listing.root != folder:
         _print(f"{folder}: only {splits[0].listing.root.name}/ was checked, the other split is no folder")
     if written is not None:
@@ -122,8 +121,8 @@ def _check_split(listing: Listing, pool: DecodePool) -> CheckedSplit:
     return CheckedSplit(listing, dict(sorted(faults.items())), num_rotated, time.monotonic() - begin)
 
 
-def _describe(split: CheckedSplit, class_names: tuple[str, ...], cache_dir: str | None) -> None:
-    listing, num_bad = split.listing, len(split.faults)
+def _describe(split: CheckedSplit, cache_dir: str | None) -> None:
+    listing, num_bad, class_names = split.listing, len(split.faults), split.listing.class_names
     kinds = Counter(KIND_NAMES[fault.kind] for fault in split.faults.values())
     by_kind = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
     line = f"{listing.root}: {len(listing):,} files, {len(listing) - num_bad:,} good, {num_bad:,} bad"

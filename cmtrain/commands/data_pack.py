@@ -4,7 +4,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-from cmtrain.errors import EXIT_DONE
 from cmtrain.monitoring.console import print_result
 from pipelines.checks.bad_list import SPLITS
 from pipelines.files.doubts import split_doubts
@@ -20,7 +19,7 @@ def pack(
     source: str, destination: str, *, shard_mib: int, processes: int | None, train_list: str | None = None,
     val_list: str | None = None, max_bad_fraction: float = MAX_BAD_FRACTION, cache_dir: str | None = None,
     multi_label: bool = False, as_json: bool = False, **encoding: Any,
-) -> int:  # fmt: skip
+) -> None:  # fmt: skip
     """Pack the training and the validation images of `source`; `destination` is then a data.root.
 
     After a kill or a full disk the same command continues; after success it verifies the shards. Prints one
@@ -70,4 +69,3 @@ def pack(
         written = "{images:,} images in {shards} shards, {bytes:,} bytes".format(**report[split])
         print_lines(f"{folder}: {written}, verified")
     print_result({"destination": destination, **report}, asked=as_json)
-    return EXIT_DONE

@@ -15,7 +15,6 @@ from rich.console import Console
 from rich.table import Table
 
 from cmtrain.config.schema import Config
-from cmtrain.errors import EXIT_DONE
 from cmtrain.monitoring.console import print_result
 from cmtrain.step.mixing import mix
 from cmtrain.training import build, loaders
@@ -30,7 +29,7 @@ _PERCENTILES = (0, 5, 50, 95, 100)
 _SAMPLED_IMAGES = 1000  # decoded for mean and std, evenly spread over the split
 
 
-def preview(config: Config, *, out: str, rows: int = 8, columns: int = 8, epoch: int = 0) -> int:
+def preview(config: Config, *, out: str, rows: int = 8, columns: int = 8, epoch: int = 0) -> None:
     """Write a PNG of augmented training images: one row per image, one column per epoch from `epoch` on.
     The images are spread evenly over the training split, and augmented as in training, with other draws. If
     the recipe mixes or erases, `<out>-mixed.png` shows that. Raises as training, and DataError for `out`.
@@ -61,10 +60,9 @@ def preview(config: Config, *, out: str, rows: int = 8, columns: int = 8, epoch:
     _write_grid(plain, names, config, path)
     if config.mixing.mixup or config.mixing.cutmix or config.mixing.reprob or config.augment.extra:
         _write_grid(mixed, names, config, path.with_name(f"{path.stem}-mixed.png"))
-    return EXIT_DONE
 
 
-def stats(config: Config, *, as_json: bool = False) -> int:
+def stats(config: Config, *, as_json: bool = False) -> None:
     """Count and measure both splits: a table on stderr, one JSON line on stdout (see print_result).
     `mean` and `std` are the values for data.mean and data.std: over all pixels, with equal weight for every
     image. They and `undecodable` come from at most 1,000 images. Raises as training does.
@@ -77,7 +75,6 @@ def stats(config: Config, *, as_json: bool = False) -> int:
         table.add_row(key, *(_text(figures[key]) for figures in report.values()))
     Console(stderr=True).print(table)
     print_result(report, asked=as_json)
-    return EXIT_DONE
 
 
 def _split_stats(manifest: Manifest, config: Config) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from cmtrain.errors import EXIT_DONE, ConfigError
+from cmtrain.errors import ConfigError
 from cmtrain.storage.records import replace_file
 from pipelines.checks.decode_one import FORMATS
 from pipelines.files.doubts import split_doubts
@@ -43,13 +43,13 @@ Ints = NDArray[np.int64]
 @os_errors_in_one_line()
 def split(
     root: str, *, val: float, test: float, group_by: str | None, seed: int, out: str | None, compare: bool
-) -> int:
+) -> None:
     """Write train.csv, val.csv and, for `test` > 0, test.csv, each with its share of every class.
 
     Images of one group are on one side: those in whose path below `root` the pattern `group_by` finds the
     same text (its first group, else the whole match), and near-duplicates (if `compare`). The same images,
     shares and seed give the same lists. `root` has one folder per class; `val` and `test` are shares of each
-    class. `out`: folder for the lists; None for `root`, where a run finds them. Returns the exit code, 0.
+    class. `out`: folder for the lists; None for `root`, where a run finds them.
     Raises ConfigError: shares or a pattern that cannot be used. DataError: no images, a folder that is split
     already, a list that is there with other content, or a name that no list can hold.
     """
@@ -82,7 +82,6 @@ def split(
     for path, content in contents.items():
         replace_file(path, content)
     _describe(images, groups, sides, list(contents), folder)
-    return EXIT_DONE
 
 
 def divide(labels: Ints, groups: Ints, shares: Sequence[float], seed: int) -> Ints:

@@ -33,6 +33,7 @@ from rich.table import Table
 from cmtrain.config.schema import Config
 from cmtrain.errors import EXIT_DATA, EXIT_DONE, ConfigError
 from cmtrain.monitoring.http_server import Exporter
+from cmtrain.monitoring.machine import dali_packages
 from cmtrain.processes.collectives import control_group, gather, leave_together
 from cmtrain.processes.gpus import cuda_of_driver, newer_driver, packages_for, why_unusable
 from cmtrain.processes.preflight import check_ranks
@@ -101,7 +102,7 @@ def run_checks(config: Config, accelerator: Accelerator, control: Any) -> dict[s
 
     run: dict[str, Callable[[], CheckResult]] = {
         "packages": packages,
-        "driver": lambda: pairing(cuda_of_driver(), torch.version.cuda, dali_flavours()),
+        "driver": lambda: pairing(cuda_of_driver(), torch.version.cuda, dali_packages()),
         "GPUs": lambda: gpus(config.train.precision),
         "decode on the CPU": decode_on_cpu,
         "decode on the GPU": lambda: decode_on_gpu(device, keys.decode, keys.hw_decoder_load),
@@ -157,9 +158,9 @@ def _meet(config: Config) -> tuple[Accelerator, Any]:
 
 def packages() -> CheckResult:
     """Compare the installed packages with this program's own metadata."""
-    names = ["torch", "torchvision", "timm", "accelerate", *dali_flavours()]
+    names = ["torch", "torchvision", "timm", "accelerate", *dali_packages()]
     found = ", ".join([f"Python {platform.python_version()}", *(f"{n} {_version(n)}" for n in names)])
-    found += "" if dali_flavours() else ", no DALI installed"
+    found += "" if dali_packages() else ", no DALI installed"
     try:
         program = metadata.metadata("cmtrain")
     except metadata.PackageNotFoundError:
@@ -182,12 +183,6 @@ def _version(name: str) -> str:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return "missing"
-
-
-def dali_flavours() -> list[str]:
-    """Return the DALI packages that are installed: one, if all is well."""
-    names = {str(package.name) for package in metadata.distributions()}
-    return sorted(name for name in names if name.startswith("nvidia-dali-cuda"))
 
 
 def pairing(driver: int | None, torch_cuda: str | None, flavours: Sequence[str]) -> CheckResult:

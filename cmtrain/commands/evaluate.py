@@ -3,28 +3,27 @@
 import argparse
 import csv
 import io
-import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from cmtrain.commands.bench.timing import write_report
 from cmtrain.commands.evaluation_sizes import sizes_of
 from cmtrain.commands.export import make_trained_model
 from cmtrain.commands.trained_model import open_trained
 from cmtrain.config.load import Overrides
 from cmtrain.config.schema import Config
 from cmtrain.errors import EXIT_DONE, EXIT_EXPECTATION, ConfigError
-from cmtrain.monitoring.console import Console, print_result
+from cmtrain.monitoring.console import print_result
 from cmtrain.monitoring.units import percent
 from cmtrain.step.evaluate import Evaluation, evaluate
-from cmtrain.storage.checkpoint import new_folder
 from cmtrain.storage.records import replace_file
 from cmtrain.storage.run_folder import MISTAKES_NAME
 from cmtrain.storage.weights import num_classes_in
 from cmtrain.training import build, loaders
 from cmtrain.training.mistakes import draw_mistakes
 from cmtrain.training.schedule import split_batch
+from pipelines.atomic import new_folder
 from pipelines.files.doubts import split_doubts
 from pipelines.progress import tracked
 from pipelines.spec import DataError, print_lines
@@ -92,23 +91,19 @@ def evaluate_trained(options: argparse.Namespace, overrides: Overrides) -> int:
             matrix = [[name, *counts] for name, counts in zip(labels, best.confusion, strict=True)]
             write_csv(Path(options.confusion), [["true \\ predicted", *labels], *matrix])
         if options.save_wrong:
-            folder = Path(options.save_wrong)
-            temporary = folder.absolute().parent / f".{folder.name}.{os.getpid()}"
-            with new_folder(folder, temporary):
+            with new_folder(Path(options.save_wrong)) as temporary:
                 parts = best, manifest, labels, config, accelerator, place
                 rows = draw_mistakes(temporary / MISTAKES_NAME, *parts)
                 heads = ["path", "true", "predicted", "probability"]
                 write_csv(temporary / "mistakes.csv", [heads, *rows])
-        if options.json:
-            replace_file(Path(options.json), json.dumps(report, indent=1) + "\n")
+        write_report(options.json, report)
     except OSError as error:
         raise DataError(f"{error.filename or 'a file'}: cannot be written: {error.strerror}") from error
     _show(figures)
     print_result(report, asked=options.json == "")
     top1 = max(evaluation.top1 for evaluation, _ in found)
     if options.expect is not None and top1 < options.expect:
-        missed = f"top-1 {percent(top1, 2)}, expected {percent(options.expect, 2)}: missed"
-        Console(enabled=True).line(missed)
+        print_lines(f"top-1 {percent(top1, 2)}, expected {percent(options.expect, 2)}: missed")
         return EXIT_EXPECTATION
     return EXIT_DONE
 
@@ -120,14 +115,13 @@ def write_csv(path: Path, table: Sequence[Sequence[Any]]) -> None:
 
 
 def _show(figures: Sequence[dict[str, Any]]) -> None:
-    console = Console(enabled=True)
     shown = {"map": "mAP", "top1": "top-1", "top5": "top-5", "balanced": "balanced"}
     shown = {key: name for key, name in shown.items() if key in figures[0]}
     names = "".join(f"  {name:>8}" for name in shown.values())
-    console.line(f"weights  image px  resize px{names}    loss   images")
+    print_lines(f"weights  image px  resize px{names}    loss   images")
     for row in figures:
         line = f"{row['weights']:<7}  {row['image_px']:>8}  {row['resize_px']:>9}"
         line += "".join(f"  {percent(row[key], 2):>8}" for key in shown)
-        console.line(f"{line}  {row['loss']:6.4f}  {row['num_images']:>7}")
+        print_lines(f"{line}  {row['loss']:6.4f}  {row['num_images']:>7}")
     if unreadable := figures[0]["num_unreadable"]:
-        console.line(f"{unreadable} images could not be read and count as wrong")
+        print_lines(f"{unreadable} images could not be read and count as wrong")

@@ -3,7 +3,6 @@
 import importlib
 import importlib.util
 import math
-import os
 import platform
 import warnings
 from collections.abc import Callable, Sequence
@@ -20,10 +19,10 @@ from torch import Tensor, nn
 from cmtrain import __version__
 from cmtrain.commands.trained_model import Trained
 from cmtrain.config.schema import CMT_OPTIONS, Config, to_yaml
-from cmtrain.errors import EXIT_DONE, ConfigError
+from cmtrain.errors import ConfigError
 from cmtrain.models.cmt import CMT
 from cmtrain.models.fold import folded
-from cmtrain.monitoring.console import Console, print_result
+from cmtrain.monitoring.console import print_result
 from cmtrain.monitoring.report.rendering import make_templates
 from cmtrain.step.multi_label import THRESHOLD
 from cmtrain.storage.records import remove_leftovers
@@ -31,7 +30,7 @@ from cmtrain.storage.run_record import read_run
 from cmtrain.storage.weights import WEIGHTS_NAME, Weights, fit, num_classes_in
 from cmtrain.training import build
 from pipelines.atomic import new_folder, sync
-from pipelines.spec import DataError
+from pipelines.spec import DataError, print_lines
 
 TOLERANCE = 1e-5  # of logits, against the largest of them or 1
 FOLDED_TOLERANCE = 1e-4
@@ -45,7 +44,7 @@ CHECKED_BATCHES = (1, 3)  # images; neither is the size that the exporters trace
 def export(
     trained: Trained, *, formats: Sequence[str], out: str, kind: str | None, fold_bn: bool,
     as_json: bool = False,
-) -> int:  # fmt: skip
+) -> None:  # fmt: skip
     """Write `trained` to the new folder `out` in each of `formats` (keys of _write), with a model card.
 
     Every format is read back and must give the model's logits before the folder appears, by one rename.
@@ -63,14 +62,12 @@ def export(
         raise DataError(f"--format onnx: needs {', '.join(missing)}; pip install 'cmtrain[export]'")
     weights = trained.weights(kind or trained.kinds[-1])
     model = make_trained_model(config, weights)
-    temporary = final.absolute().parent / f".{final.name}.{os.getpid()}"
-    remove_leftovers(temporary.parent, final.name)
+    remove_leftovers(final.parent, final.name)
     try:
-        with new_folder(final, temporary):
-            thresholds = trained.thresholds.get(weights.kind, [])
-            differences = _write(temporary, model, formats, trained, fold_bn, thresholds)
+        with new_folder(final) as temporary:
+            differences = _write(temporary, model, formats, trained, weights.kind, fold_bn)
             card = temporary / "README.md"
-            card.write_text(_card(trained, weights, model, differences, fold_bn, thresholds))
+            card.write_text(_card(trained, weights, model, differences, fold_bn))
             for path in temporary.iterdir():  # safetensors writes for its owner alone
                 path.chmod(card.stat().st_mode)
                 sync(path)
@@ -78,15 +75,13 @@ def export(
     except (OSError, SafetensorError, RuntimeError) as error:
         why = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}".partition("\n")[0]
         raise DataError(f"--out {out}: cannot be written: {why}") from error
-    console = Console(enabled=True)
     for name, difference in differences.items():
-        console.line(f"{name}: logits differ from the {weights.kind}'s by at most {difference:.1e}")
-    console.line(f"written to {final}")
+        print_lines(f"{name}: logits differ from the {weights.kind}'s by at most {difference:.1e}")
+    print_lines(f"written to {final}")
     files = sorted(path.name for path in final.iterdir())
     result = {"out": str(final), "checkpoint": str(weights.path), "weights": weights.kind, "files": files}
     found = {"rejected": list(trained.checkpoint.rejected), "max_difference": differences}
     print_result(result | found, asked=as_json)
-    return EXIT_DONE
 
 
 def make_trained_model(config: Config, weights: Weights) -> nn.Module:
@@ -102,18 +97,14 @@ def make_trained_model(config: Config, weights: Weights) -> nn.Module:
 
 
 def _write(
-    folder: Path,
-    model: nn.Module,
-    formats: Sequence[str],
-    trained: Trained,
-    fold_bn: bool,
-    thresholds: Sequence[float],
+    folder: Path, model: nn.Module, formats: Sequence[str], trained: Trained, kind: str, fold_bn: bool
 ) -> dict[str, float]:
     """Write each format and compare it with `model`. Returns its largest difference."""
     config, side = trained.config, trained.config.data.image_px
     generator = torch.Generator().manual_seed(0)
     sample = torch.randn(max(CHECKED_BATCHES), 3, side, side, generator=generator)
     for_inference = folded(model) if fold_bn and isinstance(model, CMT) else model
+    thresholds = trained.thresholds.get(kind, [])
     writers: dict[str, Callable[[], Logits]] = {
         "timm": lambda: to_timm(folder, model, config, trained.class_names, thresholds),
         "onnx": lambda: to_onnx(folder, for_inference, sample[:2]),
@@ -144,12 +135,7 @@ def largest_difference(model: Logits, other: Logits, sample: Tensor) -> float:
 
 
 def _card(
-    trained: Trained,
-    weights: Weights,
-    model: nn.Module,
-    differences: dict[str, float],
-    fold_bn: bool,
-    thresholds: Sequence[float],
+    trained: Trained, weights: Weights, model: nn.Module, differences: dict[str, float], fold_bn: bool
 ) -> str:
     """Return the README.md of the export, from the run's own record."""
     evaluations, metrics = read_run(trained.run).evaluations, dict[str, float]()
@@ -160,7 +146,7 @@ def _card(
     return make_templates().get_template("model_card.md").render(
         trained=trained, config=trained.config, config_yaml=to_yaml(trained.config), metrics=metrics,
         weights=weights.kind, differences=differences, fold_bn=fold_bn, num_classes=model.num_classes,
-        thresholds=list(zip(trained.class_names, thresholds, strict=False)),
+        thresholds=list(zip(trained.class_names, trained.thresholds.get(weights.kind, []), strict=False)),
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         exported_by={"cmtrain": __version__, "torch": torch.__version__, "timm": timm.__version__,
                      "python": platform.python_version()},

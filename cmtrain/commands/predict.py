@@ -20,7 +20,6 @@ from cmtrain.commands.trained_model import open_trained, read_export
 from cmtrain.config.load import Overrides
 from cmtrain.config.schema import Config
 from cmtrain.errors import EXIT_DATA, EXIT_DONE, ConfigError
-from cmtrain.monitoring.console import Console
 from cmtrain.monitoring.units import percent
 from cmtrain.step.multi_label import THRESHOLD
 from cmtrain.storage.records import replace_file
@@ -101,10 +100,8 @@ def open_model(place: str, overrides: Overrides) -> tuple[Config, Sequence[str],
     path = find_export(place)
     if path is None:
         trained = open_trained(place, overrides)
-        names, kind = (
-            trained.class_names or loaders.open_data(trained.config).train.class_names,
-            trained.kinds[-1],
-        )
+        names = trained.class_names or loaders.open_data(trained.config).train.class_names
+        kind = trained.kinds[-1]
         model = make_trained_model(trained.config, trained.weights(kind))
         return trained.config, names, model, trained.thresholds.get(kind, [])
     config, labels, thresholds = read_export(path.with_name("config.json"), overrides)
@@ -146,4 +143,4 @@ def _write(rows: Sequence[dict[str, Any]], kept: Sequence[Any], options: argpars
         for cells, answer in zip(zip(*columns, strict=True), answers, strict=True):
             begin = "  ".join(f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=True))
             shown = ", ".join(f"{name} {percent(probability)}" for name, probability in answer)
-            Console(enabled=True).line(f"{begin}  {shown}")
+            print_lines(f"{begin}  {shown}")

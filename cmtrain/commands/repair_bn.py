@@ -22,7 +22,7 @@ from cmtrain.commands.bench.timing import endless
 from cmtrain.commands.trained_model import open_trained, read_checkpoint
 from cmtrain.config.load import Overrides
 from cmtrain.config.schema import Config
-from cmtrain.errors import EXIT_DONE, ConfigError
+from cmtrain.errors import ConfigError
 from cmtrain.monitoring.console import print_result
 from cmtrain.monitoring.units import percent
 from cmtrain.step.evaluate import Evaluation, evaluate
@@ -30,7 +30,7 @@ from cmtrain.step.mixing import MixSpec, mix
 from cmtrain.storage.checkpoint import checkpoint_path, save_checkpoint
 from cmtrain.storage.run_folder import WEIGHTS_SUFFIXES
 from cmtrain.storage.state_file import CheckpointError
-from cmtrain.storage.weights import read_file
+from cmtrain.storage.weights import fit, read_file
 from cmtrain.training import build, loaders
 from cmtrain.training.schedule import refuse_batch_of_one
 from pipelines.atomic import replacing
@@ -38,7 +38,6 @@ from pipelines.progress import tracked
 from pipelines.spec import DataError, Loader, print_lines
 
 STATISTICS = (".running_mean", ".running_var", ".num_batches_tracked")
-NUM_SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ class Entry:
 
 def repair_bn(
     place: str, config: Config | None, overrides: Overrides, out: str | None, batches: int, *, as_json: bool
-) -> int:
+) -> None:
     """Recompute the BatchNorm statistics of all weights (model and EMA) at `place`; write a repaired copy.
 
     They are averaged over `batches` micro-batches of training, augmented and mixed, in fp32, which does not
@@ -146,7 +145,6 @@ def repair_bn(
         result["top1"][entry.label] = [was.top1, now.top1]
     print_lines(f"written to {written}{source.next_step}")
     print_result(result | {"rejected": list(source.rejected)}, asked=as_json)
-    return EXIT_DONE
 
 
 def _open_run(
@@ -232,18 +230,12 @@ def _load(
     prefix = (_find_key(state, first) or first).removesuffix(first)
     tensors = [key for key, value in state.items() if isinstance(key, str) and isinstance(value, Tensor)]
     keys = {key.removeprefix(prefix): key for key in tensors if key.startswith(prefix)}
-    misfits = [f"{key} is not in the model" for key in keys if key not in own]
-    for key, tensor in own.items():
-        if key in keys and state[keys[key]].shape != tensor.shape:
-            shapes = f"{tuple(state[keys[key]].shape)} in the file and {tuple(tensor.shape)} in the model"
-            misfits.append(f"{key} is {shapes}")
-        elif key not in keys and not key.endswith("num_batches_tracked"):  # old files have no such counter
-            misfits.append(f"{key} is not in the file")
-    if misfits:
-        shown = "; ".join(misfits[:NUM_SHOWN])
-        advice = f"{len(misfits)} such in all; set model.name, its options and data.image_px as in training"
-        raise ConfigError(f"{path}: {label} does not fit model.name {name}: {shown}; {advice}")
-    model.load_state_dict({key: state[keys[key]] for key in keys}, strict=False)
+    try:
+        if fit(model, {key: state[keys[key]] for key in keys}, keeps_head=True):
+            raise ConfigError("its position tables are of another image size")
+    except ConfigError as error:
+        advice = "set model.name, its options and data.image_px as in training"
+        raise ConfigError(f"{path}: {label} does not fit model.name {name}: {error}; {advice}") from error
     return Entry(label, state, keys, model, num_classes)
 
 

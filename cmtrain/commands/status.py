@@ -17,11 +17,11 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from cmtrain.config.strict_yaml import parse
-from cmtrain.errors import EXIT_DONE, did_you_mean
+from cmtrain.errors import did_you_mean
 from cmtrain.monitoring.units import duration, percent, state_name, step_place
-from cmtrain.storage.records import is_number, read_bytes
+from cmtrain.storage.records import is_number
 from cmtrain.storage.run_folder import RUNS, SILENT_SECONDS, is_alive, read_status
+from cmtrain.storage.run_record import read_config
 from pipelines.spec import DataError, visible
 
 ANSWER_SECONDS = 2.0
@@ -86,7 +86,7 @@ def current_status(path: Path) -> RunStatus:
     return RunStatus(path, status, now, alive, age_seconds, warning)
 
 
-def print_status(run: str, *, as_json: bool) -> int:
+def print_status(run: str, *, as_json: bool) -> None:
     """Print the status of `run`, as lines or as one JSON object. Raises DataError: there is no such run."""
     run_status = current_status(find_run(run))
     text = "\n".join(describe(run_status))
@@ -94,10 +94,9 @@ def print_status(run: str, *, as_json: bool) -> int:
         facts = {"run_dir": str(run_status.path), "alive": run_status.alive, "warning": run_status.warning}
         text = json.dumps(run_status.status | facts | {"now": run_status.now}, indent=1)
     print(text)  # noqa: T201
-    return EXIT_DONE
 
 
-def watch(run: str) -> int:
+def watch(run: str) -> None:
     """Show the status of `run` until it ends: in place on a terminal, elsewhere each new line.
     Raises DataError: there is no such run, or no longer.
     """
@@ -113,7 +112,7 @@ def watch(run: str) -> int:
                 print(visible(line), flush=True)  # noqa: T201
                 printed = line
             if not run_status.is_running:
-                return EXIT_DONE
+                return
             time.sleep(REFRESH_SECONDS)
 
 
@@ -159,11 +158,7 @@ def _speed(status: dict[str, Any]) -> str:
 
 def _silent_seconds(path: Path) -> float:
     """Return how long the run in `path` may write nothing: its metrics.stall_seconds."""
-    try:
-        root: Any = parse(read_bytes(path / "config.yaml").decode())[0]
-        value = root.value["metrics"].value["stall_seconds"].value
-    except (OSError, ValueError, AttributeError, KeyError, TypeError):
-        return SILENT_SECONDS
+    value = read_config(path / "config.yaml", damage=[]).get("metrics.stall_seconds")
     return float(value) if is_number(value) and value > 0 else SILENT_SECONDS
 
 

@@ -1,16 +1,15 @@
 """Print what a verb finds: progress and tables for people on stderr, a JSON line for programs on stdout."""
 
 import contextlib
-import functools
 import json
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, Concatenate, ParamSpec
+from typing import Any
 
 from rich.console import Console as RichConsole
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
 from rich.table import Column
 from rich.text import Text
 
@@ -20,23 +19,13 @@ from pipelines.spec import visible
 MIN_BAR_WIDTH = 7
 SILENT_SECONDS = 9.0  # nobody waits longer for a sign of life
 LINE_SECONDS = 30.0  # between two lines of a run whose log points are further apart
-P = ParamSpec("P")
 
 
-def _safe(show: Callable[Concatenate["Console", P], None]) -> Callable[Concatenate["Console", P], None]:
-    """Go on after any error of the terminal or of rich, without the bar: it is no reason to end a run."""
-
-    @functools.wraps(show)
-    def call(console: "Console", *args: P.args, **kwargs: P.kwargs) -> None:
-        try:
-            show(console, *args, **kwargs)
-        except Exception:
-            bar, console.bar = console.bar, None
-            if bar:
-                with contextlib.suppress(Exception):
-                    bar.stop()
-
-    return call
+@contextlib.contextmanager
+def _never_raising() -> Iterator[None]:
+    """Go on after any error of the terminal or of rich: it is no reason to end a run."""
+    with contextlib.suppress(Exception):
+        yield
 
 
 def print_result(result: dict[str, Any], *, asked: bool) -> None:
@@ -92,21 +81,20 @@ class Console:
         self.step_seconds = self.printed_at = 0.0
         self.parts: tuple[str, ...] = ()  # of the newest log point
 
-    @_safe
+    @_never_raising()
     def start(self, step: int, total_steps: int) -> None:
         """Show the bar, if stderr is a terminal."""
         self.first_step, self.total_steps = step, total_steps
         if not (self.enabled and self.rich.is_interactive):
             return
-        digits = len(str(total_steps))
-        place = TextColumn(f"step {{task.completed:>{digits}}}/{{task.total}}")
-        elapsed, parts = ElapsedColumn(Column(no_wrap=True)), TextColumn(" {task.description}")
-        self.bar = Progress(place, BarColumn(None), elapsed, parts, console=self.rich, transient=True)
+        place, elapsed = (TextColumn("step"), MofNCompleteColumn()), ElapsedColumn(Column(no_wrap=True))
+        columns = *place, BarColumn(None), elapsed, TextColumn(" {task.description}")
+        self.bar = Progress(*columns, console=self.rich, transient=True)
         self.fixed_width = len(f"step {total_steps}/{total_steps} {' ' * MIN_BAR_WIDTH} 59m 59s elapsed  ")
         self.task = self.bar.add_task("", total=total_steps, completed=step)
         self.bar.start()
 
-    @_safe
+    @_never_raising()
     def advance(self, step: int, seconds: float) -> None:
         """Show that `step` is done: in the bar, else by a line after the first one and every LINE_SECONDS.
         `seconds`: that it took. The first log point may be hours away, and the run take weeks.
@@ -119,7 +107,7 @@ class Console:
         elif done == 1 or time.monotonic() - self.printed_at >= LINE_SECONDS:
             self.line(f"step {step}/{self.total_steps} {eta}{' (by one step)' if done == 1 else ''}")
 
-    @_safe
+    @_never_raising()
     def progress(self, place: str, *parts: str) -> None:
         """Show one log point: a line of `place` (epoch and step) and `parts`; in the bar, those that fit."""
         if not self.bar:
@@ -133,7 +121,7 @@ class Console:
             shown = longer
         self.bar.update(self.task, description=shown)
 
-    @_safe
+    @_never_raising()
     def line(self, text: str) -> None:
         """Print a line that stays on the screen: an evaluation, a checkpoint, what the guard did."""
         if self.enabled:
@@ -143,7 +131,7 @@ class Console:
             else:
                 print(text, file=sys.stderr, flush=True)  # noqa: T201
 
-    @_safe
+    @_never_raising()
     def stop(self) -> None:
         """Remove the bar."""
         if self.bar:

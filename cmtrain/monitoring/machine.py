@@ -1,15 +1,13 @@
 """Describe the machine that a run is on: versions and hardware, GPU identity, GPU memory."""
 
-import contextlib
 import os
 import platform
 import socket
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions, version
 
 import torch
 
 PACKAGES = ("torch", "accelerate", "timm", "numpy")
-DALI_FLAVOURS = ("cuda130", "cuda120", "cuda110")
 
 MEMORY_KINDS = {
     "allocated": "allocated_bytes.all.current",
@@ -26,10 +24,15 @@ def environment() -> dict[str, str]:
         found |= {"CUDA": str(torch.version.cuda), "cuDNN": str(torch.backends.cudnn.version())}
     found |= {"Python": platform.python_version()}
     found |= {name: version(name) for name in PACKAGES}
-    for flavour in DALI_FLAVOURS:
-        with contextlib.suppress(PackageNotFoundError):
-            found["DALI"] = f"{version(f'nvidia-dali-{flavour}')} ({flavour})"
+    for name in dali_packages():
+        found["DALI"] = f"{version(name)} ({name.removeprefix('nvidia-dali-')})"
     return found
+
+
+def dali_packages() -> list[str]:
+    """Return the DALI packages that are installed: one, if all is well."""
+    names = {str(package.name) for package in distributions()}
+    return sorted(name for name in names if name.startswith("nvidia-dali-cuda"))
 
 
 def gpu_identity(device: torch.device) -> tuple[str, str] | None:

@@ -1,6 +1,6 @@
 """Send the numbers of log.jsonl and summary.csv to TensorBoard, W&B and MLflow, through accelerate.
 
-A tracker that fails during a run (its server went away) is reported once and then left alone.
+A tracker that fails during a run (its server went away) is a loss as of a record, and then left alone.
 """
 
 import importlib.util
@@ -38,30 +38,23 @@ class Trackers:
             what = f"cannot start: {reason_of(error)}; leave it out to run without"
             raise DataError(f"metrics.trackers: {what}") from error
 
-    def log(self, values: Mapping[str, Any], step: int) -> str:
-        """Log the finite numbers among `values`. Returns why that failed, else ""."""
-        if not self.enabled:
-            return ""
+    def log(self, values: Mapping[str, Any], step: int) -> None:
+        """Log the finite numbers among `values`. After an error, which it raises, nothing more is logged."""
         numbers = {key: v for key, v in values.items() if key not in ("step", "time") and is_number(v)}
-        try:
-            self.accelerator.log(numbers, step=step)
-        except Exception as error:
-            self.enabled = False
-            return f"metrics.trackers: no more from here on: {reason_of(error)}"
-        return ""
+        if self.enabled:
+            try:
+                self.accelerator.log(numbers, step=step)
+            except Exception:
+                self.enabled = False
+                raise
 
-    def close(self) -> str:
-        """Let the trackers write what they still hold. Returns why that failed, else ""."""
-        if not self.enabled:
-            return ""
-        self.enabled = False
-        try:
+    def close(self) -> None:
+        """Let the trackers write what they still hold. Raises what they raise."""
+        if self.enabled:
+            self.enabled = False
             # accelerate's end_training would also leave the process group, which other ranks still need.
             for tracker in self.accelerator.trackers:
                 tracker.finish()
-        except Exception as error:
-            return f"metrics.trackers: not ended in order: {reason_of(error)}"
-        return ""
 
 
 def tracker_options(names: Sequence[str], run_folder: Path) -> dict[str, Any]:

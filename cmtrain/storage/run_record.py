@@ -49,7 +49,6 @@ class RunRecord:
     log: Columns  # ascending by "step", which it always has
     evaluations: Columns  # as `log`
     events: list[dict[str, Any]]
-    config_text: str = ""
     config: dict[str, Any] = field(default_factory=dict)  # by dotted key
     class_names: list[str] = field(default_factory=list)
     classes: dict[str, ClassCounts] = field(default_factory=dict)  # by weights, `model` or `ema`
@@ -69,13 +68,13 @@ def read_run(path: Path) -> RunRecord:
         raise DataError(f"{path}: not a run folder: it holds none of {', '.join(RUN_FILES)}")
     damage: list[str] = []
     events = [event for event in _records(path / "events.jsonl", damage) if is_event(event)]
-    config, classes = _config(path / "config.yaml", damage), _classes(path / CLASSES_NAME, damage)
+    config, classes = read_config(path / "config.yaml", damage), _classes(path / CLASSES_NAME, damage)
     status, log = read_status(path, damage), to_columns(_records(path / "log.jsonl", damage))
     if not (path / "status.json").exists():
         damage.append("status.json: missing")
     evaluations = to_columns(_summary(path / "summary.csv", damage))
     sheets = {name: path / name for name in (SAMPLE_NAME, MISTAKES_NAME) if (path / name).is_file()}
-    return RunRecord(path, status or {}, log, evaluations, events, *config, *classes, sheets, damage)
+    return RunRecord(path, status or {}, log, evaluations, events, config, *classes, sheets, damage)
 
 
 def read_sample(path: Path, status: dict[str, Any]) -> RunRecord:
@@ -161,18 +160,18 @@ def _as_floats(values: Sequence[Any]) -> np.ndarray:
     return floats
 
 
-def _config(path: Path, damage: list[str]) -> tuple[str, dict[str, Any]]:
+def read_config(path: Path, damage: list[str]) -> dict[str, Any]:
+    """Return the values of a run's configuration by dotted key, unchecked; {} if it cannot be read."""
     try:
-        text = records.read_bytes(path).decode(errors="replace")
+        root, _ = parse(records.read_bytes(path).decode(errors="replace"))
     except (OSError, DamagedRecordError) as error:
         damage.append(_unreadable(path, error))
-        return "", {}
-    root, _ = parse(text)
+        return {}
     sections = root.value if root is not None and isinstance(root.value, dict) else {}
     if not sections:
         damage.append("config.yaml: cannot be read as a configuration")
     pairs = [(k, n.value) for k, n in sections.items() if isinstance(n, Node) and isinstance(n.value, dict)]
-    return text, {f"{section}.{key}": child.value for section, keys in pairs for key, child in keys.items()}
+    return {f"{section}.{key}": child.value for section, keys in pairs for key, child in keys.items()}
 
 
 def _classes(path: Path, damage: list[str]) -> tuple[list[str], dict[str, ClassCounts]]:

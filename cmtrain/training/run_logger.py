@@ -198,8 +198,8 @@ class RunLogger:
         self.console.progress(place, *parts)
 
     def _track(self, record: dict[str, Any], step: int) -> None:
-        if self.trackers and (trouble := self.trackers.log(record, step)):
-            self.console.line(trouble)
+        if self.trackers:
+            self.losses.attempt("metrics.trackers", self.trackers.log, record, step)
 
     # Bad files, spikes, rollbacks
 
@@ -319,8 +319,8 @@ class RunLogger:
         Returns the exit code: `exit_code`, or 3 where status.json could not be written.
         """
         self.console.stop()
-        if self.trackers and (trouble := self.trackers.close()):
-            self.console.line(trouble)
+        if self.trackers:
+            self.losses.attempt("metrics.trackers", self.trackers.close)
         if self.folder:
             result = self._result(state, results) if results else None
             self._event(state, step=self.step, exit_code=exit_code, reason=reason)

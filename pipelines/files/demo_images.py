@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pipelines.atomic import locked, new_folder, partial_path
+from pipelines.atomic import locked, new_folder
 from pipelines.files.mixed_jpegs import mixed_jpegs, to_jpeg
 from pipelines.spec import DataError
 
@@ -44,10 +44,9 @@ def demo_folder(name: str, cache: Path) -> Path:
 
 
 def _write_folder(folder: Path, writer: Callable[[], Iterator[tuple[str, bytes]]]) -> None:
-    temporary = partial_path(folder)
     name, cache = folder.name.replace("-", ":"), folder.parent
     try:
-        with new_folder(folder, temporary):
+        with new_folder(folder) as temporary:
             for relative, encoded in writer():
                 path = temporary / relative
                 path.parent.mkdir(parents=True, exist_ok=True)

@@ -184,6 +184,6 @@ def test_gpus_that_torch_cannot_use_are_a_failure_with_its_cause(monkeypatch):
 
 
 def test_a_machine_without_dali_is_named_as_such(monkeypatch):
-    monkeypatch.setattr(doctor, "dali_flavours", list)
+    monkeypatch.setattr(doctor, "dali_packages", list)
     assert doctor.packages().found.endswith(", no DALI installed")
     assert pairing(13000, "13.2", []).found == "no DALI installed"

@@ -186,7 +186,7 @@ def test_what_cannot_be_evaluated_is_refused_in_one_line(trained):
     job("--run.name", "plain", "--ema.decay", "null", "--max-steps", "1")
     assert "it has no ema weights" in run_eval(job, "runs/plain", "--weights", "ema", code=3)
     assert len(run_eval(job, "runs/plain")["results"]) == 1
-    assert "of which run?" in run_eval(job, code=2)
+    assert "the following arguments are required: RUN" in run_eval(job, code=2)
     assert "must be a share 0..1" in run_eval(job, "runs/job", "--expect", "75", code=2)
     assert "--image-px: must be a whole number" in run_eval(job, "runs/job", "--image-px", "big", code=2)
     assert "--optim.lrr" in run_eval(job, "runs/job", "--optim.lrr", "1", code=2)

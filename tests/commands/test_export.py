@@ -114,8 +114,8 @@ def test_nothing_is_exported_that_is_not_whole(job):
         return line
 
     assert "runs: exists already" in refused("runs/job", "--out", "runs", code=2)
-    assert "--out is missing" in refused("runs/job", code=2)
-    assert "of which run?" in refused("--out", "out", code=2)
+    assert "the following arguments are required: --out" in refused("runs/job", code=2)
+    assert "the following arguments are required: RUN" in refused("--out", "out", code=2)
     assert "nowhere: no run" in refused("nowhere", "--out", "out", code=3)
     assert "not for timm's layout" in refused("runs/job", "--out", "out", "--fold-bn", code=2)
     assert "does not fit this model" in refused(

@@ -104,7 +104,7 @@ def test_overrides_hold_for_every_row_in_any_position(study, capsys):
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        ([], "cmtrain sweep: of which files? e.g. "),
+        ([], "cmtrain sweep: the following arguments are required: FILE; "),
         (["study", "--rows", "0-2"], "--rows: 0-2: there are rows 1 to 4"),
         (["study", "--rows", "2-9"], "--rows: 2-9: there are rows 1 to 4"),
         (["study", "--rows", "3-1"], "--rows: 3-1: there are rows 1 to 4"),

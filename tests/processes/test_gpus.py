@@ -154,7 +154,7 @@ def test_ranks_are_not_started_on_cpus_where_there_are_gpus(make_job, tmp_path):
     assert run.returncode == 3, run.stderr
     assert "and the driver is for 11.4: install a driver >= " in run.stderr
     first, loading, *errors = run.stderr.splitlines()
-    assert first.endswith("2 processes for 2 GPUs")
+    assert first.endswith(", 2 GPUs")
     assert loading == "loading torch and DALI ..."
     assert len(set(errors)) == 1  # a slow machine may print it for both ranks
     assert not (job.run / "status.json").exists()

@@ -21,7 +21,6 @@ from cmtrain.commands.bench.models import Setup, against_ceilings, time_models
 from cmtrain.commands.bench.predict import predict
 from cmtrain.commands.bench.timing import WARMUP_STEPS, Figures, Rows, drain, endless, write_report
 from cmtrain.config.schema import Config
-from cmtrain.errors import EXIT_DONE
 from cmtrain.monitoring.console import announced_parts, print_result
 from cmtrain.monitoring.units import percent
 from cmtrain.step.learner import Learner
@@ -53,13 +52,14 @@ RUN_KEYS = ("images_per_second", "step_ms_mean", "data_wait_percent", "uses")
 NUM_PARTS = {"loader": 1, "model": 3, "all": 4, "train": 1}
 
 
-def bench(config: Config, options: argparse.Namespace) -> int:
-    """Measure `options.what` with the recipe of `config`. Returns the exit code, 0; raises as training does.
+def bench(config: Config, options: argparse.Namespace) -> None:
+    """Measure `options.what` with the recipe of `config`. Raises as training does.
     Prints its parts and a table on stderr, one JSON line on stdout, and what is known so far into a file.
     """
     what = options.what
     if options.predict:
-        return _finish(predict(config, options.predict), options.json)
+        _finish(predict(config, options.predict), options.json)
+        return
     accelerator = build.make_accelerator(config.train.precision)
     threads = loaders.split_threads(config, accelerator.device)
     data = loaders.open_data(config, accelerator)
@@ -88,14 +88,14 @@ def bench(config: Config, options: argparse.Namespace) -> int:
             figures[name] = row
             write_report(options.json if accelerator.is_main_process else None, report)
     report["verdict"] = verdict(figures)
-    return _finish(report, options.json) if accelerator.is_main_process else EXIT_DONE
+    if accelerator.is_main_process:
+        _finish(report, options.json)
 
 
-def _finish(report: dict[str, Any], path: str | None) -> int:
+def _finish(report: dict[str, Any], path: str | None) -> None:
     _show(report)
     print_result(report, asked=path == "")
     write_report(path, report)
-    return EXIT_DONE
 
 
 def _time_run(what: str, setup: Setup, images: Manifest) -> Rows:

@@ -42,7 +42,6 @@ class Contender:
     name: str
     images: int
     work: Work
-    first_seconds: float = 0.0
     peak_bytes: int = 0
     seconds: list[list[float]] = field(default_factory=list)
 
@@ -50,10 +49,8 @@ class Contender:
         """Return the row of this contender; `first_is_times`: how many times as fast `first` is."""
         times_ms = [1000 * seconds for turn in self.seconds for seconds in turn]
         rates = [len(turn) * self.images / sum(turn) for turn in self.seconds]
-        row = {
-            "images_per_second": statistics.median(rates), "ms_p50": float(np.percentile(times_ms, 50)),
-            "ms_p95": float(np.percentile(times_ms, 95)), "first_seconds": self.first_seconds,
-        }  # fmt: skip
+        row = {"images_per_second": statistics.median(rates)}
+        row |= {f"ms_p{percent}": float(np.percentile(times_ms, percent)) for percent in (50, 95)}
         if self is not first:
             pairs = zip(first.seconds, self.seconds, strict=True)
             row["first_is_times"] = statistics.median(sum(others) / sum(mine) for mine, others in pairs)
@@ -67,7 +64,6 @@ def race(
 ) -> None:
     """Let every contender do `steps` steps in each of `rounds` rounds, in alternating order."""
     for contender in contenders:
-        contender.first_seconds = best_seconds(contender.work, 1, device=device)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         for _ in range(WARMUP_STEPS):

@@ -110,17 +110,13 @@ def headline(record: RunRecord, times: Times, last_step: float) -> Headline:
     """Yield the numbers at the top of the report, without those that are not known."""
     status = record.status
     # Accuracy.
-    for key, name in (("map", "mAP"), ("ema_map", "mAP, EMA")):
-        if (precision := _accuracy(record, key)) is not None:
-            yield name, percent(precision), ""
-    top1, ema_top1 = _accuracy(record, "top1"), _accuracy(record, "ema_top1")
-    if top1 is not None:
-        yield "Top-1", percent(top1), _expectation(record, max(top1, ema_top1 or 0.0))
-    if ema_top1 is not None:
-        yield "Top-1, EMA", percent(ema_top1), ""
-    top5, ema_top5 = _accuracy(record, "top5"), _accuracy(record, "ema_top5")
-    if top5 is not None:
-        yield "Top-5", percent(top5), f"EMA {percent(ema_top5)}" if ema_top5 is not None else ""
+    for key, name in (("map", "mAP"), ("top1", "Top-1"), ("top5", "Top-5")):
+        accuracy, ema = _accuracy(record, key), _accuracy(record, f"ema_{key}")
+        if accuracy is not None:
+            expected = _expectation(record, max(accuracy, ema or 0.0)) if key == "top1" else ""
+            yield name, percent(accuracy), expected
+        if ema is not None:
+            yield f"{name}, EMA", percent(ema), ""
     yield from best_top1(status)
     # Steps and time.
     target = number(status.get("last_step"))

@@ -35,8 +35,8 @@ NUM_TABLE_ROWS = 25
 TONES = {"finished": "good", "running": "info", "preempted": "warn", "diverged": "bad", "failed": "bad"}
 
 
-def report(paths: Sequence[str], out: str | None) -> int:
-    """Write the report of the run folders `paths`, and print its path. Returns the exit code, 0.
+def report(paths: Sequence[str], out: str | None) -> None:
+    """Write the report of the run folders `paths`, and print its path.
     `out`: None for report.html in the run folder, or here for several. Raises DataError: no run, unwritable.
     """
     folders = [Path(path) for path in paths]
@@ -47,7 +47,6 @@ def report(paths: Sequence[str], out: str | None) -> int:
     except OSError as error:
         raise DataError(f"{target}: cannot be written: {error.strerror or error}") from error
     print(target)  # noqa: T201
-    return 0
 
 
 def write_report(folders: Sequence[Path], target: Path) -> Path:
