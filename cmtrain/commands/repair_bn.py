@@ -116,7 +116,7 @@ def repair_bn(
     def accuracy(entry: Entry) -> Evaluation:
         images = tracked(eval_loader.epoch(0), f"evaluating {entry.label}", num_images, per_step=size)
         sets = loaders.label_sets(data.val, entry.num_classes, accelerator.device)
-        return evaluate(entry.model, images, accelerator, num_images, entry.num_classes, label_sets=sets)
+        return evaluate(entry.model, images, accelerator, num_images, entry.num_classes, sets)
 
     before = [accuracy(entry) for entry in entries]
     torch.manual_seed(config.run.seed)  # for stochastic depth and dropout

@@ -22,11 +22,8 @@ def find_mistakes(
 ) -> tuple[Manifest, list[list[Any]]]:
     """Return the first MAX_IMAGES mistakes, and a row for each mistake.
 
-    `evaluation` has ranked classes; `labels`: a name for each output. A row: path, true and predicted class,
-    probability.
+    `labels`: a name for each output. A row: path, true and predicted class, probability.
     """
-    assert evaluation.ranked is not None
-    assert evaluation.confidence is not None
     predicted, confidence = evaluation.ranked[:, 0].numpy(), evaluation.confidence.numpy()
     missed = ~manifest.are_of(predicted) & (predicted >= 0)
     if manifest.label_sets is not None:  # of no class is right, unless a class is likely

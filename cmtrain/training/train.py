@@ -295,7 +295,7 @@ def evaluate_weights(
     sets = label_sets(val, num_classes, accelerator.device)
     try:
         results = {
-            name: evaluate(module, batches(), accelerator, len(val), num_classes, True, sets)
+            name: evaluate(module, batches(), accelerator, len(val), num_classes, sets)
             for name, module in learner.weights.items()
         }
     except Stopped:

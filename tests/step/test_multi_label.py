@@ -1,6 +1,7 @@
 """Images of several classes: targets, loss, mean average precision and thresholds."""
 
 import copy
+import dataclasses
 import math
 
 import numpy as np
@@ -11,9 +12,9 @@ from helpers.mini import batch, make_learner, step
 from sklearn.metrics import average_precision_score, f1_score, recall_score
 from torch import nn
 
-from cmtrain.step.evaluate import evaluate
+from cmtrain.step.evaluate import Answers, evaluate
 from cmtrain.step.mixing import MixSpec, soft_targets
-from cmtrain.step.multi_label import MultiLabelOutcomes, rank
+from cmtrain.step.multi_label import rank
 from pipelines.spec import UNREADABLE
 
 SETS = torch.tensor([[1.0, 0, 0, 0], [0, 1, 0, 1], [0, 0, 0, 0], [0, 1, 1, 0], [1, 1, 0, 0]])
@@ -71,18 +72,19 @@ def test_shares_of_ranks_add_up_to_the_whole():
     whole = evaluate(model, batches(labels), Accelerator(cpu=True), NUM_IMAGES, 4, label_sets=SETS)
     shares = []
     for place in range(3):
-        outcomes = MultiLabelOutcomes(SETS, NUM_IMAGES)
+        answers = Answers(NUM_IMAGES, 4, torch.device("cpu"), SETS)
         for images, some, indices in batches(labels, slice(place, None, 3)):
-            logits = model(images)
-            outcomes.add(logits, logits.topk(4).indices, some, indices)
-        shares.append(outcomes)
+            answers.add(model(images), some, indices)
+        shares.append(answers)
     for tensors in zip(*(share.tensors for share in shares), strict=True):
         tensors[0].copy_(sum(tensors))
-    seen, fields = shares[0].sum_up()
-    assert seen == NUM_IMAGES
-    assert fields["num_unreadable"] == 1
-    for name, value in fields.items():
-        assert value == pytest.approx(getattr(whole, name)), name
+    added = shares[0].measure()
+    assert added.num_images == NUM_IMAGES
+    assert added.num_unreadable == 1
+    assert torch.equal(added.ranked, whole.ranked)
+    for field in dataclasses.fields(added):
+        if field.compare:
+            assert getattr(added, field.name) == pytest.approx(getattr(whole, field.name)), field.name
     read = labels != UNREADABLE
     classes, best = SETS[labels[read]], model.logits[read].topk(4).indices[:, 0]
     right = classes[torch.arange(len(best)), best].sum().item()
