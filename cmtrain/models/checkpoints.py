@@ -94,32 +94,26 @@ def load_reference_checkpoint(model: CMT, state_dict: Mapping, *, skip_head: boo
             for key in [key for key in tensors if key.startswith(head)]:
                 del tensors[key]
 
-    # Convert every tensor that fits, and note the others.
+    # Name everything that does not fit. Tables need not: they are resized.
     problems = _option_problems(model, given)
-    misshapen = []
-    converted: dict[str, Tensor] = {}
-    for key in own:
-        names = _reference_keys(modules, key)
-        if not all(name in given and name in expected for name in names):
-            continue
-        shapes = {name: (tuple(given[name].shape), tuple(expected[name].shape)) for name in names}
-        wrong = [f"{name} {has}, not {wanted}" for name, (has, wanted) in shapes.items() if has != wanted]
-        if key.endswith(".table") or not wrong:
-            converted[key] = _pack(model, key, [given[name] for name in names])
-        else:
-            misshapen += wrong
-    try:
-        converted = resize_positions(converted, model)
-    except ValueError as error:
-        misshapen.append(str(error))
-
-    # Load all of them or none.
-    problems += _listed("missing", [key for key in expected if key not in given])
-    problems += _listed("unexpected", [key for key in given if key not in expected])
-    problems += _listed("wrong shape", misshapen)
+    problems += _listed("missing", [name for name in expected if name not in given])
+    problems += _listed("unexpected", [name for name in given if name not in expected])
+    tables = {name for key in own if key.endswith(".table") for name in _reference_keys(modules, key)}
+    wrong = [
+        f"{name} {tuple(given[name].shape)}, not {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in given and name not in tables and given[name].shape != tensor.shape
+    ]
+    problems += _listed("wrong shape", wrong)
     if problems:
         raise ValueError("the checkpoint does not fit the model: " + "; ".join(problems))
-    model.load_state_dict({**own, **converted})
+
+    converted = {}
+    for key in own:
+        names = _reference_keys(modules, key)
+        if names[0] in expected:  # a skipped head is not
+            converted[key] = _pack(model, key, [given[name] for name in names])
+    model.load_state_dict(own | resize_positions(converted, model))
 
 
 def _listed(what: str, items: list[str]) -> list[str]:
