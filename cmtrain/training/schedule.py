@@ -81,9 +81,9 @@ class Schedule:
             return self.min_lr + (self.lr - self.min_lr) * (1 + math.cos(math.pi * done)) / 2
         return self.min_lr
 
-    def ends_epochs(self, step: int, every_epochs: int) -> bool:
-        """Return whether `step` finished updates are a multiple of `every_epochs` whole epochs."""
-        return step % (every_epochs * self.steps_per_epoch) == 0
+    def ends_epochs(self, step: int, every_epochs: int | None) -> bool:
+        """Return whether `step` finished updates are a multiple of `every_epochs` whole epochs; None: no."""
+        return every_epochs is not None and step % (every_epochs * self.steps_per_epoch) == 0
 
 
 def split_batch(global_batch_size: int, max_batch_per_gpu: int, world_size: int) -> tuple[int, int]:
