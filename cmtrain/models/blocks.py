@@ -235,12 +235,9 @@ class Attention(nn.Module):
         else:
             self.q = TokenLinear(dim, dim, bias=options.qkv_bias)
             self.kv = TokenLinear(dim, 2 * dim, bias=options.qkv_bias)
-            if options.variant == "paper":
-                self.reduce = PatchConv(dim, dim, reduction, groups=dim, kernel=options.ffn_kernel)
-                self.reduce_norm: nn.Module = nn.BatchNorm2d(dim)
-            else:
-                self.reduce = PatchConv(dim, dim, reduction, kernel=options.ffn_kernel)
-                self.reduce_norm = ChannelNorm(dim, 1e-5, options.ffn_kernel)
+            is_paper = options.variant == "paper"
+            self.reduce = PatchConv(dim, dim, reduction, groups=dim if is_paper else 1, kernel=self.kernel)
+            self.reduce_norm = nn.BatchNorm2d(dim) if is_paper else ChannelNorm(dim, 1e-5, self.kernel)
         self.proj = TokenLinear(dim, dim)
         self.proj_drop = nn.Dropout(options.proj_drop)
 
@@ -374,18 +371,14 @@ class Stage(nn.Module):
     ):  # fmt: skip
         super().__init__()
         self.embed = PatchConv(in_channels, dim, 2, kernel=kernel)
-        self.norm = ChannelNorm(dim, 1e-5, kernel) if variant == "paper" else None
-        self.absolute = absolute
+        self.norm = ChannelNorm(dim, 1e-5, kernel) if variant == "paper" else nn.Identity()
+        self.absolute = absolute or nn.Identity()
         self.bias = bias
         self.blocks = nn.ModuleList(blocks)
         self.call_block: Callable[..., Tensor] = Block.__call__  # see CMT.set_grad_checkpointing
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C_in, 2H, 2W) -> (B, C, H, W)
-        x = self.embed(x)
-        if self.norm is not None:
-            x = self.norm(x)
-        if self.absolute is not None:
-            x = self.absolute(x)
+        x = self.absolute(self.norm(self.embed(x)))
         bias = None if self.bias is None else self.bias()
         for block in self.blocks:
             x = self.call_block(block, x, bias)

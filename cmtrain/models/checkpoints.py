@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cmtrain.models.cmt import CMT
-from cmtrain.models.position import POSITION_MODULES
+from cmtrain.models.position import POSITION_MODULES, AbsolutePosition
 
 # Our module inside a block -> the paper's names, the re-implementation's. Our matrix holds the rows of all.
 IN_BLOCK = {
@@ -144,6 +144,7 @@ def _option_problems(model: CMT, given: Mapping[str, Tensor]) -> list[str]:
     """Return a phrase for each option that the checkpoint's keys show and that differs from the model's."""
     stage: Any = model.stages[0]
     ours: dict[str, object] = {"qkv_bias": stage.blocks[0].attn.q.bias is not None}
+    has_absolute = isinstance(stage.absolute, AbsolutePosition)
     if model.variant == "paper":
         theirs: dict[str, object] = {"qkv_bias": "blocks_a.0.attn.q.bias" in given}
     else:
@@ -152,7 +153,7 @@ def _option_problems(model: CMT, given: Mapping[str, Tensor]) -> list[str]:
         kind = "none" if table is None else "relative" if len(table) % 2 else "pairwise"
         theirs = {"qkv_bias": "stage1.block_list.0.LMHSA.q.bias" in given, "attention_bias": kind}
         theirs |= {"absolute_position": "absolute_pos_embed" in given}
-        ours |= {"attention_bias": model.attention_bias, "absolute_position": stage.absolute is not None}
+        ours |= {"attention_bias": model.attention_bias, "absolute_position": has_absolute}
     different = [name for name in theirs if theirs[name] != ours[name]]
     return [f"it was made with {k}={theirs[k]!r}, the model has {k}={ours[k]!r}" for k in different]
 
@@ -165,7 +166,7 @@ def _reference_modules(model: CMT) -> dict[str, tuple[str, ...]]:
     foreign = ""
     if is_paper and (kind, scope) != ("pairwise", "stage"):
         foreign = "the paper's release has pairwise tables per stage: other attention biases have"
-    elif is_paper and stages[0].absolute is not None:
+    elif is_paper and isinstance(stages[0].absolute, AbsolutePosition):
         foreign = "the paper's release has no absolute position embedding: absolute_position has"
     elif not is_paper and kind != "none" and scope == "stage":
         foreign = "the re-implementation has a table per block: attention_bias_scope='stage' has"
