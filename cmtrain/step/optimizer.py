@@ -56,7 +56,15 @@ def lr_scales(model: nn.Module, layer_decay: float, factors: Sequence[str] = ())
     """
     scales = dict.fromkeys((name for name, _ in model.named_parameters()), 1.0)
     if layer_decay < 1:
-        scales = _layer_scales(model, layer_decay)
+        from timm.models import group_parameters
+
+        matcher: Any = getattr(model, "group_matcher", None)
+        if matcher is None:
+            what = f"{type(model).__name__} has no group_matcher(), which says what a layer is"
+            raise ConfigError(f"optim.layer_decay: {what}; leave it out")
+        layers = group_parameters(model, matcher(coarse=False), reverse=True)
+        last = max(layers.values())
+        scales = {name: layer_decay ** (last - layers.get(name, last)) for name in scales}
     for factor in factors:
         pattern, _, number = factor.rpartition("=")
         names = [name for name in scales if fnmatch(name, pattern)]
@@ -69,18 +77,6 @@ def lr_scales(model: nn.Module, layer_decay: float, factors: Sequence[str] = ())
             raise ConfigError(f"optim.lr_factors: {factor}: {wanted} {next(iter(scales))}=0.1")
         scales |= {name: scales[name] * times for name in names}
     return scales
-
-
-def _layer_scales(model: nn.Module, layer_decay: float) -> dict[str, float]:
-    from timm.models import group_parameters
-
-    matcher: Any = getattr(model, "group_matcher", None)
-    if matcher is None:
-        what = f"{type(model).__name__} has no group_matcher(), which says what a layer is"
-        raise ConfigError(f"optim.layer_decay: {what}; leave it out")
-    layers = group_parameters(model, matcher(coarse=False), reverse=True)
-    last = max(layers.values())
-    return {name: layer_decay ** (last - layers.get(name, last)) for name, _ in model.named_parameters()}
 
 
 def frozen_names(model: nn.Module, freeze: str | Collection[str]) -> frozenset[str]:
