@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from cmtrain.step.guard import running_statistics
 from cmtrain.step.multi_label import measure_classes
 from pipelines.spec import UNREADABLE, Batch
 
@@ -174,19 +173,6 @@ def all_reduce_sum(values: Tensor) -> None:
     """Sum `values` over all ranks, in place; nothing to do in a single process."""
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(values)
-
-
-@torch.no_grad()
-def average_running_statistics(*models: nn.Module) -> None:
-    """Give every rank the mean of all ranks' running statistics, as if taken after every step."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return
-    for model in models:
-        if statistics := running_statistics(model):
-            flat = torch.cat(statistics)
-            dist.all_reduce(flat)
-            flat /= dist.get_world_size()
-            torch._foreach_copy_(statistics, list(flat.split([t.numel() for t in statistics])))
 
 
 def by_class(results: dict[str, Evaluation], class_names: Sequence[str], step: int) -> dict[str, Any]:
