@@ -241,9 +241,6 @@ class Attention(nn.Module):
         self.proj = TokenLinear(dim, dim)
         self.proj_drop = nn.Dropout(options.proj_drop)
 
-    def reduced(self, tokens: Tensor) -> Tensor:  # (B, H, W, C) -> (B, H/r, W/r, C)
-        return _tokens(self.reduce_norm(self.reduce(_map(tokens))))
-
     def forward(self, tokens: Tensor, bias: Tensor | None, residual: Tensor, drop_path: DropPath) -> Tensor:
         """Return residual + drop_path(attention), (B, H, W, C); bias (h or 1, N, K)."""
         batch, height, width, dim = tokens.shape
@@ -258,7 +255,8 @@ class Attention(nn.Module):
 
         if self.reduction > 1:
             q, tokens = into_heads(self.q, tokens)
-            kv, _ = into_heads(self.kv, self.reduced(tokens))
+            reduced = self.reduce_norm(self.reduce(_map(tokens)))  # (B, C, H/r, W/r)
+            kv, _ = into_heads(self.kv, _tokens(reduced))
             q = q.view(batch, height * width, *heads)
             # Each (B, K, h, d). The backward pass stacks their gradients.
             k, v = kv.view(batch, -1, 2, *heads).unbind(2)

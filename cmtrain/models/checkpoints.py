@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cmtrain.models.cmt import CMT
+from cmtrain.models.cmt import CMT, HEADS
 from cmtrain.models.position import POSITION_MODULES, AbsolutePosition
 
 # Our module inside a block -> the paper's names, the re-implementation's. Our matrix holds the rows of all.
@@ -201,9 +201,8 @@ def _is_conv_matrix(model: CMT, key: str) -> bool:
     return in_ffn or (key == "fc.weight" and model.variant == "paper")
 
 
-def _heads(model: CMT, key: str) -> int:
-    stage: Any = model.stages[int(key.split(".")[1])]
-    return stage.blocks[0].attn.heads
+def _heads(key: str) -> int:
+    return HEADS[int(key.split(".")[1])]  # of this stage
 
 
 def _unpack(model: CMT, key: str, tensor: Tensor) -> tuple[Tensor, ...]:
@@ -216,7 +215,7 @@ def _unpack(model: CMT, key: str, tensor: Tensor) -> tuple[Tensor, ...]:
     if model.variant == "paper":
         return tuple(part.clone() for part in parts)
     # The re-implementation orders its rows by channel, then head, then k or v.
-    kv = torch.cat(parts[-2:]).unflatten(0, (2, _heads(model, key), -1))
+    kv = torch.cat(parts[-2:]).unflatten(0, (2, _heads(key), -1))
     return (*(part.clone() for part in parts[:-2]), kv.transpose(0, 2).flatten(0, 2))
 
 
@@ -227,6 +226,6 @@ def _pack(model: CMT, key: str, tensors: list[Tensor]) -> Tensor:
     if "kv." not in key:
         return tensors[0]
     if model.variant == "reimpl":
-        kv = tensors[-1].unflatten(0, (-1, _heads(model, key), 2)).transpose(0, 2).flatten(0, 2)
+        kv = tensors[-1].unflatten(0, (-1, _heads(key), 2)).transpose(0, 2).flatten(0, 2)
         tensors = [*tensors[:-1], kv]
     return torch.cat(tensors)
