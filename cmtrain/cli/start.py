@@ -14,7 +14,7 @@ from cmtrain.processes.environment import check_imports
 from cmtrain.processes.rank import PARENT, is_first_rank
 from cmtrain.storage.records import read_json
 from cmtrain.storage.run_folder import WEIGHTS_SUFFIXES, RunLock, find_run, why_no_weights
-from cmtrain.training.schedule import plan_steps, refuse_batch_of_one, split_batch
+from cmtrain.training.schedule import plan_steps, split_batch
 from pipelines.spec import DataError, print_lines
 
 if TYPE_CHECKING:
@@ -67,9 +67,8 @@ def check_run(config: Config, resume: str, world_size: int) -> None:
 def _split(config: Config, world_size: int) -> tuple[int, int]:
     """Return micro-batch size and accumulation. Raises ConfigError: the batch cannot be split."""
     sizes = config.train.global_batch_size, config.train.max_batch_per_gpu, world_size
-    if config.model.name.startswith("cmt_"):  # of other models it is known when they are built
-        refuse_batch_of_one(*sizes)
-    return split_batch(*sizes)
+    is_cmt = config.model.name.startswith("cmt_")  # of other models it is known when they are built
+    return split_batch(*sizes, has_batchnorm=is_cmt)
 
 
 def check_places(config: Config, *, trains: bool = True) -> None:

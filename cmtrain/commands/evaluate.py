@@ -64,8 +64,8 @@ def evaluate_trained(options: argparse.Namespace, overrides: Overrides) -> int:
             model = make_trained_model(sized, each).to(device)
             what = f"evaluating {each.kind} at {image_px} px"
             images = tracked(loader.epoch(0), what, count, per_step=batch_size)
-            ranks, sets = options.save_wrong is not None, loaders.label_sets(manifest, outputs, device)
-            evaluation = evaluate(model, images, accelerator, count, outputs, ranks, sets)
+            sets = loaders.label_sets(manifest, outputs, device)
+            evaluation = evaluate(model, images, accelerator, count, outputs, sets)
             found.append((evaluation, sized))
             how = each.kind, image_px, resize_px
             row = {key: value for key in MEASURED if (value := getattr(evaluation, key)) is not None}

@@ -32,7 +32,7 @@ from cmtrain.storage.run_folder import WEIGHTS_SUFFIXES
 from cmtrain.storage.state_file import CheckpointError
 from cmtrain.storage.weights import fit, read_file
 from cmtrain.training import build, loaders
-from cmtrain.training.schedule import refuse_batch_of_one
+from cmtrain.training.schedule import split_batch
 from pipelines.atomic import replacing
 from pipelines.progress import tracked
 from pipelines.spec import DataError, Loader, print_lines
@@ -98,7 +98,7 @@ def repair_bn(
     print_lines(*lines)
     data = loaders.open_data(config, accelerator)
     schedule = build.plan_steps(config, len(data.train), 1)
-    refuse_batch_of_one(schedule.global_batch_size, schedule.max_batch_per_gpu, 1)
+    split_batch(schedule.global_batch_size, schedule.max_batch_per_gpu, 1, has_batchnorm=True)
     num_classes = loaders.num_classes_of(config, data.train)
 
     # Load every state_dict, and refuse what new statistics cannot heal.
@@ -115,7 +115,7 @@ def repair_bn(
     def accuracy(entry: Entry) -> Evaluation:
         images = tracked(eval_loader.epoch(0), f"evaluating {entry.label}", num_images, per_step=size)
         sets = loaders.label_sets(data.val, entry.num_classes, accelerator.device)
-        return evaluate(entry.model, images, accelerator, num_images, entry.num_classes, label_sets=sets)
+        return evaluate(entry.model, images, accelerator, num_images, entry.num_classes, sets)
 
     before = [accuracy(entry) for entry in entries]
     torch.manual_seed(config.run.seed)  # for stochastic depth and dropout

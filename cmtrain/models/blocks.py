@@ -235,17 +235,11 @@ class Attention(nn.Module):
         else:
             self.q = TokenLinear(dim, dim, bias=options.qkv_bias)
             self.kv = TokenLinear(dim, 2 * dim, bias=options.qkv_bias)
-            if options.variant == "paper":
-                self.reduce = PatchConv(dim, dim, reduction, groups=dim, kernel=options.ffn_kernel)
-                self.reduce_norm: nn.Module = nn.BatchNorm2d(dim)
-            else:
-                self.reduce = PatchConv(dim, dim, reduction, kernel=options.ffn_kernel)
-                self.reduce_norm = ChannelNorm(dim, 1e-5, options.ffn_kernel)
+            is_paper = options.variant == "paper"
+            self.reduce = PatchConv(dim, dim, reduction, groups=dim if is_paper else 1, kernel=self.kernel)
+            self.reduce_norm = nn.BatchNorm2d(dim) if is_paper else ChannelNorm(dim, 1e-5, self.kernel)
         self.proj = TokenLinear(dim, dim)
         self.proj_drop = nn.Dropout(options.proj_drop)
-
-    def reduced(self, tokens: Tensor) -> Tensor:  # (B, H, W, C) -> (B, H/r, W/r, C)
-        return _tokens(self.reduce_norm(self.reduce(_map(tokens))))
 
     def forward(self, tokens: Tensor, bias: Tensor | None, residual: Tensor, drop_path: DropPath) -> Tensor:
         """Return residual + drop_path(attention), (B, H, W, C); bias (h or 1, N, K)."""
@@ -261,7 +255,8 @@ class Attention(nn.Module):
 
         if self.reduction > 1:
             q, tokens = into_heads(self.q, tokens)
-            kv, _ = into_heads(self.kv, self.reduced(tokens))
+            reduced = self.reduce_norm(self.reduce(_map(tokens)))  # (B, C, H/r, W/r)
+            kv, _ = into_heads(self.kv, _tokens(reduced))
             q = q.view(batch, height * width, *heads)
             # Each (B, K, h, d). The backward pass stacks their gradients.
             k, v = kv.view(batch, -1, 2, *heads).unbind(2)
@@ -374,18 +369,14 @@ class Stage(nn.Module):
     ):  # fmt: skip
         super().__init__()
         self.embed = PatchConv(in_channels, dim, 2, kernel=kernel)
-        self.norm = ChannelNorm(dim, 1e-5, kernel) if variant == "paper" else None
-        self.absolute = absolute
+        self.norm = ChannelNorm(dim, 1e-5, kernel) if variant == "paper" else nn.Identity()
+        self.absolute = absolute or nn.Identity()
         self.bias = bias
         self.blocks = nn.ModuleList(blocks)
         self.call_block: Callable[..., Tensor] = Block.__call__  # see CMT.set_grad_checkpointing
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C_in, 2H, 2W) -> (B, C, H, W)
-        x = self.embed(x)
-        if self.norm is not None:
-            x = self.norm(x)
-        if self.absolute is not None:
-            x = self.absolute(x)
+        x = self.absolute(self.norm(self.embed(x)))
         bias = None if self.bias is None else self.bias()
         for block in self.blocks:
             x = self.call_block(block, x, bias)

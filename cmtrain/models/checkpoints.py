@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cmtrain.models.cmt import CMT
-from cmtrain.models.position import POSITION_MODULES
+from cmtrain.models.cmt import CMT, HEADS
+from cmtrain.models.position import POSITION_MODULES, AbsolutePosition
 
 # Our module inside a block -> the paper's names, the re-implementation's. Our matrix holds the rows of all.
 IN_BLOCK = {
@@ -94,32 +94,26 @@ def load_reference_checkpoint(model: CMT, state_dict: Mapping, *, skip_head: boo
             for key in [key for key in tensors if key.startswith(head)]:
                 del tensors[key]
 
-    # Convert every tensor that fits, and note the others.
+    # Name everything that does not fit. Tables need not: they are resized.
     problems = _option_problems(model, given)
-    misshapen = []
-    converted: dict[str, Tensor] = {}
-    for key in own:
-        names = _reference_keys(modules, key)
-        if not all(name in given and name in expected for name in names):
-            continue
-        shapes = {name: (tuple(given[name].shape), tuple(expected[name].shape)) for name in names}
-        wrong = [f"{name} {has}, not {wanted}" for name, (has, wanted) in shapes.items() if has != wanted]
-        if key.endswith(".table") or not wrong:
-            converted[key] = _pack(model, key, [given[name] for name in names])
-        else:
-            misshapen += wrong
-    try:
-        converted = resize_positions(converted, model)
-    except ValueError as error:
-        misshapen.append(str(error))
-
-    # Load all of them or none.
-    problems += _listed("missing", [key for key in expected if key not in given])
-    problems += _listed("unexpected", [key for key in given if key not in expected])
-    problems += _listed("wrong shape", misshapen)
+    problems += _listed("missing", [name for name in expected if name not in given])
+    problems += _listed("unexpected", [name for name in given if name not in expected])
+    tables = {name for key in own if key.endswith(".table") for name in _reference_keys(modules, key)}
+    wrong = [
+        f"{name} {tuple(given[name].shape)}, not {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in given and name not in tables and given[name].shape != tensor.shape
+    ]
+    problems += _listed("wrong shape", wrong)
     if problems:
         raise ValueError("the checkpoint does not fit the model: " + "; ".join(problems))
-    model.load_state_dict({**own, **converted})
+
+    converted = {}
+    for key in own:
+        names = _reference_keys(modules, key)
+        if names[0] in expected:  # a skipped head is not
+            converted[key] = _pack(model, key, [given[name] for name in names])
+    model.load_state_dict(own | resize_positions(converted, model))
 
 
 def _listed(what: str, items: list[str]) -> list[str]:
@@ -150,6 +144,7 @@ def _option_problems(model: CMT, given: Mapping[str, Tensor]) -> list[str]:
     """Return a phrase for each option that the checkpoint's keys show and that differs from the model's."""
     stage: Any = model.stages[0]
     ours: dict[str, object] = {"qkv_bias": stage.blocks[0].attn.q.bias is not None}
+    has_absolute = isinstance(stage.absolute, AbsolutePosition)
     if model.variant == "paper":
         theirs: dict[str, object] = {"qkv_bias": "blocks_a.0.attn.q.bias" in given}
     else:
@@ -158,7 +153,7 @@ def _option_problems(model: CMT, given: Mapping[str, Tensor]) -> list[str]:
         kind = "none" if table is None else "relative" if len(table) % 2 else "pairwise"
         theirs = {"qkv_bias": "stage1.block_list.0.LMHSA.q.bias" in given, "attention_bias": kind}
         theirs |= {"absolute_position": "absolute_pos_embed" in given}
-        ours |= {"attention_bias": model.attention_bias, "absolute_position": stage.absolute is not None}
+        ours |= {"attention_bias": model.attention_bias, "absolute_position": has_absolute}
     different = [name for name in theirs if theirs[name] != ours[name]]
     return [f"it was made with {k}={theirs[k]!r}, the model has {k}={ours[k]!r}" for k in different]
 
@@ -171,7 +166,7 @@ def _reference_modules(model: CMT) -> dict[str, tuple[str, ...]]:
     foreign = ""
     if is_paper and (kind, scope) != ("pairwise", "stage"):
         foreign = "the paper's release has pairwise tables per stage: other attention biases have"
-    elif is_paper and stages[0].absolute is not None:
+    elif is_paper and isinstance(stages[0].absolute, AbsolutePosition):
         foreign = "the paper's release has no absolute position embedding: absolute_position has"
     elif not is_paper and kind != "none" and scope == "stage":
         foreign = "the re-implementation has a table per block: attention_bias_scope='stage' has"
@@ -206,9 +201,8 @@ def _is_conv_matrix(model: CMT, key: str) -> bool:
     return in_ffn or (key == "fc.weight" and model.variant == "paper")
 
 
-def _heads(model: CMT, key: str) -> int:
-    stage: Any = model.stages[int(key.split(".")[1])]
-    return stage.blocks[0].attn.heads
+def _heads(key: str) -> int:
+    return HEADS[int(key.split(".")[1])]  # of this stage
 
 
 def _unpack(model: CMT, key: str, tensor: Tensor) -> tuple[Tensor, ...]:
@@ -221,7 +215,7 @@ def _unpack(model: CMT, key: str, tensor: Tensor) -> tuple[Tensor, ...]:
     if model.variant == "paper":
         return tuple(part.clone() for part in parts)
     # The re-implementation orders its rows by channel, then head, then k or v.
-    kv = torch.cat(parts[-2:]).unflatten(0, (2, _heads(model, key), -1))
+    kv = torch.cat(parts[-2:]).unflatten(0, (2, _heads(key), -1))
     return (*(part.clone() for part in parts[:-2]), kv.transpose(0, 2).flatten(0, 2))
 
 
@@ -232,6 +226,6 @@ def _pack(model: CMT, key: str, tensors: list[Tensor]) -> Tensor:
     if "kv." not in key:
         return tensors[0]
     if model.variant == "reimpl":
-        kv = tensors[-1].unflatten(0, (-1, _heads(model, key), 2)).transpose(0, 2).flatten(0, 2)
+        kv = tensors[-1].unflatten(0, (-1, _heads(key), 2)).transpose(0, 2).flatten(0, 2)
         tensors = [*tensors[:-1], kv]
     return torch.cat(tensors)

@@ -197,7 +197,7 @@ class CMT(nn.Module):
         stages: Any = self.stages
         for i, stage in enumerate(stages):
             side = self.img_size // 4 >> i
-            if stage.absolute is not None:
+            if isinstance(stage.absolute, AbsolutePosition):
                 stage.absolute.side = side  # its table is resampled in every forward pass
             for holder in (stage, *stage.blocks):
                 if holder.bias is not None:

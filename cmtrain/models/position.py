@@ -49,35 +49,46 @@ def _side(count: int) -> int:
     return side if side * side == count else 0
 
 
-def _resize_pairs(pairs: Tensor, queries_per_side: int, keys_per_side: int) -> Tensor:
-    """Resample the query grid, then the key grid: (h, M, L) -> (h, N, K), M and L being squares."""
-    heads, old_queries, old_keys = pairs.shape
-    m, k = _side(old_queries), _side(old_keys)
-    per_key = resize_grid(pairs.mT.reshape(heads, old_keys, m, m), queries_per_side).flatten(2)  # (h, L, N)
-    return resize_grid(per_key.mT.unflatten(2, (k, k)), keys_per_side).flatten(2)
-
-
 def _require(fits: bool, table: Tensor, wanted: Tensor) -> None:
     if not fits:
         raise ValueError(f"a table of shape {tuple(table.shape)} cannot be resized to {tuple(wanted.shape)}")
 
 
 class PairwiseBias(nn.Module):
-    """The paper's `relative_pos_*`: a number per (head, query, reduced key), drawn from N(0, 1)."""
+    """The paper's `relative_pos_*`: a number per (head, query, reduced key), drawn from N(0, 1).
 
-    def __init__(self, heads: int, queries_per_side: int, reduction: int):
+    heads None: the re-implementation's "no distance" table, (N, N) for all heads, of deviation 0.2. Key j
+    reads column j. Its checkpoints hold more than K columns; the others have no effect and a gradient of 0.
+    """
+
+    def __init__(self, heads: int | None, queries_per_side: int, reduction: int):
         super().__init__()
-        self.queries_per_side, self.keys_per_side = queries_per_side, queries_per_side // reduction
-        self.table = nn.Parameter(torch.empty(heads, self.queries_per_side**2, self.keys_per_side**2))
-        nn.init.normal_(self.table)
+        self.queries_per_side, self.reduction = queries_per_side, reduction
+        num_queries = queries_per_side**2
+        if heads is None:
+            self.table = nn.Parameter(torch.empty(num_queries, num_queries))
+            nn.init.trunc_normal_(self.table, std=0.2)
+        else:
+            self.table = nn.Parameter(torch.empty(heads, num_queries, num_queries // reduction**2))
+            nn.init.normal_(self.table)
 
-    def forward(self) -> Tensor:  # -> (h, N, K)
-        return self.table
+    def forward(self) -> Tensor:  # -> (h or 1, N, K)
+        return self._used(self.table)
+
+    def _used(self, table: Tensor) -> Tensor:
+        pairs = table[..., : table.shape[-2] // self.reduction**2]
+        return pairs if pairs.ndim == 3 else pairs[None]
 
     def resized(self, table: Tensor) -> Tensor:
-        is_pairs = table.ndim == 3 and len(table) == len(self.table) and all(map(_side, table.shape[1:]))
-        _require(is_pairs, table, self.table)
-        return _resize_pairs(table, self.queries_per_side, self.keys_per_side)
+        """Resample the query grid, then the key grid."""
+        m = _side(table.shape[-2]) if table.ndim == self.table.ndim else 0
+        k, rest = divmod(m, self.reduction)
+        shape = (*self.table.shape[:-2], m**2, m**2 if table.ndim == 2 else k**2)
+        _require(k > 0 and rest == 0 and table.shape == shape, table, self.table)
+        n, keys_per_side = self.queries_per_side, self.queries_per_side // self.reduction
+        per_key = resize_grid(self._used(table).mT.unflatten(2, (m, m)), n).flatten(2)  # (h, L, N)
+        pairs = resize_grid(per_key.mT.unflatten(2, (k, k)), keys_per_side).flatten(2)  # (h, N, K)
+        return F.pad(pairs, (0, self.table.shape[-1] - pairs.shape[2])).view(self.table.shape)
 
 
 class RelativeBias(nn.Module):
@@ -85,72 +96,34 @@ class RelativeBias(nn.Module):
 
     The paper's section 3.3 read literally; its release has a pairwise table. 2n - r offsets per axis, in
     query pixels. Drawn (deviation 0.2) like the re-implementation's table, which has published accuracies.
+
+    heads None: that table, of 2n - 1 offsets per axis for all heads. Its key j is the j-th pixel of the
+    unreduced map in reading order. So with a reduction the offsets point to the map's top rows, not to the
+    reduced cell. It stays, because the published accuracies have it.
     """
 
-    def __init__(self, heads: int, queries_per_side: int, reduction: int):
+    def __init__(self, heads: int | None, queries_per_side: int, reduction: int):
         super().__init__()
-        self.queries_per_side, self.reduction = queries_per_side, reduction
-        offsets = 2 * queries_per_side - reduction
-        self.table = nn.Parameter(torch.empty(heads, offsets, offsets))
+        self.queries_per_side, self.num_keys = queries_per_side, (queries_per_side // reduction) ** 2
+        self.step = 1 if heads is None else reduction
+        offsets = 2 * queries_per_side - self.step
+        shape = (offsets, offsets) if heads is None else (heads, offsets, offsets)
+        self.table = nn.Parameter(torch.empty(shape))
         nn.init.trunc_normal_(self.table, std=0.2)
 
-    def forward(self) -> Tensor:  # -> (h, N, K)
-        windows = relative_windows(self.table, self.queries_per_side, self.reduction)  # (h, n, n, k, k)
-        return windows.flatten(3, 4).flatten(1, 2)
-
-    def resized(self, table: Tensor) -> Tensor:
-        is_offsets = table.ndim == 3 and table.shape == (self.table.shape[0], table.shape[1], table.shape[1])
-        _require(is_offsets, table, self.table)
-        return resize_grid(table, self.table.shape[-1])
-
-
-class ReimplPairwiseBias(nn.Module):
-    """The re-implementation's "no distance" table: (N, N) for all heads; it reads the first K columns.
-
-    Key j reads column j. Its checkpoints hold the others, of no effect and with a gradient of exactly 0.
-    """
-
-    def __init__(self, queries_per_side: int, reduction: int):
-        super().__init__()
-        self.queries_per_side, self.reduction = queries_per_side, reduction
-        self.table = nn.Parameter(torch.empty(queries_per_side**2, queries_per_side**2))
-        nn.init.trunc_normal_(self.table, std=0.2)
-
-    def forward(self) -> Tensor:  # -> (1, N, K)
-        return self.table[None, :, : self.table.shape[0] // self.reduction**2]
-
-    def resized(self, table: Tensor) -> Tensor:
-        is_pairs = table.ndim == 2 and len(table) == table.shape[1] and len(table) % self.reduction**2 == 0
-        _require(is_pairs and _side(len(table)) > 0, table, self.table)
-        used = table[None, :, : len(table) // self.reduction**2]
-        pairs = _resize_pairs(used, self.queries_per_side, self.queries_per_side // self.reduction)
-        return F.pad(pairs[0], (0, self.table.shape[1] - pairs.shape[2]))
-
-
-class ReimplRelativeBias(nn.Module):
-    """The re-implementation's relative table: (2n - 1, 2n - 1) for all heads, sliced to the first K keys.
-
-    Its key j is the j-th pixel of the unreduced map in reading order. So with a reduction the offsets point
-    to the map's top rows, not to the reduced cell. It stays, because the published accuracies have it.
-    """
-
-    def __init__(self, queries_per_side: int, reduction: int):
-        super().__init__()
-        self.queries_per_side, self.reduction = queries_per_side, reduction
-        self.table = nn.Parameter(torch.empty(2 * queries_per_side - 1, 2 * queries_per_side - 1))
-        nn.init.trunc_normal_(self.table, std=0.2)
-
-    def forward(self) -> Tensor:  # -> (1, N, K)
+    def forward(self) -> Tensor:  # -> (h or 1, N, K)
         n = self.queries_per_side
-        num_keys = (n // self.reduction) ** 2
-        key_rows = -(-num_keys // n)  # only the rows of pixels that hold the first K of them
-        windows = relative_windows(self.table[: n - 1 + key_rows], n, step=1)  # (n, n, key_rows, n)
-        return windows.flatten(2).flatten(0, 1)[None, :, :num_keys]
+        key_rows = -(-self.num_keys // (n // self.step))  # only those that hold the first K keys
+        table = self.table[..., : n + (key_rows - 1) * self.step, :]
+        windows = relative_windows(table, n, self.step)  # (..., n, n, key_rows, n / step)
+        return windows.reshape(-1, n * n, windows.shape[-2:].numel())[..., : self.num_keys]
 
     def resized(self, table: Tensor) -> Tensor:
-        is_offsets = table.ndim == 2 and len(table) == table.shape[1] and len(table) % 2 == 1
-        _require(is_offsets, table, self.table)
-        return resize_grid(table, self.table.shape[-1])
+        *heads, side, _ = self.table.shape
+        old_side = table.shape[-1:].numel()
+        fits = table.shape == (*heads, old_side, old_side) and (old_side - side) % 2 == 0
+        _require(fits, table, self.table)
+        return resize_grid(table, side)
 
 
 class AbsolutePosition(nn.Module):
@@ -175,7 +148,7 @@ class AbsolutePosition(nn.Module):
         return resize_grid(planes, self.table_side).flatten(2).mT
 
 
-POSITION_MODULES = (PairwiseBias, RelativeBias, ReimplPairwiseBias, ReimplRelativeBias, AbsolutePosition)
+POSITION_MODULES = (PairwiseBias, RelativeBias, AbsolutePosition)
 
 
 def make_attention_bias(
@@ -184,10 +157,8 @@ def make_attention_bias(
     """Build the bias of one stage or block, whose forward() returns (h or 1, N, K); None for kind "none"."""
     if kind == "none":
         return None
-    if variant == "paper":
-        return {"relative": RelativeBias, "pairwise": PairwiseBias}[kind](heads, queries_per_side, reduction)
-    reimpl = {"relative": ReimplRelativeBias, "pairwise": ReimplPairwiseBias}
-    return reimpl[kind](queries_per_side, reduction)
+    own_heads = heads if variant == "paper" else None
+    return {"relative": RelativeBias, "pairwise": PairwiseBias}[kind](own_heads, queries_per_side, reduction)
 
 
 # ---- attention with a bias

@@ -5,14 +5,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from cmtrain.step.guard import running_statistics
-from cmtrain.step.multi_label import MultiLabelOutcomes
+from cmtrain.step.multi_label import measure_classes
 from pipelines.spec import UNREADABLE, Batch
 
 MAX_CONFUSION_CLASSES = 100  # beyond it the matrix is unreadable, and larger than the model's own outputs
@@ -30,8 +30,7 @@ class Evaluation:
     `map`, `thresholds`: see multi_label; None and [] where an image has one class.
     `confusion`: [true class][predicted class] counts; None beyond MAX_CONFUSION_CLASSES classes.
     `ranked`: (N, 5), or (N, K) with fewer classes, int64 on the CPU: the likeliest classes of each image, -1
-        for unreadable images; None without `keeps_ranked`.
-    `confidence`: (N,) the likeliest class's probability where there is one.
+        for unreadable images. `confidence`: (N,) the probability of the likeliest one.
     """
 
     top1: float
@@ -45,8 +44,8 @@ class Evaluation:
     confusion: list[list[int]] | None = None
     map: float | None = None
     thresholds: list[float] = field(default_factory=list)
-    ranked: Tensor | None = field(default=None, compare=False, repr=False)
-    confidence: Tensor | None = field(default=None, compare=False, repr=False)
+    ranked: Tensor = field(default_factory=lambda: torch.empty(0, 5), compare=False, repr=False)
+    confidence: Tensor = field(default_factory=lambda: torch.empty(0), compare=False, repr=False)
 
     @property
     def figures(self) -> dict[str, float]:
@@ -77,102 +76,103 @@ class Evaluation:
 
 def evaluate(
     model: nn.Module, batches: Iterable[Batch], accelerator: Accelerator, num_images: int, num_classes: int,
-    keeps_ranked: bool = False, label_sets: Tensor | None = None,
+    label_sets: Tensor | None = None,
 ) -> Evaluation:  # fmt: skip
     """Evaluate `model` on this rank's share of the images and add up over ranks.
 
     `model`: unwrapped; its mode is restored. `batches`: this rank's share, each image once; may be empty.
-    `num_images`: of all ranks. `num_classes`: outputs of `model`. `keeps_ranked`: fill Evaluation.ranked and
-    confidence, 44 bytes per image on the device. `label_sets`: as in MixSpec.
+    `num_images`: of all ranks. `num_classes`: outputs of `model`. `label_sets`: as in MixSpec.
     """
-    modes, device = [(module, module.training) for module in model.modules()], accelerator.device
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
-    outcomes: _Outcomes | MultiLabelOutcomes = _Outcomes(num_classes, device)
-    if label_sets is not None:
-        outcomes = MultiLabelOutcomes(label_sets, num_images)
-    ranked = torch.full((num_images, min(5, num_classes)), -1, device=device) if keeps_ranked else None
-    confidence = torch.zeros(num_images, device=device) if keeps_ranked else None
+    answers = Answers(num_images, num_classes, accelerator.device, label_sets)
     with torch.no_grad(), accelerator.autocast():
         for images, labels, indices in batches:
-            logits = model(images).float()
-            best = logits.topk(min(5, num_classes), dim=1).indices  # one answer for all, also of tied logits
-            outcomes.add(logits, best, labels, indices)
-            if ranked is not None and confidence is not None:
-                ranked[indices] = torch.where(labels[:, None] == UNREADABLE, -1, best)
-                confidence[indices] = (logits.softmax(1) if label_sets is None else logits.sigmoid()).amax(1)
+            answers.add(model(images).float(), labels, indices)
     for module, mode in modes:  # a frozen BatchNorm's is another
         module.training = mode
-    for values in outcomes.tensors:
+    for values in answers.tensors:
         all_reduce_sum(values)
-    seen, measured = outcomes.sum_up()
-    assert seen == num_images, f"evaluated {seen} images of {num_images}"
-    if ranked is not None and confidence is not None:
-        ranked += 1  # 0 for images of other ranks
-        all_reduce_sum(ranked)
-        ranked -= 1
-        all_reduce_sum(confidence)
-        measured |= {"ranked": ranked.cpu(), "confidence": confidence.cpu()}
-    return Evaluation(num_images=num_images, **measured)
+    return answers.measure()
 
 
-class _Outcomes:
-    """Counts right and wrong answers by class, on the device. `tensors`: to be added up over ranks.
-    `counts`: flat (K, K) true by predicted class, or (K, 2) wrong, right beyond MAX_CONFUSION_CLASSES; then
-    (K,) predicted, and one more cell for the unreadable images. So every image counts twice.
+class Answers:
+    """Keeps what a model answers to each of N images, on the device: 52 bytes, or 4 per class more.
+    `tensors`: to be added up over ranks; an image of another rank is 0 in all of them.
     """
 
-    def __init__(self, num_classes: int, device: torch.device) -> None:
-        self.num_classes = num_classes
-        self.width = num_classes if num_classes <= MAX_CONFUSION_CLASSES else 2
-        self.counts = torch.zeros(num_classes * (self.width + 1) + 1, dtype=torch.int64, device=device)
-        self.totals = torch.zeros(2, dtype=torch.float64, device=device)  # correct at 5, summed loss
-        self.tensors = [self.counts, self.totals]
+    def __init__(
+        self, num_images: int, num_classes: int, device: torch.device, label_sets: Tensor | None
+    ) -> None:
+        self.num_classes, self.label_sets = num_classes, label_sets
+        # 1 for unreadable images, 2 and more for labels.
+        self.labels = torch.zeros(num_images, dtype=torch.int64, device=device)
+        self.ranked = torch.zeros(num_images, min(5, num_classes), dtype=torch.int64, device=device)
+        # Of all classes where an image may have several, else of the likeliest alone.
+        width = 1 if label_sets is None else num_classes
+        self.probabilities = torch.zeros(num_images, width, device=device)
+        self.totals = torch.zeros(2, dtype=torch.float64, device=device)  # images, summed loss
+        self.tensors = [self.labels, self.ranked, self.probabilities, self.totals]
 
-    def add(self, logits: Tensor, best: Tensor, labels: Tensor, indices: Tensor) -> None:
-        """Count a batch: (B, K), its likeliest classes (B, 5), (B,), (B,). It never waits for the device."""
-        loss = F.cross_entropy(logits, labels, reduction="sum", ignore_index=UNREADABLE)
-        self.totals += torch.stack([(best == labels[:, None]).sum(), loss]).double()
-        predicted = best[:, 0]
-        column = predicted if self.width == self.num_classes else (predicted == labels).long()
-        cells = torch.stack([labels * self.width + column, self.num_classes * self.width + predicted])
-        cell = torch.where(labels == UNREADABLE, len(self.counts) - 1, cells).flatten()
-        # torch.bincount would make the host wait for the largest value.
-        self.counts.index_add_(0, cell, torch.ones_like(cell))
+    def add(self, logits: Tensor, labels: Tensor, indices: Tensor) -> None:
+        """Keep the answers to a batch: (B, num_classes), (B,), (B,). It never waits for the device."""
+        if self.label_sets is None:
+            probabilities = logits.softmax(1).amax(1, keepdim=True)
+            loss = F.cross_entropy(logits, labels, reduction="sum", ignore_index=UNREADABLE)
+        else:
+            probabilities, readable = logits.sigmoid(), labels != UNREADABLE
+            targets = self.label_sets[labels] * readable[:, None]
+            losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+            loss = (losses.mean(1) * readable).sum()
+        self.labels[indices] = labels + 2
+        self.ranked[indices] = logits.topk(self.ranked.shape[1]).indices
+        self.probabilities[indices] = probabilities
+        self.totals[0] += len(labels)
+        self.totals[1] += loss
 
-    def sum_up(self) -> tuple[int, dict[str, Any]]:
-        """Return how many images were counted, and fields of Evaluation by name."""
-        hits_at_5, loss = self.totals.tolist()
-        cells, predicted = self.counts[:-1].cpu().split([self.num_classes * self.width, self.num_classes])
-        table = cells.view(self.num_classes, self.width)
-        whole = self.width == self.num_classes
-        correct = table.diagonal() if whole else table[:, 1]
-        seen, num_read = int(self.counts.sum()) // 2, int(table.sum())
-        share = max(seen, 1)
-        return seen, {
-            "top1": int(correct.sum()) / share, "top5": hits_at_5 / share, "loss": loss / max(num_read, 1),
-            "num_unreadable": seen - num_read, "class_images": table.sum(dim=1).tolist(),
-            "class_correct": correct.tolist(), "class_predicted": predicted.tolist(),
-            "confusion": table.tolist() if whole else None,
-        }  # fmt: skip
+    def measure(self) -> Evaluation:
+        """Return the result, after `tensors` have been added up."""
+        labels, ranked, probabilities = (kept.cpu().numpy() for kept in self.tensors[:3])
+        seen, loss = self.totals.tolist()
+        labels = labels - 2
+        read = labels >= 0
+        num_images, num_unreadable = len(labels), int((labels == UNREADABLE).sum())
+        each_once = seen == num_images == read.sum() + num_unreadable
+        assert each_once, f"evaluated {seen:.0f} images of {num_images}"
+        true, best = labels[read], ranked[read]
+        if self.label_sets is None:
+            hits, num_labelled = best == true[:, None], len(true)
+            of_classes = _count_classes(true, best[:, 0], self.num_classes)
+        else:
+            classes = self.label_sets.cpu().numpy()[true].astype(bool)  # (N, K)
+            hits, num_labelled = np.take_along_axis(classes, best, 1), int(classes.any(1).sum())
+            of_classes = measure_classes(classes, probabilities[read])
+        share = max(num_labelled + num_unreadable, 1)
+        ranked[~read] = UNREADABLE
+        return Evaluation(
+            top1=int(hits[:, 0].sum()) / share, top5=int(hits.any(1).sum()) / share,
+            loss=loss / max(len(true), 1), num_images=num_images, num_unreadable=num_unreadable,
+            ranked=torch.from_numpy(ranked), confidence=torch.from_numpy(probabilities.max(1)),
+            **of_classes,
+        )  # fmt: skip
+
+
+def _count_classes(true: np.ndarray, predicted: np.ndarray, num_classes: int) -> dict[str, Any]:
+    """Return fields of Evaluation by name, of images that have one class: (N,) int64 each."""
+    kinds = {"class_images": true, "class_correct": true[true == predicted], "class_predicted": predicted}
+    fields: dict[str, Any] = {
+        name: np.bincount(classes, minlength=num_classes).tolist() for name, classes in kinds.items()
+    }
+    if num_classes <= MAX_CONFUSION_CLASSES:
+        cells = np.bincount(true * num_classes + predicted, minlength=num_classes**2)
+        fields["confusion"] = cells.reshape(num_classes, num_classes).tolist()
+    return fields
 
 
 def all_reduce_sum(values: Tensor) -> None:
     """Sum `values` over all ranks, in place; nothing to do in a single process."""
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(values)
-
-
-@torch.no_grad()
-def average_running_statistics(*models: nn.Module) -> None:
-    """Give every rank the mean of all ranks' running statistics, as if taken after every step."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return
-    for model in models:
-        if statistics := running_statistics(model):
-            flat = torch.cat(statistics)
-            dist.all_reduce(flat)
-            flat /= dist.get_world_size()
-            torch._foreach_copy_(statistics, list(flat.split([t.numel() for t in statistics])))
 
 
 def by_class(results: dict[str, Evaluation], class_names: Sequence[str], step: int) -> dict[str, Any]:

@@ -23,8 +23,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits as bce_with_logits
 from torch.optim import Optimizer
 
-from cmtrain.step.evaluate import average_running_statistics
-from cmtrain.step.guard import Guard
+from cmtrain.step.guard import Guard, running_statistics
 from cmtrain.step.measure import Phases, StepBuffer, StepReport, extremes
 from cmtrain.step.mixing import MixSpec, mix
 from cmtrain.step.optimizer import Ema, add_gradients, set_frozen
@@ -208,9 +207,13 @@ class Learner:
         """The models to evaluate: `model`, and `ema` if there is one."""
         return {"model": self.model} | ({"ema": self.ema.module} if self.ema else {})
 
+    @torch.no_grad()
     def average_over_ranks(self) -> None:
-        """Make BatchNorm's running statistics equal on all ranks, before evaluating or saving."""
-        average_running_statistics(*self.weights.values())
+        """Give every rank the mean of all ranks' running statistics, before evaluating or saving."""
+        if self.accelerator.num_processes > 1:
+            for statistics in filter(None, map(running_statistics, self.weights.values())):
+                mean = self.accelerator.reduce(torch.cat(statistics), "mean")
+                torch._foreach_copy_(statistics, list(mean.split([t.numel() for t in statistics])))
         self.guard.accept_current()
 
     def state_dict(self) -> dict[str, Any]:

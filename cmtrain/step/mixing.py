@@ -19,6 +19,8 @@ ERASE_AREA = (0.02, 1 / 3)
 ERASE_ASPECT = (0.3, 1 / 0.3)
 ERASE_ATTEMPTS = 10
 
+Box = tuple[int, int, int, int]  # y0, y1, x0, x1
+
 
 @dataclass(frozen=True)
 class MixSpec:
@@ -39,14 +41,6 @@ class MixSpec:
     custom: Callable[[Tensor, int], Tensor] | None = None
 
 
-@dataclass(frozen=True)
-class MixDraw:
-    """The draw for a batch. `lam`: weight of the image itself. `box`: CutMix's (y0, y1, x0, x1), or None."""
-
-    lam: float = 1.0
-    box: tuple[int, int, int, int] | None = None
-
-
 def mix(images: Tensor, labels: Tensor, spec: MixSpec, key: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Erase, mix and soften one batch: normalised images (B, C, H, W), not modified, and labels (B,) int64.
     `key`: (seed, step, micro-batch), from which all but the noise of erasing is drawn. Returns images and
@@ -61,32 +55,34 @@ def mix(images: Tensor, labels: Tensor, spec: MixSpec, key: tuple[int, ...]) -> 
             raise ConfigError(f"augment.extra: gave {what} for {given.dtype} {tuple(given.shape)}")
     if spec.reprob:
         images = erase(images, spec, rng)
-    draw = draw_mix(spec, images.shape[-2], images.shape[-1], rng)
-    if draw.box is not None:
-        y0, y1, x0, x1 = draw.box
+    lam, box = draw_mix(spec, images.shape[-2], images.shape[-1], rng)
+    if box is not None:
+        y0, y1, x0, x1 = box
         partner, images = images.flip(0), images.clone()
         images[:, :, y0:y1, x0:x1] = partner[:, :, y0:y1, x0:x1]
-    elif draw.lam < 1:
-        images = torch.lerp(images.flip(0), images, draw.lam)
-    return images, soft_targets(labels, spec, draw.lam)
+    elif lam < 1:
+        images = torch.lerp(images.flip(0), images, lam)
+    return images, soft_targets(labels, spec, lam)
 
 
-def draw_mix(spec: MixSpec, height: int, width: int, rng: np.random.Generator) -> MixDraw:
-    """Choose MixUp, CutMix or neither for a batch of (height, width) images."""
+def draw_mix(spec: MixSpec, height: int, width: int, rng: np.random.Generator) -> tuple[float, Box | None]:
+    """Choose MixUp, CutMix or neither for a batch of (height, width) images.
+    Returns the weight of the image itself, 1 for neither, and CutMix's box.
+    """
     if not (spec.mixup or spec.cutmix) or rng.random() >= spec.mixup_prob:
-        return MixDraw()
+        return 1.0, None
     use_cutmix = rng.random() < spec.mixup_switch_prob if spec.mixup and spec.cutmix else bool(spec.cutmix)
     alpha = spec.cutmix if use_cutmix else spec.mixup
     lam = float(rng.beta(alpha, alpha))
     if not use_cutmix:
-        return MixDraw(lam)
+        return lam, None
     side = math.sqrt(1 - lam)
     half_height, half_width = int(height * side) // 2, int(width * side) // 2
     y, x = int(rng.integers(height)), int(rng.integers(width))
     y0, y1 = max(y - half_height, 0), min(y + half_height, height)
     x0, x1 = max(x - half_width, 0), min(x + half_width, width)
     # The border may cut the box off: weigh by the pasted area.
-    return MixDraw(1 - (y1 - y0) * (x1 - x0) / (height * width), (y0, y1, x0, x1))
+    return 1 - (y1 - y0) * (x1 - x0) / (height * width), (y0, y1, x0, x1)
 
 
 def soft_targets(labels: Tensor, spec: MixSpec, lam: float) -> Tensor:

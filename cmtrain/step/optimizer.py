@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from fnmatch import fnmatch
 from typing import Any
 
@@ -25,9 +25,16 @@ def make_optimizer(
     Vectors (biases, norms) and the names in `model.no_weight_decay()` (position tables) are not decayed.
     Only fused optimizers read `found_inf` on the device and so skip a bad step without synchronising.
     """
-    keep: set[str] = getattr(model, "no_weight_decay", set)()
+    # As timm.optim's param_groups_weight_decay and _layer_decay; to import timm.optim takes longer than to
+    # import torch. One group for each weight decay and factor on the learning rate.
+    keep: set[str] = getattr(model, "no_weight_decay", set)()  # names or patterns
     scales = lr_scales(model, layer_decay, lr_factors)
-    groups = param_groups(model, weight_decay, keep, scales)
+    kinds: dict[tuple[float, float], list[nn.Parameter]] = {(0.0, 1.0): [], (weight_decay, 1.0): []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            is_kept = parameter.ndim <= 1 or name.endswith(".bias") or any(fnmatch(name, k) for k in keep)
+            kinds.setdefault((0.0 if is_kept else weight_decay, scales[name]), []).append(parameter)
+    groups = [{"params": p, "weight_decay": w, "lr_scale": s} for (w, s), p in kinds.items() if p]
     if opt == "adamw":
         return AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
     optimizer = SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov, fused=True)
@@ -40,22 +47,6 @@ def make_optimizer(
     return optimizer
 
 
-def param_groups(
-    model: nn.Module, weight_decay: float, keep: Collection[str], scales: Mapping[str, float]
-) -> list[dict[str, Any]]:
-    """Return the optimizer's groups: what is not decayed (also the names or patterns in `keep`), the rest.
-    Each has its factor on the learning rate, 1 for names that are not in `scales`. As timm.optim's
-    param_groups_weight_decay and _layer_decay; to import timm.optim takes longer than to import torch.
-    """
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {(0.0, 1.0): [], (weight_decay, 1.0): []}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            is_kept = parameter.ndim <= 1 or name.endswith(".bias") or any(fnmatch(name, k) for k in keep)
-            kind = 0.0 if is_kept else weight_decay, scales.get(name, 1.0)
-            groups.setdefault(kind, []).append(parameter)
-    return [{"params": p, "weight_decay": w, "lr_scale": s} for (w, s), p in groups.items() if p]
-
-
 def lr_scales(model: nn.Module, layer_decay: float, factors: Sequence[str] = ()) -> dict[str, float]:
     """Return the factor on the learning rate of each parameter: `layer_decay` to its distance from the head,
     times those `factors`, such as "head.*=10", whose pattern its name matches.
@@ -65,7 +56,15 @@ def lr_scales(model: nn.Module, layer_decay: float, factors: Sequence[str] = ())
     """
     scales = dict.fromkeys((name for name, _ in model.named_parameters()), 1.0)
     if layer_decay < 1:
-        scales = _layer_scales(model, layer_decay)
+        from timm.models import group_parameters
+
+        matcher: Any = getattr(model, "group_matcher", None)
+        if matcher is None:
+            what = f"{type(model).__name__} has no group_matcher(), which says what a layer is"
+            raise ConfigError(f"optim.layer_decay: {what}; leave it out")
+        layers = group_parameters(model, matcher(coarse=False), reverse=True)
+        last = max(layers.values())
+        scales = {name: layer_decay ** (last - layers.get(name, last)) for name in scales}
     for factor in factors:
         pattern, _, number = factor.rpartition("=")
         names = [name for name in scales if fnmatch(name, pattern)]
@@ -78,18 +77,6 @@ def lr_scales(model: nn.Module, layer_decay: float, factors: Sequence[str] = ())
             raise ConfigError(f"optim.lr_factors: {factor}: {wanted} {next(iter(scales))}=0.1")
         scales |= {name: scales[name] * times for name in names}
     return scales
-
-
-def _layer_scales(model: nn.Module, layer_decay: float) -> dict[str, float]:
-    from timm.models import group_parameters
-
-    matcher: Any = getattr(model, "group_matcher", None)
-    if matcher is None:
-        what = f"{type(model).__name__} has no group_matcher(), which says what a layer is"
-        raise ConfigError(f"optim.layer_decay: {what}; leave it out")
-    layers = group_parameters(model, matcher(coarse=False), reverse=True)
-    last = max(layers.values())
-    return {name: layer_decay ** (last - layers.get(name, last)) for name, _ in model.named_parameters()}
 
 
 def frozen_names(model: nn.Module, freeze: str | Collection[str]) -> frozenset[str]:

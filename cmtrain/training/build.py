@@ -42,7 +42,7 @@ from cmtrain.training import loaders
 from cmtrain.training.pretrained import load_pretrained
 from cmtrain.training.recovery import Recovery
 from cmtrain.training.resume import Start, choose_start
-from cmtrain.training.schedule import Schedule, plan_steps, refuse_batch_of_one
+from cmtrain.training.schedule import Schedule, plan_steps, split_batch
 from pipelines.spec import DataError
 
 if TYPE_CHECKING:
@@ -260,14 +260,14 @@ def make_learner(
     first_step: int = 0, class_weights: Sequence[float] | None = None, label_sets: Tensor | None = None,
 ) -> Learner:  # fmt: skip
     """Make the learner. Raises ConfigError: train.grad_checkpointing is not supported; as
-    refuse_batch_of_one, frozen_names, lr_scales and mix_spec.
+    split_batch, frozen_names, lr_scales and mix_spec.
     """
     freeze, epoch = config.model.freeze, config.model.unfreeze_epoch
     unfreeze_step = math.inf if epoch is None else epoch * schedule.steps_per_epoch
     frozen = frozen_names(model, freeze) if freeze and first_step < unfreeze_step else ()
     has_batchnorm = any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in model.modules())
-    if has_batchnorm:
-        refuse_batch_of_one(schedule.global_batch_size, schedule.max_batch_per_gpu, schedule.world_size)
+    sizes = schedule.global_batch_size, schedule.max_batch_per_gpu, schedule.world_size
+    split_batch(*sizes, has_batchnorm=has_batchnorm)
     optimizer = make_optimizer(model, **config.optim.model_dump(exclude={"clip_grad"}))
     if config.train.grad_checkpointing:
         what = f"train.grad_checkpointing: {config.model.name}"

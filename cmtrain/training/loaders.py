@@ -175,17 +175,15 @@ def make_train_loader(
     """Make the loader of training batches. Raises DataError where DALI cannot be loaded."""
     from pipelines.loader import train_loader
 
+    sampling = None
+    if config.data.sampling:  # balanced, or power: and a number
+        power = float(config.data.sampling.partition(":")[2] or 0)
+        sampling = ClassSampling(manifest.labels, power)
     plan = Plan(
         config.run.seed, len(manifest), schedule.global_batch_size, schedule.micro_batch_size,
-        repeats=config.augment.repeats, sampling=_sampling(config.data.sampling, manifest),
+        repeats=config.augment.repeats, sampling=sampling,
     )  # fmt: skip
     return train_loader(manifest, plan, augment_spec(config, accelerator), place)
-
-
-def _sampling(sampling: str | None, manifest: Manifest) -> ClassSampling | None:
-    if sampling is None:
-        return None
-    return ClassSampling(manifest.labels, float(sampling.partition(":")[2] or 0))
 
 
 def class_weights(config: Config, manifest: Manifest, num_classes: int) -> list[float] | None:

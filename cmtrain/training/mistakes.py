@@ -17,16 +17,16 @@ from pipelines.preview import MAX_IMAGES, contact_sheet
 from pipelines.spec import Placement
 
 
-def find_mistakes(
-    evaluation: Evaluation, manifest: Manifest, labels: Sequence[str]
-) -> tuple[Manifest, list[list[Any]]]:
-    """Return the first MAX_IMAGES mistakes, and a row for each mistake.
+def draw_mistakes(
+    path: Path, evaluation: Evaluation, manifest: Manifest, labels: Sequence[str], config: Config,
+    accelerator: Accelerator, place: Placement | None = None,
+) -> list[list[Any]]:  # fmt: skip
+    """Draw the first MAX_IMAGES mistakes as the model sees them, with both classes; none: no picture.
 
-    `evaluation` has ranked classes; `labels`: a name for each output. A row: path, true and predicted class,
-    probability.
+    `labels`: a name for each output. Returns a row for each mistake: path, true and predicted class,
+    probability. Raises OSError: `path` cannot be written.
     """
-    assert evaluation.ranked is not None
-    assert evaluation.confidence is not None
+    # Find
     predicted, confidence = evaluation.ranked[:, 0].numpy(), evaluation.confidence.numpy()
     missed = ~manifest.are_of(predicted) & (predicted >= 0)
     if manifest.label_sets is not None:  # of no class is right, unless a class is likely
@@ -37,21 +37,12 @@ def find_mistakes(
         [manifest.file(index), manifest.label_name(true), labels[predicted[index]], confidence[index]]
         for index, true in zip(wrong.tolist(), manifest.labels[wrong], strict=True)
     ]
-    return manifest.select(wrong[:MAX_IMAGES]), rows
 
-
-def draw_mistakes(
-    path: Path, evaluation: Evaluation, manifest: Manifest, labels: Sequence[str], config: Config,
-    accelerator: Accelerator, place: Placement | None = None,
-) -> list[list[Any]]:  # fmt: skip
-    """Draw the first mistakes as the model sees them, with both classes, and return all rows.
-
-    Without a mistake there is no picture. Raises OSError: `path` cannot be written.
-    """
-    shown, rows = find_mistakes(evaluation, manifest, labels)
+    # Draw
     path.unlink(missing_ok=True)
     if rows:
         place = place or Placement(prefetch_batches=1)  # on the CPU
+        shown = manifest.select(wrong[:MAX_IMAGES])
         loader = loaders.make_eval_loader(config, shown, len(shown), accelerator, place)
         (batch,) = loader.epoch(0)
         captions = [[f"true: {true}", f"{percent(share)} {name}"] for _, true, name, share in rows]

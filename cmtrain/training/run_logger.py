@@ -1,7 +1,6 @@
 """Send every event of a run to the console, the metrics, the run folder and the experiment trackers."""
 
 import json
-import math
 import socket
 import time
 from collections.abc import Mapping, Sequence
@@ -71,7 +70,6 @@ class RunLogger:
         self.losses = Losses()
         self.folder = RunFolder(self.path, self.losses) if self.rank == 0 else None
         self.speed: dict[str, Any] = {}  # at the last log point; the share of waiting is this rank's own
-        self.train_loss = math.nan
         self.bad_paths: set[str] = set()
         self.pace, self.begin = Pace(), time.monotonic()
         self.failure: dict[str, Any] = {}  # which is written to status.json by report_failure
@@ -111,7 +109,6 @@ class RunLogger:
         self.metrics.start(facts, last_step=self.last_step, flops_per_image=flops_per_image, device=device)
         if resumed:
             self.metrics.resume(resumed[1])
-            self.train_loss = resumed[1].loss
         if self.folder:
             self.folder.write("config.yaml", config_yaml)
             self.losses.attempt(MISTAKES_NAME, (self.path / MISTAKES_NAME).unlink, missing_ok=True)
@@ -170,7 +167,7 @@ class RunLogger:
                 print_lines(f"rank {self.rank}: {text}")
 
     def log(self, report: StepReport) -> None:
-        before, self.train_loss = self.metrics.reported, report.loss
+        before = self.metrics.reported
         self.metrics.report(report)
         images_per_second, wait_share, step_seconds = self.pace.pop_averages()
         eta_seconds = step_seconds * (self.last_step - report.step)
@@ -260,7 +257,9 @@ class RunLogger:
         """Log the evaluations of `model` and, if there is one, `ema`.
         `seconds`: that all of them took. `best`: the run's best top-1 so far, and its step.
         """
-        row: dict[str, Any] = {"epoch": epoch, "step": step, "train_loss": finite(self.train_loss), "lr": lr}
+        reported = self.metrics.reported
+        train_loss = finite(reported.loss) if reported.step else None  # None: before the first log point
+        row: dict[str, Any] = {"epoch": epoch, "step": step, "train_loss": train_loss, "lr": lr}
         for weights, result in results.items():
             my_share = range(self.rank, result.num_images, self.world_size)
             self.metrics.evaluated(weights, result, len(my_share))

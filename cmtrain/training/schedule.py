@@ -81,14 +81,17 @@ class Schedule:
             return self.min_lr + (self.lr - self.min_lr) * (1 + math.cos(math.pi * done)) / 2
         return self.min_lr
 
-    def ends_epochs(self, step: int, every_epochs: int) -> bool:
-        """Return whether `step` finished updates are a multiple of `every_epochs` whole epochs."""
-        return step % (every_epochs * self.steps_per_epoch) == 0
+    def ends_epochs(self, step: int, every_epochs: int | None) -> bool:
+        """Return whether `step` finished updates are a multiple of `every_epochs` whole epochs; None: no."""
+        return every_epochs is not None and step % (every_epochs * self.steps_per_epoch) == 0
 
 
-def split_batch(global_batch_size: int, max_batch_per_gpu: int, world_size: int) -> tuple[int, int]:
+def split_batch(
+    global_batch_size: int, max_batch_per_gpu: int, world_size: int, *, has_batchnorm: bool = False
+) -> tuple[int, int]:
     """Return (micro-batch size, accumulation) with the fewest passes that `max_batch_per_gpu` allows. Raises
-    ConfigError: the global batch does not split evenly over the processes, or only into single images.
+    ConfigError: the global batch does not split evenly over the processes, or only into single images, or,
+    if the model `has_batchnorm`, is a single image for each: it has no variance.
     """
     share, rest = divmod(global_batch_size, world_size)
     if rest:
@@ -106,21 +109,15 @@ def split_batch(global_batch_size: int, max_batch_per_gpu: int, world_size: int)
             f"samples, which only batches of 1 share evenly below {max_batch_per_gpu}, and BatchNorm needs "
             f"more; use {max_batch_per_gpu * fewest * world_size}"
         )
-    return micro_batch_size, accumulation
-
-
-def refuse_batch_of_one(global_batch_size: int, max_batch_per_gpu: int, world_size: int) -> None:
-    """Raise ConfigError where a micro-batch is one image, for models with BatchNorm: it has no variance."""
-    micro_batch_size, accumulation = split_batch(global_batch_size, max_batch_per_gpu, world_size)
-    if micro_batch_size > 1:
-        return
-    if max_batch_per_gpu == 1:
+    if micro_batch_size == 1 and has_batchnorm:
         setting, advice = "train.max_batch_per_gpu: 1", "use 2 or more"
-    else:
-        setting = f"train.global_batch_size: {global_batch_size}"
-        advice = f"use {2 * world_size} or more, or fewer processes"
-    split = f"{global_batch_size} = processes {world_size} x passes {accumulation} x 1"
-    raise ConfigError(f"{setting} leaves 1 image at a time ({split}), and BatchNorm needs more; {advice}")
+        if max_batch_per_gpu > 1:
+            setting = f"train.global_batch_size: {global_batch_size}"
+            advice = f"use {2 * world_size} or more, or fewer processes"
+        split = f"{global_batch_size} = processes {world_size} x passes {accumulation} x 1"
+        what = f"leaves 1 image at a time ({split}), and BatchNorm needs more"
+        raise ConfigError(f"{setting} {what}; {advice}")
+    return micro_batch_size, accumulation
 
 
 def plan_steps(config: Config, num_samples: int, num_processes: int) -> Schedule:

@@ -171,12 +171,13 @@ def run(
                 received = 0 if results else stop.decision
 
             # Save.
-            if final or improved or received or saves_at(done, config, schedule):
+            milestone = schedule.ends_epochs(done, config.checkpoint.milestone_every_epochs)
+            if final or improved or received or milestone or saves_at(done, config, schedule):
                 watchdog.begin("checkpoint", done)
                 progress = progress_at(done, schedule) | {"evaluation_due": evaluates and not results}
                 recovered = {"recovery": recovery.state_dict(), "progress": progress}
                 checked = repair_or_reject(**learner.weights) if config.guard.enabled else FiniteCheck()
-                meta = meta_of(config, parts, milestone=is_milestone(done, config, schedule))
+                meta = meta_of(config, parts, milestone=milestone)
                 last = final or received > 0
                 saver.save(learner.state_dict() | recovered, done, meta, checked, last=last)
                 clock.lap()
@@ -295,7 +296,7 @@ def evaluate_weights(
     sets = label_sets(val, num_classes, accelerator.device)
     try:
         results = {
-            name: evaluate(module, batches(), accelerator, len(val), num_classes, True, sets)
+            name: evaluate(module, batches(), accelerator, len(val), num_classes, sets)
             for name, module in learner.weights.items()
         }
     except Stopped:
@@ -309,10 +310,7 @@ def log_mistakes(
     logger: RunLogger, results: dict[str, Evaluation], measure: str, config: Config, parts: Parts
 ) -> None:
     """Draw the most confident mistakes of the better weights into the run folder."""
-    best, names = (
-        max(results.values(), key=lambda result: result.score(measure)),
-        parts.data.train.class_names,
-    )
+    best, names = max(results.values(), key=lambda each: each.score(measure)), parts.data.train.class_names
     labels = [*names, *map(str, range(len(names), parts.num_classes))]
     how = best, parts.data.val, labels, config, parts.accelerator
     logger.losses.attempt(MISTAKES_NAME, draw_mistakes, logger.path / MISTAKES_NAME, *how)
@@ -320,14 +318,8 @@ def log_mistakes(
 
 def saves_at(done: int, config: Config, schedule: Schedule) -> bool:
     every_steps = config.checkpoint.every_steps
-    if is_milestone(done, config, schedule) or (every_steps and done % every_steps == 0):
-        return True
-    return schedule.ends_epochs(done, config.checkpoint.every_epochs)
-
-
-def is_milestone(done: int, config: Config, schedule: Schedule) -> bool:
-    every_epochs = config.checkpoint.milestone_every_epochs
-    return every_epochs is not None and schedule.ends_epochs(done, every_epochs)
+    ends_steps = every_steps is not None and done % every_steps == 0
+    return ends_steps or schedule.ends_epochs(done, config.checkpoint.every_epochs)
 
 
 def progress_at(done: int, schedule: Schedule) -> dict[str, int]:

@@ -172,12 +172,11 @@ def test_ranked_classes_lie_at_their_images_place():
         for indices in ([4, 0, 2], [6, 1, 5, 3])
     ]
     how = {"accelerator": Accelerator(cpu=True), "num_images": 7, "num_classes": 6}
-    result = evaluate(torch.nn.Identity(), batches, **how, keeps_ranked=True)
+    result = evaluate(torch.nn.Identity(), batches, **how)
     assert torch.equal(result.ranked, logits.topk(5).indices)
     torch.testing.assert_close(result.confidence, logits.softmax(1).amax(1))
-    assert evaluate(torch.nn.Identity(), batches, **how).ranked is None
     batches[0].labels[1] = UNREADABLE
-    result = evaluate(torch.nn.Identity(), batches, **how, keeps_ranked=True)
+    result = evaluate(torch.nn.Identity(), batches, **how)
     assert result.ranked[0].tolist() == [-1] * 5
 
 

@@ -165,8 +165,8 @@ if "SAVE_AT_ONCE" in os.environ:
         *arguments, **(keywords | {"last": True})
     )
 if "SLOW_EVALUATION" in os.environ:
-    add = cmtrain.step.evaluate._Outcomes.add
-    cmtrain.step.evaluate._Outcomes.add = lambda *arguments: slowly(add, "slow", *arguments)
+    add = cmtrain.step.evaluate.Answers.add
+    cmtrain.step.evaluate.Answers.add = lambda *arguments: slowly(add, "slow", *arguments)
 if "WEIGHTS" in os.environ:
     cmtrain.training.train.evaluate_weights = functools.partial(
         weighed, cmtrain.training.train.evaluate_weights

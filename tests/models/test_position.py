@@ -4,14 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cmtrain.models.position import (
-    AbsolutePosition,
-    PairwiseBias,
-    ReimplPairwiseBias,
-    ReimplRelativeBias,
-    RelativeBias,
-    resize_grid,
-)
+from cmtrain.models.position import AbsolutePosition, PairwiseBias, RelativeBias, resize_grid
 
 GRIDS = [(8, 8), (8, 2), (16, 8), (4, 4), (12, 2), (5, 1), (1, 1)]  # queries per side, reduction
 
@@ -39,7 +32,7 @@ def test_relative_bias_uses_every_entry_and_its_gradient_counts_the_pairs(n, r):
 
 @pytest.mark.parametrize(("n", "r"), GRIDS)
 def test_reimpl_relative_bias_is_the_first_columns_of_the_full_matrix(n, r):
-    bias = ReimplRelativeBias(queries_per_side=n, reduction=r)
+    bias = RelativeBias(None, queries_per_side=n, reduction=r)
     dense, num_keys = bias(), (n // r) ** 2
     assert dense.shape == (1, n * n, num_keys)
     for query in range(n * n):
@@ -49,7 +42,7 @@ def test_reimpl_relative_bias_is_the_first_columns_of_the_full_matrix(n, r):
 
 
 def test_reimpl_pairwise_bias_reads_the_first_columns_only():
-    bias = ReimplPairwiseBias(queries_per_side=8, reduction=4)
+    bias = PairwiseBias(None, queries_per_side=8, reduction=4)
     assert torch.equal(bias()[0], bias.table[:, :4])
     bias().sum().backward()
     assert bias.table.grad[:, :4].eq(1).all()
@@ -59,8 +52,8 @@ def test_reimpl_pairwise_bias_reads_the_first_columns_only():
 def test_tables_start_as_their_references_do():
     torch.manual_seed(0)
     assert PairwiseBias(8, 16, 1).table.std().item() == pytest.approx(1.0, rel=0.01)
-    assert ReimplPairwiseBias(32, 2).table.std().item() == pytest.approx(0.2, rel=0.01)
-    assert ReimplRelativeBias(128, 8).table.std().item() == pytest.approx(0.2, rel=0.02)
+    assert PairwiseBias(None, 32, 2).table.std().item() == pytest.approx(0.2, rel=0.01)
+    assert RelativeBias(None, 128, 8).table.std().item() == pytest.approx(0.2, rel=0.02)
     assert RelativeBias(4, 64, 8).table.std().item() == pytest.approx(0.2, rel=0.02)
     assert AbsolutePosition(64, 32).table.std().item() == pytest.approx(0.2, rel=0.02)
 
@@ -69,8 +62,8 @@ def make(kind: str, n: int):
     return {
         "pairwise": lambda: PairwiseBias(2, n, 4),
         "relative": lambda: RelativeBias(2, n, 4),
-        "reimpl pairwise": lambda: ReimplPairwiseBias(n, 4),
-        "reimpl relative": lambda: ReimplRelativeBias(n, 4),
+        "reimpl pairwise": lambda: PairwiseBias(None, n, 4),
+        "reimpl relative": lambda: RelativeBias(None, n, 4),
         "absolute": lambda: AbsolutePosition(6, n),
     }[kind]()
 
@@ -104,7 +97,7 @@ def test_pairwise_tables_resize_queries_and_keys_separately():
 
     # Columns that are never read must not leak into the others.
     reimpl_table = F.pad(table[0], (0, 240), value=9.0)
-    torch.testing.assert_close(ReimplPairwiseBias(24, 4).resized(reimpl_table)[:, :36], expected[0])
+    torch.testing.assert_close(PairwiseBias(None, 24, 4).resized(reimpl_table)[:, :36], expected[0])
 
 
 def test_absolute_positions_resize_as_a_map_and_enlarge_a_ramp_into_a_ramp():

@@ -22,8 +22,7 @@ from cmtrain.cli.main import main
 from cmtrain.monitoring.report.events import newest_rows
 from cmtrain.monitoring.report.headline import measure_times
 from cmtrain.monitoring.report.page import render, report, sheet_uri, write_report
-from cmtrain.step.evaluate import Evaluation, _Outcomes, evaluate
-from cmtrain.step.multi_label import MultiLabelOutcomes
+from cmtrain.step.evaluate import Answers, Evaluation, evaluate
 from cmtrain.storage.run_record import RUN_FILES, read_run
 from pipelines.spec import UNREADABLE, Batch, DataError
 
@@ -81,10 +80,8 @@ def test_classes_are_counted_exactly(num_classes):
     rng = np.random.default_rng(num_classes)
     logits = rng.normal(size=(500, num_classes)).astype(np.float32)
     labels = rng.integers(-1, num_classes, 500)
-    halves = [
-        (torch.tensor(logits[part]), torch.tensor(labels[part])) for part in (slice(130), slice(130, None))
-    ]
-    batches = [Batch(*half, torch.arange(0)) for half in halves]
+    whole = torch.tensor(logits), torch.tensor(labels), torch.arange(500)
+    batches = [Batch(*(values[part] for values in whole)) for part in (slice(130), slice(130, None))]
     result = evaluate(torch.nn.Identity(), batches, Accelerator(cpu=True), 500, num_classes)
     expected = outcomes_by_numpy(logits, labels, num_classes)
     assert result.class_images == expected.sum(1).tolist()
@@ -98,9 +95,9 @@ def test_counting_never_makes_the_host_wait(num_classes):
     """Under FakeTensorMode every .item() and bool() raises."""
     with FakeTensorMode():
         logits, numbers = torch.zeros(8, num_classes), torch.zeros(8, dtype=torch.int64)
-        several = MultiLabelOutcomes(torch.zeros(3, num_classes), 8)
-        for outcomes in (_Outcomes(num_classes, torch.device("cpu")), several):
-            outcomes.add(logits, logits.topk(5).indices, numbers, numbers)
+        for label_sets in (None, torch.zeros(3, num_classes)):
+            answers = Answers(8, num_classes, torch.device("cpu"), label_sets)
+            answers.add(logits, numbers, numbers)
 
 
 # ---- the verb

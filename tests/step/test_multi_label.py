@@ -84,7 +84,7 @@ def evaluated_by_ranks(monkeypatch, labels, num_ranks, sets):
 
     def evaluate_share(rank):
         share = batches(labels, slice(rank, None, num_ranks))
-        return evaluate(Fixed(), share, Accelerator(cpu=True), NUM_IMAGES, 4, True, sets)
+        return evaluate(Fixed(), share, Accelerator(cpu=True), NUM_IMAGES, 4, sets)
 
     monkeypatch.setattr(module, "all_reduce_sum", all_reduce_sum)
     with ThreadPoolExecutor(num_ranks) as pool:
@@ -97,7 +97,7 @@ def test_shares_of_ranks_add_up_to_the_whole(monkeypatch, sets):
     if sets is None:
         labels %= 4
     labels[7] = UNREADABLE
-    whole = evaluate(model, batches(labels), Accelerator(cpu=True), NUM_IMAGES, 4, True, sets)
+    whole = evaluate(model, batches(labels), Accelerator(cpu=True), NUM_IMAGES, 4, sets)
     assert whole.num_unreadable == 1
     for result in evaluated_by_ranks(monkeypatch, labels, 3, sets):
         for field in dataclasses.fields(whole):
