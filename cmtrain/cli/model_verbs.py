@@ -30,6 +30,8 @@ def evaluate_trained(arguments: list[str]) -> int:
         "classes in order, as ImageNet-V2's"
     )
     add("--folder", metavar="DIR", help=folder)
+    present = "choose among the classes that the images have, as published figures of ImageNet-A and -R do"
+    add("--present-classes", action="store_true", help=present)
     add("--per-class", type=out_file, metavar="FILE", help="write images and accuracy of every class as CSV")
     add("--confusion", type=out_file, metavar="FILE", help="write the best result's confusion matrix as CSV")
     wrong = "write all mistakes as CSV, and a sheet of the most confident ones, to this new folder"

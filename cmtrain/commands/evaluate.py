@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from cmtrain.commands.bench.timing import write_report
 from cmtrain.commands.evaluation_sizes import sizes_of
 from cmtrain.commands.export import make_trained_model
@@ -29,7 +31,9 @@ from pipelines.progress import tracked
 from pipelines.spec import DataError, print_lines
 
 SIZES = ("weights", "image_px", "resize_px")
-MEASURED = ("top1", "top5", "map", "balanced", "f1", "loss", "num_images", "num_unreadable")
+MEASURED = (
+    "top1", "top5", "map", "balanced", "f1", "loss", "calibration_error", "num_images", "num_unreadable",
+)  # fmt: skip
 
 
 def evaluate_trained(options: argparse.Namespace, overrides: Overrides) -> int:
@@ -53,6 +57,12 @@ def evaluate_trained(options: argparse.Namespace, overrides: Overrides) -> int:
     batch_size, _ = split_batch(config.train.global_batch_size, config.train.max_batch_per_gpu, 1)
     count, outputs = len(manifest), num_classes_in(weights[0], config.model.name)
     labels = [*names, *map(str, range(len(names), outputs))]
+    among = None
+    if options.present_classes:
+        if manifest.label_sets is not None:
+            raise ConfigError("--present-classes: images have several classes")
+        among = torch.arange(outputs, device=device)
+        among = torch.isin(among, torch.from_numpy(manifest.labels).to(device))
     figures: list[dict[str, Any]] = []
     by_class: list[list[Any]] = [[*SIZES, "class", "images", "correct", "accuracy"]]
     found: list[tuple[Evaluation, Config]] = []
@@ -65,7 +75,7 @@ def evaluate_trained(options: argparse.Namespace, overrides: Overrides) -> int:
             what = f"evaluating {each.kind} at {image_px} px"
             images = tracked(loader.epoch(0), what, count, per_step=batch_size)
             sets = loaders.label_sets(manifest, outputs, device)
-            evaluation = evaluate(model, images, accelerator, count, outputs, sets)
+            evaluation = evaluate(model, images, accelerator, count, outputs, sets, among)
             found.append((evaluation, sized))
             how = each.kind, image_px, resize_px
             row = {key: value for key in MEASURED if (value := getattr(evaluation, key)) is not None}

@@ -24,7 +24,7 @@ from cmtrain.models.cmt import CMT
 from cmtrain.models.fold import folded
 from cmtrain.monitoring.console import print_result
 from cmtrain.monitoring.report.rendering import make_templates
-from cmtrain.step.multi_label import THRESHOLD
+from cmtrain.step.scores import THRESHOLD
 from cmtrain.storage.records import remove_leftovers
 from cmtrain.storage.run_record import read_run
 from cmtrain.storage.weights import WEIGHTS_NAME, Weights, fit, num_classes_in

@@ -21,7 +21,7 @@ from cmtrain.config.load import Overrides
 from cmtrain.config.schema import Config
 from cmtrain.errors import EXIT_DATA, EXIT_DONE, ConfigError
 from cmtrain.monitoring.units import percent
-from cmtrain.step.multi_label import THRESHOLD
+from cmtrain.step.scores import THRESHOLD
 from cmtrain.storage.records import replace_file
 from cmtrain.storage.run_folder import find_export
 from cmtrain.storage.weights import read_weights

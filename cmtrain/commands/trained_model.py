@@ -9,7 +9,7 @@ from pathlib import Path
 from cmtrain.config.load import Overrides, load_config
 from cmtrain.config.schema import CMT_OPTIONS, Config, to_yaml
 from cmtrain.errors import ConfigError
-from cmtrain.step.multi_label import THRESHOLD
+from cmtrain.step.scores import THRESHOLD
 from cmtrain.storage.checkpoint import Loaded, find_checkpoint
 from cmtrain.storage.records import load_json, read_json, reason_of
 from cmtrain.storage.run_folder import CLASSES_NAME, find_run

@@ -12,10 +12,8 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from cmtrain.step.multi_label import measure_classes
+from cmtrain.step.scores import calibration_error, count_classes, measure_classes
 from pipelines.spec import UNREADABLE, Batch
-
-MAX_CONFUSION_CLASSES = 100  # beyond it the matrix is unreadable, and larger than the model's own outputs
 
 
 @dataclass(frozen=True)
@@ -27,8 +25,9 @@ class Evaluation:
     `loss`: mean cross entropy (nats) of the images that were read; of yes and no, by class, if several.
     `class_images`, `class_correct`: images read of each class, and how many of them were recognised.
     `class_predicted`: images read that were taken for each class; if several, by a probability of 0.5.
-    `map`, `thresholds`: see multi_label; None and [] where an image has one class.
-    `confusion`: [true class][predicted class] counts; None beyond MAX_CONFUSION_CLASSES classes.
+    `map`, `thresholds`: see scores.py; None and [] where an image has one class.
+    `confusion`: [true class][predicted class] counts; None beyond scores.MAX_CONFUSION_CLASSES classes.
+    `calibration_error`: see scores.py; None where images have several classes.
     `ranked`: (N, 5), or (N, K) with fewer classes, int64 on the CPU: the likeliest classes of each image, -1
         for unreadable images. `confidence`: (N,) the probability of the likeliest one.
     """
@@ -42,6 +41,7 @@ class Evaluation:
     class_correct: list[int] = field(default_factory=list)
     class_predicted: list[int] = field(default_factory=list)
     confusion: list[list[int]] | None = None
+    calibration_error: float | None = None
     map: float | None = None
     thresholds: list[float] = field(default_factory=list)
     ranked: Tensor = field(default_factory=lambda: torch.empty(0, 5), compare=False, repr=False)
@@ -76,19 +76,21 @@ class Evaluation:
 
 def evaluate(
     model: nn.Module, batches: Iterable[Batch], accelerator: Accelerator, num_images: int, num_classes: int,
-    label_sets: Tensor | None = None,
+    label_sets: Tensor | None = None, among: Tensor | None = None,
 ) -> Evaluation:  # fmt: skip
     """Evaluate `model` on this rank's share of the images and add up over ranks.
 
     `model`: unwrapped; its mode is restored. `batches`: this rank's share, each image once; may be empty.
     `num_images`: of all ranks. `num_classes`: outputs of `model`. `label_sets`: as in MixSpec.
+    `among`: (num_classes,) bool, on the device: the classes that compete; None: all.
     """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     answers = Answers(num_images, num_classes, accelerator.device, label_sets)
     with torch.no_grad(), accelerator.autocast():
         for images, labels, indices in batches:
-            answers.add(model(images).float(), labels, indices)
+            logits = model(images).float()
+            answers.add(logits if among is None else logits.where(among, -math.inf), labels, indices)
     for module, mode in modes:  # a frozen BatchNorm's is another
         module.training = mode
     for values in answers.tensors:
@@ -142,7 +144,8 @@ class Answers:
         true, best = labels[read], ranked[read]
         if self.label_sets is None:
             hits, num_labelled = best == true[:, None], len(true)
-            of_classes = _count_classes(true, best[:, 0], self.num_classes)
+            of_classes = count_classes(true, best[:, 0], self.num_classes)
+            of_classes["calibration_error"] = calibration_error(hits[:, 0], probabilities[read, 0])
         else:
             classes = self.label_sets.cpu().numpy()[true].astype(bool)  # (N, K)
             hits, num_labelled = np.take_along_axis(classes, best, 1), int(classes.any(1).sum())
@@ -155,18 +158,6 @@ class Answers:
             ranked=torch.from_numpy(ranked), confidence=torch.from_numpy(probabilities.max(1)),
             **of_classes,
         )  # fmt: skip
-
-
-def _count_classes(true: np.ndarray, predicted: np.ndarray, num_classes: int) -> dict[str, Any]:
-    """Return fields of Evaluation by name, of images that have one class: (N,) int64 each."""
-    kinds = {"class_images": true, "class_correct": true[true == predicted], "class_predicted": predicted}
-    fields: dict[str, Any] = {
-        name: np.bincount(classes, minlength=num_classes).tolist() for name, classes in kinds.items()
-    }
-    if num_classes <= MAX_CONFUSION_CLASSES:
-        cells = np.bincount(true * num_classes + predicted, minlength=num_classes**2)
-        fields["confusion"] = cells.reshape(num_classes, num_classes).tolist()
-    return fields
 
 
 def all_reduce_sum(values: Tensor) -> None:

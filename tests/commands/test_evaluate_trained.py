@@ -144,6 +144,24 @@ def test_images_from_elsewhere_by_name_or_by_number(trained, tmp_path):
     assert "no such folder" in run_eval(job, "runs/job", "--folder", "nowhere", code=3)
 
 
+def test_only_the_classes_that_images_have_may_compete(trained, tmp_path):
+    job, _ = trained
+    val = write_tree(tmp_path / "other", 0, 60) / "val"
+    command = ["cmtrain", "predict", "runs/job", "--top", "3", str(val)]
+    answers = [
+        (row["path"].split("/")[-2], row["classes"])
+        for row in map(json.loads, Forked(command, job.folder, {}, 1).communicate()[0].splitlines())
+    ]
+    absent = next(classes[0] for true, classes in answers if classes[0] != true)
+    shutil.rmtree(val / absent)
+    others = [(true, classes) for true, classes in answers if true != absent]
+    right = sum(true == next(name for name in classes if name != absent) for true, classes in others)
+    how = "--weights", "ema", "--folder", str(val)
+    (among_two,) = run_eval(job, "runs/job", *how, "--present-classes")["results"]
+    (among_all,) = run_eval(job, "runs/job", *how)["results"]
+    assert among_two["top1"] == right / len(others) > among_all["top1"]
+
+
 def test_the_training_images_need_not_be_there(trained, tmp_path):
     job, result = trained
     config = load_config(job.run / "config.yaml").config

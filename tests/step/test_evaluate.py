@@ -3,13 +3,14 @@
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 from sklearn.metrics import balanced_accuracy_score, f1_score
 from torch import nn
 
-from cmtrain.step import evaluate as module
+from cmtrain.step import scores
 from cmtrain.step.evaluate import evaluate
 from pipelines.spec import UNREADABLE
 
@@ -27,7 +28,7 @@ class Tied(nn.Module):
 @pytest.mark.parametrize("has_matrix", [True, False])
 def test_tied_logits_count_the_same_everywhere(monkeypatch, has_matrix):
     if not has_matrix:
-        monkeypatch.setattr(module, "MAX_CONFUSION_CLASSES", NUM_CLASSES - 1)
+        monkeypatch.setattr(scores, "MAX_CONFUSION_CLASSES", NUM_CLASSES - 1)
     labels = torch.randint(0, NUM_CLASSES, (NUM_IMAGES,), generator=torch.Generator().manual_seed(0))
     batches = [
         (torch.full((16, 1), first), labels[first : first + 16], torch.arange(first, first + 16))
@@ -43,6 +44,21 @@ def test_tied_logits_count_the_same_everywhere(monkeypatch, has_matrix):
     assert result.f1 == pytest.approx(f1_score(labels.tolist(), ranked, average="macro"))
     if has_matrix:
         assert sum(row[index] for index, row in enumerate(result.confusion)) == right
+
+
+def test_the_calibration_error_is_that_of_its_formula():
+    generator = np.random.default_rng(0)
+    confidence = np.append(generator.random(500), [0.0, 1.0, 1 / 15]).astype(np.float32)
+    is_right = generator.random(503) < 0.7
+    expected = 0.0
+    for low in range(15):
+        chosen = (confidence * np.float32(15)).astype(int).clip(max=14) == low
+        gap = abs(is_right[chosen].mean() - confidence[chosen].mean(dtype=float)) if chosen.any() else 0.0
+        expected += gap * chosen.sum() / 503
+    assert scores.calibration_error(is_right, confidence) == pytest.approx(expected)
+    assert scores.calibration_error(np.ones(8, bool), np.ones(8, np.float32)) == 0
+    assert scores.calibration_error(np.zeros(8, bool), np.full(8, 0.75, np.float32)) == 0.75
+    assert scores.calibration_error(np.zeros(0, bool), np.zeros(0, np.float32)) == 0
 
 
 def test_classes_without_images_and_unreadable_images_are_no_part_of_the_balanced_accuracy():

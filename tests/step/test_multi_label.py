@@ -17,7 +17,7 @@ from torch import nn
 from cmtrain.step import evaluate as module
 from cmtrain.step.evaluate import evaluate
 from cmtrain.step.mixing import MixSpec, soft_targets
-from cmtrain.step.multi_label import rank
+from cmtrain.step.scores import rank
 from pipelines.spec import UNREADABLE
 
 SETS = torch.tensor([[1.0, 0, 0, 0], [0, 1, 0, 1], [0, 0, 0, 0], [0, 1, 1, 0], [1, 1, 0, 0]])

@@ -1,10 +1,37 @@
-"""Measure answers about images of several classes each: mean average precision, and a threshold by class."""
+"""Measure the answers to all images, in numpy: counts by class, calibration, mean average precision.
+
+N images, K classes.
+"""
 
 from typing import Any
 
 import numpy as np
 
+MAX_CONFUSION_CLASSES = 100  # beyond it the matrix is unreadable, and larger than the model's own outputs
+CALIBRATION_BINS = 15
 THRESHOLD = 0.5  # probability from which a class counts as predicted, until better thresholds are known
+
+
+def count_classes(true: np.ndarray, predicted: np.ndarray, num_classes: int) -> dict[str, Any]:
+    """Return fields of Evaluation by name, of images that have one class: (N,) int64 each."""
+    kinds = {"class_images": true, "class_correct": true[true == predicted], "class_predicted": predicted}
+    fields: dict[str, Any] = {
+        name: np.bincount(classes, minlength=num_classes).tolist() for name, classes in kinds.items()
+    }
+    if num_classes <= MAX_CONFUSION_CLASSES:
+        cells = np.bincount(true * num_classes + predicted, minlength=num_classes**2)
+        fields["confusion"] = cells.reshape(num_classes, num_classes).tolist()
+    return fields
+
+
+def calibration_error(is_right: np.ndarray, confidence: np.ndarray) -> float:
+    """Return the expected calibration error, 0..1, of answers with this probability: (N,) bool, (N,).
+    Mean over images of |accuracy - mean probability| of all images in the same of 15 bins of equal width
+    (Guo et al., arXiv 1706.04599). 0 without images.
+    """
+    places = np.minimum(np.nan_to_num(confidence) * CALIBRATION_BINS, CALIBRATION_BINS - 1).astype(int)
+    gaps = np.bincount(places, is_right - confidence.astype(np.float64), CALIBRATION_BINS)
+    return float(np.abs(gaps).sum() / max(len(confidence), 1))
 
 
 def measure_classes(classes: np.ndarray, probabilities: np.ndarray) -> dict[str, Any]:
