@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -12,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import Accelerator
 
-from cmtrain import __version__
+from cmtrain import __version__, errors
 from cmtrain.config.load import source_of
 from cmtrain.config.schema import Config, flat, to_yaml
-from cmtrain.errors import EXIT_DATA, EXIT_DIVERGED, EXIT_ERROR, EXIT_INTERRUPTED
 from cmtrain.monitoring.trackers import Trackers
+from cmtrain.monitoring.units import percent
 from cmtrain.processes.collectives import gather, leave_together
 from cmtrain.processes.failure import stop_code
 from cmtrain.processes.rank import is_lost_contact, report_failure
@@ -30,7 +31,6 @@ from cmtrain.storage.records import replace_file
 from cmtrain.storage.run_folder import MISTAKES_NAME, SAMPLE_NAME, RunLock
 from cmtrain.training import build
 from cmtrain.training.build import Parts
-from cmtrain.training.endings import check_expectation, stopped_at_once, stopped_by
 from cmtrain.training.loaders import Data, label_sets
 from cmtrain.training.mistakes import draw_mistakes
 from cmtrain.training.recovery import Recovery, find_overflow, merge_ranks
@@ -195,25 +195,25 @@ def run(
             state, code, results = "preempted", stop_code(received), {}
             reason = stopped_by(received, logger.step, saver.unsaved)
         elif diverged:
-            state, code, results = "diverged", EXIT_DIVERGED, {}
+            state, code, results = "diverged", errors.EXIT_DIVERGED, {}
             reason = f"{diverged}; lower optim.lr or set optim.clip_grad"
         else:
             state = "finished"
             code, reason = check_expectation(config, results, whole=last_step == schedule.total_steps)
             if saver.unsaved:
-                state, code = "failed", EXIT_DATA
+                state, code = "failed", errors.EXIT_DATA
                 reason = f"{reason}, but its checkpoint is missing: {saver.unsaved}"
         if results and logger.folder:
             log_mistakes(logger, results, measure, config, parts)
         code = logger.finish(state, exit_code=code, reason=reason, results=results, as_json=as_json)
     except KeyboardInterrupt:
         reason = stopped_at_once(logger.step, saver.saved_step)
-        logger.finish("preempted", exit_code=EXIT_INTERRUPTED, reason=reason)
-        return EXIT_INTERRUPTED
+        logger.finish("preempted", exit_code=errors.EXIT_INTERRUPTED, reason=reason)
+        return errors.EXIT_INTERRUPTED
     except BaseException as error:
         cause = report_failure(error, lock.folder, rank=rank, world_size=world_size, step=logger.step)
-        logger.fail(cause.describe(), waits=cause.exit_code != EXIT_INTERRUPTED)
-        if cause.exit_code == EXIT_ERROR and not is_lost_contact(error):
+        logger.fail(cause.describe(), waits=cause.exit_code != errors.EXIT_INTERRUPTED)
+        if cause.exit_code == errors.EXIT_ERROR and not is_lost_contact(error):
             raise
         return cause.exit_code
     leave_together()
@@ -356,3 +356,33 @@ def open_logger(config: Config, path: Path, parts: Parts, last_step: int) -> Run
         stall_seconds=metrics.stall_seconds, allowed_hosts=metrics.allowed_hosts,
         trackers=Trackers(accelerator, path.name, flat(config)),
     )  # fmt: skip
+
+
+def stopped_at_once(step: int, saved_step: int) -> str:
+    """Describe how a second Ctrl-C ended the run after `step` steps. `saved_step`: as of Saver."""
+    where = f"step {saved_step}" if saved_step else "the beginning"
+    what = f"stopped at once by a second Ctrl-C at step {step}, not saved"
+    return f"{what}; run the same command to continue from {where}"
+
+
+def stopped_by(number: int, step: int, unsaved: str) -> str:
+    """Describe how a stop signal ended the run. `unsaved`: as of Saver."""
+    name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+    if unsaved:
+        older = "run the same command to continue from an older checkpoint"
+        return f"stopped by {name} at step {step}, not saved ({unsaved}); {older}"
+    return f"stopped by {name} at step {step}, saved; run the same command to continue"
+
+
+def check_expectation(config: Config, results: dict[str, Evaluation], *, whole: bool) -> tuple[int, str]:
+    """Return exit code and reason: did a `whole` run reach the accuracy that its configuration expects?"""
+    top1 = max(result.top1 for result in results.values())
+    precisions = [result.map for result in results.values() if result.map is not None]
+    found = f"mAP {percent(max(precisions))}, " if precisions else ""
+    expect = config.expect
+    if expect.top1 is None or not whole:
+        return errors.EXIT_DONE, f"{found}top-1 {percent(top1)}"
+    reached = top1 >= expect.top1 - expect.tolerance
+    wanted = f"{percent(expect.top1)} expected" + (f" by {expect.source}" if expect.source else "")
+    reason = f"{found}top-1 {percent(top1)}, {wanted}: {'reached' if reached else 'missed'}"
+    return errors.EXIT_EXPECTATION if expect.enforce and not reached else errors.EXIT_DONE, reason
