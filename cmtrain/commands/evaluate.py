@@ -85,7 +85,7 @@ def evaluate_trained(options: argparse.Namespace, overrides: Overrides) -> int:
         loader.close()
 
     # Write files, and report
-    measure = "map" if config.data.multi_label else "top1"
+    measure = config.best_measure
     best, config = max(found, key=lambda result: result[0].score(measure))
     if options.confusion and best.confusion is None:
         why = (

@@ -39,6 +39,11 @@ class Config(Section):
             raise ValueError("; ".join(message for _, message in found))
         return self
 
+    @property
+    def best_measure(self) -> str:
+        """What makes a checkpoint the best: evaluate.best or its default. See Evaluation.score."""
+        return self.evaluate.best or ("map" if self.data.multi_label else "top1")
+
 
 @functools.cache
 def fields() -> dict[str, FieldInfo]:

@@ -151,7 +151,7 @@ def project(
     (rows, pitch), channels = z.shape, len(weight)
     parts, columns = count_parts(rows, channels), channel_columns(channels, z.dtype)
     out, moments = empty(z, rows, channels, dtype=z.dtype), empty(z, parts if training else 0, 2, channels)
-    # With 128 columns a limit would spill 500 bytes a thread; two programs without one read fast enough.
+    # With 128 columns a limit would spill 500 bytes a thread (compiled for sm_80 and sm_90, not timed).
     how = PRODUCT_LAUNCH if columns > GEMM_COLUMNS else _limited(PRODUCT_LAUNCH, z)
     launch(
         kernels.project_kernel, (cdiv(channels, columns), parts), z, scale, weight, bias,

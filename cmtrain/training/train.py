@@ -84,9 +84,7 @@ def run(
     # Start: from here on the run folder is written, and signals and hangs are handled.
     stop, clock = StopRequest(parts.control), Stopwatch()
     logger = open_logger(config, lock.folder, parts, last_step)
-    default = "map" if config.data.multi_label else "top1"
-    measure = config.evaluate.best or default
-    saver = Saver(lock.folder, logger, keep=config.checkpoint.keep, measure=measure)
+    saver = Saver(lock.folder, logger, keep=config.checkpoint.keep, measure=config.best_measure)
     watchdog = Watchdog(
         lock.folder, rank, world_size, timeout_seconds=config.train.step_timeout_seconds,
         losses=logger.losses,
@@ -204,7 +202,7 @@ def run(
                 state, code = "failed", errors.EXIT_DATA
                 reason = f"{reason}, but its checkpoint is missing: {saver.unsaved}"
         if results and logger.folder:
-            log_mistakes(logger, results, measure, config, parts)
+            log_mistakes(logger, results, config, parts)
         code = logger.finish(state, exit_code=code, reason=reason, results=results, as_json=as_json)
     except KeyboardInterrupt:
         reason = stopped_at_once(logger.step, saver.saved_step)
@@ -306,11 +304,10 @@ def evaluate_weights(
     return results
 
 
-def log_mistakes(
-    logger: RunLogger, results: dict[str, Evaluation], measure: str, config: Config, parts: Parts
-) -> None:
+def log_mistakes(logger: RunLogger, results: dict[str, Evaluation], config: Config, parts: Parts) -> None:
     """Draw the most confident mistakes of the better weights into the run folder."""
-    best, names = max(results.values(), key=lambda each: each.score(measure)), parts.data.train.class_names
+    best = max(results.values(), key=lambda result: result.score(config.best_measure))
+    names = parts.data.train.class_names
     labels = [*names, *map(str, range(len(names), parts.num_classes))]
     how = best, parts.data.val, labels, config, parts.accelerator
     logger.losses.attempt(MISTAKES_NAME, draw_mistakes, logger.path / MISTAKES_NAME, *how)

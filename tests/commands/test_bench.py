@@ -12,7 +12,9 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from guard import time_guard
@@ -24,7 +26,7 @@ from loader_workers import LoaderContender, _cpu_seconds, serve
 
 from cmtrain.cli.main import main
 from cmtrain.commands.bench import bench as bench_command
-from cmtrain.commands.bench.bench import verdict
+from cmtrain.commands.bench.bench import to_decode_faster, verdict
 from cmtrain.commands.bench.timing import WARMUP_STEPS, Contender, race
 from cmtrain.config.load import load_config
 from cmtrain.monitoring.console import announced_parts
@@ -35,7 +37,8 @@ from pipelines.spec import AugmentSpec, Placement
 @pytest.mark.parametrize(
     ("loader", "host", "copy", "matrix", "expected"),
     [
-        (900, 0.2, 60, 5, "limited by decode: the loader feeds 90 % of what the model takes"),
+        (900, 0.2, 60, 5, "limited by decode: the loader feeds 90 % of what the model takes, "
+         "100 images/s short; pack them"),
         (1100, 0.2, 60, 5, "limited by memory: 60 % of a copy's bandwidth, counted as without "
          "torch.compile; the loader feeds 110 % of what the model takes, which leaves little for jitter"),
         (2000, 0.95, 60, 5, "limited by host: it needs 95 % of a step to queue it; the loader feeds 200 %"),
@@ -49,19 +52,31 @@ def test_the_verdict_names_what_limits_a_run(loader, host, copy, matrix, expecte
         "percent_of_copy": copy,
         "percent_of_matrix": matrix,
     }
-    assert verdict({"loader": {"images_per_second": loader}, "model": model}).startswith(expected)
+    figures = {"loader": {"images_per_second": loader}, "model": model}
+    assert verdict(figures, "pack them").startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("size", "advice"),
+    [((500, 375), "cmtrain data pack --resize-shorter 256 makes images of 375 px faster to decode"),
+     ((341, 256), "give it more CPU cores, or a GPU that decodes")],
+)  # fmt: skip
+def test_large_images_are_to_be_packed(size, advice):
+    widths, heights = (np.full(9, side) for side in size)
+    config = load_config("configs/full_in1k.yaml").config
+    assert to_decode_faster(config, SimpleNamespace(widths=widths, heights=heights)) == advice
 
 
 def test_the_verdict_agrees_with_what_loading_costs_a_step():
     """A loader that is fast alone may be slow beside the model: on a CPU they share its cores."""
     model = {"images_per_second": 1000, "percent_of_copy": 20, "percent_of_matrix": 45}
     figures = {"loader": {"images_per_second": 2350}, "model": model, "train": {"data_wait_percent": 42.0}}
-    assert verdict(figures) == (
+    assert verdict(figures, "") == (
         "limited by decode: loading costs 42 % of a step, though alone the loader feeds 235 % of what the "
         "model takes: the two share this machine"
     )
     figures["train"] = {"data_wait_percent": 7.0}
-    assert verdict(figures).startswith("limited by compute: 45 %")
+    assert verdict(figures, "").startswith("limited by compute: 45 %")
 
 
 ROW = {

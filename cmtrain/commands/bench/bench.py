@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Column, Table
@@ -87,7 +88,7 @@ def bench(config: Config, options: argparse.Namespace) -> None:
                 continue
             figures[name] = row
             write_report(options.json if accelerator.is_main_process else None, report)
-    report["verdict"] = verdict(figures)
+    report["verdict"] = verdict(figures, to_decode_faster(config, data.train))
     if accelerator.is_main_process:
         _finish(report, options.json)
 
@@ -129,15 +130,26 @@ def _time_run(what: str, setup: Setup, images: Manifest) -> Rows:
     yield "train", train
 
 
-def verdict(figures: Figures) -> str:
-    """Name what limits a run: decode, host, memory or compute, with the figure that shows it."""
+def to_decode_faster(config: Config, images: Manifest) -> str:
+    """Advise on images that are decoded too slowly."""
+    small, shorter = max(256, config.data.eval_resize_px), np.minimum(images.heights, images.widths)
+    if (side := int(np.median(shorter))) > 1.25 * small:
+        return f"cmtrain data pack --resize-shorter {small} makes images of {side} px faster to decode"
+    return "give it more CPU cores, or a GPU that decodes"
+
+
+def verdict(figures: Figures, advice: str) -> str:
+    """Name what limits a run: decode, host, memory or compute, with the figure that shows it.
+    `advice`: for one that is limited by decode.
+    """
     if not {"loader", "model"} <= figures.keys():
         return "measure with --what all to learn what limits a run"
     loader, model = figures["loader"], figures["model"]
     ratio = loader["images_per_second"] / model["images_per_second"]
     feeds = f"the loader feeds {percent(ratio, 0)} of what the model takes"
     if ratio < 1:
-        return f"limited by decode: {feeds}"
+        missing = model["images_per_second"] - loader["images_per_second"]
+        return f"limited by decode: {feeds}, {missing:,.0f} images/s short; {advice}"
     if (lost := figures.get("train", {}).get("data_wait_percent", 0.0)) > LOST_PERCENT:
         alone = f"though alone {feeds}: the two share this machine"
         return f"limited by decode: loading costs {lost:.0f} % of a step, {alone}"
