@@ -36,10 +36,9 @@ def demo_folder(name: str, cache: Path) -> Path:
         known = ", ".join(f"demo:{writer}" for writer in writers)
         raise DataError(f"demo:{name}: no such demo data; there are {known}")
     folder = cache / f"demo-{name}"
-    if not os.path.exists(folder):  # not Path.exists, which raises where the cache cannot be entered
-        with locked(folder, "writes the demo images"):
-            if not os.path.exists(folder):
-                _write_folder(folder, writers[name])
+    with locked(folder, "writes the demo images"):
+        if not os.path.exists(folder):  # not Path.exists, which raises where the cache cannot be entered
+            _write_folder(folder, writers[name])
     return folder
 
 

@@ -364,10 +364,10 @@ def test_leftovers_of_killed_writers_are_removed_by_the_next_start(data, tmp_pat
 
 def test_leftovers_of_killed_demos_are_removed(tmp_path, monkeypatch):
     monkeypatch.setattr(demo_images, "_digits", lambda: iter([("train/0/0.jpg", encoded())]))
-    for name in (".demo-digits.123", ".demo-digits.123.tmp"):
+    for name in (".demo-digits.123", ".demo-digits.123.tmp"):  # the second one beside finished images
         (tmp_path / name / "train").mkdir(parents=True)
-    assert (demo_folder("digits", tmp_path) / "train/0/0.jpg").exists()
-    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["demo-digits"]
+        assert (demo_folder("digits", tmp_path) / "train/0/0.jpg").exists()
+        assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["demo-digits"]
 
 
 # Pictures of extreme shape
