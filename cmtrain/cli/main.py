@@ -124,6 +124,8 @@ def _train(arguments: list[str]) -> int:
     if not is_started_by_launcher():
         gpus = visible_gpus()
         nproc = options.nproc or max(1, gpus)
+        if nproc > gpus > 0:
+            raise ConfigError(f"--nproc {nproc}: a GPU takes one process, and there are {gpus}")
         place = workers({"world_size": nproc, "device": "cuda" if gpus else "cpu"})
         start.announce(f"{what}, {place}")
         start.check_run(config, options.resume, nproc)

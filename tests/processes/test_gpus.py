@@ -158,6 +158,8 @@ def test_ranks_are_not_started_on_cpus_where_there_are_gpus(make_job, tmp_path):
     assert loading == "loading torch and DALI ..."
     assert len(set(errors)) == 1  # a slow machine may print it for both ranks
     assert not (job.run / "status.json").exists()
+    many = start(job, driver, "--nproc", "3")
+    assert (many.returncode, many.stderr) == (2, "--nproc 3: a GPU takes one process, and there are 2\n")
     asked = start(job, driver, ACCELERATE_USE_CPU="1")
     assert asked.returncode == 0, asked.stderr
     assert "1 process on the CPU" in asked.stderr
