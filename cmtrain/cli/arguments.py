@@ -58,7 +58,9 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[ar
             overrides.append(_override(argument, rest))
     try:
         options, rest = parser.parse_known_intermixed_args(own)
-    except argparse.ArgumentError as error:
+    except (argparse.ArgumentError, ConfigError) as error:
+        for name in [name for name, _ in overrides if "." not in name]:  # it may have taken what is missing
+            raise ConfigError(f"--{name}: unknown option; see {parser.prog} --help") from error
         raise ConfigError(str(error).removeprefix("argument ")) from error
     if rest:
         raise ConfigError(f"{parser.prog}: unexpected argument {rest[0]}")

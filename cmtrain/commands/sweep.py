@@ -207,16 +207,19 @@ def _numbers(select: str, last: int) -> list[int]:
 
 def _call(command: Sequence[str]) -> tuple[int, bool]:
     """Run a command, and forward stop signals to it. Return its exit code, and whether one came."""
-    received = list[int]()
-    process = subprocess.Popen(command)  # noqa: S603 - our own program
+    received, running = list[int](), list[subprocess.Popen[bytes]]()
 
     def forward(number: int, _: FrameType | None) -> None:
         received.append(number)
-        process.send_signal(number)
+        for process in running:
+            process.send_signal(number)
 
     previous = {number: signal.signal(number, forward) for number in stop_signals()}
     try:
-        code = process.wait()
+        running.append(subprocess.Popen(command))  # noqa: S603 - our own program
+        for number in received:  # before there was a process
+            running[0].send_signal(number)
+        code = running[0].wait()
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

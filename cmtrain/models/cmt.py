@@ -3,8 +3,8 @@
 Letters: B batch, C channels, H x W map, px image side in pixels.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -84,23 +84,27 @@ def init_weights(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-@contextmanager
-def _spare_statistics(block: Block) -> Iterator[None]:
-    """Let the BatchNorms of `block` move copies of their statistics, which a second forward pass would move
-    a second time.
+class _SpareStatistics:
+    """While it is entered, the BatchNorms of `block` move copies of their statistics: a second forward pass
+    would move them a second time.
     """
-    norms = [(part._buffers, {**part._buffers}) for part in block.modules() if isinstance(part, _BatchNorm)]
-    for buffers, kept in norms:
-        buffers.update({name: None if value is None else value.clone() for name, value in kept.items()})
-    try:
-        yield
-    finally:
-        for buffers, kept in norms:
+
+    def __init__(self, block: Block) -> None:
+        self.block = block
+
+    def __enter__(self) -> None:
+        parts = [part for part in self.block.modules() if isinstance(part, _BatchNorm)]
+        self.kept = [(part._buffers, {**part._buffers}) for part in parts]
+        for buffers, kept in self.kept:
+            buffers.update({name: None if value is None else value.clone() for name, value in kept.items()})
+
+    def __exit__(self, *_: object) -> None:
+        for buffers, kept in self.kept:
             buffers.update(kept)
 
 
 def _recomputed(block: Block, x: Tensor, bias: Tensor | None) -> Tensor:
-    contexts = nullcontext(), _spare_statistics(block)
+    contexts = nullcontext(), _SpareStatistics(block)
     return checkpoint(block, x, bias, use_reentrant=False, context_fn=lambda: contexts)
 
 

@@ -1,12 +1,13 @@
 """Print what a verb finds: progress and tables for people on stderr, a JSON line for programs on stdout."""
 
 import contextlib
+import functools
 import json
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Concatenate, ParamSpec
 
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
@@ -19,13 +20,23 @@ from pipelines.spec import visible
 MIN_BAR_WIDTH = 7
 SILENT_SECONDS = 9.0  # nobody waits longer for a sign of life
 LINE_SECONDS = 30.0  # between two lines of a run whose log points are further apart
+P = ParamSpec("P")
 
 
-@contextlib.contextmanager
-def _never_raising() -> Iterator[None]:
-    """Go on after any error of the terminal or of rich: it is no reason to end a run."""
-    with contextlib.suppress(Exception):
-        yield
+def _safe(show: Callable[Concatenate["Console", P], None]) -> Callable[Concatenate["Console", P], None]:
+    """Go on after any error of the terminal or of rich, without the bar: it is no reason to end a run."""
+
+    @functools.wraps(show)
+    def call(console: "Console", *args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            show(console, *args, **kwargs)
+        except Exception:
+            bar, console.bar = console.bar, None
+            if bar:
+                with contextlib.suppress(Exception):
+                    bar.stop()
+
+    return call
 
 
 def print_result(result: dict[str, Any], *, asked: bool) -> None:
@@ -81,7 +92,7 @@ class Console:
         self.step_seconds = self.printed_at = 0.0
         self.parts: tuple[str, ...] = ()  # of the newest log point
 
-    @_never_raising()
+    @_safe
     def start(self, step: int, total_steps: int) -> None:
         """Show the bar, if stderr is a terminal."""
         self.first_step, self.total_steps = step, total_steps
@@ -94,7 +105,7 @@ class Console:
         self.task = self.bar.add_task("", total=total_steps, completed=step)
         self.bar.start()
 
-    @_never_raising()
+    @_safe
     def advance(self, step: int, seconds: float) -> None:
         """Show that `step` is done: in the bar, else by a line after the first one and every LINE_SECONDS.
         `seconds`: that it took. The first log point may be hours away, and the run take weeks.
@@ -107,7 +118,7 @@ class Console:
         elif done == 1 or time.monotonic() - self.printed_at >= LINE_SECONDS:
             self.line(f"step {step}/{self.total_steps} {eta}{' (by one step)' if done == 1 else ''}")
 
-    @_never_raising()
+    @_safe
     def progress(self, place: str, *parts: str) -> None:
         """Show one log point: a line of `place` (epoch and step) and `parts`; in the bar, those that fit."""
         if not self.bar:
@@ -121,7 +132,7 @@ class Console:
             shown = longer
         self.bar.update(self.task, description=shown)
 
-    @_never_raising()
+    @_safe
     def line(self, text: str) -> None:
         """Print a line that stays on the screen: an evaluation, a checkpoint, what the guard did."""
         if self.enabled:
@@ -131,7 +142,7 @@ class Console:
             else:
                 print(text, file=sys.stderr, flush=True)  # noqa: T201
 
-    @_never_raising()
+    @_safe
     def stop(self) -> None:
         """Remove the bar."""
         if self.bar:

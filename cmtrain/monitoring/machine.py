@@ -1,13 +1,15 @@
 """Describe the machine that a run is on: versions and hardware, GPU identity, GPU memory."""
 
+import contextlib
 import os
 import platform
 import socket
-from importlib.metadata import distributions, version
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
 PACKAGES = ("torch", "accelerate", "timm", "numpy")
+DALI_PACKAGES = ("nvidia-dali-cuda110", "nvidia-dali-cuda120", "nvidia-dali-cuda130")
 
 MEMORY_KINDS = {
     "allocated": "allocated_bytes.all.current",
@@ -31,8 +33,12 @@ def environment() -> dict[str, str]:
 
 def dali_packages() -> list[str]:
     """Return the DALI packages that are installed: one, if all is well."""
-    names = {str(package.name) for package in distributions()}
-    return sorted(name for name in names if name.startswith("nvidia-dali-cuda"))
+    found = []
+    for name in DALI_PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            version(name)
+            found.append(name)
+    return found
 
 
 def gpu_identity(device: torch.device) -> tuple[str, str] | None:

@@ -222,7 +222,10 @@ def sample_lines(path: Path) -> Iterator[bytes]:
 
 def is_sampled(path: Path) -> bool:
     """Return whether sample_lines leaves out lines of a file."""
-    return path.is_file() and path.stat().st_size > WHOLE_BYTES
+    try:
+        return path.stat().st_size > WHOLE_BYTES
+    except OSError:
+        return False
 
 
 def last_lines(path: Path, num_bytes: int) -> list[bytes]:

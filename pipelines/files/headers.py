@@ -3,8 +3,8 @@
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from multiprocessing.pool import ThreadPool
 from typing import Any, TypeVar
 
 import numpy as np
@@ -61,8 +61,13 @@ def read_headers(listing: Listing, places: list[int]) -> Iterator[CheckResult]:
 
 def in_threads(function: Callable[[Any], T], items: Sequence[Any]) -> Iterator[T]:
     """Yield `function` of every item, in order, in four threads per core: they wait for a disk."""
-    with ThreadPool(4 * (os.cpu_count() or 1)) as pool:
-        yield from pool.imap(function, items, _BLOCK)
+
+    def of_block(begin: int) -> list[T]:
+        return [function(item) for item in items[begin : begin + _BLOCK]]
+
+    with ThreadPoolExecutor(4 * (os.cpu_count() or 1)) as pool:  # as many as there are blocks, at most
+        for results in pool.map(of_block, range(0, len(items), _BLOCK)):
+            yield from results
 
 
 def is_racy(times_ns: NDArray[np.int64], began_ns: int) -> NDArray[np.bool_]:

@@ -158,6 +158,7 @@ def test_bench_may_run_beside_nothing(calls):
         (["--config", "configs/demo.yaml", "--model.init_from", ""], "--model.init_from: is empty: a variable of the shell that is not set?"),
         (["--config", "configs/demo.yaml", "--config=x.yaml"], "--config: given twice; a file takes the values of another by `extends: FILE`"),
         (["status"], "cmtrain status: the following arguments are required: RUN; see cmtrain status --help"),
+        (["eval", "--foo", "runs/demo"], "--foo: unknown option; see cmtrain eval --help"),
         (["eval", "x", "--json", "no/x.json"], "--json: no/x.json: must be a file, in a folder that exists"),
         (["data", "check", "x", "--out", "."], "--out: .: must be a file, in a folder that exists"),
         (["data", "check", "x", "--max-bad-fraction", "nan"], "--max-bad-fraction: must be a share 0..1, got nan"),

@@ -303,7 +303,7 @@ def test_a_race_alternates_and_its_ratio_is_that_of_a_round():
 
     contenders = [Contender("a", 4, work("a", 0.001)), Contender("b", 4, work("b", 0.004))]
     race(contenders, torch.device("cpu"), steps=1, rounds=2)
-    assert order == ["a"] * 3 + ["b"] * 3 + ["b", "a", "a", "b"]
+    assert order == ["a"] * 4 + ["b"] * 4 + ["b", "a", "a", "b"]
     contenders[0].seconds, contenders[1].seconds = [[0.1, 0.1], [0.4, 0.4]], [[0.3, 0.3], [1.2, 1.2]]
     slow = contenders[1].figures(contenders[0])
     assert slow["first_is_times"] == pytest.approx(3)
@@ -336,6 +336,16 @@ def test_a_prediction_needs_neither_dali_nor_data_nor_a_gpu(make_job, monkeypatc
     assert {"_amp_foreach_non_finite_check_and_unscale_", "_foreach_norm", "_fused_adamw_"} <= kernels
     assert sum(row["kernel"] == "_foreach_sub" for row in rows) == 1  # of the EMA
     assert not any(row["kernel"].startswith("zeros_like") for row in rows)  # of the optimizer's first step
+
+
+def test_a_prediction_is_of_blocks_that_are_computed_once(make_job, capsys):
+    job = make_job(train={"precision": "auto"})
+    predicted = []
+    for value in ("false", "true"):
+        options = "--what", "model", "--predict", "h100", "--train.grad_checkpointing", value
+        assert main(["bench", "--config", str(job.config), *options]) == 0
+        predicted.append(json.loads(capsys.readouterr().out)["predicted_step_ms"])
+    assert predicted[0] == predicted[1]
 
 
 def test_a_prediction_is_in_half_precision(make_job, capsys):

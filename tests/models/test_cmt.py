@@ -481,6 +481,10 @@ def test_blocks_that_are_computed_twice_change_no_number(options):
         torch.equal(mine, other) for mine, other in zip(model.buffers(), twice.buffers(), strict=True)
     )
     assert all(norm.num_batches_tracked == 1 for norm in twice.modules() if isinstance(norm, nn.BatchNorm2d))
+    loss = twice(x).sum()
+    loss.backward(retain_graph=True)
+    loss.backward()
+    assert all(norm.num_batches_tracked == 2 for norm in twice.modules() if isinstance(norm, nn.BatchNorm2d))
     twice.set_grad_checkpointing(False)
     assert saved_bytes(twice, x) == sizes[0]
 

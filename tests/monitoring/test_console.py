@@ -55,6 +55,17 @@ def test_the_time_left_is_there_after_the_first_step():
     assert bar_at(80, parts=(), elapsed_seconds=600, first_step=10).endswith("elapsed  eta 7h 10m")
 
 
+def test_after_an_error_of_the_bar_lines_are_printed_without_it(capsys):
+    console = Console(enabled=True)
+    console.rich = RichConsole(file=io.StringIO(), force_terminal=True, force_interactive=True)
+    console.start(0, 450)
+    console.bar.update = None
+    console.advance(1, 1.0)
+    console.line("finished")
+    console.stop()
+    assert capsys.readouterr().err == "finished\n"
+
+
 @pytest.mark.parametrize("variable", ["FORCE_COLOR", "TTY_COMPATIBLE"])
 def test_a_pipe_is_a_pipe_whatever_the_environment_says(variable, monkeypatch, capsys):
     monkeypatch.setenv(variable, "1")

@@ -56,7 +56,8 @@ def predict(config: Config, gpu: str) -> dict[str, Any]:
 
 def calls_of_step(config: Config, batch: int, dtype: torch.dtype) -> list[Call]:
     """Return the operations of a later step on `batch` images, on a GPU that runs Triton."""
-    config = config.model_copy(update={"train": config.train.model_copy(update={"compile": False})})
+    plain = {"compile": False, "grad_checkpointing": False}
+    config = config.model_copy(update={"train": config.train.model_copy(update=plain)})
     num_classes, side = config.model.num_classes or 1000, config.data.image_px
     model = build.make_model(config, num_classes).train()
     for part in model.modules():

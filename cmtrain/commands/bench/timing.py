@@ -64,6 +64,7 @@ def race(
 ) -> None:
     """Let every contender do `steps` steps in each of `rounds` rounds, in alternating order."""
     for contender in contenders:
+        contender.work()  # the very first step tries algorithms, and compiles
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         for _ in range(WARMUP_STEPS):
