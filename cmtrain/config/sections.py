@@ -55,7 +55,10 @@ Mean = Annotated[tuple[float, float, float], FromList]
 Std = Annotated[tuple[Positive, Positive, Positive], FromList]
 Interpolation = Literal["bicubic", "bilinear"]
 Texts = Annotated[tuple[str, ...], FromList]
-Trackers = Annotated[tuple[Literal["tensorboard", "wandb", "mlflow"], ...], FromList]
+Tracker = Literal[
+    "tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "aim", "clearml", "dvclive", "swanlab",
+]  # fmt: skip
+Trackers = Annotated[tuple[Tracker, ...], FromList]
 
 
 def _key(default: Any, description: str, **limits: Any) -> Any:

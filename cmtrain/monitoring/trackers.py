@@ -1,4 +1,4 @@
-"""Send the numbers of log.jsonl and summary.csv to TensorBoard, W&B and MLflow, through accelerate.
+"""Send the numbers of log.jsonl and summary.csv to TensorBoard, W&B, MLflow and others, through accelerate.
 
 A tracker that fails during a run (its server went away) is a loss as of a record, and then left alone.
 """
@@ -62,6 +62,6 @@ def tracker_options(names: Sequence[str], run_folder: Path) -> dict[str, Any]:
     Raises ConfigError: a package is missing; accelerate itself would silently leave the tracker out.
     """
     if missing := [name for name in names if importlib.util.find_spec(name) is None]:
-        remedy = f"pip install -e '.[{','.join(missing)}]', or leave it out"
+        remedy = f"pip install {' '.join(missing)}, or leave it out"
         raise ConfigError(f"metrics.trackers: not installed: {', '.join(missing)}; {remedy}")
     return {"log_with": list(names), "project_dir": run_folder / FOLDER_NAME} if names else {}

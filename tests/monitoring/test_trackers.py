@@ -4,10 +4,13 @@ import csv
 import importlib.util
 import json
 import os
+from typing import get_args
 
 import pytest
+from accelerate.utils import LoggerType
 from helpers.runs import after_start
 
+from cmtrain.config.sections import Tracker
 from cmtrain.errors import ConfigError
 from cmtrain.monitoring.trackers import Trackers, tracker_options
 from cmtrain.step.measure import StepReport
@@ -94,15 +97,17 @@ def test_a_missing_package_is_a_mistake_in_the_configuration(make_job, monkeypat
         job = make_job(metrics={"trackers": ["mlflow"]})
         job(code=2)
         assert after_start(job.stderr.read_text()) == [
-            "metrics.trackers: not installed: mlflow; pip install -e '.[mlflow]', or leave it out"
+            "metrics.trackers: not installed: mlflow; pip install mlflow, or leave it out"
         ]
         assert not job.run.exists()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(
-        ConfigError, match=r"not installed: wandb, mlflow; pip install -e '\.\[wandb,mlflow\]'"
-    ):
+    with pytest.raises(ConfigError, match=r"not installed: wandb, mlflow; pip install wandb mlflow, or"):
         tracker_options(["wandb", "mlflow"], tmp_path)
     assert tracker_options([], tmp_path) == {}
+
+
+def test_there_are_all_that_accelerate_knows():
+    assert {*get_args(Tracker)} == {kind.value for kind in LoggerType} - {"all"}
 
 
 def test_a_tracker_that_cannot_start_stops_the_run_at_once():
