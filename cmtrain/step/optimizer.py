@@ -60,7 +60,7 @@ def lr_scales(model: nn.Module, layer_decay: float, factors: Sequence[str] = ())
 
         matcher: Any = getattr(model, "group_matcher", None)
         if matcher is None:
-            what = f"{type(model).__name__} has no group_matcher(), which says what a layer is"
+            what = f"{type(model).__name__} has no group_matcher(), which defines the layers"
             raise ConfigError(f"optim.layer_decay: {what}; leave it out")
         layers = group_parameters(model, matcher(coarse=False), reverse=True)
         last = max(layers.values())

@@ -15,6 +15,7 @@ import pytest
 from filelock import FileLock
 from helpers.hostile_images import encoded, png_bomb
 from helpers.images import SIDE, plan_for, write_tree
+from helpers.runs import HANG_SECONDS
 
 from cmtrain.cli.main import main
 from cmtrain.commands.data_check import check
@@ -353,7 +354,7 @@ def test_leftovers_of_killed_writers_are_removed_by_the_next_start(data, tmp_pat
         start.join(0.5)
         assert start.is_alive()
         assert leftover.exists()
-    start.join(60)
+    start.join(HANG_SECONDS)
     assert not start.is_alive()
     assert not leftover.exists()
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from helpers.mini import batch, make_learner, step
+from helpers.runs import HANG_SECONDS
 from sklearn.metrics import average_precision_score, f1_score, recall_score
 from torch import nn
 
@@ -71,7 +72,7 @@ def test_the_figures_are_those_of_scikit_learn():
 
 def evaluated_by_ranks(monkeypatch, labels, num_ranks, sets):
     """Return what each of `num_ranks` threads, which add up as ranks do, has of the evaluation."""
-    barrier, given = threading.Barrier(num_ranks, timeout=60), []
+    barrier, given = threading.Barrier(num_ranks, timeout=HANG_SECONDS), []
 
     def all_reduce_sum(values):
         given.append(values.clone())
