@@ -10,6 +10,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.metrics import average_precision_score
 
+from cmtrain.config.load import load_config
+
 NUM_IMAGES = {"train": 240, "val": 60}
 
 
@@ -145,3 +147,11 @@ def test_packed_on_two_ranks_and_resumed_it_is_the_same_run(job, pairs):
 def test_the_measure_needs_several_labels(job):
     job("--data.multi_label", "false", "--evaluate.best", "map", code=2)
     assert "--evaluate.best: " in job.stderr.read_text()
+
+
+@pytest.mark.parametrize(
+    ("sets", "best", "measure"), [("true", "null", "map"), ("false", "null", "top1"), ("true", "f1", "f1")]
+)
+def test_the_default_measure_is_map_where_there_are_several_labels(sets, best, measure):
+    changes = [("data.multi_label", sets), ("evaluate.best", best)]
+    assert load_config("configs/demo.yaml", changes).config.best_measure == measure
