@@ -24,7 +24,8 @@ import torch
 
 from cmtrain.cli.arguments import make_parser, parse_with_config, positive
 from cmtrain.commands.bench.models import Setup
-from cmtrain.commands.bench.timing import WARMUP_STEPS, Figures, Row, Rows, best_seconds, drain, write_report
+from cmtrain.commands.bench.timing import WARMUP_STEPS, Figures, Row, Rows, best_seconds, drain
+from cmtrain.monitoring.console import write_result
 from cmtrain.monitoring.metrics import TrainMetrics
 from cmtrain.step.learner import Learner
 from cmtrain.step.mixing import mix
@@ -215,7 +216,7 @@ def main() -> None:
         print(name, *(f"{key} {value:.3g}" for key, value in row.items()), sep="  ", flush=True)
         if row:
             figures[name] = row
-            write_report(options.json, {"device": str(accelerator.device), "figures": figures})
+            write_result({"device": str(accelerator.device), "figures": figures}, options.json)
     print(verdict(figures))
 
 

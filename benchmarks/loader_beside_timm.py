@@ -27,9 +27,9 @@ from rich.table import Table
 
 from cmtrain import __version__
 from cmtrain.cli.arguments import add_json, make_parser, parse_with_config, positive
-from cmtrain.commands.bench.timing import Figures, best_seconds, endless, write_report
+from cmtrain.commands.bench.timing import Figures, best_seconds, endless
 from cmtrain.config.schema import Config
-from cmtrain.monitoring.console import announced_parts, print_result
+from cmtrain.monitoring.console import announced_parts, print_result, write_result
 from cmtrain.training import build, loaders
 from pipelines.files.manifest import Manifest
 from pipelines.packing.encode import PackSpec
@@ -88,7 +88,7 @@ def race_loaders(config: Config, steps: int, rounds: int, packed: str | None, js
                     begin(f"{work} by {', '.join(sources)}")
                     continue
                 figures[work] = rows
-                write_report(json_path, report)
+                write_result(report, json_path)
     _show(report)
     print_result(report, asked=json_path == "")
 

@@ -9,14 +9,13 @@ from typing import Any
 
 import torch
 
-from cmtrain.commands.bench.timing import write_report
 from cmtrain.commands.evaluation_sizes import sizes_of
 from cmtrain.commands.export import make_trained_model
 from cmtrain.commands.trained_model import open_trained
 from cmtrain.config.load import Overrides
 from cmtrain.config.schema import Config
 from cmtrain.errors import EXIT_DONE, EXIT_EXPECTATION, ConfigError
-from cmtrain.monitoring.console import print_result
+from cmtrain.monitoring.console import print_result, write_result
 from cmtrain.monitoring.units import percent
 from cmtrain.step.evaluate import Evaluation, evaluate
 from cmtrain.storage.records import replace_file
@@ -106,7 +105,7 @@ def evaluate_trained(options: argparse.Namespace, overrides: Overrides) -> int:
                 rows = draw_mistakes(temporary / MISTAKES_NAME, *parts)
                 heads = ["path", "true", "predicted", "probability"]
                 write_csv(temporary / "mistakes.csv", [heads, *rows])
-        write_report(options.json, report)
+        write_result(report, options.json)
     except OSError as error:
         raise DataError(f"{error.filename or 'a file'}: cannot be written: {error.strerror}") from error
     _show(figures)

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Concatenate, ParamSpec
 
 from rich.console import Console as RichConsole
@@ -15,6 +16,7 @@ from rich.table import Column
 from rich.text import Text
 
 from cmtrain.monitoring.units import duration
+from cmtrain.storage.records import replace_file
 from pipelines.spec import visible
 
 MIN_BAR_WIDTH = 7
@@ -43,6 +45,12 @@ def print_result(result: dict[str, Any], *, asked: bool) -> None:
     """Print `result` as a JSON line where stdout is no terminal, or where a person has `asked` (--json)."""
     if asked or not sys.stdout.isatty():
         print(json.dumps(result), flush=True)  # noqa: T201
+
+
+def write_result(result: dict[str, Any], path: str | None) -> None:
+    """Write `result` as JSON, if there is a path. A kill leaves what the call before wrote, whole."""
+    if path:
+        replace_file(Path(path), json.dumps(result, indent=1) + "\n")
 
 
 @contextlib.contextmanager

@@ -20,9 +20,9 @@ from cmtrain import __version__
 from cmtrain.commands.bench import timing
 from cmtrain.commands.bench.models import Setup, against_ceilings, time_models
 from cmtrain.commands.bench.predict import predict
-from cmtrain.commands.bench.timing import WARMUP_STEPS, Figures, Rows, drain, endless, write_report
+from cmtrain.commands.bench.timing import WARMUP_STEPS, Figures, Rows, drain, endless
 from cmtrain.config.schema import Config
-from cmtrain.monitoring.console import announced_parts, print_result
+from cmtrain.monitoring.console import announced_parts, print_result, write_result
 from cmtrain.monitoring.units import percent
 from cmtrain.step.learner import Learner
 from cmtrain.training import build, loaders
@@ -87,7 +87,7 @@ def bench(config: Config, options: argparse.Namespace) -> None:
                 begin(name)
                 continue
             figures[name] = row
-            write_report(options.json if accelerator.is_main_process else None, report)
+            write_result(report, options.json if accelerator.is_main_process else None)
     report["verdict"] = verdict(figures, to_decode_faster(config, data.train))
     if accelerator.is_main_process:
         _finish(report, options.json)
@@ -96,7 +96,7 @@ def bench(config: Config, options: argparse.Namespace) -> None:
 def _finish(report: dict[str, Any], path: str | None) -> None:
     _show(report)
     print_result(report, asked=path == "")
-    write_report(path, report)
+    write_result(report, path)
 
 
 def _time_run(what: str, setup: Setup, images: Manifest) -> Rows:

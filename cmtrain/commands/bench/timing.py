@@ -5,18 +5,14 @@ a disturbance hits all of them; a ratio is the median of the ratios within a rou
 """
 
 import itertools
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
-from cmtrain.storage.records import replace_file
 from pipelines.spec import Batch, Loader
 
 WARMUP_STEPS = 3
@@ -129,9 +125,3 @@ def drain(device: torch.device) -> None:
     """Wait until the device has finished all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def write_report(path: str | None, report: dict[str, Any]) -> None:
-    """Write `report` as JSON, if there is a path. A kill leaves the report of the call before, whole."""
-    if path:
-        replace_file(Path(path), json.dumps(report, indent=1) + "\n")
