@@ -130,7 +130,9 @@ class PatchConv(nn.Conv2d):
         self.to(memory_format=torch.channels_last)
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear_kernels.patch_conv(x, self) if _takes_kernel(self.kernel, x) else super().forward(x)
+        if _takes_kernel(self.kernel, x):
+            return linear_kernels.patch_conv(x, self, self.bias)
+        return super().forward(x)
 
 
 def _kept(x: Tensor, drop_path: DropPath) -> Tensor | None:
@@ -213,7 +215,10 @@ class Stem(nn.Module):
     def _layer(self, conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
         if not _has_kernel(self, x) or (torch.is_grad_enabled() and not norm.training):
             return norm(gelu(conv(x)))
-        z = conv._conv_forward(x, conv.weight, None)
+        if conv is self.conv1 and not (x.requires_grad or x.shape[2] % 2 or x.shape[3] % 2):
+            z = linear_kernels.patch_conv(x, conv, None)
+        else:
+            z = conv._conv_forward(x, conv.weight, None)
         return _map(norm_kernels.gelu_batch_norm(_tokens(z), conv.bias, norm))
 
 

@@ -67,7 +67,7 @@ def _limited(launch: dict[str, int], z: Tensor) -> dict[str, int]:
 
 def channel_columns(channels: int, dtype: torch.dtype) -> int:
     most = GEMM_CHANNELS if dtype.itemsize < 4 else GEMM_COLUMNS  # fp32 has no registers for more
-    return max(GEMM_COLUMNS, min(most, triton.next_power_of_2(channels)))
+    return max(16, min(most, triton.next_power_of_2(channels)))  # a product has 16 columns or more
 
 
 def precision(x: Tensor) -> str:

@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cmtrain.models.ffn_operators as ops
-from cmtrain.models.linear_kernels import rows_of, unpacked, weight_grad
+from cmtrain.models.linear_kernels import layer_shape, rows_of, unpacked, weight_grad
 from cmtrain.models.norm_kernels import batch_norm, batch_norm_grad, evaluation, track
 
 
@@ -78,7 +78,7 @@ class _FeedForward(torch.autograd.Function):
         x, w1, taps, w2, w2_padded, z1, z2, *statistics, y, statistics3, kept = ctx.saved_tensors
         statistics1, statistics2 = statistics
         hidden, pitch, adds_late = len(w1), z1.shape[1], ctx.adds_late
-        shape = (*w2.shape[:1], pitch, pitch, 1, 1, 1, 1, hidden, pitch, 0)
+        shape = layer_shape(len(w2), pitch, in_heads=(hidden, pitch))
         (*_, s1, t1), (*_, s2, t2) = statistics1, statistics2
         dy, dgamma3, dbeta3 = dn.contiguous(), None, None
         d_residual = None if ctx.of_residual is None else dy.to(ctx.of_residual)
@@ -99,7 +99,7 @@ class _FeedForward(torch.autograd.Function):
         e1, d1 = of_norm.view(2, pitch)
         dgamma1, slope, offset = ops.normalise_grad(d1, e1, statistics1, len(x))
         dz1, dx = ops.expand_grad(dn1, z1, s1, slope, offset, w1)
-        shape = (pitch, x.shape[1], x.shape[1], 1, 1, hidden, pitch, 1, 1, 0)
+        shape = layer_shape(pitch, x.shape[1], out_heads=(hidden, pitch))
         dw1, db1 = unpacked(weight_grad(dz1, x, None, 1.0, shape, False), hidden)
         return (
             dx, dw1, db1, dgamma1[:hidden], e1[:hidden], *_of_taps(taps_and_bias), dgamma2[:hidden], e2,

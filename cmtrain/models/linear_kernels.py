@@ -6,6 +6,7 @@ the gradient of a bias, dropout, and the addition behind a product or to its gra
 
 Letters: M rows, N outputs and K inputs of a product, C channels of a map. A patch of r x r pixels is a row
 of K = r * r * C numbers, in the order of a channels-last weight; it is read where it lies in the map.
+The stem's first convolution has patches that overlap: r is 3, its stride 2, and one pixel pads the map.
 """
 
 from collections.abc import Sequence
@@ -23,12 +24,22 @@ NUM_PROGRAMS = 264  # that parts are made for: two for each multiprocessor of an
 
 
 @triton.jit
-def _places(row, number, C: tl.constexpr, PATCH: tl.constexpr, WIDTH: tl.constexpr):
-    """Return where in a map, WIDTH patches wide, the numbers of a patch are."""
+def _places(
+    row, number, inside, C: tl.constexpr, PATCH: tl.constexpr, WIDTH: tl.constexpr, HEIGHT: tl.constexpr
+):
+    """Return where in a map of WIDTH patches a line the numbers of a patch are, and which are `inside`.
+    HEIGHT: lines of patches where they overlap, else 0.
+    """
+    stride: tl.constexpr = PATCH - (HEIGHT > 0)
     if PATCH == 1:
-        return row.to(tl.int64) * C + number
-    corner = (row // WIDTH * (WIDTH * PATCH) + row % WIDTH) * PATCH
-    return corner.to(tl.int64) * C + number // (PATCH * C) * (WIDTH * PATCH * C) + number % (PATCH * C)
+        return row.to(tl.int64) * C + number, inside
+    corner = (row // WIDTH * (WIDTH * stride) + row % WIDTH) * stride
+    at = corner.to(tl.int64) * C + number // (PATCH * C) * (WIDTH * stride * C) + number % (PATCH * C)
+    if HEIGHT > 0:  # one pixel above and to the left of the map
+        at -= (WIDTH * stride + 1) * C
+        inside &= (row // WIDTH % HEIGHT > 0) | (number >= PATCH * C)
+        inside &= (row % WIDTH > 0) | (number % (PATCH * C) >= C)
+    return at, inside
 
 
 @triton.jit
@@ -46,7 +57,8 @@ def _dropped(value, kept, factor, row, at, inside, rows, PIXELS: tl.constexpr):
 @triton.jit
 def linear_kernel(
     x, weight, bias, skip, kept, out, rows, factor,
-    N: tl.constexpr, K: tl.constexpr, C: tl.constexpr, PATCH: tl.constexpr, WIDTH: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr, C: tl.constexpr,
+    PATCH: tl.constexpr, WIDTH: tl.constexpr, HEIGHT: tl.constexpr,
     OUT_HEAD: tl.constexpr, OUT_PADDED: tl.constexpr, IN_HEAD: tl.constexpr, IN_PADDED: tl.constexpr,
     DEPTHWISE: tl.constexpr, BACKWARD: tl.constexpr, BIAS: tl.constexpr, SKIP: tl.constexpr,
     PIXELS: tl.constexpr, PRECISION: tl.constexpr,
@@ -65,7 +77,7 @@ def linear_kernel(
             left = _dropped(left, kept, factor, row, at, inside, rows, PIXELS)
         else:
             output, number = column, across_inner
-            at, inside = _places(row, inner, C, PATCH, WIDTH), (row < rows) & (inner < K)
+            at, inside = _places(row, inner, (row < rows) & (inner < K), C, PATCH, WIDTH, HEIGHT)
             left = tl.load(x + at, mask=inside, other=0.0)
         # Weights of padding are 0, and those off the diagonals of a depth-wise convolution.
         real = (
@@ -79,7 +91,7 @@ def linear_kernel(
         right = tl.load(weight + at, mask=real, other=0.0).to(left.dtype)
         product = tl.dot(left, right, product, input_precision=PRECISION)
     if BACKWARD:
-        at, inside = _places(row, column, C, PATCH, WIDTH), (row < rows) & (column < K)
+        at, inside = _places(row, column, (row < rows) & (column < K), C, PATCH, WIDTH, HEIGHT)
     else:
         at, inside = row.to(tl.int64) * N + column, (row < rows) & (column < N)
         if BIAS:
@@ -95,7 +107,8 @@ def linear_kernel(
 @triton.jit
 def weight_grad_kernel(
     dy, x, kept, sums, rows, part_rows, pitch, factor,
-    N: tl.constexpr, K: tl.constexpr, C: tl.constexpr, PATCH: tl.constexpr, WIDTH: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr, C: tl.constexpr,
+    PATCH: tl.constexpr, WIDTH: tl.constexpr, HEIGHT: tl.constexpr,
     OUT_HEAD: tl.constexpr, OUT_PADDED: tl.constexpr, IN_HEAD: tl.constexpr, IN_PADDED: tl.constexpr,
     DEPTHWISE: tl.constexpr, GELU: tl.constexpr, PIXELS: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
@@ -110,7 +123,7 @@ def weight_grad_kernel(
         at, inside = row.to(tl.int64) * N + output, (row < end) & (output < N)
         left = tl.load(dy + at, mask=inside, other=0.0)
         left = _dropped(left, kept, factor, row, at, inside, rows, PIXELS)
-        at, inside = _places(place, number, C, PATCH, WIDTH), (place < end) & (number < K)
+        at, inside = _places(place, number, (place < end) & (number < K), C, PATCH, WIDTH, HEIGHT)
         right = tl.load(x + at, mask=inside, other=0.0)
         if GELU:
             right = gelu(right.to(tl.float32)).to(x.dtype.element_ty)
@@ -133,8 +146,18 @@ def weight_grad_kernel(
 
 
 # The constants of a layer: N outputs and K inputs, padding included; PATCH x PATCH pixels of C channels are
-# an input, WIDTH of them a line of the map; heads of HEAD numbers are padded to PADDED, or all four are 1.
-SHAPE = "N", "K", "C", "PATCH", "WIDTH", "OUT_HEAD", "OUT_PADDED", "IN_HEAD", "IN_PADDED", "DEPTHWISE"
+# an input, WIDTH of them a line of the map and, where they overlap, HEIGHT its lines, else 0; heads of HEAD
+# numbers are padded to PADDED, or all four are 1.
+SHAPE = (
+    "N", "K", "C", "PATCH", "WIDTH", "HEIGHT", "OUT_HEAD", "OUT_PADDED", "IN_HEAD", "IN_PADDED", "DEPTHWISE"
+)  # fmt: skip
+
+
+def layer_shape(
+    outputs: int, inputs: int, *, out_heads: tuple[int, int] = (1, 1), in_heads: tuple[int, int] = (1, 1)
+) -> tuple[int, ...]:
+    """Return the constants of a linear layer of tokens; heads: their width, and that with padding."""
+    return outputs, inputs, inputs, 1, 1, 0, *out_heads, *in_heads, 0
 
 
 def _pixels(kept: Tensor | None, rows: int) -> int:
@@ -152,10 +175,11 @@ def linear(
 
     x: rows of a map of C channels, whose patches are the M rows. shape: of SHAPE. weight: without padding.
     skip (M, N). kept: (B,) of images, (M, N) of numbers, or None. backward: x is the gradient of the result,
-    (M, N), and skip another gradient of x. kept and factor then belong to the former; there is no bias.
+    (M, N), and skip another gradient of x. kept and factor then belong to the former; there is no bias, and
+    patches do not overlap.
     """
-    outputs, inputs, channels, patch, *_ = shape
-    rows = len(x) if backward else len(x) // patch**2
+    outputs, inputs, channels, patch, _, height, *_ = shape
+    rows = len(x) if backward else len(x) // (patch - (height > 0)) ** 2
     out = ops.empty(x, *((rows * patch**2, channels) if backward else (rows, outputs)), dtype=x.dtype)
     columns = ops.channel_columns(inputs if backward else outputs, x.dtype)
     grid = (ops.cdiv(rows, ops.ROWS) * ops.cdiv(inputs if backward else outputs, columns),)
@@ -178,9 +202,10 @@ def weight_grad(
     They are (factor * kept * dy).T @ x or, with is_gelu, gelu(x), and sums over rows; see `unpacked`.
     dy (M, N), x: rows of a map, (M * patch^2, C). kept, shape: as in `linear`.
     """
-    outputs, inputs, _, patch, _, out_head, out_padded, in_head, in_padded, is_depthwise = shape
+    outputs, inputs, _, patch, _, _, out_head, out_padded, in_head, in_padded, is_depthwise = shape
     rows, tile_rows = len(dy), ops.channel_columns(outputs, x.dtype)
-    tiles = ops.cdiv(inputs, ops.GEMM_COLUMNS), ops.cdiv(outputs, tile_rows)
+    columns = min(ops.GEMM_COLUMNS, ops.channel_columns(inputs, x.dtype))
+    tiles = ops.cdiv(inputs, columns), ops.cdiv(outputs, tile_rows)
     parts = max(1, min(ops.cdiv(NUM_PROGRAMS, tiles[0] * tiles[1]), rows // PART_ROWS))
     real = outputs // out_padded * out_head
     pitch = real * ((patch**2 if is_depthwise else inputs // in_padded * in_head) + 1)
@@ -189,7 +214,7 @@ def weight_grad(
         weight_grad_kernel, (*tiles, parts), dy, x, dy if kept is None else kept, sums, rows,
         ops.cdiv(rows, parts), pitch, factor, **dict(zip(SHAPE, shape, strict=True)),
         GELU=is_gelu, PIXELS=_pixels(kept, rows), PRECISION=ops.precision(x),
-        ROWS=tile_rows, COLUMNS=ops.GEMM_COLUMNS, INNER=ops.GEMM_INNER, **ops.LAUNCH,
+        ROWS=tile_rows, COLUMNS=columns, INNER=ops.GEMM_INNER, **ops.LAUNCH,
     )  # fmt: skip
     return sums
 
@@ -217,7 +242,9 @@ class _Linear(torch.autograd.Function):
         x, weight, kept = ctx.saved_tensors
         has_bias, has_skip = ctx.needs
         dy, skip = dy.contiguous(), None if skip is None else skip.contiguous()
-        dx = linear(dy, weight, None, skip, kept, ctx.factor, ctx.shape, True)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = linear(dy, weight, None, skip, kept, ctx.factor, ctx.shape, True)
         dw, db = unpacked(weight_grad(dy, x, kept, ctx.factor, ctx.shape, False), len(weight))
         dw = dw.view(weight.shape)
         return dx, dw, db if has_bias else None, dy if has_skip else None, None, None, None
@@ -233,10 +260,9 @@ def project(
     kept: one number per image, (B, ...), or per number of the result, (..., N). Without it none is dropped.
     """
     rows = rows_of(tokens)
-    out_width, in_width = out_head or 1, in_head or 1
-    out_padded, in_padded = (-(-head // 8) * 8 or 1 for head in (out_head, in_head))
-    outputs = layer.out_features // out_width * out_padded
-    shape = (outputs, rows.shape[1], rows.shape[1], 1, 1, out_width, out_padded, in_width, in_padded, 0)
+    out_heads, in_heads = ((head or 1, -(-head // 8) * 8 or 1) for head in (out_head, in_head))
+    outputs = layer.out_features // out_heads[0] * out_heads[1]
+    shape = layer_shape(outputs, rows.shape[1], out_heads=out_heads, in_heads=in_heads)
     added = None if residual is None else residual.reshape(-1, outputs)
     if kept is not None:
         kept = kept.flatten() if kept.numel() == len(kept) else kept.reshape(-1, outputs)
@@ -244,15 +270,19 @@ def project(
     return out.view(*tokens.shape[:-1], outputs), rows.view(tokens.shape)
 
 
-def patch_conv(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    """Return conv(x) of a convolution, dense or depth-wise, whose stride is its kernel."""
-    (batch, channels, height, width), patch = x.shape, conv.stride[0]
+def patch_conv(x: Tensor, conv: nn.Conv2d, bias: Tensor | None) -> Tensor:
+    """Return conv(x), with this bias, of a convolution, dense or depth-wise, whose stride is its kernel.
+    Or the stem's first: a kernel of 3, a stride of 2, padded by 1, of images that need no gradient.
+    """
+    (batch, channels, height, width), patch, stride = x.shape, conv.kernel_size[0], conv.stride[0]
     weight = conv.weight.permute(0, 2, 3, 1).flatten(1)
+    height, width = height // stride, width // stride
+    map_of_patches = patch, width, height if patch > stride else 0
     heads, is_depthwise = (1, 1, 1, 1), int(conv.groups > 1)
-    shape = (len(weight), patch**2 * channels, channels, patch, width // patch, *heads, is_depthwise)
+    shape = (len(weight), patch**2 * channels, channels, *map_of_patches, *heads, is_depthwise)
     rows = rows_of(x.permute(0, 2, 3, 1))
-    out, _ = _Linear.apply(rows, weight, conv.bias, None, None, 1.0, shape)
-    return out.view(batch, height // patch, width // patch, -1).permute(0, 3, 1, 2)
+    out, _ = _Linear.apply(rows, weight, bias, None, None, 1.0, shape)
+    return out.view(batch, height, width, -1).permute(0, 3, 1, 2)
 
 
 def rows_of(tokens: Tensor) -> Tensor:  # (..., C) -> (M, C) in autocast's dtype

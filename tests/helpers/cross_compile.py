@@ -45,7 +45,8 @@ from cmtrain.models.blocks import (
 )
 
 FLAGS = (
-    "TRAINING", "RESIDUAL", "SKIP", "PLAIN", "GELU", "BACKWARD", "BIAS", "PIXELS", "DEPTHWISE", "PATCH"
+    "TRAINING", "RESIDUAL", "SKIP", "PLAIN", "GELU", "BACKWARD", "BIAS", "PIXELS", "DEPTHWISE", "PATCH",
+    "HEIGHT"
 )  # fmt: skip
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -124,6 +125,7 @@ def others(channels: int) -> list[tuple[Callable, torch.nn.Module]]:
         *((attend, Attention(channels, heads, 2, each)) for each in options),
         (lambda network, x: network(x), PatchConv(channels, 2 * channels, 2, kernel="fused")),
         (lambda network, x: network(x), Stem(channels, 16, "fused")),
+        (lambda network, x: network(x[:, :3].detach()), Stem(3, 16, "fused")),
     ]
 
 

@@ -68,10 +68,10 @@ def test_a_training_step_of_cmt_ti_stays_within_its_budget():
     assert len(eager.calls) <= 1870
     fused = traffic_of("cmt_ti", ffn_kernel="fused")
     assert fused.total_bytes <= 115 * MB
-    assert len(fused.calls) <= 1385
-    # Convolutions of the stem alone, forward and backward; products of the head alone.
+    assert len(fused.calls) <= 1160
+    # Two convolutions of the stem alone, forward and backward; products of the head alone.
     assert not {"gelu", "native_layer_norm", "native_dropout"} & fused.bytes_by_op.keys()
-    assert fused.bytes_by_op["convolution"] + fused.bytes_by_op["convolution_backward"] <= 3.3 * MB
+    assert fused.bytes_by_op["convolution"] + fused.bytes_by_op["convolution_backward"] <= 2.6 * MB
     assert fused.bytes_by_op["mm"] + fused.bytes_by_op["addmm"] <= 0.4 * MB
     drops = {"drop_rate": 0.1, "attn_drop_rate": 0.1, "proj_drop_rate": 0.1, "drop_path_rate": 0.1}
     reimpl = traffic_of("cmt_ti", variant="reimpl", ffn_kernel="fused", **drops)  # full_in1k
