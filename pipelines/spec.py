@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -61,6 +62,11 @@ def is_device(path: str | os.PathLike[str]) -> bool:
     """Return whether a path names a device, such as /dev/stdout: a rename, by root, would replace it."""
     is_below = os.path.abspath(path).startswith(("/dev/", "/proc/"))
     return is_below and os.path.exists(path) and (os.path.islink(path) or not os.path.isfile(path))
+
+
+def is_url(root: str) -> bool:
+    """Return whether data.root names a bucket or a web server instead of a folder."""
+    return re.match(r"(s3|gs|az|https?)://", root) is not None
 
 
 def visible(text: object) -> str:

@@ -29,7 +29,8 @@ MAY_IMPORT = {
     "cmtrain.commands": COMMANDS,
     "cmtrain.commands.bench": COMMANDS,
     "cmtrain.training": TRAINING | PIPELINES,
-    "cmtrain.monitoring": MONITORING | {"cmtrain.monitoring.report", "pipelines.checks"},
+    "cmtrain.monitoring": MONITORING
+    | {"cmtrain.monitoring.report", "pipelines.checks", "pipelines.files.objects"},
     "cmtrain.monitoring.report": MONITORING | {"cmtrain.monitoring", "pipelines.checks"},
     "cmtrain.processes": {"cmtrain.storage", "cmtrain.config"},
     "cmtrain.storage": {"cmtrain.models", "cmtrain.config", "pipelines.atomic"},

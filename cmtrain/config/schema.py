@@ -183,9 +183,10 @@ def to_yaml(config: Config, comments: Mapping[str, str] | None = None) -> str:
 _FREE_SECTIONS = ("guard", "checkpoint", "evaluate", "metrics", "expect")
 _FREE_KEYS = (
     "run.name", "run.dir", "data.root", "data.decode", "data.hw_decoder_load", "data.threads",
-    "data.prefetch_batches", "data.cache_dir", "data.max_bad_fraction", "model.ffn_kernel", "train.compile",
-    "train.compile_mode", "train.grad_checkpointing", "train.max_batch_per_gpu", "train.log_every_steps",
-    "train.step_timeout_seconds", "train.collective_timeout_seconds",
+    "data.prefetch_batches", "data.cache_dir", "data.cache_gb", "data.max_bad_fraction",
+    "model.ffn_kernel", "train.compile", "train.compile_mode", "train.grad_checkpointing",
+    "train.max_batch_per_gpu", "train.log_every_steps", "train.step_timeout_seconds",
+    "train.collective_timeout_seconds",
 )  # fmt: skip
 
 

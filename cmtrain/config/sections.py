@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from pipelines.spec import MAX_BAD_FRACTION, Decode
+from pipelines.spec import MAX_BAD_FRACTION, Decode, is_url
 
 
 def _printable(text: str) -> str:
@@ -39,8 +39,15 @@ def _below_root(text: str) -> str:
     return _path(text)
 
 
+def _root(text: str) -> str:
+    if is_url(text) and re.search(r"[?#]|//[^/]*@|//(/|$)", text):
+        raise ValueError("must be a plain place, as s3://bucket/imagenet-256; keys are for the environment")
+    return _path(text)
+
+
 Text = Annotated[str, AfterValidator(_printable)]
 AnyPath = Annotated[str, AfterValidator(_path)]
+Root = Annotated[str, AfterValidator(_root)]
 PathBelowRoot = Annotated[str, AfterValidator(_below_root)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
@@ -139,7 +146,14 @@ CMT_OPTIONS = (
 
 
 class Data(Section):
-    root: AnyPath = _key(..., "folder that holds the images, or demo:digits, demo:photos or demo:jpegs")
+    root: Root = _key(
+        ...,
+        "folder that holds the images; s3://, gs://, az:// or https:// and the place of packed ones; or "
+        "demo:digits, demo:photos or demo:jpegs",
+    )
+    cache_gb: Positive = _key(
+        200.0, "most of the disk of cache_dir that a copy of the images of a bucket may take"
+    )
     train_dir: PathBelowRoot = _key("train", "<class>/<image> tree of the training images, below root")
     val_dir: PathBelowRoot = _key("val", "<class>/<image> tree of the validation images, below root")
     train_list: AnyPath | None = _key(

@@ -8,7 +8,7 @@ only label that a user chooses; none holds a path or a host name, so the number 
 
 import itertools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -16,17 +16,19 @@ from typing import Any
 import prometheus_client
 import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import CounterMetricFamily
 
 from cmtrain.monitoring.machine import gpu_identity, memory_bytes
 from cmtrain.step.evaluate import Evaluation
 from cmtrain.step.measure import PHASES, StepReport
 from pipelines.checks.decode_one import KINDS
+from pipelines.files.objects import COUNTS, REASONS
 
 prometheus_client.disable_created_metrics()  # they would double the number of counter series
 
 STEP_BUCKETS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1, 2, 5, 10, 30)
 PHASE_BUCKETS = (0.001, 0.005, 0.02, 0.1, 0.5, 2)
-EVAL_BUCKETS = (1, 2, 5, 10, 20, 60, 120, 300, 600, 1800)
+EVAL_BUCKETS = (1, 5, 20, 60, 120, 300, 600, 1800)
 
 STATES = ("setup", "train", "evaluate", "checkpoint")
 DATA_WAIT = "data_wait"
@@ -36,7 +38,7 @@ RUN_FACTS = ("model", "precision", "device", "world_size", "version")
 Timing = Sequence[Mapping[str, float]]  # seconds by phase, of each of some steps
 
 
-@dataclass
+@dataclass(eq=False)  # a registry hashes its collectors
 class TrainMetrics:
     """The series of one rank. `facts`: see `start`. `state`: of STATES. `reported`: the last log point."""
 
@@ -92,6 +94,7 @@ class TrainMetrics:
         self.gpu_memory = gauge("gpu_memory_bytes", "Memory of torch's allocator at the last log.", kind=())
         self.gpu_info = gauge("gpu_info", "The GPU of this rank, value 1; joins to DCGM.", UUID=(), model=())
         self.run_info = gauge("run_info", "Facts of the run, value 1.", **dict.fromkeys(RUN_FACTS, ()))
+        self.registry.register(self)
         # The process's memory, CPU time and file descriptors, and Python's version, under their usual names.
         prometheus_client.ProcessCollector(registry=self.registry)
         prometheus_client.PlatformCollector(registry=self.registry)
@@ -118,6 +121,19 @@ class TrainMetrics:
         for values in itertools.product(*labels.values()):
             series(*values)
         return series
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        """Yield what this process has read from a bucket until now: a step may be waiting for it."""
+        labels, values = ("run", "rank"), (self.run, str(self.rank))
+        for name, text in ("requests", "Requests to the bucket."), ("bytes", "Bytes from the bucket."):
+            family = CounterMetricFamily(f"cmtrain_store_{name}", text, labels=labels)
+            family.add_metric(values, COUNTS[name])
+            yield family
+        text = "Requests to the bucket that were repeated, by reason."
+        family = CounterMetricFamily("cmtrain_store_retries", text, labels=(*labels, "reason"))
+        for reason in REASONS:
+            family.add_metric((*values, reason), COUNTS[reason])
+        yield family
 
     def start(
         self, facts: Mapping[str, str], *, last_step: int, flops_per_image: int, device: torch.device

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import itertools
 import os
 import re
@@ -22,9 +23,19 @@ from pipelines.decoder_probe import WAYS, choose_decode
 from pipelines.files.demo_images import demo_folder
 from pipelines.files.doubts import pair_doubts, split_doubts
 from pipelines.files.manifest import Manifest
+from pipelines.files.mirror import SOURCE, mirror_split
 from pipelines.files.shards import is_packed
 from pipelines.plan import ClassSampling, Plan
-from pipelines.spec import IMAGENET_MEAN, IMAGENET_STD, AugmentSpec, Channels, DataError, EvalSpec, Placement
+from pipelines.spec import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    AugmentSpec,
+    Channels,
+    DataError,
+    EvalSpec,
+    Placement,
+    is_url,
+)  # fmt: skip
 
 if TYPE_CHECKING:
     import torch
@@ -93,7 +104,7 @@ def check_places(config: Config, *, trains: bool = True) -> None:
     """Raise DataError, as open_data would, where a folder or a list of images is missing.
     `trains`: whether training images are needed as well.
     """
-    data, root = config.data, _root_of(config)
+    data, root = config.data, _root_of(config, trains=trains)
     splits = [(data.train_dir, data.train_list)] if trains else []
     for folder, list_file in [*splits, (data.val_dir, data.val_list)]:
         if not (root / (_list_for(root, folder, list_file) or folder)).exists():
@@ -128,10 +139,28 @@ def scale_doubts(mean: Channels, std: Channels) -> list[str]:
     return [f"{given}: are they swapped?"] if (mean, std) == (IMAGENET_STD, IMAGENET_MEAN) else []
 
 
-def _root_of(config: Config) -> Path:
-    """Return data.root; demo images are written first if they do not exist."""
+def _root_of(config: Config, *, trains: bool = True) -> Path:
+    """Return data.root; demo images are written first if they do not exist.
+    Of a bucket it is a folder of copies, without the training images unless `trains`.
+    """
+    if is_url(config.data.root):
+        return _copies(config, trains)
     name = config.data.root.removeprefix("demo:")
     return demo_folder(name, cache_folder(config)) if name != config.data.root else Path(config.data.root)
+
+
+def _copies(config: Config, trains: bool) -> Path:
+    data = config.data
+    if data.train_list or data.val_list:
+        raise ConfigError("data.train_list, data.val_list: images of a bucket are packed; lists need files")
+    folder = cache_folder(config) / "buckets" / hashlib.sha256(data.root.encode()).hexdigest()[:16]
+    room = int(data.cache_gb * 1e9)
+    # The validation images first: each epoch needs all of them.
+    for split in (data.val_dir, data.train_dir)[: 1 + trains]:
+        # The first process of a host has just looked.
+        if os.environ.get("LOCAL_RANK", "0") == "0" or not (folder / split / SOURCE).is_file():
+            room -= mirror_split(f"{data.root.rstrip('/')}/{split}", folder / split, room)
+    return folder
 
 
 def _open_split(
@@ -166,7 +195,8 @@ def open_val(config: Config, class_names: Sequence[str], folder: str | None = No
     """
     if folder:
         return open_folder(config, Path(folder), class_names, positions=True)
-    return _open_split(config, _root_of(config), config.data.val_dir, config.data.val_list, class_names)
+    root = _root_of(config, trains=False)
+    return _open_split(config, root, config.data.val_dir, config.data.val_list, class_names)
 
 
 def make_train_loader(

@@ -169,6 +169,22 @@ DATA = PanelRow("Data", (
     }, width=6),
 ))  # fmt: skip
 
+BUCKET = PanelRow("Bucket", (
+    Panel("Read from the bucket", "Bps",
+        "All ranks. Falls to zero when all images are on local disk.", {
+        "{{run}}": f"sum by (run) (rate(cmtrain_store_bytes_total{{{RUN}}}[$__rate_interval]))",
+    }),
+    Panel("Requests to the bucket", "reqps", "All ranks. Stores limit them, S3 at 5,500/s a prefix.", {
+        "{{run}}": f"sum by (run) (rate(cmtrain_store_requests_total{{{RUN}}}[$__rate_interval]))",
+    }),
+    Panel("Requests repeated", "reqps",
+        "failed: no answer, or one of a server in trouble; corrupt: wrong checksum (CmtrainStoreFailing).", {
+        "{{run}} {{reason}}": (
+            f"sum by (run, reason) (rate(cmtrain_store_retries_total{{{RUN}}}[$__rate_interval]))"
+        ),
+    }),
+))  # fmt: skip
+
 LEARNING = PanelRow("Learning", (
     Panel("Loss", "none",
         "Rising for long: lower optim.lr. Training far below evaluation: more augmentation.", {
@@ -290,7 +306,7 @@ CHECKPOINTS = PanelRow("Checkpoints and evaluations", (
     }, width=6),
 ))  # fmt: skip
 
-RUN_ROWS = (OVERVIEW, THROUGHPUT, TIME, STRAGGLERS, DATA, LEARNING, NUMERICS, GPU, CHECKPOINTS)
+RUN_ROWS = (OVERVIEW, THROUGHPUT, TIME, STRAGGLERS, DATA, BUCKET, LEARNING, NUMERICS, GPU, CHECKPOINTS)
 
 FLEET_ROWS = (
     PanelRow("Runs", (

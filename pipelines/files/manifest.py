@@ -36,6 +36,7 @@ from pipelines.files.labels import (
 )
 from pipelines.files.listing import Listing, Paths, describe_skipped, file_state, list_folder, look_at
 from pipelines.files.lists import list_file
+from pipelines.files.mirror import SOURCE, Mirror
 from pipelines.files.scan_cache import cached_scan, list_digest
 from pipelines.files.shards import INDEX, Slices
 from pipelines.plan import sample_keys
@@ -208,7 +209,8 @@ def write_index(shards: Manifest, recipe: str) -> None:
     buffer, offsets = shards.paths.joined()
     image = {name: getattr(shards, name) for name in ("labels", "heights", "widths", "class_names")}
     bad = np.array(shards.bad, np.str_).reshape(-1, 3)
-    places = {field.name: getattr(shards.packed, field.name) for field in fields(Slices)[1:]}  # but `folder`
+    # But folder and mirror
+    places = {field.name: getattr(shards.packed, field.name) for field in fields(Slices)[1:-1]}
     with replacing(shards.root / INDEX) as file:
         np.savez(file, recipe=recipe, path_buffer=buffer, path_offsets=offsets, **image, bad=bad, **places)
 
@@ -226,6 +228,8 @@ def read_index(folder: Path) -> tuple[str, Manifest]:
             columns[name] = tuple(columns[name].tolist())
         image = {name: columns.pop(name) for name in ("labels", "heights", "widths", "class_names")}
         slices = Slices(folder, **columns)
+        if (folder / SOURCE).is_file():
+            slices = replace(slices, mirror=Mirror(slices))
         # Older indexes have no kind: (path, reason).
         bad_files = tuple(BadFile(row[0], row[1] if len(row) == 3 else "other", row[-1]) for row in bad)
         sizes = slices.size_bytes

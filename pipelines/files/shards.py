@@ -11,7 +11,7 @@ import zlib
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +36,7 @@ class Slices:
     offsets: NDArray[np.int64]  # (N,)
     size_bytes: NDArray[np.int64]  # (N,)
     checksums: NDArray[np.uint32]  # (N,) CRC-32
+    mirror: Any = None  # a `mirror.Mirror` if the folder is a copy of a bucket's, which may lack images
 
     @os_errors_in_one_line()
     def check_shards(self) -> None:
@@ -65,6 +66,8 @@ class Slices:
 
     def read(self, index: int) -> bytes:
         """Return the encoded bytes of one image. Raises DataError when its shard cannot be read."""
+        if self.mirror:
+            self.mirror.wait_for(self.mirror.chunks(self.select(np.array([index]))))
         path = self.shard_path(self.shards[index])
 
         def read() -> bytes:

@@ -82,9 +82,9 @@ def test_a_training_step_of_cmt_ti_stays_within_its_budget():
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3500)
 def test_a_compiled_step_of_cmt_ti_stays_within_its_budget(figure):
-    """Inductor's own count charges a group of fused operations its reads and writes. It takes five minutes.
+    """Inductor's own count charges a group of fused operations its reads and writes. It takes ten minutes.
 
     The paper's released code, compiled: 220 MB.
     """
@@ -96,7 +96,7 @@ def test_a_compiled_step_of_cmt_ti_stays_within_its_budget(figure):
 def counted_by_inductor(ffn_kernel: str, figure) -> float:
     script = ROOT / "tests" / "helpers" / "inductor_traffic.py"
     run = subprocess.run(
-        [sys.executable, str(script), ffn_kernel], stdout=subprocess.PIPE, check=True, timeout=900
+        [sys.executable, str(script), ffn_kernel], stdout=subprocess.PIPE, check=True, timeout=1700
     )
     counted = json.loads(run.stdout)
     forward_bytes, backward_bytes = counted["forward_bytes"], counted["backward_bytes"]
