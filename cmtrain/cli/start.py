@@ -20,8 +20,6 @@ from pipelines.spec import DataError, print_lines
 if TYPE_CHECKING:
     from cmtrain.training.loaders import Data  # with numpy: help and mistakes answer without it
 
-STATE_NAME = "state.safetensors"  # of a checkpoint that this version can read
-
 
 def announce(what: str, start: str = f"cmtrain {__version__}: ") -> None:
     """Print the first line of a verb, on the first rank or in the process that starts the ranks."""
@@ -127,7 +125,7 @@ def _config_in(manifest: Path) -> dict[str, Any] | None:
     try:
         old = content["meta"]["config"]
         recipe_changes(old, old)
-        return old if list(content["files"]) == [STATE_NAME] else None
+        return old
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
 

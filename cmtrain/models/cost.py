@@ -4,7 +4,6 @@ Memory traffic bounds CMT (docs/performance.md), so a change to the model is mea
 passes run on fake tensors, and every operation is charged its reads and writes, so the counts never vary.
 """
 
-import collections
 import copy
 import math
 from collections.abc import Callable
@@ -44,16 +43,8 @@ class Call(NamedTuple):
 class Traffic:
     """Bytes per image and kernels of a pass over a batch. Operations that only view or allocate are none."""
 
-    forward_bytes: float
-    backward_bytes: float
-    forward_kernels: int
-    backward_kernels: int
-    bytes_by_op: dict[str, float]  # both passes, the largest first
+    total_bytes: float
     calls: list[Call]
-
-    @property
-    def total_bytes(self) -> float:
-        return self.forward_bytes + self.backward_bytes
 
 
 def count(
@@ -72,17 +63,9 @@ def count(
         with counter, AsOnCuda(), torch.set_grad_enabled(model.training):
             with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
                 logits = torch.func.functional_call(model, tensors, (images,))
-            num_forward = len(counter.calls)
             if model.training:
                 logits.backward(torch.empty_like(logits))
-    forward_bytes = sum(call.bytes for call in counter.calls[:num_forward])
-    by_op = collections.Counter[str]()
-    for call in counter.calls:
-        by_op[call.name] += call.bytes
-    sums = forward_bytes / batch, (by_op.total() - forward_bytes) / batch
-    by_op_of_image = {name: moved / batch for name, moved in by_op.most_common()}
-    num_backward = len(counter.calls) - num_forward
-    return Traffic(*sums, num_forward, num_backward, by_op_of_image, counter.calls)
+    return Traffic(sum(call.bytes for call in counter.calls) / batch, counter.calls)
 
 
 def _fake(tensor: Tensor) -> Tensor:

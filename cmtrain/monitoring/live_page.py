@@ -18,7 +18,7 @@ from cmtrain.monitoring.report.page import TONES
 from cmtrain.monitoring.report.rendering import render_page
 from cmtrain.monitoring.units import duration, is_part, percent, short, state_name
 from cmtrain.storage.run_folder import REPORT_NAME
-from cmtrain.storage.run_record import is_sampled, read_sample
+from cmtrain.storage.run_record import read_sample
 
 HTML = "text/html; charset=utf-8"
 STATES = {"setup": "setting up", "train": "training", "evaluate": "evaluating", "checkpoint": "saving"}
@@ -35,8 +35,7 @@ def make_live_page(
     page: dict[str, Any] = {"metrics": metrics, "now": now, "report": run_path / REPORT_NAME}
     if metrics.rank == 0:
         record = read_sample(run_path, status)
-        page |= draw_charts([PlottedRun(record)])
-        page |= {"sampled": is_sampled(run_path / "log.jsonl"), "events": newest_rows(record, at)}
+        page |= draw_charts([PlottedRun(record)]) | {"events": newest_rows(record, at)}
     state, tone = STATES[now["state"]], "info" if now["state"] == "setup" else "good"
     if now["stalled"]:
         state, tone = "stalled", "bad"

@@ -20,11 +20,7 @@ from pipelines.atomic import delete, new_folder
 
 MAX_MANIFEST_BYTES = 2**20  # a full one has 4 kB
 TEMPORARY, DOOMED = ".tmp-", ".del-"
-_MANIFEST, _STATE, _OLD_STATE = "manifest.json", "state.safetensors", "state.pt"
-
-
-class OldFormatError(CheckpointError):
-    """A checkpoint of an older cmtrain: not damaged, but unreadable for this one."""
+_MANIFEST, _STATE = "manifest.json", "state.safetensors"
 
 
 @dataclass(frozen=True)
@@ -75,7 +71,7 @@ def save_checkpoint(root: Path, step: int, state: dict[str, Any], meta: dict[str
 
 
 def load_checkpoint(path: Path) -> Loaded:
-    """Verify and load one checkpoint folder, onto the CPU. Raises as read_state, or OldFormatError."""
+    """Verify and load one checkpoint folder, onto the CPU. Raises as read_state."""
     digest, meta = retried(_read_manifest, path)
     return Loaded(path, retried(read_state, path / _STATE, digest), meta)
 
@@ -92,8 +88,6 @@ def load_newest(root: Path, *, set_aside: bool = True) -> Loaded | None:
         path = checkpoint_path(root, step)
         try:
             return replace(load_checkpoint(path), rejected=tuple(rejected))
-        except OldFormatError:
-            raise  # and keeps its name, for the version that can read it
         except CheckpointError as error:
             rejected.append(str(error))
             if set_aside:
@@ -159,9 +153,6 @@ def _read_manifest(path: Path) -> tuple[Digest, dict[str, Any]]:
             raise ValueError(f"more than {MAX_MANIFEST_BYTES} bytes")
         manifest = json.loads(text)
         files, meta = manifest["files"], manifest["meta"]
-        if list(files) == [_OLD_STATE]:
-            advice = "export the weights with that version, and start a new run from them (model.init_from)"
-            raise OldFormatError(f"{path}: {_OLD_STATE} is the format of an older cmtrain; {advice}")
         # One file of one name: nothing in a manifest is a path that could lead elsewhere.
         if list(files) != [_STATE] or not isinstance(meta, dict):
             raise ValueError(f"must describe {_STATE} and nothing else")

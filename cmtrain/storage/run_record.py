@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -23,9 +23,8 @@ from pipelines.spec import DataError
 RUN_FILES = ("status.json", "log.jsonl", "events.jsonl", "config.yaml")
 ROWS_AT_A_TIME = 20_000  # of a log: as dicts they take ten times the memory that they take as columns
 
-WHOLE_BYTES = 128 * 1024  # a file up to this size is read whole: about 400 log records
-MAX_PLACES = 512  # in a longer file, at which a line is read
-LAST_BYTES = 64 * 1024  # of events.jsonl
+LAST_BYTES = 64 * 1024  # of a file that is sampled: about 200 log records
+MAX_PLACES = 512  # in the rest of it, at which a line is read
 BUFFER_BYTES = 1024  # two or three log records, so that little more is read than is used
 
 Columns = Mapping[str, np.ndarray]  # name -> (N,) float64, NaN where a row has no number
@@ -78,10 +77,10 @@ def read_run(path: Path) -> RunRecord:
 
 
 def read_sample(path: Path, status: dict[str, Any]) -> RunRecord:
-    """Read a sample of log and evaluations, and the newest events: as much after a million steps."""
+    """Read a sample of log, evaluations and events, whole at their end: as much after a million steps."""
     log = filter(None, map(parse_record, sample_lines(path / "log.jsonl")))
     rows = (line.decode(errors="replace") for line in sample_lines(path / "summary.csv"))
-    events = filter(None, map(parse_record, last_lines(path / "events.jsonl", LAST_BYTES)))
+    events = filter(None, map(parse_record, sample_lines(path / "events.jsonl")))
     return RunRecord(path, status, to_columns(log), to_columns(_rows(rows)), list(filter(is_event, events)))
 
 
@@ -171,45 +170,19 @@ def _number(text: str | None) -> float | None:
 
 
 def sample_lines(path: Path) -> Iterator[bytes]:
-    """Yield all lines of a short file; of a long one some 256 to 512, evenly, with the first and last.
+    """Yield the last LAST_BYTES of a file in whole lines, after 256 to 512 lines of the rest, evenly.
     They are taken at multiples of a power of two: a file that grows keeps its sample until it has doubled.
     """
     with noting(path), open_regular(path, buffering=BUFFER_BYTES) as file:
         num_bytes = os.fstat(file.fileno()).st_size
-        if num_bytes <= WHOLE_BYTES:
-            yield from file
-            return
-        stride = 1 << ((num_bytes - 1) // MAX_PLACES).bit_length()
-        begun = -1
-        for place in range(0, num_bytes, stride):
-            begin = _seek_line(file, place)
-            if begun < begin < num_bytes:
+        end, begun = max(0, num_bytes - LAST_BYTES), -1
+        stride = 1 << (num_bytes // MAX_PLACES).bit_length()
+        for place in (*range(0, end, stride), end):
+            file.seek(max(0, place - 1))
+            if place:
+                file.readline()  # the rest of the line before
+            begin = file.tell()
+            if begun < begin < end:  # a long line may hold several places
                 yield file.readline()
                 begun = begin
-    yield from last_lines(path, 4 * BUFFER_BYTES)
-
-
-def is_sampled(path: Path) -> bool:
-    """Return whether sample_lines leaves out lines of a file."""
-    try:
-        return path.stat().st_size > WHOLE_BYTES
-    except OSError:
-        return False
-
-
-def last_lines(path: Path, num_bytes: int) -> list[bytes]:
-    """Return the whole lines among the last `num_bytes` of a file."""
-    try:
-        with open_regular(path) as file:
-            _seek_line(file, max(0, os.fstat(file.fileno()).st_size - num_bytes))
-            return file.readlines()
-    except (OSError, records.DamagedRecordError):
-        return []
-
-
-def _seek_line(file: BinaryIO, place: int) -> int:
-    """Go to the first line that begins at `place` or after it. Return where it begins."""
-    file.seek(max(0, place - 1))
-    if place:
-        file.readline()
-    return file.tell()
+        yield from file

@@ -4,15 +4,14 @@ A step is one optimizer update on one global batch. Durations are configured in 
 """
 
 import math
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 
 from cmtrain.config.schema import Config
 from cmtrain.errors import ConfigError
 from pipelines.spec import DataError
 
 
-@dataclass(frozen=True)
+@dataclass
 class Schedule:
     """A run of `epochs` + `cooldown_epochs` epochs over `num_samples` samples on `world_size` processes.
     An epoch drops its incomplete last batch. Raises ConfigError: see split_batch. DataError: no whole batch.
@@ -28,27 +27,21 @@ class Schedule:
     warmup_lr: float
     min_lr: float
     cooldown_epochs: int
+    micro_batch_size: int = field(init=False)
+    accumulation: int = field(init=False)  # micro-batches that one process accumulates into a step
+    steps_per_epoch: int = field(init=False)
+    warmup_steps: int = field(init=False)
 
     def __post_init__(self) -> None:
-        split_batch(self.global_batch_size, self.max_batch_per_gpu, self.world_size)
+        split = split_batch(self.global_batch_size, self.max_batch_per_gpu, self.world_size)
+        self.micro_batch_size, self.accumulation = split
+        self.steps_per_epoch = self.num_samples // self.global_batch_size
+        self.warmup_steps = round(self.warmup_epochs * self.steps_per_epoch)
         if self.steps_per_epoch == 0:
             raise DataError(
                 f"the training set has {self.num_samples:,} samples, less than one global batch of "
                 f"{self.global_batch_size:,}; lower train.global_batch_size"
             )
-
-    @cached_property
-    def micro_batch_size(self) -> int:
-        return split_batch(self.global_batch_size, self.max_batch_per_gpu, self.world_size)[0]
-
-    @cached_property
-    def accumulation(self) -> int:
-        """Micro-batches that one process accumulates into a step."""
-        return split_batch(self.global_batch_size, self.max_batch_per_gpu, self.world_size)[1]
-
-    @cached_property
-    def steps_per_epoch(self) -> int:
-        return self.num_samples // self.global_batch_size
 
     @property
     def total_epochs(self) -> int:
@@ -57,10 +50,6 @@ class Schedule:
     @property
     def total_steps(self) -> int:
         return self.total_epochs * self.steps_per_epoch
-
-    @cached_property
-    def warmup_steps(self) -> int:
-        return round(self.warmup_epochs * self.steps_per_epoch)
 
     @property
     def decay_end_step(self) -> int:

@@ -2,8 +2,7 @@
 
 A text file, one `path<TAB>kind<TAB>reason` per line, paths relative to the folder that was checked. It is
 bad_files.tsv in that folder or, where that cannot be written, a file in the user's cache. Deleting a line
-takes its file back in. What is not printable in a path is an escape such as \\n or \\x1b, and a backslash is
-two. Older lists, with another first line, have no escapes; the oldest have no kind, which counts as "other".
+takes its file back in. In a path, what is not printable is an escape such as \\n, and a backslash is two.
 """
 
 import contextlib
@@ -74,11 +73,10 @@ def write_list(folder: Path, faults: Mapping[str, Fault], path: Path | None = No
         faults = kept | {prefix + listed: fault for listed, fault in faults.items()}
         folder = folder.parent
     written = _write_first(_places(folder), faults) if faults else None
-    for holder in (folder, *(folder / name for name in SPLITS)):  # a split has one of an older check
-        for place in _places(holder):
-            if place != written:
-                with contextlib.suppress(OSError):
-                    place.unlink(missing_ok=True)
+    for place in _places(folder):
+        if place != written:
+            with contextlib.suppress(OSError):
+                place.unlink(missing_ok=True)
     return written
 
 
@@ -108,16 +106,15 @@ def _read(path: Path) -> dict[str, Fault]:
             return {}
         raise
     faults: dict[str, Fault] = {}
-    unescaped = _unescaped if text.startswith(_HEADER) else str
     for number, line in enumerate(text.split("\n"), start=1):
         if line and not line.startswith("#"):
-            if "\t" not in line or "\0" in line:
+            listed, _, rest = line.partition("\t")
+            column, _, reason = rest.partition("\t")
+            kind = next((kind for kind in KINDS if kind == column), None)
+            if kind is None or "\0" in line:
                 advice = "expected path, tab, kind, tab, reason; mend it, or run `cmtrain data check` again"
                 raise DataError(f"{path}:{number}: {advice}")
-            listed, _, reason = line.rpartition("\t")  # a path may hold tabs, a reason does not
-            before, _, column = listed.rpartition("\t")
-            kind = next((kind for kind in KINDS if kind == column), None)
-            faults[unescaped(before if kind else listed)] = Fault(kind or "other", reason)
+            faults[_unescaped(listed)] = Fault(kind, reason)
     return faults
 
 

@@ -230,8 +230,7 @@ def read_index(folder: Path) -> tuple[str, Manifest]:
         slices = Slices(folder, **columns)
         if (folder / SOURCE).is_file():
             slices = replace(slices, mirror=Mirror(slices))
-        # Older indexes have no kind: (path, reason).
-        bad_files = tuple(BadFile(row[0], row[1] if len(row) == 3 else "other", row[-1]) for row in bad)
+        bad_files = tuple(BadFile(*row) for row in bad)
         sizes = slices.size_bytes
         facts: dict[str, Any] = {"bad": bad_files, "identities": _identities(slices.checksums, sizes)}
         shards = Manifest(folder, paths, **image, size_bytes=sizes, packed=slices, **facts)

@@ -5,13 +5,13 @@ import copy
 import pytest
 import torch
 from helpers.compiled import compiled_for_gpus, predicted_kernels
+from helpers.traffic import bytes_by_op
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from cmtrain.models import ffn_operators, norm_kernels
 from cmtrain.models.blocks import ChannelNorm, Stem
 from cmtrain.models.cmt import SIZES
-from cmtrain.models.cost import count
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CHANNELS = sorted({dim for size in SIZES.values() for dim in size.dims})
@@ -192,7 +192,7 @@ class Residual(nn.Module):
 
 
 def test_a_norm_is_two_passes_forward_and_four_backward_with_the_gradient_past_it():
-    found = count(Residual(), image_px=16, batch=1024).bytes_by_op
+    found = bytes_by_op(Residual(), image_px=16, batch=1024)
     one_pass = 2 * 46 * 256
     assert found["norm"] == pytest.approx(2 * one_pass, rel=0.001)
     assert found["norm_grad"] == pytest.approx(4 * one_pass, rel=0.01)  # and sums
@@ -286,7 +286,7 @@ class OneLayer(nn.Module):
 
 def test_gelu_and_batch_norm_are_three_passes_forward_and_five_backward():
     """Count by hand, three layers: moments r, normal r w; sums r r, gradient r r w."""
-    found = count(OneLayer(), image_px=64, batch=256).bytes_by_op
+    found = bytes_by_op(OneLayer(), image_px=64, batch=256)
     one_pass = 2 * 16 * 32 * 32
     assert found["batch_norm"] == pytest.approx(3 * 8 * one_pass, rel=0.02)
     assert not {"native_batch_norm", "gelu"} & found.keys()

@@ -14,7 +14,7 @@ from cmtrain.monitoring.http_server import Exporter
 from cmtrain.monitoring.metrics import TrainMetrics
 from cmtrain.monitoring.routes import make_pages
 from cmtrain.step.measure import StepReport
-from cmtrain.storage.run_record import MAX_PLACES, WHOLE_BYTES, last_lines, read_sample, sample_lines
+from cmtrain.storage.run_record import LAST_BYTES, MAX_PLACES, read_sample, sample_lines
 
 FACTS = {"model": "cmt_ti", "precision": "fp16", "device": "cuda", "world_size": "8", "version": "0.1.0"}
 SPEED = {"images_per_second": 12_810.4, "data_wait_ratio": 0.034}
@@ -200,6 +200,9 @@ def test_it_is_made_once_a_second_for_everybody_and_not_while_nobody_looks(folde
     assert len(looks) == 2
 
 
+DENSE = LAST_BYTES // 201  # lines of the next function
+
+
 def numbered(path, count):
     path.write_text("".join(f"{number:09d} {'x' * 190}\n" for number in range(count)))
     return [int(line.split()[0]) for line in sample_lines(path)]
@@ -207,28 +210,43 @@ def numbered(path, count):
 
 def test_a_long_log_is_sampled_evenly_and_a_short_one_read(tmp_path):
     path = tmp_path / "log"
-    short = WHOLE_BYTES // 201
-    assert numbered(path, short) == list(range(short))
-    for count in (short + 1, 5_000, 20_000, 100_000):
-        taken = sorted(set(numbered(path, count)))
-        assert MAX_PLACES // 2 <= len(taken) <= MAX_PLACES + 21
-        assert (taken[0], taken[-1]) == (0, count - 1)
+    assert numbered(path, DENSE) == list(range(DENSE))
+    for count in (DENSE + 1, 5_000, 20_000, 100_000):
+        taken = numbered(path, count)
+        assert taken == sorted(set(taken))
+        assert taken[-DENSE:] == list(range(count - DENSE, count))
+        assert taken[0] == 0
+        assert MAX_PLACES // 2 <= len(taken) <= MAX_PLACES + DENSE
         assert max(b - a for a, b in itertools.pairwise(taken)) <= 2 * count / (MAX_PLACES // 2)
 
 
 def test_the_sample_of_a_growing_log_stays(tmp_path):
     """A curve must not flicker: its points stay, but for the dense end, until the log has doubled."""
     first, second = numbered(tmp_path / "log", 30_000), numbered(tmp_path / "log", 38_000)
-    assert set(first[:-21]) <= set(second)
+    assert set(first[:-DENSE]) <= set(second)
 
 
-def test_the_end_of_a_file_is_whole_lines(tmp_path):
+def test_the_end_of_a_file_is_whole_lines(tmp_path, monkeypatch):
     path = tmp_path / "events"
-    path.write_bytes(b"".join(b"%d\n" % number for number in range(1000)) + b"cut")
-    assert last_lines(path, 10) == [b"999\n", b"cut"]
-    assert last_lines(path, 11) == [b"998\n", b"999\n", b"cut"]
-    assert len(last_lines(path, 10**6)) == 1001
-    assert last_lines(tmp_path / "none", 10) == []
+    lines = [*(b"%d\n" % number for number in range(1000)), b"cut"]
+    path.write_bytes(b"".join(lines))
+    assert list(sample_lines(path)) == lines
+    for num_bytes, whole in ((10, lines[-2:]), (11, lines[-3:]), (12, lines[-3:])):
+        monkeypatch.setattr("cmtrain.storage.run_record.LAST_BYTES", num_bytes)
+        taken = list(sample_lines(path))
+        assert taken[-len(whole) :] == whole
+        assert taken == sorted(set(taken), key=lines.index)
+    assert list(sample_lines(tmp_path / "none")) == []
+
+
+@pytest.mark.parametrize("num_bytes", [1, 100, 3_000])
+def test_a_line_longer_than_the_places_are_apart_is_taken_once(tmp_path, num_bytes):
+    path = tmp_path / "events"
+    lines = [b"%d %s\n" % (number, b"x" * num_bytes) for number in range(300_000 // num_bytes)]
+    path.write_bytes(b"".join(lines))
+    taken = [int(line.split()[0]) for line in sample_lines(path)]
+    assert taken == sorted(set(taken))
+    assert num_bytes < 3_000 or len(taken) == len(lines)
 
 
 # ---- in a browser

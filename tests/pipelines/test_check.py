@@ -84,7 +84,7 @@ def test_finds_exactly_the_bad_files_in_little_memory(data):
 
 
 def test_good_data_leaves_no_list(data, capsys):
-    (data / NAME).write_text("train/a/good.jpg\tof an earlier check\n")
+    (data / NAME).write_text("train/a/good.jpg\tother\tof an earlier check\n")
     assert check(str(data), full=True, processes=2, out=None) == 0
     assert not (data / NAME).exists()
     assert "bad files" not in capsys.readouterr().out
@@ -203,12 +203,13 @@ def test_the_kind_is_carried_and_never_read_from_the_reason(data, tmp_path, monk
     assert bad.reason == f"truncated, empty file, not a JPEG (listed in {NAME})"
 
 
-def test_an_older_list_has_no_kinds(data):
-    (data / NAME).write_text("train/a/cut.jpg\tempty file\ntrain/a/tab\there.jpg\tnot a JPEG\n")
-    assert read_lists(data / "train") == {
-        "a/cut.jpg": Fault("other", f"empty file (listed in {NAME})"),
-        "a/tab\there.jpg": Fault("other", f"not a JPEG (listed in {NAME})"),
-    }
+def test_a_list_needs_no_first_line_but_a_kind_in_each(data):
+    (data / NAME).write_text("train/a/tab\\there.jpg\ttruncated\tempty file\n")
+    fault = Fault("truncated", f"empty file (listed in {NAME})")
+    assert read_lists(data / "train") == {"a/tab\there.jpg": fault}
+    (data / NAME).write_text("train/a/cut.jpg\tempty file\n")
+    with pytest.raises(DataError, match=r"bad_files.tsv:1: expected path, tab, kind, tab, reason"):
+        read_lists(data / "train")
 
 
 @pytest.mark.parametrize(
@@ -329,11 +330,10 @@ def test_the_list_of_before_is_there_until_there_is_a_new_one(data, user_cache, 
 
 
 def test_a_split_has_no_list_of_its_own(data):
-    """Its part of the list beside it is replaced; one that an older check left in it is removed."""
+    """Its part of the list beside it is replaced."""
     for split in ("train", "val"):
         (data / split / "a" / "cut.jpg").write_bytes(encoded()[:-20])
     assert check(str(data), full=True, processes=1, out=None) == 0
-    (data / "train" / NAME).write_text("a/good.jpg\tother\tof an older check\n")
     (data / "train" / "a" / "cut.jpg").unlink()
     (data / "train" / "b" / "new.jpg").write_bytes(encoded()[:-20])
     assert check(str(data / "train"), full=True, processes=1, out=None) == 0

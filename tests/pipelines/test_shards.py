@@ -313,13 +313,17 @@ def test_missing_cut_and_damaged_parts_are_named(packed, tmp_path):
         Manifest.from_shards(tmp_path / "train")
 
 
-def test_an_older_index_has_no_kinds(packed, tmp_path):
+def test_an_index_keeps_the_kinds_of_bad_files(packed, tmp_path):
     for name, content in contents(packed).items():
         put(tmp_path / name, content)
     with np.load(tmp_path / "train" / "index.npz") as data:
-        columns = dict(data) | {"bad": np.array([("a/cut.jpg", "truncated")])}
-    np.savez(tmp_path / "train" / "index.npz", **columns)
-    assert Manifest.from_shards(tmp_path / "train").bad == (BadFile("a/cut.jpg", "other", "truncated"),)
+        columns = dict(data)
+    bad = ("a/cut.jpg", "truncated", "ends early")
+    np.savez(tmp_path / "train" / "index.npz", **columns | {"bad": np.array([bad])})
+    assert Manifest.from_shards(tmp_path / "train").bad == (BadFile(*bad),)
+    np.savez(tmp_path / "train" / "index.npz", **columns | {"bad": np.array([bad[:2]])})
+    with pytest.raises(DataError, match=r"index\.npz: cannot be read .*pack again"):
+        Manifest.from_shards(tmp_path / "train")
 
 
 def test_a_destination_of_something_else_is_left_alone(source, packed, cache, tmp_path):

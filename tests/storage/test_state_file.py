@@ -228,20 +228,6 @@ def test_a_checkpoint_folder_is_not_a_link(tmp_path):
         load_newest(tmp_path / "run")
 
 
-def test_a_checkpoint_of_an_older_version_is_refused_with_advice_and_kept(tmp_path):
-    data = saved()
-    files = {"state.pt": {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}}
-    path = publish(tmp_path, data, files=files)
-    (path / STATE).rename(path / "state.pt")
-    assert "state.pt is the format of an older cmtrain" in refusal(path)
-    for _ in range(2):
-        with pytest.raises(
-            CheckpointError, match=r"export the weights with that version, .*model\.init_from"
-        ):
-            load_newest(tmp_path)
-    assert path.exists()
-
-
 def tensors():
     """Tensors of every dtype, shape and layout that a state may hold."""
     dtypes = [
