@@ -33,7 +33,7 @@ from rich.table import Table
 from cmtrain.config.schema import Config
 from cmtrain.errors import EXIT_DATA, EXIT_DONE, ConfigError
 from cmtrain.monitoring.http_server import Exporter
-from cmtrain.monitoring.machine import dali_packages
+from cmtrain.monitoring.machine import dali_packages, version_of
 from cmtrain.processes.collectives import control_group, gather, leave_together
 from cmtrain.processes.gpus import cuda_of_driver, newer_driver, packages_for, why_unusable
 from cmtrain.processes.preflight import check_ranks
@@ -159,7 +159,7 @@ def _meet(config: Config) -> tuple[Accelerator, Any]:
 def packages() -> CheckResult:
     """Compare the installed packages with this program's own metadata."""
     names = ["torch", "torchvision", "timm", "accelerate", *dali_packages()]
-    found = ", ".join([f"Python {platform.python_version()}", *(f"{n} {_version(n)}" for n in names)])
+    found = ", ".join([f"Python {platform.python_version()}", *(f"{n} {version_of(n)}" for n in names)])
     found += "" if dali_packages() else ", no DALI installed"
     try:
         program = metadata.metadata("cmtrain")
@@ -170,19 +170,12 @@ def packages() -> CheckResult:
         wrong.append(f"Python{program['Requires-Python']}")
     for requirement in map(Requirement, metadata.requires("cmtrain") or ()):
         if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
-            version = _version(requirement.name)
+            version = version_of(requirement.name)
             if version == "missing" or not requirement.specifier.contains(version, prereleases=True):
                 wrong.append(f"{requirement.name}{requirement.specifier}, not {version}")
     if wrong:
         return CheckResult("fail", f"needs {'; '.join(wrong)}", "install from one of the requirements*.lock")
     return CheckResult("ok", found)
-
-
-def _version(name: str) -> str:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return "missing"
 
 
 def pairing(driver: int | None, torch_cuda: str | None, flavours: Sequence[str]) -> CheckResult:
