@@ -2,12 +2,11 @@
 
 import json
 import math
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from cmtrain.config.load import Overrides, load_config
-from cmtrain.config.schema import CMT_OPTIONS, Config, to_yaml
+from cmtrain.config.schema import CMT_OPTIONS, Config, defaults, flatten
 from cmtrain.errors import ConfigError
 from cmtrain.step.scores import THRESHOLD
 from cmtrain.storage.checkpoint import Loaded, find_checkpoint
@@ -64,7 +63,7 @@ def read_checkpoint(path: Path) -> Loaded:
     """Load a checkpoint as find_checkpoint does. Raises DataError: there is none, or none of a run."""
     try:
         loaded = find_checkpoint(path)
-        _ = loaded.state["progress"]["step"], loaded.state["optimizer"]["state"]
+        _ = loaded.state["progress"]["step"], loaded.state["optimizer"]["state"], loaded.meta["config"]
     except (CheckpointError, OSError) as error:
         raise DataError(str(error)) from error
     except (KeyError, TypeError) as error:
@@ -77,15 +76,11 @@ def _config_of(path: Path, loaded: Loaded, overrides: Overrides) -> Config:
     """Return the configuration in `path` with `overrides`; where it is damaged, the checkpoint's copy."""
     try:
         load_config(path)
-    except ConfigError as error:
+    except ConfigError:
         print_lines(f"{path} is missing or damaged; taking the configuration that is in {loaded.path.name}")
-        try:
-            saved = to_yaml(Config.model_validate(loaded.meta["config"]))
-        except (KeyError, ValueError):
-            raise error from None
-        with tempfile.TemporaryDirectory() as folder:
-            (copy := Path(folder, f"{path.parent.name}.yaml")).write_text(saved)
-            return load_config(copy, overrides).config
+        saved = defaults() | flatten(loaded.meta["config"])
+        stated = [(key, json.dumps(value)) for key, value in saved.items()]
+        return load_config("configs/small.yaml", [*stated, *overrides]).config
     return load_config(path, overrides).config
 
 
