@@ -91,8 +91,12 @@ def why_unusable() -> str:
             indices = range(torch.cuda.device_count())
             names = {torch.cuda.get_device_capability(i): torch.cuda.get_device_name(i) for i in indices}
             why = why_no_code(names, torch.cuda.get_arch_list(), torch.version.cuda)
-        else:
-            why = why_unavailable(torch.version.cuda, cuda_of_driver()) or _cuda_error()
+        elif not (why := why_unavailable(torch.version.cuda, cuda_of_driver())):
+            why = "cannot use the GPUs"
+            try:
+                torch.cuda.init()
+            except Exception as error:  # CUDA's errors are of several types
+                why = f"{why}: {' '.join(str(error).split())}"
     return f"torch {torch.__version__} {why}; set CUDA_VISIBLE_DEVICES= to use the CPU" if why else ""
 
 
@@ -118,13 +122,3 @@ def why_no_code(names: dict[tuple[int, int], str], architectures: list[str], tor
             advice = f"install what {lock} lists" if is_known else "no requirements*.lock has it"
             return f"has no code for {name} (sm_{major}{minor}): {advice}"
     return ""
-
-
-def _cuda_error() -> str:
-    import torch
-
-    try:
-        torch.cuda.init()
-    except Exception as error:  # CUDA's errors are of several types
-        return f"cannot use the GPUs: {' '.join(str(error).split())}"
-    return "cannot use the GPUs"

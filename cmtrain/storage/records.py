@@ -14,7 +14,7 @@ import os
 import re
 import stat
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ParamSpec, TypeGuard, TypeVar
 
@@ -168,14 +168,37 @@ def load_json(path: Path) -> dict[str, Any]:
 
 def read_json(path: Path, damage: list[str] | None = None) -> dict[str, Any] | None:
     """Return the JSON object in `path`; None if missing, or, noted in `damage`, damaged or unreadable."""
-    try:
+    with noting(path, damage), contextlib.suppress(FileNotFoundError):
         return load_json(path)
-    except FileNotFoundError:
-        return None
+    return None
+
+
+def read_records(path: Path, damage: list[str] | None = None) -> Iterator[dict[str, Any]]:
+    """Yield the JSON objects of a file, one per line. `damage` gets a line on those that are none."""
+    cut = 0
+    with noting(path, damage), retried(open_regular, path) as file:
+        for record in map(parse_record, file):
+            if record is None:
+                cut += 1
+            else:
+                yield record
+    note_left_out(path, damage, "line", cut)
+
+
+@contextlib.contextmanager
+def noting(path: Path, damage: list[str] | None = None) -> Iterator[None]:
+    """Go on after the block if it cannot read `path`, and note in `damage` why."""
+    try:
+        yield
     except (OSError, DamagedRecordError) as error:
         if damage is not None:
-            damage.append(f"{path.name}: {reason_of(error)}")
-        return None
+            why = "missing" if isinstance(error, FileNotFoundError) else reason_of(error)
+            damage.append(f"{path.name}: {why}")
+
+
+def note_left_out(path: Path, damage: list[str] | None, what: str, count: int) -> None:
+    if count and damage is not None:
+        damage.append(f"{path.name}: {count} damaged {what}{'s' if count > 1 else ''} left out")
 
 
 def parse_record(line: bytes) -> dict[str, Any] | None:

@@ -197,11 +197,7 @@ def read_finished(path: Path, config_yaml: str, max_steps: int | None) -> dict[s
 
 def read_events(path: Path) -> list[dict[str, Any]]:
     """Return the events of the run folder `path`, without damaged lines."""
-    try:
-        lines = retried(records.read_bytes, path / "events.jsonl", math.inf).splitlines()
-    except (OSError, DamagedRecordError):
-        return []
-    return [record for line in lines if (record := records.parse_record(line)) and records.is_event(record)]
+    return list(filter(records.is_event, records.read_records(path / "events.jsonl")))
 
 
 def set_damaged_aside(path: Path) -> list[str]:
@@ -216,7 +212,7 @@ def set_damaged_aside(path: Path) -> list[str]:
     files = [path / name for name in ("status.json", CLASSES_NAME, "config.yaml")]
     for record in [*files, *sorted(path.glob("failed-rank*.json"))]:
         try:
-            _load_config(record) if record.suffix == ".yaml" else records.load_json(record)
+            load_config(record) if record.suffix == ".yaml" else records.load_json(record)
         except DamagedRecordError as error:
             lines.append(f"{record.name}: {error}; it is kept as {records.set_aside(record).name}")
         except OSError:
@@ -226,13 +222,15 @@ def set_damaged_aside(path: Path) -> list[str]:
     return lines
 
 
-def _load_config(path: Path) -> None:
+def load_config(path: Path) -> dict[str, Any]:
+    """Return the sections of a run's config.yaml, unchecked. Raises DamagedRecordError, OSError."""
     try:
         root, problems = parse(retried(records.read_bytes, path).decode())
     except UnicodeDecodeError as error:
         raise DamagedRecordError(f"not text: {error}") from error
     if problems or root is None or not isinstance(root.value, dict):
         raise DamagedRecordError("cannot be read as a configuration")
+    return root.value
 
 
 def is_alive(process: dict[str, Any]) -> bool | None:

@@ -14,10 +14,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from cmtrain.config.strict_yaml import Node, parse
+from cmtrain.config.strict_yaml import Node
 from cmtrain.storage import records
-from cmtrain.storage.records import DamagedRecordError, is_event, is_number, open_regular, parse_record
-from cmtrain.storage.run_folder import CLASSES_NAME, MISTAKES_NAME, SAMPLE_NAME, read_status
+from cmtrain.storage.records import is_event, is_number, noting, open_regular, parse_record
+from cmtrain.storage.run_folder import CLASSES_NAME, MISTAKES_NAME, SAMPLE_NAME, load_config, read_status
 from pipelines.spec import DataError
 
 RUN_FILES = ("status.json", "log.jsonl", "events.jsonl", "config.yaml")
@@ -67,9 +67,9 @@ def read_run(path: Path) -> RunRecord:
     if not any((path / name).is_file() for name in RUN_FILES):
         raise DataError(f"{path}: not a run folder: it holds none of {', '.join(RUN_FILES)}")
     damage: list[str] = []
-    events = [event for event in _records(path / "events.jsonl", damage) if is_event(event)]
+    events = [event for event in records.read_records(path / "events.jsonl", damage) if is_event(event)]
     config, classes = read_config(path / "config.yaml", damage), _classes(path / CLASSES_NAME, damage)
-    status, log = read_status(path, damage), to_columns(_records(path / "log.jsonl", damage))
+    status, log = read_status(path, damage), to_columns(records.read_records(path / "log.jsonl", damage))
     if not (path / "status.json").exists():
         damage.append("status.json: missing")
     evaluations = to_columns(_summary(path / "summary.csv", damage))
@@ -92,32 +92,6 @@ def last(columns: Columns, name: str) -> float | None:
     return float(finite[-1]) if finite.size else None
 
 
-def _records(path: Path, damage: list[str]) -> Iterator[dict[str, Any]]:
-    """Yield the JSON objects of a file, one per line. Lines that a kill cut short are counted as damage."""
-    cut = 0
-    with _noting(path, damage), open_regular(path) as file:
-        for record in map(parse_record, file):
-            if record is None:
-                cut += 1
-            else:
-                yield record
-    damage += _left_out(path, "line", cut)
-
-
-def _left_out(path: Path, what: str, count: int) -> list[str]:
-    return [f"{path.name}: {count} damaged {what}{'s' if count > 1 else ''} left out"] if count else []
-
-
-@contextlib.contextmanager
-def _noting(path: Path, damage: list[str]) -> Iterator[None]:
-    """Note in `damage` why the block could not read `path`."""
-    try:
-        yield
-    except (OSError, DamagedRecordError) as error:
-        why = "missing" if isinstance(error, FileNotFoundError) else records.reason_of(error)
-        damage.append(f"{path.name}: {why}")
-
-
 def _rows(lines: Iterable[str]) -> Iterator[dict[str, float | None]]:
     """Yield the rows of summary.csv, each as numbers by column."""
     with contextlib.suppress(csv.Error):
@@ -128,9 +102,9 @@ def _rows(lines: Iterable[str]) -> Iterator[dict[str, float | None]]:
 def _summary(path: Path, damage: list[str]) -> list[dict[str, float | None]]:
     rows: list[dict[str, float | None]] = []
     not_evaluated = contextlib.suppress(FileNotFoundError)
-    with _noting(path, damage), not_evaluated, open_regular(path) as file:
+    with noting(path, damage), not_evaluated, open_regular(path) as file:
         rows = list(_rows(line.decode(errors="replace") for line in file))
-    damage += _left_out(path, "row", sum(not is_number(row.get("step")) for row in rows))
+    records.note_left_out(path, damage, "row", sum(not is_number(row.get("step")) for row in rows))
     return rows
 
 
@@ -160,12 +134,8 @@ def _as_floats(values: Sequence[Any]) -> np.ndarray:
 def read_config(path: Path, damage: list[str]) -> dict[str, Any]:
     """Return the values of a run's configuration by dotted key, unchecked; {} if it cannot be read."""
     config: dict[str, Any] = {}
-    with _noting(path, damage):
-        root, _ = parse(records.read_bytes(path).decode(errors="replace"))
-        sections = root.value if root is not None and isinstance(root.value, dict) else {}
-        if not sections:
-            damage.append("config.yaml: cannot be read as a configuration")
-        for section, node in sections.items():
+    with noting(path, damage):
+        for section, node in load_config(path).items():
             if isinstance(node, Node) and isinstance(node.value, dict):
                 config |= {f"{section}.{key}": child.value for key, child in node.value.items()}
     return config
@@ -204,8 +174,7 @@ def sample_lines(path: Path) -> Iterator[bytes]:
     """Yield all lines of a short file; of a long one some 256 to 512, evenly, with the first and last.
     They are taken at multiples of a power of two: a file that grows keeps its sample until it has doubled.
     """
-    missing = OSError, DamagedRecordError  # as before anything was logged
-    with contextlib.suppress(*missing), open_regular(path, buffering=BUFFER_BYTES) as file:
+    with noting(path), open_regular(path, buffering=BUFFER_BYTES) as file:
         num_bytes = os.fstat(file.fileno()).st_size
         if num_bytes <= WHOLE_BYTES:
             yield from file
@@ -234,7 +203,7 @@ def last_lines(path: Path, num_bytes: int) -> list[bytes]:
         with open_regular(path) as file:
             _seek_line(file, max(0, os.fstat(file.fileno()).st_size - num_bytes))
             return file.readlines()
-    except (OSError, DamagedRecordError):
+    except (OSError, records.DamagedRecordError):
         return []
 
 

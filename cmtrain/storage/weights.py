@@ -113,7 +113,7 @@ def fit(model: nn.Module, tensors: Mapping[str, Tensor], *, keeps_head: bool) ->
     given = {name: own[name] for name in own if name.endswith("num_batches_tracked")} | dict(tensors)
     heads = _heads_of(getattr(model, "pretrained_cfg", {}).get("classifier"))
     head = [name for name in own if name.startswith(heads)]
-    if not keeps_head and head and (name := _misfit(own, given, head)):
+    if not keeps_head and head and (name := misfit(own, given, head)):
         found = f"the weights have {len(given[name])}" if name in given else "the weights have no head"
         notes.append(f"new classifier head: {len(own[name])} classes ({found})")
         given = {name: tensor for name, tensor in given.items() if not name.startswith(heads)}
@@ -124,8 +124,8 @@ def fit(model: nn.Module, tensors: Mapping[str, Tensor], *, keeps_head: bool) ->
         raise ConfigError(f"position table {error}") from error
     if resized := [name for name in given if fitting[name] is not given[name]]:
         notes.append(f"{len(resized)} position tables resized, {resized[0]} first")
-    if name := _misfit(own, fitting, [*own, *fitting]):
-        shapes = f"{_shape(fitting, name)} in the weights and {_shape(own, name)} in the model"
+    if name := misfit(own, fitting, [*own, *fitting]):
+        shapes = f"{shape_of(fitting, name)} in the weights and {shape_of(own, name)} in the model"
         raise ConfigError(f"{name} is {shapes}")
     model.load_state_dict(fitting)
     return notes
@@ -190,10 +190,11 @@ def _classes_beside(path: Path) -> list[str]:
     return []
 
 
-def _misfit(own: Mapping[str, Tensor], given: Mapping[str, Tensor], names: list[str]) -> str | None:
+def misfit(own: Mapping[str, Any], given: Mapping[str, Any], names: list[str]) -> str | None:
     """Return the first of `names` that the two do not both have, in one shape."""
-    return next((name for name in names if _shape(own, name) != _shape(given, name)), None)
+    return next((name for name in names if shape_of(own, name) != shape_of(given, name)), None)
 
 
-def _shape(tensors: Mapping[str, Tensor], name: str) -> str:
-    return str(tuple(tensors[name].shape)) if name in tensors else "missing"
+def shape_of(tensors: Mapping[str, Any], name: str) -> str:
+    tensor = tensors.get(name)
+    return str(tuple(tensor.shape)) if isinstance(tensor, Tensor) else "missing"

@@ -19,6 +19,7 @@ from cmtrain.storage.checkpoint import Loaded
 from cmtrain.storage.records import retried
 from cmtrain.storage.run_folder import RunLock, read_status
 from cmtrain.storage.state_file import CheckpointError
+from cmtrain.storage.weights import misfit, shape_of
 from pipelines.spec import DataError
 
 
@@ -139,21 +140,16 @@ def _misfit(learner: Learner, state: dict[str, Any]) -> str | None:
         saved, wanted = state.get(weights), module.state_dict()
         if not isinstance(saved, dict):
             return f"it has no {weights} weights"
-        for name in [*wanted, *saved]:
-            mine, its = wanted.get(name), saved.get(name)
-            if not isinstance(mine, Tensor) or not isinstance(its, Tensor) or mine.shape != its.shape:
-                return f"{weights} {name} is {_shape(its)} in the checkpoint and {_shape(mine)} in the model"
+        if name := misfit(wanted, saved, [*wanted, *saved]):
+            shapes = f"{shape_of(saved, name)} in the checkpoint and {shape_of(wanted, name)} in the model"
+            return f"{weights} {name} is {shapes}"
     try:
         parameters = [p for group in learner.optimizer.param_groups for p in group["params"]]
         for index, values in state["optimizer"]["state"].items():
             for name, value in values.items():
                 if isinstance(value, Tensor) and value.shape not in ((), parameters[index].shape):
                     shape = tuple(parameters[index].shape)
-                    return f"optimizer {name} {index} is {_shape(value)} and its parameter {shape}"
+                    return f"optimizer {name} {index} is {tuple(value.shape)} and its parameter {shape}"
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         return f"its optimizer state is not one: {type(error).__name__}: {error}"
     return None
-
-
-def _shape(value: Any) -> str:
-    return str(tuple(value.shape)) if isinstance(value, Tensor) else "missing"

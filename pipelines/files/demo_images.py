@@ -7,7 +7,7 @@
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -36,26 +36,22 @@ def demo_folder(name: str, cache: Path) -> Path:
         known = ", ".join(f"demo:{writer}" for writer in writers)
         raise DataError(f"demo:{name}: no such demo data; there are {known}")
     folder = cache / f"demo-{name}"
-    with locked(folder, "writes the demo images"):
-        if not os.path.exists(folder):  # not Path.exists, which raises where the cache cannot be entered
-            _write_folder(folder, writers[name])
-    return folder
-
-
-def _write_folder(folder: Path, writer: Callable[[], Iterator[tuple[str, bytes]]]) -> None:
-    name, cache = folder.name.replace("-", ":"), folder.parent
     try:
-        with new_folder(folder) as temporary:
-            for relative, encoded in writer():
-                path = temporary / relative
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(encoded)
+        with locked(folder, "writes the demo images"):
+            if os.path.exists(folder):  # not Path.exists, which raises where the cache cannot be entered
+                return folder
+            with new_folder(folder) as temporary:
+                for relative, encoded in writers[name]():
+                    path = temporary / relative
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    path.write_bytes(encoded)
     except ImportError as error:
-        raise DataError(f"{name}: needs {error.name}; pip install 'cmtrain[demo]'") from error
+        raise DataError(f"demo:{name}: needs {error.name}; pip install 'cmtrain[demo]'") from error
     except OSError as error:
         if not os.path.exists(folder):  # else another process was faster
             advice = "set data.cache_dir to another"
             raise DataError(f"{cache}: cannot be written: {error.strerror}; {advice}") from error
+    return folder
 
 
 def _digits() -> Iterator[tuple[str, bytes]]:
