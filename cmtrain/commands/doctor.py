@@ -244,17 +244,15 @@ def decode_on_cpu() -> CheckResult:
 
 
 def ranks(control: Any, config: Config, run_path: Path, device: torch.device) -> CheckResult:
-    """Check that all ranks have the same code, configuration, time and run folder, and can add up."""
+    """Check that all ranks have the same code, configuration and run folder, and can add up."""
     if control is None:
         return CheckResult("ok", "one process; under the launcher of a run, all of its ranks are checked")
-    warnings = check_ranks(control, config, run_path)
+    check_ranks(control, config, run_path)
     dist.all_reduce(ones := torch.ones(1000, device=device))
-    met = f"{dist.get_world_size()} on {len(set(gather(socket.gethostname(), control)))} host(s)"
-    met += f": same code and configuration; {dist.get_backend()}'s sum of ones is {ones.max():g}"
-    found = "; ".join([met, *(warnings or ["same time"])])
-    if bool((ones != dist.get_world_size()).any()):
-        return CheckResult("fail", found)
-    return CheckResult("warn" if warnings else "ok", found)
+    found = f"{dist.get_world_size()} on {len(set(gather(socket.gethostname(), control)))} host(s)"
+    found += f": same code and configuration; {dist.get_backend()}'s sum of ones is {ones.max():g}"
+    is_wrong = bool((ones != dist.get_world_size()).any())
+    return CheckResult("fail" if is_wrong else "ok", found)
 
 
 def shared_memory(path: Path) -> CheckResult:

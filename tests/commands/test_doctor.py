@@ -53,7 +53,7 @@ def test_a_machine_that_can_train_passes_and_nothing_is_left_behind(make_job):
 
 def test_all_ranks_check_and_one_reports(make_job):
     found = examined(make_job(), code=0, nproc=2)
-    same = "2 on 1 host(s): same code and configuration; gloo's sum of ones is 2; same time"
+    same = "2 on 1 host(s): same code and configuration; gloo's sum of ones is 2"
     assert found["ranks"]["found"] == same
 
 
