@@ -10,8 +10,9 @@ from cmtrain.config.schema import CMT_OPTIONS, Config, defaults, flatten
 from cmtrain.errors import ConfigError
 from cmtrain.step.scores import THRESHOLD
 from cmtrain.storage.checkpoint import Loaded, find_checkpoint
-from cmtrain.storage.records import load_json, read_json, reason_of
+from cmtrain.storage.records import load_json, reason_of
 from cmtrain.storage.run_folder import CLASSES_NAME, find_run
+from cmtrain.storage.run_record import read_classes
 from cmtrain.storage.state_file import CheckpointError
 from cmtrain.storage.weights import Weights, check_finite, state_of
 from cmtrain.training import build
@@ -111,17 +112,10 @@ def _classes(run: Path, step: int) -> tuple[tuple[str, ...], dict[str, list[floa
     Thresholds are those of an evaluation at `step`; of another step's weights there are none.
     """
     damage: list[str] = []
-    found = read_json(run / CLASSES_NAME, damage) or {}
-    try:
-        names = tuple(map(str, list[str]() + found.get("classes", [])))
-        given = {kind: entry.get("thresholds") for kind, entry in found.get("weights", {}).items()}
-        thresholds = {kind: list(map(float, values)) for kind, values in given.items() if values}
-    except (TypeError, ValueError, AttributeError):
-        damage.append(f"{CLASSES_NAME}: names no classes")
+    names, counts, evaluated = read_classes(run / CLASSES_NAME, damage)
     print_lines(*(f"{run}: {line}; going on without class names" for line in damage))
-    if damage or any(len(values) != len(names) for values in thresholds.values()):
-        return (() if damage else names), {}
-    if thresholds and found.get("step") != step:
-        print_lines(f"{run}: its thresholds are of step {found.get('step')}, not {step}; taking {THRESHOLD}")
+    thresholds = {kind: count.thresholds for kind, count in counts.items() if count.thresholds}
+    if thresholds and evaluated != step:
+        print_lines(f"{run}: its thresholds are of step {evaluated}, not {step}; taking {THRESHOLD}")
         thresholds = {}
-    return names, thresholds
+    return tuple(names), thresholds
