@@ -226,7 +226,7 @@ def _sweep(arguments: list[str]) -> int:
     add("--scale", choices=("demo",), help="a few steps of each row on demo data, on any machine")
     add("--max-steps", type=positive, metavar="N", help="stop each row after N optimizer steps")
     add("--dry-run", action="store_true", help="print the commands and stop")
-    add("--table", action="store_true", help="print the table and stop")
+    add("--table", action="store_true", help="print the table, in Markdown, and stop")
     options, overrides = parse(parser, arguments)
     rows = sweep.read_rows(options.files, overrides, options.rows, options.scale, options.max_steps)
     script = options.sbatch if options.jobs == "slurm" else None
@@ -234,7 +234,7 @@ def _sweep(arguments: list[str]) -> int:
         sys.stdout.writelines(f"{shlex.join(sweep.command_of(row, script))}\n" for row in rows)
         return EXIT_DONE
     code = EXIT_DONE if options.table else sweep.train_rows(rows, script)
-    sweep.print_table(rows)
+    sys.stdout.write(sweep.table(rows))
     return code
 
 

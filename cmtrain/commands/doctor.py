@@ -16,15 +16,12 @@ import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from packaging.requirements import Requirement
-from packaging.specifiers import SpecifierSet
 from PIL import Image
 from rich.console import Console
 from rich.markup import escape
@@ -33,7 +30,7 @@ from rich.table import Table
 from cmtrain.config.schema import Config
 from cmtrain.errors import EXIT_DATA, EXIT_DONE, ConfigError
 from cmtrain.monitoring.http_server import Exporter
-from cmtrain.monitoring.machine import dali_packages
+from cmtrain.monitoring.machine import dali_packages, version_of
 from cmtrain.processes.collectives import control_group, gather, leave_together
 from cmtrain.processes.gpus import cuda_of_driver, newer_driver, packages_for, why_unusable
 from cmtrain.processes.preflight import check_ranks
@@ -157,32 +154,11 @@ def _meet(config: Config) -> tuple[Accelerator, Any]:
 
 
 def packages() -> CheckResult:
-    """Compare the installed packages with this program's own metadata."""
+    """List the versions of the main packages; whether versions fit each other, `pip check` finds."""
     names = ["torch", "torchvision", "timm", "accelerate", *dali_packages()]
-    found = ", ".join([f"Python {platform.python_version()}", *(f"{n} {_version(n)}" for n in names)])
+    found = ", ".join([f"Python {platform.python_version()}", *(f"{n} {version_of(n)}" for n in names)])
     found += "" if dali_packages() else ", no DALI installed"
-    try:
-        program = metadata.metadata("cmtrain")
-    except metadata.PackageNotFoundError:
-        return CheckResult("warn", f"{found}; versions not checked", "pip install cmtrain")
-    wrong = []
-    if platform.python_version() not in SpecifierSet(str(program["Requires-Python"])):
-        wrong.append(f"Python{program['Requires-Python']}")
-    for requirement in map(Requirement, metadata.requires("cmtrain") or ()):
-        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
-            version = _version(requirement.name)
-            if version == "missing" or not requirement.specifier.contains(version, prereleases=True):
-                wrong.append(f"{requirement.name}{requirement.specifier}, not {version}")
-    if wrong:
-        return CheckResult("fail", f"needs {'; '.join(wrong)}", "install from one of the requirements*.lock")
     return CheckResult("ok", found)
-
-
-def _version(name: str) -> str:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return "missing"
 
 
 def pairing(driver: int | None, torch_cuda: str | None, flavours: Sequence[str]) -> CheckResult:
@@ -251,17 +227,15 @@ def decode_on_cpu() -> CheckResult:
 
 
 def ranks(control: Any, config: Config, run_path: Path, device: torch.device) -> CheckResult:
-    """Check that all ranks have the same code, configuration, time and run folder, and can add up."""
+    """Check that all ranks have the same code, configuration and run folder, and can add up."""
     if control is None:
         return CheckResult("ok", "one process; under the launcher of a run, all of its ranks are checked")
-    warnings = check_ranks(control, config, run_path)
+    check_ranks(control, config, run_path)
     dist.all_reduce(ones := torch.ones(1000, device=device))
-    met = f"{dist.get_world_size()} on {len(set(gather(socket.gethostname(), control)))} host(s)"
-    met += f": same code and configuration; {dist.get_backend()}'s sum of ones is {ones.max():g}"
-    found = "; ".join([met, *(warnings or ["same time"])])
-    if bool((ones != dist.get_world_size()).any()):
-        return CheckResult("fail", found)
-    return CheckResult("warn" if warnings else "ok", found)
+    found = f"{dist.get_world_size()} on {len(set(gather(socket.gethostname(), control)))} host(s)"
+    found += f": same code and configuration; {dist.get_backend()}'s sum of ones is {ones.max():g}"
+    is_wrong = bool((ones != dist.get_world_size()).any())
+    return CheckResult("fail" if is_wrong else "ok", found)
 
 
 def shared_memory(path: Path) -> CheckResult:

@@ -126,32 +126,12 @@ def command_of(row: SweepRow, script: str | None) -> list[str]:
 
 COLUMNS = ("row", "run", "differs in", "published", "measured", "difference", "state", "source")
 NUMBERS = ("row", "published", "measured", "difference")
-LEAST_WIDTH = {"differs in": 110, "source": 180}  # of a terminal that shows these columns, too
 
 
 def table(rows: Sequence[SweepRow]) -> str:
     """Return published and measured top-1 of every row as Markdown, the difference in points."""
     rule = ["---:" if name in NUMBERS else "---" for name in COLUMNS]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in [COLUMNS, rule, *map(_cells, rows)])
-
-
-def print_table(rows: Sequence[SweepRow]) -> None:
-    """Print the table: on a terminal as many columns as fit, elsewhere `table`."""
-    if not sys.stdout.isatty():
-        sys.stdout.write(table(rows))
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(highlight=False, markup=False)
-    drawn = Table(box=None, pad_edge=False, header_style="bold")
-    shown = [i for i, name in enumerate(COLUMNS) if console.width >= LEAST_WIDTH.get(name, 0)]
-    for name in (COLUMNS[i] for i in shown):
-        wraps = name in ("differs in", "state", "source")
-        drawn.add_column(name, justify="right" if name in NUMBERS else "left", no_wrap=not wraps)
-    for cells in map(_cells, rows):
-        drawn.add_row(*(cells[i] for i in shown))
-    console.print(drawn)
 
 
 def _cells(row: SweepRow) -> list[str]:

@@ -2,17 +2,17 @@
 
 import json
 import math
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from cmtrain.config.load import Overrides, load_config
-from cmtrain.config.schema import CMT_OPTIONS, Config, to_yaml
+from cmtrain.config.schema import CMT_OPTIONS, Config, defaults, flatten
 from cmtrain.errors import ConfigError
 from cmtrain.step.scores import THRESHOLD
 from cmtrain.storage.checkpoint import Loaded, find_checkpoint
-from cmtrain.storage.records import load_json, read_json, reason_of
+from cmtrain.storage.records import load_json, reason_of
 from cmtrain.storage.run_folder import CLASSES_NAME, find_run
+from cmtrain.storage.run_record import read_classes
 from cmtrain.storage.state_file import CheckpointError
 from cmtrain.storage.weights import Weights, check_finite, state_of
 from cmtrain.training import build
@@ -64,7 +64,7 @@ def read_checkpoint(path: Path) -> Loaded:
     """Load a checkpoint as find_checkpoint does. Raises DataError: there is none, or none of a run."""
     try:
         loaded = find_checkpoint(path)
-        _ = loaded.state["progress"]["step"], loaded.state["optimizer"]["state"]
+        _ = loaded.state["progress"]["step"], loaded.state["optimizer"]["state"], loaded.meta["config"]
     except (CheckpointError, OSError) as error:
         raise DataError(str(error)) from error
     except (KeyError, TypeError) as error:
@@ -77,15 +77,11 @@ def _config_of(path: Path, loaded: Loaded, overrides: Overrides) -> Config:
     """Return the configuration in `path` with `overrides`; where it is damaged, the checkpoint's copy."""
     try:
         load_config(path)
-    except ConfigError as error:
+    except ConfigError:
         print_lines(f"{path} is missing or damaged; taking the configuration that is in {loaded.path.name}")
-        try:
-            saved = to_yaml(Config.model_validate(loaded.meta["config"]))
-        except (KeyError, ValueError):
-            raise error from None
-        with tempfile.TemporaryDirectory() as folder:
-            (copy := Path(folder, f"{path.parent.name}.yaml")).write_text(saved)
-            return load_config(copy, overrides).config
+        saved = defaults() | flatten(loaded.meta["config"])
+        stated = [(key, json.dumps(value)) for key, value in saved.items()]
+        return load_config("configs/small.yaml", [*stated, *overrides]).config
     return load_config(path, overrides).config
 
 
@@ -116,17 +112,10 @@ def _classes(run: Path, step: int) -> tuple[tuple[str, ...], dict[str, list[floa
     Thresholds are those of an evaluation at `step`; of another step's weights there are none.
     """
     damage: list[str] = []
-    found = read_json(run / CLASSES_NAME, damage) or {}
-    try:
-        names = tuple(map(str, list[str]() + found.get("classes", [])))
-        given = {kind: entry.get("thresholds") for kind, entry in found.get("weights", {}).items()}
-        thresholds = {kind: list(map(float, values)) for kind, values in given.items() if values}
-    except (TypeError, ValueError, AttributeError):
-        damage.append(f"{CLASSES_NAME}: names no classes")
+    names, counts, evaluated = read_classes(run / CLASSES_NAME, damage)
     print_lines(*(f"{run}: {line}; going on without class names" for line in damage))
-    if damage or any(len(values) != len(names) for values in thresholds.values()):
-        return (() if damage else names), {}
-    if thresholds and found.get("step") != step:
-        print_lines(f"{run}: its thresholds are of step {found.get('step')}, not {step}; taking {THRESHOLD}")
+    thresholds = {kind: count.thresholds for kind, count in counts.items() if count.thresholds}
+    if thresholds and evaluated != step:
+        print_lines(f"{run}: its thresholds are of step {evaluated}, not {step}; taking {THRESHOLD}")
         thresholds = {}
-    return names, thresholds
+    return tuple(names), thresholds

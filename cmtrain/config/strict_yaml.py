@@ -24,10 +24,6 @@ _WORDS: dict[str, Any] = {
     **dict.fromkeys(("", "~", "null", "Null", "NULL"), None),
     **dict.fromkeys(("true", "True", "TRUE"), True),
     **dict.fromkeys(("false", "False", "FALSE"), False),
-    # Resolved, so that the schema can refuse them as numbers that are not finite.
-    **dict.fromkeys((".inf", ".Inf", ".INF", "+.inf", "+.Inf", "+.INF"), math.inf),
-    **dict.fromkeys(("-.inf", "-.Inf", "-.INF"), -math.inf),
-    **dict.fromkeys((".nan", ".NaN", ".NAN"), math.nan),
 }
 _NEEDS_NO_QUOTES = re.compile(r"[A-Za-z_/.][A-Za-z0-9_/.:+@-]*(?<!:)")
 

@@ -1,10 +1,9 @@
 """Describe the machine that a run is on: versions and hardware, GPU identity, GPU memory."""
 
-import contextlib
 import os
 import platform
 import socket
-from importlib.metadata import PackageNotFoundError, version
+from importlib import metadata
 
 import torch
 
@@ -25,20 +24,23 @@ def environment() -> dict[str, str]:
         found |= {"gpu": torch.cuda.get_device_name(), "gpus of this host": str(torch.cuda.device_count())}
         found |= {"CUDA": str(torch.version.cuda), "cuDNN": str(torch.backends.cudnn.version())}
     found |= {"Python": platform.python_version()}
-    found |= {name: version(name) for name in PACKAGES}
+    found |= {name: version_of(name) for name in PACKAGES}
     for name in dali_packages():
-        found["DALI"] = f"{version(name)} ({name.removeprefix('nvidia-dali-')})"
+        found["DALI"] = f"{version_of(name)} ({name.removeprefix('nvidia-dali-')})"
     return found
+
+
+def version_of(package: str) -> str:
+    """Return the version of a package, "missing" if it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "missing"
 
 
 def dali_packages() -> list[str]:
     """Return the DALI packages that are installed: one, if all is well."""
-    found = []
-    for name in DALI_PACKAGES:
-        with contextlib.suppress(PackageNotFoundError):
-            version(name)
-            found.append(name)
-    return found
+    return [name for name in DALI_PACKAGES if version_of(name) != "missing"]
 
 
 def gpu_identity(device: torch.device) -> tuple[str, str] | None:

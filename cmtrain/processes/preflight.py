@@ -1,11 +1,10 @@
-"""Check before training that all ranks fit together: code, configuration, run folder, clocks."""
+"""Check before training that all ranks fit together: code, configuration, run folder."""
 
 import contextlib
 import hashlib
 import platform
 import secrets
 import socket
-import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,12 +19,6 @@ from cmtrain import __version__
 from cmtrain.config.schema import Config, flat
 from cmtrain.processes.collectives import gather
 from pipelines.spec import DataError
-
-# torchrun's rendezvous compares clocks of different hosts, and takes a host for dead that seems silent for
-# 15 s (torch issue 76287); file times and logs are wrong before that.
-MAX_CLOCK_SKEW_SECONDS = 5.0
-WARN_CLOCK_SKEW_SECONDS = 1.0
-CLOCK_ROUNDS = 3
 
 SHARED_FOLDER_SECONDS = 5.0  # for a file that one host wrote to appear on the others
 
@@ -43,23 +36,20 @@ class Facts:
     config: dict[str, Any]
     run_dir: str = ""  # absolute
     sees_run_dir: bool = True  # whether it sees what rank 0 writes to its own
-    clock_offset_seconds: float = 0.0  # its Unix time less rank 0's, at the same moment
 
 
-def check_ranks(group: Any, config: Config, run_path: Path) -> list[str]:
-    """Refuse ranks that do not fit together, over `group` (None: a single process). Return warnings.
-    Raises DataError, on all ranks: other code, another configuration or run folder, or clocks > 5 s apart.
+def check_ranks(group: Any, config: Config, run_path: Path) -> None:
+    """Refuse ranks that do not fit together, over `group` (None: a single process).
+    Raises DataError, on all ranks: other code, another configuration or another run folder.
     """
     if group is None:
-        return []
+        return
     folder = run_path.parent
     common = {key: value for key, value in flat(config).items() if key not in PER_HOST_KEYS}
     place = str(folder.absolute()), sees_run_dir(group, folder)
-    mine = Facts(socket.gethostname(), version_of_code(), common, *place, clock_offset_seconds(group))
-    facts = gather(mine, group)
-    if found := contradictions(facts):
+    mine = Facts(socket.gethostname(), version_of_code(), common, *place)
+    if found := contradictions(gather(mine, group)):
         raise DataError(found[0])
-    return clock_warnings(facts)
 
 
 def contradictions(facts: Sequence[Facts]) -> list[str]:
@@ -77,35 +67,7 @@ def contradictions(facts: Sequence[Facts]) -> list[str]:
             alias = f", which it knows as {other.run_dir}" if other.run_dir != first.run_dir else ""
             advice = "run.dir must be on a file system that all hosts share"
             found.append(f"{who} does not see what {rank0} writes to {first.run_dir}{alias}; {advice}")
-    skew, ahead = _clock_skew(facts)
-    if skew > MAX_CLOCK_SKEW_SECONDS:
-        found.append(f"{ahead}; set them by NTP")
     return found
-
-
-def clock_warnings(facts: Sequence[Facts]) -> list[str]:
-    skew, ahead = _clock_skew(facts)
-    warning = f"{ahead}; from {MAX_CLOCK_SKEW_SECONDS:g} s on it is an error"
-    return [warning] if skew > WARN_CLOCK_SKEW_SECONDS else []
-
-
-def _clock_skew(facts: Sequence[Facts]) -> tuple[float, str]:
-    """Return the seconds between the earliest and the latest clock of the hosts, and a line on them."""
-    # The ranks of one host have one clock, whatever was measured.
-    hosts = {fact.host: fact for fact in reversed(facts)}
-    early, *_, late = sorted([facts[0], *hosts.values()], key=lambda fact: fact.clock_offset_seconds)
-    skew = late.clock_offset_seconds - early.clock_offset_seconds
-    return skew, f"the clock of {late.host} is {skew:.1f} s ahead of that of {early.host}"
-
-
-def clock_offset_seconds(group: Any) -> float:
-    """Return this rank's clock less rank 0's: the median of three readings, each after all have met."""
-    offsets = []
-    for _ in range(CLOCK_ROUNDS):
-        gather(None, group)
-        now = time.time()
-        offsets.append(now - gather(now, group)[0])
-    return statistics.median(offsets)
 
 
 def sees_run_dir(group: Any, folder: Path) -> bool:

@@ -37,6 +37,7 @@ class ClassCounts:
     images: np.ndarray  # (K,) counts
     correct: np.ndarray  # (K,)
     confusion: np.ndarray | None  # (K, K), true by predicted class; None if K is too large
+    thresholds: list[float]  # (K,), see Evaluation; [] where an image has one class
 
 
 @dataclass(frozen=True)
@@ -67,13 +68,14 @@ def read_run(path: Path) -> RunRecord:
         raise DataError(f"{path}: not a run folder: it holds none of {', '.join(RUN_FILES)}")
     damage: list[str] = []
     events = [event for event in records.read_records(path / "events.jsonl", damage) if is_event(event)]
-    config, classes = read_config(path / "config.yaml", damage), _classes(path / CLASSES_NAME, damage)
+    config = read_config(path / "config.yaml", damage)
+    names, classes, _ = read_classes(path / CLASSES_NAME, damage)
     status, log = read_status(path, damage), to_columns(records.read_records(path / "log.jsonl", damage))
     if not (path / "status.json").exists():
         damage.append("status.json: missing")
     evaluations = to_columns(_summary(path / "summary.csv", damage))
     sheets = {name: path / name for name in (SAMPLE_NAME, MISTAKES_NAME) if (path / name).is_file()}
-    return RunRecord(path, status or {}, log, evaluations, events, config, *classes, sheets, damage)
+    return RunRecord(path, status or {}, log, evaluations, events, config, names, classes, sheets, damage)
 
 
 def read_sample(path: Path, status: dict[str, Any]) -> RunRecord:
@@ -140,17 +142,18 @@ def read_config(path: Path, damage: list[str]) -> dict[str, Any]:
     return config
 
 
-def _classes(path: Path, damage: list[str]) -> tuple[list[str], dict[str, ClassCounts]]:
+def read_classes(path: Path, damage: list[str]) -> tuple[list[str], dict[str, ClassCounts], int | None]:
+    """Return names, results by weights and step of classes.json; none if missing or noted in `damage`."""
     try:
         content = records.load_json(path)
         names = [str(name) for name in content["classes"]]
         counts = {weights: _class_counts(entry, len(names)) for weights, entry in content["weights"].items()}
     except FileNotFoundError:
-        return [], {}  # not evaluated yet
+        return [], {}, None  # not evaluated yet
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         damage.append(f"{path.name}: cannot be read: {type(error).__name__}: {error}")
-        return [], {}
-    return names, counts
+        return [], {}, None
+    return names, counts, content.get("step")
 
 
 def _class_counts(entry: Mapping[str, Any], num_classes: int) -> ClassCounts:
@@ -159,7 +162,10 @@ def _class_counts(entry: Mapping[str, Any], num_classes: int) -> ClassCounts:
     counts = {name: np.array(value, np.int64) for name, value in given.items() if value is not None}
     if wrong := [name for name, table in counts.items() if table.shape != wanted[name]]:
         raise ValueError(f"{num_classes} classes, but {wrong[0]} of shape {counts[wrong[0]].shape}")
-    return ClassCounts(counts["images"], counts["correct"], counts.get("confusion"))
+    thresholds = list(map(float, entry.get("thresholds", [])))
+    if len(thresholds) not in (0, num_classes):
+        raise ValueError(f"{num_classes} classes, but {len(thresholds)} thresholds")
+    return ClassCounts(counts["images"], counts["correct"], counts.get("confusion"), thresholds)
 
 
 def _number(text: str | None) -> float | None:

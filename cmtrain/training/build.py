@@ -54,7 +54,7 @@ TF32_CAPABILITY = (8, 0)  # A100
 
 @dataclass(frozen=True)
 class Parts:
-    """Everything a run is made of, before its first step. `control`, `notes`: see join_ranks."""
+    """Everything a run is made of, before its first step. `control`: see join_ranks."""
 
     config: Config
     accelerator: Accelerator
@@ -76,7 +76,7 @@ def assemble(config: Config, lock: RunLock, resume: str, data: loaders.Data | No
     """Join the other ranks and build everything that a run needs. Writes nothing; rank 0 takes the `lock`.
     `resume`: see choose_start. `data`: images that are open. Raises ConfigError, DataError: any mistake.
     """
-    accelerator, control, warnings = join_ranks(config, lock.folder)
+    accelerator, control = join_ranks(config, lock.folder)
     place, lines = loaders.place_loaders(config, accelerator, control)
     data = data or loaders.open_data(config, accelerator)
     schedule = plan_steps(config, len(data.train), accelerator.num_processes)
@@ -88,7 +88,7 @@ def assemble(config: Config, lock: RunLock, resume: str, data: loaders.Data | No
     if weights:  # a file of them may have changed, too
         fingerprint = hashlib.sha256(f"{fingerprint} {weights}".encode()).hexdigest()
     start = choose_start(lock, resume, config, fingerprint, data.val.fingerprint, control)
-    notes = [*warnings, *lines, *data.notes, *start.notes]
+    notes = [*lines, *data.notes, *start.notes]
     if start.checkpoint:
         config = as_begun(config, start.checkpoint.meta["config"])
     elif config.model.init_from:
@@ -109,17 +109,18 @@ def assemble(config: Config, lock: RunLock, resume: str, data: loaders.Data | No
     )  # fmt: skip
 
 
-def join_ranks(config: Config, run_path: Path) -> tuple[Accelerator, Any, list[str]]:
+def join_ranks(config: Config, run_path: Path) -> tuple[Accelerator, Any]:
     """Join the other ranks, if a launcher started several, and check that they fit together.
-    Returns the accelerator, a group of all ranks for what hosts exchange (None for one process), and lines
-    for the user. Raises as tracker_options, make_accelerator and check_ranks.
+    Returns the accelerator, and a group of all ranks for what hosts exchange (None for one process).
+    Raises as tracker_options, make_accelerator and check_ranks.
     """
     timeout_seconds = config.train.collective_timeout_seconds
     set_torch_defaults(run_path)
     options = tracker_options(config.metrics.trackers, run_path)
     accelerator = make_accelerator(config.train.precision, timeout_seconds, **options)
     control = control_group(accelerator.num_processes, timeout_seconds)
-    return accelerator, control, check_ranks(control, config, run_path)
+    check_ranks(control, config, run_path)
+    return accelerator, control
 
 
 def make_accelerator(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import re
 import shutil
 import socket
@@ -53,7 +54,7 @@ def test_a_machine_that_can_train_passes_and_nothing_is_left_behind(make_job):
 
 def test_all_ranks_check_and_one_reports(make_job):
     found = examined(make_job(), code=0, nproc=2)
-    same = "2 on 1 host(s): same code and configuration; gloo's sum of ones is 2; same time"
+    same = "2 on 1 host(s): same code and configuration; gloo's sum of ones is 2"
     assert found["ranks"]["found"] == same
 
 
@@ -114,12 +115,10 @@ def test_the_gravest_result_of_all_ranks_is_shown():
     assert worst([warn, ok]) == warn
 
 
-def test_a_package_that_is_too_old_is_named(monkeypatch):
-    installed = metadata.version
-    monkeypatch.setattr(metadata, "version", lambda name: "0.9.1" if name == "timm" else installed(name))
-    result = doctor.packages()
-    assert result.verdict == "fail"
-    assert result.found == "needs timm>=1.0.20, not 0.9.1"
+def test_the_versions_of_packages_are_listed(monkeypatch):
+    monkeypatch.setattr(metadata, "version", lambda name: "0.9.1" if name == "timm" else "1.2")
+    found = doctor.packages().found
+    assert found.startswith(f"Python {platform.python_version()}, torch 1.2, torchvision 1.2, timm 0.9.1, ")
 
 
 def test_wrong_pixels_are_noticed(monkeypatch):

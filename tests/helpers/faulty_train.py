@@ -8,8 +8,8 @@ SLOW_START, SLOW_CHECKPOINT, SLOW_EVALUATION
     opening the data, each write, each batch of an evaluation writes the file `slow` and takes 2 s more
 SAVE_AT_ONCE
     every save waits for its end, as the last one does, so that the next step finds it logged
-ODD_CLOCK, ODD_FOLDER, ODD_OPTION
-    rank 1 is on another host with a clock this many seconds ahead, in another folder, with one more option
+ODD_FOLDER, ODD_OPTION
+    rank 1 is in another folder, with one more option
 WEIGHTS
     each rank writes a digest of its weights after each evaluation, to the file `weights-rank<r>`
 WARM
@@ -26,11 +26,9 @@ import signal
 import sys
 import time
 import traceback
-import types
 
 import cmtrain.cli.main
 import cmtrain.processes.launcher
-import cmtrain.processes.preflight
 import cmtrain.step.evaluate
 import cmtrain.step.learner
 import cmtrain.storage.checkpoint
@@ -137,12 +135,6 @@ def become_process_1():
 
 def be_odd():
     """Differ from the other ranks in what must be equal."""
-    if "ODD_CLOCK" in os.environ:
-        ahead, now = float(os.environ["ODD_CLOCK"]), time.time
-        cmtrain.processes.preflight.time = types.SimpleNamespace(
-            time=lambda: now() + ahead, monotonic=time.monotonic, sleep=time.sleep
-        )
-        cmtrain.processes.preflight.socket = types.SimpleNamespace(gethostname=lambda: "elsewhere")
     if "ODD_FOLDER" in os.environ:
         os.chdir(os.environ["ODD_FOLDER"])
     if "ODD_OPTION" in os.environ:

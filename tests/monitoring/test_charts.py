@@ -77,7 +77,7 @@ def test_every_value_lies_inside_the_plot():
 @pytest.mark.parametrize("spread", [0.01, 0.7, 1.0, 40.0, 1e7])
 def test_ticks_are_few_ascending_and_distinct(size, spread):
     axes = [linear_axis(size, size * (1 + spread), count) for count in (4, 6)] + [
-        log_axis(size, size * (1 + spread), base=10)
+        log_axis(size, size * (1 + spread))
     ]
     for axis in axes:
         values, labels = zip(*axis.ticks, strict=True) if axis.ticks else ((), ())
@@ -89,9 +89,10 @@ def test_ticks_are_few_ascending_and_distinct(size, spread):
         assert ((placed >= -1e-5) & (placed <= 1 + 1e-5)).all()
 
 
-def test_loss_scales_are_powers_of_two_and_spikes_make_the_axis_logarithmic():
-    axis = make_axis(np.array([1.0, 1024.0, 65_536.0]), "log2")
-    assert [label for _, label in axis.ticks][-1] == "2\u00b9\u2075"
+def test_loss_scales_have_a_logarithmic_axis_and_spikes_make_one():
+    axis = make_axis(np.array([1.0, 1024.0, 65_536.0]), "log")
+    assert axis.log
+    assert [label for _, label in axis.ticks] == ["1", "10", "100", "1k", "10k", "100k"]
     assert not make_axis(np.array([7.0, 3.0, 1.0]), "auto").log
     assert make_axis(np.array([7.0, 3.0, 2.0, 1e6]), "auto").log
     assert not make_axis(np.array([7.0, 0.0, 2.0, 1e6]), "auto").log
@@ -119,19 +120,6 @@ def test_a_screen_reader_gets_a_description():
     assert "Nothing was recorded." in empty.svg
 
 
-def test_labels_at_the_ends_of_lines_do_not_cover_each_other():
-    lines = [Series(name, np.array([0.0, 10]), np.array([1.0, 0.0]), label=name) for name in "ABCDE"]
-    lines.append(Series("F", np.array([0.0, 5]), np.array([1.0, 0.0]), label="F"))
-    texts = re.findall(
-        r'<text x="([\d.]+)%" dx="5" y="([\d.]+)"', line_chart("t", lines, key="k", x_high=10).svg
-    )
-    ys = sorted(float(y) for x, y in texts if x == "100")
-    assert len(ys) == 5
-    assert min(np.diff(ys)) >= 12
-    assert max(ys) <= 150
-    assert ("50", "150") in texts
-
-
 def test_a_heat_map_of_a_hundred_classes_is_small_and_complete():
     rng = np.random.default_rng(0)
     matrix = rng.integers(0, 9, (100, 100))
@@ -147,7 +135,7 @@ def test_names_are_escaped():
     evil = '"><script>alert(1)</script>'
     chart = line_chart(
         evil,
-        [Series(evil, np.arange(2.0), np.ones(2), label=evil)],
+        [Series(evil, np.arange(2.0), np.ones(2))],
         key="k",
         x_high=1,
         level=(1.0, evil),

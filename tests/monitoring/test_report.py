@@ -313,10 +313,18 @@ def test_comparing_runs(tmp_path):
     page = ParsedPage(html)
     differing = re.search(r"What differs A low B high (.*?) A low", page.words)[1]
     assert differing == "run.name low high optim.lr 0.001 0.009"
-    ends = re.findall(r'class="end c(\d)">(\w)<', html)
-    assert {("0", "A"), ("1", "B")} == set(ends)
-    assert len(ends) == 2 * 7
+    legends = re.findall(r'<i class="c(\d)"></i>(\w) <b>', html)
+    assert {("0", "A"), ("1", "B")} == set(legends)
+    assert len(legends) == 2 * 7
     assert html.count("A EMA <b>") == 1
+
+
+def test_a_chart_with_a_line_of_one_run_of_several_names_it(tmp_path):
+    runs = [write_run(tmp_path / name, num_logs=50) for name in ("low", "high")]
+    (runs[0] / "log.jsonl").write_text((runs[0] / "log.jsonl").read_text().replace('"grad_norm"', '"other"'))
+    html = render([read_run(run) for run in runs])
+    legend = re.search(r'Gradient norm</span>.*?<span class="legend">(.*?)</figcaption>', html, re.DOTALL)[1]
+    assert re.findall(r'<i class="c(\d)"></i>(\w) <b>', legend) == [("1", "B")]
 
 
 # ---- safety

@@ -3,23 +3,21 @@
 import pytest
 from helpers.runs import ROOT, after_start
 
-from cmtrain.processes.preflight import Facts, clock_warnings, contradictions, version_of_code
+from cmtrain.processes.preflight import Facts, contradictions, version_of_code
 
 FAULTY = str(ROOT / "tests" / "helpers" / "faulty_train.py")
 
 
-def facts(host, offset=0.0, code="code"):
-    return Facts(host, code, {"optim.lr": 0.1}, clock_offset_seconds=offset)
+def facts(host, code="code"):
+    return Facts(host, code, {"optim.lr": 0.1})
 
 
-FITTING = [facts("a"), facts("a", 0.3), facts("b", -0.4)]
+FITTING = [facts("a"), facts("a"), facts("b")]
 
 
 @pytest.mark.parametrize(
     ("odd", "line"),
     [
-        ({"ODD_CLOCK": "60"}, "the clock of elsewhere is 60."),
-        ({"ODD_CLOCK": "-60"}, " s ahead of that of elsewhere; set them by NTP"),
         ({"ODD_OPTION": "--optim.lr=1e-3"}, "optim.lr is 0.001 for rank 1 on "),
         ({"ODD_FOLDER": "/"}, "run.dir must be on a file system that all hosts share"),
     ],
@@ -34,15 +32,6 @@ def test_ranks_that_do_not_fit_are_refused(make_job, odd, line):
 
 def test_what_fits_fits():
     assert contradictions(FITTING) == []
-    assert clock_warnings(FITTING) == []
-
-
-def test_the_clocks_of_two_hosts():
-    for seconds, warned, refused in ((0.5, 0, 0), (1.5, 1, 0), (-4.0, 1, 0), (5.5, 1, 1), (-61.0, 1, 1)):
-        ranks = [*FITTING, facts("c", seconds)]
-        assert (len(clock_warnings(ranks)), len(contradictions(ranks))) == (warned, refused), seconds
-    # One host has one clock: what differs is how long its ranks took to answer.
-    assert contradictions([facts("a"), facts("a", 9.0)]) == []
 
 
 def test_other_code_is_named():

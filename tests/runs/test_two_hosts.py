@@ -167,11 +167,12 @@ def test_a_cable_that_is_pulled_costs_time_and_nothing_else(make_job, cable):
     assert_same_state(two, one)
 
 
-def test_a_host_with_another_time_is_refused(make_job, cable):
+def test_a_host_with_another_configuration_is_refused(make_job, cable):
     job = make_job()
-    assert exit_codes(start(job, module=FAULTY, at_the_second={"ODD_CLOCK": "60"})) == [1, 1]
+    odd = {"ODD_OPTION": "--optim.lr=1e-3"}
+    assert exit_codes(start(job, module=FAULTY, at_the_second=odd)) == [1, 1]
     for text in errors_of(job):
-        (line,) = [line for line in text.splitlines() if "clock" in line]
-        assert line.startswith("the clock of elsewhere is 60.")
-        assert line.endswith("ahead of that of cmtrain-a; set them by NTP")
+        (line,) = [line for line in text.splitlines() if line.startswith("optim.lr")]
+        assert line.startswith("optim.lr is 0.001 for rank 2 on cmtrain-b, ")
+        assert line.endswith(" for rank 0 on cmtrain-a; start all ranks alike")
     assert not (job.folder / "runs").exists()

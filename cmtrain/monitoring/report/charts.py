@@ -19,12 +19,9 @@ from cmtrain.monitoring.report.rendering import make_templates
 PLOT_UNITS = 1000  # width of the nested <svg>, in its own units
 MAX_COLUMNS = 600  # of a thinned line: about half the pixels of a page's width
 MEDIAN_COLUMNS = 200
-LABEL_PITCH_PX = 12
 HEAT_LEVELS, HEAT_NAME, HEAT_CELL_PX = 8, 24, 28  # shades, letters of a class name, a cell at most
 
-_SUPERSCRIPT = str.maketrans("-0123456789", "\u207b\u2070\xb9\xb2\xb3\u2074\u2075\u2076\u2077\u2078\u2079")
-
-Scale = Literal["linear", "zero", "log", "log2", "auto"]  # zero: linear, from 0
+Scale = Literal["linear", "zero", "log", "auto"]  # zero: linear, from 0
 
 
 @dataclass(frozen=True)
@@ -47,7 +44,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Series:
-    """A line. `color`: 0..7. `dots`: mark every point (for few points). `label`: text at its end."""
+    """A line. `color`: 0..7. `dots`: mark every point (for few points)."""
 
     name: str
     x: np.ndarray
@@ -55,7 +52,6 @@ class Series:
     color: int = 0
     dashed: bool = False
     dots: bool = False
-    label: str = ""
 
     def known(self) -> tuple[np.ndarray, np.ndarray]:
         """Return (x, y) of the points whose y is finite."""
@@ -128,7 +124,6 @@ def line_chart(
         ends_above=level and any((y >= level[0]).any() for y in last),
         marks=[(plot.x(mark.x), mark) for mark in marks],
         paths=[path for line in series for path in _paths(line, plot)],
-        end_labels=list(_end_labels(series, plot)),
     )  # fmt: skip
     shown = [show(float(y[0])) if y.size else "-" for y in last]
     legend = [(line.name, line.css, value) for line, value in zip(series, shown, strict=True)]
@@ -209,26 +204,6 @@ def _paths(line: Series, plot: _Plot) -> Iterator[tuple[str, str]]:
         yield "".join(dots), f"dots c{line.color}"
 
 
-def _end_labels(series: Sequence[Series], plot: _Plot) -> Iterator[tuple[str, str, Series]]:
-    """Yield places right of the last points for the labels of lines, apart from each other."""
-    columns: dict[int, list[tuple[float, float, Series]]] = {}
-    for line in series:
-        xs, ys = line.known()
-        if line.label and ys.size:
-            column = round(20 * float(plot.x_axis.place(xs[-1])))
-            columns.setdefault(column, []).append((float(plot.y_px(ys[-1])), xs[-1], line))
-    for ends in columns.values():
-        ends.sort(key=lambda end: end[0])
-        for (_, x, line), y in zip(ends, _apart([end[0] for end in ends], plot.height_px), strict=True):
-            yield plot.x(x), _px(y), line
-
-
-def _apart(places: Sequence[float], highest: float) -> np.ndarray:
-    """Move ascending `places` until they are LABEL_PITCH_PX apart and none is above `highest`."""
-    before = LABEL_PITCH_PX * np.arange(len(places))  # room that those before need
-    return np.minimum(np.maximum.accumulate(places - before) + before, highest - before[::-1])
-
-
 def _path(x: np.ndarray, y: np.ndarray) -> str:
     """Return straight lines through the points. NaN interrupts them; a point on its own becomes a dot."""
     finite = np.isfinite(y)
@@ -253,8 +228,8 @@ def make_axis(values: np.ndarray, scale: Scale, *, percent: bool = False) -> Axi
     if scale == "auto":
         wide = positive.size == values.size > 0 and values.max() > 20 * np.median(values)
         scale = "log" if wide else "linear"
-    if scale in ("log", "log2") and positive.size:
-        return log_axis(float(positive.min()), float(positive.max()), base=2 if scale == "log2" else 10)
+    if scale == "log" and positive.size:
+        return log_axis(float(positive.min()), float(positive.max()))
     low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 1.0)
     return linear_axis(0.0 if scale == "zero" else low, high, 4, percent=percent)
 
@@ -278,17 +253,13 @@ def linear_axis(low: float, high: float, count: int, *, percent: bool = False, e
     return Axis(low, high, log=False, ticks=[(tick, _tick_label(tick, percent, tiny)) for tick in ticks])
 
 
-def log_axis(low: float, high: float, *, base: int) -> Axis:
-    """Return an axis a little beyond low..high, with ticks at powers of `base` and, if few, between."""
+def log_axis(low: float, high: float) -> Axis:
+    """Return an axis a little beyond low..high, with ticks at powers of ten and, if few, between."""
     room = max((high / low) ** 0.04, 1.05)
     low, high = low / room, high * room
-    first, final = math.ceil(math.log(low, base)), math.floor(math.log(high, base))
+    first, final = math.ceil(math.log10(low)), math.floor(math.log10(high))
     stride = max(1, math.ceil((final - first + 1) / 6))
-    powers = [exponent for exponent in range(first, final + 1) if exponent % stride == 0]
-    if base == 2:
-        labels = [(2.0**e, f"2{str(e).translate(_SUPERSCRIPT)}") for e in powers]
-        return Axis(low, high, log=True, ticks=labels)
-    ticks = [10.0**e for e in powers]
+    ticks = [10.0**e for e in range(first, final + 1) if e % stride == 0]
     for factors in ((1, 3), (1, 2, 5), (1, 2, 3, 4, 6, 8)):
         denser = [factor * 10.0**e for e in range(first - 1, final + 1) for factor in factors]
         denser = [tick for tick in denser if low <= tick <= high]

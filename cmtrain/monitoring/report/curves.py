@@ -15,7 +15,7 @@ from cmtrain.storage.run_record import Columns, RunRecord, last
 # (column of the log, title, scale); a column that is missing or always 1 has no chart.
 LOG_CHARTS: tuple[tuple[str, str, Scale], ...] = (
     ("lr", "Learning rate", "zero"), ("grad_norm", "Gradient norm", "auto"),
-    ("loss_scale", "Loss scale", "log2"), ("images_per_second", "Images per second", "zero"),
+    ("loss_scale", "Loss scale", "log"), ("images_per_second", "Images per second", "zero"),
     ("data_wait_ratio", "Time waiting for data", "zero"),
 )  # fmt: skip
 
@@ -86,5 +86,4 @@ def _lines(runs: Sequence[PlottedRun]) -> tuple[list[Series], list[Series]]:
 def _series(run: PlottedRun, columns: Columns, column: str, name: str, **style: Any) -> list[Series]:
     """Return the line of a column, none without a number."""
     y = columns.get(column, np.empty(0))
-    own: dict[str, Any] = {"color": run.color, "label": "" if style.get("dashed") else run.letter}
-    return [Series(name, columns["step"], y, **own | style)] if np.isfinite(y).any() else []
+    return [Series(name, columns["step"], y, **{"color": run.color} | style)] if np.isfinite(y).any() else []
