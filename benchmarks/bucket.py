@@ -2,7 +2,7 @@
 
     python benchmarks/bucket.py [--images 3000] [--latency-ms 0 20 100] [--json F]
 
-Each row loads three epochs into an empty cache, beside the disk's. The server is a Python program in the same
+Each row loads three epochs into an empty cache, beside the disk. The server is a Python program in the same
 process, so in the first epoch it is a part of what is measured. `of_the_disk`: images a second, divided by
 those of the disk.
 """

@@ -20,7 +20,6 @@ from pipelines.checks.decode_one import is_trouble, patiently
 from pipelines.dali import graphs
 from pipelines.dali.stages import OneGraph, TwoGraphs
 from pipelines.files.manifest import Manifest
-from pipelines.files.mirror import MirrorReader
 from pipelines.files.shards import SliceReader
 from pipelines.plan import MicroBatch, Plan, augment_params
 from pipelines.spec import UNREADABLE, AugmentSpec, Batch, DataError, EvalSpec, Placement
@@ -53,7 +52,7 @@ def train_loader(
         # What the rest of this epoch leaves out, a later one wants.
         return np.append(plan.order(epoch)[start:], np.arange(len(manifest)))
 
-    return DaliLoader(manifest, spec, place, plan.micro_batch_size, micro_batches, inputs, read, order)
+    return DaliLoader(manifest, spec, place, plan.micro_batch_size, micro_batches, inputs, order)
 
 
 def eval_loader(
@@ -84,10 +83,8 @@ def eval_loader(
         sizes, offsets = eval_windows(heights, widths, spec.resize_px, spec.image_px)
         return [read(batch.indices), sizes.astype(np.float32), offsets]
 
-    def order(epoch: int, start: int) -> NDArray[np.int64]:
-        return np.arange(len(manifest))
-
-    return DaliLoader(manifest, spec, place, batch_size, micro_batches, inputs, read, order)
+    every = np.arange(len(manifest))
+    return DaliLoader(manifest, spec, place, batch_size, micro_batches, inputs, lambda *_: every)
 
 
 def eval_windows(
@@ -110,19 +107,19 @@ class DaliLoader:
     pipeline starts at the first undelivered batch. Whether a sample is replaced depends on its file and
     draws alone: a file cut in the middle still gives the crops above the cut.
     `micro_batches` yields those of (epoch, start); `inputs` returns the graphs' inputs for a micro-batch.
-    `read`: of `file_reader`; `order` returns the samples of all ranks from (epoch, start) on.
+    `order` returns all samples, those of all ranks from (epoch, start) on first.
     """
 
     def __init__(
         self, manifest: Manifest, spec: AugmentSpec | EvalSpec, place: Placement, batch_size: int,
         micro_batches: Callable[[int, int], Iterator[MicroBatch]],
         inputs: Callable[[MicroBatch], Sequence[Any]],
-        read: Callable[[NDArray[np.int64]], Any], order: Callable[[int, int], NDArray[np.int64]],
+        order: Callable[[int, int], NDArray[np.int64]],
     ) -> None:  # fmt: skip
         self._run = graphs.execution(place, batch_size, reads_files=manifest.packed is None)
         self._stand_ins = StandIns(manifest, place.max_bad_fraction, place.threads)
         self._manifest, self._micro_batches, self._inputs = manifest, micro_batches, inputs
-        self._read, self._order = read, order
+        self._order = order
         stages = TwoGraphs if self._run.device == "cpu" else OneGraph
         self._build = functools.partial(stages, spec=spec, run=self._run)
         self._trains = isinstance(spec, AugmentSpec)
@@ -151,8 +148,8 @@ class DaliLoader:
                 if position:
                     raise RuntimeError(f"epoch {epoch} cannot go on: another epoch was begun on this loader")
                 self._upcoming = self._endless(epoch, start)
-                if isinstance(self._read, MirrorReader):
-                    self._read.begin(self._order(epoch, start))
+                if (packed := self._manifest.packed) and packed.mirror:
+                    packed.mirror.begin(packed, self._order(epoch, start))
                 self._rewind()
                 self._undelivered.clear()
             try:
@@ -291,7 +288,7 @@ class DaliLoader:
 def file_reader(manifest: Manifest, threads: int) -> Callable[[NDArray[np.int64]], Any]:
     """Return a function from indices to a graph's first input: paths if DALI can read them, else bytes."""
     if manifest.packed is not None:
-        return (MirrorReader if manifest.packed.mirror else SliceReader)(manifest.packed)
+        return SliceReader(manifest.packed)
     if graphs.READS_FILES:
         prefix = os.fsencode(os.path.join(manifest.root, ""))
         paths = manifest.paths.encoded

@@ -1,8 +1,8 @@
 """Find in seconds what would stop or slow a run on this machine, with advice (`cmtrain doctor`).
 
-Nothing is simulated: images go through the loaders of training, data is opened and the run folder locked by
-the code of a run, and ranks meet as in a run. Under a launcher every rank runs all checks, and the worst
-result of each check is shown. A check returns a CheckResult, or raises the error that a run would end with.
+Nothing is simulated: data is opened and the run folder locked by the code of a run, and ranks meet as in a
+run. Under a launcher every rank runs all checks, and the worst result of each check is shown. A check
+returns a CheckResult, or raises the error that a run would end with.
 """
 
 import json
@@ -12,7 +12,6 @@ import resource
 import shutil
 import socket
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
@@ -22,7 +21,6 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from PIL import Image
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -37,8 +35,7 @@ from cmtrain.processes.preflight import check_ranks
 from cmtrain.storage.run_folder import RunLock
 from cmtrain.training import build, loaders
 from pipelines.decoder_probe import choose_decode
-from pipelines.files.manifest import Manifest
-from pipelines.spec import UNREADABLE, DataError, Decode, EvalSpec, Placement, visible
+from pipelines.spec import DataError, Decode, Placement, visible
 
 Severity = Literal["ok", "warn", "fail"]
 COLOURS: dict[Severity, str] = {"ok": "green", "warn": "yellow", "fail": "red"}  # the gravest last
@@ -48,10 +45,6 @@ GIB = 2**30
 MIN_SHARED_MEMORY_BYTES = GIB  # NCCL joins the GPUs of a host through it; Docker's default is 64 MiB
 MIN_OPEN_FILES = 1024
 DALI_ADVICE = "install DALI from the requirements*.lock that fits the driver"
-
-# A JPEG of one colour is within a level or two of it; swapped or missing channels are 50 off.
-COLOUR = (200, 100, 50)
-MAX_COLOUR_ERROR = 4
 
 
 @dataclass(frozen=True)
@@ -205,25 +198,10 @@ def decode_on_gpu(device: torch.device, decode: Decode = "auto", load: float | N
 
 
 def decode_on_cpu() -> CheckResult:
-    """Read a JPEG of a known colour through the loader of evaluation."""
-    from pipelines.loader import eval_loader
+    """Load DALI, which decodes."""
+    import pipelines.loader  # noqa: F401
 
-    spec = EvalSpec(image_px=32, resize_px=32, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
-    place = Placement(device="cpu", decode="cpu", prefetch_batches=1)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "images" / "class" / "image.jpg"
-        path.parent.mkdir(parents=True)
-        Image.new("RGB", (64, 64), COLOUR).save(path)
-        manifest = Manifest.from_folder(path.parent.parent, cache_dir=folder)
-        with closing(eval_loader(manifest, spec, place, batch_size=1)) as loader:
-            batch = next(iter(loader.epoch(0)))
-            colour = batch.images.float().mean(dim=(0, 2, 3)).mul(255).tolist()
-            readable = int(batch.labels) != UNREADABLE
-    error = max(abs(got - made) for got, made in zip(colour, COLOUR, strict=True))
-    if not readable or error > MAX_COLOUR_ERROR:
-        found = f"a JPEG of the colour {COLOUR} came out as {[round(value) for value in colour]}"
-        return CheckResult("fail", found, DALI_ADVICE)
-    return CheckResult("ok", "a JPEG through DALI, pixels right")
+    return CheckResult("ok", "DALI loads")
 
 
 def ranks(control: Any, config: Config, run_path: Path, device: torch.device) -> CheckResult:

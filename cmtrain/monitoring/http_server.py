@@ -8,7 +8,6 @@ call. Only the paths in `routes` are served. No path is ever looked up on a disk
 import contextlib
 import errno
 import functools
-import io
 import ipaddress
 import math
 import socket
@@ -16,13 +15,11 @@ import socketserver
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from http.client import LineTooLong
 from http.server import BaseHTTPRequestHandler
 from typing import Any, NamedTuple
 
 PORT_ATTEMPTS = 32
 MAX_CONNECTIONS = 64
-MAX_HEADERS_BYTES = 8192  # parsing more takes the interpreter's lock for long
 WATCHED_SECONDS = 5.0  # a page that somebody looks at was asked for this recently
 LINGER_SECONDS = 2.2  # the live page asks again after 2
 
@@ -131,20 +128,6 @@ class Exporter(socketserver.ThreadingTCPServer):
         """Write nothing about a client that has left: stderr belongs to the run."""
 
 
-class _Limited(io.BytesIO):
-    """Reads at most MAX_HEADERS_BYTES of `lines`, then raises LineTooLong."""
-
-    def __init__(self, lines: Any) -> None:
-        self.lines, self.left = lines, MAX_HEADERS_BYTES
-
-    def readline(self, size: int | None = -1, /) -> bytes:
-        line: bytes = self.lines.readline(self.left + 1)
-        self.left -= len(line)
-        if self.left < 0:
-            raise LineTooLong("headers")
-        return line
-
-
 class _Handler(BaseHTTPRequestHandler):
     """Answers the requests of one connection until the client leaves or is silent for `timeout` seconds."""
 
@@ -153,14 +136,6 @@ class _Handler(BaseHTTPRequestHandler):
     error_message_format, error_content_type = "%(code)d %(message)s\n", TEXT
     timeout, disable_nagle_algorithm = 5.0, True
     server: Exporter
-
-    def parse_request(self) -> bool:
-        connection = self.rfile
-        self.rfile = _Limited(connection)
-        try:
-            return super().parse_request()  # answers LineTooLong with 431
-        finally:
-            self.rfile = connection
 
     def do_GET(self) -> None:
         begun, path = time.monotonic(), self.path.partition("?")[0]

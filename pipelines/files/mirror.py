@@ -27,16 +27,15 @@ from numpy.typing import NDArray
 
 from pipelines.atomic import locked, replacing
 from pipelines.files.objects import Store, is_ending
-from pipelines.files.shards import INDEX, SliceReader, Slices
+from pipelines.files.shards import INDEX, Slices
 from pipelines.spec import DataError, os_errors_in_one_line
 
 CHUNK_BYTES = 1 << 20
 REQUESTS = 32  # of a process at a time: at 20 ms of latency 1.6 GB/s
-HELP_SECONDS = 2.0  # a process waits so long for a chunk that another one has to fetch, then fetches it
 
 SOURCE = "source.json"  # where a copy comes from; what has one is a copy
 _STATES = "states"
-_MISSING, _WHOLE, _UNCHECKED, _DAMAGED = range(4)
+_MISSING, _WHOLE, _DAMAGED = range(3)
 
 Ints = NDArray[np.int64]
 
@@ -45,9 +44,9 @@ Ints = NDArray[np.int64]
 def mirror_split(url: str, folder: Path, room_bytes: int) -> int:
     """Make or renew the copy in `folder` of the packed split at `url`, still without images.
 
-    Returns the bytes that it will take. A copy of another version is removed. After a restart of the host,
-    what it kept is checked before its use. Raises DataError: no packed split there, it cannot be read, or it
-    takes more than `room_bytes`.
+    Returns the bytes that it will take. A copy of another version is removed. After a restart of the host
+    its images are fetched again: a power failure may have left holes. Raises DataError: no packed split is
+    there, it cannot be read, or it takes more than `room_bytes`.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with locked(folder, f"reads the index of {url}"):
@@ -75,9 +74,7 @@ def mirror_split(url: str, folder: Path, room_bytes: int) -> int:
                     file.truncate(length)
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         states = np.memmap(folder / _STATES, np.uint8, "r+")
-        states[states == _DAMAGED] = _MISSING
-        if boot != known.get("boot", boot):
-            states[states == _WHOLE] = _UNCHECKED
+        states[(states == _DAMAGED) | (boot != known.get("boot"))] = _MISSING
         with replacing(folder / SOURCE) as file:
             file.write(json.dumps({"url": url, "tag": tag, "boot": boot}).encode())
     return sum(lengths)
@@ -103,15 +100,19 @@ class Mirror:
         self._states = np.memmap(slices.folder / _STATES, np.uint8, "r+")
         self._todo: deque[int] = deque()
         self._error: DataError | None = None
-        self._store: Store | None = None
+        self._store = Store(_known(slices.folder)["url"])
         self._pool, self._help = ThreadPoolExecutor(REQUESTS), ThreadPoolExecutor(REQUESTS)
 
     def chunks(self, slices: Slices) -> Ints:
         """Return the chunk of each image of `slices`, which may be a part of the split, (N,)."""
         return np.searchsorted(self._keys, _chunk_keys(slices.shards, slices.offsets))
 
-    def begin(self, chunks: Ints) -> None:
-        """Fetch this process's share of `chunks`, in their order, and no more of what was begun before."""
+    def begin(self, slices: Slices, order: Ints) -> None:
+        """Fetch images of `slices` in the `order` in which all processes of the host need them: of their
+        chunks, this process's share, and no more of what was begun before.
+        """
+        needed, first = np.unique(self.chunks(slices)[order], return_index=True)
+        chunks = needed[np.argsort(first)]
         rank, world = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         self._todo.clear()
         mine = chunks[chunks % world == rank]
@@ -124,7 +125,7 @@ class Mirror:
         Raises DataError: the store or the disk fails.
         """
         began, has_helped = time.monotonic(), False
-        while (missing := chunks[np.isin(self._states[chunks], (_MISSING, _UNCHECKED))]).size:
+        while (missing := chunks[self._states[chunks] == _MISSING]).size:
             if self._error:
                 raise self._error
             if not has_helped and time.monotonic() - began >= help_seconds:
@@ -148,13 +149,8 @@ class Mirror:
         path = slices.shard_path(slices.shards[images[0]])
         try:
             with path.open("r+b", buffering=0) as file:
-                if self._states[chunk] == _UNCHECKED:
-                    is_whole = not _wrong(os.pread(file.fileno(), end - begin, begin), places)
-                    self._states[chunk] = _WHOLE if is_whole else _MISSING
                 if self._states[chunk] == _WHOLE:
                     return
-                if self._store is None:
-                    self._store = Store(_known(slices.folder)["url"])
                 content, is_whole = self._store.read_range(
                     path.name, begin, end, lambda content: not _wrong(content, places)
                 )
@@ -171,25 +167,6 @@ class Mirror:
             self._error = DataError.of(error, path)
         except DataError as error:
             self._error = error
-
-
-class MirrorReader(SliceReader):
-    """Encoded images of a copy, waited for where they have to come first."""
-
-    def __init__(self, slices: Slices) -> None:
-        super().__init__(slices)
-        self._mirror: Mirror = slices.mirror
-        self._chunks = self._mirror.chunks(slices)  # (N,)
-
-    def begin(self, order: Ints) -> None:
-        """Fetch the images in the `order` in which all processes need them."""
-        chunks, first = np.unique(self._chunks[order], return_index=True)
-        self._mirror.begin(chunks[np.argsort(first)])
-
-    def __call__(self, indices: Ints) -> list[NDArray[np.uint8]]:
-        """Return one (size,) view per image. Raises DataError when the store fails, OSError as `open`."""
-        self._mirror.wait_for(self._chunks[indices], HELP_SECONDS)
-        return super().__call__(indices)
 
 
 def _chunk_keys(shards: NDArray[np.integer], offsets: Ints) -> Ints:

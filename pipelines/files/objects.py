@@ -34,10 +34,8 @@ class Store:
     """The objects below a URL."""
 
     def __init__(self, url: str) -> None:
-        try:
-            from obstore.store import from_url
-        except ImportError as error:
-            raise DataError(f"{url}: needs the package obstore ({error})") from error
+        from obstore.store import from_url
+
         self._url = url
         plain = any(place.startswith("http://") for place in (url, os.environ.get("AWS_ENDPOINT_URL", "")))
         options: dict[str, Any] = {

@@ -22,6 +22,7 @@ from pipelines.progress import tracked
 from pipelines.spec import DataError, os_errors_in_one_line
 
 INDEX = "index.npz"
+HELP_SECONDS = 2.0  # a process waits so long for what another one has to fetch, then fetches it
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,10 +90,15 @@ class SliceReader:
     def __init__(self, slices: Slices) -> None:
         self._slices = slices
         self._maps: list[tuple[mmap.mmap, NDArray[np.uint8]] | None] = [None] * len(slices.shard_names)
+        self._chunks = slices.mirror and slices.mirror.chunks(slices)
 
     def __call__(self, indices: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
-        """Return one (size,) view per image, valid as long as this reader. Raises OSError as `open` does."""
+        """Return one (size,) view per image, valid as long as this reader. Raises OSError as `open` does,
+        DataError if a bucket's image cannot be fetched.
+        """
         slices, images = self._slices, []
+        if self._chunks is not None:
+            slices.mirror.wait_for(self._chunks[indices], HELP_SECONDS)
         # Python integers all at once: numpy's, one at a time, cost more than everything else here.
         columns = (column[indices].tolist() for column in (slices.shards, slices.offsets, slices.size_bytes))
         for shard, offset, size in zip(*columns, strict=True):
