@@ -30,8 +30,8 @@ from pipelines.files.objects import Store, is_ending
 from pipelines.files.shards import INDEX, Slices
 from pipelines.spec import DataError, os_errors_in_one_line
 
-CHUNK_BYTES = 1 << 20
-REQUESTS = 32  # of a process at a time: at 20 ms of latency 1.6 GB/s
+CHUNK_BYTES = 4 << 20  # smaller ones are too many requests for a store, larger ones delay the first step
+REQUESTS = 32  # of a process at a time: at 20 ms and 80 MB/s a connection 1.9 GB/s
 
 SOURCE = "source.json"  # where a copy comes from; what has one is a copy
 _STATES = "states"
