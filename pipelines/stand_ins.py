@@ -35,7 +35,7 @@ class StandIns:
     def __init__(self, manifest: Manifest, max_bad_fraction: float, processes: int) -> None:
         self._manifest = manifest
         self._max_bad_fraction = max_bad_fraction
-        self._pool = DecodePool(processes, decode=True)
+        self._pool = DecodePool(processes)
         self._bad: dict[int, BadFile] = {}
         self._good: set[int] = set()
         self._new: list[BadFile] = []

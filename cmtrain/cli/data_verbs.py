@@ -43,7 +43,6 @@ def _data_check(arguments: list[str]) -> int:
     parser = make_parser("data check", "Find unreadable images; training leaves them out from then on.")
     add = parser.add_argument
     add("root", metavar="DIR", help="folder with train/ and val/, or one tree of class folders")
-    add("--headers-only", action="store_true", help="read headers, do not decode")
     add("--processes", type=positive, metavar="N", help="default: one per core")
     add("--out", type=out_file, metavar="FILE", help="write the list there, where training does not look")
     add("--cache-dir", metavar="DIR", help="data.cache_dir of the runs, if they have one")
@@ -51,7 +50,7 @@ def _data_check(arguments: list[str]) -> int:
     options = vars(parse_alone(parser, arguments))
     from cmtrain.commands.data_check import check
 
-    return check(options.pop("root"), full=not options.pop("headers_only"), **options)
+    return check(options.pop("root"), **options)
 
 
 def _data_pack(arguments: list[str]) -> None:

@@ -42,19 +42,18 @@ class CheckedSplit:
 
 @os_errors_in_one_line()
 def check(
-    root: str, *, full: bool, processes: int | None, out: str | None, cache_dir: str | None = None,
+    root: str, *, processes: int | None, out: str | None, cache_dir: str | None = None,
     max_bad_fraction: float = MAX_BAD_FRACTION,
 ) -> int:  # fmt: skip
     """Test the images of `root`, in processes that a hostile file may kill, and list the unusable ones.
 
     The list is written beside the data, or into the user's cache if the data is read-only, and training
     leaves out the images on it. That matters most for truncated files, which DALI 1.34 decodes to grey
-    without an error. A check of headers alone writes no list, because training reads all headers itself.
-    Either way every header is read again, and the cache of the runs is brought up to date.
+    without an error. Every header is read again, and the cache of the runs is brought up to date.
 
-    `root`: a folder with train/ and val/, each a tree of class folders, or one such tree. `full`: decode
-    every image, not only its header. `out`: file for the list instead, for people: training does not read
-    it. `cache_dir`, `max_bad_fraction`: as in the section data of the runs' configuration.
+    `root`: a folder with train/ and val/, each a tree of class folders, or one such tree. `out`: file for
+    the list instead, for people: training does not read it. `cache_dir`, `max_bad_fraction`: as in the
+    section data of the runs' configuration.
 
     Returns the exit code: 0 when training will leave out every bad file that was found; 3 when a split has
     more of them than `max_bad_fraction`, or when `out` is given and training would meet them.
@@ -62,14 +61,14 @@ def check(
     the machine cannot read (nothing is listed then), or a list that cannot be written.
     """
     folder = Path(root).absolute()
-    with contextlib.closing(DecodePool(processes, decode=full)) as pool:
+    with contextlib.closing(DecodePool(processes)) as pool:
         splits = [_check_split(listing, pool) for listing in _list_splits(folder)]
     faults: dict[str, Fault] = {}
     for split in splits:
         start, paths = split.listing.root.relative_to(folder), split.listing.paths
         faults |= {str(start / paths[place]): fault for place, fault in split.faults.items()}
     # Before the manifests are made, which leave out what it names.
-    written = write_list(folder, faults, Path(out) if out else None) if out or full else None
+    written = write_list(folder, faults, Path(out) if out else None)
     for path, fault in itertools.islice(faults.items(), NUM_SHOWN):
         _print(f"  {path}: {fault.reason}")
     if len(faults) > NUM_SHOWN:
@@ -83,7 +82,7 @@ def check(
     relabel_folder(splits[0].listing, None)  # raises where training would
     if not faults:
         return EXIT_DONE
-    if out and full:
+    if out:
         _print("training does not read it: check without --out to have them left out")
         return EXIT_DATA
     sizes = [(str(split.listing.root), len(split.listing), len(split.faults)) for split in splits]

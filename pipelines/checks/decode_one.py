@@ -142,7 +142,7 @@ def _check(path: str, decode: bool, limit_seconds: int) -> CheckResult:
             return CheckResult(height, width, None, decode and may_rotate(image))
 
 
-def _answer_requests(decode: bool) -> None:
+def _answer_requests() -> None:
     with contextlib.suppress(ValueError, OSError):  # a tighter limit is set already, or none can be
         resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
     # Pillow warns from 89 megapixels on and raises from 179 on; both are over our limit anyway.
@@ -151,11 +151,11 @@ def _answer_requests(decode: bool) -> None:
     print(json.dumps(READY), flush=True)  # noqa: T201
     for line in sys.stdin:
         try:
-            answer: tuple[object, ...] = check_file(json.loads(line), decode, MAX_SECONDS)
+            answer: tuple[object, ...] = check_file(json.loads(line), True, MAX_SECONDS)
         except OSError as error:
             answer = error.errno, error.strerror
         print(json.dumps(answer), flush=True)  # noqa: T201
 
 
 if __name__ == "__main__":
-    _answer_requests(decode="decode" in sys.argv[1:])
+    _answer_requests()

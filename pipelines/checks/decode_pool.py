@@ -21,11 +21,10 @@ _BLOCK = 4096  # files handed to the threads at a time: a future takes more memo
 
 
 class DecodePool:
-    """At most `processes` (None: one per core) that `decode` images or read headers, started when needed."""
+    """At most `processes` (None: one per core) that decode images, started when needed."""
 
-    def __init__(self, processes: int | None, *, decode: bool) -> None:
+    def __init__(self, processes: int | None) -> None:
         self.processes = processes or len(os.sched_getaffinity(0))
-        self._task = "decode" if decode else "header"
         self._threads = ThreadPoolExecutor(self.processes)
         # Last in, first out: a single file starts no second process.
         self._idle: queue.LifoQueue[subprocess.Popen[str] | None] = queue.LifoQueue()
@@ -66,7 +65,7 @@ class DecodePool:
 
     def _start(self) -> subprocess.Popen[str]:
         # -P: the program's folder must not be importable. What decoders print on stderr is of no use.
-        command = [sys.executable, "-P", str(_PROGRAM), self._task]
+        command = [sys.executable, "-P", str(_PROGRAM)]
         with os_errors_in_one_line(sys.executable):
             process = patiently(lambda: subprocess.Popen(  # noqa: S603
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,

@@ -13,6 +13,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import shutil
 import time
 import zipfile
@@ -50,7 +51,7 @@ def mirror_split(url: str, folder: Path, room_bytes: int) -> int:
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with locked(folder, f"reads the index of {url}"):
-        known = _known(folder)
+        known = _known(folder) if (folder / INDEX).is_file() else {}
         advice = "; pack the images (`cmtrain data pack`) and copy them there"
         found = Store(url).read(INDEX, known.get("tag"), advice)
         index, tag = found or ((folder / INDEX).read_bytes(), known["tag"])
@@ -58,20 +59,23 @@ def mirror_split(url: str, folder: Path, room_bytes: int) -> int:
             with np.load(io.BytesIO(index), allow_pickle=False) as columns:
                 names, lengths = columns["shard_names"].tolist(), columns["shard_bytes"].tolist()
                 num_chunks = len(np.unique(_chunk_keys(columns["shards"], columns["offsets"])))
+                if not all(re.fullmatch(r"shard-\d+[.]tar", name) for name in names):  # names of files here
+                    raise ValueError("a shard has another name")
         except (ValueError, LookupError, EOFError, zipfile.BadZipFile) as error:
             raise DataError(f"{url}/{INDEX}: is not the index of packed images ({error})") from error
         if sum(lengths) > room_bytes:
             takes = f"{url}: takes {sum(lengths) / 1e9:.1f} GB of local disk, and {room_bytes / 1e9:.1f} GB"
             raise DataError(f"{takes} of data.cache_gb are left; raise it, or pack with --resize-shorter")
-        if not known or index != (folder / INDEX).read_bytes():
+        sizes = dict(zip((*names, _STATES), (*lengths, num_chunks), strict=True))
+        found_sizes = {name: (folder / name).stat().st_size for name in sizes if (folder / name).is_file()}
+        if not known or found_sizes != sizes or index != (folder / INDEX).read_bytes():
             known = {}
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
             (folder / INDEX).write_bytes(index)
-            (folder / _STATES).write_bytes(bytes(num_chunks))
-            for name, length in zip(names, lengths, strict=True):
+            for name, size in sizes.items():
                 with (folder / name).open("wb") as file:
-                    file.truncate(length)
+                    file.truncate(size)
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         states = np.memmap(folder / _STATES, np.uint8, "r+")
         states[(states == _DAMAGED) | (boot != known.get("boot"))] = _MISSING
@@ -83,7 +87,7 @@ def mirror_split(url: str, folder: Path, room_bytes: int) -> int:
 def _known(folder: Path) -> dict[str, Any]:
     try:
         return dict(json.loads((folder / SOURCE).read_bytes()))
-    except (OSError, ValueError):  # there is no copy, or a half-written one
+    except (OSError, ValueError, TypeError):  # there is no copy, or a half-written one
         return {}
 
 

@@ -81,12 +81,12 @@ def test_overrides_may_stand_anywhere_and_use_either_spelling(calls):
 
 
 def test_data_verbs_pass_their_options_on(calls):
-    assert main(["data", "check", "in", "--headers-only", "--processes", "3", "--cache-dir", "c"]) == 4
+    assert main(["data", "check", "in", "--processes", "3", "--cache-dir", "c"]) == 4
     assert main(["data", "pack", "in", "out", "--resize-shorter", "256", "--shard-size", "64"]) == 0
     assert main(["data", "preview", "--config", "configs/demo.yaml", "--rows", "2", "--out", "x.png"]) == 0
     assert main(["data", "stats", "--config", "configs/demo.yaml", "--data.threads", "2"]) == 0
     assert [(verb, args[:2]) for verb, args, _ in calls[:2]] == [("check", ("in",)), ("pack", ("in", "out"))]
-    assert calls[0][2] == {"full": False, "processes": 3, "out": None, "cache_dir": "c"}
+    assert calls[0][2] == {"processes": 3, "out": None, "cache_dir": "c"}
     assert (calls[1][2]["resize_shorter"], calls[1][2]["shard_mib"], calls[1][2]["quality"]) == (256, 64, 90)
     assert calls[2][2] == {"out": "x.png", "rows": 2, "columns": 8, "epoch": 0}
     assert calls[3][1][0].data.threads == 2

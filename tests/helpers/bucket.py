@@ -49,7 +49,7 @@ def bucket(folder: Path) -> Iterator[Bucket]:
             served.requests.append((self.path, self.headers.get("Range", "")))
             time.sleep(served.latency)
             fault = served.fault(self.path, number) or ""
-            path = folder / self.path.removeprefix("/images/")
+            path = served.folder / self.path.removeprefix("/images/")
             if fault.startswith("stall "):
                 time.sleep(float(fault.split()[1]))
             if fault.isdigit():  # real stores repeat the key in their answers

@@ -59,7 +59,7 @@ def test_finds_exactly_the_bad_files_in_little_memory(data):
     program = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))\n"
         "from cmtrain.commands.data_check import check\n"
-        "code = check(sys.argv[1], full=True, processes=2, out=None)\n"
+        "code = check(sys.argv[1], processes=2, out=None)\n"
         # Its own peak from /proc: getrusage's would include what pytest held when it started this process.
         "lines = open('/proc/self/status')\n"
         "own = next(int(line.split()[1]) for line in lines if line.startswith('VmHWM'))\n"
@@ -85,7 +85,7 @@ def test_finds_exactly_the_bad_files_in_little_memory(data):
 
 def test_good_data_leaves_no_list(data, capsys):
     (data / NAME).write_text("train/a/good.jpg\tother\tof an earlier check\n")
-    assert check(str(data), full=True, processes=2, out=None) == 0
+    assert check(str(data), processes=2, out=None) == 0
     assert not (data / NAME).exists()
     assert "bad files" not in capsys.readouterr().out
 
@@ -96,7 +96,7 @@ def test_training_leaves_out_what_the_check_found(data):
     (data / "train" / "a" / "cut.jpg").write_bytes(content[: len(content) // 2])
     before = Manifest.from_folder(data / "train")
     assert "a/cut.jpg" in paths_of(before)
-    assert check(str(data), full=True, processes=1, out=None) == 0
+    assert check(str(data), processes=1, out=None) == 0
     manifest = Manifest.from_folder(data / "train", max_bad_fraction=0.1)
     assert paths_of(manifest) == paths_of(before) - {"a/cut.jpg"}
     (bad,) = manifest.bad
@@ -126,14 +126,14 @@ def test_the_check_looks_at_everything_and_renews_the_cache_of_runs(data, tmp_pa
     path.write_bytes(encoded(PHOTO.resize((20, 10))).ljust(info.st_size, b"\0"))
     os.utime(path, ns=(info.st_atime_ns, info.st_mtime_ns))
     assert size_of() == (375, 500)
-    assert check(str(data), full=False, processes=1, out=None, cache_dir=str(runs)) == 0
+    assert check(str(data), processes=1, out=None, cache_dir=str(runs)) == 0
     assert size_of() == (10, 20)
 
 
 def test_a_class_tree_of_its_own(data):
     (data / "train" / "a" / "empty.jpg").touch()
     (data / "train").rename(data / "photos")
-    assert check(str(data / "photos"), full=True, processes=1, out=None) == 0
+    assert check(str(data / "photos"), processes=1, out=None) == 0
     assert listed(data / "photos" / NAME) == {"a/empty.jpg": ("truncated", "empty file")}
     assert "a/empty.jpg" in read_lists(data / "photos")
     assert not (data / NAME).exists()
@@ -149,35 +149,25 @@ def test_data_that_cannot_be_written_has_its_list_in_the_cache(data, user_cache,
         return replace(self, target)
 
     monkeypatch.setattr(Path, "replace", read_only)  # a read-only folder does not stop root
-    assert check(str(data), full=True, processes=1, out=None) == 0
+    assert check(str(data), processes=1, out=None) == 0
     assert [path.name for path in data.iterdir() if path.is_file()] == []
     assert len(list(user_cache.glob("bad-files-*.tsv"))) == 1
     assert "a/cut.jpg" not in paths_of(Manifest.from_folder(data / "train", max_bad_fraction=0.1))
 
 
-def test_a_check_of_headers_alone_is_no_list(data, tmp_path):
-    (data / "train" / "a" / "cut.jpg").write_bytes(encoded()[:-20])
-    (data / "train" / "a" / "empty.jpg").touch()
-    assert check(str(data), full=True, processes=1, out=None, max_bad_fraction=0.2) == 0
-    assert check(str(data), full=False, processes=1, out=None) == 0
-    assert check(str(data), full=False, processes=1, out=str(tmp_path / "headers.tsv")) == 0
-    assert set(listed(data / NAME)) == {"train/a/cut.jpg", "train/a/empty.jpg"}
-    assert set(listed(tmp_path / "headers.tsv")) == {"train/a/empty.jpg"}
-
-
 def test_a_folder_of_bad_files_only_is_described(tmp_path, capsys):
     (tmp_path / "data" / "a").mkdir(parents=True)
     kinds = write_bad(tmp_path / "data" / "a")
-    assert check(str(tmp_path / "data"), full=True, processes=1, out=None) == 3
+    assert check(str(tmp_path / "data"), processes=1, out=None) == 3
     assert f"{len(kinds)} files, 0 good, {len(kinds)} bad" in capsys.readouterr().out
 
 
 def test_what_is_no_data_set_is_refused(data, tmp_path):
     with pytest.raises(DataError, match="no such folder"):
-        check(str(tmp_path / "nowhere"), full=True, processes=1, out=None)
+        check(str(tmp_path / "nowhere"), processes=1, out=None)
     (data / "val" / "unknown").mkdir()
     with pytest.raises(DataError, match="unknown: not one of the 2 training classes"):
-        check(str(data), full=True, processes=1, out=None)
+        check(str(data), processes=1, out=None)
 
 
 def program(tmp_path: Path, monkeypatch, body: str) -> None:
@@ -196,7 +186,7 @@ def test_the_kind_is_carried_and_never_read_from_the_reason(data, tmp_path, monk
     (data / "train" / "a" / "odd.jpg").write_bytes(encoded())
     answer = json.dumps([0, 0, ["missing", "truncated, empty file, not a JPEG"]])
     program(tmp_path, monkeypatch, f"if 'odd' in path: print({answer!r}, flush=True); continue")
-    assert check(str(data), full=True, processes=1, out=None) == 0
+    assert check(str(data), processes=1, out=None) == 0
     assert "1 bad (1 cannot be opened)" in capsys.readouterr().out
     (bad,) = Manifest.from_folder(data / "train", max_bad_fraction=0.1).bad
     assert bad.kind == "missing"
@@ -222,7 +212,7 @@ def test_a_list_needs_no_first_line_but_a_kind_in_each(data):
 )
 def test_a_file_that_kills_the_decoder_is_bad_and_no_other(tmp_path, monkeypatch, body, reason):
     program(tmp_path, monkeypatch, body)
-    pool = DecodePool(2, decode=True)
+    pool = DecodePool(2)
     paths = [f"{'bad' if index % 5 == 3 else 'good'}{index}.jpg" for index in range(12)]
     results = list(pool.check(paths))
     pool.close()
@@ -233,7 +223,7 @@ def test_a_file_that_kills_the_decoder_is_bad_and_no_other(tmp_path, monkeypatch
 def test_a_decoder_that_cannot_start_condemns_no_file(tmp_path, monkeypatch):
     monkeypatch.setattr(decode_pool, "_PROGRAM", tmp_path / "nowhere.py")
     with pytest.raises(DataError, match=r"nowhere\.py: cannot be started"):
-        list(DecodePool(1, decode=True).check(["a.jpg"]))
+        list(DecodePool(1).check(["a.jpg"]))
 
 
 def test_memory_and_time_of_a_decoder_are_limited():
@@ -278,7 +268,7 @@ def test_odd_names_arrive_and_return(tmp_path):
     for name in names:
         (folder / name).write_bytes(encoded()[:-20])
     (folder / "good.jpg").write_bytes(encoded())
-    assert check(str(tmp_path / "data"), full=True, processes=1, out=None) == 3
+    assert check(str(tmp_path / "data"), processes=1, out=None) == 3
     manifest = Manifest.from_folder(tmp_path / "data", max_bad_fraction=0.9)
     assert paths_of(manifest) == {"a/good.jpg"}
     assert {os.path.basename(file.path) for file in manifest.bad} == set(names)
@@ -289,7 +279,7 @@ def test_a_run_logs_what_the_check_found(make_job, tmp_path):
     cut = sorted((root / "train").rglob("*.jpg"))[::8]
     for path in cut:
         path.write_bytes(path.read_bytes()[:-200])
-    assert check(str(root), full=True, processes=2, out=None) == 3
+    assert check(str(root), processes=2, out=None) == 3
     job = make_job(data={"root": str(root), "max_bad_fraction": 0.2})
     job("--max-steps", "1")
     logged = [event for event in job.events() if event["event"] == "bad_file"]
@@ -301,7 +291,7 @@ def test_a_run_logs_what_the_check_found(make_job, tmp_path):
 @pytest.mark.parametrize("fails", ["beside", "everywhere"])
 def test_the_list_of_before_is_there_until_there_is_a_new_one(data, user_cache, monkeypatch, fails):
     (data / "train" / "a" / "cut.jpg").write_bytes(encoded()[:-20])
-    assert check(str(data), full=True, processes=1, out=None) == 0
+    assert check(str(data), processes=1, out=None) == 0
     before = (data / NAME).read_text()
     open_file, removed = open, []
 
@@ -314,7 +304,7 @@ def test_the_list_of_before_is_there_until_there_is_a_new_one(data, user_cache, 
     monkeypatch.setattr("builtins.open", full_disk)
     if fails == "everywhere":
         with pytest.raises(DataError, match=r"the list of bad files cannot be written: .*No space left"):
-            check(str(data), full=True, processes=1, out=None)
+            check(str(data), processes=1, out=None)
         assert (data / NAME).read_text() == before
     else:
         unlink = Path.unlink
@@ -324,7 +314,7 @@ def test_the_list_of_before_is_there_until_there_is_a_new_one(data, user_cache, 
             unlink(self, *args, **kwargs)
 
         monkeypatch.setattr(Path, "unlink", removing)
-        assert check(str(data), full=True, processes=1, out=None) == 0
+        assert check(str(data), processes=1, out=None) == 0
         assert dict(removed)[NAME] == 1  # the new one is in the cache by then
     assert "a/cut.jpg" in read_lists(data / "train")
 
@@ -333,10 +323,10 @@ def test_a_split_has_no_list_of_its_own(data):
     """Its part of the list beside it is replaced."""
     for split in ("train", "val"):
         (data / split / "a" / "cut.jpg").write_bytes(encoded()[:-20])
-    assert check(str(data), full=True, processes=1, out=None) == 0
+    assert check(str(data), processes=1, out=None) == 0
     (data / "train" / "a" / "cut.jpg").unlink()
     (data / "train" / "b" / "new.jpg").write_bytes(encoded()[:-20])
-    assert check(str(data / "train"), full=True, processes=1, out=None) == 0
+    assert check(str(data / "train"), processes=1, out=None) == 0
     assert set(listed(data / NAME)) == {"train/b/new.jpg", "val/a/cut.jpg"}
     assert not (data / "train" / NAME).exists()
 
@@ -344,22 +334,22 @@ def test_a_split_has_no_list_of_its_own(data):
 def test_exit_code_and_report(data, tmp_path, capsys):
     """0 where training leaves out what was found, 3 where it refuses the data or meets the files."""
     (data / "train" / "a" / "cut.jpg").write_bytes(encoded()[:-20])
-    assert check(str(data), full=True, processes=1, out=None) == 0
+    assert check(str(data), processes=1, out=None) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("  train/a/cut.jpg: image file is truncated")
     assert lines[1] == f"{data}/train: 17 files, 16 good, 1 bad (1 cut short)"
     assert lines[2] == "  2 ask to be turned (EXIF); images are used as they are stored"
     assert lines[-2:] == [f"the list of bad files is {data / NAME}", "training leaves them out"]
-    assert check(str(data), full=True, processes=1, out=None, max_bad_fraction=0.05) == 3
+    assert check(str(data), processes=1, out=None, max_bad_fraction=0.05) == 3
     assert f"training will refuse {data}/train: more than 0.05 of it is bad\n" in capsys.readouterr().out
-    assert check(str(data), full=True, processes=1, out=str(tmp_path / "list.tsv")) == 3
+    assert check(str(data), processes=1, out=str(tmp_path / "list.tsv")) == 3
     assert "training does not read it" in capsys.readouterr().out
 
 
 def test_packed_data_is_not_checked_but_verified(data, tmp_path):
     (data / "train" / "index.npz").touch()
     with pytest.raises(DataError, match=r"train: is packed: the same `cmtrain data pack` again verifies it"):
-        check(str(data), full=True, processes=1, out=None)
+        check(str(data), processes=1, out=None)
 
 
 def test_a_user_without_a_home_has_no_cache_and_needs_none(data, monkeypatch, capfd):

@@ -213,6 +213,24 @@ def test_after_a_restart_of_the_host_all_is_fetched_again(served, expected, tmp_
     assert_equal(batches(copy_of(served, tmp_path)), expected[: len(expected) // 2])
 
 
+@pytest.mark.parametrize("name", ["../../../escaped.tar", "/tmp/escaped.tar", "index.npz"])
+def test_an_index_that_names_other_files_than_shards_is_refused(served, packed, tmp_path, name):
+    (tmp_path / "bad").mkdir()
+    with np.load(packed / "train" / "index.npz") as data:
+        columns = dict(data) | {"shard_names": np.array([name] * len(data["shard_names"]))}
+    np.savez(tmp_path / "bad" / "index.npz", **columns)
+    served.folder = tmp_path
+    with pytest.raises(DataError, match="is not the index of packed images"):
+        mirror_split("s3://images/bad", tmp_path / "copies" / "bad", 1 << 40)
+    assert not list((tmp_path / "copies").rglob("*.tar"))
+
+
+def test_a_copy_that_lost_a_shard_is_made_again(served, expected, tmp_path):
+    batches(copy_of(served, tmp_path))
+    (tmp_path / "train" / "shard-000001.tar").unlink()
+    assert_equal(batches(copy_of(served, tmp_path)), expected[: len(expected) // 2])
+
+
 def test_a_place_without_packed_images_says_what_to_put_there(served, tmp_path):
     with pytest.raises(DataError, match=r"s3://images/none/index.npz: is not there.*cmtrain data pack"):
         mirror_split("s3://images/none", tmp_path / "none", 1 << 40)

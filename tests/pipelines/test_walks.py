@@ -137,7 +137,7 @@ def test_a_run_and_its_tools_report_what_is_not_used(make_job, data, capfd):
     job("--max-steps", "1")
     assert f"{data / 'train'}: ignored: 1 .tif\n" in job.stderr.read_text()
     assert f"{data / 'val'}: ignored: 1 hidden\n" in job.stderr.read_text()
-    assert check(str(data), full=True, processes=1, out=None) == 0
+    assert check(str(data), processes=1, out=None) == 0
     assert "  ignored: 1 .tif\n" in capfd.readouterr().out
     packed = str(data.parent / "packed")
     pack(str(data), packed, shard_mib=1, processes=1, resize_shorter=None, quality=90)
@@ -167,7 +167,7 @@ def test_a_folder_that_cannot_be_listed_is_one_line(data, broken, number):
     broken("scandir", "class1", number, 99)
     for look in (
         lambda: Manifest.from_folder(data / "train"),
-        lambda: check(str(data), full=True, processes=1, out=None),
+        lambda: check(str(data), processes=1, out=None),
     ):
         with pytest.raises(DataError, match=rf"train/class1: {os.strerror(number)}; ") as error:
             look()
@@ -244,7 +244,7 @@ def test_a_decoding_process_asks_again_and_then_reports_trouble(tmp_path, monkey
     """A real one: the file is a FIFO's place where stat fails, by a folder without rights for its user."""
     answer = "print(json.dumps([5, 'Input/output error']), flush=True)"
     program(tmp_path, monkeypatch, answer)
-    pool = DecodePool(1, decode=True)
+    pool = DecodePool(1)
     with pytest.raises(DataError, match=r"a.jpg: Input/output error; the machine is at fault, not the file"):
         list(pool.check(["a.jpg"]))
     pool.close()
@@ -258,7 +258,7 @@ def test_the_program_answers_trouble_with_its_errno(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(sys, "stdin", ['"a.jpg"\n'])
     for name in ("resource.setrlimit", "signal.signal", "warnings.simplefilter"):
         monkeypatch.setattr(f"pipelines.checks.decode_one.{name}", lambda *args: None)
-    decode_one._answer_requests(decode=True)
+    decode_one._answer_requests()
     assert capsys.readouterr().out == '"ready"\n[5, "Input/output error"]\n'
 
 
@@ -285,7 +285,7 @@ def test_a_decoder_that_something_killed_condemns_no_file(tmp_path, monkeypatch,
     body = f"{kill}; text and os.kill(os.getpid(), signal.SIGKILL); print('[1, 2, null]', flush=True)"
     monkeypatch.chdir(tmp_path)
     program(tmp_path, monkeypatch, body)
-    pool = DecodePool(1, decode=True)
+    pool = DecodePool(1)
     if times == 1:
         assert list(pool.check(["a.jpg"])) == [CheckResult(1, 2, None)]
     else:
@@ -308,7 +308,7 @@ def test_trouble_leaves_the_list_of_bad_files_as_it_was(data, tmp_path, monkeypa
     (data / "bad_files.tsv").write_text("train/class0/0000.jpg\tother\tas before\n")
     program(tmp_path, monkeypatch, "print(json.dumps([5, 'Input/output error']), flush=True)")
     with pytest.raises(DataError, match="Input/output error"):
-        check(str(data), full=True, processes=1, out=None)
+        check(str(data), processes=1, out=None)
     assert "as before" in (data / "bad_files.tsv").read_text()
 
 
@@ -425,7 +425,7 @@ def test_names_with_escapes_take_one_line_each(tmp_path, capsys):
     for name in names:
         (folder / name).write_bytes(b"no image")
     (folder / "good.jpg").write_bytes(encoded())
-    assert check(str(tmp_path / "data"), full=True, processes=1, out=None) == 3
+    assert check(str(tmp_path / "data"), processes=1, out=None) == 3
     out = capsys.readouterr().out
     assert all(line.isprintable() for line in out.splitlines())
     assert r"x\x1b]52;c;ZQ==\x07\nfinished.jpg: not a JPEG" in out
