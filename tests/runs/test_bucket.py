@@ -61,6 +61,15 @@ def test_killed_and_resumed_on_other_numbers_of_ranks_it_equals_the_disk(make, p
 
 
 @pytest.mark.timeout(900)
+def test_a_run_goes_from_a_disk_to_a_bucket(make, packed, from_disk):
+    job = make("moved", str(packed))
+    job("--max-steps", "4")
+    with bucket(packed) as served:
+        job("--data.root", "s3://images/", **served.environment)
+    assert_same_state(job, from_disk)
+
+
+@pytest.mark.timeout(900)
 def test_a_bad_store_costs_time_and_no_sample_and_no_secret_is_written(make, packed, from_disk):
     faults = {1: "500", 3: "503", 4: "cut", 6: "corrupt", 7: "stall 3"}
     job = make("bucket", "s3://images")
