@@ -27,7 +27,6 @@ from rich.table import Table
 
 from cmtrain.config.schema import Config
 from cmtrain.errors import EXIT_DATA, EXIT_DONE, ConfigError
-from cmtrain.monitoring.http_server import Exporter
 from cmtrain.monitoring.machine import dali_packages, version_of
 from cmtrain.processes.collectives import control_group, gather, leave_together
 from cmtrain.processes.gpus import cuda_of_driver, newer_driver, packages_for, why_unusable
@@ -102,7 +101,6 @@ def run_checks(config: Config, accelerator: Accelerator, control: Any) -> dict[s
         "data": data,
         "run folder": lambda: run_folder(run_path, is_main=accelerator.is_main_process),
         "disk": lambda: disk(config, run_path, num_classes),
-        "metrics port": lambda: metrics_port(config, accelerator.local_process_index),
     }
     return {check: _result(function) for check, function in run.items()}
 
@@ -261,19 +259,3 @@ def disk(config: Config, run_path: Path, num_classes: int) -> CheckResult:
     if free < count * size:
         return CheckResult("fail", found, "make room, set run.dir, or lower checkpoint.keep")
     return CheckResult("ok", found)
-
-
-def metrics_port(config: Config, local_rank: int) -> CheckResult:
-    host, port = config.metrics.host, config.metrics.port + local_rank
-    if not config.metrics.enabled:
-        return CheckResult("ok", "metrics.enabled is false")
-    try:
-        exporter = Exporter({}, host, port)
-    except OSError as error:
-        return CheckResult("warn", f"{host}: {error}", "a run will do without; set metrics.host and .port")
-    exporter.close()
-    if exporter.port != port:
-        targets = f"Prometheus finds it through {config.run.dir}/.targets/"
-        advice = f"{targets}; a scrape of fixed ports needs another metrics.port"
-        return CheckResult("warn", f"{port} is taken; {exporter.port} would be used", advice)
-    return CheckResult("ok", f"{exporter.url} is free")

@@ -327,7 +327,8 @@ def _unknown_section(name: str, value: Any) -> str:
 def _wrong_value(name: str, error: ErrorDetails, value: Any) -> str:
     """Describe what `value` should have been, in one sentence for every reason of pydantic."""
     if error["type"] == "value_error":
-        return f"{error['ctx']['error']}, got {show(value)}"
+        shown = re.sub("://.*", "://...", value) if isinstance(value, str) else value  # it may hold a key
+        return f"{error['ctx']['error']}, got {show(shown)}"
     schema = schema_of(name)
     message = f"must be {describe_values(schema)}, got {show(value)}"
     if error["type"] == "literal_error" and isinstance(value, str):

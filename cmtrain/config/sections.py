@@ -40,7 +40,7 @@ def _below_root(text: str) -> str:
 
 
 def _root(text: str) -> str:
-    if is_url(text) and re.search(r"[?#]|//[^/]*@|//(/|$)", text):
+    if "://" in text and (not is_url(text) or re.search(r"[?#]|//.*@|//(/|$)", text)):
         raise ValueError("must be a plain place, as s3://bucket/imagenet-256; keys are for the environment")
     return _path(text)
 

@@ -151,9 +151,9 @@ def _root_of(config: Config, *, trains: bool = True) -> Path:
 
 def _copies(config: Config, trains: bool) -> Path:
     data = config.data
-    if data.train_list or data.val_list:
-        raise ConfigError("data.train_list, data.val_list: images of a bucket are packed; lists need files")
-    folder = cache_folder(config) / "buckets" / hashlib.sha256(data.root.encode()).hexdigest()[:16]
+    folder = (
+        cache_folder(config) / "buckets" / hashlib.sha256(data.root.rstrip("/").encode()).hexdigest()[:16]
+    )
     room = int(data.cache_gb * 1e9)
     # The validation images first: each epoch needs all of them.
     for split in (data.val_dir, data.train_dir)[: 1 + trains]:

@@ -10,6 +10,7 @@ would be one request each, and a GPU trains more images a second than a bucket a
 """
 
 import contextlib
+import fcntl
 import io
 import json
 import os
@@ -45,31 +46,35 @@ Ints = NDArray[np.int64]
 def mirror_split(url: str, folder: Path, room_bytes: int) -> int:
     """Make or renew the copy in `folder` of the packed split at `url`, still without images.
 
-    Returns the bytes that it will take. A copy of another version is removed. After a restart of the host
-    its images are fetched again: a power failure may have left holes. Raises DataError: no packed split is
-    there, it cannot be read, or it takes more than `room_bytes`.
+    Returns the bytes that it will take. A copy of another version is removed, unless a run uses it. After a
+    restart of the host images are fetched again: a power failure may have left holes. Raises DataError: no
+    packed split is there, it cannot be read, takes more than `room_bytes`, or such a run is at work.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with locked(folder, f"reads the index of {url}"):
-        known = _known(folder) if (folder / INDEX).is_file() else {}
-        advice = "; pack the images (`cmtrain data pack`) and copy them there"
-        found = Store(url).read(INDEX, known.get("tag"), advice)
+        known = _known(folder)
+        found = Store(url).read(INDEX, known.get("tag"))
         index, tag = found or ((folder / INDEX).read_bytes(), known["tag"])
         try:
-            with np.load(io.BytesIO(index), allow_pickle=False) as columns:
-                names, lengths = columns["shard_names"].tolist(), columns["shard_bytes"].tolist()
-                num_chunks = len(np.unique(_chunk_keys(columns["shards"], columns["offsets"])))
-                if not all(re.fullmatch(r"shard-\d+[.]tar", name) for name in names):  # names of files here
-                    raise ValueError("a shard has another name")
-        except (ValueError, LookupError, EOFError, zipfile.BadZipFile) as error:
-            raise DataError(f"{url}/{INDEX}: is not the index of packed images ({error})") from error
-        if sum(lengths) > room_bytes:
-            takes = f"{url}: takes {sum(lengths) / 1e9:.1f} GB of local disk, and {room_bytes / 1e9:.1f} GB"
+            with np.load(io.BytesIO(index), allow_pickle=False) as data:
+                columns = dict(data)  # all of them, so that their checksums are looked at
+            if not all(re.fullmatch(r"shard-\d+[.]tar", name) for name in columns["shard_names"].tolist()):
+                raise ValueError("a shard has another name")
+            num_chunks = len(np.unique(_chunk_keys(columns["shards"], columns["offsets"])))
+            names, lengths = columns["shard_names"].tolist(), columns["shard_bytes"].tolist()
+            sizes = dict(zip((*names, _STATES), (*lengths, num_chunks), strict=True))
+            taken = sum(lengths)
+        except (ValueError, LookupError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise DataError(
+                f"{url}/{INDEX}: not the index of packed images: {type(error).__name__}"
+            ) from error
+        if taken > room_bytes:
+            takes = f"{url}: takes {taken / 1e9:.1f} GB of local disk, and {room_bytes / 1e9:.1f} GB"
             raise DataError(f"{takes} of data.cache_gb are left; raise it, or pack with --resize-shorter")
-        sizes = dict(zip((*names, _STATES), (*lengths, num_chunks), strict=True))
         found_sizes = {name: (folder / name).stat().st_size for name in sizes if (folder / name).is_file()}
-        if not known or found_sizes != sizes or index != (folder / INDEX).read_bytes():
+        if found_sizes != sizes or known.get("crc") != zlib.crc32(index):
             known = {}
+            _check_unused(folder)
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
             (folder / INDEX).write_bytes(index)
@@ -80,15 +85,27 @@ def mirror_split(url: str, folder: Path, room_bytes: int) -> int:
         states = np.memmap(folder / _STATES, np.uint8, "r+")
         states[(states == _DAMAGED) | (boot != known.get("boot"))] = _MISSING
         with replacing(folder / SOURCE) as file:
-            file.write(json.dumps({"url": url, "tag": tag, "boot": boot}).encode())
-    return sum(lengths)
+            source = {"url": url, "tag": tag, "boot": boot, "crc": zlib.crc32(index)}
+            file.write(json.dumps(source).encode())
+    return taken
 
 
 def _known(folder: Path) -> dict[str, Any]:
+    """Return what is recorded of a copy whose index is whole, else nothing."""
     try:
-        return dict(json.loads((folder / SOURCE).read_bytes()))
-    except (OSError, ValueError, TypeError):  # there is no copy, or a half-written one
+        known = dict(json.loads((folder / SOURCE).read_bytes()))
+        return known if known.get("crc") == zlib.crc32((folder / INDEX).read_bytes()) else {}
+    except (OSError, ValueError, TypeError):
         return {}
+
+
+def _check_unused(folder: Path) -> None:
+    with contextlib.suppress(FileNotFoundError), (folder / _STATES).open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            what = "the bucket has another version of the images than the run that is at work here"
+            raise DataError(f"{folder}: {what}; wait for its end, or set data.cache_dir") from error
 
 
 class Mirror:
@@ -101,8 +118,11 @@ class Mirror:
         keys = _chunk_keys(slices.shards, slices.offsets)[self._images]
         self._keys, self._begins = np.unique(keys, return_index=True)  # of each chunk: its first image
         self._ends = np.append(self._begins[1:], len(keys))
-        self._states = np.memmap(slices.folder / _STATES, np.uint8, "r+")
+        with (slices.folder / _STATES).open("r+b") as file:  # the map holds the lock as long as it lives
+            fcntl.flock(file, fcntl.LOCK_SH)
+            self._states = np.memmap(file, np.uint8, "r+")
         self._todo: deque[int] = deque()
+        self._coming: set[int] = set()  # chunks that are being fetched
         self._error: DataError | None = None
         self._store = Store(_known(slices.folder)["url"])
         self._pool, self._help = ThreadPoolExecutor(REQUESTS), ThreadPoolExecutor(REQUESTS)
@@ -140,11 +160,14 @@ class Mirror:
 
     def _work(self) -> None:
         with contextlib.suppress(IndexError):  # all is done
-            while not self._error and not is_ending():
+            while True:
                 self._fetch(self._todo.popleft())
 
     def _fetch(self, chunk: int) -> None:
         """Bring a chunk to the disk, unless it is there; an error is raised where somebody waits for it."""
+        if self._error or is_ending() or chunk in self._coming or self._states[chunk] == _WHOLE:
+            return
+        self._coming.add(chunk)
         slices, images = self._slices, self._images[self._begins[chunk] : self._ends[chunk]]
         offsets, sizes = slices.offsets[images], slices.size_bytes[images]
         begin, end = int(offsets[0]), int(offsets[-1] + sizes[-1])
@@ -152,36 +175,28 @@ class Mirror:
         places = list(zip(*(column.tolist() for column in columns), strict=True))
         path = slices.shard_path(slices.shards[images[0]])
         try:
-            with path.open("r+b", buffering=0) as file:
-                if self._states[chunk] == _WHOLE:
-                    return
-                content, is_whole = self._store.read_range(
-                    path.name, begin, end, lambda content: not _wrong(content, places)
-                )
-                if not is_whole:  # zeros are no image: the loader replaces it, as it does a damaged file
-                    fixed = bytearray(content[: end - begin].ljust(end - begin, b"\0"))
-                    for offset, size in _wrong(content, places):
-                        fixed[offset : offset + size] = bytes(size)
-                    content = bytes(fixed)
-                file.seek(begin)
-                while content:
-                    content = content[file.write(content) :]
+            content, is_whole = self._store.read_range(
+                path.name, begin, end, lambda content: len(_right(content, places)) == len(places)
+            )
+            with path.open("r+b") as file:
+                # A hole stays where an image is wrong, which the loader replaces as a damaged file.
+                for offset, size in _right(content, places):
+                    file.seek(begin + offset)
+                    file.write(content[offset : offset + size])
             self._states[chunk] = _WHOLE if is_whole else _DAMAGED
-        except OSError as error:
-            self._error = DataError.of(error, path)
         except DataError as error:
             self._error = error
+        except BaseException as error:  # a panic of obstore's is none of Exception
+            what = f"{path}: {type(error).__name__}"  # its text may hold a key
+            self._error = DataError.of(error, path) if isinstance(error, OSError) else DataError(what)
+        self._coming.discard(chunk)
 
 
 def _chunk_keys(shards: NDArray[np.integer], offsets: Ints) -> Ints:
     return (shards.astype(np.int64) << 40) | offsets // CHUNK_BYTES
 
 
-def _wrong(content: bytes, places: list[tuple[int, int, int]]) -> list[tuple[int, int]]:
-    """Return offset and size of each image whose bytes are not those of its CRC-32."""
+def _right(content: bytes, places: list[tuple[int, int, int]]) -> list[tuple[int, int]]:
+    """Return offset and size of each image whose bytes are those of its CRC-32."""
     view = memoryview(content)
-    return [
-        (offset, size)
-        for offset, size, checksum in places
-        if offset + size > len(view) or zlib.crc32(view[offset : offset + size]) != checksum
-    ]
+    return [(begin, size) for begin, size, crc in places if zlib.crc32(view[begin : begin + size]) == crc]

@@ -9,9 +9,9 @@ import importlib.util
 import os
 import random
 import re
-import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import thread as pools
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -37,9 +37,8 @@ class Store:
         from obstore.store import from_url
 
         self._url = url
-        plain = any(place.startswith("http://") for place in (url, os.environ.get("AWS_ENDPOINT_URL", "")))
         options: dict[str, Any] = {
-            "client_options": {"allow_http": plain, "timeout": f"{REQUEST_SECONDS}s"},
+            "client_options": {"allow_http": True, "timeout": f"{REQUEST_SECONDS}s"},
             # Tries are ours: obstore would hide them from the metrics.
             "retry_config": {"max_retries": 0, "retry_timeout": timedelta(seconds=REQUEST_SECONDS)},
         }
@@ -53,11 +52,9 @@ class Store:
         except Exception as error:
             raise DataError(f"{url}: cannot be opened as a bucket ({type(error).__name__})") from None
 
-    def read(self, name: str, tag: str | None, advice: str) -> tuple[bytes, str | None] | None:
+    def read(self, name: str, tag: str | None) -> tuple[bytes, str | None] | None:
         """Return an object and the tag of its version, or None where that is still `tag`.
-
-        Raises DataError: it is not there (with `advice`), may not be read, or could not be for
-        PATIENCE_SECONDS.
+        Raises DataError: it is not there, may not be read, or could not be for PATIENCE_SECONDS.
         """
         import obstore
 
@@ -68,7 +65,7 @@ class Store:
                 return None
             return bytes(result.bytes()), result.meta["e_tag"]
 
-        return self._patiently(get, name, advice)
+        return self._patiently(get, name)
 
     def read_range(
         self, name: str, begin: int, end: int, is_right: Callable[[bytes], bool]
@@ -90,7 +87,7 @@ class Store:
                 return content, True
         return content, False
 
-    def _patiently(self, request: Callable[[], T], name: str, advice: str = "") -> T:
+    def _patiently(self, request: Callable[[], T], name: str) -> T:
         began, wait = time.monotonic(), FIRST_WAIT_SECONDS
         while True:
             COUNTS["requests"] += 1
@@ -99,16 +96,15 @@ class Store:
             except Exception as error:
                 what, may_recover = _meaning(error)
                 if not may_recover or time.monotonic() - began > PATIENCE_SECONDS or is_ending():
-                    hint = advice if isinstance(error, FileNotFoundError) else ""
-                    raise DataError(f"{self._url}/{name}: {what}{hint}") from None
+                    raise DataError(f"{self._url}/{name}: {what}") from None
             COUNTS["failed"] += 1
             _pause(wait)
             wait = min(2 * wait, LONGEST_WAIT_SECONDS)
 
 
 def is_ending() -> bool:
-    """Return whether Python waits for its threads, to end: a request in flight then would crash it."""
-    return not threading.main_thread().is_alive()
+    """Return whether Python waits for the threads of its pools, to end."""
+    return bool(getattr(pools, "_shutdown", False))
 
 
 def _pause(seconds: float) -> None:
@@ -119,13 +115,18 @@ def _pause(seconds: float) -> None:
 
 def _meaning(error: Exception) -> tuple[str, bool]:
     """Return what an error means, without a word of the server's, and whether to ask again."""
-    found = re.search(r"status code: (\d{3})", str(error))
+    text = str(error)
+    found = re.search(r"status code: (\d{3})", text)
     status = int(found[1]) if found else 0
     if isinstance(error, FileNotFoundError):
-        return "is not there", False
-    if type(error).__name__ in ("PermissionDeniedError", "UnauthenticatedError") or status == 400:
-        what = f"the store refuses to give it (HTTP {status or 403})"
-        return f"{what}: credentials are missing, have expired or lack the right to read", False
+        return "is not there; copy to it what `cmtrain data pack` wrote", False
+    is_refused = type(error).__name__ in ("PermissionDeniedError", "UnauthenticatedError")
+    if is_refused or status in (301, 307, 400, 401, 403) or re.search(r"(?i)redirect|credential", text):
+        what = f"the store refuses to give it{f' (HTTP {status})' if status else ''}"
+        why = "credentials are missing, have expired or lack the right to read, or AWS_REGION is another"
+        return f"{what}: {why}", False
+    if status == 416:
+        return "is shorter than the index says; copy it again", False
     if 400 <= status < 500 and status not in LATER:
         return f"the store refuses the request (HTTP {status})", False
     why = f"HTTP {status}" if status else "no whole answer"

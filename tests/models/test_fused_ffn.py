@@ -313,7 +313,7 @@ def test_a_model_trains_the_same_with_either_kernel(variant):
     assert max(ours.values()) < 0.02
     # By luck of rounding, which differs between CPUs, one tensor of theirs may be nearer than all others.
     usual = statistics.median(theirs.values())
-    far = {key: (ours[key], theirs[key]) for key in ours if ours[key] >= 3 * max(theirs[key], usual)}
+    far = {key: (ours[key], theirs[key]) for key in ours if ours[key] >= 5 * max(theirs[key], usual)}
     assert far == {}
 
 

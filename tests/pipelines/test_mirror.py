@@ -1,7 +1,10 @@
 """Test a packed split that is read from a bucket on loopback: its pixels, its requests, its faults."""
 
+import gc
 import json
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -10,6 +13,7 @@ import pytest
 import torch
 from helpers.bucket import KEY, SECRET, Bucket, bucket
 from helpers.photographs import write_folder
+from helpers.runs import ROOT
 
 from cmtrain.commands.data_pack import pack
 from pipelines.files import mirror as mirrors
@@ -46,6 +50,7 @@ def served(packed, monkeypatch):
 
 
 def copy_of(served: Bucket, folder: Path, room_bytes: int = 1 << 40, split: str = "train") -> Manifest:
+    gc.collect()  # a copy is in use as long as its manifest lives
     mirror_split(f"s3://images/{split}", folder / split, room_bytes)
     return Manifest.from_shards(folder / split)
 
@@ -189,18 +194,56 @@ def test_evaluation_sees_each_image_once(served, packed, tmp_path):
     assert all(UNREADABLE not in batch.labels for batch in found[0])
 
 
-def test_another_version_of_the_images_replaces_the_copy(served, packed, tmp_path):
-    batches(copy_of(served, tmp_path))
+def test_another_version_of_the_images_replaces_the_copy_unless_a_run_uses_it(served, packed, tmp_path):
+    manifest = copy_of(served, tmp_path)
+    batches(manifest)
     index = (packed / "train" / "index.npz").read_bytes()
     try:
         with np.load(packed / "train" / "index.npz") as data:
             columns = dict(data) | {"recipe": "another"}
         np.savez(packed / "train" / "index.npz", **columns)
+        with pytest.raises(DataError, match="another version of the images than the run that is at work"):
+            copy_of(served, tmp_path)
+        assert len(batches(manifest)) == 10  # not harmed
+        del manifest
         served.requests.clear()
         batches(copy_of(served, tmp_path))
         assert len(served.of_images()) > 20
     finally:
         (packed / "train" / "index.npz").write_bytes(index)
+
+
+@pytest.mark.parametrize("damage", [b"", b"\0" * 1000])
+def test_a_damaged_index_in_the_copy_is_fetched_again(served, expected, tmp_path, damage):
+    copy_of(served, tmp_path)
+    (tmp_path / "train" / "index.npz").write_bytes(damage)
+    assert_equal(batches(copy_of(served, tmp_path)), expected[: len(expected) // 2])
+
+
+def test_a_process_whose_store_fails_ends_at_once(served, tmp_path):
+    """Its threads would ask again for minutes."""
+    code = f"""
+import sys
+from pathlib import Path
+from pipelines.files.manifest import Manifest
+from pipelines.files.mirror import mirror_split
+from pipelines.files import mirror, objects
+from pipelines.spec import DataError
+mirror.CHUNK_BYTES, objects.PATIENCE_SECONDS, objects.FIRST_WAIT_SECONDS = 1 << 14, 0.5, 0.1
+mirror_split("s3://images/train", Path({str(tmp_path)!r}, "train"), 1 << 40)
+packed = Manifest.from_shards(Path({str(tmp_path)!r}, "train")).packed
+packed.mirror.begin(packed, packed.shards.argsort())
+try:
+    packed.mirror.wait_for(packed.mirror.chunks(packed))
+except DataError as error:
+    objects.PATIENCE_SECONDS = 1e6  # of the threads that have not given up yet
+    print("leaving")
+"""
+    served.fault = lambda path, number: "500" if path.endswith(".tar") else None
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=200
+    )
+    assert (done.stdout, done.returncode) == ("leaving\n", 0)
 
 
 def test_after_a_restart_of_the_host_all_is_fetched_again(served, expected, tmp_path):
@@ -220,7 +263,7 @@ def test_an_index_that_names_other_files_than_shards_is_refused(served, packed, 
         columns = dict(data) | {"shard_names": np.array([name] * len(data["shard_names"]))}
     np.savez(tmp_path / "bad" / "index.npz", **columns)
     served.folder = tmp_path
-    with pytest.raises(DataError, match="is not the index of packed images"):
+    with pytest.raises(DataError, match="not the index of packed images"):
         mirror_split("s3://images/bad", tmp_path / "copies" / "bad", 1 << 40)
     assert not list((tmp_path / "copies").rglob("*.tar"))
 
