@@ -477,3 +477,28 @@ def test_extended_files_may_extend_others_and_the_nearest_wins(tmp_path, monkeyp
         write(f"extends: {number + 1}.yaml\n", f"{number}.yaml")
     with pytest.raises(ConfigError, match=r"^9\.yaml:1: extends: more than 10 files extend one another"):
         load_config("0.yaml")
+
+
+@pytest.mark.parametrize(
+    "root",
+    [
+        "https://u:SECRET@h/x",
+        "HTTPS://u:SECRET@h/x",
+        "s3://b/x?X-Amz-Signature=SECRET",
+        "S3://b/SECRET",
+        "s3a://k:SECRET@b/x",
+        "ftp://u:SECRET@h/x",
+        "https://u:SEC/RET@h/x",
+        "s3://",
+        "s3:///SECRET",
+    ],
+)
+def test_a_place_that_holds_a_key_is_refused_and_not_shown(root):
+    (line,) = mistakes(GOOD, ("data.root", root))
+    assert line.startswith("--data.root: must be a plain place, as s3://bucket/imagenet-256")
+    assert "SEC" not in line
+
+
+@pytest.mark.parametrize("root", ["s3://b", "gs://b/x/", "az://a/c/x", "https://h:8080/x", "http://h/x y"])
+def test_a_plain_place_is_a_root(root):
+    assert values(GOOD, ("data.root", root))["data.root"] == root

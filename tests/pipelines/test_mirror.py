@@ -159,6 +159,7 @@ def test_a_store_that_stays_wrong_costs_the_samples_that_it_damages(served, pack
 @pytest.mark.parametrize(("fault", "what"), [
     ("403", "the store refuses to give it (HTTP 403): credentials are missing, have expired"),
     ("400", "the store refuses to give it (HTTP 400): credentials are missing, have expired"),
+    ("301", "the store refuses to give it: credentials are missing, have expired"),
     ("404", "is not there"),
     ("500", "the store has failed for 0 minutes (HTTP 500); nothing was left out"),
 ])  # fmt: skip
