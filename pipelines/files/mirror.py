@@ -58,9 +58,10 @@ def mirror_split(url: str, folder: Path, room_bytes: int) -> int:
         try:
             with np.load(io.BytesIO(index), allow_pickle=False) as data:
                 columns = dict(data)  # all of them, so that their checksums are looked at
-            if not all(re.fullmatch(r"shard-\d+[.]tar", name) for name in columns["shard_names"].tolist()):
-                raise ValueError("a shard has another name")
             num_chunks = len(np.unique(_chunk_keys(columns["shards"], columns["offsets"])))
+            are_shards = [re.fullmatch(r"shard-\d+[.]tar", name) for name in columns["shard_names"].tolist()]
+            if not num_chunks or not all(are_shards):
+                raise ValueError("no images, or a shard with another name")
             names, lengths = columns["shard_names"].tolist(), columns["shard_bytes"].tolist()
             sizes = dict(zip((*names, _STATES), (*lengths, num_chunks), strict=True))
             taken = sum(lengths)

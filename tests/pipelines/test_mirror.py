@@ -269,6 +269,16 @@ def test_an_index_that_names_other_files_than_shards_is_refused(served, packed, 
     assert not list((tmp_path / "copies").rglob("*.tar"))
 
 
+def test_an_index_without_images_is_refused(served, packed, tmp_path):
+    (tmp_path / "bad").mkdir()
+    with np.load(packed / "train" / "index.npz") as data:
+        columns = dict(data) | {"shards": data["shards"][:0], "offsets": data["offsets"][:0]}
+    np.savez(tmp_path / "bad" / "index.npz", **columns)
+    served.folder = tmp_path
+    with pytest.raises(DataError, match="not the index of packed images"):
+        mirror_split("s3://images/bad", tmp_path / "copies" / "bad", 1 << 40)
+
+
 def test_a_copy_that_lost_a_shard_is_made_again(served, expected, tmp_path):
     batches(copy_of(served, tmp_path))
     (tmp_path / "train" / "shard-000001.tar").unlink()
