@@ -129,7 +129,7 @@ class TrainMetrics:
             family = CounterMetricFamily(f"cmtrain_store_{name}", text, labels=labels)
             family.add_metric(values, COUNTS[name])
             yield family
-        text = "Requests to the bucket that were repeated, by reason."
+        text = "Repeated requests to the bucket."
         family = CounterMetricFamily("cmtrain_store_retries", text, labels=(*labels, "reason"))
         for reason in REASONS:
             family.add_metric((*values, reason), COUNTS[reason])

@@ -150,16 +150,13 @@ def _root_of(config: Config, *, trains: bool = True) -> Path:
 
 
 def _copies(config: Config, trains: bool) -> Path:
-    data = config.data
-    folder = (
-        cache_folder(config) / "buckets" / hashlib.sha256(data.root.rstrip("/").encode()).hexdigest()[:16]
-    )
+    data, url = config.data, config.data.root.rstrip("/")
+    folder = cache_folder(config) / "buckets" / hashlib.sha256(url.encode()).hexdigest()[:16]
     room = int(data.cache_gb * 1e9)
-    # The validation images first: each epoch needs all of them.
     for split in (data.val_dir, data.train_dir)[: 1 + trains]:
         # The first process of a host has just looked.
         if os.environ.get("LOCAL_RANK", "0") == "0" or not (folder / split / SOURCE).is_file():
-            room -= mirror_split(f"{data.root.rstrip('/')}/{split}", folder / split, room)
+            room -= mirror_split(f"{url}/{split}", folder / split, room)
     return folder
 
 

@@ -6,7 +6,7 @@ its CRC-32; it is written into its shard and marked in `states`, which all proce
 what reads packed splits reads this one, once the chunks that it needs are there.
 
 A copy of a part of the images would not do: an epoch wants each image once, in a random order, so the others
-would be one request each, and a GPU trains more images a second than a bucket answers requests.
+would be one request each, and a GPU is predicted to train more images than a bucket answers requests.
 """
 
 import contextlib
@@ -16,6 +16,7 @@ import json
 import os
 import re
 import shutil
+import threading
 import time
 import zipfile
 import zlib
@@ -59,16 +60,13 @@ def mirror_split(url: str, folder: Path, room_bytes: int) -> int:
             with np.load(io.BytesIO(index), allow_pickle=False) as data:
                 columns = dict(data)  # all of them, so that their checksums are looked at
             num_chunks = len(np.unique(_chunk_keys(columns["shards"], columns["offsets"])))
-            are_shards = [re.fullmatch(r"shard-\d+[.]tar", name) for name in columns["shard_names"].tolist()]
-            if not num_chunks or not all(are_shards):
-                raise ValueError("no images, or a shard with another name")
             names, lengths = columns["shard_names"].tolist(), columns["shard_bytes"].tolist()
+            if not num_chunks or not all(re.fullmatch(r"shard-\d+[.]tar", name) for name in names):
+                raise ValueError("no images, or a shard with another name")
             sizes = dict(zip((*names, _STATES), (*lengths, num_chunks), strict=True))
             taken = sum(lengths)
         except (ValueError, LookupError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise DataError(
-                f"{url}/{INDEX}: not the index of packed images: {type(error).__name__}"
-            ) from error
+            raise DataError(f"{url}/{INDEX}: no index of packed images ({type(error).__name__})") from error
         if taken > room_bytes:
             takes = f"{url}: takes {taken / 1e9:.1f} GB of local disk, and {room_bytes / 1e9:.1f} GB"
             raise DataError(f"{takes} of data.cache_gb are left; raise it, or pack with --resize-shorter")
@@ -123,7 +121,7 @@ class Mirror:
             fcntl.flock(file, fcntl.LOCK_SH)
             self._states = np.memmap(file, np.uint8, "r+")
         self._todo: deque[int] = deque()
-        self._coming: set[int] = set()  # chunks that are being fetched
+        self._coming, self._lock = set[int](), threading.Lock()  # the chunks that are being fetched
         self._error: DataError | None = None
         self._store = Store(_known(slices.folder)["url"])
         self._pool, self._help = ThreadPoolExecutor(REQUESTS), ThreadPoolExecutor(REQUESTS)
@@ -146,7 +144,7 @@ class Mirror:
             self._pool.submit(self._work)
 
     def wait_for(self, chunks: Ints, help_seconds: float = 0.0) -> None:
-        """Wait until these chunks are on disk; after `help_seconds`, fetch them here, whoever should.
+        """Wait until these chunks are on disk; after `help_seconds`, fetch also those of other processes.
         Raises DataError: the store or the disk fails.
         """
         began, has_helped = time.monotonic(), False
@@ -166,9 +164,10 @@ class Mirror:
 
     def _fetch(self, chunk: int) -> None:
         """Bring a chunk to the disk, unless it is there; an error is raised where somebody waits for it."""
-        if self._error or is_ending() or chunk in self._coming or self._states[chunk] == _WHOLE:
-            return
-        self._coming.add(chunk)
+        with self._lock:
+            if self._error or is_ending() or chunk in self._coming or self._states[chunk] == _WHOLE:
+                return
+            self._coming.add(chunk)
         slices, images = self._slices, self._images[self._begins[chunk] : self._ends[chunk]]
         offsets, sizes = slices.offsets[images], slices.size_bytes[images]
         begin, end = int(offsets[0]), int(offsets[-1] + sizes[-1])
@@ -187,7 +186,7 @@ class Mirror:
             self._states[chunk] = _WHOLE if is_whole else _DAMAGED
         except DataError as error:
             self._error = error
-        except BaseException as error:  # a panic of obstore's is none of Exception
+        except BaseException as error:  # obstore's panics are no Exceptions
             what = f"{path}: {type(error).__name__}"  # its text may hold a key
             self._error = DataError.of(error, path) if isinstance(error, OSError) else DataError(what)
         self._coming.discard(chunk)

@@ -1,6 +1,6 @@
 """Read objects of a bucket or a web server by obstore, patiently, from any number of threads.
 
-Nothing that obstore or a server says is shown: their texts may hold keys. Credentials come from where the
+No text of obstore or of a server is printed: it may hold keys. Credentials come from where the
 clouds' own tools have them: environment, profile (with boto3 installed), or the machine's role.
 """
 
@@ -9,6 +9,7 @@ import importlib.util
 import os
 import random
 import re
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import thread as pools
@@ -23,9 +24,10 @@ REQUEST_SECONDS = 30  # for one answer
 TRIES_IF_WRONG = 4  # of bytes that arrive, but are not what the index promises
 LATER = {408, 425, 429}  # the only answers 4xx after which the same request may succeed
 
-# Of this process, since it began: requests, bytes and, by reason, retries; metrics show them.
+# Of this process, since it began: requests, bytes and, by reason, retries. Metrics show them.
 COUNTS: collections.Counter[str] = collections.Counter()
 REASONS = ("failed", "corrupt")
+_counting = threading.Lock()  # += is two steps
 
 T = TypeVar("T")
 
@@ -78,11 +80,11 @@ class Store:
         content = b""
         for number in range(TRIES_IF_WRONG):
             if number:
-                COUNTS["corrupt"] += 1
+                _count("corrupt")
                 _pause(FIRST_WAIT_SECONDS * 2**number)
             get = lambda: bytes(obstore.get_range(self._store, name, start=begin, end=end))  # noqa: E731
             content = self._patiently(get, name)
-            COUNTS["bytes"] += len(content)
+            _count("bytes", len(content))
             if len(content) == end - begin and is_right(content):
                 return content, True
         return content, False
@@ -90,14 +92,14 @@ class Store:
     def _patiently(self, request: Callable[[], T], name: str) -> T:
         began, wait = time.monotonic(), FIRST_WAIT_SECONDS
         while True:
-            COUNTS["requests"] += 1
+            _count("requests")
             try:
                 return request()
             except Exception as error:
                 what, may_recover = _meaning(error)
                 if not may_recover or time.monotonic() - began > PATIENCE_SECONDS or is_ending():
                     raise DataError(f"{self._url}/{name}: {what}") from None
-            COUNTS["failed"] += 1
+            _count("failed")
             _pause(wait)
             wait = min(2 * wait, LONGEST_WAIT_SECONDS)
 
@@ -105,6 +107,11 @@ class Store:
 def is_ending() -> bool:
     """Return whether Python waits for the threads of its pools, to end."""
     return bool(getattr(pools, "_shutdown", False))
+
+
+def _count(name: str, number: int = 1) -> None:
+    with _counting:
+        COUNTS[name] += number
 
 
 def _pause(seconds: float) -> None:
@@ -122,11 +129,10 @@ def _meaning(error: Exception) -> tuple[str, bool]:
         return "is not there; copy to it what `cmtrain data pack` wrote", False
     is_refused = type(error).__name__ in ("PermissionDeniedError", "UnauthenticatedError")
     if is_refused or status in (301, 307, 400, 401, 403) or re.search(r"(?i)redirect|credential", text):
-        what = f"the store refuses to give it{f' (HTTP {status})' if status else ''}"
         why = "credentials are missing, have expired or lack the right to read, or AWS_REGION is another"
-        return f"{what}: {why}", False
+        return f"the store refuses to give it{f' (HTTP {status})' if status else ''}: {why}", False
     if status == 416:
-        return "is shorter than the index says; copy it again", False
+        return "is shorter than in its index; replace it in the bucket", False
     if 400 <= status < 500 and status not in LATER:
         return f"the store refuses the request (HTTP {status})", False
     why = f"HTTP {status}" if status else "no whole answer"

@@ -93,9 +93,7 @@ class SliceReader:
         self._chunks = slices.mirror and slices.mirror.chunks(slices)
 
     def __call__(self, indices: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
-        """Return one (size,) view per image, valid as long as this reader. Raises OSError as `open` does,
-        DataError if a bucket's image cannot be fetched.
-        """
+        """Return (size,) views, valid as long as this reader. Raises OSError, or DataError of a bucket."""
         slices, images = self._slices, []
         if self._chunks is not None:
             slices.mirror.wait_for(self._chunks[indices], HELP_SECONDS)

@@ -264,7 +264,7 @@ def test_an_index_that_names_other_files_than_shards_is_refused(served, packed, 
         columns = dict(data) | {"shard_names": np.array([name] * len(data["shard_names"]))}
     np.savez(tmp_path / "bad" / "index.npz", **columns)
     served.folder = tmp_path
-    with pytest.raises(DataError, match="not the index of packed images"):
+    with pytest.raises(DataError, match="no index of packed images"):
         mirror_split("s3://images/bad", tmp_path / "copies" / "bad", 1 << 40)
     assert not list((tmp_path / "copies").rglob("*.tar"))
 
@@ -275,7 +275,7 @@ def test_an_index_without_images_is_refused(served, packed, tmp_path):
         columns = dict(data) | {"shards": data["shards"][:0], "offsets": data["offsets"][:0]}
     np.savez(tmp_path / "bad" / "index.npz", **columns)
     served.folder = tmp_path
-    with pytest.raises(DataError, match="not the index of packed images"):
+    with pytest.raises(DataError, match="no index of packed images"):
         mirror_split("s3://images/bad", tmp_path / "copies" / "bad", 1 << 40)
 
 
