@@ -183,6 +183,11 @@ class Manifest:
         return _manifest(listing, max_bad_fraction, listed=file is not None)
 
     @staticmethod
+    def from_list(list_path: Path | str, root: Path | str, **options: Any) -> Manifest:
+        """Read the images below `root` that a text file names; options and errors as for `from_folder`."""
+        return Manifest.from_folder(root, image_list=list_path, **options)
+
+    @staticmethod
     @os_errors_in_one_line()
     def from_files(files: Sequence[str]) -> Manifest:
         """Read `files` of any folders, in their order, with the label 0; any number of them may be `bad`."""

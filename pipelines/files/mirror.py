@@ -4,9 +4,6 @@ The copy is a packed split itself: the index, and shards of full length that beg
 is the images that begin in the same CHUNK_BYTES of a shard. One request fetches it; each image is checked by
 its CRC-32; it is written into its shard and marked in `states`, which all processes of the host share. So
 what reads packed splits reads this one, once the chunks that it needs are there.
-
-A copy of a part of the images would not do: an epoch wants each image once, in a random order, so the others
-would be one request each, and a GPU is predicted to train more images than a bucket answers requests.
 """
 
 import contextlib
@@ -131,9 +128,7 @@ class Mirror:
         return np.searchsorted(self._keys, _chunk_keys(slices.shards, slices.offsets))
 
     def begin(self, slices: Slices, order: Ints) -> None:
-        """Fetch images of `slices` in the `order` in which all processes of the host need them: of their
-        chunks, this process's share, and no more of what was begun before.
-        """
+        """Fetch this process's share of images of `slices`, in the `order` in which the host needs them."""
         needed, first = np.unique(self.chunks(slices)[order], return_index=True)
         chunks = needed[np.argsort(first)]
         rank, world = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

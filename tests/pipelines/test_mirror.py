@@ -80,6 +80,20 @@ def test_pixels_order_and_identity_are_those_of_the_disk(served, packed, expecte
     assert_equal(batches(manifest, epochs=2), expected)
 
 
+def test_a_reader_waits_until_its_images_are_there(served, packed, tmp_path):
+    """Without the loader, which checks the files of a batch that fails, and so would fetch them late."""
+    served.latency = 0.02
+    slices, of_disk = (
+        manifest.packed for manifest in (copy_of(served, tmp_path), Manifest.from_shards(packed / "train"))
+    )
+    indices = np.arange(230)[::-1]
+    slices.mirror.begin(slices, indices)
+    ours, theirs = shards.SliceReader(slices), shards.SliceReader(of_disk)
+    for part in np.split(indices, 10):
+        pairs = zip(ours(part), theirs(part), strict=True)
+        assert all(np.array_equal(one, other) for one, other in pairs)
+
+
 def test_each_byte_is_fetched_once_and_never_again(served, expected, tmp_path):
     assert_equal(batches(copy_of(served, tmp_path)), expected[: len(expected) // 2])
     first = served.of_images()
@@ -96,6 +110,25 @@ def test_images_that_need_more_than_the_room_are_refused_before_one_is_fetched(s
     with pytest.raises(DataError, match=what):
         copy_of(served, tmp_path / "short", 1 << 20)
     assert [path for path, _ in served.requests] == ["/images/train/index.npz"]
+
+
+def test_a_rank_fetches_its_share_alone_in_the_order_of_the_plan(served, tmp_path, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(mirrors, "REQUESTS", 1)
+    slices = copy_of(served, tmp_path).packed
+    order = np.random.default_rng(0).permutation(230)
+    slices.mirror.begin(slices, order)
+    slices.mirror._pool.shutdown()  # waits for its end
+    wanted = list(
+        dict.fromkeys(chunk for chunk in slices.mirror.chunks(slices)[order].tolist() if chunk % 2)
+    )
+    begins = [
+        (slices.shard_names[slices.shards[images[0]]], slices.offsets[images].min())
+        for images in (np.flatnonzero(slices.mirror.chunks(slices) == chunk) for chunk in wanted)
+    ]
+    asked = [(path.split("/")[-1], int(of[6:].split("-")[0])) for path, of in served.of_images()]
+    assert asked == begins
 
 
 def test_the_ranks_of_a_host_share_one_copy(served, expected, tmp_path, monkeypatch):
