@@ -129,7 +129,7 @@ def time_guard(
 
     parts = {"mixing": alone(mix_a_step)}
     if ema := learner.ema:
-        parts["ema"] = alone(lambda: ema.update(torch.isfinite(scalar)))
+        parts["ema"] = alone(lambda: ema.update(torch.isfinite(scalar), 0))
     for name, ms in parts.items():
         yield name, row(ms)
     yield "together", row(alone_ms + log_point_ms / log_every_steps + sum(parts.values()))

@@ -243,7 +243,7 @@ def checkpoint_bytes(config: Config, num_classes: int) -> int:
         model = build.make_model(config, num_classes, "meta")
     parameters = sum(parameter.nbytes for parameter in model.parameters())
     weights = sum(tensor.nbytes for tensor in model.state_dict().values())
-    moments = {"adamw": 2, "sgd": 1 if config.optim.momentum else 0}[config.optim.opt]
+    moments = {"sgd": 1 if config.optim.momentum else 0, "lion": 1, "adan": 3}.get(config.optim.opt, 2)
     return weights * (2 if config.ema.decay else 1) + moments * parameters
 
 

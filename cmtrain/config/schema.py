@@ -96,6 +96,11 @@ _RULES = (
         "{} needs {} to be greater than 0",
     ),
     _Rule(
+        "optim.betas optim.opt",
+        lambda betas, opt: betas is None or opt not in ("adan", "lars", "rmsproptf"),
+        "{} does not go with {}, which has other averages",
+    ),
+    _Rule(
         "train.compile_mode train.compile",
         lambda mode, on: on or mode == "default",
         "{} needs {} to be true",
@@ -112,6 +117,11 @@ _RULES = (
         "{} needs its module in {}",
     ),
     _Rule("evaluate.best data.multi_label", lambda best, on: on or best != "map", "{} needs {} to be true"),
+    _Rule(
+        "mixing.target_threshold mixing.loss data.multi_label",
+        lambda threshold, loss, several: threshold is None or loss != "cross_entropy" or several,
+        "{} does not go with {}",
+    ),
     _Rule("expect.enforce expect.top1", lambda on, top: not on or top is not None, "{} needs {} to be set"),
     _Rule("expect.diverges expect.top1", lambda on, top: not on or top is None, "{} contradicts {}"),
     _Rule("model.unfreeze_epoch model.freeze", lambda a, b: a is None or b, "{} needs {} to be set"),
@@ -190,11 +200,16 @@ _FREE_KEYS = (
 )  # fmt: skip
 
 
+ADAMW: dict[str, Any] = {"optim.betas": [0.9, 0.999], "optim.eps": 1e-8}
+
+
 def recipe(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Return what makes two runs the same run: the keys that decide what is learned, with their values.
     A key that `sections`, a Config dumped to JSON, does not have counts as its default.
     """
     values = to_jsonable_python(defaults()) | flatten(sections)
+    # Once the defaults of these two were adamw's own.
+    values |= {key: own for key, own in ADAMW.items() if values.get(key) is None}
     free = {key for key in values if key.split(".")[0] in _FREE_SECTIONS} | {*_FREE_KEYS}
     return {key: value for key, value in values.items() if key not in free}
 

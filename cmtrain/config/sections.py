@@ -66,6 +66,10 @@ Tracker = Literal[
     "tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "aim", "clearml", "dvclive", "swanlab",
 ]  # fmt: skip
 Trackers = Annotated[tuple[Tracker, ...], FromList]
+Optimizer = Literal[
+    "adamw", "sgd", "adamp", "adamuon", "adan", "adopt", "lamb", "lars", "lion", "muon", "nadamuon",
+    "nadamw", "rmsproptf",
+]  # fmt: skip
 
 
 def _key(default: Any, description: str, **limits: Any) -> Any:
@@ -224,42 +228,72 @@ class Mixing(Section):
     cutmix: NotNegative = _key(0.0, "alpha of CutMix's Beta distribution; 0: off")
     mixup_prob: Fraction = _key(1.0, "probability that a batch is mixed at all")
     mixup_switch_prob: Fraction = _key(0.5, "probability of CutMix where both are on")
+    until_epoch: Count | None = _key(None, "epochs with MixUp and CutMix; null: all")
     smoothing: FractionBelowOne = _key(0.0, "label smoothing: target mass spread over all classes")
+    loss: Literal["cross_entropy", "bce", "bce_sum"] = _key(
+        "cross_entropy",
+        "bce: binary cross entropy, each class on its own, and the mean over classes; bce_sum: their sum",
+    )
+    target_threshold: FractionBelowOne | None = _key(
+        None, "with bce, a target above this, after smoothing and mixing, is 1, and 0 otherwise; null: off"
+    )
     class_weights: AnyPath | None = _key(
         None,
         "weights of the classes in the loss; auto: inverse to their images, 1 on average; or a file with "
         "lines of class,weight; null: all 1",
     )
-    reprob: Fraction = _key(0.0, "probability that an image is randomly erased (pixel noise)")
+    reprob: Fraction = _key(0.0, "probability that an image is randomly erased")
+    remode: Literal["pixel", "rand", "const"] = _key(
+        "pixel", "with what: noise in each pixel; rand: one random colour an image; const: the mean colour"
+    )
     recount: Count = _key(1, "rectangles erased in such an image")
 
 
 class Optim(Section):
-    opt: Literal["adamw", "sgd"] = _key("adamw", "the optimizer")
+    opt: Optimizer = _key(
+        "adamw", "the optimizer; those of timm, all but adamw and sgd, make the host wait once a step"
+    )
     lr: Positive = _key(
         ...,
         "peak learning rate for this global batch size; if you change the batch, change lr in proportion",
     )
     weight_decay: NotNegative = _key(0.05, "weight decay of matrices and convolutions; others have none")
-    momentum: FractionBelowOne = _key(0.9, "momentum of sgd")
+    momentum: FractionBelowOne = _key(0.9, "momentum of sgd, lars, rmsproptf and muon's kind")
     nesterov: bool = _key(True, "Nesterov momentum of sgd")
-    betas: Betas = _key((0.9, 0.999), "decay rates of adamw's averages")
-    eps: Positive = _key(1e-08, "added to the denominator of adamw")
+    betas: Betas | None = _key(
+        None, "decay rates of the averages; null: the optimizer's own, of adamw 0.9 and 0.999"
+    )
+    eps: Positive | None = _key(
+        None, "added to the denominator; null: the optimizer's own, 1e-8 of adamw, 1e-6 of lamb"
+    )
     layer_decay: float = _key(
         1.0, "factor on the learning rate from each layer to the one before; 1: none", gt=0, le=1
     )
     lr_factors: Texts = _key(
         (), 'more factors, by pattern of parameter names, such as ["head.*=10"]; all that match count'
     )
-    clip_grad: Positive | None = _key(None, "L2 norm that gradients are clipped to; null: off")
+    clip_grad: Positive | None = _key(None, "what gradients are clipped to; null: off")
+    clip_mode: Literal["norm", "value", "agc"] = _key(
+        "norm",
+        "norm: the L2 norm of all; value: each number; agc: adaptive (arXiv 2102.06171), a unit's norm as a "
+        "share of that of its weights, the classifier left out",
+    )
 
 
 class ScheduleSection(Section):
-    epochs: Count = _key(..., "epochs of warm-up and cosine together")
+    epochs: Count = _key(..., "epochs of warm-up and decay together")
     warmup_epochs: NotNegative = _key(5.0, "linear warm-up, the first part of epochs")
     warmup_lr: NotNegative = _key(1e-06, "learning rate at step 0")
     min_lr: NotNegative = _key(0.0, "learning rate at the end of epochs")
-    cooldown_epochs: int = _key(0, "epochs at min_lr, after the cosine", ge=0)
+    cooldown_epochs: int = _key(0, "epochs at min_lr, after the decay", ge=0)
+    decay: Literal["cosine", "poly", "step", "wsd"] = _key(
+        "cosine",
+        "from lr to min_lr; poly: (1 - done) ** power; step: times decay_rate after each decay_epochs; wsd: "
+        "stable, and a straight line in the last decay_epochs",
+    )
+    power: Positive = _key(1.0, "of poly; 1: a straight line")
+    decay_epochs: Positive = _key(30.0, "epochs of a step, or of the last part of wsd")
+    decay_rate: Fraction = _key(0.1, "factor of a step")
 
 
 class Train(Section):
@@ -294,6 +328,7 @@ class Ema(Section):
     decay: float | None = _key(
         None, "decay per step of the weights' moving average (EMA); null: off", gt=0, lt=1
     )
+    warmup: bool = _key(False, "a smaller decay at first: 1 - (1 + step) ** (-2/3)")
 
 
 class Guard(Section):

@@ -121,8 +121,8 @@ class AsOnCuda(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func == torch.Tensor.is_cuda.__get__:  # type: ignore[attr-defined]
-            return True
+        if func in (torch.Tensor.is_cuda.__get__, torch.Tensor.__bool__):  # type: ignore[attr-defined]
+            return True  # a step is good: timm's optimizers ask
         if torch.is_autocast_enabled("cpu"):
             if func in (F.layer_norm, torch.softmax, F.softmax, torch.Tensor.softmax):
                 args = (args[0].float(), *args[1:])

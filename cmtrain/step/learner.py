@@ -17,15 +17,13 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits as bce_with_logits
 from torch.optim import Optimizer
 
 from cmtrain.step.guard import Guard, running_statistics
 from cmtrain.step.measure import Phases, StepBuffer, StepReport, extremes
-from cmtrain.step.mixing import MixSpec, mix
+from cmtrain.step.mixing import MixSpec, loss_of, mix
 from cmtrain.step.optimizer import Ema, add_gradients, set_frozen
 from cmtrain.step.spikes import Spike, SpikeDetector
 from pipelines.spec import Batch
@@ -38,7 +36,8 @@ class Learner:
 
     `model` is on `accelerator.device`, not yet wrapped. `ema_decay`: per step; None: no EMA. `protect`:
     whether the guard refuses bad steps, or only counts them. `accumulation`: micro-batches per step on this
-    rank. `clip_grad`: largest L2 norm of the gradient; None: no clipping. `spike_sigma`: see SpikeDetector.
+    rank. `clip_grad`: largest L2 norm of the gradient, or as `clip_mode` says; None: no clipping.
+    `spike_sigma`: see SpikeDetector.
     `class_weights`: (num_classes,), in the loss. `frozen`: names, see set_frozen, until `unfreeze_step`.
     """
 
@@ -46,16 +45,17 @@ class Learner:
         self, model: nn.Module, optimizer: Optimizer, accelerator: Accelerator, *,
         ema_decay: float | None, protect: bool, spike_sigma: float,
         mixing: MixSpec, accumulation: int, clip_grad: float | None, seed: int,
-        class_weights: Tensor | None = None, frozen: Collection[str] = (), unfreeze_step: float = math.inf,
+        clip_mode: str = "norm", ema_warmup: bool = False, class_weights: Tensor | None = None,
+        frozen: Collection[str] = (), unfreeze_step: float = math.inf,
     ) -> None:  # fmt: skip
         self.model, self.optimizer, self.accelerator = model, optimizer, accelerator
         self.guard = Guard(model, protect=protect)
         # Copied before accelerate wraps the forward, or the copy would run the original's.
-        self.ema = Ema(model, ema_decay) if ema_decay else None
+        self.ema = Ema(model, ema_decay, warmup=ema_warmup) if ema_decay else None
         self.wrapped = self._wrap()
         self.frozen, self.unfreeze_step = frozen, unfreeze_step
         self.mixing, self.accumulation, self.clip_grad, self.seed = mixing, accumulation, clip_grad, seed
-        self.class_weights = class_weights
+        self.class_weights, self.clip_mode = class_weights, clip_mode
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.buffer = StepBuffer(accelerator.num_processes)
         self.detector = SpikeDetector(spike_sigma)
@@ -114,15 +114,14 @@ class Learner:
             with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
                 with self.guard.uncounted():
                     logits = self.wrapped(images).float()
-                loss_of = F.cross_entropy if self.mixing.label_sets is None else bce_with_logits
-                loss = loss_of(logits, targets, self.class_weights)
+                loss = loss_of(logits, targets, self.mixing, self.class_weights)
                 self.phases.begin("backward")
                 self._backward(loss / self.accumulation, last)
             self.guard.propose()
             loss_of_step += loss.detach() / self.accumulation
             self.last_indices.append(indices)
         self.phases.begin("optimizer")
-        self._update(loss_of_step)
+        self._update(loss_of_step, step)
         self.phases.end_step()
         return sum(len(indices) for indices in self.last_indices)
 
@@ -138,26 +137,35 @@ class Learner:
         add_gradients(self.parameters, torch.autograd.grad(scaled, self.parameters, allow_unused=True))
 
     @torch.no_grad()
-    def _update(self, loss: Tensor) -> None:
+    def _update(self, loss: Tensor, step: int) -> None:
         scaler = self.accelerator.scaler
         if scaler is not None:
             scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         grad_norm = nn.utils.get_total_norm(gradients, foreach=True)
-        if self.clip_grad:
+        if self.clip_grad and self.clip_mode == "value":
+            nn.utils.clip_grad_value_(self.parameters, self.clip_grad, foreach=True)
+        elif self.clip_grad and self.clip_mode == "agc":
+            from timm.utils.agc import adaptive_clip_grad
+
+            adaptive_clip_grad(self.parameters[:-2], self.clip_grad)  # as timm: not the classifier
+        elif self.clip_grad:
             nn.utils.clip_grads_with_norm_(self.parameters, self.clip_grad, grad_norm, foreach=True)
         ok = grad_norm < math.inf  # also not NaN, by one kernel; isfinite takes four
         takes_step = self.guard.commit_or_restore(ok)
         # Fused optimizers write nothing where found_inf is 1. Unguarded fp16 skips, as GradScaler does.
         writes = takes_step if scaler is None else ok
-        self.optimizer.found_inf = (~writes).float()  # type: ignore[attr-defined]
-        self.optimizer.step()
+        if self.optimizer.defaults.get("fused"):
+            self.optimizer.found_inf = (~writes).float()  # type: ignore[attr-defined]
+            self.optimizer.step()
+        elif writes:  # the host waits for the device
+            self.optimizer.step()
         if scaler is not None:
             scaler.update()
             # torch has no floor: after 165 overflows in a row the scale is 0, and a good step writes NaN.
             scaler._scale.clamp_(min=MIN_LOSS_SCALE)
         if self.ema is not None:
-            self.ema.update(takes_step)
+            self.ema.update(takes_step, step)
         self.buffer.add(loss, grad_norm, self.last_indices)
 
     def report(self, step: int, epoch: int, lr: float, *, reset: bool) -> StepReport:

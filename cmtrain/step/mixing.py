@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cmtrain.errors import ConfigError
@@ -24,7 +25,7 @@ Box = tuple[int, int, int, int]  # y0, y1, x0, x1
 
 @dataclass(frozen=True)
 class MixSpec:
-    """timm's options. `mixup`, `cutmix`: Beta alphas, 0 is off. `reprob`, `recount`: random erasing.
+    """timm's options. `mixup`, `cutmix`: Beta alphas, 0 is off, until step `until_step`. `re...`: erasing.
     `custom`: a function of (images, seed) that augments the batch before all else. `label_sets`: (S,
     num_classes) float32, 0 or 1: the classes of each label; None: a label is a class.
     """
@@ -36,7 +37,11 @@ class MixSpec:
     mixup_switch_prob: float = 0.5
     smoothing: float = 0.0
     reprob: float = 0.0
+    remode: str = "pixel"
     recount: int = 1
+    until_step: float = math.inf
+    loss: str = "cross_entropy"
+    target_threshold: float | None = None
     label_sets: Tensor | None = None
     custom: Callable[[Tensor, int], Tensor] | None = None
 
@@ -55,7 +60,8 @@ def mix(images: Tensor, labels: Tensor, spec: MixSpec, key: tuple[int, ...]) -> 
             raise ConfigError(f"augment.extra: gave {what} for {given.dtype} {tuple(given.shape)}")
     if spec.reprob:
         images = erase(images, spec, rng)
-    lam, box = draw_mix(spec, images.shape[-2], images.shape[-1], rng)
+    mixes = math.isinf(spec.until_step) or key[1] < spec.until_step
+    lam, box = draw_mix(spec, images.shape[-2], images.shape[-1], rng) if mixes else (1.0, None)
     if box is not None:
         y0, y1, x0, x1 = box
         partner, images = images.flip(0), images.clone()
@@ -98,8 +104,18 @@ def soft_targets(labels: Tensor, spec: MixSpec, lam: float) -> Tensor:
     return targets if lam == 1 else torch.lerp(targets.flip(0), targets, lam)
 
 
+def loss_of(logits: Tensor, targets: Tensor, spec: MixSpec, class_weights: Tensor | None = None) -> Tensor:
+    """Return the mean loss of float32 logits (B, num_classes) and `mix`'s targets; bce as timm's."""
+    if spec.label_sets is None and spec.loss == "cross_entropy":
+        return F.cross_entropy(logits, targets, class_weights)
+    if spec.target_threshold is not None:
+        targets = (targets > spec.target_threshold).float()
+    loss = F.binary_cross_entropy_with_logits(logits, targets, class_weights)
+    return loss * spec.num_classes if spec.loss == "bce_sum" else loss
+
+
 def erase(images: Tensor, spec: MixSpec, rng: np.random.Generator) -> Tensor:
-    """Replace `recount` random boxes per image by normal noise, in a share `reprob` of the images."""
+    """Replace `recount` random boxes per image as `remode` says, in a share `reprob` of the images."""
     batch, _, height, width = images.shape
     mask = torch.zeros((batch, 1, height, width), dtype=torch.bool, device=images.device)
     chosen = rng.random(batch) < spec.reprob
@@ -110,7 +126,10 @@ def erase(images: Tensor, spec: MixSpec, rng: np.random.Generator) -> Tensor:
         rows = torch.arange(height, device=images.device)[:, None]
         columns = torch.arange(width, device=images.device)
         mask |= (rows >= y0) & (rows < y1) & (columns >= x0) & (columns < x1)
-    return torch.where(mask, torch.randn_like(images), images)
+    if spec.remode == "const":
+        return images.masked_fill(mask, 0)
+    filled = images if spec.remode == "pixel" else images[:, :, :1, :1]
+    return torch.where(mask, torch.randn_like(filled), images)
 
 
 def draw_boxes(batch: int, height: int, width: int, count: int, rng: np.random.Generator) -> np.ndarray:

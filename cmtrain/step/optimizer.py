@@ -18,12 +18,12 @@ from cmtrain.errors import ConfigError
 
 def make_optimizer(
     model: nn.Module, *, opt: str, lr: float, weight_decay: float,
-    momentum: float, nesterov: bool, betas: tuple[float, float], eps: float, layer_decay: float = 1,
-    lr_factors: Sequence[str] = (),
+    momentum: float, nesterov: bool, betas: tuple[float, float] | None = None, eps: float | None = None,
+    layer_decay: float = 1, lr_factors: Sequence[str] = (),
 ) -> Optimizer:  # fmt: skip
-    """Build the optimizer of `model`'s parameters. Raises ConfigError: as lr_scales.
+    """Build the optimizer of `model`'s parameters. Raises ConfigError: as lr_scales; values `opt` refuses.
     Vectors (biases, norms) and the names in `model.no_weight_decay()` (position tables) are not decayed.
-    Only fused optimizers read `found_inf` on the device and so skip a bad step without synchronising.
+    Only torch's fused SGD and AdamW read `found_inf` on the device and so skip a bad step without waiting.
     """
     # As timm.optim's param_groups_weight_decay and _layer_decay; to import timm.optim takes longer than to
     # import torch. One group for each weight decay and factor on the learning rate.
@@ -35,8 +35,17 @@ def make_optimizer(
             is_kept = parameter.ndim <= 1 or name.endswith(".bias") or any(fnmatch(name, k) for k in keep)
             kinds.setdefault((0.0 if is_kept else weight_decay, scales[name]), []).append(parameter)
     groups = [{"params": p, "weight_decay": w, "lr_scale": s} for (w, s), p in kinds.items() if p]
+    averages: dict[str, Any] = {"betas": betas, "eps": eps}
+    given = {name: value for name, value in averages.items() if value is not None}
     if opt == "adamw":
-        return AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+        return AdamW(groups, lr=lr, fused=True, **given)
+    if opt != "sgd":
+        from timm.optim import create_optimizer_v2
+
+        try:
+            return create_optimizer_v2(groups, opt, lr=lr, momentum=momentum, **given)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"optim.opt: {opt}: {error}") from error
     optimizer = SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov, fused=True)
     if momentum:
         # torch allocates these at the first step with empty_like. If that step is skipped, the next one
@@ -135,21 +144,23 @@ class Ema:
     In timm's ModelEmaV3 and torch's AveragedModel one NaN in a BatchNorm buffer stays for ever (ultralytics
     pull requests 24731 and 24986). Here a step that the guard refused adds exactly zero, without a host
     synchronisation. Integer buffers are copied. `model` is unwrapped, 0 < `decay` < 1 is per step.
+    `warmup`: as timm's, less at first.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.decay = decay
+    def __init__(self, model: nn.Module, decay: float, *, warmup: bool = False) -> None:
+        self.decay, self.warmup = decay, warmup
         self.module = copy.deepcopy(model).eval().requires_grad_(False)
         self.average, self.source = _places(self.module), _places(model)
 
     @torch.no_grad()
-    def update(self, ok: Tensor) -> None:
+    def update(self, ok: Tensor, step: int) -> None:
         """Move towards the model where `ok` (bool scalar on the device), else keep every bit."""
         average, average_counts = _split(self.average)
         source, source_counts = _split(self.source)
         # The model is finite here, refused step or not, so 0 * difference is 0 and x + 0 is x, bit for bit.
         difference = torch._foreach_sub(source, average)
-        torch._foreach_mul_(difference, (1 - self.decay) * ok)
+        rest = 1 - self.decay
+        torch._foreach_mul_(difference, (max(rest, (1 + step) ** (-2 / 3)) if self.warmup else rest) * ok)
         torch._foreach_add_(average, difference)
         if source_counts:
             torch._foreach_copy_(average_counts, source_counts)

@@ -243,7 +243,9 @@ def make_recovery(config: Config, schedule: Schedule) -> Recovery:
     )
 
 
-def mix_spec(config: Config, num_classes: int, label_sets: Tensor | None = None) -> MixSpec:
+def mix_spec(
+    config: Config, num_classes: int, label_sets: Tensor | None = None, steps_per_epoch: float = math.inf
+) -> MixSpec:
     """Return how a batch is mixed. Raises ConfigError: there is no such function as augment.extra."""
     custom = None
     if config.augment.extra:
@@ -252,8 +254,9 @@ def mix_spec(config: Config, num_classes: int, label_sets: Tensor | None = None)
         custom = getattr(sys.modules[module], name, None)
         if not callable(custom):
             raise ConfigError(f"augment.extra: {source_of(module)} has no function {name}")
-    mixing = config.mixing.model_dump(exclude={"class_weights"})
-    return MixSpec(num_classes, label_sets=label_sets, custom=custom, **mixing)
+    mixing = config.mixing.model_dump(exclude={"class_weights", "until_epoch"})
+    until = (config.mixing.until_epoch or math.inf) * steps_per_epoch
+    return MixSpec(num_classes, until_step=until, label_sets=label_sets, custom=custom, **mixing)
 
 
 def make_learner(
@@ -269,7 +272,7 @@ def make_learner(
     has_batchnorm = any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in model.modules())
     sizes = schedule.global_batch_size, schedule.max_batch_per_gpu, schedule.world_size
     split_batch(*sizes, has_batchnorm=has_batchnorm)
-    optimizer = make_optimizer(model, **config.optim.model_dump(exclude={"clip_grad"}))
+    optimizer = make_optimizer(model, **config.optim.model_dump(exclude={"clip_grad", "clip_mode"}))
     if config.train.grad_checkpointing:
         what = f"train.grad_checkpointing: {config.model.name}"
         if has_batchnorm and not isinstance(model, CMT):
@@ -284,6 +287,7 @@ def make_learner(
     return Learner(
         model, optimizer, accelerator, ema_decay=config.ema.decay, protect=config.guard.enabled,
         spike_sigma=config.guard.spike_sigma, accumulation=schedule.accumulation,
-        mixing=mix_spec(config, num_classes, label_sets), clip_grad=config.optim.clip_grad,
+        mixing=mix_spec(config, num_classes, label_sets, schedule.steps_per_epoch),
+        clip_grad=config.optim.clip_grad, clip_mode=config.optim.clip_mode, ema_warmup=config.ema.warmup,
         seed=config.run.seed, class_weights=weights, frozen=frozen, unfreeze_step=unfreeze_step,
     )  # fmt: skip

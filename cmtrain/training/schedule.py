@@ -27,6 +27,10 @@ class Schedule:
     warmup_lr: float
     min_lr: float
     cooldown_epochs: int
+    decay: str = "cosine"
+    power: float = 1.0
+    decay_epochs: float = 30.0
+    decay_rate: float = 0.1
     micro_batch_size: int = field(init=False)
     accumulation: int = field(init=False)  # micro-batches that one process accumulates into a step
     steps_per_epoch: int = field(init=False)
@@ -53,22 +57,32 @@ class Schedule:
 
     @property
     def decay_end_step(self) -> int:
-        """The step at which the cosine reaches min_lr."""
+        """The step at which the decay reaches min_lr."""
         return self.epochs * self.steps_per_epoch
 
     def lr_at(self, step: int) -> float:
         """Return the learning rate of the update that follows `step` finished ones; a pure function.
 
-        Linear from warmup_lr to lr over the warm-up; half a cosine from lr to min_lr at the end of the
-        configured epochs; then min_lr. It is timm's with `warmup_prefix` and a move per step. The
-        re-implementation's cosine reaches zero at epoch 295 of 300 and rises again, to 0.07 % of the peak.
+        Linear from warmup_lr to lr over the warm-up; then `decay`, half a cosine or another curve from lr to
+        min_lr at the end of the configured epochs; then min_lr. timm's, with `warmup_prefix` and a move per
+        step. The re-implementation's cosine reaches zero at epoch 295 of 300 and rises again, to 0.07 %.
         """
         if step < self.warmup_steps:
             return self.warmup_lr + (self.lr - self.warmup_lr) * step / self.warmup_steps
         if step < self.decay_end_step:
-            done = (step - self.warmup_steps) / (self.decay_end_step - self.warmup_steps)
-            return self.min_lr + (self.lr - self.min_lr) * (1 + math.cos(math.pi * done)) / 2
+            return self.min_lr + (self.lr - self.min_lr) * self._rest_at(step - self.warmup_steps)
         return self.min_lr
+
+    def _rest_at(self, step: int) -> float:
+        """Return the share that is left of lr - min_lr, `step` steps after the warm-up."""
+        length, part = self.decay_end_step - self.warmup_steps, self.decay_epochs * self.steps_per_epoch
+        if self.decay == "poly":
+            return (1 - step / length) ** self.power
+        if self.decay == "step":
+            return self.decay_rate ** (step // part)
+        if self.decay == "wsd":
+            return min(1.0, (length - step) / part)
+        return (1 + math.cos(math.pi * step / length)) / 2
 
     def ends_epochs(self, step: int, every_epochs: int | None) -> bool:
         """Return whether `step` finished updates are a multiple of `every_epochs` whole epochs; None: no."""

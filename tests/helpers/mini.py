@@ -41,9 +41,7 @@ def make_learner(opt="sgd", *, accelerator=None, model=None, protect=True, accum
     """Build a Learner of a Mini, with EMA; fp16 with a loss scale of 1024 unless `accelerator` differs."""
     torch.manual_seed(0)
     model = Mini() if model is None else model
-    optimizer = make_optimizer(
-        model, opt=opt, lr=0.05, weight_decay=1e-4, momentum=0.9, nesterov=True, betas=(0.9, 0.999), eps=1e-8
-    )
+    optimizer = make_optimizer(model, opt=opt, lr=0.05, weight_decay=1e-4, momentum=0.9, nesterov=True)
     defaults = {
         "ema_decay": 0.9,
         "spike_sigma": 6.0,

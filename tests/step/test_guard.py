@@ -131,7 +131,7 @@ def test_ema_follows_the_formula():
     before = ema.module.conv.weight.clone()
     with torch.no_grad():
         model.conv.weight += 1
-    ema.update(torch.tensor(True))
+    ema.update(torch.tensor(True), 0)
     torch.testing.assert_close(ema.module.conv.weight, before + 0.1 * (model.conv.weight - before))
 
 

@@ -80,6 +80,50 @@ def test_timm_has_the_same_curve_with_prefixed_warm_up():
         assert schedule.lr_at(step) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
 
 
+@pytest.mark.parametrize("power", [0.5, 1.0, 2.0])
+def test_every_step_of_timms_polynomial(power):
+    from timm.scheduler import PolyLRScheduler
+
+    options = {"power": power, "t_initial": 295 * 312, "lr_min": 1e-5}
+    assert_same_as_timm(PolyLRScheduler, options, decay="poly", power=power)
+
+
+@pytest.mark.parametrize(("epochs", "rate"), [(30, 0.1), (2.4, 0.97)])
+def test_every_step_of_timms_steps(epochs, rate):
+    from timm.scheduler import StepLRScheduler
+
+    options = {"decay_t": epochs * 312, "decay_rate": rate}
+    assert_same_as_timm(
+        StepLRScheduler, options, decay="step", decay_epochs=epochs, decay_rate=rate, min_lr=0.0
+    )
+
+
+def assert_same_as_timm(scheduler, options, **ours):
+    """Compare all steps of 300 epochs of ImageNet, of which five are the warm-up."""
+    import torch
+
+    schedule = plan(**({"epochs": 300, "warmup_epochs": 5.0, "min_lr": 1e-5} | ours))
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=6e-3)
+    warmup = {"warmup_t": 5 * 312, "warmup_prefix": True, "warmup_lr_init": 1e-6}
+    theirs = scheduler(optimizer, t_in_epochs=False, **warmup, **options)
+    for step in range(schedule.total_steps):
+        assert schedule.lr_at(step) == pytest.approx(theirs._get_lr(step)[0], rel=1e-9, abs=1e-15)
+
+
+def test_warm_up_stable_decay():
+    """By hand: 10 epochs of 312 steps, of which 2 warm up and the last 4 decay."""
+    schedule = plan(
+        epochs=10, warmup_epochs=2.0, min_lr=1e-4, cooldown_epochs=1, decay="wsd", decay_epochs=4.0
+    )
+    at = {epoch: schedule.lr_at(round(epoch * 312)) for epoch in (0, 1, 2, 4, 6, 7, 8, 9, 10, 11)}
+    assert at[0] == 1e-6
+    assert [at[epoch] for epoch in (2, 4, 6)] == [6e-3] * 3
+    assert [at[epoch] for epoch in (7, 8, 9)] == pytest.approx(
+        [1e-4 + 5.9e-3 * share for share in (0.75, 0.5, 0.25)]
+    )
+    assert at[10] == at[11] == 1e-4
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 6, 8, 64])
 @pytest.mark.parametrize("max_batch_per_gpu", [1, 7, 64, 512])
 def test_batch_is_split_with_the_fewest_passes_that_fit(world_size, max_batch_per_gpu):

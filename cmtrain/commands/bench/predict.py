@@ -70,7 +70,7 @@ def calls_of_step(config: Config, batch: int, dtype: torch.dtype) -> list[Call]:
         backward=lambda loss: (scaler.scale(loss) if scaler else loss).backward(),
     )  # fmt: skip
     plan = {"global_batch_size": batch, "max_batch_per_gpu": batch, "world_size": 1, "accumulation": 1}
-    schedule: Any = SimpleNamespace(**plan)
+    schedule: Any = SimpleNamespace(**plan, steps_per_epoch=1)
     learner = build.make_learner(config, model, schedule, num_classes, accelerator)
     with FakeTensorMode(allow_non_fake_inputs=True):
         for parameter in learner.parameters:
