@@ -2,7 +2,8 @@
 
 A layer of a sample is one of eight kinds of pixel work (`Branch`) and its numbers. Meaning and ranges are
 those of timm's `rand_augment_transform` and of `nvidia.dali.auto_aug.rand_augment` (RandAugment: arXiv
-1909.13719), and of timm's `auto_augment_policy_3a` (three-augment: DeiT III, arXiv 2204.07118).
+1909.13719), of timm's `auto_augment_policy_3a` (three-augment: DeiT III, arXiv 2204.07118), and of
+torchvision's `TrivialAugmentWide` (arXiv 2103.10158).
 """
 
 import math
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Mask = NDArray[np.bool_]
-Severity = Literal["timm", "timm_increasing", "dali", "3a"]
+Severity = Literal["timm", "timm_increasing", "dali", "3a", "wide"]
 
 # Uniforms used by one layer of one sample: operation, gate, sign, and two for the noise of the magnitude.
 NUM_LAYER_DRAWS = 5
@@ -53,7 +54,8 @@ class Policy:
 
     `magnitude` and `magnitude_std` are fractions of the operations' ranges; an infinite std means uniform in
     [0, magnitude]. `severity` is how posterise, solarise and the enhancements read a magnitude; of "3a" only
-    the blur reads it. `translate` is the fraction of the image that a shift covers at full magnitude.
+    the blur reads it, and of "wide" each operation, in 31 levels. `translate` is the fraction of the image
+    that a shift covers at full magnitude.
     """
 
     ops: tuple[str, ...]
@@ -81,7 +83,7 @@ class LayerParams(NamedTuple):
 
 @cache
 def parse(text: str) -> Policy:
-    """Read "rand-m9-n2-p0.5-mstd0.5-inc1" or "3a" (as timm does), "reimpl" or "dali-n2-m9".
+    """Read "rand-m9-n2-p0.5-mstd0.5-inc1" or "3a" (as timm does), "ta_wide", "reimpl" or "dali-n2-m9".
 
     "3a" is grey, solarise (from 128) or blur (sigma 0.1 to 2 pixels). "reimpl" is the re-implementation's:
     magnitude 10, two layers, probability 0.5, no noise, not increasing. ValueError names the wrong part.
@@ -90,10 +92,14 @@ def parse(text: str) -> Policy:
         return parse("rand-m10-n2-p0.5")
     if text == "3a":
         return Policy(_THREE_OPS, 1, 1.0, 1.0, math.inf, "3a", 0.0)
+    if text == "ta_wide":
+        return Policy(_DALI_OPS, 1, 1.0, 1.0, math.inf, "wide", 0.0)
     family, *parts = text.split("-")
     known = {"rand": ("m", "n", "p", "mstd", "inc"), "dali": ("m", "n")}.get(family)
     if known is None:
-        raise ValueError(f"{text!r} is none of 'rand-m9-mstd0.5-inc1', '3a' (timm), 'reimpl', 'dali-n2-m9'")
+        raise ValueError(
+            f"{text!r} is none of 'rand-m9-mstd0.5-inc1', '3a', 'ta_wide', 'reimpl', 'dali-n2-m9'"
+        )
     values: dict[str, float] = {}
     for part in parts:
         found = re.fullmatch(r"([a-z]+)(\d+(?:\.\d+)?)", part)
@@ -123,6 +129,8 @@ def layer_params(policy: Policy, draws: Floats, image_px: int) -> LayerParams:
     sign = np.where(draws[..., _SIGN] < 0.5, -1.0, 1.0)
     if math.isinf(policy.magnitude_std):
         magnitude = policy.magnitude * draws[..., _NOISE_ANGLE]
+        if policy.severity == "wide":
+            magnitude = np.floor(31 * magnitude) / 30
     else:  # Box-Muller; 1 - u keeps the logarithm finite
         radius = np.sqrt(-2.0 * np.log(1.0 - draws[..., _NOISE_RADIUS]))
         noise = radius * np.cos(2.0 * np.pi * draws[..., _NOISE_ANGLE])
@@ -140,19 +148,23 @@ def op_params(policy: Policy, op: Ints, magnitude: Floats, sign: Floats, image_p
         factor = np.where(is_op["GaussianBlur"], 0.1 + 1.9 * magnitude, 0.0)
         magnitude = np.full_like(magnitude, 0.5)  # of solarise
     else:
-        factor = 1.8 * magnitude + 0.1 if policy.severity == "timm" else 1.0 + 0.9 * magnitude * sign
+        strength = 0.99 if policy.severity == "wide" else 0.9
+        factor = 1.8 * magnitude + 0.1 if policy.severity == "timm" else 1.0 + strength * magnitude * sign
     return LayerParams(
         branches=np.array([BRANCH_OF[name] for name in policy.ops], np.int32)[op],
-        matrices=_matrices(is_op, magnitude * sign, policy.translate, image_px),
+        matrices=_matrices(is_op, magnitude * sign, policy, image_px),
         bits=_bits(is_op, magnitude, policy.severity),
         factors=np.stack([factor, is_op["Contrast"]], axis=-1).astype(np.float32),
         kernels=(_SMOOTH + factor[..., None, None] * (_IDENTITY - _SMOOTH)).astype(np.float32),
     )
 
 
-def _matrices(is_op: dict[str, Mask], signed: Floats, translate: float, px: int) -> NDArray[np.float32]:
-    angle = -np.deg2rad(30.0) * signed * is_op["Rotate"]
-    cos, sin, shear, shift = np.cos(angle), np.sin(angle), 0.3 * signed, translate * px * signed
+def _matrices(is_op: dict[str, Mask], signed: Floats, policy: Policy, px: int) -> NDArray[np.float32]:
+    degrees, shear, shift = 30.0, 0.3 * signed, policy.translate * px * signed
+    if policy.severity == "wide":
+        degrees, shear, shift = 135.0, 0.99 * signed, np.trunc(32 * signed)
+    angle = -np.deg2rad(degrees) * signed * is_op["Rotate"]
+    cos, sin = np.cos(angle), np.sin(angle)
     # Sums, because at most one operation's terms differ from the identity.
     x = [cos, sin + shear * is_op["ShearX"], px / 2 * (1 - cos - sin) + shift * is_op["TranslateX"]]
     y = [-sin + shear * is_op["ShearY"], cos, px / 2 * (1 - cos + sin) + shift * is_op["TranslateY"]]
@@ -165,6 +177,8 @@ def _bits(is_op: dict[str, Mask], magnitude: Floats, severity: str) -> NDArray[n
         kept_bits, threshold = 4 - kept_bits, 256 - threshold
     elif severity == "dali":
         kept_bits, threshold = np.rint(8 - 4 * magnitude), np.ceil(256 - 256 * magnitude)
+    elif severity == "wide":
+        kept_bits, threshold = 8 - np.rint(6 * magnitude), np.ceil(np.round(255 - 255 * magnitude, 6))
     threshold = np.where(is_op["Solarize"], threshold, 256)
     # timm keeps no bit at either end of its scale; Pillow refuses that; older versions made it black.
     mask = np.where(is_op["Posterize"], 256 - 2.0 ** (8 - np.maximum(kept_bits, 1)), 255)

@@ -20,8 +20,9 @@ def sizes_of(config: Config, image_px: Sequence[int], resize_px: Sequence[int]) 
     count = max(len(sides), len(resizes))
     pairs = list(zip(sides * (count // len(sides)), resizes * (count // len(resizes)), strict=True))
     for side, resize in pairs:
-        if side % 32:
-            raise ConfigError(f"--image-px: must be multiples of 32, got {side}")
+        step = 32 if config.model.name.startswith("cmt_") else 16
+        if side % step:
+            raise ConfigError(f"--image-px: must be multiples of {step}, got {side}")
         if resize < side:
             raise ConfigError(f"--resize-px: {resize} is less than the image side {side}")
     return pairs

@@ -83,6 +83,11 @@ _RULES = (
     _Rule("augment.scale", lambda scale: le(*scale), "{} must go from low to high"),
     _Rule("augment.ratio", lambda ratio: le(*ratio), "{} must go from low to high"),
     _Rule("data.eval_resize_px data.image_px", ge, "{} must not be less than {}"),
+    _Rule(
+        "data.image_px model.name",
+        lambda px, name: px % 32 == 0 or not name.startswith("cmt_"),
+        "{} does not go with {}, which needs a multiple of 32",
+    ),
     _Rule("schedule.warmup_epochs schedule.epochs", lt, "{} must be less than {}"),
     _Rule("schedule.min_lr optim.lr", le, "{} must not exceed {}"),
     _Rule(

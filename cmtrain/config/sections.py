@@ -192,7 +192,7 @@ class Data(Section):
     max_bad_fraction: Fraction = _key(
         MAX_BAD_FRACTION, "share of unreadable files above which a run is refused or ends"
     )
-    image_px: int = _key(160, "side of the training crop and of the evaluation crop", ge=32, multiple_of=32)
+    image_px: int = _key(160, "side of the training crop and of the evaluation crop", ge=32, multiple_of=16)
     eval_resize_px: Count = _key(184, "evaluation: shorter side before the centre crop")
     interpolation: Interpolation = _key("bicubic", "resampling of training images")
     eval_interpolation: Interpolation = _key("bicubic", "resampling of evaluation images")
@@ -210,8 +210,9 @@ class Augment(Section):
     rand_augment: str | None = _key(
         None,
         "a timm string such as rand-m9-mstd0.5-inc1 (the paper's) or 3a (DeiT III: grey, solarise or blur); "
-        "reimpl: the re-implementation's; dali-n2-m9: DALI's own suite (2 operations, bin 9); null: off",
-        pattern="^(reimpl|3a|dali(-[mn][0-9]+)*|rand(-([mn]|inc)[0-9]+|-(p|mstd)[0-9]+([.][0-9]+)?)*)$",
+        "ta_wide: torchvision's TrivialAugment; reimpl: the re-implementation's; dali-n2-m9: DALI's own (2 "
+        "operations, bin 9); null: off",
+        pattern="^(reimpl|3a|ta_wide|dali(-[mn][0-9]+)*|rand(-([mn]|inc)[0-9]+|-(p|mstd)[0-9]+([.][0-9]+)?)*)$",
     )
     extra: str | None = _key(
         None,

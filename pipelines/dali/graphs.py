@@ -135,8 +135,10 @@ def _finished(image: Any, params: Sequence[Any], spec: AugmentSpec | EvalSpec) -
     if policy:
         # Before the warps; without them, normalising mirrors for nothing.
         image, flips = fn.flip(image, horizontal=flips), 0
-        # The background colour of warps: the mean of the data for timm's presets, mid-grey for DALI's.
-        fill = [128 if policy.severity == "dali" else round(255 * value) for value in spec.mean]
+        # The background colour of warps: the mean of the data for timm's presets, mid-grey for DALI's, black
+        # for torchvision's.
+        grey = {"dali": 128, "wide": 0}.get(policy.severity)
+        fill = [round(255 * value) if grey is None else grey for value in spec.mean]
         background = np.full((spec.image_px, spec.image_px, 3), fill, np.uint8)
         branches, matrices, bits, factors, kernels = params[-5:]
         for k in range(policy.num_layers):

@@ -142,7 +142,7 @@ def test_all_mistakes_of_all_sources_are_reported_at_once_in_reading_order():
     text = "extends: base.yaml\ndata:\n  root: /data\n  image_px: 100\noptim: {lr: 1e-3}\nschedule:\n  warmup_epochs: 5\n"
     assert mistakes(text, ("train.compile", "maybe"), ("lr", "1")) == [
         "x.yaml:1: train.global_batch_size: required, but not set (samples of one optimizer step, over all GPUs and accumulation)",
-        "x.yaml:4: data.image_px: must be a whole number >= 32 and a multiple of 32, got 100",
+        "x.yaml:4: data.image_px: must be a whole number >= 32 and a multiple of 16, got 100",
         "x.yaml:6: schedule.epochs: required, but not set (epochs of warm-up and decay together)",
         "base.yaml:1: optim.weight_decay: must be a number >= 0, got -1",
         "base.yaml:2: foo: unknown key, see `cmtrain config schema`",

@@ -17,7 +17,8 @@ IMAGENET = 1_281_167
 
 # Effective learning rate, global batch, epochs with cool-down, evaluation resize, accuracy. full: section
 # 4.3. paper: official README and defaults; lr = base x batch / 512, resize = int(256 / 224 * px).
-# a1 to a3: arXiv 2110.00476, table 2, crop ratio 0.95. s: README of DeiT III. t: arXiv 2201.03545, table 5.
+# a1 to a3: arXiv 2110.00476, table 2, crop ratio 0.95. s: README of DeiT III. resnet50_v2: torchvision's
+# blog. t: arXiv 2201.03545, table 5.
 STATED = {
     "full_in1k": (6e-3, 4096, 300, 184, 0.75124),
     "full_in1k_224": (6e-3, 4096, 300, 256, 0.784),
@@ -29,6 +30,7 @@ STATED = {
     "a2": (5e-3, 2048, 300, 235, 0.798),
     "a3": (8e-3, 2048, 100, 168, None),
     "s": (4e-3, 2048, 800, 224, 0.814),
+    "resnet50_v2": (0.5, 1024, 600, 182, None),
     "t": (4e-3, 4096, 300, 256, 0.821),
 }
 

@@ -12,13 +12,23 @@ import torch
 from helpers.photographs import squares, write_folder
 from nvidia.dali import fn, pipeline_def, types
 from PIL import Image
+from torchvision.transforms import TrivialAugmentWide
 from torchvision.transforms import functional as tv
+from torchvision.transforms.autoaugment import _apply_op
 
 from pipelines.dali import augment, graphs
 from pipelines.files.manifest import Manifest
 from pipelines.loader import train_loader
 from pipelines.plan import AugmentParams, JitterParams, Plan, augment_params
-from pipelines.rand_augment import BRANCH_OF, Branch, LayerParams, op_params, parse
+from pipelines.rand_augment import (
+    BRANCH_OF,
+    NUM_LAYER_DRAWS,
+    Branch,
+    LayerParams,
+    layer_params,
+    op_params,
+    parse,
+)  # fmt: skip
 from pipelines.spec import AugmentSpec, Placement
 
 SIDE = 160
@@ -159,6 +169,57 @@ def test_every_operation_of_three_augment_equals_timms(monkeypatch):
         print(f"\n3a {name}: mean {np.mean(errors):.3f}, largest {np.max(errors)} levels")
         assert np.mean(errors) <= LIMITS_3A[name][0]
         assert np.max(errors) <= LIMITS_3A[name][1]
+
+
+# As above, but for: 135 degrees, shears of 0.99 and black; Pillow's Sharpness at a factor of 1.99.
+LIMITS_WIDE = LIMITS | {"Identity": (0.0, 0), "Sharpness": (0.6, 150)}
+
+
+@pytest.mark.usefixtures("formulas")
+def test_every_operation_of_trivial_augment_equals_torchvisions():
+    policy, photos = parse("ta_wide"), squares(SIDE)
+    theirs = TrivialAugmentWide()._augmentation_space(31)
+    assert sorted(policy.ops) == sorted(theirs)
+    draws = np.zeros((31, 1, NUM_LAYER_DRAWS))
+    for op, name in enumerate(policy.ops):
+        errors = []
+        magnitudes, is_signed = theirs[name]
+        for sign in (-1.0, 1.0):
+            # Three of the 31 levels, the middles of their share of the draws.
+            draws[..., 0] = (op + 0.5) / len(policy.ops)
+            draws[..., 2] = 0.25 if sign < 0 else 0.75
+            draws[:, 0, 4] = (np.arange(31) + 0.5) / 31
+            params = layer_params(policy, draws, SIDE)
+            for level in (0, 7, 18, 30):
+                ours = run_layer(
+                    photos, LayerParams(*(part[[level] * len(photos)] for part in params)), fill=(0, 0, 0)
+                )
+                value = float(magnitudes[level]) if magnitudes.ndim else 0.0
+                # Both signs are as likely; torchvision moves the picture where timm moves the window.
+                turned = -1 if name.startswith("Translate") else 1
+                value *= sign * turned if is_signed else 1
+                how = name, value, tv.InterpolationMode.BILINEAR, None
+                expected = [
+                    np.asarray(_apply_op(Image.fromarray(photo), *how), np.int32) for photo in photos
+                ]
+                errors.append(np.abs(ours - np.stack(expected)))
+        print(f"\nta_wide {name}: mean {np.mean(errors):.3f}, largest {np.max(errors)} levels")
+        assert np.mean(errors) <= LIMITS_WIDE[name][0], name
+        assert np.max(errors) <= LIMITS_WIDE[name][1], name
+
+
+def test_trivial_augment_draws_each_operation_level_and_sign_equally_often():
+    draws = np.random.default_rng(0).random((40_000, 1, NUM_LAYER_DRAWS))
+    params = layer_params(parse("ta_wide"), draws, SIDE)
+    branches = np.bincount(params.branches.ravel(), minlength=9) / 40_000
+    per_branch = np.bincount([BRANCH_OF[name] for name in parse("ta_wide").ops], minlength=9) / 14
+    np.testing.assert_allclose(branches, per_branch, atol=0.01)
+    factors = params.factors[params.branches == Branch.SATURATE][:, 0]
+    levels, counts = np.unique(np.round(factors, 4), return_counts=True)
+    assert len(levels) == 61  # 30 below and above 1, and 1 itself twice
+    assert levels.min() == pytest.approx(0.01)
+    assert levels.max() == pytest.approx(1.99)
+    assert counts.max() / np.median(counts) == pytest.approx(2, rel=0.5)
 
 
 def test_only_three_augment_has_a_blur_in_its_graph(monkeypatch):
