@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from cmtrain.cli.arguments import make_parser, parse_with_config, positive
+from cmtrain.cli.arguments import Parser, positive
 from cmtrain.commands.bench.models import Setup
 from cmtrain.commands.bench.timing import WARMUP_STEPS, Figures, Row, Rows, best_seconds, drain
 from cmtrain.monitoring.console import write_result
@@ -199,11 +199,11 @@ def _milliseconds(work: Callable[[], None], device: torch.device) -> float:
 
 
 def main() -> None:
-    parser = make_parser("guard", __doc__.splitlines()[0])
+    parser = Parser("guard", __doc__.splitlines()[0])
     parser.add_argument("--steps", type=positive, default=20, metavar="N", help="steps of a turn")
     parser.add_argument("--rounds", type=positive, default=5, metavar="N", help="turns of each side")
     parser.add_argument("--json", metavar="FILE")
-    options, resolved = parse_with_config(parser, sys.argv[1:], "configs/demo.yaml")
+    options, resolved = parser.parse_with_config(sys.argv[1:], "configs/demo.yaml")
     config = resolved.config
     accelerator = build.make_accelerator(config.train.precision)
     loaders.split_threads(config, accelerator.device)

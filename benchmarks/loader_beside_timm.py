@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cmtrain import __version__
-from cmtrain.cli.arguments import add_json, make_parser, parse_with_config, positive
+from cmtrain.cli.arguments import Parser, positive
 from cmtrain.commands.bench.timing import Figures, best_seconds, endless
 from cmtrain.config.schema import Config
 from cmtrain.monitoring.console import announced_parts, print_result, write_result
@@ -199,12 +199,12 @@ def _show(report: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = make_parser("loader_beside_timm", __doc__.splitlines()[0])
+    parser = Parser("loader_beside_timm", __doc__.splitlines()[0])
     parser.add_argument("--steps", type=positive, default=20, metavar="N", help="batches of a turn")
     parser.add_argument("--rounds", type=positive, default=5, metavar="N", help="turns of each side")
     parser.add_argument("--packed", metavar="DIR", help="packed copy of the data to time, too")
-    add_json(parser, to_file=True)
-    options, resolved = parse_with_config(parser, sys.argv[1:], "configs/demo.yaml")
+    parser.add_json(to_file=True)
+    options, resolved = parser.parse_with_config(sys.argv[1:], "configs/demo.yaml")
     race_loaders(resolved.config, options.steps, options.rounds, options.packed, options.json)
 
 

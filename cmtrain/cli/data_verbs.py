@@ -5,24 +5,14 @@ from functools import partial
 from typing import Any
 
 from cmtrain.cli import start
-from cmtrain.cli.arguments import (
-    Verb,
-    add_json,
-    count,
-    make_parser,
-    out_file,
-    parse_alone,
-    parse_with_config,
-    positive,
-    share,
-)
+from cmtrain.cli.arguments import Parser, Verb, count, out_file, positive, share
 from cmtrain.config.schema import Config
 
 SHARE: dict[str, Any] = {"type": share, "default": argparse.SUPPRESS, "metavar": "X"}
 
 
 def _data_split(arguments: list[str]) -> None:
-    parser = make_parser("data split", "Divide a folder of classes into lists for training and validation.")
+    parser = Parser("data split", "Divide a folder of classes into lists for training and validation.")
     add = parser.add_argument
     add("root", metavar="DIR", help="folder with one folder of images per class; no image is moved")
     add("--val", type=share, default=0.2, metavar="X", help="share for validation (default: 0.2)")
@@ -32,7 +22,7 @@ def _data_split(arguments: list[str]) -> None:
     add("--no-compare", dest="compare", action="store_false", help="do not look for near-duplicates")
     add("--seed", type=count, default=0, metavar="N", help="another number, another split (default: 0)")
     add("--out", metavar="DIR", help="folder for the lists (default: the folder itself)")
-    options = vars(parse_alone(parser, arguments))
+    options = vars(parser.parse_alone(arguments))
     start.announce(f"data split of {options['root']}")
     from cmtrain.commands.data_split import split
 
@@ -40,21 +30,21 @@ def _data_split(arguments: list[str]) -> None:
 
 
 def _data_check(arguments: list[str]) -> int:
-    parser = make_parser("data check", "Find unreadable images; training leaves them out from then on.")
+    parser = Parser("data check", "Find unreadable images; training leaves them out from then on.")
     add = parser.add_argument
     add("root", metavar="DIR", help="folder with train/ and val/, or one tree of class folders")
     add("--processes", type=positive, metavar="N", help="default: one per core")
     add("--out", type=out_file, metavar="FILE", help="write the list there, where training does not look")
     add("--cache-dir", metavar="DIR", help="data.cache_dir of the runs, if they have one")
     add("--max-bad-fraction", **SHARE, help="exit code 3 above this share (default: 0.1)")
-    options = vars(parse_alone(parser, arguments))
+    options = vars(parser.parse_alone(arguments))
     from cmtrain.commands.data_check import check
 
     return check(options.pop("root"), **options)
 
 
 def _data_pack(arguments: list[str]) -> None:
-    parser = make_parser("data pack", "Write an image folder as tar shards with an index.")
+    parser = Parser("data pack", "Write an image folder as tar shards with an index.")
     add = parser.add_argument
     add("source", metavar="SRC", help="folder with train/ and val/")
     add("destination", metavar="DST", help="folder to write; the same command continues")
@@ -68,15 +58,15 @@ def _data_pack(arguments: list[str]) -> None:
     add("--train-list", metavar="FILE", help="list of training images below SRC, instead of train/")
     add("--val-list", metavar="FILE", help="the same for validation")
     add("--multi-label", action="store_true", help="labels name several classes, as cat;dog does")
-    add_json(parser)
-    options = vars(parse_alone(parser, arguments))
+    parser.add_json()
+    options = vars(parser.parse_alone(arguments))
     from cmtrain.commands.data_pack import pack
 
     pack(options.pop("source"), options.pop("destination"), as_json=options.pop("json"), **options)
 
 
 def _data_preview(arguments: list[str]) -> None:
-    parser = make_parser("data preview", "Draw augmented images: a row per image, a column per epoch.")
+    parser = Parser("data preview", "Draw augmented images: a row per image, a column per epoch.")
     add = parser.add_argument
     what = "PNG to write (default: preview.png)"
     add("--out", type=out_file, default="preview.png", metavar="FILE", help=what)
@@ -90,17 +80,17 @@ def _data_preview(arguments: list[str]) -> None:
 
 
 def _data_stats(arguments: list[str]) -> None:
-    parser = make_parser("data stats", "Count and measure the images of a configuration.")
-    add_json(parser)
+    parser = Parser("data stats", "Count and measure the images of a configuration.")
+    parser.add_json()
     config, options = _parse_and_start(parser, arguments)
     from cmtrain.commands.data_preview import stats
 
     stats(config, as_json=options["json"])
 
 
-def _parse_and_start(parser: argparse.ArgumentParser, arguments: list[str]) -> tuple[Config, dict[str, Any]]:
+def _parse_and_start(parser: Parser, arguments: list[str]) -> tuple[Config, dict[str, Any]]:
     """Return the configuration of a verb and its own options, once the images are known to be there."""
-    options, resolved = parse_with_config(parser, arguments)
+    options, resolved = parser.parse_with_config(arguments)
     start.announce(f"{parser.prog.removeprefix('cmtrain ')} of {resolved.config.data.root}")
     start.check_places(resolved.config)
     start.loading()

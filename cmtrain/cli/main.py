@@ -12,19 +12,7 @@ from typing import Any
 
 from cmtrain import __version__, errors
 from cmtrain.cli import start
-from cmtrain.cli.arguments import (
-    Verb,
-    add_json,
-    count,
-    help_page,
-    make_parser,
-    out_file,
-    parse,
-    parse_alone,
-    parse_with_config,
-    positive,
-    run_group,
-)  # fmt: skip
+from cmtrain.cli.arguments import Parser, Verb, count, help_page, out_file, positive, run_group
 from cmtrain.cli.data_verbs import DATA_VERBS
 from cmtrain.cli.model_verbs import evaluate_trained, export_trained, predict_images
 from cmtrain.commands import sweep
@@ -94,15 +82,15 @@ def _main(arguments: list[str]) -> int:
 
 
 def _train(arguments: list[str]) -> int:
-    parser = make_parser("train", "Train a configuration.")
+    parser = Parser("train", "Train a configuration.")
     add = parser.add_argument
     add("--resume", default="auto", metavar="WHAT", help="auto (default), never, force, or a path")
     add("--max-steps", type=positive, metavar="N", help="stop after N optimizer steps")
     add("--nproc", type=positive, metavar="N", help="processes to train in (default: one per GPU)")
     add("--max-restarts", type=count, default=0, metavar="N", help="restarts after failures (0)")
     add("--dry-run", action="store_true", help="print the plan of the run and stop")
-    add_json(parser)
-    options, resolved = parse_with_config(parser, arguments)
+    parser.add_json()
+    options, resolved = parser.parse_with_config(arguments)
     config = resolved.config
     if options.dry_run:
         sys.stdout.write(start.describe_plan(config))
@@ -156,12 +144,12 @@ def _world_size() -> int:
 
 
 def _demo(arguments: list[str]) -> int:
-    parser = make_parser("demo", "Train a small CMT on images of installed packages; no GPU, no download.")
+    parser = Parser("demo", "Train a small CMT on images of installed packages; no GPU, no download.")
     what = "12 colour photographs instead of handwritten digits"
     parser.add_argument("--photos", action="store_true", help=what)
     parser.add_argument("--dry-run", action="store_true", help="print the plan of the run and stop")
-    add_json(parser)
-    options, overrides = parse(parser, arguments)
+    parser.add_json()
+    options, overrides = parser.parse(arguments)
     base, given = ("demo-photos", DEMO_PHOTOS) if options.photos else ("demo", [])
     for attempt in itertools.count(1):  # an interrupted demo continues; a finished one is left alone
         name = base if attempt == 1 else f"{base}-{attempt}"
@@ -178,7 +166,7 @@ def _demo(arguments: list[str]) -> int:
 
 
 def _bench(arguments: list[str]) -> None:
-    parser = make_parser("bench", "Time the loader, the model and training, and name the bottleneck.")
+    parser = Parser("bench", "Time the loader, the model and training, and name the bottleneck.")
     add = parser.add_argument
     add("--what", choices=("loader", "model", "train", "all"), default="all", help="default: all")
     add("--steps", type=positive, default=20, metavar="N", help="steps to time of each (default: 20)")
@@ -187,8 +175,8 @@ def _bench(arguments: list[str]) -> None:
     add("--beside", type=_names, default="resnet50,efficientnet_b0", metavar="NAMES", help=beside)
     predict = "predict the step of --what model on this GPU, kernel by kernel; needs no GPU and no data"
     add("--predict", choices=PREDICTED, help=predict)
-    add_json(parser, to_file=True)
-    options, resolved = parse_with_config(parser, arguments, DEMO)
+    parser.add_json(to_file=True)
+    options, resolved = parser.parse_with_config(arguments, DEMO)
     if options.predict and options.what != "model":
         raise ConfigError("--predict: needs --what model")
     start.announce(f"bench of {options.config}: {options.what}")
@@ -205,9 +193,9 @@ def _names(text: str) -> list[str]:
 
 
 def _doctor(arguments: list[str]) -> int:
-    parser = make_parser("doctor", "Check this machine for a run, and suggest a remedy for every problem.")
+    parser = Parser("doctor", "Check this machine for a run, and suggest a remedy for every problem.")
     parser.add_argument("--json", action="store_true", help="as one JSON object")
-    options, resolved = parse_with_config(parser, arguments, DEMO)
+    options, resolved = parser.parse_with_config(arguments, DEMO)
     own = "" if options.config != DEMO else " (--config FILE for a run of your own)"
     start.announce(f"doctor for a run of {options.config}{own}")
     start.loading()
@@ -217,7 +205,7 @@ def _doctor(arguments: list[str]) -> int:
 
 
 def _sweep(arguments: list[str]) -> int:
-    parser = make_parser("sweep", "Train many configurations; compare with what was published.")
+    parser = Parser("sweep", "Train many configurations; compare with what was published.")
     add = parser.add_argument
     add("files", nargs="+", metavar="FILE", help="configuration files, or folders such as configs/ablations")
     add("--rows", metavar="LIST", help="only these, counted from 1, such as 1,3-5")
@@ -227,7 +215,7 @@ def _sweep(arguments: list[str]) -> int:
     add("--max-steps", type=positive, metavar="N", help="stop each row after N optimizer steps")
     add("--dry-run", action="store_true", help="print the commands and stop")
     add("--table", action="store_true", help="print the table, in Markdown, and stop")
-    options, overrides = parse(parser, arguments)
+    options, overrides = parser.parse(arguments)
     rows = sweep.read_rows(options.files, overrides, options.rows, options.scale, options.max_steps)
     script = options.sbatch if options.jobs == "slurm" else None
     if options.dry_run:
@@ -242,26 +230,26 @@ RUN_HELP = "run folder, such as runs/demo, or the name of one below runs"
 
 
 def _status(arguments: list[str]) -> None:
-    parser = make_parser("status", "Print the state of a run.")
+    parser = Parser("status", "Print the state of a run.")
     parser.add_argument("run", metavar="RUN", help=RUN_HELP)
     parser.add_argument("--json", action="store_true", help="as one JSON object")
-    options = parse_alone(parser, arguments)
+    options = parser.parse_alone(arguments)
     from cmtrain.commands.status import print_status
 
     print_status(options.run, as_json=options.json)
 
 
 def _watch(arguments: list[str]) -> None:
-    parser = make_parser("watch", "Show the state of a run until it ends.")
+    parser = Parser("watch", "Show the state of a run until it ends.")
     parser.add_argument("run", metavar="RUN", help=RUN_HELP)
-    options = parse_alone(parser, arguments)
+    options = parser.parse_alone(arguments)
     from cmtrain.commands.status import watch
 
     watch(options.run)
 
 
 def _repair_bn(arguments: list[str]) -> None:
-    parser = make_parser(
+    parser = Parser(
         "repair-bn",
         "Recompute BatchNorm statistics, such as those that are NaN, and write a repaired copy. Of a run: "
         "`cmtrain repair-bn runs/shoes`. Of a file by any trainer (.pth, .pt, .bin, .safetensors): "
@@ -271,8 +259,8 @@ def _repair_bn(arguments: list[str]) -> None:
     parser.add_argument("--config", metavar="FILE", help="model and data; a run has its own")
     parser.add_argument("--out", metavar="PATH", help="default: x-repaired.pth for x.pth, RUN/repaired")
     parser.add_argument("--batches", type=positive, default=200, metavar="N", help="to average over (200)")
-    add_json(parser)
-    options, overrides = parse(parser, arguments)
+    parser.add_json()
+    options, overrides = parser.parse(arguments)
     config = load_config(options.config, overrides).config if options.config else None
     start.announce(f"repair-bn of {options.place}")
     start.check_repair(options.place, config, overrides)
@@ -283,11 +271,11 @@ def _repair_bn(arguments: list[str]) -> None:
 
 
 def _report(arguments: list[str]) -> None:
-    parser = make_parser("report", "Draw a run folder as one HTML file; several runs are compared.")
+    parser = Parser("report", "Draw a run folder as one HTML file; several runs are compared.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder, such as runs/demo")
     what = "default: RUN/report.html, or report.html for several runs"
     parser.add_argument("--out", type=out_file, metavar="FILE", help=what)
-    options = parse_alone(parser, arguments)
+    options = parser.parse_alone(arguments)
     from cmtrain.monitoring.report.page import report
 
     runs = [run if os.path.exists(run) else str(RUNS / run) for run in options.runs]
@@ -295,18 +283,18 @@ def _report(arguments: list[str]) -> None:
 
 
 def _config_show(arguments: list[str]) -> None:
-    parser = make_parser("config show", "Print the configuration and where each value comes from.")
-    _, resolved = parse_with_config(parser, arguments)
+    parser = Parser("config show", "Print the configuration and where each value comes from.")
+    _, resolved = parser.parse_with_config(arguments)
     sys.stdout.write(to_yaml(resolved.config, resolved.origins))
 
 
 def _config_schema(arguments: list[str]) -> None:
-    parse_alone(make_parser("config schema", "Print the JSON schema of configuration files."), arguments)
+    Parser("config schema", "Print the JSON schema of configuration files.").parse_alone(arguments)
     sys.stdout.write(json.dumps(config_schema(), indent=2) + "\n")
 
 
 def _config_reference(arguments: list[str]) -> None:
-    parse_alone(make_parser("config reference", "Print every key, its range and default."), arguments)
+    Parser("config reference", "Print every key, its range and default.").parse_alone(arguments)
     sys.stdout.write(config_reference())
 
 

@@ -3,7 +3,7 @@
 import os
 
 from cmtrain.cli import start
-from cmtrain.cli.arguments import add_json, make_parser, out_file, parse, positive, share
+from cmtrain.cli.arguments import Parser, out_file, positive, share
 from cmtrain.commands.evaluation_sizes import sizes_of
 from cmtrain.errors import ConfigError
 from cmtrain.storage.run_folder import find_export
@@ -15,7 +15,7 @@ FORMATS = ("timm", "onnx", "torch-export")
 
 def evaluate_trained(arguments: list[str]) -> int:
     """Run `cmtrain eval ...`. Returns the exit code."""
-    parser = make_parser("eval", "Evaluate a trained model and its EMA, as its run did or otherwise.")
+    parser = Parser("eval", "Evaluate a trained model and its EMA, as its run did or otherwise.")
     add = parser.add_argument
     add("run", metavar="RUN", help=RUN_HELP)
     add("--weights", choices=("model", "ema", "both"), default="both", help="default: both, if both exist")
@@ -37,8 +37,8 @@ def evaluate_trained(arguments: list[str]) -> int:
     wrong = "write all mistakes as CSV, and a sheet of the most confident ones, to this new folder"
     add("--save-wrong", metavar="DIR", help=wrong)
     add("--expect", type=share, metavar="TOP1", help="exit code 5 where the best top-1 is below it")
-    add_json(parser, to_file=True)
-    options, overrides = parse(parser, arguments)
+    parser.add_json(to_file=True)
+    options, overrides = parser.parse(arguments)
     start.announce(f"eval of {options.run}")
     config = start.check_trained(options.run, overrides)
     if config:
@@ -57,15 +57,15 @@ def evaluate_trained(arguments: list[str]) -> int:
 
 def export_trained(arguments: list[str]) -> None:
     """Run `cmtrain export ...`."""
-    parser = make_parser("export", "Write a trained model as files for others, compared with it.")
+    parser = Parser("export", "Write a trained model as files for others, compared with it.")
     add = parser.add_argument
     add("run", metavar="RUN", help=RUN_HELP)
     add("--format", choices=(*FORMATS, "all"), default="timm", help="default: timm")
     add("--out", required=True, metavar="DIR", help="folder to write; must not exist")
     add("--weights", choices=("model", "ema"), help="default: ema, if there is one")
     add("--fold-bn", action="store_true", help="absorb BatchNorm where that is exact; not with timm")
-    add_json(parser)
-    options, overrides = parse(parser, arguments)
+    parser.add_json()
+    options, overrides = parser.parse(arguments)
     start.announce(f"export of {options.run}")
     start.check_trained(options.run, overrides)
     if os.path.lexists(options.out):
@@ -81,7 +81,7 @@ def export_trained(arguments: list[str]) -> None:
 
 def predict_images(arguments: list[str]) -> int:
     """Run `cmtrain predict ...`. Returns the exit code."""
-    parser = make_parser("predict", "Classify images, prepared as the evaluation of the model's run does.")
+    parser = Parser("predict", "Classify images, prepared as the evaluation of the model's run does.")
     add = parser.add_argument
     add("run", metavar="RUN|EXPORT", help=f"{RUN_HELP}; or what `cmtrain export` wrote for timm, or as ONNX")
     images = "image, folder, pattern, or list (.csv, .txt: one path per line, relative to its folder)"
@@ -91,8 +91,8 @@ def predict_images(arguments: list[str]) -> int:
     add("--jsonl", type=out_file, metavar="FILE", help="write them as JSON lines, as stdout has them")
     pooled = "write the features before the classifier, the logits and the paths as .npz"
     add("--embeddings", type=out_file, metavar="FILE", help=pooled)
-    add_json(parser)
-    options, overrides = parse(parser, arguments)
+    parser.add_json()
+    options, overrides = parser.parse(arguments)
     named = [os.path.realpath(file) for file in (options.csv, options.jsonl, options.embeddings) if file]
     if len({*named}) < len(named):
         raise ConfigError("--csv, --jsonl and --embeddings: two of them name one file")
