@@ -26,16 +26,7 @@ from pipelines.files.manifest import Manifest
 from pipelines.files.mirror import SOURCE, mirror_split
 from pipelines.files.shards import is_packed
 from pipelines.plan import ClassSampling, Plan
-from pipelines.spec import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    AugmentSpec,
-    Channels,
-    DataError,
-    EvalSpec,
-    Placement,
-    is_url,
-)  # fmt: skip
+from pipelines.spec import IMAGENET_MEAN, IMAGENET_STD, AugmentSpec, DataError, EvalSpec, Placement, is_url
 
 if TYPE_CHECKING:
     import torch
@@ -129,7 +120,7 @@ def open_data(config: Config, accelerator: Accelerator | None = None) -> Data:
     return Data(train, val, (*scale_doubts(config.data.mean, config.data.std), *itertools.chain(*doubts)))
 
 
-def scale_doubts(mean: Channels, std: Channels) -> list[str]:
+def scale_doubts(mean: Sequence[float], std: Sequence[float]) -> list[str]:
     """Return a line if data.mean and data.std are of pixels in 0..255, multiply, or are swapped."""
     given = f"data.mean {list(mean)}, data.std {list(std)}"
     if max(*mean, *std) > 1 or min(mean) < 0:
@@ -229,9 +220,8 @@ def class_weights(config: Config, manifest: Manifest, num_classes: int) -> list[
         with open(given, newline="", encoding="utf-8-sig") as file:
             for row in filter(None, reader := csv.reader(file)):
                 name, number = ",".join(row[:-1]), row[-1].strip()
-                weight = (
-                    float(number) if re.fullmatch(r"[0-9]*[.]?[0-9]+(e[-+]?[0-9]{1,2})?", number) else 0.0
-                )
+                is_plain = re.fullmatch(r"[0-9]*[.]?[0-9]+(e[-+]?[0-9]{1,2})?", number)
+                weight = float(number) if is_plain else 0.0
                 if name not in missing or not 1e-9 <= weight <= 1e9:  # the loss has 32 bits
                     wanted = "a class that has no weight yet, a comma and a number from 1e-9 to 1e9"
                     raise DataError(f"mixing.class_weights: {given}:{reader.line_num}: not {wanted}")
@@ -245,9 +235,7 @@ def class_weights(config: Config, manifest: Manifest, num_classes: int) -> list[
     return weights
 
 
-def label_sets(
-    manifest: Manifest, num_classes: int, device: torch.device | str = "cpu"
-) -> torch.Tensor | None:
+def label_sets(manifest: Manifest, num_classes: int, device: torch.device | str) -> torch.Tensor | None:
     """Return MixSpec's label_sets for a model of `num_classes` outputs; None where an image has a class."""
     import torch
 
@@ -266,9 +254,7 @@ def make_eval_loader(
     from pipelines.loader import eval_loader
 
     data, fp16 = config.data, accelerator.mixed_precision == "fp16"
-    spec = EvalSpec(
-        data.image_px, data.eval_resize_px, data.eval_interpolation, mean=data.mean, std=data.std, fp16=fp16
-    )
+    spec = EvalSpec(data.image_px, data.eval_resize_px, data.eval_interpolation, data.mean, data.std, fp16)
     return eval_loader(manifest, spec, place, batch_size=batch_size)
 
 

@@ -38,7 +38,7 @@ def test_the_classes_are_those_that_any_label_names(opened):
     assert sets_of(train) == ["cat;dog", "owl", "cat;dog", "-", "cat", "dog;owl"]
     assert train.class_counts().tolist() == [3, 3, 2]
     assert not split_doubts(train, "training")
-    table = label_sets(train, 5)
+    table = label_sets(train, 5, "cpu")
     assert table[train.labels].tolist()[:2] == [[1, 1, 0, 0, 0], [0, 0, 1, 0, 0]]
 
 
