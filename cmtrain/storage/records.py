@@ -219,6 +219,11 @@ def is_number(value: Any) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**63
 
 
+def finite(value: Any) -> Any:
+    """Return None for NaN and infinity, which JSON lacks: a window without a good step has no loss."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def is_event(record: Mapping[str, Any]) -> bool:
     """Return whether a record of events.jsonl has a kind and a time."""
     return isinstance(record.get("event"), str) and is_number(record.get("time"))

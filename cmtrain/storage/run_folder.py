@@ -18,7 +18,6 @@ import csv
 import errno
 import io
 import json
-import math
 import os
 import socket
 import time
@@ -239,11 +238,6 @@ def is_alive(process: dict[str, Any]) -> bool | None:
     if process.get("host") != socket.gethostname() or not isinstance(pid, int) or pid <= 0:
         return None
     return records.is_running(pid)
-
-
-def finite(value: Any) -> Any:
-    """Return None for NaN and infinity, which JSON lacks: a window without a good step has no loss."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _step_of_row(line: bytes) -> float | None:

@@ -27,15 +27,8 @@ from cmtrain.step.measure import Pace, StepReport
 from cmtrain.step.spikes import Spike
 from cmtrain.storage.checkpoint_writer import Outcome
 from cmtrain.storage.finite import named
-from cmtrain.storage.records import Losses
-from cmtrain.storage.run_folder import (
-    CLASSES_NAME,
-    MISTAKES_NAME,
-    REPORT_NAME,
-    SAMPLE_NAME,
-    RunFolder,
-    finite,
-)
+from cmtrain.storage.records import Losses, finite
+from cmtrain.storage.run_folder import CLASSES_NAME, MISTAKES_NAME, REPORT_NAME, SAMPLE_NAME, RunFolder
 from cmtrain.training.recovery import BadStep
 from pipelines.checks.bad_list import BadFile, find_list
 from pipelines.spec import DataError, print_lines
