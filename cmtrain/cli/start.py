@@ -2,13 +2,13 @@
 
 import importlib.util
 import os
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cmtrain import __version__
 from cmtrain.config.load import Overrides, load_config
-from cmtrain.config.schema import Config, another_recipe, as_begun, recipe_changes
+from cmtrain.config.schema import Config, another_recipe, recipe_changes
 from cmtrain.errors import ConfigError
 from cmtrain.processes.environment import check_imports
 from cmtrain.processes.rank import PARENT, is_first_rank
@@ -54,8 +54,10 @@ def check_run(config: Config, resume: str, world_size: int) -> None:
             raise DataError(f"--resume {resume}: no such checkpoint or run folder")
         newest = _newest_manifest(Path(resume))
     if newest and resume != "force":
-        old = _config_in(newest)
-        if old and (changes := recipe_changes(old, as_begun(config, old).model_dump(mode="json"))):
+        changes: list[str] = []
+        with suppress(ValueError, KeyError, TypeError, AttributeError):  # damaged, as the start finds out
+            changes = recipe_changes((read_json(newest) or {})["meta"]["config"], config)
+        if changes:
             raise another_recipe(newest.parent, changes)
     begins_with = config.model.init_from
     if begins_with and not newest and (why := why_no_weights(Path(begins_with))):
@@ -117,17 +119,6 @@ def _newest_manifest(place: Path) -> Path | None:
     """Return the manifest of the newest checkpoint in a run folder, or of a checkpoint folder."""
     found = sorted([*place.glob("checkpoints/step-*/manifest.json"), *place.glob("manifest.json")])
     return found[-1] if found else None
-
-
-def _config_in(manifest: Path) -> dict[str, Any] | None:
-    """Return the configuration in a manifest; None if it is damaged, which the start finds out."""
-    content = read_json(manifest) or {}
-    try:
-        old = content["meta"]["config"]
-        recipe_changes(old, old)
-        return old
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return None
 
 
 def describe_plan(config: Config) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 
 from cmtrain import errors
 from cmtrain.config.load import Overrides, find_configs, load_config
-from cmtrain.config.schema import Config, as_begun, recipe
+from cmtrain.config.schema import Config, recipe_changes
 from cmtrain.config.strict_yaml import emit
 from cmtrain.errors import ConfigError
 from cmtrain.monitoring.units import is_part, percent, state_name
@@ -153,9 +153,8 @@ def _state(row: SweepRow, status: dict[str, Any]) -> str:
         return "not started"
     state, step, total = state_name(status), status.get("step") or 0, status.get("total_steps")
     try:
-        other = load_config(row.run_path / "config.yaml").config
-        old = other.model_dump(mode="json")
-        if recipe(old) != recipe(as_begun(row.config, old).model_dump(mode="json")):
+        old = load_config(row.run_path / "config.yaml").config
+        if recipe_changes(old.model_dump(mode="json"), row.config):
             return f"{state}, of another recipe"
     except ConfigError:
         return f"{state}, of an unknown recipe"

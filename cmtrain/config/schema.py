@@ -219,9 +219,9 @@ def recipe(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key not in free}
 
 
-def recipe_changes(old: Mapping[str, Mapping[str, Any]], new: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Return `key: old -> new` for what differs between the recipes of two Configs dumped to JSON."""
-    before, after = recipe(old), recipe(new)
+def recipe_changes(old: Mapping[str, Mapping[str, Any]], config: Config) -> list[str]:
+    """Return `key: old -> new` for what is another recipe in `config` than in `old`, one dumped to JSON."""
+    before, after = recipe(old), recipe(as_begun(config, old).model_dump(mode="json"))
     changed = [key for key in sorted(before | after) if before.get(key) != after.get(key)]
     return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in changed]
 

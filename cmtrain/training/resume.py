@@ -7,8 +7,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from cmtrain.config.schema import Config, another_recipe, as_begun
-from cmtrain.config.schema import recipe_changes as changed_keys
+from cmtrain.config.schema import Config, another_recipe, recipe_changes
 from cmtrain.errors import ConfigError
 from cmtrain.processes.collectives import gather
 from cmtrain.processes.failure import archive_previous_attempt
@@ -93,7 +92,7 @@ def _choose(run_path: Path, resume: str, config: Config, fingerprint: str, val_f
     if loaded is None:
         gone = f"{saved}, which an earlier start saved, is gone: training begins from scratch"
         return Start(notes=(*lost, gone) if saved else lost)
-    changes = recipe_changes(loaded, config, fingerprint)
+    changes = changes_since(loaded, config, fingerprint)
     if changes and resume != "force":
         raise another_recipe(loaded.path, changes)
     notes = [*lost, *loaded.warnings, *(f"recipe changed: {change}" for change in changes)]
@@ -105,12 +104,11 @@ def _choose(run_path: Path, resume: str, config: Config, fingerprint: str, val_f
     return Start(loaded.state["progress"]["step"], loaded, tuple(notes))
 
 
-def recipe_changes(loaded: Loaded, config: Config, fingerprint: str) -> list[str]:
+def changes_since(loaded: Loaded, config: Config, fingerprint: str) -> list[str]:
     """Return what changed since a checkpoint, one `key: old -> new` each. Raises DataError: not of a run."""
     meta = loaded.meta
     try:
-        config = as_begun(config, meta["config"])
-        changes = changed_keys(meta["config"], config.model_dump(mode="json"))
+        changes = recipe_changes(meta["config"], config)
         same_data = meta["fingerprint"] == fingerprint
         StepReport(**meta["report"])
         if not {"best_top1", "best_step"} <= meta.keys() or not loaded.state["progress"]["step"] >= 0:
