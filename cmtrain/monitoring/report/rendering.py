@@ -20,13 +20,9 @@ def make_templates() -> Environment:
     """Return all templates, by name."""
     loader = FileSystemLoader(Path(__file__).parent / "templates")
     templates = Environment(
-        loader=loader,
-        autoescape=True,
-        undefined=StrictUndefined,
-        finalize=_visible,
-        trim_blocks=True,
+        loader=loader, autoescape=True, undefined=StrictUndefined, finalize=_visible, trim_blocks=True,
         lstrip_blocks=True,
-    )
+    )  # fmt: skip
     templates.filters |= {f.__name__: f for f in (short, duration, percent, utc, workers)}
     return templates
 
