@@ -6,7 +6,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,16 +28,6 @@ KIND_NAMES: dict[Kind, str] = {
     "truncated": "cut short", "not_an_image": "not an image", "too_large": "too large",
     "missing": "cannot be opened", "other": "damaged",
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class CheckedSplit:
-    """One split, and why images cannot be used: faults by place in `listing`."""
-
-    listing: Listing
-    faults: dict[int, Fault]
-    num_rotated: int
-    seconds: float
 
 
 @os_errors_in_one_line()
@@ -63,10 +53,10 @@ def check(
     folder = Path(root).absolute()
     with contextlib.closing(DecodePool(processes)) as pool:
         splits = [_check_split(listing, pool) for listing in _list_splits(folder)]
-    faults: dict[str, Fault] = {}
-    for split in splits:
-        start, paths = split.listing.root.relative_to(folder), split.listing.paths
-        faults |= {str(start / paths[place]): fault for place, fault in split.faults.items()}
+    listings, faults = [listing for listing, _, _ in splits], dict[str, Fault]()
+    for listing in listings:
+        start = listing.root.relative_to(folder)
+        faults |= {str(start / listing.paths[place]): fault for place, fault in listing.faults.items()}
     # Before the manifests are made, which leave out what it names.
     written = write_list(folder, faults, Path(out) if out else None)
     for path, fault in itertools.islice(faults.items(), NUM_SHOWN):
@@ -74,18 +64,18 @@ def check(
     if len(faults) > NUM_SHOWN:
         _print(f"  and {len(faults) - NUM_SHOWN:,} more")
     for split in splits:
-        _describe(split, cache_dir)
-    if len(splits) == 1 and splits[0].listing.root != folder:
-        _print(f"{folder}: only {splits[0].listing.root.name}/ was checked, the other split is no folder")
+        _describe(*split, cache_dir)
+    if len(listings) == 1 and listings[0].root != folder:
+        _print(f"{folder}: only {listings[0].root.name}/ was checked, the other split is no folder")
     if written is not None:
         _print(f"the list of bad files is {written}")
-    relabel_folder(splits[0].listing, None)  # raises where training would
+    relabel_folder(listings[0], None)  # raises where training would
     if not faults:
         return EXIT_DONE
     if out:
         _print("training does not read it: check without --out to have them left out")
         return EXIT_DATA
-    sizes = [(str(split.listing.root), len(split.listing), len(split.faults)) for split in splits]
+    sizes = [(str(listing.root), len(listing), len(listing.faults)) for listing in listings]
     if crowded := [root for root, size, bad in sizes if bad > min(max_bad_fraction * size, size - 1)]:
         where = " and ".join(crowded)
         _print(f"training will refuse {where}: more than {max_bad_fraction:g} of it is bad")
@@ -107,7 +97,8 @@ def _list_splits(folder: Path) -> Iterator[Listing]:
         yield listing
 
 
-def _check_split(listing: Listing, pool: DecodePool) -> CheckedSplit:
+def _check_split(listing: Listing, pool: DecodePool) -> tuple[Listing, int, float]:
+    """Return the split with all of its faults, how many images ask to be turned, and the seconds it took."""
     begin = time.monotonic()
     places = [place for place in range(len(listing)) if place not in listing.faults]
     results = pool.check([str(listing.root / listing.paths[place]) for place in places])
@@ -117,26 +108,25 @@ def _check_split(listing: Listing, pool: DecodePool) -> CheckedSplit:
         num_rotated += result.rotated
         if result.fault:
             faults[place] = result.fault
-    return CheckedSplit(listing, dict(sorted(faults.items())), num_rotated, time.monotonic() - begin)
+    checked = replace(listing, faults=dict(sorted(faults.items())))
+    return checked, num_rotated, time.monotonic() - begin
 
 
-def _describe(split: CheckedSplit, cache_dir: str | None) -> None:
-    listing, num_bad, class_names = split.listing, len(split.faults), split.listing.class_names
-    kinds = Counter(KIND_NAMES[fault.kind] for fault in split.faults.values())
+def _describe(listing: Listing, num_rotated: int, seconds: float, cache_dir: str | None) -> None:
+    num_bad, class_names = len(listing.faults), listing.class_names
+    kinds = Counter(KIND_NAMES[fault.kind] for fault in listing.faults.values())
     by_kind = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
     line = f"{listing.root}: {len(listing):,} files, {len(listing) - num_bad:,} good, {num_bad:,} bad"
     _print(f"{line} ({by_kind})" if kinds else line)
     if listing.skipped:
         _print(f"  {describe_skipped(listing.skipped)}")
-    if split.num_rotated:
-        _print(f"  {split.num_rotated:,} ask to be turned (EXIF); images are used as they are stored")
-    good = np.delete(listing.labels, list(split.faults))
+    if num_rotated:
+        _print(f"  {num_rotated:,} ask to be turned (EXIF); images are used as they are stored")
+    good = np.delete(listing.labels, list(listing.faults))
     counts = np.bincount(good, minlength=len(class_names))
     fewest = class_names[int(counts.argmin())]
-    _print(
-        f"  {len(class_names):,} classes of {counts.min():,} ({fewest}) to {counts.max():,} good images, "
-        f"median {np.median(counts):,.0f}; {len(listing) / split.seconds:,.0f} images/s"
-    )
+    sizes = f"{counts.min():,} ({fewest}) to {counts.max():,} good images, median {np.median(counts):,.0f}"
+    _print(f"  {len(class_names):,} classes of {sizes}; {len(listing) / seconds:,.0f} images/s")
     if num_bad < len(listing):  # the next start uses what is read here
         manifest = Manifest.from_folder(
             listing.root, class_names=class_names, cache_dir=cache_dir, max_bad_fraction=1.0, refresh=True
