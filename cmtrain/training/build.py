@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import timm
 import torch
-from accelerate import Accelerator
-from accelerate import utils as accelerate_utils
+from accelerate import Accelerator, utils
 from torch import Tensor, nn
 
 from cmtrain.config.load import source_of
@@ -136,27 +135,22 @@ def make_accelerator(
         precision = "fp16" if cuda else "fp32"
     check_precision(precision)
     # BatchNorm statistics are averaged over ranks before an evaluation, not at every forward pass.
-    ddp = accelerate_utils.DistributedDataParallelKwargs(
-        broadcast_buffers=False, gradient_as_bucket_view=True
-    )
+    ddp = utils.DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     handlers: list[Any] = [ddp]
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # accelerate takes a backend as proof of a launcher
         timeout = datetime.timedelta(seconds=collective_timeout_seconds)
         backend = "nccl" if cuda else "gloo"
         join(backend, timeout)
-        handlers.append(accelerate_utils.InitProcessGroupKwargs(backend=backend, timeout=timeout))
+        handlers.append(utils.InitProcessGroupKwargs(backend=backend, timeout=timeout))
     ignore_variables()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "OMP_NUM_THREADS", UserWarning)  # see loaders.split_threads
         # Whatever accelerate would take from the environment is given.
         accelerator = Accelerator(
-            cpu=not cuda,
-            mixed_precision=MIXED_PRECISION[precision],
-            dynamo_backend="no",
-            gradient_accumulation_plugin=accelerate_utils.GradientAccumulationPlugin(num_steps=1),
-            kwargs_handlers=handlers,
-            **options,
-        )
+            cpu=not cuda, mixed_precision=MIXED_PRECISION[precision], dynamo_backend="no",
+            gradient_accumulation_plugin=utils.GradientAccumulationPlugin(num_steps=1),
+            kwargs_handlers=handlers, **options,
+        )  # fmt: skip
     set_cuda_math(precision)  # after accelerate, which may allow TF32
     return accelerator
 
