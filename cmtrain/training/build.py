@@ -13,7 +13,6 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import timm
@@ -53,7 +52,7 @@ TF32_CAPABILITY = (8, 0)  # A100
 
 @dataclass(frozen=True)
 class Parts:
-    """Everything a run is made of, before its first step. `control`: see join_ranks."""
+    """Everything a run is made of, before its first step. `control`: a group of all ranks, None for one."""
 
     config: Config
     accelerator: Accelerator
@@ -75,7 +74,12 @@ def assemble(config: Config, lock: RunLock, resume: str, data: loaders.Data | No
     """Join the other ranks and build everything that a run needs. Writes nothing; rank 0 takes the `lock`.
     `resume`: see choose_start. `data`: images that are open. Raises ConfigError, DataError: any mistake.
     """
-    accelerator, control = join_ranks(config, lock.folder)
+    timeout_seconds = config.train.collective_timeout_seconds
+    set_torch_defaults(lock.folder)
+    options = tracker_options(config.metrics.trackers, lock.folder)
+    accelerator = make_accelerator(config.train.precision, timeout_seconds, **options)
+    control = control_group(accelerator.num_processes, timeout_seconds)
+    check_ranks(control, config, lock.folder)
     place, lines = loaders.place_loaders(config, accelerator, control)
     data = data or loaders.open_data(config, accelerator)
     schedule = plan_steps(config, len(data.train), accelerator.num_processes)
@@ -106,20 +110,6 @@ def assemble(config: Config, lock: RunLock, resume: str, data: loaders.Data | No
         config, accelerator, control, data, schedule, start, train_loader, eval_loader, learner, recovery,
         num_classes, flops_per_image, notes, fingerprint,
     )  # fmt: skip
-
-
-def join_ranks(config: Config, run_path: Path) -> tuple[Accelerator, Any]:
-    """Join the other ranks, if a launcher started several, and check that they fit together.
-    Returns the accelerator, and a group of all ranks for what hosts exchange (None for one process).
-    Raises as tracker_options, make_accelerator and check_ranks.
-    """
-    timeout_seconds = config.train.collective_timeout_seconds
-    set_torch_defaults(run_path)
-    options = tracker_options(config.metrics.trackers, run_path)
-    accelerator = make_accelerator(config.train.precision, timeout_seconds, **options)
-    control = control_group(accelerator.num_processes, timeout_seconds)
-    check_ranks(control, config, run_path)
-    return accelerator, control
 
 
 def make_accelerator(
