@@ -101,9 +101,7 @@ def run(
         """Return the results, {} if a stop signal came, and whether they are the run's best."""
         logger.metrics.enter("evaluate")
         clock.lap()
-        results = evaluate_weights(
-            learner, parts.eval_loader, val_batches, data.val, parts.num_classes, accelerator
-        )
+        results = evaluate_weights(parts, val_batches)
         improved = bool(results) and log and saver.is_best(results, step)
         if results and log:
             epoch, (seconds, _) = math.ceil(step / schedule.steps_per_epoch), clock.lap()
@@ -285,22 +283,18 @@ def log_bad_files(logger: RunLogger, loaders: Sequence[DaliLoader], stop: StopRe
     logger.bad_files(gather(found, stop.group))
 
 
-def evaluate_weights(
-    learner: Learner, loader: DaliLoader, batches: Callable[[], Iterator[Batch]], val: Manifest,
-    num_classes: int, accelerator: Accelerator,
-) -> dict[str, Evaluation]:  # fmt: skip
+def evaluate_weights(parts: Parts, batches: Callable[[], Iterator[Batch]]) -> dict[str, Evaluation]:
     """Evaluate the model and its EMA, if any, on `batches()` each. Returns {} if a stop signal came."""
-    learner.average_over_ranks()
-    sets = label_sets(val, num_classes, accelerator.device)
+    accelerator, val, results = parts.accelerator, parts.data.val, dict[str, Evaluation]()
+    parts.learner.average_over_ranks()
+    how = accelerator, len(val), parts.num_classes, label_sets(val, parts.num_classes, accelerator.device)
     try:
-        results = {
-            name: evaluate(module, batches(), accelerator, len(val), num_classes, sets)
-            for name, module in learner.weights.items()
-        }
+        for name, module in parts.learner.weights.items():
+            results[name] = evaluate(module, batches(), *how)
     except Stopped:
         results = {}
     if accelerator.device.type == "cuda":
-        loader.close()  # the training step needs its memory until the next evaluation
+        parts.eval_loader.close()  # the training step needs its memory until the next evaluation
     return results
 
 

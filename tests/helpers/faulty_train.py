@@ -86,11 +86,11 @@ def slowly(function, marker, *arguments, **keywords):
     return function(*arguments, **keywords)
 
 
-def weighed(evaluate_weights, learner, *arguments):
+def weighed(evaluate_weights, parts, batches):
     """Write a digest of this rank's weights."""
-    results = evaluate_weights(learner, *arguments)
+    results = evaluate_weights(parts, batches)
     digest = hashlib.sha256()
-    for name, module in learner.weights.items():
+    for name, module in parts.learner.weights.items():
         digest.update(
             name.encode()
             + b"".join(parameter.detach().numpy().tobytes() for parameter in module.parameters())
