@@ -222,7 +222,7 @@ def make_recovery(config: Config, schedule: Schedule) -> Recovery:
         after_bad_steps=guard.rollback_after_bad_steps if guard.enabled else sys.maxsize,
         max_rollbacks=guard.max_rollbacks,
         lr_backoff=guard.lr_backoff,
-        backoff_steps=None if epochs is None else round(epochs * schedule.steps_per_epoch),
+        backoff_steps=math.inf if epochs is None else round(epochs * schedule.steps_per_epoch),
         on_spikes=guard.enabled and guard.spike_action == "rollback",
     )
 

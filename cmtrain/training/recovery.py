@@ -30,26 +30,22 @@ class Recovery:
     `after_bad_steps` in a row call for a rollback; after `max_rollbacks`, the run has diverged. A loss spike
     calls for one while one remains, if `on_spikes`. A snapshot is trusted only between
     `after_bad_steps` good steps and as many later steps: a failing run is still finite for a while.
-    `lr_backoff`: learning rate factor, which returns to 1 evenly over `backoff_steps` (None: it stays).
+    `lr_backoff`: learning rate factor, which returns to 1 evenly over `backoff_steps` (inf: it stays).
     """
 
     after_bad_steps: int
     max_rollbacks: int
     lr_backoff: float
-    backoff_steps: int | None
+    backoff_steps: float
     on_spikes: bool
     rollback_steps: list[int] = field(default_factory=list)
     snapshots: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
 
     def lr_factor(self, step: int) -> float:
         """Return the factor on the schedule's learning rate at `step`."""
-        return math.prod(self._factor(step - at) for at in self.rollback_steps)
-
-    def _factor(self, steps_since: int) -> float:
-        if self.backoff_steps is None:
-            return self.lr_backoff
-        come_back = min(1.0, steps_since / self.backoff_steps) if self.backoff_steps else 1.0
-        return self.lr_backoff + (1 - self.lr_backoff) * come_back
+        ends, low = self.backoff_steps, self.lr_backoff
+        come_back = [min(1.0, (step - at) / ends) if ends else 1.0 for at in self.rollback_steps]
+        return math.prod(low + (1 - low) * share for share in come_back)
 
     @property
     def exhausted(self) -> bool:

@@ -20,7 +20,7 @@ def make_recovery(**options):
         "after_bad_steps": 8,
         "max_rollbacks": 3,
         "lr_backoff": 0.25,
-        "backoff_steps": None,
+        "backoff_steps": math.inf,
         "on_spikes": False,
     }
     return Recovery(**(defaults | options))
