@@ -134,14 +134,10 @@ def _root_of(config: Config, *, trains: bool = True) -> Path:
     """Return data.root; demo images are written first if they do not exist.
     Of a bucket it is a folder of copies, without the training images unless `trains`.
     """
-    if is_url(config.data.root):
-        return _copies(config, trains)
-    name = config.data.root.removeprefix("demo:")
-    return demo_folder(name, cache_folder(config)) if name != config.data.root else Path(config.data.root)
-
-
-def _copies(config: Config, trains: bool) -> Path:
     data, url = config.data, config.data.root.rstrip("/")
+    if not is_url(url):
+        name = data.root.removeprefix("demo:")
+        return demo_folder(name, cache_folder(config)) if name != data.root else Path(data.root)
     folder = cache_folder(config) / "buckets" / hashlib.sha256(url.encode()).hexdigest()[:16]
     room = int(data.cache_gb * 1e9)
     for split in (data.val_dir, data.train_dir)[: 1 + trains]:
