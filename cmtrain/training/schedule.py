@@ -42,10 +42,8 @@ class Schedule:
         self.steps_per_epoch = self.num_samples // self.global_batch_size
         self.warmup_steps = round(self.warmup_epochs * self.steps_per_epoch)
         if self.steps_per_epoch == 0:
-            raise DataError(
-                f"the training set has {self.num_samples:,} samples, less than one global batch of "
-                f"{self.global_batch_size:,}; lower train.global_batch_size"
-            )
+            few = f"the training set has {self.num_samples:,} samples, less than one global batch of"
+            raise DataError(f"{few} {self.global_batch_size:,}; lower train.global_batch_size")
 
     @property
     def total_epochs(self) -> int:
@@ -97,26 +95,22 @@ def split_batch(
     if the model `has_batchnorm`, is a single image for each: it has no variance.
     """
     share, rest = divmod(global_batch_size, world_size)
+    setting = f"train.global_batch_size: {global_batch_size}"
     if rest:
-        nearest = [size for size in (share * world_size, (share + 1) * world_size) if size]
-        raise ConfigError(
-            f"train.global_batch_size: {global_batch_size} does not split over {world_size} processes "
-            f"({global_batch_size} = {world_size} x {share} + {rest}); use {' or '.join(map(str, nearest))}"
-        )
+        nearest = " or ".join(str(count * world_size) for count in (share, share + 1) if count)
+        found = f"{global_batch_size} = {world_size} x {share} + {rest}"
+        raise ConfigError(f"{setting} does not split over {world_size} processes ({found}); use {nearest}")
     fewest = math.ceil(share / max_batch_per_gpu)
     accumulation = next(count for count in range(fewest, share + 1) if share % count == 0)
     micro_batch_size = share // accumulation
     if micro_batch_size == 1 < min(share, max_batch_per_gpu):
-        raise ConfigError(
-            f"train.global_batch_size: {global_batch_size} leaves each of {world_size} processes {share} "
-            f"samples, which only batches of 1 share evenly below {max_batch_per_gpu}, and BatchNorm needs "
-            f"more; use {max_batch_per_gpu * fewest * world_size}"
-        )
+        what = f"leaves each of {world_size} processes {share} samples, which only batches of 1 share evenly"
+        advice = f"and BatchNorm needs more; use {max_batch_per_gpu * fewest * world_size}"
+        raise ConfigError(f"{setting} {what} below {max_batch_per_gpu}, {advice}")
     if micro_batch_size == 1 and has_batchnorm:
-        setting, advice = "train.max_batch_per_gpu: 1", "use 2 or more"
-        if max_batch_per_gpu > 1:
-            setting = f"train.global_batch_size: {global_batch_size}"
-            advice = f"use {2 * world_size} or more, or fewer processes"
+        advice = f"use {2 * world_size} or more, or fewer processes"
+        if max_batch_per_gpu == 1:
+            setting, advice = "train.max_batch_per_gpu: 1", "use 2 or more"
         split = f"{global_batch_size} = processes {world_size} x passes {accumulation} x 1"
         what = f"leaves 1 image at a time ({split}), and BatchNorm needs more"
         raise ConfigError(f"{setting} {what}; {advice}")
