@@ -71,10 +71,8 @@ def split(
         what = f"{empty[0]}: its {len(images):,} images are {groups.max() + 1:,} groups"
         advice = "by near-duplicates or --group-by; try --no-compare or other shares"
         raise DataError(f"{folder}: no images for {what}, {advice}")
-    contents = {
-        target / f"{name}.csv": _list_of(images, np.flatnonzero(sides == side))
-        for side, name in enumerate(names)
-    }
+    lists = {target / f"{name}.csv": np.flatnonzero(sides == side) for side, name in enumerate(names)}
+    contents = {path: _list_of(images, places) for path, places in lists.items()}
     for path, content in contents.items():
         if path.exists() and path.read_bytes() != content:
             raise DataError(f"{path}: holds something else already; remove it, or give another --out")

@@ -87,9 +87,8 @@ def evaluate_trained(options: argparse.Namespace, overrides: Overrides) -> int:
     measure = config.best_measure
     best, config = max(found, key=lambda result: result[0].score(measure))
     if options.confusion and best.confusion is None:
-        why = (
-            "images have several classes" if best.map is not None else f"{len(labels)} classes are too many"
-        )
+        many = f"{len(labels)} classes are too many"
+        why = "images have several classes" if best.map is not None else many
         raise ConfigError(f"--confusion: {why} for a matrix; use --per-class")
     report: dict[str, Any] = {"checkpoint": str(trained.checkpoint.path), "step": trained.step}
     report |= {"rejected": list(trained.checkpoint.rejected), "results": figures}

@@ -228,7 +228,5 @@ def recipe_changes(old: Mapping[str, Mapping[str, Any]], config: Config) -> list
 
 def another_recipe(checkpoint: Path, changes: Sequence[str]) -> ConfigError:
     """Return the error for a run that does not continue `checkpoint`, because of `changes`."""
-    return ConfigError(
-        f"{checkpoint} was made with another recipe: {'; '.join(changes)}; "
-        "choose another --run.name, or --resume force to continue with the new recipe"
-    )
+    advice = "choose another --run.name, or --resume force to continue with the new recipe"
+    return ConfigError(f"{checkpoint} was made with another recipe: {'; '.join(changes)}; {advice}")

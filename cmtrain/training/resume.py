@@ -98,9 +98,8 @@ def _choose(run_path: Path, resume: str, config: Config, fingerprint: str, val_f
     notes = [*lost, *loaded.warnings, *(f"recipe changed: {change}" for change in changes)]
     if loaded.meta.get("val_fingerprint", val_fingerprint) != val_fingerprint:
         what = f"the validation images or classes are others than at {loaded.path.name}"
-        notes.append(
-            f"{what}: earlier accuracies do not compare, and the search for the best one begins again"
-        )
+        then = "earlier accuracies do not compare, and the search for the best one begins again"
+        notes.append(f"{what}: {then}")
     return Start(loaded.state["progress"]["step"], loaded, tuple(notes))
 
 
