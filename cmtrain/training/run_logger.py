@@ -107,9 +107,8 @@ class RunLogger:
             self.losses.attempt(MISTAKES_NAME, (self.path / MISTAKES_NAME).unlink, missing_ok=True)
             self.folder.status(
                 state="running", step=self.first_step, last_step=self.last_step,
-                total_steps=self.total_steps,
-                metrics_url=self.metrics_url, exit_code=None, reason=None, result=None,
-                host=socket.gethostname(), retries=True,
+                total_steps=self.total_steps, metrics_url=self.metrics_url, host=socket.gethostname(),
+                exit_code=None, reason=None, result=None, retries=True,
             )  # fmt: skip
             try:
                 notes = [*notes, *self.folder.rewind(self.first_step)]
@@ -315,11 +314,10 @@ class RunLogger:
             self.losses.attempt("metrics.trackers", self.trackers.close)
         if self.folder:
             result = self._result(state, results) if results else None
-            self._event(state, step=self.step, exit_code=exit_code, reason=reason)
+            end: dict[str, Any] = {"step": self.step, "exit_code": exit_code, "reason": reason}
+            self._event(state, **end)
             self.report_losses()  # before status.json, which has them
-            is_written = self.folder.status(
-                state=state, step=self.step, exit_code=exit_code, reason=reason, result=result, retries=True
-            )
+            is_written = self.folder.status(state=state, result=result, retries=True, **end)
             status = self.folder.snapshot()
             place = f", {step_place(status, self.step)}" if is_part(status) else ""
             self.console.line(reason if state == "preempted" else f"{state_name(status)}{place}: {reason}")

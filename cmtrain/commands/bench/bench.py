@@ -189,11 +189,8 @@ def _time_steps(learner: Learner, batches: Iterator[Batch], setup: Setup) -> dic
         host_seconds.append(time.perf_counter() - queued)
     drain(device)
     seconds = time.perf_counter() - begin
-    figures = {
-        "images_per_second": images / seconds,
-        "step_ms_mean": 1000 * seconds / setup.steps,
-        "host_ms_median": 1000 * statistics.median(host_seconds),
-    }
+    figures = {"images_per_second": images / seconds, "step_ms_mean": 1000 * seconds / setup.steps}
+    figures["host_ms_median"] = 1000 * statistics.median(host_seconds)
     if device.type == "cuda":
         figures["host_share"] = figures["host_ms_median"] / figures["step_ms_mean"]
         figures["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
