@@ -39,9 +39,7 @@ class Parser(ArgumentParser):
             self.add_argument("--json", action="store_true", help="print the JSON line on a terminal, too")
 
     def parse(self, arguments: Sequence[str]) -> tuple[Namespace, Overrides]:
-        """Return the options of a verb, and as overrides, for load_config, what else looks like an option.
-        Raises ConfigError: a mistake in the verb's own options.
-        """
+        """Return the verb's options, and as overrides what else looks like one. Raises ConfigError."""
         overrides: list[tuple[str, str]] = []
         own, rest = list[str](), list(arguments)
         known = ["", "help", *re.findall(r"--([\w-]+)", self.format_usage())]  # "": of -- alone

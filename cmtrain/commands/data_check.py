@@ -37,17 +37,13 @@ def check(
 ) -> int:  # fmt: skip
     """Test the images of `root`, in processes that a hostile file may kill, and list the unusable ones.
 
-    The list is written beside the data, or into the user's cache if the data is read-only, and training
-    leaves out the images on it. That matters most for truncated files, which DALI 1.34 decodes to grey
-    without an error. Every header is read again, and the cache of the runs is brought up to date.
+    Training leaves out what is on the list, which is beside the data, or in the user's cache if the data is
+    read-only. That matters most for truncated files: DALI 1.34 decodes them to grey without an error. Every
+    header is read again into the cache of the runs. `root`: train/ and val/, each a tree of class folders,
+    or one such tree. `out`: a list for people instead. `cache_dir`, `max_bad_fraction`: as the runs' data.*.
 
-    `root`: a folder with train/ and val/, each a tree of class folders, or one such tree. `out`: file for
-    the list instead, for people: training does not read it. `cache_dir`, `max_bad_fraction`: as in the
-    section data of the runs' configuration.
-
-    Returns the exit code: 0 when training will leave out every bad file that was found; 3 when a split has
-    more of them than `max_bad_fraction`, or when `out` is given and training would meet them.
-    Raises DataError: no images there, a validation class that training does not have, a file or folder that
+    Returns the exit code: 3 when a split has more bad files than `max_bad_fraction`, or when `out` is given
+    and training would meet them. Raises DataError: no images, a validation class that training lacks, what
     the machine cannot read (nothing is listed then), or a list that cannot be written.
     """
     folder = Path(root).absolute()

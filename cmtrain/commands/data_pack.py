@@ -23,14 +23,11 @@ def pack(
     """Pack the training and the validation images of `source`; `destination` is then a data.root.
 
     After a kill or a full disk the same command continues; after success it verifies the shards. Prints one
-    JSON line on stdout, and the images that were left out on stderr.
-
-    `source` holds train/<class>/* and val/<class>/*, or the files on the lists; one split may be missing.
-    `shard_mib`: size at which a shard is closed. `train_list`, `val_list`: list files, relative to `source`,
-    instead of the folders. `max_bad_fraction`: share of unusable files above which a split is refused.
-    `multi_label`: whether labels such as cat;dog are sets of classes. `encoding`:
-    `resize_shorter` and `quality`, see pipelines.packing.encode. Raises DataError: nothing to pack, too many
-    bad images, no space, a destination in use, a damaged shard.
+    JSON line on stdout, and the images that were left out on stderr. `source` holds train/<class>/* and
+    val/<class>/*, or the files on the lists, which are relative to it; one split may be missing.
+    `shard_mib`: size at which a shard is closed. `max_bad_fraction`: share of unusable files above which a
+    split is refused. `encoding`: `resize_shorter` and `quality`, see PackSpec. Raises DataError: nothing to
+    pack, too many bad images, no space, a destination in use, a damaged shard.
     """
     root = Path(source)
     listed = {"train": train_list, "val": val_list}

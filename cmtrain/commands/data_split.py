@@ -106,9 +106,7 @@ def divide(labels: Ints, groups: Ints, shares: Sequence[float], seed: int) -> In
 
 
 def near_duplicates(images: Manifest) -> Ints:
-    """Return for each image, (N,), the first one whose grey thumbnail correlates with its own by ALIKE.
-    Raises DataError: more than MAX_COMPARED images.
-    """
+    """Return for each image, (N,), the first whose grey thumbnail is ALIKE. Raises DataError: too many."""
     if len(images) > MAX_COMPARED:
         raise DataError(f"{images.root}: {len(images):,} images are too many to compare; add --no-compare")
     with ThreadPoolExecutor() as pool:

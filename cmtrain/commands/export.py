@@ -197,9 +197,7 @@ def to_onnx(folder: Path, model: nn.Module, example: Tensor) -> Logits:
 
 
 def read_onnx(path: Path, image_px: int) -> Logits:
-    """Return the model in `path`, on the CPU. Raises DataError: it or onnxruntime cannot be loaded, or the
-    model takes other images than of (3, image_px, image_px).
-    """
+    """Return the model in `path`, on the CPU. Raises DataError: cannot be loaded, or takes other images."""
     try:
         onnxruntime = importlib.import_module("onnxruntime")  # an extra, not always there
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])

@@ -79,12 +79,10 @@ def repair_bn(
 
     They are averaged over `batches` micro-batches of training, augmented and mixed, in fp32, which does not
     overflow where fp16 did. Prints accuracy before and after on stderr, and one JSON line on stdout.
-
-    `place`: a run or checkpoint folder, or a weights file by torch.save or safetensors: a state_dict, or a
-    dictionary that holds some. `config`: model and data; None takes a run's own, with `overrides`. `out`:
-    the file to write, or for a run the folder of the new checkpoint; None: see the command's help. Raises
-    ConfigError: no configuration, or one of another model. DataError: nothing usable at `place`, weights
-    that are not finite themselves, or a write that failed.
+    `place`: a run, a checkpoint, or a file by torch.save or safetensors: a state_dict, or a dictionary that
+    holds some. `config`: model and data; None takes a run's own, with `overrides`. `out`: what to write;
+    None: see the command's help. Raises ConfigError: no configuration, or one of another model. DataError:
+    nothing usable at `place`, weights that are not finite themselves, or a write that failed.
     """
     if Path(place).is_file() or place.endswith(WEIGHTS_SUFFIXES):
         source = _open_file(Path(place), Path(out) if out else None)
@@ -212,9 +210,7 @@ def _states_in(source: Source) -> dict[str, dict[str, Any]]:
 def _load(
     path: Path, config: Config, data_classes: int, device: torch.device, label: str, state: dict[str, Any]
 ) -> Entry:
-    """Load `state` into a new model of `config`. Its keys may share any prefix, such as `module.`.
-    Raises ConfigError: it does not fit the model, or has fewer classes than the data.
-    """
+    """Load `state`, whose keys may share a prefix, into a new model. Raises ConfigError: it does not fit."""
     name = config.model.name
     head = getattr(timm.get_pretrained_cfg(name), "classifier", None) or "head"
     head_key = _find_key(state, f"{head}.weight")

@@ -97,9 +97,7 @@ def print_status(run: str, *, as_json: bool) -> None:
 
 
 def watch(run: str) -> None:
-    """Show the status of `run` until it ends: in place on a terminal, elsewhere each new line.
-    Raises DataError: there is no such run, or no longer.
-    """
+    """Show the status of `run` until it ends, on a terminal in place. Raises DataError: no such run."""
     console, printed = Console(highlight=False), ""
     on_screen = Live(console=console, auto_refresh=False) if console.is_terminal else None
     with on_screen or contextlib.nullcontext():

@@ -247,9 +247,7 @@ def make_learner(
     config: Config, model: nn.Module, schedule: Schedule, num_classes: int, accelerator: Accelerator,
     first_step: int = 0, class_weights: Sequence[float] | None = None, label_sets: Tensor | None = None,
 ) -> Learner:  # fmt: skip
-    """Make the learner. Raises ConfigError: train.grad_checkpointing is not supported; as
-    split_batch, frozen_names, lr_scales and mix_spec.
-    """
+    """Make the learner. Raises ConfigError: train.grad_checkpointing is not supported; as what it calls."""
     freeze, epoch = config.model.freeze, config.model.unfreeze_epoch
     unfreeze_step = math.inf if epoch is None else epoch * schedule.steps_per_epoch
     frozen = frozen_names(model, freeze) if freeze and first_step < unfreeze_step else ()

@@ -92,9 +92,7 @@ def split_threads(config: Config, device: torch.device) -> int:
 
 
 def check_places(config: Config, *, trains: bool = True) -> None:
-    """Raise DataError, as open_data would, where a folder or a list of images is missing.
-    `trains`: whether training images are needed as well.
-    """
+    """Raise DataError, as open_data would, where images are missing; unless it `trains`, only for val."""
     data, root = config.data, _root_of(config, trains=trains)
     splits = [(data.train_dir, data.train_list)] if trains else []
     for folder, list_file in [*splits, (data.val_dir, data.val_list)]:

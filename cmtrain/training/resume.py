@@ -118,9 +118,7 @@ def changes_since(loaded: Loaded, config: Config, fingerprint: str) -> list[str]
 
 
 def restore(learner: Learner, checkpoint: Loaded) -> None:
-    """Load `checkpoint` into `learner`; `--resume force` may have chosen one of another model.
-    Raises ConfigError: it does not fit; names the first tensor that does not.
-    """
+    """Load `checkpoint` into `learner`. Raises ConfigError: it does not fit, as with `--resume force`."""
     problem = _misfit(learner, checkpoint.state)
     if problem is None:
         try:

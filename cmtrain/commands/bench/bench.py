@@ -139,9 +139,7 @@ def to_decode_faster(config: Config, images: Manifest) -> str:
 
 
 def verdict(figures: Figures, advice: str) -> str:
-    """Name what limits a run: decode, host, memory or compute, with the figure that shows it.
-    `advice`: for one that is limited by decode.
-    """
+    """Name what limits a run, with the figure that shows it: decode (`advice`), host, memory, compute."""
     if not {"loader", "model"} <= figures.keys():
         return "measure with --what all to learn what limits a run"
     loader, model = figures["loader"], figures["model"]

@@ -96,9 +96,7 @@ def best_seconds(work: Work, repeats: int, clock: Clock = WALL, device: torch.de
 
 
 def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Row:
-    """Return `copy_gb_per_second`, of large copies, read and written, and `matrix_tflops`, of square
-    products in `dtype`: the best of a few sizes each.
-    """
+    """Return the best rates of large copies, read and written, and of square products in `dtype`."""
     source = torch.zeros(COPY_BYTES[device.type] // 4, device=device)
     target = torch.empty_like(source)
     seconds = best_seconds(lambda: target.copy_(source), CEILING_REPEATS, device=device)

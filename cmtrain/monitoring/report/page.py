@@ -50,9 +50,7 @@ def report(paths: Sequence[str], out: str | None) -> None:
 
 
 def write_report(folders: Sequence[Path], target: Path) -> Path:
-    """Write the report of `folders` to `target`, whole or not at all. Returns `target`.
-    Raises DataError: one of `folders` is no run folder. OSError: `target` cannot be written.
-    """
+    """Write the report of `folders`; return `target`. Raises DataError: no run. OSError: not written."""
     page = render([read_run(folder) for folder in folders])
     return replace_file(target, page.encode(errors="replace"))
 
