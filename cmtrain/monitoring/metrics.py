@@ -18,7 +18,6 @@ import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily
 
-from cmtrain.monitoring.machine import gpu_identity, memory_bytes
 from cmtrain.step.evaluate import Evaluation
 from cmtrain.step.measure import PHASES, StepReport
 from pipelines.checks.decode_one import KINDS
@@ -33,6 +32,11 @@ EVAL_BUCKETS = (1, 5, 20, 60, 120, 300, 600, 1800)
 STATES = ("setup", "train", "evaluate", "checkpoint")
 DATA_WAIT = "data_wait"
 MAP_TEXT = "mAP, of images of several classes."
+MEMORY_KINDS = {
+    "allocated": "allocated_bytes.all.current",
+    "reserved": "reserved_bytes.all.current",
+    "peak": "allocated_bytes.all.peak",
+}
 RUN_FACTS = ("model", "precision", "device", "world_size", "version")
 
 Timing = Sequence[Mapping[str, float]]  # seconds by phase, of each of some steps
@@ -143,8 +147,9 @@ class TrainMetrics:
         self.steps_target.set(last_step)
         self.run_info(*(facts[name] for name in RUN_FACTS)).set(1)
         self.flops_per_image.set(flops_per_image)
-        if identity := gpu_identity(device):
-            self.gpu_info(*identity).set(1)
+        if device.type == "cuda":
+            gpu = torch.cuda.get_device_properties(device)
+            self.gpu_info(f"GPU-{str(gpu.uuid).removeprefix('GPU-')}", gpu.name).set(1)  # as DCGM names it
 
     def enter(self, state: str) -> None:
         """Note that this rank is in `state` from now on."""
@@ -193,8 +198,10 @@ class TrainMetrics:
         self.spikes.inc(now.spikes - before.spikes)
         for name, series in self.fields.items():
             series.set(getattr(now, name))
-        for kind, num_bytes in memory_bytes(self.device).items():
-            self.gpu_memory(kind).set(num_bytes)
+        if self.device.type == "cuda":
+            statistics = torch.cuda.memory_stats(self.device)  # without waiting for it
+            for kind, key in MEMORY_KINDS.items():
+                self.gpu_memory(kind).set(statistics.get(key, 0))
 
     def evaluated(self, weights: str, result: Evaluation, num_images: int) -> None:
         """Publish an evaluation of `weights` (model or ema), in which this rank saw `num_images`."""

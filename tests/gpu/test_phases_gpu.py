@@ -13,7 +13,7 @@ if not torch.cuda.is_available():
 from guard import no_host_sync
 from helpers.gpu import batches, make_learner
 
-from cmtrain.monitoring.machine import gpu_identity, memory_bytes
+from cmtrain.monitoring.metrics import MEMORY_KINDS, RUN_FACTS, TrainMetrics
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda", 0)
@@ -51,11 +51,18 @@ def test_marks_cost_the_host_little():
 
 
 def test_memory_and_identity():
-    held = torch.zeros(1 << 20, device=DEVICE)
-    memory = memory_bytes(DEVICE)
+    held, metrics = torch.zeros(1 << 20, device=DEVICE), TrainMetrics("run", 0)
+    metrics.start(dict.fromkeys(RUN_FACTS, ""), last_step=1, flops_per_image=1, device=DEVICE)
+    metrics.report(metrics.reported)
+    of, own = metrics.registry.get_sample_value, {"run": "run", "rank": "0"}
+    memory = {kind: of("cmtrain_gpu_memory_bytes", own | {"kind": kind}) for kind in MEMORY_KINDS}
     assert held.nbytes <= memory["allocated"] <= min(memory["reserved"], memory["peak"])
-    uuid, name = gpu_identity(DEVICE)
-    assert name == torch.cuda.get_device_name(DEVICE)
+    ((_, labels, value, *_),) = (
+        sample for family in metrics.registry.collect() for sample in family.samples
+        if sample.name == "cmtrain_gpu_info"
+    )  # fmt: skip
+    uuid = labels["UUID"]
+    assert (labels["model"], value) == (torch.cuda.get_device_name(DEVICE), 1)
     if shutil.which("nvidia-smi"):
         assert (
             uuid in subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True).stdout

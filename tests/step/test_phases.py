@@ -14,11 +14,8 @@ from torch import nn
 import cmtrain.models  # noqa: F401
 from cmtrain.models.blocks import FeedForward
 from cmtrain.models.cost import training_flops_per_image
-from cmtrain.monitoring.machine import gpu_identity, memory_bytes
 from cmtrain.step import measure
 from cmtrain.step.measure import MAX_PENDING_STEPS, PHASES, Phases, Stopwatch, extremes
-
-CPU = torch.device("cpu")
 
 
 def slow_batches(waited):
@@ -157,11 +154,6 @@ def test_flops_are_three_forward_passes_and_counting_changes_nothing():
     assert (
         training_flops_per_image(timm.create_model("cmt_micro", num_classes=4, img_size=64), 64) > 3 * flops
     )
-
-
-def test_a_cpu_has_no_gpu_facts():
-    assert gpu_identity(CPU) is None
-    assert memory_bytes(CPU) == {}
 
 
 def numbers_of(model):
