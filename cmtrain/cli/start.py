@@ -35,10 +35,8 @@ def loading() -> None:
 
 def check_run(config: Config, resume: str, world_size: int) -> None:
     """Refuse a run whose batch, data, folder or checkpoint cannot be used, as its start would do later.
-
-    For the process that starts ranks, or is the only one. A checkpoint is only looked at, not verified.
-    Raises ConfigError: a batch that does not split, or another recipe than the newest checkpoint's.
-    DataError: no such data or weights, or a run folder that is in use or cannot be written.
+    For the process that starts ranks, or is the only one. A checkpoint is looked at, not verified. Raises
+    ConfigError: a batch that does not split, or another recipe. DataError: data, weights, or run folder.
     """
     run_path = Path(config.run.dir) / str(config.run.name)
     _split(config, world_size)

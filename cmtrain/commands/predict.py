@@ -113,9 +113,7 @@ def open_model(place: str, overrides: Overrides) -> tuple[Config, Sequence[str],
 
 
 def _write(rows: Sequence[dict[str, Any]], kept: Sequence[Any], options: argparse.Namespace) -> None:
-    """Write the files that `options` name; without --csv and --jsonl print: a table for people, JSON lines
-    for programs. Raises DataError: a file cannot be written.
-    """
+    """Write the files that `options` name, or print a table or JSON. Raises DataError: cannot be written."""
     lines = [json.dumps(row) + "\n" for row in rows]
     answers = [list(zip(row["classes"], row["probabilities"], strict=True)) for row in rows]
     paths = [row["path"] for row in rows]

@@ -40,9 +40,7 @@ STATES = {"setup": "setting up", "train": "training", "evaluate": "evaluating", 
 def make_pages(
     metrics: TrainMetrics, status: Callable[[], dict[str, Any]], stall_seconds: float, run_path: Path
 ) -> dict[str, Route]:
-    """Return the pages by path. `status`: returns what this rank knows of the run, as JSON values.
-    After `stall_seconds` without a finished step the run counts as stalled.
-    """
+    """Return the pages by path. `status` returns what this rank knows of the run, as JSON values."""
 
     def now() -> dict[str, Any]:
         seconds = time.monotonic() - metrics.progress_at
@@ -74,9 +72,7 @@ def make_pages(
 
 
 def cached(make: Route, kind: Callable[[], Any] = lambda: None) -> Route:
-    """Return a route that makes each `kind` of a page at most once a second for all clients.
-    The state of a run is a kind, so its end is shown at once.
-    """
+    """Return a route that makes each `kind` of a page, such as the state, once a second at most."""
     made, making = dict[Any, tuple[float, Page]](), threading.Lock()
 
     def route() -> Page:

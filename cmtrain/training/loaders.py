@@ -154,9 +154,7 @@ def _open_split(
 
 
 def open_folder(config: Config, folder: Path, class_names: Sequence[str] | None, **options: Any) -> Manifest:
-    """Index the images of `folder`, packed or not. `options`: more ones of Manifest.from_folder.
-    Raises DataError: a class that is not among `class_names`, or nothing to read.
-    """
+    """Index the images of `folder`, packed or not. Raises DataError: no images, or another class."""
     classes: dict[str, Any] = {"class_names": class_names, "multi_label": config.data.multi_label}
     if "image_list" not in options and is_packed(folder):
         return Manifest.from_shards(folder, **classes)

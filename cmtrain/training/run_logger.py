@@ -246,9 +246,7 @@ class RunLogger:
         self, results: Mapping[str, Evaluation], class_names: Sequence[str], *, epoch: int, step: int,
         lr: float, seconds: float, best: tuple[float, int],
     ) -> None:  # fmt: skip
-        """Log the evaluations of `model` and, if there is one, `ema`.
-        `seconds`: that all of them took. `best`: the run's best top-1 so far, and its step.
-        """
+        """Log evaluations by weights, which took `seconds`. `best`: the run's best top-1, and its step."""
         reported = self.metrics.reported
         train_loss = finite(reported.loss) if reported.step else None  # None: before the first log point
         row: dict[str, Any] = {"epoch": epoch, "step": step, "train_loss": train_loss, "lr": lr}

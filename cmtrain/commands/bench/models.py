@@ -85,10 +85,8 @@ def time_models(setup: Setup, beside: Sequence[str]) -> Rows:
 
 def against_ceilings(setup: Setup, name: str, mode: str, images_per_second: float, ceilings: Row) -> Row:
     """Return the share of the machine's ceilings, as of measure_ceilings, that a model uses at that rate.
-
     `mb_per_image` is counted (models/cost.py) as without torch.compile: operation by operation, but CMT's
-    Triton kernels, where this machine's GPU runs them, as one each. `percent_of_copy`: the share of a copy's
-    bandwidth at those bytes. `percent_of_matrix`: the share of a matrix product's rate.
+    Triton kernels, where this machine's GPU runs them, as one each.
     """
     model = build.make_model(with_model(setup.config, name), setup.num_classes).train(mode == "train")
     image_px = setup.config.data.image_px

@@ -37,9 +37,7 @@ class PlottedRun:
 
 
 def draw_charts(runs: Sequence[PlottedRun]) -> dict[str, list[Chart]]:
-    """Draw the `large_charts`, loss and accuracy, and the `small_charts`: learning rate, norms and speed.
-    A single run also shows its events and the expected accuracy.
-    """
+    """Draw `large_charts` and `small_charts`. A single run also shows its events and expected accuracy."""
     expected = number(runs[0].record.config.get("expect.top1")) if len(runs) == 1 else None
     level = None if expected is None else (expected, f"expected {percent(expected)}")
     options: dict[str, Any] = {"x_high": max(1.0, *(run.last_step for run in runs))}

@@ -36,9 +36,7 @@ TONES = {"finished": "good", "running": "info", "preempted": "warn", "diverged":
 
 
 def report(paths: Sequence[str], out: str | None) -> None:
-    """Write the report of the run folders `paths`, and print its path.
-    `out`: None for report.html in the run folder, or here for several. Raises DataError: no run, unwritable.
-    """
+    """Write the report of the run folders `paths`, and print its path. Raises DataError."""
     folders = [Path(path) for path in paths]
     target = Path(out or (folders[0] / REPORT_NAME if len(folders) == 1 else REPORT_NAME))
     remove_leftovers(target.parent, target.name)
