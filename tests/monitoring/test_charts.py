@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from cmtrain.monitoring.report.charts import (
-    Mark,
     Series,
     heat_map,
     line_chart,
@@ -139,7 +138,7 @@ def test_names_are_escaped():
         key="k",
         x_high=1,
         level=(1.0, evil),
-        marks=[Mark(0, "start", evil)],
+        marks=[(0, "start", evil)],
     )
     drawn = heat_map(np.ones((2, 2), int), [evil, evil], key="k")
     for svg in (chart.svg, drawn):

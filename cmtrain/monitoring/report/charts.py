@@ -22,6 +22,7 @@ MEDIAN_COLUMNS = 200
 HEAT_LEVELS, HEAT_NAME, HEAT_CELL_PX = 8, 24, 28  # shades, letters of a class name, a cell at most
 
 Scale = Literal["linear", "zero", "log", "auto"]  # zero: linear, from 0
+Mark = tuple[float, str, str]  # an event: its step, its kind, by which it has a colour, and a text
 
 
 @dataclass(frozen=True)
@@ -61,15 +62,6 @@ class Series:
     @property
     def css(self) -> str:
         return f"c{self.color} dashed" if self.dashed else f"c{self.color}"
-
-
-@dataclass(frozen=True)
-class Mark:
-    """An event at `x`. `kind`: its colour. `text`: shown under the pointer."""
-
-    x: float
-    kind: str
-    text: str
 
 
 @dataclass(frozen=True)
@@ -122,7 +114,7 @@ def line_chart(
         y_ticks=[(plot.y(value), label) for value, label in y_axis.ticks],
         level=level, level_y=level and plot.y(level[0]),
         ends_above=level and any((y >= level[0]).any() for y in last),
-        marks=[(plot.x(mark.x), mark) for mark in marks],
+        marks=[(plot.x(step), kind, text) for step, kind, text in marks],
         paths=[path for line in series for path in _paths(line, plot)],
     )  # fmt: skip
     shown = [show(float(y[0])) if y.size else "-" for y in last]

@@ -64,12 +64,12 @@ def _rows(record: RunRecord, events: list[Event], most: int, seconds: Callable[[
 
 def hairlines(record: RunRecord) -> list[Mark]:
     """Return the events that explain a kink in a curve, without the start at step 0."""
-    found = []
+    found: list[Mark] = []
     for event in record.events:
         glyph = GLYPHS.get(event["event"])
         if glyph in HAIRLINES and (step := _step_of(record, event)) > 0:
             details = ", ".join(f"{key}: {value}" for key, value in _details(event))
-            found.append(Mark(step, glyph, f"{_name(event)}, step {step:,.0f}. {details}"[:300]))
+            found.append((step, glyph, f"{_name(event)}, step {step:,.0f}. {details}"[:300]))
     return found[:: max(1, -(-len(found) // MAX_HAIRLINES))]
 
 
