@@ -4,7 +4,7 @@ import os
 
 from cmtrain.cli import start
 from cmtrain.cli.arguments import Parser, out_file, positive, share
-from cmtrain.commands.evaluation_sizes import sizes_of
+from cmtrain.config.schema import sizes_of
 from cmtrain.errors import ConfigError
 from cmtrain.storage.run_folder import find_export
 from pipelines.spec import DataError

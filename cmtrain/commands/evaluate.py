@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 
-from cmtrain.commands.evaluation_sizes import sizes_of
 from cmtrain.commands.export import make_trained_model
 from cmtrain.commands.trained_model import open_trained
 from cmtrain.config.load import Overrides
-from cmtrain.config.schema import Config
+from cmtrain.config.schema import Config, sizes_of
 from cmtrain.errors import EXIT_DONE, EXIT_EXPECTATION, ConfigError
 from cmtrain.monitoring.console import print_result, write_result
 from cmtrain.monitoring.units import percent
