@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from operator import ge, le, lt
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 from pydantic import model_validator
 from pydantic.fields import FieldInfo
@@ -71,86 +71,48 @@ def defaults() -> dict[str, Any]:
 PREPARED = ("mean", "std", "interpolation", "eval_interpolation", "eval_resize_px")
 
 
-class _Rule(NamedTuple):
-    """A relation of the values of `keys`, separated by blanks; {} in `message` is a key with its value."""
+# A relation between the values of keys, separated by blanks; {} in its message is a key with its value.
+_Rule = tuple[str, Callable[..., bool], str]
 
-    keys: str
-    holds: Callable[..., bool]
-    message: str
-
-
-_RULES = (
-    _Rule("augment.scale", lambda scale: le(*scale), "{} must go from low to high"),
-    _Rule("augment.ratio", lambda ratio: le(*ratio), "{} must go from low to high"),
-    _Rule("data.eval_resize_px data.image_px", ge, "{} must not be less than {}"),
-    _Rule(
-        "data.image_px model.name",
-        lambda px, name: px % 32 == 0 or not name.startswith("cmt_"),
-        "{} does not go with {}, which needs a multiple of 32",
-    ),
-    _Rule("schedule.warmup_epochs schedule.epochs", lt, "{} must be less than {}"),
-    _Rule("schedule.min_lr optim.lr", le, "{} must not exceed {}"),
-    _Rule(
-        "schedule.warmup_lr optim.lr schedule.warmup_epochs",
-        lambda first, peak, warmup: first <= peak or warmup == 0,
-        "{} must not exceed {}",
-    ),
-    _Rule(
-        "optim.nesterov optim.momentum optim.opt",
-        lambda nesterov, momentum, opt: momentum > 0 or not nesterov or opt != "sgd",
-        "{} needs {} to be greater than 0",
-    ),
-    _Rule(
-        "optim.betas optim.opt",
-        lambda betas, opt: betas is None or opt not in ("adan", "lars", "rmsproptf"),
-        "{} does not go with {}, which has other averages",
-    ),
-    _Rule(
-        "train.compile_mode train.compile",
-        lambda mode, on: on or mode == "default",
-        "{} needs {} to be true",
-    ),
-    _Rule("train.grad_checkpointing train.compile", lambda a, b: not (a and b), "{} does not go with {}"),
-    _Rule(
-        "data.sampling augment.repeats",
-        lambda sampling, repeats: sampling is None or repeats == 1,
-        "{} does not go with {}",
-    ),
-    _Rule(
-        "augment.extra run.imports",
-        lambda extra, imports: not extra or extra.split(":")[0] in {name.split("@")[0] for name in imports},
-        "{} needs its module in {}",
-    ),
-    _Rule("evaluate.best data.multi_label", lambda best, on: on or best != "map", "{} needs {} to be true"),
-    _Rule(
-        "mixing.target_threshold mixing.loss data.multi_label",
-        lambda threshold, loss, several: threshold is None or loss != "cross_entropy" or several,
-        "{} does not go with {}",
-    ),
-    _Rule("expect.enforce expect.top1", lambda on, top: not on or top is not None, "{} needs {} to be set"),
-    _Rule("expect.diverges expect.top1", lambda on, top: not on or top is None, "{} contradicts {}"),
-    _Rule("model.unfreeze_epoch model.freeze", lambda a, b: a is None or b, "{} needs {} to be set"),
-    _Rule("model.pretrained model.init_from", lambda a, b: not (a and b), "{} contradicts {}"),
-    _Rule(
-        "model.pretrained model.name",
-        lambda given, name: not (given and name.startswith("cmt_")) or str(given).startswith("hf-hub:"),
-        "{} does not fit {}: CMT has no pretrained weights; use hf-hub:NAME or model.init_from",
-    ),
-    _Rule(
-        "model.absolute_position_px model.absolute_position",
-        lambda px, on: px is None or on,
-        "{} needs {} to be true",
-    ),
-)
+_RULES: tuple[_Rule, ...] = (
+    ("augment.scale", lambda scale: le(*scale), "{} must go from low to high"),
+    ("augment.ratio", lambda ratio: le(*ratio), "{} must go from low to high"),
+    ("data.eval_resize_px data.image_px", ge, "{} must not be less than {}"),
+    ("schedule.warmup_epochs schedule.epochs", lt, "{} must be less than {}"),
+    ("schedule.min_lr optim.lr", le, "{} must not exceed {}"),
+    ("schedule.warmup_lr optim.lr schedule.warmup_epochs",
+     lambda first, peak, warmup: first <= peak or warmup == 0, "{} must not exceed {}"),
+    ("optim.nesterov optim.momentum optim.opt",
+     lambda nesterov, momentum, opt: momentum > 0 or not nesterov or opt != "sgd",
+     "{} needs {} to be greater than 0"),
+    ("optim.betas optim.opt", lambda betas, opt: betas is None or opt not in ("adan", "lars", "rmsproptf"),
+     "{} does not go with {}, which has other averages"),
+    ("train.compile_mode train.compile", lambda mode, on: on or mode == "default", "{} needs {} to be true"),
+    ("train.grad_checkpointing train.compile", lambda a, b: not (a and b), "{} does not go with {}"),
+    ("data.sampling augment.repeats", lambda sampling, repeats: sampling is None or repeats == 1,
+     "{} does not go with {}"),
+    ("augment.extra run.imports",
+     lambda extra, imports: not extra or extra.split(":")[0] in {name.split("@")[0] for name in imports},
+     "{} needs its module in {}"),
+    ("evaluate.best data.multi_label", lambda best, on: on or best != "map", "{} needs {} to be true"),
+    ("mixing.target_threshold mixing.loss data.multi_label",
+     lambda threshold, loss, several: threshold is None or loss != "cross_entropy" or several,
+     "{} does not go with {}"),
+    ("expect.enforce expect.top1", lambda on, top: not on or top is not None, "{} needs {} to be set"),
+    ("expect.diverges expect.top1", lambda on, top: not on or top is None, "{} contradicts {}"),
+    ("model.unfreeze_epoch model.freeze", lambda a, b: a is None or b, "{} needs {} to be set"),
+    ("model.pretrained model.init_from", lambda a, b: not (a and b), "{} contradicts {}"),
+    ("model.pretrained model.name",
+     lambda given, name: not (given and name.startswith("cmt_")) or str(given).startswith("hf-hub:"),
+     "{} does not fit {}: CMT has no pretrained weights; use hf-hub:NAME or model.init_from"),
+    ("model.absolute_position_px model.absolute_position", lambda px, on: px is None or on,
+     "{} needs {} to be true"),
+)  # fmt: skip
 
 
-def _fits_cmt_only(key: str) -> _Rule:
-    default = Model.model_fields[key].default
-    return _Rule(
-        f"model.{key} model.name",
-        lambda value, name: name.startswith("cmt_") or value == default,
-        "{} is an option of CMT only, and does not fit {}",
-    )
+def _of_cmt_only(key: str) -> _Rule:
+    default, what = Model.model_fields[key].default, "{} is an option of CMT only, and does not fit {}"
+    return f"model.{key} model.name", lambda value, name: name.startswith("cmt_") or value == default, what
 
 
 def contradictions(values: Mapping[str, Any], stated: Collection[str] = ()) -> list[tuple[list[str], str]]:
@@ -161,10 +123,10 @@ def contradictions(values: Mapping[str, Any], stated: Collection[str] = ()) -> l
         undecided = {f"data.{key}" for key in PREPARED} - {*stated}
         values = {key: value for key, value in values.items() if key not in undecided}
     found = []
-    for rule in (*_RULES, *map(_fits_cmt_only, CMT_OPTIONS)):
-        keys = rule.keys.split()
-        if all(key in values for key in keys) and not rule.holds(*(values[key] for key in keys)):
-            found.append((keys, rule.message.format(*(f"{key} ({emit(values[key])})" for key in keys))))
+    for names, holds, message in (*_RULES, *map(_of_cmt_only, CMT_OPTIONS)):
+        keys = names.split()
+        if all(key in values for key in keys) and not holds(*(values[key] for key in keys)):
+            found.append((keys, message.format(*(f"{key} ({emit(values[key])})" for key in keys))))
     return found
 
 
