@@ -1,6 +1,7 @@
 """Describe the configuration: as Markdown for people, as JSON schema for editors, one field in words."""
 
 import functools
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +21,7 @@ def config_reference() -> str:
     for name, field in fields().items():
         default = "*required*" if field.default is PydanticUndefined else f"`{emit(field.default)}`"
         value = re.sub(r"matches (\S+)", r"matches `\1`", describe_values(schema_of(name)))
-        meaning = str(field.description).replace("<", "&lt;")
+        meaning = schema_of(name)["description"].replace("<", "&lt;")
         cells = [cell.replace("|", r"\|") for cell in (f"`{name}`", value, default, meaning)]
         tables[name.split(".")[0]] += f"| {' | '.join(cells)} |\n"
     head = Path(__file__).with_name("reference.md").read_text()
@@ -59,7 +60,8 @@ def describe_values(schema: Mapping[str, Any]) -> str:
 @functools.cache
 def config_schema() -> dict[str, Any]:
     """Return the JSON schema of a configuration file, for editors."""
-    schema = Config.model_json_schema()
+    # A description of several lines is one text.
+    schema = json.loads(json.dumps(Config.model_json_schema()).replace("\\n", " "))
     what = "file to start from: relative to this one, or one that ships with cmtrain"
     schema["properties"]["extends"] = {"type": "string", "description": what}
     return schema

@@ -285,7 +285,7 @@ class _Draft:
                     wrong.add(name)
                 elif not self.incomplete:
                     place = self.sections.get(name.split(".")[0], _Place(0, 1))
-                    self.mistake(place, f"required, but not set ({fields()[name].description})", name)
+                    self.mistake(place, f"required, but not set ({schema_of(name)['description']})", name)
         values = defaults() | {name: setting.value for name, setting in self.settings.items()}
         right = {name: values[name] for name in values.keys() - wrong}
         for names, message in contradictions(right, self.settings):

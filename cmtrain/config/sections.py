@@ -72,73 +72,55 @@ Optimizer = Literal[
 ]  # fmt: skip
 
 
-def _key(default: Any, description: str, **limits: Any) -> Any:
-    """Declare a key: its default (`...` if it is required), its meaning and its limits."""
+def _key(default: Any, description: str | None = None, **limits: Any) -> Any:
+    """Declare a key: its default, its meaning, which a docstring below the key replaces, and its limits."""
     return Field(default, description=description, **limits)
 
 
-class Section(BaseModel):
+class Section(BaseModel, use_attribute_docstrings=True):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class Run(Section):
-    name: str | None = _key(
-        None,
-        "name of the run and of its folder below run.dir; null: the name of the configuration file",
-        pattern="^[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}$",
-    )
+    name: str | None = _key(None, pattern="^[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}$")
+    """name of the run and of its folder below run.dir; null: the name of the configuration file"""
     dir: AnyPath = _key("runs", "folder that holds the run folders; on several nodes, one that all share")
-    imports: Texts = _key(
-        (),
-        "your modules, with models that they register with timm or augment.extra: NAME for NAME.py in this "
-        "folder or on Python's path; a run adds @ and the hash of the source",
-    )
+    imports: Texts = ()
+    """your modules, with models that they register with timm or augment.extra: NAME for NAME.py in this
+    folder or on Python's path; a run adds @ and the hash of the source"""
     seed: int = _key(42, "random seed of initial weights, sample order and every draw", ge=0, le=2**31 - 1)
 
 
 class Model(Section):
-    name: str = _key(
-        "cmt_ti", "CMT or any other model that timm can create", pattern="^[A-Za-z0-9][A-Za-z0-9._:/-]*$"
-    )
-    variant: Literal["paper", "reimpl"] = _key(
-        "paper", "paper: the official architecture (arXiv 2107.06263 v2); reimpl: the re-implementation's"
-    )
+    name: str = _key("cmt_ti", pattern="^[A-Za-z0-9][A-Za-z0-9._:/-]*$")
+    """CMT or any other model that timm can create"""
+    variant: Literal["paper", "reimpl"] = "paper"
+    """paper: the official architecture (arXiv 2107.06263 v2); reimpl: the re-implementation's"""
     num_classes: Count | None = _key(None, "outputs of the classifier; null: as many as the data has")
-    attention_bias: Literal["none", "relative", "pairwise"] | None = _key(
-        None, "position bias of attention, by offset or by (query, key) pair; null: the variant's own"
-    )
-    attention_bias_scope: Literal["stage", "block"] | None = _key(
-        None, "one bias table per stage or per block; null: the variant's own"
-    )
+    attention_bias: Literal["none", "relative", "pairwise"] | None = None
+    """position bias of attention, by offset or by (query, key) pair; null: the variant's own"""
+    attention_bias_scope: Literal["stage", "block"] | None = None
+    """one bias table per stage or per block; null: the variant's own"""
     absolute_position: bool = _key(False, "add a learned position embedding (the re-implementation's ape)")
-    absolute_position_px: int | None = _key(
-        None, "image side of its table; null: data.image_px", ge=4, multiple_of=4
-    )
+    absolute_position_px: int | None = _key(None, ge=4, multiple_of=4)
+    """image side of its table; null: data.image_px"""
     qkv_bias: bool = _key(True, "bias in the query, key and value projections")
     drop_rate: FractionBelowOne = _key(0.0, "dropout probability before the classifier")
     attn_drop_rate: FractionBelowOne = _key(0.0, "dropout probability of attention weights")
     proj_drop_rate: FractionBelowOne = _key(0.0, "dropout probability after the projections of a block")
     drop_path_rate: FractionBelowOne = _key(0.0, "stochastic depth: probability at the last block")
-    ffn_kernel: Literal["auto", "fused", "eager"] = _key(
-        "auto",
-        "fused: feed-forward networks, perception units and LayerNorm by Triton; "
-        "eager: operation by operation; auto: fused where the GPU can",
-    )
-    pretrained: bool | Annotated[str, Field(pattern="^(hf-hub:)?[A-Za-z0-9][A-Za-z0-9._/@-]*$")] = _key(
-        False,
-        "true: start from timm's weights; or a tag of them, as a1_in1k; or hf-hub:NAME; data.mean, std, "
-        "interpolation, eval_interpolation and eval_resize_px are theirs unless they are set",
-    )
-    init_from: AnyPath | None = _key(
-        None,
-        "run, checkpoint, export folder or any trainer's .safetensors, .pth, .pt or .bin to start from; "
-        "image size and classes may differ; null: random weights",
-    )
-    freeze: Literal["backbone"] | Texts | None = _key(
-        None,
-        "what stays as it is: backbone, all but the classifier; or patterns of parameter names, such as "
-        "[stem.*]; a BatchNorm whose running_mean matches keeps its statistics; null: nothing",
-    )
+    ffn_kernel: Literal["auto", "fused", "eager"] = "auto"
+    """fused: feed-forward networks, perception units and LayerNorm by Triton; eager: operation by operation;
+    auto: fused where the GPU can"""
+    pretrained: bool | Annotated[str, Field(pattern="^(hf-hub:)?[A-Za-z0-9][A-Za-z0-9._/@-]*$")] = False
+    """true: start from timm's weights; or a tag of them, as a1_in1k; or hf-hub:NAME; data.mean, std,
+    interpolation, eval_interpolation and eval_resize_px are theirs unless they are set"""
+    init_from: AnyPath | None = None
+    """run, checkpoint, export folder or any trainer's .safetensors, .pth, .pt or .bin to start from; image
+    size and classes may differ; null: random weights"""
+    freeze: Literal["backbone"] | Texts | None = None
+    """what stays as it is: backbone, all but the classifier; or patterns of parameter names, such as
+    [stem.*]; a BatchNorm whose running_mean matches keeps its statistics; null: nothing"""
     unfreeze_epoch: Count | None = _key(None, "epochs after which all of it is trained; null: never")
 
 
@@ -150,49 +132,35 @@ CMT_OPTIONS = (
 
 
 class Data(Section):
-    root: Root = _key(
-        ...,
-        "folder that holds the images; s3://, gs://, az:// or https:// and the place of packed ones; or "
-        "demo:digits, demo:photos or demo:jpegs",
-    )
-    cache_gb: Positive = _key(
-        200.0, "most of the disk of cache_dir that a copy of the images of a bucket may take"
-    )
+    root: Root
+    """folder that holds the images; s3://, gs://, az:// or https:// and the place of packed ones; or
+    demo:digits, demo:photos or demo:jpegs"""
+    cache_gb: Positive = 200.0
+    """most of the disk of cache_dir that a copy of the images of a bucket may take"""
     train_dir: PathBelowRoot = _key("train", "<class>/<image> tree of the training images, below root")
     val_dir: PathBelowRoot = _key("val", "<class>/<image> tree of the validation images, below root")
-    train_list: AnyPath | None = _key(
-        None,
-        'list of training images below root, one "path,label" or "path label" per line; replaces train_dir. '
-        "null: <train_dir>.csv, as `cmtrain data split` writes it, if there is no train_dir",
-    )
+    train_list: AnyPath | None = None
+    """list of training images below root, one "path,label" or "path label" per line; replaces train_dir.
+    null: <train_dir>.csv, as `cmtrain data split` writes it, if there is no train_dir"""
     val_list: AnyPath | None = _key(None, "the same for validation; replaces val_dir")
-    multi_label: bool = _key(
-        False,
-        "an image has any number of classes: labels such as cat;dog, or - for none; the loss is binary "
-        "cross entropy",
-    )
-    sampling: str | None = _key(
-        None,
-        "balanced: an epoch draws all classes equally often; power:0.5: in proportion to the root of their "
-        "images (power:P, 0 to 1); null: each image once",
-        pattern="^(balanced|power:(0([.][0-9]+)?|1))$",
-    )
+    multi_label: bool = False
+    """an image has any number of classes: labels such as cat;dog, or - for none; the loss is binary cross
+    entropy"""
+    sampling: str | None = _key(None, pattern="^(balanced|power:(0([.][0-9]+)?|1))$")
+    """balanced: an epoch draws all classes equally often; power:0.5: in proportion to the root of their
+    images (power:P, 0 to 1); null: each image once"""
     fraction: float = _key(1.0, "share of the training images to use, equal in every class", gt=0, le=1)
-    decode: Decode = _key(
-        "auto",
-        "place of decoding; mixed: the GPU; mixed_whole: the GPU, by whole images that it cuts; cpu; "
-        "auto: mixed, without a GPU cpu. A start tests the decoder; if it fails, the next of these is used",
-    )
-    hw_decoder_load: Fraction | None = _key(
-        None, "share of JPEGs given to a GPU's JPEG engine with mixed or mixed_whole; null: DALI's default"
-    )
+    decode: Decode = "auto"
+    """place of decoding; mixed: the GPU; mixed_whole: the GPU, by whole images that it cuts; cpu; auto:
+    mixed, without a GPU cpu. A start tests the decoder; if it fails, the next of these is used"""
+    hw_decoder_load: Fraction | None = None
+    """share of JPEGs given to a GPU's JPEG engine with mixed or mixed_whole; null: DALI's default"""
     threads: Count | None = _key(None, "decoding threads of a process; null: its share of the cores")
     prefetch_batches: Count = _key(2, "micro-batches prepared ahead")
     cache_dir: AnyPath | None = _key(None, "folder for indexes and demo images; null: the user's cache")
-    max_bad_fraction: Fraction = _key(
-        MAX_BAD_FRACTION, "share of unreadable files above which a run is refused or ends"
-    )
-    image_px: int = _key(160, "side of the training crop and of the evaluation crop", ge=32, multiple_of=16)
+    max_bad_fraction: Fraction = MAX_BAD_FRACTION
+    """share of unreadable files above which a run is refused or ends"""
+    image_px: int = _key(160, "side of the training crop and of the evaluation crop", ge=32, multiple_of=32)
     eval_resize_px: Count = _key(184, "evaluation: shorter side before the centre crop")
     interpolation: Interpolation = _key("bicubic", "resampling of training images")
     eval_interpolation: Interpolation = _key("bicubic", "resampling of evaluation images")
@@ -204,23 +172,17 @@ class Augment(Section):
     scale: Scale = _key((0.08, 1.0), "share of the image that the crop takes")
     ratio: Pair = _key((0.75, 1.3333333), "width / height of the random crop")
     hflip: Fraction = _key(0.5, "probability of a mirror image")
-    color_jitter: NotNegative | None = _key(
-        None, "brightness, contrast, saturation times 1 +- this; null: off"
-    )
+    color_jitter: NotNegative | None = None
+    """brightness, contrast, saturation times 1 +- this; null: off"""
     rand_augment: str | None = _key(
-        None,
-        "a timm string such as rand-m9-mstd0.5-inc1 (the paper's) or 3a (DeiT III: grey, solarise or blur); "
-        "ta_wide: torchvision's TrivialAugment; reimpl: the re-implementation's; dali-n2-m9: DALI's own (2 "
-        "operations, bin 9); null: off",
-        pattern="^(reimpl|3a|ta_wide|dali(-[mn][0-9]+)*|rand(-([mn]|inc)[0-9]+|-(p|mstd)[0-9]+([.][0-9]+)?)*)$",
+        None, pattern="^(reimpl|3a|dali(-[mn][0-9]+)*|rand(-([mn]|inc)[0-9]+|-(p|mstd)[0-9]+([.][0-9]+)?)*)$"
     )
-    extra: str | None = _key(
-        None,
-        "your function on a training batch, such as my_augment:blur, of a module in run.imports: it gets "
-        "normalised images (B, 3, H, W) and a seed, from which alone it draws, and returns such images; it "
-        "comes before erasing, MixUp and CutMix",
-        pattern="^[A-Za-z_][A-Za-z0-9_]*:[A-Za-z_][A-Za-z0-9_]*$",
-    )
+    """a timm string such as rand-m9-mstd0.5-inc1 (the paper's) or 3a (DeiT III: grey, solarise or blur);
+    reimpl: the re-implementation's; dali-n2-m9: DALI's own suite (2 operations, bin 9); null: off"""
+    extra: str | None = _key(None, pattern="^[A-Za-z_][A-Za-z0-9_]*:[A-Za-z_][A-Za-z0-9_]*$")
+    """your function on a training batch, such as my_augment:blur, of a module in run.imports: it gets
+    normalised images (B, 3, H, W) and a seed, from which alone it draws, and returns such images; it comes
+    before erasing, MixUp and CutMix"""
     repeats: Count = _key(1, "repeated augmentation: views of a sample per epoch (the paper: 3)")
 
 
@@ -231,54 +193,39 @@ class Mixing(Section):
     mixup_switch_prob: Fraction = _key(0.5, "probability of CutMix where both are on")
     until_epoch: Count | None = _key(None, "epochs with MixUp and CutMix; null: all")
     smoothing: FractionBelowOne = _key(0.0, "label smoothing: target mass spread over all classes")
-    loss: Literal["cross_entropy", "bce", "bce_sum"] = _key(
-        "cross_entropy",
-        "bce: binary cross entropy, each class on its own, and the mean over classes; bce_sum: their sum",
-    )
-    target_threshold: FractionBelowOne | None = _key(
-        None, "with bce, a target above this, after smoothing and mixing, is 1, and 0 otherwise; null: off"
-    )
-    class_weights: AnyPath | None = _key(
-        None,
-        "weights of the classes in the loss; auto: inverse to their images, 1 on average; or a file with "
-        "lines of class,weight; null: all 1",
-    )
+    loss: Literal["cross_entropy", "bce", "bce_sum"] = "cross_entropy"
+    """bce: binary cross entropy, each class on its own, and the mean over classes; bce_sum: their sum"""
+    target_threshold: FractionBelowOne | None = None
+    """with bce, a target above this, after smoothing and mixing, is 1, and 0 otherwise; null: off"""
+    class_weights: AnyPath | None = None
+    """weights of the classes in the loss; auto: inverse to their images, 1 on average; or a file with lines
+    of class,weight; null: all 1"""
     reprob: Fraction = _key(0.0, "probability that an image is randomly erased")
-    remode: Literal["pixel", "rand", "const"] = _key(
-        "pixel", "with what: noise in each pixel; rand: one random colour an image; const: the mean colour"
-    )
+    remode: Literal["pixel", "rand", "const"] = "pixel"
+    """with what: noise in each pixel; rand: one random colour an image; const: the mean colour"""
     recount: Count = _key(1, "rectangles erased in such an image")
 
 
 class Optim(Section):
-    opt: Optimizer = _key(
-        "adamw", "the optimizer; those of timm, all but adamw and sgd, make the host wait once a step"
-    )
-    lr: Positive = _key(
-        ...,
-        "peak learning rate for this global batch size; if you change the batch, change lr in proportion",
-    )
+    opt: Optimizer = "adamw"
+    """the optimizer; those of timm, all but adamw and sgd, make the host wait once a step"""
+    lr: Positive
+    """peak learning rate for this global batch size; if you change the batch, change lr in proportion"""
     weight_decay: NotNegative = _key(0.05, "weight decay of matrices and convolutions; others have none")
     momentum: FractionBelowOne = _key(0.9, "momentum of sgd, lars, rmsproptf and muon's kind")
     nesterov: bool = _key(True, "Nesterov momentum of sgd")
-    betas: Betas | None = _key(
-        None, "decay rates of the averages; null: the optimizer's own, of adamw 0.9 and 0.999"
-    )
-    eps: Positive | None = _key(
-        None, "added to the denominator; null: the optimizer's own, 1e-8 of adamw, 1e-6 of lamb"
-    )
-    layer_decay: float = _key(
-        1.0, "factor on the learning rate from each layer to the one before; 1: none", gt=0, le=1
-    )
-    lr_factors: Texts = _key(
-        (), 'more factors, by pattern of parameter names, such as ["head.*=10"]; all that match count'
-    )
+    betas: Betas | None = None
+    """decay rates of the averages; null: the optimizer's own, of adamw 0.9 and 0.999"""
+    eps: Positive | None = None
+    """added to the denominator; null: the optimizer's own, 1e-8 of adamw, 1e-6 of lamb"""
+    layer_decay: float = _key(1.0, gt=0, le=1)
+    """factor on the learning rate from each layer to the one before; 1: none"""
+    lr_factors: Texts = ()
+    """more factors, by pattern of parameter names, such as ["head.*=10"]; all that match count"""
     clip_grad: Positive | None = _key(None, "what gradients are clipped to; null: off")
-    clip_mode: Literal["norm", "value", "agc"] = _key(
-        "norm",
-        "norm: the L2 norm of all; value: each number; agc: adaptive (arXiv 2102.06171), a unit's norm as a "
-        "share of that of its weights, the classifier left out",
-    )
+    clip_mode: Literal["norm", "value", "agc"] = "norm"
+    """norm: the L2 norm of all; value: each number; agc: adaptive (arXiv 2102.06171), a unit's norm as a
+    share of that of its weights, the classifier left out"""
 
 
 class ScheduleSection(Section):
@@ -287,11 +234,9 @@ class ScheduleSection(Section):
     warmup_lr: NotNegative = _key(1e-06, "learning rate at step 0")
     min_lr: NotNegative = _key(0.0, "learning rate at the end of epochs")
     cooldown_epochs: int = _key(0, "epochs at min_lr, after the decay", ge=0)
-    decay: Literal["cosine", "poly", "step", "wsd"] = _key(
-        "cosine",
-        "from lr to min_lr; poly: (1 - done) ** power; step: times decay_rate after each decay_epochs; wsd: "
-        "stable, and a straight line in the last decay_epochs",
-    )
+    decay: Literal["cosine", "poly", "step", "wsd"] = "cosine"
+    """from lr to min_lr; poly: (1 - done) ** power; step: times decay_rate after each decay_epochs; wsd:
+    stable, and a straight line in the last decay_epochs"""
     power: Positive = _key(1.0, "of poly; 1: a straight line")
     decay_epochs: Positive = _key(30.0, "epochs of a step, or of the last part of wsd")
     decay_rate: Fraction = _key(0.1, "factor of a step")
@@ -300,52 +245,39 @@ class ScheduleSection(Section):
 class Train(Section):
     global_batch_size: Count = _key(..., "samples of one optimizer step, over all GPUs and accumulation")
     max_batch_per_gpu: Count = _key(512, "most samples of one forward pass; larger batches are accumulated")
-    precision: Literal["auto", "fp16", "bf16", "tf32", "fp32"] = _key(
-        "auto",
-        "auto: fp16 on a GPU, fp32 without; fp16 and bf16 are the fastest; tf32 (A100 or newer): fp32 whose "
-        "products and convolutions have ten bits of its 23, for matrix units; fp32: exact, also in "
-        "convolutions",
-    )
+    precision: Literal["auto", "fp16", "bf16", "tf32", "fp32"] = "auto"
+    """auto: fp16 on a GPU, fp32 without; fp16 and bf16 are the fastest; tf32 (A100 or newer): fp32 whose
+    products and convolutions have ten bits of its 23, for matrix units; fp32: exact, also in convolutions"""
     compile: bool = _key(False, "compile the model with torch.compile")
-    compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = _key(
-        "default",
-        "mode of torch.compile; the other two replay CUDA graphs, which pays below some 256 images per GPU",
-    )
-    grad_checkpointing: bool = _key(
-        False,
-        "keep only the input of each block for the backward pass and compute the rest again: less memory, "
-        "about a third more arithmetic, the same numbers",
-    )
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = "default"
+    """mode of torch.compile; the other two replay CUDA graphs, which pays below some 256 images per GPU"""
+    grad_checkpointing: bool = False
+    """keep only the input of each block for the backward pass and compute the rest again: less memory, about
+    a third more arithmetic, the same numbers"""
     log_every_steps: Count = _key(50, "optimizer steps between two log points")
-    step_timeout_seconds: Positive | None = _key(
-        900.0,
-        "a step, a batch of an evaluation or a checkpoint that takes longer ends the process and leaves its "
-        "stacks in the run folder; the first of each may take three times as long; null: never",
-    )
+    step_timeout_seconds: Positive | None = 900.0
+    """a step, a batch of an evaluation or a checkpoint that takes longer ends the process and leaves its
+    stacks in the run folder; the first of each may take three times as long; null: never"""
     collective_timeout_seconds: Positive = _key(600.0, "how long ranks wait for one another")
 
 
 class Ema(Section):
-    decay: float | None = _key(
-        None, "decay per step of the weights' moving average (EMA); null: off", gt=0, lt=1
-    )
+    decay: float | None = _key(None, gt=0, lt=1)
+    """decay per step of the weights' moving average (EMA); null: off"""
     warmup: bool = _key(False, "a smaller decay at first: 1 - (1 + step) ** (-2/3)")
 
 
 class Guard(Section):
     enabled: bool = _key(True, "undo what a non-finite step did to weights, statistics and EMA")
-    rollback_after_bad_steps: Count = _key(
-        20, "this many bad steps in a row take the run back to a good state"
-    )
+    rollback_after_bad_steps: Count = 20
+    """this many bad steps in a row take the run back to a good state"""
     max_rollbacks: int = _key(3, "rollbacks allowed; one more ends the run with exit code 4", ge=0)
     lr_backoff: float = _key(0.25, "factor on the learning rate after a rollback", gt=0, le=1)
-    lr_backoff_epochs: NotNegative | None = _key(
-        None, "epochs over which that factor returns to 1; null: it stays"
-    )
+    lr_backoff_epochs: NotNegative | None = None
+    """epochs over which that factor returns to 1; null: it stays"""
     spike_sigma: Positive = _key(6.0, "standard deviations above the recent mean that make a step a spike")
-    spike_action: Literal["report", "rollback"] = _key(
-        "report", "rollback: a spike takes the run back, too, as long as max_rollbacks allows"
-    )
+    spike_action: Literal["report", "rollback"] = "report"
+    """rollback: a spike takes the run back, too, as long as max_rollbacks allows"""
 
 
 class Checkpoint(Section):
@@ -357,11 +289,9 @@ class Checkpoint(Section):
 
 class Evaluate(Section):
     every_epochs: Count = _key(1, "epochs between two evaluations; the last step is always evaluated")
-    best: Literal["top1", "balanced", "f1", "loss", "map"] | None = _key(
-        None,
-        "what makes a checkpoint the best; balanced: mean accuracy of the classes (macro recall); f1: macro "
-        "F1; loss: the lowest; map: mean average precision; null: top1, with data.multi_label map",
-    )
+    best: Literal["top1", "balanced", "f1", "loss", "map"] | None = None
+    """what makes a checkpoint the best; balanced: mean accuracy of the classes (macro recall); f1: macro F1;
+    loss: the lowest; map: mean average precision; null: top1, with data.multi_label map"""
 
 
 class Metrics(Section):
