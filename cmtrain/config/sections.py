@@ -92,8 +92,7 @@ class Run(Section):
 
 
 class Model(Section):
-    name: str = _key("cmt_ti", pattern="^[A-Za-z0-9][A-Za-z0-9._:/-]*$")
-    """CMT or any other model that timm can create"""
+    name: str = _key("cmt_ti", "CMT or any model of timm", pattern="^[A-Za-z0-9][A-Za-z0-9._:/-]*$")
     variant: Literal["paper", "reimpl"] = "paper"
     """paper: the official architecture (arXiv 2107.06263 v2); reimpl: the re-implementation's"""
     num_classes: Count | None = _key(None, "outputs of the classifier; null: as many as the data has")
@@ -135,8 +134,7 @@ class Data(Section):
     root: Root
     """folder that holds the images; s3://, gs://, az:// or https:// and the place of packed ones; or
     demo:digits, demo:photos or demo:jpegs"""
-    cache_gb: Positive = 200.0
-    """most of the disk of cache_dir that a copy of the images of a bucket may take"""
+    cache_gb: Positive = _key(200.0, "most of the disk of cache_dir that the copy of a bucket may take")
     train_dir: PathBelowRoot = _key("train", "<class>/<image> tree of the training images, below root")
     val_dir: PathBelowRoot = _key("val", "<class>/<image> tree of the validation images, below root")
     train_list: AnyPath | None = None
@@ -144,8 +142,7 @@ class Data(Section):
     null: <train_dir>.csv, as `cmtrain data split` writes it, if there is no train_dir"""
     val_list: AnyPath | None = _key(None, "the same for validation; replaces val_dir")
     multi_label: bool = False
-    """an image has any number of classes: labels such as cat;dog, or - for none; the loss is binary cross
-    entropy"""
+    """several classes an image: labels such as cat;dog, or - for none; the loss is binary cross entropy"""
     sampling: str | None = _key(None, pattern="^(balanced|power:(0([.][0-9]+)?|1))$")
     """balanced: an epoch draws all classes equally often; power:0.5: in proportion to the root of their
     images (power:P, 0 to 1); null: each image once"""
@@ -172,8 +169,7 @@ class Augment(Section):
     scale: Scale = _key((0.08, 1.0), "share of the image that the crop takes")
     ratio: Pair = _key((0.75, 1.3333333), "width / height of the random crop")
     hflip: Fraction = _key(0.5, "probability of a mirror image")
-    color_jitter: NotNegative | None = None
-    """brightness, contrast, saturation times 1 +- this; null: off"""
+    color_jitter: NotNegative | None = _key(None, "brightness, contrast, saturation x 1 +- this; null: off")
     rand_augment: str | None = _key(
         None, pattern="^(reimpl|3a|dali(-[mn][0-9]+)*|rand(-([mn]|inc)[0-9]+|-(p|mstd)[0-9]+([.][0-9]+)?)*)$"
     )
@@ -209,8 +205,7 @@ class Mixing(Section):
 class Optim(Section):
     opt: Optimizer = "adamw"
     """the optimizer; those of timm, all but adamw and sgd, make the host wait once a step"""
-    lr: Positive
-    """peak learning rate for this global batch size; if you change the batch, change lr in proportion"""
+    lr: Positive = _key(..., "peak learning rate for this global batch size; change both in proportion")
     weight_decay: NotNegative = _key(0.05, "weight decay of matrices and convolutions; others have none")
     momentum: FractionBelowOne = _key(0.9, "momentum of sgd, lars, rmsproptf and muon's kind")
     nesterov: bool = _key(True, "Nesterov momentum of sgd")
@@ -218,10 +213,8 @@ class Optim(Section):
     """decay rates of the averages; null: the optimizer's own, of adamw 0.9 and 0.999"""
     eps: Positive | None = None
     """added to the denominator; null: the optimizer's own, 1e-8 of adamw, 1e-6 of lamb"""
-    layer_decay: float = _key(1.0, gt=0, le=1)
-    """factor on the learning rate from each layer to the one before; 1: none"""
-    lr_factors: Texts = ()
-    """more factors, by pattern of parameter names, such as ["head.*=10"]; all that match count"""
+    layer_decay: float = _key(1.0, "factor on lr from each layer to the one before; 1: none", gt=0, le=1)
+    lr_factors: Texts = _key((), 'more factors, by name pattern, as ["head.*=10"]; all that match count')
     clip_grad: Positive | None = _key(None, "what gradients are clipped to; null: off")
     clip_mode: Literal["norm", "value", "agc"] = "norm"
     """norm: the L2 norm of all; value: each number; agc: adaptive (arXiv 2102.06171), a unit's norm as a
@@ -262,19 +255,16 @@ class Train(Section):
 
 
 class Ema(Section):
-    decay: float | None = _key(None, gt=0, lt=1)
-    """decay per step of the weights' moving average (EMA); null: off"""
+    decay: float | None = _key(None, "decay per step of the weights' average (EMA); null: off", gt=0, lt=1)
     warmup: bool = _key(False, "a smaller decay at first: 1 - (1 + step) ** (-2/3)")
 
 
 class Guard(Section):
     enabled: bool = _key(True, "undo what a non-finite step did to weights, statistics and EMA")
-    rollback_after_bad_steps: Count = 20
-    """this many bad steps in a row take the run back to a good state"""
+    rollback_after_bad_steps: Count = _key(20, "bad steps in a row that take the run back to a good state")
     max_rollbacks: int = _key(3, "rollbacks allowed; one more ends the run with exit code 4", ge=0)
     lr_backoff: float = _key(0.25, "factor on the learning rate after a rollback", gt=0, le=1)
-    lr_backoff_epochs: NotNegative | None = None
-    """epochs over which that factor returns to 1; null: it stays"""
+    lr_backoff_epochs: NotNegative | None = _key(None, "epochs until that factor is 1 again; null: it stays")
     spike_sigma: Positive = _key(6.0, "standard deviations above the recent mean that make a step a spike")
     spike_action: Literal["report", "rollback"] = "report"
     """rollback: a spike takes the run back, too, as long as max_rollbacks allows"""
