@@ -78,6 +78,8 @@ _RULES: tuple[_Rule, ...] = (
     ("augment.scale", lambda scale: le(*scale), "{} must go from low to high"),
     ("augment.ratio", lambda ratio: le(*ratio), "{} must go from low to high"),
     ("data.eval_resize_px data.image_px", ge, "{} must not be less than {}"),
+    ("data.image_px model.name", lambda px, name: px % 32 == 0 or not name.startswith("cmt_"),
+     "{} does not go with {}, which needs a multiple of 32"),
     ("schedule.warmup_epochs schedule.epochs", lt, "{} must be less than {}"),
     ("schedule.min_lr optim.lr", le, "{} must not exceed {}"),
     ("schedule.warmup_lr optim.lr schedule.warmup_epochs",
@@ -156,8 +158,9 @@ def sizes_of(config: Config, image_px: Sequence[int], resize_px: Sequence[int]) 
     count = max(len(sides), len(resizes))
     pairs = list(zip(sides * (count // len(sides)), resizes * (count // len(resizes)), strict=True))
     for side, resize in pairs:
-        if side % 32:
-            raise ConfigError(f"--image-px: must be multiples of 32, got {side}")
+        step = 32 if config.model.name.startswith("cmt_") else 16
+        if side % step:
+            raise ConfigError(f"--image-px: must be multiples of {step}, got {side}")
         if resize < side:
             raise ConfigError(f"--resize-px: {resize} is less than the image side {side}")
     return pairs

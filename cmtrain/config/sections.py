@@ -157,7 +157,7 @@ class Data(Section):
     cache_dir: AnyPath | None = _key(None, "folder for indexes and demo images; null: the user's cache")
     max_bad_fraction: Fraction = MAX_BAD_FRACTION
     """share of unreadable files above which a run is refused or ends"""
-    image_px: int = _key(160, "side of the training crop and of the evaluation crop", ge=32, multiple_of=32)
+    image_px: int = _key(160, "side of the training crop and of the evaluation crop", ge=32, multiple_of=16)
     eval_resize_px: Count = _key(184, "evaluation: shorter side before the centre crop")
     interpolation: Interpolation = _key("bicubic", "resampling of training images")
     eval_interpolation: Interpolation = _key("bicubic", "resampling of evaluation images")
@@ -171,10 +171,12 @@ class Augment(Section):
     hflip: Fraction = _key(0.5, "probability of a mirror image")
     color_jitter: NotNegative | None = _key(None, "brightness, contrast, saturation x 1 +- this; null: off")
     rand_augment: str | None = _key(
-        None, pattern="^(reimpl|3a|dali(-[mn][0-9]+)*|rand(-([mn]|inc)[0-9]+|-(p|mstd)[0-9]+([.][0-9]+)?)*)$"
+        None,
+        pattern="^(reimpl|3a|ta_wide|dali(-[mn][0-9]+)*|rand(-([mn]|inc)[0-9]+|-(p|mstd)[0-9]+([.][0-9]+)?)*)$",
     )
     """a timm string such as rand-m9-mstd0.5-inc1 (the paper's) or 3a (DeiT III: grey, solarise or blur);
-    reimpl: the re-implementation's; dali-n2-m9: DALI's own suite (2 operations, bin 9); null: off"""
+    ta_wide: torchvision's TrivialAugment; reimpl: the re-implementation's; dali-n2-m9: DALI's own suite (2
+    operations, bin 9); null: off"""
     extra: str | None = _key(None, pattern="^[A-Za-z_][A-Za-z0-9_]*:[A-Za-z_][A-Za-z0-9_]*$")
     """your function on a training batch, such as my_augment:blur, of a module in run.imports: it gets
     normalised images (B, 3, H, W) and a seed, from which alone it draws, and returns such images; it comes
