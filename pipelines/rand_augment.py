@@ -50,21 +50,16 @@ _THREE_OPS = ("Solarize", "Desaturate", "GaussianBlur")
 
 @dataclass(frozen=True)
 class Policy:
-    """`num_layers` operations drawn with replacement, each applied with `prob`.
-
-    `magnitude` and `magnitude_std` are fractions of the operations' ranges; an infinite std means uniform in
-    [0, magnitude]. `severity` is how posterise, solarise and the enhancements read a magnitude; of "3a" only
-    the blur reads it, and of "wide" each operation, in 31 levels. `translate` is the fraction of the image
-    that a shift covers at full magnitude.
-    """
+    """`num_layers` operations drawn with replacement, each applied with `prob`."""
 
     ops: tuple[str, ...]
     num_layers: int
     prob: float
-    magnitude: float
-    magnitude_std: float
+    magnitude: float  # fraction of the operations' ranges
+    magnitude_std: float  # likewise; infinite: uniform in [0, magnitude]
+    # How posterise, solarise and enhancements read it; of "3a" only the blur, of "wide" all, in 31 levels
     severity: Severity
-    translate: float
+    translate: float  # fraction of the image that a shift covers at full magnitude
 
     @property
     def blurs(self) -> bool:

@@ -1,7 +1,5 @@
 """Define the contracts of a loader as plain data. Importing this loads neither DALI nor torch."""
 
-from __future__ import annotations
-
 import errno
 import os
 import re
@@ -40,7 +38,7 @@ class DataError(Exception):
     """A fault of the data or the machine, not of the configuration, in one clear line (exit code 3)."""
 
     @staticmethod
-    def of(error: OSError, path: object = None) -> DataError:
+    def of(error: OSError, path: object = None) -> "DataError":
         """Return what an error of the operating system means, in one line; `path` if it names none."""
         place = path if error.filename is None else os.fsdecode(error.filename)
         advice = _ADVICE.get(error.errno or 0, _TRY_AGAIN)
@@ -89,9 +87,9 @@ def print_lines(*lines: object) -> None:
 class Batch(NamedTuple):
     """One micro-batch on the device."""
 
-    images: torch.Tensor  # (B, 3, H, W) normalised, fp16 or fp32, channels-last memory
-    labels: torch.Tensor  # (B,) int64; UNREADABLE in evaluation only
-    indices: torch.Tensor  # (B,) int64 into the manifest, so that a bad sample can be named
+    images: "torch.Tensor"  # (B, 3, H, W) normalised, fp16 or fp32, channels-last memory
+    labels: "torch.Tensor"  # (B,) int64; UNREADABLE in evaluation only
+    indices: "torch.Tensor"  # (B,) int64 into the manifest, so that a bad sample can be named
 
 
 @dataclass(frozen=True)
@@ -128,7 +126,7 @@ class Placement:
 
     rank: int = 0
     world: int = 1
-    device: torch.device | str = "cpu"
+    device: "torch.device | str" = "cpu"
     # "mixed": the GPU decodes crop windows; "mixed_whole": whole images; "auto": "mixed", without GPU "cpu"
     decode: Decode = "auto"
     threads: int = 1  # DALI's, in this process

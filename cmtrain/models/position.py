@@ -32,17 +32,6 @@ def resize_grid(grid: Tensor, side: int) -> Tensor:
     return resized.reshape(*grid.shape[:-2], side, side).to(grid.dtype)
 
 
-def relative_windows(table: Tensor, queries_per_side: int, step: int) -> Tensor:
-    """Read a table of 2-D offsets as a bias: (..., a, b) -> (..., n, n, i, j), with i = (a - n) / step + 1.
-
-    Entry [y, x, i, j] is table[i * step - y + n - 1, j * step - x + n - 1], of query (y, x) and the key at
-    pixel (i * step, j * step). Views and a flip: no index buffer, no atomics of index_put's backward.
-    """
-    n = queries_per_side
-    windows = table.unfold(-2, n, step).unfold(-2, n, step)  # (..., i, j, n, n), query coordinates reversed
-    return windows.flip(-2, -1).movedim((-2, -1), (-4, -3))
-
-
 def _side(count: int) -> int:
     """Return the side of a square of `count` cells, or 0 when `count` is not a square."""
     side = math.isqrt(count)
@@ -115,7 +104,10 @@ class RelativeBias(nn.Module):
         n = self.queries_per_side
         key_rows = -(-self.num_keys // (n // self.step))  # only those that hold the first K keys
         table = self.table[..., : n + (key_rows - 1) * self.step, :]
-        windows = relative_windows(table, n, self.step)  # (..., n, n, key_rows, n / step)
+        # Query (y, x) and the key at pixel (i * step, j * step) share row i * step - y + n - 1, the column
+        # alike. Views and a flip: no index buffer, no atomics of index_put's backward.
+        windows = table.unfold(-2, n, self.step).unfold(-2, n, self.step)  # (..., i, j, n, n), reversed
+        windows = windows.flip(-2, -1).movedim((-2, -1), (-4, -3))  # (..., n, n, key_rows, n / step)
         return windows.reshape(-1, n * n, windows.shape[-2:].numel())[..., : self.num_keys]
 
     def resized(self, table: Tensor) -> Tensor:

@@ -95,7 +95,10 @@ def check_launcher() -> None:
         numbers[name] = number
     alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}
     if not numbers.keys() & alone:
-        _refuse_tasks()
+        if started := [name for name in NUM_TASKS if (_number(os.environ.get(name)) or 1) > 1]:
+            what = f"{started[0]}={os.environ[started[0]]}: several processes"
+            advice = "start one per host, or set them as docker/slurm/train.sbatch does"
+            raise DataError(f"{what}, but RANK, LOCAL_RANK and WORLD_SIZE are not set; {advice}")
     elif "WORLD_SIZE" in numbers and all(numbers.get(name, value) == value for name, value in alone.items()):
         os.environ.pop("LOCAL_RANK", None)  # by which accelerate would look for a group to join
     else:
@@ -115,14 +118,6 @@ def _check_ranks(numbers: dict[str, int]) -> None:
     port = _number(os.environ["MASTER_PORT"])
     if port is None or not 0 < port < 2**16:
         raise DataError(f"MASTER_PORT={os.environ['MASTER_PORT']!a}: must be a port, 1..65535; {ADVICE}")
-
-
-def _refuse_tasks() -> None:
-    """Raise DataError where srun or mpirun has started several processes that would not know one another."""
-    for name in NUM_TASKS:
-        if (num_tasks := _number(os.environ.get(name)) or 1) > 1:
-            what = f"{name}={num_tasks}: several processes, but RANK, LOCAL_RANK and WORLD_SIZE are not set"
-            raise DataError(f"{what}; start one per host, or set them as docker/slurm/train.sbatch does")
 
 
 def _number(text: str | None) -> int | None:

@@ -19,32 +19,24 @@ from pipelines.spec import UNREADABLE, Batch
 @dataclass(frozen=True)
 class Evaluation:
     """The result of evaluating one set of weights.
-
-    `top1`, `top5`: shares 0..1 of all images; `num_unreadable` count as wrong. Below 5 classes top5 is 1.
     Where images have several classes, one of them is enough, and images of no class are left out.
-    `loss`: mean cross entropy (nats) of the images that were read; of yes and no, by class, if several.
-    `class_images`, `class_correct`: images read of each class, and how many of them were recognised.
-    `class_predicted`: images read that were taken for each class; if several, by a probability of 0.5.
-    `map`, `thresholds`: see scores.py; None and [] where an image has one class.
-    `confusion`: [true class][predicted class] counts; None beyond scores.MAX_CONFUSION_CLASSES classes.
-    `calibration_error`: see scores.py; None where images have several classes.
-    `ranked`: (N, 5), or (N, K) with fewer classes, int64 on the CPU: the likeliest classes of each image, -1
-        for unreadable images. `confidence`: (N,) the probability of the likeliest one.
     """
 
-    top1: float
-    top5: float
-    loss: float
+    top1: float  # a share of all images, 0..1
+    top5: float  # likewise; 1 below 5 classes
+    loss: float  # mean cross entropy (nats) of the images that were read; of yes and no, if several
     num_images: int
-    num_unreadable: int = 0
-    class_images: list[int] = field(default_factory=list)
-    class_correct: list[int] = field(default_factory=list)
-    class_predicted: list[int] = field(default_factory=list)
-    confusion: list[list[int]] | None = None
-    calibration_error: float | None = None
-    map: float | None = None
-    thresholds: list[float] = field(default_factory=list)
+    num_unreadable: int = 0  # they count as wrong
+    class_images: list[int] = field(default_factory=list)  # that were read, of each class
+    class_correct: list[int] = field(default_factory=list)  # how many of them were recognised
+    class_predicted: list[int] = field(default_factory=list)  # taken for it; if several, from 0.5 on
+    confusion: list[list[int]] | None = None  # [true][predicted class]; None beyond MAX_CONFUSION_CLASSES
+    calibration_error: float | None = None  # see scores.py; None where images have several classes
+    map: float | None = None  # see scores.py; None where an image has one class
+    thresholds: list[float] = field(default_factory=list)  # see scores.py; [] where an image has one class
+    # (N, 5), or (N, K) with fewer classes, int64: the likeliest classes; -1 for unreadable images
     ranked: Tensor = field(default_factory=lambda: torch.empty(0, 5), compare=False, repr=False)
+    # (N,) the probability of the likeliest one
     confidence: Tensor = field(default_factory=lambda: torch.empty(0), compare=False, repr=False)
 
     @property

@@ -72,25 +72,20 @@ def samples_of(indices: Sequence[Tensor]) -> list[int]:
 
 @dataclass(frozen=True)
 class StepReport:
-    """One rank's measurements at a log point. Console, log.jsonl and metrics read the same object.
-
-    `loss` is the mean over ranks and over the good steps since the last log point, NaN when there was none.
-    `bad_steps`, `restores` and `spikes` count since the start of the run. `bad_steps_in_a_row` and
-    `good_steps_in_a_row` (neither bad nor a spike) end at this step. The last three are `extremes`.
-    """
+    """One rank's measurements at a log point. Console, log.jsonl and metrics read the same object."""
 
     step: int
     epoch: int
-    loss: float
+    loss: float  # mean over ranks and over the good steps since the last log point, NaN if there was none
     lr: float
     grad_norm: float
     loss_scale: float
-    bad_steps: int
-    bad_steps_in_a_row: int
-    good_steps_in_a_row: int
+    bad_steps: int  # since the start of the run, as restores and spikes
+    bad_steps_in_a_row: int  # that end at this step
+    good_steps_in_a_row: int  # likewise; good: neither bad nor a spike
     restores: int
     spikes: int
-    bn_mean_abs_max: float = 0.0
+    bn_mean_abs_max: float = 0.0  # the last three: see `extremes`
     bn_var_max: float = 0.0
     weight_norm: float = 0.0
 

@@ -1,17 +1,4 @@
-"""Write and read the files of a run folder, and keep a second trainer out of it.
-
-config.yaml    the resolved configuration, loadable again
-status.json    how the run is doing, or how it ended (launchers turn every exit code into 1)
-log.jsonl      one record per log point; after a resume it continues as if the run had never been killed
-summary.csv    one row per evaluation, with timm's column names
-events.jsonl   started, resumed, environment, evaluations, checkpoints, guard, signals
-classes.json   the last evaluation by class: images, correct ones, confusion matrix
-NAME.py        the modules of run.imports
-augmented.png  the first augmented batch
-mistakes.png   validation images of the last evaluation that were taken for another class
-report.html    all of it for people, see monitoring/report/page.py
-checkpoints/   see checkpoint.py
-"""
+"""Write and read the files of a run folder (docs/checkpoints.md) and keep a second trainer out of it."""
 
 import contextlib
 import csv
@@ -41,7 +28,8 @@ RECORDS = (
 )  # fmt: skip
 
 # What readers of status.json rely on; a field of another type counts as missing.
-_TEXTS = ("state", "host", "reason", "resume_from", "metrics_url")
+_TYPES: dict[str, type] = dict.fromkeys(("result", "lost"), dict)
+_TYPES |= dict.fromkeys(("state", "host", "reason", "resume_from", "metrics_url"), str)
 _NUMBERS = ("step", "last_step", "total_steps", "updated", "pid", "exit_code", "loss", "eta_seconds",
             "images_per_second", "data_wait_ratio", "best_top1", "best_step")  # fmt: skip
 
@@ -165,17 +153,12 @@ class RunLock:
 def read_status(path: Path, damage: list[str] | None = None) -> dict[str, Any] | None:
     """Return status.json of a run folder, as records.read_json does, without fields of a wrong type."""
     status = records.read_json(path / "status.json", damage)
-    return None if status is None else {key: v for key, v in status.items() if _is_status_field(key, v)}
+    return None if status is None else {key: v for key, v in status.items() if _is_field(key, v)}
 
 
-def _is_status_field(key: str, value: Any) -> bool:
-    if value is None:
-        return True
-    if key in _TEXTS:
-        return isinstance(value, str)
-    if key in _NUMBERS:
-        return is_number(value)
-    return key not in ("result", "lost") or isinstance(value, dict)
+def _is_field(key: str, value: Any) -> bool:
+    is_right = is_number(value) if key in _NUMBERS else isinstance(value, _TYPES.get(key, object))
+    return value is None or is_right
 
 
 def read_finished(path: Path, config_yaml: str, max_steps: int | None) -> dict[str, Any] | None:

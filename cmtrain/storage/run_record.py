@@ -73,8 +73,13 @@ def read_run(path: Path) -> RunRecord:
     status, log = read_status(path, damage), to_columns(records.read_records(path / "log.jsonl", damage))
     if not (path / "status.json").exists():
         damage.append("status.json: missing")
-    evaluations = to_columns(_summary(path / "summary.csv", damage))
+    rows: list[dict[str, float | None]] = []
+    summary, not_evaluated = path / "summary.csv", contextlib.suppress(FileNotFoundError)
+    with noting(summary, damage), not_evaluated, open_regular(summary) as file:
+        rows = list(_rows(line.decode(errors="replace") for line in file))
+    records.note_left_out(summary, damage, "row", sum(not is_number(row.get("step")) for row in rows))
     sheets = {name: path / name for name in (SAMPLE_NAME, MISTAKES_NAME) if (path / name).is_file()}
+    evaluations = to_columns(rows)
     return RunRecord(path, status or {}, log, evaluations, events, config, names, classes, sheets, damage)
 
 
@@ -98,15 +103,6 @@ def _rows(lines: Iterable[str]) -> Iterator[dict[str, float | None]]:
     with contextlib.suppress(csv.Error):
         for row in csv.DictReader(lines):
             yield {key: _number(text) for key, text in row.items() if key is not None}
-
-
-def _summary(path: Path, damage: list[str]) -> list[dict[str, float | None]]:
-    rows: list[dict[str, float | None]] = []
-    not_evaluated = contextlib.suppress(FileNotFoundError)
-    with noting(path, damage), not_evaluated, open_regular(path) as file:
-        rows = list(_rows(line.decode(errors="replace") for line in file))
-    records.note_left_out(path, damage, "row", sum(not is_number(row.get("step")) for row in rows))
-    return rows
 
 
 def to_columns(entries: Iterable[Mapping[str, Any]]) -> Columns:

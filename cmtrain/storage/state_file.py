@@ -86,7 +86,8 @@ def read_state(path: Path, expected: Digest) -> dict[str, Any]:
                 raise CheckpointError(f"its header has more than {MAX_HEADER_BYTES} bytes")
             # By its descriptor: this is the very file that was verified.
             with safe_open(f"/proc/self/fd/{file.fileno()}", framework="pt") as archive:
-                state = _Reader(archive).value(json.loads((archive.metadata() or {})["state"]))
+                tree = json.loads((archive.metadata() or {})["state"])
+                state = _from_json(tree, archive, set(archive.keys()))
             if not isinstance(state, dict):
                 raise CheckpointError(f"holds a {type(state).__name__} where a dict should be")
         except (OSError, MemoryError):
@@ -141,33 +142,24 @@ def _to_json(value: Any, place: tuple[Any, ...], tensors: dict[str, Tensor]) -> 
     raise CheckpointError(f"{where}: cannot save a {what}; only tensors, numbers, strings, dicts of them")
 
 
-class _Reader:
-    """Builds a state from JSON that may be forged, and from the tensors of a safetensors file."""
-
-    def __init__(self, archive: safe_open) -> None:
-        self.archive, self.unread = archive, set(archive.keys())
-
-    def value(self, tree: Any, depth: int = 0) -> Any:
-        if depth > MAX_DEPTH:
-            raise CheckpointError(f"nested more than {MAX_DEPTH} deep")
-        match tree:
-            case None | bool() | int() | float() | str():
-                return tree
-            case ["tensor", str(name), *strides]:
-                return self.tensor(name, strides)
-            case ["dict", *pairs]:
-                return {key: self.value(child, depth + 1) for key, child in pairs}
-            case ["list" | "tuple" as kind, *children]:
-                values = [self.value(child, depth + 1) for child in children]
-                return values if kind == "list" else tuple(values)
-        raise CheckpointError(f"describes no value by {str(tree)[:60]}")
-
-    def tensor(self, name: str, strides: list[int]) -> Tensor:
-        """Return a copy of the tensor `name`, because safetensors' own memory is the mapped file."""
-        if name not in self.unread:  # each once: else a small file could ask for much memory
-            raise CheckpointError(f"has no tensor {name[:60]!r}, or names it twice")
-        self.unread.remove(name)
-        stored = self.archive.get_tensor(name)
-        # as_strided refuses strides that lead out of this memory.
-        memory = torch.empty(stored.numel(), dtype=stored.dtype)
-        return memory.as_strided(stored.shape, strides).copy_(stored)
+def _from_json(tree: Any, archive: safe_open, unread: set[str], depth: int = 0) -> Any:
+    """Build a state from JSON that may be forged, and from tensors of a safetensors file, `unread` yet."""
+    if depth > MAX_DEPTH:
+        raise CheckpointError(f"nested more than {MAX_DEPTH} deep")
+    match tree:
+        case None | bool() | int() | float() | str():
+            return tree
+        case ["tensor", str(name), *strides]:
+            if name not in unread:  # each once: else a small file could ask for much memory
+                raise CheckpointError(f"has no tensor {name[:60]!r}, or names it twice")
+            unread.remove(name)
+            stored = archive.get_tensor(name)  # copied, because its memory is the mapped file
+            # as_strided refuses strides that lead out of this memory.
+            memory = torch.empty(stored.numel(), dtype=stored.dtype)
+            return memory.as_strided(stored.shape, strides).copy_(stored)
+        case ["dict", *pairs]:
+            return {key: _from_json(child, archive, unread, depth + 1) for key, child in pairs}
+        case ["list" | "tuple" as kind, *children]:
+            values = [_from_json(child, archive, unread, depth + 1) for child in children]
+            return values if kind == "list" else tuple(values)
+    raise CheckpointError(f"describes no value by {str(tree)[:60]}")

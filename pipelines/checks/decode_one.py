@@ -42,6 +42,9 @@ _ORIENTATION = 0x0112
 
 T = TypeVar("T")
 
+# Pillow warns from 89 megapixels on and raises from 179 on; both are over our limit anyway.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
 
 class Fault(NamedTuple):
     """Why a file cannot be used."""
@@ -145,8 +148,6 @@ def _check(path: str, decode: bool, limit_seconds: int) -> CheckResult:
 def _answer_requests() -> None:
     with contextlib.suppress(ValueError, OSError):  # a tighter limit is set already, or none can be
         resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
-    # Pillow warns from 89 megapixels on and raises from 179 on; both are over our limit anyway.
-    warnings.simplefilter("error", Image.DecompressionBombWarning)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks
     print(json.dumps(READY), flush=True)  # noqa: T201
     for line in sys.stdin:

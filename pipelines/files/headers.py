@@ -1,7 +1,6 @@
 """Read image sizes from file headers, in threads, for the files that an earlier scan does not know."""
 
 import os
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -9,7 +8,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from pipelines.checks.decode_one import CheckResult, check_file
 from pipelines.files.listing import Listing
@@ -49,14 +47,8 @@ def scan(listing: Listing, known: Listing | None) -> Listing:
 
 def read_headers(listing: Listing, places: list[int]) -> Iterator[CheckResult]:
     """Yield one result per place, in order."""
-
-    def read(place: int) -> CheckResult:
-        return check_file(os.path.join(listing.root, listing.paths[place]), decode=False)
-
-    with warnings.catch_warnings():
-        # Pillow warns from 89 megapixels on and raises from 179 on; both are over our limit anyway.
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        yield from in_threads(read, places)
+    root, paths = listing.root, listing.paths
+    return in_threads(lambda place: check_file(os.path.join(root, paths[place]), decode=False), places)
 
 
 def in_threads(function: Callable[[Any], T], items: Sequence[Any]) -> Iterator[T]:

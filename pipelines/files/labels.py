@@ -4,8 +4,6 @@ All are names of classes, other spellings of names that are numbers, or position
 images have several classes, names with SEPARATOR between them. One label that does not fit is an error.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import unicodedata

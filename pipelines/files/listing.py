@@ -3,8 +3,6 @@
 DALI's directory reader gives hidden and empty folders a label and ignores nested files.
 """
 
-from __future__ import annotations
-
 import os
 import time
 from collections import Counter
@@ -44,11 +42,11 @@ class Paths:
     encoded: NDArray[np.bytes_]  # (N,) in the file system's encoding
 
     @staticmethod
-    def of(paths: Iterable[str]) -> Paths:
+    def of(paths: Iterable[str]) -> "Paths":
         return Paths(np.array([os.fsencode(path) for path in paths], np.bytes_))
 
     @staticmethod
-    def split(buffer: NDArray[np.uint8], offsets: Ints) -> Paths:
+    def split(buffer: NDArray[np.uint8], offsets: Ints) -> "Paths":
         """Return the paths in a buffer of `joined`."""
         lengths = np.diff(offsets)[:, None]
         padded = np.zeros((len(lengths), lengths.max(initial=1)), np.uint8)
@@ -64,7 +62,7 @@ class Paths:
     def __iter__(self) -> Iterator[str]:
         return map(os.fsdecode, self.encoded)
 
-    def find(self, wanted: Paths) -> Ints:
+    def find(self, wanted: "Paths") -> Ints:
         """Return where each of `wanted` is in here, (len(wanted),); -1 where it is not."""
         order = np.argsort(self.encoded, kind="stable")
         rank = np.searchsorted(self.encoded, wanted.encoded, sorter=order)
@@ -233,11 +231,7 @@ def walk(
 
 
 def _entries(folder: bytes) -> list[os.DirEntry[bytes]]:
-    def read() -> list[os.DirEntry[bytes]]:
-        with os.scandir(folder) as entries:
-            return sorted(entries, key=lambda entry: entry.name)
-
-    return patiently(read)
+    return sorted(patiently(lambda: list(os.scandir(folder))), key=lambda entry: entry.name)
 
 
 def _kind_of(entry: os.DirEntry[bytes]) -> str | None:

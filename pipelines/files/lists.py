@@ -3,8 +3,6 @@
 A list file is text with one `path,label` or `path label` per line; # begins a comment line.
 """
 
-from __future__ import annotations
-
 import csv
 import glob
 import os

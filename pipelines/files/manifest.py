@@ -3,8 +3,6 @@
 A broken file would end DALI's pipeline. So headers are read first, and unusable files left out and named.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import tempfile
@@ -25,15 +23,8 @@ from numpy.typing import NDArray
 from pipelines.atomic import replacing
 from pipelines.checks.bad_list import BadFile, read_lists, user_cache
 from pipelines.checks.decode_one import Fault
+from pipelines.files import labels
 from pipelines.files.headers import scan
-from pipelines.files.labels import (
-    NO_CLASS,
-    SEPARATOR,
-    relabel_folder,
-    relabel_list,
-    relabel_sets,
-    relabelled,
-)
 from pipelines.files.listing import Listing, Paths, describe_skipped, file_state, list_folder, look_at
 from pipelines.files.lists import list_file
 from pipelines.files.mirror import SOURCE, Mirror
@@ -85,9 +76,9 @@ class Manifest:
         if self.label_sets is None:
             return self.class_names[label]
         names = [self.class_names[place] for place in np.flatnonzero(self.label_sets[label])]
-        return SEPARATOR.join(names) or NO_CLASS
+        return labels.SEPARATOR.join(names) or labels.NO_CLASS
 
-    def with_sets_as_classes(self) -> Manifest:
+    def with_sets_as_classes(self) -> "Manifest":
         """Return the same images with one class for each label, named as in a list file."""
         assert self.label_sets is not None
         names = tuple(map(self.label_name, range(len(self.label_sets))))
@@ -123,7 +114,7 @@ class Manifest:
                 Path(folder, str(index)).write_bytes(self.packed.read(index))
             yield [os.path.join(folder, str(index)) for index in indices]
 
-    def fraction(self, fraction: float, seed: int) -> Manifest:
+    def fraction(self, fraction: float, seed: int) -> "Manifest":
         """Return `fraction` of every class, at least one image, chosen by a hash of (seed, index).
         Where an image may have several classes, the share is of all images, whatever their sets.
         """
@@ -137,7 +128,7 @@ class Manifest:
         wanted = np.maximum(np.rint(counts * fraction), 1)[labels[by_class]]
         return self.select(np.sort(by_class[place < wanted]))
 
-    def select(self, indices: NDArray[np.int64]) -> Manifest:
+    def select(self, indices: NDArray[np.int64]) -> "Manifest":
         """Return the images at `indices`, in their order; they get new indices, and so other draws."""
         columns = ("labels", "heights", "widths", "size_bytes", "identities")
         arrays = {name: getattr(self, name)[indices] for name in columns if len(getattr(self, name))}
@@ -151,7 +142,7 @@ class Manifest:
         class_names: Sequence[str] | None = None, cache_dir: Path | str | None = None,
         max_bad_fraction: float = MAX_BAD_FRACTION, refresh: bool = False, positions: bool = False,
         multi_label: bool = False,
-    ) -> Manifest:  # fmt: skip
+    ) -> "Manifest":  # fmt: skip
         """Read the images below `root/<class>/`, at any depth, without hidden ones; links are followed once.
 
         image_list: text file that names the images below `root` instead; see `lists`.
@@ -167,12 +158,12 @@ class Manifest:
         file = Path(image_list).absolute() if image_list else None
         if file is None:
             name, content, find = f"{folder}", "", partial(list_folder, folder)
-            relabel = partial(relabel_folder, class_names=class_names, positions=positions)
+            relabel = partial(labels.relabel_folder, class_names=class_names, positions=positions)
         else:
             name, content, find = f"{folder}\0{file}", list_digest(file), partial(list_file, file, folder)
-            relabel = partial(relabel_list, path=file, class_names=class_names)
+            relabel = partial(labels.relabel_list, path=file, class_names=class_names)
         if multi_label:
-            relabel = partial(relabel_sets, class_names=class_names, path=file)
+            relabel = partial(labels.relabel_sets, class_names=class_names, path=file)
 
         def checked() -> Listing:
             listing = find()
@@ -183,13 +174,13 @@ class Manifest:
         return _manifest(listing, max_bad_fraction, listed=file is not None)
 
     @staticmethod
-    def from_list(list_path: Path | str, root: Path | str, **options: Any) -> Manifest:
+    def from_list(list_path: Path | str, root: Path | str, **options: Any) -> "Manifest":
         """Read the images below `root` that a text file names; options and errors as for `from_folder`."""
         return Manifest.from_folder(root, image_list=list_path, **options)
 
     @staticmethod
     @os_errors_in_one_line()
-    def from_files(files: Sequence[str]) -> Manifest:
+    def from_files(files: Sequence[str]) -> "Manifest":
         """Read `files` of any folders, in their order, with the label 0; any number of them may be `bad`."""
         paths = [os.fsencode(os.path.abspath(file))[1:] for file in files]
         listing = look_at(Path("/"), lambda start, folders: ((path, 0) for path in paths), (), Counter())
@@ -198,14 +189,16 @@ class Manifest:
     @staticmethod
     def from_shards(
         folder: Path | str, *, class_names: Sequence[str] | None = None, multi_label: bool = False
-    ) -> Manifest:
+    ) -> "Manifest":
         """Read a packed split, in its source's order. Raises DataError as `read_index` and `relabelled`."""
         _, shards = read_index(Path(folder).absolute())
         if multi_label:
-            return relabel_sets(shards, class_names)
+            return labels.relabel_sets(shards, class_names)
         if class_names is None:
             return shards
-        return relabelled(shards, class_names, lambda name: f"{shards.root}: {name} is", "class", False)
+        return labels.relabelled(
+            shards, class_names, lambda name: f"{shards.root}: {name} is", "class", False
+        )
 
 
 def write_index(shards: Manifest, recipe: str) -> None:
@@ -298,8 +291,11 @@ def _manifest(listing: Listing, max_bad_fraction: float | None, *, listed: bool)
     sizes, faults, paths = listing.sizes, listing.faults, listing.paths
     # The device is not among them: its number may change with a mount.
     identities = _identities(listing.inodes, listing.size_bytes, listing.mtime_ns)
-    inner = _holders(listing) if listed else []
-    if more := _listed_faults(listing, identities, inner):  # of `cmtrain data check`; never cached
+    inner: set[str] = set()  # folders below the root and above images, where a check may have left its list
+    for folder in list(listing.folders) if listed else []:
+        while (folder := os.path.dirname(folder)) and folder not in inner:
+            inner.add(folder)
+    if more := _listed_faults(listing, identities, sorted(inner)):  # of `cmtrain data check`; never cached
         sizes = sizes.copy()
         sizes[list(more)] = 0
         faults = dict(sorted((more | faults).items()))
@@ -315,15 +311,6 @@ def _manifest(listing: Listing, max_bad_fraction: float | None, *, listed: bool)
     facts["label_sets"] = listing.label_sets
     everything = Manifest(listing.root, *image, listing.class_names, bad, **facts)
     return everything.select(np.flatnonzero(heights)) if bad else everything
-
-
-def _holders(listing: Listing) -> list[str]:
-    """Return the folders above those of the images, below the root, where a check may have left its list."""
-    holders: set[str] = set()
-    for folder in listing.folders:
-        while (folder := os.path.dirname(folder)) and folder not in holders:
-            holders.add(folder)
-    return sorted(holders)
 
 
 def _why_missing(listing: Listing, missing: Sequence[int]) -> str:

@@ -17,8 +17,7 @@ import threading
 import time
 import zipfile
 import zlib
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +116,7 @@ class Mirror:
         with (slices.folder / _STATES).open("r+b") as file:  # the map holds the lock as long as it lives
             fcntl.flock(file, fcntl.LOCK_SH)
             self._states = np.memmap(file, np.uint8, "r+")
-        self._todo: deque[int] = deque()
+        self._todo: list[Future[None]] = []
         self._coming, self._lock = set[int](), threading.Lock()  # the chunks that are being fetched
         self._error: DataError | None = None
         self._store = Store(_known(slices.folder)["url"])
@@ -132,11 +131,11 @@ class Mirror:
         needed, first = np.unique(self.chunks(slices)[order], return_index=True)
         chunks = needed[np.argsort(first)]
         rank, world = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        self._todo.clear()
+        for future in self._todo:
+            future.cancel()
         mine = chunks[chunks % world == rank]
-        self._todo.extend(mine[self._states[mine] != _WHOLE].tolist())
-        for _ in range(min(REQUESTS, len(self._todo))):
-            self._pool.submit(self._work)
+        todo = mine[self._states[mine] != _WHOLE].tolist()
+        self._todo = [self._pool.submit(self._fetch, chunk) for chunk in todo]
 
     def wait_for(self, chunks: Ints, help_seconds: float = 0.0) -> None:
         """Wait until these chunks are on disk; after `help_seconds`, fetch also those of other processes.
@@ -151,11 +150,6 @@ class Mirror:
                 for chunk in np.unique(missing).tolist():
                     self._help.submit(self._fetch, chunk)
             time.sleep(0.002)
-
-    def _work(self) -> None:
-        with contextlib.suppress(IndexError):  # all is done
-            while True:
-                self._fetch(self._todo.popleft())
 
     def _fetch(self, chunk: int) -> None:
         """Bring a chunk to the disk, unless it is there; an error is raised where somebody waits for it."""
