@@ -1,4 +1,4 @@
-"""Parse the verbs for a trained model: eval, export and predict."""
+"""Parse the verbs for a run that has trained: eval, export, predict and replay."""
 
 import os
 
@@ -106,6 +106,26 @@ def predict_images(arguments: list[str]) -> int:
     from cmtrain.commands.predict import predict
 
     return predict(files, options, overrides)
+
+
+def replay_step(arguments: list[str]) -> None:
+    """Run `cmtrain replay ...`."""
+    parser = Parser("replay", "Take one step of a run again: its images, and what each layer did with them.")
+    parser.add_argument("run", metavar="RUN", help="run folder, or the name of one below runs")
+    what = "which step, counted from 1 as in the log; it begins at the last checkpoint before"
+    parser.add_argument("--step", type=positive, required=True, metavar="N", help=what)
+    sheet = "PNG of the step's images (default: RUN/replay-N.png)"
+    parser.add_argument("--out", type=out_file, metavar="FILE", help=sheet)
+    parser.add_json()
+    options, overrides = parser.parse(arguments)
+    start.announce(f"replay of {options.run}")
+    config = start.check_trained(options.run, overrides)
+    if config:
+        start.check_places(config)
+    start.loading()
+    from cmtrain.commands.replay import replay
+
+    replay(options.run, overrides, step=options.step, out=options.out, as_json=options.json)
 
 
 def _sizes(text: str) -> list[int]:

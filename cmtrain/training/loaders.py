@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,7 +26,17 @@ from pipelines.files.manifest import Manifest
 from pipelines.files.mirror import SOURCE, mirror_split
 from pipelines.files.shards import is_packed
 from pipelines.plan import ClassSampling, Plan
-from pipelines.spec import IMAGENET_MEAN, IMAGENET_STD, AugmentSpec, DataError, EvalSpec, Placement, is_url
+from pipelines.spec import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    AugmentSpec,
+    Batch,
+    DataError,
+    EvalSpec,
+    Loader,
+    Placement,
+    is_url,
+)  # fmt: skip
 
 if TYPE_CHECKING:
     import torch
@@ -185,15 +195,27 @@ def make_train_loader(
     """Make the loader of training batches. Raises DataError where DALI cannot be loaded."""
     from pipelines.loader import train_loader
 
+    plan = make_plan(config, manifest, schedule)
+    return train_loader(manifest, plan, augment_spec(config, accelerator), place)
+
+
+def make_plan(config: Config, manifest: Manifest, schedule: Schedule) -> Plan:
     sampling = None
     if config.data.sampling:  # balanced, or power: and a number
         power = float(config.data.sampling.partition(":")[2] or 0)
         sampling = ClassSampling(manifest.labels, power)
-    plan = Plan(
+    return Plan(
         config.run.seed, len(manifest), schedule.global_batch_size, schedule.micro_batch_size,
         repeats=config.augment.repeats, sampling=sampling,
     )  # fmt: skip
-    return train_loader(manifest, plan, augment_spec(config, accelerator), place)
+
+
+def batches_from(step: int, loader: Loader, schedule: Schedule) -> Iterator[Batch]:
+    """Yield this rank's micro-batches from optimizer step `step` on, epoch after epoch, without end."""
+    while True:
+        epoch, steps_into_epoch = divmod(step, schedule.steps_per_epoch)
+        yield from loader.epoch(epoch, start=steps_into_epoch * schedule.global_batch_size)
+        step = (epoch + 1) * schedule.steps_per_epoch
 
 
 def class_weights(config: Config, manifest: Manifest, num_classes: int) -> list[float] | None:

@@ -231,7 +231,8 @@ class RunLogger:
 
     def bad_batch(self, step: int, found: BadStep, files: Sequence[str]) -> None:
         """Log the cause of too many bad steps in a row. `files`: some samples of the last one."""
-        line = f"step {step}: too many bad steps; {found.cause}; of {'; '.join(files)}, ..."
+        line = f"step {step}: too many bad steps; {found.cause}; of {'; '.join(files)}, ...; look at it by "
+        line += f"cmtrain replay {self.path} --step {step}"
         self._report("bad_batch", line, step=step, **asdict(found), files=list(files))
 
     def rolled_back(self, step: int, good_step: int, cause: str, lr_factor: float) -> None:

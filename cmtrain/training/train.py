@@ -31,7 +31,7 @@ from cmtrain.storage.records import replace_file
 from cmtrain.storage.run_folder import MISTAKES_NAME, SAMPLE_NAME, RunLock
 from cmtrain.training import build
 from cmtrain.training.build import Parts
-from cmtrain.training.loaders import Data, label_sets
+from cmtrain.training.loaders import Data, batches_from, label_sets
 from cmtrain.training.mistakes import draw_mistakes
 from cmtrain.training.recovery import Recovery, find_overflow, merge_ranks
 from cmtrain.training.resume import restore
@@ -40,7 +40,7 @@ from cmtrain.training.saver import Saver
 from cmtrain.training.schedule import Schedule
 from pipelines.files.manifest import Manifest
 from pipelines.preview import contact_sheet
-from pipelines.spec import Batch, Loader
+from pipelines.spec import Batch
 
 if TYPE_CHECKING:
     from pipelines.loader import DaliLoader
@@ -216,14 +216,6 @@ def run(
     watchdog.close()
     logger.report_losses()
     return code
-
-
-def batches_from(step: int, loader: Loader, schedule: Schedule) -> Iterator[Batch]:
-    """Yield this rank's micro-batches from optimizer step `step` on, epoch after epoch, without end."""
-    while True:
-        epoch, steps_into_epoch = divmod(step, schedule.steps_per_epoch)
-        yield from loader.epoch(epoch, start=steps_into_epoch * schedule.global_batch_size)
-        step = (epoch + 1) * schedule.steps_per_epoch
 
 
 def draw_first(

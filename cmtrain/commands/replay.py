@@ -1,0 +1,184 @@
+"""Take one step of a run again, and show what the model saw and did (`cmtrain replay`).
+
+All that is random is a function of (seed, epoch, sample) or (seed, step), so the step sees the same pixels,
+mixed the same, with the same dropout: in one process, however many ranks the run had.
+"""
+
+import contextlib
+import functools
+import itertools
+import tempfile
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from cmtrain.commands.trained_model import open_trained
+from cmtrain.config.load import Overrides, load_config
+from cmtrain.config.schema import Config
+from cmtrain.errors import ConfigError
+from cmtrain.monitoring.console import print_result
+from cmtrain.storage.checkpoint import checkpoint_path, checkpoint_steps
+from cmtrain.storage.run_folder import RunLock, find_run, read_events
+from cmtrain.training import build, loaders
+from cmtrain.training.build import Parts
+from cmtrain.training.resume import restore
+from pipelines.plan import augment_params
+from pipelines.preview import contact_sheet
+from pipelines.progress import tracked
+from pipelines.rand_augment import Branch
+from pipelines.spec import Batch, DataError, print_lines
+
+FP16_MAX = torch.finfo(torch.float16).max
+SHOWN = 12  # layers in the table, after those that are not finite
+
+
+@dataclass
+class Layer:
+    """What a layer gave in the step: the largest finite value, and how many values are not finite."""
+
+    layer: str
+    kind: str
+    largest: float = 0.0
+    nonfinite: int = 0
+    grad_norm: float | None = None  # of its own parameters, clipped as in the step; None: it has none
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """The step: images (B, 3, H, W) of each micro-batch as the model saw them, and what came of them."""
+
+    images: list[Tensor]
+    samples: list[dict[str, Any]]  # in the order of the images: file, label, crop, operations
+    loss: float
+    grad_norm: float
+    layers: list[Layer]
+
+
+def replay(place: str, overrides: Overrides, *, step: int, out: str | None, as_json: bool = False) -> None:
+    """Take step number `step` of the run at `place` again; print its layers, and write its images to `out`.
+    `step` counts from 1, as log points do. Raises ConfigError: no such step. DataError: as training, or
+    `out` cannot be written.
+    """
+    run = find_run(place)[0]
+    with tempfile.TemporaryDirectory() as folder:  # for a lock: the run itself may go on
+        parts, before = _assemble(run, overrides, step, folder)
+        print_lines(*parts.notes, f"{run}: from {f'step {before}' if before else 'the beginning'} to {step}")
+        gone = [e["step"] for e in read_events(run) if e.get("event") == "rollback"]
+        print_lines(*(f"the run went back to an older state at step {at}; this does not" for at in gone
+                      if before < at < step))  # fmt: skip
+        found = _replayed(parts, step)
+    parts.train_loader.close()
+    path = Path(out or run / f"replay-{step}.png")
+    captions = [[Path(s["file"]).name, s["label"], s["crop"], s["operations"]] for s in found.samples]
+    try:
+        data = parts.config.data
+        contact_sheet(torch.cat(found.images), data.mean, data.std, path, captions=captions)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written: {error.strerror or error}") from error
+    Console(stderr=True).print(_table(found))
+    print_lines(f"step {step}: loss {found.loss:.6g}, gradient norm {found.grad_norm:.4g}", path)
+    numbers = {"step": step, "from_step": before, "loss": found.loss, "grad_norm": found.grad_norm}
+    layers = [asdict(layer) for layer in found.layers]
+    print_result(numbers | {"images": str(path), "samples": found.samples, "layers": layers}, asked=as_json)
+
+
+def _assemble(run: Path, overrides: Overrides, step: int, folder: str) -> tuple[Parts, int]:
+    """Return the parts of the run, restored from its last checkpoint before `step`, and that one's step."""
+    root = run / "checkpoints"
+    steps = checkpoint_steps(root)
+    before = max((saved for saved in steps if saved < step), default=0)
+    config, micro = load_config(run / "config.yaml", overrides).config, 0
+    if steps:
+        trained = open_trained(str(checkpoint_path(root, before or steps[0])), overrides)
+        config, micro = trained.config, int(trained.checkpoint.meta["micro_batch_size"])
+    parts = _parts(config, micro, folder, str(checkpoint_path(root, before)) if before else "never")
+    if not 1 <= step <= parts.schedule.total_steps:
+        raise ConfigError(f"--step {step}: the run has {parts.schedule.total_steps:,} steps")
+    if parts.start.checkpoint:
+        restore(parts.learner, parts.start.checkpoint)
+        parts.recovery.load_state_dict(parts.start.checkpoint.state["recovery"])
+    return parts, before
+
+
+def _parts(config: Config, micro_batch_size: int, folder: str, resume: str) -> Parts:
+    train = config.train.model_copy(update={"compile": False, "compile_mode": "default"})
+    if micro_batch_size:  # mixing and BatchNorm are by micro-batch
+        train = train.model_copy(update={"max_batch_per_gpu": micro_batch_size})
+    sections = {"train": train, "metrics": config.metrics.model_copy(update={"trackers": ()})}
+    sections["run"] = config.run.model_copy(update={"dir": folder})
+    config = config.model_copy(update=sections)
+    with closing(RunLock(Path(folder) / str(config.run.name))) as lock:
+        return build.assemble(config, lock, resume)
+
+
+def _replayed(parts: Parts, step: int) -> Replayed:
+    learner, schedule, first = parts.learner, parts.schedule, parts.start.step
+    batches = loaders.batches_from(first, parts.train_loader, schedule)
+    for number in tracked(range(first, step - 1), "taking the steps before", step - 1 - first):
+        learner.step(batches, number, schedule.lr_at(number) * parts.recovery.lr_factor(number))
+    taken = list(itertools.islice(batches, schedule.accumulation))
+    images: list[Tensor] = []
+    layers: dict[str, Layer] = {}
+    with contextlib.ExitStack() as hooks:
+        see = learner.model.register_forward_pre_hook(lambda _, given: images.append(given[0].clone()))
+        hooks.enter_context(see)
+        for name, module in learner.model.named_modules():
+            if not list(module.children()):
+                layers[name] = Layer(name, type(module).__name__)
+                hooks.enter_context(module.register_forward_hook(functools.partial(_look, layers[name])))
+        number = step - 1
+        learner.step(iter(taken), number, schedule.lr_at(number) * parts.recovery.lr_factor(number))
+    for name, layer in layers.items():
+        own = learner.model.get_submodule(name).parameters(recurse=False)
+        gradients = [parameter.grad for parameter in own if parameter.grad is not None]
+        layer.grad_norm = float(nn.utils.get_total_norm(gradients)) if gradients else None
+    loss, grad_norm = learner.buffer.read()[-1]
+    return Replayed(images, list(_samples(parts, step, taken)), loss, grad_norm, list(layers.values()))
+
+
+def _look(layer: Layer, module: nn.Module, inputs: Any, output: Tensor) -> None:
+    output = output.detach()
+    finite = torch.isfinite(output)
+    layer.nonfinite += int((~finite).sum())
+    if finite.any():
+        layer.largest = max(layer.largest, float(output[finite].abs().max()))
+
+
+def _samples(parts: Parts, step: int, taken: list[Batch]) -> Iterator[dict[str, Any]]:
+    """Yield file, label, crop (height x width + left + top) and operations of each sample of the step."""
+    manifest, schedule, config = parts.data.train, parts.schedule, parts.config
+    plan = loaders.make_plan(config, manifest, schedule)
+    spec = loaders.augment_spec(config, parts.accelerator)
+    epoch, steps_into_epoch = divmod(step - 1, schedule.steps_per_epoch)
+    planned = plan.micro_batches(epoch, steps_into_epoch * schedule.global_batch_size, 0, 1)
+    for batch, micro in zip(taken, planned, strict=False):
+        given = batch.indices.cpu().numpy()  # stand-ins of bad files included
+        sizes = manifest.heights[given], manifest.widths[given]
+        params = augment_params(plan, micro._replace(indices=given), *sizes, spec)
+        for place, index in enumerate(given.tolist()):
+            top, left, height, width = params.windows[place].tolist()
+            branches = params.layers.branches[place].tolist() if params.layers else []
+            names = [Branch(branch).name.lower() for branch in branches if branch]
+            yield {
+                "file": manifest.file(index), "label": manifest.label_name(int(manifest.labels[index])),
+                "crop": f"{height}x{width}+{left}+{top}",
+                "operations": " ".join([*["mirrored"] * int(params.flips[place]), *names]),
+            }  # fmt: skip
+
+
+def _table(found: Replayed) -> Table:
+    table = Table("layer", "kind", "largest", "% of fp16", "not finite", "gradient", box=None)
+    table.columns[0].overflow = "fold"
+    bad = [layer for layer in found.layers if layer.nonfinite]
+    for layer in [*bad[:SHOWN], *sorted(found.layers, key=lambda layer: -layer.largest)[:SHOWN]]:
+        norm = "" if layer.grad_norm is None else f"{layer.grad_norm:.3g}"
+        share = f"{100 * layer.largest / FP16_MAX:.2g}"
+        table.add_row(layer.layer, layer.kind, f"{layer.largest:.3g}", share, f"{layer.nonfinite:,}", norm)
+    return table
