@@ -69,13 +69,7 @@ def is_url(root: str) -> bool:
 
 def visible(text: object) -> str:
     r"""Return text for people; what is not printable, as it could forge a line, is an escape (\n, \x1b)."""
-    shown = str(text)
-    if shown.isprintable():
-        return shown
-    return "".join(
-        char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode()
-        for char in shown
-    )
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in str(text))
 
 
 def print_lines(*lines: object) -> None:

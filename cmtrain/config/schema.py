@@ -22,6 +22,7 @@ class Config(Section):
     data: sections.Data
     augment: sections.Augment = sections.Augment()
     mixing: sections.Mixing = sections.Mixing()
+    distill: sections.Distill = sections.Distill()
     optim: sections.Optim
     schedule: sections.ScheduleSection
     train: sections.Train
@@ -100,6 +101,7 @@ _RULES: tuple[_Rule, ...] = (
     ("mixing.target_threshold mixing.loss data.multi_label",
      lambda threshold, loss, several: threshold is None or loss != "cross_entropy" or several,
      "{} does not go with {}"),
+    ("distill.teacher data.multi_label", lambda teacher, on: not (teacher and on), "{} does not go with {}"),
     ("expect.enforce expect.top1", lambda on, top: not on or top is not None, "{} needs {} to be set"),
     ("expect.diverges expect.top1", lambda on, top: not on or top is None, "{} contradicts {}"),
     ("model.unfreeze_epoch model.freeze", lambda a, b: a is None or b, "{} needs {} to be set"),

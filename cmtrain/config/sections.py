@@ -204,6 +204,15 @@ class Mixing(Section):
     recount: Count = _key(1, "rectangles erased in such an image")
 
 
+class Distill(Section):
+    teacher: Text | None = None
+    """a run, or timm's name of a model with weights, such as resnet50.a1_in1k, of the same classes; it sees
+    the pixels that the model sees, and what it gives is learned, too; null: no teacher"""
+    kind: Literal["soft", "hard"] = _key("soft", "soft: its probabilities; hard: its likeliest class")
+    weight: Fraction = _key(0.5, "share of the loss that the teacher gives, the rest is that of the labels")
+    temperature: Positive = _key(1.0, "of soft: both models' logits are divided by it")
+
+
 class Optim(Section):
     opt: Optimizer = "adamw"
     """the optimizer; those of timm, all but adamw and sgd, make the host wait once a step"""

@@ -120,9 +120,7 @@ class ResidualDepthwiseConv(nn.Conv2d):
 
 
 class PatchConv(nn.Conv2d):
-    """Convolution whose stride is its kernel, dense or depth-wise: (B, C, r H, r W) -> (B, out, H, W).
-    On a GPU it is a matrix product in a Triton kernel (`kernel`: see FeedForward).
-    """
+    """Convolution whose stride is its kernel, dense or depth-wise: (B, C, r H, r W) -> (B, out, H, W)."""
 
     def __init__(self, channels: int, out: int, patch: int, *, groups: int = 1, kernel: FfnKernel = "auto"):
         super().__init__(channels, out, patch, patch, groups=groups)
@@ -193,9 +191,7 @@ class BlockOptions:
 
 
 class Stem(nn.Module):
-    """Three 3x3 convolutions, the first with stride 2, each followed by GELU and BatchNorm in that order.
-    On a GPU bias, GELU and BatchNorm are Triton kernels (`kernel`: see FeedForward).
-    """
+    """Three 3x3 convolutions, the first with stride 2, each followed by GELU and BatchNorm in that order."""
 
     def __init__(self, in_chans: int, channels: int, kernel: FfnKernel = "auto"):
         super().__init__()
@@ -388,5 +384,5 @@ class Stage(nn.Module):
         return x
 
 
-# Each has a `kernel`.
+# On a GPU all or most of each is Triton kernels; `kernel`: see FeedForward.
 FusedPart = Attention | FeedForward | ResidualDepthwiseConv | PatchConv | ChannelNorm | Stem

@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 
 from cmtrain.step.guard import Guard, running_statistics
 from cmtrain.step.measure import Phases, StepBuffer, StepReport, extremes
-from cmtrain.step.mixing import MixSpec, loss_of, mix
+from cmtrain.step.mixing import MixSpec, loss_of, mix, taught
 from cmtrain.step.optimizer import Ema, add_gradients, set_frozen
 from cmtrain.step.spikes import Spike, SpikeDetector
 from pipelines.spec import Batch
@@ -37,8 +37,8 @@ class Learner:
     `model` is on `accelerator.device`, not yet wrapped. `ema_decay`: per step; None: no EMA. `protect`:
     whether the guard refuses bad steps, or only counts them. `accumulation`: micro-batches per step on this
     rank. `clip_grad`: largest L2 norm of the gradient, or as `clip_mode` says; None: no clipping.
-    `spike_sigma`: see SpikeDetector.
-    `class_weights`: (num_classes,), in the loss. `frozen`: names, see set_frozen, until `unfreeze_step`.
+    `spike_sigma`: see SpikeDetector. `class_weights`: (num_classes,), in the loss. `teacher`: in evaluation
+    mode. `frozen`: names, see set_frozen, until `unfreeze_step`.
     """
 
     def __init__(
@@ -46,6 +46,7 @@ class Learner:
         ema_decay: float | None, protect: bool, spike_sigma: float,
         mixing: MixSpec, accumulation: int, clip_grad: float | None, seed: int,
         clip_mode: str = "norm", ema_warmup: bool = False, class_weights: Tensor | None = None,
+        teacher: nn.Module | None = None,
         frozen: Collection[str] = (), unfreeze_step: float = math.inf,
     ) -> None:  # fmt: skip
         self.model, self.optimizer, self.accelerator = model, optimizer, accelerator
@@ -55,7 +56,7 @@ class Learner:
         self.wrapped = self._wrap()
         self.frozen, self.unfreeze_step = frozen, unfreeze_step
         self.mixing, self.accumulation, self.clip_grad, self.seed = mixing, accumulation, clip_grad, seed
-        self.class_weights, self.clip_mode = class_weights, clip_mode
+        self.class_weights, self.clip_mode, self.teacher = class_weights, clip_mode, teacher
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.buffer = StepBuffer(accelerator.num_processes)
         self.detector = SpikeDetector(spike_sigma)
@@ -115,6 +116,10 @@ class Learner:
                 with self.guard.uncounted():
                     logits = self.wrapped(images).float()
                 loss = loss_of(logits, targets, self.mixing, self.class_weights)
+                if self.teacher:
+                    with torch.no_grad(), self.accelerator.autocast():
+                        answers = self.teacher(images).float()
+                    loss = taught(loss, logits, answers, self.mixing)
                 self.phases.begin("backward")
                 self._backward(loss / self.accumulation, last)
             self.guard.propose()

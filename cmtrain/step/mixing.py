@@ -42,6 +42,9 @@ class MixSpec:
     until_step: float = math.inf
     loss: str = "cross_entropy"
     target_threshold: float | None = None
+    teaching: str = "soft"  # or hard; weight and temperature: see `taught`
+    teacher_weight: float = 0.5
+    temperature: float = 1.0
     label_sets: Tensor | None = None
     custom: Callable[[Tensor, int], Tensor] | None = None
 
@@ -112,6 +115,18 @@ def loss_of(logits: Tensor, targets: Tensor, spec: MixSpec, class_weights: Tenso
         targets = (targets > spec.target_threshold).float()
     loss = F.binary_cross_entropy_with_logits(logits, targets, class_weights)
     return loss * spec.num_classes if spec.loss == "bce_sum" else loss
+
+
+def taught(loss: Tensor, logits: Tensor, teacher_logits: Tensor, spec: MixSpec) -> Tensor:
+    """Return the weighted sum of `loss`, of the labels, and the teacher's; both logits (B, num_classes).
+    soft: Kullback-Leibler divergence times temperature squared (arXiv 1503.02531), as timm's.
+    """
+    if spec.teaching == "hard":
+        theirs = F.cross_entropy(logits, teacher_logits.argmax(1))
+    else:
+        ours, answer = (F.log_softmax(given / spec.temperature, 1) for given in (logits, teacher_logits))
+        theirs = F.kl_div(ours, answer, reduction="batchmean", log_target=True) * spec.temperature**2
+    return (1 - spec.teacher_weight) * loss + spec.teacher_weight * theirs
 
 
 def erase(images: Tensor, spec: MixSpec, rng: np.random.Generator) -> Tensor:

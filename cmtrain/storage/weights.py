@@ -158,7 +158,7 @@ def start_from(path: str, model: nn.Module, class_names: Sequence[str] = ()) -> 
             notes = _fit_reference(model, weights.tensors)
         else:
             notes = fit(model, weights.tensors, keeps_head=False)
-        theirs = _classes_beside(weights.path)
+        theirs = classes_beside(weights.path)
         if len(theirs) == len(class_names) and theirs != list(class_names):
             pair = next(pair for pair in zip(theirs, class_names, strict=True) if pair[0] != pair[1])
             what = "the classifier head is of other classes, or of these in another order"
@@ -181,7 +181,7 @@ def _fit_reference(model: CMT, tensors: Mapping[str, Tensor]) -> list[str]:
     return [f"new classifier head: {model.num_classes} classes (the weights have {found})"] if is_new else []
 
 
-def _classes_beside(path: Path) -> list[str]:
+def classes_beside(path: Path) -> list[str]:
     """Return the class names of the run or export that `path` is in; [] where it has none."""
     run, export = path.parent.parent / "classes.json", path.parent / "config.json"
     for file, key in ((run, "classes"), (export, "label_names")):

@@ -13,6 +13,7 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import timm
@@ -20,8 +21,8 @@ import torch
 from accelerate import Accelerator, utils
 from torch import Tensor, nn
 
-from cmtrain.config.load import source_of
-from cmtrain.config.schema import CMT_OPTIONS, Config, as_begun
+from cmtrain.config.load import load_config, source_of
+from cmtrain.config.schema import CMT_OPTIONS, Config, Model, as_begun
 from cmtrain.errors import ConfigError, did_you_mean
 from cmtrain.models.cmt import CMT
 from cmtrain.models.cost import training_flops_per_image
@@ -35,9 +36,9 @@ from cmtrain.step.learner import Learner
 from cmtrain.step.mixing import MixSpec
 from cmtrain.step.optimizer import frozen_names, make_optimizer, set_frozen
 from cmtrain.storage.run_folder import RunLock
-from cmtrain.storage.weights import start_from
+from cmtrain.storage.weights import classes_beside, fit, read_weights, start_from
 from cmtrain.training import loaders
-from cmtrain.training.pretrained import load_pretrained
+from cmtrain.training.pretrained import find_pretrained, load_pretrained
 from cmtrain.training.recovery import Recovery
 from cmtrain.training.resume import Start, choose_start
 from cmtrain.training.schedule import Schedule, plan_steps, split_batch
@@ -104,7 +105,11 @@ def assemble(config: Config, lock: RunLock, resume: str, data: loaders.Data | No
     train_loader = loaders.make_train_loader(config, data.train, schedule, accelerator, place)
     eval_loader = loaders.make_eval_loader(config, data.val, schedule.micro_batch_size, accelerator, place)
     sets = loaders.label_sets(data.train, num_classes, accelerator.device)
-    learner = make_learner(config, model, schedule, num_classes, accelerator, start.step, weights, sets)
+    teacher, lines = make_teacher(config, num_classes, data.train.class_names, accelerator.device)
+    notes += lines
+    learner = make_learner(
+        config, model, schedule, num_classes, accelerator, start.step, weights, sets, teacher
+    )
     recovery = make_recovery(config, schedule)
     return Parts(
         config, accelerator, control, data, schedule, start, train_loader, eval_loader, learner, recovery,
@@ -193,6 +198,36 @@ def make_model(
     return built
 
 
+def make_teacher(
+    config: Config, num_classes: int, class_names: Sequence[str], device: torch.device
+) -> tuple[nn.Module | None, list[str]]:
+    """Make distill.teacher, which is never trained, and lines for the user. Raises ConfigError: it has other
+    classes; as load_pretrained and read_weights.
+    """
+    name, lines = config.distill.teacher, list[str]()
+    if name is None:
+        return None, lines
+    try:
+        is_run = (file := Path(name) / "config.yaml").exists()
+        model = load_config(file).config.model if is_run else Model(name=name, pretrained=True)
+        theirs = config.model_copy(update={"model": model})
+        make = functools.partial(make_model, theirs, num_classes, device)
+        if is_run:
+            weights, teacher = read_weights(name), make()
+            lines = [*fit(teacher, weights.tensors, keeps_head=True), *weights.warnings, str(weights.path)]
+            if (names := classes_beside(weights.path)) and names != list(class_names):
+                raise ConfigError("its classes are not those of the data, in the same order")
+        elif (cfg := find_pretrained(model)[0]).num_classes != num_classes:
+            raise ConfigError(f"it has {cfg.num_classes} classes, and the data {num_classes}")
+        else:
+            teacher, _, line = load_pretrained(theirs, num_classes, make)
+            lines = [line]
+    except (ConfigError, DataError) as error:
+        raise type(error)(f"distill.teacher: {name}: {error}") from error
+    compile_model(config, teacher)
+    return teacher.eval().requires_grad_(False), [f"distill.teacher: {line}" for line in lines]
+
+
 def import_modules(entries: Sequence[str]) -> None:
     """Import the modules of run.imports. Raises ConfigError: one fails; names the line at which it did."""
     for entry in entries:
@@ -240,12 +275,20 @@ def mix_spec(
             raise ConfigError(f"augment.extra: {source_of(module)} has no function {name}")
     mixing = config.mixing.model_dump(exclude={"class_weights", "until_epoch"})
     until = (config.mixing.until_epoch or math.inf) * steps_per_epoch
-    return MixSpec(num_classes, until_step=until, label_sets=label_sets, custom=custom, **mixing)
+    distill = config.distill
+    teacher = {
+        "teaching": distill.kind,
+        "teacher_weight": distill.weight,
+        "temperature": distill.temperature,
+    }
+    mixing |= teacher | {"label_sets": label_sets, "custom": custom, "until_step": until}
+    return MixSpec(num_classes, **mixing)
 
 
 def make_learner(
     config: Config, model: nn.Module, schedule: Schedule, num_classes: int, accelerator: Accelerator,
     first_step: int = 0, class_weights: Sequence[float] | None = None, label_sets: Tensor | None = None,
+    teacher: nn.Module | None = None,
 ) -> Learner:  # fmt: skip
     """Make the learner. Raises ConfigError: train.grad_checkpointing is not supported; as what it calls."""
     freeze, epoch = config.model.freeze, config.model.unfreeze_epoch
@@ -271,5 +314,6 @@ def make_learner(
         spike_sigma=config.guard.spike_sigma, accumulation=schedule.accumulation,
         mixing=mix_spec(config, num_classes, label_sets, schedule.steps_per_epoch),
         clip_grad=config.optim.clip_grad, clip_mode=config.optim.clip_mode, ema_warmup=config.ema.warmup,
-        seed=config.run.seed, class_weights=weights, frozen=frozen, unfreeze_step=unfreeze_step,
+        seed=config.run.seed, class_weights=weights, teacher=teacher,
+        frozen=frozen, unfreeze_step=unfreeze_step,
     )  # fmt: skip

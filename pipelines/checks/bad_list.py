@@ -1,8 +1,7 @@
 """Read and write the list of unusable files that `cmtrain data check` finds and training leaves out.
 
-A text file, one `path<TAB>kind<TAB>reason` per line, paths relative to the folder that was checked. It is
-bad_files.tsv in that folder or, where that cannot be written, a file in the user's cache. Deleting a line
-takes its file back in. In a path, what is not printable is an escape such as \\n, and a backslash is two.
+A text file, one `path<TAB>kind<TAB>reason` per line, paths relative to the folder that was checked, with
+escapes; docs/data.md says where it is.
 """
 
 import contextlib
@@ -114,7 +113,8 @@ def _read(path: Path) -> dict[str, Fault]:
             if kind is None or "\0" in line:
                 advice = "expected path, tab, kind, tab, reason; mend it, or run `cmtrain data check` again"
                 raise DataError(f"{path}:{number}: {advice}")
-            faults[_unescaped(listed)] = Fault(kind, reason)
+            name = _ESCAPES.sub(lambda found: found[0].encode().decode("unicode_escape"), listed)
+            faults[name] = Fault(kind, reason)
     return faults
 
 
@@ -138,7 +138,3 @@ def _write_first(places: Iterable[Path], faults: Mapping[str, Fault]) -> Path:
         except OSError as error:
             errors.append(f"{place}: {error.strerror or error}")
     raise DataError(f"the list of bad files cannot be written: {'; '.join(errors)}")
-
-
-def _unescaped(text: str) -> str:
-    return _ESCAPES.sub(lambda found: found[0].encode().decode("unicode_escape"), text)

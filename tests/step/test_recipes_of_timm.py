@@ -2,6 +2,7 @@
 
 import copy
 import typing
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,13 +11,14 @@ import torch
 from helpers.half import HalfAccelerator
 from helpers.mini import NUM_CLASSES, POISON, Mini, batch, make_learner, step
 from timm.loss import BinaryCrossEntropy, SoftTargetCrossEntropy
+from timm.task.distillation import LogitDistillationTask
 from timm.utils import ModelEmaV3, dispatch_clip_grad
 from timm.utils.clip_grad import adaptive_clip_grad
 from torch import nn
 
 from cmtrain.config import sections
 from cmtrain.errors import ConfigError
-from cmtrain.step.mixing import MixSpec, erase, loss_of, mix
+from cmtrain.step.mixing import MixSpec, erase, loss_of, mix, taught
 from cmtrain.step.optimizer import Ema, make_optimizer
 from cmtrain.storage.state_file import read_state, write_state
 
@@ -151,6 +153,40 @@ def test_a_learner_takes_the_loss_of_its_recipe():
         losses[loss] = learner.report(1, 0, 0.05, reset=True).loss
     assert losses["bce_sum"] == pytest.approx(NUM_CLASSES * losses["bce"], rel=1e-5)
     assert losses["bce"] < losses["cross_entropy"] < losses["bce_sum"]
+
+
+@pytest.mark.parametrize("kind", ["soft", "hard"])
+@pytest.mark.parametrize(("weight", "temperature"), [(0.5, 1.0), (0.9, 3.0)])
+def test_distillation_is_timms(kind, weight, temperature):
+    make = partial(timm.create_model, "test_resnet", num_classes=NUM_CLASSES)
+    student, teacher = seeded(make, 0), seeded(make, 1).eval()
+    x, targets = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(2)), torch.arange(6) % 4
+    spec = MixSpec(NUM_CLASSES, teaching=kind, teacher_weight=weight, temperature=temperature)
+    loss = nn.functional.cross_entropy(student(x), targets)
+    ours = taught(loss, student(x), teacher(x), spec)
+    task = LogitDistillationTask(
+        student, teacher, nn.CrossEntropyLoss(), task_loss_weight=1 - weight, temperature=temperature
+    )
+    theirs = task(x, targets)["loss"]
+    if kind == "hard":  # of DeiT, which timm's logits do not have
+        theirs = (1 - weight) * loss + weight * nn.functional.cross_entropy(student(x), teacher(x).argmax(1))
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
+def test_the_student_sees_what_the_teacher_sees_and_the_teacher_stays():
+    teacher = seeded(Mini, 7).eval().requires_grad_(False)
+    seen, before = [], copy.deepcopy(teacher.state_dict())
+    teacher.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    spec = MixSpec(NUM_CLASSES, mixup=0.8, reprob=0.5, teacher_weight=0.7)
+    plain, learner = make_learner(mixing=spec), make_learner(mixing=spec, teacher=teacher, accumulation=1)
+    learner.model.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    for each in (plain, learner):
+        step(each, 0)
+    assert len(seen) == 2
+    assert torch.equal(*seen)
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    assert not torch.equal(plain.model.head.weight, learner.model.head.weight)
 
 
 # ---- clipping
