@@ -4,12 +4,9 @@ import sys
 import time
 from collections.abc import Generator, Iterable
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, TypeVar
+from typing import Any, TypeVar
 
 from pipelines.spec import print_lines, visible
-
-if TYPE_CHECKING:
-    from rich.progress import Progress
 
 T = TypeVar("T")
 
@@ -21,13 +18,12 @@ def tracked(
     steps: Iterable[T], what: str, total: int, done: int = 0, per_step: int = 1
 ) -> Generator[T, None, None]:
     """Pass `steps` on; after two seconds draw a bar on stderr or, without a terminal, print lines.
-
     `what` is as in "reading image headers"; `total`, `done` before and `per_step` are numbers of samples.
     """
     began = time.monotonic()
     next_report = began + QUIET_SECONDS
     with ExitStack() as stack:
-        bar: Progress | None = None
+        bar: Any = None
         for step in steps:
             yield step
             done, now = min(done + per_step, total), time.monotonic()
@@ -42,7 +38,7 @@ def tracked(
                 next_report = now + LINE_SECONDS
 
 
-def _bar(what: str, total: int) -> "Progress":
+def _bar(what: str, total: int) -> Any:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 

@@ -1,12 +1,14 @@
 """Parse the verbs for a run that has trained: eval, export, predict and replay."""
 
 import os
+from contextlib import suppress
 
 from cmtrain.cli import start
 from cmtrain.cli.arguments import Parser, out_file, positive, share
+from cmtrain.config.load import load_config
 from cmtrain.config.schema import sizes_of
 from cmtrain.errors import ConfigError
-from cmtrain.storage.run_folder import find_export
+from cmtrain.storage.run_folder import find_export, find_run
 from pipelines.spec import DataError
 
 RUN_HELP = "run folder, the name of one below runs, or a checkpoint"
@@ -119,9 +121,9 @@ def replay_step(arguments: list[str]) -> None:
     parser.add_json()
     options, overrides = parser.parse(arguments)
     start.announce(f"replay of {options.run}")
-    config = start.check_trained(options.run, overrides)
-    if config:
-        start.check_places(config)
+    run = find_run(options.run, trained=False)[0]
+    with suppress(ConfigError):  # a checkpoint has a copy
+        start.check_places(load_config(run / "config.yaml", overrides).config)
     start.loading()
     from cmtrain.commands.replay import replay
 

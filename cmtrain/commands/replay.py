@@ -7,6 +7,8 @@ mixed the same, with the same dropout: in one process, however many ranks the ru
 import contextlib
 import functools
 import itertools
+import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import closing
@@ -18,17 +20,21 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from cmtrain.commands.trained_model import open_trained
+from cmtrain.commands.trained_model import config_in
 from cmtrain.config.load import Overrides, load_config
-from cmtrain.config.schema import Config
+from cmtrain.config.schema import Config, recipe_changes
 from cmtrain.errors import ConfigError
 from cmtrain.monitoring.console import print_result
-from cmtrain.storage.checkpoint import checkpoint_path, checkpoint_steps
-from cmtrain.storage.run_folder import RunLock, find_run, read_events
+from cmtrain.storage.checkpoint import checkpoint_path, checkpoint_steps, read_manifest
+from cmtrain.storage.records import finite, retried
+from cmtrain.storage.run_folder import RunLock, find_run, read_events, read_status
+from cmtrain.storage.state_file import CheckpointError
 from cmtrain.training import build, loaders
 from cmtrain.training.build import Parts
 from cmtrain.training.resume import restore
+from cmtrain.training.schedule import split_batch
 from pipelines.plan import augment_params
 from pipelines.preview import contact_sheet
 from pipelines.progress import tracked
@@ -66,13 +72,16 @@ def replay(place: str, overrides: Overrides, *, step: int, out: str | None, as_j
     `step` counts from 1, as log points do. Raises ConfigError: no such step. DataError: as training, or
     `out` cannot be written.
     """
-    run = find_run(place)[0]
-    with tempfile.TemporaryDirectory() as folder:  # for a lock: the run itself may go on
-        parts, before = _assemble(run, overrides, step, folder)
+    run = find_run(place, trained=False)[0]
+    with tempfile.TemporaryDirectory() as folder:  # the run itself may go on, and is left as it is
+        parts = _assemble(run, overrides, step, Path(folder))
+        before = parts.start.step
         print_lines(*parts.notes, f"{run}: from {f'step {before}' if before else 'the beginning'} to {step}")
         gone = [e["step"] for e in read_events(run) if e.get("event") == "rollback"]
         print_lines(*(f"the run went back to an older state at step {at}; this does not" for at in gone
                       if before < at < step))  # fmt: skip
+        if (read_status(run) or {}).get("step", step) < step:
+            print_lines(f"the run has not taken step {step}; this is what it would be")
         found = _replayed(parts, step)
     parts.train_loader.close()
     path = Path(out or run / f"replay-{step}.png")
@@ -84,38 +93,64 @@ def replay(place: str, overrides: Overrides, *, step: int, out: str | None, as_j
         raise DataError(f"{path}: cannot be written: {error.strerror or error}") from error
     Console(stderr=True).print(_table(found))
     print_lines(f"step {step}: loss {found.loss:.6g}, gradient norm {found.grad_norm:.4g}", path)
-    numbers = {"step": step, "from_step": before, "loss": found.loss, "grad_norm": found.grad_norm}
-    layers = [asdict(layer) for layer in found.layers]
+    numbers = {"step": step, "from_step": before}
+    numbers |= {"loss": finite(found.loss), "grad_norm": finite(found.grad_norm)}
+    layers = [{key: finite(value) for key, value in asdict(layer).items()} for layer in found.layers]
     print_result(numbers | {"images": str(path), "samples": found.samples, "layers": layers}, asked=as_json)
 
 
-def _assemble(run: Path, overrides: Overrides, step: int, folder: str) -> tuple[Parts, int]:
-    """Return the parts of the run, restored from its last checkpoint before `step`, and that one's step."""
+def _assemble(run: Path, overrides: Overrides, step: int, folder: Path) -> Parts:
+    """Return the parts of the run, restored from its last whole checkpoint before `step`."""
     root = run / "checkpoints"
-    steps = checkpoint_steps(root)
-    before = max((saved for saved in steps if saved < step), default=0)
-    config, micro = load_config(run / "config.yaml", overrides).config, 0
-    if steps:
-        trained = open_trained(str(checkpoint_path(root, before or steps[0])), overrides)
-        config, micro = trained.config, int(trained.checkpoint.meta["micro_batch_size"])
-    parts = _parts(config, micro, folder, str(checkpoint_path(root, before)) if before else "never")
+    steps = retried(checkpoint_steps, root)
+    later, meta = [saved for saved in steps if saved >= step], dict[str, Any]()
+    for saved in [*later[:1], *reversed(steps)]:  # the one after it has its recipe, whatever came later
+        with contextlib.suppress(CheckpointError, OSError):
+            meta = meta or read_manifest(checkpoint_path(root, saved))[1]
+    try:
+        config = load_config(run / "config.yaml", overrides).config
+        if later and meta and recipe_changes(meta["config"], config):
+            config = config_in(meta, overrides)
+    except ConfigError:
+        if not meta:
+            raise
+        config = config_in(meta, overrides)
+    micro_batch_size = meta.get("micro_batch_size")
+    if not micro_batch_size:
+        world_size = int(next((e["world_size"] for e in read_events(run) if "world_size" in e), 1))
+        sizes = config.train.global_batch_size, config.train.max_batch_per_gpu, world_size
+        micro_batch_size = split_batch(*sizes)[0]
+    for saved in [saved for saved in steps if saved < step][-2:]:  # two, should the newest be damaged
+        path = checkpoint_path(root, saved)
+        target = folder / str(config.run.name) / "checkpoints" / path.name
+        shutil.copytree(path, target, copy_function=_link)
+    parts = _parts(config, micro_batch_size, folder)
+    if meta and meta["fingerprint"] != parts.fingerprint:
+        print_lines(f"{parts.data.train.root}: other training images than at step {step}")
     if not 1 <= step <= parts.schedule.total_steps:
         raise ConfigError(f"--step {step}: the run has {parts.schedule.total_steps:,} steps")
     if parts.start.checkpoint:
         restore(parts.learner, parts.start.checkpoint)
         parts.recovery.load_state_dict(parts.start.checkpoint.state["recovery"])
-    return parts, before
+    return parts
 
 
-def _parts(config: Config, micro_batch_size: int, folder: str, resume: str) -> Parts:
-    train = config.train.model_copy(update={"compile": False, "compile_mode": "default"})
-    if micro_batch_size:  # mixing and BatchNorm are by micro-batch
-        train = train.model_copy(update={"max_batch_per_gpu": micro_batch_size})
-    sections = {"train": train, "metrics": config.metrics.model_copy(update={"trackers": ()})}
-    sections["run"] = config.run.model_copy(update={"dir": folder})
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system
+        shutil.copy2(source, target)
+
+
+def _parts(config: Config, micro_batch_size: int, folder: Path) -> Parts:
+    # Mixing and BatchNorm are by micro-batch, whichever rank had it.
+    train = {"compile": False, "compile_mode": "default", "max_batch_per_gpu": micro_batch_size}
+    sections: dict[str, Any] = {"train": config.train.model_copy(update=train)}
+    sections["metrics"] = config.metrics.model_copy(update={"trackers": ()})
+    sections["run"] = config.run.model_copy(update={"dir": str(folder)})
     config = config.model_copy(update=sections)
-    with closing(RunLock(Path(folder) / str(config.run.name))) as lock:
-        return build.assemble(config, lock, resume)
+    with closing(RunLock(folder / str(config.run.name))) as lock:
+        return build.assemble(config, lock, "force")
 
 
 def _replayed(parts: Parts, step: int) -> Replayed:
@@ -143,12 +178,12 @@ def _replayed(parts: Parts, step: int) -> Replayed:
     return Replayed(images, list(_samples(parts, step, taken)), loss, grad_norm, list(layers.values()))
 
 
-def _look(layer: Layer, module: nn.Module, inputs: Any, output: Tensor) -> None:
-    output = output.detach()
-    finite = torch.isfinite(output)
-    layer.nonfinite += int((~finite).sum())
-    if finite.any():
-        layer.largest = max(layer.largest, float(output[finite].abs().max()))
+def _look(layer: Layer, module: nn.Module, inputs: Any, output: Any) -> None:
+    for part in (leaf.detach() for leaf in tree_leaves(output) if isinstance(leaf, Tensor)):
+        good = torch.isfinite(part)
+        layer.nonfinite += int((~good).sum())
+        if good.any():
+            layer.largest = max(layer.largest, float(part[good].abs().max()))
 
 
 def _samples(parts: Parts, step: int, taken: list[Batch]) -> Iterator[dict[str, Any]]:
@@ -176,8 +211,10 @@ def _samples(parts: Parts, step: int, taken: list[Batch]) -> Iterator[dict[str, 
 def _table(found: Replayed) -> Table:
     table = Table("layer", "kind", "largest", "% of fp16", "not finite", "gradient", box=None)
     table.columns[0].overflow = "fold"
-    bad = [layer for layer in found.layers if layer.nonfinite]
-    for layer in [*bad[:SHOWN], *sorted(found.layers, key=lambda layer: -layer.largest)[:SHOWN]]:
+    bad, good = (
+        [each for each in found.layers if bool(each.nonfinite) == is_bad] for is_bad in (True, False)
+    )
+    for layer in [*bad[:SHOWN], *sorted(good, key=lambda layer: -layer.largest)[:SHOWN]]:
         norm = "" if layer.grad_norm is None else f"{layer.grad_norm:.3g}"
         share = f"{100 * layer.largest / FP16_MAX:.2g}"
         table.add_row(layer.layer, layer.kind, f"{layer.largest:.3g}", share, f"{layer.nonfinite:,}", norm)

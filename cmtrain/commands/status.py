@@ -31,17 +31,14 @@ MAX_ANSWER_BYTES = 1_000_000
 
 @dataclass(frozen=True)
 class RunStatus:
-    """The content of status.json, checked against the live process. `now`: the run's own answer ("now" of
-    /status.json), or None. `alive`: whether its process exists; None if that cannot be known from here, or
-    if the run has ended. `warning`: what contradicts status.json, or "".
-    """
+    """The content of status.json, checked against the live process."""
 
     path: Path
     status: dict[str, Any]
-    now: dict[str, Any] | None
-    alive: bool | None
+    now: dict[str, Any] | None  # the run's own answer ("now" of /status.json)
+    alive: bool | None  # whether its process exists; None if not known from here, or if the run has ended
     age_seconds: float
-    warning: str
+    warning: str  # what contradicts status.json, or ""
 
     @property
     def is_running(self) -> bool:

@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cmtrain.config.load import Overrides, load_config
 from cmtrain.config.schema import CMT_OPTIONS, Config, defaults, flatten
@@ -21,16 +22,13 @@ from pipelines.spec import DataError, print_lines
 
 @dataclass(frozen=True)
 class Trained:
-    """A run folder `run` and what it learned. `config`: as trained, with overrides.
-    `class_names`: one for each output; () if the run folder has none. `thresholds`: by kind of weights, see
-    Evaluation; {} where an image has one class.
-    """
+    """A run folder and what it learned."""
 
     run: Path
-    config: Config
+    config: Config  # as trained, with overrides
     checkpoint: Loaded
-    class_names: tuple[str, ...]
-    thresholds: dict[str, list[float]]
+    class_names: tuple[str, ...]  # one for each output; () if the run folder has none
+    thresholds: dict[str, list[float]]  # by kind of weights, see Evaluation; {} where an image has one class
 
     @property
     def step(self) -> int:
@@ -79,10 +77,14 @@ def _config_of(path: Path, loaded: Loaded, overrides: Overrides) -> Config:
         load_config(path)
     except ConfigError:
         print_lines(f"{path} is missing or damaged; taking the configuration that is in {loaded.path.name}")
-        saved = defaults() | flatten(loaded.meta["config"])
-        stated = [(key, json.dumps(value)) for key, value in saved.items()]
-        return load_config("configs/small.yaml", [*stated, *overrides]).config
+        return config_in(loaded.meta, overrides)
     return load_config(path, overrides).config
+
+
+def config_in(meta: dict[str, Any], overrides: Overrides) -> Config:
+    """Return the configuration in a checkpoint's meta, with `overrides`. Raises ConfigError."""
+    stated = {key: json.dumps(value) for key, value in (defaults() | flatten(meta["config"])).items()}
+    return load_config("configs/small.yaml", [*stated.items(), *overrides]).config
 
 
 def read_export(path: Path, overrides: Overrides) -> tuple[Config, list[str], list[float]]:

@@ -101,6 +101,8 @@ _RULES: tuple[_Rule, ...] = (
     ("mixing.target_threshold mixing.loss data.multi_label",
      lambda threshold, loss, several: threshold is None or loss != "cross_entropy" or several,
      "{} does not go with {}"),
+    ("mixing.smoothing mixing.target_threshold", lambda smoothing, least: not (smoothing and least == 0),
+     "{} makes a target of each class with {}"),
     ("distill.teacher data.multi_label", lambda teacher, on: not (teacher and on), "{} does not go with {}"),
     ("expect.enforce expect.top1", lambda on, top: not on or top is not None, "{} needs {} to be set"),
     ("expect.diverges expect.top1", lambda on, top: not on or top is None, "{} contradicts {}"),
@@ -202,7 +204,8 @@ def recipe(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """
     values = to_jsonable_python(defaults()) | flatten(sections)
     # Once the defaults of these two were adamw's own.
-    values |= {key: own for key, own in ADAMW.items() if values.get(key) is None}
+    is_old = values["optim.opt"] in ("adamw", "sgd")
+    values |= {key: own for key, own in ADAMW.items() if is_old and values[key] is None}
     free = {key for key in values if key.split(".")[0] in _FREE_SECTIONS} | {*_FREE_KEYS}
     return {key: value for key, value in values.items() if key not in free}
 

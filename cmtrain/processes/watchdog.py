@@ -42,13 +42,9 @@ class Watchdog:
         self.path = run_path / f"hang-rank{rank}.txt"
         if timeout_seconds is None:
             return
-        opened = self.losses.attempt(self.path.name, self._open)
+        opened = self.losses.attempt(self.path.name, open, self.path, "a")
         self.file: IO[Any] = opened or open(2, "w", closefd=False)  # noqa: SIM115
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
-
-    def _open(self) -> IO[Any]:
-        self.run_path.mkdir(parents=True, exist_ok=True)
-        return open(self.path, "a")
 
     def begin(self, phase: str, step: int) -> None:
         """Begin `phase` after `step` finished steps, and start its time; takes some 50 microseconds."""

@@ -153,7 +153,7 @@ class Learner:
         elif self.clip_grad and self.clip_mode == "agc":
             from timm.utils.agc import adaptive_clip_grad
 
-            adaptive_clip_grad(self.parameters[:-2], self.clip_grad)  # as timm: not the classifier
+            adaptive_clip_grad([*self.model.parameters()][:-2], self.clip_grad)  # timm: not the classifier
         elif self.clip_grad:
             nn.utils.clip_grads_with_norm_(self.parameters, self.clip_grad, grad_norm, foreach=True)
         ok = grad_norm < math.inf  # also not NaN, by one kernel; isfinite takes four

@@ -72,7 +72,7 @@ def save_checkpoint(root: Path, step: int, state: dict[str, Any], meta: dict[str
 
 def load_checkpoint(path: Path) -> Loaded:
     """Verify and load one checkpoint folder, onto the CPU. Raises as read_state."""
-    digest, meta = retried(_read_manifest, path)
+    digest, meta = retried(read_manifest, path)
     return Loaded(path, retried(read_state, path / _STATE, digest), meta)
 
 
@@ -123,7 +123,7 @@ def drop_old(root: Path, keep: int) -> None:
     found_best = False
     for num_newer, step in enumerate(reversed(checkpoint_steps(root))):
         try:
-            _, meta = _read_manifest(checkpoint_path(root, step))
+            _, meta = read_manifest(checkpoint_path(root, step))
         except (CheckpointError, OSError):
             continue
         is_best = not found_best and meta.get("best_step") == step
@@ -142,7 +142,7 @@ def remove_leftovers(root: Path) -> None:
             delete(leftover)
 
 
-def _read_manifest(path: Path) -> tuple[Digest, dict[str, Any]]:
+def read_manifest(path: Path) -> tuple[Digest, dict[str, Any]]:
     """Return the digest of the state file, and the `meta` that save_checkpoint was given."""
     if path.is_symlink():
         raise CheckpointError(f"{path}: is a symbolic link")

@@ -232,12 +232,14 @@ def _step_of_row(line: bytes) -> float | None:
     return numbers[1] if len(numbers) == len(SUMMARY_COLUMNS) else None
 
 
-def find_run(place: str) -> tuple[Path, Path]:
-    """Return the run folder that `place` is or is in, and its path, maybe below runs/. Raises DataError."""
+def find_run(place: str, *, trained: bool = True) -> tuple[Path, Path]:
+    """Return the run folder that `place` is or is in, and its path, maybe below runs/. Raises DataError.
+    `trained`: whether it needs checkpoints; a run that ended before its first one has a configuration.
+    """
     for path in (Path(place), RUNS / place):
         # RUN for RUN/checkpoints/step-* and RUN/repaired/step-*
         for run in (path, path.absolute().parent.parent) if path.name.startswith("step-") else (path,):
-            if (run / "checkpoints").is_dir():
+            if (run / "checkpoints").is_dir() or (not trained and (run / "config.yaml").is_file()):
                 return run, path
     raise DataError(f"{place}: no run and no checkpoint of one: it has no checkpoints of a run")
 

@@ -86,7 +86,11 @@ def assemble(config: Config, lock: RunLock, resume: str, data: loaders.Data | No
     schedule = plan_steps(config, len(data.train), accelerator.num_processes)
     num_classes = loaders.num_classes_of(config, data.train)
     model = make_model(config, num_classes, accelerator.device)
-    flops_per_image = training_flops_per_image(model, config.data.image_px)
+    try:
+        flops_per_image = training_flops_per_image(model, config.data.image_px)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        what = f"{config.model.name} does not take images of {config.data.image_px} px"
+        raise ConfigError(f"data.image_px: {what}: {error}".partition("\n")[0]) from error
     weights = loaders.class_weights(config, data.train, num_classes)
     fingerprint = data.train.fingerprint
     if weights:  # a file of them may have changed, too

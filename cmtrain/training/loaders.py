@@ -26,17 +26,7 @@ from pipelines.files.manifest import Manifest
 from pipelines.files.mirror import SOURCE, mirror_split
 from pipelines.files.shards import is_packed
 from pipelines.plan import ClassSampling, Plan
-from pipelines.spec import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    AugmentSpec,
-    Batch,
-    DataError,
-    EvalSpec,
-    Loader,
-    Placement,
-    is_url,
-)  # fmt: skip
+from pipelines.spec import AugmentSpec, Batch, DataError, EvalSpec, Loader, Placement, is_url
 
 if TYPE_CHECKING:
     import torch
@@ -135,7 +125,7 @@ def scale_doubts(mean: Sequence[float], std: Sequence[float]) -> list[str]:
         return [f"{given}: they are for pixels in 0..1; if these are for 0..255, divide them by 255"]
     if min(std) < 0.02:
         return [f"{given}: pixels in 0..1 are divided by std; if this one multiplies, give its inverse"]
-    return [f"{given}: are they swapped?"] if (mean, std) == (IMAGENET_STD, IMAGENET_MEAN) else []
+    return [f"{given}: are they swapped?"] if (mean, std) == (EvalSpec.std, EvalSpec.mean) else []
 
 
 def _root_of(config: Config, *, trains: bool = True) -> Path:

@@ -87,14 +87,12 @@ def _clone(tree: Any) -> Any:
 
 @dataclass(frozen=True)
 class BadStep:
-    """What is known of a bad step, by one rank or by all of them together.
-    `cause`: one line. `suspects`: samples whose activations are not finite in the layer that `cause` names
-    (where images are mixed, or those of their partners). `samples`: all samples of the step.
-    """
+    """What is known of a bad step, by one rank or by all of them together."""
 
-    cause: str
+    cause: str  # one line
+    # Samples whose activations, or their partners' in a mix, are not finite in the layer that `cause` names
     suspects: tuple[int, ...]
-    samples: tuple[int, ...]
+    samples: tuple[int, ...]  # all of the step
 
 
 def find_overflow(learner: Learner) -> BadStep:

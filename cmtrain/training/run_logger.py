@@ -1,6 +1,7 @@
 """Send every event of a run to the console, the metrics, the run folder and the experiment trackers."""
 
 import json
+import shlex
 import socket
 import time
 from collections.abc import Mapping, Sequence
@@ -36,25 +37,20 @@ from pipelines.spec import DataError, print_lines
 
 @dataclass
 class RunLogger:
-    """Logs on rank 0 to console, run folder and trackers; on every rank to metrics.
+    """Logs on rank 0 to console, run folder and trackers; on every rank to metrics."""
 
-    `path`: the run folder, made on rank 0. `first_step`, `last_step`: of this process's part of the run.
-    `epochs`, `total_steps`: of the whole run. `address`: (host, port) to serve metrics at, None for none.
-    `stall_seconds`: see routes.make_pages. `allowed_hosts`: see http_server.is_own_host.
-    """
-
-    path: Path
+    path: Path  # the run folder, made on rank 0
     _: KW_ONLY
     rank: int
     world_size: int
-    first_step: int
+    first_step: int  # of this process's part of the run, as the last
     last_step: int
-    epochs: int
+    epochs: int  # of the whole run, as the steps
     total_steps: int
-    address: tuple[str, int] | None
-    stall_seconds: float
+    address: tuple[str, int] | None  # (host, port) to serve metrics at
+    stall_seconds: float  # see routes.make_pages
     trackers: Trackers | None = None
-    allowed_hosts: Sequence[str] = ()
+    allowed_hosts: Sequence[str] = ()  # see http_server.is_own_host
 
     def __post_init__(self) -> None:
         self.step = self.first_step
@@ -232,7 +228,7 @@ class RunLogger:
     def bad_batch(self, step: int, found: BadStep, files: Sequence[str]) -> None:
         """Log the cause of too many bad steps in a row. `files`: some samples of the last one."""
         line = f"step {step}: too many bad steps; {found.cause}; of {'; '.join(files)}, ...; look at it by "
-        line += f"cmtrain replay {self.path} --step {step}"
+        line += f"cmtrain replay {shlex.quote(str(self.path))} --step {step}"
         self._report("bad_batch", line, step=step, **asdict(found), files=list(files))
 
     def rolled_back(self, step: int, good_step: int, cause: str, lr_factor: float) -> None:

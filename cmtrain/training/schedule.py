@@ -67,7 +67,7 @@ class Schedule:
         """
         if step < self.warmup_steps:
             return self.warmup_lr + (self.lr - self.warmup_lr) * step / self.warmup_steps
-        if step < self.decay_end_step:
+        if step < self.decay_end_step or self.decay == "step":
             return self.min_lr + (self.lr - self.min_lr) * self._rest_at(step - self.warmup_steps)
         return self.min_lr
 
@@ -79,7 +79,7 @@ class Schedule:
         if self.decay == "step":
             return self.decay_rate ** (step // part)
         if self.decay == "wsd":
-            return min(1.0, (length - step) / part)
+            return min(1.0, (length - step) / min(part, length))
         return (1 + math.cos(math.pi * step / length)) / 2
 
     def ends_epochs(self, step: int, every_epochs: int | None) -> bool:

@@ -37,19 +37,16 @@ _EVAL_WINDOWS = [(types.FLOAT, 1), (types.INT32, 1)]
 
 @dataclass(frozen=True)
 class Execution:
-    """Device and resources of a graph. `decode` "mixed" decodes crop windows of JPEGs on `device` "gpu".
-
-    "mixed_whole" decodes whole images and cuts them, for more memory. `hw_decoder_load`: share of a batch
-    for the GPU's JPEG engine (A100 and later), not its cores; None is DALI's default, 0.65 in 1.34 and 2.4.
-    """
+    """Device and resources of a graph."""
 
     device: Literal["gpu", "cpu"]
-    decode: Literal["mixed", "mixed_whole", "cpu"]
+    decode: Literal["mixed", "mixed_whole", "cpu"]  # see `spec.Placement`; whole images take more memory
     device_id: int | None
     batch_size: int
     threads: int
     prefetch_batches: int
     reads_files: bool = READS_FILES  # False: its input is the bytes of images, not the paths of files
+    # Share of a batch for the GPU's JPEG engine (A100 and later), not its cores; None: DALI's default, 0.65
     hw_decoder_load: float | None = None
 
 

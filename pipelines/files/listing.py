@@ -93,7 +93,7 @@ class Listing:
     skipped: dict[str, int]  # what was not taken: number by kind, see `describe_skipped`
     notes: tuple[str, ...] = ()  # how labels became classes, for the user
     label_sets: NDArray[np.bool_] | None = None  # (labels, classes) where a label names several
-    # (N, 2) height and width as stored, (0, 0) where a file is unusable; see `headers.scan`
+    # (N, 2) height and width as stored, (0, 0) where a file is unusable; see `scan_cache.scan`
     sizes: NDArray[np.int32] = field(default_factory=lambda: np.zeros((0, 2), np.int32))
 
     def __len__(self) -> int:

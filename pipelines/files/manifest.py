@@ -24,11 +24,10 @@ from pipelines.atomic import replacing
 from pipelines.checks.bad_list import BadFile, read_lists, user_cache
 from pipelines.checks.decode_one import Fault
 from pipelines.files import labels
-from pipelines.files.headers import scan
 from pipelines.files.listing import Listing, Paths, describe_skipped, file_state, list_folder, look_at
 from pipelines.files.lists import list_file
 from pipelines.files.mirror import SOURCE, Mirror
-from pipelines.files.scan_cache import cached_scan, list_digest
+from pipelines.files.scan_cache import cached_scan, list_digest, scan
 from pipelines.files.shards import INDEX, Slices
 from pipelines.plan import sample_keys
 from pipelines.spec import MAX_BAD_FRACTION, DataError, os_errors_in_one_line

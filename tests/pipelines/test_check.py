@@ -21,7 +21,7 @@ from pipelines.checks import decode_one, decode_pool
 from pipelines.checks.bad_list import NAME, read_lists
 from pipelines.checks.decode_one import CheckResult, Fault
 from pipelines.checks.decode_pool import DecodePool
-from pipelines.files import headers, scan_cache
+from pipelines.files import scan_cache
 from pipelines.files.manifest import Manifest
 from pipelines.spec import DataError
 
@@ -111,7 +111,7 @@ def test_training_leaves_out_what_the_check_found(data):
 
 def test_the_check_looks_at_everything_and_renews_the_cache_of_runs(data, tmp_path, monkeypatch):
     """A file is overwritten in place, which runs see in a sample of the files only."""
-    monkeypatch.setattr(headers, "TICK_NS", 0)
+    monkeypatch.setattr(scan_cache, "TICK_NS", 0)
     monkeypatch.setattr(scan_cache, "NUM_SAMPLED", 1)
     path, runs = data / "train" / "b" / "good.jpg", tmp_path / "runs"
 

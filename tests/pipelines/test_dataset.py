@@ -16,7 +16,7 @@ from helpers.photographs import write_folder
 from helpers.runs import ROOT
 from PIL import Image
 
-from pipelines.files import headers
+from pipelines.files import scan_cache
 from pipelines.files.listing import Paths
 from pipelines.files.manifest import Manifest
 from pipelines.spec import DataError
@@ -126,13 +126,13 @@ def test_sizes_are_those_of_the_stored_image_not_of_the_rotated_one(tmp_path, ca
 
 
 def test_the_second_scan_opens_no_file_and_a_changed_file_is_scanned_again(tmp_path, cache, monkeypatch):
-    monkeypatch.setattr(headers, "TICK_NS", 0)  # these files are no older than a tick
+    monkeypatch.setattr(scan_cache, "TICK_NS", 0)  # these files are no older than a tick
     root = write_folder(tmp_path / "in", 12)
     first = Manifest.from_folder(root, cache_dir=cache)
     opened = []
-    check = headers.check_file
+    check = scan_cache.check_file
     monkeypatch.setattr(
-        headers, "check_file", lambda path, decode: opened.append(path) or check(path, decode)
+        scan_cache, "check_file", lambda path, decode: opened.append(path) or check(path, decode)
     )
     second = Manifest.from_folder(root, cache_dir=cache)
     assert opened == []
@@ -275,10 +275,10 @@ def test_paths_survive_being_encoded():
 
 SCALE = """
 import resource, sys, time
-from pipelines.files import headers
+from pipelines.files import scan_cache
 from pipelines.files.manifest import Manifest
 
-headers.TICK_NS = 0  # the files are no older than a tick
+scan_cache.TICK_NS = 0  # the files are no older than a tick
 
 def peak_mb():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -20,7 +20,7 @@ from helpers.runs import HANG_SECONDS, ROOT
 from PIL import Image
 
 from pipelines import atomic
-from pipelines.files import headers, manifest, scan_cache
+from pipelines.files import manifest, scan_cache
 from pipelines.files.listing import Paths
 from pipelines.files.manifest import BadFile, Manifest
 from pipelines.loader import eval_loader, train_loader
@@ -32,7 +32,7 @@ Opened = Callable[[Path], Manifest]
 @pytest.fixture(autouse=True)
 def no_tick(monkeypatch):
     """Files are a few milliseconds old here, and the clock of this file system is as exact as that."""
-    monkeypatch.setattr(headers, "TICK_NS", 0)
+    monkeypatch.setattr(scan_cache, "TICK_NS", 0)
 
 
 @pytest.fixture(params=["folder", "list"])
@@ -72,8 +72,10 @@ def looks(monkeypatch) -> list[str]:
         monkeypatch.setattr(
             module, name, lambda *args, original=original: seen.append("listed") or original(*args)
         )
-    check = headers.check_file
-    monkeypatch.setattr(headers, "check_file", lambda path, decode: seen.append(path) or check(path, decode))
+    check = scan_cache.check_file
+    monkeypatch.setattr(
+        scan_cache, "check_file", lambda path, decode: seen.append(path) or check(path, decode)
+    )
     return seen
 
 
@@ -177,7 +179,7 @@ def test_one_scan_serves_all_class_names(tmp_path, looks):
 
 def test_a_folder_that_changed_within_a_tick_of_the_look_is_not_trusted(tmp_path, monkeypatch):
     """On a file system that counts seconds, two changes within one look like the first of them."""
-    monkeypatch.setattr(headers, "TICK_NS", 3_000_000_000)
+    monkeypatch.setattr(scan_cache, "TICK_NS", 3_000_000_000)
     root, cache, original = write_folder(tmp_path / "in", 6), tmp_path / "cache", scan_cache.folder_state
 
     def of_one_second(path: bytes) -> tuple[int, ...]:
@@ -195,7 +197,7 @@ def test_a_folder_that_changed_within_a_tick_of_the_look_is_not_trusted(tmp_path
 
 def test_a_file_that_changed_within_a_tick_of_the_look_is_not_trusted(tmp_path, monkeypatch):
     """It is still being copied, for example: its folder has changed long ago."""
-    monkeypatch.setattr(headers, "TICK_NS", 3_000_000_000)
+    monkeypatch.setattr(scan_cache, "TICK_NS", 3_000_000_000)
     monkeypatch.setattr("pipelines.files.listing.folder_state", lambda path: (1, 1, 1, 1))
     monkeypatch.setattr(scan_cache, "folder_state", lambda path: (1, 1, 1, 1))
     monkeypatch.setattr(scan_cache, "NUM_SAMPLED", 1)  # another one
@@ -211,7 +213,7 @@ def test_a_file_that_changed_within_a_tick_of_the_look_is_not_trusted(tmp_path, 
 
 
 def test_a_time_far_ahead_is_no_change(tmp_path, monkeypatch, looks):
-    monkeypatch.setattr(headers, "TICK_NS", 0)
+    monkeypatch.setattr(scan_cache, "TICK_NS", 0)
     root = write_folder(tmp_path / "in", 6)
     os.utime(root / "c0" / "003.jpg", (4e9, 4e9))
     for _ in range(2):
@@ -277,7 +279,7 @@ def test_another_version_is_not_used(opened, tmp_path, looks, monkeypatch):
 # A process of its own: it takes a second for its look, which it notes in a file.
 LOOK = """
 import sys, time
-from pipelines.files import headers, manifest
+from pipelines.files import manifest, scan_cache
 
 def slowly(folder, original=manifest.list_folder):
     with open(sys.argv[3], "a") as log:
@@ -285,7 +287,7 @@ def slowly(folder, original=manifest.list_folder):
     time.sleep(1)
     return original(folder)
 
-headers.TICK_NS, manifest.list_folder = 0, slowly
+scan_cache.TICK_NS, manifest.list_folder = 0, slowly
 assert len(manifest.Manifest.from_folder(sys.argv[1], cache_dir=sys.argv[2])) == 12
 """
 

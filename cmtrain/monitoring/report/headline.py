@@ -27,19 +27,16 @@ class Share:
 
 @dataclass(frozen=True)
 class Times:
-    """The times of a run. `begin`, `end`: Unix times of the first and the last record. `active_seconds`: in
-    which a process ran; `shares` of it are in the order of a step. `images`: trained on, as far as the log
-    goes. Both means are over the logged steps, without evaluations and checkpoints; None without a log.
-    """
+    """The times of a run. Both means are over the logged steps, without evaluations and checkpoints."""
 
-    begin: float
-    end: float
-    active_seconds: float
+    begin: float  # Unix time of the first record
+    end: float  # and of the last one
+    active_seconds: float  # in which a process ran
     num_starts: int
-    images: float
-    images_per_second: float | None
+    images: float  # trained on, as far as the log goes
+    images_per_second: float | None  # None without a log, as the next
     data_wait_ratio: float | None
-    shares: list[Share]
+    shares: list[Share]  # of active_seconds, in the order of a step
 
 
 def measure_times(record: RunRecord) -> Times:
