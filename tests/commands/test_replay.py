@@ -1,6 +1,7 @@
 """A step taken again is the step that was taken: pixels, loss, layers (`cmtrain replay`)."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -118,3 +119,38 @@ def test_a_replay_leaves_the_run_as_it_is_and_refuses_what_is_no_step(job, make_
     assert lines == ["--step: must be a whole number >= 1, got 0"]
     _, lines = replay(job, "runs/none", "--step", "1", code=3)
     assert "runs/none: no run" in lines[0]
+
+
+def test_a_run_that_ended_before_a_checkpoint_can_be_replayed(job, tmp_path):
+    for name in ("trained", "again"):
+        (tmp_path / name).mkdir()
+    job("--max-steps", "12", nproc=2, RECORD=str(tmp_path / "trained"))
+    shutil.rmtree(job.run / "checkpoints")
+    found, _ = replay(job, "runs/job", "--step", 2, RECORD=str(tmp_path / "again"))
+    assert found["from_step"] == 0
+    assert found["loss"] == pytest.approx(job.log()[1]["loss"], rel=1e-5)
+    trained, again = recorded(tmp_path / "trained"), recorded(tmp_path / "again")
+    assert len(again) == 4
+    assert all(torch.equal(pixels, trained[name]) for name, pixels in again.items())
+
+
+def test_a_step_has_the_recipe_that_it_had_in_the_run(job):
+    """The learning rate changes at step 8; config.yaml has the new one."""
+    job("--max-steps", "8")
+    before = job.log()
+    job("--max-steps", "12", "--resume", "force", "--optim.lr", "5e-4")
+    after = job.log()
+    for step, record in ((3, before[2]), (7, before[6]), (10, after[9])):
+        found, _ = replay(job, "runs/job", "--step", step)
+        assert (found["loss"], found["grad_norm"]) == (record["loss"], record["grad_norm"])
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_kept(job):
+    job("--max-steps", "12")
+    newest = job.run / "checkpoints" / "step-000000008" / "state.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1])
+    found, lines = replay(job, "runs/job", "--step", 10)
+    assert found["from_step"] == 6
+    assert "step-000000008" in "\n".join(lines)
+    assert found["loss"] == job.log()[9]["loss"]
+    assert newest.exists()
