@@ -195,7 +195,7 @@ def make_model(
     torch.manual_seed(config.run.seed)
     try:
         built = timm.create_model(model.name, num_classes=num_classes, **options, **pretrained)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, AssertionError) as error:
         raise ConfigError(f"model: {model.name}: {error}") from error
     built = built.to(device, memory_format=torch.channels_last)
     use_fused_where_it_agrees(built)

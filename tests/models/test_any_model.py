@@ -76,3 +76,13 @@ def test_its_head_is_replaced_by_the_name_timm_gives_it():
         "new classifier head: 4 classes (the weights have 10)"
     ]
     assert torch.equal(new.conv1.weight, old.conv1.weight)
+
+
+@pytest.mark.parametrize(("name", "refusal"), [
+    ("twins_svt_small", "model: twins_svt_small: img_size (11, 11) should be divided by patch_size"),
+    ("efficientformer_l1", "data.image_px: efficientformer_l1 does not take images of 176 px: "),
+])  # fmt: skip
+def test_a_side_that_a_model_does_not_take_is_refused_in_one_line(make_job, name, refusal):
+    job = make_job(model={"name": name}, data={"image_px": 176, "eval_resize_px": 176})
+    job(code=2)
+    assert job.stderr.read_text().splitlines()[-1].startswith(refusal)

@@ -223,6 +223,18 @@ def test_clipped_gradients_are_timms(mode, limit, monkeypatch):
         torch.testing.assert_close(gradient, parameter.grad, rtol=1e-5, atol=1e-7)
 
 
+def test_adaptive_clipping_leaves_out_the_classifier_although_it_is_frozen():
+    learner = make_learner(clip_grad=1e-6, clip_mode="agc", accelerator=HalfAccelerator(precision="bf16"))
+    frozen = [p for name, p in learner.model.named_parameters() if name.startswith("head")]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    learner.parameters = [p for p in learner.parameters if p.requires_grad]
+    step(learner, 0)
+    norms = [float(p.grad.norm() / p.detach().norm().clamp(min=1e-3)) for p in learner.parameters]
+    assert len(norms) == 8
+    assert max(norms) < 1e-5  # the last block's, too
+
+
 # ---- the average of the weights
 
 

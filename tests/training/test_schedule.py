@@ -124,6 +124,20 @@ def test_warm_up_stable_decay():
     assert at[10] == at[11] == 1e-4
 
 
+def test_a_decay_longer_than_the_run_begins_at_the_peak():
+    schedule = plan(epochs=10, warmup_epochs=2.0, min_lr=1e-4, decay="wsd", decay_epochs=30.0)
+    assert schedule.lr_at(2 * 312) == 6e-3
+    assert schedule.lr_at(6 * 312) == pytest.approx((6e-3 + 1e-4) / 2)
+
+
+def test_steps_go_on_through_the_cooldown():
+    schedule = plan(
+        epochs=10, warmup_epochs=0.0, min_lr=0.0, cooldown_epochs=5, decay="step", decay_epochs=4.0
+    )
+    rates = [schedule.lr_at(epoch * 312) for epoch in (3, 4, 9, 11, 12)]
+    assert rates == pytest.approx([6e-3, 6e-4, 6e-5, 6e-5, 6e-6])
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 6, 8, 64])
 @pytest.mark.parametrize("max_batch_per_gpu", [1, 7, 64, 512])
 def test_batch_is_split_with_the_fewest_passes_that_fit(world_size, max_batch_per_gpu):
