@@ -39,7 +39,7 @@ from pipelines.plan import augment_params
 from pipelines.preview import contact_sheet
 from pipelines.progress import tracked
 from pipelines.rand_augment import Branch
-from pipelines.spec import Batch, DataError, print_lines
+from pipelines.spec import Batch, DataError, os_errors_in_one_line, print_lines
 
 FP16_MAX = torch.finfo(torch.float16).max
 SHOWN = 12  # layers in the table, after those that are not finite
@@ -99,6 +99,7 @@ def replay(place: str, overrides: Overrides, *, step: int, out: str | None, as_j
     print_result(numbers | {"images": str(path), "samples": found.samples, "layers": layers}, asked=as_json)
 
 
+@os_errors_in_one_line()
 def _assemble(run: Path, overrides: Overrides, step: int, folder: Path) -> Parts:
     """Return the parts of the run, restored from its last whole checkpoint before `step`."""
     root = run / "checkpoints"
