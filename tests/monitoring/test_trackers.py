@@ -82,7 +82,7 @@ def test_trackers_get_the_records_of_the_run_folder(make_job, tmp_path):
         "finish",
     ]
     assert calls[0][1] == {"project": "cmtrain", "name": "job"}
-    assert (calls[1][1]["optim.lr"], calls[1][1]["optim.betas"]) == (2e-3, "[0.9, 0.999]")
+    assert (calls[1][1]["optim.lr"], calls[1][1]["augment.scale"]) == (2e-3, "[0.08, 1.0]")
     logged = [call[1:] for call in calls if call[0] == "log"]
     points = [
         [r.pop("step"), {k: v for k, v in r.items() if k != "time" and v is not None}] for r in job.log()
