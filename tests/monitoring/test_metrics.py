@@ -14,6 +14,7 @@ from prometheus_client import generate_latest
 from cmtrain.monitoring.metrics import STATES, TrainMetrics
 from cmtrain.step.evaluate import Evaluation
 from cmtrain.step.measure import StepReport
+from pipelines.files import objects
 
 FACTS = {"model": "cmt_ti", "precision": "fp16", "device": "cuda", "world_size": "8", "version": "0.1.0"}
 REPORT = StepReport(
@@ -32,6 +33,16 @@ def test_series_are_there_before_anything_happened():
     assert value(metrics, "steps_total", result="skipped") == 0
     assert value(metrics, "nonfinite_total", where="batchnorm", action="restore") == 0
     assert value(metrics, "checkpoint_failures_total") == 0
+
+
+def test_what_was_read_from_a_bucket_is_counted_as_it_is_read(monkeypatch):
+    metrics = TrainMetrics("r", 0)
+    for number, name in enumerate(("requests", "bytes", *objects.REASONS), start=7):
+        monkeypatch.setitem(objects.COUNTS, name, number)
+    assert value(metrics, "store_requests_total") == 7
+    assert value(metrics, "store_bytes_total") == 8
+    retries = [value(metrics, "store_retries_total", reason=reason) for reason in objects.REASONS]
+    assert retries == list(range(9, 9 + len(objects.REASONS)))
 
 
 def test_a_report_is_counted_once():
