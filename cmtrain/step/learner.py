@@ -3,8 +3,9 @@
     mix -> forward (autocast) -> loss -> backward -> propose                   once per micro-batch
     gradient norm -> commit or restore -> clip -> update -> EMA -> record      once per step
 
-The host never waits for the device, which decides by one flag whether a step counts: the norm of the
-gradient, reduced over all ranks, is finite. So all ranks agree. accelerate's `optimizer_step_was_skipped` is
+With AdamW and SGD the host never waits for the device, which decides by one flag whether a step counts: the
+norm of the gradient, reduced over all ranks, is finite. So all ranks agree. Other optimizers cannot skip a
+step on the device, and the host reads that flag. accelerate's `optimizer_step_was_skipped` is
 not used: it is always False for fused optimizers (accelerate issue 4242).
 """
 

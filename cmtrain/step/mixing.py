@@ -130,7 +130,7 @@ def taught(loss: Tensor, logits: Tensor, teacher_logits: Tensor, spec: MixSpec) 
 
 
 def erase(images: Tensor, spec: MixSpec, rng: np.random.Generator) -> Tensor:
-    """Replace `recount` random boxes per image as `remode` says, in a share `reprob` of the images."""
+    """Replace `recount` random boxes per image by what `remode` names, in a share `reprob` of the images."""
     batch, _, height, width = images.shape
     mask = torch.zeros((batch, 1, height, width), dtype=torch.bool, device=images.device)
     chosen = rng.random(batch) < spec.reprob

@@ -148,7 +148,7 @@ def run(
             stop.saved_step = saver.saved_step
             received = 0 if final else stop.agreed()
 
-            # Log. Here host and device meet, and nowhere else in a step.
+            # Log. Here host and device meet, and nowhere else in a step with AdamW or SGD.
             logs = done % config.train.log_every_steps == 0
             if logs or final:
                 report = learner.report(done, epoch, lr, reset=logs)
