@@ -73,7 +73,8 @@ def recorded(folder):
 def test_pixels_and_loss_are_those_of_the_run(job, tmp_path, nproc):
     for name in ("trained", "again"):
         (tmp_path / name).mkdir()
-    job("--max-steps", "12", nproc=nproc, RECORD=str(tmp_path / "trained"))
+    size = ("--train.max_batch_per_gpu", str(8 * nproc))  # two micro-batches of 8 either way
+    job("--max-steps", "12", *size, nproc=nproc, RECORD=str(tmp_path / "trained"))
     trained = recorded(tmp_path / "trained")
     assert len(trained) == 24
     for step in (3, 11):  # from the beginning, in the first epoch; from a checkpoint, in the second
@@ -124,7 +125,8 @@ def test_a_replay_leaves_the_run_as_it_is_and_refuses_what_is_no_step(job, make_
 def test_a_run_that_ended_before_a_checkpoint_can_be_replayed(job, tmp_path):
     for name in ("trained", "again"):
         (tmp_path / name).mkdir()
-    job("--max-steps", "12", nproc=2, RECORD=str(tmp_path / "trained"))
+    one_pass = ("--train.max_batch_per_gpu", "16")  # for each of two ranks 8 images, for one process 16
+    job("--max-steps", "12", *one_pass, nproc=2, RECORD=str(tmp_path / "trained"))
     shutil.rmtree(job.run / "checkpoints")
     found, _ = replay(job, "runs/job", "--step", 2, RECORD=str(tmp_path / "again"))
     assert found["from_step"] == 0
