@@ -22,12 +22,13 @@ TRAINING = MONITORING | {
     "cmtrain.processes",
     "cmtrain.models",
 }
-COMMANDS = TRAINING | {"cmtrain.training", "cmtrain.commands.bench"} | PIPELINES
+COMMANDS = TRAINING | {"cmtrain.training", "cmtrain.commands.bench", "cmtrain.commands.again"} | PIPELINES
 MAY_IMPORT = {
     "cmtrain": {"cmtrain.cli"},
     "cmtrain.cli": COMMANDS | {"cmtrain.commands"},
     "cmtrain.commands": COMMANDS,
     "cmtrain.commands.bench": COMMANDS,
+    "cmtrain.commands.again": COMMANDS | {"cmtrain.commands.trained_model"},
     "cmtrain.training": TRAINING | PIPELINES,
     "cmtrain.monitoring": MONITORING
     | {"cmtrain.monitoring.report", "pipelines.checks", "pipelines.files.objects"},

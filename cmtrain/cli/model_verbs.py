@@ -1,4 +1,4 @@
-"""Parse the verbs for a run that has trained: eval, export, predict and replay."""
+"""Parse the verbs for runs that have trained: eval, export, predict, replay, diff and verify."""
 
 import os
 from contextlib import suppress
@@ -125,9 +125,43 @@ def replay_step(arguments: list[str]) -> None:
     with suppress(ConfigError):  # a checkpoint has a copy
         start.check_places(load_config(run / "config.yaml", overrides).config)
     start.loading()
-    from cmtrain.commands.replay import replay
+    from cmtrain.commands.again.replay import replay
 
     replay(options.run, overrides, step=options.step, out=options.out, as_json=options.json)
+
+
+def verify_run(arguments: list[str]) -> int:
+    """Run `cmtrain verify ...`. Returns the exit code."""
+    parser = Parser("verify", "Check a run by its receipt, and by taking stretches of it again.")
+    parser.add_argument("run", metavar="RUN", help="run folder, or the name of one below runs")
+    what = "stretches between checkpoints to take again, drawn at random (default: 3)"
+    parser.add_argument("--segments", type=positive, default=3, metavar="N", help=what)
+    allowed = "relative difference of the loss that is allowed (default: 0 on a CPU, else 0.02)"
+    parser.add_argument("--tolerance", type=share, metavar="X", help=allowed)
+    parser.add_json()
+    options, overrides = parser.parse(arguments)
+    start.announce(f"verify of {options.run}")
+    start.check_trained(options.run, overrides)
+    start.loading()
+    from cmtrain.commands.again.verify import verify
+
+    how = {"segments": options.segments, "tolerance": options.tolerance, "as_json": options.json}
+    return verify(options.run, overrides, **how)
+
+
+def compare_runs(arguments: list[str]) -> int:
+    """Run `cmtrain diff ...`. Returns the exit code."""
+    parser = Parser("diff", "Find the first step at which two runs differ, and in what.")
+    parser.add_argument("runs", nargs=2, metavar="RUN", help="run folder, or the name of one below runs")
+    parser.add_json()
+    options = parser.parse_alone(arguments)
+    start.announce(f"diff of {' and '.join(options.runs)}")
+    for run in options.runs:
+        find_run(run, trained=False)
+    start.loading()
+    from cmtrain.commands.again.diff import diff
+
+    return diff(options.runs, as_json=options.json)
 
 
 def _sizes(text: str) -> list[int]:

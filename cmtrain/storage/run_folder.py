@@ -21,10 +21,11 @@ SUMMARY_COLUMNS = ("epoch", "step", "train_loss", "eval_loss", "eval_top1", "eva
 RUNS = Path("runs")
 SUMMARY_HEADER = ",".join(SUMMARY_COLUMNS)
 WEIGHTS_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
-CLASSES_NAME, REPORT_NAME = "classes.json", "report.html"
+CLASSES_NAME, REPORT_NAME, RECEIPT_NAME = "classes.json", "report.html", "receipt.json"
 SAMPLE_NAME, MISTAKES_NAME = "augmented.png", "mistakes.png"
 RECORDS = (
     "config.yaml", "status.json", "log.jsonl", "summary.csv", "events.jsonl", CLASSES_NAME, REPORT_NAME,
+    RECEIPT_NAME,
 )  # fmt: skip
 
 # What readers of status.json rely on; a field of another type counts as missing.

@@ -245,7 +245,8 @@ def import_modules(entries: Sequence[str]) -> None:
                 own = [f"{error.filename}:{error.lineno}"]
             why = f"{type(error).__name__}: {error}".partition("\n")[0]
             raise ConfigError(f"{own[0]}: run.imports: {name}: {why}") from error
-        if getattr(module, "__file__", None) != str(file := source_of(entry)):
+        file, loaded = source_of(entry), getattr(module, "__file__", None)
+        if not loaded or Path(loaded).read_bytes() != file.read_bytes():  # two runs may have one copy each
             raise ConfigError(f"run.imports: {name}: a library has this name; rename {file}")
 
 

@@ -29,7 +29,15 @@ from cmtrain.step.spikes import Spike
 from cmtrain.storage.checkpoint_writer import Outcome
 from cmtrain.storage.finite import named
 from cmtrain.storage.records import Losses, finite
-from cmtrain.storage.run_folder import CLASSES_NAME, MISTAKES_NAME, REPORT_NAME, SAMPLE_NAME, RunFolder
+from cmtrain.storage.run_folder import (
+    CLASSES_NAME,
+    MISTAKES_NAME,
+    RECEIPT_NAME,
+    REPORT_NAME,
+    SAMPLE_NAME,
+    RunFolder,
+)
+from cmtrain.training.receipt import write_receipt
 from cmtrain.training.recovery import BadStep
 from pipelines.checks.bad_list import BadFile, find_list
 from pipelines.spec import DataError, print_lines
@@ -100,7 +108,8 @@ class RunLogger:
             self.metrics.resume(resumed[1])
         if self.folder:
             self.folder.write("config.yaml", config_yaml)
-            self.losses.attempt(MISTAKES_NAME, (self.path / MISTAKES_NAME).unlink, missing_ok=True)
+            for name in (MISTAKES_NAME, RECEIPT_NAME):  # of an earlier end
+                self.losses.attempt(name, (self.path / name).unlink, missing_ok=True)
             self.folder.status(
                 state="running", step=self.first_step, last_step=self.last_step,
                 total_steps=self.total_steps, metrics_url=self.metrics_url, host=socket.gethostname(),
@@ -311,6 +320,7 @@ class RunLogger:
             result = self._result(state, results) if results else None
             end: dict[str, Any] = {"step": self.step, "exit_code": exit_code, "reason": reason}
             self._event(state, **end)
+            self.losses.attempt(RECEIPT_NAME, write_receipt, self.path, result)
             self.report_losses()  # before status.json, which has them
             is_written = self.folder.status(state=state, result=result, retries=True, **end)
             status = self.folder.snapshot()

@@ -139,7 +139,7 @@ def test_bench_may_run_beside_nothing(calls):
     ("arguments", "line"),
     [
         (["tran"], "tran: unknown verb, did you mean train?"),
-        (["x.yaml"], "x.yaml: unknown verb (verbs: train, doctor, demo, sweep, eval, predict, export, replay, status, watch, report, bench, repair-bn, data, config; a configuration file goes after --config)"),
+        (["x.yaml"], "x.yaml: unknown verb (verbs: train, doctor, demo, sweep, eval, predict, export, replay, diff, verify, status, watch, report, bench, repair-bn, data, config; a configuration file goes after --config)"),
         (["train"], "cmtrain train: --config is missing, e.g. cmtrain train --config configs/demo.yaml"),
         (["--config"], "--config: expected one argument"),
         (["--config", "x.yaml"], "x.yaml: no such file"),

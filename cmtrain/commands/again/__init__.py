@@ -1,0 +1,1 @@
+"""Take steps of a run again, in one process: look at one, compare two runs, verify one."""
