@@ -248,7 +248,9 @@ class ScheduleSection(Section):
 
 class Train(Section):
     global_batch_size: Count = _key(..., "samples of one optimizer step, over all GPUs and accumulation")
-    max_batch_per_gpu: Count = _key(512, "most samples of one forward pass; larger batches are accumulated")
+    max_batch_per_gpu: Count | Literal["auto"] = 512
+    """most samples of one forward pass; larger batches are accumulated; auto: as many as fit into memory. A
+    step that runs out of memory is done again in smaller passes, which stay; with auto, that finds them"""
     precision: Literal["auto", "fp16", "bf16", "tf32", "fp32"] = "auto"
     """auto: fp16 on a GPU, fp32 without; fp16 and bf16 are the fastest; tf32 (A100 or newer): fp32 whose
     products and convolutions have ten bits of its 23, for matrix units; fp32: exact, also in convolutions"""

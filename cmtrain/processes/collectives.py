@@ -123,6 +123,14 @@ def gather(mine: T, group: Any) -> list[T]:
     return everyone
 
 
+def any_rank(mine: bool, group: Any) -> bool:
+    """Return whether `mine` is true on any rank; `group` None is a single process."""
+    flag = torch.tensor(int(mine))
+    if group is not None:
+        dist.all_reduce(flag, dist.ReduceOp.MAX, group=group)
+    return bool(flag)
+
+
 def leave_together() -> None:
     """Leave the process group after all ranks have come here: one that leaves early fails the others."""
     if dist.is_available() and dist.is_initialized():

@@ -110,7 +110,8 @@ class Guard:
 
     @torch.no_grad()
     def discard(self) -> None:
-        """Restore the committed statistics after a forward pass outside of any step."""
+        """Restore the committed statistics after a forward pass outside of any step, or one given up."""
+        self.num_proposals = 0
         if self.batchnorms:
             self._write(self.committed)
 

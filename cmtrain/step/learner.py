@@ -13,12 +13,14 @@ import copy
 import gc
 import math
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -67,6 +69,9 @@ class Learner:
         self.fresh_scaler = None if accelerator.scaler is None else accelerator.scaler.state_dict()
         self.phases = Phases(accelerator.device)
         self.last_forward: tuple[int, Tensor] | None = None  # torch's seed and the images
+        self.images_per_pass: float = math.inf  # fewer, once a pass has run out of memory
+        self.any_rank: Callable[[bool], bool] = bool  # whether this is true on any rank, for all together
+        self.reduced_from: int | None = None  # number of collectives before the last backward pass
 
     def _wrap(self) -> Any:
         with warnings.catch_warnings():
@@ -86,56 +91,142 @@ class Learner:
         self.guard.load_state_dict(counters)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         if self.accelerator.num_processes > 1:  # DDP reduces only what had gradients when it was made
-            self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
-            self.wrapped = None
-            self.accelerator.free_memory()
-            gc.collect()  # now, or its hooks would act on the next gradients
-            self.wrapped = self._wrap()
+            self._wrap_again()
+
+    def _wrap_again(self) -> None:
+        """Make a new DDP, which gives all ranks the buffers of the first one. For all ranks together."""
+        self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
+        self.wrapped = None
+        self.accelerator.free_memory()
+        gc.collect()  # now, or its hooks would act on the next gradients
+        self.wrapped = self._wrap()
 
     def step(self, batches: Iterator[Batch], step: int, lr: float) -> int:
-        """Do step number `step` (from 0) on the next micro-batches; return how many images this rank had."""
+        """Do step number `step` (from 0) on the next micro-batches; return how many images this rank had.
+        Where a rank runs out of memory, all do the step again, in passes of fewer images.
+        """
         if self.frozen and step >= self.unfreeze_step:
             self._unfreeze()
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
+        taken: list[Batch] = []
+        while True:
+            loss, failed = None, ""
+            try:
+                loss = self._forward_and_backward(taken, batches, step)
+            except RuntimeError as error:
+                if not (isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)):
+                    raise
+                failed = str(error)  # alone: the error itself keeps all activations
+            if failed:
+                self._join_reductions()
+            if not self.any_rank(bool(failed)) and loss is not None:
+                break
+            self._take_fewer(len(taken[0].indices) if taken else 0, failed)
+        self.phases.begin("optimizer")
+        self._update(loss, step)
+        self.phases.end_step()
+        return sum(len(indices) for indices in self.last_indices)
+
+    def _forward_and_backward(self, taken: list[Batch], batches: Iterator[Batch], step: int) -> Tensor:
+        """Do what a step does before the optimizer; return this rank's mean loss. `taken`: micro-batches
+        that were read already; those read from `batches` are added.
+        """
         self.optimizer.zero_grad(set_to_none=True)
+        self.reduced_from = None
         loss_of_step = torch.zeros((), device=self.accelerator.device)
         self.last_indices = []
         for turn in range(self.accumulation):
             self.phases.begin("")
-            images, labels, indices = next(batches)
+            if turn == len(taken):
+                taken.append(next(batches))
+            images, labels, indices = taken[turn]
             self.phases.begin("forward")
             # The number of this micro-batch within the global batch, whichever rank works on it.
             micro = self.accelerator.process_index + turn * self.accelerator.num_processes
-            key = self.seed, step, micro
-            torch_seed = _torch_seed(*key)
+            torch_seed = _torch_seed(self.seed, step, micro)
             torch.manual_seed(torch_seed)
-            images, targets = mix(images, labels, self.mixing, key)
-            self.last_forward = torch_seed, images
-            last = turn == self.accumulation - 1
-            with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
-                with self.guard.uncounted():
-                    logits = self.wrapped(images).float()
-                loss = loss_of(logits, targets, self.mixing, self.class_weights)
-                if self.teacher:
-                    with torch.no_grad(), self.accelerator.autocast():
-                        answers = self.teacher(images).float()
-                    loss = taught(loss, logits, answers, self.mixing)
-                self.phases.begin("backward")
-                self._backward(loss / self.accumulation, last)
-            self.guard.propose()
-            loss_of_step += loss.detach() / self.accumulation
-            self.last_indices.append(indices)
-        self.phases.begin("optimizer")
-        self._update(loss_of_step, step)
-        self.phases.end_step()
-        return sum(len(indices) for indices in self.last_indices)
+            images, targets = mix(images, labels, self.mixing, (self.seed, step, micro))
+            passes = self._num_passes(len(images))
+            for number in range(passes):
+                part = slice(number, None, passes)  # as a plan of such micro-batches divides the samples
+                if number:
+                    self.phases.begin("forward")
+                    micro += self.accumulation * self.accelerator.num_processes
+                    torch_seed = _torch_seed(self.seed, step, micro)
+                    torch.manual_seed(torch_seed)
+                is_last = turn == self.accumulation - 1 and number == passes - 1
+                how = torch_seed, self.accumulation * passes, is_last
+                loss_of_step += self._pass(images[part], targets[part], *how)
+                self.last_indices.append(indices[part])
+        return loss_of_step
 
-    def _backward(self, loss: Tensor, last: bool) -> None:
-        """Add the gradients of a micro-batch to every .grad; DDP reduces them with those of the last one.
+    def _pass(self, images: Tensor, targets: Tensor, torch_seed: int, count: int, is_last: bool) -> Tensor:
+        """Do one forward and backward pass, one of the `count` of a step; return its share of the loss.
+        With the `is_last` one, ranks add up their gradients.
+        """
+        if count > self.accumulation:  # a part of a micro-batch, whose images lie apart
+            images = images.contiguous(memory_format=torch.channels_last)
+        self.last_forward = torch_seed, images
+        with nullcontext() if is_last else self.accelerator.no_sync(self.wrapped):
+            with self.guard.uncounted():
+                logits = self.wrapped(images).float()
+            loss = loss_of(logits, targets, self.mixing, self.class_weights)
+            if self.teacher:
+                with torch.no_grad(), self.accelerator.autocast():
+                    answers = self.teacher(images).float()
+                loss = taught(loss, logits, answers, self.mixing)
+            self.phases.begin("backward")
+            self.reduced_from = self._num_collectives() if is_last else None
+            self._backward(loss / count, is_last and (count == 1 or self.accelerator.num_processes > 1))
+        self.guard.propose()
+        return loss.detach() / count
+
+    def _num_passes(self, size: int) -> int:
+        """Return into how many passes of equal size a micro-batch of `size` images is divided."""
+        return next(n for n in range(1, size + 1) if size % n == 0 and size // n <= self.images_per_pass)
+
+    def _take_fewer(self, size: int, failed: str) -> None:
+        """Undo a step before its update; from now on, divide micro-batches of `size` images further. For all
+        ranks. `failed`: why this rank's step did; "": another rank's did. Raises OutOfMemoryError: a pass
+        would have a single image.
+        """
+        passes = self._num_passes(size) if size else 1
+        more = [number for number in range(passes + 1, size // 2 + 1) if size % number == 0]
+        if not more:
+            raise torch.OutOfMemoryError(failed or "another rank ran out of memory")
+        self.images_per_pass = size // next((n for n in more if n >= 2 * passes), more[-1])
+        self.optimizer.zero_grad(set_to_none=True)
+        self.last_forward, self.phases.marks = None, []
+        if self.accelerator.num_processes > 1:
+            self._wrap_again()
+        self.guard.discard()
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _num_collectives(self) -> int:
+        group: Any = dist.group.WORLD if self.accelerator.num_processes > 1 else None
+        return group._get_sequence_number_for_group() if group else 0
+
+    def _join_reductions(self) -> None:
+        """Take part in what the other ranks' backward passes will still reduce: they wait for it, and all
+        throw the result away. As torch's Join does it.
+        """
+        if self.accelerator.num_processes == 1:
+            return
+        reducer, done = self.wrapped.reducer, 0
+        if self.reduced_from is None:
+            reducer._rebuild_buckets()  # as their forward pass may do
+        else:
+            done = self._num_collectives() - self.reduced_from
+        for bucket in reducer._get_zeros_like_grad_buckets()[done:]:
+            dist.all_reduce(bucket.buffer())
+
+    def _backward(self, loss: Tensor, by_autograd: bool) -> None:
+        """Add the gradients of a pass to every .grad; DDP reduces them with those of the last one.
         autograd would make the first gradients .grad itself, where a CUDA graph's next replay would write.
         """
-        if last and (self.accumulation == 1 or self.accelerator.num_processes > 1):
+        if by_autograd:
             self.accelerator.backward(loss)
             return
         scaler = self.accelerator.scaler

@@ -28,7 +28,7 @@ from cmtrain.models.cmt import CMT
 from cmtrain.models.cost import training_flops_per_image
 from cmtrain.models.ffn_check import use_fused_where_it_agrees
 from cmtrain.monitoring.trackers import tracker_options
-from cmtrain.processes.collectives import control_group, join, set_cuda_math, set_torch_defaults
+from cmtrain.processes.collectives import any_rank, control_group, join, set_cuda_math, set_torch_defaults
 from cmtrain.processes.environment import ignore_variables
 from cmtrain.processes.gpus import why_unusable
 from cmtrain.processes.preflight import check_ranks
@@ -114,6 +114,9 @@ def assemble(config: Config, lock: RunLock, resume: str, data: loaders.Data | No
     learner = make_learner(
         config, model, schedule, num_classes, accelerator, start.step, weights, sets, teacher
     )
+    learner.any_rank = functools.partial(any_rank, group=control)
+    if start.checkpoint:
+        learner.images_per_pass = start.checkpoint.meta.get("images_per_pass") or math.inf
     recovery = make_recovery(config, schedule)
     return Parts(
         config, accelerator, control, data, schedule, start, train_loader, eval_loader, learner, recovery,

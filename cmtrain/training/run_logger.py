@@ -246,6 +246,15 @@ class RunLogger:
         line = f"step {step}: back to the state of step {good_step}, learning rate x {lr_factor:g}"
         self._report("rollback", line, step=step, good_step=good_step, cause=cause, lr_factor=lr_factor)
 
+    def ran_out_of_memory(self, step: int, images_per_pass: float) -> None:
+        """Log that a rank ran out of memory in `step`, which was then done in passes of fewer images."""
+        self.metrics.out_of_memory.inc()
+        line = (
+            f"step {step}: out of memory; done again, and from now on in passes of {images_per_pass} images"
+        )
+        line += "; these have the same pixels and targets, BatchNorm's batches are smaller"
+        self._report("out_of_memory", line, step=step, images_per_pass=images_per_pass)
+
     # Evaluations and checkpoints
 
     def evaluated(

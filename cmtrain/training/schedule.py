@@ -20,7 +20,7 @@ class Schedule:
     num_samples: int
     world_size: int
     global_batch_size: int
-    max_batch_per_gpu: int
+    max_batch_per_gpu: int | str
     lr: float
     epochs: int
     warmup_epochs: float
@@ -88,11 +88,11 @@ class Schedule:
 
 
 def split_batch(
-    global_batch_size: int, max_batch_per_gpu: int, world_size: int, *, has_batchnorm: bool = False
+    global_batch_size: int, max_batch_per_gpu: int | str, world_size: int, *, has_batchnorm: bool = False
 ) -> tuple[int, int]:
-    """Return (micro-batch size, accumulation) with the fewest passes that `max_batch_per_gpu` allows. Raises
-    ConfigError: the global batch does not split evenly over the processes, or only into single images, or,
-    if the model `has_batchnorm`, is a single image for each: it has no variance.
+    """Return (micro-batch size, accumulation) with the fewest passes that `max_batch_per_gpu` allows; auto:
+    one. Raises ConfigError: the global batch does not split evenly over the processes, or only into single
+    images, or, if the model `has_batchnorm`, is a single image for each: it has no variance.
     """
     share, rest = divmod(global_batch_size, world_size)
     setting = f"train.global_batch_size: {global_batch_size}"
@@ -100,6 +100,7 @@ def split_batch(
         nearest = " or ".join(str(count * world_size) for count in (share, share + 1) if count)
         found = f"{global_batch_size} = {world_size} x {share} + {rest}"
         raise ConfigError(f"{setting} does not split over {world_size} processes ({found}); use {nearest}")
+    max_batch_per_gpu = share if isinstance(max_batch_per_gpu, str) else max_batch_per_gpu
     fewest = math.ceil(share / max_batch_per_gpu)
     accumulation = next(count for count in range(fewest, share + 1) if share % count == 0)
     micro_batch_size = share // accumulation

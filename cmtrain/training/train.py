@@ -27,7 +27,7 @@ from cmtrain.step.evaluate import Evaluation, evaluate
 from cmtrain.step.learner import Learner
 from cmtrain.step.measure import StepReport, Stopwatch
 from cmtrain.storage.finite import FiniteCheck, repair_or_reject
-from cmtrain.storage.records import replace_file
+from cmtrain.storage.records import finite, replace_file
 from cmtrain.storage.run_folder import MISTAKES_NAME, SAMPLE_NAME, RunLock
 from cmtrain.training import build
 from cmtrain.training.build import Parts
@@ -135,9 +135,11 @@ def run(
 
         # The loop.
         for step in range(first_step, last_step):
-            lr = lr_of(step)
+            lr, images_per_pass = lr_of(step), learner.images_per_pass
             watchdog.begin("step", step)
             num_images = learner.step(batches, step, lr)
+            if learner.images_per_pass != images_per_pass:
+                logger.ran_out_of_memory(step + 1, learner.images_per_pass)
             done, epoch = step + 1, step // schedule.steps_per_epoch
             final = done == last_step
             logger.count_step(
@@ -318,6 +320,7 @@ def meta_of(config: Config, parts: Parts, *, milestone: bool) -> dict[str, Any]:
         "config": config.model_dump(mode="json"), "fingerprint": parts.fingerprint,
         "val_fingerprint": parts.data.val.fingerprint, "micro_batch_size": parts.schedule.micro_batch_size,
         "world_size": parts.accelerator.num_processes, "versions": versions, "milestone": milestone,
+        "images_per_pass": finite(parts.learner.images_per_pass),
     }  # fmt: skip
 
 

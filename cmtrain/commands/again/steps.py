@@ -74,6 +74,8 @@ class Again:
         if checkpoint := self.parts.start.checkpoint:
             restore(self.learner, checkpoint)
             self.parts.recovery.load_state_dict(checkpoint.state["recovery"])
+        events = [event for event in read_events(run) if event["event"] == "out_of_memory"]
+        self.passes = {event["step"]: event["images_per_pass"] for event in events}
         self.batches = loaders.batches_from(self.done, self.parts.train_loader, self.parts.schedule)
 
     @property
@@ -84,6 +86,7 @@ class Again:
     def step(self) -> list[Batch]:
         """Take the next step; return its micro-batches."""
         taken = list(itertools.islice(self.batches, self.parts.schedule.accumulation))
+        self.learner.images_per_pass = self.passes.get(self.done + 1, self.learner.images_per_pass)
         self.learner.step(iter(taken), self.done, self.lr)
         self.done += 1
         return taken

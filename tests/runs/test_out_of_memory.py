@@ -1,0 +1,113 @@
+"""A step that runs out of memory is done again in smaller passes, by all ranks, and the run goes on."""
+
+import pytest
+from helpers.runs import assert_same_state, losses
+
+# Runs out of memory where a pass has more than LIMIT images: on the rank LACKS ("all": on each), from step
+# FROM on, in the forward pass or, after the head's half of the gradients, in the backward pass.
+HUNGRY = """
+import os
+
+import timm
+import torch
+from timm.models import register_model
+
+from cmtrain.step.learner import _torch_seed
+
+LIMIT, FROM = int(os.environ.get("LIMIT", "99")), int(os.environ.get("FROM", "7"))
+BEGUN = []
+
+
+def need(x, where):
+    here = os.environ.get("LACKS", "none") in ("all", os.environ.get("RANK", "0"))
+    if any(torch.initial_seed() == _torch_seed(1, FROM - 1, micro) for micro in range(8)):
+        BEGUN.append(FROM)
+    if here and where == os.environ.get("WHERE", "forward") and BEGUN and len(x) > LIMIT:
+        raise torch.OutOfMemoryError("out of memory, injected")
+
+
+class Backward(torch.autograd.Function):
+    @staticmethod
+    def forward(context, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(context, gradient):
+        need(gradient, "backward")
+        return gradient
+
+
+class Hungry(torch.nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.inner = timm.create_model("cmt_micro", **options)
+        # Gradients that ranks add up before those of the rest.
+        self.more = torch.nn.Linear(options["num_classes"], 300_000)
+
+    def forward(self, x):
+        if self.training:
+            need(x, "forward")
+        out = Backward.apply(self.inner(x))
+        return out + self.more(out).mean(1, keepdim=True)
+
+
+@register_model
+def hungry(**options):
+    return Hungry(**{name: value for name, value in options.items() if "pretrained" not in name})
+"""
+
+
+@pytest.fixture
+def make(make_job):
+    """Without mixing, whose partners are those of the larger pass; with dropout and BatchNorm."""
+
+    def make(name):
+        none = dict.fromkeys(("mixup", "cutmix", "reprob"), 0.0)
+        job = make_job(
+            name, run={"name": "job", "imports": ["hungry"]}, model={"name": "hungry"}, mixing=none,
+            train={"max_batch_per_gpu": "auto", "log_every_steps": 1},
+        )  # fmt: skip
+        (job.folder / "hungry.py").write_text(HUNGRY)
+        return job
+
+    return make
+
+
+def expected(make, size, nproc):
+    """A run that has passes of `size` images from step 7 on."""
+    job = make("expected")
+    job("--max-steps", "6", nproc=nproc)
+    job("--max-steps", "10", "--train.max_batch_per_gpu", str(size), nproc=nproc)
+    return job
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize(("nproc", "lacks"), [(1, "all"), (2, "0"), (2, "1"), (2, "all")])
+def test_the_step_is_done_again_in_smaller_passes(make, nproc, lacks, where):
+    job, size = make("job"), 16 // nproc // 2
+    job("--max-steps", "10", nproc=nproc, LIMIT=str(size), LACKS=lacks, WHERE=where)
+    other = expected(make, size, nproc)
+    assert losses(job) == losses(other)
+    assert_same_state(job, other)
+    found = [event for event in job.events() if event["event"] == "out_of_memory"]
+    assert [(event["step"], event["images_per_pass"]) for event in found] == [(7, size)]
+    line = f"step 7: out of memory; done again, and from now on in passes of {size} images; "
+    assert line in job.stderr.read_text()
+
+
+def test_passes_are_divided_until_they_fit_and_stay_so_in_the_next_process(make):
+    job = make("job")
+    job("--max-steps", "8", LIMIT="4", LACKS="all")
+    job("--max-steps", "10", LIMIT="4", LACKS="all", FROM="9")
+    other = expected(make, 4, 1)
+    assert losses(job) == losses(other)
+    assert_same_state(job, other)
+    found = [event for event in job.events() if event["event"] == "out_of_memory"]
+    assert [(event["step"], event["images_per_pass"]) for event in found] == [(7, 4)]
+
+
+def test_single_images_are_the_end(make):
+    job = make("job")
+    job("--max-steps", "8", nproc=2, LIMIT="1", LACKS="1", code=1)
+    assert job.status()["state"] == "failed"
+    assert "out of memory" in job.status()["reason"]
