@@ -27,7 +27,7 @@ prometheus_client.disable_created_metrics()  # they would double the number of c
 
 STEP_BUCKETS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1, 2, 5, 10, 30)
 PHASE_BUCKETS = (0.001, 0.005, 0.02, 0.1, 0.5, 2)
-EVAL_BUCKETS = (1, 5, 20, 60, 120, 300, 600, 1800)
+EVAL_BUCKETS = (1, 20, 60, 120, 300, 600, 1800)
 
 STATES = ("setup", "train", "evaluate", "checkpoint")
 DATA_WAIT = "data_wait"

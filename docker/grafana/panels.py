@@ -235,10 +235,11 @@ NUMERICS = PanelRow("Numerics", (
         "{{run}} variance": f"max by (run) (cmtrain_bn_running_var_max{{{RUN}}})",
         "{{run}} mean": f"max by (run) (cmtrain_bn_running_mean_abs_max{{{RUN}}})",
     }, log_base=10),
-    Panel("Loss spikes and rollbacks", "none",
+    Panel("Loss spikes, rollbacks, lack of memory", "none",
         "In the last hour. events.jsonl names steps, samples and layers.", {
         "{{run}} spikes": f"max by (run) (increase(cmtrain_loss_spikes_total{{{RUN}}}[1h]))",
         "{{run}} rollbacks": f"max by (run) (increase(cmtrain_rollbacks_total{{{RUN}}}[1h]))",
+        "{{run}} out of memory": f"max by (run) (increase(cmtrain_out_of_memory_total{{{RUN}}}[1h]))",
     }),
 ))  # fmt: skip
 

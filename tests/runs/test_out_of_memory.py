@@ -1,7 +1,11 @@
 """A step that runs out of memory is done again in smaller passes, by all ranks, and the run goes on."""
 
 import pytest
-from helpers.runs import assert_same_state, losses
+import torch
+from helpers.mini import NUM_CLASSES, Mini, batch, make_learner
+from helpers.runs import Forked, assert_same_state, losses
+
+from cmtrain.step.mixing import MixSpec
 
 # Runs out of memory where a pass has more than LIMIT images: on the rank LACKS ("all": on each), from step
 # FROM on, in the forward pass or, after the head's half of the gradients, in the backward pass.
@@ -111,3 +115,35 @@ def test_single_images_are_the_end(make):
     job("--max-steps", "8", nproc=2, LIMIT="1", LACKS="1", code=1)
     assert job.status()["state"] == "failed"
     assert "out of memory" in job.status()["reason"]
+
+
+def test_a_run_that_lacked_memory_can_be_verified(make):
+    job = make("job")
+    job("--max-steps", "10", LIMIT="8", LACKS="all")
+    process = Forked(["cmtrain", "verify", str(job.run), "--tolerance", "0"], job.folder, {}, 1)
+    _, err = process.communicate()
+    assert process.returncode == 0, err
+
+
+def test_smaller_passes_have_the_images_and_targets_of_the_whole_batch():
+    """Mixed with the partner in the whole micro-batch, with the same weight."""
+
+    class Looks(Mini):
+        def forward(self, x):
+            seen.append(x.detach().clone())
+            return super().forward(x)
+
+    whole, parts = [], []
+    for seen, images_per_pass in ((whole, 99), (parts, 8)):
+        mixing = MixSpec(NUM_CLASSES, mixup=0.8, cutmix=1.0, smoothing=0.1, reprob=0.5)
+        torch.manual_seed(0)
+        learner = make_learner(model=Looks().eval(), mixing=mixing, accumulation=2)
+        learner.images_per_pass = images_per_pass
+        seen.clear()
+        learner.step(iter([batch(0), batch(1)]), 3, 0.05)
+        seen.append(torch.tensor(learner.buffer.read()[-1]))
+    assert [len(images) for images in parts[:-1]] == [8, 8, 8, 8]
+    for number in range(2):
+        together = torch.stack(parts[2 * number : 2 * number + 2], dim=1).flatten(0, 1)
+        assert torch.equal(together, whole[number])
+    assert torch.allclose(parts[-1], whole[-1], rtol=1e-3)  # loss and gradient norm, in fp16
