@@ -12,15 +12,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from nvidia.dali.pipeline import Pipeline
 from nvidia.dali.plugin.pytorch import feed_ndarray, to_torch_type
 
 from pipelines.dali import graphs
+from pipelines.dali.augment import Pixels
 from pipelines.dali.graphs import Execution, Source
 from pipelines.spec import AugmentSpec, EvalSpec, Interpolation
-
-Pixels = NDArray[np.uint8]
 
 # The operators behind F.interpolate(antialias=True), for their `out`: it saves a copy of 0.09 ms an image.
 _KERNELS = {
