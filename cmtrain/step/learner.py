@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from cmtrain.step.guard import Guard, running_statistics
 from cmtrain.step.measure import Phases, StepBuffer, StepReport, extremes
@@ -43,11 +42,10 @@ class Learner:
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: Optimizer, accelerator: Accelerator, *,
-        ema_decay: float | None, protect: bool, spike_sigma: float,
-        mixing: MixSpec, accumulation: int, clip_grad: float | None, seed: int,
-        clip_mode: str = "norm", ema_warmup: bool = False, class_weights: Tensor | None = None,
-        teacher: nn.Module | None = None,
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator, *,
+        ema_decay: float | None, protect: bool, spike_sigma: float, mixing: MixSpec, accumulation: int,
+        clip_grad: float | None, seed: int, clip_mode: str = "norm", ema_warmup: bool = False,
+        class_weights: Tensor | None = None, teacher: nn.Module | None = None,
         frozen: Collection[str] = (), unfreeze_step: float = math.inf,
     ) -> None:  # fmt: skip
         self.model, self.optimizer, self.accelerator = model, optimizer, accelerator
@@ -105,9 +103,8 @@ class Learner:
             self.phases.begin("")
             images, labels, indices = next(batches)
             self.phases.begin("forward")
-            # The number of this micro-batch within the global batch, whichever rank works on it.
-            micro = self.accelerator.process_index + turn * self.accelerator.num_processes
-            key = self.seed, step, micro
+            # The last is this micro-batch's number within the global batch, whichever rank works on it.
+            key = self.seed, step, self.accelerator.process_index + turn * self.accelerator.num_processes
             torch_seed = _torch_seed(*key)
             torch.manual_seed(torch_seed)
             images, targets = mix(images, labels, self.mixing, key)
@@ -144,8 +141,7 @@ class Learner:
 
     @torch.no_grad()
     def _update(self, loss: Tensor, step: int) -> None:
-        scaler = self.accelerator.scaler
-        if scaler is not None:
+        if (scaler := self.accelerator.scaler) is not None:
             scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         grad_norm = nn.utils.get_total_norm(gradients, foreach=True)
