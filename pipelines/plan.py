@@ -26,7 +26,8 @@ _FLIP = 2 * CROP_ATTEMPTS + 2
 _JITTER = _FLIP + 1
 _LAYERS = _JITTER + 4
 
-_ORDER_DOMAIN, _AUGMENT_DOMAIN, _DRAW_DOMAIN = 1, 2, 5  # keep unrelated uses of one seed apart
+# Keep unrelated uses of one seed apart: of the plan, of a manifest's subset, of the order inside shards.
+_ORDER_DOMAIN, _AUGMENT_DOMAIN, SUBSET_DOMAIN, SHARD_DOMAIN, _DRAW_DOMAIN = range(1, 6)
 
 # Brightness, contrast, saturation and their six orders.
 _JITTER_BRANCHES = np.array([Branch.SCALE, Branch.SCALE, Branch.SATURATE], np.int32)
@@ -114,8 +115,7 @@ class Plan:
         if start % size or not 0 <= start <= self.num_samples:
             raise ValueError(f"start {start} is no multiple of global_batch_size {size} in the epoch")
         order, copies = _order(self, epoch)
-        begins = range(start, self.steps_per_epoch * size, size)
-        slots = itertools.product(begins, range(rank, count, world))
+        slots = itertools.product(range(start, self.steps_per_epoch * size, size), range(rank, count, world))
         parts = ((begin, slot, np.arange(begin + slot, begin + size, count)) for begin, slot in slots)
         return (MicroBatch(epoch, begin // size, slot, order[at], copies[at]) for begin, slot, at in parts)
 
@@ -205,8 +205,7 @@ def _order(plan: Plan, epoch: int) -> tuple[Ints, Ints]:
         copies = samples % plan.repeats
     else:
         keys = sample_keys(plan.seed, _DRAW_DOMAIN, samples, epoch)
-        offset = (keys[0] >> np.uint64(11)) * 2.0**-53
-        drawn, drawn_copies = _draw_classes(shuffled, plan.sampling, offset)
+        drawn, drawn_copies = _draw_classes(shuffled, plan.sampling, (keys[0] >> np.uint64(11)) * 2.0**-53)
         places = np.argsort(keys, kind="stable")
         order, copies = drawn[places], drawn_copies[places]
     order.setflags(write=False)

@@ -15,7 +15,6 @@ import re
 import shutil
 import threading
 import time
-import zipfile
 import zlib
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -26,7 +25,7 @@ import numpy as np
 from pipelines.atomic import locked, replacing
 from pipelines.files.listing import Ints
 from pipelines.files.objects import Store, is_ending
-from pipelines.files.shards import INDEX, Slices
+from pipelines.files.shards import INDEX, NO_INDEX, Slices
 from pipelines.spec import DataError, os_errors_in_one_line
 
 CHUNK_BYTES = 4 << 20  # smaller ones are too many requests for a store, larger ones delay the first step
@@ -59,7 +58,7 @@ def mirror_split(url: str, folder: Path, room_bytes: int) -> int:
                 raise ValueError("no images, or a shard with another name")
             sizes = dict(zip((*names, _STATES), (*lengths, num_chunks), strict=True))
             taken = sum(lengths)
-        except (ValueError, LookupError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        except NO_INDEX as error:
             raise DataError(f"{url}/{INDEX}: no index of packed images ({type(error).__name__})") from error
         if taken > room_bytes:
             takes = f"{url}: takes {taken / 1e9:.1f} GB of local disk, and {room_bytes / 1e9:.1f} GB"
@@ -78,8 +77,7 @@ def mirror_split(url: str, folder: Path, room_bytes: int) -> int:
         states = np.memmap(folder / _STATES, np.uint8, "r+")
         states[(states == _DAMAGED) | (boot != known.get("boot"))] = _MISSING
         with replacing(folder / SOURCE) as file:
-            source = {"url": url, "tag": tag, "boot": boot, "crc": zlib.crc32(index)}
-            file.write(json.dumps(source).encode())
+            file.write(json.dumps({"url": url, "tag": tag, "boot": boot, "crc": zlib.crc32(index)}).encode())
     return taken
 
 
