@@ -37,8 +37,7 @@ def choose_decode(place: Placement) -> tuple[Decode, list[str]]:
     first = 0 if place.decode == "auto" else WAYS.index(place.decode)
     lines: list[str] = []
     for way, fallback in pairwise(WAYS[first:]):
-        fault = fault_of(place, way)
-        if not fault:
+        if not (fault := fault_of(place, way)):
             return way, lines
         if fault.startswith(_UNTRIED):
             return way, [*lines, f"data.decode: {way} is {fault}"]
@@ -94,10 +93,9 @@ def decoded(place: Placement, windows: bool) -> list[Any]:
     from pipelines.dali import graphs
 
     rng = np.random.default_rng(0)
-    files = [np.frombuffer(encoded, np.uint8) for encoded in mixed_jpegs(BATCH_SIZE)]
     heights, widths = rng.integers(32, HEIGHT, BATCH_SIZE), rng.integers(32, WIDTH, BATCH_SIZE)
     tops, lefts = rng.integers(0, HEIGHT - heights + 1), rng.integers(0, WIDTH - widths + 1)
-    inputs: list[Any] = [files]
+    inputs: list[Any] = [[np.frombuffer(encoded, np.uint8) for encoded in mixed_jpegs(BATCH_SIZE)]]
     if windows:
         inputs.append(np.stack([tops, lefts, heights, widths], axis=1).astype(np.int32))
     run = graphs.execution(place, BATCH_SIZE, reads_files=False)

@@ -56,8 +56,7 @@ def _digits() -> Iterator[tuple[str, bytes]]:
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    order = np.random.default_rng(0).permutation(len(digits.target))
-    for position, index in enumerate(order):
+    for position, index in enumerate(np.random.default_rng(0).permutation(len(digits.target))):
         split = "train" if position < 1437 else "val"
         pixels = (digits.images[index] * 255 / 16).astype(np.uint8)  # (8, 8), 0..16 in the source
         image = Image.fromarray(pixels).resize((64, 64), Image.Resampling.BICUBIC).convert("RGB")
