@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -28,6 +27,7 @@ MAX_SECONDS = 120  # to import DALI from a slow disk and to create CUDA's contex
 MAX_MEAN_LEVELS = 2.5
 
 _UNTRIED = "untried"  # begins an answer
+_COMMAND = sys.executable, "-P", "-m", __name__
 
 
 def choose_decode(place: Placement) -> tuple[Decode, list[str]]:
@@ -37,8 +37,7 @@ def choose_decode(place: Placement) -> tuple[Decode, list[str]]:
     first = 0 if place.decode == "auto" else WAYS.index(place.decode)
     lines: list[str] = []
     for way, fallback in pairwise(WAYS[first:]):
-        fault = fault_of(place, way)
-        if not fault:
+        if not (fault := fault_of(place, way)):
             return way, lines
         if fault.startswith(_UNTRIED):
             return way, [*lines, f"data.decode: {way} is {fault}"]
@@ -46,20 +45,17 @@ def choose_decode(place: Placement) -> tuple[Decode, list[str]]:
     return "cpu", lines
 
 
-def fault_of(
-    place: Placement, decode: Decode, *, max_seconds: float = MAX_SECONDS, program: Sequence[str] = ()
-) -> str:
-    """Return what is wrong with a way to decode on `place.device`, "" if nothing; `program` is for tests."""
+def fault_of(place: Placement, decode: Decode, *, max_seconds: float = MAX_SECONDS) -> str:
+    """Return what is wrong with a way to decode on `place.device`, "" if nothing."""
     request = {"decode": decode, "device": str(place.device), "load": place.hw_decoder_load}
     request |= {"threads": min(place.threads, 4), "max_seconds": max_seconds}
-    command = [*(program or (sys.executable, "-P", "-m", __name__)), json.dumps(request)]
     # The child finds what this process has imported, wherever that came from.
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
     try:
         # What decoders print, one line per image at times, is of no use beside the answer.
         done = subprocess.run(  # noqa: S603
-            command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True,
-            errors="replace", timeout=max_seconds, check=False,
+            [*_COMMAND, json.dumps(request)], env=environment, stdin=subprocess.DEVNULL, capture_output=True,
+            text=True, errors="replace", timeout=max_seconds, check=False,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         return f"hangs (no answer in {max_seconds:g} s)"
@@ -97,10 +93,9 @@ def decoded(place: Placement, windows: bool) -> list[Any]:
     from pipelines.dali import graphs
 
     rng = np.random.default_rng(0)
-    files = [np.frombuffer(encoded, np.uint8) for encoded in mixed_jpegs(BATCH_SIZE)]
     heights, widths = rng.integers(32, HEIGHT, BATCH_SIZE), rng.integers(32, WIDTH, BATCH_SIZE)
     tops, lefts = rng.integers(0, HEIGHT - heights + 1), rng.integers(0, WIDTH - widths + 1)
-    inputs: list[Any] = [files]
+    inputs: list[Any] = [[np.frombuffer(encoded, np.uint8) for encoded in mixed_jpegs(BATCH_SIZE)]]
     if windows:
         inputs.append(np.stack([tops, lefts, heights, widths], axis=1).astype(np.int32))
     run = graphs.execution(place, BATCH_SIZE, reads_files=False)

@@ -118,8 +118,8 @@ class DaliLoader:
     ) -> None:  # fmt: skip
         self._run = graphs.execution(place, batch_size, reads_files=manifest.packed is None)
         self._stand_ins = StandIns(manifest, place.max_bad_fraction, place.threads)
-        self._manifest, self._micro_batches, self._inputs = manifest, micro_batches, inputs
-        self._order = order
+        self._manifest, self._micro_batches = manifest, micro_batches
+        self._inputs, self._order = inputs, order
         stages = TwoGraphs if self._run.device == "cpu" else OneGraph
         self._build = functools.partial(stages, spec=spec, run=self._run)
         self._trains = isinstance(spec, AugmentSpec)
@@ -147,7 +147,9 @@ class DaliLoader:
             if not self._undelivered or self._undelivered[0].identity != planned.identity:
                 if position:
                     raise RuntimeError(f"epoch {epoch} cannot go on: another epoch was begun on this loader")
-                self._upcoming = self._endless(epoch, start)
+                starts = itertools.chain([start], itertools.repeat(0))  # of this epoch and all later ones
+                epochs = map(self._micro_batches, itertools.count(epoch), starts)
+                self._upcoming = itertools.chain.from_iterable(epochs)
                 if (packed := self._manifest.packed) and packed.mirror:
                     packed.mirror.begin(packed, self._order(epoch, start))
                 self._rewind()
@@ -182,11 +184,6 @@ class DaliLoader:
             graphs.release_memory()
         self._undelivered.clear()
         self._stand_ins.close()
-
-    def _endless(self, epoch: int, start: int) -> Iterator[MicroBatch]:
-        yield from self._micro_batches(epoch, start)
-        for following in itertools.count(epoch + 1):
-            yield from self._micro_batches(following, 0)
 
     def _receive(self) -> tuple[torch.Tensor, MicroBatch]:
         """Return the next images and the batch that they are, stand-ins included."""

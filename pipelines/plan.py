@@ -3,6 +3,7 @@
 So a killed run resumes on any number of GPUs with the same samples and the same augmented pixels.
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,14 +20,14 @@ Sizes = NDArray[np.int32]
 
 CROP_ATTEMPTS = 10  # torchvision's RandomResizedCrop gives up after ten
 
-# Random streams of a sample, in order: changing this layout changes every augmented pixel of every run.
-_CROP_DRAWS = 2 * CROP_ATTEMPTS + 2
-_FLIP = _CROP_DRAWS
+# Where a sample's random streams begin; those of the crop are the first. Changing this layout changes every
+# augmented pixel of every run.
+_FLIP = 2 * CROP_ATTEMPTS + 2
 _JITTER = _FLIP + 1
-_JITTER_DRAWS = 4
-_LAYERS = _JITTER + _JITTER_DRAWS
+_LAYERS = _JITTER + 4
 
-_ORDER_DOMAIN, _AUGMENT_DOMAIN, _DRAW_DOMAIN = 1, 2, 5  # keep unrelated uses of one seed apart
+# Keep unrelated uses of one seed apart: of the plan, of a manifest's subset, of the order inside shards.
+_ORDER_DOMAIN, _AUGMENT_DOMAIN, SUBSET_DOMAIN, SHARD_DOMAIN, _DRAW_DOMAIN = range(1, 6)
 
 # Brightness, contrast, saturation and their six orders.
 _JITTER_BRANCHES = np.array([Branch.SCALE, Branch.SCALE, Branch.SATURATE], np.int32)
@@ -113,15 +114,10 @@ class Plan:
             raise ValueError(f"{world} ranks do not divide {what}")
         if start % size or not 0 <= start <= self.num_samples:
             raise ValueError(f"start {start} is no multiple of global_batch_size {size} in the epoch")
-        return self._micro_batches(epoch, start // size, rank, world)
-
-    def _micro_batches(self, epoch: int, first_step: int, rank: int, world: int) -> Iterator[MicroBatch]:
-        size, count = self.global_batch_size, self.num_micro_batches
         order, copies = _order(self, epoch)
-        for step in range(first_step, self.steps_per_epoch):
-            for slot in range(rank, count, world):
-                positions = np.arange(step * size + slot, (step + 1) * size, count)
-                yield MicroBatch(epoch, step, slot, order[positions], copies[positions])
+        slots = itertools.product(range(start, self.steps_per_epoch * size, size), range(rank, count, world))
+        parts = ((begin, slot, np.arange(begin + slot, begin + size, count)) for begin, slot in slots)
+        return (MicroBatch(epoch, begin // size, slot, order[at], copies[at]) for begin, slot, at in parts)
 
     def uniforms(self, batch: MicroBatch, num_streams: int) -> Floats:
         """Return independent uniforms in [0, 1) for every sample of the batch, (B, num_streams)."""
@@ -158,7 +154,7 @@ def augment_params(
     u = plan.uniforms(batch, _LAYERS + NUM_LAYER_DRAWS * num_layers)  # (B, streams)
     draws = u[:, _LAYERS:].reshape(len(u), num_layers, NUM_LAYER_DRAWS)
     return AugmentParams(
-        windows=crop_windows(u[:, :_CROP_DRAWS], heights, widths, spec.scale, spec.ratio),
+        windows=crop_windows(u[:, :_FLIP], heights, widths, spec.scale, spec.ratio),
         flips=(u[:, _FLIP] < spec.hflip).astype(np.int32),
         jitter=jitter_params(u[:, _JITTER:_LAYERS], spec.color_jitter) if spec.color_jitter else None,
         layers=layer_params(policy, draws, spec.image_px) if policy else None,
@@ -209,8 +205,7 @@ def _order(plan: Plan, epoch: int) -> tuple[Ints, Ints]:
         copies = samples % plan.repeats
     else:
         keys = sample_keys(plan.seed, _DRAW_DOMAIN, samples, epoch)
-        offset = (keys[0] >> np.uint64(11)) * 2.0**-53
-        drawn, drawn_copies = _draw_classes(shuffled, plan.sampling, offset)
+        drawn, drawn_copies = _draw_classes(shuffled, plan.sampling, (keys[0] >> np.uint64(11)) * 2.0**-53)
         places = np.argsort(keys, kind="stable")
         order, copies = drawn[places], drawn_copies[places]
     order.setflags(write=False)

@@ -97,8 +97,7 @@ def parse(text: str) -> Policy:
         )
     values: dict[str, float] = {}
     for part in parts:
-        found = re.fullmatch(r"([a-z]+)(\d+(?:\.\d+)?)", part)
-        if found is None or found[1] not in known:
+        if (found := re.fullmatch(r"([a-z]+)(\d+(?:\.\d+)?)", part)) is None or found[1] not in known:
             names = ", ".join(known)
             raise ValueError(f"{text!r}: unknown part {part!r}; known are {names}, each with its number")
         if found[1] in {"m", "n", "inc"} and not found[2].isdigit():
@@ -108,8 +107,7 @@ def parse(text: str) -> Policy:
     if num_layers < 1 or prob > 1:
         raise ValueError(f"{text!r}: n must be at least 1 and p at most 1")
     if family == "dali":
-        magnitude_bin = values.get("m", 9.0)
-        if magnitude_bin > 30:
+        if (magnitude_bin := values.get("m", 9.0)) > 30:
             raise ValueError(f"{text!r}: m{magnitude_bin:g} is not one of DALI's magnitude bins 0..30")
         return Policy(_DALI_OPS, num_layers, 1.0, magnitude_bin / 30, 0.0, "dali", 100 / 224)
     std = values.get("mstd", 0.0)

@@ -41,8 +41,7 @@ class DataError(Exception):
     def of(error: OSError, path: object = None) -> "DataError":
         """Return what an error of the operating system means, in one line; `path` if it names none."""
         place = path if error.filename is None else os.fsdecode(error.filename)
-        advice = _ADVICE.get(error.errno or 0, _TRY_AGAIN)
-        return DataError(f"{place}: {error.strerror or error}; {advice}")
+        return DataError(f"{place}: {error.strerror or error}; {_ADVICE.get(error.errno or 0, _TRY_AGAIN)}")
 
 
 @contextmanager

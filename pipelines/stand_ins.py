@@ -83,8 +83,7 @@ class StandIns:
     def stand_in(self, index: int) -> int:
         """Return the sample to use instead of `index`. Raises DataError for more bad files than allowed."""
         for step in range(1, len(self._manifest)):
-            candidate = (index + step) % len(self._manifest)
-            if candidate in self._bad:
+            if (candidate := (index + step) % len(self._manifest)) in self._bad:
                 continue
             if candidate in self._good or not self.check([candidate]):
                 self._good.add(candidate)

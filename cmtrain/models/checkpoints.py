@@ -201,10 +201,6 @@ def _is_conv_matrix(model: CMT, key: str) -> bool:
     return in_ffn or (key == "fc.weight" and model.variant == "paper")
 
 
-def _heads(key: str) -> int:
-    return HEADS[int(key.split(".")[1])]  # of this stage
-
-
 def _unpack(model: CMT, key: str, tensor: Tensor) -> tuple[Tensor, ...]:
     """Convert one of our tensors to the reference's: rows split by projection, convolutions 4-D."""
     if _is_conv_matrix(model, key):
@@ -215,7 +211,7 @@ def _unpack(model: CMT, key: str, tensor: Tensor) -> tuple[Tensor, ...]:
     if model.variant == "paper":
         return tuple(part.clone() for part in parts)
     # The re-implementation orders its rows by channel, then head, then k or v.
-    kv = torch.cat(parts[-2:]).unflatten(0, (2, _heads(key), -1))
+    kv = torch.cat(parts[-2:]).unflatten(0, (2, HEADS[int(key.split(".")[1])], -1))  # of this stage
     return (*(part.clone() for part in parts[:-2]), kv.transpose(0, 2).flatten(0, 2))
 
 
@@ -226,6 +222,6 @@ def _pack(model: CMT, key: str, tensors: list[Tensor]) -> Tensor:
     if "kv." not in key:
         return tensors[0]
     if model.variant == "reimpl":
-        kv = tensors[-1].unflatten(0, (-1, _heads(key), 2)).transpose(0, 2).flatten(0, 2)
-        tensors = [*tensors[:-1], kv]
+        kv = tensors[-1].unflatten(0, (-1, HEADS[int(key.split(".")[1])], 2))
+        tensors = [*tensors[:-1], kv.transpose(0, 2).flatten(0, 2)]
     return torch.cat(tensors)

@@ -15,17 +15,11 @@ import torch.nn.functional as F
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+import cmtrain.models.position as position
 from cmtrain.models.blocks import Block, BlockOptions, FfnKernel, PointwiseConv, Stage, Stem
-from cmtrain.models.position import (
-    POSITION_MODULES,
-    AbsolutePosition,
-    AttentionBiasKind,
-    Variant,
-    make_attention_bias,
-)
+from cmtrain.models.position import AbsolutePosition, AttentionBiasKind, Variant
 
 BiasScope = Literal["stage", "block"]
 
@@ -93,7 +87,7 @@ class _SpareStatistics:
         self.block = block
 
     def __enter__(self) -> None:
-        parts = [part for part in self.block.modules() if isinstance(part, _BatchNorm)]
+        parts = [part for part in self.block.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
         self.kept = [(part._buffers, {**part._buffers}) for part in parts]
         for buffers, kept in self.kept:
             buffers.update({name: None if value is None else value.clone() for name, value in kept.items()})
@@ -161,7 +155,7 @@ class CMT(nn.Module):
         stages = zip(size.dims, size.depths, HEADS, REDUCTIONS, strict=True)
         for i, (dim, depth, heads, reduction) in enumerate(stages):
             side, hidden = self.img_size // 4 >> i, int(dim * ffn_ratio)
-            make_bias = partial(make_attention_bias, bias_kind, variant, heads, side, reduction)
+            make_bias = partial(position.make_attention_bias, bias_kind, variant, heads, side, reduction)
             blocks = []
             for drop_path_prob in islice(drop_path_probs, depth):
                 bias = make_bias() if bias_scope == "block" else None
@@ -207,7 +201,7 @@ class CMT(nn.Module):
                 if holder.bias is not None:
                     old = holder.bias.table
                     size = HEADS[i], side, REDUCTIONS[i]
-                    holder.bias = make_attention_bias(self.attention_bias, self.variant, *size)
+                    holder.bias = position.make_attention_bias(self.attention_bias, self.variant, *size)
                     table = holder.bias.resized(old.detach())
                     holder.bias.table = nn.Parameter(table, requires_grad=old.requires_grad)
 
@@ -224,7 +218,8 @@ class CMT(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Return the position tables: decay would pull them towards "no position", no simpler function."""
-        return {f"{name}.table" for name, part in self.named_modules() if isinstance(part, POSITION_MODULES)}
+        parts = self.named_modules()
+        return {f"{name}.table" for name, part in parts if isinstance(part, position.POSITION_MODULES)}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Group parameters by depth, a stage or a block, for timm's layer-wise learning-rate decay."""
@@ -238,10 +233,9 @@ class CMT(nn.Module):
         """Return stage outputs (B, C, H, W) at strides 4 to 32. `norm` has no effect: there is none here."""
         _choose("output_fmt", output_fmt, ("NCHW",))
         take, last = feature_take_indices(len(self.stages), indices)
-        stages = self.stages[: last + 1] if stop_early else self.stages
         x = self._enter(x)
         intermediates = []
-        for i, stage in enumerate(stages):
+        for i, stage in enumerate(self.stages[: last + 1] if stop_early else self.stages):
             x = stage(x)
             if i in take:
                 intermediates.append(x)
@@ -283,14 +277,13 @@ class CMT(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
-def _cfg(size: Size) -> dict[str, Any]:
-    # The rest is timm's default: ImageNet's mean and std, bicubic, and the paper's crop_pct of 224 / 256.
-    px, pool = size.image_px, size.image_px // 32
-    of_size: dict[str, Any] = {"input_size": (3, px, px), "pool_size": (pool, pool)}
-    return of_size | {"fixed_input_size": True, "first_conv": "stem.conv1", "classifier": "head"}
-
-
-default_cfgs = generate_default_cfgs({name: _cfg(size) for name, size in SIZES.items()})
+# The rest is timm's default: ImageNet's mean and std, bicubic, and the paper's crop_pct of 224 / 256.
+default_cfgs = generate_default_cfgs({
+    name: {
+        "input_size": (3, size.image_px, size.image_px), "pool_size": (size.image_px // 32,) * 2,
+        "fixed_input_size": True, "first_conv": "stem.conv1", "classifier": "head",
+    } for name, size in SIZES.items()
+})  # fmt: skip
 
 
 def _register(name: str) -> None:

@@ -14,18 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils import _python_dispatch, _pytree, flop_counter
 
 from cmtrain.models.blocks import FusedPart
 
 NO_KERNEL = {"_unsafe_view", "detach", "alias", "lift_fresh"}
-NO_LIBRARY = {"prim", "profiler"}
-
-
-# ---- bytes and kernels
 
 
 class Call(NamedTuple):
@@ -73,7 +66,7 @@ def _fake(tensor: Tensor) -> Tensor:
 
 
 def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+    return [leaf for leaf in _pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def _bytes(tree: Any) -> int:
@@ -84,7 +77,7 @@ def _bytes(tree: Any) -> int:
     return total
 
 
-class Counter(TorchDispatchMode):
+class Counter(_python_dispatch.TorchDispatchMode):
     """Charges every kernel its inputs and outputs, and some kernels for reading an input more than once."""
 
     def __init__(self) -> None:
@@ -94,7 +87,7 @@ class Counter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         name = func._overloadpacket.__name__
-        if func.is_view or func.namespace in NO_LIBRARY or name in NO_KERNEL or "empty" in name:
+        if func.is_view or func.namespace in ("prim", "profiler") or name in NO_KERNEL or "empty" in name:
             return out
         amount = _bytes((args, kwargs, out))
         if name == "native_batch_norm":  # statistics first, then again to normalise
@@ -114,7 +107,7 @@ class Counter(TorchDispatchMode):
         return out
 
 
-class AsOnCuda(TorchFunctionMode):
+class AsOnCuda(torch.overrides.TorchFunctionMode):
     """Makes fake tensors of the CPU behave like those of CUDA, whose fake backward needs a real device.
     The two autocasts differ in rules; those for normalisation, softmax and attention concern a CMT.
     """
@@ -141,9 +134,6 @@ def _efficient_attention(
     return attention(q, k, v, bias, compute_log_sumexp=torch.is_grad_enabled(), **options)[0]
 
 
-# ---- floating-point operations
-
-
 @torch.no_grad()
 def training_flops_per_image(model: nn.Module, image_px: int) -> int:
     """Count the floating-point operations of forward and backward pass for one image; a multiply-add is two.
@@ -157,6 +147,6 @@ def training_flops_per_image(model: nn.Module, image_px: int) -> int:
         if isinstance(part, FusedPart):  # the counter does not know the Triton operators
             part.kernel = "eager"
     parameter = next(copied.parameters())
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter.FlopCounterMode(display=False) as counter:
         copied(torch.zeros(1, 3, image_px, image_px, device=parameter.device, dtype=parameter.dtype))
     return 3 * counter.get_total_flops()

@@ -14,7 +14,6 @@ from cmtrain.models.position import Variant
 DIM, HIDDEN, SIDE, BATCH = 24, 37, 6, 3  # small; hidden width and map are no multiples of a tile's sides
 # TF32 has ten bits, as fp16 has; bf16 has seven.
 TOLERANCES = {torch.float32: 2e-2, torch.float16: 5e-2, torch.bfloat16: 2e-1}
-BF16_CAPABILITY = (8, 0)  # of a GPU; older ones emulate it, if at all
 
 
 def use_fused_where_it_agrees(model: nn.Module) -> None:
@@ -23,12 +22,12 @@ def use_fused_where_it_agrees(model: nn.Module) -> None:
     So a compiler or driver that gets the kernels wrong costs speed and a warning, not a run.
     """
     parts = [part for part in model.modules() if isinstance(part, FusedPart) and part.kernel == "auto"]
-    device = _device_of(model)
+    device = next(model.parameters()).device
     if device.type != "cuda" or not parts:
         return
     try:
         (variant,) = {part.variant for part in parts if isinstance(part, FeedForward)}
-        has_bf16 = torch.cuda.get_device_capability(device) >= BF16_CAPABILITY
+        has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)  # older ones emulate it, if at all
         dtypes = [dtype for dtype in TOLERANCES if has_bf16 or dtype != torch.bfloat16]
         errors = {dtype: worst_error(device, dtype, variant=variant) for dtype in dtypes}
         wrong = [f"{each}: {error:.1e}" for each, error in errors.items() if not error <= TOLERANCES[each]]
@@ -40,10 +39,6 @@ def use_fused_where_it_agrees(model: nn.Module) -> None:
         warnings.warn(message, stacklevel=2)
         for part in parts:
             part.kernel = "eager"
-
-
-def _device_of(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
 
 
 def worst_error(
@@ -83,9 +78,8 @@ def _error(part: FusedPart, device: torch.device, dtype: torch.dtype, kernel: Ff
         nn.init.normal_(parameter, std=0.3)
     x = torch.randn(BATCH, DIM, SIDE, SIDE, device=device).to(memory_format=torch.channels_last)
     eager = part.to(device)
-    fused = copy.deepcopy(eager)
     results = []
-    sides: list[tuple[FusedPart, FfnKernel]] = [(eager, "eager"), (fused, kernel)]
+    sides: list[tuple[FusedPart, FfnKernel]] = [(eager, "eager"), (copy.deepcopy(eager), kernel)]
     for network, choice in sides:
         for module in network.modules():
             if isinstance(module, FusedPart):
@@ -94,9 +88,8 @@ def _error(part: FusedPart, device: torch.device, dtype: torch.dtype, kernel: Ff
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             out = _output(network, images)
         loss = (out.float().flatten() * torch.arange(out.numel(), device=device).sin()).sum()
-        gradients = torch.autograd.grad(loss, [images, *network.parameters()])
         statistics = [buffer for buffer in network.buffers() if buffer.is_floating_point()]
-        results.append([[out, *statistics], gradients])
+        results.append([[out, *statistics], torch.autograd.grad(loss, [images, *network.parameters()])])
     worst = []
     for share, *pairs in zip((1e-6, 0.1), *results, strict=True):
         norms = torch.stack([expected.float().norm() for expected in pairs[0]])

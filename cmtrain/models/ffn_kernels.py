@@ -68,9 +68,6 @@ def _on_map(x, y, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
     return ((y >= 0) & (y < HEIGHT) & (x >= 0) & (x < WIDTH))[:, None]
 
 
-# ---- forward
-
-
 @triton.jit
 def expand_kernel(
     x, weight, bias, z, a, moments, rows,
@@ -222,9 +219,6 @@ def project_kernel(
     if TRAINING:
         tl.store(moments + part * 2 * C + column, mean, mask=column < C)
         tl.store(moments + part * 2 * C + C + column, m2, mask=column < C)
-
-
-# ---- backward
 
 
 @triton.jit

@@ -53,8 +53,7 @@ def padded(hidden: int) -> int:
 
 
 def count_tiles(rows: int, pitch: int) -> int:
-    programs = cdiv(rows, ROWS) * cdiv(pitch, MAP_COLUMNS)
-    return max(1, min(MAX_TILES, programs // MIN_PROGRAMS))
+    return max(1, min(MAX_TILES, cdiv(rows, ROWS) * cdiv(pitch, MAP_COLUMNS) // MIN_PROGRAMS))
 
 
 def count_parts(rows: int, pitch: int) -> int:
@@ -78,9 +77,6 @@ def precision(x: Tensor) -> str:
 
 def empty(x: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, device=x.device, dtype=dtype)
-
-
-# ---- forward
 
 
 @operator
@@ -160,9 +156,6 @@ def project(
         ROWS=ROWS, COLUMNS=columns, INNER=GEMM_INNER, TILES=count_tiles(rows, channels), **how,
     )  # fmt: skip
     return out, moments
-
-
-# ---- backward
 
 
 @operator

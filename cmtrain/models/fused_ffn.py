@@ -130,8 +130,7 @@ def _project(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return y, in training its moments, and w2 (C, p). skip: a1, s1 and t1 where n1 is added to n2."""
     a1, s1, t1 = skip or (None, None, None)
-    shift = t2 if t1 is None else t1 + t2
-    bias = torch.addmv(b2.float(), w2.float(), shift[: w2.shape[1]])
+    bias = torch.addmv(b2.float(), w2.float(), (t2 if t1 is None else t1 + t2)[: w2.shape[1]])
     w2_padded = F.pad(w2.to(z2.dtype), (0, len(s2) - w2.shape[1]))
     return *ops.project(z2, s2, w2_padded, bias, a1, s1, training), w2_padded
 

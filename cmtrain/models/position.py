@@ -13,7 +13,6 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Variant = Literal["paper", "reimpl"]  # the authors' released network, or FlyEgle/CMT-pytorch's
 AttentionBiasKind = Literal["none", "relative", "pairwise"]
@@ -26,8 +25,7 @@ def resize_grid(grid: Tensor, side: int) -> Tensor:
     """
     if grid.shape[-1] == side:
         return grid
-    wide = grid.to(torch.promote_types(grid.dtype, torch.float32))
-    planes = wide.reshape(1, -1, *grid.shape[-2:])
+    planes = grid.to(torch.promote_types(grid.dtype, torch.float32)).reshape(1, -1, *grid.shape[-2:])
     resized = F.interpolate(planes, size=(side, side), mode="bicubic", antialias=True)
     return resized.reshape(*grid.shape[:-2], side, side).to(grid.dtype)
 
@@ -136,8 +134,7 @@ class AbsolutePosition(nn.Module):
     def resized(self, table: Tensor) -> Tensor:
         side = _side(table.shape[1]) if table.ndim == 3 else 0
         _require(side > 0 and table.shape[::2] == self.table.shape[::2], table, self.table)
-        planes = table.mT.unflatten(2, (side, side))  # (1, C, m, m)
-        return resize_grid(planes, self.table_side).flatten(2).mT
+        return resize_grid(table.mT.unflatten(2, (side, side)), self.table_side).flatten(2).mT  # (1, m m, C)
 
 
 POSITION_MODULES = (PairwiseBias, RelativeBias, AbsolutePosition)
@@ -151,9 +148,6 @@ def make_attention_bias(
         return None
     own_heads = heads if variant == "paper" else None
     return {"relative": RelativeBias, "pairwise": PairwiseBias}[kind](own_heads, queries_per_side, reduction)
-
-
-# ---- attention with a bias
 
 
 def is_eager_on_cpu(x: Tensor) -> bool:
@@ -177,5 +171,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: float,
         mask = (bias if torch.is_grad_enabled() else bias.detach()).to(q.dtype)[None]
     if mask is None or not q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
-    with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+    backends = nn.attention.SDPBackend
+    with nn.attention.sdpa_kernel([backends.EFFICIENT_ATTENTION, backends.MATH]):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)

@@ -103,8 +103,7 @@ class Answers:
         self.labels = torch.zeros(num_images, dtype=torch.int64, device=device)
         self.ranked = torch.zeros(num_images, min(5, num_classes), dtype=torch.int64, device=device)
         # Of all classes where an image may have several, else of the likeliest alone.
-        width = 1 if label_sets is None else num_classes
-        self.probabilities = torch.zeros(num_images, width, device=device)
+        self.probabilities = torch.zeros(num_images, 1 if label_sets is None else num_classes, device=device)
         self.totals = torch.zeros(2, dtype=torch.float64, device=device)  # images, summed loss
         self.tensors = [self.labels, self.ranked, self.probabilities, self.totals]
 
@@ -160,11 +159,10 @@ def all_reduce_sum(values: Tensor) -> None:
 
 def by_class(results: dict[str, Evaluation], class_names: Sequence[str], step: int) -> dict[str, Any]:
     """Return the content of classes.json. Outputs without a class of the data are named by their number."""
-    num_classes = len(results["model"].class_images)
     weights = {
         name: {"images": result.class_images, "correct": result.class_correct, "confusion": result.confusion}
         | ({"thresholds": result.thresholds} if result.thresholds else {})
         for name, result in results.items()
     }
-    names = [*class_names, *map(str, range(len(class_names), num_classes))]
+    names = [*class_names, *map(str, range(len(class_names), len(results["model"].class_images)))]
     return {"step": step, "classes": names, "weights": weights}

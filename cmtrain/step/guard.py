@@ -57,9 +57,8 @@ class Guard:
         self.committed = torch.zeros(0, device=device)
         self.accept_current()
         self.proposed, self.num_proposals = self.committed, 0
-        self.bad_steps = torch.zeros((), dtype=torch.int64, device=device)
-        self.bad_steps_in_a_row = torch.zeros_like(self.bad_steps)
-        self.restores = torch.zeros_like(self.bad_steps)
+        zeros = (torch.zeros((), dtype=torch.int64, device=device) for _ in COUNTERS)
+        self.bad_steps, self.bad_steps_in_a_row, self.restores = zeros
 
     @contextmanager
     def uncounted(self) -> Iterator[None]:

@@ -22,7 +22,6 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from cmtrain.step.guard import Guard, running_statistics
 from cmtrain.step.measure import Phases, StepBuffer, StepReport, extremes
@@ -45,11 +44,10 @@ class Learner:
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: Optimizer, accelerator: Accelerator, *,
-        ema_decay: float | None, protect: bool, spike_sigma: float,
-        mixing: MixSpec, accumulation: int, clip_grad: float | None, seed: int,
-        clip_mode: str = "norm", ema_warmup: bool = False, class_weights: Tensor | None = None,
-        teacher: nn.Module | None = None,
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator, *,
+        ema_decay: float | None, protect: bool, spike_sigma: float, mixing: MixSpec, accumulation: int,
+        clip_grad: float | None, seed: int, clip_mode: str = "norm", ema_warmup: bool = False,
+        class_weights: Tensor | None = None, teacher: nn.Module | None = None,
         frozen: Collection[str] = (), unfreeze_step: float = math.inf,
     ) -> None:  # fmt: skip
         self.model, self.optimizer, self.accelerator = model, optimizer, accelerator
@@ -235,8 +233,7 @@ class Learner:
 
     @torch.no_grad()
     def _update(self, loss: Tensor, step: int) -> None:
-        scaler = self.accelerator.scaler
-        if scaler is not None:
+        if (scaler := self.accelerator.scaler) is not None:
             scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         grad_norm = nn.utils.get_total_norm(gradients, foreach=True)

@@ -18,9 +18,6 @@ PHASES = ("forward", "backward", "optimizer")
 MAX_PENDING_STEPS = 64  # not yet finished on the device; the host seldom is more than a few steps ahead
 
 
-# ---- loss and gradient norm
-
-
 class StepBuffer:
     """Loss (mean over ranks), gradient norm and samples of the steps since the last log point."""
 
@@ -67,9 +64,6 @@ def samples_of(indices: Sequence[Tensor]) -> list[int]:
     return [index for batch in indices for index in batch.tolist()]
 
 
-# ---- the log point
-
-
 @dataclass(frozen=True)
 class StepReport:
     """One rank's measurements at a log point. Console, log.jsonl and metrics read the same object."""
@@ -100,9 +94,6 @@ def extremes(model: nn.Module) -> dict[str, Tensor]:
     statistics = running_statistics(model) or [torch.zeros_like(norm)[None]] * 2
     means, variances = torch.cat(statistics[0::2]), torch.cat(statistics[1::2])
     return {"bn_mean_abs_max": means.abs().max(), "bn_var_max": variances.max(), "weight_norm": norm}
-
-
-# ---- time
 
 
 class Phases:

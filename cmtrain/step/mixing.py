@@ -155,8 +155,7 @@ def draw_boxes(batch: int, height: int, width: int, count: int, rng: np.random.G
     box_height, box_width = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
     fits = (box_height < height) & (box_width < width)
     first = fits.argmax(0), np.arange(batch)
-    sides = np.where(fits, [box_height, box_width], 0)  # (2, attempts, batch)
-    box_height, box_width = sides[:, *first].astype(np.int64)
+    box_height, box_width = np.where(fits, [box_height, box_width], 0)[:, *first].astype(np.int64)
     # timm draws both ends inclusive.
     top, left = rng.integers(height - box_height + 1), rng.integers(width - box_width + 1)
     return np.stack([top, left, box_height, box_width])

@@ -8,12 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import SGD, AdamW, Optimizer
 
 from cmtrain.errors import ConfigError
-
-# ---- optimizers
 
 
 def make_optimizer(
@@ -35,8 +32,7 @@ def make_optimizer(
             is_kept = parameter.ndim <= 1 or name.endswith(".bias") or any(fnmatch(name, k) for k in keep)
             kinds.setdefault((0.0 if is_kept else weight_decay, scales[name]), []).append(parameter)
     groups = [{"params": p, "weight_decay": w, "lr_scale": s} for (w, s), p in kinds.items() if p]
-    averages: dict[str, Any] = {"betas": betas, "eps": eps}
-    given = {name: value for name, value in averages.items() if value is not None}
+    given: dict[str, Any] = {k: v for k, v in {"betas": betas, "eps": eps}.items() if v is not None}
     if opt == "adamw":
         return AdamW(groups, lr=lr, fused=True, **given)
     if opt != "sgd":
@@ -114,7 +110,7 @@ def set_frozen(model: nn.Module, names: Collection[str], *, frozen: bool = True)
         if name in names:
             parameter.requires_grad_(not frozen)
     for name, module in model.named_modules():
-        if isinstance(module, _BatchNorm) and f"{name}.running_mean" in names:
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and f"{name}.running_mean" in names:
             module.is_frozen = frozen  # type: ignore[assignment]  # torch does not know it
             module.training = not frozen
 
@@ -130,12 +126,8 @@ def add_gradients(parameters: Sequence[Tensor], gradients: Sequence[Tensor | Non
     jobs: list[Any] = [(torch._foreach_copy_, first), (torch._foreach_add_, others)]
     for operation, some in jobs:
         for is_alike in (True, False):  # one kernel each for all of a list, if one pair's layouts differ
-            chosen = [(p.grad, g) for p, g in some if (p.stride() == g.stride()) == is_alike]
-            if chosen:
+            if chosen := [(p.grad, g) for p, g in some if (p.stride() == g.stride()) == is_alike]:
                 operation([total for total, _ in chosen], [g for _, g in chosen])
-
-
-# ---- the average of the weights
 
 
 class Ema:

@@ -62,8 +62,7 @@ def rank(is_of_class: np.ndarray, probabilities: np.ndarray) -> tuple[float | No
     values = probabilities[order].astype(np.float64)
     ends = np.flatnonzero(np.append(values[1:] != values[:-1], True))  # equal ones count together
     hits = np.cumsum(is_of_class[order])[ends]
-    precision = hits / (ends + 1)
-    average = float((precision * np.diff(hits, prepend=0)).sum() / hits[-1])
+    average = float((hits / (ends + 1) * np.diff(hits, prepend=0)).sum() / hits[-1])
     best = int((2 * hits / (ends + 1 + hits[-1])).argmax())
     next_best = values[ends[best] + 1] if best + 1 < len(ends) else 0.0
     return average, float(values[ends[best]] + next_best) / 2

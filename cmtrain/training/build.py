@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import timm
 import torch
@@ -24,14 +24,10 @@ from torch import Tensor, nn
 from cmtrain.config.load import load_config, source_of
 from cmtrain.config.schema import CMT_OPTIONS, Config, Model, as_begun
 from cmtrain.errors import ConfigError, did_you_mean
-from cmtrain.models.cmt import CMT
-from cmtrain.models.cost import training_flops_per_image
-from cmtrain.models.ffn_check import use_fused_where_it_agrees
+from cmtrain.models import cmt, cost, ffn_check
 from cmtrain.monitoring.trackers import tracker_options
+from cmtrain.processes import environment, gpus, preflight
 from cmtrain.processes.collectives import any_rank, control_group, join, set_cuda_math, set_torch_defaults
-from cmtrain.processes.environment import ignore_variables
-from cmtrain.processes.gpus import why_unusable
-from cmtrain.processes.preflight import check_ranks
 from cmtrain.step.learner import Learner
 from cmtrain.step.mixing import MixSpec
 from cmtrain.step.optimizer import frozen_names, make_optimizer, set_frozen
@@ -44,12 +40,6 @@ from cmtrain.training.resume import Start, choose_start
 from cmtrain.training.schedule import Schedule, plan_steps, split_batch
 from pipelines.spec import DataError
 
-if TYPE_CHECKING:
-    from pipelines.loader import DaliLoader
-
-MIXED_PRECISION = {"fp32": "no", "tf32": "no", "fp16": "fp16", "bf16": "bf16"}
-TF32_CAPABILITY = (8, 0)  # A100
-
 
 @dataclass(frozen=True)
 class Parts:
@@ -61,8 +51,8 @@ class Parts:
     data: loaders.Data
     schedule: Schedule
     start: Start
-    train_loader: DaliLoader
-    eval_loader: DaliLoader
+    train_loader: loaders.DaliLoader
+    eval_loader: loaders.DaliLoader
     learner: Learner
     recovery: Recovery
     num_classes: int
@@ -80,14 +70,14 @@ def assemble(config: Config, lock: RunLock, resume: str, data: loaders.Data | No
     options = tracker_options(config.metrics.trackers, lock.folder)
     accelerator = make_accelerator(config.train.precision, timeout_seconds, **options)
     control = control_group(accelerator.num_processes, timeout_seconds)
-    check_ranks(control, config, lock.folder)
+    preflight.check_ranks(control, config, lock.folder)
     place, lines = loaders.place_loaders(config, accelerator, control)
     data = data or loaders.open_data(config, accelerator)
     schedule = plan_steps(config, len(data.train), accelerator.num_processes)
     num_classes = loaders.num_classes_of(config, data.train)
     model = make_model(config, num_classes, accelerator.device)
     try:
-        flops_per_image = training_flops_per_image(model, config.data.image_px)
+        flops_per_image = cost.training_flops_per_image(model, config.data.image_px)
     except (RuntimeError, AssertionError, ValueError) as error:
         what = f"{config.model.name} does not take images of {config.data.image_px} px"
         raise ConfigError(f"data.image_px: {what}: {error}".partition("\n")[0]) from error
@@ -117,10 +107,9 @@ def assemble(config: Config, lock: RunLock, resume: str, data: loaders.Data | No
     learner.any_rank = functools.partial(any_rank, group=control)
     if start.checkpoint:
         learner.images_per_pass = start.checkpoint.meta.get("images_per_pass") or math.inf
-    recovery = make_recovery(config, schedule)
     return Parts(
-        config, accelerator, control, data, schedule, start, train_loader, eval_loader, learner, recovery,
-        num_classes, flops_per_image, notes, fingerprint,
+        config, accelerator, control, data, schedule, start, train_loader, eval_loader, learner,
+        make_recovery(config, schedule), num_classes, flops_per_image, notes, fingerprint,
     )  # fmt: skip
 
 
@@ -130,7 +119,7 @@ def make_accelerator(
     """Join the process group, if a launcher made one, and pick the device. `options`: for Accelerator.
     Raises ConfigError: see check_precision. DataError, if it `checks_gpus`: GPUs that torch cannot use.
     """
-    if checks_gpus and (why := why_unusable()):
+    if checks_gpus and (why := gpus.why_unusable()):
         raise DataError(why)
     cuda = torch.cuda.is_available()
     if precision == "auto":
@@ -144,13 +133,13 @@ def make_accelerator(
         backend = "nccl" if cuda else "gloo"
         join(backend, timeout)
         handlers.append(utils.InitProcessGroupKwargs(backend=backend, timeout=timeout))
-    ignore_variables()
+    environment.ignore_variables()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "OMP_NUM_THREADS", UserWarning)  # see loaders.split_threads
         # Whatever accelerate would take from the environment is given.
         accelerator = Accelerator(
-            cpu=not cuda, mixed_precision=MIXED_PRECISION[precision], dynamo_backend="no",
-            gradient_accumulation_plugin=utils.GradientAccumulationPlugin(num_steps=1),
+            cpu=not cuda, mixed_precision=precision if precision in ("fp16", "bf16") else "no",
+            dynamo_backend="no", gradient_accumulation_plugin=utils.GradientAccumulationPlugin(num_steps=1),
             kwargs_handlers=handlers, **options,
         )  # fmt: skip
     set_cuda_math(precision)  # after accelerate, which may allow TF32
@@ -164,15 +153,14 @@ def check_precision(precision: str) -> None:
         raise ConfigError(f"train.precision: {what}; use auto, bf16 or fp32")
     if precision == "tf32":
         oldest = min(map(torch.cuda.get_device_capability, range(torch.cuda.device_count())))
-        if oldest < TF32_CAPABILITY:
+        if oldest < (8, 0):
             needs = "tf32 needs GPUs of compute capability 8.0 (A100) or newer, and one here has"
             raise ConfigError(f"train.precision: {needs} {oldest[0]}.{oldest[1]}; use fp16 or fp32")
 
 
 def precision_of(accelerator: Accelerator) -> str:
     """Return how `accelerator` and its process compute: fp32, tf32, fp16 or bf16."""
-    mixed = accelerator.mixed_precision
-    if mixed != "no":
+    if (mixed := accelerator.mixed_precision) != "no":
         return mixed
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "fp32"
 
@@ -201,7 +189,7 @@ def make_model(
     except (TypeError, ValueError, AssertionError) as error:
         raise ConfigError(f"model: {model.name}: {error}") from error
     built = built.to(device, memory_format=torch.channels_last)
-    use_fused_where_it_agrees(built)
+    ffn_check.use_fused_where_it_agrees(built)
     return built
 
 
@@ -278,19 +266,14 @@ def mix_spec(
     if config.augment.extra:
         import_modules(config.run.imports)
         module, _, name = config.augment.extra.partition(":")
-        custom = getattr(sys.modules[module], name, None)
-        if not callable(custom):
+        if not callable(custom := getattr(sys.modules[module], name, None)):
             raise ConfigError(f"augment.extra: {source_of(module)} has no function {name}")
-    mixing = config.mixing.model_dump(exclude={"class_weights", "until_epoch"})
-    until = (config.mixing.until_epoch or math.inf) * steps_per_epoch
-    distill = config.distill
-    teacher = {
-        "teaching": distill.kind,
-        "teacher_weight": distill.weight,
-        "temperature": distill.temperature,
-    }
-    mixing |= teacher | {"label_sets": label_sets, "custom": custom, "until_step": until}
-    return MixSpec(num_classes, **mixing)
+    mixing, distill = config.mixing.model_dump(exclude={"class_weights", "until_epoch"}), config.distill
+    return MixSpec(
+        num_classes, **mixing, until_step=(config.mixing.until_epoch or math.inf) * steps_per_epoch,
+        teaching=distill.kind, teacher_weight=distill.weight, temperature=distill.temperature,
+        label_sets=label_sets, custom=custom,
+    )  # fmt: skip
 
 
 def make_learner(
@@ -308,7 +291,7 @@ def make_learner(
     optimizer = make_optimizer(model, **config.optim.model_dump(exclude={"clip_grad", "clip_mode"}))
     if config.train.grad_checkpointing:
         what = f"train.grad_checkpointing: {config.model.name}"
-        if has_batchnorm and not isinstance(model, CMT):
+        if has_batchnorm and not isinstance(model, cmt.CMT):
             raise ConfigError(f"{what} would move the statistics of its BatchNorms twice a step")
         try:
             model.set_grad_checkpointing()  # type: ignore[operator]

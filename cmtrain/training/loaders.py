@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import itertools
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -20,11 +19,8 @@ from cmtrain.errors import ConfigError
 from cmtrain.training.schedule import Schedule
 from pipelines.checks.bad_list import user_cache
 from pipelines.decoder_probe import WAYS, choose_decode
-from pipelines.files.demo_images import demo_folder
-from pipelines.files.doubts import pair_doubts, split_doubts
+from pipelines.files import demo_images, doubts, mirror, shards
 from pipelines.files.manifest import Manifest
-from pipelines.files.mirror import SOURCE, mirror_split
-from pipelines.files.shards import is_packed
 from pipelines.plan import ClassSampling, Plan
 from pipelines.spec import AugmentSpec, Batch, DataError, EvalSpec, Loader, Placement, is_url
 
@@ -33,9 +29,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from pipelines.loader import DaliLoader
-
-# DALI keeps 32 MiB of GPU memory and of pinned memory for each decoding thread, for either loader.
-MAX_GPU_DECODE_THREADS = 24
 
 
 @dataclass(frozen=True)
@@ -79,10 +72,10 @@ def split_threads(config: Config, device: torch.device) -> int:
     """Share this process's cores between decoding and, on a CPU, the model. Returns the decode threads.
     Two pools that together have more threads than there are cores spin at each other's barriers.
     """
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    cores = max(1, len(os.sched_getaffinity(0)) // ranks_here)
+    cores = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     if device.type == "cuda":
-        return config.data.threads or min(cores, MAX_GPU_DECODE_THREADS)
+        # DALI keeps 32 MiB of GPU memory and of pinned memory for each decoding thread, for either loader.
+        return config.data.threads or min(cores, 24)
     threads = config.data.threads or max(1, cores // 4)
     if "OMP_NUM_THREADS" not in os.environ:
         import torch
@@ -114,8 +107,9 @@ def open_data(config: Config, accelerator: Accelerator | None = None) -> Data:
         train = train.fraction(data.fraction, config.run.seed)
     if accelerator and not accelerator.is_main_process:
         return Data(train, val)
-    doubts = split_doubts(train, "training"), split_doubts(val, "validation"), pair_doubts(train, val)
-    return Data(train, val, (*scale_doubts(config.data.mean, config.data.std), *itertools.chain(*doubts)))
+    notes = [*scale_doubts(data.mean, data.std), *doubts.split_doubts(train, "training")]
+    notes += [*doubts.split_doubts(val, "validation"), *doubts.pair_doubts(train, val)]
+    return Data(train, val, tuple(notes))
 
 
 def scale_doubts(mean: Sequence[float], std: Sequence[float]) -> list[str]:
@@ -135,13 +129,13 @@ def _root_of(config: Config, *, trains: bool = True) -> Path:
     data, url = config.data, config.data.root.rstrip("/")
     if not is_url(url):
         name = data.root.removeprefix("demo:")
-        return demo_folder(name, cache_folder(config)) if name != data.root else Path(data.root)
+        return demo_images.demo_folder(name, cache_folder(config)) if name != data.root else Path(data.root)
     folder = cache_folder(config) / "buckets" / hashlib.sha256(url.encode()).hexdigest()[:16]
     room = int(data.cache_gb * 1e9)
     for split in (data.val_dir, data.train_dir)[: 1 + trains]:
         # The first process of a host has just looked.
-        if os.environ.get("LOCAL_RANK", "0") == "0" or not (folder / split / SOURCE).is_file():
-            room -= mirror_split(f"{url}/{split}", folder / split, room)
+        if os.environ.get("LOCAL_RANK", "0") == "0" or not (folder / split / mirror.SOURCE).is_file():
+            room -= mirror.mirror_split(f"{url}/{split}", folder / split, room)
     return folder
 
 
@@ -156,7 +150,7 @@ def _open_split(
 def open_folder(config: Config, folder: Path, class_names: Sequence[str] | None, **options: Any) -> Manifest:
     """Index the images of `folder`, packed or not. Raises DataError: no images, or another class."""
     classes: dict[str, Any] = {"class_names": class_names, "multi_label": config.data.multi_label}
-    if "image_list" not in options and is_packed(folder):
+    if "image_list" not in options and shards.is_packed(folder):
         return Manifest.from_shards(folder, **classes)
     options |= {"cache_dir": cache_folder(config), "max_bad_fraction": config.data.max_bad_fraction}
     return Manifest.from_folder(folder, **classes, **options)
@@ -192,8 +186,7 @@ def make_train_loader(
 def make_plan(config: Config, manifest: Manifest, schedule: Schedule) -> Plan:
     sampling = None
     if config.data.sampling:  # balanced, or power: and a number
-        power = float(config.data.sampling.partition(":")[2] or 0)
-        sampling = ClassSampling(manifest.labels, power)
+        sampling = ClassSampling(manifest.labels, float(config.data.sampling.partition(":")[2] or 0))
     return Plan(
         config.run.seed, len(manifest), schedule.global_batch_size, schedule.micro_batch_size,
         repeats=config.augment.repeats, sampling=sampling,

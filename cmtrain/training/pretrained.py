@@ -5,16 +5,13 @@ from collections.abc import Callable
 from typing import Any, get_args
 
 import timm
-from huggingface_hub import hf_hub_url
-from huggingface_hub.utils import HFValidationError
-from huggingface_hub.utils import logging as hub_logging
+from huggingface_hub import hf_hub_url, utils
 from timm.models import PretrainedCfg, load_model_config_from_hf
 from torch import nn
 
-from cmtrain.config.schema import Config, prepared_as
-from cmtrain.config.sections import CMT_OPTIONS, Interpolation, Model
+from cmtrain.config.schema import CMT_OPTIONS, Config, Model, prepared_as
 from cmtrain.errors import ConfigError
-from pipelines.spec import DataError
+from pipelines.spec import DataError, Interpolation
 
 
 def load_pretrained(
@@ -24,7 +21,7 @@ def load_pretrained(
     `make`: makes the model with more arguments of timm.create_model, and has made it without them. Raises
     ConfigError: there are no such weights. DataError: they cannot be fetched.
     """
-    hub_logging.set_verbosity_error()  # it would print a line for each attempt
+    utils.logging.set_verbosity_error()  # the hub would print a line for each attempt
     cfg, name = find_pretrained(config.model)
     try:
         model = make(pretrained=True, pretrained_cfg=cfg)
@@ -48,7 +45,7 @@ def find_pretrained(model: Model) -> tuple[PretrainedCfg, str]:
         repository = given.removeprefix("hf-hub:")
         try:
             found, name, arguments = load_model_config_from_hf(repository)
-        except HFValidationError as error:
+        except utils.HFValidationError as error:
             raise ConfigError(f"model.pretrained: {given}: {error}".partition("\n")[0]) from error
         except Exception as error:
             raise _unreachable(given, PretrainedCfg(hf_hub_id=repository), error) from error

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from cmtrain.step.learner import Learner
 from cmtrain.step.measure import samples_of
@@ -66,8 +65,7 @@ class Recovery:
             return None
         trusted = [taken for taken in self.snapshots if good_until - taken[0] >= self.after_bad_steps]
         good_step, state = trusted[-1] if trusted else self.snapshots[0]
-        older = [taken for taken in self.snapshots if taken[0] < good_step]
-        self.snapshots = older or [(good_step, state)]
+        self.snapshots = [taken for taken in self.snapshots if taken[0] < good_step] or [(good_step, state)]
         learner.roll_back(_clone(state))
         self.rollback_steps.append(step)
         return good_step
@@ -82,7 +80,7 @@ class Recovery:
 
 def _clone(tree: Any) -> Any:
     """Return a copy of nested values with copies of their tensors, on the same device."""
-    return tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), tree)
+    return torch.utils._pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), tree)
 
 
 @dataclass(frozen=True)
@@ -126,8 +124,7 @@ def find_overflow(learner: Learner) -> BadStep:
 
 def merge_ranks(found: Sequence[BadStep]) -> BadStep:
     """Return what all ranks found together: the first cause, with its rank, and the samples of all."""
-    names = [f"rank {rank}: " if len(found) > 1 else "" for rank in range(len(found))]
-    causes = [name + bad.cause for name, bad in zip(names, found, strict=True) if bad.cause]
+    causes = [f"rank {rank}: " * (len(found) > 1) + bad.cause for rank, bad in enumerate(found) if bad.cause]
     return BadStep(
         next(iter(causes), "every value of the last forward pass was finite"),
         tuple(sample for bad in found for sample in bad.suspects),

@@ -9,12 +9,10 @@ from torch import Tensor
 
 from cmtrain.config.schema import Config, another_recipe, recipe_changes
 from cmtrain.errors import ConfigError
-from cmtrain.processes.collectives import gather
-from cmtrain.processes.failure import archive_previous_attempt
+from cmtrain.processes import collectives, failure
 from cmtrain.step.learner import Learner
 from cmtrain.step.measure import StepReport
 from cmtrain.storage import checkpoint as storage
-from cmtrain.storage.checkpoint import Loaded
 from cmtrain.storage.records import retried
 from cmtrain.storage.run_folder import RunLock, read_status
 from cmtrain.storage.state_file import CheckpointError
@@ -27,7 +25,7 @@ class Start:
     """The first step to take, the checkpoint before it (None: from scratch), and lines for the user."""
 
     step: int = 0
-    checkpoint: Loaded | None = None
+    checkpoint: storage.Loaded | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -56,7 +54,7 @@ def choose_start(
         except (ConfigError, DataError) as raised:
             error = raised
     path = start.checkpoint.path if start.checkpoint else None
-    path, step, error = gather((path, start.step, error), control)[0]
+    path, step, error = collectives.gather((path, start.step, error), control)[0]
     if not is_main and error is None:
         try:
             start = Start(step, storage.load_checkpoint(path) if path else None)
@@ -71,7 +69,7 @@ def _choose(run_path: Path, resume: str, config: Config, fingerprint: str, val_f
     checkpoints = run_path / "checkpoints"
     saved = (read_status(run_path) or {}).get("resume_from")
     try:
-        lost = archive_previous_attempt(run_path)
+        lost = failure.archive_previous_attempt(run_path)
         if resume == "never":
             if retried(storage.checkpoint_steps, checkpoints):
                 held = f"{run_path} already holds checkpoints"
@@ -103,7 +101,7 @@ def _choose(run_path: Path, resume: str, config: Config, fingerprint: str, val_f
     return Start(loaded.state["progress"]["step"], loaded, tuple(notes))
 
 
-def changes_since(loaded: Loaded, config: Config, fingerprint: str) -> list[str]:
+def changes_since(loaded: storage.Loaded, config: Config, fingerprint: str) -> list[str]:
     """Return what changed since a checkpoint, one `key: old -> new` each. Raises DataError: not of a run."""
     meta = loaded.meta
     try:
@@ -117,10 +115,9 @@ def changes_since(loaded: Loaded, config: Config, fingerprint: str) -> list[str]
     return changes if same_data else [*changes, "the training images or class weights (fingerprint) changed"]
 
 
-def restore(learner: Learner, checkpoint: Loaded) -> None:
+def restore(learner: Learner, checkpoint: storage.Loaded) -> None:
     """Load `checkpoint` into `learner`. Raises ConfigError: it does not fit, as with `--resume force`."""
-    problem = _misfit(learner, checkpoint.state)
-    if problem is None:
+    if (problem := _misfit(learner, checkpoint.state)) is None:
         try:
             learner.load_state_dict(checkpoint.state)
             return

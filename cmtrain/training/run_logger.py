@@ -12,13 +12,11 @@ from typing import Any
 import torch
 
 from cmtrain.errors import EXIT_DATA
+from cmtrain.monitoring import discovery, machine, routes
 from cmtrain.monitoring.console import Console, print_result
-from cmtrain.monitoring.discovery import forget_ranks, write_target
 from cmtrain.monitoring.http_server import Exporter
-from cmtrain.monitoring.machine import environment
 from cmtrain.monitoring.metrics import TrainMetrics
 from cmtrain.monitoring.report.page import write_report
-from cmtrain.monitoring.routes import make_pages
 from cmtrain.monitoring.trackers import Trackers
 from cmtrain.monitoring.units import duration, is_part, percent, state_name, step_place, workers
 from cmtrain.processes.output import lost_output
@@ -77,16 +75,16 @@ class RunLogger:
 
     def _serve(self, host: str, port: int) -> None:
         """Serve metrics; if that fails, log why and go on without them."""
-        pages = make_pages(self.metrics, self._status, self.stall_seconds, self.path)
+        pages = routes.make_pages(self.metrics, self._status, self.stall_seconds, self.path)
         try:
             self.exporter = Exporter(pages, host, port, self.allowed_hosts)
         except (OSError, UnicodeError) as error:
             self.console.line(f"no metrics: {error}")
             return
         place = self.path, self.rank, self.exporter.host, self.exporter.port
-        self.target = self.losses.attempt("discovery of metrics", write_target, *place)
+        self.target = self.losses.attempt("discovery of metrics", discovery.write_target, *place)
         if self.rank == 0:
-            self.losses.attempt("discovery of metrics", forget_ranks, self.path, self.world_size)
+            self.losses.attempt("discovery of metrics", discovery.forget_ranks, self.path, self.world_size)
 
     def _status(self) -> dict[str, Any]:
         return self.folder.snapshot() | self.failure if self.folder else self.speed
@@ -123,7 +121,7 @@ class RunLogger:
             self._report("note", note, text=note)
         state = "resumed" if resumed else "started"
         self._event(state, step=self.first_step, restarts=num_restarts(), **facts)
-        self._event("environment", **environment())
+        self._event("environment", **machine.environment())
         self.console.line(f"{facts['model']}, {facts['precision']}, {workers(dict(facts))}")
         watch = f"  watch {self.exporter.url}/" if self.exporter else ""
         self.console.line(f"run folder {self.path}{watch}")
@@ -147,8 +145,7 @@ class RunLogger:
     ) -> None:
         """Count a finished step; all numbers are of this rank. `measured`: see TrainMetrics.count_step."""
         self.step = step
-        measured |= {"seconds": seconds, "wait_seconds": wait_seconds}
-        self.metrics.count_step(step, num_images, **measured)
+        self.metrics.count_step(step, num_images, seconds=seconds, wait_seconds=wait_seconds, **measured)
         self.pace.step(num_images * self.world_size, seconds, wait_seconds)
         self.console.advance(step, seconds)
         self.report_losses()

@@ -8,7 +8,7 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -16,8 +16,7 @@ from accelerate import Accelerator
 from cmtrain import __version__, errors
 from cmtrain.config.load import source_of
 from cmtrain.config.schema import Config, flat, to_yaml
-from cmtrain.monitoring.trackers import Trackers
-from cmtrain.monitoring.units import percent
+from cmtrain.monitoring import trackers, units
 from cmtrain.processes.collectives import gather, leave_together
 from cmtrain.processes.failure import stop_code
 from cmtrain.processes.rank import is_lost_contact, report_failure
@@ -29,10 +28,9 @@ from cmtrain.step.measure import StepReport, Stopwatch
 from cmtrain.storage.finite import FiniteCheck, repair_or_reject
 from cmtrain.storage.records import finite, replace_file
 from cmtrain.storage.run_folder import MISTAKES_NAME, SAMPLE_NAME, RunLock
-from cmtrain.training import build
+from cmtrain.training import build, mistakes
 from cmtrain.training.build import Parts
 from cmtrain.training.loaders import Data, batches_from, label_sets
-from cmtrain.training.mistakes import draw_mistakes
 from cmtrain.training.recovery import Recovery, find_overflow, merge_ranks
 from cmtrain.training.resume import restore
 from cmtrain.training.run_logger import RunLogger
@@ -41,11 +39,6 @@ from cmtrain.training.schedule import Schedule
 from pipelines.files.manifest import Manifest
 from pipelines.preview import contact_sheet
 from pipelines.spec import Batch
-
-if TYPE_CHECKING:
-    from pipelines.loader import DaliLoader
-
-NUM_NAMED_FILES = 3
 
 
 def train(
@@ -71,7 +64,7 @@ def run(
     parts = build.assemble(config, lock, resume, images)
     config = parts.config
     data, schedule, learner, recovery = parts.data, parts.schedule, parts.learner, parts.recovery
-    accelerator, loaders, start = parts.accelerator, [parts.train_loader, parts.eval_loader], parts.start
+    accelerator, start = parts.accelerator, parts.start
     rank, world_size = accelerator.process_index, accelerator.num_processes
     first_step, last_step = start.step, min(schedule.total_steps, max_steps or schedule.total_steps)
     resumed = None
@@ -155,10 +148,9 @@ def run(
             if logs or final:
                 report = learner.report(done, epoch, lr, reset=logs)
                 logger.log(report)
-                log_bad_files(logger, loaders, stop)
+                log_bad_files(logger, parts, stop)
                 log_spikes(logger, learner, data.train, stop)
-                diverged = keep_or_roll_back(report, learner, recovery, logger, data.train, stop)
-                if diverged:
+                if diverged := keep_or_roll_back(report, learner, recovery, logger, data.train, stop):
                     break
 
             # Evaluate.
@@ -170,23 +162,24 @@ def run(
 
             # Save.
             milestone = schedule.ends_epochs(done, config.checkpoint.milestone_every_epochs)
-            if final or improved or received or milestone or saves_at(done, config, schedule):
+            every = config.checkpoint.every_steps
+            due = schedule.ends_epochs(done, config.checkpoint.every_epochs) or (every and done % every == 0)
+            if final or improved or received or milestone or due:
                 watchdog.begin("checkpoint", done)
                 progress = progress_at(done, schedule) | {"evaluation_due": evaluates and not results}
                 recovered = {"recovery": recovery.state_dict(), "progress": progress}
                 checked = repair_or_reject(**learner.weights) if config.guard.enabled else FiniteCheck()
                 meta = meta_of(config, parts, milestone=milestone)
-                last = final or received > 0
-                saver.save(learner.state_dict() | recovered, done, meta, checked, last=last)
+                saver.save(learner.state_dict() | recovered, done, meta, checked, last=final or received > 0)
                 clock.lap()
             if received:
                 break
 
-        log_bad_files(logger, loaders, stop)
+        log_bad_files(logger, parts, stop)
 
         # End.
-        for loader in loaders:
-            loader.close()
+        parts.train_loader.close()
+        parts.eval_loader.close()
         stop.close()
         saver.close()
         if received:
@@ -251,8 +244,7 @@ def keep_or_roll_back(
         if report.good_steps_in_a_row >= recovery.after_bad_steps:
             recovery.keep(report.step, learner)
         return ""
-    good_step = recovery.roll_back(report.step, learner, good_until=good_until)
-    if good_step is not None:
+    if (good_step := recovery.roll_back(report.step, learner, good_until=good_until)) is not None:
         logger.rolled_back(report.step, good_step, cause, recovery.lr_factor(report.step))
         return ""
     bad = f"{report.bad_steps_in_a_row} bad steps in a row after {len(recovery.rollback_steps)} rollbacks"
@@ -268,23 +260,22 @@ def log_spikes(logger: RunLogger, learner: Learner, manifest: Manifest, stop: St
 
 def name_some(manifest: Manifest, samples: Sequence[int]) -> list[str]:
     """Return the files of the first few `samples`."""
-    return [manifest.file(sample) for sample in samples[:NUM_NAMED_FILES]]
+    return [manifest.file(sample) for sample in samples[:3]]
 
 
-def log_bad_files(logger: RunLogger, loaders: Sequence[DaliLoader], stop: StopRequest) -> None:
+def log_bad_files(logger: RunLogger, parts: Parts, stop: StopRequest) -> None:
     """Log the files that could not be read since the last call, on any rank. For all ranks together."""
-    found = [file for loader in loaders for file in loader.take_bad_files()]
+    found = parts.train_loader.take_bad_files() + parts.eval_loader.take_bad_files()
     logger.bad_files(gather(found, stop.group))
 
 
 def evaluate_weights(parts: Parts, batches: Callable[[], Iterator[Batch]]) -> dict[str, Evaluation]:
     """Evaluate the model and its EMA, if any, on `batches()` each. Returns {} if a stop signal came."""
-    accelerator, val, results = parts.accelerator, parts.data.val, dict[str, Evaluation]()
+    accelerator, val = parts.accelerator, parts.data.val
     parts.learner.average_over_ranks()
     how = accelerator, len(val), parts.num_classes, label_sets(val, parts.num_classes, accelerator.device)
     try:
-        for name, module in parts.learner.weights.items():
-            results[name] = evaluate(module, batches(), *how)
+        results = {name: evaluate(module, batches(), *how) for name, module in parts.learner.weights.items()}
     except Stopped:
         results = {}
     if accelerator.device.type == "cuda":
@@ -298,13 +289,7 @@ def log_mistakes(logger: RunLogger, results: dict[str, Evaluation], config: Conf
     names = parts.data.train.class_names
     labels = [*names, *map(str, range(len(names), parts.num_classes))]
     how = best, parts.data.val, labels, config, parts.accelerator
-    logger.losses.attempt(MISTAKES_NAME, draw_mistakes, logger.path / MISTAKES_NAME, *how)
-
-
-def saves_at(done: int, config: Config, schedule: Schedule) -> bool:
-    every_steps = config.checkpoint.every_steps
-    ends_steps = every_steps is not None and done % every_steps == 0
-    return ends_steps or schedule.ends_epochs(done, config.checkpoint.every_epochs)
+    logger.losses.attempt(MISTAKES_NAME, mistakes.draw_mistakes, logger.path / MISTAKES_NAME, *how)
 
 
 def progress_at(done: int, schedule: Schedule) -> dict[str, int]:
@@ -340,7 +325,7 @@ def open_logger(config: Config, path: Path, parts: Parts, last_step: int) -> Run
         total_steps=schedule.total_steps,
         address=(metrics.host, metrics.port + accelerator.local_process_index) if metrics.enabled else None,
         stall_seconds=metrics.stall_seconds, allowed_hosts=metrics.allowed_hosts,
-        trackers=Trackers(accelerator, path.name, flat(config)),
+        trackers=trackers.Trackers(accelerator, path.name, flat(config)),
     )  # fmt: skip
 
 
@@ -364,11 +349,11 @@ def check_expectation(config: Config, results: dict[str, Evaluation], *, whole: 
     """Return exit code and reason: did a `whole` run reach the accuracy that its configuration expects?"""
     top1 = max(result.top1 for result in results.values())
     precisions = [result.map for result in results.values() if result.map is not None]
-    found = f"mAP {percent(max(precisions))}, " if precisions else ""
+    found = f"mAP {units.percent(max(precisions))}, " if precisions else ""
     expect = config.expect
     if expect.top1 is None or not whole:
-        return errors.EXIT_DONE, f"{found}top-1 {percent(top1)}"
+        return errors.EXIT_DONE, f"{found}top-1 {units.percent(top1)}"
     reached = top1 >= expect.top1 - expect.tolerance
-    wanted = f"{percent(expect.top1)} expected" + (f" by {expect.source}" if expect.source else "")
-    reason = f"{found}top-1 {percent(top1)}, {wanted}: {'reached' if reached else 'missed'}"
+    wanted = f"{units.percent(expect.top1)} expected" + (f" by {expect.source}" if expect.source else "")
+    reason = f"{found}top-1 {units.percent(top1)}, {wanted}: {'reached' if reached else 'missed'}"
     return errors.EXIT_EXPECTATION if expect.enforce and not reached else errors.EXIT_DONE, reason

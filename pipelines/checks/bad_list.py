@@ -34,15 +34,13 @@ class BadFile(NamedTuple):
 def read_lists(root: Path, inner: Iterable[str] = ()) -> dict[str, Fault]:
     """Return faults by path relative to `root`, of the lists in it, in the folder above and in `inner`."""
     faults: dict[str, Fault] = {}
-    real = Path(os.path.realpath(root))
-    above = {(holder.parent, f"{holder.name}/", "") for holder in (root, real)}
+    above = {(holder.parent, f"{holder.name}/", "") for holder in (root, Path(os.path.realpath(root)))}
     below = [(root / folder, "", f"{folder}/") for folder in inner]
     for folder, prefix, start in [*sorted(above), (root, "", ""), *below]:
         for path in _places(folder):
             for listed, (kind, reason) in _read(path).items():
                 if listed.startswith(prefix):
-                    name = start + listed.removeprefix(prefix)
-                    faults[name] = Fault(kind, f"{reason}{_LISTED}")
+                    faults[start + listed.removeprefix(prefix)] = Fault(kind, f"{reason}{_LISTED}")
     return faults
 
 

@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Callable
 from typing import Literal, NamedTuple, TypeVar, get_args
 
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 Kind = Literal["truncated", "not_an_image", "too_large", "missing", "other"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -38,7 +38,6 @@ _ERRORS_OF_A_FILE = {
     errno.EINVAL,  # a header that sends Pillow to a negative place
 }  # fmt: skip
 WAIT_SECONDS = 0.1, 0.4, 1.0  # before another try, when the machine is at fault
-_ORIENTATION = 0x0112
 
 T = TypeVar("T")
 
@@ -122,7 +121,7 @@ def check_file(path: str, decode: bool, limit_seconds: int = 0) -> CheckResult:
 def may_rotate(image: Image.Image) -> bool:
     """Return whether the EXIF block of an image asks for rotation, or cannot be read by Pillow."""
     try:
-        return image.getexif().get(_ORIENTATION, 1) != 1
+        return image.getexif().get(ExifTags.Base.Orientation, 1) != 1
     except Exception:  # another reader may be able to, and rotate
         return True
 

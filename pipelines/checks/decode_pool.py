@@ -50,8 +50,7 @@ class DecodePool:
         try:
             for _ in range(NUM_TRIES):
                 process = process or self._start()
-                result = _ask(process, path)
-                if result is not None:
+                if (result := _ask(process, path)) is not None:
                     return result
                 exit_code = _end(process)
                 process = None

@@ -31,13 +31,12 @@ _equalize, _filter = (
 # is a whole number in exact arithmetic survives a float32 error.
 _TRUNCATE = 0.498
 
-_INTERPOLATIONS = {"bicubic": types.INTERP_CUBIC, "bilinear": types.INTERP_LINEAR}
-
 
 @do_not_convert
 def resize(image: Node, size: Any, interpolation: Interpolation) -> Node:
     """Resize to `size` (height, width) with an antialiasing filter, as Pillow does."""
-    return fn.resize(image, size=size, interp_type=_INTERPOLATIONS[interpolation], antialias=True)
+    kind = {"bicubic": types.INTERP_CUBIC, "bilinear": types.INTERP_LINEAR}[interpolation]
+    return fn.resize(image, size=size, interp_type=kind, antialias=True)
 
 
 @do_not_convert
@@ -67,8 +66,7 @@ def bits(image: Node, numbers: Node) -> Node:
     """Posterise, invert, solarise and solarise-add in one expression; `numbers` as in `LayerParams.bits`."""
     mask, flip, highest_kept, addition = (beside(image, numbers[place]) for place in range(4))
     inverted = (image > highest_kept) * _level(255)
-    raised = (image < _level(128)) * addition
-    return (((image & mask) ^ flip) ^ inverted) + raised
+    return (((image & mask) ^ flip) ^ inverted) + ((image < _level(128)) * addition)
 
 
 @do_not_convert

@@ -77,10 +77,10 @@ def file_graph(source: Source, spec: AugmentSpec | EvalSpec, run: Execution) -> 
     def graph() -> Any:
         if isinstance(spec, EvalSpec):
             files, sizes, offsets = _external_source(source, [_FILES, *_EVAL_WINDOWS])
-            image = augment.resize(_decode(files, run), sizes, spec.interpolation)
+            image = augment.resize(_decode(run, files), sizes, spec.interpolation)
             return _finished(fn.slice(image, start=offsets, shape=square, axes=[0, 1]), (), spec)
         files, windows, *params = _external_source(source, [_FILES, _WINDOWS, *_augment_inputs(spec)])
-        image = augment.resize(_decode(files, run, windows), square, spec.interpolation)
+        image = augment.resize(_decode(run, files, windows), square, spec.interpolation)
         return _finished(image, params, spec)
 
     return _pipeline(graph, run, spec)
@@ -88,11 +88,9 @@ def file_graph(source: Source, spec: AugmentSpec | EvalSpec, run: Execution) -> 
 
 def decode_graph(source: Source, run: Execution, *, windows: bool) -> Pipeline:
     """Decode only: one output, (h, w, 3) of every sample. `source` returns files, then `windows`."""
-    inputs = [_FILES, _WINDOWS] if windows else [_FILES]
 
     def graph() -> Any:
-        given = _external_source(source, inputs)
-        return _decode(given[0], run, *given[1:])
+        return _decode(run, *_external_source(source, [_FILES, _WINDOWS] if windows else [_FILES]))
 
     return _pipeline(graph, run, None)
 
@@ -156,7 +154,7 @@ def _external_source(source: Source, inputs: list[tuple[Any, int]], no_copy: boo
 
 
 @augment.do_not_convert
-def _decode(files: Any, run: Execution, windows: Any = None) -> Any:
+def _decode(run: Execution, files: Any, windows: Any = None) -> Any:
     """Decode whole images, or of each its window: (top, left, height, width)."""
     # Mapping a file that is then cut short ends the process; reading it ends one batch.
     contents = fn.io.file.read(files, dont_use_mmap=True) if run.reads_files else files

@@ -12,34 +12,28 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from nvidia.dali.pipeline import Pipeline
 from nvidia.dali.plugin.pytorch import feed_ndarray, to_torch_type
 
 from pipelines.dali import graphs
-from pipelines.dali.graphs import Execution, Source
+from pipelines.dali.augment import Pixels
 from pipelines.spec import AugmentSpec, EvalSpec, Interpolation
 
-Pixels = NDArray[np.uint8]
-
-# The operators behind F.interpolate(antialias=True), for their `out`: it saves a copy of 0.09 ms an image.
-_KERNELS = {
-    "bicubic": torch.ops.aten._upsample_bicubic2d_aa.out,
-    "bilinear": torch.ops.aten._upsample_bilinear2d_aa.out,
-}
 CHUNK = 8  # images in a task: few, so that all threads finish together
 
 
 def resize_into(out: Pixels, image: Pixels, interpolation: Interpolation) -> None:
     """Resize `image` (h, w, 3) into `out` (H, W, 3) with an antialiasing filter, as Pillow does."""
     source, target = (torch.from_numpy(pixels[None]).permute(0, 3, 1, 2) for pixels in (image, out))
-    _KERNELS[interpolation](source, out.shape[:2], False, None, None, out=target)
+    # The operator behind F.interpolate(antialias=True), for its `out`: it saves a copy of 0.09 ms an image.
+    resize = getattr(torch.ops.aten, f"_upsample_{interpolation}2d_aa").out
+    resize(source, out.shape[:2], False, None, None, out=target)
 
 
 class OneGraph:
     """A `graphs.file_graph`, from files to normalised images; prefetch_batches at most are in the making."""
 
-    def __init__(self, source: Source, spec: AugmentSpec | EvalSpec, run: Execution) -> None:
+    def __init__(self, source: graphs.Source, spec: AugmentSpec | EvalSpec, run: graphs.Execution) -> None:
         self._pipeline, self._device_id = graphs.file_graph(source, spec, run), run.device_id
 
     def schedule(self) -> None:
@@ -54,7 +48,7 @@ class OneGraph:
 class TwoGraphs:
     """As `OneGraph`, but the graph decodes only; torch resizes what is fetched, a second one finishes it."""
 
-    def __init__(self, source: Source, spec: AugmentSpec | EvalSpec, run: Execution) -> None:
+    def __init__(self, source: graphs.Source, spec: AugmentSpec | EvalSpec, run: graphs.Execution) -> None:
         self._source, self._spec = source, spec
         self._later_inputs: deque[Sequence[Any]] = deque()  # of the later steps, per batch being decoded
         self._resized: Sequence[Pixels] = ()  # lent to the second graph, not copied

@@ -21,8 +21,6 @@ PHOTOS = (
     "astronaut", "cat", "coffee", "rocket", "hubble_deep_field", "retina", "immunohistochemistry", "grass",
     "gravel", "brick",
 )  # fmt: skip
-NUM_TRAIN_DIGITS = 1437
-NUM_JPEG_CLASSES = 10
 
 
 def demo_folder(name: str, cache: Path) -> Path:
@@ -58,9 +56,8 @@ def _digits() -> Iterator[tuple[str, bytes]]:
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    order = np.random.default_rng(0).permutation(len(digits.target))
-    for position, index in enumerate(order):
-        split = "train" if position < NUM_TRAIN_DIGITS else "val"
+    for position, index in enumerate(np.random.default_rng(0).permutation(len(digits.target))):
+        split = "train" if position < 1437 else "val"
         pixels = (digits.images[index] * 255 / 16).astype(np.uint8)  # (8, 8), 0..16 in the source
         image = Image.fromarray(pixels).resize((64, 64), Image.Resampling.BICUBIC).convert("RGB")
         yield f"{split}/{digits.target[index]}/{index:04d}.jpg", to_jpeg(image, quality=90)
@@ -89,4 +86,4 @@ def _photos() -> Iterator[tuple[str, bytes]]:
 def _jpegs() -> Iterator[tuple[str, bytes]]:
     for seed, (split, count) in enumerate((("train", 2000), ("val", 200))):
         for index, encoded in enumerate(mixed_jpegs(count, seed)):
-            yield f"{split}/{index % NUM_JPEG_CLASSES}/{index:04d}.jpg", encoded
+            yield f"{split}/{index % 10}/{index:04d}.jpg", encoded  # ten classes

@@ -13,8 +13,7 @@ _COMPARED_IMAGES = 8  # validation images that are compared with training's by t
 def split_doubts(manifest: Manifest, split: str) -> list[str]:
     """Return a line per doubt about a `split` ("training"): labels, empty classes, files named twice."""
     doubts, names = list(manifest.notes), manifest.class_names
-    counts = manifest.class_counts()
-    if len(empty := np.flatnonzero(counts == 0)):
+    if len(empty := np.flatnonzero(manifest.class_counts() == 0)):
         what = f"{len(empty):,} of {len(names):,} classes have no usable image"
         doubts.append(f"{split}: {what}: {some([names[index] for index in empty.tolist()])}")
     if len(names) == 1 and manifest.label_sets is None:
@@ -46,9 +45,8 @@ def pair_doubts(train: Manifest, val: Manifest) -> list[str]:
     ids, wanted = np.sort(train.identities), val.identities
     shared = (wanted != 0) & (ids[np.minimum(np.searchsorted(ids, wanted), len(ids) - 1)] == wanted)
     if shared.any():
-        example = val.file(int(np.argmax(shared)))
         what = f"{int(shared.sum()):,} of {len(val):,} images are also in training"
-        return [f"validation: {what}, so its accuracy says little: {example}"]
+        return [f"validation: {what}, so its accuracy says little: {val.file(int(np.argmax(shared)))}"]
     if train.packed or val.packed:
         return []
     chosen = np.unique(np.linspace(0, len(val) - 1, _COMPARED_IMAGES).astype(np.int64)).tolist()

@@ -9,6 +9,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,8 +32,7 @@ def relabel_folder(
     found, root = listing.class_names, listing.root
     if class_names is not None:
         return relabelled(listing, class_names, lambda name: f"{root / name}:", "folder", positions)
-    empty = np.flatnonzero(np.bincount(listing.labels, minlength=len(found)) == 0)
-    if len(empty):
+    if len(empty := np.flatnonzero(np.bincount(listing.labels, minlength=len(found)) == 0)):
         folder = root / found[empty[0]]
         others = (root / name for name in found if root / name != folder)
         same = next((other.name for other in others if os.path.samefile(other, folder)), None)
@@ -55,9 +55,7 @@ def relabel_list(listing: Listing, path: Path, class_names: Sequence[str] | None
     Then numbers are positions if half or more up to the largest occur, else names. DataError names the line.
     """
 
-    def subject(label: str) -> str:
-        return line_of(path, listing.root, label)
-
+    subject = partial(line_of, path, listing.root)
     if class_names is not None:
         return relabelled(listing, class_names, subject, "label", True)
     found = listing.class_names
@@ -66,8 +64,7 @@ def relabel_list(listing: Listing, path: Path, class_names: Sequence[str] | None
     if signed and numbers.count(None) == len(signed):
         raise DataError(f"{subject(signed[0])} negative; leave out the lines of images without a class")
     if None in numbers:
-        names = sorted(found)
-        listing = relabelled(listing, names, subject, "label", False)
+        listing = relabelled(listing, sorted(found), subject, "label", False)
         others = [label for label in found if _number(label) is None and label not in signed]
         num_numbers = len(found) - len(others)
         what = f"{path}: {num_numbers:,} labels are numbers and others, as {others[0]!r}, are not"
@@ -122,9 +119,7 @@ def _match(
             return places, f"{what}s are positions among the classes: {shown}"
         others = [name for name, place in zip(found, places, strict=True) if place >= len(names)] or others
         hint = f"; as positions they would go from 0 to {len(names) - 1}"
-    alike = {_plain(name): name for name in names}
-    if _plain(others[0]) in alike:
-        other = alike[_plain(others[0])]
+    if other := {_plain(name): name for name in names}.get(_plain(others[0])):
         hint = f"; {other} looks alike in another Unicode normal form (NFC, NFD) or case: use one spelling"
     matched = [label for label in found if label not in others]
     shown = f"{len(matched)} of {len(found)} {what}s are ({some(matched)})" if matched else f"no {what} is"
@@ -140,24 +135,23 @@ def relabel_sets(files: Files, class_names: Sequence[str] | None, path: Path | N
     """
     labels, used = files.class_names, np.unique(files.labels).tolist()
     parts = [() if label == NO_CLASS else tuple(map(str.strip, label.split(SEPARATOR))) for label in labels]
-    names = class_names
-    if names is None:
+    if class_names is None:
         found = sorted({name for row in used for name in parts[row]})
         is_number = all(map(str.isdecimal, found))
-        names = sorted(found, key=lambda name: (len(name), name)) if is_number else found
-    place = {name: index for index, name in enumerate(names) if name not in ("", NO_CLASS)}
-    table = np.zeros((len(labels), len(names)), np.bool_)
+        class_names = sorted(found, key=lambda name: (len(name), name)) if is_number else found
+    place = {name: index for index, name in enumerate(class_names) if name not in ("", NO_CLASS)}
+    table = np.zeros((len(labels), len(class_names)), np.bool_)
     for row in used:
         if wrong := [name for name in parts[row] if name not in place]:
             where = f"{files.root}: label {labels[row]!r} is"
             where = line_of(path, files.root, labels[row]) if path else where
-            what = f"{wrong[0]!r}, which is not one of the {len(place)} training classes: {some(names)}"
-            what = "an empty one" if not wrong[0] else what
+            known = f"the {len(place)} training classes: {some(class_names)}"
+            what = f"{wrong[0]!r}, which is not one of {known}" if wrong[0] else "an empty one"
             raise DataError(f"{where} no list of classes: it names {what}")
         table[row, [place[name] for name in parts[row]]] = True
     if not place:
         raise DataError(f"{path or files.root}: no label names a class")
-    return replace(files, class_names=tuple(names), label_sets=table)
+    return replace(files, class_names=tuple(class_names), label_sets=table)
 
 
 def look_alikes(names: Sequence[str]) -> list[tuple[str, str]]:

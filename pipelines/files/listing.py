@@ -129,16 +129,14 @@ def folder_state(path: bytes) -> FolderState:
     """Return what changes with a folder's entries: inode, size, mtime, ctime; all -1 for a missing folder.
     mtime alone is not enough: rsync and tar set it back. Raises OSError when the machine cannot look.
     """
-    info = _stat(path)
-    if isinstance(info, OSError):
+    if isinstance(info := _stat(path), OSError):
         return -1, -1, -1, -1
     return info.st_ino & _INT64_MASK, info.st_size, info.st_mtime_ns, info.st_ctime_ns
 
 
 def file_state(path: bytes) -> tuple[int, int, int, Fault | None]:
     """Return size in bytes, mtime, inode, and a fault that stat shows. Raises OSError as `folder_state`."""
-    info = _stat(path)
-    if isinstance(info, OSError):
+    if isinstance(info := _stat(path), OSError):
         return 0, 0, 0, fault_of(info)
     return info.st_size, info.st_mtime_ns, info.st_ino & _INT64_MASK, fault_in_stat(info)
 

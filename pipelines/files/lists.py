@@ -34,8 +34,7 @@ def list_file(path: Path, root: Path) -> Listing:
     def entries(start: bytes, folders: dict[bytes, listing.FolderState]) -> Iterator[tuple[bytes, int]]:
         for _, name, label in read_list(path, root, skipped):
             encoded = os.fsencode(name)
-            folder = os.path.dirname(encoded)
-            if folder not in folders:
+            if (folder := os.path.dirname(encoded)) not in folders:
                 folders[folder] = listing.folder_state(start + folder)
             yield encoded, place.setdefault(label, len(place))
         if not place:
@@ -131,8 +130,7 @@ def _split(line: str, where: str, first: bool) -> tuple[str, str]:
         cells = next(csv.reader([line], skipinitialspace=True))
         if len(cells) == 2 and cells[0].lower().endswith(EXTENSIONS) and cells[1].strip():
             return cells[0], cells[1].strip()
-    found = _LINE.fullmatch(line)
-    if found is None:
+    if (found := _LINE.fullmatch(line)) is None:
         what = f"{where}: expected 'path,label' or 'path label', found {line[:100]!r}"
         raise DataError(f"{what}{_why_not(line, first)}")
     name, label = found[1], found[2].strip()
@@ -146,8 +144,7 @@ def _why_not(line: str, first: bool) -> str:
     if line.lower().rstrip(" ,;\t").endswith(EXTENSIONS):
         return "; the label is missing: it comes after the path"
     line = line[:200]  # some of these patterns take quadratic time
-    separator = re.search(rf"{_PATH}\s*([;|:])", line, re.IGNORECASE)
-    if separator:
+    if separator := re.search(rf"{_PATH}\s*([;|:])", line, re.IGNORECASE):
         return f"; the separator is a comma, not {separator[1]!r}"
     if first and _HEADER.fullmatch(line):
         return "; a header line? Remove it, or begin it with #"

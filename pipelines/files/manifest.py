@@ -7,8 +7,6 @@ import hashlib
 import os
 import tempfile
 import unicodedata
-import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,19 +18,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.atomic import replacing
+from pipelines import atomic, plan
 from pipelines.checks.bad_list import BadFile, read_lists, user_cache
 from pipelines.checks.decode_one import Fault
-from pipelines.files import labels
+from pipelines.files import labels, lists, mirror, scan_cache
 from pipelines.files.listing import Listing, Paths, describe_skipped, file_state, list_folder, look_at
-from pipelines.files.lists import list_file
-from pipelines.files.mirror import SOURCE, Mirror
-from pipelines.files.scan_cache import cached_scan, list_digest, scan
-from pipelines.files.shards import INDEX, Slices
-from pipelines.plan import sample_keys
+from pipelines.files.shards import INDEX, NO_INDEX, Slices
 from pipelines.spec import MAX_BAD_FRACTION, DataError, os_errors_in_one_line
-
-_SUBSET_DOMAIN = 3  # keeps the choice of a subset apart from the plan's uses of the same seed
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,9 +111,8 @@ class Manifest:
         """
         if not 0 < fraction <= 1:
             raise ValueError(f"fraction {fraction} is not in (0, 1]")
-        keys = sample_keys(seed, _SUBSET_DOMAIN, np.arange(len(self)))
         labels = self.labels if self.label_sets is None else np.zeros_like(self.labels)
-        by_class = np.lexsort((keys, labels))
+        by_class = np.lexsort((plan.sample_keys(seed, plan.SUBSET_DOMAIN, np.arange(len(self))), labels))
         counts = np.bincount(labels, minlength=len(self.class_names))
         place = np.arange(len(self)) - np.repeat(np.cumsum(counts) - counts, counts)  # within its class
         wanted = np.maximum(np.rint(counts * fraction), 1)[labels[by_class]]
@@ -159,7 +150,8 @@ class Manifest:
             name, content, find = f"{folder}", "", partial(list_folder, folder)
             relabel = partial(labels.relabel_folder, class_names=class_names, positions=positions)
         else:
-            name, content, find = f"{folder}\0{file}", list_digest(file), partial(list_file, file, folder)
+            name, content = f"{folder}\0{file}", scan_cache.list_digest(file)
+            find = partial(lists.list_file, file, folder)
             relabel = partial(labels.relabel_list, path=file, class_names=class_names)
         if multi_label:
             relabel = partial(labels.relabel_sets, class_names=class_names, path=file)
@@ -169,13 +161,8 @@ class Manifest:
             relabel(listing)  # reports a wrong class before all headers are read
             return listing
 
-        listing = relabel(cached_scan(checked, name, content, cache, refresh))
+        listing = relabel(scan_cache.cached_scan(checked, name, content, cache, refresh))
         return _manifest(listing, max_bad_fraction, listed=file is not None)
-
-    @staticmethod
-    def from_list(list_path: Path | str, root: Path | str, **options: Any) -> "Manifest":
-        """Read the images below `root` that a text file names; options and errors as for `from_folder`."""
-        return Manifest.from_folder(root, image_list=list_path, **options)
 
     @staticmethod
     @os_errors_in_one_line()
@@ -183,21 +170,19 @@ class Manifest:
         """Read `files` of any folders, in their order, with the label 0; any number of them may be `bad`."""
         paths = [os.fsencode(os.path.abspath(file))[1:] for file in files]
         listing = look_at(Path("/"), lambda start, folders: ((path, 0) for path in paths), (), Counter())
-        return _manifest(scan(listing, None), None, listed=False)
+        return _manifest(scan_cache.scan(listing, None), None, listed=False)
 
     @staticmethod
     def from_shards(
         folder: Path | str, *, class_names: Sequence[str] | None = None, multi_label: bool = False
     ) -> "Manifest":
         """Read a packed split, in its source's order. Raises DataError as `read_index` and `relabelled`."""
-        _, shards = read_index(Path(folder).absolute())
+        _, found = read_index(Path(folder).absolute())
         if multi_label:
-            return labels.relabel_sets(shards, class_names)
+            return labels.relabel_sets(found, class_names)
         if class_names is None:
-            return shards
-        return labels.relabelled(
-            shards, class_names, lambda name: f"{shards.root}: {name} is", "class", False
-        )
+            return found
+        return labels.relabelled(found, class_names, lambda name: f"{found.root}: {name} is", "class", False)
 
 
 def write_index(shards: Manifest, recipe: str) -> None:
@@ -208,7 +193,7 @@ def write_index(shards: Manifest, recipe: str) -> None:
     bad = np.array(shards.bad, np.str_).reshape(-1, 3)
     # But folder and mirror
     places = {field.name: getattr(shards.packed, field.name) for field in fields(Slices)[1:-1]}
-    with replacing(shards.root / INDEX) as file:
+    with atomic.replacing(shards.root / INDEX) as file:
         np.savez(file, recipe=recipe, path_buffer=buffer, path_offsets=offsets, **image, bad=bad, **places)
 
 
@@ -225,8 +210,8 @@ def read_index(folder: Path) -> tuple[str, Manifest]:
             columns[name] = tuple(columns[name].tolist())
         image = {name: columns.pop(name) for name in ("labels", "heights", "widths", "class_names")}
         slices = Slices(folder, **columns)
-        if (folder / SOURCE).is_file():
-            slices = replace(slices, mirror=Mirror(slices))
+        if (folder / mirror.SOURCE).is_file():
+            slices = replace(slices, mirror=mirror.Mirror(slices))
         bad_files = tuple(BadFile(*row) for row in bad)
         sizes = slices.size_bytes
         facts: dict[str, Any] = {"bad": bad_files, "identities": _identities(slices.checksums, sizes)}
@@ -234,7 +219,7 @@ def read_index(folder: Path) -> tuple[str, Manifest]:
         _check_columns(shards, slices)
     except OSError as error:  # it may be whole
         raise DataError.of(error, folder / INDEX) from error
-    except (ValueError, LookupError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except NO_INDEX as error:
         what = f"cannot be read ({error}); remove {folder} and pack again"
         raise DataError(f"{folder / INDEX}: {what}") from error
     slices.check_shards()
@@ -268,8 +253,7 @@ def _listed_faults(
     listing: Listing, identities: NDArray[np.uint64], inner: Sequence[str]
 ) -> dict[int, Fault]:
     """Return the faults that `cmtrain data check` listed, by place: by path, else by identity."""
-    listed = read_lists(listing.root, inner)
-    if not listed:
+    if not (listed := read_lists(listing.root, inner)):
         return {}
     entries = Paths.of(listed).find(listing.paths)  # (N,)
     names, faults = list(listed), list(listed.values())
@@ -302,13 +286,13 @@ def _manifest(listing: Listing, max_bad_fraction: float | None, *, listed: bool)
     hint = _why_missing(listing, [place for place, fault in faults.items() if fault.kind == "missing"])
     if max_bad_fraction is not None:
         check_num_bad(listing.root, bad, len(listing), max_bad_fraction, hint if listed else "")
-    heights, widths = sizes.T.copy()
-    image = paths, listing.labels, heights, widths, listing.size_bytes
     unused = describe_skipped(listing.skipped)
     notes = (*listing.notes, f"{listing.root}: {unused}") if unused else listing.notes
-    facts: dict[str, Any] = {"identities": identities, "notes": notes, "skipped": listing.skipped}
-    facts["label_sets"] = listing.label_sets
-    everything = Manifest(listing.root, *image, listing.class_names, bad, **facts)
+    heights, widths = sizes.T.copy()
+    everything = Manifest(
+        listing.root, paths, listing.labels, heights, widths, listing.size_bytes, listing.class_names, bad,
+        identities=identities, notes=notes, skipped=listing.skipped, label_sets=listing.label_sets,
+    )  # fmt: skip
     return everything.select(np.flatnonzero(heights)) if bad else everything
 
 

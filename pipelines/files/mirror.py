@@ -15,18 +15,17 @@ import re
 import shutil
 import threading
 import time
-import zipfile
 import zlib
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pipelines.atomic import locked, replacing
+from pipelines.files.listing import Ints
 from pipelines.files.objects import Store, is_ending
-from pipelines.files.shards import INDEX, Slices
+from pipelines.files.shards import INDEX, NO_INDEX, Slices
 from pipelines.spec import DataError, os_errors_in_one_line
 
 CHUNK_BYTES = 4 << 20  # smaller ones are too many requests for a store, larger ones delay the first step
@@ -35,8 +34,6 @@ REQUESTS = 32  # of a process at a time: at 20 ms and 80 MB/s a connection 1.9 G
 SOURCE = "source.json"  # where a copy comes from; what has one is a copy
 _STATES = "states"
 _MISSING, _WHOLE, _DAMAGED = range(3)
-
-Ints = NDArray[np.int64]
 
 
 @os_errors_in_one_line()
@@ -61,7 +58,7 @@ def mirror_split(url: str, folder: Path, room_bytes: int) -> int:
                 raise ValueError("no images, or a shard with another name")
             sizes = dict(zip((*names, _STATES), (*lengths, num_chunks), strict=True))
             taken = sum(lengths)
-        except (ValueError, LookupError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        except NO_INDEX as error:
             raise DataError(f"{url}/{INDEX}: no index of packed images ({type(error).__name__})") from error
         if taken > room_bytes:
             takes = f"{url}: takes {taken / 1e9:.1f} GB of local disk, and {room_bytes / 1e9:.1f} GB"
@@ -80,8 +77,7 @@ def mirror_split(url: str, folder: Path, room_bytes: int) -> int:
         states = np.memmap(folder / _STATES, np.uint8, "r+")
         states[(states == _DAMAGED) | (boot != known.get("boot"))] = _MISSING
         with replacing(folder / SOURCE) as file:
-            source = {"url": url, "tag": tag, "boot": boot, "crc": zlib.crc32(index)}
-            file.write(json.dumps(source).encode())
+            file.write(json.dumps({"url": url, "tag": tag, "boot": boot, "crc": zlib.crc32(index)}).encode())
     return taken
 
 
@@ -181,7 +177,7 @@ class Mirror:
         self._coming.discard(chunk)
 
 
-def _chunk_keys(shards: NDArray[np.integer], offsets: Ints) -> Ints:
+def _chunk_keys(shards: np.ndarray, offsets: Ints) -> Ints:
     return (shards.astype(np.int64) << 40) | offsets // CHUNK_BYTES
 
 

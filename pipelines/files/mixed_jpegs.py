@@ -29,11 +29,9 @@ KINDS: dict[str, tuple[int, str, dict[str, Any]]] = {
 def mixed_jpegs(count: int, seed: int = 0) -> Iterator[bytes]:
     """Yield `count` encoded images in the shares of KINDS, in random order; of six or more, each kind."""
     rng = np.random.default_rng(seed)
-    shares = np.array([per_hundred for per_hundred, *_ in KINDS.values()])
-    numbers = np.maximum(shares * count // 100, 1)
+    numbers = np.maximum(np.array([per_hundred for per_hundred, *_ in KINDS.values()]) * count // 100, 1)
     numbers[0] += count - numbers.sum()
-    kinds = np.repeat(np.arange(len(KINDS)), np.maximum(numbers, 0))[:count]
-    for number in rng.permutation(kinds):
+    for number in rng.permutation(np.repeat(np.arange(len(KINDS)), np.maximum(numbers, 0))[:count]):
         _, mode, options = list(KINDS.values())[number]
         top, left = rng.integers(_TEXTURE_PX - HEIGHT), rng.integers(_TEXTURE_PX - WIDTH)
         image = Image.fromarray(_texture()[top : top + HEIGHT, left : left + WIDTH]).convert(mode)

@@ -17,10 +17,9 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.atomic import locked, replacing
+from pipelines import atomic, progress
 from pipelines.checks.decode_one import CheckResult, Fault, check_file
 from pipelines.files.listing import Listing, Paths, file_state, folder_state
-from pipelines.progress import tracked
 from pipelines.spec import DataError, print_lines
 
 NUM_SAMPLED = 1024  # 1 % of files overwritten in place escape it with a probability of 0.00003
@@ -53,7 +52,7 @@ def cached_scan(
     if kept and _is_valid(*kept, content):
         return kept[1]
     kept = None  # it is large, and another process may write a new one while this one waits
-    with locked(path, "lists the images"):
+    with atomic.locked(path, "lists the images"):
         kept = None if refresh else _load(path)
         if kept and _is_valid(*kept, content):
             return kept[1]
@@ -117,12 +116,10 @@ def _store(path: Path, content: str, listing: Listing) -> None:
     facts |= {"format": _FORMAT, "content": content, "root": str(listing.root)}
     facts["faults"] = [(place, *fault) for place, fault in listing.faults.items()]
     try:
-        with replacing(path) as file:
-            encoded = np.frombuffer(json.dumps(facts).encode(), np.uint8)
-            np.savez(file, facts=encoded, **columns)
+        with atomic.replacing(path) as file:
+            np.savez(file, facts=np.frombuffer(json.dumps(facts).encode(), np.uint8), **columns)
     except OSError as error:
-        advice = "set data.cache_dir to a writable folder"
-        print_lines(f"the list of images is not cached: {error}; {advice}")
+        print_lines(f"the list of images is not cached: {error}; set data.cache_dir to a writable folder")
 
 
 def scan(listing: Listing, known: Listing | None) -> Listing:
@@ -139,8 +136,8 @@ def scan(listing: Listing, known: Listing | None) -> Listing:
         sizes[same] = known.sizes[places[same]]
     faults = dict(listing.faults)
     unread = np.setdiff1d(np.flatnonzero(sizes[:, 0] == 0), list(faults), assume_unique=True).tolist()
-    results = read_headers(listing, unread)
-    results = tracked(results, f"{listing.root}: reading image headers", len(unread))
+    what = f"{listing.root}: reading image headers"
+    results = progress.tracked(read_headers(listing, unread), what, len(unread))
     for place, result in zip(unread, results, strict=True):
         sizes[place] = result.height, result.width
         if result.fault:
@@ -150,8 +147,7 @@ def scan(listing: Listing, known: Listing | None) -> Listing:
 
 def read_headers(listing: Listing, places: list[int]) -> Iterator[CheckResult]:
     """Yield one result per place, in order."""
-    root, paths = listing.root, listing.paths
-    return in_threads(lambda place: check_file(os.path.join(root, paths[place]), decode=False), places)
+    return in_threads(lambda i: check_file(os.path.join(listing.root, listing.paths[i]), False), places)
 
 
 def in_threads(function: Callable[[Any], T], items: Sequence[Any]) -> Iterator[T]:

@@ -7,6 +7,7 @@ holds, and where every image is. It is written last: a folder without it is not 
 
 import hashlib
 import mmap
+import zipfile
 import zlib
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -22,6 +23,8 @@ from pipelines.progress import tracked
 from pipelines.spec import DataError, os_errors_in_one_line
 
 INDEX = "index.npz"
+# What reading a damaged one raises
+NO_INDEX = ValueError, LookupError, TypeError, EOFError, zipfile.BadZipFile, zlib.error
 HELP_SECONDS = 2.0  # a process waits so long for what another one has to fetch, then fetches it
 
 
@@ -44,8 +47,7 @@ class Slices:
         """Raise DataError when a shard is missing or not as long as the index records."""
         advice = f"copy it again, or remove {self.folder} and pack again"
         for number, size in enumerate(self.shard_bytes):
-            path = self.shard_path(number)
-            if not path.is_file():
+            if not (path := self.shard_path(number)).is_file():
                 raise DataError(f"{path}: missing, but {INDEX} names it; {advice}")
             if (found := path.stat().st_size) != size:
                 raise DataError(f"{path}: {found} bytes, not the {size} of {INDEX}; {advice}")

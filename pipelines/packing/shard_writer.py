@@ -20,18 +20,16 @@ import numpy as np
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
-from pipelines.atomic import replacing
+from pipelines import atomic, plan, progress
 from pipelines.checks.bad_list import BadFile
 from pipelines.checks.decode_one import Kind
 from pipelines.files.manifest import Manifest, check_num_bad, read_index, write_index
 from pipelines.files.shards import INDEX, Slices
 from pipelines.packing.encode import Encoded, PackSpec, encode_all
-from pipelines.plan import sample_keys
-from pipelines.progress import tracked
 from pipelines.spec import DataError
 
 _FORMAT = 1
-_SHARD_DOMAIN = 4  # keeps the order inside shards apart from the plan's uses of a seed
+_SHARD = "shard-{:06d}.tar"
 
 Samples = Iterator[tuple[int, int, Encoded]]  # place in the source, label, image
 
@@ -66,15 +64,15 @@ def pack_split(
             # Resume after the last whole shard.
             records = _kept_records(folder, recipe)
             bad = _left_out(manifest, records, max_bad_fraction)
-            keys = sample_keys(0, _SHARD_DOMAIN, np.arange(len(manifest)))
+            keys = plan.sample_keys(0, plan.SHARD_DOMAIN, np.arange(len(manifest)))
             done = records[-1].end if records else 0
             todo = np.argsort(keys, kind="stable").tolist()[done:]
             encoded = encode_all(manifest.file, todo, spec, processes)
-            bar = tracked(encoded, f"{folder}: packing", len(manifest), done)
+            bar = progress.tracked(encoded, f"{folder}: packing", len(manifest), done)
             with closing(encoded), closing(bar):
                 samples = zip(todo, manifest.labels[todo].tolist(), bar, strict=True)
                 while done < len(manifest):
-                    name = _shard_name(len(records))
+                    name = _SHARD.format(len(records))
                     records.append(_write_shard(folder, name, done, samples, spec.shard_bytes, recipe))
                     done = records[-1].end
                     bad = _left_out(manifest, records, max_bad_fraction)
@@ -94,7 +92,7 @@ def _write_shard(
     rows: list[tuple[int, ...]] = []
     faults: list[tuple[int, Kind, str]] = []
     digest = hashlib.sha256()
-    with replacing(folder / name) as file:
+    with atomic.replacing(folder / name) as file:
 
         def put(data: bytes) -> None:
             file.write(data)
@@ -115,7 +113,7 @@ def _write_shard(
         columns = np.array(rows, np.int64).reshape(-1, 6)
         end = begin + len(rows) + len(faults)
         record = _Record(name, file.tell(), digest.hexdigest(), end, columns, faults)
-        with replacing(_record_file(folder, name)) as record_file:  # before the shard gets its name
+        with atomic.replacing(_record_file(folder, name)) as record_file:  # before the shard gets its name
             record_file.write(json.dumps([recipe, *record._replace(rows=record.rows.tolist())]).encode())
     return record
 
@@ -158,7 +156,7 @@ def _kept_records(folder: Path, recipe: str) -> list[_Record]:
             raise DataError(f"{folder}: {what}; give another destination")
     records: list[_Record] = []
     for number in itertools.count():
-        record = _load_record(_record_file(folder, _shard_name(number)), recipe)
+        record = _load_record(_record_file(folder, _SHARD.format(number)), recipe)
         if record is None or not (shard := folder / record.name).is_file():
             break
         with shard.open("rb") as file:
@@ -184,10 +182,6 @@ def _check_recipe(folder: Path, found: str, wanted: str) -> None:
         have, want = json.loads(found), json.loads(wanted)
         names = ", ".join(name for name in want if have.get(name) != want[name])
         raise DataError(f"{folder}: was packed with another {names}; remove it or give another destination")
-
-
-def _shard_name(number: int) -> str:
-    return f"shard-{number:06d}.tar"
 
 
 def _record_file(folder: Path, shard_name: str) -> Path:

@@ -12,8 +12,8 @@ from pipelines.spec import Placement
 
 
 def probe(place, decode):
-    fault = {"mixed": "crash", "mixed_whole": "hang"}[decode]
-    return fault_of(place, decode, max_seconds=2, program=program(fault))
+    decoder_probe._COMMAND = program({"mixed": "crash", "mixed_whole": "hang"}[decode])
+    return fault_of(place, decode, max_seconds=2)
 
 
 def place_loaders(config, accelerator, control=None):

@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -523,11 +524,12 @@ def test_the_check_finds_a_wrong_kernel(wrong, monkeypatch):
 def test_the_check_is_in_bf16_where_the_device_has_it(capability, last, monkeypatch):
     checked = []
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr("cmtrain.models.ffn_check._device_of", lambda _: torch.device("cuda"))
     monkeypatch.setattr(
         "cmtrain.models.ffn_check.worst_error", lambda _, dtype, **__: checked.append(dtype) or 0.0
     )
-    use_fused_where_it_agrees(timm.create_model("cmt_micro"))
+    model = timm.create_model("cmt_micro")
+    monkeypatch.setattr(model, "parameters", lambda: iter([SimpleNamespace(device=torch.device("cuda"))]))
+    use_fused_where_it_agrees(model)
     assert checked == [torch.float32, torch.float16, torch.bfloat16][: 2 + (last == torch.bfloat16)]
 
 
@@ -560,7 +562,7 @@ def test_kernels_that_fail_the_check_are_not_used(trouble, monkeypatch):
     use_fused_where_it_agrees(model)
     assert {network.kernel for network in networks} == {"auto"}  # on a CPU nothing is checked
     monkeypatch.setattr("cmtrain.models.ffn_check.worst_error", trouble)
-    monkeypatch.setattr("cmtrain.models.ffn_check._device_of", lambda _: torch.device("cuda"))
+    monkeypatch.setattr(model, "parameters", lambda: iter([SimpleNamespace(device=torch.device("cuda"))]))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     with pytest.warns(
         UserWarning, match=r"ffn_kernel: the fused kernels (differ|do not run: ZeroDivisionError)"

@@ -28,17 +28,15 @@ def test_a_faulty_decoder_falls_back_to_the_next_with_one_line(monkeypatch, faul
     def probe(place, decode):
         if decode == "mixed_whole":
             return ""
-        return fault_of(place, decode, max_seconds=1.5 if fault == "hang" else 60, program=program(fault))
+        return fault_of(place, decode, max_seconds=1.5 if fault == "hang" else 60)
 
+    monkeypatch.setattr(decoder_probe, "_COMMAND", program(fault))
     monkeypatch.setattr(decoder_probe, "fault_of", probe)
     assert choose_decode(GPU) == ("mixed_whole", [f"data.decode: mixed {text}; {INSTEAD}"])
 
 
 def test_where_both_ways_fail_the_cpu_decodes(monkeypatch):
-    def probe(place, decode):
-        return fault_of(place, decode, program=program("crash"))
-
-    monkeypatch.setattr(decoder_probe, "fault_of", probe)
+    monkeypatch.setattr(decoder_probe, "_COMMAND", program("crash"))
     decode, lines = choose_decode(GPU)
     assert decode == "cpu"
     assert lines[1] == "data.decode: mixed_whole crashes (SIGSEGV); decoding on the CPU instead"
@@ -122,9 +120,9 @@ def test_whole_images_that_are_cut_have_the_pixels_of_windows(monkeypatch, batch
     """The graph of mixed_whole on the CPU's decoder: it cuts windows that the other graph decodes alone."""
     original, ways = graphs._decode, []
 
-    def decode_whole(files, run, windows=None):
+    def decode_whole(run, files, windows=None):
         ways.append(windows is not None)
-        return original(files, replace(run, decode="mixed_whole"), windows)
+        return original(replace(run, decode="mixed_whole"), files, windows)
 
     monkeypatch.setattr(graphs, "_decode", decode_whole)
     whole = decoded(Placement(threads=2), True)

@@ -20,7 +20,7 @@ from helpers.runs import HANG_SECONDS, ROOT
 from PIL import Image
 
 from pipelines import atomic
-from pipelines.files import manifest, scan_cache
+from pipelines.files import lists, manifest, scan_cache
 from pipelines.files.listing import Paths
 from pipelines.files.manifest import BadFile, Manifest
 from pipelines.loader import eval_loader, train_loader
@@ -67,7 +67,7 @@ def assert_same(ours: Manifest, theirs: Manifest) -> None:
 def looks(monkeypatch) -> list[str]:
     """Grow by "listed" for every listing and by a path for every header that is read."""
     seen: list[str] = []
-    for module, name in ((manifest, "list_folder"), (manifest, "list_file")):
+    for module, name in ((manifest, "list_folder"), (lists, "list_file")):
         original = getattr(module, name)
         monkeypatch.setattr(
             module, name, lambda *args, original=original: seen.append("listed") or original(*args)
