@@ -165,6 +165,11 @@ class Manifest:
         return _manifest(listing, max_bad_fraction, listed=file is not None)
 
     @staticmethod
+    def from_list(list_path: Path | str, root: Path | str, **options: Any) -> "Manifest":
+        """Read the images below `root` that a text file names; options and errors as for `from_folder`."""
+        return Manifest.from_folder(root, image_list=list_path, **options)
+
+    @staticmethod
     @os_errors_in_one_line()
     def from_files(files: Sequence[str]) -> "Manifest":
         """Read `files` of any folders, in their order, with the label 0; any number of them may be `bad`."""
@@ -177,12 +182,14 @@ class Manifest:
         folder: Path | str, *, class_names: Sequence[str] | None = None, multi_label: bool = False
     ) -> "Manifest":
         """Read a packed split, in its source's order. Raises DataError as `read_index` and `relabelled`."""
-        _, found = read_index(Path(folder).absolute())
+        _, shards = read_index(Path(folder).absolute())
         if multi_label:
-            return labels.relabel_sets(found, class_names)
+            return labels.relabel_sets(shards, class_names)
         if class_names is None:
-            return found
-        return labels.relabelled(found, class_names, lambda name: f"{found.root}: {name} is", "class", False)
+            return shards
+        return labels.relabelled(
+            shards, class_names, lambda name: f"{shards.root}: {name} is", "class", False
+        )
 
 
 def write_index(shards: Manifest, recipe: str) -> None:

@@ -199,7 +199,7 @@ def test_lists_of_numbers_and_of_names(tmp_path, cache, separator):
     lines = ["x/1.jpg{}2", "with space/2.JPG{}0", "k\u00e4se,z.png{}2"]
     text = "\ufeff# a comment\n\n" + "\n".join(lines).replace("{}", separator)
     (tmp_path / "list.txt").write_text(text, "utf-8")
-    manifest = Manifest.from_folder(tmp_path / "in", image_list=tmp_path / "list.txt", cache_dir=cache)
+    manifest = Manifest.from_list(tmp_path / "list.txt", tmp_path / "in", cache_dir=cache)
     assert names(manifest) == ["x/1.jpg", "with space/2.JPG", "k\u00e4se,z.png"]
     assert manifest.labels.tolist() == [2, 0, 2]
     assert manifest.class_names == ("0", "1", "2")
