@@ -16,16 +16,13 @@ from cmtrain.cli.arguments import Parser, Verb, count, help_page, out_file, posi
 from cmtrain.cli.data_verbs import DATA_VERBS
 from cmtrain.cli.model_verbs import evaluate_trained, export_trained, predict_images, replay_step
 from cmtrain.commands import sweep
-from cmtrain.config.describe import config_reference, config_schema
-from cmtrain.config.load import load_config
+from cmtrain.config import describe, load
 from cmtrain.config.schema import Config, to_yaml
 from cmtrain.errors import EXIT_DONE, ConfigError, did_you_mean, message_of
 from cmtrain.monitoring.units import workers
-from cmtrain.processes.environment import check_launcher, ignore_variables
+from cmtrain.processes import environment, output, rank
 from cmtrain.processes.gpus import visible_gpus
 from cmtrain.processes.launcher import run_ranks
-from cmtrain.processes.output import with_guarded_output
-from cmtrain.processes.rank import PARENT, hold_back, is_first_rank, is_started_by_launcher, run_as_rank
 from cmtrain.storage.run_folder import REPORT_NAME, RUNS, read_finished, read_status
 from pipelines.spec import DataError, print_lines
 
@@ -45,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     verb = (arguments or [""])[0]
     trains = verb in ("train", "demo") or verb.startswith("-")
     is_asked = verb in ("-h", "--help", "--version", "help") or "--dry-run" in arguments
-    return with_guarded_output(lambda: _main(arguments), stdout_raises=is_asked or not trains)
+    return output.with_guarded_output(lambda: _main(arguments), stdout_raises=is_asked or not trains)
 
 
 def _main(arguments: list[str]) -> int:
@@ -64,13 +61,13 @@ def _main(arguments: list[str]) -> int:
             hint = f" (verbs: {', '.join(_VERBS)}; a configuration file goes after --config)"
             raise ConfigError(f"{verb}: unknown verb{did_you_mean(verb, _VERBS) or hint}")
         if verb not in _READERS and not {"--help", "-h", "--dry-run"} & set(arguments):
-            ignore_variables()
-            check_launcher()
+            environment.ignore_variables()
+            environment.check_launcher()
         if verb in _ALONE and _world_size() > 1:
             raise ConfigError(f"cmtrain {verb}: runs in one process, without a launcher")
         return _VERBS[verb](arguments) or EXIT_DONE
     except ConfigError as error:
-        hold_back()
+        rank.hold_back()
         sys.stderr.write(f"{message_of(error)}\n")
         return errors.EXIT_CONFIG
     except DataError as error:
@@ -99,7 +96,7 @@ def _train(arguments: list[str]) -> int:
     run_path = Path(config.run.dir) / str(config.run.name)
     finished = options.resume == "auto" and read_finished(run_path, to_yaml(config), options.max_steps)
     if finished:  # it is not started again
-        if is_first_rank():
+        if rank.is_first_rank():
             from cmtrain.monitoring.console import print_result
 
             before = f"{run_path}: finished before: {finished['reason']}"
@@ -109,7 +106,7 @@ def _train(arguments: list[str]) -> int:
 
     # Start one process per GPU, unless a launcher has started this one.
     what = f"{options.config}, run folder {run_path}"
-    if not is_started_by_launcher():
+    if not rank.is_started_by_launcher():
         gpus = visible_gpus()
         nproc = options.nproc or max(1, gpus)
         if nproc > gpus > 0:
@@ -120,7 +117,7 @@ def _train(arguments: list[str]) -> int:
         if nproc > 1 or options.max_restarts:
             start.loading()  # in the ranks
             return run_ranks(sys.orig_argv, nproc, max_restarts=options.max_restarts, run_path=run_path)
-    elif PARENT not in os.environ:
+    elif rank.PARENT not in os.environ:
         if options.nproc or options.max_restarts:
             what = "a launcher has started this process; give them to the launcher"
             raise ConfigError(f"--nproc, --max-restarts: {what}")
@@ -128,7 +125,7 @@ def _train(arguments: list[str]) -> int:
         if _world_size() == 1:
             start.check_run(config, options.resume, 1)
     how = {"resume": options.resume, "max_steps": options.max_steps, "as_json": options.json}
-    return run_as_rank(lambda: _open_and_train(config, how), run_path)
+    return rank.run_as_rank(lambda: _open_and_train(config, how), run_path)
 
 
 def _open_and_train(config: Config, how: dict[str, Any]) -> int:
@@ -153,7 +150,7 @@ def _demo(arguments: list[str]) -> int:
     base, given = ("demo-photos", DEMO_PHOTOS) if options.photos else ("demo", [])
     for attempt in itertools.count(1):  # an interrupted demo continues; a finished one is left alone
         name = base if attempt == 1 else f"{base}-{attempt}"
-        config = load_config(DEMO, [*given, ("run.name", name), *overrides]).config
+        config = load.load_config(DEMO, [*given, ("run.name", name), *overrides]).config
         status = read_status(Path(config.run.dir) / str(config.run.name)) or {}
         if status.get("state") != "finished" or any(key == "run.name" for key, _ in overrides):
             break
@@ -261,7 +258,7 @@ def _repair_bn(arguments: list[str]) -> None:
     parser.add_argument("--batches", type=positive, default=200, metavar="N", help="to average over (200)")
     parser.add_json()
     options, overrides = parser.parse(arguments)
-    config = load_config(options.config, overrides).config if options.config else None
+    config = load.load_config(options.config, overrides).config if options.config else None
     start.announce(f"repair-bn of {options.place}")
     start.check_repair(options.place, config, overrides)
     start.loading()
@@ -290,12 +287,12 @@ def _config_show(arguments: list[str]) -> None:
 
 def _config_schema(arguments: list[str]) -> None:
     Parser("config schema", "Print the JSON schema of configuration files.").parse_alone(arguments)
-    sys.stdout.write(json.dumps(config_schema(), indent=2) + "\n")
+    sys.stdout.write(json.dumps(describe.config_schema(), indent=2) + "\n")
 
 
 def _config_reference(arguments: list[str]) -> None:
     Parser("config reference", "Print every key, its range and default.").parse_alone(arguments)
-    sys.stdout.write(config_reference())
+    sys.stdout.write(describe.config_reference())
 
 
 _CONFIG_VERBS = {"show": _config_show, "schema": _config_schema, "reference": _config_reference}

@@ -10,10 +10,8 @@ from cmtrain import __version__
 from cmtrain.config.load import Overrides, load_config
 from cmtrain.config.schema import Config, another_recipe, recipe_changes
 from cmtrain.errors import ConfigError
-from cmtrain.processes.environment import check_imports
-from cmtrain.processes.rank import PARENT, is_first_rank
-from cmtrain.storage.records import read_json
-from cmtrain.storage.run_folder import WEIGHTS_SUFFIXES, RunLock, find_run, why_no_weights
+from cmtrain.processes import environment, rank
+from cmtrain.storage import records, run_folder
 from cmtrain.training.schedule import plan_steps, split_batch
 from pipelines.spec import DataError, print_lines
 
@@ -23,13 +21,13 @@ if TYPE_CHECKING:
 
 def announce(what: str, start: str = f"cmtrain {__version__}: ") -> None:
     """Print the first line of a verb, on the first rank or in the process that starts the ranks."""
-    if is_first_rank() and PARENT not in os.environ:
+    if rank.is_first_rank() and rank.PARENT not in os.environ:
         print_lines(start + what)
 
 
 def loading() -> None:
     """Print that libraries are loaded, before the import that takes seconds. Raises DataError: it cannot."""
-    check_imports()
+    environment.check_imports()
     announce("loading torch and DALI ...", start="")
 
 
@@ -41,7 +39,7 @@ def check_run(config: Config, resume: str, world_size: int) -> None:
     run_path = Path(config.run.dir) / str(config.run.name)
     _split(config, world_size)
     check_places(config)
-    with closing(RunLock(run_path)) as lock:
+    with closing(run_folder.RunLock(run_path)) as lock:
         lock.acquire()
     newest = _newest_manifest(run_path)
     if resume == "never" and newest:
@@ -54,11 +52,11 @@ def check_run(config: Config, resume: str, world_size: int) -> None:
     if newest and resume != "force":
         changes: list[str] = []
         with suppress(ValueError, KeyError, TypeError, AttributeError):  # damaged, as the start finds out
-            changes = recipe_changes((read_json(newest) or {})["meta"]["config"], config)
+            changes = recipe_changes((records.read_json(newest) or {})["meta"]["config"], config)
         if changes:
             raise another_recipe(newest.parent, changes)
     begins_with = config.model.init_from
-    if begins_with and not newest and (why := why_no_weights(Path(begins_with))):
+    if begins_with and not newest and (why := run_folder.why_no_weights(Path(begins_with))):
         raise DataError(f"model.init_from: {begins_with}: {why}")
 
 
@@ -94,7 +92,7 @@ def open_data(config: Config, world_size: int) -> "Data":
 
 def check_trained(place: str, overrides: Overrides) -> Config | None:
     """Return the configuration of the run at `place`, None where open_trained takes a checkpoint's."""
-    path = find_run(place)[0] / "config.yaml"
+    path = run_folder.find_run(place)[0] / "config.yaml"
     try:
         load_config(path)
     except ConfigError:
@@ -105,7 +103,7 @@ def check_trained(place: str, overrides: Overrides) -> Config | None:
 def check_repair(place: str, config: Config | None, overrides: Overrides) -> None:
     """Refuse a run, file or data that is not there. Raises ConfigError, DataError: as repair_bn."""
     path = Path(place)
-    if path.suffix in WEIGHTS_SUFFIXES and not path.exists():
+    if path.suffix in run_folder.WEIGHTS_SUFFIXES and not path.exists():
         raise DataError(f"{place}: no such file")
     if not path.is_file() and config is None:
         config = check_trained(place, overrides)

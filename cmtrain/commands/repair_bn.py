@@ -27,10 +27,7 @@ from cmtrain.monitoring.console import print_result
 from cmtrain.monitoring.units import percent
 from cmtrain.step.evaluate import Evaluation, evaluate
 from cmtrain.step.mixing import MixSpec, mix
-from cmtrain.storage.checkpoint import checkpoint_path, save_checkpoint
-from cmtrain.storage.run_folder import WEIGHTS_SUFFIXES
-from cmtrain.storage.state_file import CheckpointError
-from cmtrain.storage.weights import fit, read_file
+from cmtrain.storage import checkpoint, run_folder, state_file, weights
 from cmtrain.training import build, loaders
 from cmtrain.training.schedule import split_batch
 from pipelines.atomic import replacing
@@ -84,7 +81,7 @@ def repair_bn(
     None: see the command's help. Raises ConfigError: no configuration, or one of another model. DataError:
     nothing usable at `place`, weights that are not finite themselves, or a write that failed.
     """
-    if Path(place).is_file() or place.endswith(WEIGHTS_SUFFIXES):
+    if Path(place).is_file() or place.endswith(run_folder.WEIGHTS_SUFFIXES):
         source = _open_file(Path(place), Path(out) if out else None)
         if config is None:
             example = "--config configs/demo.yaml --model.name resnet18 --data.root photos"
@@ -159,14 +156,14 @@ def _open_run(
     moments = {f"optimizer {name} {i}": state[i][name] for i in state for name in state[i]}
     _refuse(loaded.path, _nonfinite(moments))
     root = Path(out or loaded.path.absolute().parent.parent / "repaired")
-    final = checkpoint_path(root, step)
+    final = checkpoint.checkpoint_path(root, step)
     if final.exists():
         raise DataError(f"{final} exists already; choose another --out")
 
     def write(record: dict[str, Any]) -> Path:
         try:
-            return save_checkpoint(root, step, loaded.state, loaded.meta | {"repaired": record})
-        except (OSError, RuntimeError, CheckpointError) as error:
+            return checkpoint.save_checkpoint(root, step, loaded.state, loaded.meta | {"repaired": record})
+        except (OSError, RuntimeError, state_file.CheckpointError) as error:
             raise DataError(f"{root}: {error}") from error
 
     advice = f"; continue from it with --run.name NEW --resume {final}"
@@ -181,7 +178,7 @@ def _open_file(path: Path, out: Path | None) -> Source:
         raise ConfigError(f"--out {final}: must end in {path.suffix}, because the same format is written")
     if not final.parent.is_dir() or final.is_dir() or (out is None and final.exists()):
         raise ConfigError(f"{final} exists already or cannot be made; choose another --out")
-    content, metadata = read_file(path)
+    content, metadata = weights.read_file(path)
 
     def write(record: dict[str, Any]) -> Path:
         try:
@@ -227,7 +224,7 @@ def _load(
     tensors = [key for key, value in state.items() if isinstance(key, str) and isinstance(value, Tensor)]
     keys = {key.removeprefix(prefix): key for key in tensors if key.startswith(prefix)}
     try:
-        if fit(model, {key: state[keys[key]] for key in keys}, keeps_head=True):
+        if weights.fit(model, {key: state[keys[key]] for key in keys}, keeps_head=True):
             raise ConfigError("its position tables are of another image size")
     except ConfigError as error:
         advice = "set model.name, its options and data.image_px as in training"

@@ -22,14 +22,10 @@ from prometheus_client import generate_latest
 
 from cmtrain.monitoring.http_server import JSON, TEXT, Page, Route
 from cmtrain.monitoring.metrics import TrainMetrics
-from cmtrain.monitoring.report.curves import PlottedRun, draw_charts
-from cmtrain.monitoring.report.events import newest_rows
-from cmtrain.monitoring.report.headline import Headline, best_top1, number
+from cmtrain.monitoring.report import curves, events, headline, rendering
 from cmtrain.monitoring.report.page import TONES
-from cmtrain.monitoring.report.rendering import render_page
 from cmtrain.monitoring.units import duration, is_part, percent, short, state_name
-from cmtrain.storage.run_folder import REPORT_NAME
-from cmtrain.storage.run_record import read_sample
+from cmtrain.storage import run_folder, run_record
 
 PROMETHEUS_TEXT = "text/plain; version=0.0.4; charset=utf-8"
 MAX_AGE_SECONDS = 1.0
@@ -93,14 +89,14 @@ def _live_page(
     files in `run_path`. `since`: this process's begin (Unix time); an older status is of an earlier one.
     """
     at, target, end = time.time(), _value(metrics.steps_target), _value(metrics.eta_timestamp)
-    page: dict[str, Any] = {"metrics": metrics, "now": now, "report": run_path / REPORT_NAME}
+    page: dict[str, Any] = {"metrics": metrics, "now": now, "report": run_path / run_folder.REPORT_NAME}
     if metrics.rank == 0:
-        record = read_sample(run_path, status)
-        page |= draw_charts([PlottedRun(record)]) | {"events": newest_rows(record, at)}
+        record = run_record.read_sample(run_path, status)
+        page |= curves.draw_charts([curves.PlottedRun(record)]) | {"events": events.newest_rows(record, at)}
     state, tone = STATES[now["state"]], "info" if now["state"] == "setup" else "good"
     if now["stalled"]:
         state, tone = "stalled", "bad"
-    is_new = (number(status.get("updated")) or 0.0) >= since
+    is_new = (headline.number(status.get("updated")) or 0.0) >= since
     page["ended"] = is_new and status.get("state") in TONES.keys() - {"running"}
     if page["ended"]:
         state, tone, end = state_name(status), TONES[status["state"]], 0.0
@@ -109,15 +105,15 @@ def _live_page(
     page |= {"state": state, "tone": tone, "numbers": headline_now(metrics, status, at), "at": at}
     page |= {"target": int(target), "share": min(1.0, now["step"] / target) if target else 0.0}
     page |= {"end": end, "left_seconds": max(0.0, end - at) if end else None}
-    html = render_page("live.html", page, ["curves.js", "live.js"])
+    html = rendering.render_page("live.html", page, ["curves.js", "live.js"])
     return Page(HTML, html.encode(errors="replace"))
 
 
-def headline_now(metrics: TrainMetrics, status: dict[str, Any], at: float) -> Headline:
+def headline_now(metrics: TrainMetrics, status: dict[str, Any], at: float) -> headline.Headline:
     """Yield the numbers of the newest log point, evaluation and checkpoint at the Unix time `at`."""
     report = metrics.reported
-    if (speed := number(status.get("images_per_second"))) is not None:
-        waited = number(status.get("data_wait_ratio"))
+    if (speed := headline.number(status.get("images_per_second"))) is not None:
+        waited = headline.number(status.get("data_wait_ratio"))
         remark = "" if waited is None else f"{percent(waited, 0)} of the time waiting for data"
         yield "Images per second", f"{speed:,.0f}", remark
     if report.step:
@@ -126,7 +122,7 @@ def headline_now(metrics: TrainMetrics, status: dict[str, Any], at: float) -> He
         yield "Gradient norm", short(report.grad_norm), ""
         rollbacks = round(_value(metrics.rollbacks))
         yield "Bad steps", f"{report.bad_steps:,}", f"{rollbacks} rollbacks" if rollbacks else ""
-    yield from best_top1(status)
+    yield from headline.best_top1(status)
     if saved := _value(metrics.saved_at):
         yield "Last checkpoint", duration(max(0.0, at - saved)), "ago"
 

@@ -16,11 +16,9 @@ from torch import Tensor, nn
 from cmtrain.errors import ConfigError
 from cmtrain.models import checkpoints
 from cmtrain.models.cmt import CMT
-from cmtrain.storage.checkpoint import find_checkpoint
+from cmtrain.storage import checkpoint, run_folder, state_file
 from cmtrain.storage.finite import all_finite, floating_tensors, named
 from cmtrain.storage.records import DamagedRecordError, load_json, reason_of, retried
-from cmtrain.storage.run_folder import WEIGHTS_SUFFIXES, why_no_weights
-from cmtrain.storage.state_file import CheckpointError, open_regular
 from pipelines.spec import DataError
 
 WEIGHTS_NAME = "model.safetensors"
@@ -43,16 +41,16 @@ def read_weights(path: str) -> Weights:
     given = Path(path).resolve()  # a model hub's cache is made of links
     try:
         file = given / WEIGHTS_NAME if given.is_dir() and (given / WEIGHTS_NAME).exists() else given
-        if file.suffix in WEIGHTS_SUFFIXES:
+        if file.suffix in run_folder.WEIGHTS_SUFFIXES:
             weights = Weights(file, "model", checkpoints.unwrap(read_file(file)[0]))
         elif given.is_dir():
-            loaded = find_checkpoint(given)
+            loaded = checkpoint.find_checkpoint(given)
             kind = "ema" if "ema" in loaded.state else "model"
             tensors = state_of(loaded.state, kind, loaded.path)
             weights = Weights(loaded.path, kind, tensors, loaded.warnings)
         else:
-            raise DataError(f"{path}: {why_no_weights(given)}")
-    except (CheckpointError, OSError) as error:
+            raise DataError(f"{path}: {run_folder.why_no_weights(given)}")
+    except (state_file.CheckpointError, OSError) as error:
         raise DataError(str(error)) from error
     check_finite(weights)
     return weights
@@ -75,7 +73,7 @@ def read_file(path: Path) -> tuple[dict[Any, Any], dict[str, str] | None]:
 
 
 def _load(path: Path) -> tuple[Any, dict[str, str] | None]:
-    open_regular(path).close()  # no device, no pipe
+    state_file.open_regular(path).close()  # no device, no pipe
     if path.suffix == ".safetensors":
         with safe_open(path, "pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118

@@ -17,9 +17,8 @@ from PIL import Image
 
 from cmtrain.config.schema import defaults
 from cmtrain.config.strict_yaml import emit
-from cmtrain.monitoring.report.classes import class_section
+from cmtrain.monitoring.report import classes, events
 from cmtrain.monitoring.report.curves import PlottedRun, draw_charts
-from cmtrain.monitoring.report.events import event_rows
 from cmtrain.monitoring.report.headline import environment_of, headline, measure_times, number, summary
 from cmtrain.monitoring.report.rendering import render_page
 from cmtrain.monitoring.units import duration, percent, short, state_name, utc
@@ -79,9 +78,9 @@ def _run_page(run: PlottedRun) -> dict[str, Any]:
     return {
         "plot": run, "record": record, "state": name, "tone": tone, "exit_code": exit_code, "reason": reason,
         "summary": summary(record), "began": utc(times.begin) if times.begin else "", "times": times,
-        "headline": list(headline(record, times, run.last_step)), "events": event_rows(record),
+        "headline": list(headline(record, times, run.last_step)), "events": events.event_rows(record),
         "evaluations": _table(record.evaluations), "log": _table(record.log, leave_out=("time",)),
-        "classes": class_section(record),
+        "classes": classes.class_section(record),
         "sheets": {name.partition(".")[0]: sheet_uri(path) for name, path in record.sheets.items()},
         "config": list(_config_lines(record)), "environment": environment_of(record),
     }  # fmt: skip
