@@ -14,9 +14,8 @@ import socket
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -46,8 +45,7 @@ MIN_OPEN_FILES = 1024
 DALI_ADVICE = "install DALI from the requirements*.lock that fits the driver"
 
 
-@dataclass(frozen=True)
-class CheckResult:
+class CheckResult(NamedTuple):
     """Result of one check. `advice`: what to do about it, unless `found` already contains it."""
 
     verdict: Severity
@@ -65,7 +63,7 @@ def doctor(config: Config, *, as_json: bool) -> int:
     failed = any(result.verdict == "fail" for result in results.values())
     if accelerator.is_main_process:
         if as_json:
-            rows = [{"check": check} | asdict(result) for check, result in results.items()]
+            rows = [{"check": check} | result._asdict() for check, result in results.items()]
             sys.stdout.write(json.dumps({"ok": not failed, "checks": rows}, indent=1) + "\n")
         else:
             _show(results)
@@ -109,7 +107,7 @@ def worst(results: Sequence[CheckResult]) -> CheckResult:
     """Return the gravest of one check's results, by rank; of equally grave ones, the first rank's."""
     gravity = [*COLOURS]
     rank = max(range(len(results)), key=lambda rank: gravity.index(results[rank].verdict))
-    return replace(results[rank], found=f"rank {rank}: {results[rank].found}") if rank else results[0]
+    return results[rank]._replace(found=f"rank {rank}: {results[rank].found}") if rank else results[0]
 
 
 def _show(results: dict[str, CheckResult]) -> None:

@@ -8,9 +8,8 @@ moving average cannot heal them, not even with momentum 1: the old value is in t
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors.torch
 import timm
@@ -37,8 +36,7 @@ from pipelines.spec import DataError, Loader, print_lines
 STATISTICS = (".running_mean", ".running_var", ".num_batches_tracked")
 
 
-@dataclass(frozen=True)
-class Source:
+class Source(NamedTuple):
     """Everything in a file or checkpoint. `write` publishes it elsewhere, with a record of the repair."""
 
     path: Path
@@ -48,8 +46,7 @@ class Source:
     rejected: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """One state_dict of a source and its model. `keys`: the key in `state` for each name in the model."""
 
     label: str

@@ -8,9 +8,8 @@ import contextlib
 import http.client
 import json
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from rich.console import Console
@@ -28,8 +27,7 @@ REFRESH_SECONDS = 1.0
 MAX_ANSWER_BYTES = 1_000_000
 
 
-@dataclass(frozen=True)
-class RunStatus:
+class RunStatus(NamedTuple):
     """The content of status.json, checked against the live process."""
 
     path: Path

@@ -11,10 +11,9 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 from cmtrain import errors
 from cmtrain.config import schema, strict_yaml
@@ -37,8 +36,7 @@ DEMO_STEPS = 3
 END_CODES = (errors.EXIT_CONFIG, errors.EXIT_DATA, errors.EXIT_INTERRUPTED, errors.EXIT_PREEMPTED)
 
 
-@dataclass(frozen=True)
-class SweepRow:
+class SweepRow(NamedTuple):
     """One configuration of a sweep. `changes`: settings of its own file; `command`: cmtrain's arguments."""
 
     number: int

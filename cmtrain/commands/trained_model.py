@@ -2,9 +2,8 @@
 
 import json
 import math
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from cmtrain.config.load import Overrides, load_config
 from cmtrain.config.schema import CMT_OPTIONS, Config, defaults, flatten
@@ -17,8 +16,7 @@ from cmtrain.training import build
 from pipelines.spec import DataError, print_lines
 
 
-@dataclass(frozen=True)
-class Trained:
+class Trained(NamedTuple):
     """A run folder and what it learned."""
 
     run: Path

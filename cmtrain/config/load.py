@@ -12,7 +12,6 @@ import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,8 +41,7 @@ _FOREIGN_NAMES = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Resolved:
+class Resolved(NamedTuple):
     """A valid configuration. `origins`: dotted key -> "configs/x.yaml:14", "command line" or "default"."""
 
     config: Config

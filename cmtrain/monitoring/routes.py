@@ -56,15 +56,13 @@ def make_pages(
     def status_json() -> Page:
         return Page(JSON, json.dumps(status() | {"now": now()}, indent=1).encode() + b"\n")
 
-    def live_page() -> Page:
-        return _live_page(metrics, status(), now(), run_path, since)
-
-    def metrics_page() -> Page:
-        return Page(PROMETHEUS_TEXT, generate_latest(metrics.registry))
-
     since = time.time()
-    pages = {"/": cached(live_page, lambda: status().get("state")), "/metrics": cached(metrics_page)}
-    return pages | {"/status.json": status_json, "/-/healthy": healthy, "/-/ready": ready}
+    live = cached(
+        lambda: _live_page(metrics, status(), now(), run_path, since), lambda: status().get("state")
+    )
+    numbers = cached(lambda: Page(PROMETHEUS_TEXT, generate_latest(metrics.registry)))
+    pages = {"/": live, "/metrics": numbers, "/status.json": status_json}
+    return pages | {"/-/healthy": healthy, "/-/ready": ready}
 
 
 def cached(make: Route, kind: Callable[[], Any] = lambda: None) -> Route:

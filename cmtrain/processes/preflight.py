@@ -7,9 +7,8 @@ import secrets
 import socket
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -27,8 +26,7 @@ PER_HOST_KEYS = ("data.root", "data.cache_dir", "data.threads", "metrics.host", 
                  "metrics.allowed_hosts")  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Facts:
+class Facts(NamedTuple):
     """Facts about one rank, for comparison."""
 
     host: str

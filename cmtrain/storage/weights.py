@@ -4,9 +4,8 @@ import argparse
 import contextlib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -24,8 +23,7 @@ from pipelines.spec import DataError
 WEIGHTS_NAME = "model.safetensors"
 
 
-@dataclass(frozen=True)
-class Weights:
+class Weights(NamedTuple):
     """The state_dict of one model, on the CPU. `kind`: `model` or `ema`. `path`: its file or checkpoint."""
 
     path: Path

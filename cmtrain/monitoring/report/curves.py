@@ -1,8 +1,7 @@
 """Choose and draw the curves of one run, or of several runs over each other."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,8 +19,7 @@ LOG_CHARTS: tuple[tuple[str, str, Scale], ...] = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class PlottedRun:
+class PlottedRun(NamedTuple):
     """A run, with the letter and colour of its lines where several runs share a chart."""
 
     record: RunRecord

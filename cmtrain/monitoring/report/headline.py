@@ -4,8 +4,7 @@ Times cover all processes of the run, kills and resumes included, as far as its 
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,8 +15,7 @@ from cmtrain.storage.run_record import RunRecord, is_number, last
 Headline = Iterable[tuple[str, str, str]]  # name, value, remark
 
 
-@dataclass(frozen=True)
-class Share:
+class Share(NamedTuple):
     """A part of a run's time. `kind` is its colour on the page."""
 
     name: str
@@ -25,8 +23,7 @@ class Share:
     seconds: float
 
 
-@dataclass(frozen=True)
-class Times:
+class Times(NamedTuple):
     """The times of a run. Both means are over the logged steps, without evaluations and checkpoints."""
 
     begin: float  # Unix time of the first record
