@@ -24,12 +24,11 @@ from cmtrain.monitoring.http_server import JSON, TEXT, Page, Route
 from cmtrain.monitoring.metrics import TrainMetrics
 from cmtrain.monitoring.report import curves, events, headline, rendering
 from cmtrain.monitoring.report.page import TONES
-from cmtrain.monitoring.units import duration, is_part, percent, short, state_name
+from cmtrain.monitoring.units import is_part, state_name
 from cmtrain.storage import run_folder, run_record
 
 PROMETHEUS_TEXT = "text/plain; version=0.0.4; charset=utf-8"
 MAX_AGE_SECONDS = 1.0
-HTML = "text/html; charset=utf-8"
 STATES = {"setup": "setting up", "train": "training", "evaluate": "evaluating", "checkpoint": "saving"}
 
 
@@ -100,29 +99,14 @@ def _live_page(
         state, tone, end = state_name(status), TONES[status["state"]], 0.0
         page["reason"] = status.get("reason")
         target = status["total_steps"] if is_part(status) else target
-    page |= {"state": state, "tone": tone, "numbers": headline_now(metrics, status, at), "at": at}
+    page |= {"state": state, "tone": tone, "at": at, "saved": _value(metrics.saved_at)}
+    speed, waited = (headline.number(status.get(key)) for key in ("images_per_second", "data_wait_ratio"))
+    page |= {"speed": speed, "waited": waited, "best": headline.best_top1(status)}
+    page["rollbacks"] = round(_value(metrics.rollbacks))
     page |= {"target": int(target), "share": min(1.0, now["step"] / target) if target else 0.0}
     page |= {"end": end, "left_seconds": max(0.0, end - at) if end else None}
     html = rendering.render_page("live.html", page, ["curves.js", "live.js"])
-    return Page(HTML, html.encode(errors="replace"))
-
-
-def headline_now(metrics: TrainMetrics, status: dict[str, Any], at: float) -> headline.Headline:
-    """Yield the numbers of the newest log point, evaluation and checkpoint at the Unix time `at`."""
-    report = metrics.reported
-    if (speed := headline.number(status.get("images_per_second"))) is not None:
-        waited = headline.number(status.get("data_wait_ratio"))
-        remark = "" if waited is None else f"{percent(waited, 0)} of the time waiting for data"
-        yield "Images per second", f"{speed:,.0f}", remark
-    if report.step:
-        yield "Loss", short(report.loss), f"at step {report.step:,}"
-        yield "Learning rate", short(report.lr), ""
-        yield "Gradient norm", short(report.grad_norm), ""
-        rollbacks = round(_value(metrics.rollbacks))
-        yield "Bad steps", f"{report.bad_steps:,}", f"{rollbacks} rollbacks" if rollbacks else ""
-    yield from headline.best_top1(status)
-    if saved := _value(metrics.saved_at):
-        yield "Last checkpoint", duration(max(0.0, at - saved)), "ago"
+    return Page("text/html; charset=utf-8", html.encode(errors="replace"))
 
 
 def _value(series: Any) -> float:

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cmtrain.config.strict_yaml import emit
 from cmtrain.monitoring.units import duration, percent, short, workers
 from cmtrain.storage.run_record import RunRecord, is_number, last
 
@@ -88,16 +87,6 @@ def _shares(record: RunRecord, seconds: np.ndarray) -> list[Share]:
         if known := [float(value) for value in spent if is_number(value)]:
             shares.append(Share(name, kind, sum(known)))
     return shares
-
-
-def summary(record: RunRecord) -> str:
-    """Return the run in one line: model, data, image size, precision, ranks."""
-    config, facts = record.config, environment_of(record)
-    parts = [config.get("model.name"), config.get("data.root")]
-    if "data.image_px" in config:
-        parts.append(f"{emit(config['data.image_px'])} px")
-    parts += [facts.get("precision"), facts.get("trained on")]
-    return " \u00b7 ".join(str(part) for part in parts if part)
 
 
 def headline(record: RunRecord, times: Times, last_step: float) -> Headline:
