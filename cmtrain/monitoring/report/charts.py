@@ -182,10 +182,9 @@ def _paths(line: Series, x_axis: Axis, y_at: Callable[[Any], Any]) -> Iterator[t
 
 def _path(x: np.ndarray, y: np.ndarray) -> str:
     """Return straight lines through the points. NaN interrupts them; a point on its own becomes a dot."""
-    finite = np.isfinite(y)
     texts = [f"{_px(a)} {_px(b)}" for a, b in zip(x.tolist(), y.tolist(), strict=True)]
-    # Each stretch of finite points begins where `finite` changes to true, and ends where it changes back.
-    stretches = np.flatnonzero(np.diff(finite, prepend=False, append=False)).reshape(-1, 2).tolist()
+    # Each stretch of finite points begins where isfinite changes to true, and ends where it changes back.
+    stretches = np.flatnonzero(np.diff(np.isfinite(y), prepend=False, append=False)).reshape(-1, 2).tolist()
     paths = ["M" + "L".join(texts[start:end]) for start, end in stretches]
     return "".join(path if "L" in path else f"{path}h0" for path in paths)
 
