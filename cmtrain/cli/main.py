@@ -23,7 +23,7 @@ from cmtrain.monitoring.units import workers
 from cmtrain.processes import environment, output, rank
 from cmtrain.processes.gpus import visible_gpus
 from cmtrain.processes.launcher import run_ranks
-from cmtrain.storage.run_folder import REPORT_NAME, RUNS, read_finished, read_status
+from cmtrain.storage.run_folder import REPORT_NAME, RUNS, WEIGHTS_SUFFIXES, read_finished, read_status
 from pipelines.spec import DataError, print_lines
 
 DEMO = "configs/demo.yaml"
@@ -52,8 +52,7 @@ def _main(arguments: list[str]) -> int:
     if arguments[0] == "help":  # `cmtrain help VERB` is `cmtrain VERB --help`
         arguments = [*arguments[1:], "--help"]
     if arguments[0] in ("-h", "--help", "--version"):
-        version = f"cmtrain {__version__}\n"
-        sys.stdout.write(version if arguments[0] == "--version" else help_page("help"))
+        sys.stdout.write(f"cmtrain {__version__}\n" if arguments[0] == "--version" else help_page("help"))
         return EXIT_DONE
     verb = "train" if arguments[0].startswith("-") else arguments.pop(0)
     try:
@@ -63,7 +62,7 @@ def _main(arguments: list[str]) -> int:
         if verb not in _READERS and not {"--help", "-h", "--dry-run"} & set(arguments):
             environment.ignore_variables()
             environment.check_launcher()
-        if verb in _ALONE and _world_size() > 1:
+        if verb in ("eval", "predict", "replay", "repair-bn") and _world_size() > 1:
             raise ConfigError(f"cmtrain {verb}: runs in one process, without a launcher")
         return _VERBS[verb](arguments) or EXIT_DONE
     except ConfigError as error:
@@ -260,7 +259,11 @@ def _repair_bn(arguments: list[str]) -> None:
     options, overrides = parser.parse(arguments)
     config = load.load_config(options.config, overrides).config if options.config else None
     start.announce(f"repair-bn of {options.place}")
-    start.check_repair(options.place, config, overrides)
+    place = Path(options.place)
+    if place.suffix in WEIGHTS_SUFFIXES and not place.exists():
+        raise DataError(f"{options.place}: no such file")
+    if checked := config or (None if place.is_file() else start.check_trained(options.place, overrides)):
+        start.check_places(checked)
     start.loading()
     from cmtrain.commands.repair_bn import repair_bn
 
@@ -275,8 +278,7 @@ def _report(arguments: list[str]) -> None:
     options = parser.parse_alone(arguments)
     from cmtrain.monitoring.report.page import report
 
-    runs = [run if os.path.exists(run) else str(RUNS / run) for run in options.runs]
-    report(runs, options.out)
+    report([run if os.path.exists(run) else str(RUNS / run) for run in options.runs], options.out)
 
 
 def _config_show(arguments: list[str]) -> None:
@@ -302,5 +304,4 @@ _VERBS: dict[str, Verb] = {
     "watch": _watch, "report": _report, "bench": _bench, "repair-bn": _repair_bn,
     "data": partial(run_group, "data", DATA_VERBS), "config": partial(run_group, "config", _CONFIG_VERBS),
 }  # fmt: skip
-_ALONE = ("eval", "predict", "replay", "repair-bn")
 _READERS = ("status", "watch", "report", "config")  # they compute nothing, in one process

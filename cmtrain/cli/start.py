@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cmtrain import __version__
+from cmtrain.cli.arguments import help_page
 from cmtrain.config.load import Overrides, load_config
 from cmtrain.config.schema import Config, another_recipe, recipe_changes
 from cmtrain.errors import ConfigError
@@ -43,8 +44,7 @@ def check_run(config: Config, resume: str, world_size: int) -> None:
         lock.acquire()
     newest = _newest_manifest(run_path)
     if resume == "never" and newest:
-        held = f"{run_path} already holds checkpoints"
-        raise ConfigError(f"--resume never: {held}; choose another --run.name")
+        raise ConfigError(f"--resume never: {run_path} already holds checkpoints; choose another --run.name")
     if resume not in ("auto", "force", "never") and not newest:
         if not Path(resume).exists():
             raise DataError(f"--resume {resume}: no such checkpoint or run folder")
@@ -100,17 +100,6 @@ def check_trained(place: str, overrides: Overrides) -> Config | None:
     return load_config(path, overrides).config
 
 
-def check_repair(place: str, config: Config | None, overrides: Overrides) -> None:
-    """Refuse a run, file or data that is not there. Raises ConfigError, DataError: as repair_bn."""
-    path = Path(place)
-    if path.suffix in run_folder.WEIGHTS_SUFFIXES and not path.exists():
-        raise DataError(f"{place}: no such file")
-    if not path.is_file() and config is None:
-        config = check_trained(place, overrides)
-    if config is not None:
-        check_places(config)
-
-
 def _newest_manifest(place: Path) -> Path | None:
     """Return the manifest of the newest checkpoint in a run folder, or of a checkpoint folder."""
     found = sorted([*place.glob("checkpoints/step-*/manifest.json"), *place.glob("manifest.json")])
@@ -119,26 +108,18 @@ def _newest_manifest(place: Path) -> Path | None:
 
 def describe_plan(config: Config) -> str:
     """Describe a run as far as it is known before its data is: model, epochs, learning rate and batch."""
-    size, plan = config.train.global_batch_size, config.schedule
     variant = f" ({config.model.variant})" if config.model.name.startswith("cmt_") else ""
-    lines = [
-        f"run      {config.run.dir}/{config.run.name}",
-        f"data     {config.data.root}, {config.data.image_px} px",
-        f"model    {config.model.name}{variant}",
-        f"epochs   {plan.epochs}, warm-up {plan.warmup_epochs:g}, cool-down {plan.cooldown_epochs}",
-        f"lr       {plan.warmup_lr:g} -> {config.optim.lr:g} -> {plan.min_lr:g} ({config.optim.opt})",
-        f"steps    (training images // {size}) per epoch",
-    ]
+    text = help_page("plan").format(**dict(config), variant=variant)
     # A launcher sets the number of processes; without one, show what would happen on one node.
     given = os.environ.get("WORLD_SIZE", "")
     launched = int(given) if given.isascii() and given.isdecimal() else 0
     for world_size in [launched] if launched else [1, 2, 4, 8]:
         try:
             micro_batch_size, accumulation = _split(config, world_size)
-            split = f"{world_size} x {accumulation} x {micro_batch_size}"
-            lines.append(f"batch    {size} = {split} (processes x accumulation x images)")
+            split = f"{world_size} x {accumulation} x {micro_batch_size} (processes x accumulation x images)"
+            text += f"batch    {config.train.global_batch_size} = {split}\n"
         except ConfigError as error:
             if launched:
                 raise
-            lines.append(f"batch    {error}")
-    return "\n".join(lines) + "\n"
+            text += f"batch    {error}\n"
+    return text
