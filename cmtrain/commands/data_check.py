@@ -69,8 +69,7 @@ def check(
         return EXIT_DATA
     sizes = [(str(listing.root), len(listing), len(listing.faults)) for listing in listings]
     if crowded := [root for root, size, bad in sizes if bad > min(max_bad_fraction * size, size - 1)]:
-        where = " and ".join(crowded)
-        _print(f"training will refuse {where}: more than {max_bad_fraction:g} of it is bad")
+        _print(f"training will refuse {' and '.join(crowded)}: more than {max_bad_fraction:g} of it is bad")
         return EXIT_DATA
     _print("training leaves them out")
     return EXIT_DONE
@@ -78,8 +77,7 @@ def check(
 
 def _list_splits(folder: Path) -> Iterator[Listing]:
     class_names = None
-    roots = [folder / name for name in bad_list.SPLITS if (folder / name).is_dir()] or [folder]
-    for root in roots:
+    for root in [folder / name for name in bad_list.SPLITS if (folder / name).is_dir()] or [folder]:
         if shards.is_packed(root):
             what = "is packed: the same `cmtrain data pack` again verifies it"
             raise DataError(f"{root}: {what}; check the folder that it was packed from")
@@ -100,8 +98,7 @@ def _check_split(listing: Listing, pool: decode_pool.DecodePool) -> tuple[Listin
         num_rotated += result.rotated
         if result.fault:
             faults[place] = result.fault
-    checked = replace(listing, faults=dict(sorted(faults.items())))
-    return checked, num_rotated, time.monotonic() - begin
+    return replace(listing, faults=dict(sorted(faults.items()))), num_rotated, time.monotonic() - begin
 
 
 def _describe(listing: Listing, num_rotated: int, seconds: float, cache_dir: str | None) -> None:

@@ -94,8 +94,7 @@ def evaluate_trained(options: argparse.Namespace, overrides: load.Overrides) -> 
             with atomic.new_folder(Path(options.save_wrong)) as temporary:
                 parts = best, manifest, labels, config, accelerator, place
                 rows = mistakes.draw_mistakes(temporary / run_folder.MISTAKES_NAME, *parts)
-                heads = ["path", "true", "predicted", "probability"]
-                write_csv(temporary / "mistakes.csv", [heads, *rows])
+                write_csv(temporary / "mistakes.csv", [["path", "true", "predicted", "probability"], *rows])
         console.write_result(report, options.json)
     except OSError as error:
         raise DataError(f"{error.filename or 'a file'}: cannot be written: {error.strerror}") from error

@@ -99,8 +99,7 @@ def _write(
 ) -> dict[str, float]:
     """Write each format and compare it with `model`. Returns its largest difference."""
     config, side = trained.config, trained.config.data.image_px
-    generator = torch.Generator().manual_seed(0)
-    sample = torch.randn(max(CHECKED_BATCHES), 3, side, side, generator=generator)
+    sample = torch.randn(max(CHECKED_BATCHES), 3, side, side, generator=torch.Generator().manual_seed(0))
     for_inference = fold.folded(model) if fold_bn and isinstance(model, cmt.CMT) else model
     thresholds = trained.thresholds.get(kind, [])
     writers: dict[str, Callable[[], Logits]] = {

@@ -213,8 +213,7 @@ def _load(
         has = f"{label} has {num_classes} classes, the data {data_classes}"
         raise ConfigError(f"{path}: {has}; set data.root")
     model = build.make_model(config, num_classes, device)
-    own = model.state_dict()
-    first = next((key for key in own if key.endswith("running_var")), None)
+    first = next((key for key in model.state_dict() if key.endswith("running_var")), None)
     if first is None:
         raise ConfigError(f"model.name: {name} has no BatchNorm; set it to the model in {path}")
     prefix = (_find_key(state, first) or first).removesuffix(first)

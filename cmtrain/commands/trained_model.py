@@ -48,7 +48,14 @@ def open_trained(place: str, overrides: Overrides) -> Trained:
     """
     run, path = run_folder.find_run(place)
     loaded = read_checkpoint(path)
-    config = _config_of(run / "config.yaml", loaded, overrides)
+    file = run / "config.yaml"
+    try:
+        load_config(file)
+    except ConfigError:  # the checkpoint has a copy
+        print_lines(f"{file} is missing or damaged; taking the configuration that is in {loaded.path.name}")
+        config = config_in(loaded.meta, overrides)
+    else:
+        config = load_config(file, overrides).config
     build.import_modules(config.run.imports)
     return Trained(run, config, loaded, *_classes(run, int(loaded.state["progress"]["step"])))
 
@@ -64,16 +71,6 @@ def read_checkpoint(path: Path) -> Loaded:
         raise DataError(f"{loaded.path}: no checkpoint of a run") from error
     print_lines(*loaded.warnings)
     return loaded
-
-
-def _config_of(path: Path, loaded: Loaded, overrides: Overrides) -> Config:
-    """Return the configuration in `path` with `overrides`; where it is damaged, the checkpoint's copy."""
-    try:
-        load_config(path)
-    except ConfigError:
-        print_lines(f"{path} is missing or damaged; taking the configuration that is in {loaded.path.name}")
-        return config_in(loaded.meta, overrides)
-    return load_config(path, overrides).config
 
 
 def config_in(meta: dict[str, Any], overrides: Overrides) -> Config:
@@ -95,11 +92,10 @@ def read_export(path: Path, overrides: Overrides) -> tuple[Config, list[str], li
         settings |= {"data.eval_resize_px": math.floor(side / prepared["crop_pct"])}
         settings |= {"data.eval_interpolation": prepared["interpolation"]}
         settings |= {f"data.{key}": prepared[key] for key in ("mean", "std")}
-        thresholds = content.get("thresholds", [])
         settings["data.multi_label"] = content.get("multi_label", False)
         stated = [(key, json.dumps(value)) for key, value in settings.items()]
         config = load_config("configs/small.yaml", [*stated, *overrides]).config
-        return config, content.get("label_names", []), list(map(float, thresholds))
+        return config, content.get("label_names", []), list(map(float, content.get("thresholds", [])))
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         raise DataError(f"{path}: not as `cmtrain export` writes it: {records.reason_of(error)}") from error
 
