@@ -44,8 +44,7 @@ def read_weights(path: str) -> Weights:
         elif given.is_dir():
             loaded = checkpoint.find_checkpoint(given)
             kind = "ema" if "ema" in loaded.state else "model"
-            tensors = state_of(loaded.state, kind, loaded.path)
-            weights = Weights(loaded.path, kind, tensors, loaded.warnings)
+            weights = Weights(loaded.path, kind, state_of(loaded.state, kind, loaded.path), loaded.warnings)
         else:
             raise DataError(f"{path}: {run_folder.why_no_weights(given)}")
     except (state_file.CheckpointError, OSError) as error:
