@@ -18,7 +18,6 @@ from cmtrain.cli.model_verbs import evaluate_trained, export_trained, predict_im
 from cmtrain.commands import sweep
 from cmtrain.config import describe, load
 from cmtrain.config.schema import Config, to_yaml
-from cmtrain.errors import EXIT_DONE, ConfigError, did_you_mean, message_of
 from cmtrain.monitoring.units import workers
 from cmtrain.processes import environment, output, rank
 from cmtrain.processes.gpus import visible_gpus
@@ -53,24 +52,24 @@ def _main(arguments: list[str]) -> int:
         arguments = [*arguments[1:], "--help"]
     if arguments[0] in ("-h", "--help", "--version"):
         sys.stdout.write(f"cmtrain {__version__}\n" if arguments[0] == "--version" else help_page("help"))
-        return EXIT_DONE
+        return errors.EXIT_DONE
     verb = "train" if arguments[0].startswith("-") else arguments.pop(0)
     try:
         if verb not in _VERBS:
             hint = f" (verbs: {', '.join(_VERBS)}; a configuration file goes after --config)"
-            raise ConfigError(f"{verb}: unknown verb{did_you_mean(verb, _VERBS) or hint}")
+            raise errors.ConfigError(f"{verb}: unknown verb{errors.did_you_mean(verb, _VERBS) or hint}")
         if verb not in _READERS and not {"--help", "-h", "--dry-run"} & set(arguments):
             environment.ignore_variables()
             environment.check_launcher()
         if verb in ("eval", "predict", "replay", "repair-bn") and _world_size() > 1:
-            raise ConfigError(f"cmtrain {verb}: runs in one process, without a launcher")
-        return _VERBS[verb](arguments) or EXIT_DONE
-    except ConfigError as error:
+            raise errors.ConfigError(f"cmtrain {verb}: runs in one process, without a launcher")
+        return _VERBS[verb](arguments) or errors.EXIT_DONE
+    except errors.ConfigError as error:
         rank.hold_back()
-        sys.stderr.write(f"{message_of(error)}\n")
+        sys.stderr.write(f"{errors.message_of(error)}\n")
         return errors.EXIT_CONFIG
     except DataError as error:
-        sys.stderr.write(f"{message_of(error)}\n")
+        sys.stderr.write(f"{errors.message_of(error)}\n")
         return errors.EXIT_DATA
     except KeyboardInterrupt:
         sys.stderr.write("stopped by Ctrl-C\n")
@@ -90,7 +89,7 @@ def _train(arguments: list[str]) -> int:
     config = resolved.config
     if options.dry_run:
         sys.stdout.write(start.describe_plan(config))
-        return EXIT_DONE
+        return errors.EXIT_DONE
 
     run_path = Path(config.run.dir) / str(config.run.name)
     finished = options.resume == "auto" and read_finished(run_path, to_yaml(config), options.max_steps)
@@ -109,7 +108,7 @@ def _train(arguments: list[str]) -> int:
         gpus = visible_gpus()
         nproc = options.nproc or max(1, gpus)
         if nproc > gpus > 0:
-            raise ConfigError(f"--nproc {nproc}: a GPU takes one process, and there are {gpus}")
+            raise errors.ConfigError(f"--nproc {nproc}: a GPU takes one process, and there are {gpus}")
         place = workers({"world_size": nproc, "device": "cuda" if gpus else "cpu"})
         start.announce(f"{what}, {place}")
         start.check_run(config, options.resume, nproc)
@@ -119,7 +118,7 @@ def _train(arguments: list[str]) -> int:
     elif rank.PARENT not in os.environ:
         if options.nproc or options.max_restarts:
             what = "a launcher has started this process; give them to the launcher"
-            raise ConfigError(f"--nproc, --max-restarts: {what}")
+            raise errors.ConfigError(f"--nproc, --max-restarts: {what}")
         start.announce(f"{what}, started by a launcher as one of {_world_size()} processes")
         if _world_size() == 1:
             start.check_run(config, options.resume, 1)
@@ -155,7 +154,7 @@ def _demo(arguments: list[str]) -> int:
             break
     if options.dry_run:
         sys.stdout.write(start.describe_plan(config))
-        return EXIT_DONE
+        return errors.EXIT_DONE
     start.announce(f"demo, run folder {config.run.dir}/{config.run.name}")
     start.check_run(config, "auto", _world_size())
     return _open_and_train(config, {"as_json": options.json})
@@ -174,7 +173,7 @@ def _bench(arguments: list[str]) -> None:
     parser.add_json(to_file=True)
     options, resolved = parser.parse_with_config(arguments, DEMO)
     if options.predict and options.what != "model":
-        raise ConfigError("--predict: needs --what model")
+        raise errors.ConfigError("--predict: needs --what model")
     start.announce(f"bench of {options.config}: {options.what}")
     if not options.predict:
         start.check_places(resolved.config)
@@ -216,8 +215,8 @@ def _sweep(arguments: list[str]) -> int:
     script = options.sbatch if options.jobs == "slurm" else None
     if options.dry_run:
         sys.stdout.writelines(f"{shlex.join(sweep.command_of(row, script))}\n" for row in rows)
-        return EXIT_DONE
-    code = EXIT_DONE if options.table else sweep.train_rows(rows, script)
+        return errors.EXIT_DONE
+    code = errors.EXIT_DONE if options.table else sweep.train_rows(rows, script)
     sys.stdout.write(sweep.table(rows))
     return code
 

@@ -52,8 +52,7 @@ def evaluate_trained(options: argparse.Namespace, overrides: load.Overrides) -> 
     if options.present_classes:
         if manifest.label_sets is not None:
             raise ConfigError("--present-classes: images have several classes")
-        among = torch.arange(outputs, device=device)
-        among = torch.isin(among, torch.from_numpy(manifest.labels).to(device))
+        among = torch.isin(torch.arange(outputs), torch.from_numpy(manifest.labels)).to(device)
     figures: list[dict[str, Any]] = []
     by_class: list[list[Any]] = [[*SIZES, "class", "images", "correct", "accuracy"]]
     found: list[tuple[Evaluation, schema.Config]] = []

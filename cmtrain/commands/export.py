@@ -1,6 +1,5 @@
 """Export a trained model; each format is read back and compared before publishing (`cmtrain export`)."""
 
-import importlib
 import importlib.util
 import math
 import platform

@@ -37,9 +37,7 @@ class Trained(NamedTuple):
     def weights(self, kind: str) -> Weights:
         """Return the weights of `kind`. Raises DataError: there are none, or they are not finite."""
         path = self.checkpoint.path
-        weights = Weights(path, kind, state_of(self.checkpoint.state, kind, path))
-        check_finite(weights)
-        return weights
+        return check_finite(Weights(path, kind, state_of(self.checkpoint.state, kind, path)))
 
 
 def open_trained(place: str, overrides: Overrides) -> Trained:

@@ -14,7 +14,6 @@ import torch
 
 import cmtrain
 import pipelines
-from cmtrain import __version__
 from cmtrain.config.schema import Config, flat
 from cmtrain.processes.collectives import gather
 from pipelines.spec import DataError
@@ -100,4 +99,4 @@ def version_of_code() -> str:
     for path in sorted(path for root in roots for path in root.rglob("*.py")):
         digest.update(path.name.encode() + path.read_bytes())
     torch_and_python = f"torch {torch.__version__}, Python {platform.python_version()}"
-    return f"cmtrain {__version__} ({digest.hexdigest()[:12]}) with {torch_and_python}"
+    return f"cmtrain {cmtrain.__version__} ({digest.hexdigest()[:12]}) with {torch_and_python}"

@@ -47,7 +47,12 @@ def measure_times(record: RunRecord) -> Times:
     ends = [seen[seen < start].max(initial=seen[0]) for start in starts[1:]] + [seen[-1]]
     active_seconds = float(sum(end - start for start, end in zip(starts, ends, strict=True)))
 
-    num_images, seconds = _windows(record)
+    # Images and seconds of training between each log point and the one before it
+    batch_size, num_images, seconds = record.config.get("train.global_batch_size"), np.zeros(0), np.zeros(0)
+    speeds = record.log.get("images_per_second", np.empty(0))
+    if isinstance(batch_size, int) and speeds.size:
+        num_images = np.diff(record.log["step"], prepend=0) * batch_size
+        seconds = np.divide(num_images, speeds, out=np.zeros_like(num_images), where=speeds > 0)
     shares = _shares(record, seconds)
     total = sum(share.seconds for share in shares)
     if shares and active_seconds > total:
@@ -57,17 +62,6 @@ def measure_times(record: RunRecord) -> Times:
     waited = sum(share.seconds for share in shares if share.kind == "data_wait")
     wait_ratio = waited / trained if trained else None
     return Times(begin, end, active_seconds, len(starts), images, speed, wait_ratio, shares)
-
-
-def _windows(record: RunRecord) -> tuple[np.ndarray, np.ndarray]:
-    """Return images and seconds of training between each log point and the one before it."""
-    batch_size = record.config.get("train.global_batch_size")
-    images_per_second = record.log.get("images_per_second", np.empty(0))
-    if not isinstance(batch_size, int) or not images_per_second.size:
-        return np.zeros(0), np.zeros(0)
-    num_images = np.diff(record.log["step"], prepend=0) * batch_size
-    known = images_per_second > 0
-    return num_images, np.divide(num_images, images_per_second, out=np.zeros_like(num_images), where=known)
 
 
 def _shares(record: RunRecord, seconds: np.ndarray) -> list[Share]:
