@@ -48,17 +48,19 @@ class Parser(ArgumentParser):
             is_value = own and re.fullmatch(r"--[^=]+", own[-1])
             if not argument.strip() and not is_value:
                 raise ConfigError(f"an argument {EMPTY}")
-            value = argument.partition("=")[2] if argument.startswith("--") else argument
-            if re.match(r"~[\w.-]*/", value):
+            is_option = argument.startswith("--")
+            name, equals, value = argument.removeprefix("--").partition("=")
+            if re.match(r"~[\w.-]*/", value if is_option else argument):
                 advice = "write the whole path; after a blank, and not after =, a shell expands it"
                 raise ConfigError(f"{argument}: no shell expanded the ~: {advice}")
-            name = argument.partition("=")[0].removeprefix("--")
-            if not argument.startswith("--") or name in known:
+            if not is_option or name in known:
                 own.append(argument)
             elif "." not in name and (close := did_you_mean(name, known, "--")):
                 raise ConfigError(f"--{name}: unknown option{close}")
+            elif not equals and (not rest or rest[0].startswith("--")):
+                raise ConfigError(f"--{name}: needs a value")
             else:
-                overrides.append(_override(argument, rest))
+                overrides.append((name, value if equals else rest.pop(0)))
         try:
             options, rest = self.parse_known_intermixed_args(own)
         except (ArgumentError, ConfigError) as error:
@@ -67,10 +69,8 @@ class Parser(ArgumentParser):
             raise ConfigError(str(error).removeprefix("argument ")) from error
         if rest:
             raise ConfigError(f"{self.prog}: unexpected argument {rest[0]}")
-        own_values = [
-            (key.replace("_", "-"), value) for key, value in vars(options).items() if key != "json"
-        ]
-        for name, value in [*own_values, *overrides]:  # --json without FILE is ""
+        values = [(key.replace("_", "-"), value) for key, value in vars(options).items() if key != "json"]
+        for name, value in [*values, *overrides]:  # --json without FILE is ""
             if isinstance(value, str) and not value.strip():
                 raise ConfigError(f"--{name}: {EMPTY}")
         return options, overrides
@@ -96,14 +96,6 @@ class Parser(ArgumentParser):
         return options
 
 
-def _override(argument: str, rest: list[str]) -> tuple[str, str]:
-    """Split `--key=value`; without `=`, the value is taken from the front of `rest`."""
-    name, equals, value = argument.partition("=")
-    if not equals and (not rest or rest[0].startswith("--")):
-        raise ConfigError(f"{name}: needs a value")
-    return name.removeprefix("--"), value if equals else rest.pop(0)
-
-
 def run_group(group: str, verbs: Mapping[str, Verb], arguments: list[str]) -> int | None:
     """Run that verb of a `group`, such as data, that `arguments` begin with. Returns the exit code."""
     what = arguments.pop(0) if arguments else ""
@@ -117,7 +109,7 @@ def run_group(group: str, verbs: Mapping[str, Verb], arguments: list[str]) -> in
 
 
 def help_page(name: str) -> str:
-    """Return the help of a group of verbs, or of the whole program ("help")."""
+    """Return the help of a group of verbs or of the whole program ("help"), or the form of a "plan"."""
     return Path(__file__).with_name(f"{name}.txt").read_text()
 
 

@@ -15,17 +15,13 @@ from cmtrain.cli import model_verbs, start
 from cmtrain.cli.arguments import Parser, Verb, count, help_page, out_file, positive, run_group
 from cmtrain.cli.data_verbs import DATA_VERBS
 from cmtrain.commands import sweep
-from cmtrain.config.describe import config_reference, config_schema
-from cmtrain.config.load import load_config
+from cmtrain.config import describe, load
 from cmtrain.config.schema import Config, to_yaml
-from cmtrain.errors import EXIT_DONE, ConfigError, did_you_mean, message_of
 from cmtrain.monitoring.units import workers
-from cmtrain.processes.environment import check_launcher, ignore_variables
+from cmtrain.processes import environment, output, rank
 from cmtrain.processes.gpus import visible_gpus
 from cmtrain.processes.launcher import run_ranks
-from cmtrain.processes.output import with_guarded_output
-from cmtrain.processes.rank import PARENT, hold_back, is_first_rank, is_started_by_launcher, run_as_rank
-from cmtrain.storage.run_folder import REPORT_NAME, RUNS, read_finished, read_status
+from cmtrain.storage.run_folder import REPORT_NAME, RUNS, WEIGHTS_SUFFIXES, read_finished, read_status
 from pipelines.spec import DataError, print_lines
 
 DEMO = "configs/demo.yaml"
@@ -44,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     verb = (arguments or [""])[0]
     trains = verb in ("train", "demo") or verb.startswith("-")
     is_asked = verb in ("-h", "--help", "--version", "help") or "--dry-run" in arguments
-    return with_guarded_output(lambda: _main(arguments), stdout_raises=is_asked or not trains)
+    return output.with_guarded_output(lambda: _main(arguments), stdout_raises=is_asked or not trains)
 
 
 def _main(arguments: list[str]) -> int:
@@ -54,26 +50,25 @@ def _main(arguments: list[str]) -> int:
     if arguments[0] == "help":  # `cmtrain help VERB` is `cmtrain VERB --help`
         arguments = [*arguments[1:], "--help"]
     if arguments[0] in ("-h", "--help", "--version"):
-        version = f"cmtrain {__version__}\n"
-        sys.stdout.write(version if arguments[0] == "--version" else help_page("help"))
-        return EXIT_DONE
+        sys.stdout.write(f"cmtrain {__version__}\n" if arguments[0] == "--version" else help_page("help"))
+        return errors.EXIT_DONE
     verb = "train" if arguments[0].startswith("-") else arguments.pop(0)
     try:
         if verb not in _VERBS:
             hint = f" (verbs: {', '.join(_VERBS)}; a configuration file goes after --config)"
-            raise ConfigError(f"{verb}: unknown verb{did_you_mean(verb, _VERBS) or hint}")
+            raise errors.ConfigError(f"{verb}: unknown verb{errors.did_you_mean(verb, _VERBS) or hint}")
         if verb not in _READERS and not {"--help", "-h", "--dry-run"} & set(arguments):
-            ignore_variables()
-            check_launcher()
-        if verb in _ALONE and _world_size() > 1:
-            raise ConfigError(f"cmtrain {verb}: runs in one process, without a launcher")
-        return _VERBS[verb](arguments) or EXIT_DONE
-    except ConfigError as error:
-        hold_back()
-        sys.stderr.write(f"{message_of(error)}\n")
+            environment.ignore_variables()
+            environment.check_launcher()
+        if verb in ("eval", "predict", "replay", "diff", "verify", "repair-bn") and _world_size() > 1:
+            raise errors.ConfigError(f"cmtrain {verb}: runs in one process, without a launcher")
+        return _VERBS[verb](arguments) or errors.EXIT_DONE
+    except errors.ConfigError as error:
+        rank.hold_back()
+        sys.stderr.write(f"{errors.message_of(error)}\n")
         return errors.EXIT_CONFIG
     except DataError as error:
-        sys.stderr.write(f"{message_of(error)}\n")
+        sys.stderr.write(f"{errors.message_of(error)}\n")
         return errors.EXIT_DATA
     except KeyboardInterrupt:
         sys.stderr.write("stopped by Ctrl-C\n")
@@ -93,12 +88,12 @@ def _train(arguments: list[str]) -> int:
     config = resolved.config
     if options.dry_run:
         sys.stdout.write(start.describe_plan(config))
-        return EXIT_DONE
+        return errors.EXIT_DONE
 
     run_path = Path(config.run.dir) / str(config.run.name)
     finished = options.resume == "auto" and read_finished(run_path, to_yaml(config), options.max_steps)
     if finished:  # it is not started again
-        if is_first_rank():
+        if rank.is_first_rank():
             from cmtrain.monitoring.console import print_result
 
             before = f"{run_path}: finished before: {finished['reason']}"
@@ -108,26 +103,26 @@ def _train(arguments: list[str]) -> int:
 
     # Start one process per GPU, unless a launcher has started this one.
     what = f"{options.config}, run folder {run_path}"
-    if not is_started_by_launcher():
+    if not rank.is_started_by_launcher():
         gpus = visible_gpus()
         nproc = options.nproc or max(1, gpus)
         if nproc > gpus > 0:
-            raise ConfigError(f"--nproc {nproc}: a GPU takes one process, and there are {gpus}")
+            raise errors.ConfigError(f"--nproc {nproc}: a GPU takes one process, and there are {gpus}")
         place = workers({"world_size": nproc, "device": "cuda" if gpus else "cpu"})
         start.announce(f"{what}, {place}")
         start.check_run(config, options.resume, nproc)
         if nproc > 1 or options.max_restarts:
             start.loading()  # in the ranks
             return run_ranks(sys.orig_argv, nproc, max_restarts=options.max_restarts, run_path=run_path)
-    elif PARENT not in os.environ:
+    elif rank.PARENT not in os.environ:
         if options.nproc or options.max_restarts:
             what = "a launcher has started this process; give them to the launcher"
-            raise ConfigError(f"--nproc, --max-restarts: {what}")
+            raise errors.ConfigError(f"--nproc, --max-restarts: {what}")
         start.announce(f"{what}, started by a launcher as one of {_world_size()} processes")
         if _world_size() == 1:
             start.check_run(config, options.resume, 1)
     how = {"resume": options.resume, "max_steps": options.max_steps, "as_json": options.json}
-    return run_as_rank(lambda: _open_and_train(config, how), run_path)
+    return rank.run_as_rank(lambda: _open_and_train(config, how), run_path)
 
 
 def _open_and_train(config: Config, how: dict[str, Any]) -> int:
@@ -152,13 +147,13 @@ def _demo(arguments: list[str]) -> int:
     base, given = ("demo-photos", DEMO_PHOTOS) if options.photos else ("demo", [])
     for attempt in itertools.count(1):  # an interrupted demo continues; a finished one is left alone
         name = base if attempt == 1 else f"{base}-{attempt}"
-        config = load_config(DEMO, [*given, ("run.name", name), *overrides]).config
+        config = load.load_config(DEMO, [*given, ("run.name", name), *overrides]).config
         status = read_status(Path(config.run.dir) / str(config.run.name)) or {}
         if status.get("state") != "finished" or any(key == "run.name" for key, _ in overrides):
             break
     if options.dry_run:
         sys.stdout.write(start.describe_plan(config))
-        return EXIT_DONE
+        return errors.EXIT_DONE
     start.announce(f"demo, run folder {config.run.dir}/{config.run.name}")
     start.check_run(config, "auto", _world_size())
     return _open_and_train(config, {"as_json": options.json})
@@ -177,7 +172,7 @@ def _bench(arguments: list[str]) -> None:
     parser.add_json(to_file=True)
     options, resolved = parser.parse_with_config(arguments, DEMO)
     if options.predict and options.what != "model":
-        raise ConfigError("--predict: needs --what model")
+        raise errors.ConfigError("--predict: needs --what model")
     start.announce(f"bench of {options.config}: {options.what}")
     if not options.predict:
         start.check_places(resolved.config)
@@ -219,8 +214,8 @@ def _sweep(arguments: list[str]) -> int:
     script = options.sbatch if options.jobs == "slurm" else None
     if options.dry_run:
         sys.stdout.writelines(f"{shlex.join(sweep.command_of(row, script))}\n" for row in rows)
-        return EXIT_DONE
-    code = EXIT_DONE if options.table else sweep.train_rows(rows, script)
+        return errors.EXIT_DONE
+    code = errors.EXIT_DONE if options.table else sweep.train_rows(rows, script)
     sys.stdout.write(sweep.table(rows))
     return code
 
@@ -260,9 +255,13 @@ def _repair_bn(arguments: list[str]) -> None:
     parser.add_argument("--batches", type=positive, default=200, metavar="N", help="to average over (200)")
     parser.add_json()
     options, overrides = parser.parse(arguments)
-    config = load_config(options.config, overrides).config if options.config else None
+    config = load.load_config(options.config, overrides).config if options.config else None
     start.announce(f"repair-bn of {options.place}")
-    start.check_repair(options.place, config, overrides)
+    place = Path(options.place)
+    if place.suffix in WEIGHTS_SUFFIXES and not place.exists():
+        raise DataError(f"{options.place}: no such file")
+    if checked := config or (None if place.is_file() else start.check_trained(options.place, overrides)):
+        start.check_places(checked)
     start.loading()
     from cmtrain.commands.repair_bn import repair_bn
 
@@ -277,8 +276,7 @@ def _report(arguments: list[str]) -> None:
     options = parser.parse_alone(arguments)
     from cmtrain.monitoring.report.page import report
 
-    runs = [run if os.path.exists(run) else str(RUNS / run) for run in options.runs]
-    report(runs, options.out)
+    report([run if os.path.exists(run) else str(RUNS / run) for run in options.runs], options.out)
 
 
 def _config_show(arguments: list[str]) -> None:
@@ -289,12 +287,12 @@ def _config_show(arguments: list[str]) -> None:
 
 def _config_schema(arguments: list[str]) -> None:
     Parser("config schema", "Print the JSON schema of configuration files.").parse_alone(arguments)
-    sys.stdout.write(json.dumps(config_schema(), indent=2) + "\n")
+    sys.stdout.write(json.dumps(describe.config_schema(), indent=2) + "\n")
 
 
 def _config_reference(arguments: list[str]) -> None:
     Parser("config reference", "Print every key, its range and default.").parse_alone(arguments)
-    sys.stdout.write(config_reference())
+    sys.stdout.write(describe.config_reference())
 
 
 _CONFIG_VERBS = {"show": _config_show, "schema": _config_schema, "reference": _config_reference}
@@ -306,5 +304,4 @@ _VERBS: dict[str, Verb] = {
     "watch": _watch, "report": _report, "bench": _bench, "repair-bn": _repair_bn,
     "data": partial(run_group, "data", DATA_VERBS), "config": partial(run_group, "config", _CONFIG_VERBS),
 }  # fmt: skip
-_ALONE = ("eval", "predict", "replay", "diff", "verify", "repair-bn")
 _READERS = ("status", "watch", "report", "config")  # they compute nothing, in one process

@@ -5,8 +5,7 @@ from contextlib import suppress
 
 from cmtrain.cli import start
 from cmtrain.cli.arguments import Parser, out_file, positive, share
-from cmtrain.config.load import load_config
-from cmtrain.config.schema import sizes_of
+from cmtrain.config import load, schema
 from cmtrain.errors import ConfigError
 from cmtrain.storage.run_folder import find_export, find_run
 from pipelines.spec import DataError
@@ -44,7 +43,7 @@ def evaluate_trained(arguments: list[str]) -> int:
     start.announce(f"eval of {options.run}")
     config = start.check_trained(options.run, overrides)
     if config:
-        sizes_of(config, options.image_px, options.resize_px)
+        schema.sizes_of(config, options.image_px, options.resize_px)
     if options.save_wrong and os.path.lexists(options.save_wrong):
         raise ConfigError(f"--save-wrong {options.save_wrong}: exists already; choose another folder")
     if options.folder and not os.path.isdir(options.folder):
@@ -123,7 +122,7 @@ def replay_step(arguments: list[str]) -> None:
     start.announce(f"replay of {options.run}")
     run = find_run(options.run, trained=False)[0]
     with suppress(ConfigError):  # a checkpoint has a copy
-        start.check_places(load_config(run / "config.yaml", overrides).config)
+        start.check_places(load.load_config(run / "config.yaml", overrides).config)
     start.loading()
     from cmtrain.commands.again.replay import replay
 

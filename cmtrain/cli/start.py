@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cmtrain import __version__
+from cmtrain.cli.arguments import help_page
 from cmtrain.config.load import Overrides, load_config
 from cmtrain.config.schema import Config, another_recipe, recipe_changes
 from cmtrain.errors import ConfigError
-from cmtrain.processes.environment import check_imports
-from cmtrain.processes.rank import PARENT, is_first_rank
-from cmtrain.storage.records import read_json
-from cmtrain.storage.run_folder import WEIGHTS_SUFFIXES, RunLock, find_run, why_no_weights
+from cmtrain.processes import environment, rank
+from cmtrain.storage import records, run_folder
 from cmtrain.training.schedule import plan_steps, split_batch
 from pipelines.spec import DataError, print_lines
 
@@ -23,13 +22,13 @@ if TYPE_CHECKING:
 
 def announce(what: str, start: str = f"cmtrain {__version__}: ") -> None:
     """Print the first line of a verb, on the first rank or in the process that starts the ranks."""
-    if is_first_rank() and PARENT not in os.environ:
+    if rank.is_first_rank() and rank.PARENT not in os.environ:
         print_lines(start + what)
 
 
 def loading() -> None:
     """Print that libraries are loaded, before the import that takes seconds. Raises DataError: it cannot."""
-    check_imports()
+    environment.check_imports()
     announce("loading torch and DALI ...", start="")
 
 
@@ -41,12 +40,11 @@ def check_run(config: Config, resume: str, world_size: int) -> None:
     run_path = Path(config.run.dir) / str(config.run.name)
     _split(config, world_size)
     check_places(config)
-    with closing(RunLock(run_path)) as lock:
+    with closing(run_folder.RunLock(run_path)) as lock:
         lock.acquire()
     newest = _newest_manifest(run_path)
     if resume == "never" and newest:
-        held = f"{run_path} already holds checkpoints"
-        raise ConfigError(f"--resume never: {held}; choose another --run.name")
+        raise ConfigError(f"--resume never: {run_path} already holds checkpoints; choose another --run.name")
     if resume not in ("auto", "force", "never") and not newest:
         if not Path(resume).exists():
             raise DataError(f"--resume {resume}: no such checkpoint or run folder")
@@ -54,11 +52,11 @@ def check_run(config: Config, resume: str, world_size: int) -> None:
     if newest and resume != "force":
         changes: list[str] = []
         with suppress(ValueError, KeyError, TypeError, AttributeError):  # damaged, as the start finds out
-            changes = recipe_changes((read_json(newest) or {})["meta"]["config"], config)
+            changes = recipe_changes((records.read_json(newest) or {})["meta"]["config"], config)
         if changes:
             raise another_recipe(newest.parent, changes)
     begins_with = config.model.init_from
-    if begins_with and not newest and (why := why_no_weights(Path(begins_with))):
+    if begins_with and not newest and (why := run_folder.why_no_weights(Path(begins_with))):
         raise DataError(f"model.init_from: {begins_with}: {why}")
 
 
@@ -94,23 +92,12 @@ def open_data(config: Config, world_size: int) -> "Data":
 
 def check_trained(place: str, overrides: Overrides) -> Config | None:
     """Return the configuration of the run at `place`, None where open_trained takes a checkpoint's."""
-    path = find_run(place)[0] / "config.yaml"
+    path = run_folder.find_run(place)[0] / "config.yaml"
     try:
         load_config(path)
     except ConfigError:
         return None
     return load_config(path, overrides).config
-
-
-def check_repair(place: str, config: Config | None, overrides: Overrides) -> None:
-    """Refuse a run, file or data that is not there. Raises ConfigError, DataError: as repair_bn."""
-    path = Path(place)
-    if path.suffix in WEIGHTS_SUFFIXES and not path.exists():
-        raise DataError(f"{place}: no such file")
-    if not path.is_file() and config is None:
-        config = check_trained(place, overrides)
-    if config is not None:
-        check_places(config)
 
 
 def _newest_manifest(place: Path) -> Path | None:
@@ -121,26 +108,18 @@ def _newest_manifest(place: Path) -> Path | None:
 
 def describe_plan(config: Config) -> str:
     """Describe a run as far as it is known before its data is: model, epochs, learning rate and batch."""
-    size, plan = config.train.global_batch_size, config.schedule
     variant = f" ({config.model.variant})" if config.model.name.startswith("cmt_") else ""
-    lines = [
-        f"run      {config.run.dir}/{config.run.name}",
-        f"data     {config.data.root}, {config.data.image_px} px",
-        f"model    {config.model.name}{variant}",
-        f"epochs   {plan.epochs}, warm-up {plan.warmup_epochs:g}, cool-down {plan.cooldown_epochs}",
-        f"lr       {plan.warmup_lr:g} -> {config.optim.lr:g} -> {plan.min_lr:g} ({config.optim.opt})",
-        f"steps    (training images // {size}) per epoch",
-    ]
+    text = help_page("plan").format(**dict(config), variant=variant)
     # A launcher sets the number of processes; without one, show what would happen on one node.
     given = os.environ.get("WORLD_SIZE", "")
     launched = int(given) if given.isascii() and given.isdecimal() else 0
     for world_size in [launched] if launched else [1, 2, 4, 8]:
         try:
             micro_batch_size, accumulation = _split(config, world_size)
-            split = f"{world_size} x {accumulation} x {micro_batch_size}"
-            lines.append(f"batch    {size} = {split} (processes x accumulation x images)")
+            split = f"{world_size} x {accumulation} x {micro_batch_size} (processes x accumulation x images)"
+            text += f"batch    {config.train.global_batch_size} = {split}\n"
         except ConfigError as error:
             if launched:
                 raise
-            lines.append(f"batch    {error}")
-    return "\n".join(lines) + "\n"
+            text += f"batch    {error}\n"
+    return text

@@ -12,19 +12,15 @@ from pathlib import Path
 import numpy as np
 
 from cmtrain.errors import EXIT_DATA, EXIT_DONE
-from pipelines.checks.bad_list import SPLITS, write_list
-from pipelines.checks.decode_one import Fault, Kind
-from pipelines.checks.decode_pool import DecodePool
-from pipelines.files.doubts import split_doubts
-from pipelines.files.labels import relabel_folder
+from pipelines.checks import bad_list, decode_one, decode_pool
+from pipelines.files import doubts, labels, shards
 from pipelines.files.listing import Listing, describe_skipped, list_folder
 from pipelines.files.manifest import Manifest
-from pipelines.files.shards import is_packed
 from pipelines.progress import tracked
 from pipelines.spec import MAX_BAD_FRACTION, DataError, os_errors_in_one_line, visible
 
 NUM_SHOWN = 20
-KIND_NAMES: dict[Kind, str] = {
+KIND_NAMES: dict[decode_one.Kind, str] = {
     "truncated": "cut short", "not_an_image": "not an image", "too_large": "too large",
     "missing": "cannot be opened", "other": "damaged",
 }  # fmt: skip
@@ -47,14 +43,14 @@ def check(
     the machine cannot read (nothing is listed then), or a list that cannot be written.
     """
     folder = Path(root).absolute()
-    with contextlib.closing(DecodePool(processes)) as pool:
+    with contextlib.closing(decode_pool.DecodePool(processes)) as pool:
         splits = [_check_split(listing, pool) for listing in _list_splits(folder)]
-    listings, faults = [listing for listing, _, _ in splits], dict[str, Fault]()
+    listings, faults = [listing for listing, _, _ in splits], dict[str, decode_one.Fault]()
     for listing in listings:
         start = listing.root.relative_to(folder)
         faults |= {str(start / listing.paths[place]): fault for place, fault in listing.faults.items()}
     # Before the manifests are made, which leave out what it names.
-    written = write_list(folder, faults, Path(out) if out else None)
+    written = bad_list.write_list(folder, faults, Path(out) if out else None)
     for path, fault in itertools.islice(faults.items(), NUM_SHOWN):
         _print(f"  {path}: {fault.reason}")
     if len(faults) > NUM_SHOWN:
@@ -65,7 +61,7 @@ def check(
         _print(f"{folder}: only {listings[0].root.name}/ was checked, the other split is no folder")
     if written is not None:
         _print(f"the list of bad files is {written}")
-    relabel_folder(listings[0], None)  # raises where training would
+    labels.relabel_folder(listings[0], None)  # raises where training would
     if not faults:
         return EXIT_DONE
     if out:
@@ -73,8 +69,7 @@ def check(
         return EXIT_DATA
     sizes = [(str(listing.root), len(listing), len(listing.faults)) for listing in listings]
     if crowded := [root for root, size, bad in sizes if bad > min(max_bad_fraction * size, size - 1)]:
-        where = " and ".join(crowded)
-        _print(f"training will refuse {where}: more than {max_bad_fraction:g} of it is bad")
+        _print(f"training will refuse {' and '.join(crowded)}: more than {max_bad_fraction:g} of it is bad")
         return EXIT_DATA
     _print("training leaves them out")
     return EXIT_DONE
@@ -82,18 +77,17 @@ def check(
 
 def _list_splits(folder: Path) -> Iterator[Listing]:
     class_names = None
-    roots = [folder / name for name in SPLITS if (folder / name).is_dir()] or [folder]
-    for root in roots:
-        if is_packed(root):
+    for root in [folder / name for name in bad_list.SPLITS if (folder / name).is_dir()] or [folder]:
+        if shards.is_packed(root):
             what = "is packed: the same `cmtrain data pack` again verifies it"
             raise DataError(f"{root}: {what}; check the folder that it was packed from")
         listing = list_folder(root)
-        listing = relabel_folder(listing, class_names or listing.class_names)
+        listing = labels.relabel_folder(listing, class_names or listing.class_names)
         class_names = listing.class_names
         yield listing
 
 
-def _check_split(listing: Listing, pool: DecodePool) -> tuple[Listing, int, float]:
+def _check_split(listing: Listing, pool: decode_pool.DecodePool) -> tuple[Listing, int, float]:
     """Return the split with all of its faults, how many images ask to be turned, and the seconds it took."""
     begin = time.monotonic()
     places = [place for place in range(len(listing)) if place not in listing.faults]
@@ -104,8 +98,7 @@ def _check_split(listing: Listing, pool: DecodePool) -> tuple[Listing, int, floa
         num_rotated += result.rotated
         if result.fault:
             faults[place] = result.fault
-    checked = replace(listing, faults=dict(sorted(faults.items())))
-    return checked, num_rotated, time.monotonic() - begin
+    return replace(listing, faults=dict(sorted(faults.items()))), num_rotated, time.monotonic() - begin
 
 
 def _describe(listing: Listing, num_rotated: int, seconds: float, cache_dir: str | None) -> None:
@@ -127,7 +120,7 @@ def _describe(listing: Listing, num_rotated: int, seconds: float, cache_dir: str
         manifest = Manifest.from_folder(
             listing.root, class_names=class_names, cache_dir=cache_dir, max_bad_fraction=1.0, refresh=True
         )
-        for line in split_doubts(replace(manifest, notes=()), listing.root.name):
+        for line in doubts.split_doubts(replace(manifest, notes=()), listing.root.name):
             _print(f"  {line}")
 
 

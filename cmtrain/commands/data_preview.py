@@ -18,8 +18,7 @@ from cmtrain.config.schema import Config
 from cmtrain.monitoring.console import print_result
 from cmtrain.step.mixing import mix
 from cmtrain.training import build, loaders
-from pipelines.checks.decode_one import FORMATS, fault_of, is_trouble, patiently
-from pipelines.checks.pixels import grey_or_rgb
+from pipelines.checks import decode_one, pixels
 from pipelines.files.manifest import Manifest
 from pipelines.preview import contact_sheet
 from pipelines.progress import tracked
@@ -117,14 +116,14 @@ def _moments(manifest: Manifest, index: int) -> NDArray[np.float64] | str:
     packed = manifest.packed
     try:
         path = Path(manifest.file(index))
-        content = packed.read(index) if packed else patiently(path.read_bytes, path)
-        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-            found = ImageStat.Stat(grey_or_rgb(image).convert("RGB"))
+        content = packed.read(index) if packed else decode_one.patiently(path.read_bytes, path)
+        with Image.open(io.BytesIO(content), formats=decode_one.FORMATS) as image:
+            found = ImageStat.Stat(pixels.grey_or_rgb(image).convert("RGB"))
             return np.array([found.mean, np.square(found.rms)]) / [[255], [255**2]]
     except Exception as error:  # Pillow's decoders raise almost anything on hostile bytes
-        if is_trouble(error) or isinstance(error, DataError | MemoryError):
+        if decode_one.is_trouble(error) or isinstance(error, DataError | MemoryError):
             raise
-        return fault_of(error).reason
+        return decode_one.fault_of(error).reason
 
 
 def _text(value: Any) -> str:

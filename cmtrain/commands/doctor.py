@@ -14,9 +14,8 @@ import socket
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -38,16 +37,13 @@ from pipelines.spec import DataError, Decode, Placement, visible
 
 Severity = Literal["ok", "warn", "fail"]
 COLOURS: dict[Severity, str] = {"ok": "green", "warn": "yellow", "fail": "red"}  # the gravest last
-PLAIN_WIDTH = 160  # table width without a terminal
 
 GIB = 2**30
 MIN_SHARED_MEMORY_BYTES = GIB  # NCCL joins the GPUs of a host through it; Docker's default is 64 MiB
-MIN_OPEN_FILES = 1024
 DALI_ADVICE = "install DALI from the requirements*.lock that fits the driver"
 
 
-@dataclass(frozen=True)
-class CheckResult:
+class CheckResult(NamedTuple):
     """Result of one check. `advice`: what to do about it, unless `found` already contains it."""
 
     verdict: Severity
@@ -59,13 +55,18 @@ def doctor(config: Config, *, as_json: bool) -> int:
     """Check this machine for a run of `config`, and print a table or a JSON object. Returns the exit code:
     0, or 3 when a check fails; no GPU is a warning. Raises DataError: ranks cannot meet.
     """
-    accelerator, control = _meet(config)
+    timeout_seconds = config.train.collective_timeout_seconds
+    try:  # as a run does, but a precision that the GPUs do not have is a result, and no end
+        accelerator = build.make_accelerator("auto", timeout_seconds, checks_gpus=False)
+        control = control_group(accelerator.num_processes, timeout_seconds)
+    except RuntimeError as error:
+        raise DataError(f"the ranks cannot meet: {' '.join(str(error).split())}") from error
     by_rank = gather(run_checks(config, accelerator, control), control)
     results = {check: worst([results[check] for results in by_rank]) for check in by_rank[0]}
     failed = any(result.verdict == "fail" for result in results.values())
     if accelerator.is_main_process:
         if as_json:
-            rows = [{"check": check} | asdict(result) for check, result in results.items()]
+            rows = [{"check": check} | result._asdict() for check, result in results.items()]
             sys.stdout.write(json.dumps({"ok": not failed, "checks": rows}, indent=1) + "\n")
         else:
             _show(results)
@@ -107,15 +108,14 @@ def run_checks(config: Config, accelerator: Accelerator, control: Any) -> dict[s
 
 def worst(results: Sequence[CheckResult]) -> CheckResult:
     """Return the gravest of one check's results, by rank; of equally grave ones, the first rank's."""
-    gravity = [*COLOURS]
-    rank = max(range(len(results)), key=lambda rank: gravity.index(results[rank].verdict))
-    return replace(results[rank], found=f"rank {rank}: {results[rank].found}") if rank else results[0]
+    rank = max(range(len(results)), key=lambda rank: [*COLOURS].index(results[rank].verdict))
+    return results[rank]._replace(found=f"rank {rank}: {results[rank].found}") if rank else results[0]
 
 
 def _show(results: dict[str, CheckResult]) -> None:
     console = Console(highlight=False)
     if not console.is_terminal and "COLUMNS" not in os.environ:
-        console.width = PLAIN_WIDTH
+        console.width = 160
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("", "check", "found", "what to do"):
         table.add_column(column, no_wrap=column == "check", overflow="fold")
@@ -132,16 +132,6 @@ def _result(check: Callable[[], CheckResult]) -> CheckResult:
     except Exception as error:  # a broken installation raises anything
         kind = "" if isinstance(error, ConfigError | DataError) else f"{type(error).__name__}: "
         return CheckResult("fail", kind + " ".join(str(error).split()))
-
-
-def _meet(config: Config) -> tuple[Accelerator, Any]:
-    """Join the other ranks as a run does; a precision that the GPUs do not have is a result, and no end."""
-    timeout_seconds = config.train.collective_timeout_seconds
-    try:
-        accelerator = build.make_accelerator("auto", timeout_seconds, checks_gpus=False)
-        return accelerator, control_group(accelerator.num_processes, timeout_seconds)
-    except RuntimeError as error:
-        raise DataError(f"the ranks cannot meet: {' '.join(str(error).split())}") from error
 
 
 def packages() -> CheckResult:
@@ -210,8 +200,7 @@ def ranks(control: Any, config: Config, run_path: Path, device: torch.device) ->
     dist.all_reduce(ones := torch.ones(1000, device=device))
     found = f"{dist.get_world_size()} on {len(set(gather(socket.gethostname(), control)))} host(s)"
     found += f": same code and configuration; {dist.get_backend()}'s sum of ones is {ones.max():g}"
-    is_wrong = bool((ones != dist.get_world_size()).any())
-    return CheckResult("fail" if is_wrong else "ok", found)
+    return CheckResult("fail" if (ones != dist.get_world_size()).any() else "ok", found)
 
 
 def shared_memory(path: Path) -> CheckResult:
@@ -224,7 +213,7 @@ def shared_memory(path: Path) -> CheckResult:
 
 def open_files() -> CheckResult:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if 0 <= soft < MIN_OPEN_FILES:
+    if 0 <= soft < 1024:
         return CheckResult("warn", f"at most {soft:,}", f"ulimit -n {4096 if hard < 0 else min(hard, 4096)}")
     return CheckResult("ok", f"at most {soft:,}" if soft >= 0 else "no limit")
 

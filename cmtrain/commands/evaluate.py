@@ -9,23 +9,16 @@ from typing import Any
 
 import torch
 
-from cmtrain.commands.export import make_trained_model
-from cmtrain.commands.trained_model import open_trained
-from cmtrain.config.load import Overrides
-from cmtrain.config.schema import Config, sizes_of
+from cmtrain.commands import export, trained_model
+from cmtrain.config import load, schema
 from cmtrain.errors import EXIT_DONE, EXIT_EXPECTATION, ConfigError
-from cmtrain.monitoring.console import print_result, write_result
-from cmtrain.monitoring.units import percent
+from cmtrain.monitoring import console, units
 from cmtrain.step.evaluate import Evaluation, evaluate
-from cmtrain.storage.records import replace_file
-from cmtrain.storage.run_folder import MISTAKES_NAME
+from cmtrain.storage import records, run_folder
 from cmtrain.storage.weights import num_classes_in
-from cmtrain.training import build, loaders
-from cmtrain.training.mistakes import draw_mistakes
-from cmtrain.training.schedule import split_batch
-from pipelines.atomic import new_folder
+from cmtrain.training import build, loaders, mistakes, schedule
+from pipelines import atomic, progress
 from pipelines.files.doubts import split_doubts
-from pipelines.progress import tracked
 from pipelines.spec import DataError, print_lines
 
 SIZES = ("weights", "image_px", "resize_px")
@@ -34,15 +27,15 @@ MEASURED = (
 )  # fmt: skip
 
 
-def evaluate_trained(options: argparse.Namespace, overrides: Overrides) -> int:
+def evaluate_trained(options: argparse.Namespace, overrides: load.Overrides) -> int:
     """Evaluate a trained model as the `options` of `cmtrain eval` ask: a table on stderr, JSON on stdout.
     Returns the exit code: 0, or 5 if the best top-1 is below `options.expect`. Raises ConfigError: options
     that do not fit together. DataError: images, classes, weights or output files that cannot be used.
     """
     # What to evaluate, on which images
-    trained = open_trained(options.run, overrides)
+    trained = trained_model.open_trained(options.run, overrides)
     config = trained.config
-    sizes = sizes_of(config, options.image_px, options.resize_px)
+    sizes = schema.sizes_of(config, options.image_px, options.resize_px)
     kinds = trained.kinds if options.weights == "both" else [options.weights]
     weights = [trained.weights(kind) for kind in kinds]
     accelerator = build.make_accelerator(config.train.precision)
@@ -52,26 +45,25 @@ def evaluate_trained(options: argparse.Namespace, overrides: Overrides) -> int:
     names = trained.class_names or loaders.open_data(config, accelerator).train.class_names
     manifest = loaders.open_val(config, names, options.folder)
     print_lines(*split_doubts(manifest, "images"))
-    batch_size, _ = split_batch(config.train.global_batch_size, config.train.max_batch_per_gpu, 1)
+    batch_size, _ = schedule.split_batch(config.train.global_batch_size, config.train.max_batch_per_gpu, 1)
     count, outputs = len(manifest), num_classes_in(weights[0], config.model.name)
     labels = [*names, *map(str, range(len(names), outputs))]
     among = None
     if options.present_classes:
         if manifest.label_sets is not None:
             raise ConfigError("--present-classes: images have several classes")
-        among = torch.arange(outputs, device=device)
-        among = torch.isin(among, torch.from_numpy(manifest.labels).to(device))
+        among = torch.isin(torch.arange(outputs), torch.from_numpy(manifest.labels)).to(device)
     figures: list[dict[str, Any]] = []
     by_class: list[list[Any]] = [[*SIZES, "class", "images", "correct", "accuracy"]]
-    found: list[tuple[Evaluation, Config]] = []
+    found: list[tuple[Evaluation, schema.Config]] = []
     for image_px, resize_px in sizes:
         data = config.data.model_copy(update={"image_px": image_px, "eval_resize_px": resize_px})
         sized = config.model_copy(update={"data": data})
         loader = loaders.make_eval_loader(sized, manifest, batch_size, accelerator, place)
         for each in weights:
-            model = make_trained_model(sized, each).to(device)
+            model = export.make_trained_model(sized, each).to(device)
             what = f"evaluating {each.kind} at {image_px} px"
-            images = tracked(loader.epoch(0), what, count, per_step=batch_size)
+            images = progress.tracked(loader.epoch(0), what, count, per_step=batch_size)
             sets = loaders.label_sets(manifest, outputs, device)
             evaluation = evaluate(model, images, accelerator, count, outputs, sets, among)
             found.append((evaluation, sized))
@@ -98,19 +90,18 @@ def evaluate_trained(options: argparse.Namespace, overrides: Overrides) -> int:
             matrix = [[name, *counts] for name, counts in zip(labels, best.confusion, strict=True)]
             write_csv(Path(options.confusion), [["true \\ predicted", *labels], *matrix])
         if options.save_wrong:
-            with new_folder(Path(options.save_wrong)) as temporary:
+            with atomic.new_folder(Path(options.save_wrong)) as temporary:
                 parts = best, manifest, labels, config, accelerator, place
-                rows = draw_mistakes(temporary / MISTAKES_NAME, *parts)
-                heads = ["path", "true", "predicted", "probability"]
-                write_csv(temporary / "mistakes.csv", [heads, *rows])
-        write_result(report, options.json)
+                rows = mistakes.draw_mistakes(temporary / run_folder.MISTAKES_NAME, *parts)
+                write_csv(temporary / "mistakes.csv", [["path", "true", "predicted", "probability"], *rows])
+        console.write_result(report, options.json)
     except OSError as error:
         raise DataError(f"{error.filename or 'a file'}: cannot be written: {error.strerror}") from error
     _show(figures)
-    print_result(report, asked=options.json == "")
+    console.print_result(report, asked=options.json == "")
     top1 = max(evaluation.top1 for evaluation, _ in found)
     if options.expect is not None and top1 < options.expect:
-        print_lines(f"top-1 {percent(top1, 2)}, expected {percent(options.expect, 2)}: missed")
+        print_lines(f"top-1 {units.percent(top1, 2)}, expected {units.percent(options.expect, 2)}: missed")
         return EXIT_EXPECTATION
     return EXIT_DONE
 
@@ -118,7 +109,7 @@ def evaluate_trained(options: argparse.Namespace, overrides: Overrides) -> int:
 def write_csv(path: Path, table: Sequence[Sequence[Any]]) -> None:
     text = io.StringIO(newline="")
     csv.writer(text).writerows(table)
-    replace_file(path, text.getvalue().encode("utf-8", "surrogateescape"))
+    records.replace_file(path, text.getvalue().encode("utf-8", "surrogateescape"))
 
 
 def _show(figures: Sequence[dict[str, Any]]) -> None:
@@ -128,7 +119,7 @@ def _show(figures: Sequence[dict[str, Any]]) -> None:
     print_lines(f"weights  image px  resize px{names}    loss   images")
     for row in figures:
         line = f"{row['weights']:<7}  {row['image_px']:>8}  {row['resize_px']:>9}"
-        line += "".join(f"  {percent(row[key], 2):>8}" for key in shown)
+        line += "".join(f"  {units.percent(row[key], 2):>8}" for key in shown)
         print_lines(f"{line}  {row['loss']:6.4f}  {row['num_images']:>7}")
     if unreadable := figures[0]["num_unreadable"]:
         print_lines(f"{unreadable} images could not be read and count as wrong")

@@ -1,6 +1,5 @@
 """Export a trained model; each format is read back and compared before publishing (`cmtrain export`)."""
 
-import importlib
 import importlib.util
 import math
 import platform
@@ -20,13 +19,11 @@ from cmtrain import __version__
 from cmtrain.commands.trained_model import Trained
 from cmtrain.config.schema import CMT_OPTIONS, Config, to_yaml
 from cmtrain.errors import ConfigError
-from cmtrain.models.cmt import CMT
-from cmtrain.models.fold import folded
+from cmtrain.models import cmt, fold
 from cmtrain.monitoring.console import print_result
 from cmtrain.monitoring.report.rendering import make_templates
 from cmtrain.step.scores import THRESHOLD
-from cmtrain.storage.records import remove_leftovers
-from cmtrain.storage.run_record import read_run
+from cmtrain.storage import records, run_record
 from cmtrain.storage.weights import WEIGHTS_NAME, Weights, fit, num_classes_in
 from cmtrain.training import build
 from pipelines.atomic import new_folder, sync
@@ -62,7 +59,7 @@ def export(
         raise DataError(f"--format onnx: needs {', '.join(missing)}; pip install 'cmtrain[export]'")
     weights = trained.weights(kind or trained.kinds[-1])
     model = make_trained_model(config, weights)
-    remove_leftovers(final.parent, final.name)
+    records.remove_leftovers(final.parent, final.name)
     try:
         with new_folder(final) as temporary:
             differences = _write(temporary, model, formats, trained, weights.kind, fold_bn)
@@ -101,9 +98,8 @@ def _write(
 ) -> dict[str, float]:
     """Write each format and compare it with `model`. Returns its largest difference."""
     config, side = trained.config, trained.config.data.image_px
-    generator = torch.Generator().manual_seed(0)
-    sample = torch.randn(max(CHECKED_BATCHES), 3, side, side, generator=generator)
-    for_inference = folded(model) if fold_bn and isinstance(model, CMT) else model
+    sample = torch.randn(max(CHECKED_BATCHES), 3, side, side, generator=torch.Generator().manual_seed(0))
+    for_inference = fold.folded(model) if fold_bn and isinstance(model, cmt.CMT) else model
     thresholds = trained.thresholds.get(kind, [])
     writers: dict[str, Callable[[], Logits]] = {
         "timm": lambda: to_timm(folder, model, config, trained.class_names, thresholds),
@@ -138,7 +134,7 @@ def _card(
     trained: Trained, weights: Weights, model: nn.Module, differences: dict[str, float], fold_bn: bool
 ) -> str:
     """Return the README.md of the export, from the run's own record."""
-    evaluations, metrics = read_run(trained.run).evaluations, dict[str, float]()
+    evaluations, metrics = run_record.read_run(trained.run).evaluations, dict[str, float]()
     prefix = "eval_ema" if weights.kind == "ema" else "eval"
     for place in np.flatnonzero(evaluations["step"] == trained.step):
         found = {key: evaluations.get(f"{prefix}_{key}") for key in ("map", "top1", "top5", "loss")}

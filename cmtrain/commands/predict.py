@@ -14,23 +14,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cmtrain.commands.evaluate import write_csv
-from cmtrain.commands.export import make_trained_model, read_onnx
-from cmtrain.commands.trained_model import open_trained, read_export
+from cmtrain.commands import evaluate, export, trained_model
 from cmtrain.config.load import Overrides
 from cmtrain.config.schema import Config
 from cmtrain.errors import EXIT_DATA, EXIT_DONE, ConfigError
 from cmtrain.monitoring.units import percent
 from cmtrain.step.scores import THRESHOLD
-from cmtrain.storage.records import replace_file
-from cmtrain.storage.run_folder import find_export
-from cmtrain.storage.weights import read_weights
-from cmtrain.training import build, loaders
-from cmtrain.training.schedule import split_batch
-from pipelines.atomic import replacing
+from cmtrain.storage import records, run_folder, weights
+from cmtrain.training import build, loaders, schedule
+from pipelines import atomic, progress
 from pipelines.files.labels import NO_CLASS, SEPARATOR
 from pipelines.files.manifest import Manifest
-from pipelines.progress import tracked
 from pipelines.spec import UNREADABLE, DataError, print_lines, visible
 
 
@@ -48,7 +42,7 @@ def predict(files: Sequence[str], options: argparse.Namespace, overrides: Overri
         model.to(accelerator.device)
     place, lines = loaders.place_loaders(config, accelerator)
     manifest = Manifest.from_files(files)
-    batch_size, _ = split_batch(config.train.global_batch_size, config.train.max_batch_per_gpu, 1)
+    batch_size, _ = schedule.split_batch(config.train.global_batch_size, config.train.max_batch_per_gpu, 1)
     any_bad = replace(place, max_bad_fraction=1.0)
     loader = loaders.make_eval_loader(config, manifest, batch_size, accelerator, any_bad)
     given = {os.path.abspath(file): file for file in files}
@@ -58,7 +52,7 @@ def predict(files: Sequence[str], options: argparse.Namespace, overrides: Overri
     rows: list[dict[str, Any]] = []
     kept: list[list[Tensor]] = []  # logits and pooled features of each batch, if asked for
     bad = list(manifest.bad)
-    batches = tracked(loader.epoch(0), "predicting", len(manifest), per_step=batch_size)
+    batches = progress.tracked(loader.epoch(0), "predicting", len(manifest), per_step=batch_size)
     try:
         for images, labels, indices in batches:
             good = labels != UNREADABLE
@@ -97,19 +91,19 @@ def open_model(place: str, overrides: Overrides) -> tuple[Config, Sequence[str],
     """Return configuration, class names, model, on the CPU, and thresholds of a run or an export.
     The model is a module (a run's EMA if it has one) or a function. Raises as open_trained and read_export.
     """
-    path = find_export(place)
+    path = run_folder.find_export(place)
     if path is None:
-        trained = open_trained(place, overrides)
+        trained = trained_model.open_trained(place, overrides)
         names = trained.class_names or loaders.open_data(trained.config).train.class_names
         kind = trained.kinds[-1]
-        model = make_trained_model(trained.config, trained.weights(kind))
+        model = export.make_trained_model(trained.config, trained.weights(kind))
         return trained.config, names, model, trained.thresholds.get(kind, [])
-    config, labels, thresholds = read_export(path.with_name("config.json"), overrides)
+    config, labels, thresholds = trained_model.read_export(path.with_name("config.json"), overrides)
     if path.suffix == ".onnx":
         if "data.image_px" in dict(overrides):
             raise ConfigError("--data.image_px: an ONNX file has one image size; take the run")
-        return config, labels, read_onnx(path, config.data.image_px), thresholds
-    return config, labels, make_trained_model(config, read_weights(str(path))), thresholds
+        return config, labels, export.read_onnx(path, config.data.image_px), thresholds
+    return config, labels, export.make_trained_model(config, weights.read_weights(str(path))), thresholds
 
 
 def _write(rows: Sequence[dict[str, Any]], kept: Sequence[Any], options: argparse.Namespace) -> None:
@@ -125,11 +119,11 @@ def _write(rows: Sequence[dict[str, Any]], kept: Sequence[Any], options: argpars
             begins += zip(paths, *labels, strict=True)
             ends = [[(f"class_{rank}", f"probability_{rank}") for rank in ranks], *answers]
             table = [[*begin, *chain(*end)] for begin, end in zip(begins, ends, strict=True)]
-            write_csv(Path(options.csv), table)
+            evaluate.write_csv(Path(options.csv), table)
         if options.jsonl:
-            replace_file(Path(options.jsonl), "".join(lines))
+            records.replace_file(Path(options.jsonl), "".join(lines))
         if options.embeddings:
-            with replacing(Path(options.embeddings)) as file:
+            with atomic.replacing(Path(options.embeddings)) as file:
                 np.savez(file, paths=np.array(paths, np.str_), logits=kept[0], embeddings=kept[1])
     except OSError as error:
         raise DataError(f"{error.filename or 'a file'}: cannot be written: {error.strerror}") from error

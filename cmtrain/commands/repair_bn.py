@@ -8,9 +8,8 @@ moving average cannot heal them, not even with momentum 1: the old value is in t
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors.torch
 import timm
@@ -27,10 +26,7 @@ from cmtrain.monitoring.console import print_result
 from cmtrain.monitoring.units import percent
 from cmtrain.step.evaluate import Evaluation, evaluate
 from cmtrain.step.mixing import MixSpec, mix
-from cmtrain.storage.checkpoint import checkpoint_path, save_checkpoint
-from cmtrain.storage.run_folder import WEIGHTS_SUFFIXES
-from cmtrain.storage.state_file import CheckpointError
-from cmtrain.storage.weights import fit, read_file
+from cmtrain.storage import checkpoint, run_folder, state_file, weights
 from cmtrain.training import build, loaders
 from cmtrain.training.schedule import split_batch
 from pipelines.atomic import replacing
@@ -40,8 +36,7 @@ from pipelines.spec import DataError, Loader, print_lines
 STATISTICS = (".running_mean", ".running_var", ".num_batches_tracked")
 
 
-@dataclass(frozen=True)
-class Source:
+class Source(NamedTuple):
     """Everything in a file or checkpoint. `write` publishes it elsewhere, with a record of the repair."""
 
     path: Path
@@ -51,8 +46,7 @@ class Source:
     rejected: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """One state_dict of a source and its model. `keys`: the key in `state` for each name in the model."""
 
     label: str
@@ -84,7 +78,7 @@ def repair_bn(
     None: see the command's help. Raises ConfigError: no configuration, or one of another model. DataError:
     nothing usable at `place`, weights that are not finite themselves, or a write that failed.
     """
-    if Path(place).is_file() or place.endswith(WEIGHTS_SUFFIXES):
+    if Path(place).is_file() or place.endswith(run_folder.WEIGHTS_SUFFIXES):
         source = _open_file(Path(place), Path(out) if out else None)
         if config is None:
             example = "--config configs/demo.yaml --model.name resnet18 --data.root photos"
@@ -159,14 +153,14 @@ def _open_run(
     moments = {f"optimizer {name} {i}": state[i][name] for i in state for name in state[i]}
     _refuse(loaded.path, _nonfinite(moments))
     root = Path(out or loaded.path.absolute().parent.parent / "repaired")
-    final = checkpoint_path(root, step)
+    final = checkpoint.checkpoint_path(root, step)
     if final.exists():
         raise DataError(f"{final} exists already; choose another --out")
 
     def write(record: dict[str, Any]) -> Path:
         try:
-            return save_checkpoint(root, step, loaded.state, loaded.meta | {"repaired": record})
-        except (OSError, RuntimeError, CheckpointError) as error:
+            return checkpoint.save_checkpoint(root, step, loaded.state, loaded.meta | {"repaired": record})
+        except (OSError, RuntimeError, state_file.CheckpointError) as error:
             raise DataError(f"{root}: {error}") from error
 
     advice = f"; continue from it with --run.name NEW --resume {final}"
@@ -181,7 +175,7 @@ def _open_file(path: Path, out: Path | None) -> Source:
         raise ConfigError(f"--out {final}: must end in {path.suffix}, because the same format is written")
     if not final.parent.is_dir() or final.is_dir() or (out is None and final.exists()):
         raise ConfigError(f"{final} exists already or cannot be made; choose another --out")
-    content, metadata = read_file(path)
+    content, metadata = weights.read_file(path)
 
     def write(record: dict[str, Any]) -> Path:
         try:
@@ -219,15 +213,14 @@ def _load(
         has = f"{label} has {num_classes} classes, the data {data_classes}"
         raise ConfigError(f"{path}: {has}; set data.root")
     model = build.make_model(config, num_classes, device)
-    own = model.state_dict()
-    first = next((key for key in own if key.endswith("running_var")), None)
+    first = next((key for key in model.state_dict() if key.endswith("running_var")), None)
     if first is None:
         raise ConfigError(f"model.name: {name} has no BatchNorm; set it to the model in {path}")
     prefix = (_find_key(state, first) or first).removesuffix(first)
     tensors = [key for key, value in state.items() if isinstance(key, str) and isinstance(value, Tensor)]
     keys = {key.removeprefix(prefix): key for key in tensors if key.startswith(prefix)}
     try:
-        if fit(model, {key: state[keys[key]] for key in keys}, keeps_head=True):
+        if weights.fit(model, {key: state[keys[key]] for key in keys}, keeps_head=True):
             raise ConfigError("its position tables are of another image size")
     except ConfigError as error:
         advice = "set model.name, its options and data.image_px as in training"

@@ -8,9 +8,8 @@ import contextlib
 import http.client
 import json
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from rich.console import Console
@@ -19,9 +18,8 @@ from rich.text import Text
 
 from cmtrain.errors import did_you_mean
 from cmtrain.monitoring.units import duration, percent, state_name, step_place
-from cmtrain.storage.records import is_number
+from cmtrain.storage import records, run_record
 from cmtrain.storage.run_folder import RUNS, SILENT_SECONDS, is_alive, read_status
-from cmtrain.storage.run_record import read_config
 from pipelines.spec import DataError, visible
 
 ANSWER_SECONDS = 2.0
@@ -29,8 +27,7 @@ REFRESH_SECONDS = 1.0
 MAX_ANSWER_BYTES = 1_000_000
 
 
-@dataclass(frozen=True)
-class RunStatus:
+class RunStatus(NamedTuple):
     """The content of status.json, checked against the live process."""
 
     path: Path
@@ -47,7 +44,7 @@ class RunStatus:
     @property
     def step(self) -> int:
         now = (self.now or {}).get("step")
-        return int(max(self.status.get("step") or 0, now if is_number(now) else 0))
+        return int(max(self.status.get("step") or 0, now if records.is_number(now) else 0))
 
 
 def find_run(run: str) -> Path:
@@ -76,7 +73,7 @@ def current_status(path: Path) -> RunStatus:
     warning = ""
     if alive is False:
         warning = f"process {status.get('pid')} is gone; run the same command to continue"
-    elif now and now.get("stalled") and is_number(now.get("seconds_since_progress")):
+    elif now and now.get("stalled") and records.is_number(now.get("seconds_since_progress")):
         warning = f"no step finished for {duration(now['seconds_since_progress'])}"
     elif now is None and age_seconds > _silent_seconds(path):
         warning = f"has written nothing for {duration(age_seconds)}"
@@ -153,8 +150,8 @@ def _speed(status: dict[str, Any]) -> str:
 
 def _silent_seconds(path: Path) -> float:
     """Return how long the run in `path` may write nothing: its metrics.stall_seconds."""
-    value = read_config(path / "config.yaml", damage=[]).get("metrics.stall_seconds")
-    return float(value) if is_number(value) and value > 0 else SILENT_SECONDS
+    value = run_record.read_config(path / "config.yaml", damage=[]).get("metrics.stall_seconds")
+    return float(value) if records.is_number(value) and value > 0 else SILENT_SECONDS
 
 
 def _ask(status: dict[str, Any]) -> dict[str, Any] | None:

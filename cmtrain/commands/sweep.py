@@ -11,20 +11,17 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 from cmtrain import errors
+from cmtrain.config import schema, strict_yaml
 from cmtrain.config.load import Overrides, find_configs, load_config
-from cmtrain.config.schema import Config, recipe_changes
-from cmtrain.config.strict_yaml import emit
 from cmtrain.errors import ConfigError
 from cmtrain.monitoring.units import is_part, percent, state_name
 from cmtrain.processes.failure import stop_signals
-from cmtrain.storage.records import is_number
-from cmtrain.storage.run_folder import read_status
+from cmtrain.storage import records, run_folder
 from pipelines.spec import DataError, print_lines, visible
 
 SBATCH = "docker/slurm/train.sbatch"
@@ -39,12 +36,11 @@ DEMO_STEPS = 3
 END_CODES = (errors.EXIT_CONFIG, errors.EXIT_DATA, errors.EXIT_INTERRUPTED, errors.EXIT_PREEMPTED)
 
 
-@dataclass(frozen=True)
-class SweepRow:
+class SweepRow(NamedTuple):
     """One configuration of a sweep. `changes`: settings of its own file; `command`: cmtrain's arguments."""
 
     number: int
-    config: Config
+    config: schema.Config
     changes: str
     command: tuple[str, ...]
 
@@ -98,7 +94,7 @@ def train_rows(rows: Sequence[SweepRow], script: str | None) -> int:
         raise DataError(f"{missing}; --jobs slurm needs it, and a job script such as the sources' {SBATCH}")
     failed = errors.EXIT_DONE
     for row in rows:
-        if script and (read_status(row.run_path) or {}).get("state") == "finished":
+        if script and (run_folder.read_status(row.run_path) or {}).get("state") == "finished":
             print_lines(f"row {row.number}: {row.run_path} is finished")
             continue
         print_lines(f"row {row.number}: {row.run_path} ({row.changes})")
@@ -135,10 +131,10 @@ def table(rows: Sequence[SweepRow]) -> str:
 
 
 def _cells(row: SweepRow) -> list[str]:
-    expect, status = row.config.expect, read_status(row.run_path) or {}
+    expect, status = row.config.expect, run_folder.read_status(row.run_path) or {}
     state, result = _state(row, status), status.get("result") or {}
     # As the run itself reports: of model and EMA the better one.
-    reached = [top1 for key in ("top1", "ema_top1") if is_number(top1 := result.get(key))]
+    reached = [top1 for key in ("top1", "ema_top1") if records.is_number(top1 := result.get(key))]
     published = "diverged" if expect.diverges else "" if expect.top1 is None else percent(expect.top1, 2)
     measured, difference = "not a whole run" if is_part(status) else "-", ""
     if state == "finished" and reached:
@@ -154,20 +150,20 @@ def _state(row: SweepRow, status: dict[str, Any]) -> str:
     state, step, total = state_name(status), status.get("step") or 0, status.get("total_steps")
     try:
         old = load_config(row.run_path / "config.yaml").config
-        if recipe_changes(old.model_dump(mode="json"), row.config):
+        if schema.recipe_changes(old.model_dump(mode="json"), row.config):
             return f"{state}, of another recipe"
     except ConfigError:
         return f"{state}, of an unknown recipe"
     return state if not total or step == total else f"{state}, step {step:,} of {total:,}"
 
 
-def _changes(path: Path, config: Config, origins: Mapping[str, str]) -> str:
+def _changes(path: Path, config: schema.Config, origins: Mapping[str, str]) -> str:
     """Return the settings of the row's own file, without its name: `attention_bias relative, lr 1.6`."""
     changes = []
     for key, origin in origins.items():
         section, name = key.split(".")
         if origin.rpartition(":")[0] == str(path) and section not in ("run", "expect"):
-            changes.append(f"{name} {emit(getattr(getattr(config, section), name))}")
+            changes.append(f"{name} {strict_yaml.emit(getattr(getattr(config, section), name))}")
     return ", ".join(changes) or "as its base"
 
 

@@ -2,26 +2,21 @@
 
 import json
 import math
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from cmtrain.config.load import Overrides, load_config
 from cmtrain.config.schema import CMT_OPTIONS, Config, defaults, flatten
 from cmtrain.errors import ConfigError
 from cmtrain.step.scores import THRESHOLD
+from cmtrain.storage import records, run_folder, run_record, state_file
 from cmtrain.storage.checkpoint import Loaded, find_checkpoint
-from cmtrain.storage.records import load_json, reason_of
-from cmtrain.storage.run_folder import CLASSES_NAME, find_run
-from cmtrain.storage.run_record import read_classes
-from cmtrain.storage.state_file import CheckpointError
 from cmtrain.storage.weights import Weights, check_finite, state_of
 from cmtrain.training import build
 from pipelines.spec import DataError, print_lines
 
 
-@dataclass(frozen=True)
-class Trained:
+class Trained(NamedTuple):
     """A run folder and what it learned."""
 
     run: Path
@@ -42,18 +37,23 @@ class Trained:
     def weights(self, kind: str) -> Weights:
         """Return the weights of `kind`. Raises DataError: there are none, or they are not finite."""
         path = self.checkpoint.path
-        weights = Weights(path, kind, state_of(self.checkpoint.state, kind, path))
-        check_finite(weights)
-        return weights
+        return check_finite(Weights(path, kind, state_of(self.checkpoint.state, kind, path)))
 
 
 def open_trained(place: str, overrides: Overrides) -> Trained:
     """Open `place`: a run folder, the name of one below runs/, or a checkpoint folder in a run folder.
     Names damaged newer checkpoints on stderr. Raises ConfigError: wrong overrides. DataError: no checkpoint.
     """
-    run, path = find_run(place)
+    run, path = run_folder.find_run(place)
     loaded = read_checkpoint(path)
-    config = _config_of(run / "config.yaml", loaded, overrides)
+    file = run / "config.yaml"
+    try:
+        load_config(file)
+    except ConfigError:  # the checkpoint has a copy
+        print_lines(f"{file} is missing or damaged; taking the configuration that is in {loaded.path.name}")
+        config = config_in(loaded.meta, overrides)
+    else:
+        config = load_config(file, overrides).config
     build.import_modules(config.run.imports)
     return Trained(run, config, loaded, *_classes(run, int(loaded.state["progress"]["step"])))
 
@@ -63,22 +63,12 @@ def read_checkpoint(path: Path) -> Loaded:
     try:
         loaded = find_checkpoint(path)
         _ = loaded.state["progress"]["step"], loaded.state["optimizer"]["state"], loaded.meta["config"]
-    except (CheckpointError, OSError) as error:
+    except (state_file.CheckpointError, OSError) as error:
         raise DataError(str(error)) from error
     except (KeyError, TypeError) as error:
         raise DataError(f"{loaded.path}: no checkpoint of a run") from error
     print_lines(*loaded.warnings)
     return loaded
-
-
-def _config_of(path: Path, loaded: Loaded, overrides: Overrides) -> Config:
-    """Return the configuration in `path` with `overrides`; where it is damaged, the checkpoint's copy."""
-    try:
-        load_config(path)
-    except ConfigError:
-        print_lines(f"{path} is missing or damaged; taking the configuration that is in {loaded.path.name}")
-        return config_in(loaded.meta, overrides)
-    return load_config(path, overrides).config
 
 
 def config_in(meta: dict[str, Any], overrides: Overrides) -> Config:
@@ -92,7 +82,7 @@ def read_export(path: Path, overrides: Overrides) -> tuple[Config, list[str], li
     Raises ConfigError: wrong overrides. DataError: `path` cannot be read, or is not by `cmtrain export`.
     """
     try:
-        content = load_json(path)
+        content = records.load_json(path)
         prepared, options = content["pretrained_cfg"], content.get("model_args", {})
         side = prepared["input_size"][-1]
         settings = {f"model.{key}": options[key] for key in CMT_OPTIONS if key in options}
@@ -100,13 +90,12 @@ def read_export(path: Path, overrides: Overrides) -> tuple[Config, list[str], li
         settings |= {"data.eval_resize_px": math.floor(side / prepared["crop_pct"])}
         settings |= {"data.eval_interpolation": prepared["interpolation"]}
         settings |= {f"data.{key}": prepared[key] for key in ("mean", "std")}
-        thresholds = content.get("thresholds", [])
         settings["data.multi_label"] = content.get("multi_label", False)
         stated = [(key, json.dumps(value)) for key, value in settings.items()]
         config = load_config("configs/small.yaml", [*stated, *overrides]).config
-        return config, content.get("label_names", []), list(map(float, thresholds))
+        return config, content.get("label_names", []), list(map(float, content.get("thresholds", [])))
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
-        raise DataError(f"{path}: not as `cmtrain export` writes it: {reason_of(error)}") from error
+        raise DataError(f"{path}: not as `cmtrain export` writes it: {records.reason_of(error)}") from error
 
 
 def _classes(run: Path, step: int) -> tuple[tuple[str, ...], dict[str, list[float]]]:
@@ -114,7 +103,7 @@ def _classes(run: Path, step: int) -> tuple[tuple[str, ...], dict[str, list[floa
     Thresholds are those of an evaluation at `step`; of another step's weights there are none.
     """
     damage: list[str] = []
-    names, counts, evaluated = read_classes(run / CLASSES_NAME, damage)
+    names, counts, evaluated = run_record.read_classes(run / run_folder.CLASSES_NAME, damage)
     print_lines(*(f"{run}: {line}; going on without class names" for line in damage))
     thresholds = {kind: count.thresholds for kind, count in counts.items() if count.thresholds}
     if thresholds and evaluated != step:

@@ -24,8 +24,7 @@ def config_reference() -> str:
         meaning = schema_of(name)["description"].replace("<", "&lt;")
         cells = [cell.replace("|", r"\|") for cell in (f"`{name}`", value, default, meaning)]
         tables[name.split(".")[0]] += f"| {' | '.join(cells)} |\n"
-    head = Path(__file__).with_name("reference.md").read_text()
-    return head + "".join(tables.values())
+    return Path(__file__).with_name("reference.md").read_text() + "".join(tables.values())
 
 
 _KINDS = {

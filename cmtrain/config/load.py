@@ -12,7 +12,6 @@ import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,8 +41,7 @@ _FOREIGN_NAMES = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Resolved:
+class Resolved(NamedTuple):
     """A valid configuration. `origins`: dotted key -> "configs/x.yaml:14", "command line" or "default"."""
 
     config: Config
@@ -58,8 +56,7 @@ def load_config(path: str | Path, overrides: Overrides = ()) -> Resolved:
     draft = _Draft()
     draft.read_files(path)
     draft.read_overrides(overrides)
-    run_name = re.sub(r"^[.]|[^A-Za-z0-9._-]", "-", path.stem)[:64] or "run"
-    config = draft.validate(default_name=run_name)
+    config = draft.validate(default_name=re.sub(r"^[.]|[^A-Za-z0-9._-]", "-", path.stem)[:64] or "run")
     if config and config.run.imports:
         try:
             run = config.run.model_copy(update={"imports": _pinned(config.run.imports, path.parent)})
@@ -93,8 +90,7 @@ def _pinned(entries: Sequence[str], folder: Path) -> tuple[str, ...]:
     found = []
     for entry in entries:
         file = source_of(entry)
-        digest = hashlib.sha256(file.read_bytes()).hexdigest()[:12]
-        found.append(f"{entry.partition('@')[0]}@{digest}")
+        found.append(f"{entry.partition('@')[0]}@{hashlib.sha256(file.read_bytes()).hexdigest()[:12]}")
         if found[-1] != entry and "@" in entry:
             raise ConfigError(f"{file} is not the source that {entry} was made with")
     return tuple(found)
@@ -119,8 +115,7 @@ def find_configs(path: str | Path) -> list[Path]:
     else:
         folders = (f"{Path(path)}", f"configs/{Path(path)}")
         found = [file for name, file in _packaged().items() if os.path.dirname(name) in folders]
-    rows = [file for file in found if file.name != "base.yaml"]
-    return rows or [find_config(path)]
+    return [file for file in found if file.name != "base.yaml"] or [find_config(path)]
 
 
 def _packaged() -> dict[str, Path]:

@@ -35,8 +35,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:
-        stated = {f"data.{key}" for key in self.data.model_fields_set}
-        if found := contradictions(flat(self), stated):
+        if found := contradictions(flat(self), {f"data.{key}" for key in self.data.model_fields_set}):
             raise ValueError("; ".join(message for _, message in found))
         return self
 
@@ -70,7 +69,6 @@ def defaults() -> dict[str, Any]:
 
 # How images are prepared: pretrained weights decide it where the configuration does not.
 PREPARED = ("mean", "std", "interpolation", "eval_interpolation", "eval_resize_px")
-
 
 # A relation between the values of keys, separated by blanks; {} in its message is a key with its value.
 _Rule = tuple[str, Callable[..., bool], str]
@@ -193,8 +191,6 @@ _FREE_KEYS = (
     "train.max_batch_per_gpu", "train.log_every_steps", "train.step_timeout_seconds",
     "train.collective_timeout_seconds",
 )  # fmt: skip
-
-
 ADAMW: dict[str, Any] = {"optim.betas": [0.9, 0.999], "optim.eps": 1e-8}
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from pipelines.spec import MAX_BAD_FRACTION, Decode, is_url
+from pipelines.spec import MAX_BAD_FRACTION, Decode, Interpolation, is_url
 
 
 def _printable(text: str) -> str:
@@ -60,7 +60,6 @@ Scale = Annotated[tuple[Positive, Fraction], FromList]
 Betas = Annotated[tuple[FractionBelowOne, FractionBelowOne], FromList]
 Mean = Annotated[tuple[float, float, float], FromList]
 Std = Annotated[tuple[Positive, Positive, Positive], FromList]
-Interpolation = Literal["bicubic", "bilinear"]
 Texts = Annotated[tuple[str, ...], FromList]
 Tracker = Literal[
     "tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "aim", "clearml", "dvclive", "swanlab",

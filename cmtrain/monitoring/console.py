@@ -94,7 +94,6 @@ class Console:
         terminal = sys.stderr.isatty()
         self.rich = RichConsole(stderr=True, highlight=False, soft_wrap=True, force_terminal=terminal)
         self.bar: Progress | None = None
-        self.task = TaskID(0)
         self.fixed_width = 0  # columns of the terminal that the parts cannot have
         self.first_step = self.total_steps = 0
         self.step_seconds = self.printed_at = 0.0
@@ -110,7 +109,7 @@ class Console:
         columns = *place, BarColumn(None), elapsed, TextColumn(" {task.description}")
         self.bar = Progress(*columns, console=self.rich, transient=True)
         self.fixed_width = len(f"step {total_steps}/{total_steps} {' ' * MIN_BAR_WIDTH} 59m 59s elapsed  ")
-        self.task = self.bar.add_task("", total=total_steps, completed=step)
+        self.bar.add_task("", total=total_steps, completed=step)
         self.bar.start()
 
     @_safe
@@ -122,7 +121,7 @@ class Console:
         done = step - self.first_step
         eta = f"eta {duration(self.step_seconds / max(done, 1) * (self.total_steps - step))}"
         if self.bar:
-            self.bar.update(self.task, completed=step, description=None if self.parts else eta)
+            self.bar.update(TaskID(0), completed=step, description=None if self.parts else eta)
         elif done == 1 or time.monotonic() - self.printed_at >= LINE_SECONDS:
             self.line(f"step {step}/{self.total_steps} {eta}{' (by one step)' if done == 1 else ''}")
 
@@ -138,7 +137,7 @@ class Console:
             if len(longer) > self.rich.width - self.fixed_width:
                 break
             shown = longer
-        self.bar.update(self.task, description=shown)
+        self.bar.update(TaskID(0), description=shown)
 
     @_safe
     def line(self, text: str) -> None:

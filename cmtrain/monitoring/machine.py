@@ -7,7 +7,6 @@ from importlib import metadata
 
 import torch
 
-PACKAGES = ("torch", "accelerate", "timm", "numpy")
 DALI_PACKAGES = ("nvidia-dali-cuda110", "nvidia-dali-cuda120", "nvidia-dali-cuda130")
 
 
@@ -18,7 +17,7 @@ def environment() -> dict[str, str]:
         found |= {"gpu": torch.cuda.get_device_name(), "gpus of this host": str(torch.cuda.device_count())}
         found |= {"CUDA": str(torch.version.cuda), "cuDNN": str(torch.backends.cudnn.version())}
     found |= {"Python": platform.python_version()}
-    found |= {name: version_of(name) for name in PACKAGES}
+    found |= {name: version_of(name) for name in ("torch", "accelerate", "timm", "numpy")}
     for name in dali_packages():
         found["DALI"] = f"{version_of(name)} ({name.removeprefix('nvidia-dali-')})"
     return found

@@ -22,18 +22,13 @@ from prometheus_client import generate_latest
 
 from cmtrain.monitoring.http_server import JSON, TEXT, Page, Route
 from cmtrain.monitoring.metrics import TrainMetrics
-from cmtrain.monitoring.report.curves import PlottedRun, draw_charts
-from cmtrain.monitoring.report.events import newest_rows
-from cmtrain.monitoring.report.headline import Headline, best_top1, number
+from cmtrain.monitoring.report import curves, events, headline, rendering
 from cmtrain.monitoring.report.page import TONES
-from cmtrain.monitoring.report.rendering import render_page
-from cmtrain.monitoring.units import duration, is_part, percent, short, state_name
-from cmtrain.storage.run_folder import REPORT_NAME
-from cmtrain.storage.run_record import read_sample
+from cmtrain.monitoring.units import is_part, state_name
+from cmtrain.storage import run_folder, run_record
 
 PROMETHEUS_TEXT = "text/plain; version=0.0.4; charset=utf-8"
 MAX_AGE_SECONDS = 1.0
-HTML = "text/html; charset=utf-8"
 STATES = {"setup": "setting up", "train": "training", "evaluate": "evaluating", "checkpoint": "saving"}
 
 
@@ -60,15 +55,13 @@ def make_pages(
     def status_json() -> Page:
         return Page(JSON, json.dumps(status() | {"now": now()}, indent=1).encode() + b"\n")
 
-    def live_page() -> Page:
-        return _live_page(metrics, status(), now(), run_path, since)
-
-    def metrics_page() -> Page:
-        return Page(PROMETHEUS_TEXT, generate_latest(metrics.registry))
-
     since = time.time()
-    pages = {"/": cached(live_page, lambda: status().get("state")), "/metrics": cached(metrics_page)}
-    return pages | {"/status.json": status_json, "/-/healthy": healthy, "/-/ready": ready}
+    live = cached(
+        lambda: _live_page(metrics, status(), now(), run_path, since), lambda: status().get("state")
+    )
+    numbers = cached(lambda: Page(PROMETHEUS_TEXT, generate_latest(metrics.registry)))
+    pages = {"/": live, "/metrics": numbers, "/status.json": status_json}
+    return pages | {"/-/healthy": healthy, "/-/ready": ready}
 
 
 def cached(make: Route, kind: Callable[[], Any] = lambda: None) -> Route:
@@ -93,42 +86,27 @@ def _live_page(
     files in `run_path`. `since`: this process's begin (Unix time); an older status is of an earlier one.
     """
     at, target, end = time.time(), _value(metrics.steps_target), _value(metrics.eta_timestamp)
-    page: dict[str, Any] = {"metrics": metrics, "now": now, "report": run_path / REPORT_NAME}
+    page: dict[str, Any] = {"metrics": metrics, "now": now, "report": run_path / run_folder.REPORT_NAME}
     if metrics.rank == 0:
-        record = read_sample(run_path, status)
-        page |= draw_charts([PlottedRun(record)]) | {"events": newest_rows(record, at)}
+        record = run_record.read_sample(run_path, status)
+        page |= curves.draw_charts([curves.PlottedRun(record)]) | {"events": events.newest_rows(record, at)}
     state, tone = STATES[now["state"]], "info" if now["state"] == "setup" else "good"
     if now["stalled"]:
         state, tone = "stalled", "bad"
-    is_new = (number(status.get("updated")) or 0.0) >= since
+    is_new = (headline.number(status.get("updated")) or 0.0) >= since
     page["ended"] = is_new and status.get("state") in TONES.keys() - {"running"}
     if page["ended"]:
         state, tone, end = state_name(status), TONES[status["state"]], 0.0
         page["reason"] = status.get("reason")
         target = status["total_steps"] if is_part(status) else target
-    page |= {"state": state, "tone": tone, "numbers": headline_now(metrics, status, at), "at": at}
+    page |= {"state": state, "tone": tone, "at": at, "saved": _value(metrics.saved_at)}
+    speed, waited = (headline.number(status.get(key)) for key in ("images_per_second", "data_wait_ratio"))
+    page |= {"speed": speed, "waited": waited, "best": headline.best_top1(status)}
+    page["rollbacks"] = round(_value(metrics.rollbacks))
     page |= {"target": int(target), "share": min(1.0, now["step"] / target) if target else 0.0}
     page |= {"end": end, "left_seconds": max(0.0, end - at) if end else None}
-    html = render_page("live.html", page, ["curves.js", "live.js"])
-    return Page(HTML, html.encode(errors="replace"))
-
-
-def headline_now(metrics: TrainMetrics, status: dict[str, Any], at: float) -> Headline:
-    """Yield the numbers of the newest log point, evaluation and checkpoint at the Unix time `at`."""
-    report = metrics.reported
-    if (speed := number(status.get("images_per_second"))) is not None:
-        waited = number(status.get("data_wait_ratio"))
-        remark = "" if waited is None else f"{percent(waited, 0)} of the time waiting for data"
-        yield "Images per second", f"{speed:,.0f}", remark
-    if report.step:
-        yield "Loss", short(report.loss), f"at step {report.step:,}"
-        yield "Learning rate", short(report.lr), ""
-        yield "Gradient norm", short(report.grad_norm), ""
-        rollbacks = round(_value(metrics.rollbacks))
-        yield "Bad steps", f"{report.bad_steps:,}", f"{rollbacks} rollbacks" if rollbacks else ""
-    yield from best_top1(status)
-    if saved := _value(metrics.saved_at):
-        yield "Last checkpoint", duration(max(0.0, at - saved)), "ago"
+    html = rendering.render_page("live.html", page, ["curves.js", "live.js"])
+    return Page("text/html; charset=utf-8", html.encode(errors="replace"))
 
 
 def _value(series: Any) -> float:

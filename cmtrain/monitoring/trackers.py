@@ -15,9 +15,6 @@ from cmtrain.errors import ConfigError
 from cmtrain.storage.records import is_number, reason_of
 from pipelines.spec import DataError
 
-PROJECT = "cmtrain"
-FOLDER_NAME = "trackers"  # in the run folder, for trackers that write files
-
 
 class Trackers:
     """The trackers of a run on rank 0; they do nothing on other ranks.
@@ -33,7 +30,7 @@ class Trackers:
         values = {key: v if isinstance(v, int | float | str) else emit(v) for key, v in config.items()}
         names = {"wandb": {"name": run_name}, "mlflow": {"run_name": run_name}}
         try:
-            accelerator.init_trackers(PROJECT, values, init_kwargs=names)
+            accelerator.init_trackers("cmtrain", values, init_kwargs=names)
         except Exception as error:  # each tracker has exceptions of its own
             what = f"cannot start: {reason_of(error)}; leave it out to run without"
             raise DataError(f"metrics.trackers: {what}") from error
@@ -58,10 +55,10 @@ class Trackers:
 
 
 def tracker_options(names: Sequence[str], run_folder: Path) -> dict[str, Any]:
-    """Return the options that an Accelerator with the trackers `names` needs.
+    """Return the options that an Accelerator with the trackers `names` needs, with a folder for their files.
     Raises ConfigError: a package is missing; accelerate itself would silently leave the tracker out.
     """
     if missing := [name for name in names if importlib.util.find_spec(name) is None]:
         remedy = f"pip install {' '.join(missing)}, or leave it out"
         raise ConfigError(f"metrics.trackers: not installed: {', '.join(missing)}; {remedy}")
-    return {"log_with": list(names), "project_dir": run_folder / FOLDER_NAME} if names else {}
+    return {"log_with": list(names), "project_dir": run_folder / "trackers"} if names else {}

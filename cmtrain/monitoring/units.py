@@ -7,14 +7,10 @@ from typing import Any
 
 def duration(seconds: float) -> str:
     """Format seconds for people: 41s, 12m 5s, 3h 20m, 1d 4h."""
-    minutes, hours, days = seconds / 60, seconds / 3600, seconds / 86400
-    if minutes < 1:
-        return f"{seconds:.0f}s"
-    if hours < 1:
-        return f"{int(minutes)}m {int(seconds) % 60}s"
-    if days < 1:
-        return f"{int(hours)}h {int(minutes) % 60}m"
-    return f"{int(days)}d {int(hours) % 24}h"
+    for size, unit, part, part_unit in (86400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s"):
+        if seconds >= size:
+            return f"{int(seconds // size)}{unit} {int(seconds % size // part)}{part_unit}"
+    return f"{seconds:.0f}s"
 
 
 def short(value: float) -> str:

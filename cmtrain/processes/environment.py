@@ -60,8 +60,7 @@ def ignore_variables() -> None:
             continue
         if name not in KEPT:
             del os.environ[name]
-    first = os.environ.get("LOCAL_RANK", "0") == "0" and PARENT not in os.environ
-    if ignored and first:
+    if ignored and os.environ.get("LOCAL_RANK", "0") == "0" and PARENT not in os.environ:
         what = f"variables of the environment are ignored, the configuration decides: {', '.join(ignored)}"
         print_lines(what)
 

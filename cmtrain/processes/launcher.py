@@ -17,7 +17,6 @@ from pathlib import Path
 
 from cmtrain import errors
 from cmtrain.processes import failure
-from cmtrain.processes.failure import Failure
 from cmtrain.processes.rank import PARENT, RESTARTS, answer_to_ctrl_c
 from cmtrain.storage.run_folder import read_status
 from pipelines.spec import print_lines
@@ -39,7 +38,7 @@ class Attempt:
     ranks: dict[int, int]
     began: float = field(default_factory=time.time)
     exit_codes: dict[int, int] = field(default_factory=dict)
-    failures: list[Failure] = field(default_factory=list)
+    failures: list[failure.Failure] = field(default_factory=list)
 
     @property
     def running(self) -> list[int]:
@@ -154,8 +153,7 @@ def _outcome(attempt: Attempt, run_path: Path) -> int:
     has_ended = status.get("state") in ("finished", "preempted", "diverged")
     if has_ended and (status.get("updated") or 0) >= attempt.began and status.get("exit_code") is not None:
         return int(status["exit_code"])
-    has_begun = _has_begun(attempt, run_path)
-    recorded = failure.record_cause(run_path, since=attempt.began) if has_begun else None
+    recorded = failure.record_cause(run_path, since=attempt.began) if _has_begun(attempt, run_path) else None
     cause = recorded or attempt.failures[0]
     if cause.exit_code not in FINAL and cause.exit_code > 128:  # killed, so it could not print why
         print_lines(f"cmtrain: {cause.describe()}")

@@ -7,15 +7,13 @@ import secrets
 import socket
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 import cmtrain
 import pipelines
-from cmtrain import __version__
 from cmtrain.config.schema import Config, flat
 from cmtrain.processes.collectives import gather
 from pipelines.spec import DataError
@@ -27,8 +25,7 @@ PER_HOST_KEYS = ("data.root", "data.cache_dir", "data.threads", "metrics.host", 
                  "metrics.allowed_hosts")  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Facts:
+class Facts(NamedTuple):
     """Facts about one rank, for comparison."""
 
     host: str
@@ -102,4 +99,4 @@ def version_of_code() -> str:
     for path in sorted(path for root in roots for path in root.rglob("*.py")):
         digest.update(path.name.encode() + path.read_bytes())
     torch_and_python = f"torch {torch.__version__}, Python {platform.python_version()}"
-    return f"cmtrain {__version__} ({digest.hexdigest()[:12]}) with {torch_and_python}"
+    return f"cmtrain {cmtrain.__version__} ({digest.hexdigest()[:12]}) with {torch_and_python}"

@@ -12,7 +12,6 @@ from pathlib import Path
 from types import FrameType
 
 from cmtrain import errors
-from cmtrain.errors import ConfigError
 from cmtrain.processes import failure
 from cmtrain.processes.failure import Failure
 from cmtrain.storage.run_folder import read_status
@@ -98,7 +97,7 @@ def run_as_rank(work: Callable[[], int], run_path: Path) -> int:
         return work()
     try:
         code = work()
-    except (ConfigError, DataError) as error:
+    except (errors.ConfigError, DataError) as error:
         hold_back()
         sys.stderr.write(f"{errors.message_of(error)}\n")
         code = _exit_code_of(error)
@@ -136,7 +135,7 @@ def report_failure(error: BaseException, run_path: Path, rank: int, world_size: 
     """
     lost = is_lost_contact(error)
     reason = " ".join(str(error).split())
-    if not isinstance(error, DataError | ConfigError):
+    if not isinstance(error, DataError | errors.ConfigError):
         reason = f"{type(error).__name__}: {reason}" if reason else type(error).__name__
     if lost:  # without gloo's own source file and its guesses
         reason = f"lost contact with another rank: {re.sub(r'^.*?[]] ', '', reason).split('. This is')[0]}"
@@ -156,5 +155,5 @@ def report_failure(error: BaseException, run_path: Path, rank: int, world_size: 
 def _exit_code_of(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         return errors.EXIT_INTERRUPTED
-    codes: dict[type, int] = {DataError: errors.EXIT_DATA, ConfigError: errors.EXIT_CONFIG}
+    codes: dict[type, int] = {DataError: errors.EXIT_DATA, errors.ConfigError: errors.EXIT_CONFIG}
     return codes.get(type(error), errors.EXIT_ERROR)

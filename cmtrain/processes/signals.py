@@ -12,8 +12,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from cmtrain.processes.failure import stop_signals
-from cmtrain.processes.rank import LAUNCHER_GONE, PARENT, answer_to_ctrl_c, is_first_rank
+from cmtrain.processes import failure, rank
 
 T = TypeVar("T")
 
@@ -39,12 +38,12 @@ class StopRequest:
         self.pending: tuple[Any, torch.Tensor] | None = None
         self.previous: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
-            wanted = [*stop_signals(), LAUNCHER_GONE]
+            wanted = [*failure.stop_signals(), rank.LAUNCHER_GONE]
             self.previous = {number: signal.signal(number, self._receive) for number in wanted}
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if number == LAUNCHER_GONE:
+        if number == rank.LAUNCHER_GONE:
             if os.getppid() == self.launcher:
                 return
             number = signal.SIGTERM
@@ -52,9 +51,9 @@ class StopRequest:
             raise KeyboardInterrupt
         if not self.received:
             self.received, self.received_at = number, now
-            if number == signal.SIGINT and is_first_rank() and PARENT not in os.environ:
+            if number == signal.SIGINT and rank.is_first_rank() and rank.PARENT not in os.environ:
                 with suppress(OSError):  # no print: this may interrupt one
-                    os.write(2, f"\n{answer_to_ctrl_c(self.saved_step)}\n".encode())
+                    os.write(2, f"\n{rank.answer_to_ctrl_c(self.saved_step)}\n".encode())
 
     def agreed(self) -> int:
         """Return the signal to stop for, 0 for none, equal on all ranks. Call it once per step, on each."""

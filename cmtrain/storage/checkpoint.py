@@ -10,9 +10,8 @@ import json
 import os
 import re
 import time
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from cmtrain.storage.records import CORRUPT, replace_file, retried
 from cmtrain.storage.state_file import CheckpointError, Digest, open_regular, read_state, verify, write_state
@@ -23,8 +22,7 @@ TEMPORARY, DOOMED = ".tmp-", ".del-"
 _MANIFEST, _STATE = "manifest.json", "state.safetensors"
 
 
-@dataclass(frozen=True)
-class Loaded:
+class Loaded(NamedTuple):
     """A verified checkpoint. `rejected`: one line for every newer one that failed verification."""
 
     path: Path
@@ -87,7 +85,7 @@ def load_newest(root: Path, *, set_aside: bool = True) -> Loaded | None:
     for step in reversed(retried(checkpoint_steps, root)):
         path = checkpoint_path(root, step)
         try:
-            return replace(load_checkpoint(path), rejected=tuple(rejected))
+            return load_checkpoint(path)._replace(rejected=tuple(rejected))
         except CheckpointError as error:
             rejected.append(str(error))
             if set_aside:

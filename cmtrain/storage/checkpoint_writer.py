@@ -9,9 +9,8 @@ the other ranks, which wait in their next all-reduce, would give up. The last sa
 import itertools
 import threading
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,8 +23,7 @@ PATIENCE_SECONDS = 30.0
 Copied = tuple[dict[str, Any], torch.cuda.Event | None]  # a state, complete after that event (None: already)
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """How the save of `step` ended, after `seconds`. `path` is None if it failed."""
 
     step: int

@@ -6,14 +6,13 @@ weights) never loses a NaN by itself. Both happened: ultralytics pull requests 2
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 
-@dataclass(frozen=True)
-class FiniteCheck:
+class FiniteCheck(NamedTuple):
     """Names of tensors: `repaired` ones of the EMA, `nonfinite` ones of a model that must not be saved."""
 
     repaired: tuple[str, ...] = ()

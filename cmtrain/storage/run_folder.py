@@ -74,8 +74,7 @@ class RunFolder:
         self._append("log.jsonl", record)
 
     def _append(self, name: str, record: dict[str, Any]) -> None:
-        text = json.dumps(record, default=str) + "\n"
-        self.losses.attempt(name, records.append, self.path / name, text)
+        self.losses.attempt(name, records.append, self.path / name, json.dumps(record, default=str) + "\n")
 
     def summary(self, row: dict[str, Any]) -> None:
         text = io.StringIO(newline="")

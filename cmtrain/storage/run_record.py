@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -30,8 +30,7 @@ BUFFER_BYTES = 1024  # two or three log records, so that little more is read tha
 Columns = Mapping[str, np.ndarray]  # name -> (N,) float64, NaN where a row has no number
 
 
-@dataclass(frozen=True)
-class ClassCounts:
+class ClassCounts(NamedTuple):
     """Validation results by class, for one set of weights."""
 
     images: np.ndarray  # (K,) counts

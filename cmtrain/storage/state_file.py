@@ -12,9 +12,8 @@ import io
 import itertools
 import json
 import os
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -35,8 +34,7 @@ class CheckpointError(Exception):
     """A checkpoint that cannot be used, and why, in one line."""
 
 
-@dataclass(frozen=True)
-class Digest:
+class Digest(NamedTuple):
     """Size and SHA-256 (in hexadecimal digits) that a file must have."""
 
     num_bytes: int

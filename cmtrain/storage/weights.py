@@ -4,9 +4,8 @@ import argparse
 import contextlib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -16,18 +15,14 @@ from torch import Tensor, nn
 from cmtrain.errors import ConfigError
 from cmtrain.models import checkpoints
 from cmtrain.models.cmt import CMT
-from cmtrain.storage.checkpoint import find_checkpoint
+from cmtrain.storage import checkpoint, records, run_folder, state_file
 from cmtrain.storage.finite import all_finite, floating_tensors, named
-from cmtrain.storage.records import DamagedRecordError, load_json, reason_of, retried
-from cmtrain.storage.run_folder import WEIGHTS_SUFFIXES, why_no_weights
-from cmtrain.storage.state_file import CheckpointError, open_regular
 from pipelines.spec import DataError
 
 WEIGHTS_NAME = "model.safetensors"
 
 
-@dataclass(frozen=True)
-class Weights:
+class Weights(NamedTuple):
     """The state_dict of one model, on the CPU. `kind`: `model` or `ema`. `path`: its file or checkpoint."""
 
     path: Path
@@ -43,39 +38,37 @@ def read_weights(path: str) -> Weights:
     given = Path(path).resolve()  # a model hub's cache is made of links
     try:
         file = given / WEIGHTS_NAME if given.is_dir() and (given / WEIGHTS_NAME).exists() else given
-        if file.suffix in WEIGHTS_SUFFIXES:
+        if file.suffix in run_folder.WEIGHTS_SUFFIXES:
             weights = Weights(file, "model", checkpoints.unwrap(read_file(file)[0]))
         elif given.is_dir():
-            loaded = find_checkpoint(given)
+            loaded = checkpoint.find_checkpoint(given)
             kind = "ema" if "ema" in loaded.state else "model"
-            tensors = state_of(loaded.state, kind, loaded.path)
-            weights = Weights(loaded.path, kind, tensors, loaded.warnings)
+            weights = Weights(loaded.path, kind, state_of(loaded.state, kind, loaded.path), loaded.warnings)
         else:
-            raise DataError(f"{path}: {why_no_weights(given)}")
-    except (CheckpointError, OSError) as error:
+            raise DataError(f"{path}: {run_folder.why_no_weights(given)}")
+    except (state_file.CheckpointError, OSError) as error:
         raise DataError(str(error)) from error
-    check_finite(weights)
-    return weights
+    return check_finite(weights)
 
 
 def read_file(path: Path) -> tuple[dict[Any, Any], dict[str, str] | None]:
     """Return content and metadata of any trainer's file. Raises DataError: damaged, or it could run code."""
     try:
-        content, metadata = retried(_load, path.resolve())
+        content, metadata = records.retried(_load, path.resolve())
         if not isinstance(content, dict):
-            raise DamagedRecordError(f"holds a {type(content).__name__}, not a state_dict")
+            raise records.DamagedRecordError(f"holds a {type(content).__name__}, not a state_dict")
         return content, metadata
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}") from error
     except Exception as error:  # torch raises almost anything on damaged files
-        why = f"cannot be read: {reason_of(error)}"
+        why = f"cannot be read: {records.reason_of(error)}"
         if found := re.search(r"GLOBAL (\S+)", str(error)):
             why = f"holds a {found[1]}, which could run code; save the state_dict alone"
         raise DataError(f"{path}: {why}") from error
 
 
 def _load(path: Path) -> tuple[Any, dict[str, str] | None]:
-    open_regular(path).close()  # no device, no pipe
+    state_file.open_regular(path).close()  # no device, no pipe
     if path.suffix == ".safetensors":
         with safe_open(path, "pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
@@ -92,8 +85,8 @@ def state_of(state: Mapping[str, Any], kind: str, path: Path) -> dict[str, Tenso
     raise DataError(f"{path}: it has no {kind} weights")
 
 
-def check_finite(weights: Weights) -> None:
-    """Raises DataError: the first tensor that is not finite, and what to do about it."""
+def check_finite(weights: Weights) -> Weights:
+    """Return `weights`. Raises DataError: the first tensor that is not finite, and what to do about it."""
     floating = floating_tensors(weights.tensors)
     if not floating:
         raise DataError(f"{weights.path}: it holds no weights")
@@ -101,6 +94,7 @@ def check_finite(weights: Weights) -> None:
     if bad := [name for name, good in zip(floating, finite, strict=True) if not good]:
         advice = "use an older checkpoint; for BatchNorm statistics alone, see cmtrain repair-bn --help"
         raise DataError(f"{weights.path}: {weights.kind} {named(bad)} not finite; {advice}")
+    return weights
 
 
 def fit(model: nn.Module, tensors: Mapping[str, Tensor], *, keeps_head: bool) -> list[str]:
@@ -186,7 +180,7 @@ def classes_beside(path: Path) -> list[str]:
     run, export = path.parent.parent / "classes.json", path.parent / "config.json"
     for file, key in ((run, "classes"), (export, "label_names")):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            return list(map(str, load_json(file)[key]))
+            return list(map(str, records.load_json(file)[key]))
     return []
 
 

@@ -16,9 +16,9 @@ from helpers.runs import Forked, flip
 from PIL import Image
 
 from cmtrain.cli.main import main
-from cmtrain.commands.evaluate import sizes_of
 from cmtrain.commands.trained_model import open_trained
 from cmtrain.config.load import load_config
+from cmtrain.config.schema import sizes_of
 from cmtrain.errors import ConfigError
 from cmtrain.step.evaluate import evaluate
 from cmtrain.training.loaders import open_val

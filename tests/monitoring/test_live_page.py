@@ -189,7 +189,7 @@ def test_no_hostile_script_runs(browser, serve, tmp_path):
 def test_it_is_made_once_a_second_for_everybody_and_not_while_nobody_looks(folder, monkeypatch):
     looks = []
     monkeypatch.setattr(
-        "cmtrain.monitoring.routes.read_sample", lambda *what: looks.append(what) or read_sample(*what)
+        "cmtrain.storage.run_record.read_sample", lambda *what: looks.append(what) or read_sample(*what)
     )
     page = page_of(rank_at(10_000), folder)
     assert looks == []

@@ -17,10 +17,9 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from cmtrain import __version__
-from cmtrain.commands.bench import timing
 from cmtrain.commands.bench.models import Setup, against_ceilings, time_models
 from cmtrain.commands.bench.predict import predict
-from cmtrain.commands.bench.timing import WARMUP_STEPS, Figures, Rows, drain, endless
+from cmtrain.commands.bench.timing import WARMUP_STEPS, Figures, Rows, drain, endless, measure_ceilings
 from cmtrain.config.schema import Config
 from cmtrain.monitoring.console import announced_parts, print_result, write_result
 from cmtrain.monitoring.units import percent
@@ -116,7 +115,7 @@ def _time_run(what: str, setup: Setup, images: Manifest) -> Rows:
         yield f"{config.model.name} alone", {}
         alone = _time_steps(learner, setup.synthetic_batches(), setup)
         yield "copies and matrix products", {}
-        ceilings = timing.measure_ceilings(setup.device, setup.dtype)
+        ceilings = measure_ceilings(setup.device, setup.dtype)
         alone |= against_ceilings(setup, config.model.name, "train", alone["images_per_second"], ceilings)
         yield "model", alone
     yield "training on real images", {}
@@ -125,8 +124,7 @@ def _time_run(what: str, setup: Setup, images: Manifest) -> Rows:
     loader.close()
     if what == "all":
         # The part of a step on real data that a step on ready data does not need.
-        spared = 1 - alone["step_ms_mean"] / train["step_ms_mean"]
-        train["data_wait_percent"] = 100 * max(0.0, spared)
+        train["data_wait_percent"] = 100 * max(0.0, 1 - alone["step_ms_mean"] / train["step_ms_mean"])
     yield "train", train
 
 

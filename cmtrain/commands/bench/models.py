@@ -2,8 +2,8 @@
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -18,8 +18,7 @@ from cmtrain.training.schedule import Schedule
 from pipelines.spec import Batch
 
 
-@dataclass(frozen=True)
-class Setup:
+class Setup(NamedTuple):
     """Common input of all benchmarks of a call. `steps` in each turn, `rounds`: turns of each side."""
 
     config: Config

@@ -12,9 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from cmtrain.commands.bench.timing import DTYPES
 from cmtrain.config.schema import Config
 from cmtrain.errors import ConfigError
-from cmtrain.models import blocks
-from cmtrain.models.cost import AsOnCuda, Call, Counter
-from cmtrain.models.device_time import DEVICES, predict_rows
+from cmtrain.models import blocks, cost, device_time
 from cmtrain.training import build
 from cmtrain.training.schedule import split_batch
 from pipelines.spec import Batch
@@ -28,13 +26,13 @@ def predict(config: Config, gpu: str) -> dict[str, Any]:
     `figures`: sums of the dearest kernels, by path; `rows`: all kernels, by their sizes. Raises ConfigError:
     a model that cannot be made, or a precision other than fp16 and bf16.
     """
-    train, rates = config.train, DEVICES[gpu]
+    train, rates = config.train, device_time.DEVICES[gpu]
     precision = "fp16" if train.precision == "auto" else train.precision
     if precision not in ("fp16", "bf16"):
         raise ConfigError(f"train.precision: --predict knows fp16 and bf16, not {precision}")
     batch = split_batch(train.global_batch_size, train.max_batch_per_gpu, 1)[0]
     calls = calls_of_step(config, batch, DTYPES[precision])
-    rows, cautious_rows = (predict_rows(calls, rates, share) for share in (1, CAUTIOUS))
+    rows, cautious_rows = (device_time.predict_rows(calls, rates, share) for share in (1, CAUTIOUS))
     sums: dict[str, dict[str, Any]] = {}
     for row in rows:
         for name in (f"{row['kernel']}, {row['path']}".removesuffix(", "), "step"):
@@ -54,7 +52,7 @@ def predict(config: Config, gpu: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def calls_of_step(config: Config, batch: int, dtype: torch.dtype) -> list[Call]:
+def calls_of_step(config: Config, batch: int, dtype: torch.dtype) -> list[cost.Call]:
     """Return the operations of a later step on `batch` images, on a GPU that runs Triton."""
     plain = {"compile": False, "grad_checkpointing": False}
     config = config.model_copy(update={"train": config.train.model_copy(update=plain)})
@@ -78,6 +76,6 @@ def calls_of_step(config: Config, batch: int, dtype: torch.dtype) -> list[Call]:
         learner.optimizer.step()  # makes its state
         images = torch.empty(batch, 3, side, side, dtype=dtype).to(memory_format=torch.channels_last)
         numbers = torch.empty(batch, dtype=torch.int64)
-        with Counter() as counter, AsOnCuda():
+        with cost.Counter() as counter, cost.AsOnCuda():
             learner.step(iter([Batch(images, numbers, numbers)]), 0, config.optim.lr)
     return counter.calls

@@ -8,8 +8,7 @@ page defines for light and dark. The markup is in templates/*.svg.
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -25,8 +24,7 @@ Scale = Literal["linear", "zero", "log", "auto"]  # zero: linear, from 0
 Mark = tuple[float, str, str]  # an event: its step, its kind, by which it has a colour, and a text
 
 
-@dataclass(frozen=True)
-class Axis:
+class Axis(NamedTuple):
     """A mapping of low..high to 0..1. `ticks`: (value, label)."""
 
     low: float
@@ -43,8 +41,7 @@ class Axis:
         return (values - low) / (high - low)
 
 
-@dataclass(frozen=True)
-class Series:
+class Series(NamedTuple):
     """A line. `color`: 0..7. `dots`: mark every point (for few points)."""
 
     name: str
@@ -64,32 +61,13 @@ class Series:
         return f"c{self.color} dashed" if self.dashed else f"c{self.color}"
 
 
-@dataclass(frozen=True)
-class Chart:
+class Chart(NamedTuple):
     """A drawn chart. `key`: its id on the page. `legend`: (name, CSS class, last value) of each line."""
 
     key: str
     title: str
     svg: str
     legend: list[tuple[str, str, str]]
-
-
-@dataclass(frozen=True)
-class _Plot:
-    """The place of values in a chart: x in per cent of its width, y in pixels."""
-
-    x_axis: Axis
-    y_axis: Axis
-    height_px: int
-
-    def x(self, value: float) -> str:
-        return f"{round(100 * float(self.x_axis.place(value)), 2):g}%"
-
-    def y_px(self, values: Any) -> Any:
-        return self.height_px * (1 - self.y_axis.place(values))
-
-    def y(self, value: float) -> str:
-        return _px(self.y_px(value))
 
 
 def line_chart(
@@ -104,18 +82,24 @@ def line_chart(
     values = [line.y for line in series] + ([np.array([level[0]])] if level else [])
     y_axis = make_axis(np.concatenate(values) if values else np.empty(0), scale, percent=percent)
     show = units.percent if percent else units.short
-    plot = _Plot(x_axis, y_axis, height_px)
+
+    def x_at(step: float) -> str:  # in per cent of the width
+        return f"{round(100 * float(x_axis.place(step)), 2):g}%"
+
+    def y_at(value: Any) -> Any:  # in pixels
+        return height_px * (1 - y_axis.place(value))
+
     last = [line.known()[1][-1:] for line in series]
     ends = f"{x_high:g} {y_axis.low:.17g} {y_axis.high:.17g}"
     svg = make_templates().get_template("line_chart.svg").render(
         key=key, height_px=height_px, description=_describe(series, show), plot_units=PLOT_UNITS,
         axes=f"{ends} {height_px} {y_axis.log:d} {percent:d}",  # by which the page's script reads values off
-        x_ticks=[(plot.x(value), label) for value, label in x_axis.ticks],
-        y_ticks=[(plot.y(value), label) for value, label in y_axis.ticks],
-        level=level, level_y=level and plot.y(level[0]),
+        x_ticks=[(x_at(value), label) for value, label in x_axis.ticks],
+        y_ticks=[(_px(y_at(value)), label) for value, label in y_axis.ticks],
+        level=level, level_y=level and _px(y_at(level[0])),
         ends_above=level and any((y >= level[0]).any() for y in last),
-        marks=[(plot.x(step), kind, text) for step, kind, text in marks],
-        paths=[path for line in series for path in _paths(line, plot)],
+        marks=[(x_at(step), kind, text) for step, kind, text in marks],
+        paths=[path for line in series for path in _paths(line, x_axis, y_at)],
     )  # fmt: skip
     shown = [show(float(y[0])) if y.size else "-" for y in last]
     legend = [(line.name, line.css, value) for line, value in zip(series, shown, strict=True)]
@@ -181,14 +165,14 @@ def _describe(series: Sequence[Series], show: Callable[[float], str]) -> str:
     return " ".join(sentences) or "Nothing was recorded."
 
 
-def _paths(line: Series, plot: _Plot) -> Iterator[tuple[str, str]]:
+def _paths(line: Series, x_axis: Axis, y_at: Callable[[Any], Any]) -> Iterator[tuple[str, str]]:
     """Yield path and class of a line; of one with many points, of its band and then of its medians."""
     kept = thin(line.x, line.y, MAX_COLUMNS)
     x, y = line.x, line.y
     if len(kept) < len(x):
-        yield _path(PLOT_UNITS * plot.x_axis.place(x[kept]), plot.y_px(y[kept])), f"band c{line.color}"
+        yield _path(PLOT_UNITS * x_axis.place(x[kept]), y_at(y[kept])), f"band c{line.color}"
         x, y = medians(x, y, MEDIAN_COLUMNS)
-    x, y = PLOT_UNITS * plot.x_axis.place(x), plot.y_px(y)
+    x, y = PLOT_UNITS * x_axis.place(x), y_at(y)
     yield _path(x, y), f"line {line.css}"
     if line.dots:
         # A stroke of no length with round caps is a dot that stays round however the plot is stretched.
@@ -198,10 +182,9 @@ def _paths(line: Series, plot: _Plot) -> Iterator[tuple[str, str]]:
 
 def _path(x: np.ndarray, y: np.ndarray) -> str:
     """Return straight lines through the points. NaN interrupts them; a point on its own becomes a dot."""
-    finite = np.isfinite(y)
     texts = [f"{_px(a)} {_px(b)}" for a, b in zip(x.tolist(), y.tolist(), strict=True)]
-    # Each stretch of finite points begins where `finite` changes to true, and ends where it changes back.
-    stretches = np.flatnonzero(np.diff(finite, prepend=False, append=False)).reshape(-1, 2).tolist()
+    # Each stretch of finite points begins where isfinite changes to true, and ends where it changes back.
+    stretches = np.flatnonzero(np.diff(np.isfinite(y), prepend=False, append=False)).reshape(-1, 2).tolist()
     paths = ["M" + "L".join(texts[start:end]) for start, end in stretches]
     return "".join(path if "L" in path else f"{path}h0" for path in paths)
 

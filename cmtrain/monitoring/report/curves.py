@@ -1,8 +1,7 @@
 """Choose and draw the curves of one run, or of several runs over each other."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,8 +19,7 @@ LOG_CHARTS: tuple[tuple[str, str, Scale], ...] = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class PlottedRun:
+class PlottedRun(NamedTuple):
     """A run, with the letter and colour of its lines where several runs share a chart."""
 
     record: RunRecord
@@ -38,34 +36,9 @@ class PlottedRun:
 
 def draw_charts(runs: Sequence[PlottedRun]) -> dict[str, list[Chart]]:
     """Draw `large_charts` and `small_charts`. A single run also shows its events and expected accuracy."""
-    expected = number(runs[0].record.config.get("expect.top1")) if len(runs) == 1 else None
-    level = None if expected is None else (expected, f"expected {percent(expected)}")
-    options: dict[str, Any] = {"x_high": max(1.0, *(run.last_step for run in runs))}
-    options["marks"] = hairlines(runs[0].record) if len(runs) == 1 else []
-    (losses, accuracies), large, small = _lines(runs), [], []
-    if losses:
-        large.append(line_chart("Loss", losses, key="loss", scale="auto", height_px=200, **options))
-    if accuracies:
-        how = options | {"height_px": 200, "percent": True, "level": level}
-        title = "Mean average precision" if _measure(runs) == "map" else "Top-1 accuracy"
-        large.append(line_chart(title, accuracies, key="accuracy", **how))
-    for key, title, scale in LOG_CHARTS:
-        series = [line for run in runs for line in _series(run, run.record.log, key, run.letter)]
-        if any((line.y[np.isfinite(line.y)] != 1).any() for line in series):
-            share = key.endswith("_ratio")
-            small.append(line_chart(title, series, key=key, scale=scale, percent=share, **options))
-    return {"large_charts": large, "small_charts": small}
-
-
-def _measure(runs: Sequence[PlottedRun]) -> str:
-    """Return what the runs were evaluated by: map if all of them are of several labels, else top1."""
-    return "map" if all(last(run.record.evaluations, "eval_map") is not None for run in runs) else "top1"
-
-
-def _lines(runs: Sequence[PlottedRun]) -> tuple[list[Series], list[Series]]:
-    """Return the lines of losses and of accuracies."""
-    measure = _measure(runs)
-    losses, accuracies = list[Series](), list[Series]()
+    # By mAP if all runs are of several labels
+    is_map = all(last(run.record.evaluations, "eval_map") is not None for run in runs)
+    measure, losses, accuracies = "map" if is_map else "top1", list[Series](), list[Series]()
     for run in runs:
         log, known = run.record.log, run.record.evaluations
         if len(runs) > 1:
@@ -78,7 +51,23 @@ def _lines(runs: Sequence[PlottedRun]) -> tuple[list[Series], list[Series]]:
             losses += _series(run, known, "eval_ema_loss", "validation, EMA", color=2, dots=True)
             accuracies += _series(run, known, f"eval_{measure}", "model", color=1, dots=True)
             accuracies += _series(run, known, f"eval_ema_{measure}", "EMA", color=2, dots=True)
-    return losses, accuracies
+    expected = number(runs[0].record.config.get("expect.top1")) if len(runs) == 1 else None
+    level = None if expected is None else (expected, f"expected {percent(expected)}")
+    options: dict[str, Any] = {"x_high": max(1.0, *(run.last_step for run in runs))}
+    options["marks"] = hairlines(runs[0].record) if len(runs) == 1 else []
+    large, small = [], []
+    if losses:
+        large.append(line_chart("Loss", losses, key="loss", scale="auto", height_px=200, **options))
+    if accuracies:
+        how = options | {"height_px": 200, "percent": True, "level": level}
+        title = "Mean average precision" if is_map else "Top-1 accuracy"
+        large.append(line_chart(title, accuracies, key="accuracy", **how))
+    for key, title, scale in LOG_CHARTS:
+        series = [line for run in runs for line in _series(run, run.record.log, key, run.letter)]
+        if any((line.y[np.isfinite(line.y)] != 1).any() for line in series):
+            share = key.endswith("_ratio")
+            small.append(line_chart(title, series, key=key, scale=scale, percent=share, **options))
+    return {"large_charts": large, "small_charts": small}
 
 
 def _series(run: PlottedRun, columns: Columns, column: str, name: str, **style: Any) -> list[Series]:

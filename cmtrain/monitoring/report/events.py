@@ -24,7 +24,6 @@ GLYPHS = {
     "rollback": "rollback", "ema_healed": "rollback", "checkpoint_failed": "failure", "diverged": "failure",
     "failed": "failure", "bad_file": "file", "finished": "end", "preempted": "end",
 }  # fmt: skip
-HAIRLINES = ("start", "rollback", "failure")
 MAX_HAIRLINES = 40
 MAX_ROWS_OF_A_KIND = 15
 MAX_NEWEST = 10
@@ -67,7 +66,7 @@ def hairlines(record: RunRecord) -> list[Mark]:
     found: list[Mark] = []
     for event in record.events:
         glyph = GLYPHS.get(event["event"])
-        if glyph in HAIRLINES and (step := _step_of(record, event)) > 0:
+        if glyph in ("start", "rollback", "failure") and (step := _step_of(record, event)) > 0:
             details = ", ".join(f"{key}: {value}" for key, value in _details(event))
             found.append((step, glyph, f"{_name(event)}, step {step:,.0f}. {details}"[:300]))
     return found[:: max(1, -(-len(found) // MAX_HAIRLINES))]

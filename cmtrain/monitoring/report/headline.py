@@ -4,20 +4,17 @@ Times cover all processes of the run, kills and resumes included, as far as its 
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from cmtrain.config.strict_yaml import emit
 from cmtrain.monitoring.units import duration, percent, short, workers
 from cmtrain.storage.run_record import RunRecord, is_number, last
 
 Headline = Iterable[tuple[str, str, str]]  # name, value, remark
 
 
-@dataclass(frozen=True)
-class Share:
+class Share(NamedTuple):
     """A part of a run's time. `kind` is its colour on the page."""
 
     name: str
@@ -25,8 +22,7 @@ class Share:
     seconds: float
 
 
-@dataclass(frozen=True)
-class Times:
+class Times(NamedTuple):
     """The times of a run. Both means are over the logged steps, without evaluations and checkpoints."""
 
     begin: float  # Unix time of the first record
@@ -51,7 +47,12 @@ def measure_times(record: RunRecord) -> Times:
     ends = [seen[seen < start].max(initial=seen[0]) for start in starts[1:]] + [seen[-1]]
     active_seconds = float(sum(end - start for start, end in zip(starts, ends, strict=True)))
 
-    num_images, seconds = _windows(record)
+    # Images and seconds of training between each log point and the one before it
+    batch_size, num_images, seconds = record.config.get("train.global_batch_size"), np.zeros(0), np.zeros(0)
+    speeds = record.log.get("images_per_second", np.empty(0))
+    if isinstance(batch_size, int) and speeds.size:
+        num_images = np.diff(record.log["step"], prepend=0) * batch_size
+        seconds = np.divide(num_images, speeds, out=np.zeros_like(num_images), where=speeds > 0)
     shares = _shares(record, seconds)
     total = sum(share.seconds for share in shares)
     if shares and active_seconds > total:
@@ -61,17 +62,6 @@ def measure_times(record: RunRecord) -> Times:
     waited = sum(share.seconds for share in shares if share.kind == "data_wait")
     wait_ratio = waited / trained if trained else None
     return Times(begin, end, active_seconds, len(starts), images, speed, wait_ratio, shares)
-
-
-def _windows(record: RunRecord) -> tuple[np.ndarray, np.ndarray]:
-    """Return images and seconds of training between each log point and the one before it."""
-    batch_size = record.config.get("train.global_batch_size")
-    images_per_second = record.log.get("images_per_second", np.empty(0))
-    if not isinstance(batch_size, int) or not images_per_second.size:
-        return np.zeros(0), np.zeros(0)
-    num_images = np.diff(record.log["step"], prepend=0) * batch_size
-    known = images_per_second > 0
-    return num_images, np.divide(num_images, images_per_second, out=np.zeros_like(num_images), where=known)
 
 
 def _shares(record: RunRecord, seconds: np.ndarray) -> list[Share]:
@@ -91,16 +81,6 @@ def _shares(record: RunRecord, seconds: np.ndarray) -> list[Share]:
         if known := [float(value) for value in spent if is_number(value)]:
             shares.append(Share(name, kind, sum(known)))
     return shares
-
-
-def summary(record: RunRecord) -> str:
-    """Return the run in one line: model, data, image size, precision, ranks."""
-    config, facts = record.config, environment_of(record)
-    parts = [config.get("model.name"), config.get("data.root")]
-    if "data.image_px" in config:
-        parts.append(f"{emit(config['data.image_px'])} px")
-    parts += [facts.get("precision"), facts.get("trained on")]
-    return " \u00b7 ".join(str(part) for part in parts if part)
 
 
 def headline(record: RunRecord, times: Times, last_step: float) -> Headline:

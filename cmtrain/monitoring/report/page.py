@@ -6,9 +6,8 @@ too. The template is templates/report.html, and charts.py draws the charts. Need
 
 import base64
 import io
-import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,9 @@ from PIL import Image
 
 from cmtrain.config.schema import defaults
 from cmtrain.config.strict_yaml import emit
-from cmtrain.monitoring.report.classes import class_section
+from cmtrain.monitoring.report import classes, events
 from cmtrain.monitoring.report.curves import PlottedRun, draw_charts
-from cmtrain.monitoring.report.events import event_rows
-from cmtrain.monitoring.report.headline import environment_of, headline, measure_times, number, summary
+from cmtrain.monitoring.report.headline import environment_of, headline, measure_times, number
 from cmtrain.monitoring.report.rendering import render_page
 from cmtrain.monitoring.units import duration, percent, short, state_name, utc
 from cmtrain.storage.records import remove_leftovers, replace_file
@@ -49,8 +47,7 @@ def report(paths: Sequence[str], out: str | None) -> None:
 
 def write_report(folders: Sequence[Path], target: Path) -> Path:
     """Write the report of `folders`; return `target`. Raises DataError: no run. OSError: not written."""
-    page = render([read_run(folder) for folder in folders])
-    return replace_file(target, page.encode(errors="replace"))
+    return replace_file(target, render([read_run(folder) for folder in folders]).encode(errors="replace"))
 
 
 def render(records: Sequence[RunRecord]) -> str:
@@ -76,14 +73,16 @@ def _run_page(run: PlottedRun) -> dict[str, Any]:
         name = "running?"
     exit_code, usual = status.get("exit_code"), TONES.get(str(status.get("state")), "warn")
     tone = "warn" if exit_code == 5 or name == "running?" else usual
+    config, known = record.config, {key: emit(value) for key, value in defaults().items()}
     return {
         "plot": run, "record": record, "state": name, "tone": tone, "exit_code": exit_code, "reason": reason,
-        "summary": summary(record), "began": utc(times.begin) if times.begin else "", "times": times,
-        "headline": list(headline(record, times, run.last_step)), "events": event_rows(record),
+        "began": utc(times.begin) if times.begin else "", "times": times,
+        "headline": list(headline(record, times, run.last_step)), "events": events.event_rows(record),
         "evaluations": _table(record.evaluations), "log": _table(record.log, leave_out=("time",)),
-        "classes": class_section(record),
+        "classes": classes.class_section(record),
         "sheets": {name.partition(".")[0]: sheet_uri(path) for name, path in record.sheets.items()},
-        "config": list(_config_lines(record)), "environment": environment_of(record),
+        "config": {key: (text := emit(value), text != known.get(key)) for key, value in config.items()},
+        "environment": environment_of(record),
     }  # fmt: skip
 
 
@@ -115,16 +114,6 @@ def sheet_uri(path: Path) -> str | None:
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return None
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
-
-
-def _config_lines(record: RunRecord) -> Iterator[tuple[str, bool]]:
-    """Yield the lines of the configuration, each with whether it differs from the default."""
-    known = defaults()
-    for section, items in itertools.groupby(record.config.items(), key=lambda item: item[0].split(".")[0]):
-        yield f"{section}:", False
-        for name, value in items:
-            changed = name not in known or emit(value) != emit(known[name])
-            yield f"  {name.removeprefix(section + '.')}: {emit(value)}", changed
 
 
 def _differences(tables: Sequence[dict[str, str]]) -> list[tuple[str, list[str]]]:
