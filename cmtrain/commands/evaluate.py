@@ -45,7 +45,7 @@ def evaluate_trained(options: argparse.Namespace, overrides: load.Overrides) -> 
     names = trained.class_names or loaders.open_data(config, accelerator).train.class_names
     manifest = loaders.open_val(config, names, options.folder)
     print_lines(*split_doubts(manifest, "images"))
-    batch_size, _ = schedule.split_batch(config.train.global_batch_size, config.train.max_batch_per_gpu, 1)
+    batch_size = schedule.images_at_once(config)
     count, outputs = len(manifest), num_classes_in(weights[0], config.model.name)
     labels = [*names, *map(str, range(len(names), outputs))]
     among = None

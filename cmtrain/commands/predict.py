@@ -42,7 +42,7 @@ def predict(files: Sequence[str], options: argparse.Namespace, overrides: Overri
         model.to(accelerator.device)
     place, lines = loaders.place_loaders(config, accelerator)
     manifest = Manifest.from_files(files)
-    batch_size, _ = schedule.split_batch(config.train.global_batch_size, config.train.max_batch_per_gpu, 1)
+    batch_size = schedule.images_at_once(config)
     any_bad = replace(place, max_bad_fraction=1.0)
     loader = loaders.make_eval_loader(config, manifest, batch_size, accelerator, any_bad)
     given = {os.path.abspath(file): file for file in files}

@@ -118,6 +118,12 @@ def split_batch(
     return micro_batch_size, accumulation
 
 
+def images_at_once(config: Config) -> int:
+    """Return how many images a command evaluates at a time; with auto, what fits most GPUs."""
+    most = config.train.max_batch_per_gpu
+    return min(config.train.global_batch_size, 512 if isinstance(most, str) else most)
+
+
 def plan_steps(config: Config, num_samples: int, num_processes: int) -> Schedule:
     """Plan all steps of the run. Raises ConfigError or DataError when the numbers do not fit."""
     sizes = {"global_batch_size", "max_batch_per_gpu"}
