@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import errno
+import hashlib
 import io
 import json
 import os
@@ -23,6 +24,7 @@ SUMMARY_HEADER = ",".join(SUMMARY_COLUMNS)
 WEIGHTS_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
 CLASSES_NAME, REPORT_NAME, RECEIPT_NAME = "classes.json", "report.html", "receipt.json"
 SAMPLE_NAME, MISTAKES_NAME = "augmented.png", "mistakes.png"
+HASHED = ("config.yaml", "log.jsonl", "summary.csv", CLASSES_NAME)
 RECORDS = (
     "config.yaml", "status.json", "log.jsonl", "summary.csv", "events.jsonl", CLASSES_NAME, REPORT_NAME,
     RECEIPT_NAME,
@@ -221,6 +223,19 @@ def is_alive(process: dict[str, Any]) -> bool | None:
     if process.get("host") != socket.gethostname() or not isinstance(pid, int) or pid <= 0:
         return None
     return records.is_running(pid)
+
+
+def write_receipt(run: Path, facts: dict[str, Any]) -> None:
+    """Write receipt.json, by which `cmtrain verify` knows a run again: `facts`, and `hashes` of files."""
+    content = json.dumps(facts | {"sha256": hashes(run)}, indent=1, default=str)
+    replace_file(run / RECEIPT_NAME, f"{content}\n")
+
+
+def hashes(run: Path) -> dict[str, str]:
+    """Return the SHA-256 of each of HASHED and of each checkpoint's manifest, which has its content's."""
+    files = [run / name for name in HASHED] + sorted(run.glob("checkpoints/step-*/manifest.json"))
+    found = {str(path.relative_to(run)): path.read_bytes() for path in files if path.is_file()}
+    return {name: hashlib.sha256(content).hexdigest() for name, content in found.items()}
 
 
 def _step_of_row(line: bytes) -> float | None:

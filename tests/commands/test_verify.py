@@ -33,7 +33,7 @@ def test_a_true_run_passes_bit_for_bit(job):
 
 def receipt_agrees(job):
     """Make the receipt of what is there now, as who edits a record could."""
-    from cmtrain.training.receipt import hashes
+    from cmtrain.storage.run_folder import hashes
 
     path = job.run / "receipt.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"sha256": hashes(job.run)}))

@@ -45,7 +45,7 @@ class Again:
         """Open `run` at the last whole checkpoint before `step`, or at that of the step `since` (0: at the
         beginning); with the recipe that it had at `step`. Raises ConfigError: no such step; as training.
         """
-        self.run, root = run, run / "checkpoints"
+        root = run / "checkpoints"
         steps = retried(checkpoint_steps, root)
         later, meta = [saved for saved in steps if saved >= step], dict[str, Any]()
         for saved in [*later[:1], *reversed(steps)]:  # the one after it has its recipe, whatever came later
@@ -87,15 +87,15 @@ class Again:
         """Take the next step; return its micro-batches."""
         taken = list(itertools.islice(self.batches, self.parts.schedule.accumulation))
         self.learner.images_per_pass = self.passes.get(self.done + 1, self.learner.images_per_pass)
-        self.learner.step(iter(taken), self.done, self.lr)
+        self.last_lr = self.lr
+        self.learner.step(iter(taken), self.done, self.last_lr)
         self.done += 1
         return taken
 
     def report(self) -> StepReport:
-        """Return what the run logged after the step just taken, if that was a log point."""
-        lr = self.parts.schedule.lr_at(self.done - 1) * self.parts.recovery.lr_factor(self.done - 1)
-        epoch = (self.done - 1) // self.parts.schedule.steps_per_epoch
-        return self.learner.report(self.done, epoch, lr, reset=self.done % self.log_every_steps == 0)
+        """Return what the run logged after the step just taken, but the epoch, if that was a log point."""
+        resets = self.done % self.log_every_steps == 0
+        return self.learner.report(self.done, 0, self.last_lr, reset=resets)
 
     def state(self) -> dict[str, Tensor]:
         """Return the tensors of model, EMA and optimizer by name; see tensors_in."""

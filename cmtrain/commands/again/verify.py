@@ -19,9 +19,8 @@ from cmtrain.step.measure import StepReport
 from cmtrain.storage import checkpoint as storage
 from cmtrain.storage.checkpoint import Loaded, checkpoint_path, checkpoint_steps
 from cmtrain.storage.records import finite, is_number, read_json, read_records
-from cmtrain.storage.run_folder import RECEIPT_NAME, find_run, read_events
+from cmtrain.storage.run_folder import RECEIPT_NAME, find_run, hashes, read_events
 from cmtrain.storage.state_file import CheckpointError
-from cmtrain.training.receipt import hashes
 from pipelines.progress import tracked
 from pipelines.spec import DataError, os_errors_in_one_line, print_lines
 
