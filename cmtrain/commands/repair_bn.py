@@ -28,7 +28,7 @@ from cmtrain.step.evaluate import Evaluation, evaluate
 from cmtrain.step.mixing import MixSpec, mix
 from cmtrain.storage import checkpoint, run_folder, state_file, weights
 from cmtrain.training import build, loaders
-from cmtrain.training.schedule import split_batch
+from cmtrain.training.schedule import images_at_once, split_batch
 from pipelines.atomic import replacing
 from pipelines.progress import tracked
 from pipelines.spec import DataError, Loader, print_lines
@@ -89,6 +89,8 @@ def repair_bn(
     placement, lines = loaders.place_loaders(config, accelerator)
     print_lines(*lines)
     data = loaders.open_data(config, accelerator)
+    limits = {"max_batch_per_gpu": images_at_once(config)}
+    config = config.model_copy(update={"train": config.train.model_copy(update=limits)})
     schedule = build.plan_steps(config, len(data.train), 1)
     split_batch(schedule.global_batch_size, schedule.max_batch_per_gpu, 1, has_batchnorm=True)
     num_classes = loaders.num_classes_of(config, data.train)

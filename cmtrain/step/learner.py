@@ -20,7 +20,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 
 from cmtrain.step.guard import Guard, running_statistics
@@ -31,6 +30,8 @@ from cmtrain.step.spikes import Spike, SpikeDetector
 from pipelines.spec import Batch
 
 MIN_LOSS_SCALE = 1.0
+# What torch, CUDA and cuBLAS raise
+LACKS_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 class Learner:
@@ -59,6 +60,7 @@ class Learner:
         self.mixing, self.accumulation, self.clip_grad, self.seed = mixing, accumulation, clip_grad, seed
         self.class_weights, self.clip_mode, self.teacher = class_weights, clip_mode, teacher
         self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.hyperparameters = {*optimizer.defaults, "lr_scale"} - {"lr"}
         self.buffer = StepBuffer(accelerator.num_processes)
         self.detector = SpikeDetector(spike_sigma)
         self.spikes: list[Spike] = []  # found by the last report
@@ -69,6 +71,7 @@ class Learner:
         self.last_forward: tuple[int, Tensor] | None = None  # torch's seed and the images
         self.images_per_pass: float = math.inf  # fewer, once a pass has run out of memory
         self.any_rank: Callable[[bool], bool] = bool  # whether this is true on any rank, for all together
+        self.is_reading = False  # a batch: an error of the loader is none of a pass
         self.reduced_from: int | None = None  # number of collectives before the last backward pass
 
     def _wrap(self) -> Any:
@@ -113,14 +116,14 @@ class Learner:
             try:
                 loss = self._forward_and_backward(taken, batches, step)
             except RuntimeError as error:
-                if not (isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)):
+                if self.is_reading or not any(text in str(error) for text in LACKS_MEMORY):
                     raise
                 failed = str(error)  # alone: the error itself keeps all activations
             if failed:
                 self._join_reductions()
             if not self.any_rank(bool(failed)) and loss is not None:
                 break
-            self._take_fewer(len(taken[0].indices) if taken else 0, failed)
+            self._take_fewer(len(taken[0].indices), failed)
         self.phases.begin("optimizer")
         self._update(loss, step)
         self.phases.end_step()
@@ -137,7 +140,9 @@ class Learner:
         for turn in range(self.accumulation):
             self.phases.begin("")
             if turn == len(taken):
+                self.is_reading = True
                 taken.append(next(batches))
+                self.is_reading = False
             images, labels, indices = taken[turn]
             self.phases.begin("forward")
             # The number of this micro-batch within the global batch, whichever rank works on it.
@@ -154,14 +159,14 @@ class Learner:
                     torch_seed = _torch_seed(self.seed, step, micro)
                     torch.manual_seed(torch_seed)
                 is_last = turn == self.accumulation - 1 and number == passes - 1
-                how = torch_seed, self.accumulation * passes, is_last
-                loss_of_step += self._pass(images[part], targets[part], *how)
+                count = self.accumulation * len(images) / len(images[part])
+                loss_of_step += self._pass(images[part], targets[part], torch_seed, count, is_last)
                 self.last_indices.append(indices[part])
         return loss_of_step
 
-    def _pass(self, images: Tensor, targets: Tensor, torch_seed: int, count: int, is_last: bool) -> Tensor:
-        """Do one forward and backward pass, one of the `count` of a step; return its share of the loss.
-        With the `is_last` one, ranks add up their gradients.
+    def _pass(self, images: Tensor, targets: Tensor, torch_seed: int, count: float, is_last: bool) -> Tensor:
+        """Do one forward and backward pass, one of `count` of this size in a step; return its share of the
+        loss. With the `is_last` one, ranks add up their gradients.
         """
         if count > self.accumulation:  # a part of a micro-batch, whose images lie apart
             images = images.contiguous(memory_format=torch.channels_last)
@@ -181,24 +186,27 @@ class Learner:
         return loss.detach() / count
 
     def _num_passes(self, size: int) -> int:
-        """Return into how many passes of equal size a micro-batch of `size` images is divided."""
-        return next(n for n in range(1, size + 1) if size % n == 0 and size // n <= self.images_per_pass)
+        """Return into how many passes, of two images at least, a micro-batch of `size` images is divided."""
+        return max(1, min(math.ceil(size / self.images_per_pass), size // 2))
 
     def _take_fewer(self, size: int, failed: str) -> None:
         """Undo a step before its update; from now on, divide micro-batches of `size` images further. For all
         ranks. `failed`: why this rank's step did; "": another rank's did. Raises OutOfMemoryError: a pass
         would have a single image.
         """
-        passes = self._num_passes(size) if size else 1
-        more = [number for number in range(passes + 1, size // 2 + 1) if size % number == 0]
-        if not more:
+        passes = self._num_passes(size)
+        if passes >= size // 2:
             raise torch.OutOfMemoryError(failed or "another rank ran out of memory")
-        self.images_per_pass = size // next((n for n in more if n >= 2 * passes), more[-1])
-        self.optimizer.zero_grad(set_to_none=True)
-        self.last_forward, self.phases.marks = None, []
+        self.images_per_pass = math.ceil(size / min(2 * passes, size // 2))
+        self._free()
         if self.accelerator.num_processes > 1:
             self._wrap_again()
         self.guard.discard()
+
+    def _free(self) -> None:
+        """Free what a step holds that was given up."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.last_forward, self.phases.marks = None, []
         if self.accelerator.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -212,6 +220,7 @@ class Learner:
         """
         if self.accelerator.num_processes == 1:
             return
+        self._free()
         reducer, done = self.wrapped.reducer, 0
         if self.reduced_from is None:
             reducer._rebuild_buckets()  # as their forward pass may do
@@ -331,7 +340,12 @@ class Learner:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name, module in self.weights.items():
             module.load_state_dict(state[name])
+        own = [{name: group[name] for name in self.hyperparameters} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
+        for group, values in zip(
+            self.optimizer.param_groups, own, strict=True
+        ):  # --resume force changes some
+            group |= values
         self.guard.load_state_dict(state["guard"])
         self.detector.load_state_dict(state["spikes"])
         self.buffer.load_state_dict(state["window"])

@@ -24,7 +24,7 @@ SUMMARY_HEADER = ",".join(SUMMARY_COLUMNS)
 WEIGHTS_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
 CLASSES_NAME, REPORT_NAME, RECEIPT_NAME = "classes.json", "report.html", "receipt.json"
 SAMPLE_NAME, MISTAKES_NAME = "augmented.png", "mistakes.png"
-HASHED = ("config.yaml", "log.jsonl", "summary.csv", CLASSES_NAME)
+HASHED = ("config.yaml", "log.jsonl", "events.jsonl", "summary.csv", CLASSES_NAME)
 RECORDS = (
     "config.yaml", "status.json", "log.jsonl", "summary.csv", "events.jsonl", CLASSES_NAME, REPORT_NAME,
     RECEIPT_NAME,

@@ -37,7 +37,7 @@ from cmtrain.training import loaders
 from cmtrain.training.pretrained import find_pretrained, load_pretrained
 from cmtrain.training.recovery import Recovery
 from cmtrain.training.resume import Start, choose_start
-from cmtrain.training.schedule import Schedule, plan_steps, split_batch
+from cmtrain.training.schedule import Schedule, images_at_once, plan_steps, split_batch
 from pipelines.spec import DataError
 
 
@@ -97,7 +97,8 @@ def assemble(config: Config, lock: RunLock, resume: str, data: loaders.Data | No
         notes.append(note)
     # The loaders are not prepared by accelerate: order, sharding and every random draw are the plan's.
     train_loader = loaders.make_train_loader(config, data.train, schedule, accelerator, place)
-    eval_loader = loaders.make_eval_loader(config, data.val, schedule.micro_batch_size, accelerator, place)
+    at_once = min(schedule.micro_batch_size, images_at_once(config))
+    eval_loader = loaders.make_eval_loader(config, data.val, at_once, accelerator, place)
     sets = loaders.label_sets(data.train, num_classes, accelerator.device)
     teacher, lines = make_teacher(config, num_classes, data.train.class_names, accelerator.device)
     notes += lines

@@ -321,13 +321,13 @@ class RunLogger:
             result = self._result(state, results) if results else None
             end: dict[str, Any] = {"step": self.step, "exit_code": exit_code, "reason": reason}
             self._event(state, **end)
-            facts = {"code": version_of_code(), "environment": machine.environment(), "result": result}
-            self.losses.attempt(run_folder.RECEIPT_NAME, run_folder.write_receipt, self.path, facts)
             self.report_losses()  # before status.json, which has them
             is_written = self.folder.status(state=state, result=result, retries=True, **end)
             status = self.folder.snapshot()
             place = f", {step_place(status, self.step)}" if is_part(status) else ""
             self.console.line(reason if state == "preempted" else f"{state_name(status)}{place}: {reason}")
+            facts = {"code": version_of_code(), "environment": machine.environment(), "result": result}
+            self.losses.attempt(run_folder.RECEIPT_NAME, run_folder.write_receipt, self.path, facts)
             report_path = self.path / run_folder.REPORT_NAME
             if self.losses.attempt(run_folder.REPORT_NAME, write_report, [self.path], report_path):
                 self.console.line(f"report {report_path}")

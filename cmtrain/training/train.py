@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from cmtrain import __version__, errors
 from cmtrain.config.load import source_of
 from cmtrain.config.schema import Config, flat, to_yaml
-from cmtrain.monitoring import trackers, units
+from cmtrain.monitoring import machine, trackers, units
 from cmtrain.processes.collectives import gather, leave_together
 from cmtrain.processes.failure import stop_code
 from cmtrain.processes.rank import is_lost_contact, report_failure
@@ -35,7 +35,7 @@ from cmtrain.training.recovery import Recovery, find_overflow, merge_ranks
 from cmtrain.training.resume import restore
 from cmtrain.training.run_logger import RunLogger
 from cmtrain.training.saver import Saver
-from cmtrain.training.schedule import Schedule
+from cmtrain.training.schedule import Schedule, images_at_once
 from pipelines.files.manifest import Manifest
 from pipelines.preview import contact_sheet
 from pipelines.spec import Batch
@@ -86,9 +86,11 @@ def run(
     def lr_of(step: int) -> float:
         return schedule.lr_at(step) * recovery.lr_factor(step)
 
+    eval_size = min(schedule.micro_batch_size, images_at_once(config))
+
     def val_batches() -> Iterator[Batch]:
         batches = watchdog.over(parts.eval_loader.epoch(0), "evaluation", logger.step)
-        return stop.interrupting(batches, len(data.val) // (world_size * schedule.micro_batch_size))
+        return stop.interrupting(batches, len(data.val) // (world_size * eval_size))
 
     def evaluate_after(step: int, *, log: bool = True) -> tuple[dict[str, Evaluation], bool]:
         """Return the results, {} if a stop signal came, and whether they are the run's best."""
@@ -106,6 +108,7 @@ def run(
         return results, improved
 
     received, diverged, results = 0, "", dict[str, Evaluation]()
+    passes: list[tuple[int, float]] = []  # from which step on, with how many images at most
     try:
         if start.checkpoint:
             saver.resume(start.checkpoint.meta, data.val.fingerprint)
@@ -132,7 +135,8 @@ def run(
             watchdog.begin("step", step)
             num_images = learner.step(batches, step, lr)
             if learner.images_per_pass != images_per_pass:
-                logger.ran_out_of_memory(step + 1, learner.images_per_pass)
+                passes.append((step + 1, learner.images_per_pass))
+                logger.ran_out_of_memory(*passes[-1])
             done, epoch = step + 1, step // schedule.steps_per_epoch
             final = done == last_step
             logger.count_step(
@@ -169,7 +173,7 @@ def run(
                 progress = progress_at(done, schedule) | {"evaluation_due": evaluates and not results}
                 recovered = {"recovery": recovery.state_dict(), "progress": progress}
                 checked = repair_or_reject(**learner.weights) if config.guard.enabled else FiniteCheck()
-                meta = meta_of(config, parts, milestone=milestone)
+                meta = meta_of(config, parts, passes, milestone=milestone)
                 saver.save(learner.state_dict() | recovered, done, meta, checked, last=final or received > 0)
                 clock.lap()
             if received:
@@ -298,14 +302,18 @@ def progress_at(done: int, schedule: Schedule) -> dict[str, int]:
     return {"step": done, "epoch": epoch, "samples": steps_into_epoch * schedule.global_batch_size}
 
 
-def meta_of(config: Config, parts: Parts, *, milestone: bool) -> dict[str, Any]:
-    """Return the origin of a checkpoint, for its manifest."""
+def meta_of(
+    config: Config, parts: Parts, passes: Sequence[tuple[int, float]], *, milestone: bool
+) -> dict[str, Any]:
+    """Return the origin of a checkpoint, for its manifest. `passes`: images in a pass, since some steps."""
     versions = {"cmtrain": __version__, "torch": torch.__version__, "python": platform.python_version()}
     return {
         "config": config.model_dump(mode="json"), "fingerprint": parts.fingerprint,
         "val_fingerprint": parts.data.val.fingerprint, "micro_batch_size": parts.schedule.micro_batch_size,
         "world_size": parts.accelerator.num_processes, "versions": versions, "milestone": milestone,
-        "images_per_pass": finite(parts.learner.images_per_pass),
+        "images_per_pass": finite(parts.learner.images_per_pass), "passes": list(passes),
+        "first_step": parts.start.step, "rollbacks": parts.recovery.rollback_steps,
+        "environment": machine.environment(),
     }  # fmt: skip
 
 

@@ -6,6 +6,8 @@ import shutil
 import pytest
 from helpers.runs import Forked, after_start
 
+from cmtrain.storage.checkpoint import load_checkpoint, save_checkpoint
+
 
 def verify(job, *arguments, code=0):
     command = ["cmtrain", "verify", str(job.run), "--segments", "9", "--json", *arguments]
@@ -27,7 +29,7 @@ def test_a_true_run_passes_bit_for_bit(job):
     found, lines = verify(job, "--tolerance", "0")
     assert found["wrong"] == []
     assert found["stretches"] == [[0, 4], [4, 6], [6, 7], [7, 8], [8, 12], [12, 13]]
-    assert found["receipt"].startswith("receipt.json has 10 digests")
+    assert found["receipt"].startswith("receipt.json has 11 digests")
     assert lines[-1].endswith("what its recipe gives, as far as it was taken again")
 
 
@@ -84,3 +86,86 @@ def test_a_run_that_goes_on_has_no_receipt_until_its_end(job, make_job):
     assert found["receipt"] == "no receipt.json, which a run writes at its end"
     _, lines = verify(make_job("none"), code=3)
     assert "no run" in lines[0]
+
+
+def kept(make_job, **sections):
+    return make_job(run={"name": "job"}, checkpoint={"every_steps": 4, "keep": 9}, **sections)
+
+
+def test_each_part_of_a_run_is_compared_as_it_was_trained(make_job):
+    """With two ranks, then one; with another split, log interval and guard: all of that is free to change."""
+    job = kept(make_job)
+    job("--max-steps", "7", nproc=2)
+    changes = ("--train.log_every_steps", "3", "--train.max_batch_per_gpu", "4", "--guard.lr_backoff", "0.3")
+    job("--max-steps", "10", *changes)
+    found, lines = verify(job)
+    assert found["wrong"] == []
+    assert found["stretches"] == [[0, 4], [4, 6], [6, 7], [7, 8], [8, 10]]
+    assert "differences of 2% are allowed: the run had several ranks" in lines
+    assert lines[-1] == f"{job.run}: 10 of 10 steps taken again: what its recipe gives"
+
+
+def test_what_spans_a_start_is_left_out(make_job):
+    """Only one checkpoint is kept; a forced recipe came in the middle of what is left."""
+    job = make_job(run={"name": "job"}, checkpoint={"every_steps": 4, "keep": 1})
+    job("--max-steps", "5")
+    job("--max-steps", "13", "--resume", "force", "--optim.lr", "1e-3")
+    found, lines = verify(job)
+    assert found["wrong"] == []
+    assert any("are left out: the run was started again in it" in line for line in lines)
+    assert sum(end - begin for begin, end in found["stretches"]) < 13
+
+
+def test_another_weight_decay_by_force_is_one(make_job):
+    job, other = kept(make_job), make_job("other", run={"name": "job"}, checkpoint={"every_steps": 4})
+    for each, forced in ((job, ("--resume", "force", "--optim.weight_decay", "5.0")), (other, ())):
+        each("--max-steps", "4")
+        each("--max-steps", "8", *forced)
+    assert job.log()[1]["loss"] == other.log()[1]["loss"]
+    assert job.log()[3]["weight_norm"] < other.log()[3]["weight_norm"] - 0.1
+    verify(job)
+
+
+def test_a_forged_average_is_found_where_sums_differ(make_job):
+    job = kept(make_job)
+    job("--max-steps", "8", nproc=2)
+    loaded = load_checkpoint(job.run / "checkpoints" / "step-000000008")
+    for tensor in loaded.state["ema"].values():
+        tensor.fill_(1)
+    shutil.rmtree(loaded.path)
+    save_checkpoint(loaded.path.parent, 8, loaded.state, loaded.meta)
+    receipt_agrees(job)
+    found, _ = verify(job, code=5)
+    assert "step-000000008: its ema is " in found["wrong"][-1]
+
+
+def test_an_edited_accuracy_is_found(job):
+    path = job.run / "summary.csv"
+    table = [line.split(",") for line in path.read_text().splitlines()]
+    table[1][4] = "0.999"
+    path.write_text("".join(",".join(row) + "\r\n" for row in table))
+    receipt_agrees(job)
+    found, _ = verify(job, code=5)
+    assert "eval_top1 of step 6 is 0.999 in summary.csv, and 0." in found["wrong"][-1]
+
+
+def test_an_event_hides_nothing(job):
+    path = job.run / "log.jsonl"
+    path.write_text(
+        path.read_text().replace('"step": 8, "epoch": 1, "loss": ', '"step": 8, "epoch": 1, "loss": 1')
+    )
+    with open(job.run / "events.jsonl", "a") as events:
+        events.write('{"time": 1, "event": "rollback", "step": 8}\n')
+    receipt_agrees(job)
+    found, _ = verify(job, code=5)
+    assert "loss of step 8 is 1" in found["wrong"][-1]
+
+
+def test_damage_is_a_finding_and_the_rest_is_checked(job):
+    state = job.run / "checkpoints" / "step-000000007" / "state.safetensors"
+    state.write_bytes(state.read_bytes()[:-9])
+    (job.run / "checkpoints" / "step-000000012" / "manifest.json").write_text("{}")
+    found, lines = verify(job, code=5)
+    assert sum("step-000000007" in line for line in found["wrong"]) == 2  # it ends a stretch, and begins one
+    assert any("not a manifest" in line for line in found["wrong"])
+    assert lines[-1].endswith("not what it claims to be")

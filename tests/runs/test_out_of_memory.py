@@ -1,9 +1,11 @@
 """A step that runs out of memory is done again in smaller passes, by all ranks, and the run goes on."""
 
+import math
+
 import pytest
 import torch
 from helpers.mini import NUM_CLASSES, Mini, batch, make_learner
-from helpers.runs import Forked, assert_same_state, losses
+from helpers.runs import Forked, assert_same_state, losses, wait_for
 
 from cmtrain.step.mixing import MixSpec
 
@@ -147,3 +149,48 @@ def test_smaller_passes_have_the_images_and_targets_of_the_whole_batch():
         together = torch.stack(parts[2 * number : 2 * number + 2], dim=1).flatten(0, 1)
         assert torch.equal(together, whole[number])
     assert torch.allclose(parts[-1], whole[-1], rtol=1e-3)  # loss and gradient norm, in fp16
+
+
+def test_memory_that_a_lost_process_lacked_is_forgotten(make):
+    """Killed before a checkpoint, and done again where there is enough; the event stays in events.jsonl."""
+    job, other = make("job"), make("other")
+    rarely = ("--checkpoint.every_epochs", "99", "--evaluate.every_epochs", "99")
+    lacking = job.start(*rarely, LIMIT="8", LACKS="all", FROM="2")
+    events = job.run / "events.jsonl"
+    wait_for(lambda: events.exists() and '"out_of_memory"' in events.read_text(), lacking)
+    lacking.kill()
+    lacking.communicate()
+    job("--max-steps", "10")
+    other("--max-steps", "10")
+    assert_same_state(job, other)
+    process = Forked(["cmtrain", "verify", str(job.run), "--tolerance", "0"], job.folder, {}, 1)
+    _, err = process.communicate()
+    assert process.returncode == 0, err
+
+
+@pytest.mark.parametrize(("size", "least"), [(17, 3), (16, 2), (3, 3)])
+def test_no_pass_has_a_single_image(size, least):
+    sizes = []
+
+    class Looks(Mini):
+        def forward(self, x):
+            sizes.append(len(x))
+            return super().forward(x)
+
+    learner = make_learner(model=Looks())
+    learner.images_per_pass = 1
+    learner.step(iter([batch(0, size=size)]), 0, 0.05)
+    assert (sum(sizes), max(sizes)) == (size, least)
+    assert min(sizes) >= 2
+
+
+@pytest.mark.parametrize("text", ["cuDNN error: CUDNN_STATUS_NOT_SUPPORTED.", "shapes do not fit"])
+def test_other_errors_are_no_lack_of_memory(text):
+    class Fails(Mini):
+        def forward(self, x):
+            raise RuntimeError(text)
+
+    learner = make_learner(model=Fails())
+    with pytest.raises(RuntimeError, match=text.split(".")[0]):
+        learner.step(iter([batch(0)]), 0, 0.05)
+    assert learner.images_per_pass == math.inf

@@ -45,7 +45,7 @@ def resources(pid):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(9000)
 def test_nothing_is_lost_and_nothing_grows(make_job, figure):
     port = free_port()
     undisturbed = make_job("undisturbed", **SECTIONS, metrics={"enabled": True, "port": port})

@@ -4,6 +4,7 @@ Records name a step no finer than log points and checkpoints. So both runs go on
 which they agree, step by step beside one another, until something that a step makes is another one.
 """
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from pipelines.progress import tracked
 from pipelines.spec import DataError, os_errors_in_one_line, print_lines
 
 OF_THE_MACHINE = ("time", "images_per_second")  # columns of the log, and those that end in _ratio
+OF_A_CHECKPOINT = ("fingerprint", "val_fingerprint", "micro_batch_size")
 SHOWN = 12  # settings that differ
 ALIKE = (
     "run.imports",
@@ -64,8 +66,9 @@ def _settings(records: Sequence[RunRecord]) -> list[str]:
         table = {key: value for key, value in record.config.items() if key not in ("run.name", "run.dir")}
         table |= {f"{key} (environment)": value for key, value in environment_of(record).items()}
         for step in checkpoint_steps(record.path / "checkpoints")[-1:]:
-            meta = read_manifest(checkpoint_path(record.path / "checkpoints", step))[1]
-            table |= {f"{key} of the images": meta[key] for key in ("fingerprint", "val_fingerprint")}
+            with contextlib.suppress(CheckpointError):
+                meta = read_manifest(checkpoint_path(record.path / "checkpoints", step))[1]
+                table |= {f"{key} (checkpoint)": meta.get(key) for key in OF_A_CHECKPOINT}
         tables.append(table)
     a, b = tables
     return [f"{key}: {a.get(key)} in A, {b.get(key)} in B" for key in a | b if a.get(key) != b.get(key)]

@@ -13,11 +13,11 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from cmtrain.commands.again.steps import Again, leaves_of, rollbacks_of
+from cmtrain.commands.again.steps import Again, leaves_of
 from cmtrain.config.load import Overrides
 from cmtrain.monitoring.console import print_result
 from cmtrain.storage.records import finite
-from cmtrain.storage.run_folder import find_run, read_status
+from cmtrain.storage.run_folder import find_run, read_events, read_status
 from cmtrain.training import loaders
 from cmtrain.training.build import Parts
 from pipelines.plan import augment_params
@@ -61,8 +61,9 @@ def replay(place: str, overrides: Overrides, *, step: int, out: str | None, as_j
     again = Again(run, overrides, step)
     parts, before = again.parts, again.done
     print_lines(*parts.notes, f"{run}: from {f'step {before}' if before else 'the beginning'} to {step}")
-    print_lines(*(f"the run went back to an older state at step {at}; this does not"
-                  for at in rollbacks_of(run) if before < at < step))  # fmt: skip
+    back = [event["step"] for event in read_events(run) if event["event"] == "rollback"]
+    print_lines(*(f"the run went back to an older state at step {at}; this does not" for at in back
+                  if before < at < step))  # fmt: skip
     if (read_status(run) or {}).get("step", step) < step:
         print_lines(f"the run has not taken step {step}; this is what it would be")
     found = _replayed(again, step)

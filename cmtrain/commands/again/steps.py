@@ -22,7 +22,8 @@ from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves
 
 from cmtrain.commands.trained_model import config_in
 from cmtrain.config.load import Overrides, load_config
-from cmtrain.config.schema import Config, recipe_changes
+from cmtrain.config.schema import Config, flat
+from cmtrain.config.strict_yaml import emit
 from cmtrain.errors import ConfigError
 from cmtrain.step.measure import StepReport
 from cmtrain.storage.checkpoint import checkpoint_path, checkpoint_steps, read_manifest
@@ -32,7 +33,12 @@ from cmtrain.storage.state_file import CheckpointError
 from cmtrain.training import build, loaders
 from cmtrain.training.resume import restore
 from cmtrain.training.schedule import split_batch
-from pipelines.spec import Batch, os_errors_in_one_line, print_lines
+from pipelines.spec import Batch, DataError, os_errors_in_one_line, print_lines
+
+# Keys that are of the machine, and change nothing that a step makes
+LOCAL = ("data.root", "data.cache_dir", "data.cache_gb", "data.threads", "data.decode",
+         "data.hw_decoder_load", "data.prefetch_batches")  # fmt: skip
+STARTS = ("started", "resumed")
 
 Marks = dict[str, str]  # what a step makes, in that order: name -> value, or "#" and a digest of it
 
@@ -51,14 +57,13 @@ class Again:
         for saved in [*later[:1], *reversed(steps)]:  # the one after it has its recipe, whatever came later
             with contextlib.suppress(CheckpointError, OSError):
                 meta = meta or read_manifest(checkpoint_path(root, saved))[1]
-        config = _config_at(run, overrides, meta, is_older=bool(later))
-        then = config_in(meta, ()) if meta else config  # it may log at other steps now
-        self.log_every_steps = then.train.log_every_steps
-        micro_batch_size = meta.get("micro_batch_size")
+        self.meta, config = meta, _config_at(run, overrides, meta, then=bool(later))
+        self.log_every_steps = config.train.log_every_steps
+        micro_batch_size, events = meta.get("micro_batch_size"), read_events(run)
         if not micro_batch_size:
-            world_size = int(next((e["world_size"] for e in read_events(run) if "world_size" in e), 1))
-            sizes = config.train.global_batch_size, config.train.max_batch_per_gpu, world_size
-            micro_batch_size = split_batch(*sizes)[0]
+            sizes = [event["world_size"] for event in events if str(event.get("world_size")).isdecimal()]
+            train = config.train.global_batch_size, config.train.max_batch_per_gpu, int([*sizes, 1][0])
+            micro_batch_size = split_batch(*train)[0]
         before = [saved for saved in steps if saved < step][-2:]  # two, should the newest be damaged
         with tempfile.TemporaryDirectory() as folder:  # the run itself may go on, and is left as it is
             for saved in before if since is None else {since} - {0}:
@@ -74,8 +79,12 @@ class Again:
         if checkpoint := self.parts.start.checkpoint:
             restore(self.learner, checkpoint)
             self.parts.recovery.load_state_dict(checkpoint.state["recovery"])
-        events = [event for event in read_events(run) if event["event"] == "out_of_memory"]
-        self.passes = {event["step"]: event["images_per_pass"] for event in events}
+        # Of the process that took this step; another may have had more memory.
+        begun = max((place for place, e in enumerate(events) if e["event"] in STARTS), default=0)
+        lacks = [event for event in events[begun:] if event["event"] == "out_of_memory"]
+        tail = [(event["step"], event["images_per_pass"]) for event in lacks]
+        self.passes = dict(meta.get("passes", ()) if later else tail)
+        self.learner.any_rank = _refuse_smaller_passes
         self.batches = loaders.batches_from(self.done, self.parts.train_loader, self.parts.schedule)
 
     @property
@@ -103,7 +112,12 @@ class Again:
 
     def trace(self) -> Marks:
         """Take the next step; return all that it makes, from the learning rate to the new weights."""
-        marks, manifest, model = {"learning rate": repr(self.lr)}, self.parts.data.train, self.learner.model
+        manifest, model, size = (
+            self.parts.data.train,
+            self.learner.model,
+            self.parts.schedule.micro_batch_size,
+        )
+        marks = {"micro-batch size": str(size), "learning rate": repr(self.lr)}
         forward: Marks = {}
         with contextlib.ExitStack() as hooks:
             note = functools.partial(_note, forward, "mixed images", itertools.count(1))
@@ -147,11 +161,6 @@ def digest(tensor: Tensor) -> str:
     return f"#{hashlib.blake2b(content.data, digest_size=12).hexdigest()}"
 
 
-def rollbacks_of(run: Path) -> list[int]:
-    """Return the steps at which `run` went back to an older state in memory, which Again does not."""
-    return [event["step"] for event in read_events(run) if event["event"] == "rollback"]
-
-
 def leaves_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Return the modules of `model` that have none of their own, by name."""
     return [(name, module) for name, module in model.named_modules() if not list(module.children())]
@@ -162,12 +171,21 @@ def _note(marks: Marks, what: str, turns: Iterator[int], module: nn.Module, *see
     marks[f"{what}, pass {next(turns)},"] = " ".join(map(digest, tensors))
 
 
-def _config_at(run: Path, overrides: Overrides, meta: dict[str, Any], *, is_older: bool) -> Config:
-    """Return the configuration of `run`: that in `meta` if config.yaml `is_older` recipe's or damaged."""
+def _refuse_smaller_passes(failed: bool) -> bool:
+    if failed:
+        raise DataError("out of memory: a step taken again needs as much as the run had")
+    return False
+
+
+def _config_at(run: Path, overrides: Overrides, meta: dict[str, Any], *, then: bool) -> Config:
+    """Return the configuration of `run`: in `then`, that in `meta`, but for what is of the machine; else, or
+    if it is damaged, that in config.yaml.
+    """
     try:
-        config = load_config(run / "config.yaml", overrides).config
-        if not (is_older and meta and recipe_changes(meta["config"], config)):
-            return config
+        today = load_config(run / "config.yaml", overrides).config
+        if not (then and meta):
+            return today
+        overrides = [*((key, emit(value)) for key, value in flat(today).items() if key in LOCAL), *overrides]
     except ConfigError:
         if not meta:
             raise
