@@ -229,12 +229,10 @@ class _Draft:
                 self.mistake(place, _unknown_section(section, node.value), _printable(section))
                 continue
             self.sections[section] = place
-            if node.value is None or node.value is REFUSED:
-                continue
-            if not isinstance(node.value, dict):
+            keys = node.value if isinstance(node.value, dict) else {}
+            if node.value not in (None, REFUSED, keys):
                 self.mistake(place, f"is a section and must hold keys, got {show(node.value)}", section)
-                continue
-            for key, child in node.value.items():
+            for key, child in keys.items():
                 name, place = f"{section}.{key}", _Place(source, child.line)
                 if name in fields():
                     self.settings[name] = _Setting(child.value, place)
