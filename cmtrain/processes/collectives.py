@@ -78,8 +78,15 @@ def join(backend: str, timeout: datetime.timedelta) -> None:
         time.sleep(POLL_SECONDS)
 
     try:
-        while not is_host and not _answers(address, port):
-            wait(f"rank {rank} of {world_size} waits for rank 0 at {place}")
+        # Find rank 0
+        while not is_host:
+            try:
+                socket.create_connection((address, port), timeout=2).close()
+                break
+            except OSError:  # also a name that is not known yet
+                wait(f"rank {rank} of {world_size} waits for rank 0 at {place}")
+
+        # Meet the others
         store = dist.TCPStore(
             address, port, is_master=is_host, timeout=timeout, wait_for_workers=False, multi_tenant=True
         )
@@ -91,14 +98,6 @@ def join(backend: str, timeout: datetime.timedelta) -> None:
         dist.init_process_group(backend, store=own, rank=rank, world_size=world_size, timeout=timeout)
     except dist.DistError as error:
         raise DataError(f"ranks cannot meet at {place}: {' '.join(str(error).split())[:200]}") from error
-
-
-def _answers(address: str, port: int) -> bool:
-    try:
-        socket.create_connection((address, port), timeout=2).close()
-    except OSError:  # also a name that is not known yet
-        return False
-    return True
 
 
 def control_group(num_processes: int, timeout_seconds: float) -> Any:
