@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from cmtrain import __version__, errors
-from cmtrain.cli import model_verbs, start
+from cmtrain.cli import start
 from cmtrain.cli.arguments import Parser, Verb, count, help_page, out_file, positive, run_group
 from cmtrain.cli.data_verbs import DATA_VERBS
+from cmtrain.cli.model_verbs import MODEL_VERBS
 from cmtrain.commands import sweep
 from cmtrain.config import describe, load
 from cmtrain.config.schema import Config, to_yaml
@@ -297,11 +298,8 @@ def _config_reference(arguments: list[str]) -> None:
 
 _CONFIG_VERBS = {"show": _config_show, "schema": _config_schema, "reference": _config_reference}
 _VERBS: dict[str, Verb] = {
-    "train": _train, "doctor": _doctor, "demo": _demo, "sweep": _sweep, "eval": model_verbs.evaluate_trained,
-    "predict": model_verbs.predict_images, "export": model_verbs.export_trained,
-    "replay": model_verbs.replay_step, "diff": model_verbs.compare_runs, "verify": model_verbs.verify_run,
-    "status": _status,
-    "watch": _watch, "report": _report, "bench": _bench, "repair-bn": _repair_bn,
+    "train": _train, "doctor": _doctor, "demo": _demo, "sweep": _sweep, **MODEL_VERBS,
+    "status": _status, "watch": _watch, "report": _report, "bench": _bench, "repair-bn": _repair_bn,
     "data": partial(run_group, "data", DATA_VERBS), "config": partial(run_group, "config", _CONFIG_VERBS),
 }  # fmt: skip
 _READERS = ("status", "watch", "report", "config")  # they compute nothing, in one process

@@ -4,7 +4,7 @@ import os
 from contextlib import suppress
 
 from cmtrain.cli import start
-from cmtrain.cli.arguments import Parser, out_file, positive, share
+from cmtrain.cli.arguments import Parser, Verb, out_file, positive, share
 from cmtrain.config import load, schema
 from cmtrain.errors import ConfigError
 from cmtrain.storage.run_folder import find_export, find_run
@@ -14,8 +14,7 @@ RUN_HELP = "run folder, the name of one below runs, or a checkpoint"
 FORMATS = ("timm", "onnx", "torch-export")
 
 
-def evaluate_trained(arguments: list[str]) -> int:
-    """Run `cmtrain eval ...`. Returns the exit code."""
+def _evaluate(arguments: list[str]) -> int:
     parser = Parser("eval", "Evaluate a trained model and its EMA, as its run did or otherwise.")
     add = parser.add_argument
     add("run", metavar="RUN", help=RUN_HELP)
@@ -56,8 +55,7 @@ def evaluate_trained(arguments: list[str]) -> int:
     return evaluate_trained(options, overrides)
 
 
-def export_trained(arguments: list[str]) -> None:
-    """Run `cmtrain export ...`."""
+def _export(arguments: list[str]) -> None:
     parser = Parser("export", "Write a trained model as files for others, compared with it.")
     add = parser.add_argument
     add("run", metavar="RUN", help=RUN_HELP)
@@ -80,8 +78,7 @@ def export_trained(arguments: list[str]) -> None:
     export(open_trained(options.run, overrides), formats=formats, out=options.out, **how)
 
 
-def predict_images(arguments: list[str]) -> int:
-    """Run `cmtrain predict ...`. Returns the exit code."""
+def _predict(arguments: list[str]) -> int:
     parser = Parser("predict", "Classify images, prepared as the evaluation of the model's run does.")
     add = parser.add_argument
     add("run", metavar="RUN|EXPORT", help=f"{RUN_HELP}; or what `cmtrain export` wrote for timm, or as ONNX")
@@ -109,8 +106,7 @@ def predict_images(arguments: list[str]) -> int:
     return predict(files, options, overrides)
 
 
-def replay_step(arguments: list[str]) -> None:
-    """Run `cmtrain replay ...`."""
+def _replay(arguments: list[str]) -> None:
     parser = Parser("replay", "Take one step of a run again: its images, and what each layer did with them.")
     parser.add_argument("run", metavar="RUN", help="run folder, or the name of one below runs")
     what = "which step, counted from 1 as in the log; it begins at the last checkpoint before"
@@ -129,8 +125,7 @@ def replay_step(arguments: list[str]) -> None:
     replay(options.run, overrides, step=options.step, out=options.out, as_json=options.json)
 
 
-def verify_run(arguments: list[str]) -> int:
-    """Run `cmtrain verify ...`. Returns the exit code."""
+def _verify(arguments: list[str]) -> int:
     parser = Parser("verify", "Check a run by its receipt, and by taking stretches of it again.")
     parser.add_argument("run", metavar="RUN", help="run folder, or the name of one below runs")
     what = "stretches between checkpoints to take again, drawn at random (default: 3)"
@@ -148,8 +143,7 @@ def verify_run(arguments: list[str]) -> int:
     return verify(options.run, overrides, **how)
 
 
-def compare_runs(arguments: list[str]) -> int:
-    """Run `cmtrain diff ...`. Returns the exit code."""
+def _diff(arguments: list[str]) -> int:
     parser = Parser("diff", "Find the first step at which two runs differ, and in what.")
     parser.add_argument("runs", nargs=2, metavar="RUN", help="run folder, or the name of one below runs")
     parser.add_json()
@@ -165,3 +159,9 @@ def compare_runs(arguments: list[str]) -> int:
 
 def _sizes(text: str) -> list[int]:
     return [positive(part.strip()) for part in text.split(",")]
+
+
+MODEL_VERBS: dict[str, Verb] = {
+    "eval": _evaluate, "predict": _predict, "export": _export, "replay": _replay, "diff": _diff,
+    "verify": _verify,
+}  # fmt: skip

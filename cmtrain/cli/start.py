@@ -111,8 +111,7 @@ def describe_plan(config: Config) -> str:
     variant = f" ({config.model.variant})" if config.model.name.startswith("cmt_") else ""
     text = help_page("plan").format(**dict(config), variant=variant)
     # A launcher sets the number of processes; without one, show what would happen on one node.
-    given = os.environ.get("WORLD_SIZE", "")
-    launched = int(given) if given.isascii() and given.isdecimal() else 0
+    launched = environment.number(os.environ.get("WORLD_SIZE"))
     for world_size in [launched] if launched else [1, 2, 4, 8]:
         try:
             micro_batch_size, accumulation = _split(config, world_size)

@@ -70,8 +70,7 @@ def export(
                 sync(path)
     # torch and safetensors have their own for a full disk.
     except (OSError, SafetensorError, RuntimeError) as error:
-        why = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise DataError(f"--out {out}: cannot be written: {why}") from error
+        raise DataError(f"--out {out}: cannot be written: {records.reason_of(error)}") from error
     for name, difference in differences.items():
         print_lines(f"{name}: logits differ from the {weights.kind}'s by at most {difference:.1e}")
     print_lines(f"written to {final}")

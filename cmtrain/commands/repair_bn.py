@@ -7,7 +7,7 @@ moving average cannot heal them, not even with momentum 1: the old value is in t
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,13 +25,13 @@ from cmtrain.errors import ConfigError
 from cmtrain.monitoring.console import print_result
 from cmtrain.monitoring.units import percent
 from cmtrain.step.evaluate import Evaluation, evaluate
-from cmtrain.step.mixing import MixSpec, mix
+from cmtrain.step.mixing import mix
 from cmtrain.storage import checkpoint, run_folder, state_file, weights
 from cmtrain.training import build, loaders
 from cmtrain.training.schedule import images_at_once, split_batch
 from pipelines.atomic import replacing
 from pipelines.progress import tracked
-from pipelines.spec import DataError, Loader, print_lines
+from pipelines.spec import DataError, print_lines
 
 STATISTICS = (".running_mean", ".running_var", ".num_batches_tracked")
 
@@ -116,8 +116,9 @@ def repair_bn(
     for entry in entries:
         sets = loaders.label_sets(data.train, entry.num_classes, accelerator.device)
         spec = build.mix_spec(config, entry.num_classes, sets)
-        images = _images(train_loader, spec, config.run.seed, batches)
-        update_bn(tracked(images, f"averaging batches for {entry.label}", batches), entry.model)
+        taken = enumerate(itertools.islice(endless(train_loader), batches))
+        mixed = (mix(x.float(), labels, spec, (config.run.seed, i, 0))[0] for i, (x, labels, _) in taken)
+        update_bn(tracked(mixed, f"averaging batches for {entry.label}", batches), entry.model)
         entry.take_statistics()
         if still := entry.nonfinite():
             raise DataError(f"{source.path}: {still[0]} is not finite after {batches} fp32 batches either")
@@ -244,9 +245,3 @@ def _refuse(path: Path, nonfinite: list[str]) -> None:
     if nonfinite:
         why = f"{nonfinite[0]} is not finite, and only BatchNorm statistics can be recomputed"
         raise DataError(f"{path}: {why}")
-
-
-def _images(loader: Loader, spec: MixSpec, seed: int, batches: int) -> Iterator[Tensor]:
-    """Yield the images of `batches` training micro-batches, mixed, in fp32."""
-    for number, (images, labels, _) in enumerate(itertools.islice(endless(loader), batches)):
-        yield mix(images.float(), labels, spec, (seed, number, 0))[0]

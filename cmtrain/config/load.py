@@ -229,12 +229,10 @@ class _Draft:
                 self.mistake(place, _unknown_section(section, node.value), _printable(section))
                 continue
             self.sections[section] = place
-            if node.value is None or node.value is REFUSED:
-                continue
-            if not isinstance(node.value, dict):
+            keys = node.value if isinstance(node.value, dict) else {}
+            if node.value not in (None, REFUSED, keys):
                 self.mistake(place, f"is a section and must hold keys, got {show(node.value)}", section)
-                continue
-            for key, child in node.value.items():
+            for key, child in keys.items():
                 name, place = f"{section}.{key}", _Place(source, child.line)
                 if name in fields():
                     self.settings[name] = _Setting(child.value, place)
@@ -283,17 +281,13 @@ class _Draft:
                     self.mistake(place, f"required, but not set ({schema_of(name)['description']})", name)
         values = defaults() | {name: setting.value for name, setting in self.settings.items()}
         right = {name: values[name] for name in values.keys() - wrong}
+        order = (_COMMAND_LINE, *range(MAX_FILES), None)  # None: a default
+        sources = {name: setting.place.source for name, setting in self.settings.items()}
         for names, message in contradictions(right, self.settings):
             # Blame what takes precedence: an override rather than a file, either rather than a default.
-            name = max(names, key=self._precedence)
+            name = min(names, key=lambda name: order.index(sources.get(name)))
             self.mistake(self.settings[name].place, message, name)
         return config
-
-    def _precedence(self, name: str) -> int:
-        if name not in self.settings:
-            return -MAX_FILES
-        source = self.settings[name].place.source
-        return 1 if source == _COMMAND_LINE else -source
 
 
 def _suggest(section: str, key: str, prefix: str = "") -> str:

@@ -191,7 +191,6 @@ _FREE_KEYS = (
     "train.max_batch_per_gpu", "train.log_every_steps", "train.step_timeout_seconds",
     "train.collective_timeout_seconds",
 )  # fmt: skip
-ADAMW: dict[str, Any] = {"optim.betas": [0.9, 0.999], "optim.eps": 1e-8}
 
 
 def recipe(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -199,9 +198,6 @@ def recipe(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     A key that `sections`, a Config dumped to JSON, does not have counts as its default.
     """
     values = to_jsonable_python(defaults()) | flatten(sections)
-    # Once the defaults of these two were adamw's own.
-    is_old = values["optim.opt"] in ("adamw", "sgd")
-    values |= {key: own for key, own in ADAMW.items() if is_old and values[key] is None}
     free = {key for key in values if key.split(".")[0] in _FREE_SECTIONS} | {*_FREE_KEYS}
     return {key: value for key, value in values.items() if key not in free}
 

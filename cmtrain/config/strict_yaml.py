@@ -105,8 +105,8 @@ def _line(event: yaml.Event) -> int:
 def _build(events: Iterator[yaml.Event], event: yaml.Event, depth: int, problems: list[Problem]) -> Any:
     """Return the value that starts at `event`; its other events are taken from `events`."""
     if depth > MAX_DEPTH:
-        mark = cast(yaml.Mark, event.start_mark)
-        raise yaml.MarkedYAMLError(problem=f"nested deeper than {MAX_DEPTH} levels", problem_mark=mark)
+        what = f"nested deeper than {MAX_DEPTH} levels"
+        raise yaml.MarkedYAMLError(problem=what, problem_mark=cast(Any, event.start_mark))
     if isinstance(event, yaml.AliasEvent):
         problems.append((_line(event), f"aliases (*{event.anchor}) are not supported; write the value out"))
         return REFUSED
@@ -116,26 +116,21 @@ def _build(events: Iterator[yaml.Event], event: yaml.Event, depth: int, problems
         problems.append((_line(event), f"anchors (&{event.anchor}) are not supported; write the value out"))
     if event.tag is not None:
         problems.append((_line(event), f"tags ({show(event.tag)}) are not supported"))
-    value: Any
     if isinstance(event, yaml.ScalarEvent):
         value = event.value if event.style else scalar(event.value)
-    elif isinstance(event, yaml.SequenceStartEvent):
-        items = itertools.takewhile(lambda item: not isinstance(item, yaml.SequenceEndEvent), events)
-        value = tuple(_build(events, item, depth + 1, problems) for item in items)
-    else:
-        value = _build_mapping(events, depth, problems)
-    return REFUSED if len(problems) > refused and not isinstance(value, dict) else value
-
-
-def _build_mapping(events: Iterator[yaml.Event], depth: int, problems: list[Problem]) -> dict[str, Node]:
+        return REFUSED if len(problems) > refused else value
+    items = itertools.takewhile(lambda item: not isinstance(item, yaml.CollectionEndEvent), events)
+    if isinstance(event, yaml.SequenceStartEvent):
+        values = tuple(_build(events, item, depth + 1, problems) for item in items)
+        return REFUSED if len(problems) > refused else values
     nodes: dict[str, Node] = {}
-    while not isinstance(event := next(events), yaml.MappingEndEvent):
-        line, key = _line(event), None
-        if isinstance(event, yaml.ScalarEvent) and event.anchor is None and event.tag is None:
-            key = event.value  # a name, whatever it looks like: `1`, `null` and `true` stay text
+    for item in items:
+        line, key = _line(item), None
+        if isinstance(item, yaml.ScalarEvent) and item.anchor is None and item.tag is None:
+            key = item.value  # a name, whatever it looks like: `1`, `null` and `true` stay text
         else:
             problems.append((line, "a key must be plain text"))
-            _build(events, event, depth + 1, [])
+            _build(events, item, depth + 1, [])
         value = _build(events, next(events), depth + 1, problems)
         if key in nodes:
             problems.append((line, f"{show(key)}: duplicate key, first set in line {nodes[key].line}"))

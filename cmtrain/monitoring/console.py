@@ -131,13 +131,10 @@ class Console:
         if not self.bar:
             self.line(" ".join([place, *parts]))
             return
-        self.parts, shown = parts, ""
-        for part in parts:
-            longer = f"{shown}  {part}" if shown else part
-            if len(longer) > self.rich.width - self.fixed_width:
-                break
-            shown = longer
-        self.bar.update(TaskID(0), description=shown)
+        self.parts, room = parts, self.rich.width - self.fixed_width
+        texts = ["  ".join(parts[:count]) for count in range(1, len(parts) + 1)]
+        longest = max((text for text in texts if len(text) <= room), key=len, default="")
+        self.bar.update(TaskID(0), description=longest)
 
     @_safe
     def line(self, text: str) -> None:

@@ -102,9 +102,7 @@ def _live_page(
     page |= {"state": state, "tone": tone, "at": at, "saved": _value(metrics.saved_at)}
     speed, waited = (headline.number(status.get(key)) for key in ("images_per_second", "data_wait_ratio"))
     page |= {"speed": speed, "waited": waited, "best": headline.best_top1(status)}
-    page["rollbacks"] = round(_value(metrics.rollbacks))
-    page |= {"target": int(target), "share": min(1.0, now["step"] / target) if target else 0.0}
-    page |= {"end": end, "left_seconds": max(0.0, end - at) if end else None}
+    page |= {"target": int(target), "end": end, "rollbacks": round(_value(metrics.rollbacks))}
     html = rendering.render_page("live.html", page, ["curves.js", "live.js"])
     return Page("text/html; charset=utf-8", html.encode(errors="replace"))
 

@@ -65,10 +65,28 @@ def join(backend: str, timeout: datetime.timedelta) -> None:
     is_host = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     missing = list(range(world_size))
     place = f"{address}:{port} (MASTER_ADDR, MASTER_PORT)"
-    wait = _Wait(timeout.total_seconds())
+    deadline, next_line = time.monotonic() + timeout.total_seconds(), time.monotonic() + LINE_SECONDS
+
+    def wait(what: str) -> None:
+        nonlocal next_line
+        now = time.monotonic()
+        if now > deadline:
+            raise DataError(f"{what}, which did not come in time (train.collective_timeout_seconds)")
+        if now > next_line:
+            print_lines(f"{what}; gives up in {deadline - now:.0f} s")
+            next_line = now + LINE_SECONDS
+        time.sleep(POLL_SECONDS)
+
     try:
-        while not is_host and not _answers(address, port):
-            wait.once(f"rank {rank} of {world_size} waits for rank 0 at {place}")
+        # Find rank 0
+        while not is_host:
+            try:
+                socket.create_connection((address, port), timeout=2).close()
+                break
+            except OSError:  # also a name that is not known yet
+                wait(f"rank {rank} of {world_size} waits for rank 0 at {place}")
+
+        # Meet the others
         store = dist.TCPStore(
             address, port, is_master=is_host, timeout=timeout, wait_for_workers=False, multi_tenant=True
         )
@@ -76,35 +94,10 @@ def join(backend: str, timeout: datetime.timedelta) -> None:
         own.set(f"rank-{rank}", "here")
         while missing := [other for other in missing if not own.check([f"rank-{other}"])]:
             names = f"{', '.join(map(str, missing[:8]))}{', ...' if len(missing) > 8 else ''}"
-            wait.once(f"rank {rank} of {world_size} waits at {place} for rank {names}")
+            wait(f"rank {rank} of {world_size} waits at {place} for rank {names}")
         dist.init_process_group(backend, store=own, rank=rank, world_size=world_size, timeout=timeout)
     except dist.DistError as error:
         raise DataError(f"ranks cannot meet at {place}: {' '.join(str(error).split())[:200]}") from error
-
-
-def _answers(address: str, port: int) -> bool:
-    try:
-        socket.create_connection((address, port), timeout=2).close()
-    except OSError:  # also a name that is not known yet
-        return False
-    return True
-
-
-class _Wait:
-    """Waits for something in turns of a moment, says so every few seconds, and not for ever."""
-
-    def __init__(self, seconds: float) -> None:
-        self.deadline, self.next_line = time.monotonic() + seconds, time.monotonic() + LINE_SECONDS
-
-    def once(self, what: str) -> None:
-        """Wait for a moment. Raises DataError: `what` is still true after the time."""
-        now = time.monotonic()
-        if now > self.deadline:
-            raise DataError(f"{what}, which did not come in time (train.collective_timeout_seconds)")
-        if now > self.next_line:
-            print_lines(f"{what}; gives up in {self.deadline - now:.0f} s")
-            self.next_line = now + LINE_SECONDS
-        time.sleep(POLL_SECONDS)
 
 
 def control_group(num_processes: int, timeout_seconds: float) -> Any:

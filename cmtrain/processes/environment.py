@@ -47,7 +47,7 @@ def ignore_variables() -> None:
         if name == "ACCELERATE_USE_CPU" and low in TRUE:
             os.environ["CUDA_VISIBLE_DEVICES"] = ""  # which torch, DALI and child processes obey
         elif name == "OMP_NUM_THREADS":  # OpenMP also takes a list, which accelerate cannot read
-            if _number(value):
+            if number(value):
                 continue
             ignored.append(f"{name}={value!a}")
         elif name in SWITCHES and low in (*TRUE, *FALSE):
@@ -89,12 +89,12 @@ def check_launcher() -> None:
         raise DataError(f"{PARENT}={parent!a}: that is not the process that started this one; unset it")
     numbers: dict[str, int] = {}
     for name in [name for name in (*RANKS, RESTARTS) if name in os.environ]:
-        if (number := _number(os.environ[name])) is None:
+        if (found := number(os.environ[name])) is None:
             raise DataError(f"{name}={os.environ[name]!a}: must be a whole number; {ADVICE}")
-        numbers[name] = number
+        numbers[name] = found
     alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}
     if not numbers.keys() & alone:
-        if started := [name for name in NUM_TASKS if (_number(os.environ.get(name)) or 1) > 1]:
+        if started := [name for name in NUM_TASKS if (number(os.environ.get(name)) or 1) > 1]:
             what = f"{started[0]}={os.environ[started[0]]}: several processes"
             advice = "start one per host, or set them as docker/slurm/train.sbatch does"
             raise DataError(f"{what}, but RANK, LOCAL_RANK and WORLD_SIZE are not set; {advice}")
@@ -114,11 +114,11 @@ def _check_ranks(numbers: dict[str, int]) -> None:
     rank, local_rank, world_size = (numbers[name] for name in needed[:3])
     if rank >= world_size or not local_rank < numbers.get("LOCAL_WORLD_SIZE", world_size) <= world_size:
         raise DataError(f"ranks that contradict one another: {', '.join(found)}; {ADVICE}")
-    port = _number(os.environ["MASTER_PORT"])
+    port = number(os.environ["MASTER_PORT"])
     if port is None or not 0 < port < 2**16:
         raise DataError(f"MASTER_PORT={os.environ['MASTER_PORT']!a}: must be a port, 1..65535; {ADVICE}")
 
 
-def _number(text: str | None) -> int | None:
+def number(text: str | None) -> int | None:
     """Return the whole number >= 0 that `text` is, None if it is none."""
     return int(text) if text and text.isascii() and text.isdecimal() and len(text) < 10 else None

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cmtrain.storage.records import CORRUPT, replace_file, retried
+from cmtrain.storage.records import CORRUPT, reason_of, replace_file, retried
 from cmtrain.storage.state_file import CheckpointError, Digest, open_regular, read_state, verify, write_state
 from pipelines.atomic import delete, new_folder
 
@@ -156,6 +156,5 @@ def read_manifest(path: Path) -> tuple[Digest, dict[str, Any]]:
             raise ValueError(f"must describe {_STATE} and nothing else")
         digest = Digest(files[_STATE]["bytes"], files[_STATE]["sha256"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        what = f"{type(error).__name__}: {error}"
-        raise CheckpointError(f"{path / _MANIFEST}: not a manifest: {what}") from error
+        raise CheckpointError(f"{path / _MANIFEST}: not a manifest: {reason_of(error)}") from error
     return digest, meta

@@ -6,7 +6,6 @@ one before it. If storage hangs for more than PATIENCE_SECONDS, training goes on
 the other ranks, which wait in their next all-reduce, would give up. The last save has no such limit.
 """
 
-import itertools
 import threading
 import time
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from cmtrain.storage.checkpoint import drop_old, remove_leftovers, save_checkpoint
 
@@ -92,14 +91,10 @@ class HostCopy:
 
     def take(self, state: dict[str, Any]) -> Copied:
         """Copy `state` over the copy before. On a GPU the copies are queued behind the work queued there."""
-        leaves, structure = tree_flatten(state)
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        pairs = itertools.zip_longest(tensors, self._buffers[: len(tensors)])
-        self._buffers = [_copied(tensor.detach(), buffer) for tensor, buffer in pairs]
-        copies = iter(self._buffers)
-        mixed = [next(copies) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        copied = tree_unflatten(mixed, structure)
-        if not any(tensor.is_cuda for tensor in tensors):
+        buffers = iter(self._buffers)
+        copied = tree_map_only(Tensor, lambda t: _copied(t.detach(), next(buffers, None)), state)
+        self._buffers = [leaf for leaf in tree_leaves(copied) if isinstance(leaf, Tensor)]
+        if not any(isinstance(leaf, Tensor) and leaf.is_cuda for leaf in tree_leaves(state)):
             return copied, None
         arrived = torch.cuda.Event()
         arrived.record()

@@ -75,7 +75,7 @@ def read_run(path: Path) -> RunRecord:
     rows: list[dict[str, float | None]] = []
     summary, not_evaluated = path / "summary.csv", contextlib.suppress(FileNotFoundError)
     with noting(summary, damage), not_evaluated, open_regular(summary) as file:
-        rows = list(_rows(line.decode(errors="replace") for line in file))
+        rows = list(_rows(file))
     records.note_left_out(summary, damage, "row", sum(not is_number(row.get("step")) for row in rows))
     sheets = {name: path / name for name in (SAMPLE_NAME, MISTAKES_NAME) if (path / name).is_file()}
     evaluations = to_columns(rows)
@@ -85,9 +85,9 @@ def read_run(path: Path) -> RunRecord:
 def read_sample(path: Path, status: dict[str, Any]) -> RunRecord:
     """Read a sample of log, evaluations and events, whole at their end: as much after a million steps."""
     log = filter(None, map(parse_record, sample_lines(path / "log.jsonl")))
-    rows = (line.decode(errors="replace") for line in sample_lines(path / "summary.csv"))
+    evaluations = to_columns(_rows(sample_lines(path / "summary.csv")))
     events = filter(None, map(parse_record, sample_lines(path / "events.jsonl")))
-    return RunRecord(path, status, to_columns(log), to_columns(_rows(rows)), list(filter(is_event, events)))
+    return RunRecord(path, status, to_columns(log), evaluations, list(filter(is_event, events)))
 
 
 def last(columns: Columns, name: str) -> float | None:
@@ -97,10 +97,10 @@ def last(columns: Columns, name: str) -> float | None:
     return float(finite[-1]) if finite.size else None
 
 
-def _rows(lines: Iterable[str]) -> Iterator[dict[str, float | None]]:
+def _rows(lines: Iterable[bytes]) -> Iterator[dict[str, float | None]]:
     """Yield the rows of summary.csv, each as numbers by column."""
     with contextlib.suppress(csv.Error):
-        for row in csv.DictReader(lines):
+        for row in csv.DictReader(line.decode(errors="replace") for line in lines):
             yield {key: _number(text) for key, text in row.items() if key is not None}
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from cmtrain.config.describe import config_reference, config_schema
 from cmtrain.config.load import MAX_MISTAKES_SHOWN, find_config, load_config
-from cmtrain.config.schema import Config, contradictions, flat, recipe, to_yaml
+from cmtrain.config.schema import Config, contradictions, flat, to_yaml
 from cmtrain.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -502,12 +502,3 @@ def test_a_place_that_holds_a_key_is_refused_and_not_shown(root):
 @pytest.mark.parametrize("root", ["s3://b", "gs://b/x/", "az://a/c/x", "https://h:8080/x", "http://h/x y"])
 def test_a_plain_place_is_a_root(root):
     assert values(GOOD, ("data.root", root))["data.root"] == root
-
-
-@pytest.mark.parametrize(("opt", "changes"), [("adamw", 0), ("sgd", 0), ("lamb", 2), ("lion", 2)])
-def test_null_is_the_optimizers_own_value(opt, changes):
-    """A run of an older version, whose defaults were AdamW's, goes on; LAMB's own eps is another."""
-    own = {"optim": {"opt": opt, "lr": 1e-3, "betas": None, "eps": None}}
-    given = {"optim": {"opt": opt, "lr": 1e-3, "betas": [0.9, 0.999], "eps": 1e-8}}
-    before, after = recipe(own), recipe(given)
-    assert sum(before[key] != after[key] for key in before) == changes

@@ -92,7 +92,7 @@ def line_chart(
     last = [line.known()[1][-1:] for line in series]
     ends = f"{x_high:g} {y_axis.low:.17g} {y_axis.high:.17g}"
     svg = make_templates().get_template("line_chart.svg").render(
-        key=key, height_px=height_px, description=_describe(series, show), plot_units=PLOT_UNITS,
+        key=key, height_px=height_px, series=series, show=show, plot_units=PLOT_UNITS,
         axes=f"{ends} {height_px} {y_axis.log:d} {percent:d}",  # by which the page's script reads values off
         x_ticks=[(x_at(value), label) for value, label in x_axis.ticks],
         y_ticks=[(_px(y_at(value)), label) for value, label in y_axis.ticks],
@@ -152,17 +152,6 @@ def medians(x: np.ndarray, y: np.ndarray, columns: int) -> tuple[np.ndarray, np.
 def _stripes(x: np.ndarray, columns: int) -> np.ndarray:
     """Return the stripe of each point, of `columns` stripes of equal width; `x` ascends."""
     return np.minimum(((x - x[0]) / max(x[-1] - x[0], 1) * columns).astype(int), columns - 1)
-
-
-def _describe(series: Sequence[Series], show: Callable[[float], str]) -> str:
-    """Describe a chart in words, for a screen reader."""
-    sentences = []
-    for line in series:
-        x, y = line.known()
-        if y.size:
-            ends = f"{show(y[0])} at step {x[0]:,.0f} to {show(y[-1])} at step {x[-1]:,.0f}"
-            sentences.append(f"{line.name}: from {ends}; lowest {show(y.min())}, highest {show(y.max())}.")
-    return " ".join(sentences) or "Nothing was recorded."
 
 
 def _paths(line: Series, x_axis: Axis, y_at: Callable[[Any], Any]) -> Iterator[tuple[str, str]]:
