@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from cmtrain.commands.again.steps import Again, Marks, digest, tensors_in
+from cmtrain.commands.again.replay import Again, Marks, digest, tensors_in
 from cmtrain.commands.again.verify import retake
 from cmtrain.errors import EXIT_DONE, EXIT_EXPECTATION, ConfigError
 from cmtrain.monitoring.console import print_result

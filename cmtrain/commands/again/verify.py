@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from cmtrain.commands.again.steps import Again, digest, tensors_in
+from cmtrain.commands.again.replay import Again, digest, tensors_in
 from cmtrain.config.load import Overrides, load_config
 from cmtrain.config.schema import recipe_changes
 from cmtrain.errors import EXIT_DONE, EXIT_EXPECTATION, ConfigError

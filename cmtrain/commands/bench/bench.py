@@ -17,8 +17,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from cmtrain import __version__
-from cmtrain.commands.bench.models import Setup, against_ceilings, time_models
-from cmtrain.commands.bench.predict import predict
+from cmtrain.commands.bench.models import Setup, against_ceilings, predict, time_models
 from cmtrain.commands.bench.timing import WARMUP_STEPS, Figures, Rows, drain, endless, measure_ceilings
 from cmtrain.config.schema import Config
 from cmtrain.monitoring.console import announced_parts, print_result, write_result

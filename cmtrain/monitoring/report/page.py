@@ -17,7 +17,7 @@ from PIL import Image
 from cmtrain.config.schema import defaults
 from cmtrain.config.strict_yaml import emit
 from cmtrain.monitoring.report import classes, events
-from cmtrain.monitoring.report.curves import PlottedRun, draw_charts
+from cmtrain.monitoring.report.charts import PlottedRun, draw_charts
 from cmtrain.monitoring.report.headline import environment_of, headline, measure_times, number
 from cmtrain.monitoring.report.rendering import render_page
 from cmtrain.monitoring.units import duration, percent, short, state_name, utc
