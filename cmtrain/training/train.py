@@ -7,6 +7,7 @@ import platform
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +133,8 @@ def run(
             watchdog.begin("step", step)
             num_images = learner.step(batches, step, lr)
             if learner.images_per_pass != images_per_pass:
-                logger.ran_out_of_memory(step + 1, learner.images_per_pass)
+                logger.metrics.out_of_memory.inc()
+                logger.report("out_of_memory", step=step + 1, images_per_pass=learner.images_per_pass)
             done, epoch = step + 1, step // schedule.steps_per_epoch
             final = done == last_step
             logger.count_step(
@@ -198,7 +200,9 @@ def run(
             log_mistakes(logger, results, config, parts)
         code = logger.finish(state, exit_code=code, reason=reason, results=results, as_json=as_json)
     except KeyboardInterrupt:
-        reason = stopped_at_once(logger.step, saver.saved_step)
+        where = f"step {saver.saved_step}" if saver.saved_step else "the beginning"
+        what = f"stopped at once by a second Ctrl-C at step {logger.step}, not saved"
+        reason = f"{what}; run the same command to continue from {where}"
         logger.finish("preempted", exit_code=errors.EXIT_INTERRUPTED, reason=reason)
         return errors.EXIT_INTERRUPTED
     except BaseException as error:
@@ -236,7 +240,9 @@ def keep_or_roll_back(
     """
     if report.bad_steps_in_a_row >= recovery.after_bad_steps:
         found = merge_ranks(gather(find_overflow(learner), stop.group))
-        logger.bad_batch(report.step, found, name_some(manifest, found.suspects or found.samples))
+        files = name_some(manifest, found.suspects or found.samples)
+        event = {"step": report.step, **asdict(found), "files": files}
+        logger.report("bad_batch", **event, shown="; ".join(files))
         cause, good_until = found.cause, report.step - report.bad_steps_in_a_row
     elif learner.spikes and recovery.on_spikes and not recovery.exhausted:
         cause, good_until = "a loss spike", learner.spikes[0].step - 1
@@ -245,7 +251,9 @@ def keep_or_roll_back(
             recovery.keep(report.step, learner)
         return ""
     if (good_step := recovery.roll_back(report.step, learner, good_until=good_until)) is not None:
-        logger.rolled_back(report.step, good_step, cause, recovery.lr_factor(report.step))
+        logger.metrics.rollbacks.inc()
+        event = {"step": report.step, "good_step": good_step, "cause": cause}
+        logger.report("rollback", **event, lr_factor=recovery.lr_factor(report.step))
         return ""
     bad = f"{report.bad_steps_in_a_row} bad steps in a row after {len(recovery.rollback_steps)} rollbacks"
     return f"{bad}, loss scale {report.loss_scale:g}, {cause}"
@@ -253,9 +261,13 @@ def keep_or_roll_back(
 
 def log_spikes(logger: RunLogger, learner: Learner, manifest: Manifest, stop: StopRequest) -> None:
     """Log the spikes since the last log point, with the batch of the highest one. For all ranks together."""
-    if learner.spikes:  # the same on all ranks
+    if spikes := learner.spikes:  # the same on all ranks
         samples = [sample for share in gather(learner.spike_samples, stop.group) for sample in share]
-        logger.spiked(learner.spikes, samples, name_some(manifest, samples))
+        logger.report(
+            "loss_spikes", first_step=spikes[0].step, last_step=spikes[-1].step, count=len(spikes),
+            worst=asdict(max(spikes, key=lambda spike: spike.z)), samples=samples,
+            files=name_some(manifest, samples),
+        )  # fmt: skip
 
 
 def name_some(manifest: Manifest, samples: Sequence[int]) -> list[str]:
@@ -327,13 +339,6 @@ def open_logger(config: Config, path: Path, parts: Parts, last_step: int) -> Run
         stall_seconds=metrics.stall_seconds, allowed_hosts=metrics.allowed_hosts,
         trackers=trackers.Trackers(accelerator, path.name, flat(config)),
     )  # fmt: skip
-
-
-def stopped_at_once(step: int, saved_step: int) -> str:
-    """Describe how a second Ctrl-C ended the run after `step` steps. `saved_step`: as of Saver."""
-    where = f"step {saved_step}" if saved_step else "the beginning"
-    what = f"stopped at once by a second Ctrl-C at step {step}, not saved"
-    return f"{what}; run the same command to continue from {where}"
 
 
 def stopped_by(number: int, step: int, unsaved: str) -> str:
