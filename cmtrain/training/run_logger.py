@@ -23,16 +23,9 @@ from cmtrain.processes.output import lost_output
 from cmtrain.processes.rank import num_restarts
 from cmtrain.step.evaluate import Evaluation, by_class
 from cmtrain.step.measure import Pace, StepReport
+from cmtrain.storage import run_folder
 from cmtrain.storage.checkpoint_writer import Outcome
 from cmtrain.storage.records import Losses, finite
-from cmtrain.storage.run_folder import (
-    CLASSES_NAME,
-    MISTAKES_NAME,
-    RECEIPT_NAME,
-    REPORT_NAME,
-    SAMPLE_NAME,
-    RunFolder,
-)
 from cmtrain.training.receipt import write_receipt
 from pipelines.checks.bad_list import BadFile, find_list
 from pipelines.spec import DataError, print_lines
@@ -76,13 +69,14 @@ class RunLogger:
         self.console = Console(enabled=self.rank == 0)
         self.metrics = TrainMetrics(self.path.name, self.rank)
         self.losses = Losses()
-        self.folder = RunFolder(self.path, self.losses) if self.rank == 0 else None
+        self.folder = run_folder.RunFolder(self.path, self.losses) if self.rank == 0 else None
         self.speed: dict[str, Any] = {}  # at the last log point; the share of waiting is this rank's own
         self.bad_paths: set[str] = set()
         self.pace, self.begin = Pace(), time.monotonic()
         self.failure: dict[str, Any] = {}  # which is written to status.json by report_failure
         self.exporter: Exporter | None = None
         self.target: Path | None = None
+        self.metrics_url: str | None = None
         if self.address:
             self._serve(*self.address)
 
@@ -94,6 +88,7 @@ class RunLogger:
         except (OSError, UnicodeError) as error:
             self.console.line(f"no metrics: {error}")
             return
+        self.metrics_url = f"{self.exporter.url}/metrics"
         place = self.path, self.rank, self.exporter.host, self.exporter.port
         self.target = self.losses.attempt("discovery of metrics", discovery.write_target, *place)
         if self.rank == 0:
@@ -101,10 +96,6 @@ class RunLogger:
 
     def _status(self) -> dict[str, Any]:
         return self.folder.snapshot() | self.failure if self.folder else self.speed
-
-    @property
-    def metrics_url(self) -> str | None:
-        return f"{self.exporter.url}/metrics" if self.exporter else None
 
     def start(
         self, config_yaml: str, facts: Mapping[str, str], notes: Sequence[str], *, flops_per_image: int,
@@ -119,7 +110,7 @@ class RunLogger:
             self.metrics.resume(resumed[1])
         if self.folder:
             self.folder.write("config.yaml", config_yaml)
-            for name in (MISTAKES_NAME, RECEIPT_NAME):  # of an earlier end
+            for name in (run_folder.MISTAKES_NAME, run_folder.RECEIPT_NAME):  # of an earlier end
                 self.losses.attempt(name, (self.path / name).unlink, missing_ok=True)
             self.folder.status(
                 state="running", step=self.first_step, last_step=self.last_step,
@@ -259,7 +250,8 @@ class RunLogger:
         if self.folder:
             self.folder.summary(row)
             self._track(row, step)
-            self.folder.write(CLASSES_NAME, json.dumps(by_class(dict(results), class_names, step)) + "\n")
+            content = json.dumps(by_class(dict(results), class_names, step))
+            self.folder.write(run_folder.CLASSES_NAME, f"{content}\n")
             best_of = {"top1": max(result.top1 for result in results.values())}
             if precisions := [result.map for result in results.values() if result.map is not None]:
                 best_of["map"] = max(precisions)
@@ -297,14 +289,14 @@ class RunLogger:
             result = self._result(state, results) if results else None
             end: dict[str, Any] = {"step": self.step, "exit_code": exit_code, "reason": reason}
             self._event(state, **end)
-            self.losses.attempt(RECEIPT_NAME, write_receipt, self.path, result)
+            self.losses.attempt(run_folder.RECEIPT_NAME, write_receipt, self.path, result)
             self.report_losses()  # before status.json, which has them
             is_written = self.folder.status(state=state, result=result, retries=True, **end)
             status = self.folder.snapshot()
             place = f", {step_place(status, self.step)}" if is_part(status) else ""
             self.console.line(reason if state == "preempted" else f"{state_name(status)}{place}: {reason}")
-            report_path = self.path / REPORT_NAME
-            if self.losses.attempt(REPORT_NAME, write_report, [self.path], report_path):
+            report_path = self.path / run_folder.REPORT_NAME
+            if self.losses.attempt(run_folder.REPORT_NAME, write_report, [self.path], report_path):
                 self.console.line(f"report {report_path}")
             if result:
                 print_result(result, asked=as_json)
@@ -342,6 +334,6 @@ class RunLogger:
             "num_unreadable": results["model"].num_unreadable, "step": self.last_step,
             "images_per_second": self.pace.images_per_second,
             "train_seconds": round(time.monotonic() - self.begin, 1), "run_dir": str(self.path),
-            "metrics_url": self.metrics_url, "augmented": str(self.path / SAMPLE_NAME),
-            "report": str(self.path / REPORT_NAME),
+            "metrics_url": self.metrics_url, "augmented": str(self.path / run_folder.SAMPLE_NAME),
+            "report": str(self.path / run_folder.REPORT_NAME),
         }  # fmt: skip

@@ -33,10 +33,10 @@ class Logged:
         self.found, self.rollbacks = [], []
         self.metrics = SimpleNamespace(rollbacks=SimpleNamespace(inc=lambda: None))
 
-    def report(self, kind, *, step, **fields):
+    def report(self, kind, **fields):
         if kind == "rollback":
-            self.rollbacks.append((step, fields["good_step"], fields["lr_factor"]))
-        else:
+            self.rollbacks.append((fields["step"], fields["good_step"], fields["lr_factor"]))
+        if kind == "bad_batch":
             self.found.append(SimpleNamespace(**fields))
 
 
