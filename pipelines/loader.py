@@ -48,11 +48,7 @@ def train_loader(
 
     micro_batches = functools.partial(plan.micro_batches, rank=place.rank, world=place.world)
 
-    def order(epoch: int, start: int) -> NDArray[np.int64]:
-        # What the rest of this epoch leaves out, a later one wants.
-        return np.append(plan.order(epoch)[start:], np.arange(len(manifest)))
-
-    return DaliLoader(manifest, spec, place, plan.micro_batch_size, micro_batches, inputs, order)
+    return DaliLoader(manifest, spec, place, plan.micro_batch_size, micro_batches, inputs, plan.order)
 
 
 def eval_loader(
@@ -84,7 +80,7 @@ def eval_loader(
         return [read(batch.indices), sizes.astype(np.float32), offsets]
 
     every = np.arange(len(manifest))
-    return DaliLoader(manifest, spec, place, batch_size, micro_batches, inputs, lambda *_: every)
+    return DaliLoader(manifest, spec, place, batch_size, micro_batches, inputs, lambda _: every)
 
 
 def eval_windows(
@@ -107,14 +103,14 @@ class DaliLoader:
     pipeline starts at the first undelivered batch. Whether a sample is replaced depends on its file and
     draws alone: a file cut in the middle still gives the crops above the cut.
     `micro_batches` yields those of (epoch, start); `inputs` returns the graphs' inputs for a micro-batch.
-    `order` returns all samples, those of all ranks from (epoch, start) on first.
+    `order` returns the samples of an epoch, those of all ranks.
     """
 
     def __init__(
         self, manifest: Manifest, spec: AugmentSpec | EvalSpec, place: Placement, batch_size: int,
         micro_batches: Callable[[int, int], Iterator[MicroBatch]],
         inputs: Callable[[MicroBatch], Sequence[Any]],
-        order: Callable[[int, int], NDArray[np.int64]],
+        order: Callable[[int], NDArray[np.int64]],
     ) -> None:  # fmt: skip
         self._run = graphs.execution(place, batch_size, reads_files=manifest.packed is None)
         self._stand_ins = StandIns(manifest, place.max_bad_fraction, place.threads)
@@ -151,7 +147,9 @@ class DaliLoader:
                 epochs = map(self._micro_batches, itertools.count(epoch), starts)
                 self._upcoming = itertools.chain.from_iterable(epochs)
                 if (packed := self._manifest.packed) and packed.mirror:
-                    packed.mirror.begin(packed, self._order(epoch, start))
+                    # What the rest of this epoch leaves out, a later one wants.
+                    rest = self._order(epoch)[start:]
+                    packed.mirror.begin(packed, np.append(rest, np.arange(len(self._manifest))))
                 self._rewind()
                 self._undelivered.clear()
             try:
@@ -226,19 +224,16 @@ class DaliLoader:
 
     def _pull(self) -> Sequence[Any]:
         """Return DALI's inputs for the next batch; DALI calls it on the thread that schedules a run."""
-        place = len(self._in_flight)
-        if place == len(self._undelivered):
+        if len(self._in_flight) == len(self._undelivered):
             self._undelivered.append(next(self._upcoming))
-        self._in_flight.append(self._undelivered[place])  # a suspect from here on
-        self._in_flight[place] = self._without_bad_files(self._undelivered[place])
-        return self._inputs(self._in_flight[place])
-
-    def _without_bad_files(self, batch: MicroBatch) -> MicroBatch:
-        indices = batch.indices.copy()
-        for place in self._stand_ins.bad_places(batch.indices):
-            if not self._decodes(batch.part(slice(place, place + 1))):
+        planned = self._undelivered[len(self._in_flight)]
+        self._in_flight.append(planned)  # a suspect from here on
+        indices = planned.indices.copy()
+        for place in self._stand_ins.bad_places(indices):
+            if not self._decodes(planned.part(slice(place, place + 1))):
                 indices[place] = self._stand_ins.stand_in(int(indices[place]))
-        return batch._replace(indices=indices)
+        self._in_flight[-1] = given = planned._replace(indices=indices)
+        return self._inputs(given)
 
     def _decodes(self, sample: MicroBatch) -> bool:
         """Return whether DALI decodes a sample of a bad file: its crop may lie in the part that is whole.
@@ -261,20 +256,21 @@ class DaliLoader:
             self._decode(sample)
         except (RuntimeError, OSError):
             try:
-                self._decode_inputs([[np.frombuffer(content, np.uint8)], _FIRST_PIXEL], reads_files=False)
+                self._decode(sample, content)
             except RuntimeError:
                 self._undecodable.add(digest)
             return False
         return True
 
-    def _decode(self, batch: MicroBatch) -> None:
-        """Test-decode a part of a batch. Raises RuntimeError or OSError when DALI cannot."""
-        self._decode_inputs(self._inputs(batch), self._run.reads_files)
-
-    def _decode_inputs(self, inputs: Sequence[Any], reads_files: bool) -> None:
-        inputs = inputs[: 2 if self._trains else 1]
-        run = replace(self._run, reads_files=reads_files, prefetch_batches=1)
-        graphs.decode_graph(lambda: inputs, run, windows=self._trains).run()
+    def _decode(self, batch: MicroBatch, content: bytes | None = None) -> None:
+        """Test-decode a part of a batch, or the first pixel of `content`.
+        Raises RuntimeError or OSError when DALI cannot.
+        """
+        inputs, run = [[np.frombuffer(content or b"", np.uint8)], _FIRST_PIXEL], self._run
+        if content is None:
+            inputs = list(self._inputs(batch))
+        run = replace(run, reads_files=run.reads_files and content is None, prefetch_batches=1)
+        graphs.decode_graph(lambda: inputs[: 1 + self._trains], run, windows=self._trains).run()
 
     def _to_device(self, values: NDArray[np.int64]) -> torch.Tensor:
         host = torch.from_numpy(values)

@@ -92,9 +92,8 @@ def parse(text: str) -> Policy:
     family, *parts = text.split("-")
     known = {"rand": ("m", "n", "p", "mstd", "inc"), "dali": ("m", "n")}.get(family)
     if known is None:
-        raise ValueError(
-            f"{text!r} is none of 'rand-m9-mstd0.5-inc1', '3a', 'ta_wide', 'reimpl', 'dali-n2-m9'"
-        )
+        examples = "'rand-m9-mstd0.5-inc1', '3a', 'ta_wide', 'reimpl', 'dali-n2-m9'"
+        raise ValueError(f"{text!r} is none of {examples}")
     values: dict[str, float] = {}
     for part in parts:
         if (found := re.fullmatch(r"([a-z]+)(\d+(?:\.\d+)?)", part)) is None or found[1] not in known:

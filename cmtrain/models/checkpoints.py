@@ -112,7 +112,13 @@ def load_reference_checkpoint(model: CMT, state_dict: Mapping, *, skip_head: boo
     for key in own:
         names = _reference_keys(modules, key)
         if names[0] in expected:  # a skipped head is not
-            converted[key] = _pack(model, key, [given[name] for name in names])
+            converted[key] = given[names[0]]
+            if not key.endswith(".table"):  # the inverse of _unpack, by where it puts each number
+                numbers = torch.arange(own[key].numel(), device="cpu").view(own[key].shape)
+                order = torch.cat([part.flatten() for part in _unpack(model, key, numbers)])
+                flat = torch.cat([given[name].flatten() for name in names])
+                packed = flat.clone().index_copy_(0, order.to(flat.device), flat)
+                converted[key] = packed.view(own[key].shape)
     model.load_state_dict(own | resize_positions(converted, model))
 
 
@@ -195,15 +201,11 @@ def _reference_keys(modules: Mapping[str, tuple[str, ...]], key: str) -> tuple[s
     return modules[module] if leaf == "table" else tuple(f"{name}.{leaf}" for name in modules[module])
 
 
-def _is_conv_matrix(model: CMT, key: str) -> bool:
-    """Return whether the reference has a 1x1 convolution here; the re-implementation's fc is linear."""
-    in_ffn = key.endswith((".expand.weight", ".project.weight"))
-    return in_ffn or (key == "fc.weight" and model.variant == "paper")
-
-
 def _unpack(model: CMT, key: str, tensor: Tensor) -> tuple[Tensor, ...]:
     """Convert one of our tensors to the reference's: rows split by projection, convolutions 4-D."""
-    if _is_conv_matrix(model, key):
+    # The re-implementation's fc is linear, all else that is a matrix here a 1x1 convolution there.
+    in_ffn = key.endswith((".expand.weight", ".project.weight"))
+    if in_ffn or (key == "fc.weight" and model.variant == "paper"):
         return (tensor[:, :, None, None],)
     if "kv." not in key:  # of attn.kv or attn.qkv
         return (tensor,)
@@ -213,15 +215,3 @@ def _unpack(model: CMT, key: str, tensor: Tensor) -> tuple[Tensor, ...]:
     # The re-implementation orders its rows by channel, then head, then k or v.
     kv = torch.cat(parts[-2:]).unflatten(0, (2, HEADS[int(key.split(".")[1])], -1))  # of this stage
     return (*(part.clone() for part in parts[:-2]), kv.transpose(0, 2).flatten(0, 2))
-
-
-def _pack(model: CMT, key: str, tensors: list[Tensor]) -> Tensor:
-    """Convert the reference's tensors to one of ours: the inverse of _unpack."""
-    if _is_conv_matrix(model, key):
-        return tensors[0][:, :, 0, 0]
-    if "kv." not in key:
-        return tensors[0]
-    if model.variant == "reimpl":
-        kv = tensors[-1].unflatten(0, (-1, HEADS[int(key.split(".")[1])], 2))
-        tensors = [*tensors[:-1], kv.transpose(0, 2).flatten(0, 2)]
-    return torch.cat(tensors)

@@ -78,13 +78,13 @@ def init_weights(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
+@dataclass
 class _SpareStatistics:
     """While it is entered, the BatchNorms of `block` move copies of their statistics: a second forward pass
     would move them a second time.
     """
 
-    def __init__(self, block: Block) -> None:
-        self.block = block
+    block: Block
 
     def __enter__(self) -> None:
         parts = [part for part in self.block.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]

@@ -9,7 +9,7 @@ import copy
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from cmtrain.models.cmt import CMT
 
@@ -22,39 +22,32 @@ def folded(model: CMT) -> CMT:
     """
     model = copy.deepcopy(model).eval().requires_grad_(False)
     stages: Any = model.stages
-    model.stem.norm3 = _into_next(model.stem.norm3, stages[0].embed)
+    model.stem.norm3 = _absorb(stages[0].embed, model.stem.norm3, norm_first=True)
     for stage in stages:
         for block in stage.blocks:
             if isinstance(getattr(block.attn, "reduce_norm", None), nn.BatchNorm2d):
-                block.attn.reduce_norm = _into_previous(block.attn.reduce, block.attn.reduce_norm)
+                block.attn.reduce_norm = _absorb(block.attn.reduce, block.attn.reduce_norm)
             ffn = block.ffn
             if ffn.variant == "paper":
-                ffn.depthwise_norm = _into_next(ffn.depthwise_norm, ffn.project)
-            ffn.project_norm = _into_previous(ffn.project, ffn.project_norm)
+                ffn.depthwise_norm = _absorb(ffn.project, ffn.depthwise_norm, norm_first=True)
+            ffn.project_norm = _absorb(ffn.project, ffn.project_norm)
     if isinstance(model.fc_norm, nn.BatchNorm2d):
-        model.fc_norm = _into_previous(model.fc, model.fc_norm)
+        model.fc_norm = _absorb(model.fc, model.fc_norm)
     return model
 
 
-def _scale_and_shift(norm: Any) -> tuple[Tensor, Tensor]:  # (C,), (C,), in float64: two roundings become one
+def _absorb(layer: Any, norm: Any, *, norm_first: bool = False) -> Any:
+    """Make layer(x) what norm(layer(x)) was or, with `norm_first`, layer(norm(x)), of a layer that does not
+    pad, for a weight (out, C, ...); return the norm's replacement.
+    """
+    # In float64: two roundings become one
     scale = norm.weight.double() * torch.rsqrt(norm.running_var.double() + norm.eps)
-    return scale, norm.bias.double() - norm.running_mean.double() * scale
-
-
-def _into_previous(layer: Any, norm: nn.Module) -> Any:
-    """Make layer(x) what norm(layer(x)) was, for a weight (C, ...); return the norm's replacement."""
-    scale, shift = _scale_and_shift(norm)
-    rows = scale.view(-1, *[1] * (layer.weight.ndim - 1))
-    layer.weight.copy_(layer.weight.double() * rows)
-    layer.bias.copy_(layer.bias.double() * scale + shift)
-    return nn.Identity()
-
-
-def _into_next(norm: nn.Module, layer: Any) -> Any:
-    """Make layer(x) what layer(norm(x)) was, for a weight (out, C, ...) and no padding; as above."""
-    scale, shift = _scale_and_shift(norm)
-    columns = [1, -1] + [1] * (layer.weight.ndim - 2)
-    weight = layer.weight.double()
-    layer.bias.add_((weight * shift.view(columns)).flatten(1).sum(1))
-    layer.weight.copy_(weight * scale.view(columns))
+    shift = norm.bias.double() - norm.running_mean.double() * scale
+    weight, bias, sides = layer.weight.double(), layer.bias.double(), [1] * (layer.weight.ndim - 1)
+    sides.insert(int(norm_first), -1)  # the norm's channels are the weight's rows or columns
+    if norm_first:
+        layer.bias.copy_(bias + (weight * shift.view(sides)).flatten(1).sum(1))
+    else:
+        layer.bias.copy_(bias * scale + shift)
+    layer.weight.copy_(weight * scale.view(sides))
     return nn.Identity()

@@ -144,20 +144,17 @@ class Learner:
                 taken.append(next(batches))
                 self.is_reading = False
             images, labels, indices = taken[turn]
-            self.phases.begin("forward")
-            # The number of this micro-batch within the global batch, whichever rank works on it.
-            micro = self.accelerator.process_index + turn * self.accelerator.num_processes
-            torch_seed = _torch_seed(self.seed, step, micro)
-            torch.manual_seed(torch_seed)
-            images, targets = mix(images, labels, self.mixing, (self.seed, step, micro))
             passes = self._num_passes(len(images))
             for number in range(passes):
+                self.phases.begin("forward")
+                # The number of this micro-batch within the global batch, whichever rank works on it.
+                turns = turn + number * self.accumulation
+                micro = self.accelerator.process_index + turns * self.accelerator.num_processes
+                torch_seed = _torch_seed(self.seed, step, micro)
+                torch.manual_seed(torch_seed)
+                if number == 0:
+                    images, targets = mix(images, labels, self.mixing, (self.seed, step, micro))
                 part = slice(number, None, passes)  # as a plan of such micro-batches divides the samples
-                if number:
-                    self.phases.begin("forward")
-                    micro += self.accumulation * self.accelerator.num_processes
-                    torch_seed = _torch_seed(self.seed, step, micro)
-                    torch.manual_seed(torch_seed)
                 is_last = turn == self.accumulation - 1 and number == passes - 1
                 count = self.accumulation * len(images) / len(images[part])
                 loss_of_step += self._pass(images[part], targets[part], torch_seed, count, is_last)
@@ -327,30 +324,25 @@ class Learner:
                 torch._foreach_copy_(statistics, list(mean.split([t.numel() for t in statistics])))
         self.guard.accept_current()
 
+    @property
+    def _parts(self) -> dict[str, Any]:
+        """What has a state, the weights before the guard, which reads them."""
+        parts = {**self.weights, "optimizer": self.optimizer, "guard": self.guard}
+        parts |= {"spikes": self.detector, "window": self.buffer, "scaler": self.accelerator.scaler}
+        return {name: part for name, part in parts.items() if part is not None}
+
     def state_dict(self) -> dict[str, Any]:
         """Return everything a step changes, equal on all ranks. Synchronises; all ranks must call it."""
         self.average_over_ranks()
-        state = {name: module.state_dict() for name, module in self.weights.items()}
-        state |= {"optimizer": self.optimizer.state_dict(), "guard": self.guard.state_dict()}
-        state |= {"spikes": self.detector.state_dict(), "window": self.buffer.state_dict()}
-        if self.accelerator.scaler is not None:
-            state["scaler"] = self.accelerator.scaler.state_dict()
-        return state
+        return {name: part.state_dict() for name, part in self._parts.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name, module in self.weights.items():
-            module.load_state_dict(state[name])
         own = [{name: group[name] for name in self.hyperparameters} for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(state["optimizer"])
-        for group, values in zip(
-            self.optimizer.param_groups, own, strict=True
-        ):  # --resume force changes some
-            group |= values
-        self.guard.load_state_dict(state["guard"])
-        self.detector.load_state_dict(state["spikes"])
-        self.buffer.load_state_dict(state["window"])
-        if self.accelerator.scaler is not None and "scaler" in state:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
+        for name, part in self._parts.items():
+            if name in state or name != "scaler":  # saved where there was none
+                part.load_state_dict(state[name])
+        for group, values in zip(self.optimizer.param_groups, own, strict=True):
+            group |= values  # which --resume force may change
 
 
 def _torch_seed(seed: int, step: int, micro: int) -> int:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -136,12 +137,10 @@ class Stopwatch:
         self.waited = 0.0
 
     def waiting(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """Yield `batches` and count the time until each comes. The first one begins a new lap."""
+        """Yield `batches` and count the time until each comes."""
         asked = time.perf_counter()
-        for number, batch in enumerate(batches):
+        for batch in batches:
             self.waited += time.perf_counter() - asked
-            if number == 0:
-                self.lap()
             yield batch
             asked = time.perf_counter()
 
@@ -157,23 +156,22 @@ class Pace:
     """Averages the pace of steps: since the last log point, and over this process's part of the run."""
 
     def __init__(self) -> None:
-        self._steps: list[tuple[int, float, float]] = []
-        self._total_images, self._total_seconds = 0, 0.0
+        # Images, seconds, seconds of waiting and steps
+        self._sums, self._totals = np.zeros(4), np.zeros(4)
 
     def step(self, images: int, seconds: float, waited: float) -> None:
         """Add a step. `waited`: the part of its `seconds` that it waited for data."""
-        self._steps.append((images, seconds, waited))
+        self._sums += images, seconds, waited, 1
 
     def pop_averages(self) -> tuple[float, float, float]:
         """Return (images/s, share of the time spent waiting, seconds per step) since the last call."""
-        images, seconds, waited = (sum(values) for values in zip(*self._steps, strict=True))
-        averages = images / seconds, waited / seconds, seconds / len(self._steps)
-        self._steps = []
-        self._total_images += images
-        self._total_seconds += seconds
-        return averages
+        images, seconds, waited, steps = self._sums.tolist()
+        self._totals += self._sums
+        self._sums[:] = 0
+        return images / seconds, waited / seconds, seconds / steps
 
     @property
     def images_per_second(self) -> float | None:
         """The average up to the last log point; None before the first one."""
-        return round(self._total_images / self._total_seconds, 1) if self._total_seconds else None
+        images, seconds, *_ = self._totals.tolist()
+        return round(images / seconds, 1) if seconds else None

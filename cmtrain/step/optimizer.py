@@ -118,16 +118,18 @@ def set_frozen(model: nn.Module, names: Collection[str], *, frozen: bool = True)
 @torch.no_grad()
 def add_gradients(parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
     """Add `gradients` to each .grad in a few kernels, where autograd takes one a parameter; keep none."""
-    pairs = [(p, g) for p, g in zip(parameters, gradients, strict=True) if g is not None]
-    first = [(p, g) for p, g in pairs if p.grad is None]
-    others = [(p, g) for p, g in pairs if p.grad is not None]
-    for parameter, _ in first:
-        parameter.grad = torch.empty_like(parameter)
-    jobs: list[Any] = [(torch._foreach_copy_, first), (torch._foreach_add_, others)]
-    for operation, some in jobs:
-        for is_alike in (True, False):  # one kernel each for all of a list, if one pair's layouts differ
-            if chosen := [(p.grad, g) for p, g in some if (p.stride() == g.stride()) == is_alike]:
-                operation([total for total, _ in chosen], [g for _, g in chosen])
+    jobs: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        if gradient is not None:
+            operation: Any = torch._foreach_add_
+            if parameter.grad is None:
+                operation, parameter.grad = torch._foreach_copy_, torch.empty_like(parameter)
+            # One kernel each for all of a list, if one pair's layouts differ
+            job = jobs.setdefault((operation, parameter.stride() == gradient.stride()), ([], []))
+            job[0].append(parameter.grad)
+            job[1].append(gradient)
+    for (operation, _), job in jobs.items():
+        operation(*job)
 
 
 class Ema:

@@ -86,11 +86,11 @@ def split_threads(config: Config, device: torch.device) -> int:
 
 def check_places(config: Config, *, trains: bool = True) -> None:
     """Raise DataError, as open_data would, where images are missing; unless it `trains`, only for val."""
-    data, root = config.data, _root_of(config, trains=trains)
-    splits = [(data.train_dir, data.train_list)] if trains else []
-    for folder, list_file in [*splits, (data.val_dir, data.val_list)]:
-        if not (root / (_list_for(root, folder, list_file) or folder)).exists():
-            _open_split(config, root, folder, list_file, None)
+    root = _root_of(config, trains=trains)
+    for split in ("train", "val") if trains else ("val",):
+        folder, listed = _place_of(config, root, split)
+        if not (listed or folder).exists():
+            _open_split(config, root, split, None)
 
 
 def open_data(config: Config, accelerator: Accelerator | None = None) -> Data:
@@ -101,8 +101,8 @@ def open_data(config: Config, accelerator: Accelerator | None = None) -> Data:
     with accelerator.local_main_process_first() if accelerator else nullcontext():
         root = _root_of(config)
     # Outside: the others would wait at a barrier, which a first look at a large folder outlasts.
-    train = _open_split(config, root, data.train_dir, data.train_list, None)
-    val = _open_split(config, root, data.val_dir, data.val_list, train.class_names)
+    train = _open_split(config, root, "train", None)
+    val = _open_split(config, root, "val", train.class_names)
     if data.fraction < 1:
         train = train.fraction(data.fraction, config.run.seed)
     if accelerator and not accelerator.is_main_process:
@@ -139,28 +139,27 @@ def _root_of(config: Config, *, trains: bool = True) -> Path:
     return folder
 
 
-def _open_split(
-    config: Config, root: Path, folder: str, list_file: str | None, class_names: Sequence[str] | None
-) -> Manifest:
-    if (listed := _list_for(root, folder, list_file)) is not None:
-        return open_folder(config, root, class_names, image_list=root / listed)
-    return open_folder(config, root / folder, class_names)
+def _open_split(config: Config, root: Path, split: str, class_names: Sequence[str] | None) -> Manifest:
+    folder, listed = _place_of(config, root, split)
+    return open_folder(config, root if listed else folder, class_names, image_list=listed)
 
 
 def open_folder(config: Config, folder: Path, class_names: Sequence[str] | None, **options: Any) -> Manifest:
     """Index the images of `folder`, packed or not. Raises DataError: no images, or another class."""
     classes: dict[str, Any] = {"class_names": class_names, "multi_label": config.data.multi_label}
-    if "image_list" not in options and shards.is_packed(folder):
+    if options.get("image_list") is None and shards.is_packed(folder):
         return Manifest.from_shards(folder, **classes)
     options |= {"cache_dir": cache_folder(config), "max_bad_fraction": config.data.max_bad_fraction}
     return Manifest.from_folder(folder, **classes, **options)
 
 
-def _list_for(root: Path, folder: str, list_file: str | None) -> str | None:
-    """Return the list of a split: without a folder the one that `cmtrain data split` writes in its place."""
-    written = f"{folder}.csv"
-    replaces = list_file is None and not (root / folder).exists() and (root / written).is_file()
-    return written if replaces else list_file
+def _place_of(config: Config, root: Path, split: str) -> tuple[Path, Path | None]:
+    """Return folder and list of a split: without both the list that `cmtrain data split` writes instead."""
+    folder = root / getattr(config.data, f"{split}_dir")
+    if (listed := getattr(config.data, f"{split}_list")) is not None:
+        return folder, root / listed
+    written = Path(f"{folder}.csv")
+    return folder, written if not folder.exists() and written.is_file() else None
 
 
 def open_val(config: Config, class_names: Sequence[str], folder: str | None = None) -> Manifest:
@@ -170,7 +169,7 @@ def open_val(config: Config, class_names: Sequence[str], folder: str | None = No
     if folder:
         return open_folder(config, Path(folder), class_names, positions=True)
     root = _root_of(config, trains=False)
-    return _open_split(config, root, config.data.val_dir, config.data.val_list, class_names)
+    return _open_split(config, root, "val", class_names)
 
 
 def make_train_loader(

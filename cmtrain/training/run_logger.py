@@ -24,14 +24,27 @@ from cmtrain.processes.preflight import version_of_code
 from cmtrain.processes.rank import num_restarts
 from cmtrain.step.evaluate import Evaluation, by_class
 from cmtrain.step.measure import Pace, StepReport
-from cmtrain.step.spikes import Spike
 from cmtrain.storage import run_folder
 from cmtrain.storage.checkpoint_writer import Outcome
-from cmtrain.storage.finite import named
 from cmtrain.storage.records import Losses, finite
-from cmtrain.training.recovery import BadStep
 from pipelines.checks.bad_list import BadFile, find_list
 from pipelines.spec import DataError, print_lines
+
+# Console lines of events, from their fields; `files` of some events are the first of their samples.
+LINES = {
+    "note": "{text}",
+    "loss_spikes": "loss spikes: {count} in steps {first_step}..{last_step}, the highest at step "
+    "{worst[step]}: loss {worst[loss]:.4f} ({worst[loss_z]:.1f} sigma), gradient norm "
+    "{worst[grad_norm]:.2f} ({worst[grad_norm_z]:.1f} sigma)",
+    "bad_batch": "step {step}: too many bad steps; {cause}; of {shown}, ...; look at it by "
+    "cmtrain replay {run} --step {step}",
+    "rollback": "step {step}: back to the state of step {good_step}, learning rate x {lr_factor:g}",
+    "out_of_memory": "step {step}: out of memory; done again, and from now on in passes of "
+    "{images_per_pass} images; these have the same pixels and targets, BatchNorm's batches are smaller",
+    "ema_healed": "step {step}: EMA not finite, copied from the model again: {shown}",
+    "checkpoint_failed": "checkpoint at step {step} failed, older ones are untouched: {error}",
+    "checkpoints_not_dropped": "checkpoints that are no longer needed could not be deleted: {error}",
+}
 
 
 @dataclass
@@ -63,6 +76,7 @@ class RunLogger:
         self.failure: dict[str, Any] = {}  # which is written to status.json by report_failure
         self.exporter: Exporter | None = None
         self.target: Path | None = None
+        self.metrics_url: str | None = None
         if self.address:
             self._serve(*self.address)
 
@@ -74,6 +88,7 @@ class RunLogger:
         except (OSError, UnicodeError) as error:
             self.console.line(f"no metrics: {error}")
             return
+        self.metrics_url = f"{self.exporter.url}/metrics"
         place = self.path, self.rank, self.exporter.host, self.exporter.port
         self.target = self.losses.attempt("discovery of metrics", discovery.write_target, *place)
         if self.rank == 0:
@@ -81,10 +96,6 @@ class RunLogger:
 
     def _status(self) -> dict[str, Any]:
         return self.folder.snapshot() | self.failure if self.folder else self.speed
-
-    @property
-    def metrics_url(self) -> str | None:
-        return f"{self.exporter.url}/metrics" if self.exporter else None
 
     def start(
         self, config_yaml: str, facts: Mapping[str, str], notes: Sequence[str], *, flops_per_image: int,
@@ -111,7 +122,7 @@ class RunLogger:
             except OSError as error:
                 raise DataError(f"{error.filename or self.path}: {error.strerror or error}") from error
         for note in notes:
-            self._report("note", note, text=note)
+            self.report("note", text=note)
         state = "resumed" if resumed else "started"
         self._event(state, step=self.first_step, restarts=num_restarts(), **facts)
         self._event("environment", **machine.environment())
@@ -126,10 +137,10 @@ class RunLogger:
         if self.folder:
             self.folder.event(kind, **fields)
 
-    def _report(self, kind: str, line: str, /, **fields: Any) -> None:
-        """Log an event in the run folder, and a line about it on the console."""
+    def report(self, kind: str, /, *, shown: str = "", **fields: Any) -> None:
+        """Log an event in the run folder, and its line of LINES, which also has `shown`, on the console."""
         self._event(kind, **fields)
-        self.console.line(line)
+        self.console.line(LINES[kind].format(**fields, shown=shown, run=shlex.quote(str(self.path))))
 
     # Steps and log points
 
@@ -185,7 +196,7 @@ class RunLogger:
         if self.trackers:
             self.losses.attempt("metrics.trackers", self.trackers.log, record, step)
 
-    # Bad files, spikes, rollbacks
+    # Bad files
 
     def left_out(self, files: Sequence[BadFile], root: Path) -> None:
         """Log the files that the run begins without. All ranks know the same ones; rank 0 counts them.
@@ -210,40 +221,6 @@ class RunLogger:
                 self._event("bad_file", path=file.path, reason=file.reason, kind=file.kind)
                 if not quiet:
                     self.console.line(f"bad file, replaced from now on: {file.path}: {file.reason}")
-
-    def spiked(self, spikes: Sequence[Spike], batch: Sequence[int], files: Sequence[str]) -> None:
-        """Log loss spikes. `batch`: the samples of the highest one, `files`: some of them."""
-        worst = max(spikes, key=lambda spike: spike.z)
-        first, last = spikes[0].step, spikes[-1].step
-        self._report(
-            "loss_spikes",
-            f"loss spikes: {len(spikes)} in steps {first}..{last}, the highest at step {worst.step}: "
-            f"loss {worst.loss:.4f} ({worst.loss_z:.1f} sigma), gradient norm {worst.grad_norm:.2f} "
-            f"({worst.grad_norm_z:.1f} sigma)",
-            first_step=first, last_step=last, count=len(spikes), worst=asdict(worst),
-            samples=list(batch), files=list(files),
-        )  # fmt: skip
-
-    def bad_batch(self, step: int, found: BadStep, files: Sequence[str]) -> None:
-        """Log the cause of too many bad steps in a row. `files`: some samples of the last one."""
-        line = f"step {step}: too many bad steps; {found.cause}; of {'; '.join(files)}, ...; look at it by "
-        line += f"cmtrain replay {shlex.quote(str(self.path))} --step {step}"
-        self._report("bad_batch", line, step=step, **asdict(found), files=list(files))
-
-    def rolled_back(self, step: int, good_step: int, cause: str, lr_factor: float) -> None:
-        """Log a rollback from `step` to the state of `good_step`."""
-        self.metrics.rollbacks.inc()
-        line = f"step {step}: back to the state of step {good_step}, learning rate x {lr_factor:g}"
-        self._report("rollback", line, step=step, good_step=good_step, cause=cause, lr_factor=lr_factor)
-
-    def ran_out_of_memory(self, step: int, images_per_pass: float) -> None:
-        """Log that a rank ran out of memory in `step`, which was then done in passes of fewer images."""
-        self.metrics.out_of_memory.inc()
-        line = (
-            f"step {step}: out of memory; done again, and from now on in passes of {images_per_pass} images"
-        )
-        line += "; these have the same pixels and targets, BatchNorm's batches are smaller"
-        self._report("out_of_memory", line, step=step, images_per_pass=images_per_pass)
 
     # Evaluations and checkpoints
 
@@ -273,9 +250,8 @@ class RunLogger:
         if self.folder:
             self.folder.summary(row)
             self._track(row, step)
-            self.folder.write(
-                run_folder.CLASSES_NAME, json.dumps(by_class(dict(results), class_names, step)) + "\n"
-            )
+            content = json.dumps(by_class(dict(results), class_names, step))
+            self.folder.write(run_folder.CLASSES_NAME, f"{content}\n")
             best_of = {"top1": max(result.top1 for result in results.values())}
             if precisions := [result.map for result in results.values() if result.map is not None]:
                 best_of["map"] = max(precisions)
@@ -283,27 +259,19 @@ class RunLogger:
             self.folder.status(step=step, best_top1=best[0], best_step=best[1])
         self.metrics.enter("train")
 
-    def ema_healed(self, step: int, tensors: Sequence[str]) -> None:
-        """Log that tensors of the EMA were not finite and were copied from the model again."""
-        self.metrics.nonfinite("ema", "heal").inc()
-        line = f"step {step}: EMA not finite, copied from the model again: {named(tensors)}"
-        self._report("ema_healed", line, step=step, tensors=list(tensors))
-
     def saved(self, outcome: Outcome) -> None:
         """Log how the save of a checkpoint ended."""
         step, error = outcome.step, outcome.error
         if outcome.path is None:
             self.metrics.checkpoint_failures.inc()
-            line = f"checkpoint at step {step} failed, older ones are untouched: {error}"
-            self._report("checkpoint_failed", line, step=step, error=error)
+            self.report("checkpoint_failed", step=step, error=error)
             return
         self.metrics.saved(outcome.seconds, outcome.num_bytes)
         self._event("checkpoint", step=step, path=str(outcome.path), seconds=round(outcome.seconds, 3))
         if self.folder:
             self.folder.status(resume_from=str(outcome.path))
         if error:
-            line = f"checkpoints that are no longer needed could not be deleted: {error}"
-            self._report("checkpoints_not_dropped", line, error=error)
+            self.report("checkpoints_not_dropped", error=error)
 
     # The end
 

@@ -50,7 +50,9 @@ class Saver:
         begin, metrics, self.last_step = time.perf_counter(), self.logger.metrics, step
         metrics.enter("checkpoint")
         if checked.repaired:
-            self.logger.ema_healed(step, checked.repaired)
+            metrics.nonfinite("ema", "heal").inc()
+            shown = named(checked.repaired)
+            self.logger.report("ema_healed", step=step, tensors=list(checked.repaired), shown=shown)
         if self.logger.folder:
             if checked.nonfinite:
                 self._log(Outcome(step, None, 0.0, f"the model is not finite: {named(checked.nonfinite)}"))

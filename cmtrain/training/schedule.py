@@ -35,28 +35,21 @@ class Schedule:
     accumulation: int = field(init=False)  # micro-batches that one process accumulates into a step
     steps_per_epoch: int = field(init=False)
     warmup_steps: int = field(init=False)
+    decay_end_step: int = field(init=False)  # at which the decay reaches min_lr
+    total_epochs: int = field(init=False)
+    total_steps: int = field(init=False)
 
     def __post_init__(self) -> None:
         split = split_batch(self.global_batch_size, self.max_batch_per_gpu, self.world_size)
         self.micro_batch_size, self.accumulation = split
         self.steps_per_epoch = self.num_samples // self.global_batch_size
         self.warmup_steps = round(self.warmup_epochs * self.steps_per_epoch)
+        self.decay_end_step = self.epochs * self.steps_per_epoch
+        self.total_epochs = self.epochs + self.cooldown_epochs
+        self.total_steps = self.total_epochs * self.steps_per_epoch
         if self.steps_per_epoch == 0:
             few = f"the training set has {self.num_samples:,} samples, less than one global batch of"
             raise DataError(f"{few} {self.global_batch_size:,}; lower train.global_batch_size")
-
-    @property
-    def total_epochs(self) -> int:
-        return self.epochs + self.cooldown_epochs
-
-    @property
-    def total_steps(self) -> int:
-        return self.total_epochs * self.steps_per_epoch
-
-    @property
-    def decay_end_step(self) -> int:
-        """The step at which the decay reaches min_lr."""
-        return self.epochs * self.steps_per_epoch
 
     def lr_at(self, step: int) -> float:
         """Return the learning rate of the update that follows `step` finished ones; a pure function.

@@ -7,11 +7,11 @@ import platform
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 
 from cmtrain import __version__, errors
 from cmtrain.config.load import source_of
@@ -35,7 +35,7 @@ from cmtrain.training.recovery import Recovery, find_overflow, merge_ranks
 from cmtrain.training.resume import restore
 from cmtrain.training.run_logger import RunLogger
 from cmtrain.training.saver import Saver
-from cmtrain.training.schedule import Schedule, images_at_once
+from cmtrain.training.schedule import images_at_once
 from pipelines.files.manifest import Manifest
 from pipelines.preview import contact_sheet
 from pipelines.spec import Batch
@@ -113,9 +113,13 @@ def run(
         if start.checkpoint:
             saver.resume(start.checkpoint.meta, data.val.fingerprint)
             saver.saved_step = stop.saved_step = start.step
+        facts = {
+            "model": config.model.name, "precision": build.precision_of(accelerator),
+            "device": accelerator.device.type, "world_size": str(world_size), "version": __version__,
+        }  # fmt: skip
         logger.start(
-            to_yaml(config), facts_of(config, accelerator), parts.notes,
-            flops_per_image=parts.flops_per_image, device=accelerator.device, resumed=resumed,
+            to_yaml(config), facts, parts.notes, flops_per_image=parts.flops_per_image,
+            device=accelerator.device, resumed=resumed,
         )  # fmt: skip
         for file in map(source_of, config.run.imports if logger.folder else ()):
             logger.losses.attempt(file.name, replace_file, lock.folder / file.name, file.read_bytes())
@@ -136,7 +140,8 @@ def run(
             num_images = learner.step(batches, step, lr)
             if learner.images_per_pass != images_per_pass:
                 passes.append((step + 1, learner.images_per_pass))
-                logger.ran_out_of_memory(*passes[-1])
+                logger.metrics.out_of_memory.inc()
+                logger.report("out_of_memory", step=step + 1, images_per_pass=learner.images_per_pass)
             done, epoch = step + 1, step // schedule.steps_per_epoch
             final = done == last_step
             logger.count_step(
@@ -153,7 +158,6 @@ def run(
                 report = learner.report(done, epoch, lr, reset=logs)
                 logger.log(report)
                 log_bad_files(logger, parts, stop)
-                log_spikes(logger, learner, data.train, stop)
                 if diverged := keep_or_roll_back(report, learner, recovery, logger, data.train, stop):
                     break
 
@@ -170,7 +174,10 @@ def run(
             due = schedule.ends_epochs(done, config.checkpoint.every_epochs) or (every and done % every == 0)
             if final or improved or received or milestone or due:
                 watchdog.begin("checkpoint", done)
-                progress = progress_at(done, schedule) | {"evaluation_due": evaluates and not results}
+                # `samples` of `epoch` are consumed, by all ranks together.
+                epoch, steps_into_epoch = divmod(done, schedule.steps_per_epoch)
+                progress = {"step": done, "epoch": epoch, "evaluation_due": evaluates and not results}
+                progress["samples"] = steps_into_epoch * schedule.global_batch_size
                 recovered = {"recovery": recovery.state_dict(), "progress": progress}
                 checked = repair_or_reject(**learner.weights) if config.guard.enabled else FiniteCheck()
                 meta = meta_of(config, parts, passes, milestone=milestone)
@@ -202,7 +209,9 @@ def run(
             log_mistakes(logger, results, config, parts)
         code = logger.finish(state, exit_code=code, reason=reason, results=results, as_json=as_json)
     except KeyboardInterrupt:
-        reason = stopped_at_once(logger.step, saver.saved_step)
+        where = f"step {saver.saved_step}" if saver.saved_step else "the beginning"
+        what = f"stopped at once by a second Ctrl-C at step {logger.step}, not saved"
+        reason = f"{what}; run the same command to continue from {where}"
         logger.finish("preempted", exit_code=errors.EXIT_INTERRUPTED, reason=reason)
         return errors.EXIT_INTERRUPTED
     except BaseException as error:
@@ -235,36 +244,36 @@ def keep_or_roll_back(
     report: StepReport, learner: Learner, recovery: Recovery, logger: RunLogger, manifest: Manifest,
     stop: StopRequest,
 ) -> str:  # fmt: skip
-    """At a log point, keep a good state; or, after bad steps in a row or a spike, go back to one.
-    Returns why the run has diverged, or "" if it goes on; the same on all ranks.
+    """At a log point, log spikes and keep a good state; or, after bad steps in a row or a spike, go back to
+    one. For all ranks together. Returns why the run has diverged, or "" if it goes on; equal on all ranks.
     """
+    if spikes := learner.spikes:  # the same on all ranks
+        # The samples are those of the highest one.
+        samples = [sample for share in gather(learner.spike_samples, stop.group) for sample in share]
+        logger.report(
+            "loss_spikes", first_step=spikes[0].step, last_step=spikes[-1].step, count=len(spikes),
+            worst=asdict(max(spikes, key=lambda spike: spike.z)), samples=samples,
+            files=[manifest.file(sample) for sample in samples[:3]],
+        )  # fmt: skip
     if report.bad_steps_in_a_row >= recovery.after_bad_steps:
         found = merge_ranks(gather(find_overflow(learner), stop.group))
-        logger.bad_batch(report.step, found, name_some(manifest, found.suspects or found.samples))
+        files = [manifest.file(sample) for sample in (found.suspects or found.samples)[:3]]
+        event = {"step": report.step, **asdict(found), "files": files}
+        logger.report("bad_batch", **event, shown="; ".join(files))
         cause, good_until = found.cause, report.step - report.bad_steps_in_a_row
-    elif learner.spikes and recovery.on_spikes and not recovery.exhausted:
-        cause, good_until = "a loss spike", learner.spikes[0].step - 1
+    elif spikes and recovery.on_spikes and not recovery.exhausted:
+        cause, good_until = "a loss spike", spikes[0].step - 1
     else:
         if report.good_steps_in_a_row >= recovery.after_bad_steps:
             recovery.keep(report.step, learner)
         return ""
     if (good_step := recovery.roll_back(report.step, learner, good_until=good_until)) is not None:
-        logger.rolled_back(report.step, good_step, cause, recovery.lr_factor(report.step))
+        logger.metrics.rollbacks.inc()
+        event = {"step": report.step, "good_step": good_step, "cause": cause}
+        logger.report("rollback", **event, lr_factor=recovery.lr_factor(report.step))
         return ""
     bad = f"{report.bad_steps_in_a_row} bad steps in a row after {len(recovery.rollback_steps)} rollbacks"
     return f"{bad}, loss scale {report.loss_scale:g}, {cause}"
-
-
-def log_spikes(logger: RunLogger, learner: Learner, manifest: Manifest, stop: StopRequest) -> None:
-    """Log the spikes since the last log point, with the batch of the highest one. For all ranks together."""
-    if learner.spikes:  # the same on all ranks
-        samples = [sample for share in gather(learner.spike_samples, stop.group) for sample in share]
-        logger.spiked(learner.spikes, samples, name_some(manifest, samples))
-
-
-def name_some(manifest: Manifest, samples: Sequence[int]) -> list[str]:
-    """Return the files of the first few `samples`."""
-    return [manifest.file(sample) for sample in samples[:3]]
 
 
 def log_bad_files(logger: RunLogger, parts: Parts, stop: StopRequest) -> None:
@@ -296,12 +305,6 @@ def log_mistakes(logger: RunLogger, results: dict[str, Evaluation], config: Conf
     logger.losses.attempt(MISTAKES_NAME, mistakes.draw_mistakes, logger.path / MISTAKES_NAME, *how)
 
 
-def progress_at(done: int, schedule: Schedule) -> dict[str, int]:
-    """Return the position after `done` steps: `samples` of `epoch` are consumed, by all ranks together."""
-    epoch, steps_into_epoch = divmod(done, schedule.steps_per_epoch)
-    return {"step": done, "epoch": epoch, "samples": steps_into_epoch * schedule.global_batch_size}
-
-
 def meta_of(
     config: Config, parts: Parts, passes: Sequence[tuple[int, float]], *, milestone: bool
 ) -> dict[str, Any]:
@@ -317,14 +320,6 @@ def meta_of(
     }  # fmt: skip
 
 
-def facts_of(config: Config, accelerator: Accelerator) -> dict[str, str]:
-    return {
-        "model": config.model.name, "precision": build.precision_of(accelerator),
-        "device": accelerator.device.type, "world_size": str(accelerator.num_processes),
-        "version": __version__,
-    }  # fmt: skip
-
-
 def open_logger(config: Config, path: Path, parts: Parts, last_step: int) -> RunLogger:
     metrics, accelerator, schedule = config.metrics, parts.accelerator, parts.schedule
     return RunLogger(
@@ -335,13 +330,6 @@ def open_logger(config: Config, path: Path, parts: Parts, last_step: int) -> Run
         stall_seconds=metrics.stall_seconds, allowed_hosts=metrics.allowed_hosts,
         trackers=trackers.Trackers(accelerator, path.name, flat(config)),
     )  # fmt: skip
-
-
-def stopped_at_once(step: int, saved_step: int) -> str:
-    """Describe how a second Ctrl-C ended the run after `step` steps. `saved_step`: as of Saver."""
-    where = f"step {saved_step}" if saved_step else "the beginning"
-    what = f"stopped at once by a second Ctrl-C at step {step}, not saved"
-    return f"{what}; run the same command to continue from {where}"
 
 
 def stopped_by(number: int, step: int, unsaved: str) -> str:

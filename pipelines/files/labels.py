@@ -90,35 +90,29 @@ def relabelled(
     `positions`: whether numbers may be positions; never where a class has a number for a name. Raises
     DataError, a sentence that `subject` begins: which `what` ("label", "folder", "class") matched.
     """
-    classes, how = _match(files.class_names, names, subject, what, positions)
-    labels, notes = np.array(classes, np.int64)[files.labels], (f"{files.root}: {how}",) if how else ()
-    return replace(files, labels=labels, class_names=tuple(names), notes=notes)
-
-
-def _match(
-    found: Sequence[str], names: Sequence[str], subject: Callable[[str], str], what: str, positions: bool
-) -> tuple[list[int], str]:
-    """Return the place in `names` of each label found, and how they were matched ("": by name)."""
-    place = {name: index for index, name in enumerate(names)}
+    found, place = files.class_names, {name: index for index, name in enumerate(names)}
     others = [label for label in found if label not in place]
-    if not others:
-        return [place[label] for label in found], ""
+    classes, how, hint = [place[label] for label in found if label in place], "", ""
     numbers, numbered = [_number(label) for label in found], [_number(name) for name in names]
-    hint = ""
-    if None not in numbers and None not in numbered:
+    if others and None not in numbers and None not in numbered:
         by_number = {number: index for index, number in enumerate(numbered)}
         unique = len(by_number) == len(names) and len(set(numbers)) == len(found)
         if unique and by_number.keys() >= set(numbers):
-            example = names[by_number[numbers[0]]]
-            return [by_number[number] for number in numbers], f"{what} {found[0]} is class {example}"
+            how = f"{what} {found[0]} is class {names[by_number[numbers[0]]]}"
+            classes, others = [by_number[number] for number in numbers], []
         hint = "; where classes have numbers for names, a number is never a position"
-    elif None not in numbers and positions and len(others) == len(found):
+    elif others and None not in numbers and positions and len(others) == len(found):
         places = [number for number in numbers if number is not None]
         if numbered.count(None) == len(names) and max(places) < len(names):
             shown = ", ".join(f"{index} is {names[index]}" for index in sorted(places)[:3])
-            return places, f"{what}s are positions among the classes: {shown}"
-        others = [name for name, place in zip(found, places, strict=True) if place >= len(names)] or others
-        hint = f"; as positions they would go from 0 to {len(names) - 1}"
+            how = f"{what}s are positions among the classes: {shown}"
+            classes, others = places, []
+        else:
+            others = [name for name, at in zip(found, places, strict=True) if at >= len(names)] or others
+            hint = f"; as positions they would go from 0 to {len(names) - 1}"
+    if not others:
+        labels, notes = np.array(classes, np.int64)[files.labels], (f"{files.root}: {how}",) if how else ()
+        return replace(files, labels=labels, class_names=tuple(names), notes=notes)
     if other := {_plain(name): name for name in names}.get(_plain(others[0])):
         hint = f"; {other} looks alike in another Unicode normal form (NFC, NFD) or case: use one spelling"
     matched = [label for label in found if label not in others]

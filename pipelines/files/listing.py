@@ -113,7 +113,13 @@ def list_folder(root: Path) -> Listing:
 
     def entries(start: bytes, folders: dict[bytes, FolderState]) -> Iterator[tuple[bytes, int]]:
         folders[b""] = folder_state(start)
-        names.extend(_class_folders(root, skipped))
+        for entry in _entries(os.fsencode(root)):
+            kind = _kind_of(entry)
+            if kind is None:
+                names.append(os.fsdecode(entry.name))
+            elif entry.name != NAME.encode():
+                is_file = kind.startswith((".", NO_EXTENSION))
+                skipped["beside the class folders" if is_file else kind] += 1
         if not names:
             besides = describe_skipped(skipped)
             raise DataError(f"{root}: no class folders; {besides and f'{besides}; '}{LAYOUT}")
@@ -161,9 +167,6 @@ def describe_skipped(skipped: Mapping[str, int]) -> str:
 
 def look_at(root: Path, entries: Entries, classes: Iterable[str], skipped: Counter[str]) -> Listing:
     """Return the listing of `entries(start, folders)`, which fills `folders` and `classes` as it is read."""
-    with os_errors_in_one_line(root):
-        if not root.is_dir():
-            raise DataError(f"{root}: no such folder; {LAYOUT}")
     began_ns, start = time.time_ns(), os.fsencode(os.path.join(root, ""))
     folders: dict[bytes, FolderState] = {}
     paths: list[bytes] = []
@@ -177,8 +180,10 @@ def look_at(root: Path, entries: Entries, classes: Iterable[str], skipped: Count
             paths.append(path)
             yield label, size_bytes, mtime_ns, inode
 
-    # Straight into an array: a million tuples would take more memory than all the rest.
     with os_errors_in_one_line(root):
+        if not root.is_dir():
+            raise DataError(f"{root}: no such folder; {LAYOUT}")
+        # Straight into an array: a million tuples would take more memory than all the rest.
         labels, sizes, times, inodes = np.fromiter(rows(), np.dtype((np.int64, 4))).T.copy()
     if not paths:
         besides = describe_skipped(skipped)
@@ -187,19 +192,6 @@ def look_at(root: Path, entries: Entries, classes: Iterable[str], skipped: Count
     states, names = np.array(list(folders.values()), np.int64), tuple(classes)
     columns = images, labels, sizes, times, inodes, names, faults, holders, states
     return Listing(root, *columns, began_ns, dict(sorted(skipped.items())))
-
-
-def _class_folders(root: Path, skipped: Counter[str]) -> list[str]:
-    """Return the names of the class folders in `root`; count in `skipped` what else is there, by kind."""
-    names = []
-    for entry in _entries(os.fsencode(root)):
-        kind = _kind_of(entry)
-        if kind is None:
-            names.append(os.fsdecode(entry.name))
-        elif entry.name != NAME.encode():
-            is_file = kind.startswith((".", NO_EXTENSION))
-            skipped["beside the class folders" if is_file else kind] += 1
-    return names
 
 
 def walk(

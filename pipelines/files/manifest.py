@@ -187,9 +187,8 @@ class Manifest:
             return labels.relabel_sets(shards, class_names)
         if class_names is None:
             return shards
-        return labels.relabelled(
-            shards, class_names, lambda name: f"{shards.root}: {name} is", "class", False
-        )
+        subject = partial("{}: {} is".format, shards.root)
+        return labels.relabelled(shards, class_names, subject, "class", False)
 
 
 def write_index(shards: Manifest, recipe: str) -> None:

@@ -156,25 +156,20 @@ def _kept_records(folder: Path, recipe: str) -> list[_Record]:
             raise DataError(f"{folder}: {what}; give another destination")
     records: list[_Record] = []
     for number in itertools.count():
-        record = _load_record(_record_file(folder, _SHARD.format(number)), recipe)
-        if record is None or not (shard := folder / record.name).is_file():
+        try:
+            content = _record_file(folder, _SHARD.format(number)).read_bytes()
+            found, name, size_bytes, sha256, end, rows, faults = json.loads(content)
+            record = _Record(name, size_bytes, sha256, end, np.array(rows, np.int64).reshape(-1, 6), faults)
+        except (OSError, ValueError, TypeError):  # missing or damaged: the shard is written again
+            break
+        _check_recipe(folder, found, recipe)
+        if not (shard := folder / record.name).is_file():
             break
         with shard.open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != record.sha256:
                 break
         records.append(record)
     return records
-
-
-def _load_record(path: Path, recipe: str) -> _Record | None:
-    """Return a shard's record; None when it is missing or damaged, so that the shard is written again."""
-    try:
-        found, name, size_bytes, sha256, end, rows, faults = json.loads(path.read_bytes())
-        record = _Record(name, size_bytes, sha256, end, np.array(rows, np.int64).reshape(-1, 6), faults)
-    except (OSError, ValueError, TypeError):
-        return None
-    _check_recipe(path.parent, found, recipe)
-    return record
 
 
 def _check_recipe(folder: Path, found: str, wanted: str) -> None:

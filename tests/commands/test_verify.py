@@ -93,10 +93,11 @@ def kept(make_job, **sections):
 
 
 def test_each_part_of_a_run_is_compared_as_it_was_trained(make_job):
-    """With two ranks, then one; with another split, log interval and guard: all of that is free to change."""
+    """With two ranks, then one; with another split, log interval and guard, all of which may change."""
     job = kept(make_job)
     job("--max-steps", "7", nproc=2)
-    changes = ("--train.log_every_steps", "3", "--train.max_batch_per_gpu", "4", "--guard.lr_backoff", "0.3")
+    changes = ["--train.log_every_steps", "3", "--train.max_batch_per_gpu", "4"]
+    changes += ["--guard.lr_backoff", "0.3"]
     job("--max-steps", "10", *changes)
     found, lines = verify(job)
     assert found["wrong"] == []

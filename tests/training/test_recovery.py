@@ -31,12 +31,13 @@ class Logged:
 
     def __init__(self):
         self.found, self.rollbacks = [], []
+        self.metrics = SimpleNamespace(rollbacks=SimpleNamespace(inc=lambda: None))
 
-    def bad_batch(self, step, found, files):
-        self.found.append(found)
-
-    def rolled_back(self, step, good_step, cause, lr_factor):
-        self.rollbacks.append((step, good_step, lr_factor))
+    def report(self, kind, **fields):
+        if kind == "rollback":
+            self.rollbacks.append((fields["step"], fields["good_step"], fields["lr_factor"]))
+        if kind == "bad_batch":
+            self.found.append(SimpleNamespace(**fields))
 
 
 def run(learner, recovery, *, lr, steps=120, poison=lambda number: 1.0):
