@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from pipelines.checks.bad_list import BadFile
 from pipelines.checks.decode_one import is_trouble, patiently
 from pipelines.dali import graphs
-from pipelines.dali.stages import OneGraph, TwoGraphs
 from pipelines.files.manifest import Manifest
 from pipelines.files.shards import SliceReader
 from pipelines.plan import MicroBatch, Plan, augment_params
@@ -116,12 +115,12 @@ class DaliLoader:
         self._stand_ins = StandIns(manifest, place.max_bad_fraction, place.threads)
         self._manifest, self._micro_batches = manifest, micro_batches
         self._inputs, self._order = inputs, order
-        stages = TwoGraphs if self._run.device == "cpu" else OneGraph
+        stages = graphs.TwoGraphs if self._run.device == "cpu" else graphs.OneGraph
         self._build = functools.partial(stages, spec=spec, run=self._run)
         self._trains = isinstance(spec, AugmentSpec)
         device_id = self._run.device_id
         self._device = torch.device("cpu" if device_id is None else f"cuda:{device_id}")
-        self._stages: OneGraph | TwoGraphs | None = None
+        self._stages: graphs.OneGraph | graphs.TwoGraphs | None = None
         self._upcoming: Iterator[MicroBatch] = iter(())
         self._undelivered: deque[MicroBatch] = deque()  # taken from `_upcoming`, as planned
         self._in_flight: deque[MicroBatch] = deque()  # the first of these as DALI was given them

@@ -22,7 +22,7 @@ from cmtrain.errors import ConfigError
 from cmtrain.models import cmt, fold
 from cmtrain.monitoring.console import print_result
 from cmtrain.monitoring.report.rendering import make_templates
-from cmtrain.step.scores import THRESHOLD
+from cmtrain.step.evaluate import THRESHOLD
 from cmtrain.storage import records, run_record
 from cmtrain.storage.weights import WEIGHTS_NAME, Weights, fit, num_classes_in
 from cmtrain.training import build

@@ -19,7 +19,7 @@ from cmtrain.config.load import Overrides
 from cmtrain.config.schema import Config
 from cmtrain.errors import EXIT_DATA, EXIT_DONE, ConfigError
 from cmtrain.monitoring.units import percent
-from cmtrain.step.scores import THRESHOLD
+from cmtrain.step.evaluate import THRESHOLD
 from cmtrain.storage import records, run_folder, weights
 from cmtrain.training import build, loaders, schedule
 from pipelines import atomic, progress

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from cmtrain.config.load import Overrides, load_config
 from cmtrain.config.schema import CMT_OPTIONS, Config, defaults, flatten
 from cmtrain.errors import ConfigError
-from cmtrain.step.scores import THRESHOLD
+from cmtrain.step.evaluate import THRESHOLD
 from cmtrain.storage import records, run_folder, run_record, state_file
 from cmtrain.storage.checkpoint import Loaded, find_checkpoint
 from cmtrain.storage.weights import Weights, check_finite, state_of

@@ -22,7 +22,7 @@ from prometheus_client import generate_latest
 
 from cmtrain.monitoring.http_server import JSON, TEXT, Page, Route
 from cmtrain.monitoring.metrics import TrainMetrics
-from cmtrain.monitoring.report import charts, events, headline, rendering
+from cmtrain.monitoring.report import charts, headline, rendering
 from cmtrain.monitoring.report.page import TONES
 from cmtrain.monitoring.units import is_part, state_name
 from cmtrain.storage import run_folder, run_record
@@ -89,7 +89,9 @@ def _live_page(
     page: dict[str, Any] = {"metrics": metrics, "now": now, "report": run_path / run_folder.REPORT_NAME}
     if metrics.rank == 0:
         record = run_record.read_sample(run_path, status)
-        page |= charts.draw_charts([charts.PlottedRun(record)]) | {"events": events.newest_rows(record, at)}
+        page |= charts.draw_charts([charts.PlottedRun(record)]) | {
+            "events": headline.newest_rows(record, at)
+        }
     state, tone = STATES[now["state"]], "info" if now["state"] == "setup" else "good"
     if now["stalled"]:
         state, tone = "stalled", "bad"

@@ -23,10 +23,9 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from cmtrain.step.guard import Guard, running_statistics
-from cmtrain.step.measure import Phases, StepBuffer, StepReport, extremes
+from cmtrain.step.measure import Phases, Spike, SpikeDetector, StepBuffer, StepReport, extremes
 from cmtrain.step.mixing import MixSpec, loss_of, mix, taught
 from cmtrain.step.optimizer import Ema, add_gradients, set_frozen
-from cmtrain.step.spikes import Spike, SpikeDetector
 from pipelines.spec import Batch
 
 MIN_LOSS_SCALE = 1.0

@@ -9,8 +9,7 @@ from accelerate import Accelerator
 
 from cmtrain.config.schema import Config
 from cmtrain.monitoring.units import percent
-from cmtrain.step.evaluate import Evaluation
-from cmtrain.step.scores import THRESHOLD
+from cmtrain.step.evaluate import THRESHOLD, Evaluation
 from cmtrain.training import loaders
 from pipelines.files.manifest import Manifest
 from pipelines.preview import MAX_IMAGES, contact_sheet

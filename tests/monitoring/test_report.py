@@ -19,8 +19,7 @@ from helpers.report_runs import BEGIN, eventful, write_run
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cmtrain.cli.main import main
-from cmtrain.monitoring.report.events import newest_rows
-from cmtrain.monitoring.report.headline import measure_times
+from cmtrain.monitoring.report.headline import measure_times, newest_rows
 from cmtrain.monitoring.report.page import render, report, sheet_uri, write_report
 from cmtrain.step.evaluate import Answers, Evaluation, evaluate
 from cmtrain.storage.run_record import RUN_FILES, read_run

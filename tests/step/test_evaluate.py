@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from sklearn.metrics import balanced_accuracy_score, f1_score
 from torch import nn
 
-from cmtrain.step import scores
+from cmtrain.step import evaluate as scores
 from cmtrain.step.evaluate import evaluate
 from pipelines.spec import UNREADABLE
 

@@ -16,9 +16,8 @@ from sklearn.metrics import average_precision_score, f1_score, recall_score
 from torch import nn
 
 from cmtrain.step import evaluate as module
-from cmtrain.step.evaluate import evaluate
+from cmtrain.step.evaluate import evaluate, rank
 from cmtrain.step.mixing import MixSpec, soft_targets
-from cmtrain.step.scores import rank
 from pipelines.spec import UNREADABLE
 
 SETS = torch.tensor([[1.0, 0, 0, 0], [0, 1, 0, 1], [0, 0, 0, 0], [0, 1, 1, 0], [1, 1, 0, 0]])

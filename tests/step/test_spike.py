@@ -7,7 +7,7 @@ import random
 import pytest
 from helpers.mini import make_learner, step
 
-from cmtrain.step.spikes import MEMORY_STEPS, WARMUP_STEPS, SpikeDetector
+from cmtrain.step.measure import MEMORY_STEPS, WARMUP_STEPS, SpikeDetector
 from cmtrain.training.schedule import Schedule
 
 

@@ -13,8 +13,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from cmtrain.monitoring import units
-from cmtrain.monitoring.report.events import hairlines
-from cmtrain.monitoring.report.headline import number
+from cmtrain.monitoring.report.headline import Mark, hairlines, number
 from cmtrain.monitoring.report.rendering import make_templates
 from cmtrain.monitoring.units import percent
 from cmtrain.storage.run_record import Columns, RunRecord, last
@@ -25,7 +24,6 @@ MEDIAN_COLUMNS = 200
 HEAT_LEVELS, HEAT_NAME, HEAT_CELL_PX = 8, 24, 28  # shades, letters of a class name, a cell at most
 
 Scale = Literal["linear", "zero", "log", "auto"]  # zero: linear, from 0
-Mark = tuple[float, str, str]  # an event: its step, its kind, by which it has a colour, and a text
 
 
 class Axis(NamedTuple):

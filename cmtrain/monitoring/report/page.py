@@ -16,9 +16,9 @@ from PIL import Image
 
 from cmtrain.config.schema import defaults
 from cmtrain.config.strict_yaml import emit
-from cmtrain.monitoring.report import classes, events
+from cmtrain.monitoring.report import classes
 from cmtrain.monitoring.report.charts import PlottedRun, draw_charts
-from cmtrain.monitoring.report.headline import environment_of, headline, measure_times, number
+from cmtrain.monitoring.report.headline import environment_of, event_rows, headline, measure_times, number
 from cmtrain.monitoring.report.rendering import render_page
 from cmtrain.monitoring.units import duration, percent, short, state_name, utc
 from cmtrain.storage.records import remove_leftovers, replace_file
@@ -77,7 +77,7 @@ def _run_page(run: PlottedRun) -> dict[str, Any]:
     return {
         "plot": run, "record": record, "state": name, "tone": tone, "exit_code": exit_code, "reason": reason,
         "began": utc(times.begin) if times.begin else "", "times": times,
-        "headline": list(headline(record, times, run.last_step)), "events": events.event_rows(record),
+        "headline": list(headline(record, times, run.last_step)), "events": event_rows(record),
         "evaluations": _table(record.evaluations), "log": _table(record.log, leave_out=("time",)),
         "classes": classes.class_section(record),
         "sheets": {name.partition(".")[0]: sheet_uri(path) for name, path in record.sheets.items()},
