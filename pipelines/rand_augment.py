@@ -61,10 +61,6 @@ class Policy:
     severity: Severity
     translate: float  # fraction of the image that a shift covers at full magnitude
 
-    @property
-    def blurs(self) -> bool:
-        return "GaussianBlur" in self.ops
-
 
 class LayerParams(NamedTuple):
     """Numbers of n layers for B samples. A branch reads its own only; the others hold anything finite."""

@@ -276,9 +276,8 @@ class Attention(nn.Module):
             mask = torch.empty_like(residual, dtype=torch.bool).bernoulli_(1 - rate)
             factor = 1 / (1 - rate) / (1.0 if kept is None else 1 - drop_path.drop_prob)
             kept = mask if kept is None else mask & (kept > 0)
-        return linear_kernels.project(
-            mixed, self.proj, in_head=head_dim, residual=residual, kept=kept, factor=factor
-        )[0]
+        added: Any = {"residual": residual, "kept": kept, "factor": factor}
+        return linear_kernels.project(mixed, self.proj, in_head=head_dim, **added)[0]
 
     def _padded(self, linear: nn.Linear, x: Tensor, padding: int, *, into_heads: bool) -> Tensor:
         """Apply a layer into or out of heads, each with this much padding."""

@@ -28,11 +28,6 @@ class Start:
     checkpoint: storage.Loaded | None = None
     notes: tuple[str, ...] = ()
 
-    @property
-    def evaluation_due(self) -> bool:
-        """Whether a stop signal came before the evaluation that belongs to the checkpoint."""
-        return self.checkpoint is not None and self.checkpoint.state["progress"].get("evaluation_due", False)
-
 
 def choose_start(
     lock: RunLock, resume: str, config: Config, fingerprint: str, val_fingerprint: str, control: Any = None

@@ -67,8 +67,10 @@ def run(
     accelerator, start = parts.accelerator, parts.start
     rank, world_size = accelerator.process_index, accelerator.num_processes
     first_step, last_step = start.step, min(schedule.total_steps, max_steps or schedule.total_steps)
-    resumed = None
+    resumed, evaluation_due = None, False
     if start.checkpoint:
+        # A stop signal may have come before the evaluation that belongs to the checkpoint.
+        evaluation_due = start.checkpoint.state["progress"].get("evaluation_due", False)
         restore(learner, start.checkpoint)
         recovery.load_state_dict(start.checkpoint.state["recovery"])
         resumed = start.checkpoint.path, StepReport(**start.checkpoint.meta["report"])
@@ -126,9 +128,9 @@ def run(
         logger.left_out(data.train.bad + data.val.bad, data.train.root)
         batches = clock.waiting(batches_from(first_step, parts.train_loader, schedule))
         batches = draw_first(batches, clock, logger, config, data.train)
-        if start.evaluation_due or first_step >= last_step:
+        if evaluation_due or first_step >= last_step:
             # Resumed after the last step of an epoch or of the run: its evaluation or its report is missing.
-            results, _ = evaluate_after(first_step, log=start.evaluation_due)
+            results, _ = evaluate_after(first_step, log=evaluation_due)
             received = 0 if results else stop.decision
             if received:
                 first_step = last_step

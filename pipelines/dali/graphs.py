@@ -140,9 +140,10 @@ def _finished(image: Any, params: Sequence[Any], spec: AugmentSpec | EvalSpec) -
         fill = [round(255 * value) if grey is None else grey for value in spec.mean]
         background = np.full((spec.image_px, spec.image_px, 3), fill, np.uint8)
         branches, matrices, bits, factors, kernels = params[-5:]
+        blurs = "GaussianBlur" in policy.ops
         for k in range(policy.num_layers):
             numbers = matrices[k], bits[k], factors[k], kernels[k]
-            image = augment.rand_augment_layer(image, branches[k], numbers, background, policy.blurs)
+            image = augment.rand_augment_layer(image, branches[k], numbers, background, blurs)
     if spec.color_jitter:
         image = augment.color_jitter(image, params[1], params[2])
     return augment.normalise(image, spec.mean, spec.std, spec.fp16, flips)
@@ -150,11 +151,9 @@ def _finished(image: Any, params: Sequence[Any], spec: AugmentSpec | EvalSpec) -
 
 @augment.do_not_convert
 def _external_source(source: Source, inputs: list[tuple[Any, int]], no_copy: bool = False) -> Any:
-    dtypes, ndims = [dtype for dtype, _ in inputs], [ndim for _, ndim in inputs]
-    layout = ["HWC" if given == _IMAGES else "" for given in inputs]
-    return fn.external_source(
-        source, len(inputs), batch=True, no_copy=no_copy, dtype=dtypes, ndim=ndims, layout=layout
-    )
+    options: Any = {"dtype": [dtype for dtype, _ in inputs], "ndim": [ndim for _, ndim in inputs]}
+    options["layout"] = ["HWC" if given == _IMAGES else "" for given in inputs]
+    return fn.external_source(source, len(inputs), batch=True, no_copy=no_copy, **options)
 
 
 @augment.do_not_convert
@@ -186,9 +185,8 @@ def _pipeline(graph: Callable[[], Any], run: Execution, spec: AugmentSpec | Eval
     options: dict[str, Any] = {"exec_dynamic": True} if OUTPUTS_OWN_MEMORY else {}
     options |= {"prefetch_queue_depth": run.prefetch_batches, "seed": 0}
     branches = isinstance(spec, AugmentSpec) and (bool(spec.color_jitter) or spec.rand_augment is not None)
-    pipeline = pipeline_def(graph, enable_conditionals=branches)(
-        batch_size=run.batch_size, num_threads=run.threads, device_id=run.device_id, **options
-    )
+    options |= {"batch_size": run.batch_size, "num_threads": run.threads, "device_id": run.device_id}
+    pipeline = pipeline_def(graph, enable_conditionals=branches)(**options)
     with warnings.catch_warnings():
         # DALI 2.x asks for NPP, which no operator here needs, and names the wrong package.
         warnings.filterwarnings("ignore", message=".*NPP is typically provided", category=Warning)

@@ -152,12 +152,9 @@ def read_headers(listing: Listing, places: list[int]) -> Iterator[CheckResult]:
 
 def in_threads(function: Callable[[Any], T], items: Sequence[Any]) -> Iterator[T]:
     """Yield `function` of every item, in order, in four threads per core: they wait for a disk."""
-
-    def of_block(begin: int) -> list[T]:
-        return [function(item) for item in items[begin : begin + _BLOCK]]
-
+    blocks = range(0, len(items), _BLOCK)
     with ThreadPoolExecutor(4 * (os.cpu_count() or 1)) as pool:  # as many as there are blocks, at most
-        for results in pool.map(of_block, range(0, len(items), _BLOCK)):
+        for results in pool.map(lambda at: [function(item) for item in items[at : at + _BLOCK]], blocks):
             yield from results
 
 
