@@ -6,7 +6,7 @@ Synthetic images lie on the device; there is no loader. Writes one JSON line per
 known; a case that fails has the error instead. `copy_share` of eager cases is the rate of counted bytes
 (cmtrain/models/cost.py), as a share of the device's own copy rate, which is measured first. The first case
 is also profiled: one line for each of the kernels that a step spends most of its time in, and one for each
-family of kernels; where the GPU is known, with the time that cmtrain/models/device_time.py predicts.
+family of kernels; where the GPU is known, with the time that cmtrain/models/cost.py predicts.
 """
 
 import argparse
@@ -27,8 +27,7 @@ from torch.profiler import ProfilerActivity, profile
 import cmtrain.models  # noqa: F401
 from cmtrain.commands.bench.timing import WARMUP_STEPS, Work, best_seconds, laps, measure_ceilings
 from cmtrain.models.blocks import FeedForward, FfnKernel, ResidualDepthwiseConv, attend
-from cmtrain.models.cost import count
-from cmtrain.models.device_time import DEVICES, predict_rows
+from cmtrain.models.cost import DEVICES, count, predict_rows
 from cmtrain.models.fold import folded
 from cmtrain.processes.collectives import set_cuda_math
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.files.mixed_jpegs import HEIGHT, WIDTH, mixed_jpegs
+from pipelines.files.demo_images import HEIGHT, WIDTH, mixed_jpegs
 from pipelines.spec import Decode, Placement
 
 # The ways to decode for a GPU, the fastest first; each is the fallback of those before it.

@@ -8,7 +8,6 @@ torchvision's `TrivialAugmentWide` (arXiv 2103.10158).
 
 import math
 import re
-from dataclasses import dataclass
 from enum import IntEnum
 from functools import cache
 from typing import Literal, NamedTuple
@@ -48,8 +47,7 @@ _DALI_OPS = (*(name for name in _TIMM_OPS if name not in {"Invert", "SolarizeAdd
 _THREE_OPS = ("Solarize", "Desaturate", "GaussianBlur")
 
 
-@dataclass(frozen=True)
-class Policy:
+class Policy(NamedTuple):
     """`num_layers` operations drawn with replacement, each applied with `prob`."""
 
     ops: tuple[str, ...]

@@ -28,9 +28,8 @@ _ADVICE = {
     errno.EACCES: "give this user the right to read it, or move it away",
     errno.ELOOP: "a link leads back to itself; remove it",
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
-    errno.ENOENT: "was it moved, or is a disk not mounted?",
-    errno.ENOSPC: "make room",
-}
+    errno.ENOENT: "was it moved, or is a disk not mounted?", errno.ENOSPC: "make room",
+}  # fmt: skip
 _TRY_AGAIN = "the machine is at fault, not the file: nothing was left out; run the same command again"
 
 

@@ -5,8 +5,7 @@ Maps (B, C, H, W) are in channels-last memory throughout, so that tokens (B, H, 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -179,8 +178,7 @@ class ChannelNorm(nn.LayerNorm):
 # ---- blocks
 
 
-@dataclass(frozen=True)
-class BlockOptions:
+class BlockOptions(NamedTuple):
     """Options that all blocks of a model share; see CMT."""
 
     variant: Variant

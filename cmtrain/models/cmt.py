@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +27,7 @@ REDUCTIONS = (8, 4, 2, 1)  # of keys and values, per stage (paper, table 1)
 HEADS = (1, 2, 4, 8)
 
 
-@dataclass(frozen=True)
-class Size:
+class Size(NamedTuple):
     """One column of the paper's table 1. The re-implementation's FFN of XS is a little wider."""
 
     image_px: int

@@ -33,10 +33,9 @@ STATES = ("setup", "train", "evaluate", "checkpoint")
 DATA_WAIT = "data_wait"
 MAP_TEXT = "mAP, of images of several classes."
 MEMORY_KINDS = {
-    "allocated": "allocated_bytes.all.current",
-    "reserved": "reserved_bytes.all.current",
+    "allocated": "allocated_bytes.all.current", "reserved": "reserved_bytes.all.current",
     "peak": "allocated_bytes.all.peak",
-}
+}  # fmt: skip
 RUN_FACTS = ("model", "precision", "device", "world_size", "version")
 
 Timing = Sequence[Mapping[str, float]]  # seconds by phase, of each of some steps
@@ -64,9 +63,7 @@ class TrainMetrics:
         self.nonfinite = counter("nonfinite", "Non-finite values met by the guard.", where=(), action=())
         self.spikes = counter("loss_spikes", "Steps whose loss or gradient norm was far above the mean.")
         self.rollbacks = counter("rollbacks", "Times the run went back to a good state kept in memory.")
-        self.out_of_memory = counter(
-            "out_of_memory", "Steps that were done again in passes of fewer images."
-        )
+        self.out_of_memory = counter("out_of_memory", "Steps done again in passes of fewer images.")
         self.in_state = gauge("state", "1 for what this rank is doing now, 0 for the rest.", state=STATES)
         self.step = gauge("step", "Optimizer steps done.")
         self.steps_target = gauge("steps_target", "Optimizer steps of the whole run.")

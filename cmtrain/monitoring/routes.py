@@ -89,9 +89,8 @@ def _live_page(
     page: dict[str, Any] = {"metrics": metrics, "now": now, "report": run_path / run_folder.REPORT_NAME}
     if metrics.rank == 0:
         record = run_record.read_sample(run_path, status)
-        page |= charts.draw_charts([charts.PlottedRun(record)]) | {
-            "events": headline.newest_rows(record, at)
-        }
+        newest = headline.newest_rows(record, at)
+        page |= charts.draw_charts([charts.PlottedRun(record)]) | {"events": newest}
     state, tone = STATES[now["state"]], "info" if now["state"] == "setup" else "good"
     if now["stalled"]:
         state, tone = "stalled", "bad"

@@ -87,9 +87,8 @@ def join(backend: str, timeout: datetime.timedelta) -> None:
                 wait(f"rank {rank} of {world_size} waits for rank 0 at {place}")
 
         # Meet the others
-        store = dist.TCPStore(
-            address, port, is_master=is_host, timeout=timeout, wait_for_workers=False, multi_tenant=True
-        )
+        how: dict[str, Any] = {"wait_for_workers": False, "multi_tenant": True}
+        store = dist.TCPStore(address, port, is_master=is_host, timeout=timeout, **how)
         own = dist.PrefixStore(f"attempt-{num_restarts()}", store)
         own.set(f"rank-{rank}", "here")
         while missing := [other for other in missing if not own.check([f"rank-{other}"])]:

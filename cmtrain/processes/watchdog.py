@@ -81,10 +81,8 @@ class Watchdog:
                 self._end()
 
     def _end(self) -> None:
-        reason = (
-            f"hung: the {self.phase} after step {self.step} took longer than {self.limit_seconds:g} s "
-            "(train.step_timeout_seconds); hang-rank*.txt have the stacks of each rank"
-        )
+        what = f"the {self.phase} after step {self.step} took longer than {self.limit_seconds:g} s"
+        reason = f"hung: {what} (train.step_timeout_seconds); hang-rank*.txt have the stacks of each rank"
         failure = Failure(self.rank, self.world_size, reason, step=self.step)
         write_failure(self.run_path, failure)  # before the stacks, which alone mean a hang without a report
         for file in (self.file, sys.stderr):

@@ -102,9 +102,8 @@ def assemble(config: Config, lock: RunLock, resume: str, data: loaders.Data | No
     sets = loaders.label_sets(data.train, num_classes, accelerator.device)
     teacher, lines = make_teacher(config, num_classes, data.train.class_names, accelerator.device)
     notes += lines
-    learner = make_learner(
-        config, model, schedule, num_classes, accelerator, start.step, weights, sets, teacher
-    )
+    how = config, model, schedule, num_classes, accelerator
+    learner = make_learner(*how, start.step, weights, sets, teacher)
     learner.any_rank = functools.partial(any_rank, group=control)
     if start.checkpoint:
         learner.images_per_pass = start.checkpoint.meta.get("images_per_pass") or math.inf
@@ -252,11 +251,10 @@ def make_recovery(config: Config, schedule: Schedule) -> Recovery:
     guard, epochs = config.guard, config.guard.lr_backoff_epochs
     return Recovery(
         after_bad_steps=guard.rollback_after_bad_steps if guard.enabled else sys.maxsize,
-        max_rollbacks=guard.max_rollbacks,
-        lr_backoff=guard.lr_backoff,
+        max_rollbacks=guard.max_rollbacks, lr_backoff=guard.lr_backoff,
         backoff_steps=math.inf if epochs is None else round(epochs * schedule.steps_per_epoch),
         on_spikes=guard.enabled and guard.spike_action == "rollback",
-    )
+    )  # fmt: skip
 
 
 def mix_spec(

@@ -8,9 +8,9 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -31,8 +31,7 @@ if TYPE_CHECKING:
     from pipelines.loader import DaliLoader
 
 
-@dataclass(frozen=True)
-class Data:
+class Data(NamedTuple):
     """The images of both splits. `notes`: what about them is likely a mistake, one line each, on rank 0."""
 
     train: Manifest

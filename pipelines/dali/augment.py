@@ -23,9 +23,7 @@ Pixels = NDArray[np.uint8]  # (H, W, 3)
 do_not_convert = getattr(pipeline, "do_not_convert", lambda function: function)  # 1.34 converts all
 
 # Both operators moved out of `experimental` between 1.34 and 2.x.
-_equalize, _filter = (
-    getattr(fn, name, None) or getattr(fn.experimental, name) for name in ("equalize", "filter")
-)
+_equalize, _filter = (getattr(fn, n, None) or getattr(fn.experimental, n) for n in ("equalize", "filter"))
 
 # Pillow truncates where DALI rounds to the nearest level. A little less than one half, so that a result that
 # is a whole number in exact arithmetic survives a float32 error.

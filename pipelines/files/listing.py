@@ -18,10 +18,8 @@ from pipelines.checks.decode_one import Fault, fault_in_stat, fault_of, is_troub
 from pipelines.spec import DataError, os_errors_in_one_line, visible
 
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp")
-LAYOUT = (
-    "data.root must hold train/<class>/*.jpg and val/<class>/*.jpg, "
-    "or <class>/*.jpg and the lists of `cmtrain data split`"
-)
+_LISTS = "<class>/*.jpg and the lists of `cmtrain data split`"
+LAYOUT = f"data.root must hold train/<class>/*.jpg and val/<class>/*.jpg, or {_LISTS}"
 NO_EXTENSION, LISTED_ALREADY = "without extension", "linked to a folder that is listed already"
 MAX_KINDS = 8  # named in one line
 _ENCODED_EXTENSIONS = tuple(extension.encode() for extension in EXTENSIONS)

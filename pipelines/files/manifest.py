@@ -255,24 +255,22 @@ def _identities(first: NDArray[Any], *others: NDArray[np.int64]) -> NDArray[np.u
     return np.where(first == 0, np.uint64(0), mixed)
 
 
-def _listed_faults(
-    listing: Listing, identities: NDArray[np.uint64], inner: Sequence[str]
-) -> dict[int, Fault]:
+def _listed_faults(listing: Listing, known: NDArray[np.uint64], inner: Sequence[str]) -> dict[int, Fault]:
     """Return the faults that `cmtrain data check` listed, by place: by path, else by identity."""
     if not (listed := read_lists(listing.root, inner)):
         return {}
     entries = Paths.of(listed).find(listing.paths)  # (N,)
     names, faults = list(listed), list(listed.values())
     found = {place: faults[entries[place]] for place in np.flatnonzero(entries >= 0).tolist()}
-    wanted = {int(identities[place]): fault for place, fault in found.items()}
+    wanted = {int(known[place]): fault for place, fault in found.items()}
     if elsewhere := np.setdiff1d(np.arange(len(faults)), entries).tolist():
         states = [file_state(listing.encoded_path(os.fsencode(names[entry]))) for entry in elsewhere]
         sizes, times, inodes = (np.array(column, np.int64) for column in list(zip(*states, strict=True))[:3])
         ids = _identities(inodes, sizes, times).tolist()
         wanted |= {one: faults[entry] for one, entry in zip(ids, elsewhere, strict=True)}
     wanted.pop(0, None)
-    for place in np.flatnonzero(np.isin(identities, np.array(list(wanted), np.uint64))).tolist():
-        found.setdefault(place, wanted[int(identities[place])])
+    for place in np.flatnonzero(np.isin(known, np.array(list(wanted), np.uint64))).tolist():
+        found.setdefault(place, wanted[int(known[place])])
     return found
 
 

@@ -37,9 +37,7 @@ _BLOCK = 64  # files that a thread takes at a time
 T = TypeVar("T")
 
 
-def cached_scan(
-    lister: Callable[[], Listing], name: str, content: str, cache: Path, refresh: bool
-) -> Listing:
+def cached_scan(find: Callable[[], Listing], name: str, content: str, cache: Path, refresh: bool) -> Listing:
     """Return the cached scan if it is still valid, else scan and cache, in one process at a time.
 
     `name`: of the split; each has its own scan. `content`: digest of the list file, if any; a scan is valid
@@ -56,7 +54,7 @@ def cached_scan(
         kept = None if refresh else _load(path)
         if kept and _is_valid(*kept, content):
             return kept[1]
-        found = scan(lister(), kept and kept[1])
+        found = scan(find(), kept and kept[1])
         _store(path, content, found)
         return found
 

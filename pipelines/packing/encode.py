@@ -15,7 +15,7 @@ from PIL import Image
 
 from pipelines.checks.decode_one import FORMATS, Fault, fault_of, is_trouble, may_rotate, patiently
 from pipelines.checks.pixels import grey_or_rgb
-from pipelines.files.mixed_jpegs import to_jpeg
+from pipelines.files.demo_images import to_jpeg
 from pipelines.spec import DataError
 
 _BLOCK = 16  # files that a worker takes at a time

@@ -147,7 +147,7 @@ def test_an_edited_accuracy_is_found(job):
     path.write_text("".join(",".join(row) + "\r\n" for row in table))
     receipt_agrees(job)
     found, _ = verify(job, code=5)
-    assert "eval_top1 of step 6 is 0.999 in summary.csv, and 0." in found["wrong"][-1]
+    assert "eval_top1 of step 6 is 0.999 in summary.csv, not 0." in found["wrong"][-1]
 
 
 def test_an_event_hides_nothing(job):

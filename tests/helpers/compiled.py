@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 import pytest
 
-from cmtrain.models.device_time import INSTRUCTIONS
+from cmtrain.models.cost import INSTRUCTIONS
 from helpers.runs import ROOT
 
 
@@ -25,7 +25,7 @@ def compiled_for_gpus(
 
 
 def predicted_kernels(found: list[dict], channels: int) -> set[str]:
-    """Compare the instructions of device_time.py with those of trained forms; return the kernels compared.
+    """Compare the instructions of cost.py with those of trained forms; return the kernels compared.
 
     The table has one figure for all forms and widths, so it may be 15 % off.
     """

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from helpers.photographs import photographs
+from pipelines.files.demo_images import mixed_jpegs
 from pipelines.files.manifest import Manifest
-from pipelines.files.mixed_jpegs import mixed_jpegs
 from pipelines.plan import Plan
 from pipelines.spec import AugmentSpec, Loader
 

@@ -7,8 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cmtrain.cli.main import PREDICTED
 from cmtrain.models.blocks import ChannelNorm, FeedForward
-from cmtrain.models.cost import Call, Counter, count
-from cmtrain.models.device_time import DEVICES, predict_rows
+from cmtrain.models.cost import DEVICES, Call, Counter, count, predict_rows
 
 H100 = 3.0e12, 132 * 4 * 1.755e9, 798e12  # bytes, instructions of a warp, operations of a product per second
 LAUNCH_MS = 0.0025

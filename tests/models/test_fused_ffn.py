@@ -433,7 +433,7 @@ INSTRUCTIONS_SM80 = INSTRUCTIONS | {"project": 50, "weight_grad": 52, "expand_gr
 def test_compiled_for_a_gpu_without_spills_that_matter_and_without_scalar_access(sm):
     """Compile for CMT-Ti's first stage, whose 165 hidden channels fit no vector load."""
     found = compiled_for_gpus(sm, "fp16", (46, 165, 40))
-    if sm == "90":  # as in the table of device_time.py
+    if sm == "90":  # as in the table of cost.py
         plain = {"depthwise plain", "depthwise_grad plain"}
         assert predicted_kernels(found, 46) == KERNELS | plain
     found = [kernel for kernel in found if kernel["kernel"] in KERNELS]

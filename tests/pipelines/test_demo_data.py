@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image, JpegImagePlugin
 
-from pipelines.files.demo_images import demo_folder
-from pipelines.files.mixed_jpegs import KINDS, mixed_jpegs
+from pipelines.files.demo_images import KINDS, demo_folder, mixed_jpegs
 from pipelines.spec import DataError
 
 

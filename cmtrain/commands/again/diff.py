@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from cmtrain.commands.again.replay import Again, Marks, digest, tensors_in
+from cmtrain.commands.again.replay import Again, Marks, digest, digests, tensors_in
 from cmtrain.commands.again.verify import retake
 from cmtrain.errors import EXIT_DONE, EXIT_EXPECTATION, ConfigError
 from cmtrain.monitoring.console import print_result
@@ -26,10 +26,8 @@ from pipelines.spec import DataError, os_errors_in_one_line, print_lines
 OF_THE_MACHINE = ("time", "images_per_second")  # columns of the log, and those that end in _ratio
 OF_A_CHECKPOINT = ("fingerprint", "val_fingerprint", "micro_batch_size")
 SHOWN = 12  # settings that differ
-ALIKE = (
-    "run.imports",
-    "train.precision",
-)  # a process has one module of a name, and accelerate one precision
+# A process has one module of a name, and accelerate one precision.
+ALIKE = ("run.imports", "train.precision")
 
 
 @os_errors_in_one_line()
@@ -105,10 +103,9 @@ def _recorded(records: Sequence[RunRecord]) -> tuple[int, int | None, str]:
 
 def _digests(root: Path, step: int) -> dict[str, str]:
     try:
-        state = load_checkpoint(checkpoint_path(root, step)).state
+        return digests(tensors_in(load_checkpoint(checkpoint_path(root, step)).state))
     except CheckpointError as error:
         return {str(error): ""}
-    return {name: digest(tensor) for name, tensor in tensors_in(state).items()}
 
 
 def _first_difference(runs: Sequence[Path], agreed: int, differed: int) -> tuple[int | None, str]:
@@ -129,11 +126,10 @@ def _first_difference(runs: Sequence[Path], agreed: int, differed: int) -> tuple
         side.close()
     if cause:
         return max(step, agreed + 1), cause
-    lines = [f"{run}: {line}" for run in runs for line in retake(run, (), agreed, differed)]
+    lines = [f"{run}: {line}" for run in runs for line in retake(run, (), (agreed, differed))]
     why = "what differs is no part of the recipe: number of processes, hardware, versions, or a file changed"
-    return None, "; ".join(
-        [f"steps {agreed + 1} to {differed} are the same when both take them again", *lines, why]
-    )
+    same = f"steps {agreed + 1} to {differed} are the same when both take them again"
+    return None, "; ".join([same, *lines, why])
 
 
 def _cause(a: Marks, b: Marks, a_again: Marks | None = None) -> str:
@@ -142,7 +138,6 @@ def _cause(a: Marks, b: Marks, a_again: Marks | None = None) -> str:
             continue
         if a_again and a_again.get(name) != mine:
             return f"{name} differs, as it does when A takes the step twice: the order of summation"
-        return (
-            f"{name} differs" if "#" in (mine[:1], theirs[:1]) else f"{name} is {mine} in A, {theirs} in B"
-        )
+        values = f"{name} is {mine} in A, {theirs} in B"
+        return f"{name} differs" if "#" in (mine[:1], theirs[:1]) else values
     return ""

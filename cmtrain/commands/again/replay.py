@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -121,11 +121,8 @@ class Again:
 
     def trace(self) -> Marks:
         """Take the next step; return all that it makes, from the learning rate to the new weights."""
-        manifest, model, size = (
-            self.parts.data.train,
-            self.learner.model,
-            self.parts.schedule.micro_batch_size,
-        )
+        manifest, model = self.parts.data.train, self.learner.model
+        size = self.parts.schedule.micro_batch_size
         marks = {"micro-batch size": str(size), "learning rate": repr(self.lr)}
         forward: Marks = {}
         with contextlib.ExitStack() as hooks:
@@ -136,9 +133,8 @@ class Again:
                 hooks.enter_context(module.register_forward_hook(note))
             taken = self.step()
         for turn, batch in enumerate(taken, 1):
-            for place, (index, image) in enumerate(
-                zip(batch.indices.tolist(), batch.images, strict=True), 1
-            ):
+            pairs = zip(batch.indices.tolist(), batch.images, strict=True)
+            for place, (index, image) in enumerate(pairs, 1):
                 sample, label = f"sample {place} of pass {turn}", int(manifest.labels[index])
                 marks |= {sample: manifest.paths[index], f"label of {sample}": manifest.label_name(label)}
                 marks[f"pixels of {sample}, {manifest.paths[index]},"] = digest(image)
@@ -162,6 +158,10 @@ def tensors_in(state: dict[str, Any]) -> dict[str, Tensor]:
                 name = keystr(path).replace("']['", " ").replace("['", "").replace("']", "")
                 found[f"{part} {name}"] = leaf
     return found
+
+
+def digests(tensors: dict[str, Tensor]) -> dict[str, str]:
+    return {name: digest(tensor) for name, tensor in tensors.items()}
 
 
 def digest(tensor: Tensor) -> str:
@@ -234,8 +234,7 @@ class Layer:
     grad_norm: float | None = None  # of its own parameters, clipped as in the step; None: it has none
 
 
-@dataclass(frozen=True)
-class Replayed:
+class Replayed(NamedTuple):
     """The step: images (B, 3, H, W) of each micro-batch as the model saw them, and what came of them."""
 
     images: list[Tensor]
@@ -330,9 +329,7 @@ def _samples(parts: Parts, step: int, taken: list[Batch]) -> Iterator[dict[str, 
 def _table(found: Replayed) -> Table:
     table = Table("layer", "kind", "largest", "% of fp16", "not finite", "gradient", box=None)
     table.columns[0].overflow = "fold"
-    bad, good = (
-        [each for each in found.layers if bool(each.nonfinite) == is_bad] for is_bad in (True, False)
-    )
+    bad, good = ([x for x in found.layers if bool(x.nonfinite) == is_bad] for is_bad in (True, False))
     for layer in [*bad[:SHOWN], *sorted(good, key=lambda layer: -layer.largest)[:SHOWN]]:
         norm = "" if layer.grad_norm is None else f"{layer.grad_norm:.3g}"
         share = f"{100 * layer.largest / FP16_MAX:.2g}"

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from cmtrain.commands.again.replay import Again, digest, tensors_in
+from cmtrain.commands.again.replay import Again, digests, tensors_in
 from cmtrain.config.load import Overrides, load_config
 from cmtrain.config.schema import recipe_changes
 from cmtrain.errors import EXIT_DONE, EXIT_EXPECTATION, ConfigError
@@ -52,14 +52,11 @@ def verify(
         raise DataError(f"{run}: no stretch between checkpoints can be taken again")
     chosen = sorted(random.SystemRandom().sample(stretches, min(segments, len(stretches))))
     for begin, end in chosen:
-        print_lines(f"taking steps {begin + 1:,} to {end:,} again")
-        wrong += [
-            f"steps {begin + 1} to {end}: {line}" for line in retake(run, overrides, begin, end, tolerance)
-        ]
-    taken, last = (
-        sum(end - begin for begin, end in chosen),
-        storage.checkpoint_steps(run / "checkpoints")[-1],
-    )
+        steps = f"steps {begin + 1:,} to {end:,}"
+        print_lines(f"taking {steps} again")
+        wrong += [f"{steps}: {line}" for line in retake(run, overrides, (begin, end), tolerance)]
+    taken = sum(end - begin for begin, end in chosen)
+    last = [0, *storage.checkpoint_steps(run / "checkpoints")][-1]
     verdict = "not what it claims to be" if wrong else "what its recipe gives"
     print_lines(*wrong, f"{run}: {taken:,} of {last:,} steps taken again: {verdict}")
     print_result({"run": str(run), "receipt": known, "stretches": chosen, "wrong": wrong}, asked=as_json)
@@ -72,9 +69,8 @@ def compare_receipt(run: Path) -> tuple[list[str], str]:
     if not isinstance(receipt, dict):
         return [], "no receipt.json, which a run writes at its end"
     now = run_folder.hashes(run)
-    wrong = [
-        f"{name}: not as at the end of the run" for name in now if receipt.get(name, now[name]) != now[name]
-    ]
+    changed = [name for name in now if receipt.get(name, now[name]) != now[name]]
+    wrong = [f"{name}: not as at the end of the run" for name in changed]
     gone = [name for name in receipt if name not in now]
     wrong += [f"{name}: gone" for name in gone if not name.startswith("checkpoints/")]
     for step in storage.checkpoint_steps(run / "checkpoints")[-1:]:
@@ -99,15 +95,13 @@ def stretches_of(run: Path) -> tuple[list[Stretch], list[str]]:
         except CheckpointError:  # as it is taken again, it is found to be wrong
             meta = {"first_step": begin, "config": {}}
         model, teacher = meta["config"].get("model", {}), meta["config"].get("distill", {}).get("teacher")
+        steps, given = range(begin + 1, end + 1), model.get("init_from") or model.get("pretrained")
         why = {
             "the run was started again in it": meta.get("first_step", end) > begin,
-            "the run went back to an older state in it": any(
-                begin < at <= end for at in meta.get("rollbacks", [])
-            ),
-            "it has a teacher, who may have changed": bool(teacher),
-            "it begins with weights from elsewhere": not begin
-            and bool(model.get("init_from") or model.get("pretrained")),
-            "its average of the weights was healed": any(begin < at <= end for at in healed),
+            "it went back to an older state in it": any(at in steps for at in meta.get("rollbacks", ())),
+            "it has a teacher, who may have changed": teacher,
+            "it begins with weights from elsewhere": given and not begin,
+            "its average of the weights was healed": any(at in steps for at in healed),
         }
         if reason := next((reason for reason, holds in why.items() if holds), None):
             left_out.append(f"steps {begin + 1:,} to {end:,} are left out: {reason}")
@@ -116,13 +110,11 @@ def stretches_of(run: Path) -> tuple[list[Stretch], list[str]]:
     return stretches, left_out
 
 
-def retake(
-    run: Path, overrides: Overrides, begin: int, end: int, tolerance: float | None = None
-) -> list[str]:
-    """Take the steps after `begin` up to `end` again. Returns a line for the first log point that differs,
-    and, if there is a checkpoint at `end`, for that and for the evaluation of it. `tolerance`: see `verify`.
+def retake(run: Path, overrides: Overrides, stretch: Stretch, tolerance: float | None = None) -> list[str]:
+    """Take the steps of a stretch again. Returns a line for the first log point that differs, and, if there
+    is a checkpoint at its end, for that and for the evaluation of it. `tolerance`: see `verify`.
     """
-    saved, root = None, run / "checkpoints"
+    saved, root, (begin, end) = None, run / "checkpoints", stretch
     try:
         if begin:
             storage.load_checkpoint(checkpoint_path(root, begin))
@@ -184,7 +176,8 @@ def different_state(
     """
     theirs = tensors_in(saved.state)
     if not tolerance:
-        names = [name for name in now | theirs if digest_of(now, name) != digest_of(theirs, name)]
+        a, b = digests(now), digests(theirs)
+        names = [name for name in a | b if a.get(name) != b.get(name)]
         more = f" and {len(names) - 1} more tensors" if names[1:] else ""
         return [f"{saved.path.name}: {names[0]}{more}: not what these steps give"] if names else []
     for part in ("model", "ema", "optimizer"):
@@ -198,26 +191,17 @@ def different_state(
     return []
 
 
-def digest_of(tensors: Mapping[str, Tensor], name: str) -> str:
-    return digest(tensors[name]) if name in tensors else ""
-
-
 def different_evaluation(run: Path, again: Again, saved: Loaded, tolerance: float) -> list[str]:
     """Return a line for an accuracy in summary.csv that the weights of a checkpoint do not have."""
-    rows, val, parts = read_run(run).evaluations, again.parts.data.val, again.parts
-    wrong, device = list[str](), parts.accelerator.device
-    for place in (
-        np.flatnonzero(rows["step"] == again.done)
-        if val.fingerprint == saved.meta["val_fingerprint"]
-        else ()
-    ):
+    rows, val, parts, wrong = read_run(run).evaluations, again.parts.data.val, again.parts, list[str]()
+    if val.fingerprint != saved.meta.get("val_fingerprint"):
+        return []
+    sets = label_sets(val, parts.num_classes, parts.accelerator.device)
+    for place in np.flatnonzero(rows["step"] == again.done):
         for kind, module in again.learner.weights.items():
             column = "eval_top1" if kind == "model" else "eval_ema_top1"
-            sets = label_sets(val, parts.num_classes, device)
             how = parts.accelerator, len(val), parts.num_classes, sets
             found, written = evaluate(module, parts.eval_loader.epoch(0), *how).top1, rows[column][place]
             if not abs(found - written) <= tolerance:
-                wrong.append(
-                    f"{column} of step {again.done} is {written} in summary.csv, and {found} taken again"
-                )
+                wrong.append(f"{column} of step {again.done} is {written} in summary.csv, not {found}")
     return wrong

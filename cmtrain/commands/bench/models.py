@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from cmtrain.commands.bench.timing import DTYPES, Contender, Row, Rows, measure_ceilings, race
 from cmtrain.config.schema import Config, Model
 from cmtrain.errors import ConfigError
-from cmtrain.models import blocks, cost, device_time
+from cmtrain.models import blocks, cost
 from cmtrain.step.learner import Learner
 from cmtrain.training import build
 from cmtrain.training.schedule import Schedule, split_batch
@@ -129,13 +129,13 @@ def predict(config: Config, gpu: str) -> dict[str, Any]:
     `figures`: sums of the dearest kernels, by path; `rows`: all kernels, by their sizes. Raises ConfigError:
     a model that cannot be made, or a precision other than fp16 and bf16.
     """
-    train, rates = config.train, device_time.DEVICES[gpu]
+    train, rates = config.train, cost.DEVICES[gpu]
     precision = "fp16" if train.precision == "auto" else train.precision
     if precision not in ("fp16", "bf16"):
         raise ConfigError(f"train.precision: --predict knows fp16 and bf16, not {precision}")
     batch = split_batch(train.global_batch_size, train.max_batch_per_gpu, 1)[0]
     calls = calls_of_step(config, batch, DTYPES[precision])
-    rows, cautious_rows = (device_time.predict_rows(calls, rates, share) for share in (1, CAUTIOUS))
+    rows, cautious_rows = (cost.predict_rows(calls, rates, share) for share in (1, CAUTIOUS))
     sums: dict[str, dict[str, Any]] = {}
     for row in rows:
         for name in (f"{row['kernel']}, {row['path']}".removesuffix(", "), "step"):
