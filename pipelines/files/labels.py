@@ -23,9 +23,7 @@ Files = TypeVar("Files", bound=Any)  # a Listing or a Manifest
 SEPARATOR, NO_CLASS = ";", "-"  # of a label such as cat;dog; the label of an image of no class
 
 
-def relabel_folder(
-    listing: Listing, class_names: Sequence[str] | None, *, positions: bool = False
-) -> Listing:
+def relabel_folder(listing: Listing, class_names: Sequence[str] | None, positions: bool = False) -> Listing:
     """Return the same files with places in `class_names` as labels; None takes the folders' names.
     `positions`: folders may be positions in it. Raises DataError: a folder is no class or, for None, empty.
     """
