@@ -193,7 +193,7 @@ class Learner:
         passes = self._num_passes(size)
         if passes >= size // 2:
             raise torch.OutOfMemoryError(failed or "another rank ran out of memory")
-        self.images_per_pass = math.ceil(size / min(2 * passes, size // 2))
+        self.images_per_pass = size // min(2 * passes, size // 2)
         self._free()
         if self.accelerator.num_processes > 1:
             self._wrap_again()

@@ -194,3 +194,17 @@ def test_other_errors_are_no_lack_of_memory(text):
     with pytest.raises(RuntimeError, match=text.split(".")[0]):
         learner.step(iter([batch(0)]), 0, 0.05)
     assert learner.images_per_pass == math.inf
+
+
+@pytest.mark.parametrize(("size", "tried"), [(16, [16, 8, 4, 2]), (17, [17, 6, 3]), (3, [3]), (2, [2])])
+def test_a_model_that_never_fits_ends_the_run(size, tried):
+    found = []
+
+    class Fails(Mini):
+        def forward(self, x):
+            found.append(len(x))
+            raise torch.OutOfMemoryError("out of memory, injected")
+
+    with pytest.raises(torch.OutOfMemoryError, match="injected"):
+        make_learner(model=Fails()).step(iter([batch(0, size=size)]), 0, 0.05)
+    assert found == tried
