@@ -147,3 +147,16 @@ def test_what_cannot_be_compared_is_one_line(make):
     assert lines == [f"{a.run} and {a.run} are the same run"]
     _, lines = diff(a, make("b"), code=3)
     assert "no run" in lines[0]
+
+
+def test_another_division_into_micro_batches_is_named_as_such(make):
+    """A damaged manifest costs what it would have told."""
+    a, b = make("a"), make("b")
+    a("--max-steps", "2", "--train.max_batch_per_gpu", "auto")
+    b("--max-steps", "2", "--train.max_batch_per_gpu", "auto", nproc=2)
+    found, _ = diff(a, b)
+    assert found["cause"] == "micro-batch size is 16 in A, 8 in B"
+    assert "micro_batch_size (checkpoint): 16 in A, 8 in B" in found["settings"]
+    (a.run / "checkpoints" / "step-000000002" / "manifest.json").write_text("{}")
+    found, _ = diff(a, b)
+    assert "micro_batch_size (checkpoint): None in A, 8 in B" in found["settings"]
