@@ -45,7 +45,7 @@ def pair_doubts(train: Manifest, val: Manifest) -> list[str]:
     shared = (val.identities != 0) & np.isin(val.identities, train.identities)
     if shared.any():
         what = f"{int(shared.sum()):,} of {len(val):,} images are also in training"
-        return [f"validation: {what}, so its accuracy says little: {val.file(int(np.argmax(shared)))}"]
+        return [f"validation: {what}, so its accuracy means little: {val.file(int(np.argmax(shared)))}"]
     if train.packed or val.packed:
         return []
     chosen = np.unique(np.linspace(0, len(val) - 1, _COMPARED_IMAGES).astype(np.int64)).tolist()
@@ -53,7 +53,7 @@ def pair_doubts(train: Manifest, val: Manifest) -> list[str]:
     if 2 * len(copies) <= len(chosen):
         return []
     what = f"of {len(chosen)} images {len(copies)} are also in training, as copies"
-    return [f"validation: {what}, so its accuracy says little: {copies[0]}"]
+    return [f"validation: {what}, so its accuracy means little: {copies[0]}"]
 
 
 def _original(train: Manifest, val: Manifest, index: int) -> str | None:

@@ -104,7 +104,7 @@ def test_a_weight_that_changed_by_itself_is_found(make):
     assert [row["loss"] for row in a.log()[:10]] == [row["loss"] for row in b.log()[:10]]
     found, lines = diff(a, b)
     assert (found["agree_until"], found["differ_at"], found["first_step"]) == (8, 11, None)
-    assert "steps 9 to 11 are the same when both take them again" in lines[-1]
+    assert "taken again, steps 9 to 11 are the same in both runs" in lines[-1]
     assert f"{b.run}: loss of step 11 is" in lines[-1]
     assert f"{a.run}: loss" not in lines[-1]
 
@@ -150,7 +150,7 @@ def test_what_cannot_be_compared_is_one_line(make):
 
 
 def test_another_division_into_micro_batches_is_named_as_such(make):
-    """A damaged manifest costs what it would have told."""
+    """Where a manifest is damaged, what it would have listed is missing."""
     a, b = make("a"), make("b")
     a("--max-steps", "2", "--train.max_batch_per_gpu", "auto")
     b("--max-steps", "2", "--train.max_batch_per_gpu", "auto", nproc=2)

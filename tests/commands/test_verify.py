@@ -1,4 +1,4 @@
-"""A run is what its recipe gives, or `cmtrain verify` says what is not."""
+"""`cmtrain verify` compares a run with its receipt and with what its recipe gives."""
 
 import json
 import shutil
@@ -34,7 +34,7 @@ def test_a_true_run_passes_bit_for_bit(job):
 
 
 def receipt_agrees(job):
-    """Make the receipt of what is there now, as who edits a record could."""
+    """Write a receipt of what is there now, as a person who edits a record could."""
     from cmtrain.storage.run_folder import hashes
 
     path = job.run / "receipt.json"
@@ -78,10 +78,36 @@ def test_an_edited_configuration_is_found(job):
     assert found["wrong"][0].startswith("config.yaml is not the recipe of step 13: optim.lr")
 
 
-def test_a_run_that_goes_on_has_no_receipt_until_its_end(job, make_job):
+FAILS = """
+import os
+
+import timm
+from timm.models import register_model
+
+
+@register_model
+def failing(**options):
+    model = timm.create_model("cmt_micro", **{k: v for k, v in options.items() if "pretrained" not in k})
+    steps = []
+
+    def count(*_):
+        steps.append(1)
+        if model.training and len(steps) > int(os.environ.get("STEPS", "999")):
+            raise RuntimeError("a failure in a step")
+
+    model.register_forward_pre_hook(count)
+    return model
+"""
+
+
+def test_a_run_that_did_not_end_has_no_receipt(make_job):
+    job = make_job(run={"name": "job", "imports": ["failing"]}, model={"name": "failing"})
+    (job.folder / "failing.py").write_text(FAILS)
     receipt = job.run / "receipt.json"
+    job("--max-steps", "6")
     assert json.loads(receipt.read_text())["code"].startswith("cmtrain ")
-    receipt.unlink()
+    job("--max-steps", "9", code=1, STEPS="4")
+    assert not receipt.exists()
     found, _ = verify(job)
     assert found["receipt"] == "no receipt.json, which a run writes at its end"
     _, lines = verify(make_job("none"), code=3)
@@ -137,7 +163,7 @@ def test_a_forged_average_is_found_where_sums_differ(make_job):
     save_checkpoint(loaded.path.parent, 8, loaded.state, loaded.meta)
     receipt_agrees(job)
     found, _ = verify(job, code=5)
-    assert "step-000000008: its ema is " in found["wrong"][-1]
+    assert "step-000000008: ema: is " in found["wrong"][-1]
 
 
 def test_an_edited_accuracy_is_found(job):

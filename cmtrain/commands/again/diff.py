@@ -127,8 +127,8 @@ def _first_difference(runs: Sequence[Path], agreed: int, differed: int) -> tuple
     if cause:
         return max(step, agreed + 1), cause
     lines = [f"{run}: {line}" for run in runs for line in retake(run, (), (agreed, differed))]
-    why = "what differs is no part of the recipe: number of processes, hardware, versions, or a file changed"
-    same = f"steps {agreed + 1} to {differed} are the same when both take them again"
+    why = "the cause is not in the recipe: number of processes, hardware, versions, or a changed file"
+    same = f"taken again, steps {agreed + 1} to {differed} are the same in both runs"
     return None, "; ".join([same, *lines, why])
 
 

@@ -47,18 +47,20 @@ def verify(
     run = run_folder.find_run(place)[0]
     wrong, known = compare_receipt(run)
     stretches, left_out = stretches_of(run)
-    print_lines(known, *left_out)
+    print_lines(known, *wrong, *left_out)
     if not stretches and not wrong:
         raise DataError(f"{run}: no stretch between checkpoints can be taken again")
     chosen = sorted(random.SystemRandom().sample(stretches, min(segments, len(stretches))))
     for begin, end in chosen:
         steps = f"steps {begin + 1:,} to {end:,}"
         print_lines(f"taking {steps} again")
-        wrong += [f"{steps}: {line}" for line in retake(run, overrides, (begin, end), tolerance)]
+        found = [f"{steps}: {line}" for line in retake(run, overrides, (begin, end), tolerance)]
+        print_lines(*found)  # at once: a later stretch may end the command
+        wrong += found
     taken = sum(end - begin for begin, end in chosen)
     last = [0, *storage.checkpoint_steps(run / "checkpoints")][-1]
     verdict = "not what it claims to be" if wrong else "what its recipe gives"
-    print_lines(*wrong, f"{run}: {taken:,} of {last:,} steps taken again: {verdict}")
+    print_lines(f"{run}: {taken:,} of {last:,} steps taken again: {verdict}")
     print_result({"run": str(run), "receipt": known, "stretches": chosen, "wrong": wrong}, asked=as_json)
     return EXIT_EXPECTATION if wrong else EXIT_DONE
 
@@ -99,7 +101,7 @@ def stretches_of(run: Path) -> tuple[list[Stretch], list[str]]:
         why = {
             "the run was started again in it": meta.get("first_step", end) > begin,
             "it went back to an older state in it": any(at in steps for at in meta.get("rollbacks", ())),
-            "it has a teacher, who may have changed": teacher,
+            "it has a teacher, which may have changed": teacher,
             "it begins with weights from elsewhere": given and not begin,
             "its average of the weights was healed": any(at in steps for at in healed),
         }
@@ -186,8 +188,8 @@ def different_state(
         off = math.hypot(*((mine - other).norm() for mine, other, _ in pairs))
         moved = math.hypot(*((other - begun).norm() for _, other, begun in pairs))
         if not off <= WEIGHTS_TOLERANCE * moved:
-            share = off / moved if moved else math.inf
-            return [f"{saved.path.name}: its {part} is {share:.0%} of its way from what these steps give"]
+            share = f"{off / moved if moved else math.inf:.0%} of the distance that it moved"
+            return [f"{saved.path.name}: {part}: is {share} away from what these steps give"]
     return []
 
 
