@@ -7,6 +7,8 @@ import pytest
 from helpers.runs import Forked, after_start
 from PIL import Image
 
+from cmtrain.commands.again.diff import _cause
+
 # A model that changes one of its own weights while step 11 of seed 1 begins, if it is asked to.
 NUDGED = """
 import os
@@ -160,3 +162,12 @@ def test_another_division_into_micro_batches_is_named_as_such(make):
     (a.run / "checkpoints" / "step-000000002" / "manifest.json").write_text("{}")
     found, _ = diff(a, b)
     assert "micro_batch_size (checkpoint): None in A, 8 in B" in found["settings"]
+
+
+def test_what_a_run_itself_does_not_repeat_is_the_order_of_summation():
+    """As on a GPU; what comes before, and is always the same in A, is a difference."""
+    a, b = {"loss": "1.5", "gradient": "#1"}, {"loss": "1.5", "gradient": "#2"}
+    assert _cause(a, b, a) == "gradient differs"
+    assert _cause(a, b, a | {"gradient": "#3"}).endswith("the order of summation")
+    assert _cause(a, b | {"loss": "2.5"}, a | {"gradient": "#3"}) == "loss is 1.5 in A, 2.5 in B"
+    assert _cause(a, dict(a), a | {"gradient": "#3"}) == ""

@@ -196,3 +196,50 @@ def test_damage_is_a_finding_and_the_rest_is_checked(job):
     assert sum("step-000000007" in line for line in found["wrong"]) == 2  # it ends a stretch, and begins one
     assert any("not a manifest" in line for line in found["wrong"])
     assert lines[-1].endswith("not what it claims to be")
+
+
+def test_each_part_has_its_own_log_interval_and_guard(make_job):
+    """In one process, so that not one bit may differ."""
+    job = kept(make_job)
+    job("--max-steps", "7")
+    job("--max-steps", "13", "--train.log_every_steps", "3", "--guard.spike_sigma", "1.0")
+    found, _ = verify(job, "--tolerance", "0")
+    assert found["wrong"] == []
+
+
+BURSTS = """
+import timm
+import torch
+from timm.models import register_model
+
+from cmtrain.step.learner import _torch_seed
+
+SEEDS = {_torch_seed(1, step, micro) for step in (8, 9, 10) for micro in range(4)}
+
+
+@register_model
+def bursting(**options):
+    model = timm.create_model("cmt_micro", **{k: v for k, v in options.items() if "pretrained" not in k})
+    burst = lambda module, inputs, out: out / 0 if torch.initial_seed() in SEEDS else out
+    model.stem.register_forward_hook(burst)
+    return model
+"""
+
+
+def test_a_rollback_is_left_out(make_job):
+    """To go on without it gives other weights."""
+    job = kept(
+        make_job,
+        model={"name": "bursting"},
+        guard={"rollback_after_bad_steps": 2},
+        train={"log_every_steps": 1},
+    )
+    (job.folder / "bursting.py").write_text(BURSTS)
+    job("--max-steps", "17", "--run.imports", "[bursting]")
+    steps = [event["step"] for event in job.events() if event["event"] == "rollback"]
+    assert steps
+    found, lines = verify(job)
+    assert found["wrong"] == []
+    assert any("are left out: it went back to an older state in it" in line for line in lines)
+    assert not any(begin < step <= end for begin, end in found["stretches"] for step in steps)
+    assert [16, 17] in found["stretches"]

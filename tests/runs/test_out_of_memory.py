@@ -220,3 +220,14 @@ def test_a_model_that_never_fits_ends_the_run(size, tried):
     with pytest.raises(torch.OutOfMemoryError, match="injected"):
         make_learner(model=Fails()).step(iter([batch(0, size=size)]), 0, 0.05)
     assert found == tried
+
+
+def test_an_error_of_the_loader_is_not_one_of_a_pass():
+    def batches():
+        yield batch(0)
+        raise RuntimeError("the loader: out of memory")
+
+    learner = make_learner(accumulation=2)
+    with pytest.raises(RuntimeError, match="the loader"):
+        learner.step(batches(), 0, 0.05)
+    assert learner.images_per_pass == math.inf
